@@ -1,0 +1,58 @@
+"""What a quantized value looks like: how many bits it has, and which elements share one scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True)
+class IntFormat:
+    """An integer grid. `IntFormat(4, signed=True)` holds -8..7, `narrow=True` drops the lowest level (-7..7)."""
+
+    bits: int
+    signed: bool = True
+    narrow: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"IntFormat: bits must be in 1..8, got {self.bits}")
+        if self.narrow and self.bits == 1:
+            raise ValueError("IntFormat: a narrow range needs bits >= 2, got bits=1; use narrow=False")
+
+    @property
+    def qmin(self) -> int:
+        return (-(1 << (self.bits - 1)) if self.signed else 0) + int(self.narrow)
+
+    @property
+    def qmax(self) -> int:
+        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole tensor: scale has shape `[1]`."""
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """One scale per slice along `axis`: scale has shape `[x.shape[axis]]`."""
+
+    axis: int = 0
+
+
+@dataclass(frozen=True)
+class PerGroup:
+    """One scale per `size` consecutive elements of the last axis: scale has shape `[x.numel() // size]`, row-major.
+
+    `size` must divide the last axis. A conv weight `[O, C, R, S]` is grouped along its flattened `C*R*S`.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"PerGroup: size must be >= 1, got {self.size}")
+
+
+Granularity: TypeAlias = PerTensor | PerChannel | PerGroup

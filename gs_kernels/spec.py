@@ -1,0 +1,89 @@
+"""What tests, the AOT gate and the benchmarks need to know of an op: data, not a framework.
+
+`OPS` names the folders. `specs()` imports `gs_kernels.<folder>.spec` for each and returns every `OpSpec` found in its
+`SPECS`. A new op is one folder and one word here; conformance, gradients, fences, AOT gate and benchmark come with its spec.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+
+OPS: tuple[str, ...] = ("fake_quant", "observe")
+
+Shape: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tol:
+    """Agreement with the reference: `|got - want| <= atol + rtol * |want|` element by element. `Tol(0, 0)` is bit-exact."""
+
+    rtol: float
+    atol: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """nbytes: bytes that must cross HBM once. flops: floating-point operations that cannot be avoided."""
+
+    nbytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: `run(*args, **kwargs)`. `grad_args` are the positions in args that may require a gradient."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    grad_args: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """One launch to compile without a GPU: `launch()` calls the op's own launcher on meta tensors.
+
+    Bounds are for the whole kernel, on every target unless said: no spills ever; `max_regs` per thread;
+    `max_instructions` issued per element by one thread (NVIDIA targets), `elements` being what one program handles.
+    """
+
+    name: str
+    launch: Callable[[], Any]
+    elements: int
+    max_regs: int = 128
+    wide_loads: bool = True
+    mma: str | None = None
+    max_instructions: float | None = None
+    targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """run: the public op. ref: the oracle, same arguments. make(shape, dtype, device, generator): inputs of one call.
+
+    grad_tol: agreement of each gradient with the one autograd gives through `ref`, relative to its RMS.
+    library: other providers to time, by name; each takes the same arguments.
+    backward: True when the benchmark also times forward + backward.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    ref: Callable[..., Any]
+    make: Callable[[Shape, torch.dtype, torch.device, torch.Generator], Case]
+    cost: Callable[[Shape, torch.dtype], Cost]
+    tol: Mapping[torch.dtype, Tol]
+    test_shapes: tuple[Shape, ...]
+    bench_shapes: Mapping[str, tuple[Shape, ...]]
+    grad_tol: Mapping[torch.dtype, float] = field(default_factory=dict)
+    library: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    aot: tuple[AotCase, ...] = ()
+    backward: bool = False
+    backward_cost: Callable[[Shape, torch.dtype], Cost] | None = None
+
+
+def specs() -> tuple[OpSpec, ...]:
+    return tuple(spec for folder in OPS for spec in importlib.import_module(f"gs_kernels.{folder}.spec").SPECS)
