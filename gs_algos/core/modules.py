@@ -1,0 +1,85 @@
+"""Modules and parameters of a live model by qualified name, aware of modules and parameters that have several names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+
+def canonical_names(model: nn.Module) -> dict[int, str]:
+    """`id(module) -> first qualified name`, the name that `model.named_modules()` gives a module registered twice."""
+    return {id(module): name for name, module in model.named_modules()}
+
+
+def names_of(model: nn.Module, module: nn.Module) -> tuple[str, ...]:
+    """Every qualified name under which this very object is registered, in registration order."""
+    return tuple(name for name, found in model.named_modules(remove_duplicate=False) if found is module)
+
+
+def get_module(model: nn.Module, name: str) -> nn.Module:
+    """The module registered at a qualified name; "" is the model itself.
+
+    Raises:
+        ValueError: if no module has this name.
+    """
+    module = model
+    for i, part in enumerate(name.split(".") if name else []):
+        child = module._modules.get(part)
+        if child is None:
+            parent = ".".join(name.split(".")[:i]) or "the root"
+            has = ", ".join(module._modules) or "no children"
+            raise ValueError(f"get_module: name must be a module of the model, got {name!r}; {parent} has {has}")
+        module = child
+    return module
+
+
+def set_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Puts `new` at a qualified name, and at every other name of the module it replaces, so that sharing survives.
+
+    What is new in `new` takes over the training flag of the module it replaces.
+
+    Raises:
+        ValueError: if no module has this name, or it is the model itself.
+    """
+    old = get_module(model, name)
+    if old is model:
+        raise ValueError(f"set_module: name must be inside the model, got {name!r}; the root cannot be replaced in place")
+    known = {id(module) for module in model.modules()}
+    for module in new.modules():
+        if id(module) not in known:  # a module wrapped by `new` keeps its own flag
+            module.training = old.training
+    slots = [
+        (parent, key)
+        for parent in model.modules()
+        for key, child in parent._modules.items()
+        if child is old and parent is not new
+    ]
+    for parent, key in slots:
+        parent._modules[key] = new
+
+
+def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules without children, each object once, under its canonical name, in registration order."""
+    for name, module in model.named_modules():
+        if not module._modules:
+            yield name, module
+
+
+def parameter_owners(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """`id(parameter) -> its qualified names`, one name per owning module: more than one means tied weights.
+
+    A module registered twice owns its parameters once. A parametrised weight is listed as its `original`.
+    """
+    owners: dict[int, tuple[str, ...]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                qualified = f"{name}.{key}" if name else key
+                owners[id(parameter)] = (*owners.get(id(parameter), ()), qualified)
+    return owners
+
+
+def parent_name(name: str) -> str:
+    """Qualified name of the module that holds a module or parameter; "" for the root."""
+    return name.rpartition(".")[0]

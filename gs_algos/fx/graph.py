@@ -1,0 +1,39 @@
+"""The site graph: one node list for every way of capturing a model, with the qualified names of the live modules.
+
+A graph is a lens: rewrites change the live modules at the names found here, never the graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation of the captured forward pass."""
+
+    index: int  # position in SiteGraph.nodes, which is execution order
+    op: str  # canonical name (gs_algos/fx/ops.py), "input", "output" or "other"
+    inputs: tuple[int, ...]  # indices of the producing nodes in argument order; parameters and buffers are not inputs
+    users: tuple[int, ...]  # indices of the nodes that read this output, each once
+    module: str | None  # qualified name of the live leaf module whose whole forward is this op; None: functional
+    scope: str  # qualified name of the innermost live module that ran it, "" for the root
+    weight: str | None  # qualified name of the parameter used as weight; None: there is none, or it is computed
+    target: str  # as the tracer calls it, for messages
+
+
+@dataclass(frozen=True)
+class SiteGraph:
+    """The nodes of one forward pass, and how they were found.
+
+    Rungs: "export" and "symbolic_trace" know every edge; "children" knows the edges inside each traced child;
+    "walk" knows no edge, only which leaf modules ran, in what order and how often.
+    """
+
+    rung: str
+    nodes: tuple[Node, ...]
+    notes: tuple[str, ...]  # why each higher rung failed, first line of the tracer's own words
+
+    def calls(self, module: str) -> tuple[Node, ...]:
+        """Every call of the leaf module of this qualified name."""
+        return tuple(node for node in self.nodes if node.module == module)
