@@ -1,0 +1,23 @@
+"""Functions on tensors that quantize: the public ops, and nothing else. Importing it loads no triton, asks no GPU."""
+
+from gs_kernels.dispatch import UnsupportedError
+from gs_kernels.fake_quant.op import dequantize, fake_quant, quantize
+from gs_kernels.formats import Granularity, IntFormat, PerChannel, PerGroup, PerTensor
+from gs_kernels.observe.op import dynamic_fake_quant, minmax, observe_fake_quant
+from gs_kernels.observe.qparams import choose_qparams
+
+__all__ = [
+    "Granularity",
+    "IntFormat",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "UnsupportedError",
+    "choose_qparams",
+    "dequantize",
+    "dynamic_fake_quant",
+    "fake_quant",
+    "minmax",
+    "observe_fake_quant",
+    "quantize",
+]

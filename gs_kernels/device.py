@@ -10,7 +10,10 @@ import torch
 
 @dataclass(frozen=True)
 class Capabilities:
-    """name: as the driver says it. sm: 90 for compute capability 9.0. shared_bytes: per block, opt-in. sm_count: processors."""
+    """name: as the driver says it. sm: 90 for compute capability 9.0. shared_bytes: per block, opt-in.
+
+    sm_count: number of processors.
+    """
 
     name: str
     sm: int

@@ -43,7 +43,7 @@ def choose(op: str, impls: Sequence[Impl], *args: Any) -> Impl:
     forced = os.environ.get("GS_BACKEND")
     if forced and forced not in {impl.name for impl in impls}:
         raise UnsupportedError(
-            f"{op}: GS_BACKEND must be one of {', '.join(impl.name for impl in impls)}, got {forced!r}; unset GS_BACKEND"
+            f"{op}: GS_BACKEND must be one of {', '.join(impl.name for impl in impls)}, got {forced!r}; unset it"
         )
     refusals: list[str] = []
     for impl in impls:
@@ -60,10 +60,10 @@ def choose(op: str, impls: Sequence[Impl], *args: Any) -> Impl:
 
 
 def is_eager(*tensors: torch.Tensor) -> bool:
-    """True if these are real tensors outside any tracing: only then may a body call a compiled function or look at values."""
+    """True if these are real tensors outside any tracing: only then may a body call compiled code or look at values."""
     return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
         and all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
     )
 

@@ -45,7 +45,8 @@ class PerChannel:
 class PerGroup:
     """One scale per `size` consecutive elements of the last axis: scale has shape `[x.numel() // size]`, row-major.
 
-    `size` must divide the last axis. A conv weight `[O, C, R, S]` is grouped along its flattened `C*R*S`.
+    A row is everything under one index of the first axis, flattened: K of a linear weight `[N, K]`, `C*R*S` of a conv
+    weight `[O, C, R, S]`. `size` must divide it, so that no group holds elements of two rows.
     """
 
     size: int
@@ -56,3 +57,5 @@ class PerGroup:
 
 
 Granularity: TypeAlias = PerTensor | PerChannel | PerGroup
+
+PER_TENSOR = PerTensor()

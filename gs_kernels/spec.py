@@ -1,7 +1,7 @@
 """What tests, the AOT gate and the benchmarks need to know of an op: data, not a framework.
 
 `OPS` names the folders. `specs()` imports `gs_kernels.<folder>.spec` for each and returns every `OpSpec` found in its
-`SPECS`. A new op is one folder and one word here; conformance, gradients, fences, AOT gate and benchmark come with its spec.
+`SPECS`. A new op is one folder and one word here; conformance, gradients, fences, AOT gate and benchmark come with it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Shape: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True)
 class Tol:
-    """Agreement with the reference: `|got - want| <= atol + rtol * |want|` element by element. `Tol(0, 0)` is bit-exact."""
+    """Agreement with the reference, element by element: `|got - want| <= atol + rtol * |want|`. Tol(0, 0) is exact."""
 
     rtol: float
     atol: float

@@ -1,0 +1,1 @@
+"""Ranges of tensors, alone or in the same pass as fake-quant."""

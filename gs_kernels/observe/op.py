@@ -1,0 +1,183 @@
+"""Ranges of tensors, and fake-quant in the same pass: checks, implementations, registration, gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gs_kernels.dispatch import Impl, choose, is_eager
+from gs_kernels.fake_quant.checks import (
+    check_granularity,
+    check_grid,
+    check_input,
+    check_qparams,
+    check_values,
+)
+from gs_kernels.fake_quant.op import gradient, granularity_of, like, save_for_gradient
+from gs_kernels.formats import PER_TENSOR, Granularity
+from gs_kernels.observe.ref import dynamic_fake_quant_ref, minmax_ref, observe_fake_quant_ref
+from gs_kernels.registration import SOURCE, register
+
+
+def _ref_minmax(x: Tensor, axis: int, group: int) -> tuple[Tensor, Tensor]:
+    return minmax_ref(x, granularity=granularity_of(axis, group))
+
+
+def _ref_dynamic(
+    x: Tensor, qmin: int, qmax: int, symmetric: bool, axis: int, group: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, scale, zero = dynamic_fake_quant_ref(
+        x, qmin=qmin, qmax=qmax, symmetric=symmetric, granularity=granularity_of(axis, group)
+    )
+    return like(y, x), scale, zero
+
+
+def _ref_observe(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor, Tensor]:
+    y, x_min, x_max = observe_fake_quant_ref(x, scale, zero, qmin=qmin, qmax=qmax)
+    return like(y, x), x_min, x_max
+
+
+def _runs_anywhere(*_: object) -> list[str]:
+    return []
+
+
+MINMAX = (Impl("ref", _ref_minmax, _runs_anywhere),)
+DYNAMIC = (Impl("ref", _ref_dynamic, _runs_anywhere),)
+OBSERVE = (Impl("ref", _ref_observe, _runs_anywhere),)
+
+
+def _minmax(x: Tensor, axis: int, group: int, source: str = "") -> tuple[Tensor, Tensor]:
+    return choose("minmax", MINMAX, x, axis, group).run(x, axis, group)
+
+
+def _dynamic(
+    x: Tensor, qmin: int, qmax: int, symmetric: bool, axis: int, group: int, source: str = ""
+) -> tuple[Tensor, Tensor, Tensor]:
+    args = (x.detach(), qmin, qmax, symmetric, axis, group)
+    return choose("dynamic_fake_quant", DYNAMIC, *args).run(*args)
+
+
+def _observe(
+    x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, source: str = ""
+) -> tuple[Tensor, Tensor, Tensor]:
+    args = (x.detach(), scale.detach(), zero.detach(), qmin, qmax)
+    return choose("observe_fake_quant", OBSERVE, *args).run(*args)
+
+
+register('minmax(Tensor x, int axis, int group, str source="") -> (Tensor, Tensor)', _minmax)
+register(
+    "dynamic_fake_quant(Tensor x, int qmin, int qmax, bool symmetric, int axis, int group,"
+    ' str source="") -> (Tensor, Tensor, Tensor)',
+    _dynamic,
+)
+register(
+    "observe_fake_quant(Tensor x, Tensor scale, Tensor zero, int qmin, int qmax,"
+    ' str source="") -> (Tensor, Tensor, Tensor)',
+    _observe,
+)
+
+
+def _setup_dynamic(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, qmin, qmax, _, axis, group, _ = inputs
+    _, scale, zero = output
+    save_for_gradient(ctx, x, scale, zero, (qmin, qmax, axis, group))
+    ctx.mark_non_differentiable(scale, zero)
+
+
+def _dynamic_gradient(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return gradient(ctx, dy, learned=False)[0], None, None, None, None, None, None
+
+
+def _setup_observe(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, scale, zero, qmin, qmax, _ = inputs
+    save_for_gradient(ctx, x, scale, zero, (qmin, qmax, -1, 0))
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _observe_gradient(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    return *gradient(ctx, dy, learned), None, None, None
+
+
+torch.library.register_autograd("gs_kernels::dynamic_fake_quant", _dynamic_gradient, setup_context=_setup_dynamic)
+torch.library.register_autograd("gs_kernels::observe_fake_quant", _observe_gradient, setup_context=_setup_observe)
+
+
+def minmax(x: Tensor, *, granularity: Granularity = PER_TENSOR) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest value of each channel; NaN if the channel holds one. No gradient.
+
+    Args:
+        x: `[...]`, fp32 / fp16 / bf16, any strides, as for `fake_quant`.
+        granularity: which elements are one channel.
+
+    Returns:
+        x_min, x_max: `[C]` fp32.
+
+    Raises:
+        ValueError, TypeError: if x is empty, its dtype is none of the above, or the granularity does not fit its shape.
+    """
+    check_input("minmax", x)
+    axis, group, _ = check_granularity("minmax", x, granularity)
+    return torch.ops.gs_kernels.minmax(x.detach(), axis, group, SOURCE)
+
+
+def dynamic_fake_quant(
+    x: Tensor, *, qmin: int, qmax: int, symmetric: bool, granularity: Granularity = PER_TENSOR
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fake-quant with the scale of x itself: `minmax`, then `choose_qparams`, then `fake_quant`, in one launch per row.
+
+    The gradient goes to x only, straight through, scale and zero being constants. For weights, each step.
+
+    Args:
+        x: `[...]`, fp32 / fp16 / bf16, any strides, as for `fake_quant`.
+        qmin: smallest level, e.g. -8 for int4.
+        qmax: largest level, e.g. 7 for int4.
+        symmetric: range centred on 0, see `choose_qparams`.
+        granularity: which elements share a scale.
+
+    Returns:
+        y with shape, dtype and strides of x; scale, zero: `[C]` fp32, without gradient. A channel that holds NaN or Inf
+            becomes NaN.
+
+    Raises:
+        ValueError, TypeError: as `fake_quant`.
+
+    Source: Jacob et al. 2018, arXiv:1712.05877, section 3.
+    """
+    check_input("dynamic_fake_quant", x)
+    check_grid("dynamic_fake_quant", qmin, qmax)
+    axis, group, _ = check_granularity("dynamic_fake_quant", x, granularity)
+    return torch.ops.gs_kernels.dynamic_fake_quant(x, qmin, qmax, symmetric, axis, group, SOURCE)
+
+
+def observe_fake_quant(
+    x: Tensor, scale: Tensor, zero: Tensor, *, qmin: int, qmax: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fake_quant` per tensor with the given scale and, in the same pass over x, its smallest and largest value.
+
+    Gradients as `fake_quant`; the range has none. For activations during training: the range feeds a running average
+    that gives the scale of the next step.
+
+    Args:
+        x: `[...]`, fp32 / fp16 / bf16, any strides, as for `fake_quant`.
+        scale: `[1]` fp32, as for `fake_quant`.
+        zero: `[1]` fp32, as for `fake_quant`.
+        qmin: smallest level, e.g. 0 for uint8.
+        qmax: largest level, e.g. 255 for uint8.
+
+    Returns:
+        y with shape, dtype and strides of x; x_min, x_max: `[1]` fp32, NaN if x holds one.
+
+    Raises:
+        ValueError, TypeError: as `fake_quant`.
+
+    Source: Jacob et al. 2018, arXiv:1712.05877, section 3.1.
+    """
+    check_input("observe_fake_quant", x)
+    check_grid("observe_fake_quant", qmin, qmax)
+    check_qparams("observe_fake_quant", x, scale, zero, 1)
+    if scale.device.type == "cpu" and is_eager(x, scale, zero):
+        check_values("observe_fake_quant", scale, zero)
+    return torch.ops.gs_kernels.observe_fake_quant(x, scale, zero, qmin, qmax, SOURCE)

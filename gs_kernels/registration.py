@@ -1,0 +1,50 @@
+"""How an op becomes a `torch.library` op that eager mode, autograd, `torch.compile` and `torch.export` all understand.
+
+`torch.library.triton_op` does the same and imports triton at registration, which importing gs_kernels must not.
+An op has one body. It runs as it is in eager mode and on fake tensors; AOTAutograd traces through it, so that a
+compiler sees a Triton launch on a GPU and elsewhere plain ATen, which it can fuse. `torch.export` keeps one node.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+
+NAMESPACE = "gs_kernels"
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def _hash_sources() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+# every op takes this as its last argument: compiler caches know an op by name and arguments, not by what its body does
+SOURCE = _hash_sources()
+
+
+def register(schema: str, body: Callable[..., Any]) -> None:
+    """Defines `gs_kernels::<schema>` with one body for every device, for fake tensors and for tracing."""
+    name = schema.partition("(")[0]
+    qualified = f"{NAMESPACE}::{name}"
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, body, lib=_library)
+
+    def decompose(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+        from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+        if custom_triton_ops_decomposition_disabled():
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        with mode:
+            return body(*args, **(kwargs or {}))
+
+    torch.library.register_torch_dispatch(qualified, FunctionalTensorMode, decompose, lib=_library)
