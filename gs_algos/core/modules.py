@@ -44,7 +44,9 @@ def set_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """
     old = get_module(model, name)
     if old is model:
-        raise ValueError(f"set_module: name must be inside the model, got {name!r}; the root cannot be replaced in place")
+        raise ValueError(
+            f"set_module: name must be inside the model, got {name!r}; the root cannot be replaced in place"
+        )
     known = {id(module) for module in model.modules()}
     for module in new.modules():
         if id(module) not in known:  # a module wrapped by `new` keeps its own flag

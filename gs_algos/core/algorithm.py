@@ -1,0 +1,118 @@
+"""The interface every algorithm has: plan, apply, step, loss, convert, summary; and how a model remembers what was done to it."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from gs_algos.core.plan import Plan
+
+Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+Loss = TypeVar("Loss", bound=Callable[..., Any])
+HISTORY = "_golden_stick_history"
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """Base of every algorithm's options: frozen, checked in `__post_init__`, made of plain JSON values."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Algorithm(ABC):
+    """One way to compress a model.
+
+    `plan(model, inputs)` says what would happen · `apply(model, inputs)` prepares the live model · `step()` after each
+    optimizer step · `convert(model)` gives the compressed network, checked against the trained one · `summary(model)`.
+    """
+
+    name: ClassVar[str]
+    config: AlgorithmConfig
+
+    @abstractmethod
+    def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:
+        """The dry run: every layer, what will be done to it or why not. Touches nothing."""
+
+    @abstractmethod
+    def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
+        """Prepares the live model for training and returns it. Float state_dict keys stay as they are."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Moves the schedules and the observed ranges on by one. Call it after every optimizer step, on every rank."""
+
+    def loss(self, fn: Loss) -> Loss:
+        """The loss to train with; an algorithm without a term of its own returns `fn`."""
+        return fn
+
+    @abstractmethod
+    def convert(self, model: nn.Module, example_inputs: Inputs | None = None) -> nn.Module:
+        """Replaces the trained layers by their compressed form, and raises if the outputs differ."""
+
+    @abstractmethod
+    def summary(self, model: nn.Module) -> str:
+        """A table of the compressed layers: bits, bytes, and the arithmetic each one runs in."""
+
+    @classmethod
+    @abstractmethod
+    def resume(cls, model: nn.Module) -> Self:
+        """The algorithm of a prepared model that `load` gave back, at the step where it was saved."""
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
+        """Gives a freshly built float model the structure that a history entry describes; its tensors are loaded afterwards."""
+
+
+def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of one forward call: a tensor, a tuple of positional inputs, or a mapping of keyword inputs."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+def history(model: nn.Module) -> list[dict[str, Any]]:
+    """What was done to the model, oldest first: `{"algorithm", "stage": "prepared" | "converted", "config", "plan", "steps"}`."""
+    return list(getattr(model, HISTORY, []))
+
+
+def remember(model: nn.Module, entry: dict[str, Any]) -> None:
+    """Appends to the model's history; an entry of the same algorithm that was only prepared is replaced."""
+    entries = history(model)
+    if entries and entries[-1]["algorithm"] == entry["algorithm"] and entries[-1]["stage"] == "prepared":
+        entries.pop()
+    model.__dict__[HISTORY] = [*entries, entry]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's own training flag is put back."""
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def run(model: nn.Module, inputs: Inputs, who: str) -> Any:
+    """`model(inputs)`; an error becomes a ValueError that says whose inputs they were."""
+    args, kwargs = split_inputs(inputs)
+    try:
+        return model(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"{who}: the inputs must run through the model, got {type(error).__name__}: {error}"
+        ) from error

@@ -1,0 +1,172 @@
+"""Saving and loading a compressed or prepared model: one safetensors file and one JSON, never pickle.
+
+`golden_stick.json` names the tensor file by its content, so replacing the JSON (atomic) is what makes a new checkpoint
+valid: a save that is killed leaves the old one whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from gs_algos.core.algorithm import history, remember
+from gs_algos.core.registry import algorithm_class
+
+FORMAT = "golden-stick"
+VERSION = 1
+INDEX = "golden_stick.json"
+
+
+def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
+    """Writes the model's tensors and its history into `directory`, which is made if needed. Exact, also for prepared models.
+
+    Raises:
+        ValueError: if no algorithm was applied to the model, or a tensor is sharded or has no data.
+    """
+    if not history(model):
+        raise ValueError("save: the model must have been through an algorithm's apply, got one without history")
+    tensors, aliases = _unique_tensors(model)
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = to_bytes(tensors)
+    digest = hashlib.sha256(data).hexdigest()
+    name = f"model-{digest[:16]}.safetensors"
+    index = {
+        "format": FORMAT,
+        "version": VERSION,
+        "history": history(model),
+        "tensors": {"file": name, "sha256": digest, "nbytes": len(data)},
+        "aliases": aliases,
+    }
+    write_atomically(folder / name, data)
+    write_atomically(folder / INDEX, json.dumps(index, indent=1).encode())
+    for stale in folder.glob("model-*.safetensors"):
+        if stale.name != name:
+            stale.unlink()
+    return folder
+
+
+def load(directory: str | os.PathLike[str], build_model: Callable[[], nn.Module]) -> nn.Module:
+    """The saved model: `build_model()` makes the float network, the saved history reshapes it, the tensors fill it.
+
+    Raises:
+        ValueError: if the folder is no checkpoint, is of a newer version, is damaged, or does not fit the built model.
+    """
+    folder = Path(directory)
+    index = read_index(folder)
+    state = _read_tensors(folder, index)
+    model = build_model()
+    for entry in index["history"]:
+        model = algorithm_class(entry["algorithm"]).restore(model, entry)
+        remember(model, entry)
+    _fill(model, state, index["aliases"], folder)
+    return model
+
+
+def read_index(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON of a checkpoint, checked.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    path = Path(directory) / INDEX
+    if not path.is_file():
+        raise ValueError(
+            f"load: the folder must hold a {INDEX}, got {directory}; give a folder written by gs_algos.save"
+        )
+    try:
+        index = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"load: {path} must be JSON, got {error}; the checkpoint is damaged") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise ValueError(f"load: {path} must be of format {FORMAT!r}, got a foreign file")
+    if index.get("version") != VERSION:
+        raise ValueError(f"load: the version must be {VERSION}, got {index.get('version')!r}; update golden-stick")
+    missing = {"history", "tensors", "aliases"} - index.keys()
+    if missing:
+        raise ValueError(f"load: {path} must have {', '.join(sorted(missing))}; the checkpoint is damaged")
+    return index
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes beside the target and renames, so that a reader sees the old file or the new one, whole."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict with every storage once, and for each other name the one it shares with."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for key, tensor in model.state_dict().items():
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+            raise ValueError(
+                f"save: {key} must be a plain tensor with data, got {type(tensor).__name__}; unshard it first"
+            )
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in seen:
+            aliases[key] = seen[place]
+            continue
+        seen[place] = key
+        tensors[key] = tensor.detach().cpu().contiguous()
+    return tensors, aliases
+
+
+def _read_tensors(folder: Path, index: dict[str, Any]) -> dict[str, Tensor]:
+    facts = index["tensors"]
+    path = folder / facts["file"]
+    if not path.is_file():
+        raise ValueError(f"load: {folder} must hold {facts['file']}, which is missing; the checkpoint is incomplete")
+    if path.stat().st_size != facts["nbytes"]:
+        raise ValueError(f"load: {path} must have {facts['nbytes']} bytes, got {path.stat().st_size}; it is truncated")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != facts["sha256"]:
+        raise ValueError(f"load: {path} must have SHA-256 {facts['sha256']}, got {digest}; the file is damaged")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"load: {path} must be a safetensors file, got {error}") from error
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], aliases: dict[str, str], folder: Path) -> None:
+    state = {**state, **{key: state[source] for key, source in aliases.items()}}
+    own = model.state_dict()
+    lacking, foreign = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if lacking or foreign:
+        raise ValueError(
+            f"load: build_model must make the network that {folder} was saved from; it has {_some(lacking)} "
+            f"that the checkpoint lacks, and lacks {_some(foreign)}"
+        )
+    for key, tensor in own.items():
+        if tensor.shape != state[key].shape or tensor.dtype != state[key].dtype:
+            raise ValueError(
+                f"load: {key} must be {tuple(tensor.shape)} {tensor.dtype}, got {tuple(state[key].shape)} "
+                f"{state[key].dtype} in {folder}; build_model must make the same network"
+            )
+    with torch.no_grad():
+        model.load_state_dict(state)
+
+
+def _some(keys: list[str]) -> str:
+    return (", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")) if keys else "nothing"

@@ -1,0 +1,276 @@
+"""From fake-quantized layers to integer codes and scales, each compared with the layer it replaces on the same input."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+from gs_algos.core.algorithm import Inputs, evaluating, run
+from gs_algos.core.modules import get_module, set_module
+from gs_algos.core.plan import PlanRow, render
+from gs_algos.qat.prepare import JOINS
+from gs_algos.quant.layers import FakeQuantized, Folded, affine, running_mean, running_sigma
+from gs_algos.quant.quantized import QuantizedConv, QuantizedLayer, QuantizedLinear, StaticQuantizer, geometry_of
+from gs_algos.quant.quantizers import ActivationQuantizer
+from gs_algos.quant.scheme import Scheme
+from gs_kernels import quantize
+
+# relative to the RMS of the trained layer's output: accumulation order only, in the dtype the layer computes in
+LAYER_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# whole networks: a value on the edge of two codes may fall on either side, and the next layers see one step of difference
+OUTPUT_TOLERANCE = {torch.float32: 5e-2, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the converted network is from the trained one, as RMS of the difference over RMS of the trained output."""
+
+    worst_layer: str
+    layer_error: float
+    output_error: float
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a layer of the trained network was given, and what came out behind its batch norm."""
+
+    x: Tensor
+    y: Tensor
+
+
+def convert_model(model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inputs) -> Parity:
+    """Replaces every planned layer in the live model; the model is as it was if a comparison fails.
+
+    Raises:
+        RuntimeError: if a layer was not called on the example inputs, is sharded, or differs once converted.
+    """
+    layer_rows = [row for row in rows if row.action != "keep" and row.kind not in JOINS]
+    with evaluating(model):
+        calls, want = _record(model, layer_rows, example_inputs)
+        replacements = {row.site: quantized_layer(model, row) for row in layer_rows}
+        errors = {row.site: _layer_error(row, replacements[row.site], calls) for row in layer_rows}
+        with _swapped_in(model, rows, replacements):
+            got = _tensors(run(model, example_inputs, "convert"))
+            output_error = max((relative_error(g, w) for g, w in zip(got, want, strict=True)), default=0.0)
+            _refuse_difference("the network", output_error, OUTPUT_TOLERANCE, want[0].dtype if want else torch.float32)
+    worst = max(errors, key=lambda site: errors[site])
+    return Parity(worst, errors[worst], output_error)
+
+
+def quantized_layer(model: nn.Module, row: PlanRow) -> QuantizedLayer:
+    """The converted form of one trained layer, batch norm folded in: codes exactly those of the trained forward."""
+    layer = _trained(model, row.site)
+    if type(layer.weight) not in (Tensor, nn.Parameter):
+        kind = type(layer.weight).__name__
+        raise RuntimeError(f"convert: {row.site}.weight must be a whole tensor, got {kind}; unshard the model first")
+    scheme = layer.weight_quantizer.scheme
+    folded = layer.folded_weight().detach()
+    scale, zero = layer.weight_quantizer.qparams(folded)
+    codes = quantize(folded, scale, zero, qmin=scheme.qmin, qmax=scheme.qmax, granularity=scheme.granularity)
+    bias = layer.bias
+    bn = _batch_norm(model, row)
+    if bn is not None:
+        slope, bias = _epilogue(layer, bn)
+        scale, zero = _times_slope(scale, zero, slope)
+    new = empty_layer(layer, row, bias is not None, scale.numel(), _output_scheme(layer, bn))
+    new.codes.copy_(codes)
+    new.scale.copy_(scale)
+    new.zero.copy_(zero)
+    if bias is not None:
+        new.bias.copy_(bias)
+    for trained, static in (
+        (layer.input_quantizer, new.input_quantizer),
+        (_output_quantizer(layer, bn), new.output_quantizer),
+    ):
+        if static is not None:
+            static.scale.copy_(trained.scale)
+            static.zero.copy_(trained.zero.round())
+    return new.eval()
+
+
+def empty_layer(layer: nn.Module, row: PlanRow, bias: bool, scales: int, output: Scheme | None) -> QuantizedLayer:
+    """A converted layer of the right shapes, its tensors still to be filled."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    act = None if row.settings["act"] is None else Scheme.parse(row.settings["act"], "act")
+    options: dict[str, Any] = {
+        "shape": tuple(weight.shape),
+        "scheme": Scheme.parse(row.settings["weight"], "weight"),
+        "bias": bias,
+        "input": act if getattr(layer, "input_quantizer", None) is not None else None,
+        "output": output,
+        "scales": scales,
+        "dtype": weight.dtype,
+    }
+    linear = isinstance(layer, nn.Linear)
+    new = QuantizedLinear(**options) if linear else QuantizedConv(geometry_of(layer), **options)
+    return new.to(weight.device)
+
+
+def install_converted(model: nn.Module, rows: Sequence[PlanRow]) -> None:
+    """Gives a freshly prepared model the structure of a converted one; the tensors are loaded afterwards."""
+    replacements = {}
+    for row in rows:
+        if row.action == "keep" or row.kind in JOINS:
+            continue
+        layer, bn = _trained(model, row.site), _batch_norm(model, row)
+        slope = None if bn is None else torch.ones(layer.weight.shape[0])
+        scale = layer.weight_quantizer.scale.detach().cpu()
+        n = scale.numel() if slope is None else _times_slope(scale, scale, slope)[0].numel()
+        bias = layer.bias is not None or bn is not None
+        replacements[row.site] = empty_layer(layer, row, bias, n, _output_scheme(layer, bn))
+    with _swapped_in(model, rows, replacements):
+        pass
+
+
+def summary_of(model: nn.Module) -> str:
+    """A table of the quantized layers of a prepared or converted model, with bytes and the arithmetic of each."""
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantized):
+            act = module.input_quantizer or module.output_quantizer
+            rows.append(
+                (name, str(module.weight_quantizer.scheme), act.scheme if act else "float", "", "fake-quant in float")
+            )
+        elif isinstance(module, QuantizedLayer):
+            quantizer = module.input_quantizer or module.output_quantizer
+            act_scheme = quantizer.scheme if quantizer else "float"
+            rows.append((name, str(module.scheme), act_scheme, f"{module.nbytes():,}", module.path()))
+    return render(("layer", "weight", "activation", "bytes", "runs as"), rows)
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """RMS of the difference over RMS of `want`; infinite if either is not finite where the other is."""
+    got, want = got.float(), want.float()
+    error = (got - want).square().mean().sqrt() / want.square().mean().sqrt().clamp(min=1e-12)
+    return float(error) if bool(error.isfinite()) else float("inf")
+
+
+def _trained(model: nn.Module, site: str) -> FakeQuantized:
+    layer = get_module(model, site)
+    if not isinstance(layer, FakeQuantized):
+        raise RuntimeError(f"convert: {site} must be the layer that apply prepared, got {type(layer).__name__}")
+    return layer
+
+
+def _batch_norm(model: nn.Module, row: PlanRow) -> _BatchNorm | None:
+    bn = None if row.settings["bn"] is None else get_module(model, row.settings["bn"])
+    assert bn is None or isinstance(bn, _BatchNorm)
+    return bn
+
+
+def _output_quantizer(layer: FakeQuantized, bn: _BatchNorm | None) -> Any:
+    """What quantizes the layer's output: its own, or the one behind the batch norm that goes with it."""
+    return layer.output_quantizer if layer.output_quantizer is not None else getattr(bn, "output_quantizer", None)
+
+
+def _output_scheme(layer: FakeQuantized, bn: _BatchNorm | None) -> Scheme | None:
+    quantizer = _output_quantizer(layer, bn)
+    return None if quantizer is None else quantizer.scheme
+
+
+def _epilogue(layer: FakeQuantized, bn: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """(slope, bias) `[O]` fp32 with `BN(conv(x, W) + b) = slope * conv(x, W_quantized) + bias` in eval mode."""
+    gamma, beta = affine(bn)
+    sigma = running_sigma(bn)
+    slope = layer.factor()[1] if isinstance(layer, Folded) else gamma / sigma
+    offset = -running_mean(bn) if layer.bias is None else layer.bias.float() - running_mean(bn)
+    return slope, beta + gamma / sigma * offset
+
+
+def _times_slope(scale: Tensor, zero: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """scale `[C]` times slope `[O]`, C = 1, O or O * G; one scale for all becomes one per output unless slope is all ones."""
+    if bool((slope == 1).all()) and scale.numel() == 1:
+        return scale, zero
+    per_output = scale.view(slope.numel(), -1) if scale.numel() > 1 else scale.expand(slope.numel(), 1)
+    return (per_output * slope[:, None]).flatten(), zero.view(-1).expand(
+        per_output.numel()
+    ) if zero.numel() == 1 else zero
+
+
+@contextlib.contextmanager
+def _swapped_in(model: nn.Module, rows: Sequence[PlanRow], replacements: dict[str, QuantizedLayer]) -> Iterator[None]:
+    """Puts the converted layers in place; an error inside puts the trained ones back."""
+    new: dict[str, nn.Module] = dict(replacements)
+    for row in rows:
+        if row.action == "keep":
+            continue
+        if row.kind not in JOINS and row.settings["bn"] is not None:
+            new[row.settings["bn"]] = nn.Identity()
+    frozen: dict[str, nn.Module] = {}
+    old = {name: get_module(model, name) for name in new}
+    for name, module in new.items():
+        set_module(model, name, module)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ActivationQuantizer):
+            frozen[name] = module
+            set_module(model, name, _static(module))
+    try:
+        yield
+    except BaseException:
+        for name, module in {**frozen, **old}.items():
+            set_module(model, name, module)
+        raise
+
+
+def _static(quantizer: ActivationQuantizer) -> StaticQuantizer:
+    """The frozen form of an activation quantizer that sits in a module of its own (the operands of an add)."""
+    static = StaticQuantizer(quantizer.scheme, quantizer.scale.device)
+    static.scale.copy_(quantizer.scale.detach())
+    static.zero.copy_(quantizer.zero.detach().round())
+    return static
+
+
+def _record(model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inputs) -> tuple[dict[str, _Call], list[Tensor]]:
+    """One eval forward of the trained model: every planned layer's call, and the network's output tensors."""
+    seen: dict[str, Tensor] = {}
+    handles = []
+
+    def remember(key: str, pick: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            seen[key] = (args[0] if pick == 0 else output).detach()
+
+        return hook
+
+    for row in rows:
+        behind = row.settings["bn"] or row.site
+        handles.append(get_module(model, row.site).register_forward_hook(remember(f"{row.site} x", 0)))
+        handles.append(get_module(model, behind).register_forward_hook(remember(f"{row.site} y", 1)))
+    try:
+        want = _tensors(run(model, example_inputs, "convert"))
+    finally:
+        for handle in handles:
+            handle.remove()
+    missed = [row.site for row in rows if f"{row.site} y" not in seen]
+    if missed:
+        raise RuntimeError(
+            f"convert: every planned layer must run on the example inputs, got none for {', '.join(missed)}"
+        )
+    return {row.site: _Call(seen[f"{row.site} x"], seen[f"{row.site} y"]) for row in rows}, want
+
+
+def _layer_error(row: PlanRow, new: QuantizedLayer, calls: dict[str, _Call]) -> float:
+    call = calls[row.site]
+    error = relative_error(new(call.x), call.y)
+    # behind an output quantizer an edge value may fall on either side, as at the end of a network
+    tolerance = LAYER_TOLERANCE if new.output_quantizer is None else OUTPUT_TOLERANCE
+    _refuse_difference(row.site, error, tolerance, call.y.dtype)
+    return error
+
+
+def _refuse_difference(what: str, error: float, tolerance: dict[torch.dtype, float], dtype: torch.dtype) -> None:
+    bound = tolerance.get(dtype, 0.0)
+    if not error <= bound:
+        raise RuntimeError(
+            f"convert: {what} must give the trained output within {bound:g} relative RMS, got {error:.3g}"
+        )
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]

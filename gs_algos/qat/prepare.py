@@ -1,0 +1,182 @@
+"""From a site graph to fake-quantized live layers: which layers, with which schemes, and why the others stay float."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gs_algos.core.algorithm import Inputs, split_inputs
+from gs_algos.core.modules import get_module
+from gs_algos.core.plan import Plan, PlanRow
+from gs_algos.core.rules import Rule, resolve
+from gs_algos.fx.capture import capture
+from gs_algos.fx.patterns import Match, Refusal, match
+from gs_algos.quant.layers import CONVS, FakeQuantized, give_output_quantizer, swap
+from gs_algos.quant.quantizers import ActivationQuantizer, WeightQuantizer
+from gs_algos.quant.scheme import Scheme, n_scales
+
+LAYERS = (nn.Linear, *CONVS)
+JOINS = ("add", "cat")
+
+
+@dataclass(frozen=True)
+class QuantOptions:
+    """What a quantization-aware algorithm asks of `make_plan` and `install`; see `SimQATConfig` for the meaning."""
+
+    weight: str
+    act: str | None
+    fold: str
+    fusion: bool
+    act_delayed: bool
+    weight_delayed: bool
+    freezable: bool
+    rules: tuple[Rule, ...]
+
+
+def make_plan(algorithm: str, model: nn.Module, example_inputs: Inputs, options: QuantOptions) -> Plan:
+    """Reads the model's graph and decides for every Conv and Linear. Touches nothing.
+
+    Raises:
+        ValueError: if the inputs do not run through the model, or a rule matches nothing or cannot be applied.
+    """
+    args, kwargs = split_inputs(example_inputs)
+    graph = capture(model, args, kwargs)
+    matches, refusals = match(graph, model)
+    sites = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
+    settings = resolve(options.rules, sites, {"weight": options.weight, "act": options.act}, algorithm)
+    rows = {row.site: row for row in _refused(refusals, sites)}
+    for found in matches:
+        site = found.roles.get("conv") or found.roles.get("linear")
+        if site in sites and site not in rows:
+            rows[site] = _layer_row(site, sites[site], found, settings[site], model, options)
+    for name, layer in sites.items():
+        if name not in rows:
+            rows[name] = _keep(name, layer, "not called on the example inputs")
+    joins = [_join_row(pattern, operands, options) for pattern, operands in _join_groups(matches)]
+    ordered = [rows[name] for name in sites] + [row for row in _refused(refusals, {}) if row.site not in sites]
+    return Plan(algorithm, graph.rung, tuple(ordered + joins), graph.notes)
+
+
+def install(model: nn.Module, rows: Sequence[PlanRow], options: QuantOptions) -> nn.Module:
+    """Swaps the layers that the plan's rows name, on the live model."""
+    for row in rows:
+        if row.action == "keep":
+            continue
+        if row.kind in JOINS:
+            _install_join(model, row, options)
+        else:
+            _install_layer(model, row, options)
+    return model
+
+
+def _keep(site: str, layer: nn.Module | None, reason: str) -> PlanRow:
+    return PlanRow(site, type(layer).__name__ if layer is not None else "function", "keep", reason=reason)
+
+
+def _refused(refusals: list[Refusal], sites: Mapping[str, nn.Module]) -> list[PlanRow]:
+    """One row per refused layer (or, with no sites given, per refused function and join), reasons joined."""
+    reasons: dict[str, list[str]] = {}
+    for refusal in refusals:
+        if not sites or refusal.site in sites:
+            reasons.setdefault(refusal.site, []).append(refusal.reason)
+    return [_keep(site, sites.get(site), "; ".join(dict.fromkeys(why))) for site, why in reasons.items()]
+
+
+def _layer_row(
+    site: str, layer: nn.Module, found: Match, settings: dict[str, Any] | None, model: nn.Module, options: QuantOptions
+) -> PlanRow:
+    if settings is None or settings["weight"] is None:
+        return _keep(site, layer, "left float by a rule")
+    base = next((kind for kind in LAYERS if isinstance(layer, kind)), nn.Module)
+    if type(layer).forward is not base.forward:
+        return _keep(site, layer, f"{type(layer).__name__} has a forward of its own")
+    weight = Scheme.parse(settings["weight"], "weight")
+    act = None if settings["act"] is None else Scheme.parse(settings["act"], "act")
+    try:
+        n_scales(weight.granularity, layer.weight.shape)  # type: ignore[arg-type, union-attr]
+    except ValueError as error:
+        raise ValueError(f"{site}: {error}") from error
+    bn = found.roles.get("bn")
+    fold = options.fold if bn else None
+    if bn and isinstance(layer, nn.Linear) and fold != "none":
+        fold = "none"
+    if bn and isinstance(get_module(model, bn), nn.SyncBatchNorm) and (fold == "two_conv" or options.freezable):
+        return _keep(
+            site, layer, "two_conv and freeze_bn need the batch statistics, which SyncBatchNorm keeps to itself"
+        )
+    pattern = " + ".join(_role(role, name, model) for role, name in found.roles.items())
+    detail = f"weight {weight}" + ("" if act is None else f", act {act}") + (f", fold {fold}" if fold else "")
+    return PlanRow(
+        site,
+        type(layer).__name__,
+        f"quantize {pattern}",
+        detail,
+        "",
+        {"weight": str(weight), "act": None if act is None else str(act), "bn": bn, "fold": fold},
+    )
+
+
+def _role(role: str, name: str, model: nn.Module) -> str:
+    return name[2:] if name.startswith("F.") else type(get_module(model, name)).__name__
+
+
+def _join_groups(matches: list[Match]) -> list[tuple[str, tuple[str | None, ...]]]:
+    """(pattern, operands) of every add and concat; those that read a common module share one scale and become one."""
+    groups: list[tuple[str, tuple[str | None, ...]]] = []
+    for found in (m for m in matches if m.pattern in JOINS):
+        pattern, operands = found.pattern, tuple(dict.fromkeys(found.operands))
+        if None not in operands:
+            joined = [g for g in groups if None not in g[1] and set(g[1]) & set(operands)]
+            for other in joined:
+                groups.remove(other)
+                operands = tuple(dict.fromkeys((*other[1], *operands)))
+        groups.append((pattern, operands))
+    return groups
+
+
+def _join_row(pattern: str, operands: tuple[str | None, ...], options: QuantOptions) -> PlanRow:
+    """An add or concat whose operands can share one scale, or why they cannot."""
+    site = f"{pattern} of {', '.join(name or 'a function' for name in operands)}"
+    if options.act is None:
+        return PlanRow(site, pattern, "keep", reason="activations are not quantized")
+    if None in operands:
+        return PlanRow(site, pattern, "keep", reason="an operand comes from a function: no module to quantize it in")
+    scheme = Scheme.parse(options.act, "act")
+    detail = f"act {scheme}, one scale for {len(operands)} operands"
+    return PlanRow(site, pattern, "share scale", detail, "", {"operands": list(operands), "act": str(scheme)})
+
+
+def _install_layer(model: nn.Module, row: PlanRow, options: QuantOptions) -> None:
+    layer = get_module(model, row.site)
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    quantizer = WeightQuantizer(Scheme.parse(row.settings["weight"], "weight"), weight, options.weight_delayed)
+    act = None
+    if row.settings["act"] is not None:
+        act = ActivationQuantizer(Scheme.parse(row.settings["act"], "act"), weight.device, options.act_delayed)
+    bn = None if row.settings["bn"] is None else get_module(model, row.settings["bn"])
+    assert bn is None or isinstance(bn, _BatchNorm)
+    swap(
+        layer,
+        quantizer,
+        input=act if options.fusion else None,
+        output=None if options.fusion else act,
+        bn=bn,
+        fold=row.settings["fold"] or "none",
+        freezable=options.freezable,
+    )
+    assert isinstance(layer, FakeQuantized)
+    quantizer.initialise(layer.folded_weight().detach())
+
+
+def _install_join(model: nn.Module, row: PlanRow, options: QuantOptions) -> None:
+    scheme = Scheme.parse(row.settings["act"], "act")
+    operands = [get_module(model, name) for name in row.settings["operands"]]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    shared = ActivationQuantizer(scheme, device, options.act_delayed)
+    for operand in operands:
+        give_output_quantizer(operand, shared)

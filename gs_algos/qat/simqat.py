@@ -1,0 +1,331 @@
+"""SimQAT: quantization-aware training by simulated quantization, from a float network to a checked integer one.
+
+Weights and activations are rounded to their grid in the forward pass, with straight-through (or learned-step) gradients,
+so that the network trains against its own quantization error. Jacob et al. 2018, arXiv:1712.05877; Krishnamoorthi 2018,
+arXiv:1806.08342; learned steps: Esser et al. 2020, arXiv:1902.08153.
+
+Differs from the papers: the range of an activation is the one of the previous steps, so that observing costs no extra pass
+and a recomputed forward (gradient checkpointing) gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from gs_algos.core.algorithm import Algorithm, AlgorithmConfig, Inputs, evaluating, history, remember, run
+from gs_algos.core.plan import Plan, PlanRow
+from gs_algos.core.progress import progress
+from gs_algos.core.rules import Rule
+from gs_algos.qat.convert import Parity, convert_model, install_converted, summary_of
+from gs_algos.qat.prepare import QuantOptions, install, make_plan
+from gs_algos.quant.layers import FakeQuantized, Folded
+from gs_algos.quant.quantizers import (
+    SMALLEST_SCALE,
+    ActivationQuantizer,
+    Quantizer,
+    WeightQuantizer,
+    finish_calibration,
+    merge_pending,
+)
+from gs_algos.quant.scheme import Scheme
+
+logger = logging.getLogger(__name__)
+
+FOLDS = {True: "one_conv", False: "none", "one_conv": "one_conv", "two_conv": "two_conv", "none": "none"}
+
+
+@dataclass(frozen=True)
+class SimQATConfig(AlgorithmConfig):
+    """Options of SimQAT.
+
+    Args:
+        weight: scheme of the weights (`gs_algos.quant.scheme`), e.g. `int8@channel`, `int4@group:32:mse`, `int4@channel:lsq`.
+        act: scheme of the activations, e.g. `int8@tensor:ema=0.01`; None leaves them float.
+        fold_bn: how a batch norm behind a layer is treated in training: `one_conv` (True), `two_conv`, `none` (False).
+        fusion: True quantizes an activation where the next layer reads it, behind batch norm and activation function;
+            False right behind each conv or linear.
+        quant_delay: optimizer steps before quantization starts; one number, or (activation, weight).
+        freeze_bn: optimizer steps after which batch norm statistics stand still; None for never.
+        rules: `(pattern, {"weight": ..., "act": ...} | None)`, see `gs_algos.core.rules`; None leaves the layer float.
+    """
+
+    weight: str = "int8@channel"
+    act: str | None = "int8@tensor:ema"
+    fold_bn: bool | str = True
+    fusion: bool = True
+    quant_delay: int | tuple[int, int] = 0
+    freeze_bn: int | None = None
+    rules: tuple[Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        Scheme.parse(self.weight, "weight")
+        if self.act is not None:
+            Scheme.parse(self.act, "act")
+        if self.fold_bn not in FOLDS:
+            raise ValueError(f"SimQAT: fold_bn must be one of {', '.join(map(str, FOLDS))}, got {self.fold_bn!r}")
+        if min(self.delays) < 0:
+            raise ValueError(f"SimQAT: quant_delay must be >= 0 steps, got {self.quant_delay}")
+        if self.freeze_bn is not None and self.freeze_bn < 0:
+            raise ValueError(f"SimQAT: freeze_bn must be >= 0 steps or None, got {self.freeze_bn}")
+
+    @property
+    def delays(self) -> tuple[int, int]:
+        """(activation, weight) delay in optimizer steps."""
+        return (self.quant_delay, self.quant_delay) if isinstance(self.quant_delay, int) else tuple(self.quant_delay)  # type: ignore[return-value]
+
+    def options(self) -> QuantOptions:
+        act_delay, weight_delay = self.delays
+        return QuantOptions(
+            weight=self.weight,
+            act=self.act,
+            fold=FOLDS[self.fold_bn],
+            fusion=self.fusion,
+            act_delayed=act_delay > 0,
+            weight_delayed=weight_delay > 0,
+            freezable=self.freeze_bn is not None,
+            rules=self.rules,
+        )
+
+
+class SimQAT(Algorithm):
+    """Quantization-aware training. The options are those of `SimQATConfig`, given by keyword.
+
+    ```python
+    algo = SimQAT(weight="int8@channel", act="int8@tensor:ema")
+    net = algo.apply(net, example_inputs)
+    for x, target in loader:
+        loss_fn(net(x), target).backward(); optimizer.step(); optimizer.zero_grad(); algo.step()
+    net = algo.convert(net)
+    ```
+    """
+
+    name: ClassVar[str] = "simqat"
+
+    def __init__(
+        self, config: SimQATConfig | None = None, *, process_group: dist.ProcessGroup | None = None, **options: Any
+    ) -> None:
+        if config is not None and options:
+            raise ValueError(f"SimQAT: options come either in a config or by keyword, got both ({', '.join(options)})")
+        if "rules" in options:
+            options["rules"] = tuple(options["rules"])
+        self.config: SimQATConfig = config or SimQATConfig(**options)
+        self.steps = 0
+        self.parity: Parity | None = None
+        self.process_group = process_group
+        self._example: Inputs | None = None
+        self._layers: dict[str, FakeQuantized] = {}
+        self._quantizers: dict[str, Quantizer] = {}
+        self._freezable: list[Tensor] = []
+
+    def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:
+        """The dry run: every Conv and Linear, with its schemes and batch norm, or why it stays float. Touches nothing."""
+        return make_plan(self.name, model, example_inputs, self.config.options())
+
+    def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
+        """Swaps the planned layers of the live model to fake-quantized ones and starts their ranges on `example_inputs`.
+
+        The object tree, the float parameters and their names stay; quantizer state is added under new names.
+
+        Raises:
+            RuntimeError: if the model is already prepared or converted.
+            ValueError: if the inputs do not run through the model, or nothing can be quantized.
+        """
+        self._refuse_twice(model)
+        plan = self.plan(model, example_inputs)
+        if not plan.acted():
+            raise ValueError(f"SimQAT.apply: at least one layer must be quantizable, got none:\n{plan}")
+        model = install(model, plan.rows, self.config.options())
+        self._bind(model)
+        self._example = example_inputs
+        self._observe(model, [example_inputs], provisional=True)
+        remember(model, self._entry("prepared", plan.rows))
+        return model
+
+    def calibrate(
+        self,
+        model: nn.Module,
+        batches: Iterable[Inputs] | None = None,
+        forward_loop: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        """Sets every activation range from data before training: from `batches` of inputs, or by your own `forward_loop`.
+
+        Raises:
+            RuntimeError: if `apply` was not called on this model.
+            ValueError: if not exactly one of the two is given, or an activation is not finite.
+        """
+        self._require_bound("calibrate")
+        if (batches is None) == (forward_loop is None):
+            raise ValueError("SimQAT.calibrate: give either batches or forward_loop")
+        self._observe(model, batches, forward_loop)
+        for name, layer in self._layers.items():
+            layer.weight_quantizer.initialise(layer.folded_weight().detach())
+            logger.debug("calibrated %s", name)
+
+    def step(self) -> None:
+        """Moves ranges, batch norm snapshots and schedules on. Call it after every optimizer step, on every rank.
+
+        Raises:
+            RuntimeError: if `apply` was not called.
+        """
+        self._require_bound("step")
+        self.steps += 1
+        merge_pending(list(self._activations().values()), self.process_group)
+        for layer in self._layers.values():
+            if isinstance(layer, Folded):
+                layer.refresh()
+        for quantizer in self._quantizers.values():
+            if quantizer.scheme.learned:
+                quantizer.scale.data.clamp_(min=SMALLEST_SCALE)
+        self._switch()
+        self._history["steps"] = self.steps
+
+    def convert(self, model: nn.Module, example_inputs: Inputs | None = None) -> nn.Module:
+        """Replaces every trained layer by integer codes and scales, and its batch norm by an identity; checks the outputs.
+
+        Each layer is compared with the trained one on the same input, then the whole network on `example_inputs`
+        (default: those of `apply`). `self.parity` holds the largest differences.
+
+        Raises:
+            RuntimeError: if the model is not prepared, is sharded, or a converted output differs from the trained one.
+            ValueError: if a range is not finite.
+        """
+        self._require_bound("convert")
+        example = self._example if example_inputs is None else example_inputs
+        if example is None:
+            raise RuntimeError("SimQAT.convert: a resumed algorithm has no example inputs; give example_inputs")
+        entry = history(model)[-1] if history(model) else None
+        if entry is None or entry["algorithm"] != self.name or entry["stage"] != "prepared":
+            raise RuntimeError(
+                "SimQAT.convert: the model must be the one that apply prepared; unwrap DDP with model.module"
+            )
+        self._finite()
+        rows = [PlanRow(**row) for row in entry["plan"]]
+        self.parity = convert_model(model, rows, example)
+        remember(model, {**entry, "stage": "converted", "steps": self.steps})
+        self._unbind()
+        return model
+
+    def summary(self, model: nn.Module) -> str:
+        """A table of the quantized layers: schemes, bytes, and the arithmetic each one runs in."""
+        return summary_of(model)
+
+    def learned_parameters(self) -> list[nn.Parameter]:
+        """The steps and zero points that `lsq` schemes added: give them to an optimizer that was made before `apply`."""
+        self._require_bound("learned_parameters")
+        return [p for quantizer in self._quantizers.values() for p in quantizer.parameters()]
+
+    @classmethod
+    def resume(cls, model: nn.Module) -> Self:
+        entry = history(model)[-1] if history(model) else {}
+        if entry.get("algorithm") != cls.name or entry.get("stage") != "prepared":
+            raise RuntimeError("SimQAT.resume: the model must be one that was saved while prepared by SimQAT")
+        algo = cls(config_from(entry["config"]))
+        algo._bind(model)
+        algo.steps = entry["steps"]
+        return algo
+
+    @classmethod
+    def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
+        rows = [PlanRow(**row) for row in entry["plan"]]
+        model = install(model, rows, config_from(entry["config"]).options())
+        if entry["stage"] == "converted":
+            install_converted(model, rows)
+        return model
+
+    def _entry(self, stage: str, rows: tuple[PlanRow, ...]) -> dict[str, Any]:
+        self._history = {
+            "algorithm": self.name,
+            "stage": stage,
+            "steps": self.steps,
+            "config": config_to(self.config),
+            "plan": [row.__dict__ for row in rows],
+        }
+        return self._history
+
+    def _bind(self, model: nn.Module) -> None:
+        """Remembers the live layers and quantizers that `step` has to visit."""
+        self._layers = {name: m for name, m in model.named_modules() if isinstance(m, FakeQuantized)}
+        self._quantizers = {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}
+        self._freezable = [m.frozen for m in model.modules() if isinstance(getattr(m, "frozen", None), Tensor)]  # type: ignore[misc]
+        entries = history(model)
+        if entries:
+            self._history = entries[-1]
+
+    def _unbind(self) -> None:
+        self._layers, self._quantizers, self._freezable = {}, {}, []
+
+    def _activations(self) -> dict[str, ActivationQuantizer]:
+        return {n: q for n, q in self._quantizers.items() if isinstance(q, ActivationQuantizer)}
+
+    def _observe(
+        self,
+        model: nn.Module,
+        batches: Iterable[Inputs] | None,
+        forward_loop: Callable[[nn.Module], None] | None = None,
+        provisional: bool = False,
+    ) -> None:
+        quantizers = self._activations()
+        for quantizer in quantizers.values():
+            quantizer.active = False
+            quantizer.samples = [] if quantizer.wants_samples else None
+        try:
+            with evaluating(model):
+                if forward_loop is not None:
+                    forward_loop(model)
+                for batch in progress(batches or (), "calibrating"):
+                    run(model, batch, "SimQAT.calibrate")
+        finally:
+            for name, quantizer in quantizers.items():
+                finish_calibration(quantizer, name, provisional, self.process_group)
+
+    def _switch(self) -> None:
+        """Opens the delay gates and freezes the batch norms at their step; tensors, so nothing recompiles."""
+        delays = dict(zip((ActivationQuantizer, WeightQuantizer), self.config.delays, strict=True))
+        for quantizer in self._quantizers.values():
+            if quantizer.gate is not None and self.steps == delays[type(quantizer)]:
+                quantizer.gate.fill_(True)
+        if self.config.freeze_bn is not None and self.steps == self.config.freeze_bn:
+            for frozen in self._freezable:
+                frozen.fill_(True)
+
+    def _finite(self) -> None:
+        for name, quantizer in self._quantizers.items():
+            if not bool(quantizer.scale.isfinite().all() and (quantizer.scale > 0).all()):
+                raise ValueError(
+                    f"SimQAT.convert: the scale of {name} must be finite and > 0; the training saw NaN or Inf there"
+                )
+
+    def _refuse_twice(self, model: nn.Module) -> None:
+        if any(entry["algorithm"] == self.name for entry in history(model)):
+            stage = history(model)[-1]["stage"]
+            raise RuntimeError(
+                f"SimQAT.apply: the model must not be quantized yet, got one that is {stage}; build it anew"
+            )
+
+    def _require_bound(self, method: str) -> None:
+        if not self._quantizers:
+            raise RuntimeError(f"SimQAT.{method}: call apply(model, example_inputs) first")
+
+
+def config_to(config: SimQATConfig) -> dict[str, Any]:
+    """The config as JSON; a rule on a module class becomes `type:Name`."""
+    rules = [[p if isinstance(p, str) else f"type:{p.__name__}", v if v is None else dict(v)] for p, v in config.rules]
+    return {**{k: v for k, v in config.__dict__.items() if k != "rules"}, "rules": rules}
+
+
+def config_from(data: dict[str, Any]) -> SimQATConfig:
+    delay = data["quant_delay"]
+    return SimQATConfig(
+        **{
+            **data,
+            "quant_delay": tuple(delay) if isinstance(delay, list) else delay,
+            "rules": tuple((p, v) for p, v in data["rules"]),
+        }
+    )

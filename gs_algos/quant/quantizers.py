@@ -1,0 +1,268 @@
+"""Modules that fake-quantize one tensor: a weight, whose range is read anew at each step, or an activation, whose range is learnt.
+
+An activation quantizer uses the range of the previous steps and collects the extremes of this one in `pending`, in the
+same pass. `merge_pending` moves them into the range, for all quantizers of a network at once, between two steps. So the
+forward has no host sync, can be run twice (gradient checkpointing) with the same result, and needs one collective a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gs_algos.quant.ranges import clip_ratio, search_range
+from gs_algos.quant.scheme import Scheme, n_scales
+from gs_kernels import PerTensor, choose_qparams, dynamic_fake_quant, fake_quant, minmax, observe_fake_quant
+
+SMALLEST_SCALE = 2.0**-40  # a learnt step is clamped to this after each optimizer step, so that it stays positive
+
+
+def scale_gradient(value: Tensor, factor: float) -> Tensor:
+    """The value itself, with its gradient multiplied by `factor` (LSQ, arXiv:1902.08153, section 2.2)."""
+    return value * factor + (value * (1 - factor)).detach()
+
+
+def round_straight_through(value: Tensor) -> Tensor:
+    return value + (value.round() - value).detach()
+
+
+class Quantizer(nn.Module):
+    """What both kinds share: fp32 state whatever dtype the model is cast to, the delay gate, and learnt steps.
+
+    State: `scale [C]`, `zero [C]` fp32, real = (q - zero) * scale; parameters where the scheme says `lsq`.
+    """
+
+    def __init__(self, scheme: Scheme, n_scales: int, device: torch.device, delayed: bool) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.gate: Tensor | None
+        self.register_buffer("gate", torch.zeros(1, dtype=torch.bool, device=device) if delayed else None)
+        scale, zero = torch.ones(n_scales, device=device), torch.zeros(n_scales, device=device)
+        if scheme.learned:
+            self.scale: Tensor = nn.Parameter(scale)
+        else:
+            self.register_buffer("scale", scale)
+        if scheme.learned and not scheme.symmetric:
+            self.zero: Tensor = nn.Parameter(zero)
+        else:
+            self.register_buffer("zero", zero)
+
+    def set_range(self, x_min: Tensor, x_max: Tensor) -> None:
+        """Sets scale and zero point from a range, `[C]` each."""
+        scale, zero = self._qparams(x_min, x_max)
+        with torch.no_grad():
+            self.scale.copy_(scale)
+            self.zero.copy_(zero)
+
+    def _qparams(self, x_min: Tensor, x_max: Tensor) -> tuple[Tensor, Tensor]:
+        s = self.scheme
+        return choose_qparams(x_min, x_max, qmin=s.qmin, qmax=s.qmax, symmetric=s.symmetric)
+
+    def _learnt(self, elements_per_scale: int) -> tuple[Tensor, Tensor]:
+        factor = 1.0 / math.sqrt(elements_per_scale * max(self.scheme.qmax, 1))
+        zero = self.zero
+        if isinstance(zero, nn.Parameter):
+            zero = round_straight_through(scale_gradient(zero, factor))
+        return scale_gradient(self.scale, factor), zero
+
+    def _gated(self, quantized: Tensor, x: Tensor) -> Tensor:
+        return quantized if self.gate is None else torch.where(self.gate, quantized, x)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in ("scale", "zero"):
+            tensor = getattr(self, name)
+            if tensor.dtype != torch.float32:
+                tensor.data = tensor.data.float()
+        return self
+
+    def extra_repr(self) -> str:
+        return str(self.scheme)
+
+
+class WeightQuantizer(Quantizer):
+    """Fake-quantizes a weight `[O, ...]` (O = output axis): per tensor, per output channel, or per group of the rest.
+
+    Not learned: range -> scale -> fake-quant of the current values in each forward, times `clip [C]` where the observer is
+    percentile or mse. Learned: `scale` is a parameter, started at 2 * mean|w| / sqrt(qmax).
+    """
+
+    def __init__(self, scheme: Scheme, weight: Tensor, delayed: bool = False) -> None:
+        super().__init__(scheme, n_scales(scheme.granularity, weight.shape), weight.device, delayed)
+        self.clip: Tensor | None
+        clipped = scheme.observer in ("percentile", "mse") and not scheme.learned
+        self.register_buffer("clip", torch.ones_like(self.scale) if clipped else None)
+
+    def initialise(self, weight: Tensor) -> None:
+        """Starts the learnt steps, or the clip ratios, from the values of `weight`."""
+        grouped = weight.detach().float().reshape(self.scale.numel(), -1)
+        if self.scheme.learned:
+            x_min, x_max = search_range(grouped, self.scheme)
+            _, zero = self._qparams(x_min, x_max)
+            step = 2 * grouped.abs().mean(1) / math.sqrt(max(self.scheme.qmax, 1))
+            if not self.scheme.symmetric:
+                step, _ = self._qparams(x_min, x_max)
+            with torch.no_grad():
+                self.scale.copy_(step.clamp(min=SMALLEST_SCALE))
+                self.zero.copy_(zero)
+        elif self.clip is not None:
+            self.clip.copy_(clip_ratio(grouped, self.scheme))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self._gated(self._fake_quant(weight)[0], weight)
+
+    def qparams(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """scale and zero `[C]` fp32 that `forward` uses for this weight."""
+        with torch.no_grad():
+            _, scale, zero = self._fake_quant(weight)
+        return scale, zero
+
+    def _fake_quant(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        s = self.scheme
+        if s.learned:
+            scale, zero = self._learnt(weight.numel() // self.scale.numel())
+        elif self.clip is not None:
+            x_min, x_max = minmax(weight.detach(), granularity=s.granularity)
+            scale, zero = self._qparams(x_min * self.clip, x_max * self.clip)
+        else:
+            return dynamic_fake_quant(
+                weight, qmin=s.qmin, qmax=s.qmax, symmetric=s.symmetric, granularity=s.granularity
+            )
+        return fake_quant(weight, scale, zero, qmin=s.qmin, qmax=s.qmax, granularity=s.granularity), scale, zero
+
+
+class ActivationQuantizer(Quantizer):
+    """Fake-quantizes an activation with one scale, and follows its range.
+
+    State besides scale and zero: `range [2]` fp32 = (-min, max); `steps [1]` int64 = merges so far.
+    `pending [2]` = (-min, max) of the batches since the last merge; it is no buffer, so DDP never overwrites it.
+    `active` False passes the input through unchanged (it still observes), as calibration does.
+    """
+
+    def __init__(self, scheme: Scheme, device: torch.device, delayed: bool = False) -> None:
+        super().__init__(scheme, 1, device, delayed)
+        self.register_buffer("range", torch.zeros(2, device=device))
+        self.register_buffer("steps", torch.zeros(1, dtype=torch.int64, device=device))
+        self.pending = torch.full((2,), -math.inf, device=device)
+        self.active = True
+        self.samples: list[Tensor] | None = None
+
+    @property
+    def follows(self) -> bool:
+        """True if the range moves with the data in training; percentile, mse and learnt ranges only come from calibration."""
+        return self.scheme.observer in ("ema", "minmax") and not self.scheme.learned
+
+    @property
+    def wants_samples(self) -> bool:
+        """True if calibration must keep values, not only extremes."""
+        return self.scheme.learned or self.scheme.observer in ("percentile", "mse")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise TypeError(f"ActivationQuantizer: the input must be floating point, got {x.dtype}")
+        if not self.active:
+            self._collect(x)
+            return x
+        s = self.scheme
+        if self.training and self.follows:
+            y, x_min, x_max = observe_fake_quant(x, self.scale, self.zero, qmin=s.qmin, qmax=s.qmax)
+            self._note(x_min, x_max)
+        else:
+            scale, zero = self._learnt(x.numel()) if s.learned else (self.scale, self.zero)
+            y = fake_quant(x, scale, zero, qmin=s.qmin, qmax=s.qmax)
+        return self._gated(y, x)
+
+    def _note(self, x_min: Tensor, x_max: Tensor) -> None:
+        self.pending.copy_(torch.maximum(self.pending, torch.cat([-x_min, x_max])))
+
+    @torch.no_grad()
+    def _collect(self, x: Tensor) -> None:
+        self._note(*minmax(x.detach(), granularity=PerTensor()))
+        if self.samples is not None:
+            flat = x.detach().flatten().float()
+            self.samples.append(flat[:: max(1, flat.numel() // 16384)].clone())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        super()._apply(fn, recurse)
+        self.range = self.range.float()
+        self.pending = fn(self.pending).float()
+        return self
+
+
+@torch.no_grad()
+def merge_pending(quantizers: Sequence[ActivationQuantizer], group: dist.ProcessGroup | None = None) -> None:
+    """Moves what the quantizers have seen since the last call into their ranges: one collective, no host sync.
+
+    Every rank must call it the same number of times. The first batch replaces the start range; then the scheme's observer
+    decides: `minmax` keeps the extremes, `ema` moves by its argument towards the new ones.
+    """
+    quantizers = [q for q in quantizers if q.follows]
+    if not quantizers:
+        return
+    pending = torch.stack([q.pending for q in quantizers])  # [Q, 2]
+    widest_of_ranks(pending, group)
+    by_scheme: dict[Scheme, list[int]] = {}
+    for i, q in enumerate(quantizers):
+        by_scheme.setdefault(q.scheme, []).append(i)
+    for members in by_scheme.values():
+        _merge([quantizers[i] for i in members], pending[members])
+
+
+def _merge(quantizers: list[ActivationQuantizer], pending: Tensor) -> None:
+    """`merge_pending` for quantizers of one scheme; pending `[Q, 2]` is the same on every rank."""
+    scheme = quantizers[0].scheme
+    old = torch.stack([q.range for q in quantizers])  # [Q, 2]
+    first = torch.stack([q.steps for q in quantizers]) == 0  # [Q, 1]
+    seen = pending[:, :1] != -math.inf  # [Q, 1]
+    if scheme.observer == "minmax":
+        moved = torch.maximum(old, pending)
+    else:
+        moved = old + (pending - old) * float(scheme.argument or 0.0)
+    new = torch.where(seen, torch.where(first, pending, moved), old)
+    scale, zero = quantizers[0]._qparams(-new[:, 0], new[:, 1])
+    torch._foreach_copy_([q.range for q in quantizers], list(new.unbind(0)))
+    torch._foreach_copy_([q.scale for q in quantizers], list(scale[:, None].unbind(0)))
+    torch._foreach_copy_([q.zero for q in quantizers], list(zero[:, None].unbind(0)))
+    torch._foreach_add_([q.steps for q in quantizers], list(seen.long().unbind(0)))
+    torch._foreach_copy_([q.pending for q in quantizers], [pending.new_full((2,), -math.inf)] * len(quantizers))
+
+
+@torch.no_grad()
+def finish_calibration(
+    quantizer: ActivationQuantizer, name: str, provisional: bool = False, group: dist.ProcessGroup | None = None
+) -> None:
+    """Sets the range from what calibration collected, as the scheme's observer says, and starts quantizing.
+
+    A provisional range (from the example inputs of `apply`) is replaced by the first training batch, not averaged with it.
+    Under torch.distributed the extremes, and percentile and mse ranges, are the widest of all ranks.
+
+    Raises:
+        ValueError: if the values seen were not finite.
+    """
+    quantizer.active = True
+    samples, quantizer.samples = quantizer.samples, None
+    pending = quantizer.pending.clone()
+    quantizer.pending.fill_(-math.inf)
+    if samples and bool(pending.isfinite().all()):
+        low, high = search_range(torch.cat(samples)[None], quantizer.scheme)
+        pending = torch.cat([-low, high])
+    widest_of_ranks(pending, group)
+    if bool((pending == -math.inf).all()):
+        return  # this layer was not reached; it keeps what it had
+    if not bool(pending.isfinite().all()):
+        raise ValueError(
+            f"calibrate: what {name} sees must be finite, got a range of {[-pending[0].item(), pending[1].item()]}"
+        )
+    quantizer.range.copy_(pending)
+    quantizer.set_range(-pending[:1], pending[1:])
+    quantizer.steps.fill_(0 if provisional else 1)
+
+
+def widest_of_ranks(extremes: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Takes the maximum over all ranks, in place. (-min, max) makes one collective do for both ends."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)

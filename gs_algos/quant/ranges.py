@@ -1,0 +1,47 @@
+"""The range that a tensor is clipped to: its extremes, a percentile, or the range of least squared error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gs_algos.quant.scheme import Scheme
+from gs_kernels import PerChannel, choose_qparams, fake_quant
+
+MSE_STEPS = 80  # ratios tried, from 1 down to MSE_SMALLEST
+MSE_SMALLEST = 0.2
+
+
+@torch.no_grad()
+def clip_ratio(rows: Tensor, scheme: Scheme) -> Tensor:
+    """Share of each row's extremes to keep, `[C]` in (0, 1], from `rows [C, n]` fp32.
+
+    percentile: the quantile of |x| over its maximum. mse: the ratio r of MSE_STEPS whose grid, stretched over
+    [r*min, r*max], gives the least sum of squared errors; 1 for the other observers.
+    """
+    if scheme.observer == "percentile":
+        share = float(scheme.argument or 100.0) / 100.0
+        largest = rows.abs().amax(1)
+        # torch.quantile takes at most 16M elements: kthvalue has no such limit and needs no interpolation
+        k = max(1, min(rows.shape[1], round(share * rows.shape[1])))
+        kept = rows.abs().kthvalue(k, dim=1).values
+        return torch.where(largest > 0, kept / largest, torch.ones_like(kept)).clamp(min=1e-3)
+    if scheme.observer != "mse" and not scheme.learned:
+        return rows.new_ones(rows.shape[0])
+    low, high = rows.amin(1), rows.amax(1)
+    best = torch.full_like(low, torch.inf)
+    ratio = torch.ones_like(low)
+    for r in torch.linspace(1.0, MSE_SMALLEST, MSE_STEPS).tolist():
+        scale, zero = choose_qparams(low * r, high * r, qmin=scheme.qmin, qmax=scheme.qmax, symmetric=scheme.symmetric)
+        grid = fake_quant(rows, scale, zero, qmin=scheme.qmin, qmax=scheme.qmax, granularity=PerChannel(0))
+        error = (grid - rows).square().sum(1)
+        ratio = torch.where(error < best, torch.full_like(ratio, r), ratio)
+        best = torch.minimum(error, best)
+    return ratio
+
+
+@torch.no_grad()
+def search_range(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """(min, max) `[C]` of `rows [C, n]` fp32 under the scheme's observer; learnt schemes start at the range of least error."""
+    ratio = clip_ratio(rows, scheme)
+    return rows.amin(1) * ratio, rows.amax(1) * ratio

@@ -1,0 +1,145 @@
+"""How one tensor is quantized, as data and as a short text: `int8@channel`, `int4@group:128:mse`, `uint8@tensor:ema=0.01`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from gs_kernels import Granularity, IntFormat, PerChannel, PerGroup, PerTensor
+
+Role = Literal["weight", "act"]
+OBSERVERS = {
+    "weight": ("minmax", "percentile", "mse"),
+    "act": ("ema", "minmax", "percentile", "mse"),
+}
+DEFAULT_ARGUMENT = {"ema": 0.01, "percentile": 99.99}
+GRAMMAR = "[u]int<1..8>@<tensor|channel|group:N>[:<ema|minmax|percentile|mse>[=<number>]][:lsq][:sym|:asym][:narrow]"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One grid and how its range is found.
+
+    Args:
+        format: the integer grid.
+        granularity: which elements share a scale; the channel axis of a weight is its output axis.
+        symmetric: range [-a, a] (zero point 0 on a signed grid) instead of [min, max].
+        observer: `minmax` running extremes (weights: of the current values) · `ema` moving average, argument = weight of
+            the new batch · `percentile` range that holds that share of the values, in percent · `mse` range with the
+            least squared error. The last two are fixed by calibration.
+        argument: the observer's number, None where it has none.
+        learned: scale (and, if not symmetric, zero point) become parameters (LSQ, arXiv:1902.08153).
+    """
+
+    format: IntFormat
+    granularity: Granularity
+    symmetric: bool
+    observer: str
+    argument: float | None = None
+    learned: bool = False
+
+    @staticmethod
+    def parse(text: str | Scheme, role: Role) -> Scheme:
+        """Reads the text form; what it leaves out is the role's default (weights symmetric min-max, activations asymmetric EMA).
+
+        Raises:
+            ValueError: if the text does not follow the grammar or asks for what the role cannot have.
+        """
+        if isinstance(text, Scheme):
+            return text
+        head, at, tail = text.partition("@")
+        match = re.fullmatch(r"(u?)int(\d+)", head)
+        if not match or not at:
+            raise ValueError(f"Scheme: {role} must look like {GRAMMAR}, got {text!r}")
+        words = tail.split(":")
+        granularity = _granularity(words, text, role)
+        scheme = Scheme(
+            format=IntFormat(int(match[2]), signed=not match[1]),
+            granularity=granularity,
+            symmetric=role == "weight",
+            observer=OBSERVERS[role][0],
+            argument=DEFAULT_ARGUMENT.get(OBSERVERS[role][0]),
+        )
+        for word in words:
+            scheme = _apply_word(scheme, word, text, role)
+        if role == "act" and not isinstance(scheme.granularity, PerTensor):
+            raise ValueError(f"Scheme: activations take one scale per tensor, got {text!r}; use @tensor")
+        return scheme
+
+    @property
+    def bits(self) -> int:
+        return self.format.bits
+
+    @property
+    def qmin(self) -> int:
+        return self.format.qmin
+
+    @property
+    def qmax(self) -> int:
+        return self.format.qmax
+
+    def __str__(self) -> str:
+        where = {PerTensor: "tensor", PerChannel: "channel"}.get(type(self.granularity))
+        if isinstance(self.granularity, PerGroup):
+            where = f"group:{self.granularity.size}"
+        number = "" if self.argument is None else f"={self.argument:g}"
+        flags = (":lsq" if self.learned else "") + (":sym" if self.symmetric else ":asym")
+        narrow = ":narrow" if self.format.narrow else ""
+        return f"{'' if self.format.signed else 'u'}int{self.bits}@{where}:{self.observer}{number}{flags}{narrow}"
+
+
+def _granularity(words: list[str], text: str, role: Role) -> Granularity:
+    """Takes the granularity's words off the front of `words`."""
+    kind = words.pop(0)
+    if kind == "tensor":
+        return PerTensor()
+    if kind == "channel":
+        return PerChannel(0)
+    if kind == "group" and words and words[0].isdigit():
+        return PerGroup(int(words.pop(0)))
+    raise ValueError(f"Scheme: {role} granularity must be tensor, channel or group:N, got {text!r}")
+
+
+def _apply_word(scheme: Scheme, word: str, text: str, role: Role) -> Scheme:
+    name, _, number = word.partition("=")
+    if name in OBSERVERS[role]:
+        try:
+            argument = float(number) if number else DEFAULT_ARGUMENT.get(name)
+        except ValueError:
+            raise ValueError(f"Scheme: the argument of {name} must be a number, got {text!r}") from None
+        upper = {"ema": 1.0, "percentile": 100.0}.get(name)
+        if upper is None and argument is not None:
+            raise ValueError(f"Scheme: {name} takes no argument, got {text!r}")
+        if upper is not None and not 0 < float(argument or 0) <= upper:
+            raise ValueError(f"Scheme: the argument of {name} must be in (0, {upper:g}], got {text!r}")
+        return replace(scheme, observer=name, argument=argument)
+    if word == "lsq":
+        return replace(scheme, learned=True)
+    if word in ("sym", "asym"):
+        return replace(scheme, symmetric=word == "sym")
+    if word == "narrow":
+        return replace(scheme, format=replace(scheme.format, narrow=True))
+    allowed = ", ".join((*OBSERVERS[role], "lsq", "sym", "asym", "narrow"))
+    raise ValueError(f"Scheme: options of {role} are {allowed}, got {word!r} in {text!r}")
+
+
+def n_scales(granularity: Granularity, shape: Sequence[int]) -> int:
+    """How many scales a weight of `shape [O, ...]` has.
+
+    Raises:
+        ValueError: if a group does not divide the elements of one output.
+    """
+    if isinstance(granularity, PerTensor):
+        return 1
+    if isinstance(granularity, PerChannel):
+        return shape[0]
+    inner = math.prod(shape[1:])
+    if inner % granularity.size:
+        fits = math.gcd(inner, granularity.size)
+        raise ValueError(
+            f"Scheme: group size must divide the {inner} weights of one output, got {granularity.size}; use group:{fits}"
+        )
+    return shape[0] * (inner // granularity.size)
