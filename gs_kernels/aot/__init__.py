@@ -1,0 +1,14 @@
+"""Compiles any kernel launch for a GPU that is not there, and checks the machine code that comes out.
+
+    with compile_launches("sm_90") as kernels:
+        launcher(x_meta)
+    print(report(kernels[0], "sm_90", elements=1024))
+
+`python -m gs_kernels.aot` does it for every case of every op and fails if one is out of its bounds.
+"""
+
+from gs_kernels.aot.compile import compile_launches
+from gs_kernels.aot.report import Report, check, report, reports
+from gs_kernels.aot.targets import TARGETS, Occupancy, occupancy
+
+__all__ = ["TARGETS", "Occupancy", "Report", "check", "compile_launches", "occupancy", "report", "reports"]

@@ -1,0 +1,52 @@
+"""`python -m gs_kernels.aot [--op NAME] [--target sm_90]`: table of every kernel; exit code 1 if a bound is broken."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+
+from gs_kernels.aot import TARGETS, Report, check, reports
+from gs_kernels.dispatch import INTERPRET
+from gs_kernels.spec import specs
+
+COLUMNS = "{:34} {:7} {:34} {:>4} {:>5} {:>7} {:>15} {:>15} {:>8} {:>5} {:>5} {:>7} {:>14}  {}"
+MEASURES = ("regs", "spill", "shared", "loads", "stores", "mma", "ins", "loop", "ins/el", "occupancy")
+
+
+def _widths(accesses: Counter[int]) -> str:
+    return " ".join(f"{n}x{nbytes}B" for nbytes, n in sorted(accesses.items(), reverse=True)) or "-"
+
+
+def row(case: str, r: Report, verdict: str) -> str:
+    cost = (r.registers, r.spills, r.shared_bytes, _widths(r.loads), _widths(r.stores), (r.mma or "-")[:8])
+    size = (r.instructions, r.loop_instructions or "-", f"{r.per_element:.2f}")
+    held = f"{r.occupancy.warps}w {r.occupancy.limiter}"
+    return COLUMNS.format(case, r.target, r.kernel[:34], *cost, *size, held, verdict)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m gs_kernels.aot", description=__doc__)
+    known = specs()
+    parser.add_argument("--op", choices=[spec.name for spec in known], help="only this op")
+    parser.add_argument("--target", choices=list(TARGETS), help="only this target")
+    chosen = parser.parse_args(argv)
+    if INTERPRET:
+        parser.error("kernels cannot be compiled under TRITON_INTERPRET=1; unset it")
+    print(COLUMNS.format("case", "target", "kernel", *MEASURES, "verdict"))
+    failures = 0
+    for spec in known:
+        for case in spec.aot if chosen.op in (None, spec.name) else ():
+            for target in case.targets if chosen.target is None else {chosen.target} & set(case.targets):
+                for kernel in reports(case, target):
+                    found = check(kernel, case)
+                    failures += bool(found)
+                    print(row(f"{spec.name}/{case.name}", kernel, "FAIL: " + "; ".join(found) if found else "PASS"))
+    print(
+        f"\nloads, stores: accesses of one thread, in the hot loop if there is one. {failures} kernels out of bounds."
+    )
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

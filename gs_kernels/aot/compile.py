@@ -1,0 +1,73 @@
+"""Compiles kernel launches for a GPU that is not there, through the specialisation of a real launch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch._library.triton import set_wrap_triton_enabled
+
+from gs_kernels.aot.targets import Target, find_target
+from gs_kernels.dispatch import INTERPRET
+
+
+class _StubDriver:
+    """What Triton asks of a driver before it compiles: which device, which stream, which target."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def get_current_device(self) -> str:
+        # kernels cache their code per device: a device name of our own keeps that of real GPUs apart
+        return f"aot:{self.target.name}"
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(self.target.backend, self.target.arch, self.target.warp_size)
+
+
+@contextlib.contextmanager
+def compile_launches(target: str) -> Iterator[list[Any]]:
+    """Every `kernel[grid](...)` inside compiles for `target` and launches nothing; yields the list of compiled kernels.
+
+    Call launchers with meta tensors: no memory is touched, and their data pointers count as 16-byte aligned.
+    A kernel that is launched twice with the same specialisation is listed once.
+
+    Args:
+        target: a name of `gs_kernels.aot.TARGETS`, e.g. "sm_90".
+
+    Raises:
+        ValueError: if the target is unknown.
+        RuntimeError: under TRITON_INTERPRET=1, where `@triton.jit` makes functions that cannot be compiled.
+    """
+    stub = _StubDriver(find_target(target))
+    if INTERPRET:
+        raise RuntimeError(
+            "gs_kernels.aot: needs a process where kernels compile, got TRITON_INTERPRET=1; unset it and start again"
+        )
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    compiled: list[Any] = []
+    launch = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = launch(self, *args, warmup=True, **kwargs)
+        if not any(kernel is other for other in compiled):
+            compiled.append(kernel)
+        return kernel
+
+    before = driver._active
+    driver.set_active(stub)
+    JITFunction.run = compile_only
+    try:
+        with set_wrap_triton_enabled(False):
+            yield compiled
+    finally:
+        JITFunction.run = launch
+        driver._active = before

@@ -1,0 +1,41 @@
+"""Machine code of one kernel, in terms that NVIDIA and AMD share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """opcode: with its modifiers, e.g. "LDG.E.128". kind: "load", "store", "spill", "mma", "exit" or "other".
+
+    nbytes: what one thread moves to or from global memory. jump: index of the instruction that a branch goes to.
+    """
+
+    opcode: str
+    kind: str = "other"
+    nbytes: int = 0
+    jump: int | None = None
+
+
+@dataclass(frozen=True)
+class Code:
+    """Instructions of a kernel, without padding and what it calls out of line (the slow path of a division)."""
+
+    registers: int
+    body: tuple[Instruction, ...]
+
+    @property
+    def loop(self) -> tuple[Instruction, ...]:
+        """The longest innermost loop that multiplies matrices, else that touches memory; empty if there is none."""
+        spans = [(ins.jump, i) for i, ins in enumerate(self.body) if ins.jump is not None and ins.jump < i]
+        inner = [(a, b) for a, b in spans if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in spans)]
+        bodies = [self.body[a : b + 1] for a, b in inner]
+        # a barrier wait is a loop too, but it neither moves data nor multiplies
+        multiplying = [body for body in bodies if any(ins.kind == "mma" for ins in body)]
+        moving = [body for body in bodies if any(ins.kind in ("load", "store") for ins in body)]
+        return max(multiplying or moving, key=len, default=())
+
+    @property
+    def hot(self) -> tuple[Instruction, ...]:
+        return self.loop or self.body

@@ -1,0 +1,136 @@
+"""What a compiled kernel costs, read from its machine code, and whether that is within the bounds of its case."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gs_kernels.aot.assembly import parse_gcn, parse_ptx
+from gs_kernels.aot.compile import compile_launches
+from gs_kernels.aot.machine import Code, Instruction
+from gs_kernels.aot.sass import disassemble, parse
+from gs_kernels.aot.targets import Occupancy, find_target, occupancy
+from gs_kernels.spec import AotCase
+
+
+@dataclass(frozen=True)
+class Report:
+    """Static facts of one kernel on one target. Nothing here was timed.
+
+    loads, stores: bytes of one access of one thread -> how many, in the hot loop if there is one, else in the kernel.
+    mma: opcode of the matrix instruction there, None without one.
+    instructions: of the kernel; loop_instructions: of its hot loop, 0 without one.
+    opcodes: how often each opcode occurs in the hot part, without modifiers, e.g. {"FMUL": 16}.
+    unroll: how many turns of the loop in the source one turn in the machine code does.
+    per_element: instructions that one warp issues for one element, counted per thread:
+        (loop or kernel instructions) * threads / (elements * unroll).
+    """
+
+    kernel: str
+    target: str
+    registers: int
+    spills: int
+    shared_bytes: int
+    num_warps: int
+    loads: Counter[int]
+    stores: Counter[int]
+    mma: str | None
+    instructions: int
+    loop_instructions: int
+    opcodes: Counter[str]
+    unroll: int
+    per_element: float
+    occupancy: Occupancy
+    returns: bool
+    writes: bool
+
+
+def _count(code: Sequence[Instruction], kind: str) -> Counter[int]:
+    return Counter(ins.nbytes for ins in code if ins.kind == kind)
+
+
+def _unroll(machine: Code, ptx: Code) -> int:
+    """ptxas unrolls loops that the compiler above it kept: the loads (or matrix products) of a turn tell how often."""
+    for kind in ("load", "mma", "store"):
+        before, after = (sum(ins.kind == kind for ins in code.loop) for code in (ptx, machine))
+        if before and after:
+            return max(1, round(after / before))
+    return 1
+
+
+def report(compiled: Any, target: str, elements: int) -> Report:
+    """Reads a kernel that `compile_launches(target)` has yielded; `elements` as in `AotCase.elements`."""
+    where = find_target(target)
+    if where.backend == "cuda":
+        code, ptx = parse(disassemble(compiled.asm["cubin"])), parse_ptx(compiled.asm["ptx"])
+    else:
+        code, ptx = parse_gcn(compiled.asm["amdgcn"]), Code(0, ())
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    unroll = _unroll(code, ptx)
+    hot = code.hot
+    return Report(
+        kernel=compiled.name,
+        target=target,
+        registers=code.registers,
+        spills=sum(ins.kind == "spill" for ins in code.body),
+        shared_bytes=shared,
+        num_warps=warps,
+        loads=_count(hot, "load"),
+        stores=_count(hot, "store") or _count(code.body, "store"),
+        mma=next((ins.opcode.split(".")[0] for ins in hot if ins.kind == "mma"), None),
+        instructions=len(code.body),
+        loop_instructions=len(code.loop),
+        opcodes=Counter(ins.opcode.split(".")[0] for ins in hot),
+        unroll=unroll,
+        per_element=len(hot) * warps * where.warp_size / (elements * unroll),
+        occupancy=occupancy(where, code.registers, shared, warps),
+        returns=any(ins.kind == "exit" for ins in code.body),
+        writes=any(ins.kind == "store" for ins in code.body),
+    )
+
+
+def _mostly_wide(accesses: Counter[int], wide: int) -> bool:
+    """True if at least half of the bytes move in accesses of `wide` bytes: scales may be narrow, a stream may not."""
+    total = sum(nbytes * n for nbytes, n in accesses.items())
+    return total > 0 and 2 * sum(nbytes * n for nbytes, n in accesses.items() if nbytes >= wide) >= total
+
+
+def check(kernel: Report, case: AotCase) -> list[str]:
+    """What breaks the bounds of the case, one sentence each; empty if all is well."""
+    if not kernel.returns or not kernel.writes:
+        body = f"got {kernel.instructions} instructions; the compiler left a trap or removed the code"
+        return [f"body must write to memory and return, {body}"]
+    found = []
+    if kernel.spills:
+        found.append(f"must not spill registers, got {kernel.spills} stack accesses")
+    if kernel.registers > case.max_regs:
+        found.append(f"must use at most {case.max_regs} registers, got {kernel.registers}")
+    if not kernel.occupancy.blocks:
+        found.append(f"one block must fit a processor, got none: too many {kernel.occupancy.limiter}")
+    # 512 bytes a warp: 16 a thread for NVIDIA's 32 threads, 8 for AMD's 64
+    wide = 512 // find_target(kernel.target).warp_size
+    if case.wide_loads and not _mostly_wide(kernel.loads, wide):
+        found.append(f"most bytes must be loaded {wide} at a time, got (bytes: loads) {dict(kernel.loads)}")
+    if case.mma is not None and kernel.mma != case.mma:
+        found.append(f"must multiply with {case.mma}, got {kernel.mma}")
+    bound = case.max_instructions
+    if bound is not None and kernel.target.startswith("sm_") and kernel.per_element > bound:
+        found.append(f"must issue at most {bound} instructions per element, got {kernel.per_element:.2f}")
+    return found
+
+
+def reports(case: AotCase, target: str) -> list[Report]:
+    """Compiles what `case.launch()` launches and reports every kernel.
+
+    Raises:
+        RuntimeError: if `launch()` launched no kernel: a case that checks nothing.
+    """
+    with compile_launches(target) as compiled:
+        case.launch()
+    if not compiled:
+        raise RuntimeError(
+            f"gs_kernels.aot: {case.name}.launch() must launch a kernel, got none; call the launcher itself"
+        )
+    return [report(kernel, target, case.elements) for kernel in compiled]

@@ -1,0 +1,82 @@
+"""Reads NVIDIA machine code: a cubin through `cuobjdump`, into instructions that the report understands."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from bisect import bisect_left
+
+from gs_kernels.aot.machine import Code, Instruction
+
+_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+_MMA = re.compile(r"[HQI]GMMA|[HIQD]MMA|UTC\w*MMA")
+_WIDTH = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+_LOADS = ("LDG", "LDGSTS", "LD")
+_STORES = ("STG", "ST", "RED", "REDG", "ATOM", "ATOMG")
+_BULK = {"UTMALDG": "load", "UBLKCP": "load", "UTMASTG": "store", "UTMAREDG": "store"}
+
+
+def find_cuobjdump() -> str:
+    """Path of the disassembler: the one inside Triton, else the one on PATH."""
+    from triton import knobs
+
+    try:
+        return str(knobs.nvidia.cuobjdump.path)
+    except RuntimeError:
+        path = shutil.which("cuobjdump")
+    if path is None:
+        raise RuntimeError(
+            "gs_kernels.aot: needs cuobjdump, got none in triton/backends/nvidia/bin or on PATH; install CUDA's"
+        )
+    return path
+
+
+def disassemble(cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        argv = [find_cuobjdump(), "-res-usage", "-sass", file.name]
+        run = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(
+            f"gs_kernels.aot: cuobjdump must read the cubin, got exit code {run.returncode}: {run.stderr}"
+        )
+    return run.stdout
+
+
+def classify(opcode: str) -> tuple[str, int]:
+    """Kind and bytes per thread of an opcode: `classify("LDG.E.128") == ("load", 16)`."""
+    name, *modifiers = opcode.split(".")
+    if name in _LOADS or name in _STORES:
+        width = next((_WIDTH[m] for m in modifiers if m in _WIDTH), 4)
+        return ("load" if name in _LOADS else "store"), width
+    if name in _BULK:
+        return _BULK[name], 16
+    if name in ("LDL", "STL"):
+        return "spill", 0
+    if _MMA.fullmatch(name):
+        return "mma", 0
+    return ("exit" if name == "EXIT" else "other"), 0
+
+
+def parse(text: str) -> Code:
+    """Code of the (one) kernel in the output of `cuobjdump -res-usage -sass`."""
+    lines = [(int(address, 16), op, _goal(op, rest)) for address, op, rest in _LINE.findall(text)]
+    # functions called out of line follow the kernel's own code
+    end = min((goal for _, op, goal in lines if op.startswith("CALL") and goal is not None), default=1 << 62)
+    lines = [(address, op, goal) for address, op, goal in lines if address < end and op != "NOP" and goal != address]
+    addresses = [address for address, _, _ in lines]
+    body = tuple(
+        Instruction(op, *classify(op), None if goal is None or goal >= end else bisect_left(addresses, goal))
+        for _, op, goal in lines
+    )
+    registers = re.search(r"REG:(\d+)", text)
+    return Code(int(registers[1]) if registers else 0, body)
+
+
+def _goal(opcode: str, operands: str) -> int | None:
+    """The address that a branch or a call goes to."""
+    match = re.search(r"0x([0-9a-f]+)", operands)
+    return int(match[1], 16) if match and opcode.startswith(("BRA", "CALL")) else None

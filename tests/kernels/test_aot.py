@@ -1,0 +1,250 @@
+"""The AOT gate: every kernel compiles for real GPUs within its bounds, and the gate catches those that do not."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from gs_kernels.dispatch import INTERPRET
+from gs_kernels.spec import AotCase, specs
+
+if INTERPRET:
+    pytest.skip("TRITON_INTERPRET=1: kernels cannot be compiled in this process", allow_module_level=True)
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: there are no kernels to compile")
+tl = pytest.importorskip("triton.language", reason="Triton is not installed: there are no kernels to compile")
+
+from gs_kernels import aot  # noqa: E402
+from gs_kernels.aot.assembly import classify_gcn  # noqa: E402
+from gs_kernels.aot.sass import classify  # noqa: E402
+
+CASES = [
+    pytest.param(case, target, id=f"{spec.name}-{case.name}-{target}")
+    for spec in specs()
+    for case in spec.aot
+    for target in case.targets
+]
+
+
+@pytest.mark.parametrize("case, target", CASES)
+def test_kernels_stay_within_the_bounds_of_their_spec(case: AotCase, target: str):
+    found = {kernel.kernel: aot.check(kernel, case) for kernel in aot.reports(case, target)}
+    assert not any(found.values()), found
+
+
+@triton.jit
+def _double_kernel(y_ptr, x_ptr, N, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < N).to(tl.float32)
+    tl.store(y_ptr + offs, (x * 2).to(y_ptr.dtype.element_ty), mask=offs < N)
+
+
+@triton.jit
+def _row_max_kernel(y_ptr, x_ptr, N, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for n in range(0, N, BLOCK):
+        offs = n + tl.arange(0, BLOCK)
+        acc = tl.maximum(acc, tl.load(x_ptr + row * N + offs, mask=offs < N, other=0.0).to(tl.float32))
+    tl.store(y_ptr + row, tl.max(acc, 0))
+
+
+@triton.jit
+def _matmul_kernel(y_ptr, a_ptr, b_ptr, K, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
+    offs, offs_k = tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        a = tl.load(a_ptr + offs[:, None] * K + k + offs_k[None, :])
+        b = tl.load(b_ptr + offs[None, :] * K + k + offs_k[:, None])
+        acc = tl.dot(a, b, acc)
+    tl.store(y_ptr + offs[:, None] * BLOCK + offs[None, :], acc.to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _lost_body_kernel(y_ptr, x_ptr, BLOCK: tl.constexpr):
+    # the result goes nowhere, so the compiler keeps nothing
+    offs = tl.arange(0, BLOCK)
+    _ = tl.load(x_ptr + offs) + tl.load(y_ptr + offs)
+
+
+@triton.jit
+def _trap_kernel(y_ptr, x_ptr, BLOCK: tl.constexpr):
+    tl.inline_asm_elementwise("trap; mov.b32 $0, 0;", "=r,r", [tl.program_id(0)], tl.int32, is_pure=False, pack=1)
+
+
+def _meta(dtype=torch.float16):
+    return torch.empty(1 << 16, dtype=dtype, device="meta")
+
+
+def _double(n=1 << 16, block=1024, **options):
+    _double_kernel[(triton.cdiv(n, block),)](_meta(), _meta(), n, BLOCK=block, enable_fp_fusion=False, **options)
+
+
+DOUBLE = AotCase("double", launch=_double, elements=1024, max_instructions=16)
+
+
+def _only(launch, target="sm_90", elements=1024):
+    (kernel,) = aot.reports(AotCase("case", launch, elements), target)
+    return kernel
+
+
+@pytest.mark.parametrize("target", list(aot.TARGETS))
+def test_a_streaming_kernel_is_read_right_on_every_target(target):
+    kernel = _only(_double, target)
+    access = 16 if target.startswith("sm_") else 8
+    assert kernel.kernel == "_double_kernel" and kernel.target == target
+    assert kernel.loads == kernel.stores == {access: 1}
+    assert 0 < kernel.registers <= 32 and not kernel.spills and not kernel.shared_bytes
+    assert kernel.occupancy.warps == (64 if target.startswith("sm_") else 32)
+    assert aot.check(kernel, DOUBLE) == []
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_a_loop_counts_per_turn_of_the_source_however_often_it_is_unrolled(target):
+    kernel = _only(
+        lambda: _row_max_kernel[(8,)](_meta(torch.float32), _meta(), 8192, BLOCK=1024, enable_fp_fusion=False), target
+    )
+    # 8 elements a thread: at least one conversion and one maximum for each, not once per unrolled copy
+    assert kernel.loop_instructions > 0 and kernel.unroll > 1
+    assert kernel.loads == {16: kernel.unroll}
+    assert 2 <= kernel.per_element <= 5
+
+
+@pytest.mark.parametrize("target, mma", [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "UTCHMMA")])
+def test_the_matrix_instruction_of_the_hot_loop_is_named(target, mma):
+    def launch():
+        _matmul_kernel[(1,)](_meta(), _meta(), _meta(), 512, BLOCK=64, BLOCK_K=64, enable_fp_fusion=False)
+
+    (kernel,) = aot.reports(AotCase("matmul", launch, elements=64 * 64), target)
+    assert kernel.mma == mma
+    wanted = AotCase("matmul", launch, elements=64 * 64, max_regs=255, mma="HGMMA", targets=(target,))
+    assert any("multiply with HGMMA" in fact for fact in aot.check(kernel, wanted)) == (mma != "HGMMA")
+
+
+def test_spills_are_caught():
+    kernel = _only(lambda: _double(1 << 16, 8192, num_warps=1, maxnreg=32), elements=8192)
+    assert kernel.spills
+    assert any("spill" in fact for fact in aot.check(kernel, DOUBLE))
+
+
+def test_too_many_registers_are_caught():
+    found = aot.check(_only(_double), dataclasses.replace(DOUBLE, max_regs=8))
+    assert len(found) == 1 and "at most 8 registers" in found[0]
+
+
+def test_narrow_loads_are_caught():
+    # a size that is no multiple of 16 keeps the mask from covering whole vectors
+    kernel = _only(lambda: _double(65535))
+    assert kernel.loads == {2: 8}
+    assert any("16 at a time" in fact for fact in aot.check(kernel, DOUBLE))
+
+
+def test_too_many_instructions_are_caught():
+    found = aot.check(_only(_double), dataclasses.replace(DOUBLE, max_instructions=1.0))
+    assert len(found) == 1 and "at most 1.0 instructions per element" in found[0]
+
+
+@pytest.mark.parametrize("target", list(aot.TARGETS))
+def test_a_body_that_was_optimised_away_is_caught(target):
+    kernel = _only(lambda: _lost_body_kernel[(1,)](_meta(), _meta(), BLOCK=1024, enable_fp_fusion=False), target)
+    assert any("left a trap or removed" in fact for fact in aot.check(kernel, DOUBLE))
+
+
+def test_a_trap_is_caught():
+    kernel = _only(lambda: _trap_kernel[(1,)](_meta(), _meta(), BLOCK=1024, enable_fp_fusion=False))
+    assert kernel.opcodes["BPT"] == 1
+    assert any("left a trap or removed" in fact for fact in aot.check(kernel, DOUBLE))
+
+
+def test_a_block_that_fits_no_processor_is_caught():
+    kernel = dataclasses.replace(_only(_double), occupancy=aot.occupancy(aot.TARGETS["sm_90"], 64, 230 * 1024, 8))
+    assert any("one block must fit" in fact for fact in aot.check(kernel, DOUBLE))
+
+
+def test_a_case_that_launches_nothing_is_an_error():
+    with pytest.raises(RuntimeError, match=r"idle.launch.* must launch a kernel"):
+        aot.reports(AotCase("idle", lambda: None, 1), "sm_90")
+
+
+def test_an_unknown_target_is_named_with_the_known_ones():
+    with (
+        pytest.raises(ValueError, match="target must be one of sm_80, sm_90, sm_100, gfx942, got 'sm_35'"),
+        aot.compile_launches("sm_35"),
+    ):
+        pass
+
+
+def test_a_wrapped_kernel_is_compiled_too_and_nothing_stays_changed():
+    from torch._library.triton import is_wrap_triton_enabled
+    from triton.runtime import driver
+
+    run, active, wrapped = type(_double_kernel).run, driver._active, is_wrap_triton_enabled()
+    collected = []
+
+    def fail_inside():
+        with aot.compile_launches("sm_90") as kernels:
+            launch = torch.library.wrap_triton(_double_kernel)[(64,)]
+            launch(_meta(), _meta(), 1 << 16, BLOCK=1024, enable_fp_fusion=False)
+            collected.extend(kernels)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert [kernel.name for kernel in collected] == ["_double_kernel"]
+    assert (type(_double_kernel).run, driver._active, is_wrap_triton_enabled()) == (run, active, wrapped)
+
+
+def test_one_specialisation_is_listed_once_and_two_are_listed_twice():
+    with aot.compile_launches("sm_90") as kernels:
+        for n in (1 << 16, 1 << 17, 65535):
+            _double(n)
+    assert len(kernels) == 2
+
+
+@pytest.mark.parametrize(
+    "registers, shared, warps, blocks, limiter",
+    [
+        (32, 0, 4, 16, "warps"),
+        (64, 0, 8, 4, "registers"),
+        (168, 0, 8, 1, "registers"),
+        (32, 100 * 1024, 4, 2, "shared"),
+    ],
+)
+def test_occupancy_follows_the_rules_of_the_hardware(registers, shared, warps, blocks, limiter):
+    held = aot.occupancy(aot.TARGETS["sm_90"], registers, shared, warps)
+    assert (held.blocks, held.warps, held.limiter) == (blocks, blocks * warps, limiter)
+
+
+@pytest.mark.parametrize(
+    "opcode, kind, nbytes",
+    [
+        ("LDG.E.LTC128B.64.CONSTANT", "load", 8),
+        ("LDG.E.ENL2.256", "load", 32),
+        ("LDGSTS.E.BYPASS.LTC128B.128.ZFILL", "load", 16),
+        ("UTMALDG.2D", "load", 16),
+        ("STG.E.U8", "store", 1),
+        ("LDL.64", "spill", 0),
+        ("QGMMA.64x128x32.F32.E4M3.E4M3", "mma", 0),
+        ("LDGDEPBAR", "other", 0),
+        ("LDS.128", "other", 0),
+    ],
+)
+def test_nvidia_opcodes_are_read_by_their_modifiers(opcode, kind, nbytes):
+    assert classify(opcode) == (kind, nbytes)
+
+
+@pytest.mark.parametrize(
+    "opcode, kind, nbytes",
+    [
+        ("buffer_load_dwordx4", "load", 16),
+        ("global_load_ushort", "load", 2),
+        ("buffer_load_short_d16_hi", "load", 2),
+        ("global_store_byte", "store", 1),
+        ("global_atomic_add_f32", "store", 4),
+        ("scratch_store_dword", "spill", 0),
+        ("v_mfma_f32_32x32x8_bf16", "mma", 0),
+        ("ds_read_b128", "other", 0),
+    ],
+)
+def test_amd_opcodes_are_read_by_their_names(opcode, kind, nbytes):
+    assert classify_gcn(opcode) == (kind, nbytes)
