@@ -20,6 +20,8 @@ class Node:
     scope: str  # qualified name of the innermost live module that ran it, "" for the root
     weight: str | None  # qualified name of the parameter used as weight; None: there is none, or it is computed
     target: str  # as the tracer calls it, for messages
+    reads: tuple[str, ...] = ()  # every parameter that the op reads, `weight` among them
+    shape: tuple[int, ...] | None = None  # of the output for the example inputs; None: not known or not one tensor
 
 
 @dataclass(frozen=True)

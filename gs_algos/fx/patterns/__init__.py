@@ -1,0 +1,53 @@
+"""Patterns over the site graph. A pattern is one file with `search(view)`, and one name in ORDER.
+
+Every Conv and Linear of the model is in exactly one Match, or is the site of exactly one Refusal. A batch norm that cannot
+be folded is the site of a further Refusal; the layer in front of it is then a Match without the role `bn`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+
+from torch import nn
+
+from gs_algos.fx import ops
+from gs_algos.fx.graph import SiteGraph
+from gs_algos.fx.patterns.base import Match, Refusal, View
+
+__all__ = ["ORDER", "Match", "Refusal", "match"]
+
+ORDER = ("conv_bn_act", "linear_act", "add", "cat")
+
+
+def match(graph: SiteGraph, model: nn.Module) -> tuple[list[Match], list[Refusal]]:
+    """Every match and every refusal of every pattern; `model` is the one that `capture` read."""
+    view = View(graph, model)
+    found: list[Match | Refusal] = []
+    for name in ORDER:
+        found += import_module(f"gs_algos.fx.patterns.{name}").search(view)
+    matches = [item for item in found if isinstance(item, Match)]
+    refusals = [item for item in found if isinstance(item, Refusal)]
+    known = {name for item in matches for name in item.roles.values()} | {item.site for item in refusals}
+    refusals += _unknown_norms(view, known)
+    refusals += _idle(view, known)
+    return matches, refusals
+
+
+def _unknown_norms(view: View, known: set[str]) -> Iterator[Refusal]:
+    """Batch norms whose producer the graph does not know."""
+    for node in view.graph.nodes:
+        if node.op == "batch_norm" and node.module and node.module not in known and not node.inputs:
+            reason = f"what feeds it is not known: the graph was read by {view.graph.rung}, without edges here"
+            yield Refusal(ORDER[0], node.module, reason)
+
+
+def _idle(view: View, known: set[str]) -> Iterator[Refusal]:
+    """Layers that did not run, or ran out of the tracer's sight."""
+    opaque = {node.module for node in view.graph.nodes if node.module and node.op == "other"}
+    for name, module in view.model.named_modules():
+        if isinstance(module, ops.SITES) and name not in known:
+            inside = next((leaf for leaf in opaque if name.startswith(f"{leaf}.")), None)
+            reason = f"runs inside {inside!r}, which was read as one operation" if inside else "did not run"
+            pattern = ORDER[1] if isinstance(module, nn.Linear) else ORDER[0]
+            yield Refusal(pattern, name, f"{reason} on the example inputs in eval mode")

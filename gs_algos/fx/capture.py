@@ -1,0 +1,161 @@
+"""From a model and example inputs to a site graph, by a ladder of tracers; the model is not touched.
+
+Rungs, best first: torch.export; torch.fx.symbolic_trace; each child on its own; which leaf modules ran in what order.
+What a tracer cannot do is a note in the graph, never an exception.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from gs_algos.fx import ops
+from gs_algos.fx.assemble import assemble, concatenate
+from gs_algos.fx.graph import SiteGraph
+from gs_algos.fx.preserve import untouched
+from gs_algos.fx.read import Draft, Names
+from gs_algos.fx.record import Call, leaf_draft, record
+from gs_algos.fx.tracers import by_export, by_symbolic_trace
+
+logger = logging.getLogger(__name__)
+
+Trace = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Names], list[Draft]]
+_TRACERS: tuple[tuple[str, Trace], ...] = (("export", by_export), ("symbolic_trace", by_symbolic_trace))
+
+
+def capture(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, Any] | None = None) -> SiteGraph:
+    """The nodes of `model(*example_inputs, **example_kwargs)` in eval mode, with names of live modules.
+
+    The user's hooks run as in a forward pass. Training flags, attributes, buffers and random state come back as they were.
+
+    Args:
+        model: any module; DataParallel, DistributedDataParallel and torch.compile wrappers are looked into.
+        example_inputs: tuple or list of positional inputs, or the one input itself.
+        example_kwargs: keyword inputs.
+
+    Raises:
+        ValueError: if the example inputs do not run through the model, or a lazy module has no weights yet.
+    """
+    args = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+    kwargs = dict(example_kwargs or {})
+    lazy = [name for name, module in model.named_modules() if _is_lazy(module)]
+    if lazy:
+        raise ValueError(
+            f"capture: every module must have its weights, got lazy {lazy[0]!r}; run one forward pass first"
+        )
+    root, prefix = unwrap(model)
+    names = Names(model, prefix)
+    notes: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracers warn of their own deprecations
+        rung, drafts = _climb(root, args, kwargs, names, notes)
+    graph = SiteGraph(rung, assemble(drafts, names), tuple(notes))
+    logger.info("graph of %s read by %s, %d nodes", type(root).__name__, rung, len(graph.nodes))
+    return graph
+
+
+def unwrap(model: nn.Module) -> tuple[nn.Module, str]:
+    """The user's own module inside parallel and compile wrappers, and its qualified name in `model`."""
+    root, prefix = model, ""
+    while (key := _wrapped_at(root)) is not None:
+        root = root._modules[key]  # type: ignore[assignment]  _wrapped_at has found it
+        prefix = f"{prefix}.{key}" if prefix else key
+    return root, prefix
+
+
+def _climb(
+    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names, notes: list[str]
+) -> tuple[str, list[Draft]]:
+    """Tries each rung in turn; returns the first that holds, and its drafts."""
+    walked: list[Draft] | None = None
+    for rung, trace in _TRACERS:
+        drafts = _attempt(rung, trace, (root, args, kwargs, names), notes)
+        if drafts is not None:
+            return rung, drafts
+        if walked is None:  # the first failure may be the inputs' fault, which only running them can tell
+            walked = _walk(root, args, kwargs, names)
+    traced, drafts = _by_children(root, args, kwargs, names, notes)
+    if traced:
+        return "children", drafts
+    notes.append("children: no child could be traced, so no edges are known")
+    return "walk", walked or []
+
+
+def _attempt(rung: str, trace: Trace, given: tuple[Any, ...], notes: list[str]) -> list[Draft] | None:
+    try:
+        with untouched(given[3].model):
+            return trace(*given)
+    except Exception as error:  # noqa: BLE001  a tracer may raise anything, and what it says becomes a note
+        lines = str(error).strip().splitlines() or [""]
+        notes.append(f"{rung}: {type(error).__name__}: {lines[0]}".rstrip(": "))
+        logger.debug("%s failed", rung, exc_info=True)
+        return None
+
+
+def _walk(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names) -> list[Draft]:
+    """Runs the model and lists its leaf calls.
+
+    Raises:
+        ValueError: if the model itself fails on these inputs.
+    """
+    try:
+        with untouched(names.model):
+            found = record(root, args, kwargs, names, lambda module: ops.is_plain(module) or not module._modules)
+    except Exception as error:
+        raise ValueError(
+            f"capture: example_inputs must run through the model, got {type(error).__name__}: {error}"
+        ) from error
+    return [leaf_draft(item.module, names) if isinstance(item, Call) else item for item in found]
+
+
+def _by_children(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names, notes: list[str]
+) -> tuple[bool, list[Draft]]:
+    """Traces each outermost module that runs inside `module`, going down where that fails; True if any was traced.
+
+    A child called twice gives its nodes twice, so that nothing in it counts as called once.
+    """
+    with untouched(names.model):
+        found = record(module, args, kwargs, names, lambda _: True)
+    traced = False
+    known: dict[int, list[Draft]] = {}
+    parts: list[list[Draft]] = []
+    for item in found:
+        if isinstance(item, Draft):
+            parts.append([item])
+            continue
+        child = item.module
+        if id(child) not in known:
+            known[id(child)], deep = _by_child(item, names, notes)
+            traced = traced or deep
+        parts.append(copy.deepcopy(known[id(child)]))
+    return traced, concatenate(parts)
+
+
+def _by_child(call: Call, names: Names, notes: list[str]) -> tuple[list[Draft], bool]:
+    child = call.module
+    if ops.is_plain(child) or not child._modules:
+        return [leaf_draft(child, names)], False
+    inner = copy.copy(names)
+    inner.prefix = names.modules[id(child)]
+    for rung, trace in _TRACERS:
+        drafts = _attempt(f"{inner.prefix}: {rung}", trace, (child, call.args, call.kwargs, inner), notes)
+        if drafts is not None:
+            return drafts, True
+    deep, drafts = _by_children(child, call.args, call.kwargs, inner, notes)
+    return drafts, deep
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params()
+
+
+def _wrapped_at(module: nn.Module) -> str | None:
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return "module"
+    return "_orig_mod" if type(module).__name__ == "OptimizedModule" else None  # what torch.compile returns

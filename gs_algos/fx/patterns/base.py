@@ -1,0 +1,112 @@
+"""What a pattern finds, what it refuses, and the facts about a graph and its model that guards ask for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from gs_algos.core.modules import get_module, parameter_owners
+from gs_algos.fx import ops
+from gs_algos.fx.graph import Node, SiteGraph
+
+
+@dataclass(frozen=True)
+class Match:
+    """A place where a pattern holds and every guard passed."""
+
+    pattern: str
+    roles: dict[str, str]  # role -> qualified module name, e.g. {"conv": "conv1", "bn": "bn1"}; a function is "F.relu"
+    nodes: tuple[int, ...]
+    operands: tuple[str | None, ...] = ()  # of add and cat: the module that produces each operand; None: no such module
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A place where a pattern would hold but for one guard. site: a module, a parameter, or (neither) a scope."""
+
+    pattern: str
+    site: str
+    reason: str
+
+
+@dataclass
+class View:
+    """A site graph together with its live model, and what guards need to know of both, computed once."""
+
+    graph: SiteGraph
+    model: nn.Module
+    owners: dict[int, tuple[str, ...]] = field(init=False)
+    calls: Counter[str] = field(init=False)  # leaf module -> how often it ran
+    readers: dict[str, list[Node]] = field(init=False)  # parameter (first name) -> nodes that read it
+
+    def __post_init__(self) -> None:
+        self.owners = parameter_owners(self.model)
+        self.calls = Counter(node.module for node in self.graph.nodes if node.module is not None)
+        self.readers = {}
+        for node in self.graph.nodes:
+            for name in node.reads:
+                self.readers.setdefault(name, []).append(node)
+
+    def module(self, node: Node) -> nn.Module:
+        assert node.module is not None
+        return get_module(self.model, node.module)
+
+    def only_user(self, node: Node) -> Node | None:
+        """The one node that reads this output; None if there are several, none, or it leaves the graph."""
+        if len(node.users) != 1:
+            return None
+        user = self.graph.nodes[node.users[0]]
+        return None if user.op == "output" else user
+
+
+def refuse_calls(view: View, node: Node) -> str | None:
+    """A parametric member must run exactly once, or one fold would have to serve two places."""
+    n = view.calls[node.module or ""]
+    return None if n == 1 else f"called {n} times in one forward pass"
+
+
+def refuse_parameters(view: View, node: Node) -> str | None:
+    """The parameters must be plain, its own, and read by nothing else."""
+    module = view.module(node)
+    if parametrize.is_parametrized(module):
+        return f"{', '.join(module.parametrizations)} is re-parametrised"  # type: ignore[arg-type]
+    if "weight" in module.__dict__ or (hasattr(module, "weight") and "weight" not in module._parameters):
+        return "weight is computed by a hook (weight_norm, spectral_norm), not a parameter"
+    for key, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        names = view.owners[id(parameter)]
+        others = [name for name in names if name != f"{node.module}.{key}"]
+        if others:
+            return f"{key} is tied to {', '.join(others)}"
+        strangers = [reader for reader in view.readers.get(names[0], []) if reader.module != node.module]
+        if strangers:
+            return f"{key} is also read by {strangers[0].target} in {strangers[0].scope or 'the root'!r}"
+    return None
+
+
+def refuse_hooks(view: View, node: Node) -> str | None:
+    """A hook on a member would see other values, or vanish with the module."""
+    module = view.module(node)
+    return "has forward hooks, which would see other values" if module._forward_hooks else None
+
+
+def site_of(view: View, node: Node) -> tuple[str, str]:
+    """(site, reason) for a conv or linear that no module runs as a whole."""
+    scope = get_module(view.model, node.scope)
+    if isinstance(scope, ops.SITES):
+        what = "computes its weight or does more than its class says"
+        return node.scope, f"{type(scope).__name__} has a forward of its own, which {what}"
+    if node.weight is None:
+        return node.scope, f"functional {node.op} with a computed weight in {type(scope).__name__}"
+    owner_name, _, _ = node.weight.rpartition(".")
+    owner = get_module(view.model, owner_name)
+    if isinstance(owner, ops.SITES):
+        return (
+            owner_name,
+            f"its weight is used by a function in {node.scope or 'the root'!r}; the module itself never runs",
+        )
+    return node.weight, f"functional {node.op} on a parameter; gs_algos.fx.rewrite.modularize turns it into a module"

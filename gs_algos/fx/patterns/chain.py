@@ -1,0 +1,125 @@
+"""A layer, then optionally a batch norm, then optionally an activation: the matcher behind conv_bn_act and linear_act.
+
+Two kinds of guards. One on the layer itself refuses the site. One on the batch norm refuses only the fold: the refusal
+names the batch norm, and the layer is still a match, without the roles `bn` and `act`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from gs_algos.fx import ops
+from gs_algos.fx.graph import Node
+from gs_algos.fx.patterns.base import (
+    Match,
+    Refusal,
+    View,
+    refuse_calls,
+    refuse_hooks,
+    refuse_parameters,
+    site_of,
+)
+
+Guard = Callable[[View, Node], "str | None"]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One pattern as data."""
+
+    name: str
+    role: str  # what the layer is called in Match.roles
+    ops: tuple[str, ...]
+    refused: tuple[str, ...] = ()  # ops that belong to the pattern but are not supported
+    acts: tuple[str, ...] = ops.ACTIVATIONS
+    guards: tuple[Guard, ...] = (refuse_calls, refuse_parameters)  # on the layer
+    fold_guards: tuple[Guard, ...] = (refuse_calls, refuse_parameters, refuse_hooks)  # on the batch norm
+
+
+def find(chain: Chain, view: View) -> Iterator[Match | Refusal]:
+    """Every site of the pattern, each once, in execution order; then batch norms that cannot be folded."""
+    seen: set[str] = set()
+    for node in view.graph.nodes:
+        if node.op not in (*chain.ops, *chain.refused):
+            continue
+        site, reason = (node.module, None) if node.module is not None else site_of(view, node)
+        if site in seen:
+            continue
+        seen.add(site)
+        reason = reason or _refuse_layer(chain, view, node)
+        if reason:
+            yield Refusal(chain.name, site, reason)
+        else:
+            yield from _chain(chain, view, node)
+
+
+def _refuse_layer(chain: Chain, view: View, node: Node) -> str | None:
+    if node.module == "":
+        return "the model itself is the layer; put it in a Sequential, so that it has a name"
+    if node.op in chain.refused:
+        return f"{type(view.module(node)).__name__} is not supported yet"
+    return next((reason for guard in chain.guards if (reason := guard(view, node))), None)
+
+
+def _chain(chain: Chain, view: View, layer: Node) -> Iterator[Match | Refusal]:
+    assert layer.module is not None
+    roles, nodes = {chain.role: layer.module}, [layer.index]
+    norms = [view.graph.nodes[i] for i in layer.users if view.graph.nodes[i].op == "batch_norm"]
+    norms = [norm for norm in norms if norm.inputs[:1] == (layer.index,)]
+    follower = view.only_user(layer)
+    if norms:
+        reason = _refuse_fold(chain, view, layer, norms)
+        if reason:
+            for norm in norms:
+                yield Refusal(chain.name, norm.module or norm.scope, reason)
+            yield Match(chain.name, roles, tuple(nodes))
+            return
+        assert norms[0].module is not None
+        roles["bn"] = norms[0].module
+        nodes.append(norms[0].index)
+        follower = view.only_user(norms[0])
+    if follower is not None and follower.op in chain.acts:
+        roles["act"] = f"F.{follower.op}" if follower.module is None else follower.module
+        nodes.append(follower.index)
+    yield Match(chain.name, roles, tuple(nodes))
+
+
+def _refuse_fold(chain: Chain, view: View, layer: Node, norms: list[Node]) -> str | None:
+    """Why the batch norm behind a layer cannot be folded into it; None if it can."""
+    norm = norms[0]
+    if len(norms) > 1:
+        names = ", ".join(found.module or found.scope for found in norms)
+        return f"{layer.module} feeds {len(norms)} batch norms ({names})"
+    if view.only_user(layer) is None:
+        readers = ", ".join(_called(view.graph.nodes[i]) for i in layer.users)
+        return f"the output of {layer.module} has {len(layer.users)} readers ({readers})"
+    if norm.module is None:
+        return f"{norm.scope or 'the root'!r} does more than a batch norm, or calls it as a function"
+    for guard in chain.fold_guards:
+        if reason := guard(view, norm):
+            return f"{norm.module} {reason}"
+    if reason := refuse_hooks(view, layer):
+        return f"{layer.module} {reason}"
+    return _refuse_statistics(view, layer, norm)
+
+
+def _refuse_statistics(view: View, layer: Node, norm: Node) -> str | None:
+    bn, module = view.module(norm), view.module(layer)
+    assert isinstance(bn, _NormBase)
+    if bn.running_mean is None or bn.running_var is None:
+        return f"{norm.module} has no running statistics (track_running_stats=False)"
+    channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+    if bn.num_features != channels:
+        return f"{norm.module} has {bn.num_features} channels, {layer.module} has {channels}"
+    if isinstance(module, nn.Linear) and (layer.shape is None or len(layer.shape) != 2):
+        shape = "of unknown rank" if layer.shape is None else f"{list(layer.shape)}"
+        return f"{norm.module} normalises axis 1, which is the feature axis of a [M, N] output only; got one {shape}"
+    return None
+
+
+def _called(node: Node) -> str:
+    return "the output of the model" if node.op == "output" else node.module or node.target

@@ -1,0 +1,15 @@
+"""Conv1d/2d/3d [+ BatchNorm] [+ ReLU, ReLU6, Hardswish, SiLU, GELU]; the activation may be a function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gs_algos.fx import ops
+from gs_algos.fx.patterns.base import Match, Refusal, View
+from gs_algos.fx.patterns.chain import Chain, find
+
+CHAIN = Chain(name="conv_bn_act", role="conv", ops=ops.CONVS, refused=ops.TRANSPOSED_CONVS)
+
+
+def search(view: View) -> Iterator[Match | Refusal]:
+    yield from find(CHAIN, view)

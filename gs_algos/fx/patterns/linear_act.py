@@ -1,0 +1,14 @@
+"""Linear [+ BatchNorm1d on a [M, N] output] [+ ReLU, ReLU6, Hardswish, SiLU, GELU]; the activation may be a function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gs_algos.fx.patterns.base import Match, Refusal, View
+from gs_algos.fx.patterns.chain import Chain, find
+
+CHAIN = Chain(name="linear_act", role="linear", ops=("linear",))
+
+
+def search(view: View) -> Iterator[Match | Refusal]:
+    yield from find(CHAIN, view)

@@ -1,0 +1,64 @@
+"""Running a model without leaving a trace: flags, attributes, buffers and random state come back as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; outside, the model and the random generators are exactly what they were.
+
+    Training flags are set one by one, because a model may override `train` (frozen batch norms, merged adapters).
+    Attributes that forward sets or deletes (caches, last attention maps) are put back, one level deep in containers.
+    """
+    modules = list(model.modules())
+    attributes = [(module, dict(module.__dict__)) for module in modules]
+    containers = [(value, _copy(value)) for _, saved in attributes for value in saved.values() if _is_container(value)]
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference() and not b.is_meta]
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda else []), torch.no_grad():
+            for module in modules:
+                module.training = False
+            yield
+    finally:
+        for module, saved in attributes:
+            module.__dict__.clear()
+            module.__dict__.update(saved)
+        for value, saved in containers:
+            _restore(value, saved)
+        with torch.no_grad():
+            for buffer, version, saved in buffers:
+                if buffer._version != version:
+                    buffer.copy_(saved)
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, (dict, list, set))
+
+
+def _copy(value: Any) -> Any:
+    return list(value.items()) if isinstance(value, dict) else list(value)
+
+
+def _restore(value: Any, saved: list[Any]) -> None:
+    now = _copy(value)
+    if len(now) == len(saved) and all(_same(a, b) for a, b in zip(now, saved, strict=True)):
+        return
+    value.clear()
+    if isinstance(value, list):
+        value.extend(saved)
+    else:
+        value.update(saved)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (
+        isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) == 2 and a[0] is b[0] and a[1] is b[1]
+    )

@@ -1,0 +1,97 @@
+"""What runs, by running it: the calls of chosen modules in order, and functions that read parameters outside of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gs_algos.fx import ops
+from gs_algos.fx.read import Draft, Names
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module with the arguments it got."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def record(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    names: Names,
+    is_unit: Callable[[nn.Module], bool],
+) -> list[Call | Draft]:
+    """Runs `module` on copies of its inputs and lists, in order, the outermost calls of units inside it.
+
+    Functions that read a parameter outside every unit come as drafts without edges.
+    """
+    found: list[Call | Draft] = []
+    depth = 0
+
+    def enter(unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal depth
+        if depth == 0:
+            found.append(Call(unit, args, kwargs))
+        depth += 1
+
+    def leave(*_: Any) -> None:
+        nonlocal depth
+        depth -= 1
+
+    units = [child for child in module.modules() if child is not module and is_unit(child)]
+    handles = [unit.register_forward_pre_hook(enter, with_kwargs=True, prepend=True) for unit in units]
+    handles += [unit.register_forward_hook(leave) for unit in units]
+    try:
+        with _ParameterReads(names, lambda draft: None if depth else found.append(draft)):
+            module(*tree_map(_clone, args), **tree_map(_clone, kwargs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def leaf_draft(module: nn.Module, names: Names) -> Draft:
+    """A call of a module of which nothing but its class is known: no edges."""
+    name = names.modules[id(module)]
+    op = ops.op_of_module(module)
+    reads = tuple(names.owners[id(found)][0] for found in module.parameters())
+    known = ops.is_plain(module) or op == "other"
+    weight = names.weight_of(name)
+    return Draft(op, [], type(module).__name__, name, None, name if known else None, weight, reads)
+
+
+class _ParameterReads(TorchFunctionMode):
+    """Reports every torch function that is given a parameter of the model."""
+
+    def __init__(self, names: Names, report: Callable[[Draft], None]) -> None:
+        super().__init__()
+        self.names = names
+        self.report = report
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = ops.bare_name(func)
+        owners = self.names.owners
+        reads = tuple(owners[id(leaf)][0] for leaf in tree_leaves((args, kwargs)) if id(leaf) in owners)
+        if reads and not name.startswith("__"):  # properties such as .shape come as `__get__`
+            op = ops.op_of_call(name, args, kwargs)
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            used = owners[id(weight)][0] if op in ops.WEIGHTED and id(weight) in owners else None
+            self.report(Draft(op, [], name, weight=used, reads=reads))
+        return func(*args, **kwargs)
+
+
+def _clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
