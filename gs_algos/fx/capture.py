@@ -31,7 +31,7 @@ _TRACERS: tuple[tuple[str, Trace], ...] = (("export", by_export), ("symbolic_tra
 def capture(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, Any] | None = None) -> SiteGraph:
     """The nodes of `model(*example_inputs, **example_kwargs)` in eval mode, with names of live modules.
 
-    The user's hooks run as in a forward pass. Training flags, attributes, buffers and random state come back as they were.
+    The user's hooks run as in a forward pass. Training flags, attributes, buffers and random state are put back.
 
     Args:
         model: any module; DataParallel, DistributedDataParallel and torch.compile wrappers are looked into.
@@ -63,7 +63,7 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, str]:
     """The user's own module inside parallel and compile wrappers, and its qualified name in `model`."""
     root, prefix = model, ""
     while (key := _wrapped_at(root)) is not None:
-        root = root._modules[key]  # type: ignore[assignment]  _wrapped_at has found it
+        root = root.get_submodule(key)
         prefix = f"{prefix}.{key}" if prefix else key
     return root, prefix
 
@@ -90,7 +90,7 @@ def _attempt(rung: str, trace: Trace, given: tuple[Any, ...], notes: list[str]) 
     try:
         with untouched(given[3].model):
             return trace(*given)
-    except Exception as error:  # noqa: BLE001  a tracer may raise anything, and what it says becomes a note
+    except Exception as error:  # a tracer may raise anything; what it says becomes a note
         lines = str(error).strip().splitlines() or [""]
         notes.append(f"{rung}: {type(error).__name__}: {lines[0]}".rstrip(": "))
         logger.debug("%s failed", rung, exc_info=True)

@@ -34,9 +34,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for value, saved in containers:
             _restore(value, saved)
         with torch.no_grad():
-            for buffer, version, saved in buffers:
+            for buffer, version, values in buffers:
                 if buffer._version != version:
-                    buffer.copy_(saved)
+                    buffer.copy_(values)
 
 
 def _is_container(value: Any) -> bool:

@@ -85,10 +85,12 @@ class Reader:
         self.drafts: list[Draft] = []
 
     def read(self, graph: torch.fx.Graph, owner: nn.Module, constants: dict[str, Constant]) -> list[Draft]:
-        """Reads a whole graph. constants: placeholder name -> parameter or buffer, for placeholders that are not inputs."""
-        result = self._region(
-            graph, owner, lambda node: constants.get(node.name) or self._add(Draft("input", [], node.name))
-        )
+        """Reads a whole graph. constants: placeholder name -> parameter or buffer, where it is not an input."""
+
+        def placeholder(node: torch.fx.Node) -> Any:
+            return constants.get(node.name) or self._add(Draft("input", [], node.name))
+
+        result = self._region(graph, owner, placeholder)
         self._add(Draft("output", list(_drafts(result)), "output"))
         return self.drafts
 

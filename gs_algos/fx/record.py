@@ -1,4 +1,4 @@
-"""What runs, by running it: the calls of chosen modules in order, and functions that read parameters outside of them."""
+"""What runs, by running it: calls of chosen modules in order, and functions that read parameters outside of them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Patterns over the site graph. A pattern is one file with `search(view)`, and one name in ORDER.
 
-Every Conv and Linear of the model is in exactly one Match, or is the site of exactly one Refusal. A batch norm that cannot
-be folded is the site of a further Refusal; the layer in front of it is then a Match without the role `bn`.
+Every Conv and Linear of the model is in exactly one Match, or is the site of exactly one Refusal. A batch norm that
+cannot be folded is the site of a further Refusal; the layer in front of it is then a Match without the role `bn`.
 """
 
 from __future__ import annotations

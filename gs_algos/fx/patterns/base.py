@@ -107,6 +107,6 @@ def site_of(view: View, node: Node) -> tuple[str, str]:
     if isinstance(owner, ops.SITES):
         return (
             owner_name,
-            f"its weight is used by a function in {node.scope or 'the root'!r}; the module itself never runs",
+            f"its weight is used by a function in {node.scope or 'the root'!r}, not by the module",
         )
     return node.weight, f"functional {node.op} on a parameter; gs_algos.fx.rewrite.modularize turns it into a module"

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from gs_algos.fx import ops
 from gs_algos.fx.graph import Node
+from gs_algos.fx.ops import ACTIVATIONS
 from gs_algos.fx.patterns.base import (
     Match,
     Refusal,
@@ -33,9 +33,9 @@ class Chain:
 
     name: str
     role: str  # what the layer is called in Match.roles
-    ops: tuple[str, ...]
+    layers: tuple[str, ...]  # ops
     refused: tuple[str, ...] = ()  # ops that belong to the pattern but are not supported
-    acts: tuple[str, ...] = ops.ACTIVATIONS
+    acts: tuple[str, ...] = ACTIVATIONS
     guards: tuple[Guard, ...] = (refuse_calls, refuse_parameters)  # on the layer
     fold_guards: tuple[Guard, ...] = (refuse_calls, refuse_parameters, refuse_hooks)  # on the batch norm
 
@@ -44,7 +44,7 @@ def find(chain: Chain, view: View) -> Iterator[Match | Refusal]:
     """Every site of the pattern, each once, in execution order; then batch norms that cannot be folded."""
     seen: set[str] = set()
     for node in view.graph.nodes:
-        if node.op not in (*chain.ops, *chain.refused):
+        if node.op not in (*chain.layers, *chain.refused):
             continue
         site, reason = (node.module, None) if node.module is not None else site_of(view, node)
         if site in seen:

@@ -8,7 +8,7 @@ from gs_algos.fx import ops
 from gs_algos.fx.patterns.base import Match, Refusal, View
 from gs_algos.fx.patterns.chain import Chain, find
 
-CHAIN = Chain(name="conv_bn_act", role="conv", ops=ops.CONVS, refused=ops.TRANSPOSED_CONVS)
+CHAIN = Chain(name="conv_bn_act", role="conv", layers=ops.CONVS, refused=ops.TRANSPOSED_CONVS)
 
 
 def search(view: View) -> Iterator[Match | Refusal]:

@@ -25,5 +25,5 @@ def find(pattern: str, view: View) -> Iterator[Match]:
 
 
 def _producer(view: View, node: Node) -> str | None:
-    """The module whose output this is. None for a function, and for a module called twice: its calls have other ranges."""
+    """The module whose output this is; None for a function, and for a module called twice (two ranges)."""
     return node.module if node.module and view.calls[node.module] == 1 else None

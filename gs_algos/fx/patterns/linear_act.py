@@ -1,4 +1,4 @@
-"""Linear [+ BatchNorm1d on a [M, N] output] [+ ReLU, ReLU6, Hardswish, SiLU, GELU]; the activation may be a function."""
+"""Linear [+ BatchNorm1d on a [M, N] output] [+ activation]; the activation may be a function."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from gs_algos.fx.patterns.base import Match, Refusal, View
 from gs_algos.fx.patterns.chain import Chain, find
 
-CHAIN = Chain(name="linear_act", role="linear", ops=("linear",))
+CHAIN = Chain(name="linear_act", role="linear", layers=("linear",))
 
 
 def search(view: View) -> Iterator[Match | Refusal]:
