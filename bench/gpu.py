@@ -1,0 +1,147 @@
+"""`python -m bench.gpu`: everything to run on a machine with an NVIDIA GPU, in order, in less than nine minutes.
+
+1. conformance: the kernel tests on the GPU, every dtype of the specs.
+2. compute-sanitizer memcheck and racecheck over every op at its test shapes, where the tool is installed.
+3. the benchmarks, with all peers.
+
+Every phase has a time limit and writes what it finds as it goes (`bench/results/<device>/`, a .jsonl and a .log file).
+Exit code 0: all passed, 1: a phase failed, 2: no GPU. `--device cpu` tries the script without one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import record
+from bench.agree import outputs_of, step
+from gs_kernels.spec import specs
+
+ROOT = Path(__file__).parent.parent
+KILLED = -int(signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A command and the seconds after which it is stopped. skip: why it cannot run here."""
+
+    name: str
+    argv: tuple[str, ...]
+    seconds: float
+    env: dict[str, str] = field(default_factory=dict)
+    skip: str = ""
+
+
+def find_sanitizer() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = [Path(home) / sub / "compute-sanitizer" for home in homes if home for sub in ("bin", "compute-sanitizer")]
+    return shutil.which("compute-sanitizer") or next((str(place) for place in places if place.is_file()), None)
+
+
+def phases(device: str) -> list[Phase]:
+    """What to run, with limits that add up to less than nine minutes."""
+    sanitizer = find_sanitizer()
+    why = "" if sanitizer else "no compute-sanitizer on PATH or in CUDA_HOME"
+    why = why if device == "cuda" else "compute-sanitizer needs a GPU"
+    # without the caching allocator every tensor is an allocation of its own, whose ends the sanitizer knows
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    small = (sys.executable, "-m", "bench.gpu", "--small-shapes", "--device", device)
+    check = (sanitizer or "", "--error-exitcode", "3", "--target-processes", "all", "--tool")
+    bench = (sys.executable, "-m", "bench.run", "--device", device, "--limit", "160")
+    return [
+        Phase("conformance", (sys.executable, "-m", "pytest", "tests/kernels", "-q", "-rs"), 160),
+        Phase("small-shapes", small, 40),
+        Phase("memcheck", (*check, "memcheck", *small), 60, alone, why),
+        Phase("racecheck", (*check, "racecheck", *small), 60, alone, why),
+        Phase("benchmarks", bench if device == "cuda" else (*bench, "--quick"), 190),
+    ]
+
+
+def run_phase(phase: Phase, log: Path) -> dict[str, Any]:
+    """Runs the command in its own process group, copies its output to screen and log, and stops it at its limit."""
+    row: dict[str, Any] = {"phase": phase.name, "limit_s": phase.seconds}
+    if phase.skip:
+        return {**row, "result": "skipped", "why": phase.skip}
+    start = time.monotonic()
+    pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    env = {**os.environ, **phase.env}
+    process = subprocess.Popen(phase.argv, cwd=ROOT, env=env, start_new_session=True, **pipe)
+    timer = threading.Timer(phase.seconds, os.killpg, (process.pid, signal.SIGKILL))
+    timer.start()
+    last = ""
+    try:
+        with log.open("a") as file:
+            file.write(f"\n== {phase.name}: {' '.join(phase.argv)}\n")
+            for output in process.stdout or ():
+                print(output, end="", flush=True)
+                file.write(output)
+                file.flush()
+                last = output.strip() or last
+        code = process.wait()
+    finally:
+        timer.cancel()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    seconds = time.monotonic() - start
+    late = code == KILLED and seconds >= phase.seconds
+    result = "passed" if code == 0 else "stopped at its limit" if late else "failed"
+    return {**row, "result": result, "exit_code": code, "seconds": round(seconds, 1), "last_line": last[:300]}
+
+
+def run_small_shapes(device: str) -> int:
+    """Every op at every test shape and dtype, forward and backward once: small work for a slow, watchful tool."""
+    calls = 0
+    for spec in specs():
+        for shape in spec.test_shapes:
+            for dtype in spec.tol:
+                generator = torch.Generator(device=device).manual_seed(0)
+                case = spec.make(shape, dtype, torch.device(device), generator)
+                for i in case.grad_args:
+                    case.args[i].requires_grad_()
+                dys = [torch.ones_like(y) for y in outputs_of(spec.run(*case.args, **case.kwargs))]
+                step(spec.run, case, dys)
+                calls += 1
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"{calls} calls at small shapes, forward and backward")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: try the script without a GPU")
+    parser.add_argument("--small-shapes", action="store_true", help="only call every op at its test shapes")
+    parser.add_argument("--only", nargs="+", metavar="PHASE", choices=[phase.name for phase in phases("cpu")])
+    chosen = parser.parse_args(argv)
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        print("bench.gpu: needs an NVIDIA GPU, and torch sees none; --device cpu tries the script", file=sys.stderr)
+        return 2
+    if chosen.small_shapes:
+        return run_small_shapes(chosen.device)
+    path = record.default_path(chosen.device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for phase in phases(chosen.device):
+        if chosen.only is None or phase.name in chosen.only:
+            print(f"\n== {phase.name} (at most {phase.seconds:g} s)", flush=True)
+            rows.append(run_phase(phase, path.with_suffix(".log")))
+            record.append(rows[-1], "gpu", device=chosen.device, path=path)
+    print(f"\n{record.device_name(chosen.device)} -> {path}")
+    for row in rows:
+        print("{phase:14} {result:22}".format(**row), row.get("why") or f"{row['seconds']} s  {row['last_line']}")
+    return int(any(row["result"] not in ("passed", "skipped") for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

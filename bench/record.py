@@ -1,0 +1,95 @@
+"""Where results go: one JSON line each in `bench/results/<device>/<date>-<commit>.jsonl`, written at once.
+
+    record.append({"op": "fake_quant", "ms_p50": 0.31}, kind="op")
+
+adds what the number depends on (device, versions, commit, threads) and keeps what was written before.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import re
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_name(device: str) -> str:
+    """The GPU as its driver calls it, or the CPU as the operating system does."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return model[1].strip() if model else platform.processor() or platform.machine()
+
+
+def slug(name: str) -> str:
+    """`slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"`."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _git(*args: str) -> str:
+    try:
+        run = subprocess.run(["git", *args], cwd=RESULTS.parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return run.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def _code() -> dict[str, Any]:
+    # results being written do not make the code dirty
+    status = _git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
+    return {"commit": _git("rev-parse", "--short=10", "HEAD") or "unknown", "dirty": bool(status)}
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Device, versions, commit and threads: everything but the code's own arguments that a number depends on."""
+    return {
+        "device": torch.device(device).type,
+        "device_name": device_name(device),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        **_code(),
+    }
+
+
+def default_path(device: str) -> Path:
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    return RESULTS / slug(device_name(device)) / f"{today}-{_code()['commit']}.jsonl"
+
+
+def append(row: dict[str, Any], kind: str, *, device: str | None = None, path: Path | None = None) -> Path:
+    """Writes one line and returns the file that holds it.
+
+    Args:
+        row: what was measured. Its keys win over those of `environment`.
+        kind: what a reader filters by, e.g. "op", "roofline", "accuracy".
+        device: where it ran, "cuda" or "cpu"; default: "cuda" if there is one.
+        path: another file.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    path = path or default_path(device)
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps({"kind": kind, "time": now, **environment(device), **row}) + "\n")
+    return path

@@ -1,0 +1,26 @@
+"""The ceiling that results are compared with: the bandwidth of a copy, measured on this device in this run."""
+
+from __future__ import annotations
+
+import torch
+
+from bench.timing import time_calls
+
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}  # read; as much again is written
+
+
+def copy_bandwidth(device: str, seconds: float = 1.0) -> float:
+    """Bytes read plus bytes written per second by `torch.Tensor.copy_`, beyond any cache, in GB/s."""
+    nbytes = COPY_BYTES[torch.device(device).type]
+    source = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    timing = time_calls([lambda: target.copy_(source)], device, seconds)
+    return 2 * nbytes / timing.ms_p20 / 1e6
+
+
+def copies_beyond_cache(nbytes: int, device: str) -> int:
+    """How many copies of a call's inputs and outputs it takes so that none is in the cache when its turn comes."""
+    if torch.device(device).type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(64, 1 + 2 * cache // max(nbytes, 1)))

@@ -1,0 +1,203 @@
+"""`python -m bench.run`: times every op against its reference, `torch.compile` of it, and library functions.
+
+Nothing is timed before its outputs and gradients agree with the reference within the tolerance of the spec. A provider
+that differs in at most one element of a thousand (another rounding of ties) is timed and marked; one that differs more
+is not. Times are of warm calls; percentages are of the copy bandwidth measured first: on a CPU, a tensor that fits the
+cache can exceed 100 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import record
+from bench.agree import agreement, outputs_of, step
+from bench.roofline import copies_beyond_cache, copy_bandwidth
+from bench.timing import time_calls
+from gs_kernels.dispatch import INTERPRET
+from gs_kernels.spec import Case, OpSpec, Shape, specs
+
+FAILURES = (RuntimeError, ValueError, TypeError, AssertionError)
+COLUMNS = "{:22} {:34} {:9} {:12} {:4} {:>9} {:>9} {:>9} {:>8} {:>6} {:>8}  {}"
+HEAD = ("op", "shape", "dtype", "provider", "pass", "p20 ms", "p50 ms", "p80 ms", "GB/s", "%copy", "vs ours", "")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to time: an op at a shape, forward ("fwd") or forward and backward ("f+b")."""
+
+    spec: OpSpec
+    group: str
+    shape: Shape
+    dtype: torch.dtype
+    direction: str
+
+    def cost(self) -> tuple[int, int]:
+        """Bytes and operations of the timed passes; 0 bytes if the spec does not know those of the backward pass."""
+        forward = self.spec.cost(self.shape, self.dtype)
+        if self.direction == "fwd":
+            return forward.nbytes, forward.flops
+        if self.spec.backward_cost is None:
+            return 0, 0
+        backward = self.spec.backward_cost(self.shape, self.dtype)
+        return forward.nbytes + backward.nbytes, forward.flops + backward.flops
+
+    def make(self, device: str, copies: int) -> list[Case]:
+        """The same inputs in `copies` places of memory."""
+        generator = torch.Generator(device=device).manual_seed(0)
+        first = self.spec.make(self.shape, self.dtype, torch.device(device), generator)
+        learning = first.grad_args if self.direction == "f+b" else ()
+
+        def copy(case: Case) -> Case:
+            args = [a.detach().clone() if isinstance(a, Tensor) else a for a in case.args]
+            return replace(case, args=tuple(a.requires_grad_() if i in learning else a for i, a in enumerate(args)))
+
+        return [copy(first) for _ in range(copies)]
+
+
+def providers(spec: OpSpec) -> Iterator[tuple[str, Callable[..., Any]]]:
+    yield "ours", spec.run
+    yield "torch", spec.ref
+    torch.compiler.reset()
+    yield "compile", torch.compile(spec.ref, dynamic=False)
+    yield from spec.library.items()
+
+
+def measure(job: Job, device: str, bandwidth: float, seconds: float) -> Iterator[dict[str, Any]]:
+    """One row per provider; a provider that fails or disagrees has no times."""
+    nbytes, flops = job.cost()
+    cases = job.make(device, copies_beyond_cache(job.spec.cost(job.shape, job.dtype).nbytes, device))
+    generator = torch.Generator(device=device).manual_seed(1)
+    dys = [
+        torch.randn(y.shape, dtype=y.dtype, device=device, generator=generator)
+        for y in outputs_of(job.spec.ref(*cases[0].args, **cases[0].kwargs))
+        if job.direction == "f+b" and y.is_floating_point()
+    ]
+    want = step(job.spec.ref, cases[0], dys)
+    tol, grad_tol = job.spec.tol[job.dtype], job.spec.grad_tol.get(job.dtype, 1e-5)
+    about = {
+        "op": job.spec.name,
+        "group": job.group,
+        "shape": job.shape,
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "direction": job.direction,
+        "copy_gbps": round(bandwidth, 1),
+    }
+    for name, run in providers(job.spec):
+        row = {**about, "provider": name}
+        try:
+            agrees = agreement(run, cases[0], dys, want, tol, grad_tol)
+            row |= {"agrees": agrees.full, "mismatch": agrees.mismatch, "grad_error": agrees.grad_error}
+            if agrees.nearly:
+                timing = time_calls([partial(step, run, case, dys) for case in cases], device, seconds)
+                row |= {k: round(v, 5) if isinstance(v, float) else v for k, v in asdict(timing).items()}
+                row |= {"copies": len(cases), "tflops": round(flops / timing.ms_p50 / 1e9, 3)}
+                if nbytes:
+                    gbps = nbytes / timing.ms_p50 / 1e6
+                    row |= {
+                        "nbytes": nbytes,
+                        "gbps": round(gbps, 2),
+                        "percent_of_copy": round(100 * gbps / bandwidth, 1),
+                    }
+        except FAILURES as error:
+            row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        yield row
+
+
+def note(row: dict[str, Any]) -> str:
+    """What a reader must know of a row beside its numbers."""
+    if "error" in row:
+        return f"failed: {row['error']}"
+    differs = f"differs in {row['mismatch']:.3%} of elements, gradients by {row['grad_error']:.1e}"
+    return "" if row["agrees"] else differs if "ms_p50" in row else f"NOT TIMED: {differs}"
+
+
+def line(row: dict[str, Any], ours: float | None) -> str:
+    shape = " ".join(f"{k}={v}" for k, v in row["shape"].items())
+    about = (row["op"], shape[:34], row["dtype"], row["provider"], row["direction"])
+    if "ms_p50" not in row:
+        return COLUMNS.format(*about, *["-"] * 6, note(row))
+    times = tuple(f"{row[k]:.4f}" for k in ("ms_p20", "ms_p50", "ms_p80"))
+    rates = (f"{row['gbps']:.1f}", f"{row['percent_of_copy']:.0f}") if "gbps" in row else ("-", "-")
+    ratio = f"{row['ms_p50'] / ours:.2f}x" if ours and row["agrees"] else "-"
+    return COLUMNS.format(*about, *times, *rates, ratio, note(row))
+
+
+def jobs(chosen: argparse.Namespace) -> Iterator[Job]:
+    for spec in specs():
+        if chosen.op not in (None, spec.name):
+            continue
+        groups = {g: s for g, s in spec.bench_shapes.items() if chosen.shapes in (None, g)}
+        shapes = [(group, shape) for group, shapes in groups.items() for shape in shapes]
+        if chosen.quick and shapes:
+            dtype = spec_dtypes(spec, chosen.dtype)[0]
+            shapes = [min(shapes, key=lambda s: spec.cost(s[1], dtype).nbytes)]
+        for group, shape in shapes:
+            for dtype in spec_dtypes(spec, chosen.dtype)[: 1 if chosen.quick else None]:
+                for direction in ("fwd", "f+b") if spec.backward else ("fwd",):
+                    yield Job(spec, group, shape, dtype, direction)
+
+
+def spec_dtypes(spec: OpSpec, wanted: list[str]) -> list[torch.dtype]:
+    return [d for d in (getattr(torch, name) for name in wanted) if d in spec.tol] or list(spec.tol)[:1]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.partition("\n")[0])
+    known = specs()
+    groups = sorted({group for spec in known for group in spec.bench_shapes})
+    parser.add_argument("--op", choices=[spec.name for spec in known], help="only this op")
+    parser.add_argument("--shapes", choices=groups, metavar="GROUP", help=f"only these shapes: {', '.join(groups)}")
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "float16", "bfloat16"], help="default: by device")
+    parser.add_argument("--quick", action="store_true", help="the smallest shape of each op, one dtype")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, help="time for one number; default 1, with --quick 0.3")
+    parser.add_argument("--limit", type=float, metavar="S", help="start nothing new after so many seconds")
+    parser.add_argument("--out", type=Path, help="default: bench/results/<device>/<date>-<commit>.jsonl")
+    chosen = parser.parse_args(argv)
+    if INTERPRET:
+        parser.error("times under TRITON_INTERPRET=1 mean nothing; unset it")
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs an NVIDIA GPU, and torch sees none; use --device cpu")
+    chosen.dtype = chosen.dtype or (["bfloat16", "float32"] if chosen.device == "cuda" else ["float32"])
+    chosen.seconds = chosen.seconds or (0.3 if chosen.quick else 1.0)
+    return chosen
+
+
+def main(argv: list[str] | None = None) -> int:
+    chosen = parse(argv)
+    start = time.monotonic()
+    path = chosen.out or record.default_path(chosen.device)
+    bandwidth = copy_bandwidth(chosen.device, chosen.seconds)
+    record.append({"copy_gbps": round(bandwidth, 1)}, "roofline", device=chosen.device, path=path)
+    print(
+        f"{record.device_name(chosen.device)}, {torch.get_num_threads()} threads, copy {bandwidth:.1f} GB/s -> {path}"
+    )
+    print(COLUMNS.format(*HEAD))
+    failed = False
+    for job in jobs(chosen):
+        if chosen.limit is not None and time.monotonic() - start > chosen.limit:
+            print(f"--limit {chosen.limit:g} s reached before {job.spec.name} {job.shape} {job.direction}; not timed")
+            failed = True
+            break
+        ours = None
+        for row in measure(job, chosen.device, bandwidth, chosen.seconds):
+            record.append(row, "op", device=chosen.device, path=path)
+            ours = row.get("ms_p50") if row["provider"] == "ours" else ours
+            failed |= row["provider"] == "ours" and "ms_p50" not in row
+            print(line(row, ours), flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
