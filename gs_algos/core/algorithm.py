@@ -1,4 +1,4 @@
-"""The interface every algorithm has: plan, apply, step, loss, convert, summary; and how a model remembers what was done to it."""
+"""The interface every algorithm has, and how a model remembers what was done to it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Algorithm(ABC):
     @classmethod
     @abstractmethod
     def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
-        """Gives a freshly built float model the structure that a history entry describes; its tensors are loaded afterwards."""
+        """Gives a freshly built float model the structure that a history entry describes; `load` then fills it."""
 
 
 def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -82,7 +82,7 @@ def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def history(model: nn.Module) -> list[dict[str, Any]]:
-    """What was done to the model, oldest first: `{"algorithm", "stage": "prepared" | "converted", "config", "plan", "steps"}`."""
+    """What was done to the model, oldest first: algorithm, stage ("prepared" or "converted"), config, plan, steps."""
     return list(getattr(model, HISTORY, []))
 
 

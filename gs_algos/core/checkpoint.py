@@ -29,7 +29,7 @@ INDEX = "golden_stick.json"
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
-    """Writes the model's tensors and its history into `directory`, which is made if needed. Exact, also for prepared models.
+    """Writes the model's tensors and history into `directory`, which is made if needed. Exact, prepared or converted.
 
     Raises:
         ValueError: if no algorithm was applied to the model, or a tensor is sharded or has no data.

@@ -21,7 +21,7 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """The dry run of an algorithm. `str(plan)` is a table; `plan.rows` is the data; `plan.notes` says how the graph was read."""
+    """The dry run of an algorithm. `str(plan)` is a table; `plan.rows` the data; `plan.notes` why a tracer failed."""
 
     algorithm: str
     rung: str

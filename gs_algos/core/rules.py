@@ -1,4 +1,4 @@
-"""Per-layer rules: which settings a named layer gets. Global, then type, then regular expression, then exact name; last wins."""
+"""Per-layer rules: which settings a layer gets. Global, then type, then regular expression, then name; last wins."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def resolve(
 ) -> dict[str, dict[str, Any] | None]:
     """Settings of every site: the defaults, overridden rule by rule. None means that a rule leaves the site alone.
 
-    A pattern is a module class or `type:Conv2d`, `re:<expression>` (matched against the whole name), or the exact name of
-    a layer or of a block that holds it.
+    A pattern is a module class or `type:Conv2d`, `re:<expression>` (matched against the whole name), or the exact name
+    of a layer or of a block that holds it.
 
     Raises:
         ValueError: if a rule matches no site, or sets an option that does not exist.

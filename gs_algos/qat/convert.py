@@ -1,4 +1,4 @@
-"""From fake-quantized layers to integer codes and scales, each compared with the layer it replaces on the same input."""
+"""From fake-quantized layers to integer codes and scales, each compared with the one it replaces on the same input."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from gs_kernels import quantize
 
 # relative to the RMS of the trained layer's output: accumulation order only, in the dtype the layer computes in
 LAYER_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# whole networks: a value on the edge of two codes may fall on either side, and the next layers see one step of difference
+# whole networks: a value on the edge of two codes may fall on either side, and the next layers see a step of difference
 OUTPUT_TOLERANCE = {torch.float32: 5e-2, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far the converted network is from the trained one, as RMS of the difference over RMS of the trained output."""
+    """How far the converted network is from the trained one: RMS of the difference over RMS of the trained output."""
 
     worst_layer: str
     layer_error: float
@@ -85,13 +85,10 @@ def quantized_layer(model: nn.Module, row: PlanRow) -> QuantizedLayer:
     new.zero.copy_(zero)
     if bias is not None:
         new.bias.copy_(bias)
-    for trained, static in (
-        (layer.input_quantizer, new.input_quantizer),
-        (_output_quantizer(layer, bn), new.output_quantizer),
-    ):
-        if static is not None:
-            static.scale.copy_(trained.scale)
-            static.zero.copy_(trained.zero.round())
+    if new.input_quantizer is not None and layer.input_quantizer is not None:
+        new.input_quantizer.take(layer.input_quantizer)
+    if new.output_quantizer is not None:
+        new.output_quantizer.take(_output_quantizer(layer, bn))
     return new.eval()
 
 
@@ -131,7 +128,7 @@ def install_converted(model: nn.Module, rows: Sequence[PlanRow]) -> None:
 
 def summary_of(model: nn.Module) -> str:
     """A table of the quantized layers of a prepared or converted model, with bytes and the arithmetic of each."""
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for name, module in model.named_modules():
         if isinstance(module, FakeQuantized):
             act = module.input_quantizer or module.output_quantizer
@@ -185,13 +182,10 @@ def _epilogue(layer: FakeQuantized, bn: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def _times_slope(scale: Tensor, zero: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """scale `[C]` times slope `[O]`, C = 1, O or O * G; one scale for all becomes one per output unless slope is all ones."""
-    if bool((slope == 1).all()) and scale.numel() == 1:
-        return scale, zero
-    per_output = scale.view(slope.numel(), -1) if scale.numel() > 1 else scale.expand(slope.numel(), 1)
-    return (per_output * slope[:, None]).flatten(), zero.view(-1).expand(
-        per_output.numel()
-    ) if zero.numel() == 1 else zero
+    """scale `[C]` times slope `[O]`, C = 1, O or O * G; one scale for all becomes one per output."""
+    outputs = slope.numel()
+    scales, zeros = (t.view(outputs, -1) if t.numel() > 1 else t.expand(outputs, 1) for t in (scale, zero))
+    return (scales * slope[:, None]).flatten(), zeros.flatten()
 
 
 @contextlib.contextmanager
@@ -222,8 +216,7 @@ def _swapped_in(model: nn.Module, rows: Sequence[PlanRow], replacements: dict[st
 def _static(quantizer: ActivationQuantizer) -> StaticQuantizer:
     """The frozen form of an activation quantizer that sits in a module of its own (the operands of an add)."""
     static = StaticQuantizer(quantizer.scheme, quantizer.scale.device)
-    static.scale.copy_(quantizer.scale.detach())
-    static.zero.copy_(quantizer.zero.detach().round())
+    static.take(quantizer)
     return static
 
 

@@ -1,11 +1,11 @@
 """SimQAT: quantization-aware training by simulated quantization, from a float network to a checked integer one.
 
-Weights and activations are rounded to their grid in the forward pass, with straight-through (or learned-step) gradients,
-so that the network trains against its own quantization error. Jacob et al. 2018, arXiv:1712.05877; Krishnamoorthi 2018,
-arXiv:1806.08342; learned steps: Esser et al. 2020, arXiv:1902.08153.
+Weights and activations are rounded to their grid in the forward pass, with straight-through (or learned-step)
+gradients, so that the network trains against its own quantization error. Jacob et al. 2018, arXiv:1712.05877;
+Krishnamoorthi 2018, arXiv:1806.08342; learned steps: Esser et al. 2020, arXiv:1902.08153.
 
-Differs from the papers: the range of an activation is the one of the previous steps, so that observing costs no extra pass
-and a recomputed forward (gradient checkpointing) gives the same numbers.
+Differs from the papers: the range of an activation is the one of the previous steps, so that observing costs no extra
+pass and a recomputed forward (gradient checkpointing) gives the same numbers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class SimQATConfig(AlgorithmConfig):
     """Options of SimQAT.
 
     Args:
-        weight: scheme of the weights (`gs_algos.quant.scheme`), e.g. `int8@channel`, `int4@group:32:mse`, `int4@channel:lsq`.
+        weight: scheme of the weights (see `Scheme`): `int8@channel`, `int4@group:32:mse`, `int4@channel:lsq`.
         act: scheme of the activations, e.g. `int8@tensor:ema=0.01`; None leaves them float.
         fold_bn: how a batch norm behind a layer is treated in training: `one_conv` (True), `two_conv`, `none` (False).
         fusion: True quantizes an activation where the next layer reads it, behind batch norm and activation function;
@@ -125,11 +125,11 @@ class SimQAT(Algorithm):
         self._freezable: list[Tensor] = []
 
     def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:
-        """The dry run: every Conv and Linear, with its schemes and batch norm, or why it stays float. Touches nothing."""
+        """The dry run: every Conv and Linear, its schemes and batch norm, or why it stays float. Touches nothing."""
         return make_plan(self.name, model, example_inputs, self.config.options())
 
     def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
-        """Swaps the planned layers of the live model to fake-quantized ones and starts their ranges on `example_inputs`.
+        """Swaps the planned layers of the live model to fake-quantized ones; `example_inputs` start their ranges.
 
         The object tree, the float parameters and their names stay; quantizer state is added under new names.
 
@@ -154,7 +154,7 @@ class SimQAT(Algorithm):
         batches: Iterable[Inputs] | None = None,
         forward_loop: Callable[[nn.Module], None] | None = None,
     ) -> None:
-        """Sets every activation range from data before training: from `batches` of inputs, or by your own `forward_loop`.
+        """Sets every activation range from data before training: `batches` of inputs, or your own `forward_loop`.
 
         Raises:
             RuntimeError: if `apply` was not called on this model.
@@ -187,7 +187,7 @@ class SimQAT(Algorithm):
         self._history["steps"] = self.steps
 
     def convert(self, model: nn.Module, example_inputs: Inputs | None = None) -> nn.Module:
-        """Replaces every trained layer by integer codes and scales, and its batch norm by an identity; checks the outputs.
+        """Replaces every trained layer by integer codes and scales, its batch norm by an identity; checks the outputs.
 
         Each layer is compared with the trained one on the same input, then the whole network on `example_inputs`
         (default: those of `apply`). `self.parity` holds the largest differences.
@@ -217,7 +217,7 @@ class SimQAT(Algorithm):
         return summary_of(model)
 
     def learned_parameters(self) -> list[nn.Parameter]:
-        """The steps and zero points that `lsq` schemes added: give them to an optimizer that was made before `apply`."""
+        """The steps and zero points that `lsq` schemes added, for an optimizer that was made before `apply`."""
         self._require_bound("learned_parameters")
         return [p for quantizer in self._quantizers.values() for p in quantizer.parameters()]
 

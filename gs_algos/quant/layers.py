@@ -1,20 +1,22 @@
-"""Live layers with fake-quant inside: `nn.Linear` and `nn.Conv*d` whose class is swapped, their parameters left where they are.
+"""Live layers with fake-quant inside: the class of a `nn.Linear` or `nn.Conv*d` is swapped, its parameters stay.
 
 A swapped layer gains up to three children: `input_quantizer`, `weight_quantizer`, `output_quantizer`. With a batch norm
 behind it (Jacob et al. 2018, arXiv:1712.05877, section 3.2; Krishnamoorthi 2018, arXiv:1806.08342, section 3.2.2):
 
 - `none`: `y = BN(conv(x, FQ(W)))`; folded at convert.
 - `one_conv`: `y = BN(conv(x, FQ(W * f)) / f)`, f = gamma / sigma.
-- `two_conv`: `conv(x, W)` gives the batch statistics, `y = conv(x, FQ(W * f)) * sigma_r / sigma_b + beta - gamma * mu_b / sigma_b`,
-  and once frozen (and in eval) `y = conv(x, FQ(W * f)) + beta - gamma * mu_r / sigma_r`.
+- `two_conv`: `conv(x, W)` gives the batch statistics mu_b, sigma_b, and with the running ones mu_r, sigma_r
+  `y = conv(x, FQ(W * f)) * sigma_r / sigma_b + beta - gamma * mu_b / sigma_b`;
+  once frozen, and in eval, `y = conv(x, FQ(W * f)) + beta - gamma * mu_r / sigma_r`.
 
 sigma_r is read from the batch norm at each optimizer step (`refresh`), so a recomputed forward repeats itself exactly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,7 @@ class FakeQuantized(nn.Module):
     output_quantizer: ActivationQuantizer | None
     weight: Tensor
     bias: Tensor | None
+    _conv_forward: Callable[..., Tensor]
 
     def quantized_input(self, x: Tensor) -> Tensor:
         return x if self.input_quantizer is None else self.input_quantizer(x)
@@ -61,7 +64,7 @@ class _FakeQuantConv(FakeQuantized):
 
 
 class Folded(FakeQuantized):
-    """A conv that multiplies its weight by f = gamma / sigma before quantizing it. `sigma [O]` fp32 is as of the last step."""
+    """A conv that multiplies its weight by f = gamma / sigma before quantizing it; `sigma [O]`: at the last step."""
 
     sigma: Tensor
     _bn: tuple[_BatchNorm]  # in a tuple: a module attribute would register the batch norm a second time
@@ -75,7 +78,7 @@ class Folded(FakeQuantized):
         self.sigma.copy_(running_sigma(self.batch_norm()))
 
     def factor(self) -> tuple[Tensor, Tensor]:
-        """(f, ratio) `[O]` fp32: f is gamma / sigma pushed away from zero, ratio the gamma / sigma / f that remains to apply.
+        """(f, ratio) `[O]` fp32: f is gamma / sigma pushed away from zero, ratio = gamma / sigma / f remains to apply.
 
         sigma is as of the last step in training, and the batch norm's own in eval. ratio is 1 except where gamma is ~0.
         """
@@ -94,7 +97,7 @@ class Folded(FakeQuantized):
         return self._conv_forward(x, self.weight_quantizer(scaled_rows(self.weight, f)), None)
 
 
-class _OneConvFolded(_Folded):
+class _OneConvFolded(Folded):
     prefix = "OneConvFolded"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,7 +108,7 @@ class _OneConvFolded(_Folded):
         return y if self.bias is None else y + per_channel(self.bias, y)
 
 
-class _TwoConvFolded(_Folded):
+class _TwoConvFolded(Folded):
     prefix = "TwoConvFolded"
     frozen: Tensor  # bool [1]
 
@@ -203,25 +206,28 @@ def affine(bn: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def update_running(bn: _BatchNorm, mean: Tensor, var: Tensor, n: int, frozen: Tensor) -> None:
-    """What a batch norm does to its running statistics after a batch with mean and (biased) var `[O]` of n values each."""
+    """What a batch norm does to its running statistics after a batch: mean and (biased) var `[O]`, of n values each."""
     assert bn.running_mean is not None and bn.running_var is not None and bn.num_batches_tracked is not None
     moving = (~frozen).float()
     bn.num_batches_tracked.add_((~frozen).long().view(()))
-    momentum: Tensor | float = (
-        bn.momentum if bn.momentum is not None else 1.0 / bn.num_batches_tracked.float().clamp(min=1)
-    )
+    average: Tensor = 1.0 / bn.num_batches_tracked.float().clamp(min=1)
+    momentum = average if bn.momentum is None else bn.momentum
     bn.running_mean.add_((mean - bn.running_mean.float()) * momentum * moving)
     bn.running_var.add_((var * (n / max(n - 1, 1)) - bn.running_var.float()) * momentum * moving)
 
 
+def swapped_class(mixin: type[nn.Module], base: type[nn.Module]) -> Any:
+    """The class of a live layer of class `base` with `mixin` in front, the same one each time."""
+    return _swapped_class(cast(Hashable, mixin), cast(Hashable, base))
+
+
 @cache
-def swapped_class(mixin: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
-    """The class of a live layer of class `base` with `mixin` in front."""
-    return type(f"{mixin.prefix}{base.__name__}", (mixin, base), {"__module__": __name__})  # type: ignore[attr-defined]
+def _swapped_class(mixin: Any, base: Any) -> Any:
+    return type(f"{mixin.prefix}{base.__name__}", (mixin, base), {"__module__": __name__})
 
 
 def swap(
-    layer: nn.Module,
+    layer: Any,
     weight: WeightQuantizer,
     input: ActivationQuantizer | None,
     output: ActivationQuantizer | None,
@@ -233,21 +239,18 @@ def swap(
     mixin: type[nn.Module] = _FakeQuantLinear if isinstance(layer, nn.Linear) else _FakeQuantConv
     if bn is not None and fold != "none":
         mixin = _OneConvFolded if fold == "one_conv" else _TwoConvFolded
-        layer.register_buffer("sigma", running_sigma(bn))
-        layer._bn = (bn,)  # type: ignore[assignment]
+        layer.register_buffer("sigma", running_sigma(bn).detach())
+        layer._bn = (bn,)
     layer.__class__ = swapped_class(mixin, type(layer))
     layer.weight_quantizer, layer.input_quantizer, layer.output_quantizer = weight, input, output
     if bn is None or (fold != "two_conv" and not freezable):
         return
-    device = running_mean(bn).device
-    if fold == "two_conv":
-        layer.register_buffer("frozen", torch.zeros(1, dtype=torch.bool, device=device))
-    else:
-        bn.register_buffer("frozen", torch.zeros(1, dtype=torch.bool, device=device))
+    holder = layer if fold == "two_conv" else bn
+    holder.register_buffer("frozen", torch.zeros(1, dtype=torch.bool, device=running_mean(bn).device))
     bn.__class__ = swapped_class(_PassedOver if fold == "two_conv" else _Freezable, type(bn))
 
 
-def give_output_quantizer(module: nn.Module, quantizer: ActivationQuantizer) -> None:
+def give_output_quantizer(module: Any, quantizer: ActivationQuantizer) -> None:
     """Makes a live module quantize its output, whatever it is."""
     if not isinstance(module, FakeQuantized):
         module.__class__ = swapped_class(_QuantizedOutput, type(module))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gs_algos.quant.quantizers import Quantizer
 from gs_algos.quant.scheme import Scheme, n_scales
 from gs_kernels import PerChannel, PerGroup, PerTensor, dequantize, fake_quant, quantize
 
@@ -21,6 +22,9 @@ INT_MM_DEVICES = ("cpu",)
 class StaticQuantizer(nn.Module):
     """The frozen grid of one activation: scale `[1]`, zero `[1]` fp32, real = (q - zero) * scale."""
 
+    scale: Tensor
+    zero: Tensor
+
     def __init__(self, scheme: Scheme, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.scheme = scheme
@@ -29,6 +33,13 @@ class StaticQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return fake_quant(x, self.scale, self.zero, qmin=self.scheme.qmin, qmax=self.scheme.qmax)
+
+    @torch.no_grad()
+    def take(self, quantizer: Quantizer) -> None:
+        """Copies the grid of a trained quantizer."""
+        scale, zero = quantizer.grid()
+        self.scale.copy_(scale)
+        self.zero.copy_(zero)
 
     def codes(self, x: Tensor) -> Tensor:
         """int8 (or uint8 for an unsigned grid) codes of x, same shape."""
@@ -44,10 +55,18 @@ class StaticQuantizer(nn.Module):
 
 
 class QuantizedLayer(nn.Module):
-    """Weight codes `[O, ...]` int8 (uint8 if unsigned), scale and zero `[C]` fp32 (C = 1, O, or groups row-major), bias `[O]` fp32.
+    """A weight as integers: weight = (codes - zero) * scale.
 
-    weight = (codes - zero) * scale. A scale is negative where a batch norm with negative gamma was folded in afterwards.
+    codes `[O, ...]` int8 (uint8 if unsigned), scale, zero `[C]` fp32 (C = 1, O, or groups row-major), bias `[O]` fp32.
+    A scale is negative where a batch norm with negative gamma was folded in afterwards.
     """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    bias: Tensor | None
+    input_quantizer: StaticQuantizer | None
+    output_quantizer: StaticQuantizer | None
 
     def __init__(
         self,
@@ -110,6 +129,8 @@ class QuantizedLinear(QuantizedLayer):
             reasons.append("activations are not quantized")
         elif not self.input_quantizer.scheme.format.signed:
             reasons.append("activation codes are unsigned")
+        elif self.input_quantizer.scheme.bits == 1 and self.input_quantizer.scheme.symmetric:
+            reasons.append("the activation grid has no level for 0")
         if not self.scheme.format.signed:
             reasons.append("weight codes are unsigned")
         if isinstance(self.granularity, PerGroup):
@@ -146,13 +167,12 @@ class QuantizedLinear(QuantizedLayer):
 
 
 class QuantizedConv(QuantizedLayer):
-    """`y = conv(x, weight) + bias` with the geometry of the layer it replaces; dequantizes its codes in each forward."""
+    """`y = conv(x, weight) + bias` with the geometry of the layer it replaces; dequantizes in each forward."""
 
     def __init__(self, geometry: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.geometry = geometry
-        self.spatial = len(self.codes.shape) - 2
-        self._conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[self.spatial]
+        self._conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[self.codes.dim()]
 
     def path(self) -> str:
         return "dequantizes: no integer convolution yet"

@@ -1,8 +1,8 @@
-"""Modules that fake-quantize one tensor: a weight, whose range is read anew at each step, or an activation, whose range is learnt.
+"""Modules that fake-quantize one tensor: a weight, whose range is read in each forward, or an activation.
 
 An activation quantizer uses the range of the previous steps and collects the extremes of this one in `pending`, in the
 same pass. `merge_pending` moves them into the range, for all quantizers of a network at once, between two steps. So the
-forward has no host sync, can be run twice (gradient checkpointing) with the same result, and needs one collective a step.
+forward has no host sync, can be run twice (gradient checkpointing) with the same result, and a step has one collective.
 """
 
 from __future__ import annotations
@@ -36,18 +36,21 @@ class Quantizer(nn.Module):
     State: `scale [C]`, `zero [C]` fp32, real = (q - zero) * scale; parameters where the scheme says `lsq`.
     """
 
+    gate: Tensor | None
+    scale: Tensor
+    zero: Tensor
+
     def __init__(self, scheme: Scheme, n_scales: int, device: torch.device, delayed: bool) -> None:
         super().__init__()
         self.scheme = scheme
-        self.gate: Tensor | None
         self.register_buffer("gate", torch.zeros(1, dtype=torch.bool, device=device) if delayed else None)
         scale, zero = torch.ones(n_scales, device=device), torch.zeros(n_scales, device=device)
         if scheme.learned:
-            self.scale: Tensor = nn.Parameter(scale)
+            self.scale = nn.Parameter(scale)
         else:
             self.register_buffer("scale", scale)
         if scheme.learned and not scheme.symmetric:
-            self.zero: Tensor = nn.Parameter(zero)
+            self.zero = nn.Parameter(zero)
         else:
             self.register_buffer("zero", zero)
 
@@ -57,6 +60,11 @@ class Quantizer(nn.Module):
         with torch.no_grad():
             self.scale.copy_(scale)
             self.zero.copy_(zero)
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """(scale, zero) `[C]` as the forward uses them, detached: a learnt zero point is rounded."""
+        zero = self.zero.detach()
+        return self.scale.detach(), zero.round() if isinstance(self.zero, nn.Parameter) else zero
 
     def _qparams(self, x_min: Tensor, x_max: Tensor) -> tuple[Tensor, Tensor]:
         s = self.scheme
@@ -87,13 +95,14 @@ class Quantizer(nn.Module):
 class WeightQuantizer(Quantizer):
     """Fake-quantizes a weight `[O, ...]` (O = output axis): per tensor, per output channel, or per group of the rest.
 
-    Not learned: range -> scale -> fake-quant of the current values in each forward, times `clip [C]` where the observer is
-    percentile or mse. Learned: `scale` is a parameter, started at 2 * mean|w| / sqrt(qmax).
+    Not learned: range -> scale -> fake-quant of the current values in each forward; percentile and mse multiply the
+    range by `clip [C]`. Learned: `scale` is a parameter, started at 2 * mean|w| / sqrt(qmax).
     """
+
+    clip: Tensor | None
 
     def __init__(self, scheme: Scheme, weight: Tensor, delayed: bool = False) -> None:
         super().__init__(scheme, n_scales(scheme.granularity, weight.shape), weight.device, delayed)
-        self.clip: Tensor | None
         clipped = scheme.observer in ("percentile", "mse") and not scheme.learned
         self.register_buffer("clip", torch.ones_like(self.scale) if clipped else None)
 
@@ -143,6 +152,9 @@ class ActivationQuantizer(Quantizer):
     `active` False passes the input through unchanged (it still observes), as calibration does.
     """
 
+    range: Tensor
+    steps: Tensor
+
     def __init__(self, scheme: Scheme, device: torch.device, delayed: bool = False) -> None:
         super().__init__(scheme, 1, device, delayed)
         self.register_buffer("range", torch.zeros(2, device=device))
@@ -153,7 +165,7 @@ class ActivationQuantizer(Quantizer):
 
     @property
     def follows(self) -> bool:
-        """True if the range moves with the data in training; percentile, mse and learnt ranges only come from calibration."""
+        """True if the range moves with the data in training; other ranges come from calibration alone."""
         return self.scheme.observer in ("ema", "minmax") and not self.scheme.learned
 
     @property
@@ -197,8 +209,8 @@ class ActivationQuantizer(Quantizer):
 def merge_pending(quantizers: Sequence[ActivationQuantizer], group: dist.ProcessGroup | None = None) -> None:
     """Moves what the quantizers have seen since the last call into their ranges: one collective, no host sync.
 
-    Every rank must call it the same number of times. The first batch replaces the start range; then the scheme's observer
-    decides: `minmax` keeps the extremes, `ema` moves by its argument towards the new ones.
+    Every rank must call it the same number of times. The first batch replaces the start range; then `minmax` keeps the
+    extremes, and `ema` moves by its argument towards the new ones.
     """
     quantizers = [q for q in quantizers if q.follows]
     if not quantizers:
@@ -227,7 +239,7 @@ def _merge(quantizers: list[ActivationQuantizer], pending: Tensor) -> None:
     torch._foreach_copy_([q.range for q in quantizers], list(new.unbind(0)))
     torch._foreach_copy_([q.scale for q in quantizers], list(scale[:, None].unbind(0)))
     torch._foreach_copy_([q.zero for q in quantizers], list(zero[:, None].unbind(0)))
-    torch._foreach_add_([q.steps for q in quantizers], list(seen.long().unbind(0)))
+    torch._foreach_add_([q.steps for q in quantizers], [row.long() for row in seen])
     torch._foreach_copy_([q.pending for q in quantizers], [pending.new_full((2,), -math.inf)] * len(quantizers))
 
 
@@ -237,7 +249,7 @@ def finish_calibration(
 ) -> None:
     """Sets the range from what calibration collected, as the scheme's observer says, and starts quantizing.
 
-    A provisional range (from the example inputs of `apply`) is replaced by the first training batch, not averaged with it.
+    A provisional range (from the example inputs of `apply`) is replaced by the first training batch.
     Under torch.distributed the extremes, and percentile and mse ranges, are the widest of all ranks.
 
     Raises:
@@ -248,15 +260,14 @@ def finish_calibration(
     pending = quantizer.pending.clone()
     quantizer.pending.fill_(-math.inf)
     if samples and bool(pending.isfinite().all()):
-        low, high = search_range(torch.cat(samples)[None], quantizer.scheme)
-        pending = torch.cat([-low, high])
+        x_min, x_max = search_range(torch.cat(samples)[None], quantizer.scheme)
+        pending = torch.cat([-x_min, x_max])
     widest_of_ranks(pending, group)
     if bool((pending == -math.inf).all()):
         return  # this layer was not reached; it keeps what it had
     if not bool(pending.isfinite().all()):
-        raise ValueError(
-            f"calibrate: what {name} sees must be finite, got a range of {[-pending[0].item(), pending[1].item()]}"
-        )
+        low, high = -pending[0].item(), pending[1].item()
+        raise ValueError(f"calibrate: what {name} sees must be finite, got a range of [{low}, {high}]")
     quantizer.range.copy_(pending)
     quantizer.set_range(-pending[:1], pending[1:])
     quantizer.steps.fill_(0 if provisional else 1)

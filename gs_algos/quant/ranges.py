@@ -42,6 +42,6 @@ def clip_ratio(rows: Tensor, scheme: Scheme) -> Tensor:
 
 @torch.no_grad()
 def search_range(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """(min, max) `[C]` of `rows [C, n]` fp32 under the scheme's observer; learnt schemes start at the range of least error."""
+    """(min, max) `[C]` of `rows [C, n]` fp32 under the scheme's observer; learnt schemes start at the least error."""
     ratio = clip_ratio(rows, scheme)
     return rows.amin(1) * ratio, rows.amax(1) * ratio

@@ -1,4 +1,4 @@
-"""How one tensor is quantized, as data and as a short text: `int8@channel`, `int4@group:128:mse`, `uint8@tensor:ema=0.01`."""
+"""How one tensor is quantized, as data and as text: `int8@channel`, `int4@group:128:mse`, `uint8@tensor:ema`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Scheme:
         format: the integer grid.
         granularity: which elements share a scale; the channel axis of a weight is its output axis.
         symmetric: range [-a, a] (zero point 0 on a signed grid) instead of [min, max].
-        observer: `minmax` running extremes (weights: of the current values) · `ema` moving average, argument = weight of
+        observer: `minmax` running extremes (weights: of the current values) · `ema` moving average, argument = share of
             the new batch · `percentile` range that holds that share of the values, in percent · `mse` range with the
             least squared error. The last two are fixed by calibration.
         argument: the observer's number, None where it has none.
@@ -43,7 +43,7 @@ class Scheme:
 
     @staticmethod
     def parse(text: str | Scheme, role: Role) -> Scheme:
-        """Reads the text form; what it leaves out is the role's default (weights symmetric min-max, activations asymmetric EMA).
+        """Reads the text form; the defaults are symmetric min-max for weights, asymmetric EMA for activations.
 
         Raises:
             ValueError: if the text does not follow the grammar or asks for what the role cannot have.
@@ -140,6 +140,6 @@ def n_scales(granularity: Granularity, shape: Sequence[int]) -> int:
     if inner % granularity.size:
         fits = math.gcd(inner, granularity.size)
         raise ValueError(
-            f"Scheme: group size must divide the {inner} weights of one output, got {granularity.size}; use group:{fits}"
+            f"Scheme: group size must divide the {inner} weights of an output, got {granularity.size}; use group:{fits}"
         )
     return shape[0] * (inner // granularity.size)
