@@ -71,14 +71,22 @@ def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def parameter_owners(model: nn.Module) -> dict[int, tuple[str, ...]]:
     """`id(parameter) -> its qualified names`, one name per owning module: more than one means tied weights.
 
-    A module registered twice owns its parameters once. A parametrised weight is listed as its `original`.
+    A module registered twice owns its parameters once. A parametrised weight is listed as its `original`. A parameter
+    that one layer borrows from one owner (gs_algos/fx/borrowed.py) counts as the borrower's alone.
     """
     owners: dict[int, tuple[str, ...]] = {}
+    borrowers: dict[int, list[str]] = {}
     for name, module in model.named_modules():
+        borrowed = getattr(module, "borrowed", ())
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 qualified = f"{name}.{key}" if name else key
                 owners[id(parameter)] = (*owners.get(id(parameter), ()), qualified)
+                if key in borrowed:
+                    borrowers.setdefault(id(parameter), []).append(qualified)
+    for lent, names in borrowers.items():
+        if len(names) == 1 and len(owners[lent]) == 2:
+            owners[lent] = (names[0],)
     return owners
 
 

@@ -10,6 +10,7 @@ from torch import nn
 CONVS = ("conv1d", "conv2d", "conv3d")
 TRANSPOSED_CONVS = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 ACTIVATIONS = ("relu", "relu6", "hardswish", "silu", "gelu")
+PRODUCTS = ("matmul", "addmm", "mm", "bmm")
 NOOPS = ("identity", "contiguous", "clone")  # change no value, in training either: looked through
 CASTS = ("to", "_to_copy", "type_as")  # looked through where the type stays the same
 WEIGHTED = (*CONVS, *TRANSPOSED_CONVS, "linear")  # ops whose second argument is a weight

@@ -11,8 +11,8 @@ from torch import nn
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; outside, the model and the random generators are exactly what they were.
+def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """No gradients and one mode (eval) inside; outside, the model and the random state are exactly what they were.
 
     Training flags are set one by one, because a model may override `train` (frozen batch norms, merged adapters).
     Attributes that forward sets or deletes (caches, last attention maps) are put back, one level deep in containers.
@@ -25,7 +25,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda else []), torch.no_grad():
             for module in modules:
-                module.training = False
+                module.training = training
             yield
     finally:
         for module, saved in attributes:

@@ -35,20 +35,26 @@ def by_symbolic_trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
     Tries first to look into modules that have their own forward, then to treat every known layer as a leaf.
     """
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    bound.apply_defaults()
-    kinds = {p.name: p.kind for p in inspect.signature(module.forward).parameters.values()}
-    fixed = {
-        name: value
-        for name, value in bound.arguments.items()
-        if kinds[name] not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        and (value is None or isinstance(value, (bool, int, float, str)))
-    }
+    fixed = fixed_arguments(module, args, kwargs)
     try:
         graph = _trace(module, _Tracer(), fixed)
     except Exception:  # noqa: BLE001  a tracer may raise anything; the second attempt's error is the one that is told
         graph = _trace(module, _CoarseTracer(), fixed)
     return Reader(names).read(graph, module, {})
+
+
+def fixed_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of this call that are no tensors, defaults among them: a trace holds for these values only."""
+    signature = inspect.signature(module.forward)
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {
+        name: value
+        for name, value in bound.arguments.items()
+        if signature.parameters[name].kind not in variadic
+        and (value is None or isinstance(value, (bool, int, float, str)))
+    }
 
 
 def _trace(module: nn.Module, tracer: torch.fx.Tracer, fixed: dict[str, Any]) -> torch.fx.Graph:

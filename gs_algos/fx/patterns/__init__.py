@@ -11,6 +11,7 @@ from importlib import import_module
 
 from torch import nn
 
+from gs_algos.core.modules import get_module
 from gs_algos.fx import ops
 from gs_algos.fx.graph import SiteGraph
 from gs_algos.fx.patterns.base import Match, Refusal, View
@@ -31,6 +32,7 @@ def match(graph: SiteGraph, model: nn.Module) -> tuple[list[Match], list[Refusal
     known = {name for item in matches for name in item.roles.values()} | {item.site for item in refusals}
     refusals += _unknown_norms(view, known)
     refusals += _idle(view, known)
+    refusals += _products(view)
     return matches, refusals
 
 
@@ -43,11 +45,28 @@ def _unknown_norms(view: View, known: set[str]) -> Iterator[Refusal]:
 
 
 def _idle(view: View, known: set[str]) -> Iterator[Refusal]:
-    """Layers that did not run, or ran out of the tracer's sight."""
+    """Layers that did not run, or not as a module."""
     opaque = {node.module for node in view.graph.nodes if node.module and node.op == "other"}
     for name, module in view.model.named_modules():
-        if isinstance(module, ops.SITES) and name not in known:
-            inside = next((leaf for leaf in opaque if name.startswith(f"{leaf}.")), None)
-            reason = f"runs inside {inside!r}, which was read as one operation" if inside else "did not run"
-            pattern = ORDER[1] if isinstance(module, nn.Linear) else ORDER[0]
-            yield Refusal(pattern, name, f"{reason} on the example inputs in eval mode")
+        if not isinstance(module, ops.SITES) or name in known:
+            continue
+        inside = next((leaf for leaf in opaque if name.startswith(f"{leaf}.")), None)
+        readers = view.strangers(name)
+        if inside:
+            reason = f"runs inside {inside!r}, which was read as one operation"
+        elif readers:
+            reason = f"its parameters are read by {view.describe(readers[0])}, not by the module"
+        else:
+            reason = "did not run on the example inputs in eval mode"
+        yield Refusal(ORDER[1] if isinstance(module, nn.Linear) else ORDER[0], name, reason)
+
+
+def _products(view: View) -> Iterator[Refusal]:
+    """Matrix products with a parameter that are neither conv nor linear, e.g. the Conv1D of GPT-2."""
+    sites = dict.fromkeys(node.scope for node in view.graph.nodes if node.op in ops.PRODUCTS and node.reads)
+    for scope in sites:
+        kind = type(get_module(view.model, scope)).__name__
+        if not isinstance(get_module(view.model, scope), ops.SITES):
+            yield Refusal(
+                ORDER[1], scope, f"{kind} multiplies with its parameter by matmul; only conv and linear are read"
+            )

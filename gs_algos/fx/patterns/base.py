@@ -54,6 +54,16 @@ class View:
         assert node.module is not None
         return get_module(self.model, node.module)
 
+    def strangers(self, module: str) -> list[Node]:
+        """Nodes that read a parameter of this module but are not a call of it."""
+        own = get_module(self.model, module)._parameters.values()
+        first = [self.owners[id(parameter)][0] for parameter in own if parameter is not None]
+        return [node for name in first for node in self.readers.get(name, []) if node.module != module]
+
+    @staticmethod
+    def describe(node: Node) -> str:
+        return f"{node.target} in {node.scope!r}" if node.scope else f"{node.target} in the root"
+
     def only_user(self, node: Node) -> Node | None:
         """The one node that reads this output; None if there are several, none, or it leaves the graph."""
         if len(node.users) != 1:
@@ -82,10 +92,8 @@ def refuse_parameters(view: View, node: Node) -> str | None:
         others = [name for name in names if name != f"{node.module}.{key}"]
         if others:
             return f"{key} is tied to {', '.join(others)}"
-        strangers = [reader for reader in view.readers.get(names[0], []) if reader.module != node.module]
-        if strangers:
-            return f"{key} is also read by {strangers[0].target} in {strangers[0].scope or 'the root'!r}"
-    return None
+    strangers = view.strangers(node.module or "")
+    return f"its parameters are also read by {view.describe(strangers[0])}" if strangers else None
 
 
 def refuse_hooks(view: View, node: Node) -> str | None:

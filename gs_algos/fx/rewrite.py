@@ -1,0 +1,229 @@
+"""Gives functional calls (`F.conv2d(x, self.w)`, `F.linear(x, self.w)`) modules, so that algorithms can replace them.
+
+Each module with such calls is traced by torch.fx and comes back as a GraphModule at its old place. The inserted layers
+share the Parameter objects, which stay registered where they were: optimizers and state_dict keys do not change.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+
+from gs_algos.core.modules import get_module, set_module
+from gs_algos.fx import ops
+from gs_algos.fx.borrowed import Borrowed, borrow
+from gs_algos.fx.capture import capture, unwrap
+from gs_algos.fx.preserve import untouched
+from gs_algos.fx.read import Names
+from gs_algos.fx.record import Call, record
+from gs_algos.fx.tracers import fixed_arguments, tensors_of
+
+logger = logging.getLogger(__name__)
+
+_CALLS = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d, "linear": F.linear}
+_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+class _Training(nn.Module):
+    """Its own training flag as a value, so that a trace keeps `F.dropout(x, training=self.training)` alive."""
+
+    def forward(self) -> bool:
+        return self.training
+
+
+class Modularized(torch.fx.GraphModule):
+    """A traced module that keeps all its original had: parameters in order, unused children, hooks, attributes."""
+
+    def __init__(self, original: nn.Module, graph: torch.fx.Graph, extra: dict[str, nn.Module]) -> None:
+        super().__init__(nn.Module(), torch.fx.Graph())
+        taken = {key: dict(value) if isinstance(value, dict) else value for key, value in original.__dict__.items()}
+        self.__dict__.update(taken)
+        self._modules.update(extra)
+        self.graph = graph
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Modularized:
+        """GraphModule's own copy drops what the graph does not use."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        torch.fx.GraphModule.__init__(new, nn.Module(), torch.fx.Graph())
+        state = {key: value for key, value in self.__dict__.items() if key not in ("_graph", "_code")}
+        new.__dict__.update(copy.deepcopy(state, memo))
+        new.graph = copy.deepcopy(self.graph)
+        return new
+
+
+class _LeafTracer(torch.fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def modularize(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, Any] | None = None) -> nn.Module:
+    """The model with a layer in place of each functional conv and linear on a parameter.
+
+    The result computes the same in training and in eval mode, with the same Parameter objects under the same state_dict
+    keys; it is checked on the example inputs. It is the model itself unless the root makes such calls: then it is a
+    GraphModule, without the methods of the user's class. A module that cannot be traced (control flow that depends on
+    data or on the mode) stays as it is, and the reason is logged as a warning.
+
+    Raises:
+        ValueError: if the example inputs do not run through the model.
+    """
+    args = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+    kwargs = dict(example_kwargs or {})
+    nodes = capture(model, args, kwargs).nodes
+    scopes = {node.scope for node in nodes if node.module is None and node.weight and node.op in _CALLS}
+    root, prefix = unwrap(model)
+    for scope in sorted(scopes, key=lambda name: name.count(".") + bool(name), reverse=True):  # inner modules first
+        module = get_module(model, scope)
+        if type(module).__module__.startswith("torch.nn.") or isinstance(module, ops.SITES):
+            logger.info("modularize: %s stays: %s is a layer of its own kind", scope, type(module).__name__)
+            continue
+        try:
+            call = Call(root, args, kwargs) if scope == prefix else _first_call(module, root, args, kwargs, model)
+            new = _rewritten(module, call)
+        except Exception as error:  # noqa: BLE001  a tracer may raise anything; what it says is the reason
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            logger.warning("modularize: %s stays functional: %s", scope or type(module).__name__, lines[0])
+            continue
+        if scope == "":
+            return new
+        set_module(model, scope, new)
+    return model
+
+
+def _first_call(
+    module: nn.Module, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], model: nn.Module
+) -> Call:
+    with untouched(model):
+        found = record(root, args, kwargs, Names(model), lambda unit: unit is module)
+    return next(call for call in found if isinstance(call, Call))
+
+
+def _rewritten(module: nn.Module, call: Call) -> nn.Module:
+    """A GraphModule that computes what `module` does, its functional calls replaced; `module` is not touched.
+
+    Raises:
+        ValueError: if there is nothing to replace, the two modes differ by more than flags, or the outputs differ.
+    """
+    fixed = fixed_arguments(module, call.args, call.kwargs)
+    graphs = []
+    for training in (False, True):
+        with untouched(module, training):
+            graphs.append(_LeafTracer().trace(module, concrete_args=fixed))
+    graph = graphs[0]
+    extra: dict[str, nn.Module] = {}
+    _follow_mode(graph, graphs[1], extra)
+    _insert_layers(module, graph, extra)
+    if not any(isinstance(layer, Borrowed) for layer in extra.values()):
+        raise ValueError("none of its functional calls has a parameter as weight and constants as arguments")
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.target.removesuffix("_1") in fixed:
+            node.target = node.target.removesuffix("_1")  # torch.fx renames an argument whose value it fixes
+    new = Modularized(module, graph, extra)
+    _compare(module, new, call)
+    return new
+
+
+def _follow_mode(graph: torch.fx.Graph, trained: torch.fx.Graph, extra: dict[str, nn.Module]) -> None:
+    """Makes flags that are False in eval mode and True in training follow the module's mode."""
+    split = ValueError("its forward takes another path in training than in eval mode")
+    if len(graph.nodes) != len(trained.nodes):
+        raise split
+    partner = dict(zip(graph.nodes, trained.nodes, strict=True))
+    flags: list[torch.fx.Node] = []
+
+    def merge(value: Any, other: Any) -> Any:
+        if isinstance(value, torch.fx.Node) and partner[value] is other:
+            return value
+        if isinstance(value, (list, tuple)) and isinstance(other, (list, tuple)) and len(value) == len(other):
+            return [merge(a, b) for a, b in zip(value, other, strict=True)]
+        if isinstance(value, dict) and isinstance(other, dict) and list(value) == list(other):
+            return {key: merge(value[key], other[key]) for key in value}
+        if isinstance(value, slice) and isinstance(other, slice):
+            return slice(*merge((value.start, value.stop, value.step), (other.start, other.stop, other.step)))
+        if value is False and other is True:
+            if not flags:
+                with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+                    flags.append(graph.call_module(_unused(extra, "training_flag")))
+            extra[str(flags[0].target)] = _Training()
+            return flags[0]
+        if type(value) is not type(other) or value != other:
+            raise split
+        return value
+
+    for node, twin in partner.items():
+        if (node.op, node.target) != (twin.op, twin.target):
+            raise split
+        node.args, node.kwargs = tuple(merge(node.args, twin.args)), merge(dict(node.kwargs), dict(twin.kwargs))
+
+
+def _insert_layers(module: nn.Module, graph: torch.fx.Graph, extra: dict[str, nn.Module]) -> None:
+    names: dict[Any, str] = {}
+    for op, node in list(_functional(graph)):
+        given = {**dict(zip(_ARGUMENTS, node.args, strict=False)), **node.kwargs}
+        x, geometry = given.pop("input", None), {k: v for k, v in given.items() if k not in ("weight", "bias")}
+        weight, bias = _parameter(module, given.get("weight")), _parameter(module, given.get("bias"))
+        whole = isinstance(x, torch.fx.Node) and not any(isinstance(leaf, torch.fx.Node) for leaf in geometry.values())
+        if weight is None or (given.get("bias") is not None and bias is None) or not whole or weight.dim() < 2:
+            continue
+        key = (op, id(weight), id(bias), repr(geometry))
+        if key not in names:
+            names[key] = _unused({**module.__dict__, **module._modules, **extra}, f"{given['weight']}_{op}")
+            geometry = {k: tuple(v) if isinstance(v, list) else v for k, v in geometry.items()}
+            extra[names[key]] = borrow(op, weight, bias, geometry)
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.call_module(names[key], (x,)))
+        graph.erase_node(node)
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+
+
+def _functional(graph: torch.fx.Graph) -> Iterator[tuple[str, torch.fx.Node]]:
+    for node in graph.nodes:
+        op = next((op for op, function in _CALLS.items() if node.target is function), None)
+        if node.op == "call_function" and op is not None:
+            yield op, node
+
+
+def _parameter(module: nn.Module, node: Any) -> nn.Parameter | None:
+    if not isinstance(node, torch.fx.Node) or node.op != "get_attr":
+        return None
+    found = module
+    for part in str(node.target).split("."):
+        found = getattr(found, part)
+    return found if isinstance(found, nn.Parameter) else None
+
+
+def _unused(taken: dict[str, Any], name: str) -> str:
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _compare(module: nn.Module, new: nn.Module, call: Call) -> None:
+    """Raises ValueError if the two give other outputs in either mode, with the same random numbers."""
+    for training in (False, True):
+        outputs = []
+        for each in (module, new):
+            with untouched(module, training), untouched(new, training):
+                args, kwargs = tree_map(_clone, (call.args, call.kwargs))
+                outputs.append(list(tensors_of(each(*args, **kwargs))))
+        before, after = outputs
+        if len(before) != len(after) or not all(map(_close, before, after)):
+            raise ValueError(f"its trace gives other outputs in {'training' if training else 'eval'} mode")
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def _clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
