@@ -101,7 +101,8 @@ def _layer_row(
         n_scales(weight.granularity, layer.weight.shape)  # type: ignore[arg-type, union-attr]
     except ValueError as error:
         raise ValueError(f"{site}: {error}") from error
-    bn = found.roles.get("bn")
+    # without fusion the output is quantized in front of the batch norm, which so stays where it is
+    bn = found.roles.get("bn") if options.fusion else None
     fold = options.fold if bn else None
     if bn and isinstance(layer, nn.Linear) and fold != "none":
         fold = "none"

@@ -50,7 +50,7 @@ class SimQATConfig(AlgorithmConfig):
         act: scheme of the activations, e.g. `int8@tensor:ema=0.01`; None leaves them float.
         fold_bn: how a batch norm behind a layer is treated in training: `one_conv` (True), `two_conv`, `none` (False).
         fusion: True quantizes an activation where the next layer reads it, behind batch norm and activation function;
-            False right behind each conv or linear.
+            False right behind each conv or linear, whose batch norm then stays a float layer.
         quant_delay: optimizer steps before quantization starts; one number, or (activation, weight).
         freeze_bn: optimizer steps after which batch norm statistics stand still; None for never.
         rules: `(pattern, {"weight": ..., "act": ...} | None)`, see `gs_algos.core.rules`; None leaves the layer float.
@@ -70,6 +70,11 @@ class SimQATConfig(AlgorithmConfig):
             Scheme.parse(self.act, "act")
         if self.fold_bn not in FOLDS:
             raise ValueError(f"SimQAT: fold_bn must be one of {', '.join(map(str, FOLDS))}, got {self.fold_bn!r}")
+        if not self.fusion and FOLDS[self.fold_bn] != "none":
+            raise ValueError(
+                f"SimQAT: fold_bn needs fusion=True, since fusion=False quantizes between conv and batch norm, got "
+                f"fold_bn={self.fold_bn!r}; use fold_bn=False"
+            )
         if min(self.delays) < 0:
             raise ValueError(f"SimQAT: quant_delay must be >= 0 steps, got {self.quant_delay}")
         if self.freeze_bn is not None and self.freeze_bn < 0:
