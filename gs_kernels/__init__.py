@@ -1,7 +1,8 @@
 """Functions on tensors that quantize: the public ops, and nothing else. Importing it loads no triton, asks no GPU."""
 
 from gs_kernels.dispatch import UnsupportedError
-from gs_kernels.fake_quant.op import dequantize, fake_quant, quantize
+from gs_kernels.fake_quant.codes import dequantize, quantize
+from gs_kernels.fake_quant.op import fake_quant
 from gs_kernels.formats import Granularity, IntFormat, PerChannel, PerGroup, PerTensor
 from gs_kernels.observe.op import dynamic_fake_quant, minmax, observe_fake_quant
 from gs_kernels.observe.qparams import choose_qparams

@@ -27,6 +27,6 @@ def capabilities(index: int = 0) -> Capabilities:
     return Capabilities(
         name=props.name,
         sm=props.major * 10 + props.minor,
-        shared_bytes=props.shared_memory_per_block_optin,
+        shared_bytes=props.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # not in torch's stub
         sm_count=props.multi_processor_count,
     )

@@ -6,10 +6,13 @@ The environment variable `GS_BACKEND` forces one by name. This is the only file 
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -68,6 +71,51 @@ def is_eager(*tensors: torch.Tensor) -> bool:
     )
 
 
-def launchable(kernel: Any) -> Any:
-    """The kernel, wrapped so that `torch.compile` and AOTInductor see the launch; unwrapped under the interpreter."""
-    return kernel if INTERPRET else torch.library.wrap_triton(kernel)
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_refuses(x: torch.Tensor, *_: object) -> list[str]:
+    if not _has_triton():
+        return ["needs the triton package"]
+    if INTERPRET:
+        return [] if is_eager(x) else ["needs real tensors under TRITON_INTERPRET=1"]
+    return [] if x.device.type == "cuda" else [f"needs a CUDA tensor, got {x.device}"]
+
+
+def cpu_refuses(x: torch.Tensor, *_: object) -> list[str]:
+    return [] if x.device.type == "cpu" and is_eager(x) else ["needs a CPU tensor outside any tracing"]
+
+
+def never(*_: object) -> list[str]:
+    return []
+
+
+def implementations(name: str, ref: Callable[..., Any], cpu: Callable[..., Any] | None = None) -> tuple[Impl, ...]:
+    """Fastest first: `<name>_triton` of the `kernel.py` beside ref, imported when first chosen; cpu, if any; ref."""
+    module = ref.__module__.rpartition(".")[0] + ".kernel"
+
+    def triton(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), f"{name}_triton")(*args)
+
+    impls = [Impl("triton", triton, triton_refuses), Impl("ref", ref, never)]
+    if cpu is not None:
+        impls.insert(1, Impl("cpu", cpu, cpu_refuses))
+    return tuple(impls)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **flags: Any) -> None:
+    """`kernel[grid](*args, **flags)` on the device of args[0], a * b + c not contracted.
+
+    While tracing, the launch goes through `wrap_triton`, so that `torch.compile` and AOTInductor see it. That knows no
+    `enable_fp_fusion`: kernels are written so that contraction changes no element, only the last bits of sums.
+    """
+    out: torch.Tensor = args[0]
+    if not is_eager(out):
+        torch.library.wrap_triton(kernel)[grid](*args, **flags)
+    elif out.is_cuda and out.device.index != torch.cuda.current_device():
+        with torch.cuda.device(out.device):
+            kernel[grid](*args, enable_fp_fusion=False, **flags)
+    else:
+        kernel[grid](*args, enable_fp_fusion=False, **flags)

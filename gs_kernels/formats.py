@@ -59,3 +59,10 @@ class PerGroup:
 Granularity: TypeAlias = PerTensor | PerChannel | PerGroup
 
 PER_TENSOR = PerTensor()
+
+
+def granularity_of(axis: int, group: int) -> Granularity:
+    """The granularity that an op's schema carries as two numbers: axis (-1: none) and group size (0: none)."""
+    if group > 0:
+        return PerGroup(int(group))
+    return PerChannel(int(axis)) if axis >= 0 else PerTensor()

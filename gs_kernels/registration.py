@@ -1,19 +1,21 @@
 """How an op becomes a `torch.library` op that eager mode, autograd, `torch.compile` and `torch.export` all understand.
 
 `torch.library.triton_op` does the same and imports triton at registration, which importing gs_kernels must not.
-An op has one body. It runs as it is in eager mode and on fake tensors; AOTAutograd traces through it, so that a
-compiler sees a Triton launch on a GPU and elsewhere plain ATen, which it can fuse. `torch.export` keeps one node.
+An op has one body. Eager mode runs it; AOTAutograd traces through it, so that a compiler sees a Triton launch on a
+GPU and elsewhere plain ATen, which it can fuse. `torch.export` keeps one node.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+
+from gs_kernels.dispatch import Impl, choose
 
 NAMESPACE = "gs_kernels"
 
@@ -31,13 +33,18 @@ def _hash_sources() -> str:
 SOURCE = _hash_sources()
 
 
-def register(schema: str, body: Callable[..., Any]) -> None:
-    """Defines `gs_kernels::<schema>` with one body for every device, for fake tensors and for tracing."""
+def register(schema: str, impls: Sequence[Impl], fake: Callable[..., Any]) -> None:
+    """Defines `gs_kernels::<schema>`, whose last argument is `str source`; fake: what the results look like."""
     name = schema.partition("(")[0]
     qualified = f"{NAMESPACE}::{name}"
+
+    def body(*args: Any) -> Any:
+        args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args[:-1])
+        return choose(name, impls, *args).run(*args)
+
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, body, "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, body, lib=_library)
+    torch.library.register_fake(qualified, fake, lib=_library)
 
     def decompose(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
         from torch.export._trace import custom_triton_ops_decomposition_disabled
@@ -45,6 +52,6 @@ def register(schema: str, body: Callable[..., Any]) -> None:
         if custom_triton_ops_decomposition_disabled():
             return mode.__torch_dispatch__(op, types, args, kwargs)
         with mode:
-            return body(*args, **(kwargs or {}))
+            return body(*args)
 
     torch.library.register_torch_dispatch(qualified, FunctionalTensorMode, decompose, lib=_library)

@@ -1,4 +1,4 @@
-"""Fake-quant, quantize and dequantize: checks, implementations, registration, gradients."""
+"""Fake-quant and its gradient: implementations, registration, the public function."""
 
 from __future__ import annotations
 
@@ -7,74 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.dispatch import Impl, choose, is_eager
-from gs_kernels.fake_quant.checks import (
-    check_codes,
-    check_granularity,
-    check_grid,
-    check_input,
-    check_qparams,
-    check_values,
-)
-from gs_kernels.fake_quant.ref import dequantize_ref, fake_quant_backward_ref, fake_quant_ref, quantize_ref
-from gs_kernels.formats import PER_TENSOR, Granularity, PerChannel, PerGroup, PerTensor
+from gs_kernels.dispatch import implementations, is_eager
+from gs_kernels.fake_quant.checks import check_granularity, check_grid, check_input, check_qparams, check_values
+from gs_kernels.fake_quant.cpu import fake_quant_backward_cpu, fake_quant_cpu
+from gs_kernels.fake_quant.ref import fake_quant_backward_ref, fake_quant_ref
+from gs_kernels.fake_quant.rows import like
+from gs_kernels.formats import PER_TENSOR, Granularity, granularity_of
 from gs_kernels.registration import SOURCE, register
 
 
-def granularity_of(axis: int, group: int) -> Granularity:
-    if group > 0:
-        return PerGroup(int(group))
-    return PerChannel(int(axis)) if axis >= 0 else PerTensor()
+def _fake_quant_ref(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, axis: int, group: int) -> Tensor:
+    return like(fake_quant_ref(x, scale, zero, qmin=qmin, qmax=qmax, granularity=granularity_of(axis, group)), x)
 
 
-def _ref_forward(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, axis: int, group: int) -> Tensor:
-    y = fake_quant_ref(x, scale, zero, qmin=qmin, qmax=qmax, granularity=granularity_of(axis, group))
-    return like(y, x)
-
-
-def _ref_backward(
-    dy: Tensor, x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, axis: int, group: int, learned: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dscale, dzero = fake_quant_backward_ref(
-        dy, x, scale, zero, qmin=qmin, qmax=qmax, granularity=granularity_of(axis, group)
-    )
-    if not learned:
-        dscale, dzero = scale.new_empty(0), scale.new_empty(0)
-    return like(dx, x), dscale, dzero
-
-
-def _ref_quantize(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, axis: int, group: int) -> Tensor:
-    return like(quantize_ref(x, scale, zero, qmin=qmin, qmax=qmax, granularity=granularity_of(axis, group)), x)
-
-
-def _ref_dequantize(codes: Tensor, scale: Tensor, zero: Tensor, axis: int, group: int, dtype: torch.dtype) -> Tensor:
-    return like(dequantize_ref(codes, scale, zero, granularity=granularity_of(axis, group), dtype=dtype), codes)
-
-
-def like(y: Tensor, x: Tensor) -> Tensor:
-    """y with the strides of `torch.empty_like(x)`, which differ where groups cross the memory order of x."""
-    want = torch.empty_like(x, dtype=y.dtype, device="meta").stride()
-    return y if y.stride() == want else torch.empty_like(x, dtype=y.dtype).copy_(y)
-
-
-def _runs_anywhere(*_: object) -> list[str]:
-    return []
-
-
-FORWARD = (Impl("ref", _ref_forward, _runs_anywhere),)
-BACKWARD = (Impl("ref", _ref_backward, _runs_anywhere),)
-QUANTIZE = (Impl("ref", _ref_quantize, _runs_anywhere),)
-DEQUANTIZE = (Impl("ref", _ref_dequantize, _runs_anywhere),)
-
-
-def _forward(
-    x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, axis: int, group: int, source: str = ""
-) -> Tensor:
-    args = (x.detach(), scale.detach(), zero.detach(), qmin, qmax, axis, group)
-    return choose("fake_quant", FORWARD, *args).run(*args)
-
-
-def _backward(
+def _backward_ref(
     dy: Tensor,
     x: Tensor,
     scale: Tensor,
@@ -83,37 +29,34 @@ def _backward(
     qmax: int,
     axis: int,
     group: int,
-    learned: bool,
-    source: str = "",
+    for_scale: bool,
+    for_zero: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    args = (dy.detach(), x.detach(), scale.detach(), zero.detach(), qmin, qmax, axis, group, learned)
-    return choose("fake_quant_backward", BACKWARD, *args).run(*args)
+    granularity = granularity_of(axis, group)
+    dx, ds, dz = fake_quant_backward_ref(dy, x, scale, zero, qmin=qmin, qmax=qmax, granularity=granularity)
+    return like(dx, x), ds if for_scale else scale.new_empty(0), dz if for_zero else scale.new_empty(0)
 
 
-def _quantize(
-    x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, axis: int, group: int, source: str = ""
-) -> Tensor:
-    args = (x, scale, zero, qmin, qmax, axis, group)
-    return choose("quantize", QUANTIZE, *args).run(*args)
+FAKE_QUANT = implementations("fake_quant", _fake_quant_ref, fake_quant_cpu)
+BACKWARD = implementations("fake_quant_backward", _backward_ref, fake_quant_backward_cpu)
 
 
-def _dequantize(
-    codes: Tensor, scale: Tensor, zero: Tensor, axis: int, group: int, dtype: torch.dtype, source: str = ""
-) -> Tensor:
-    args = (codes, scale, zero, axis, group, dtype)
-    return choose("dequantize", DEQUANTIZE, *args).run(*args)
+def _fake_quant_fake(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
 
 
-_QPARAMS = "Tensor x, Tensor scale, Tensor zero, int qmin, int qmax, int axis, int group"
-register(f'fake_quant({_QPARAMS}, str source="") -> Tensor', _forward)
+def _backward_fake(dy: Tensor, x: Tensor, scale: Tensor, zero: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, for_scale, for_zero, _ = rest
+    n = scale.shape[0]
+    return torch.empty_like(x), scale.new_empty(n if for_scale else 0), scale.new_empty(n if for_zero else 0)
+
+
+_ARGS = "Tensor x, Tensor scale, Tensor zero, int qmin, int qmax, int axis, int group"
+register(f"fake_quant({_ARGS}, str source) -> Tensor", FAKE_QUANT, _fake_quant_fake)
 register(
-    f'fake_quant_backward(Tensor dy, {_QPARAMS}, bool learned, str source="") -> (Tensor, Tensor, Tensor)', _backward
-)
-register(f'quantize({_QPARAMS}, str source="") -> Tensor', _quantize)
-register(
-    "dequantize(Tensor codes, Tensor scale, Tensor zero, int axis, int group, ScalarType dtype,"
-    ' str source="") -> Tensor',
-    _dequantize,
+    f"fake_quant_backward(Tensor dy, {_ARGS}, bool for_scale, bool for_zero, str source) -> (Tensor, Tensor, Tensor)",
+    BACKWARD,
+    _backward_fake,
 )
 
 
@@ -123,11 +66,11 @@ def save_for_gradient(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, grid: tu
     ctx.grid = grid
 
 
-def gradient(ctx: Any, dy: Tensor, learned: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx, dscale, dzero of what `save_for_gradient` saved; None for scale and zero unless learned."""
-    x, scale, zero = ctx.saved_tensors
-    dx, dscale, dzero = torch.ops.gs_kernels.fake_quant_backward(dy, x, scale, zero, *ctx.grid, learned, SOURCE)
-    return (dx, dscale, dzero) if learned else (dx, None, None)
+def gradient(ctx: Any, dy: Tensor, for_scale: bool, for_zero: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dx, dscale, dzero of what `save_for_gradient` saved; None for those not asked for."""
+    args = (dy, *ctx.saved_tensors, *ctx.grid, for_scale, for_zero, SOURCE)
+    dx, dscale, dzero = torch.ops.gs_kernels.fake_quant_backward(*args)
+    return dx, dscale if for_scale else None, dzero if for_zero else None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -136,8 +79,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    return *gradient(ctx, dy, learned), None, None, None, None, None
+    _, for_scale, for_zero, *_ = ctx.needs_input_grad
+    return *gradient(ctx, dy, for_scale, for_zero), None, None, None, None, None
 
 
 def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
@@ -187,66 +130,3 @@ def fake_quant(
     if scale.device.type == "cpu" and is_eager(x, scale, zero):
         check_values("fake_quant", scale, zero)
     return torch.ops.gs_kernels.fake_quant(x, scale, zero, qmin, qmax, axis, group, SOURCE)
-
-
-def quantize(
-    x: Tensor, scale: Tensor, zero: Tensor, *, qmin: int, qmax: int, granularity: Granularity = PER_TENSOR
-) -> Tensor:
-    """The integer codes of x: `clamp(round(x / s) + z, qmin, qmax)`, rounded exactly as `fake_quant` does. No gradient.
-
-    NaN has no code: it becomes qmin.
-
-    Args:
-        x: `[...]`, fp32 / fp16 / bf16, as for `fake_quant`.
-        scale: `[C]` fp32, as for `fake_quant`.
-        zero: `[C]` fp32, as for `fake_quant`.
-        qmin: smallest level, >= -128, or >= 0 for uint8 codes.
-        qmax: largest level, <= 127, or <= 255 for uint8 codes.
-        granularity: which elements share a scale.
-
-    Returns:
-        shape and strides of x, int8 if qmin < 0 else uint8.
-
-    Raises:
-        ValueError, TypeError: as `fake_quant`, and if the levels do not fit the codes.
-
-    Source: Jacob et al. 2018, arXiv:1712.05877, eq. (1).
-    """
-    check_input("quantize", x)
-    check_codes("quantize", qmin, qmax)
-    axis, group, channels = check_granularity("quantize", x, granularity)
-    check_qparams("quantize", x, scale, zero, channels)
-    if scale.device.type == "cpu" and is_eager(x, scale, zero):
-        check_values("quantize", scale, zero)
-    return torch.ops.gs_kernels.quantize(x.detach(), scale.detach(), zero.detach(), qmin, qmax, axis, group, SOURCE)
-
-
-def dequantize(
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    *,
-    granularity: Granularity = PER_TENSOR,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """The real values of codes: `(q - z) * s`. No gradient.
-
-    Args:
-        codes: `[...]`, int8 or uint8.
-        scale: `[C]` fp32, as for `fake_quant`.
-        zero: `[C]` fp32, as for `fake_quant`.
-        granularity: which elements share a scale.
-        dtype: of the result: fp32 / fp16 / bf16.
-
-    Returns:
-        shape and strides of codes.
-
-    Raises:
-        ValueError, TypeError: as `fake_quant`.
-
-    Source: Jacob et al. 2018, arXiv:1712.05877, eq. (1).
-    """
-    check_input("dequantize", codes, (torch.int8, torch.uint8))
-    axis, group, channels = check_granularity("dequantize", codes, granularity)
-    check_qparams("dequantize", codes, scale, zero, channels)
-    return torch.ops.gs_kernels.dequantize(codes, scale.detach(), zero.detach(), axis, group, dtype, SOURCE)

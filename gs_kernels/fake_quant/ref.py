@@ -71,7 +71,7 @@ def fake_quant_backward_ref(
     qmax: int,
     granularity: Granularity = PER_TENSOR,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dscale and dzero: straight through inside the grid; dscale is Esser et al. 2020, arXiv:1902.08153, eq. (3)."""
+    """dx, dscale and dzero: straight through inside the grid; dscale is Esser et al. 2020, arXiv:1902.08153 (3)."""
     rows, shape = spread(x, granularity)
     dy_rows, _ = spread(dy, granularity)
     s, z = scale.view(shape), zero.view(shape)

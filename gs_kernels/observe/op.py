@@ -1,4 +1,4 @@
-"""Ranges of tensors, and fake-quant in the same pass: checks, implementations, registration, gradients."""
+"""Ranges of tensors, and fake-quant in the same pass: implementations, registration, the public functions."""
 
 from __future__ import annotations
 
@@ -7,75 +7,71 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.dispatch import Impl, choose, is_eager
-from gs_kernels.fake_quant.checks import (
-    check_granularity,
-    check_grid,
-    check_input,
-    check_qparams,
-    check_values,
-)
-from gs_kernels.fake_quant.op import gradient, granularity_of, like, save_for_gradient
-from gs_kernels.formats import PER_TENSOR, Granularity
+from gs_kernels.dispatch import implementations, is_eager
+from gs_kernels.fake_quant.checks import check_granularity, check_grid, check_input, check_qparams, check_values
+from gs_kernels.fake_quant.op import gradient, save_for_gradient
+from gs_kernels.fake_quant.rows import like
+from gs_kernels.formats import PER_TENSOR, Granularity, granularity_of
+from gs_kernels.observe.cpu import dynamic_fake_quant_cpu, minmax_cpu, observe_fake_quant_cpu
 from gs_kernels.observe.ref import dynamic_fake_quant_ref, minmax_ref, observe_fake_quant_ref
 from gs_kernels.registration import SOURCE, register
 
 
-def _ref_minmax(x: Tensor, axis: int, group: int) -> tuple[Tensor, Tensor]:
+def _minmax_ref(x: Tensor, axis: int, group: int) -> tuple[Tensor, Tensor]:
     return minmax_ref(x, granularity=granularity_of(axis, group))
 
 
-def _ref_dynamic(
+def _dynamic_ref(
     x: Tensor, qmin: int, qmax: int, symmetric: bool, axis: int, group: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, scale, zero = dynamic_fake_quant_ref(
-        x, qmin=qmin, qmax=qmax, symmetric=symmetric, granularity=granularity_of(axis, group)
-    )
+    granularity = granularity_of(axis, group)
+    y, scale, zero = dynamic_fake_quant_ref(x, qmin=qmin, qmax=qmax, symmetric=symmetric, granularity=granularity)
     return like(y, x), scale, zero
 
 
-def _ref_observe(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor, Tensor]:
+def _observe_ref(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor, Tensor]:
     y, x_min, x_max = observe_fake_quant_ref(x, scale, zero, qmin=qmin, qmax=qmax)
     return like(y, x), x_min, x_max
 
 
-def _runs_anywhere(*_: object) -> list[str]:
-    return []
+def _channels(x: Tensor, axis: int, group: int) -> int:
+    return x.numel() // group if group > 0 else x.shape[axis] if axis >= 0 else 1
 
 
-MINMAX = (Impl("ref", _ref_minmax, _runs_anywhere),)
-DYNAMIC = (Impl("ref", _ref_dynamic, _runs_anywhere),)
-OBSERVE = (Impl("ref", _ref_observe, _runs_anywhere),)
+def _pair(x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(channels, dtype=torch.float32), x.new_empty(channels, dtype=torch.float32)
 
 
-def _minmax(x: Tensor, axis: int, group: int, source: str = "") -> tuple[Tensor, Tensor]:
-    return choose("minmax", MINMAX, x, axis, group).run(x, axis, group)
+def _minmax_fake(x: Tensor, axis: int, group: int, source: str) -> tuple[Tensor, Tensor]:
+    return _pair(x, _channels(x, axis, group))
 
 
-def _dynamic(
-    x: Tensor, qmin: int, qmax: int, symmetric: bool, axis: int, group: int, source: str = ""
+def _dynamic_fake(
+    x: Tensor, qmin: int, qmax: int, symmetric: bool, axis: int, group: int, source: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    args = (x.detach(), qmin, qmax, symmetric, axis, group)
-    return choose("dynamic_fake_quant", DYNAMIC, *args).run(*args)
+    return torch.empty_like(x), *_pair(x, _channels(x, axis, group))
 
 
-def _observe(
-    x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, source: str = ""
-) -> tuple[Tensor, Tensor, Tensor]:
-    args = (x.detach(), scale.detach(), zero.detach(), qmin, qmax)
-    return choose("observe_fake_quant", OBSERVE, *args).run(*args)
+def _observe_fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), *_pair(x, 1)
 
 
-register('minmax(Tensor x, int axis, int group, str source="") -> (Tensor, Tensor)', _minmax)
+MINMAX = implementations("minmax", _minmax_ref, minmax_cpu)
+DYNAMIC = implementations("dynamic_fake_quant", _dynamic_ref, dynamic_fake_quant_cpu)
+OBSERVE = implementations("observe_fake_quant", _observe_ref, observe_fake_quant_cpu)
+
+register("minmax(Tensor x, int axis, int group, str source) -> (Tensor, Tensor)", MINMAX, _minmax_fake)
 register(
-    "dynamic_fake_quant(Tensor x, int qmin, int qmax, bool symmetric, int axis, int group,"
-    ' str source="") -> (Tensor, Tensor, Tensor)',
-    _dynamic,
+    "dynamic_fake_quant(Tensor x, int qmin, int qmax, bool symmetric, int axis, int group, str source)"
+    " -> (Tensor, Tensor, Tensor)",
+    DYNAMIC,
+    _dynamic_fake,
 )
 register(
-    "observe_fake_quant(Tensor x, Tensor scale, Tensor zero, int qmin, int qmax,"
-    ' str source="") -> (Tensor, Tensor, Tensor)',
-    _observe,
+    "observe_fake_quant(Tensor x, Tensor scale, Tensor zero, int qmin, int qmax, str source)"
+    " -> (Tensor, Tensor, Tensor)",
+    OBSERVE,
+    _observe_fake,
 )
 
 
@@ -87,7 +83,7 @@ def _setup_dynamic(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _dynamic_gradient(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return gradient(ctx, dy, learned=False)[0], None, None, None, None, None, None
+    return gradient(ctx, dy, False, False)[0], None, None, None, None, None, None
 
 
 def _setup_observe(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -97,8 +93,8 @@ def _setup_observe(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _observe_gradient(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    return *gradient(ctx, dy, learned), None, None, None
+    _, for_scale, for_zero, *_ = ctx.needs_input_grad
+    return *gradient(ctx, dy, for_scale, for_zero), None, None, None
 
 
 torch.library.register_autograd("gs_kernels::dynamic_fake_quant", _dynamic_gradient, setup_context=_setup_dynamic)

@@ -1,16 +1,30 @@
-"""From a range of real values to the scale and zero point of an integer grid."""
+"""From a range of real values to the scale and zero point of an integer grid: one launch on a GPU."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-SCALE_FLOOR = 2.0**-100
+from gs_kernels.dispatch import implementations
+from gs_kernels.fake_quant.checks import check_grid
+from gs_kernels.observe.ref import choose_qparams_ref
+from gs_kernels.registration import SOURCE, register
 
 
-def symmetric_zero(qmin: int, qmax: int) -> float:
-    """The level of 0.0 on a symmetric grid: 0 if signed, the upper middle if unsigned, a half with two levels."""
-    return (qmin + qmax) / 2 if qmax - qmin == 1 else float((qmin + qmax + 1) // 2)
+def qparams_ref(x_min: Tensor, x_max: Tensor, qmin: int, qmax: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    return choose_qparams_ref(x_min, x_max, qmin=qmin, qmax=qmax, symmetric=symmetric)
+
+
+def _qparams_fake(x_min: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_min), torch.empty_like(x_min)
+
+
+QPARAMS = implementations("choose_qparams", qparams_ref)
+register(
+    "choose_qparams(Tensor x_min, Tensor x_max, int qmin, int qmax, bool symmetric, str source) -> (Tensor, Tensor)",
+    QPARAMS,
+    _qparams_fake,
+)
 
 
 def choose_qparams(x_min: Tensor, x_max: Tensor, *, qmin: int, qmax: int, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -22,7 +36,7 @@ def choose_qparams(x_min: Tensor, x_max: Tensor, *, qmin: int, qmax: int, symmet
     is below 2**-100. NaN or Inf in the range gives NaN or Inf scales.
 
     Args:
-        x_min: `[C]` fp32, smallest value of each channel.
+        x_min: `[C]` fp32, smallest value of each channel, as `minmax` gives it.
         x_max: `[C]` fp32, largest value of each channel.
         qmin: smallest integer level, e.g. -128.
         qmax: largest integer level, e.g. 127.
@@ -37,20 +51,12 @@ def choose_qparams(x_min: Tensor, x_max: Tensor, *, qmin: int, qmax: int, symmet
     Source: Jacob et al. 2018, arXiv:1712.05877, section 3.
     Differs from the paper: a symmetric zero is a constant, since rounding qmin - x_min / scale = -0.5 could give -1.
     """
-    if x_min.shape != x_max.shape:
+    for name, t in (("x_min", x_min), ("x_max", x_max)):
+        if not isinstance(t, Tensor) or t.dtype != torch.float32:
+            raise TypeError(f"choose_qparams: {name} must be a float32 tensor, got {getattr(t, 'dtype', type(t))}")
+    if x_min.shape != x_max.shape or x_min.dim() != 1:
         raise ValueError(
-            f"choose_qparams: x_min and x_max must have one shape, got {tuple(x_min.shape)} and {tuple(x_max.shape)}"
+            f"choose_qparams: x_min and x_max must have one shape, [C], got {list(x_min.shape)} and {list(x_max.shape)}"
         )
-    if qmin >= qmax:
-        raise ValueError(f"choose_qparams: qmin must be below qmax, got qmin={qmin}, qmax={qmax}")
-    mn, mx = x_min.float().clamp(max=0.0), x_max.float().clamp(min=0.0)
-    if symmetric:
-        mx = torch.maximum(-mn, mx)
-        mn = -mx
-    span = mx - mn
-    # a tensor divisor: with a Python number, CUDA multiplies by a rounded reciprocal instead
-    step = (span / torch.full_like(span, qmax - qmin)).clamp(min=SCALE_FLOOR)
-    scale = torch.where(span == 0, 1.0, step)
-    if symmetric:
-        return scale, torch.full_like(scale, symmetric_zero(qmin, qmax))
-    return scale, torch.round(qmin - mn / scale).clamp(qmin, qmax)
+    check_grid("choose_qparams", qmin, qmax)
+    return torch.ops.gs_kernels.choose_qparams(x_min.detach(), x_max.detach(), qmin, qmax, symmetric, SOURCE)
