@@ -1,6 +1,7 @@
 """The AOT gate: every kernel compiles for real GPUs within its bounds, and the gate catches those that do not."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ triton = pytest.importorskip("triton", reason="Triton is not installed: there ar
 tl = pytest.importorskip("triton.language", reason="Triton is not installed: there are no kernels to compile")
 
 from gs_kernels import aot  # noqa: E402
+from gs_kernels.aot import __main__ as command  # noqa: E402
 from gs_kernels.aot.assembly import classify_gcn  # noqa: E402
-from gs_kernels.aot.sass import classify  # noqa: E402
+from gs_kernels.aot.sass import classify, find_cuobjdump  # noqa: E402
 
 CASES = [
     pytest.param(case, target, id=f"{spec.name}-{case.name}-{target}")
@@ -172,6 +174,33 @@ def test_an_unknown_target_is_named_with_the_known_ones():
         aot.compile_launches("sm_35"),
     ):
         pass
+
+
+def test_a_process_that_interprets_kernels_is_refused(monkeypatch):
+    monkeypatch.setattr("gs_kernels.aot.compile.INTERPRET", True)
+    with pytest.raises(RuntimeError, match="got TRITON_INTERPRET=1; unset it"), aot.compile_launches("sm_90"):
+        pass
+
+
+def test_a_missing_disassembler_is_named(monkeypatch, tmp_path):
+    class NoTools:
+        @property
+        def cuobjdump(self):
+            raise RuntimeError("Cannot find cuobjdump")
+
+    monkeypatch.setattr(triton.knobs, "nvidia", NoTools())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="needs cuobjdump, got none in triton/backends/nvidia/bin or on PATH"):
+        find_cuobjdump()
+
+
+@pytest.mark.parametrize("max_regs, code, verdict", [(128, 0, "PASS"), (8, 1, "FAIL: must use at most 8 registers")])
+def test_the_command_prints_a_verdict_per_kernel_and_exits_with_it(monkeypatch, capsys, max_regs, code, verdict):
+    case = dataclasses.replace(DOUBLE, max_regs=max_regs)
+    monkeypatch.setattr(command, "specs", lambda: (SimpleNamespace(name="twice", aot=(case,)),))
+    assert command.main(["--op", "twice", "--target", "sm_90"]) == code
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("twice/double")]
+    assert "sm_90" in line and "_double_kernel" in line and verdict in line
 
 
 def test_a_wrapped_kernel_is_compiled_too_and_nothing_stays_changed():
