@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gs_algos.core.modules import get_module
 from gs_algos.fx import ops
@@ -72,10 +73,15 @@ def _collapse(drafts: list[Draft], members: list[int], names: Names, home: list[
 
 
 def _is_one_op(draft: Draft, module: nn.Module) -> bool:
-    """True for a leaf module with its own forward that is one activation, or F.linear on its own weight and bias."""
+    """True for a module with its own forward that is one activation, F.linear or F.batch_norm on its own parameters.
+
+    A batch norm may have children that run behind it (timm's BatchNormAct2d): they are nodes of their own.
+    """
+    own = tuple(join(draft.scope, key) for key, found in module._parameters.items() if found is not None)
+    if isinstance(module, _BatchNorm):
+        return draft.op == "batch_norm" and set(draft.reads) == set(own)
     if module._modules or _looks_at_training(module):
         return False
-    own = tuple(join(draft.scope, key) for key, found in module._parameters.items() if found is not None)
     if draft.op == "linear":
         return isinstance(module, nn.Linear) and draft.weight == own[0] and set(draft.reads) == set(own)
     return draft.op in ops.ACTIVATIONS and not own

@@ -7,6 +7,7 @@ Jacob et al. 2018, arXiv:1712.05877, eq. (14).
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from gs_algos.core.modules import get_module, set_module
 from gs_algos.fx.capture import capture
-from gs_algos.fx.patterns import Refusal, match
+from gs_algos.fx.patterns import Match, Refusal, match
 
 logger = logging.getLogger(__name__)
 
@@ -61,15 +62,13 @@ def fold_model(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, 
     """
     if model.training:
         raise ValueError("fold_model: model must be in eval mode, got training mode; call model.eval() first")
-    matches, refusals = match(capture(model, example_inputs, example_kwargs), model)
+    matches, refusals = match(capture(model, example_inputs, example_kwargs), model, tails=True)
     for refusal in refusals:
         _log(refusal)
-    pairs = [
-        (found.roles.get("conv") or found.roles["linear"], found.roles["bn"])
-        for found in matches
-        if "bn" in found.roles
-    ]
-    for layer_name, bn_name in pairs:
+    for found in matches:
+        layer_name, bn_name = found.roles.get("conv") or found.roles.get("linear"), found.roles.get("bn")
+        if layer_name is None or bn_name is None:
+            continue
         layer, bn = get_module(model, layer_name), get_module(model, bn_name)
         assert isinstance(layer, (_ConvNd, nn.Linear)) and isinstance(bn, _BatchNorm)
         if bn.training:
@@ -82,8 +81,16 @@ def fold_model(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, 
                 layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
             else:
                 layer.bias.copy_(bias)
-        set_module(model, bn_name, nn.Identity())
+        set_module(model, bn_name, after_norm(bn, found))
     return model
+
+
+def after_norm(bn: nn.Module, found: Match) -> nn.Module:
+    """What takes the place of a folded batch norm: nothing, or its children that run behind it."""
+    if not found.tail:
+        return nn.Identity()
+    start = len(found.roles["bn"]) + 1
+    return nn.Sequential(OrderedDict((name[start:], get_module(bn, name[start:])) for name in found.tail))
 
 
 def _log(refusal: Refusal) -> None:

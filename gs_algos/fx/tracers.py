@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from gs_algos.fx import ops
 from gs_algos.fx.read import Constant, Draft, Names, Reader
+
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def by_export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names) -> list[Draft]:
@@ -40,6 +43,7 @@ def by_symbolic_trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         graph = _trace(module, _Tracer(), fixed)
     except Exception:  # noqa: BLE001  a tracer may raise anything; the second attempt's error is the one that is told
         graph = _trace(module, _CoarseTracer(), fixed)
+    _find_shapes(graph, module, args, kwargs)
     return Reader(names).read(graph, module, {})
 
 
@@ -48,13 +52,33 @@ def fixed_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     signature = inspect.signature(module.forward)
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return {
         name: value
         for name, value in bound.arguments.items()
-        if signature.parameters[name].kind not in variadic
+        if signature.parameters[name].kind not in VARIADIC
         and (value is None or isinstance(value, (bool, int, float, str)))
     }
+
+
+def _find_shapes(graph: torch.fx.Graph, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Runs the graph on copies of the inputs, so that each node knows its output's shape; raises if it cannot run."""
+    signature = inspect.signature(module.forward)
+    if any(p.kind in VARIADIC for p in signature.parameters.values()):
+        return
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    values = tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, bound.arguments)
+    _Shapes(torch.fx.GraphModule(module, graph)).run(*values.values())
+
+
+class _Shapes(torch.fx.Interpreter):
+    """Leaves the output of each node in `meta["val"]`, as a tensor without data."""
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor):
+            n.meta["val"] = value.detach().to("meta")
+        return value
 
 
 def _trace(module: nn.Module, tracer: torch.fx.Tracer, fixed: dict[str, Any]) -> torch.fx.Graph:

@@ -21,6 +21,7 @@ class Match:
     roles: dict[str, str]  # role -> qualified module name, e.g. {"conv": "conv1", "bn": "bn1"}; a function is "F.relu"
     nodes: tuple[int, ...]
     operands: tuple[str | None, ...] = ()  # of add and cat: the module that produces each operand; None: no such module
+    tail: tuple[str, ...] = ()  # children of the batch norm that run behind it: they stay when it is folded away
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,18 @@ class View:
     def module(self, node: Node) -> nn.Module:
         assert node.module is not None
         return get_module(self.model, node.module)
+
+    def learned(self, node: Node) -> bool:
+        """True if the weight of a functional conv or linear depends on a parameter; a fixed filter does not."""
+        stack, seen = list(node.inputs[1:]), set[int]()
+        while stack:
+            source = self.graph.nodes[stack.pop()]
+            if source.reads:
+                return True
+            if source.index not in seen:
+                seen.add(source.index)
+                stack += source.inputs
+        return bool(node.reads)
 
     def strangers(self, module: str) -> list[Node]:
         """Nodes that read a parameter of this module but are not a call of it."""
@@ -105,6 +118,11 @@ def refuse_hooks(view: View, node: Node) -> str | None:
 def site_of(view: View, node: Node) -> tuple[str, str]:
     """(site, reason) for a conv or linear that no module runs as a whole."""
     scope = get_module(view.model, node.scope)
+    if type(scope).__module__.startswith("torch.nn."):
+        owner_name, _, _ = (node.weight or "").rpartition(".")
+        layered = owner_name != node.scope and isinstance(get_module(view.model, owner_name), ops.SITES)
+        reason = f"its weight is used inside {type(scope).__name__}, not by a module of its own"
+        return (owner_name if layered else node.weight or node.scope), reason
     if isinstance(scope, ops.SITES):
         what = "computes its weight or does more than its class says"
         return node.scope, f"{type(scope).__name__} has a forward of its own, which {what}"

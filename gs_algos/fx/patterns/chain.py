@@ -44,7 +44,7 @@ def find(chain: Chain, view: View) -> Iterator[Match | Refusal]:
     """Every site of the pattern, each once, in execution order; then batch norms that cannot be folded."""
     seen: set[str] = set()
     for node in view.graph.nodes:
-        if node.op not in (*chain.layers, *chain.refused):
+        if node.op not in (*chain.layers, *chain.refused) or (node.module is None and not view.learned(node)):
             continue
         site, reason = (node.module, None) if node.module is not None else site_of(view, node)
         if site in seen:
@@ -68,6 +68,7 @@ def _refuse_layer(chain: Chain, view: View, node: Node) -> str | None:
 def _chain(chain: Chain, view: View, layer: Node) -> Iterator[Match | Refusal]:
     assert layer.module is not None
     roles, nodes = {chain.role: layer.module}, [layer.index]
+    tail: tuple[str, ...] = ()
     norms = [view.graph.nodes[i] for i in layer.users if view.graph.nodes[i].op == "batch_norm"]
     norms = [norm for norm in norms if norm.inputs[:1] == (layer.index,)]
     follower = view.only_user(layer)
@@ -80,12 +81,14 @@ def _chain(chain: Chain, view: View, layer: Node) -> Iterator[Match | Refusal]:
             return
         assert norms[0].module is not None
         roles["bn"] = norms[0].module
-        nodes.append(norms[0].index)
-        follower = view.only_user(norms[0])
+        behind = _behind(view, norms[0])
+        nodes += [norms[0].index, *(node.index for node in behind)]
+        tail = tuple(node.module or "" for node in behind)
+        follower = behind[-1] if behind else view.only_user(norms[0])
     if follower is not None and follower.op in chain.acts:
         roles["act"] = f"F.{follower.op}" if follower.module is None else follower.module
-        nodes.append(follower.index)
-    yield Match(chain.name, roles, tuple(nodes))
+        nodes += [] if follower.index in nodes else [follower.index]
+    yield Match(chain.name, roles, tuple(nodes), tail=tail)
 
 
 def _refuse_fold(chain: Chain, view: View, layer: Node, norms: list[Node]) -> str | None:
@@ -104,7 +107,28 @@ def _refuse_fold(chain: Chain, view: View, layer: Node, norms: list[Node]) -> st
             return f"{norm.module} {reason}"
     if reason := refuse_hooks(view, layer):
         return f"{layer.module} {reason}"
-    return _refuse_statistics(view, layer, norm)
+    return _refuse_children(view, norm) or _refuse_statistics(view, layer, norm)
+
+
+def _behind(view: View, norm: Node) -> list[Node]:
+    """Calls of the batch norm's own children in a straight line behind it (timm's BatchNormAct2d has an activation)."""
+    found: list[Node] = []
+    node = view.only_user(norm)
+    while node is not None and node.module is not None and node.module.startswith(f"{norm.module}."):
+        found.append(node)
+        node = view.only_user(node)
+    return found
+
+
+def _refuse_children(view: View, norm: Node) -> str | None:
+    known = {node.module for node in _behind(view, norm)}
+    for name, child in view.module(norm).named_modules(prefix=norm.module or ""):
+        if not (name == norm.module or name in known or child._modules or type(child) is nn.Identity):
+            return f"{norm.module} is a {type(view.module(norm)).__name__} that does more than its children in a line"
+    inside = [node for node in view.graph.nodes if node.scope == norm.module or node.module in known]
+    if len(inside) != 1 + len(known) or any(view.calls[name or ""] != 1 for name in known):
+        return f"{norm.module} is a {type(view.module(norm)).__name__} that does more than a batch norm"
+    return None
 
 
 def _refuse_statistics(view: View, layer: Node, norm: Node) -> str | None:
