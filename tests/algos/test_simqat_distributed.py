@@ -1,0 +1,54 @@
+"""Two processes that see different data end with the same grid and the same weights, under DDP and FSDP2."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from gs_algos import SimQAT
+
+WORLD = 2
+
+
+def _worker(rank: int, wrapper: str, act: str, rendezvous: str, results: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    algo = SimQAT(weight="int4@channel:lsq" if "lsq" in act else "int4@channel", act=act)
+    net = algo.apply(net, torch.randn(4, 8))
+    wrapped: nn.Module
+    if wrapper == "ddp":
+        wrapped = DistributedDataParallel(net)
+    else:
+        wrapped = fully_shard(net)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    for step in range(3):
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(10 * step + rank)) * (1 + 3 * rank)
+        wrapped(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        algo.step()
+    if wrapper == "fsdp2":
+        net.unshard()
+    state = {k: v.detach().clone() for k, v in net.state_dict().items()}
+    state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
+    torch.save({"state": state, "largest": x.abs().max()}, f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("act", ["int8@tensor:minmax", "int8@tensor:ema=0.5", "int8@tensor:lsq"])
+def test_ranks_agree_on_ranges_and_weights(wrapper, act, tmp_path):
+    mp.spawn(_worker, (wrapper, act, str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=WORLD)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD))
+    for key, value in first["state"].items():
+        assert torch.equal(value, second["state"][key]), key
+    if "minmax" in act:
+        reach = first["state"]["0.input_quantizer.range"].max()
+        assert reach >= second["largest"]  # the wide batches were on rank 1 only
