@@ -36,6 +36,7 @@ class Algorithm(ABC):
 
     name: ClassVar[str]
     config: AlgorithmConfig
+    steps: int  # optimizer steps since apply
 
     @abstractmethod
     def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:

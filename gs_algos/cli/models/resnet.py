@@ -32,7 +32,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """`[B, C, H, W] -> [B, num_classes]`: a stem, one stage of blocks per width (each but the first halves H, W), a mean.
+    """`[B, C, H, W] -> [B, num_classes]`: a stem, one stage of blocks per width (the first keeps H, W), a mean.
 
     Args:
         blocks: residual blocks of each stage, e.g. (3, 3, 3).

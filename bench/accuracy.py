@@ -1,0 +1,145 @@
+"""Trains a float network, quantizes it, and records what that cost: `python -m bench.accuracy --model resnet20 ...`.
+
+One row holds every accuracy on the whole test set, always of the last epoch (no epoch is picked): the float network,
+the same network trained on in float for the epochs that quantized training takes (the fair opponent), the trained
+fake-quantized network, the converted one, and the one that was saved and loaded again.
+Each stage keeps its state under `--state`, so an interrupted run continues and a second recipe reuses the float one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gs_algos
+from bench import record
+from gs_algos.cli.data import ImageData, load_data
+from gs_algos.cli.models import MODELS, build
+from gs_algos.cli.recipes import float_recipe, tune_recipe
+from gs_algos.cli.train import Interrupted, Recipe, accuracy, predict, train
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "simqat-w8a8": {"weight": "int8@channel", "act": "int8@tensor:ema"},
+    "simqat-w4a8": {"weight": "int4@channel", "act": "int8@tensor:ema"},
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    try:
+        data = load_data(args.data).to(device)
+        row = measure(args, data)
+    except (ValueError, Interrupted) as error:
+        print(error, file=sys.stderr)
+        return 2
+    path = record.append(row, kind="accuracy", device=args.device)
+    print(f"recorded in {path}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="resnet20")
+    parser.add_argument("--data", default="fashion-mnist", help="as golden-stick demo --data")
+    parser.add_argument("--recipe", choices=RECIPES, default="simqat-w8a8")
+    parser.add_argument("--float-epochs", type=int, default=10)
+    parser.add_argument(
+        "--epochs", type=int, default=4, help="of quantized training, and of the float run it is held to"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--state", type=Path, default=Path("build/accuracy"), help="where training states are kept")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser
+
+
+def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
+    """Runs or resumes every stage; the row to record."""
+    set_name = args.data.partition(":")[0]
+    stem = f"{args.model}-{set_name}-s{args.seed}"
+    base = float_recipe(args.model, data, args.float_epochs, args.seed, args.batch_size)
+    tune = tune_recipe(args.model, data, args.epochs, args.seed, args.batch_size)
+    started = time.perf_counter()
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(args.seed)
+        net = build(args.model, in_channels=data.channels, num_classes=data.classes, image_size=data.image_size)
+        return net.to(data.train_x.device, memory_format=torch.channels_last)
+
+    def stage(name: str, net: nn.Module, recipe: Recipe, algorithm: gs_algos.Algorithm | None = None) -> Tensor:
+        path = args.state / f"{stem}-{name}.safetensors"
+        seconds[name] = round(train(net, data, recipe, algorithm=algorithm, state=path, resume=True), 1)
+        logits = predict(net, data)
+        print(f"{name}: {accuracy(logits, data):.2f} % ({seconds[name]:.0f} s of training)", flush=True)
+        return logits
+
+    seconds: dict[str, float] = {}
+    net = fresh()
+    float_logits = stage(f"float{args.float_epochs}", net, base)
+    more_logits = stage(f"float{args.float_epochs}+{args.epochs}", copy.deepcopy(net), tune)
+    algo = gs_algos.SimQAT(**RECIPES[args.recipe])
+    net = algo.apply(net, data.example())
+    trained = stage(f"float{args.float_epochs}-{args.recipe}-{args.epochs}", net, tune, algo)
+    net = algo.convert(net, data.example())
+    converted = predict(net, data)
+    reloaded, nbytes = _reload(net, fresh, data)
+    row = {
+        **{key: getattr(args, key) for key in ("model", "recipe", "float_epochs", "epochs", "seed", "batch_size")},
+        "data": set_name,
+        "algorithm": algo.name,
+        "options": RECIPES[args.recipe],
+        "training": {"float": base.__dict__, "tune": tune.__dict__},
+        "accuracy": {
+            "float": accuracy(float_logits, data),
+            "float_continued": accuracy(more_logits, data),
+            "trained": accuracy(trained, data),
+            "converted": accuracy(converted, data),
+            "reloaded": accuracy(reloaded, data),
+        },
+        "parity": parity(trained, converted),
+        "reload_exact": bool(torch.equal(converted, reloaded)),
+        "nbytes": nbytes,
+        "training_seconds": seconds,
+        "wall_seconds": round(time.perf_counter() - started, 1),
+    }
+    accuracies = row["accuracy"]
+    row["drop"] = {key: round(accuracies[key] - accuracies["converted"], 4) for key in ("float", "float_continued")}
+    print("\n".join(f"{key}: {row[key]}" for key in ("accuracy", "drop", "parity", "reload_exact", "nbytes")))
+    return row
+
+
+def parity(trained: Tensor, converted: Tensor) -> dict[str, float]:
+    """How far the converted logits are from the trained ones, over the whole test set."""
+    difference = (trained - converted).abs()
+    return {
+        "images": len(trained),
+        "differing_predictions": int((trained.argmax(1) != converted.argmax(1)).sum()),
+        "exact_images": int((difference.amax(1) == 0).sum()),
+        "max_abs": difference.max().item(),
+        "rms_relative": (difference.square().mean() / trained.square().mean()).sqrt().item(),
+    }
+
+
+def _reload(net: nn.Module, fresh: Any, data: ImageData) -> tuple[Tensor, dict[str, int]]:
+    """(logits of the saved and loaded network, bytes of the float weights and of the checkpoint's folder)."""
+    with tempfile.TemporaryDirectory() as folder:
+        gs_algos.save(net, folder)
+        logits = predict(gs_algos.load(folder, fresh), data)
+        on_disk = sum(path.stat().st_size for path in Path(folder).iterdir())
+    float_bytes = sum(t.numel() * t.element_size() for t in fresh().state_dict().values())
+    return logits, {"float": float_bytes, "checkpoint": on_disk}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
