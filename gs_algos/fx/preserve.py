@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,12 +24,15 @@ def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
     containers = [(value, _copy(value)) for _, saved in attributes for value in saved.values() if _is_container(value)]
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference() and not b.is_meta]
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda else []), torch.no_grad():
             for module in modules:
                 module.training = training
             yield
     finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
         for module, saved in attributes:
             module.__dict__.clear()
             module.__dict__.update(saved)

@@ -46,6 +46,8 @@ class Modularized(torch.fx.GraphModule):
         taken = {key: dict(value) if isinstance(value, dict) else value for key, value in original.__dict__.items()}
         self.__dict__.update(taken)
         self._modules.update(extra)
+        for layer in extra.values():
+            layer.train(original.training)
         self.graph = graph
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Modularized:

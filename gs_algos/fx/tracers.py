@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 def by_export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names) -> list[Draft]:
     """Drafts of `module(*args, **kwargs)` by torch.export; raises whatever the tracer raises."""
     flat = _FlatOutput(module)
-    with _visible_pass_through(module):
+    # torch.export prints the half-made graph to stderr when it fails; the reason is kept as a note instead
+    with _visible_pass_through(module), redirect_stderr(io.StringIO()):
         program = torch.export.export(flat, args, kwargs, strict=False)
     signature = program.graph_signature
     constants = {
