@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import nn
 
 CONVS = ("conv1d", "conv2d", "conv3d")
@@ -104,6 +105,11 @@ def bare_name(target: Any) -> str:
 def is_container(module: nn.Module) -> bool:
     """True for Sequential and the like, which compute nothing of their own."""
     return isinstance(module, _CONTAINERS) and _inherits_torch(module, "forward")
+
+
+def is_hookable(module: nn.Module) -> bool:
+    """False for TorchScript modules, which refuse forward hooks."""
+    return not isinstance(module, torch.jit.ScriptModule)
 
 
 def is_plain(module: nn.Module) -> bool:

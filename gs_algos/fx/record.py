@@ -48,7 +48,7 @@ def record(
         nonlocal depth
         depth -= 1
 
-    units = [child for child in module.modules() if child is not module and is_unit(child)]
+    units = [child for child in module.modules() if child is not module and is_unit(child) and ops.is_hookable(child)]
     handles = [unit.register_forward_pre_hook(enter, with_kwargs=True, prepend=True) for unit in units]
     handles += [unit.register_forward_hook(leave) for unit in units]
     try:

@@ -145,7 +145,7 @@ def _visible_pass_through(module: nn.Module) -> Iterator[None]:
     handles = [
         child.register_forward_hook(mark)
         for child in module.modules()
-        if child is not module and not ops.is_plain(child) and not ops.is_container(child)
+        if child is not module and ops.is_hookable(child) and not (ops.is_plain(child) or ops.is_container(child))
     ]
     try:
         yield

@@ -141,6 +141,13 @@ def test_the_last_rung_sees_functions_on_parameters():
     assert readers == ["t"]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_scripted_child_is_one_opaque_call_and_the_rest_is_read():
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1)))
+    graph = capture(nn.Sequential(nn.Conv2d(3, 3, 1), scripted), image())
+    assert graph.calls("0") and len(graph.notes) >= 1
+
+
 def test_keyword_inputs_and_structured_outputs():
     class Net(nn.Module):
         def __init__(self):

@@ -80,6 +80,4 @@ def _products(view: View) -> Iterator[Refusal]:
     for scope in sites:
         kind = type(get_module(view.model, scope)).__name__
         if not isinstance(get_module(view.model, scope), ops.SITES):
-            yield Refusal(
-                ORDER[1], scope, f"{kind} multiplies with its parameter by matmul; only conv and linear are read"
-            )
+            yield Refusal(ORDER[1], scope, f"{kind} multiplies by its parameter with a matrix product, not with linear")
