@@ -12,7 +12,7 @@ import pickletools
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ def read_array_pickle(path: Path) -> Any:
     machine = _ArrayMachine(path)
     try:
         with gzip.open(path) as stream:
-            for opcode, argument, _ in pickletools.genops(stream):
+            for opcode, argument, _ in pickletools.genops(cast(IO[bytes], stream)):
                 machine.step(opcode.name, argument)
     except (OSError, EOFError, zlib.error, IndexError, KeyError) as error:
         raise ValueError(

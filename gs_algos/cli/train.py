@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from gs_algos.cli.data import ImageData, batches_per_epoch, train_batches
 from gs_algos.core.algorithm import Algorithm, evaluating
 from gs_algos.core.checkpoint import write_atomically
+from gs_algos.core.progress import progress
 
 FORMAT = "golden-stick-training"
 VERSION = "1"
+SAVE_EVERY = 30.0  # seconds of training between two states, at ends of epochs
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def train(
     Args:
         data: on the model's device.
         algorithm: whose `loss` is used and whose `step` is called after each optimizer step.
-        state: file that holds the training state after each epoch, and after an interrupt.
+        state: file that holds the training state: at the end, after an interrupt, and every half a minute or epoch.
         resume: continue from `state` if it is there; the result is that of an uninterrupted run, bit for bit.
         compiled: run the forward through torch.compile.
         on_step: called with (steps done, steps in all, loss of this step, still on the device).
@@ -97,7 +99,8 @@ def train(
     done, before = 0, 0.0
     if resume and state is not None and state.is_file():
         done, before = load_state(state, model, optimizer, recipe, algorithm)
-    started = time.perf_counter() - before
+    saved = time.perf_counter()
+    started = saved - before
     loss_fn = torch.nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     loss_fn = loss_fn if algorithm is None else algorithm.loss(loss_fn)
     forward = torch.compile(model) if compiled else model
@@ -121,7 +124,9 @@ def train(
                     on_step(done, total, loss.detach())
                 if interrupted():
                     break
-            if state is not None:
+            saves = done == total or interrupted() or time.perf_counter() > saved + SAVE_EVERY
+            if state is not None and saves:
+                saved = time.perf_counter()
                 save_state(state, model, optimizer, recipe, done, time.perf_counter() - started)
             if interrupted() and done < total:
                 kept = "nothing is saved" if state is None else f"saved in {state}"
@@ -238,7 +243,8 @@ def fill_model(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None
 def predict(model: nn.Module, data: ImageData, batch_size: int = 500) -> Tensor:
     """Logits `[N, classes]` fp32 of the test set, on the CPU, in eval mode."""
     with evaluating(model):
-        return torch.cat([model(data.normalize(x)).float().cpu() for x in data.test_x.split(batch_size)])
+        batches = progress(data.test_x.split(batch_size), "evaluating")
+        return torch.cat([model(data.normalize(x)).float().cpu() for x in batches])
 
 
 def accuracy(logits: Tensor, data: ImageData) -> float:

@@ -1,0 +1,142 @@
+"""The commands and their options. What each does is in a file of its own: demo.py, describe.py."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+
+from gs_algos.cli.data import DATA, load_data
+from gs_algos.cli.demo import DemoOptions, make_algorithm, run_demo
+from gs_algos.cli.describe import describe
+from gs_algos.cli.models import MODELS, build
+from gs_algos.cli.train import Interrupted
+from gs_algos.core.registry import ALGORITHMS
+
+DATA_HELP = f"One of {', '.join(DATA)}; a folder goes after a colon, e.g. cifar10:DIR."
+MODEL_HELP = f"One of {', '.join(MODELS)}."
+ALGORITHM_HELP = f"One of {', '.join(ALGORITHMS)}."
+WEIGHT_HELP = "Scheme of the weights: bits, granularity, observer."
+ACT_HELP = "Scheme of the activations; none leaves them float."
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def common(debug: Annotated[bool, typer.Option(help="Show the Python traceback of an error.")] = False) -> None:
+    """Quantization and compression for PyTorch networks."""
+
+
+@app.command()
+def demo(
+    data: Annotated[str, typer.Option(help=DATA_HELP)] = "digits",
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "resnet20",
+    algorithm: Annotated[str, typer.Option(help=ALGORITHM_HELP)] = "simqat",
+    weight: Annotated[str, typer.Option(help=WEIGHT_HELP)] = "int8@channel",
+    act: Annotated[str, typer.Option(help=ACT_HELP)] = "int8@tensor:ema",
+    float_epochs: Annotated[int | None, typer.Option(help="Default: 30 for small sets, 5 for large.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Of compressed training. Default: 10 or 2.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Default: 128, less for small sets.")] = None,
+    image_size: Annotated[int, typer.Option(help="Side in pixels to which imagefolder resizes.")] = 64,
+    out: Annotated[Path, typer.Option(help="Folder for the networks and the training state.")] = Path(
+        "golden-stick-demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Of initialisation, shuffling and augmentation.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted demo in --out.")] = False,
+) -> None:
+    """Trains a float network, compresses it, converts, saves, reloads, and prints what that did."""
+    options = DemoOptions(
+        data=data,
+        model=model,
+        algorithm=algorithm,
+        weight=weight,
+        act=act,
+        float_epochs=float_epochs,
+        epochs=epochs,
+        batch_size=batch_size,
+        image_size=image_size,
+        seed=seed,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    run_demo(options, out, resume, Console())
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP} Or package.module:function that builds a network.")],
+    data: Annotated[str, typer.Option(help=f"What the network is built for. {DATA_HELP}")] = "digits",
+    input_shape: Annotated[str, typer.Option(help="Of package.module:function, e.g. 1,3,224,224.")] = "",
+    algorithm: Annotated[str, typer.Option(help=ALGORITHM_HELP)] = "simqat",
+    weight: Annotated[str, typer.Option(help=WEIGHT_HELP)] = "int8@channel",
+    act: Annotated[str, typer.Option(help=ACT_HELP)] = "int8@tensor:ema",
+) -> None:
+    """Prints what an algorithm would do to every layer of a network, and why not to the others."""
+    algo = make_algorithm(algorithm, weight, act)
+    net, example = _imported(model, input_shape) if ":" in model else _built(model, data, input_shape)
+    print(algo.plan(net, example))
+
+
+@app.command()
+def info(folder: Annotated[Path, typer.Argument(help="A folder written by gs_algos.save or the demo.")]) -> None:
+    """Describes a saved network from its files alone: algorithms, layers, bits, bytes."""
+    print(describe(folder))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Runs the command line; the exit code. An error is one line on stderr and 2, an interrupt one line and 130."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(arguments, prog_name="golden-stick")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    except Interrupted as stop:
+        print(f"{stop}; continue with --resume", file=sys.stderr)
+        return 130
+    except (ValueError, RuntimeError, OSError) as error:
+        if "--debug" in arguments:
+            raise
+        print(f"golden-stick: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _built(model: str, data: str, input_shape: str) -> tuple[nn.Module, Tensor]:
+    if input_shape:
+        raise ValueError(f"plan: --input-shape goes with package.module:function, got {model}; use --data")
+    if model not in MODELS:
+        build(model, in_channels=1, num_classes=2, image_size=32)
+    images = load_data(data)
+    net = build(model, in_channels=images.channels, num_classes=images.classes, image_size=images.image_size)
+    return net, images.example()
+
+
+def _imported(path: str, input_shape: str) -> tuple[nn.Module, Tensor]:
+    """The network that `package.module:function` returns, and random inputs of the given shape."""
+    try:
+        shape = tuple(int(n) for n in input_shape.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise ValueError(
+            f"plan: {path} needs --input-shape with positive sizes such as 1,3,224,224, got {input_shape!r}"
+        )
+    module_name, _, name = path.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        factory = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"plan: {path} must name an importable function, got: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    net = factory()
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"plan: {path}() must return a torch.nn.Module, got {type(net).__name__}")
+    return net, torch.randn(shape, generator=torch.Generator().manual_seed(0))

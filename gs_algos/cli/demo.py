@@ -1,0 +1,224 @@
+"""`golden-stick demo`: from random weights to a reloaded compressed network, with everything measured on the way."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+import gs_algos
+from gs_algos.cli.data import ImageData, load_data
+from gs_algos.cli.models import MODELS, build
+from gs_algos.cli.recipes import float_recipe, tune_recipe
+from gs_algos.cli.train import Recipe, accuracy, predict, train
+from gs_algos.core.algorithm import Algorithm, evaluating
+from gs_algos.core.checkpoint import write_atomically
+from gs_algos.core.registry import algorithm_class
+
+OPTIONS_FILE = "demo.json"
+SMALL = 10_000  # training images below which epochs are cheap
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What decides the result: two demos with equal options give equal networks."""
+
+    data: str = "digits"
+    model: str = "resnet20"
+    algorithm: str = "simqat"
+    weight: str = "int8@channel"
+    act: str = "int8@tensor:ema"
+    float_epochs: int | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    image_size: int = 64
+    seed: int = 0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table. error: relative RMS of the test logits against the stage before it should equal."""
+
+    name: str
+    accuracy: float
+    nbytes: int | None
+    ms: dict[int, float]
+    error: float | None
+    differing: int
+
+
+def make_algorithm(name: str, weight: str, act: str) -> Algorithm:
+    """The algorithm with the options of the command line; an act of "none" leaves activations float."""
+    return algorithm_class(name)(weight=weight, act=None if act == "none" else act)  # type: ignore[call-arg]
+
+
+def run_demo(options: DemoOptions, out: Path, resume: bool, console: Console) -> list[Stage]:
+    """Runs every stage, printing to `console`, and leaves float.safetensors and the checkpoint folder `model` in `out`.
+
+    Raises:
+        ValueError: on unknown names, missing data, or an `out` that is not this demo's.
+        Interrupted: after Ctrl-C; `resume` then continues in the same `out`.
+    """
+    algo = make_algorithm(options.algorithm, options.weight, options.act)
+    if options.model not in MODELS:
+        raise ValueError(f"model: must be one of {', '.join(MODELS)}, got {options.model!r}")
+    device = _device(options.device)
+    data = load_data(options.data, options.image_size).to(device)
+    base, tune = _recipes(options, data)
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(options.seed)
+        net = build(options.model, in_channels=data.channels, num_classes=data.classes, image_size=data.image_size)
+        return net.to(device)
+
+    net = fresh()
+    claim_folder(out, options, resume)
+    console.print(
+        f"{options.model} on {data.name}: {len(data.train_x):,} training and {len(data.test_x):,} test images of "
+        f"{data.channels}x{data.image_size}x{data.image_size}, {data.classes} classes, on {options.device}",
+        soft_wrap=True,
+    )
+    with bar(f"float, {base.epochs} epochs") as on_step:
+        train(net, data, base, state=out / "float.state.safetensors", resume=resume, on_step=on_step)
+    write_atomically(
+        out / "float.safetensors", to_bytes({k: v.cpu().contiguous() for k, v in net.state_dict().items()})
+    )
+    float_logits = predict(net, data)
+    stages = [_stage("float", net, data, float_logits, None, (out / "float.safetensors").stat().st_size)]
+
+    with console.status("preparing"):
+        plan = algo.plan(net, data.example())
+        net = algo.apply(net, data.example())
+    console.print(f"{options.algorithm}: {len(plan.acted())} of {len(plan.rows)} sites, graph read by {plan.rung}")
+    with bar(f"{options.algorithm}, {tune.epochs} epochs") as on_step:
+        state = out / f"{options.algorithm}.state.safetensors"
+        train(net, data, tune, algorithm=algo, state=state, resume=resume, on_step=on_step)
+    trained = predict(net, data)
+    stages.append(_stage("trained", net, data, trained, None, None))
+
+    with console.status("converting"):
+        net = algo.convert(net, data.example())
+        converted = predict(net, data)
+        stages.append(_stage("converted", net, data, converted, trained, None))
+        gs_algos.save(net, out / "model")
+        reloaded = gs_algos.load(out / "model", fresh)
+        nbytes = sum(path.stat().st_size for path in (out / "model").iterdir())
+        stages.append(_stage("reloaded", reloaded, data, predict(reloaded, data), converted, nbytes))
+    console.print(_table(stages))
+    console.print(f"saved: golden-stick info {out / 'model'}", soft_wrap=True)
+    return stages
+
+
+def _device(name: str) -> torch.device:
+    known = ("cpu", "cuda")
+    if name.partition(":")[0] not in known or (name != "cpu" and not torch.cuda.is_available()):
+        usable = " or ".join(known if torch.cuda.is_available() else known[:1])
+        raise ValueError(f"demo: --device must be {usable} on this machine, got {name!r}")
+    return torch.device(name)
+
+
+def _recipes(options: DemoOptions, data: ImageData) -> tuple[Recipe, Recipe]:
+    small = len(data.train_x) < SMALL
+    float_epochs = options.float_epochs if options.float_epochs is not None else (30 if small else 5)
+    epochs = options.epochs if options.epochs is not None else (10 if small else 2)
+    base = float_recipe(options.model, data, float_epochs, options.seed, options.batch_size)
+    return base, tune_recipe(options.model, data, epochs, options.seed, options.batch_size)
+
+
+def claim_folder(out: Path, options: DemoOptions, resume: bool) -> None:
+    """Makes `out` this demo's: refuses a foreign folder, and on resume a demo of other options; else starts it anew.
+
+    Raises:
+        ValueError: in these cases, and if there is nothing to resume.
+    """
+    path, ours = out / OPTIONS_FILE, asdict(options)
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not path.is_file())):
+        raise ValueError(f"demo: --out must be a new, an empty or a demo's folder, got {out}; choose another")
+    if resume:
+        if not path.is_file():
+            raise ValueError(f"demo: --resume needs a folder that an earlier demo wrote, got {out}; leave --resume out")
+        try:
+            theirs = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"demo: {path} must be JSON, got {error}; leave --resume out to start anew") from error
+        differs = [f"{key} {theirs.get(key)!r}, got {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]
+        if differs:
+            raise ValueError(f"demo: --resume needs the options of the run in {out}: {'; '.join(differs)}")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for stale in out.glob("*.state.safetensors"):
+        stale.unlink()
+    write_atomically(path, json.dumps(ours, indent=1).encode())
+
+
+@contextmanager
+def bar(what: str) -> Iterator[Callable[[int, int, Tensor], None]]:
+    """A progress bar on stderr for `train`'s `on_step`; the loss is read back every 20 steps only."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(
+        *columns, TextColumn("{task.fields[loss]}"), console=Console(stderr=True), transient=True
+    ) as progress:
+        task = progress.add_task(what, loss="")
+
+        def on_step(done: int, total: int, loss: Tensor) -> None:
+            text = {"loss": f"loss {loss.item():.3f}"} if done % 20 == 0 else {}
+            progress.update(task, completed=done, total=total, **text)  # type: ignore[arg-type]
+
+        yield on_step
+
+
+def _stage(
+    name: str, net: nn.Module, data: ImageData, logits: Tensor, before: Tensor | None, nbytes: int | None
+) -> Stage:
+    ms = {batch: latency_ms(net, data.normalize(data.test_x[:1]).repeat(batch, 1, 1, 1)) for batch in (1, 64)}
+    error, differing = None, 0
+    if before is not None:
+        error = ((logits - before).square().mean() / before.square().mean().clamp(min=1e-12)).sqrt().item()
+        differing = int((logits.argmax(1) != before.argmax(1)).sum())
+    return Stage(name, accuracy(logits, data), nbytes, ms, error, differing)
+
+
+def latency_ms(net: nn.Module, x: Tensor, seconds: float = 0.3) -> float:
+    """Median milliseconds of a forward in eval mode: three warm-up calls, then calls for `seconds`, at least five."""
+    times: list[float] = []
+
+    def call() -> float:
+        started = time.perf_counter()
+        net(x)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        return 1000 * (time.perf_counter() - started)
+
+    with evaluating(net):
+        for _ in range(3):
+            call()
+        while len(times) < 5 or sum(times) < 1000 * seconds:
+            times.append(call())
+    return statistics.median(times)
+
+
+def _table(stages: list[Stage]) -> Table:
+    table = Table(
+        caption="parity: relative RMS of the test logits against the row above; flips: predictions that differ"
+    )
+    for heading in ("network", "accuracy %", "bytes", "ms, 1", "ms, 64", "parity", "flips"):
+        table.add_column(heading, justify="left" if heading == "network" else "right", no_wrap=True)
+    for stage in stages:
+        error = "" if stage.error is None else "exact" if stage.error == 0 else f"{stage.error:.1e}"
+        differing = "" if stage.error is None else str(stage.differing)
+        size = "" if stage.nbytes is None else f"{stage.nbytes:,}"
+        ms = (f"{stage.ms[batch]:.2f}" for batch in (1, 64))
+        table.add_row(stage.name, f"{stage.accuracy:.2f}", size, *ms, error, differing)
+    return table
