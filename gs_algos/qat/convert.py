@@ -227,7 +227,7 @@ def _record(model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inputs) -
 
     def remember(key: str, pick: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            seen[key] = (args[0] if pick == 0 else output).detach()
+            seen[key] = (args[0] if pick == 0 else output).detach().clone()  # an in-place activation may follow
 
         return hook
 
