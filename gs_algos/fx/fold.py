@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from gs_algos.core.modules import get_module, set_module
 from gs_algos.fx.capture import capture
-from gs_algos.fx.patterns import Match, Refusal, match
+from gs_algos.fx.patterns import Refusal, match
 
 logger = logging.getLogger(__name__)
 
@@ -81,16 +82,15 @@ def fold_model(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, 
                 layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
             else:
                 layer.bias.copy_(bias)
-        set_module(model, bn_name, after_norm(bn, found))
+        set_module(model, bn_name, after_norm(model, bn_name, found.tail))
     return model
 
 
-def after_norm(bn: nn.Module, found: Match) -> nn.Module:
-    """What takes the place of a folded batch norm: nothing, or its children that run behind it."""
-    if not found.tail:
+def after_norm(model: nn.Module, bn: str, tail: Sequence[str]) -> nn.Module:
+    """What takes the place of a folded batch norm: an Identity, or its children in `Match.tail` under their own names."""
+    if not tail:
         return nn.Identity()
-    start = len(found.roles["bn"]) + 1
-    return nn.Sequential(OrderedDict((name[start:], get_module(bn, name[start:])) for name in found.tail))
+    return nn.Sequential(OrderedDict((name.removeprefix(f"{bn}."), get_module(model, name)) for name in tail))
 
 
 def _log(refusal: Refusal) -> None:
