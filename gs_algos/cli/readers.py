@@ -81,11 +81,17 @@ def read_array_pickle(path: Path) -> Any:
         with gzip.open(path) as stream:
             for opcode, argument, _ in pickletools.genops(cast(IO[bytes], stream)):
                 machine.step(opcode.name, argument)
-    except (OSError, EOFError, zlib.error, IndexError, KeyError) as error:
+    except _Refused:
+        raise
+    except (OSError, EOFError, zlib.error, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: must be a complete pickle of arrays, got {error!r}; install the package again"
         ) from error
     return machine.result
+
+
+class _Refused(ValueError):
+    """The file is a pickle, but of something else."""
 
 
 class _ArrayMachine:
@@ -126,10 +132,8 @@ class _ArrayMachine:
         else:
             raise self.refusal(f"opcode {opcode}")
 
-    def refusal(self, what: str) -> ValueError:
-        return ValueError(
-            f"{self.path}: must hold only tuples of numeric arrays, got {what}; use the idx files instead"
-        )
+    def refusal(self, what: str) -> _Refused:
+        return _Refused(f"{self.path}: must hold only tuples of numeric arrays, got {what}; use the idx files instead")
 
     def pack(self, start: int) -> None:
         self.stack[start:] = [tuple(self.stack[start:])]
@@ -162,8 +166,11 @@ class _ArrayMachine:
         target["array"] = np.frombuffer(text.encode("latin-1"), dtype=f"<{dtype['dtype']}").reshape(shape)
 
     def stop(self) -> None:
-        self.result = _arrays(self.stack.pop())
+        self.result = self.arrays(self.stack.pop())
 
-
-def _arrays(value: Any) -> Any:
-    return tuple(_arrays(item) for item in value) if isinstance(value, tuple) else value["array"]
+    def arrays(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self.arrays(item) for item in value)
+        if not isinstance(value, dict) or "array" not in value:
+            raise self.refusal(f"{str(value)[:60]!r}")
+        return value["array"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gs_algos.cli.data import ImageData
+from gs_algos.cli.data import ImageData, batches_per_epoch
 from gs_algos.cli.train import Recipe
 
 
@@ -35,11 +35,13 @@ def batch_size_for(data: ImageData) -> int:
 
 def float_recipe(model: str, data: ImageData, epochs: int, seed: int, batch_size: int | None = None) -> Recipe:
     """From a random network: a one-cycle schedule."""
-    habit, batch = HABITS[model], batch_size or batch_size_for(data)
+    habit, batch = HABITS[model], batch_size_for(data) if batch_size is None else batch_size
+    batches_per_epoch(data, batch)
     return Recipe(epochs, habit.lr, habit.optimizer, batch, 0.2, habit.weight_decay, seed=seed)
 
 
 def tune_recipe(model: str, data: ImageData, epochs: int, seed: int, batch_size: int | None = None) -> Recipe:
     """From a trained network: a cosine from a tenth of the rate, on other shuffles than the float run's."""
-    habit, batch = HABITS[model], batch_size or batch_size_for(data)
+    habit, batch = HABITS[model], batch_size_for(data) if batch_size is None else batch_size
+    batches_per_epoch(data, batch)
     return Recipe(epochs, habit.tune_lr, habit.optimizer, batch, 0.0, habit.weight_decay, seed=seed + 1)
