@@ -87,7 +87,7 @@ def fold_model(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, 
 
 
 def after_norm(model: nn.Module, bn: str, tail: Sequence[str]) -> nn.Module:
-    """What takes the place of a folded batch norm: an Identity, or its children in `Match.tail` under their own names."""
+    """What takes the place of a folded batch norm: an Identity, or the children in `Match.tail` by their own names."""
     if not tail:
         return nn.Identity()
     return nn.Sequential(OrderedDict((name.removeprefix(f"{bn}."), get_module(model, name)) for name in tail))
