@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gs_kernels.compiled import Chain, call, compiled
 from gs_kernels.fake_quant.ref import inverse
-from gs_kernels.fake_quant.rows import BY_COL, BY_TENSOR, Rows, like, readable, same_layout
+from gs_kernels.fake_quant.rows import BY_COL, BY_ROW, BY_TENSOR, Rows, like, readable, same_layout
 
 COMPILE_FROM = 1 << 16  # elements; below, an eager chain costs less than the wait for a compiler could win back
 
@@ -123,7 +123,9 @@ def _kind(rows: Rows) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
     if rows.by == BY_COL:
         return "col", (rows.rows, rows.cols), (rows.cols, 1)
     c, cols = rows.channels, rows.cols
-    return ("row", (c, cols), (cols, 1)) if rows.rows == c else ("mid", (rows.rows // c, c, cols), (c * cols, cols, 1))
+    return (
+        ("row", (c, cols), (cols, 1)) if rows.by == BY_ROW else ("mid", (rows.rows // c, c, cols), (c * cols, cols, 1))
+    )
 
 
 @lru_cache(maxsize=256)

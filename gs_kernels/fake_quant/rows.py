@@ -1,7 +1,7 @@
 """Any tensor as rows of memory, so that one kernel serves every shape, memory format and granularity.
 
 Element i of row r lies at `r // per * outer + r % per * inner + i` in x, and at `r * cols + i` in results, which are
-dense. Its scale is number 0 (by tensor), `r % channels` (by row) or i (by column).
+dense. Its scale is number 0 (by tensor), r (by row), i (by column) or `r % channels` (by cycle).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gs_kernels.dispatch import is_eager
 
-BY_TENSOR, BY_ROW, BY_COL = 0, 1, 2
+BY_TENSOR, BY_ROW, BY_COL, BY_CYCLE = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,14 @@ def rows_of(shape: Sequence[int], strides: Sequence[int], axis: int, group: int)
         return _without_axis(sizes, strides, group)
     if channel > 1 or len(blocks) > channel + 2:
         return None
-    blocks_outside = channel == 1
+    outside = channel == 1
     if channel == len(blocks) - 1:
-        n, stride = (sizes[0], strides[0]) if blocks_outside else (1, sizes[-1])
+        n, stride = (sizes[0], strides[0]) if outside else (1, sizes[-1])
         return Rows(BY_COL, n, sizes[-1], sizes[-1], n, 0, stride)
     c, cols = sizes[channel], sizes[-1]
-    n, outer = (sizes[0], strides[0]) if blocks_outside else (1, 0)
-    return Rows(BY_ROW, n * c, cols, c, c, outer, strides[channel])
+    if outside:
+        return Rows(BY_CYCLE, sizes[0] * c, cols, c, c, strides[0], strides[1])
+    return Rows(BY_ROW, c, cols, c, c, 0, strides[0])
 
 
 def _merge(dims: list[tuple[int, int, bool]]) -> list[tuple[int, int, bool]] | None:

@@ -1,0 +1,184 @@
+"""Fake-quant on a GPU: each element read once and written once, sums in two stages without atomics."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gs_kernels.dispatch import launch
+from gs_kernels.fake_quant.rows import BY_COL, BY_CYCLE, BY_TENSOR, Rows, like, readable, same_layout
+from gs_kernels.fake_quant.tiles import Tile, choose_tile
+from gs_kernels.lang import BY_COL as COL
+from gs_kernels.lang import BY_TENSOR as TENSOR
+from gs_kernels.lang import clamp, inverse, load_channel, reduce_range, row_starts, steps, tile
+
+
+@triton.jit
+def _fake_quant_fwd_kernel(
+    y_ptr, low_ptr, high_ptr,
+    x_ptr, scale_ptr, zero_ptr,
+    M, N, C,
+    per, stride_outer, stride_inner,
+    QMIN: tl.constexpr, QMAX: tl.constexpr,
+    BY: tl.constexpr, STRIDED: tl.constexpr, CODES: tl.constexpr, RANGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    offs_m, first, offs_n, mask_m, mask_n = tile(M, N, BLOCK_M, BLOCK_N)
+    mask = mask_m[:, None] & mask_n[None, :]
+    scale = load_channel(scale_ptr, offs_m, first, offs_n, mask_m, mask_n, C, BY)
+    zero = load_channel(zero_ptr, offs_m, first, offs_n, mask_m, mask_n, C, BY)
+    starts = row_starts(offs_m, N, per, stride_outer, stride_inner, STRIDED) + first
+    x = tl.load(x_ptr + starts[:, None] + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+
+    _, r = steps(x, inverse(scale, zero), zero, QMIN, QMAX)
+    q = clamp(r, QMIN, QMAX)
+    if CODES:
+        q = tl.where(q == q, q, QMIN)
+        y = q.to(y_ptr.dtype.element_ty)
+    else:
+        y = ((q - zero) * scale).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + (offs_m * N + first)[:, None] + offs_n[None, :], y, mask=mask)
+    if RANGE:
+        low, high = reduce_range(x, mask, None)
+        tl.store(low_ptr + tl.program_id(0), low)
+        tl.store(high_ptr + tl.program_id(0), high)
+
+
+@triton.jit
+def _fake_quant_bwd_kernel(
+    dx_ptr, dscale_ptr, dzero_ptr,
+    dy_ptr, x_ptr, scale_ptr, zero_ptr,
+    M, N, C,
+    per, stride_outer, stride_inner,
+    QMIN: tl.constexpr, QMAX: tl.constexpr,
+    BY: tl.constexpr, STRIDED: tl.constexpr, FOR_SCALE: tl.constexpr, FOR_ZERO: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    offs_m, first, offs_n, mask_m, mask_n = tile(M, N, BLOCK_M, BLOCK_N)
+    mask = mask_m[:, None] & mask_n[None, :]
+    scale = load_channel(scale_ptr, offs_m, first, offs_n, mask_m, mask_n, C, BY)
+    zero = load_channel(zero_ptr, offs_m, first, offs_n, mask_m, mask_n, C, BY)
+    starts = row_starts(offs_m, N, per, stride_outer, stride_inner, STRIDED) + first
+    x = tl.load(x_ptr + starts[:, None] + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    offs = (offs_m * N + first)[:, None] + offs_n[None, :]  # [BLOCK_M, BLOCK_N]
+    dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+
+    t, r = steps(x, inverse(scale, zero), zero, QMIN, QMAX)
+    inside = (r >= QMIN) & (r <= QMAX)
+    tl.store(dx_ptr + offs, tl.where(inside, dy, 0.0).to(dx_ptr.dtype.element_ty), mask=mask)
+    if FOR_SCALE:
+        level = clamp(r, QMIN, QMAX) - zero
+        # inside the grid t did not saturate
+        _store_sum(dscale_ptr, dy * tl.where(inside, level - t, level), first, offs_m, offs_n, mask_m, mask_n, N, BY)
+    if FOR_ZERO:
+        _store_sum(dzero_ptr, dy * tl.where(inside, 0.0, -scale), first, offs_m, offs_n, mask_m, mask_n, N, BY)
+
+
+@triton.jit
+def _store_sum(ptr, v, first, offs_m, offs_n, mask_m, mask_n, N, BY: tl.constexpr):
+    """The sum of v over this tile: one number by tensor, one per row to [rows, tiles], one per column to [tiles, N]."""
+    BLOCK_N: tl.constexpr = v.shape[1]
+    tiles = tl.cdiv(N, BLOCK_N)
+    if BY == TENSOR:
+        tl.store(ptr + tl.program_id(0), tl.sum(tl.sum(v, 1), 0))
+    elif BY == COL:
+        row = tl.program_id(0).to(tl.int64) // tiles
+        tl.store(ptr + row * N + first + offs_n, tl.sum(v, 0), mask=mask_n)
+    else:
+        tl.store(ptr + offs_m * tiles + first // BLOCK_N, tl.sum(v, 1), mask=mask_m)
+
+
+@triton.jit
+def _dequantize_kernel(
+    y_ptr,
+    codes_ptr, scale_ptr, zero_ptr,
+    M, N, C,
+    per, stride_outer, stride_inner,
+    BY: tl.constexpr, STRIDED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    offs_m, first, offs_n, mask_m, mask_n = tile(M, N, BLOCK_M, BLOCK_N)
+    mask = mask_m[:, None] & mask_n[None, :]
+    scale = load_channel(scale_ptr, offs_m, first, offs_n, mask_m, mask_n, C, BY)
+    zero = load_channel(zero_ptr, offs_m, first, offs_n, mask_m, mask_n, C, BY)
+    starts = row_starts(offs_m, N, per, stride_outer, stride_inner, STRIDED) + first
+    q = tl.load(codes_ptr + starts[:, None] + offs_n[None, :], mask=mask, other=0).to(tl.float32)
+    y = ((q - zero) * scale).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + (offs_m * N + first)[:, None] + offs_n[None, :], y, mask=mask)
+
+
+def addressing(rows: Rows) -> tuple[int, ...]:
+    return rows.rows, rows.cols, rows.channels, rows.per, rows.outer, rows.inner
+
+
+def flags(rows: Rows, cut: Tile) -> dict[str, Any]:
+    return {
+        "BY": rows.by, "STRIDED": not rows.dense,
+        "BLOCK_M": cut.rows, "BLOCK_N": cut.cols, "num_warps": cut.warps,
+    }
+
+
+def forward(
+    y: Tensor, low: Tensor, high: Tensor, x: Tensor, scale: Tensor, zero: Tensor,
+    rows: Rows, cut: Tile, qmin: int, qmax: int,
+) -> None:
+    """Values or codes to y; by tensor, the range of each tile to low and high, unless these are y itself."""
+    launch(
+        _fake_quant_fwd_kernel, cut.grid(rows), y, low, high, x, scale, zero, *addressing(rows),
+        QMIN=qmin, QMAX=qmax, CODES=not y.is_floating_point(), RANGE=low is not y, **flags(rows, cut),
+    )
+
+
+def fake_quant_triton(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, axis: int, group: int) -> Tensor:
+    source, rows = readable(x, axis, group)
+    y = torch.empty_like(source)
+    forward(y, y, y, source, scale, zero, rows, choose_tile(rows), int(qmin), int(qmax))
+    return y if source is x else like(y, x)
+
+
+def quantize_triton(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, axis: int, group: int) -> Tensor:
+    source, rows = readable(x, axis, group)
+    codes = torch.empty_like(source, dtype=torch.int8 if qmin < 0 else torch.uint8)
+    forward(codes, codes, codes, source, scale, zero, rows, choose_tile(rows), int(qmin), int(qmax))
+    return codes if source is x else like(codes, x)
+
+
+def dequantize_triton(codes: Tensor, scale: Tensor, zero: Tensor, axis: int, group: int, dtype: torch.dtype) -> Tensor:
+    source, rows = readable(codes, axis, group)
+    y = torch.empty_like(source, dtype=dtype)
+    cut = choose_tile(rows)
+    launch(_dequantize_kernel, cut.grid(rows), y, source, scale, zero, *addressing(rows), **flags(rows, cut))
+    return y if source is codes else like(y, codes)
+
+
+def fake_quant_backward_triton(
+    dy: Tensor, x: Tensor, scale: Tensor, zero: Tensor,
+    qmin: int, qmax: int, axis: int, group: int, for_scale: bool, for_zero: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    source, rows = readable(x, axis, group)
+    dx = torch.empty_like(source)
+    dy = dy if same_layout(dy, dx) else torch.empty_like(dx).copy_(dy)
+    cut = choose_tile(rows)
+    dscale = scale.new_empty(cut.partials(rows) if for_scale else 0)
+    dzero = scale.new_empty(cut.partials(rows) if for_zero else 0)
+    launch(
+        _fake_quant_bwd_kernel, cut.grid(rows),
+        dx, dscale if for_scale else dx, dzero if for_zero else dx, dy, source, scale, zero, *addressing(rows),
+        QMIN=int(qmin), QMAX=int(qmax), FOR_SCALE=for_scale, FOR_ZERO=for_zero, **flags(rows, cut),
+    )
+    dscale = _finish(dscale, rows) if for_scale else dscale
+    dzero = _finish(dzero, rows) if for_zero else dzero
+    return dx if source is x else like(dx, x), dscale, dzero
+
+
+def _finish(partial: Tensor, rows: Rows) -> Tensor:
+    """The sums of `_store_sum` over tiles, `[C]`: one order whatever the GPU does, so deterministic."""
+    if rows.by == BY_TENSOR:
+        return partial.sum().view(1)
+    if rows.by == BY_COL:
+        return partial.sum(0)
+    if rows.by == BY_CYCLE:
+        return partial.view(-1, rows.channels, partial.shape[1]).sum((0, 2))
+    return partial.sum(1)

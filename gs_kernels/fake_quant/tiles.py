@@ -1,0 +1,44 @@
+"""How rows are cut into tiles, one per program. Pure Python; sizes may be symbols."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gs_kernels.fake_quant.rows import BY_COL, BY_TENSOR, Rows
+
+ELEMENTS = 4096  # of a tile: 16 per thread, two 16-byte loads in bf16
+COLUMNS = 128  # of a tile by column: a sum leaves one number per tile and column, so tiles are high
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows x cols elements, both powers of two, for `warps` warps."""
+
+    rows: int
+    cols: int
+    warps: int
+
+    def grid(self, rows: Rows) -> tuple[int]:
+        return (-(-rows.rows // self.rows) * -(-rows.cols // self.cols),)
+
+    def partials(self, rows: Rows) -> tuple[int, ...]:
+        """Shape of what a reduction over tiles leaves: one number per tile and tensor, row or column."""
+        if rows.by == BY_TENSOR:
+            return self.grid(rows)
+        if rows.by == BY_COL:
+            return -(-rows.rows // self.rows), rows.cols
+        return rows.rows, -(-rows.cols // self.cols)
+
+
+def power_of_two(n: int, limit: int) -> int:
+    """The smallest power of two that is >= n, or limit. Compares only, so that a symbol is bounded and not fixed."""
+    p = 1
+    while p < limit and p < n:
+        p *= 2
+    return p
+
+
+def choose_tile(rows: Rows) -> Tile:
+    cols = power_of_two(rows.cols, COLUMNS if rows.by == BY_COL else ELEMENTS)
+    height = power_of_two(rows.rows, ELEMENTS // cols)
+    return Tile(height, cols, warps=8 if height * cols >= ELEMENTS else 4)

@@ -1,0 +1,172 @@
+"""Ranges and grids on a GPU: a row that fits a program is read once, for its range and its fake-quant both."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gs_kernels.dispatch import launch
+from gs_kernels.fake_quant.kernel import addressing, fake_quant_triton, flags, forward
+from gs_kernels.fake_quant.rows import BY_COL, BY_CYCLE, BY_TENSOR, Rows, like, readable
+from gs_kernels.fake_quant.tiles import Tile, choose_tile, power_of_two
+from gs_kernels.lang import BY_COL as COL
+from gs_kernels.lang import BY_TENSOR as TENSOR
+from gs_kernels.lang import clamp, inverse, qparams, reduce_range, row_starts, steps, tile
+from gs_kernels.observe.ref import symmetric_zero
+
+ROW_MAX = 16384  # elements of a row that one program holds: 32 per thread of 16 warps
+
+
+@triton.jit
+def _minmax_kernel(
+    low_ptr, high_ptr,
+    x_ptr,
+    M, N, C,
+    per, stride_outer, stride_inner,
+    BY: tl.constexpr, STRIDED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    offs_m, first, offs_n, mask_m, mask_n = tile(M, N, BLOCK_M, BLOCK_N)
+    mask = mask_m[:, None] & mask_n[None, :]
+    starts = row_starts(offs_m, N, per, stride_outer, stride_inner, STRIDED) + first
+    x = tl.load(x_ptr + starts[:, None] + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    tiles = tl.cdiv(N, BLOCK_N)
+    if BY == TENSOR:
+        low, high = reduce_range(x, mask, None)
+        offs = tl.program_id(0)
+        tl.store(low_ptr + offs, low)
+        tl.store(high_ptr + offs, high)
+    elif BY == COL:
+        low, high = reduce_range(x, mask, 0)
+        offs = tl.program_id(0).to(tl.int64) // tiles * N + first + offs_n
+        tl.store(low_ptr + offs, low, mask=mask_n)
+        tl.store(high_ptr + offs, high, mask=mask_n)
+    else:
+        low, high = reduce_range(x, mask, 1)
+        offs = offs_m * tiles + first // BLOCK_N
+        tl.store(low_ptr + offs, low, mask=mask_m)
+        tl.store(high_ptr + offs, high, mask=mask_m)
+
+
+@triton.jit
+def _choose_qparams_kernel(
+    scale_ptr, zero_ptr,
+    low_ptr, high_ptr,
+    C,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, ZERO: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < C
+    low = tl.load(low_ptr + offs, mask=mask, other=0.0)
+    high = tl.load(high_ptr + offs, mask=mask, other=0.0)
+    scale, zero = qparams(low, high, QMIN, QMAX, SYMMETRIC, ZERO)
+    tl.store(scale_ptr + offs, scale, mask=mask)
+    tl.store(zero_ptr + offs, zero, mask=mask)
+
+
+@triton.jit
+def _dynamic_fake_quant_kernel(
+    y_ptr, scale_ptr, zero_ptr,
+    x_ptr,
+    M, N, C,
+    per, stride_outer, stride_inner,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, ZERO: tl.constexpr,
+    BY: tl.constexpr, STRIDED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """Whole rows per program, each with a scale of its own."""
+    offs_m, _, offs_n, mask_m, mask_n = tile(M, N, BLOCK_M, BLOCK_N)
+    mask = mask_m[:, None] & mask_n[None, :]
+    starts = row_starts(offs_m, N, per, stride_outer, stride_inner, STRIDED)
+    x = tl.load(x_ptr + starts[:, None] + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+
+    low, high = reduce_range(x, mask, 1)  # [BLOCK_M]
+    scale, zero = qparams(low, high, QMIN, QMAX, SYMMETRIC, ZERO)
+    tl.store(scale_ptr + offs_m, scale, mask=mask_m)
+    tl.store(zero_ptr + offs_m, zero, mask=mask_m)
+    inv = inverse(scale, zero)
+    _, r = steps(x, inv[:, None], zero[:, None], QMIN, QMAX)
+    y = (clamp(r, QMIN, QMAX) - zero[:, None]) * scale[:, None]
+    tl.store(y_ptr + (offs_m * N)[:, None] + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def _partials(x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
+
+
+def _finish(low: Tensor, high: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """The range of each channel from those of its tiles: `[tiles]`, `[rows, tiles]` or, by column, `[tiles, C]`."""
+    if rows.by == BY_CYCLE:
+        shape = (-1, rows.channels, low.shape[1])
+        return low.view(shape).amin((0, 2)), high.view(shape).amax((0, 2))
+    if rows.by == BY_TENSOR:
+        return low.amin().view(1), high.amax().view(1)
+    axis = 0 if rows.by == BY_COL else 1
+    return low.amin(axis), high.amax(axis)
+
+
+def _range(x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    cut = choose_tile(rows)
+    low, high = _partials(x, cut.partials(rows))
+    launch(_minmax_kernel, cut.grid(rows), low, high, x, *addressing(rows), **flags(rows, cut))
+    return _finish(low, high, rows)
+
+
+def minmax_triton(x: Tensor, axis: int, group: int) -> tuple[Tensor, Tensor]:
+    return _range(*readable(x, axis, group))
+
+
+def choose_qparams_triton(
+    x_min: Tensor, x_max: Tensor, qmin: int, qmax: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    scale, zero = torch.empty_like(x_min), torch.empty_like(x_min)
+    block = 256
+    launch(
+        _choose_qparams_kernel, (triton.cdiv(scale.shape[0], block),),
+        scale, zero, x_min, x_max, scale.shape[0],
+        BLOCK=block, **_grid(qmin, qmax, symmetric),
+    )
+    return scale, zero
+
+
+def _grid(qmin: int, qmax: int, symmetric: bool) -> dict[str, float]:
+    return {
+        "QMIN": int(qmin), "QMAX": int(qmax),
+        "SYMMETRIC": symmetric, "ZERO": symmetric_zero(qmin, qmax) if symmetric else 0.0,
+    }
+
+
+def dynamic_fake_quant_triton(
+    x: Tensor, qmin: int, qmax: int, symmetric: bool, axis: int, group: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    source, rows = readable(x, axis, group)
+    whole_rows = rows.rows == rows.channels and rows.by != BY_COL
+    if not whole_rows or rows.cols > ROW_MAX:
+        scale, zero = choose_qparams_triton(*_range(source, rows), qmin, qmax, symmetric)
+        return fake_quant_triton(x, scale, zero, qmin, qmax, axis, group), scale, zero
+    y = torch.empty_like(source)
+    scale, zero = _partials(x, (rows.channels,))
+    cut = _whole_rows(rows)
+    launch(
+        _dynamic_fake_quant_kernel, cut.grid(rows), y, scale, zero, source, *addressing(rows),
+        **_grid(qmin, qmax, symmetric), **flags(rows, cut),
+    )
+    return y if source is x else like(y, x), scale, zero
+
+
+def _whole_rows(rows: Rows) -> Tile:
+    cols = power_of_two(rows.cols, ROW_MAX)
+    height = power_of_two(rows.rows, max(1, 4096 // cols))
+    return Tile(height, cols, warps=16 if cols > 8192 else 8 if height * cols >= 4096 else 4)
+
+
+def observe_fake_quant_triton(
+    x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    source, rows = readable(x, -1, 0)
+    y = torch.empty_like(source)
+    cut = choose_tile(rows)
+    low, high = _partials(x, cut.partials(rows))
+    forward(y, low, high, source, scale, zero, rows, cut, int(qmin), int(qmax))
+    return y if source is x else like(y, x), *_finish(low, high, rows)
