@@ -83,7 +83,7 @@ def quantized_layer(model: nn.Module, row: PlanRow) -> QuantizedLayer:
     new.codes.copy_(codes)
     new.scale.copy_(scale)
     new.zero.copy_(zero)
-    if bias is not None:
+    if bias is not None and new.bias is not None:
         new.bias.copy_(bias)
     if new.input_quantizer is not None and layer.input_quantizer is not None:
         new.input_quantizer.take(layer.input_quantizer)
@@ -143,9 +143,10 @@ def summary_of(model: nn.Module) -> str:
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """RMS of the difference over RMS of `want`; infinite if either is not finite where the other is."""
-    got, want = got.float(), want.float()
-    error = (got - want).square().mean().sqrt() / want.square().mean().sqrt().clamp(min=1e-12)
+    """RMS of the difference over RMS of `want`; an output that is all zeros counts as one of RMS 1."""
+    got, want = got.double(), want.double()
+    size = want.square().mean().sqrt()
+    error = (got - want).square().mean().sqrt() / torch.where(size > 0, size, 1.0)
     return float(error) if bool(error.isfinite()) else float("inf")
 
 

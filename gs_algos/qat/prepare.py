@@ -52,7 +52,7 @@ def make_plan(algorithm: str, model: nn.Module, example_inputs: Inputs, options:
     rows = {row.site: row for row in _refused(refusals, sites)}
     for found in matches:
         site = found.roles.get("conv") or found.roles.get("linear")
-        if site in sites and site not in rows:
+        if site is not None and site in sites and site not in rows:
             rows[site] = _layer_row(site, sites[site], found, settings[site], model, options)
     for name, layer in sites.items():
         if name not in rows:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gs_kernels.compiled import Chain, call, compiled
+from gs_kernels.dispatch import is_eager
 from gs_kernels.fake_quant.ref import inverse
 from gs_kernels.fake_quant.rows import BY_COL, BY_ROW, BY_TENSOR, Rows, like, readable, same_layout
 
@@ -93,7 +94,12 @@ class Canonical:
 
     def restore(self, t: Tensor) -> Tensor:
         """A result as a tensor with the shape and strides of x."""
-        y = t.as_strided(self.dense.shape, self.dense.stride())
+        shape, strides = self.dense.shape, self.dense.stride()
+        if is_eager(t):
+            # not a view of t: autograd forbids in-place operations, such as a ReLU, on views that an op returns
+            y = t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), shape, strides)
+        else:
+            y = t.as_strided(shape, strides)
         return y if self.dense is self.given else like(y, self.given)
 
     def run(self, chain: Chain, *args: Any) -> Any:
