@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -54,6 +55,10 @@ def make(s: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Ge
     ties.copy_(torch.arange(ties.numel(), device=device).remainder(37).sub(18) * scale[0] / 2)
     kwargs = {"qmin": s["qmin"], "qmax": s["qmax"], "granularity": granularity_of(s["axis"], s["group"])}
     return Case((x, scale, zero), kwargs, (0, 1, 2) if s["learned"] else (0,))
+
+
+def make_without_gradient(s: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Case:
+    return replace(make(s, dtype, device, generator), grad_args=())
 
 
 def make_codes(s: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Case:
@@ -185,7 +190,7 @@ SPECS = (
         name="quantize",
         run=quantize,
         ref=quantize_ref,
-        make=make,
+        make=make_without_gradient,
         cost=codes_cost,
         tol=EXACT,
         test_shapes=TEST_SHAPES,

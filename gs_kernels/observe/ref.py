@@ -15,7 +15,7 @@ def minmax_ref(x: Tensor, *, granularity: Granularity = PER_TENSOR) -> tuple[Ten
     rows, shape = spread(x.detach().float(), granularity)
     dims = [d for d, n in enumerate(shape) if n == 1]
     if not dims:
-        return rows.clone(), rows.clone()
+        return rows.clone().view(-1), rows.clone().view(-1)
     return rows.amin(dims).view(-1), rows.amax(dims).view(-1)
 
 
