@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -39,7 +41,9 @@ def _worker(rank: int, wrapper: str, act: str, rendezvous: str, results: str) ->
     state = {k: v.detach().clone() for k, v in net.state_dict().items()}
     state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
     torch.save({"state": state, "largest": x.abs().max()}, f"{results}/{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    # leaves without the process group's destructor, which can wait for ever for a peer that has gone
+    os._exit(0)
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
