@@ -15,7 +15,7 @@ from tests.algos.nets import SmallConvNet, images, mlp, train
 
 
 class Syncs(TorchDispatchMode):
-    """Counts operations that would make the host wait for a GPU; under a dispatch mode the ops skip their CPU checks."""
+    """Counts operations that make the host wait for a GPU; under a dispatch mode the ops skip their CPU checks."""
 
     def __init__(self) -> None:
         super().__init__()
