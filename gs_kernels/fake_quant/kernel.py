@@ -121,27 +121,27 @@ def flags(rows: Rows, cut: Tile) -> dict[str, Any]:
 
 
 def forward(
-    y: Tensor, low: Tensor, high: Tensor, x: Tensor, scale: Tensor, zero: Tensor,
+    y: Tensor, low: Tensor | None, high: Tensor | None, x: Tensor, scale: Tensor, zero: Tensor,
     rows: Rows, cut: Tile, qmin: int, qmax: int,
 ) -> None:
-    """Values or codes to y; by tensor, the range of each tile to low and high, unless these are y itself."""
+    """Values or codes to y; by tensor, the range of each tile to low and high, if given."""
     launch(
         _fake_quant_fwd_kernel, cut.grid(rows), y, low, high, x, scale, zero, *addressing(rows),
-        QMIN=qmin, QMAX=qmax, CODES=not y.is_floating_point(), RANGE=low is not y, **flags(rows, cut),
+        QMIN=qmin, QMAX=qmax, CODES=not y.is_floating_point(), RANGE=low is not None, **flags(rows, cut),
     )
 
 
 def fake_quant_triton(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, axis: int, group: int) -> Tensor:
     source, rows = readable(x, axis, group)
     y = torch.empty_like(source)
-    forward(y, y, y, source, scale, zero, rows, choose_tile(rows), int(qmin), int(qmax))
+    forward(y, None, None, source, scale, zero, rows, choose_tile(rows), int(qmin), int(qmax))
     return y if source is x else like(y, x)
 
 
 def quantize_triton(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, axis: int, group: int) -> Tensor:
     source, rows = readable(x, axis, group)
     codes = torch.empty_like(source, dtype=torch.int8 if qmin < 0 else torch.uint8)
-    forward(codes, codes, codes, source, scale, zero, rows, choose_tile(rows), int(qmin), int(qmax))
+    forward(codes, None, None, source, scale, zero, rows, choose_tile(rows), int(qmin), int(qmax))
     return codes if source is x else like(codes, x)
 
 
@@ -165,7 +165,7 @@ def fake_quant_backward_triton(
     dzero = scale.new_empty(cut.partials(rows) if for_zero else 0)
     launch(
         _fake_quant_bwd_kernel, cut.grid(rows),
-        dx, dscale if for_scale else dx, dzero if for_zero else dx, dy, source, scale, zero, *addressing(rows),
+        dx, dscale if for_scale else None, dzero if for_zero else None, dy, source, scale, zero, *addressing(rows),
         QMIN=int(qmin), QMAX=int(qmax), FOR_SCALE=for_scale, FOR_ZERO=for_zero, **flags(rows, cut),
     )
     dscale = _finish(dscale, rows) if for_scale else dscale
