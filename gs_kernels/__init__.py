@@ -6,19 +6,27 @@ from gs_kernels.fake_quant.op import fake_quant
 from gs_kernels.formats import Granularity, IntFormat, PerChannel, PerGroup, PerTensor
 from gs_kernels.observe.op import dynamic_fake_quant, minmax, observe_fake_quant
 from gs_kernels.observe.qparams import choose_qparams
+from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.pack.pack import dequantize_packed, pack_codes, pack_weight, repack, unpack_codes
 
 __all__ = [
     "Granularity",
     "IntFormat",
+    "PackedWeight",
     "PerChannel",
     "PerGroup",
     "PerTensor",
     "UnsupportedError",
     "choose_qparams",
     "dequantize",
+    "dequantize_packed",
     "dynamic_fake_quant",
     "fake_quant",
     "minmax",
     "observe_fake_quant",
+    "pack_codes",
+    "pack_weight",
     "quantize",
+    "repack",
+    "unpack_codes",
 ]

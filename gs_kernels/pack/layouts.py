@@ -2,8 +2,8 @@
 
 A code is an unsigned field of 1, 2, 4 or 8 bits. Of a weight `[N, K]`:
 
-- canonical (on disk): uint8 `[N, ceil(K * bits / 8)]`. Code k of a row is field `k % (8 / bits)`, low bits first, of byte
-  `k // (8 / bits)`. Bits behind code K - 1 are 0.
+- canonical (on disk): uint8 `[N, ceil(K * bits / 8)]`. Code k of a row is field `k % (8 / bits)`, low bits first, of
+  byte `k // (8 / bits)`. Bits behind code K - 1 are 0.
 - planar (what the kernels read): int16 `[ceil(K / 128), N, 8 * bits]`. A block of 128 codes of a row is `8 * bits`
   containers; field j, low bits first, of container e holds `k = 128 * block + j * 8 * bits + e`. So each field is a
   contiguous stripe of K, and a tile of rows is contiguous in memory. Codes behind K - 1 are 0.
