@@ -77,7 +77,7 @@ def check_packed(who: str, weight: PackedWeight, name: str = "weight") -> None:
         check_tensor(who, f"{name}.zero", weight.zero, FLOATS, grouped)
     elif isinstance(weight.zero, bool) or not isinstance(weight.zero, int | float):
         raise TypeError(f"{who}: {name}.zero must be a tensor or a number, got {type(weight.zero).__name__}")
-    elif not math.isfinite(weight.zero):
+    elif not -math.inf < weight.zero < math.inf:  # as math.isfinite, which compilers cannot trace
         raise ValueError(f"{who}: {name}.zero must be finite, got {weight.zero}")
     if weight.levels is not None:
         check_tensor(who, f"{name}.levels", weight.levels, (torch.float32,), (2**weight.bits,))

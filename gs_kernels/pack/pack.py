@@ -7,7 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gs_kernels.compiled import call, compiled
 from gs_kernels.dispatch import is_eager
+from gs_kernels.fake_quant.cpu import COMPILE_FROM, EXAMPLES, dequantize_cpu
 from gs_kernels.pack.checks import (
     FLOATS,
     check_bits,
@@ -222,9 +224,29 @@ def dequantize_packed(weight: PackedWeight, dtype: torch.dtype = torch.float32) 
         names = " / ".join(map(dtype_name, FLOATS))
         raise TypeError(f"dequantize_packed: dtype must be {names}, got {dtype}")
     codes = unpack_codes(weight.codes, weight.bits, weight.shape, weight.layout)
-    grouped = codes.unflatten(1, (-1, weight.group_size))  # [N, G, group_size]
-    scale = weight.scale.float().unsqueeze(-1)
+    scale, zero = weight.scale.detach().float(), weight.zero
+    zero = zero.detach().float() if isinstance(zero, Tensor) else torch.full_like(scale, zero)
+    on_cpu = codes.device.type == "cpu" and is_eager(codes, scale)
     if weight.levels is not None:
-        return (weight.levels[grouped.int()] * scale).to(dtype).flatten(1)
-    zero = weight.zero.float().unsqueeze(-1) if isinstance(weight.zero, Tensor) else weight.zero
-    return ((grouped.float() - zero) * scale).to(dtype).flatten(1)
+        return _look_up(codes, scale, weight.levels, weight.group_size, dtype, on_cpu)
+    if on_cpu:
+        return dequantize_cpu(codes, scale.flatten(), zero.flatten(), -1, weight.group_size, dtype)
+    grouped = codes.unflatten(1, (-1, weight.group_size)).float()  # [N, G, group_size]
+    return ((grouped - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).to(dtype).flatten(1)
+
+
+def _look_up(codes: Tensor, scale: Tensor, levels: Tensor, group_size: int, dtype: torch.dtype, on_cpu: bool) -> Tensor:
+    rows, per_row = codes.view(-1, group_size), scale.view(-1, 1)
+    chain = _levels_chain
+    if on_cpu and codes.numel() >= COMPILE_FROM and 1 not in rows.shape:
+        chain = compiled(_levels_chain, (len(levels), dtype), lambda: _levels_example(len(levels), dtype))
+    return call(chain, rows, per_row, levels, dtype).view(codes.shape)
+
+
+def _levels_chain(codes: Tensor, scale: Tensor, levels: Tensor, dtype: torch.dtype) -> Tensor:
+    return (levels[codes.int()] * scale).to(dtype)
+
+
+def _levels_example(n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
+    rows, cols = EXAMPLES["row"]
+    return torch.zeros(rows, cols, dtype=torch.uint8), torch.ones(rows, 1), torch.ones(n), dtype
