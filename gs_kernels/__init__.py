@@ -8,6 +8,8 @@ from gs_kernels.observe.op import dynamic_fake_quant, minmax, observe_fake_quant
 from gs_kernels.observe.qparams import choose_qparams
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed, pack_codes, pack_weight, repack, unpack_codes
+from gs_kernels.qmatmul.int8 import qmatmul_int8, quantize_rows, row_sums
+from gs_kernels.qmatmul.op import qmatmul
 
 __all__ = [
     "Granularity",
@@ -26,7 +28,11 @@ __all__ = [
     "observe_fake_quant",
     "pack_codes",
     "pack_weight",
+    "qmatmul",
+    "qmatmul_int8",
     "quantize",
+    "quantize_rows",
     "repack",
+    "row_sums",
     "unpack_codes",
 ]

@@ -92,14 +92,22 @@ def never(*_: object) -> list[str]:
     return []
 
 
-def implementations(name: str, ref: Callable[..., Any], cpu: Callable[..., Any] | None = None) -> tuple[Impl, ...]:
-    """Fastest first: `<name>_triton` of the `kernel.py` beside ref, imported when first chosen; cpu, if any; ref."""
+def implementations(
+    name: str,
+    ref: Callable[..., Any],
+    cpu: Callable[..., Any] | None = None,
+    refuses: Callable[..., list[str]] = triton_refuses,
+) -> tuple[Impl, ...]:
+    """Fastest first: `<name>_triton` of the `kernel.py` beside ref, imported when first chosen; cpu, if any; ref.
+
+    refuses: when the Triton kernels cannot run a call.
+    """
     module = ref.__module__.rpartition(".")[0] + ".kernel"
 
     def triton(*args: Any) -> Any:
         return getattr(importlib.import_module(module), f"{name}_triton")(*args)
 
-    impls = [Impl("triton", triton, triton_refuses), Impl("ref", ref, never)]
+    impls = [Impl("triton", triton, refuses), Impl("ref", ref, never)]
     if cpu is not None:
         impls.insert(1, Impl("cpu", cpu, cpu_refuses))
     return tuple(impls)

@@ -1,0 +1,63 @@
+"""What matrix products with a packed weight compute, in the shortest torch that says it: the oracle of every other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gs_kernels.observe.ref import choose_qparams_ref
+from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.pack.pack import dequantize_packed, unpack_codes
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "silu": torch.nn.functional.silu,
+}
+LEVELS = 127  # of a quantized row on either side of 0
+FP8_MAX = 448.0  # the largest float8_e4m3fn
+
+
+def qmatmul_ref(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
+    y = x.float() @ dequantize_packed(weight).T
+    return ACTIVATIONS[activation](y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def quantize_rows_ref(x: Tensor, *, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    rows = x.float()
+    if dtype == torch.int8:
+        # as `choose_qparams` and `quantize` do it, so that codes are those of a symmetric fake-quant
+        low, high = rows.aminmax(dim=-1)
+        scale, _ = choose_qparams_ref(low, high, qmin=-LEVELS, qmax=LEVELS, symmetric=True)
+        codes = torch.round(rows * (1.0 / scale)[..., None]).clamp(-LEVELS, LEVELS)
+        return codes.nan_to_num(-LEVELS).to(dtype), scale
+    absmax = rows.abs().amax(-1)
+    scale = torch.where(absmax == 0, 1.0, (absmax / torch.full_like(absmax, FP8_MAX)).clamp(min=2.0**-100))
+    return (rows * (1.0 / scale)[..., None]).clamp(-FP8_MAX, FP8_MAX).to(dtype), scale
+
+
+def exact_weight(weight: PackedWeight) -> Tensor:
+    """`(code - zero) * scale` in fp64: integers times a scale, as good as exact."""
+    codes = unpack_codes(weight.codes, weight.bits, weight.shape, weight.layout)
+    zero = weight.zero.double().unsqueeze(-1) if isinstance(weight.zero, Tensor) else weight.zero
+    grouped = codes.double().unflatten(1, (-1, weight.group_size)) - zero
+    return (grouped * weight.scale.double().unsqueeze(-1)).flatten(1)
+
+
+def qmatmul_int8_ref(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    x_zero: Tensor | None = None,
+    weight_sums: Tensor | None = None,
+    activation: str = "none",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    steps = x.double() if x_zero is None else x.double() - x_zero.double()
+    y = (steps @ exact_weight(weight).T) * x_scale.double().unsqueeze(-1)
+    return ACTIVATIONS[activation](y if bias is None else y + bias.double()).to(dtype)
