@@ -63,7 +63,7 @@ def fold_model(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, 
     """
     if model.training:
         raise ValueError("fold_model: model must be in eval mode, got training mode; call model.eval() first")
-    matches, refusals = match(capture(model, example_inputs, example_kwargs), model, tails=True)
+    matches, refusals = match(capture(model, example_inputs, example_kwargs), model)
     for refusal in refusals:
         _log(refusal)
     for found in matches:
@@ -90,7 +90,8 @@ def after_norm(model: nn.Module, bn: str, tail: Sequence[str]) -> nn.Module:
     """What takes the place of a folded batch norm: an Identity, or the children in `Match.tail` by their own names."""
     if not tail:
         return nn.Identity()
-    return nn.Sequential(OrderedDict((name.removeprefix(f"{bn}."), get_module(model, name)) for name in tail))
+    children = ((name.removeprefix(f"{bn}.").replace(".", "_"), get_module(model, name)) for name in tail)
+    return nn.Sequential(OrderedDict(children))
 
 
 def _log(refusal: Refusal) -> None:

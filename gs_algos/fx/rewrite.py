@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from gs_algos.core.modules import get_module, set_module
 from gs_algos.fx import ops
 from gs_algos.fx.borrowed import Borrowed, borrow
 from gs_algos.fx.capture import capture, unwrap
+from gs_algos.fx.graph import SiteGraph
 from gs_algos.fx.preserve import untouched
 from gs_algos.fx.read import Names
 from gs_algos.fx.record import Call, record
@@ -39,12 +40,20 @@ class _Training(nn.Module):
 
 
 class Modularized(torch.fx.GraphModule):
-    """A traced module that keeps all its original had: parameters in order, unused children, hooks, attributes."""
+    """A traced module that keeps all its original had: parameters in order, unused children, hooks, attributes.
 
-    def __init__(self, original: nn.Module, graph: torch.fx.Graph, extra: dict[str, nn.Module]) -> None:
+    fixed: the arguments of forward that are no tensors, and the values for which the trace holds.
+    """
+
+    def __init__(
+        self, original: nn.Module, graph: torch.fx.Graph, extra: dict[str, nn.Module], fixed: dict[str, Any]
+    ) -> None:
         super().__init__(nn.Module(), torch.fx.Graph())
-        taken = {key: dict(value) if isinstance(value, dict) else value for key, value in original.__dict__.items()}
+        taken = {
+            key: copy.copy(value) if isinstance(value, dict) else value for key, value in original.__dict__.items()
+        }
         self.__dict__.update(taken)
+        self.fixed = fixed
         self._modules.update(extra)
         for layer in extra.values():
             layer.train(original.training)
@@ -77,27 +86,74 @@ def modularize(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, 
     Raises:
         ValueError: if the example inputs do not run through the model.
     """
+    new, failures = try_modularize(model, example_inputs, example_kwargs)
+    for failure in failures:
+        logger.warning("modularize: %s", failure)
+    return new
+
+
+def try_modularize(
+    model: nn.Module, example_inputs: Any, example_kwargs: dict[str, Any] | None = None
+) -> tuple[nn.Module, list[str]]:
+    """`modularize`, and a sentence for each module that stays functional."""
     args = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
-    nodes = capture(model, args, kwargs).nodes
-    scopes = {node.scope for node in nodes if node.module is None and node.weight and node.op in _CALLS}
+    failures: list[str] = []
     root, prefix = unwrap(model)
-    for scope in sorted(scopes, key=lambda name: name.count(".") + bool(name), reverse=True):  # inner modules first
+    scopes = functional_scopes(capture(model, args, kwargs), model)
+    for scope in sorted(scopes, key=_depth, reverse=True):  # inner modules first
         module = get_module(model, scope)
-        if type(module).__module__.startswith("torch.nn.") or isinstance(module, ops.SITES):
-            logger.info("modularize: %s stays: %s is a layer of its own kind", scope, type(module).__name__)
-            continue
         try:
             call = Call(root, args, kwargs) if scope == prefix else _first_call(module, root, args, kwargs, model)
-            new = _rewritten(module, call)
+            new = _rewritten(module, fixed_arguments(module, call.args, call.kwargs))
+            _compare(module, new, call)
         except Exception as error:  # noqa: BLE001  a tracer may raise anything; what it says is the reason
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            logger.warning("modularize: %s stays functional: %s", scope or type(module).__name__, lines[0])
+            failures.append(f"{scope or type(module).__name__} stays functional: {lines[0]}")
             continue
+        if scope == "":
+            return new, failures
+        set_module(model, scope, new)
+    return model, failures
+
+
+def functional_scopes(graph: SiteGraph, model: nn.Module) -> set[str]:
+    """Modules of the user's own kind that call a conv or linear function on a parameter."""
+    scopes = {node.scope for node in graph.nodes if node.module is None and node.weight and node.op in _CALLS}
+    modules = {scope: get_module(model, scope) for scope in scopes}
+    return {
+        scope
+        for scope, module in modules.items()
+        if not type(module).__module__.startswith("torch.nn.") and not isinstance(module, ops.SITES)
+    }
+
+
+def modularized(model: nn.Module) -> list[tuple[str, dict[str, Any]]]:
+    """(qualified name, fixed arguments) of every module that `modularize` made: what `modularize_again` needs."""
+    return [(name, module.fixed) for name, module in model.named_modules() if isinstance(module, Modularized)]
+
+
+def modularize_again(model: nn.Module, done: Sequence[tuple[str, dict[str, Any]]]) -> nn.Module:
+    """Does to a freshly built model what `modularize` did to one of its kind, without inputs to run."""
+    for scope, fixed in sorted(done, key=lambda item: _depth(item[0]), reverse=True):
+        new = _rewritten(get_module(model, scope), fixed)
         if scope == "":
             return new
         set_module(model, scope, new)
     return model
+
+
+def release(model: nn.Module, layer: nn.Module) -> None:
+    """Takes the parameters that a layer has borrowed away from their owners, once the layer has been replaced."""
+    lent = [layer._parameters[key] for key in getattr(layer, "borrowed", ())]
+    for owner in model.modules():
+        for key, parameter in owner._parameters.items():
+            if owner is not layer and any(parameter is p for p in lent):
+                owner._parameters[key] = None
+
+
+def _depth(scope: str) -> int:
+    return scope.count(".") + bool(scope)
 
 
 def _first_call(
@@ -108,13 +164,12 @@ def _first_call(
     return next(call for call in found if isinstance(call, Call))
 
 
-def _rewritten(module: nn.Module, call: Call) -> nn.Module:
+def _rewritten(module: nn.Module, fixed: dict[str, Any]) -> Modularized:
     """A GraphModule that computes what `module` does, its functional calls replaced; `module` is not touched.
 
     Raises:
-        ValueError: if there is nothing to replace, the two modes differ by more than flags, or the outputs differ.
+        ValueError: if there is nothing to replace, or the two modes differ by more than flags.
     """
-    fixed = fixed_arguments(module, call.args, call.kwargs)
     graphs = []
     for training in (False, True):
         with untouched(module, training):
@@ -128,9 +183,7 @@ def _rewritten(module: nn.Module, call: Call) -> nn.Module:
     for node in graph.nodes:
         if node.op == "placeholder" and node.target.removesuffix("_1") in fixed:
             node.target = node.target.removesuffix("_1")  # torch.fx renames an argument whose value it fixes
-    new = Modularized(module, graph, extra)
-    _compare(module, new, call)
-    return new
+    return Modularized(module, graph, extra, fixed)
 
 
 def _follow_mode(graph: torch.fx.Graph, trained: torch.fx.Graph, extra: dict[str, nn.Module]) -> None:

@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 from gs_algos.core.algorithm import Inputs, evaluating, run
 from gs_algos.core.modules import get_module, set_module
 from gs_algos.core.plan import PlanRow, render
+from gs_algos.fx.fold import after_norm
+from gs_algos.fx.rewrite import release
 from gs_algos.qat.prepare import JOINS
 from gs_algos.quant.layers import FakeQuantized, Folded, affine, running_mean, running_sigma
 from gs_algos.quant.quantized import QuantizedConv, QuantizedLayer, QuantizedLinear, StaticQuantizer, geometry_of
@@ -54,12 +56,16 @@ def convert_model(model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inp
     layer_rows = [row for row in rows if row.action != "keep" and row.kind not in JOINS]
     with evaluating(model):
         calls, want = _record(model, layer_rows, example_inputs)
+        layers = [get_module(model, row.site) for row in layer_rows]
         replacements = {row.site: quantized_layer(model, row) for row in layer_rows}
-        errors = {row.site: _layer_error(row, replacements[row.site], calls) for row in layer_rows}
-        with _swapped_in(model, rows, replacements):
+        norms = {row.site: _behind(model, row) for row in layer_rows}
+        errors = {row.site: _layer_error(row, replacements[row.site], norms[row.site], calls) for row in layer_rows}
+        with _swapped_in(model, rows, replacements, norms):
             got = _tensors(run(model, example_inputs, "convert"))
             output_error = max((relative_error(g, w) for g, w in zip(got, want, strict=True)), default=0.0)
             _refuse_difference("the network", output_error, OUTPUT_TOLERANCE, want[0].dtype if want else torch.float32)
+    for layer in layers:
+        release(model, layer)
     worst = max(errors, key=lambda site: errors[site])
     return Parity(worst, errors[worst], output_error)
 
@@ -79,7 +85,8 @@ def quantized_layer(model: nn.Module, row: PlanRow) -> QuantizedLayer:
     if bn is not None:
         slope, bias = _epilogue(layer, bn)
         scale, zero = _times_slope(scale, zero, slope)
-    new = empty_layer(layer, row, bias is not None, scale.numel(), _output_scheme(layer, bn))
+    output = _output_quantizer(model, row)
+    new = empty_layer(layer, row, bias is not None, scale.numel(), output)
     new.codes.copy_(codes)
     new.scale.copy_(scale)
     new.zero.copy_(zero)
@@ -88,12 +95,12 @@ def quantized_layer(model: nn.Module, row: PlanRow) -> QuantizedLayer:
     if new.input_quantizer is not None and layer.input_quantizer is not None:
         new.input_quantizer.take(layer.input_quantizer)
     if new.output_quantizer is not None:
-        new.output_quantizer.take(_output_quantizer(layer, bn))
+        new.output_quantizer.take(output)
     return new.eval()
 
 
-def empty_layer(layer: nn.Module, row: PlanRow, bias: bool, scales: int, output: Scheme | None) -> QuantizedLayer:
-    """A converted layer of the right shapes, its tensors still to be filled."""
+def empty_layer(layer: nn.Module, row: PlanRow, bias: bool, scales: int, output: Any) -> QuantizedLayer:
+    """A converted layer of the right shapes, its tensors still to be filled; output: the trained output quantizer."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     act = None if row.settings["act"] is None else Scheme.parse(row.settings["act"], "act")
     options: dict[str, Any] = {
@@ -101,7 +108,7 @@ def empty_layer(layer: nn.Module, row: PlanRow, bias: bool, scales: int, output:
         "scheme": Scheme.parse(row.settings["weight"], "weight"),
         "bias": bias,
         "input": act if getattr(layer, "input_quantizer", None) is not None else None,
-        "output": output,
+        "output": None if output is None else output.scheme,
         "scales": scales,
         "dtype": weight.dtype,
     }
@@ -112,7 +119,7 @@ def empty_layer(layer: nn.Module, row: PlanRow, bias: bool, scales: int, output:
 
 def install_converted(model: nn.Module, rows: Sequence[PlanRow]) -> None:
     """Gives a freshly prepared model the structure of a converted one; the tensors are loaded afterwards."""
-    replacements = {}
+    layers, replacements, norms = [], {}, {}
     for row in rows:
         if row.action == "keep" or row.kind in JOINS:
             continue
@@ -121,9 +128,13 @@ def install_converted(model: nn.Module, rows: Sequence[PlanRow]) -> None:
         scale = layer.weight_quantizer.scale.detach().cpu()
         n = scale.numel() if slope is None else _times_slope(scale, scale, slope)[0].numel()
         bias = layer.bias is not None or bn is not None
-        replacements[row.site] = empty_layer(layer, row, bias, n, _output_scheme(layer, bn))
-    with _swapped_in(model, rows, replacements):
+        replacements[row.site] = empty_layer(layer, row, bias, n, _output_quantizer(model, row))
+        norms[row.site] = _behind(model, row)
+        layers.append(layer)
+    with _swapped_in(model, rows, replacements, norms):
         pass
+    for layer in layers:
+        release(model, layer)
 
 
 def summary_of(model: nn.Module) -> str:
@@ -163,14 +174,23 @@ def _batch_norm(model: nn.Module, row: PlanRow) -> _BatchNorm | None:
     return bn
 
 
-def _output_quantizer(layer: FakeQuantized, bn: _BatchNorm | None) -> Any:
-    """What quantizes the layer's output: its own, or the one behind the batch norm that goes with it."""
-    return layer.output_quantizer if layer.output_quantizer is not None else getattr(bn, "output_quantizer", None)
+def _output_quantizer(model: nn.Module, row: PlanRow) -> Any:
+    """What quantizes the output of the converted layer: the layer's own, or the one of a batch norm that is folded."""
+    own = _trained(model, row.site).output_quantizer
+    return (
+        own if own is not None or row.settings["tail"] else getattr(_batch_norm(model, row), "output_quantizer", None)
+    )
 
 
-def _output_scheme(layer: FakeQuantized, bn: _BatchNorm | None) -> Scheme | None:
-    quantizer = _output_quantizer(layer, bn)
-    return None if quantizer is None else quantizer.scheme
+def _behind(model: nn.Module, row: PlanRow) -> nn.Module:
+    """What takes the place of the layer's batch norm: an Identity, or its children that run behind it."""
+    if not row.settings["tail"]:
+        return nn.Identity()
+    module = after_norm(model, row.settings["bn"], row.settings["tail"])
+    quantizer = getattr(_batch_norm(model, row), "output_quantizer", None)
+    if quantizer is not None:
+        module.add_module("output_quantizer", quantizer)
+    return module.eval()
 
 
 def _epilogue(layer: FakeQuantized, bn: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -190,14 +210,16 @@ def _times_slope(scale: Tensor, zero: Tensor, slope: Tensor) -> tuple[Tensor, Te
 
 
 @contextlib.contextmanager
-def _swapped_in(model: nn.Module, rows: Sequence[PlanRow], replacements: dict[str, QuantizedLayer]) -> Iterator[None]:
-    """Puts the converted layers in place; an error inside puts the trained ones back."""
+def _swapped_in(
+    model: nn.Module, rows: Sequence[PlanRow], replacements: dict[str, QuantizedLayer], norms: dict[str, nn.Module]
+) -> Iterator[None]:
+    """Puts the converted layers, and what stays of their batch norms, in place; an error puts the trained ones back."""
     new: dict[str, nn.Module] = dict(replacements)
     for row in rows:
         if row.action == "keep":
             continue
         if row.kind not in JOINS and row.settings["bn"] is not None:
-            new[row.settings["bn"]] = nn.Identity()
+            new[row.settings["bn"]] = norms[row.site]
     frozen: dict[str, nn.Module] = {}
     old = {name: get_module(model, name) for name in new}
     for name, module in new.items():
@@ -249,11 +271,12 @@ def _record(model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inputs) -
     return {row.site: _Call(seen[f"{row.site} x"], seen[f"{row.site} y"]) for row in rows}, want
 
 
-def _layer_error(row: PlanRow, new: QuantizedLayer, calls: dict[str, _Call]) -> float:
+def _layer_error(row: PlanRow, new: QuantizedLayer, behind: nn.Module, calls: dict[str, _Call]) -> float:
     call = calls[row.site]
-    error = relative_error(new(call.x), call.y)
+    error = relative_error(behind(new(call.x)), call.y)
     # behind an output quantizer an edge value may fall on either side, as at the end of a network
-    tolerance = LAYER_TOLERANCE if new.output_quantizer is None else OUTPUT_TOLERANCE
+    exact = new.output_quantizer is None and not hasattr(behind, "output_quantizer")
+    tolerance = LAYER_TOLERANCE if exact else OUTPUT_TOLERANCE
     _refuse_difference(row.site, error, tolerance, call.y.dtype)
     return error
 

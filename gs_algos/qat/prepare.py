@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,10 @@ from gs_algos.core.algorithm import Inputs, split_inputs
 from gs_algos.core.modules import get_module
 from gs_algos.core.plan import Plan, PlanRow
 from gs_algos.core.rules import Rule, resolve
+from gs_algos.fx.borrowed import Borrowed
 from gs_algos.fx.capture import capture
 from gs_algos.fx.patterns import Match, Refusal, match
+from gs_algos.fx.rewrite import functional_scopes, try_modularize
 from gs_algos.quant.layers import CONVS, FakeQuantized, give_output_quantizer, swap
 from gs_algos.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from gs_algos.quant.scheme import Scheme, n_scales
@@ -46,6 +49,11 @@ def make_plan(algorithm: str, model: nn.Module, example_inputs: Inputs, options:
     """
     args, kwargs = split_inputs(example_inputs)
     graph = capture(model, args, kwargs)
+    notes = graph.notes
+    if functional_scopes(graph, model):
+        model, more = _with_layers(model, args, kwargs)
+        graph = capture(model, args, kwargs)
+        notes = (*graph.notes, *more)
     matches, refusals = match(graph, model)
     sites = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
     settings = resolve(options.rules, sites, {"weight": options.weight, "act": options.act}, algorithm)
@@ -59,7 +67,16 @@ def make_plan(algorithm: str, model: nn.Module, example_inputs: Inputs, options:
             rows[name] = _keep(name, layer, "not called on the example inputs")
     joins = [_join_row(pattern, operands, options) for pattern, operands in _join_groups(matches)]
     ordered = [rows[name] for name in sites] + [row for row in _refused(refusals, {}) if row.site not in sites]
-    return Plan(algorithm, graph.rung, tuple(ordered + joins), graph.notes)
+    return Plan(algorithm, graph.rung, tuple(ordered + joins), notes)
+
+
+def _with_layers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[nn.Module, list[str]]:
+    """A copy of the model with layers in place of functional convs and linears, and why some cannot be replaced."""
+    try:
+        twin = copy.deepcopy(model)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        return model, [f"functional layers stay float: the model cannot be copied for the plan: {error}"]
+    return try_modularize(twin, args, kwargs)
 
 
 def install(model: nn.Module, rows: Sequence[PlanRow], options: QuantOptions) -> nn.Module:
@@ -75,7 +92,12 @@ def install(model: nn.Module, rows: Sequence[PlanRow], options: QuantOptions) ->
 
 
 def _keep(site: str, layer: nn.Module | None, reason: str) -> PlanRow:
-    return PlanRow(site, type(layer).__name__ if layer is not None else "function", "keep", reason=reason)
+    return PlanRow(site, _kind(layer), "keep", reason=reason)
+
+
+def _kind(layer: nn.Module | None) -> str:
+    name = type(layer).__name__ if layer is not None else "function"
+    return f"F.{name.removeprefix('Borrowed').lower()}" if isinstance(layer, Borrowed) else name
 
 
 def _refused(refusals: list[Refusal], sites: Mapping[str, nn.Module]) -> list[PlanRow]:
@@ -111,19 +133,20 @@ def _layer_row(
             site, layer, "two_conv and freeze_bn need the batch statistics, which SyncBatchNorm keeps to itself"
         )
     pattern = " + ".join(_role(role, name, model) for role, name in found.roles.items())
+    tail = list(found.tail) if bn else []
     detail = f"weight {weight}" + ("" if act is None else f", act {act}") + (f", fold {fold}" if fold else "")
     return PlanRow(
         site,
-        type(layer).__name__,
+        _kind(layer),
         f"quantize {pattern}",
         detail,
         "",
-        {"weight": str(weight), "act": None if act is None else str(act), "bn": bn, "fold": fold},
+        {"weight": str(weight), "act": None if act is None else str(act), "bn": bn, "fold": fold, "tail": tail},
     )
 
 
 def _role(role: str, name: str, model: nn.Module) -> str:
-    return name[2:] if name.startswith("F.") else type(get_module(model, name)).__name__
+    return name[2:] if name.startswith("F.") else _kind(get_module(model, name))
 
 
 def _join_groups(matches: list[Match]) -> list[tuple[str, tuple[str | None, ...]]]:
@@ -169,6 +192,7 @@ def _install_layer(model: nn.Module, row: PlanRow, options: QuantOptions) -> Non
         bn=bn,
         fold=row.settings["fold"] or "none",
         freezable=options.freezable,
+        tail=tuple(get_module(model, name) for name in row.settings["tail"]),
     )
     assert isinstance(layer, FakeQuantized)
     quantizer.initialise(layer.folded_weight().detach())

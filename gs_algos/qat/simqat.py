@@ -19,10 +19,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from gs_algos.core.algorithm import Algorithm, AlgorithmConfig, Inputs, evaluating, history, remember, run
+from gs_algos.core.algorithm import (
+    Algorithm,
+    AlgorithmConfig,
+    Inputs,
+    evaluating,
+    history,
+    remember,
+    run,
+    split_inputs,
+)
 from gs_algos.core.plan import Plan, PlanRow
 from gs_algos.core.progress import progress
 from gs_algos.core.rules import Rule
+from gs_algos.fx.rewrite import modularize, modularize_again, modularized
 from gs_algos.qat.convert import Parity, convert_model, install_converted, summary_of
 from gs_algos.qat.prepare import QuantOptions, install, make_plan
 from gs_algos.quant.layers import FakeQuantized, Folded
@@ -136,7 +146,9 @@ class SimQAT(Algorithm):
     def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
         """Swaps the planned layers of the live model to fake-quantized ones; `example_inputs` start their ranges.
 
-        The object tree, the float parameters and their names stay; quantizer state is added under new names.
+        The object tree, the float parameters and their names stay; quantizer state is added under new names. A module
+        that calls `F.conv2d` or `F.linear` on a parameter becomes a `torch.fx.GraphModule` with a layer there; if that
+        is the model itself, the result is another object with the same parameters.
 
         Raises:
             RuntimeError: if the model is already prepared or converted.
@@ -146,11 +158,16 @@ class SimQAT(Algorithm):
         plan = self.plan(model, example_inputs)
         if not plan.acted():
             raise ValueError(f"SimQAT.apply: at least one layer must be quantizable, got none:\n{plan}")
+        known = modularized(model)
+        if any(row.kind.startswith("F.") for row in plan.acted()):
+            args, kwargs = split_inputs(example_inputs)
+            model = modularize(model, args, kwargs)
+        new = [item for item in modularized(model) if item not in known]
         model = install(model, plan.rows, self.config.options())
         self._bind(model)
         self._example = example_inputs
         self._observe(model, [example_inputs], provisional=True)
-        remember(model, self._entry("prepared", plan.rows))
+        remember(model, self._entry("prepared", plan.rows, new))
         return model
 
     def calibrate(
@@ -239,18 +256,20 @@ class SimQAT(Algorithm):
     @classmethod
     def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
         rows = [PlanRow(**row) for row in entry["plan"]]
+        model = modularize_again(model, entry["modularized"])
         model = install(model, rows, config_from(entry["config"]).options())
         if entry["stage"] == "converted":
             install_converted(model, rows)
         return model
 
-    def _entry(self, stage: str, rows: tuple[PlanRow, ...]) -> dict[str, Any]:
+    def _entry(self, stage: str, rows: tuple[PlanRow, ...], modularized: list[Any]) -> dict[str, Any]:
         self._history = {
             "algorithm": self.name,
             "stage": stage,
             "steps": self.steps,
             "config": config_to(self.config),
             "plan": [row.__dict__ for row in rows],
+            "modularized": modularized,
         }
         return self._history
 

@@ -140,13 +140,24 @@ class _TwoConvFolded(Folded):
         return mean, (var + bn.eps).sqrt()
 
 
-class _PassedOver(_BatchNorm):
+class _Tailed(_BatchNorm):
+    """A batch norm that may have children which run behind it (timm's BatchNormAct2d: an activation)."""
+
+    _tail: tuple[nn.Module, ...]  # in a tuple: they are registered already
+
+    def _behind(self, y: Tensor) -> Tensor:
+        for child in self._tail:
+            y = child(y)
+        return y
+
+
+class _PassedOver(_Tailed):
     """The batch norm of a two-conv fold: its work is done in the conv; it keeps its parameters and statistics."""
 
     prefix = "PassedOver"
 
     def forward(self, x: Tensor) -> Tensor:
-        return x
+        return self._behind(x)
 
 
 class _QuantizedOutput(nn.Module):
@@ -159,7 +170,7 @@ class _QuantizedOutput(nn.Module):
         return self.output_quantizer(super().forward(*args, **kwargs))
 
 
-class _Freezable(_BatchNorm):
+class _Freezable(_Tailed):
     """A batch norm that uses its running statistics once `frozen` (bool [1]) is set, without recompiling."""
 
     prefix = "Freezable"
@@ -175,7 +186,8 @@ class _Freezable(_BatchNorm):
         update_running(self, mean.detach(), var.detach(), x.numel() // x.shape[1], self.frozen)
         gamma, beta = affine(self)
         slope = gamma / used_sigma
-        return (wide * per_channel(slope, wide) + per_channel(beta - used_mean * slope, wide)).to(x.dtype)
+        y = wide * per_channel(slope, wide) + per_channel(beta - used_mean * slope, wide)
+        return self._behind(y.to(x.dtype))
 
 
 def per_channel(values: Tensor, y: Tensor) -> Tensor:
@@ -234,8 +246,12 @@ def swap(
     bn: _BatchNorm | None = None,
     fold: str = "none",
     freezable: bool = False,
+    tail: tuple[nn.Module, ...] = (),
 ) -> None:
-    """Turns a live Linear or Conv into its fake-quantized class, and its batch norm into what the fold mode needs."""
+    """Turns a live Linear or Conv into its fake-quantized class, and its batch norm into what the fold mode needs.
+
+    tail: the children of the batch norm that run behind it.
+    """
     mixin: type[nn.Module] = _FakeQuantLinear if isinstance(layer, nn.Linear) else _FakeQuantConv
     if bn is not None and fold != "none":
         mixin = _OneConvFolded if fold == "one_conv" else _TwoConvFolded
@@ -248,6 +264,7 @@ def swap(
     holder = layer if fold == "two_conv" else bn
     holder.register_buffer("frozen", torch.zeros(1, dtype=torch.bool, device=running_mean(bn).device))
     bn.__class__ = swapped_class(_PassedOver if fold == "two_conv" else _Freezable, type(bn))
+    bn._tail = tail  # type: ignore[assignment]
 
 
 def give_output_quantizer(module: Any, quantizer: ActivationQuantizer) -> None:

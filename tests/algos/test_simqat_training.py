@@ -172,7 +172,7 @@ def test_learned_steps_get_gradients_and_stay_positive():
     assert float(net.fc.input_quantizer.scale.grad.abs().sum()) > 0
     optimizer.step()
     algo.step()
-    assert all(float(q.min()) > 0 for q in (net.stem.weight_quantizer.scale, net.fc.input_quantizer.scale))
+    assert all(q.min().item() > 0 for q in (net.stem.weight_quantizer.scale, net.fc.input_quantizer.scale))
 
 
 def test_a_step_has_no_host_sync():

@@ -21,17 +21,15 @@ __all__ = ["ORDER", "Match", "Refusal", "match"]
 ORDER = ("conv_bn_act", "linear_act", "add", "cat")
 
 
-def match(graph: SiteGraph, model: nn.Module, tails: bool = False) -> tuple[list[Match], list[Refusal]]:
+def match(graph: SiteGraph, model: nn.Module) -> tuple[list[Match], list[Refusal]]:
     """Every match and every refusal of every pattern; `model` is the one that `capture` read.
 
-    tails: the caller keeps `Match.tail`, the children behind a batch norm (timm's BatchNormAct2d), when it folds that
-    batch norm away. Otherwise such a batch norm is refused.
+    Who folds a batch norm away keeps `Match.tail`, the children behind it (timm's BatchNormAct2d).
     """
     view = View(graph, model)
     found: list[Match | Refusal] = []
     for name in ORDER:
         found += import_module(f"gs_algos.fx.patterns.{name}").search(view)
-    found = [part for item in found for part in ([item] if tails else _without_tail(item))]
     matches = [item for item in found if isinstance(item, Match)]
     refusals = [item for item in found if isinstance(item, Refusal)]
     known = {name for item in matches for name in item.roles.values()} | {item.site for item in refusals}
@@ -39,14 +37,6 @@ def match(graph: SiteGraph, model: nn.Module, tails: bool = False) -> tuple[list
     refusals += _idle(view, known)
     refusals += _products(view)
     return matches, refusals
-
-
-def _without_tail(item: Match | Refusal) -> list[Match | Refusal]:
-    if isinstance(item, Refusal) or not item.tail:
-        return [item]
-    roles = {role: name for role, name in item.roles.items() if role not in ("bn", "act")}
-    reason = f"{item.roles['bn']} does more than a batch norm: {', '.join(item.tail)} run inside it"
-    return [Match(item.pattern, roles, item.nodes[:1]), Refusal(item.pattern, item.roles["bn"], reason)]
 
 
 def _unknown_norms(view: View, known: set[str]) -> Iterator[Refusal]:
