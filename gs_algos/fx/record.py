@@ -11,6 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from gs_algos.core.modules import parent_name
 from gs_algos.fx import ops
 from gs_algos.fx.read import Draft, Names
 
@@ -89,7 +90,8 @@ class _ParameterReads(TorchFunctionMode):
             op = ops.op_of_call(name, args, kwargs)
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
             used = owners[id(weight)][0] if op in ops.WEIGHTED and id(weight) in owners else None
-            self.report(Draft(op, [], name, weight=used, reads=reads))
+            # which module calls the function is not known: the owner of the parameter stands in
+            self.report(Draft(op, [], name, parent_name(used or reads[0]), weight=used, reads=reads))
         return func(*args, **kwargs)
 
 
