@@ -59,7 +59,7 @@ def _pack_canonical(codes: Tensor, bits: int) -> Tensor:
     packed = split[..., 0] & (2**bits - 1)
     for j in range(1, fields):
         packed = packed | ((split[..., j] & (2**bits - 1)) << (j * bits))
-    return packed
+    return packed.contiguous()
 
 
 def _pack_planar(codes: Tensor, bits: int) -> Tensor:
