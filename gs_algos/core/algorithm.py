@@ -17,6 +17,7 @@ from gs_algos.core.plan import Plan
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 Loss = TypeVar("Loss", bound=Callable[..., Any])
 HISTORY = "_golden_stick_history"
+STAGES = ("prepared", "converted")
 
 
 @dataclass(frozen=True)

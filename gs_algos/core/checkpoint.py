@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,16 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from gs_algos.core.algorithm import history, remember
+from gs_algos.core.algorithm import STAGES, history, remember
+from gs_algos.core.plan import PlanRow
 from gs_algos.core.registry import algorithm_class
 
 FORMAT = "golden-stick"
 VERSION = 1
 INDEX = "golden_stick.json"
+TENSOR_FILE = re.compile(r"model-[0-9a-f]{16}\.safetensors")
+# what a restore can trip over if the history is not of the network that build_model makes
+MISFITS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError)
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
@@ -37,8 +43,6 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     if not history(model):
         raise ValueError("save: the model must have been through an algorithm's apply, got one without history")
     tensors, aliases = _unique_tensors(model)
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     data = to_bytes(tensors)
     digest = hashlib.sha256(data).hexdigest()
     name = f"model-{digest[:16]}.safetensors"
@@ -49,8 +53,11 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         "tensors": {"file": name, "sha256": digest, "nbytes": len(data)},
         "aliases": aliases,
     }
+    text = json.dumps(index, indent=1).encode()
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / name, data)
-    write_atomically(folder / INDEX, json.dumps(index, indent=1).encode())
+    write_atomically(folder / INDEX, text)
     for stale in folder.glob("model-*.safetensors"):
         if stale.name != name:
             stale.unlink()
@@ -62,15 +69,27 @@ def load(directory: str | os.PathLike[str], build_model: Callable[[], nn.Module]
 
     Raises:
         ValueError: if the folder is no checkpoint, is of a newer version, is damaged, or does not fit the built model.
+        TypeError: if `build_model` is not a function that returns a module.
     """
+    if isinstance(build_model, nn.Module):
+        raise TypeError(
+            "load: build_model must be a function that makes the float network, got the network itself; "
+            "give its class or a lambda"
+        )
     folder = Path(directory)
     index = read_index(folder)
     state = _read_tensors(folder, index)
     model = build_model()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load: build_model must return a nn.Module, got {model!r:.60}")
+    if history(model):
+        raise ValueError(
+            f"load: build_model must return the float network, got one that is {history(model)[-1]['stage']}"
+        )
     for entry in index["history"]:
-        model = algorithm_class(entry["algorithm"]).restore(model, entry)
+        model = _restored(model, entry, folder)
         remember(model, entry)
-    _fill(model, state, index["aliases"], folder)
+    _fill(model, state, folder)
     return model
 
 
@@ -86,17 +105,49 @@ def read_index(directory: str | os.PathLike[str]) -> dict[str, Any]:
             f"load: the folder must hold a {INDEX}, got {directory}; give a folder written by gs_algos.save"
         )
     try:
-        index = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        index = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"load: {path} must be JSON, got {error}; the checkpoint is damaged") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ValueError(f"load: {path} must be of format {FORMAT!r}, got a foreign file")
-    if index.get("version") != VERSION:
-        raise ValueError(f"load: the version must be {VERSION}, got {index.get('version')!r}; update golden-stick")
-    missing = {"history", "tensors", "aliases"} - index.keys()
-    if missing:
-        raise ValueError(f"load: {path} must have {', '.join(sorted(missing))}; the checkpoint is damaged")
+    version = index.get("version")
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"load: the version must be {VERSION}, got {version!r}; update golden-stick")
+    for what, right in _claims(index):
+        if not right:
+            raise ValueError(f"load: {path} must have {what}; the checkpoint is damaged")
+    for entry in index["history"]:
+        try:
+            algorithm_class(entry["algorithm"])
+        except ValueError as error:
+            raise ValueError(f"load: {path} names an unknown {error}; update golden-stick") from error
     return index
+
+
+def _claims(index: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    """What must hold of the JSON, each claim in words; later ones rely on earlier ones. Nothing in it is trusted."""
+    facts: Any = index.get("tensors")
+    aliases, entries = index.get("aliases"), index.get("history")
+    yield "tensors, with file, sha256 and nbytes", isinstance(facts, dict)
+    file, digest, nbytes = (facts.get(key) for key in ("file", "sha256", "nbytes"))
+    yield (
+        f"a tensor file beside it, model-<16 hexadecimal digits>.safetensors, got {file!r}",
+        isinstance(file, str) and TENSOR_FILE.fullmatch(file) is not None,
+    )
+    yield "the SHA-256 and size of the tensor file", isinstance(digest, str) and type(nbytes) is int
+    yield (
+        "aliases, a name for a name",
+        isinstance(aliases, dict) and all(isinstance(source, str) for source in aliases.values()),
+    )
+    yield "a history of at least one entry", isinstance(entries, list) and bool(entries)
+    for entry in entries or []:
+        yield "a history of objects", isinstance(entry, dict)
+        yield "an algorithm in every history entry", isinstance(entry.get("algorithm"), str)
+        yield f"a stage in every history entry, {' or '.join(STAGES)}", entry.get("stage") in STAGES
+        yield "the steps of every history entry, a number >= 0", type(entry.get("steps")) is int and entry["steps"] >= 0
+        yield "the config of every history entry", isinstance(entry.get("config"), dict)
+        rows = entry.get("plan")
+        yield "the plan of every history entry", isinstance(rows, list) and all(map(PlanRow.fits, rows))
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -130,6 +181,10 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
             continue
         seen[place] = key
         tensors[key] = tensor.detach().cpu().contiguous()
+    storages = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    for key, tensor in tensors.items():
+        if storages[tensor.untyped_storage().data_ptr()] > 1:  # overlapping views: safetensors wants each on its own
+            tensors[key] = tensor.clone()
     return tensors, aliases
 
 
@@ -144,13 +199,25 @@ def _read_tensors(folder: Path, index: dict[str, Any]) -> dict[str, Tensor]:
     if digest != facts["sha256"]:
         raise ValueError(f"load: {path} must have SHA-256 {facts['sha256']}, got {digest}; the file is damaged")
     try:
-        return load_file(path)
+        state = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"load: {path} must be a safetensors file, got {error}") from error
+    lost = sorted(source for source in index["aliases"].values() if source not in state)
+    if lost:
+        raise ValueError(f"load: {path} must hold {_some(lost)}, which aliases name; the checkpoint is damaged")
+    return {**state, **{key: state[source] for key, source in index["aliases"].items()}}
 
 
-def _fill(model: nn.Module, state: dict[str, Tensor], aliases: dict[str, str], folder: Path) -> None:
-    state = {**state, **{key: state[source] for key, source in aliases.items()}}
+def _restored(model: nn.Module, entry: dict[str, Any], folder: Path) -> nn.Module:
+    try:
+        return algorithm_class(entry["algorithm"]).restore(model, entry)
+    except MISFITS as error:
+        raise ValueError(
+            f"load: build_model must make the network that {folder} was saved from, got {type(error).__name__}: {error}"
+        ) from error
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
     own = model.state_dict()
     lacking, foreign = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if lacking or foreign:

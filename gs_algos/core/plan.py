@@ -18,6 +18,17 @@ class PlanRow:
     reason: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @staticmethod
+    def fits(data: Any) -> bool:
+        """True if `PlanRow(**data)` is a row: the fields of this class, of their types."""
+        names = [name for name in PlanRow.__dataclass_fields__ if name != "settings"]
+        return (
+            isinstance(data, dict)
+            and data.keys() == {*names, "settings"}
+            and all(isinstance(data[name], str) for name in names)
+            and isinstance(data["settings"], dict)
+        )
+
 
 @dataclass(frozen=True)
 class Plan:

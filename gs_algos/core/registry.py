@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 
 from gs_algos.core.algorithm import Algorithm
+from gs_algos.core.rules import did_you_mean
 
 ALGORITHMS = {
     "simqat": "gs_algos.qat.simqat:SimQAT",
@@ -18,6 +19,7 @@ def algorithm_class(name: str) -> type[Algorithm]:
         ValueError: if there is no algorithm of that name.
     """
     if name not in ALGORITHMS:
-        raise ValueError(f"algorithm: name must be one of {', '.join(ALGORITHMS)}, got {name!r}")
+        near = did_you_mean(name, ALGORITHMS)
+        raise ValueError(f"algorithm: name must be one of {', '.join(ALGORITHMS)}, got {name!r}{near}")
     module, _, cls = ALGORITHMS[name].partition(":")
     return getattr(importlib.import_module(module), cls)

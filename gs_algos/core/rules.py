@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -21,24 +22,63 @@ def resolve(
     of a layer or of a block that holds it.
 
     Raises:
-        ValueError: if a rule matches no site, or sets an option that does not exist.
+        ValueError: if a rule is malformed, matches no site, or sets an option that does not exist.
     """
     settings: dict[str, dict[str, Any] | None] = {name: dict(defaults) for name in sites}
-    for _, rule in sorted(enumerate(rules), key=lambda pair: (_precedence(pair[1][0]), pair[0])):
-        pattern, values = rule
-        unknown = set(values or ()) - set(defaults)
-        if unknown:
-            raise ValueError(
-                f"{who}: a rule may set {', '.join(defaults)}, got {', '.join(sorted(unknown))} in rule {pattern!r}"
-            )
+    checked = [_checked(rule, defaults, who) for rule in rules]
+    for pattern, values in sorted(checked, key=lambda rule: _precedence(rule[0])):
         hit = [name for name, module in sites.items() if _matches(pattern, name, module)]
         if not hit:
             some = ", ".join(list(sites)[:8]) + (", ..." if len(sites) > 8 else "")
-            raise ValueError(f"{who}: every rule must match a layer, got {pattern!r} which matches none of: {some}")
+            raise ValueError(
+                f"{who}: every rule must match a layer, got {_text(pattern)} which matches none of: {some}"
+                f"{did_you_mean(_text(pattern), _matchable(sites))}"
+            )
         for name in hit:
             current = settings[name]
             settings[name] = None if values is None else {**(defaults if current is None else current), **values}
     return settings
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """`; did you mean ...?` with the nearest of the words, or nothing if none is near."""
+    near = difflib.get_close_matches(word, list(words), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _checked(rule: Any, options: Iterable[str], who: str) -> Rule:
+    """The rule itself.
+
+    Raises:
+        ValueError: if it is no pair of a pattern and options, its expression is no expression, or an option is unknown.
+    """
+    if not isinstance(rule, tuple | list) or len(rule) != 2 or not isinstance(rule[0], str | type):
+        raise ValueError(f"{who}: a rule must be (pattern, options), got {rule!r}; for example ('fc', None)")
+    pattern, values = rule
+    if values is not None and not isinstance(values, Mapping):
+        raise ValueError(f"{who}: the options of rule {_text(pattern)} must be a dict or None, got {values!r}")
+    for option in sorted(set(values or ()) - set(options)):
+        raise ValueError(
+            f"{who}: a rule may set {', '.join(options)}, got {option} in rule {_text(pattern)}"
+            f"{did_you_mean(option, options)}"
+        )
+    if isinstance(pattern, str) and pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise ValueError(f"{who}: a rule must hold a regular expression, got {pattern}: {error}") from error
+    return pattern, values
+
+
+def _text(pattern: RulePattern) -> str:
+    """The pattern as a person would write it."""
+    return pattern if isinstance(pattern, str) else f"type:{pattern.__name__}"
+
+
+def _matchable(sites: Mapping[str, nn.Module | None]) -> list[str]:
+    """Names and types that a rule could have meant: layers, the blocks that hold them, their classes."""
+    blocks = {name[:i] for name in sites for i, letter in enumerate(name) if letter == "."}
+    return [*sites, *sorted(blocks), *sorted({f"type:{type(module).__name__}" for module in sites.values()})]
 
 
 def _precedence(pattern: RulePattern) -> int:
