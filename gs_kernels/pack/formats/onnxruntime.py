@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gs_kernels.pack.checks import FLOATS, check_bits, check_packed, check_tensor
+from gs_kernels.pack.checks import FLOATS, check_bits, check_packed, check_tensor, dtype_name
 from gs_kernels.pack.formats.words import (
     checked,
     group_that_divides,
@@ -41,7 +41,10 @@ def _check_bits(who: str, bits: int) -> None:
 def from_matmul_nbits(
     tensors: Mapping[str, Tensor], attributes: Mapping[str, int], *, name: str = "weight"
 ) -> PackedWeight:
-    """The weight of a MatMulNBits node. Exact; if the last block is not full, scales of a smaller group are repeated.
+    """The weight of a MatMulNBits node. Exact.
+
+    Rows whose blocks all share one scale become one group; where the last block is not full, scales of smaller groups
+    are repeated.
 
     Args:
         tensors: `B`, `scales` and perhaps `zero_points`, the inputs of the node; scales and zero points may be flat.
@@ -64,8 +67,11 @@ def from_matmul_nbits(
     check_tensor(who, f"{name}.B", tensors["B"], (torch.uint8,), (n, blocks, block * bits // 8))
     scales = tensors["scales"].reshape(n, blocks) if tensors["scales"].numel() == n * blocks else tensors["scales"]
     check_tensor(who, f"{name}.scales", scales, FLOATS, (n, blocks))
-    group_size = group_that_divides(who, name, k, block, blocks)
     zero = _zero(who, name, tensors.get("zero_points"), bits, n, blocks, scales.dtype)
+    if _same_in_row(scales) and _same_in_row(zero):
+        scales = scales[:, :1].contiguous()
+        zero = zero[:, :1].contiguous() if isinstance(zero, Tensor) else zero
+    group_size = group_that_divides(who, name, k, block, scales.shape[1])
     codes = unpack_codes(tensors["B"].reshape(n, -1), bits, (n, blocks * block))[:, :k]
     scale = regroup(scales, k, block, group_size)
     zero = regroup(zero, k, block, group_size) if isinstance(zero, Tensor) else zero
@@ -138,15 +144,24 @@ def _spread(t: Tensor, weight: PackedWeight, block: int) -> Tensor:
 def _exportable_zero(who: str, weight: PackedWeight, name: str) -> Tensor | None:
     """None for the middle of the grid, uint8 for integers, else the dtype of the scales; `[N, G]`."""
     if weight.levels is None and weight.bits < 8 and _has_fractions(weight.zero):
-        zero = weight.zero if isinstance(weight.zero, Tensor) else torch.full_like(weight.scale, weight.zero)
+        zero = weight.zero
+        if not isinstance(zero, Tensor):
+            zero = torch.full_like(weight.scale, zero, dtype=torch.float64)
         cast = zero.to(weight.scale.dtype)
         if not torch.equal(cast.double(), zero.double()):
-            raise ValueError(f"{who}: zero points of {name} must be exact in {cast.dtype}, that of its scales")
+            raise ValueError(
+                f"{who}: zero points of {name} must be exact in {dtype_name(cast.dtype)}, the dtype of its scales,"
+                f" got {float(zero[cast != zero][0]):.6g}; use float32 scales"
+            )
         return cast
     integers = integer_zero(who, weight, name)
     if isinstance(integers, int) and integers == 2 ** (weight.bits - 1):
         return None
     return zero_tensor(integers, weight.scale)
+
+
+def _same_in_row(t: Tensor | float) -> bool:
+    return bool((t == t[:, :1]).all()) if isinstance(t, Tensor) else True
 
 
 def _has_fractions(zero: Tensor | float) -> bool:

@@ -17,12 +17,13 @@ GROUP_MIN = 16  # smaller groups than a format's own are not made up to fit it: 
 
 def words_as_bytes(words: Tensor) -> Tensor:
     """int32 `[R, W]` as uint8 `[R, 4 * W]`, low byte first: words of 32 / bits fields are canonical bytes."""
-    return words.contiguous().view(torch.uint8)
+    return words.reshape(-1).view(torch.uint8).view(words.shape[0], -1)
 
 
 def bytes_as_words(codes: Tensor) -> Tensor:
     """uint8 `[R, B]` as int32 `[R, ceil(B / 4)]`, with bytes of 0 behind."""
-    return torch.nn.functional.pad(codes, (0, -codes.shape[1] % 4)).view(torch.int32)
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 4))
+    return padded.reshape(-1).view(torch.int32).view(codes.shape[0], -1)
 
 
 def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
