@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -59,6 +60,31 @@ def set_module(model: nn.Module, name: str, new: nn.Module) -> None:
     ]
     for parent, key in slots:
         parent._modules[key] = new
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """If what runs inside raises, every module gets its class, its attributes and what was registered in it back."""
+    before = [
+        (
+            module,
+            type(module),
+            dict(module.__dict__),
+            {k: dict(v) for k, v in module.__dict__.items() if isinstance(v, dict)},
+        )
+        for module in model.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, kind, attributes, registered in before:
+            module.__class__ = kind
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for key, items in registered.items():
+                attributes[key].clear()
+                attributes[key].update(items)
+        raise
 
 
 def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

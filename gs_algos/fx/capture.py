@@ -40,7 +40,10 @@ def capture(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, Any
 
     Raises:
         ValueError: if the example inputs do not run through the model, or a lazy module has no weights yet.
+        TypeError: if the model is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"capture: model must be a nn.Module, got {type(model).__name__}")
     args = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
     lazy = [name for name, module in model.named_modules() if _is_lazy(module)]

@@ -52,6 +52,7 @@ def convert_model(model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inp
 
     Raises:
         RuntimeError: if a layer was not called on the example inputs, is sharded, or differs once converted.
+        ValueError: if the inputs do not run through the model, or a layer sees NaN or Inf.
     """
     layer_rows = [row for row in rows if row.action != "keep" and row.kind not in JOINS]
     with evaluating(model):
@@ -268,7 +269,11 @@ def _record(model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inputs) -
         raise RuntimeError(
             f"convert: every planned layer must run on the example inputs, got none for {', '.join(missed)}"
         )
-    return {row.site: _Call(seen[f"{row.site} x"], seen[f"{row.site} y"]) for row in rows}, want
+    calls = {row.site: _Call(seen[f"{row.site} x"], seen[f"{row.site} y"]) for row in rows}
+    for site, call in calls.items():
+        if not bool(call.x.isfinite().all()):
+            raise ValueError(f"convert: what {site} sees of the example inputs must be finite, got NaN or Inf")
+    return calls, want
 
 
 def _layer_error(row: PlanRow, new: QuantizedLayer, behind: nn.Module, calls: dict[str, _Call]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,15 @@ def install(model: nn.Module, rows: Sequence[PlanRow], options: QuantOptions) ->
         else:
             _install_layer(model, row, options)
     return model
+
+
+def refuse_nonfinite(who: str, modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raises ValueError if a parameter or buffer of these modules is NaN or Inf; sharded tensors are not looked at."""
+    for name, module in modules:
+        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            whole = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.is_floating_point()
+            if whole and not bool(tensor.isfinite().all()):
+                raise ValueError(f"{who}: {name}.{key} must be finite, got NaN or Inf")
 
 
 def _keep(site: str, layer: nn.Module | None, reason: str) -> PlanRow:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
 from gs_algos.core.algorithm import (
@@ -29,19 +30,20 @@ from gs_algos.core.algorithm import (
     run,
     split_inputs,
 )
+from gs_algos.core.modules import all_or_nothing, get_module
 from gs_algos.core.plan import Plan, PlanRow
 from gs_algos.core.progress import progress
-from gs_algos.core.rules import Rule
+from gs_algos.core.rules import Rule, did_you_mean
 from gs_algos.fx.rewrite import modularize, modularize_again, modularized
 from gs_algos.qat.convert import Parity, convert_model, install_converted, summary_of
-from gs_algos.qat.prepare import QuantOptions, install, make_plan
+from gs_algos.qat.prepare import JOINS, QuantOptions, install, make_plan, refuse_nonfinite
 from gs_algos.quant.layers import FakeQuantized, Folded
 from gs_algos.quant.quantizers import (
     SMALLEST_SCALE,
     ActivationQuantizer,
     Quantizer,
     WeightQuantizer,
-    finish_calibration,
+    calibrated_range,
     merge_pending,
 )
 from gs_algos.quant.scheme import Scheme
@@ -78,22 +80,25 @@ class SimQATConfig(AlgorithmConfig):
         Scheme.parse(self.weight, "weight")
         if self.act is not None:
             Scheme.parse(self.act, "act")
-        if self.fold_bn not in FOLDS:
+        if self.fold_bn not in list(FOLDS):
             raise ValueError(f"SimQAT: fold_bn must be one of {', '.join(map(str, FOLDS))}, got {self.fold_bn!r}")
         if not self.fusion and FOLDS[self.fold_bn] != "none":
             raise ValueError(
                 f"SimQAT: fold_bn needs fusion=True, since fusion=False quantizes between conv and batch norm, got "
                 f"fold_bn={self.fold_bn!r}; use fold_bn=False"
             )
-        if min(self.delays) < 0:
-            raise ValueError(f"SimQAT: quant_delay must be >= 0 steps, got {self.quant_delay}")
-        if self.freeze_bn is not None and self.freeze_bn < 0:
-            raise ValueError(f"SimQAT: freeze_bn must be >= 0 steps or None, got {self.freeze_bn}")
+        delays = self.quant_delay if isinstance(self.quant_delay, tuple) else (self.quant_delay,) * 2
+        if len(delays) != 2 or not all(isinstance(steps, int) and steps >= 0 for steps in delays):
+            raise ValueError(
+                f"SimQAT: quant_delay must be steps >= 0, one number or (activation, weight), got {self.quant_delay!r}"
+            )
+        if self.freeze_bn is not None and not (isinstance(self.freeze_bn, int) and self.freeze_bn >= 0):
+            raise ValueError(f"SimQAT: freeze_bn must be >= 0 steps or None, got {self.freeze_bn!r}")
 
     @property
     def delays(self) -> tuple[int, int]:
         """(activation, weight) delay in optimizer steps."""
-        return (self.quant_delay, self.quant_delay) if isinstance(self.quant_delay, int) else tuple(self.quant_delay)  # type: ignore[return-value]
+        return (self.quant_delay, self.quant_delay) if isinstance(self.quant_delay, int) else self.quant_delay
 
     def options(self) -> QuantOptions:
         act_delay, weight_delay = self.delays
@@ -128,6 +133,10 @@ class SimQAT(Algorithm):
     ) -> None:
         if config is not None and options:
             raise ValueError(f"SimQAT: options come either in a config or by keyword, got both ({', '.join(options)})")
+        known = [option.name for option in fields(SimQATConfig)]
+        for option in options.keys() - known:
+            near = did_you_mean(option, known)
+            raise TypeError(f"SimQAT: options are {', '.join(known)} and process_group, got {option}{near}")
         if "rules" in options:
             options["rules"] = tuple(options["rules"])
         self.config: SimQATConfig = config or SimQATConfig(**options)
@@ -152,21 +161,33 @@ class SimQAT(Algorithm):
 
         Raises:
             RuntimeError: if the model is already prepared or converted.
-            ValueError: if the inputs do not run through the model, or nothing can be quantized.
+            ValueError: if the inputs do not run through the model, nothing can be quantized, or a weight or what a
+                layer sees is not finite. The model is then as it was.
         """
         self._refuse_twice(model)
         plan = self.plan(model, example_inputs)
-        if not plan.acted():
+        if all(row.kind in JOINS for row in plan.acted()):
             raise ValueError(f"SimQAT.apply: at least one layer must be quantizable, got none:\n{plan}")
+        try:
+            with all_or_nothing(model):
+                return self._prepared(model, plan, example_inputs)
+        except BaseException:
+            self._unbind()
+            raise
+
+    def _prepared(self, model: nn.Module, plan: Plan, example_inputs: Inputs) -> nn.Module:
         known = modularized(model)
         if any(row.kind.startswith("F.") for row in plan.acted()):
             args, kwargs = split_inputs(example_inputs)
             model = modularize(model, args, kwargs)
         new = [item for item in modularized(model) if item not in known]
+        planned = [row.site for row in plan.acted() if row.kind not in JOINS]
+        refuse_nonfinite("SimQAT.apply", ((site, get_module(model, site)) for site in planned))
         model = install(model, plan.rows, self.config.options())
+        self.steps = 0
         self._bind(model)
         self._example = example_inputs
-        self._observe(model, [example_inputs], provisional=True)
+        self._observe("SimQAT.apply", model, [example_inputs], provisional=True)
         remember(model, self._entry("prepared", plan.rows, new))
         return model
 
@@ -180,12 +201,14 @@ class SimQAT(Algorithm):
 
         Raises:
             RuntimeError: if `apply` was not called on this model.
-            ValueError: if not exactly one of the two is given, or an activation is not finite.
+            ValueError: if not exactly one of the two is given, it shows the model nothing, or a weight or an activation
+                is not finite. The ranges are then as they were.
         """
         self._require_bound("calibrate")
         if (batches is None) == (forward_loop is None):
             raise ValueError("SimQAT.calibrate: give either batches or forward_loop")
-        self._observe(model, batches, forward_loop)
+        refuse_nonfinite("SimQAT.calibrate", self._layers.items())
+        self._observe("SimQAT.calibrate", model, batches, forward_loop)
         for name, layer in self._layers.items():
             layer.weight_quantizer.initialise(layer.folded_weight().detach())
             logger.debug("calibrated %s", name)
@@ -216,22 +239,26 @@ class SimQAT(Algorithm):
 
         Raises:
             RuntimeError: if the model is not prepared, is sharded, or a converted output differs from the trained one.
-            ValueError: if a range is not finite.
+            ValueError: if a weight, a statistic, a range or what a layer sees is not finite.
         """
+        entry = history(model)[-1] if history(model) else {}
+        if entry.get("algorithm") != self.name or entry.get("stage") != "prepared":
+            raise RuntimeError(
+                f"SimQAT.convert: the model must be one that apply prepared, got one that is "
+                f"{entry.get('stage', 'float')}; call apply first, and unwrap DDP with model.module"
+            )
         self._require_bound("convert")
         example = self._example if example_inputs is None else example_inputs
         if example is None:
             raise RuntimeError("SimQAT.convert: a resumed algorithm has no example inputs; give example_inputs")
-        entry = history(model)[-1] if history(model) else None
-        if entry is None or entry["algorithm"] != self.name or entry["stage"] != "prepared":
-            raise RuntimeError(
-                "SimQAT.convert: the model must be the one that apply prepared; unwrap DDP with model.module"
-            )
-        self._finite()
+        trained = [(n, m) for n, m in model.named_modules() if isinstance(m, FakeQuantized | Quantizer | _BatchNorm)]
+        refuse_nonfinite("SimQAT.convert", trained)
         rows = [PlanRow(**row) for row in entry["plan"]]
+        own = not set(self._layers.values()).isdisjoint(model.modules())
         self.parity = convert_model(model, rows, example)
         remember(model, {**entry, "stage": "converted", "steps": self.steps})
-        self._unbind()
+        if own:  # a copy may be converted while the training of the original goes on
+            self._unbind()
         return model
 
     def summary(self, model: nn.Module) -> str:
@@ -290,24 +317,31 @@ class SimQAT(Algorithm):
 
     def _observe(
         self,
+        who: str,
         model: nn.Module,
         batches: Iterable[Inputs] | None,
         forward_loop: Callable[[nn.Module], None] | None = None,
         provisional: bool = False,
     ) -> None:
+        """Runs the data through the model in float, then sets every range; an error leaves all ranges as they were."""
         quantizers = self._activations()
         for quantizer in quantizers.values():
-            quantizer.active = False
-            quantizer.samples = [] if quantizer.wants_samples else None
+            quantizer.start_calibration()
         try:
             with evaluating(model):
                 if forward_loop is not None:
                     forward_loop(model)
-                for batch in progress(batches or (), "calibrating"):
-                    run(model, batch, "SimQAT.calibrate")
+                for batch in progress(() if batches is None else batches, "calibrating"):
+                    run(model, batch, who)
+            ranges = {name: calibrated_range(q, name, self.process_group) for name, q in quantizers.items()}
         finally:
-            for name, quantizer in quantizers.items():
-                finish_calibration(quantizer, name, provisional, self.process_group)
+            for quantizer in quantizers.values():
+                quantizer.stop_calibration()
+        if quantizers and all(extremes is None for extremes in ranges.values()):
+            raise ValueError(f"{who}: at least one batch must run through the prepared model, got none")
+        for name, extremes in ranges.items():
+            if extremes is not None:
+                quantizers[name].take_range(extremes, provisional)
 
     def _switch(self) -> None:
         """Opens the delay gates and freezes the batch norms at their step; tensors, so nothing recompiles."""
@@ -319,13 +353,6 @@ class SimQAT(Algorithm):
             for frozen in self._freezable:
                 frozen.fill_(True)
 
-    def _finite(self) -> None:
-        for name, quantizer in self._quantizers.items():
-            if not bool(quantizer.scale.isfinite().all() and (quantizer.scale > 0).all()):
-                raise ValueError(
-                    f"SimQAT.convert: the scale of {name} must be finite and > 0; the training saw NaN or Inf there"
-                )
-
     def _refuse_twice(self, model: nn.Module) -> None:
         if any(entry["algorithm"] == self.name for entry in history(model)):
             stage = history(model)[-1]["stage"]
@@ -335,7 +362,7 @@ class SimQAT(Algorithm):
 
     def _require_bound(self, method: str) -> None:
         if not self._quantizers:
-            raise RuntimeError(f"SimQAT.{method}: call apply(model, example_inputs) first")
+            raise RuntimeError(f"SimQAT.{method}: must come between apply and convert; call apply(model, inputs) first")
 
 
 def config_to(config: SimQATConfig) -> dict[str, Any]:

@@ -191,6 +191,23 @@ class ActivationQuantizer(Quantizer):
     def _note(self, x_min: Tensor, x_max: Tensor) -> None:
         self.pending.copy_(torch.maximum(self.pending, torch.cat([-x_min, x_max])))
 
+    def start_calibration(self) -> None:
+        self.active = False
+        self.samples = [] if self.wants_samples else None
+
+    def stop_calibration(self) -> None:
+        """Quantizes again, and forgets what was collected."""
+        self.active = True
+        self.samples = None
+        self.pending.fill_(-math.inf)
+
+    @torch.no_grad()
+    def take_range(self, extremes: Tensor, provisional: bool) -> None:
+        """Starts from a range, (-min, max) `[2]`; a provisional one is replaced by the first training batch."""
+        self.range.copy_(extremes)
+        self.set_range(-extremes[:1], extremes[1:])
+        self.steps.fill_(0 if provisional else 1)
+
     @torch.no_grad()
     def _collect(self, x: Tensor) -> None:
         self._note(*minmax(x.detach(), granularity=PerTensor()))
@@ -244,33 +261,27 @@ def _merge(quantizers: list[ActivationQuantizer], pending: Tensor) -> None:
 
 
 @torch.no_grad()
-def finish_calibration(
-    quantizer: ActivationQuantizer, name: str, provisional: bool = False, group: dist.ProcessGroup | None = None
-) -> None:
-    """Sets the range from what calibration collected, as the scheme's observer says, and starts quantizing.
+def calibrated_range(
+    quantizer: ActivationQuantizer, name: str, group: dist.ProcessGroup | None = None
+) -> Tensor | None:
+    """(-min, max) `[2]` of what calibration collected, as the scheme's observer says; None if it saw nothing.
 
-    A provisional range (from the example inputs of `apply`) is replaced by the first training batch.
     Under torch.distributed the extremes, and percentile and mse ranges, are the widest of all ranks.
 
     Raises:
         ValueError: if the values seen were not finite.
     """
-    quantizer.active = True
-    samples, quantizer.samples = quantizer.samples, None
     pending = quantizer.pending.clone()
-    quantizer.pending.fill_(-math.inf)
-    if samples and bool(pending.isfinite().all()):
-        x_min, x_max = search_range(torch.cat(samples)[None], quantizer.scheme)
+    if quantizer.samples and bool(pending.isfinite().all()):
+        x_min, x_max = search_range(torch.cat(quantizer.samples)[None], quantizer.scheme)
         pending = torch.cat([-x_min, x_max])
     widest_of_ranks(pending, group)
     if bool((pending == -math.inf).all()):
-        return  # this layer was not reached; it keeps what it had
+        return None
     if not bool(pending.isfinite().all()):
         low, high = -pending[0].item(), pending[1].item()
         raise ValueError(f"calibrate: what {name} sees must be finite, got a range of [{low}, {high}]")
-    quantizer.range.copy_(pending)
-    quantizer.set_range(-pending[:1], pending[1:])
-    quantizer.steps.fill_(0 if provisional else 1)
+    return pending
 
 
 def widest_of_ranks(extremes: Tensor, group: dist.ProcessGroup | None) -> None:

@@ -47,13 +47,18 @@ class Scheme:
 
         Raises:
             ValueError: if the text does not follow the grammar or asks for what the role cannot have.
+            TypeError: if it is neither text nor a scheme.
         """
         if isinstance(text, Scheme):
             return text
+        if not isinstance(text, str):
+            raise TypeError(f"Scheme: {role} must be text such as 'int8@tensor', got {text!r}")
         head, at, tail = text.partition("@")
         match = re.fullmatch(r"(u?)int(\d+)", head)
         if not match or not at:
             raise ValueError(f"Scheme: {role} must look like {GRAMMAR}, got {text!r}")
+        if not 1 <= int(match[2]) <= 8:
+            raise ValueError(f"Scheme: {role} must have 1 to 8 bits, got {text!r}")
         words = tail.split(":")
         granularity = _granularity(words, text, role)
         scheme = Scheme(

@@ -136,7 +136,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "text as steps": (put(*FIRST, "steps", "9"), "the steps of every history entry"),
     "no config": (lambda index: index["history"][0].pop("config"), "the config of every history entry"),
     "unknown option": (put(*FIRST, "config", "momentum", 1), "must make the network .* got TypeError.*momentum"),
-    "bits out of range": (put(*FIRST, "config", "weight", "int9@channel"), "bits must be in 1..8, got 9"),
+    "bits out of range": (put(*FIRST, "config", "weight", "int9@channel"), "must have 1 to 8 bits, got .int9"),
     "no plan": (put(*FIRST, "plan", None), "the plan of every history entry"),
     "row of another kind": (put(*FIRST, "plan", [{"site": "fc"}]), "the plan of every history entry"),
     "site of another kind": (put(*FIRST, "plan", 0, "site", 3), "the plan of every history entry"),
