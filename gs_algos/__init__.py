@@ -3,6 +3,19 @@
 from gs_algos.core.algorithm import Algorithm
 from gs_algos.core.checkpoint import load, save
 from gs_algos.core.plan import Plan
+from gs_algos.ptq.weights import quantize_weights
 from gs_algos.qat.simqat import SimQAT, SimQATConfig
+from gs_algos.quant.packed_embedding import PackedEmbedding
+from gs_algos.quant.packed_linear import PackedLinear
 
-__all__ = ["Algorithm", "Plan", "SimQAT", "SimQATConfig", "load", "save"]
+__all__ = [
+    "Algorithm",
+    "PackedEmbedding",
+    "PackedLinear",
+    "Plan",
+    "SimQAT",
+    "SimQATConfig",
+    "load",
+    "quantize_weights",
+    "save",
+]

@@ -6,7 +6,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,15 @@ class AlgorithmConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class Restores(Protocol):
+    """What `load` needs of an entry of a model's history."""
+
+    @classmethod
+    def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
+        """Gives a freshly built float model the structure that a history entry describes; `load` then fills it."""
+        ...
 
 
 class Algorithm(ABC):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from gs_algos.core.algorithm import STAGES, history, remember
 from gs_algos.core.plan import PlanRow
-from gs_algos.core.registry import algorithm_class
+from gs_algos.core.registry import restorer
 
 FORMAT = "golden-stick"
 VERSION = 1
@@ -118,7 +118,7 @@ def read_index(directory: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError(f"load: {path} must have {what}; the checkpoint is damaged")
     for entry in index["history"]:
         try:
-            algorithm_class(entry["algorithm"])
+            restorer(entry["algorithm"])
         except ValueError as error:
             raise ValueError(f"load: {path} names an unknown {error}; update golden-stick") from error
     return index
@@ -210,7 +210,7 @@ def _read_tensors(folder: Path, index: dict[str, Any]) -> dict[str, Tensor]:
 
 def _restored(model: nn.Module, entry: dict[str, Any], folder: Path) -> nn.Module:
     try:
-        return algorithm_class(entry["algorithm"]).restore(model, entry)
+        return restorer(entry["algorithm"]).restore(model, entry)
     except MISFITS as error:
         raise ValueError(
             f"load: build_model must make the network that {folder} was saved from, got {type(error).__name__}: {error}"

@@ -1,0 +1,188 @@
+"""What layers with a packed weight share: its tensors as buffers, canonical in every state_dict, planar on a GPU.
+
+The tensors keep their dtypes whatever the layer is cast to: `.to(dtype)` changes what the layer computes in, never what
+it stores. A layer that is tied to another (a language model's head to its embedding) has no tensors of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from gs_kernels import PackedWeight, dequantize_packed, pack_codes, repack, unpack_codes
+from gs_kernels.pack.layouts import CANONICAL, PLANAR, codes_shape
+
+PARTS = ("codes", "scale", "zero", "levels")
+KERNEL_DEVICES = ("cuda",)  # where the planar layout is read
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """Everything about a packed weight but its values, as plain JSON values.
+
+    Args:
+        zero: the zero point of all groups, or None if each has its own.
+        scale_dtype: of the scales and zero points, e.g. "float16".
+        levels: whether there is a table of levels.
+    """
+
+    bits: int
+    shape: tuple[int, int]
+    group_size: int
+    zero: float | None
+    scale_dtype: str
+    levels: bool = False
+
+    @staticmethod
+    def of(weight: PackedWeight) -> PackedFormat:
+        return PackedFormat(
+            bits=weight.bits,
+            shape=weight.shape,
+            group_size=weight.group_size,
+            zero=None if isinstance(weight.zero, Tensor) else float(weight.zero),
+            scale_dtype=str(weight.scale.dtype).removeprefix("torch."),
+            levels=weight.levels is not None,
+        )
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> PackedFormat:
+        return PackedFormat(**{**data, "shape": tuple(data["shape"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "shape": list(self.shape)}
+
+    def empty(self, device: torch.device | str) -> PackedWeight:
+        """A canonical weight of this format, its tensors not yet filled."""
+        n, k = self.shape
+        grouped = (n, k // self.group_size)
+        dtype = getattr(torch, self.scale_dtype)
+        return PackedWeight(
+            codes=torch.empty(codes_shape(CANONICAL, n, k, self.bits), dtype=torch.uint8, device=device),
+            scale=torch.empty(grouped, dtype=dtype, device=device),
+            zero=torch.empty(grouped, dtype=dtype, device=device) if self.zero is None else self.zero,
+            levels=torch.empty(2**self.bits, device=device) if self.levels else None,
+            bits=self.bits,
+            shape=self.shape,
+            group_size=self.group_size,
+        )
+
+
+class Packed(nn.Module):
+    """A frozen packed weight `[N, K]` as a module.
+
+    Args:
+        weight: the tensors to hold, in either layout; or another packed layer, whose weight this one then uses too.
+        dtype: that the float layer had: of `.weight`, and of what an embedding returns.
+    """
+
+    codes: Tensor | None
+    scale: Tensor | None
+    zero: Tensor | None
+    levels: Tensor | None
+
+    def __init__(self, weight: PackedWeight | Packed, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        # in a tuple: a module attribute would register the other layer a second time
+        self._lender = (weight,) if isinstance(weight, Packed) else ()
+        held = weight.packed if isinstance(weight, Packed) else weight
+        self.bits, self.shape, self.group_size = held.bits, held.shape, held.group_size
+        self._zero = None if isinstance(held.zero, Tensor) else float(held.zero)
+        for part in PARTS:
+            value = getattr(held, part)
+            own = isinstance(value, Tensor) and not self._lender
+            self.register_buffer(part, value if own else None)
+        self.arrange()
+
+    @property
+    def tied(self) -> bool:
+        """Whether the weight belongs to another layer."""
+        return bool(self._lender)
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight as the ops take it, in the layout that the device reads. Shares memory with the layer."""
+        if self._lender:
+            return self._lender[0].packed
+        codes, scale = self.codes, self.scale
+        assert codes is not None and scale is not None
+        zero = self.zero if self._zero is None else self._zero
+        assert zero is not None
+        return PackedWeight(codes, scale, zero, self.levels, self.bits, self.shape, self.group_size, layout_of(codes))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight `[N, K]`. Made anew at each access: as large as the float weight, no parameter.
+
+        For looking at values; nothing that is written into it is kept. Multiply with the layer itself instead.
+        """
+        return dequantize_packed(self.packed, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight; 0 for a layer that is tied to another."""
+        return 0 if self._lender else self.packed.nbytes
+
+    def arrange(self) -> None:
+        """Gives the codes the layout that their device reads best. Needed after tensors were assigned by hand."""
+        codes = self.codes
+        if codes is None or codes.is_meta:
+            return
+        wanted = PLANAR if codes.device.type in KERNEL_DEVICES else CANONICAL
+        if layout_of(codes) != wanted:
+            self.codes = repack(self.packed, wanted).codes
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        aside = {part: self._buffers[part] for part in PARTS}
+        self._buffers.update(dict.fromkeys(PARTS))
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            device = None if aside["codes"] is None else aside["codes"].device
+            self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
+            for part, tensor in aside.items():
+                aside[part] = None if tensor is None else _moved(tensor, fn)
+        finally:
+            self._buffers.update(aside)
+        self.arrange()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.codes is not None:
+            destination[prefix + "codes"] = repack(self.packed, CANONICAL).codes
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        given = {part: state_dict.get(prefix + part) for part in PARTS}
+        for part in ("scale", "zero", "levels"):
+            own, new = self._buffers[part], given[part]
+            if own is not None and isinstance(new, Tensor) and new.dtype != own.dtype and new.is_floating_point():
+                self._buffers[part] = torch.empty_like(own, dtype=new.dtype)  # a cast would change the values
+        new = given["codes"]
+        planar = self.codes is not None and layout_of(self.codes) == PLANAR
+        canonical = (torch.uint8, codes_shape(CANONICAL, *self.shape, self.bits))
+        if planar and isinstance(new, Tensor) and (new.dtype, tuple(new.shape)) == canonical:
+            codes = unpack_codes(new, self.bits, self.shape)
+            state_dict = {**state_dict, prefix + "codes": pack_codes(codes, self.bits, PLANAR)}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        self.arrange()
+
+    def extra_repr(self) -> str:
+        zero = "zero per group" if self._zero is None else f"zero={self._zero:g}"
+        return f"bits={self.bits}, group_size={self.group_size}, {zero}{', tied' if self.tied else ''}"
+
+
+def layout_of(codes: Tensor) -> str:
+    """The layout of packed codes, which their dtype says."""
+    return PLANAR if codes.dtype == torch.int16 else CANONICAL
+
+
+def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    moved = fn(tensor)
+    return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)

@@ -1,0 +1,117 @@
+"""Round to nearest: a float weight to packed codes, from its values alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gs_algos.quant.ranges import search_range
+from gs_algos.quant.scheme import Scheme, n_scales
+from gs_kernels import PackedWeight, PerChannel, PerGroup, PerTensor, choose_qparams, pack_weight, quantize
+from gs_kernels.pack.layouts import BITS
+
+CHUNK = 2**24  # weights that are rounded at a time: bounds what a large layer needs beside itself
+SMALLEST_LOSS = 2.0**-8  # largest relative change of a scale that storing it in 16 bits may bring
+
+
+def packable(weight: str | Scheme) -> Scheme:
+    """The scheme, parsed, if weights can be packed with it.
+
+    Raises:
+        ValueError: if its bits are not 1, 2, 4 or 8, or it is learned.
+    """
+    scheme = Scheme.parse(weight, "weight")
+    if scheme.bits not in BITS:
+        wider = min(bits for bits in BITS if bits > scheme.bits)
+        raise ValueError(
+            f"quantize_weights: bits must be one of {', '.join(map(str, BITS))}, got {scheme}; {scheme.bits}-bit codes "
+            f"would take the bytes of {wider}-bit ones: use int{wider}"
+        )
+    if scheme.learned:
+        raise ValueError(f"quantize_weights: lsq needs training, got {scheme}; use minmax or mse, or SimQAT")
+    return scheme
+
+
+def group_size(scheme: Scheme, k: int) -> int:
+    """Elements of a row of K that share a scale."""
+    return scheme.granularity.size if isinstance(scheme.granularity, PerGroup) else k
+
+
+@torch.no_grad()
+def round_to_nearest(weight: Tensor, scheme: str | Scheme) -> PackedWeight:
+    """The nearest packed weight to `weight [N, K]` fp32 / fp16 / bf16, on its device, canonical.
+
+    Scales are stored in 16 bits (the weight's own type if it has 16, else fp16), or in fp32 if that would change one by
+    more than 2**-8; codes are rounded against the scales as stored, so storing them adds no error of its own.
+
+    1 bit: no range gives a good grid of two values, so the values are those of least squares, whatever the observer:
+    ±mean(|w|) of each group, or, with `asym`, the means of the weights below and not below the group's mean.
+
+    Raises:
+        ValueError: as `packable`; if the group does not divide K, or a weight is NaN or Inf.
+    """
+    scheme = packable(scheme)
+    n, k = weight.shape
+    n_scales(scheme.granularity, (n, k))
+    size = group_size(scheme, k)
+    chunks = list(_chunks(weight.detach(), scheme, size))
+    grids = [_grid(rows.float(), scheme) for rows in chunks]
+    dtype = _stored_dtype(weight.dtype, grids)
+    packed, scales, zeros = [], [], []
+    for rows, (scale, zero) in zip(chunks, grids, strict=True):
+        scale = scale.to(dtype)
+        codes = _codes(rows.float(), scale.float(), zero, scheme)
+        part = pack_weight(codes.view(-1, k), scale, zero.to(dtype), bits=scheme.bits, group_size=size)
+        packed.append(part.codes)
+        scales.append(part.scale)
+        zeros.append(part.zero if isinstance(part.zero, Tensor) else torch.full_like(part.scale, part.zero))
+    scale, zero = torch.cat(scales), torch.cat(zeros)
+    # a symmetric grid has one zero point for all, an asymmetric one a tensor of them, even if they happen to be equal
+    constant = float(zero[0, 0]) if scheme.symmetric else zero
+    return PackedWeight(torch.cat(packed), scale, constant, None, scheme.bits, (n, k), size)
+
+
+def _chunks(weight: Tensor, scheme: Scheme, size: int) -> Iterator[Tensor]:
+    """The weight in pieces of whole rows, each `[groups, size]`; one piece if one scale is for all."""
+    n, k = weight.shape
+    if isinstance(scheme.granularity, PerTensor):
+        yield weight.reshape(1, n * k)
+        return
+    for part in weight.split(max(1, CHUNK // k)):
+        yield part.reshape(-1, size)
+
+
+def _grid(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """(scale, zero) `[groups]` fp32 of `rows [groups, size]` fp32."""
+    if not bool(rows.isfinite().all()):
+        raise ValueError("quantize_weights: weights must be finite, got NaN or Inf")
+    if scheme.bits > 1:
+        low, high = search_range(rows, scheme)
+        return choose_qparams(low, high, qmin=scheme.qmin, qmax=scheme.qmax, symmetric=scheme.symmetric)
+    if scheme.symmetric:
+        scale = 2 * rows.abs().mean(1)
+        return scale, torch.full_like(scale, 0.5)
+    mean = rows.mean(1, keepdim=True)
+    upper = rows >= mean
+    count = upper.sum(1).clamp(min=1)
+    high = torch.where(upper, rows, 0).sum(1) / count
+    below = rows.shape[1] - count
+    low = torch.where(below > 0, torch.where(upper, 0, rows).sum(1) / below.clamp(min=1), high)
+    scale = torch.where(high > low, high - low, 1.0)
+    return scale, -low / scale
+
+
+def _codes(rows: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
+    """`[groups, size]` int8, or uint8 for an unsigned grid and for 1 bit."""
+    if scheme.bits > 1:
+        return quantize(rows, scale, zero, qmin=scheme.qmin, qmax=scheme.qmax, granularity=PerChannel(0))
+    middle = (0.5 - zero) * scale
+    return (rows >= middle[:, None]).to(torch.uint8)
+
+
+def _stored_dtype(weight: torch.dtype, grids: list[tuple[Tensor, Tensor]]) -> torch.dtype:
+    dtype = weight if weight.itemsize == 2 else torch.float16
+    exact = (((t.to(dtype).float() - t).abs() <= SMALLEST_LOSS * t.abs()).all() for grid in grids for t in grid)
+    return dtype if all(bool(fits) for fits in exact) else torch.float32
