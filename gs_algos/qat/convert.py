@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
 
 from gs_algos.core.algorithm import Inputs, evaluating, run
 from gs_algos.core.modules import get_module, set_module
 from gs_algos.core.plan import PlanRow, render
 from gs_algos.fx.fold import after_norm
 from gs_algos.fx.rewrite import release
+from gs_algos.fx.tracers import tensors_of
 from gs_algos.qat.prepare import JOINS
 from gs_algos.quant.layers import FakeQuantized, Folded, affine, running_mean, running_sigma
 from gs_algos.quant.quantized import QuantizedConv, QuantizedLayer, QuantizedLinear, StaticQuantizer, geometry_of
@@ -28,6 +28,9 @@ from gs_kernels import quantize
 LAYER_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # whole networks: a value on the edge of two codes may fall on either side, and the next layers see a step of difference
 OUTPUT_TOLERANCE = {torch.float32: 5e-2, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+
+Make: TypeAlias = Callable[[nn.Module, PlanRow], nn.Module]  # (model, row of the plan) -> the converted layer
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,13 @@ class _Call:
     y: Tensor
 
 
-def convert_model(model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inputs) -> Parity:
+def convert_model(
+    model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inputs, make: Make | None = None
+) -> Parity:
     """Replaces every planned layer in the live model; the model is as it was if a comparison fails.
+
+    Args:
+        make: gives the converted form of one layer, its batch norm folded in; default: `quantized_layer`.
 
     Raises:
         RuntimeError: if a layer was not called on the example inputs, is sharded, or differs once converted.
@@ -58,7 +66,7 @@ def convert_model(model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inp
     with evaluating(model):
         calls, want = _record(model, layer_rows, example_inputs)
         layers = [get_module(model, row.site) for row in layer_rows]
-        replacements = {row.site: quantized_layer(model, row) for row in layer_rows}
+        replacements = {row.site: (make or quantized_layer)(model, row) for row in layer_rows}
         norms = {row.site: _behind(model, row) for row in layer_rows}
         errors = {row.site: _layer_error(row, replacements[row.site], norms[row.site], calls) for row in layer_rows}
         with _swapped_in(model, rows, replacements, norms):
@@ -84,7 +92,7 @@ def quantized_layer(model: nn.Module, row: PlanRow) -> QuantizedLayer:
     bias = layer.bias
     bn = _batch_norm(model, row)
     if bn is not None:
-        slope, bias = _epilogue(layer, bn)
+        slope, bias = epilogue(layer, bn)
         scale, zero = _times_slope(scale, zero, slope)
     output = _output_quantizer(model, row)
     new = empty_layer(layer, row, bias is not None, scale.numel(), output)
@@ -118,24 +126,28 @@ def empty_layer(layer: nn.Module, row: PlanRow, bias: bool, scales: int, output:
     return new.to(weight.device)
 
 
-def install_converted(model: nn.Module, rows: Sequence[PlanRow]) -> None:
-    """Gives a freshly prepared model the structure of a converted one; the tensors are loaded afterwards."""
-    layers, replacements, norms = [], {}, {}
-    for row in rows:
-        if row.action == "keep" or row.kind in JOINS:
-            continue
-        layer, bn = _trained(model, row.site), _batch_norm(model, row)
-        slope = None if bn is None else torch.ones(layer.weight.shape[0])
-        scale = layer.weight_quantizer.scale.detach().cpu()
-        n = scale.numel() if slope is None else _times_slope(scale, scale, slope)[0].numel()
-        bias = layer.bias is not None or bn is not None
-        replacements[row.site] = empty_layer(layer, row, bias, n, _output_quantizer(model, row))
-        norms[row.site] = _behind(model, row)
-        layers.append(layer)
+def install_converted(model: nn.Module, rows: Sequence[PlanRow], make: Make | None = None) -> None:
+    """Gives a freshly prepared model the structure of a converted one; the tensors are loaded afterwards.
+
+    make: gives a converted layer whose tensors are still to be filled; default: `unfilled_layer`.
+    """
+    layer_rows = [row for row in rows if row.action != "keep" and row.kind not in JOINS]
+    layers = [get_module(model, row.site) for row in layer_rows]
+    replacements = {row.site: (make or unfilled_layer)(model, row) for row in layer_rows}
+    norms = {row.site: _behind(model, row) for row in layer_rows}
     with _swapped_in(model, rows, replacements, norms):
         pass
     for layer in layers:
         release(model, layer)
+
+
+def unfilled_layer(model: nn.Module, row: PlanRow) -> QuantizedLayer:
+    """`empty_layer` for a layer of a freshly prepared model."""
+    layer, bn = _trained(model, row.site), _batch_norm(model, row)
+    slope = None if bn is None else torch.ones(layer.weight.shape[0])
+    scale = layer.weight_quantizer.scale.detach().cpu()
+    n = scale.numel() if slope is None else _times_slope(scale, scale, slope)[0].numel()
+    return empty_layer(layer, row, layer.bias is not None or bn is not None, n, _output_quantizer(model, row))
 
 
 def summary_of(model: nn.Module) -> str:
@@ -194,7 +206,7 @@ def _behind(model: nn.Module, row: PlanRow) -> nn.Module:
     return module.eval()
 
 
-def _epilogue(layer: FakeQuantized, bn: _BatchNorm) -> tuple[Tensor, Tensor]:
+def epilogue(layer: Any, bn: _BatchNorm) -> tuple[Tensor, Tensor]:
     """(slope, bias) `[O]` fp32 with `BN(conv(x, W) + b) = slope * conv(x, W_quantized) + bias` in eval mode."""
     gamma, beta = affine(bn)
     sigma = running_sigma(bn)
@@ -212,7 +224,7 @@ def _times_slope(scale: Tensor, zero: Tensor, slope: Tensor) -> tuple[Tensor, Te
 
 @contextlib.contextmanager
 def _swapped_in(
-    model: nn.Module, rows: Sequence[PlanRow], replacements: dict[str, QuantizedLayer], norms: dict[str, nn.Module]
+    model: nn.Module, rows: Sequence[PlanRow], replacements: dict[str, nn.Module], norms: dict[str, nn.Module]
 ) -> Iterator[None]:
     """Puts the converted layers, and what stays of their batch norms, in place; an error puts the trained ones back."""
     new: dict[str, nn.Module] = dict(replacements)
@@ -276,11 +288,11 @@ def _record(model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inputs) -
     return calls, want
 
 
-def _layer_error(row: PlanRow, new: QuantizedLayer, behind: nn.Module, calls: dict[str, _Call]) -> float:
+def _layer_error(row: PlanRow, new: nn.Module, behind: nn.Module, calls: dict[str, _Call]) -> float:
     call = calls[row.site]
     error = relative_error(behind(new(call.x)), call.y)
     # behind an output quantizer an edge value may fall on either side, as at the end of a network
-    exact = new.output_quantizer is None and not hasattr(behind, "output_quantizer")
+    exact = getattr(new, "output_quantizer", None) is None and not hasattr(behind, "output_quantizer")
     tolerance = LAYER_TOLERANCE if exact else OUTPUT_TOLERANCE
     _refuse_difference(row.site, error, tolerance, call.y.dtype)
     return error
@@ -295,4 +307,4 @@ def _refuse_difference(what: str, error: float, tolerance: dict[torch.dtype, flo
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t for t in tensors_of(output) if t.is_floating_point()]

@@ -57,16 +57,16 @@ def make_plan(algorithm: str, model: nn.Module, example_inputs: Inputs, options:
     matches, refusals = match(graph, model)
     sites = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
     settings = resolve(options.rules, sites, {"weight": options.weight, "act": options.act}, algorithm)
-    rows = {row.site: row for row in _refused(refusals, sites)}
+    rows = {row.site: row for row in refused_rows(refusals, sites)}
     for found in matches:
         site = found.roles.get("conv") or found.roles.get("linear")
         if site is not None and site in sites and site not in rows:
             rows[site] = _layer_row(site, sites[site], found, settings[site], model, options)
     for name, layer in sites.items():
         if name not in rows:
-            rows[name] = _keep(name, layer, "not called on the example inputs")
+            rows[name] = keep_row(name, layer, "not called on the example inputs")
     joins = [_join_row(pattern, operands, options) for pattern, operands in _join_groups(matches)]
-    ordered = [rows[name] for name in sites] + [row for row in _refused(refusals, {}) if row.site not in sites]
+    ordered = [rows[name] for name in sites] + [row for row in refused_rows(refusals, {}) if row.site not in sites]
     return Plan(algorithm, graph.rung, tuple(ordered + joins), notes)
 
 
@@ -100,32 +100,34 @@ def refuse_nonfinite(who: str, modules: Iterable[tuple[str, nn.Module]]) -> None
                 raise ValueError(f"{who}: {name}.{key} must be finite, got NaN or Inf")
 
 
-def _keep(site: str, layer: nn.Module | None, reason: str) -> PlanRow:
-    return PlanRow(site, _kind(layer), "keep", reason=reason)
+def keep_row(site: str, layer: nn.Module | None, reason: str) -> PlanRow:
+    """The row of a layer that stays float."""
+    return PlanRow(site, kind_of(layer), "keep", reason=reason)
 
 
-def _kind(layer: nn.Module | None) -> str:
+def kind_of(layer: nn.Module | None) -> str:
+    """The class of a layer as the plan shows it; that of the function for one which stands for a functional call."""
     name = type(layer).__name__ if layer is not None else "function"
     return f"F.{name.removeprefix('Borrowed').lower()}" if isinstance(layer, Borrowed) else name
 
 
-def _refused(refusals: list[Refusal], sites: Mapping[str, nn.Module]) -> list[PlanRow]:
+def refused_rows(refusals: list[Refusal], sites: Mapping[str, nn.Module]) -> list[PlanRow]:
     """One row per refused layer (or, with no sites given, per refused function and join), reasons joined."""
     reasons: dict[str, list[str]] = {}
     for refusal in refusals:
         if not sites or refusal.site in sites:
             reasons.setdefault(refusal.site, []).append(refusal.reason)
-    return [_keep(site, sites.get(site), "; ".join(dict.fromkeys(why))) for site, why in reasons.items()]
+    return [keep_row(site, sites.get(site), "; ".join(dict.fromkeys(why))) for site, why in reasons.items()]
 
 
 def _layer_row(
     site: str, layer: nn.Module, found: Match, settings: dict[str, Any] | None, model: nn.Module, options: QuantOptions
 ) -> PlanRow:
     if settings is None or settings["weight"] is None:
-        return _keep(site, layer, "left float by a rule")
+        return keep_row(site, layer, "left float by a rule")
     base = next((kind for kind in LAYERS if isinstance(layer, kind)), nn.Module)
     if type(layer).forward is not base.forward:
-        return _keep(site, layer, f"{type(layer).__name__} has a forward of its own")
+        return keep_row(site, layer, f"{type(layer).__name__} has a forward of its own")
     weight = Scheme.parse(settings["weight"], "weight")
     act = None if settings["act"] is None else Scheme.parse(settings["act"], "act")
     try:
@@ -138,15 +140,15 @@ def _layer_row(
     if bn and isinstance(layer, nn.Linear) and fold != "none":
         fold = "none"
     if bn and isinstance(get_module(model, bn), nn.SyncBatchNorm) and (fold == "two_conv" or options.freezable):
-        return _keep(
+        return keep_row(
             site, layer, "two_conv and freeze_bn need the batch statistics, which SyncBatchNorm keeps to itself"
         )
-    pattern = " + ".join(_role(role, name, model) for role, name in found.roles.items())
+    pattern = " + ".join(role_text(role, name, model) for role, name in found.roles.items())
     tail = list(found.tail) if bn else []
     detail = f"weight {weight}" + ("" if act is None else f", act {act}") + (f", fold {fold}" if fold else "")
     return PlanRow(
         site,
-        _kind(layer),
+        kind_of(layer),
         f"quantize {pattern}",
         detail,
         "",
@@ -154,8 +156,9 @@ def _layer_row(
     )
 
 
-def _role(role: str, name: str, model: nn.Module) -> str:
-    return name[2:] if name.startswith("F.") else _kind(get_module(model, name))
+def role_text(role: str, name: str, model: nn.Module) -> str:
+    """A member of a pattern as the plan shows it."""
+    return name[2:] if name.startswith("F.") else kind_of(get_module(model, name))
 
 
 def _join_groups(matches: list[Match]) -> list[tuple[str, tuple[str | None, ...]]]:

@@ -24,18 +24,16 @@ from gs_algos.core.algorithm import (
     Algorithm,
     AlgorithmConfig,
     Inputs,
-    evaluating,
     history,
     remember,
-    run,
     split_inputs,
 )
 from gs_algos.core.modules import all_or_nothing, get_module
 from gs_algos.core.plan import Plan, PlanRow
-from gs_algos.core.progress import progress
 from gs_algos.core.rules import Rule, did_you_mean
 from gs_algos.fx.rewrite import modularize, modularize_again, modularized
 from gs_algos.qat.convert import Parity, convert_model, install_converted, summary_of
+from gs_algos.qat.observe import observe
 from gs_algos.qat.prepare import JOINS, QuantOptions, install, make_plan, refuse_nonfinite
 from gs_algos.quant.layers import FakeQuantized, Folded
 from gs_algos.quant.quantizers import (
@@ -43,7 +41,6 @@ from gs_algos.quant.quantizers import (
     ActivationQuantizer,
     Quantizer,
     WeightQuantizer,
-    calibrated_range,
     merge_pending,
 )
 from gs_algos.quant.scheme import Scheme
@@ -187,7 +184,9 @@ class SimQAT(Algorithm):
         self.steps = 0
         self._bind(model)
         self._example = example_inputs
-        self._observe("SimQAT.apply", model, [example_inputs], provisional=True)
+        observe(
+            "SimQAT.apply", model, self._activations(), [example_inputs], provisional=True, group=self.process_group
+        )
         remember(model, self._entry("prepared", plan.rows, new))
         return model
 
@@ -208,7 +207,7 @@ class SimQAT(Algorithm):
         if (batches is None) == (forward_loop is None):
             raise ValueError("SimQAT.calibrate: give either batches or forward_loop")
         refuse_nonfinite("SimQAT.calibrate", self._layers.items())
-        self._observe("SimQAT.calibrate", model, batches, forward_loop)
+        observe("SimQAT.calibrate", model, self._activations(), batches, forward_loop, group=self.process_group)
         for name, layer in self._layers.items():
             layer.weight_quantizer.initialise(layer.folded_weight().detach())
             logger.debug("calibrated %s", name)
@@ -314,34 +313,6 @@ class SimQAT(Algorithm):
 
     def _activations(self) -> dict[str, ActivationQuantizer]:
         return {n: q for n, q in self._quantizers.items() if isinstance(q, ActivationQuantizer)}
-
-    def _observe(
-        self,
-        who: str,
-        model: nn.Module,
-        batches: Iterable[Inputs] | None,
-        forward_loop: Callable[[nn.Module], None] | None = None,
-        provisional: bool = False,
-    ) -> None:
-        """Runs the data through the model in float, then sets every range; an error leaves all ranges as they were."""
-        quantizers = self._activations()
-        for quantizer in quantizers.values():
-            quantizer.start_calibration()
-        try:
-            with evaluating(model):
-                if forward_loop is not None:
-                    forward_loop(model)
-                for batch in progress(() if batches is None else batches, "calibrating"):
-                    run(model, batch, who)
-            ranges = {name: calibrated_range(q, name, self.process_group) for name, q in quantizers.items()}
-        finally:
-            for quantizer in quantizers.values():
-                quantizer.stop_calibration()
-        if quantizers and all(extremes is None for extremes in ranges.values()):
-            raise ValueError(f"{who}: at least one batch must run through the prepared model, got none")
-        for name, extremes in ranges.items():
-            if extremes is not None:
-                quantizers[name].take_range(extremes, provisional)
 
     def _switch(self) -> None:
         """Opens the delay gates and freezes the batch norms at their step; tensors, so nothing recompiles."""

@@ -1,0 +1,50 @@
+"""Runs data through a prepared model to set the ranges of its activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch.distributed as dist
+from torch import nn
+
+from gs_algos.core.algorithm import Inputs, evaluating, run
+from gs_algos.core.progress import progress
+from gs_algos.quant.quantizers import ActivationQuantizer, calibrated_range
+
+
+def observe(
+    who: str,
+    model: nn.Module,
+    quantizers: Mapping[str, ActivationQuantizer],
+    batches: Iterable[Inputs] | None,
+    forward_loop: Callable[[nn.Module], None] | None = None,
+    *,
+    provisional: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Runs the data through the model with activations in float, then sets every range.
+
+    Args:
+        batches, forward_loop: the data; an error leaves all ranges as they were.
+        provisional: the first training batch replaces the ranges.
+
+    Raises:
+        ValueError: if the inputs do not run through the model, no batch did, or a quantizer saw NaN or Inf.
+    """
+    for quantizer in quantizers.values():
+        quantizer.start_calibration()
+    try:
+        with evaluating(model):
+            if forward_loop is not None:
+                forward_loop(model)
+            for batch in progress(() if batches is None else batches, "calibrating"):
+                run(model, batch, who)
+        ranges = {name: calibrated_range(q, name, group) for name, q in quantizers.items()}
+    finally:
+        for quantizer in quantizers.values():
+            quantizer.stop_calibration()
+    if quantizers and all(extremes is None for extremes in ranges.values()):
+        raise ValueError(f"{who}: at least one batch must run through the prepared model, got none")
+    for name, extremes in ranges.items():
+        if extremes is not None:
+            quantizers[name].take_range(extremes, provisional)
