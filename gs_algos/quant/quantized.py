@@ -122,6 +122,10 @@ class QuantizedLayer(nn.Module):
 class QuantizedLinear(QuantizedLayer):
     """`y = x @ weight^T + bias` on codes: int8 x int8 -> int32 on the CPU, dequantized elsewhere."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.out_features, self.in_features = self.codes.shape
+
     def integer_refusals(self, device: torch.device) -> list[str]:
         """Why the product cannot run on integers; empty if it can."""
         reasons = []
@@ -172,6 +176,12 @@ class QuantizedConv(QuantizedLayer):
     def __init__(self, geometry: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.geometry = geometry
+        # what a forward may read of a conv: padding as TensorFlow has it, lengths of a mask
+        self.out_channels, self.in_channels = self.codes.shape[0], self.codes.shape[1] * geometry["groups"]
+        self.kernel_size = tuple(self.codes.shape[2:])
+        for key in ("stride", "padding", "dilation"):
+            setattr(self, key, geometry[key] if isinstance(geometry[key], str) else tuple(geometry[key]))
+        self.groups = geometry["groups"]
         self._conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[self.codes.dim()]
 
     def path(self) -> str:

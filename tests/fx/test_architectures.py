@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
@@ -11,67 +10,8 @@ import torch
 from gs_algos.fx.capture import capture
 from gs_algos.fx.ops import SITES
 from gs_algos.fx.patterns import match
+from tests.fx.architectures import ARCHITECTURES, tiny
 
-TEXT = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
-BERT = {**TEXT, "max_position_embeddings": 32}
-LLAMA = {**BERT, "num_attention_heads": 4, "num_key_value_heads": 2}
-VIT = {**{k: v for k, v in TEXT.items() if k != "vocab_size"}, "image_size": 32, "patch_size": 8}
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SEQ2SEQ = {
-    **{f"{side}_layers": 1 for side in ("encoder", "decoder")},
-    **{f"{side}_attention_heads": 2 for side in ("encoder", "decoder")},
-    **{f"{side}_ffn_dim": 40 for side in ("encoder", "decoder")},
-    **{"vocab_size": 99, "d_model": 32, "decoder_start_token_id": 1},
-    **SPECIAL,
-}
-STAGES = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
-CLIP = {"text_config": {**BERT, **SPECIAL}, "vision_config": VIT, "projection_dim": 16}
-
-# class of the config, its arguments, the inputs by shape ("ids" is a batch of token ids)
-ARCHITECTURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "BertConfig": (BERT, {"input_ids": "ids"}),
-    "AlbertConfig": ({**BERT, "embedding_size": 16}, {"input_ids": "ids"}),
-    "GPT2Config": ({"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 2, **SPECIAL}, {"input_ids": "ids"}),
-    "OPTConfig": ({**BERT, "ffn_dim": 40, "word_embed_proj_dim": 32}, {"input_ids": "ids"}),
-    "LlamaConfig": (LLAMA, {"input_ids": "ids"}),
-    "Qwen2Config": (LLAMA, {"input_ids": "ids", "attention_mask": "ids"}),
-    "MixtralConfig": ({**LLAMA, "num_local_experts": 2}, {"input_ids": "ids"}),
-    "T5Config": (
-        {"vocab_size": 99, "d_model": 32, "d_ff": 40, "d_kv": 8, "num_layers": 1, "num_heads": 4},
-        {"input_ids": "ids", "decoder_input_ids": "ids"},
-    ),
-    "WhisperConfig": (
-        {**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16},
-        {"input_features": (2, 8, 32), "decoder_input_ids": "ids"},
-    ),
-    "Wav2Vec2Config": (
-        {
-            **TEXT,
-            "conv_dim": (8, 8),
-            "conv_stride": (2, 2),
-            "conv_kernel": (3, 3),
-            "num_feat_extract_layers": 2,
-            "num_conv_pos_embeddings": 8,
-            "num_conv_pos_embedding_groups": 2,
-        },
-        {"input_values": (2, 200)},
-    ),
-    "ViTConfig": (VIT, {"pixel_values": (2, 3, 32, 32)}),
-    "Dinov2Config": (VIT, {"pixel_values": (2, 3, 32, 32)}),
-    "CLIPConfig": (CLIP, {"input_ids": "ids", "pixel_values": (2, 3, 32, 32)}),
-    "SwinConfig": (
-        {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4},
-        {"pixel_values": (2, 3, 32, 32)},
-    ),
-    "SegformerConfig": ({**STAGES, "num_attention_heads": [1, 1, 2, 2]}, {"pixel_values": (2, 3, 64, 64)}),
-    "ResNetConfig": (
-        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
-        {"pixel_values": (2, 3, 32, 32)},
-    ),
-    "RegNetConfig": ({**STAGES, "embedding_size": 8, "groups_width": 8}, {"pixel_values": (2, 3, 32, 32)}),
-    "MobileNetV2Config": ({"depth_multiplier": 0.25}, {"pixel_values": (2, 3, 32, 32)}),
-    "ConvNextConfig": (STAGES, {"pixel_values": (2, 3, 32, 32)}),
-}
 FOLDED = {"ResNetConfig": 6, "RegNetConfig": 17, "MobileNetV2Config": 52}
 REFUSED = {
     "AlbertConfig": "called 2 times",
@@ -79,14 +19,6 @@ REFUSED = {
     "MixtralConfig": "functional linear",
     "Wav2Vec2Config": "re-parametrised",
 }
-
-
-def tiny(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    transformers = pytest.importorskip("transformers")
-    options, inputs = ARCHITECTURES[name]
-    ids = torch.arange(1, 17).view(2, 8)
-    tensors = {key: ids if shape == "ids" else torch.ones(shape) for key, shape in inputs.items()}
-    return transformers.AutoModel.from_config(getattr(transformers, name)(**options)), tensors
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
