@@ -249,6 +249,12 @@ def test_onnx_runtime_computes_with_what_we_export(bits, k, group_size, zero, bl
     assert back.group_size == (k if group_size == k else block_size)
 
 
+def test_padding_of_onnx_runtime_may_hold_anything():
+    tensors = {"B": torch.full((1, 1, 8), 0xFF, dtype=torch.uint8), "scales": torch.ones(1)}
+    weight = from_matmul_nbits(tensors, {"K": 3, "N": 1, "bits": 4, "block_size": 16})
+    assert weight.codes.tolist() == [[0xFF, 0x0F]] and tensors["B"].min() == 0xFF
+
+
 # what is refused
 
 

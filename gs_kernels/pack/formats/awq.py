@@ -19,9 +19,7 @@ from gs_kernels.pack.formats.words import (
     checked,
     integer_zero,
     one_or_all,
-    pack_words,
     take,
-    unpack_words,
     zero_tensor,
 )
 from gs_kernels.pack.layouts import CANONICAL, PackedWeight
@@ -29,11 +27,24 @@ from gs_kernels.pack.pack import pack_codes, repack, unpack_codes
 
 BITS = 4
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-def _reorder(codes: Tensor, order: tuple[int, ...]) -> Tensor:
-    return codes.unflatten(1, (-1, 8))[..., list(order)].flatten(1)
+def _unpack(words: Tensor) -> Tensor:
+    """int32 `[R, N / 8]` to uint8 `[N, R]`."""
+    rows = words.T.contiguous()
+    codes = torch.empty(rows.shape[0], 8, rows.shape[1], dtype=torch.uint8, device=words.device)
+    for i, n in enumerate(ORDER):
+        codes[:, n] = (rows >> (BITS * i)) & 15
+    return codes.flatten(0, 1)
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """uint8 `[N, R]` to int32 `[R, N / 8]`."""
+    fields = codes.unflatten(0, (-1, 8))
+    words = fields[:, ORDER[0]].int()
+    for i, n in enumerate(ORDER[1:], start=1):
+        words |= fields[:, n].int() << (BITS * i)
+    return words.T.contiguous()
 
 
 def from_awq(tensors: Mapping[str, Tensor], *, name: str = "weight") -> PackedWeight:
@@ -61,9 +72,10 @@ def from_awq(tensors: Mapping[str, Tensor], *, name: str = "weight") -> PackedWe
             )
     group_size = max(k // groups, 1)
     check_group(f"{who}: {name} of {groups} groups", k, group_size)
-    codes = _reorder(unpack_words(qweight, BITS, n), INVERSE).T
-    zero = one_or_all(_reorder(unpack_words(qzeros, BITS, n), INVERSE).T, scales.dtype)
-    weight = PackedWeight(pack_codes(codes, BITS), scales.T.contiguous(), zero, None, BITS, (n, k), group_size)
+    zero = one_or_all(_unpack(qzeros), scales.dtype)
+    weight = PackedWeight(
+        pack_codes(_unpack(qweight), BITS), scales.T.contiguous(), zero, None, BITS, (n, k), group_size
+    )
     return checked(who, weight, name)
 
 
@@ -85,7 +97,7 @@ def to_awq(weight: PackedWeight, *, name: str = "weight") -> dict[str, Tensor]:
         raise ValueError(f"{who}: N of {name} must be a multiple of 8, got N={n}; pad the output features")
     codes = unpack_codes(weight.codes, BITS, weight.shape)
     return {
-        "qweight": pack_words(_reorder(codes.T, ORDER), BITS),
-        "qzeros": pack_words(_reorder(zero_tensor(zero, weight.scale).T, ORDER), BITS),
+        "qweight": _pack(codes),
+        "qzeros": _pack(zero_tensor(zero, weight.scale)),
         "scales": weight.scale.T.contiguous(),
     }

@@ -72,10 +72,12 @@ def from_matmul_nbits(
         scales = scales[:, :1].contiguous()
         zero = zero[:, :1].contiguous() if isinstance(zero, Tensor) else zero
     group_size = group_that_divides(who, name, k, block, scales.shape[1])
-    codes = unpack_codes(tensors["B"].reshape(n, -1), bits, (n, blocks * block))[:, :k]
+    codes = tensors["B"].reshape(n, -1)[:, : -(-k * bits // 8)].clone(memory_format=torch.contiguous_format)
+    if k * bits % 8:
+        codes[:, -1] &= 2 ** (k * bits % 8) - 1  # padding may hold anything there
     scale = regroup(scales, k, block, group_size)
     zero = regroup(zero, k, block, group_size) if isinstance(zero, Tensor) else zero
-    weight = PackedWeight(pack_codes(codes, bits), scale, zero, None, bits, (n, k), group_size)
+    weight = PackedWeight(codes, scale, zero, None, bits, (n, k), group_size)
     return checked(who, weight, name)
 
 
