@@ -65,7 +65,8 @@ def make_plan(algorithm: str, model: nn.Module, example_inputs: Inputs, options:
     for name, layer in sites.items():
         if name not in rows:
             rows[name] = keep_row(name, layer, "not called on the example inputs")
-    joins = [_join_row(pattern, operands, options) for pattern, operands in _join_groups(matches)]
+    quantized = {name for found in matches if _acts(found, rows) for name in found.roles.values()}
+    joins = [_join_row(pattern, operands, quantized, options) for pattern, operands in _join_groups(matches)]
     ordered = [rows[name] for name in sites] + [row for row in refused_rows(refusals, {}) if row.site not in sites]
     return Plan(algorithm, graph.rung, tuple(ordered + joins), notes)
 
@@ -175,13 +176,21 @@ def _join_groups(matches: list[Match]) -> list[tuple[str, tuple[str | None, ...]
     return groups
 
 
-def _join_row(pattern: str, operands: tuple[str | None, ...], options: QuantOptions) -> PlanRow:
-    """An add or concat whose operands can share one scale, or why they cannot."""
+def _acts(found: Match, rows: Mapping[str, PlanRow]) -> bool:
+    """True if the layer of this match is planned to be quantized."""
+    row = rows.get(found.roles.get("conv") or found.roles.get("linear") or "")
+    return row is not None and row.action != "keep"
+
+
+def _join_row(pattern: str, operands: tuple[str | None, ...], quantized: set[str], options: QuantOptions) -> PlanRow:
+    """An add or concat whose operands can share one scale, or why they cannot. quantized: layers and what follows."""
     site = f"{pattern} of {', '.join(name or 'a function' for name in operands)}"
     if options.act is None:
         return PlanRow(site, pattern, "keep", reason="activations are not quantized")
     if None in operands:
         return PlanRow(site, pattern, "keep", reason="an operand comes from a function: no module to quantize it in")
+    if quantized.isdisjoint(operands):
+        return PlanRow(site, pattern, "keep", reason="no operand comes from a quantized layer")
     scheme = Scheme.parse(options.act, "act")
     detail = f"act {scheme}, one scale for {len(operands)} operands"
     return PlanRow(site, pattern, "share scale", detail, "", {"operands": list(operands), "act": str(scheme)})
