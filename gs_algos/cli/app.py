@@ -1,4 +1,4 @@
-"""The commands and their options. What each does is in a file of its own: demo.py, describe.py."""
+"""The commands and their options. What each does is in a file of its own: demo.py, describe.py, language.py."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gs_algos.cli.data import DATA, load_data
 from gs_algos.cli.demo import DemoOptions, make_algorithm, run_demo
 from gs_algos.cli.describe import describe
+from gs_algos.cli.language import run_generate, run_perplexity, run_quantize
 from gs_algos.cli.models import MODELS, build
 from gs_algos.cli.train import Interrupted
 from gs_algos.core.registry import ALGORITHMS
@@ -24,6 +25,9 @@ DATA_HELP = f"One of {', '.join(DATA)}; a folder goes after a colon, e.g. cifar1
 MODEL_HELP = f"One of {', '.join(MODELS)}."
 ALGORITHM_HELP = f"One of {', '.join(ALGORITHMS)}."
 WEIGHT_HELP = "Scheme of the weights: bits, granularity, observer."
+LANGUAGE_HELP = "A packed folder, a plain Transformers folder, or a GGUF file."
+DTYPE_HELP = "float32, float16 or bfloat16. Default: what the model is stored in."
+DEVICE_HELP = "cpu or cuda. Default: cuda if there is one."
 ACT_HELP = "Scheme of the activations; none leaves them float."
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -88,6 +92,48 @@ def plan(
 def info(folder: Annotated[Path, typer.Argument(help="A folder written by gs_algos.save or the demo.")]) -> None:
     """Describes a saved network from its files alone: algorithms, layers, bits, bytes."""
     print(describe(folder))
+
+
+@app.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(help="A Transformers folder or a GGUF file.")],
+    target: Annotated[Path, typer.Argument(help="A new folder for the packed model.")],
+    weights: Annotated[str, typer.Option(help="Scheme of the linears, with 1, 2, 4 or 8 bits.")] = "int4@group:128",
+    embeddings: Annotated[str, typer.Option(help="Scheme of the embeddings. Default: they stay float.")] = "",
+    rule: Annotated[list[str] | None, typer.Option(help="PATTERN=SCHEME or PATTERN=none; may be repeated.")] = None,
+    dtype: Annotated[str, typer.Option(help="What stays float is cast to it. Default: as it is.")] = "",
+    device: Annotated[str, typer.Option(help="Where the weights are rounded. Default: the CPU.")] = "",
+) -> None:
+    """Packs the weights of a language model, rounded to nearest: no data, one tensor in memory at a time."""
+    print(run_quantize(source, target, weights, embeddings, rule or [], dtype, device))
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help=LANGUAGE_HELP)],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Where to stop at the latest.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token, more is livelier.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "",
+) -> None:
+    """Continues a prompt, printing as it goes, and says how fast that was."""
+    print(run_generate(model, prompt, max_new_tokens, temperature, seed, dtype, device), file=sys.stderr)
+
+
+@app.command()
+def perplexity(
+    model: Annotated[Path, typer.Argument(help=LANGUAGE_HELP)],
+    text: Annotated[Path, typer.Option(help="A text file, UTF-8.")],
+    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    stride: Annotated[int | None, typer.Option(help="From one window to the next. Default: a window.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Read so much of the text. Default: all.")] = None,
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "",
+) -> None:
+    """Measures how well a language model expects a text: lower is better."""
+    print(run_perplexity(model, text, context, stride, max_tokens, dtype, device))
 
 
 def run(arguments: list[str] | None = None) -> int:

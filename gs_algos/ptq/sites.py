@@ -45,18 +45,30 @@ def weight_sites(
         ValueError: if a scheme cannot be packed, a rule matches nothing, tied layers are given different schemes, a
             group does not divide a layer, or nothing is left to pack.
     """
-    defaults = {nn.Linear: _scheme(weights), nn.Embedding: _scheme(embeddings)}
+    defaults, chosen = check_schemes(weights, embeddings, rules)
     tied = _tied(model)
     layers = {name: layer for layer, names in tied for name in names}
     if embeddings is not None and not any(isinstance(layer, nn.Embedding) for layer in layers.values()):
         raise ValueError(f"{WHO}: embeddings={str(embeddings)!r} needs a nn.Embedding, got a model without one")
-    chosen = [(pattern, _options(options)) for pattern, options in rules]
     ruled = resolve(chosen, layers, {"weight": UNTOUCHED}, WHO)
     sites = [_site(layer, names, ruled, defaults[type(layer)]) for layer, names in tied]
     _refuse_groups([site for site in sites if site.scheme is not None])
     if not any(site.scheme is not None for site in sites):
         raise ValueError(f"{WHO}: at least one layer must be left to pack, got {len(sites)} layers that are all kept")
     return sites
+
+
+def check_schemes(
+    weights: str | Scheme, embeddings: str | Scheme | None, rules: Sequence[WeightRule]
+) -> tuple[dict[type[nn.Module], Scheme | None], list[tuple[RulePattern, Any]]]:
+    """(default of each class of layer, rules as `resolve` takes them), without a model.
+
+    Raises:
+        ValueError: if a scheme cannot be packed.
+    """
+    defaults = {nn.Linear: packable(weights), nn.Embedding: None if embeddings is None else packable(embeddings)}
+    pairs = [isinstance(rule, tuple | list) and len(rule) == 2 for rule in rules]  # `resolve` refuses other kinds
+    return defaults, [(rule[0], _options(rule[1])) if pair else rule for rule, pair in zip(rules, pairs, strict=True)]
 
 
 def _tied(model: nn.Module) -> list[tuple[Any, list[str]]]:
@@ -75,10 +87,6 @@ def _tied(model: nn.Module) -> list[tuple[Any, list[str]]]:
     if not found:
         raise ValueError(f"{WHO}: the model must have a nn.Linear or nn.Embedding, got {type(model).__name__} without")
     return found
-
-
-def _scheme(weight: str | Scheme | None) -> Scheme | None:
-    return None if weight is None else packable(weight)
 
 
 def _options(weight: str | Scheme | Mapping[str, Any] | None) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,11 +56,7 @@ def quantize_weights(
     rows = []
     for site in progress_bar(sites, "packing") if progress else sites:
         rows.append(site_row(site, None if site.scheme is None else pack_site(model, site, device)))
-    config = {
-        "weights": str(Scheme.parse(weights, "weight")),
-        "embeddings": None if embeddings is None else str(Scheme.parse(embeddings, "weight")),
-        "rules": [[p if isinstance(p, str) else f"type:{p.__name__}", _plain(v)] for p, v in rules],
-    }
+    config = settings_of(weights, embeddings, rules)
     plan = [row.__dict__ for row in rows]
     remember(model, {"algorithm": NAME, "stage": "converted", "steps": 0, "config": config, "plan": plan})
     return model
@@ -139,5 +135,14 @@ class QuantizedWeights:
         return model
 
 
-def _plain(options: Any) -> Any:
-    return dict(options) if hasattr(options, "keys") else None if options is None else str(options)
+def settings_of(weights: str | Scheme, embeddings: str | Scheme | None, rules: Sequence[WeightRule]) -> dict[str, Any]:
+    """The arguments of `quantize_weights` as plain JSON values."""
+
+    def plain(options: Any) -> Any:
+        return dict(options) if isinstance(options, Mapping) else None if options is None else str(options)
+
+    return {
+        "weights": str(Scheme.parse(weights, "weight")),
+        "embeddings": None if embeddings is None else str(Scheme.parse(embeddings, "weight")),
+        "rules": [[p if isinstance(p, str) else f"type:{p.__name__}", plain(v)] for p, v in rules],
+    }

@@ -1,0 +1,78 @@
+"""Perplexity of a causal language model: how well it expects a text, `exp(mean of -log p(token | tokens before))`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gs_algos.core.algorithm import evaluating
+from gs_algos.core.progress import progress as progress_bar
+
+ROWS = 256  # tokens whose probabilities are computed at a time: a vocabulary of 100,000 is 100 MB of fp32
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """value: the perplexity. tokens: how many were predicted, in how many windows."""
+
+    value: float
+    tokens: int
+    windows: int
+
+
+def perplexity(
+    model: nn.Module, ids: Tensor, context: int = 1024, stride: int | None = None, progress: bool = True
+) -> Perplexity:
+    """The perplexity of a text in windows of one length; what does not fill a last window is left out.
+
+    The first window predicts its tokens but the first; each later one those that no window before it predicted, or, if
+    windows do not overlap, its tokens but the first.
+
+    Args:
+        model: called with `ids [1, context]`; returns logits `[1, context, vocabulary]`, or an object with `logits`.
+        ids: `[T]` int64, the tokens of the text.
+        context: tokens of a window, >= 2.
+        stride: tokens from one window's start to the next; default: context. Smaller gives every token more context,
+            and takes longer.
+
+    Raises:
+        ValueError: if the text is shorter than a window, the window or stride does not fit, or a probability is NaN.
+    """
+    stride = context if stride is None else stride
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", context)
+    if not 2 <= context <= longest:
+        raise ValueError(f"perplexity: context must be in 2..{longest}, got {context}")
+    if not 1 <= stride <= context:
+        raise ValueError(f"perplexity: stride must be in 1..{context} (context), got {stride}")
+    if ids.dim() != 1 or len(ids) < context:
+        raise ValueError(
+            f"perplexity: the text must fill a window of {context} tokens, got {ids.numel()}; give a smaller context"
+        )
+    starts = range(0, len(ids) - context + 1, stride)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    total, tokens = 0.0, 0
+    with evaluating(model):
+        for start in progress_bar(starts, "perplexity") if progress else starts:
+            window = ids[start : start + context].to(device)
+            scored = context - 1 if start == 0 else min(stride, context - 1)
+            total += _surprise(model(window[None]), window, scored)
+            tokens += scored
+    if math.isnan(total):
+        raise ValueError("perplexity: the model must give probabilities, got NaN")
+    mean = total / tokens
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, tokens, len(starts))
+
+
+def _surprise(output: Any, window: Tensor, scored: int) -> float:
+    """The sum of -log p over the last `scored` tokens of the window."""
+    logits = getattr(output, "logits", output)[0, -scored - 1 : -1]  # [scored, vocabulary]
+    target = window[-scored:]
+    parts = (
+        nn.functional.cross_entropy(logits[i : i + ROWS].float(), target[i : i + ROWS], reduction="sum")
+        for i in range(0, scored, ROWS)
+    )
+    return sum(part.double().item() for part in parts)

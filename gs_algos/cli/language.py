@@ -1,0 +1,135 @@
+"""What `golden-stick quantize`, `generate` and `perplexity` do."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from gs_algos.analysis.perplexity import perplexity
+from gs_algos.export.checkpoint import quantize_checkpoint
+from gs_algos.export.language import DTYPES, library, load_language_model
+from gs_algos.ptq.sites import WeightRule
+
+RULE = re.compile(r"(?P<pattern>.+)=(?P<scheme>none|u?int\d.*)")
+
+
+def parse_rules(texts: list[str]) -> list[WeightRule]:
+    """`lm_head=int8@group:64` and `re:.*down_proj=none` as rules.
+
+    Raises:
+        ValueError: if a text is no pattern and scheme.
+    """
+    rules: list[WeightRule] = []
+    for text in texts:
+        match = RULE.fullmatch(text)
+        if match is None:
+            raise ValueError(f"quantize: --rule must be PATTERN=SCHEME or PATTERN=none, got {text!r}")
+        rules.append((match["pattern"], None if match["scheme"] == "none" else match["scheme"]))
+    return rules
+
+
+def parse_dtype(name: str) -> torch.dtype | None:
+    """The type of that name; None for an empty one.
+
+    Raises:
+        ValueError: if it is none that a model computes in.
+    """
+    if name and name not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name] if name else None
+
+
+def run_quantize(
+    source: Path, target: Path, weights: str, embeddings: str, rules: list[str], dtype: str, device: str
+) -> str:
+    """Packs and says what came of it."""
+    started = time.perf_counter()
+    written = quantize_checkpoint(
+        source,
+        target,
+        weights,
+        embeddings=embeddings or None,
+        rules=parse_rules(rules),
+        dtype=parse_dtype(dtype),
+        device=device or None,
+    )
+    return (
+        f"{written.folder}: {written.packed} weights packed, {written.kept} kept float; "
+        f"{written.before:,} -> {written.after:,} bytes ({written.before / written.after:.2f} x smaller) "
+        f"in {time.perf_counter() - started:.1f} s"
+    )
+
+
+def run_perplexity(
+    path: Path, text: Path, context: int, stride: int | None, max_tokens: int | None, dtype: str, device: str
+) -> str:
+    """The perplexity of a text file as a line."""
+    if not text.is_file():
+        raise ValueError(f"perplexity: --text must be a file, got {text}")
+    model, tokenizer = _loaded(path, dtype, device)
+    try:
+        words = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"perplexity: {text} must be UTF-8 text, got {error}") from error
+    ids = tokenizer(words, return_tensors="pt", verbose=False).input_ids[0]
+    started = time.perf_counter()
+    result = perplexity(model, ids[:max_tokens], context, stride)
+    seconds = time.perf_counter() - started
+    return (
+        f"perplexity {result.value:.4f} over {result.tokens:,} tokens of {text} "
+        f"({result.windows} windows of {context}), {seconds:.1f} s"
+    )
+
+
+def run_generate(
+    path: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int, dtype: str, device: str
+) -> str:
+    """Streams the continuation of a prompt to stdout; returns a line with the speed."""
+    if max_new_tokens < 1 or temperature < 0:
+        raise ValueError(
+            f"generate: --max-new-tokens must be >= 1 and --temperature >= 0, got {max_new_tokens} and {temperature}"
+        )
+    model, tokenizer = _loaded(path, dtype, device)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if inputs.input_ids.numel() == 0:
+        raise ValueError("generate: the prompt must have at least one token, got an empty one")
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling["temperature"] = temperature
+    clock = _clock_streamer(tokenizer)
+    model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=clock, **sampling)
+    times = clock.times
+    line = f"{len(times) - 1} tokens, the first after {times[1] - times[0]:.2f} s"
+    return line if len(times) < 3 else f"{line}, then {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s"
+
+
+def _loaded(path: Path, dtype: str, device: str) -> tuple[Any, Any]:
+    chosen = parse_dtype(dtype)
+    with Console(stderr=True).status(f"loading {path}"):
+        return load_language_model(path, device or ("cuda" if torch.cuda.is_available() else "cpu"), chosen)
+
+
+def _clock_streamer(tokenizer: Any) -> Any:
+    """A Transformers streamer that prints text as it comes; `times`: of the prompt, then of each token."""
+
+    class Clock(library("transformers").TextStreamer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(tokenizer, skip_special_tokens=True)
+            self.times: list[float] = []
+
+        def put(self, value: Any) -> None:
+            self.times.append(time.perf_counter())
+            super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            sys.stdout.write(text + ("\n" if stream_end else ""))
+            sys.stdout.flush()
+
+    return Clock()

@@ -1,0 +1,94 @@
+"""The `quantization_config` of a packed language model: what its config.json says of every packed layer.
+
+    {"quant_method": "golden-stick", "version": 1, "weights": "int4@group:64:minmax:sym", "embeddings": null,
+     "rules": [],
+     "layers": {"model.layers.0.mlp.up_proj": {"bits": 4, "shape": [1536, 576], "group_size": 64, "zero": 8.0,
+                                               "scale_dtype": "float16", "levels": false}, ...},
+     "tied": {"lm_head": "model.embed_tokens"}}
+
+Layer `L` has the tensors `L.codes`, `L.scale`, and if its `zero` is null `L.zero`, canonical as gs_kernels/pack
+describes them; a tied layer has none. `weights`, `embeddings` and `rules` only say how the layers came about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gs_algos.core.plan import PlanRow
+from gs_algos.quant.packed import PackedFormat
+from gs_kernels.pack.layouts import BITS
+
+METHOD = "golden-stick"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class PackedConfig:
+    """The layers that are packed, and for each tied layer the one whose weight it uses."""
+
+    layers: dict[str, PackedFormat]
+    tied: dict[str, str]
+
+    def names(self, owner: str) -> list[str]:
+        """The layers that share the owner's weight, itself first."""
+        return [owner, *(name for name, lender in self.tied.items() if lender == owner)]
+
+
+def to_config(rows: Iterable[PlanRow], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The dictionary for config.json from the rows of a plan; settings: how it came about."""
+    packed = [row for row in rows if row.action == "pack"]
+    return {
+        "quant_method": METHOD,
+        "version": VERSION,
+        **settings,
+        "layers": {row.site: row.settings["format"] for row in packed},
+        "tied": {name: row.site for row in packed for name in row.settings["names"][1:]},
+    }
+
+
+def read_config(data: Any, where: str) -> PackedConfig:
+    """Reads and checks the dictionary; where: names the file in errors.
+
+    Raises:
+        ValueError: if another library wrote it, a newer version did, or it is damaged.
+    """
+    method = data.get("quant_method") if isinstance(data, Mapping) else data
+    if method != METHOD:
+        raise ValueError(
+            f"{where}: quant_method must be {METHOD!r}, got {method!r}; load it with the library that made it"
+        )
+    version = data.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise ValueError(f"{where}: version must be at most {VERSION}, got {version!r}; update golden-stick")
+    layers, tied = data.get("layers"), data.get("tied", {})
+    if not isinstance(layers, Mapping) or not layers or not isinstance(tied, Mapping):
+        raise ValueError(
+            f"{where}: layers and tied must be objects, got {layers!r:.40} and {tied!r:.40}; it is damaged"
+        )
+    formats = {name: _format(name, entry, where) for name, entry in layers.items()}
+    lost = [name for name, owner in tied.items() if owner not in formats or name in formats]
+    if lost:
+        raise ValueError(f"{where}: {lost[0]} must be tied to a packed layer, got {tied[lost[0]]!r}; it is damaged")
+    return PackedConfig(formats, dict(tied))
+
+
+def _format(name: str, entry: Any, where: str) -> PackedFormat:
+    try:
+        format = PackedFormat.from_dict(entry)
+        n, k = format.shape
+        right = (
+            format.bits in BITS
+            and min(n, k, format.group_size) > 0
+            and k % format.group_size == 0
+            and isinstance(getattr(torch, format.scale_dtype), torch.dtype)
+            and (format.zero is None or isinstance(format.zero, int | float))
+        )
+    except (TypeError, ValueError, KeyError, AttributeError):
+        right = False
+    if not right:
+        raise ValueError(f"{where}: {name} must be the format of a packed weight, got {entry!r:.200}; it is damaged")
+    return format
