@@ -48,13 +48,15 @@ def quantize_weights(
     Raises:
         ValueError: as `weight_sites`; or if a weight has no data, or is NaN or Inf.
     """
-    sites = weight_sites(model, weights, embeddings, rules)
+    sites: list[Any] = weight_sites(model, weights, embeddings, rules)
     if any(entry["algorithm"] == NAME for entry in history(model)):
         raise RuntimeError(f"{WHO}: the model must not be packed yet, got one that is; build it anew")
     for site in sites:
         _refuse_values(site)
     rows = []
-    for site in progress_bar(sites, "packing") if progress else sites:
+    numbers = range(len(sites))
+    for i in progress_bar(numbers, "packing") if progress else numbers:
+        site, sites[i] = sites[i], None  # a site holds its float layer, which is to be freed
         rows.append(site_row(site, None if site.scheme is None else pack_site(model, site, device)))
     config = settings_of(weights, embeddings, rules)
     plan = [row.__dict__ for row in rows]
