@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from gs_algos.export.folder import read_folder, read_json
-from gs_algos.export.packed_config import METHOD, read_config
+from gs_algos.export.folder import Folder, opened, read_folder
+from gs_algos.export.packed_config import PackedConfig, read_config
+from gs_algos.quant.packed import tensors_of
 
 WHO = "load_language_model"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -38,7 +39,7 @@ def load_language_model(
     folder = read_folder(source, WHO)
     packed = folder.config.get("quantization_config")
     if packed is not None:
-        read_config(packed, f"{WHO}: {folder.path / 'config.json'}")
+        check_tensors(folder, read_config(packed, f"{WHO}: {folder.path / 'config.json'}"))
         importlib.import_module("gs_algos.export.transformers_quantizer")
     quiet(transformers)
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -51,6 +52,24 @@ def load_language_model(
             f"got {len(lost)} that differ: {', '.join(lost[:4])}"
         )
     return model.eval().to(device), transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
+
+
+def check_tensors(folder: Folder, config: PackedConfig) -> None:
+    """Raises unless the folder holds every tensor of its packed layers, in the shape that config.json says."""
+    wanted = {
+        f"{name}.{part}": list(tensor.shape)
+        for name, format in config.layers.items()
+        for part, tensor in tensors_of(format.empty("meta")).items()
+    }
+    for name in wanted:
+        if name not in folder.tensors:
+            raise ValueError(f"{WHO}: {folder.path} must hold {name}, which config.json describes; it is damaged")
+    for file in dict.fromkeys(folder.tensors[name] for name in wanted):
+        with opened(file, WHO) as data:
+            for name, shape in wanted.items():
+                if folder.tensors[name] == file and data.get_slice(name).get_shape() != shape:
+                    got = data.get_slice(name).get_shape()
+                    raise ValueError(f"{WHO}: {name} must be {shape} as config.json says, got {got} in {file}")
 
 
 def is_gguf(path: Path) -> bool:
@@ -84,14 +103,6 @@ def load_gguf(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype
     except (ValueError, IndexError, KeyError) as error:
         raise ValueError(f"{WHO}: {path} must be a GGUF file that transformers reads, got: {error}") from error
     return model.eval().to(device), tokenizer
-
-
-def is_packed(path: Path) -> bool:
-    """Whether config.json says that golden-stick packed the folder."""
-    if not (path / "config.json").is_file():
-        return False
-    config = read_json(path / "config.json", WHO).get("quantization_config")
-    return isinstance(config, dict) and config.get("quant_method") == METHOD
 
 
 def library(name: str, *others: str) -> Any:

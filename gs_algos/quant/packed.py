@@ -178,6 +178,11 @@ class Packed(nn.Module):
         return f"bits={self.bits}, group_size={self.group_size}, {zero}{', tied' if self.tied else ''}"
 
 
+def tensors_of(weight: PackedWeight) -> dict[str, Tensor]:
+    """The tensors of a packed weight under the names that they have in a state_dict."""
+    return {part: value for part in PARTS if isinstance(value := getattr(weight, part), Tensor)}
+
+
 def layout_of(codes: Tensor) -> str:
     """The layout of packed codes, which their dtype says."""
     return PLANAR if codes.dtype == torch.int16 else CANONICAL

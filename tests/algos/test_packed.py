@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from gs_algos import PackedEmbedding, PackedLinear
 from gs_algos.quant import packed as packed_module
-from gs_algos.quant.packed import PARTS, Packed, PackedFormat
+from gs_algos.quant.packed import PackedFormat, tensors_of
 from gs_algos.quant.rounding import round_to_nearest
 from gs_kernels import PackedWeight
 from tests.helpers import relative_rms, same_bits
@@ -46,10 +46,6 @@ def values(weight: PackedWeight) -> Tensor:
     codes = torch.stack(fields, 2).view(n, -1)[:, :k].float().view(n, -1, weight.group_size)
     zero = weight.zero.float()[..., None] if isinstance(weight.zero, Tensor) else weight.zero
     return ((codes - zero) * weight.scale.float()[..., None]).view(n, k)
-
-
-def tensors_of(layer: Packed) -> dict[str, Tensor]:
-    return {part: t for part in PARTS if (t := getattr(layer, part)) is not None}
 
 
 @pytest.fixture(params=[("cuda",), ("cpu", "cuda")], ids=["canonical", "planar"])
@@ -207,9 +203,9 @@ def test_packed_bytes_of_another_size_are_refused():
 )
 def test_a_cast_changes_the_arithmetic_and_not_what_is_stored(cast: object):
     layer = PackedLinear.from_linear(linear(), "int4@group:16:asym")
-    before = {name: t.clone() for name, t in tensors_of(layer).items()}
+    before = {name: t.clone() for name, t in tensors_of(layer.packed).items()}
     cast(layer)  # type: ignore[operator]
-    assert all(same_bits(before[name], t) for name, t in tensors_of(layer).items())
+    assert all(same_bits(before[name], t) for name, t in tensors_of(layer.packed).items())
     assert layer.bias is not None
     assert layer.dtype == layer.bias.dtype == layer.weight.dtype
     assert layer(random(2, 32).to(layer.dtype)).dtype == layer.dtype
