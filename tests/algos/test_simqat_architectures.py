@@ -168,3 +168,21 @@ def test_an_output_of_an_unknown_class_is_compared_all_the_same():
     with pytest.raises(RuntimeError, match=r"the network must give the trained output within 0\.05 relative RMS, got"):
         algo.convert(net)
     assert isinstance(net.fc, nn.Linear)
+
+
+class Chaotic(nn.Module):
+    """Blows the last place of its layer up to all of its output, as the steps of a deep quantized network do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(1e7 * self.fc(x))
+
+
+def test_a_network_is_held_to_what_its_own_last_place_does_to_it():
+    torch.manual_seed(0)
+    net, x, algo = Chaotic(), torch.randn(16, 64), SimQAT()
+    algo.convert(algo.apply(net, x))
+    assert algo.parity.layer_error < 1e-5 and algo.parity.output_error > 0.05
