@@ -65,15 +65,19 @@ class Job:
         return [copy(first) for _ in range(copies)]
 
 
-def providers(spec: OpSpec) -> Iterator[tuple[str, Callable[..., Any]]]:
+def providers(spec: OpSpec, ours_only: bool = False) -> Iterator[tuple[str, Callable[..., Any]]]:
     yield "ours", spec.run
+    if ours_only:
+        return
     yield "torch", spec.ref
     torch.compiler.reset()
     yield "compile", torch.compile(spec.ref, dynamic=False)
     yield from spec.library.items()
 
 
-def measure(job: Job, device: str, bandwidth: float, seconds: float) -> Iterator[dict[str, Any]]:
+def measure(
+    job: Job, device: str, bandwidth: float, seconds: float, ours_only: bool = False
+) -> Iterator[dict[str, Any]]:
     """One row per provider; a provider that fails or disagrees has no times."""
     nbytes, flops = job.cost()
     cases = job.make(device, copies_beyond_cache(job.spec.cost(job.shape, job.dtype).nbytes, device))
@@ -93,7 +97,7 @@ def measure(job: Job, device: str, bandwidth: float, seconds: float) -> Iterator
         "direction": job.direction,
         "copy_gbps": round(bandwidth, 1),
     }
-    for name, run in providers(job.spec):
+    for name, run in providers(job.spec, ours_only):
         row = {**about, "provider": name}
         try:
             agrees = agreement(run, cases[0], dys, want, tol, grad_tol)
@@ -160,6 +164,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", choices=groups, metavar="GROUP", help=f"only these shapes: {', '.join(groups)}")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "float16", "bfloat16"], help="default: by device")
     parser.add_argument("--quick", action="store_true", help="the smallest shape of each op, one dtype")
+    parser.add_argument("--ours-only", action="store_true", help="time no other provider, as bench.compare does")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, help="time for one number; default 1, with --quick 0.3")
     parser.add_argument("--limit", type=float, metavar="S", help="start nothing new after so many seconds")
@@ -191,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
             failed = True
             break
         ours = None
-        for row in measure(job, chosen.device, bandwidth, chosen.seconds):
+        for row in measure(job, chosen.device, bandwidth, chosen.seconds, chosen.ours_only):
             record.append(row, "op", device=chosen.device, path=path)
             ours = row.get("ms_p50") if row["provider"] == "ours" else ours
             failed |= row["provider"] == "ours" and "ms_p50" not in row
