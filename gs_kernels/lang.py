@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton import constexpr_function
 
 # gs_kernels/fake_quant/rows.py says what these four mean
 BY_TENSOR = tl.constexpr(0)
@@ -108,3 +109,214 @@ def qparams(low, high, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.con
     else:
         zero = clamp(round_half_even(QMIN - tl.div_rn(mn, scale)), QMIN, QMAX)
     return scale, zero
+
+
+@constexpr_function
+def field_places(bits, mantissa):
+    """For each field of a 16-bit container: how far to shift right, and which bit of a float's mantissa it then is at.
+
+    As few shifts as possible; then as high in the mantissa as possible, where the float that holds the field is small.
+    """
+    places, first, room = (), 0, mantissa - bits
+    fields = [j * bits for j in range(16 // bits)]
+    while first < len(fields):
+        run = [at for at in fields[first:] if at - fields[first] <= room]
+        shift = max(0, run[-1] - room)
+        places += tuple((shift, at - shift) for at in run)
+        first += len(run)
+    return places
+
+
+@constexpr_function
+def field_offset(bits, mantissa, j):
+    """What `field_asm` adds to field j: the float whose mantissa steps by 1 at the bit where the field is."""
+    return float(2 ** (mantissa - field_places(bits, mantissa)[j][1]))
+
+
+@constexpr_function
+def field_asm(bits, mantissa):
+    """PTX: each field of two containers in a register to two floats `code + offset`, one logic operation a field."""
+    places = field_places(bits, mantissa)
+    source, bias = f"${len(places)}", 15 if mantissa == 10 else 127
+    shifts = sorted({shift for shift, _ in places if shift > 0})
+    lines = [f".reg .b32 t{shift}; shr.u32 t{shift}, {source}, {shift};" for shift in shifts]
+    for j, (shift, at) in enumerate(places):
+        mask = ((1 << bits) - 1) << at
+        exponent = (bias + mantissa - at) << mantissa
+        word = f"t{shift}" if shift > 0 else source
+        lines.append(f"lop3.b32 ${j}, {word}, 0x{mask * 0x10001:08x}, 0x{exponent * 0x10001:08x}, 0xea;")  # (a & b) | c
+    return "{ " + " ".join(lines) + " }"
+
+
+@constexpr_function
+def field_constraints(bits):
+    return ",".join(["=r"] * (16 // bits) + ["r"])
+
+
+@constexpr_function
+def mantissa_bits(dtype):
+    """Of a 16-bit float, 0 of another."""
+    return {"fp16": 10, "bf16": 7}.get(str(dtype), 0)
+
+
+@triton.jit
+def concat(a, b):
+    """`[R, C]` and `[R, C]` side by side: `[R, 2C]`. Costs nothing where a thread holds both."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.jit
+def float_fields(words, BITS: tl.constexpr, MANTISSA: tl.constexpr):
+    """`code + field_offset` of every field as the bits of a 16-bit float: a tuple of `[R, 8 * BITS]`."""
+    ASM: tl.constexpr = field_asm(BITS, MANTISSA)
+    REGISTERS: tl.constexpr = field_constraints(BITS)
+    if BITS == 8:
+        fields = tl.inline_asm_elementwise(ASM, REGISTERS, [words], dtype=(tl.int16,) * 2, is_pure=True, pack=2)
+    elif BITS == 4:
+        fields = tl.inline_asm_elementwise(ASM, REGISTERS, [words], dtype=(tl.int16,) * 4, is_pure=True, pack=2)
+    elif BITS == 2:
+        fields = tl.inline_asm_elementwise(ASM, REGISTERS, [words], dtype=(tl.int16,) * 8, is_pure=True, pack=2)
+    else:
+        fields = tl.inline_asm_elementwise(ASM, REGISTERS, [words], dtype=(tl.int16,) * 16, is_pure=True, pack=2)
+    return fields
+
+
+@triton.jit
+def load_grid(scale_ptr, zero_ptr, offs, ZERO: tl.constexpr):
+    """Scale and zero point at offs, fp32. ZERO: the zero of all where zero_ptr is None."""
+    scale = tl.load(scale_ptr + offs).to(tl.float32)
+    if zero_ptr is None:
+        zero = tl.full(scale.shape, ZERO, tl.float32)
+    else:
+        zero = tl.load(zero_ptr + offs).to(tl.float32)
+    return scale, zero
+
+
+@constexpr_function
+def is_whole(value):
+    return float(value).is_integer()
+
+
+@triton.jit
+def _field(
+    words,
+    floats,
+    scale,
+    zero,
+    grid,
+    J: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZERO: tl.constexpr,
+    T: tl.constexpr,
+    ASM: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """Field J of each container, `[R, 8 * BITS]`, as `code - zero` or, if SCALED, `(code - zero) * scale`."""
+    scale_ptr, zero_ptr, levels_ptr, offs_n, stride_sg, k, G = grid
+    WIDTH: tl.constexpr = 8 * BITS
+    if GROUP % 128 != 0:
+        # groups end inside a block: between two fields or, with 8 bits, inside one
+        if GROUP % WIDTH == 0:
+            group = tl.minimum((k + J * WIDTH) // GROUP, G - 1)
+            scale, zero = load_grid(scale_ptr, zero_ptr, offs_n + group * stride_sg, ZERO)
+            scale, zero = scale[:, None], zero[:, None]
+        else:
+            group = tl.minimum((k + J * WIDTH + tl.arange(0, WIDTH)) // GROUP, G - 1)
+            scale, zero = load_grid(scale_ptr, zero_ptr, offs_n[:, None] + (group * stride_sg)[None, :], ZERO)
+    WHOLE: tl.constexpr = zero_ptr is None and is_whole(ZERO)
+    whole = zero if WHOLE else round_half_even(zero)
+    codes = (words >> (J * BITS)).to(tl.int32) & ((1 << BITS) - 1)
+    if levels_ptr is not None:
+        v = tl.load(levels_ptr + codes).to(T)
+    elif not ASM:
+        v = (codes.to(tl.float32) - whole).to(T)
+    elif mantissa_bits(T) >= BITS:
+        OFFSET: tl.constexpr = field_offset(BITS, mantissa_bits(T), J)
+        v = floats[J].to(T, bitcast=True) + (-OFFSET - whole).to(T)
+    else:
+        # as the mantissa of 2**23
+        v = ((codes | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + whole)).to(T)
+    # a fraction of the zero point goes in with the scale, where it rounds least
+    if SCALED and WHOLE:
+        v = v * scale.to(T)
+    elif SCALED:
+        v = tl.fma(v, tl.broadcast_to(scale.to(T), v.shape), tl.broadcast_to(((whole - zero) * scale).to(T), v.shape))
+    elif not WHOLE:
+        v = v + (whole - zero).to(T)
+    return v
+
+
+@triton.jit
+def _fields(
+    words,
+    floats,
+    scale,
+    zero,
+    grid,
+    J: tl.constexpr,
+    COUNT: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZERO: tl.constexpr,
+    T: tl.constexpr,
+    ASM: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """Fields J to J + COUNT of each container side by side."""
+    HALF: tl.constexpr = COUNT // 2
+    if COUNT == 1:
+        v = _field(words, floats, scale, zero, grid, J, BITS, GROUP, ZERO, T, ASM, SCALED)
+    else:
+        low = _fields(words, floats, scale, zero, grid, J, HALF, BITS, GROUP, ZERO, T, ASM, SCALED)
+        high = _fields(words, floats, scale, zero, grid, J + HALF, HALF, BITS, GROUP, ZERO, T, ASM, SCALED)
+        v = concat(low, high)
+    return v
+
+
+@triton.jit
+def dequantize_block(
+    words,
+    grid,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZERO: tl.constexpr,
+    T: tl.constexpr,
+    ASM: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """A block of 128 codes of each row, planar containers `[R, 8 * BITS]`, as `[R, 128]` in T, and its scales.
+
+    If SCALED, values are `(code - zero) * scale`; else `code - zero`, and `scale`, `[R, 1]` fp32, is still to be
+    applied, which needs GROUP to be a multiple of 128.
+
+    Args:
+        grid: (scale_ptr, zero_ptr or None, levels_ptr or None, offs_n, stride_sg, k, G): offs_n `[R]` is where the
+            scales of each row begin, k the first column of the block, G the number of groups.
+        ZERO: the zero point of all where zero_ptr is None.
+        T: fp32, or fp16 / bf16: then code - whole zero is exact, and the product with the scale rounds once.
+        ASM: one logic operation a code by inline PTX; else plain shifts, for other GPUs and the interpreter.
+    """
+    tl.static_assert(GROUP % 32 == 0)
+    tl.static_assert(SCALED or GROUP % 128 == 0)
+    scale_ptr, zero_ptr, levels_ptr, offs_n, stride_sg, k, _ = grid
+    scale, zero = load_grid(scale_ptr, zero_ptr, offs_n + k // GROUP * stride_sg, ZERO)
+    scale, zero = scale[:, None], zero[:, None]
+    if ASM and mantissa_bits(T) >= BITS and levels_ptr is None:
+        floats = float_fields(words, BITS, mantissa_bits(T))
+    else:
+        floats = (words,)
+    values = _fields(words, floats, scale, zero, grid, 0, 16 // BITS, BITS, GROUP, ZERO, T, ASM, SCALED)
+    return values, scale
+
+
+@triton.jit
+def activate(v, ACTIVATION: tl.constexpr):
+    """none, relu (NaN stays NaN), gelu (exact) or silu of fp32."""
+    if ACTIVATION == "relu":
+        v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "gelu":
+        v = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+    elif ACTIVATION == "silu":
+        v = v / (1.0 + tl.exp(-v))
+    return v

@@ -1,0 +1,80 @@
+"""Launchers of products with packed weights, under the names that the ops look for."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from gs_kernels.device import capabilities
+from gs_kernels.dispatch import INTERPRET, is_eager
+from gs_kernels.qmatmul.kernel.dequant import dequantize
+from gs_kernels.qmatmul.kernel.matmul import multiply
+from gs_kernels.qmatmul.ref import ACTIVATIONS
+from gs_kernels.qmatmul.tiles import choose_plan
+
+MAX_STRIDE = 1 << 22  # offsets inside a tile of x are 32-bit
+
+
+@cache
+def _device(index: int) -> tuple[bool, int, int]:
+    about = capabilities(index)
+    return torch.version.hip is None, about.sm, about.sm_count
+
+
+def device_of(x: Tensor) -> tuple[bool, int, int]:
+    """Whether inline PTX runs where x is, its compute capability, and its number of processors."""
+    if INTERPRET:
+        return False, 90, 132
+    if x.device.type == "cuda" and (is_eager(x) or torch.cuda.is_available()):
+        return _device(x.device.index or 0)
+    from triton.runtime import driver
+
+    target = driver.active.get_current_target()
+    return target.backend == "cuda", target.arch if target.backend == "cuda" else 80, 132
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x as `[M, K]`, contiguous along K: a view if its rows are evenly spaced, else a copy."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 and rows.stride(0) <= MAX_STRIDE else rows.contiguous()
+
+
+def _grouping(k: int, group_size: int) -> int:
+    """The group size that kernels know: with one group, any that covers the row."""
+    return -(-k // 128) * 128 if group_size == k else group_size
+
+
+def _same_strides(scale: Tensor, zero_points: Tensor | None) -> Tensor | None:
+    if zero_points is None or zero_points.stride() == scale.stride():
+        return zero_points
+    return torch.empty_strided(scale.shape, scale.stride(), dtype=zero_points.dtype, device=scale.device).copy_(
+        zero_points
+    )
+
+
+def qmatmul_triton(
+    x: Tensor, codes: Tensor, scale: Tensor, zero_points: Tensor | None, zero: float, levels: Tensor | None,
+    bias: Tensor | None, bits: int, n: int, k: int, group_size: int, layout: str, activation: str,
+) -> Tensor:
+    rows = rows_of(x)
+    parts = (codes, scale, _same_strides(scale, zero_points), zero, levels)
+    group = _grouping(k, group_size)
+    asm, sm, sm_count = device_of(x)
+    plain = levels is None and x.dtype != torch.float32
+    plan = choose_plan(rows.shape[0], n, k, bits, plain=plain, sm=sm, sm_count=sm_count)
+    if rows.shape[0] == 0:
+        y = x.new_empty(0, n)
+    elif plan.dense:
+        w = dequantize(parts, bits, n, k, group, x.dtype)
+        y = ACTIVATIONS[activation](torch.nn.functional.linear(rows, w, None if bias is None else bias.to(x.dtype)))
+    else:
+        y = multiply(rows, parts, bias, bits, n, k, group, activation, plan, asm)
+    return y.view(*x.shape[:-1], n)
+
+
+def qmatmul_dx_triton(
+    dy: Tensor, codes: Tensor, scale: Tensor, zero_points: Tensor | None, zero: float, levels: Tensor | None,
+    bits: int, n: int, k: int, group_size: int, layout: str,
+) -> Tensor:
+    parts = (codes, scale, _same_strides(scale, zero_points), zero, levels)
+    return dy @ dequantize(parts, bits, n, k, _grouping(k, group_size), dy.dtype)

@@ -1,0 +1,142 @@
+"""Float rows times a packed weight: one kernel for few rows (weight right) and for more (weight left), and split-K."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gs_kernels.dispatch import launch
+from gs_kernels.lang import activate, dequantize_block
+from gs_kernels.qmatmul.tiles import Plan
+
+
+@triton.jit
+def _qmatmul_kernel(
+    y_ptr,
+    x_ptr, codes_ptr, scale_ptr, zero_ptr, levels_ptr, bias_ptr,
+    M, N, K, G, turns,
+    stride_xm, stride_sn, stride_sg,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr, ACTIVATION: tl.constexpr,
+    EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr, WEIGHT_LEFT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """A tile of y; with SPLIT_K, of the sum over part of K, fp32 `[SPLIT_K, M, N]`, without bias and activation.
+
+    With the weight left, scaled, each product feeds the sum only: on sm_90 it is taken from registers and not waited
+    for. With the weight right, the scale is applied to the product of a block, not to each weight.
+    """
+    WIDTH: tl.constexpr = 8 * BITS
+    SCALED: tl.constexpr = WEIGHT_LEFT or GROUP % 128 != 0
+    T: tl.constexpr = x_ptr.dtype.element_ty
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0)
+    first_m = (pid % tiles_m).to(tl.int64) * BLOCK_M
+    first_n = (pid // tiles_m).to(tl.int64) * BLOCK_N
+    first = tl.program_id(1) * turns
+    # rows behind the last are the last: read, not stored
+    rows = tl.minimum(tl.arange(0, BLOCK_M), (M - 1 - first_m).to(tl.int32))
+    cols = tl.minimum(tl.arange(0, BLOCK_N), (N - 1 - first_n).to(tl.int32))
+    offs_k = tl.arange(0, 128)
+    offs_x = rows[:, None] * stride_xm + offs_k[None, :]  # [BLOCK_M, 128]
+    offs_w = cols[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]  # [BLOCK_N, WIDTH]
+    offs_s = cols * stride_sn  # [BLOCK_N]
+    x_ptr += first_m * stride_xm + first * 128
+    codes_ptr += (first.to(tl.int64) * N + first_n) * WIDTH
+    scale_ptr += first_n * stride_sn
+    if zero_ptr is not None:
+        zero_ptr += first_n * stride_sn
+
+    if WEIGHT_LEFT:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # at least one turn, and the compiler must see it: else acc = 0 has a path of its own around the loop, and ptxas
+    # waits for each wgmma
+    count = tl.maximum(tl.minimum(turns, tl.cdiv(K, 128) - first), 1)
+    for turn in range(count):
+        k = (first + turn) * 128
+        words = tl.load(codes_ptr + offs_w)
+        if EVEN_K:
+            x = tl.load(x_ptr + offs_x)
+        else:
+            x = tl.load(x_ptr + offs_x, mask=offs_k[None, :] < K - k, other=0.0)
+        grid = (scale_ptr, zero_ptr, levels_ptr, offs_s, stride_sg, k, G)
+        w, scale = dequantize_block(words, grid, BITS, GROUP, ZERO, T, ASM, SCALED)
+        if WEIGHT_LEFT:
+            acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+        elif SCALED:
+            acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+        else:
+            part = tl.dot(x, tl.trans(w), input_precision="ieee")
+            acc = tl.fma(part, tl.broadcast_to(tl.trans(scale), part.shape), acc)
+        x_ptr += 128
+        codes_ptr += N * WIDTH
+
+    if WEIGHT_LEFT:
+        acc = tl.trans(acc)
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    if SPLIT_K > 1:
+        y_ptr += tl.program_id(1).to(tl.int64) * M * N
+    else:
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+        acc = activate(acc, ACTIVATION)
+    tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _reduce_kernel(
+    y_ptr,
+    parts_ptr, bias_ptr,
+    MN, N,
+    ACTIVATION: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """The sum of the parts `[SPLIT_K, M, N]` in their order, whatever order they were made in; bias and activation."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < MN
+    acc = tl.load(parts_ptr + offs, mask=mask, other=0.0)
+    for _ in tl.static_range(SPLIT_K - 1):
+        parts_ptr += MN
+        acc += tl.load(parts_ptr + offs, mask=mask, other=0.0)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs % N, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offs, activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def multiply(
+    x: Tensor, parts: tuple[Tensor, Tensor, Tensor | None, float, Tensor | None], bias: Tensor | None,
+    bits: int, n: int, k: int, group: int, activation: str, plan: Plan, asm: bool,
+) -> Tensor:
+    """`[M, N]` from x `[M, K]`, contiguous along K, by the plan's tiles."""
+    codes, scale, zero_points, zero, levels = parts
+    m, blocks = x.shape[0], -(-k // 128)
+    y = x.new_empty(m, n)
+    turns = -(-blocks // plan.split_k)
+    split = -(-blocks // turns)
+    sums = y if split == 1 else x.new_empty(split, m, n, dtype=torch.float32)
+    tiles = -(-m // plan.block_m) * -(-n // plan.block_n)
+    launch(
+        _qmatmul_kernel, (tiles, split),
+        sums, x, codes, scale, zero_points, levels, bias,
+        m, n, k, scale.shape[1], turns,
+        x.stride(0), *scale.stride(),
+        BITS=bits, GROUP=group, ZERO=zero, ASM=asm, ACTIVATION=activation,
+        EVEN_K=k % 128 == 0, SPLIT_K=split, WEIGHT_LEFT=plan.weight_left,
+        BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=plan.warps, num_stages=plan.stages,
+    )
+    if split > 1:
+        reduce_parts(y, sums, bias, activation)
+    return y
+
+
+REDUCE_BLOCK = 512
+
+
+def reduce_parts(y: Tensor, parts: Tensor, bias: Tensor | None, activation: str) -> None:
+    size = y.shape[0] * y.shape[1]
+    launch(
+        _reduce_kernel, (-(-size // REDUCE_BLOCK),), y, parts, bias, size, y.shape[1],
+        ACTIVATION=activation, SPLIT_K=parts.shape[0], BLOCK=REDUCE_BLOCK, num_warps=4,
+    )

@@ -1,0 +1,69 @@
+"""Which way a product with a packed weight is computed, and in which tiles: pure Python, from a table of few rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Plan:
+    """dense: dequantise once and multiply as a float layer does; the rest is then of no use.
+
+    weight_left: y^T = W x^T. split_k: at most so many programs share one tile of y.
+    """
+
+    dense: bool = False
+    weight_left: bool = False
+    block_m: int = 16
+    block_n: int = 128
+    split_k: int = 1
+    warps: int = 4
+    stages: int = 4
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The plan of products with at most `rows` rows. programs: how many an SM should have to do, for split-K."""
+
+    rows: int
+    plan: Plan
+    programs: int = 1
+
+
+DENSE = Plan(dense=True)
+
+# static choices: no spills, wgmma fed from registers and in flight, most programs per SM. Not timed yet
+RULES: dict[int, tuple[Rule, ...]] = {
+    90: (
+        Rule(16, Plan(), programs=2),
+        Rule(32, Plan(weight_left=True, block_m=32), programs=2),
+        Rule(64, Plan(weight_left=True, block_m=64), programs=2),
+        Rule(512, Plan(weight_left=True, block_m=128, warps=8, stages=3)),
+    ),
+    80: (
+        Rule(16, Plan(), programs=2),
+        Rule(32, Plan(block_m=32), programs=2),
+        Rule(256, Plan(block_m=64, warps=8, stages=3)),
+    ),
+}
+FEW_ROWS = 16  # in fp32, or with a table of levels, kernels do only products with so few rows, bound by memory
+
+
+def choose_plan(m: int, n: int, k: int, bits: int, *, plain: bool, sm: int, sm_count: int) -> Plan:
+    """The plan of x `[m, k]` times a weight `[n, k]`. Compares m only, so that a symbol is bounded and not fixed.
+
+    Args:
+        bits: of the weight.
+        plain: 16-bit x and an evenly spaced grid.
+        sm: 90 for compute capability 9.0; the rules of the nearest one below are taken, else of the lowest.
+        sm_count: number of processors.
+    """
+    rules = RULES[max((known for known in RULES if known <= sm), default=min(RULES))]
+    rule = next((rule for rule in rules if m <= rule.rows), None)
+    if rule is None or not (plain or m <= FEW_ROWS):
+        return DENSE
+    tiles = -(-n // rule.plan.block_n) * (1 if m <= rule.plan.block_m else -(-m // rule.plan.block_m))
+    wanted = max(1, rule.programs * sm_count // tiles)
+    # each program has four turns to fill its pipeline, and the parts of y are no more to move than the weight
+    most = max(1, min(-(-k // 128) // 4, k * bits // (32 * rule.plan.block_m)))
+    return replace(rule.plan, split_k=min(wanted, most))
