@@ -1,4 +1,4 @@
-"""Trains a float network, quantizes it, and records what that cost: `python -m bench.accuracy --model resnet20 ...`.
+"""Trains a float network, compresses it, and records what that cost: `python -m bench.accuracy --model resnet20 ...`.
 
 One row holds every accuracy on the whole test set, always of the last epoch (no epoch is picked): the float network,
 the same network trained on in float for the epochs that quantized training takes (the fair opponent), the trained
@@ -21,14 +21,16 @@ from torch import Tensor, nn
 
 import gs_algos
 from bench import record
-from gs_algos.cli.data import ImageData, load_data
+from gs_algos.cli.data import ImageData, batches_per_epoch, load_data
 from gs_algos.cli.models import MODELS, build
 from gs_algos.cli.recipes import float_recipe, tune_recipe
 from gs_algos.cli.train import Interrupted, Recipe, accuracy, predict, train
+from gs_algos.core.registry import algorithm_class
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "simqat-w8a8": {"weight": "int8@channel", "act": "int8@tensor:ema"},
-    "simqat-w4a8": {"weight": "int4@channel", "act": "int8@tensor:ema"},
+# name -> (algorithm, its options)
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "simqat-w8a8": ("simqat", {"weight": "int8@channel", "act": "int8@tensor:ema"}),
+    "simqat-w4a8": ("simqat", {"weight": "int4@channel", "act": "int8@tensor:ema"}),
 }
 
 
@@ -88,7 +90,8 @@ def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
     net = fresh()
     float_logits = stage(f"float{args.float_epochs}", net, base)
     more_logits = stage(f"float{args.float_epochs}+{args.epochs}", copy.deepcopy(net), tune)
-    algo = gs_algos.SimQAT(**RECIPES[args.recipe])
+    name, options = RECIPES[args.recipe]
+    algo = make(name, options, args.epochs, batches_per_epoch(data, args.batch_size))
     net = algo.apply(net, data.example())
     trained = stage(f"float{args.float_epochs}-{args.recipe}-{args.epochs}", net, tune, algo)
     net = algo.convert(net, data.example())
@@ -97,8 +100,8 @@ def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
     row = {
         **{key: getattr(args, key) for key in ("model", "recipe", "float_epochs", "epochs", "seed", "batch_size")},
         "data": set_name,
-        "algorithm": algo.name,
-        "options": RECIPES[args.recipe],
+        "algorithm": name,
+        "options": options,
         "training": {"float": base.__dict__, "tune": tune.__dict__},
         "accuracy": {
             "float": accuracy(float_logits, data),
@@ -117,6 +120,12 @@ def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
     row["drop"] = {key: round(accuracies[key] - accuracies["converted"], 4) for key in ("float", "float_continued")}
     print("\n".join(f"{key}: {row[key]}" for key in ("accuracy", "drop", "parity", "reload_exact", "nbytes")))
     return row
+
+
+def make(name: str, options: dict[str, Any], epochs: int, steps_per_epoch: int) -> gs_algos.Algorithm:
+    """The algorithm for a training of this length."""
+    cls: Any = algorithm_class(name)
+    return cls(**options, **cls.training_options(epochs, steps_per_epoch))
 
 
 def parity(trained: Tensor, converted: Tensor) -> dict[str, float]:

@@ -43,8 +43,8 @@ def demo(
     data: Annotated[str, typer.Option(help=DATA_HELP)] = "digits",
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "resnet20",
     algorithm: Annotated[str, typer.Option(help=ALGORITHM_HELP)] = "simqat",
-    weight: Annotated[str, typer.Option(help=WEIGHT_HELP)] = "int8@channel",
-    act: Annotated[str, typer.Option(help=ACT_HELP)] = "int8@tensor:ema",
+    weight: Annotated[str, typer.Option(help=WEIGHT_HELP)] = "",
+    act: Annotated[str, typer.Option(help=ACT_HELP)] = "",
     float_epochs: Annotated[int | None, typer.Option(help="Default: 30 for small sets, 5 for large.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Of compressed training. Default: 10 or 2.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Default: 128, less for small sets.")] = None,
@@ -79,8 +79,8 @@ def plan(
     data: Annotated[str, typer.Option(help=f"What the network is built for. {DATA_HELP}")] = "digits",
     input_shape: Annotated[str, typer.Option(help="Of package.module:function, e.g. 1,3,224,224.")] = "",
     algorithm: Annotated[str, typer.Option(help=ALGORITHM_HELP)] = "simqat",
-    weight: Annotated[str, typer.Option(help=WEIGHT_HELP)] = "int8@channel",
-    act: Annotated[str, typer.Option(help=ACT_HELP)] = "int8@tensor:ema",
+    weight: Annotated[str, typer.Option(help=WEIGHT_HELP)] = "",
+    act: Annotated[str, typer.Option(help=ACT_HELP)] = "",
 ) -> None:
     """Prints what an algorithm would do to every layer of a network, and why not to the others."""
     algo = make_algorithm(algorithm, weight, act)

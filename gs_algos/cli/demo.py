@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,7 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 import gs_algos
-from gs_algos.cli.data import ImageData, load_data
+from gs_algos.cli.data import ImageData, batches_per_epoch, load_data
 from gs_algos.cli.models import MODELS, build
 from gs_algos.cli.recipes import float_recipe, tune_recipe
 from gs_algos.cli.train import Recipe, accuracy, predict, train
@@ -37,8 +38,8 @@ class DemoOptions:
     data: str = "digits"
     model: str = "resnet20"
     algorithm: str = "simqat"
-    weight: str = "int8@channel"
-    act: str = "int8@tensor:ema"
+    weight: str = ""
+    act: str = ""
     float_epochs: int | None = None
     epochs: int | None = None
     batch_size: int | None = None
@@ -59,9 +60,11 @@ class Stage:
     differing: int
 
 
-def make_algorithm(name: str, weight: str, act: str) -> Algorithm:
-    """The algorithm with the options of the command line; an act of "none" leaves activations float."""
-    return algorithm_class(name)(weight=weight, act=None if act == "none" else act)  # type: ignore[call-arg]
+def make_algorithm(name: str, weight: str, act: str, **more: Any) -> Algorithm:
+    """The algorithm with the options of the command line: "" is its own default, an act of "none" leaves them float."""
+    given = {"weight": weight, "act": act}
+    options = {key: None if text == "none" else text for key, text in given.items() if text}
+    return algorithm_class(name)(**options, **more)  # type: ignore[call-arg]
 
 
 def run_demo(options: DemoOptions, out: Path, resume: bool, console: Console) -> list[Stage]:
@@ -71,12 +74,14 @@ def run_demo(options: DemoOptions, out: Path, resume: bool, console: Console) ->
         ValueError: on unknown names, missing data, or an `out` that is not this demo's.
         Interrupted: after Ctrl-C; `resume` then continues in the same `out`.
     """
-    algo = make_algorithm(options.algorithm, options.weight, options.act)
+    make_algorithm(options.algorithm, options.weight, options.act)  # names that are wrong, before anything is read
     if options.model not in MODELS:
         raise ValueError(f"model: must be one of {', '.join(MODELS)}, got {options.model!r}")
     device = _device(options.device)
     data = load_data(options.data, options.image_size).to(device)
     base, tune = _recipes(options, data)
+    length = algorithm_class(options.algorithm).training_options(tune.epochs, batches_per_epoch(data, tune.batch_size))
+    algo = make_algorithm(options.algorithm, options.weight, options.act, **length)
 
     def fresh() -> nn.Module:
         torch.manual_seed(options.seed)

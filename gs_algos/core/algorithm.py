@@ -73,6 +73,11 @@ class Algorithm(ABC):
         """A table of the compressed layers: bits, bytes, and the arithmetic each one runs in."""
 
     @classmethod
+    def training_options(cls, epochs: int, steps_per_epoch: int) -> dict[str, Any]:
+        """The options that tell an algorithm how long its training will be; none for one that need not know."""
+        return {}
+
+    @classmethod
     @abstractmethod
     def resume(cls, model: nn.Module) -> Self:
         """The algorithm of a prepared model that `load` gave back, at the step where it was saved."""
