@@ -10,6 +10,9 @@ from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed, pack_codes, pack_weight, repack, unpack_codes
 from gs_kernels.qmatmul.int8 import qmatmul_int8, quantize_rows, row_sums
 from gs_kernels.qmatmul.op import qmatmul
+from gs_kernels.slb.codes import slb_codes, slb_pack
+from gs_kernels.slb.op import slb_weight
+from gs_kernels.slb.update import slb_adamw_, slb_sgd_
 
 __all__ = [
     "Granularity",
@@ -34,5 +37,10 @@ __all__ = [
     "quantize_rows",
     "repack",
     "row_sums",
+    "slb_adamw_",
+    "slb_codes",
+    "slb_pack",
+    "slb_sgd_",
+    "slb_weight",
     "unpack_codes",
 ]

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-OPS: tuple[str, ...] = ("fake_quant", "observe")
+OPS: tuple[str, ...] = ("fake_quant", "observe", "slb")
 
 Shape: TypeAlias = dict[str, Any]
 

@@ -1,0 +1,34 @@
+"""Weights in the memory formats of convolutions, as a kernel sees them: HW elements apart, or as their logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def format_of(ndim: int, channels_last: bool) -> torch.memory_format:
+    return CHANNELS_LAST[ndim] if channels_last else torch.contiguous_format
+
+
+def empty_weight(logits: Tensor, shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
+    memory_format = format_of(len(shape), channels_last)
+    return torch.empty(shape, dtype=dtype, device=logits.device, memory_format=memory_format)
+
+
+def filter_size(shape: Sequence[int], channels_last: bool) -> int:
+    """HW: column n of a row lies at `n % HW * C + n // HW`; 1 where rows lie as they are."""
+    return math.prod(shape[2:]) if channels_last else 1
+
+
+def readable(dw: Tensor) -> tuple[Tensor, int]:
+    """dw, or one contiguous copy of it, and its HW."""
+    if dw.is_contiguous():
+        return dw, 1
+    if dw.dim() in CHANNELS_LAST and dw.is_contiguous(memory_format=CHANNELS_LAST[dw.dim()]):
+        return dw, filter_size(dw.shape, True)
+    return dw.contiguous(), 1
