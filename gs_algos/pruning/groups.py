@@ -1,0 +1,216 @@
+"""Coupled channel groups: which channels of which tensors go together, as data that can be printed, kept and cut by.
+
+A unit is the smallest thing that can go: one channel of a conv with its batch norm, its skip connections and what reads
+it; one attention head with its query, key, value and output; one neuron of an MLP. A group is the units of the same
+layers. Units are numbered through all groups; a slice says for one dimension of one tensor which unit each index is of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gs_algos.core.plan import render
+
+FIXED = -1  # unit of an index that always stays
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One dimension of one tensor that loses indices. units: `[size]`, the unit of each index or FIXED."""
+
+    tensor: str
+    dim: int
+    units: Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that makes the channels of a group. norm: the batch norm behind it, if it normalises just these."""
+
+    name: str
+    tensor: str
+    dim: int
+    units: Tensor
+    norm: str | None = None
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An integer that a module keeps of its own size: `per` times how many of these units stay."""
+
+    module: str
+    name: str
+    per: int
+    units: Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units `first .. first + n - 1`, made by `layers`, read by `readers`. reason: why none of them can go (n = 0)."""
+
+    layers: tuple[Layer, ...]
+    readers: tuple[str, ...]
+    first: int
+    n: int
+    channels: int  # output channels of the layers, in all
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.layers[0].name
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Per layer, how many of its channels one unit takes."""
+        return tuple(max(1, int((layer.units == self.first).sum())) for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Every group of a model, and what has to be cut if units go.
+
+    costs: (multiply-adds on the example inputs, per factor the unit of each of its channels).
+    """
+
+    groups: tuple[Group, ...]
+    slices: tuple[Slice, ...]
+    attributes: tuple[Attribute, ...]
+    costs: tuple[tuple[int, tuple[Tensor, ...]], ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def n(self) -> int:
+        return sum(group.n for group in self.groups)
+
+    def prunable(self) -> tuple[Group, ...]:
+        return tuple(group for group in self.groups if group.n)
+
+    def everything(self) -> Tensor:
+        """bool `[n]`: all units stay."""
+        return torch.ones(self.n, dtype=torch.bool)
+
+    def macs(self, keep: Tensor) -> int:
+        """Multiply-adds on the example inputs if the units in `keep` stay."""
+        return round(sum(macs * math.prod(_share(keep, f) for f in factors) for macs, factors in self.costs))
+
+    def numel(self, shapes: Mapping[str, Sequence[int]], keep: Tensor) -> int:
+        """How many numbers tensors of these shapes hold if the units in `keep` stay."""
+        return sum(math.prod(shape) for shape in self.shapes(shapes, keep).values())
+
+    def shapes(self, shapes: Mapping[str, Sequence[int]], keep: Tensor) -> dict[str, list[int]]:
+        """The shapes that are left of these."""
+        left = {name: list(shape) for name, shape in shapes.items()}
+        for part in self.slices:
+            if part.tensor in left:
+                left[part.tensor][part.dim] = int(kept_of(keep, part.units).sum())
+        return left
+
+    def __str__(self) -> str:
+        rows = [(g.name, g.n or "-", _layers(g), _some(g.readers, 4), g.reason) for g in self.groups]
+        head = f"{len(self.prunable())} of {len(self.groups)} groups can lose channels"
+        table = render(("group", "units", "made by", "read by", "stays whole because it"), rows)
+        return "\n".join([head, table, *(f"note: {note}" for note in self.notes)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "groups": [
+                {
+                    "layers": [[x.name, x.tensor, x.dim, encode(x.units), x.norm] for x in g.layers],
+                    "readers": list(g.readers),
+                    "first": g.first,
+                    "n": g.n,
+                    "channels": g.channels,
+                    "reason": g.reason,
+                }
+                for g in self.groups
+            ],
+            "slices": [[x.tensor, x.dim, encode(x.units)] for x in self.slices],
+            "attributes": [[x.module, x.name, x.per, encode(x.units)] for x in self.attributes],
+            "costs": [[macs, [encode(f) for f in factors]] for macs, factors in self.costs],
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Groups:
+        groups = tuple(
+            Group(
+                tuple(Layer(name, tensor, dim, decode(code), norm) for name, tensor, dim, code, norm in g["layers"]),
+                tuple(g["readers"]),
+                g["first"],
+                g["n"],
+                g["channels"],
+                g["reason"],
+            )
+            for g in data["groups"]
+        )
+        return cls(
+            groups,
+            tuple(Slice(tensor, dim, decode(code)) for tensor, dim, code in data["slices"]),
+            tuple(Attribute(module, name, per, decode(code)) for module, name, per, code in data["attributes"]),
+            tuple((macs, tuple(decode(f) for f in factors)) for macs, factors in data["costs"]),
+        )
+
+
+def kept_of(keep: Tensor, units: Tensor) -> Tensor:
+    """bool `[size]`: which indices stay if the units in `keep` stay."""
+    return torch.where(units == FIXED, True, keep[units.clamp(min=0)]) if keep.numel() else units == FIXED
+
+
+def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by first qualified name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def encode(units: Tensor) -> str:
+    """A vector of units as runs: `4..7` counts up, `4*49` repeats, `4..7*49` counts up, each repeated; `-` is FIXED."""
+    runs: list[str] = []
+    values, counts = torch.unique_consecutive(units, return_counts=True)
+    i = 0
+    while i < len(values):
+        j, times = i + 1, int(counts[i])
+        start = int(values[i])
+        if start != FIXED:
+            while j < len(values) and int(values[j]) == start + j - i and int(counts[j]) == times:
+                j += 1
+        text = "-" if start == FIXED else str(start) if j == i + 1 else f"{start}..{start + j - i - 1}"
+        runs.append(text if times == 1 else f"{text}*{times}")
+        i = j
+    return " ".join(runs)
+
+
+def decode(code: str) -> Tensor:
+    """The vector that `encode` wrote.
+
+    Raises:
+        ValueError: if the text is no such code.
+    """
+    parts: list[Tensor] = []
+    for run in code.split():
+        text, _, times = run.partition("*")
+        first, _, last = text.partition("..")
+        if text == "-":
+            values = torch.tensor([FIXED])
+        else:
+            values = torch.arange(int(first), int(last or first) + 1)
+        parts.append(values.repeat_interleave(int(times or 1)))
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def _share(keep: Tensor, factor: Tensor) -> float:
+    return float(kept_of(keep, factor).double().mean()) if factor.numel() else 1.0
+
+
+def _layers(group: Group) -> str:
+    widths = group.widths if group.n else (1,) * len(group.layers)
+    pairs = zip(group.layers, widths, strict=True)
+    return _some([layer.name + (f" x{width}" if width > 1 else "") for layer, width in pairs], 6)
+
+
+def _some(names: Sequence[str], most: int) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
