@@ -140,7 +140,8 @@ def field_asm(bits, mantissa):
     source, bias = f"${len(places)}", 15 if mantissa == 10 else 127
     shifts = sorted({shift for shift, _ in places if shift > 0})
     lines = [f".reg .b32 t{shift}; shr.u32 t{shift}, {source}, {shift};" for shift in shifts]
-    for j, (shift, at) in enumerate(places):
+    for j in range(len(places)):
+        shift, at = places[j]
         mask = ((1 << bits) - 1) << at
         exponent = (bias + mantissa - at) << mantissa
         word = f"t{shift}" if shift > 0 else source

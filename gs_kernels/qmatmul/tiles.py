@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 class Plan:
     """dense: dequantise once and multiply as a float layer does; the rest is then of no use.
 
-    weight_left: y^T = W x^T. split_k: at most so many programs share one tile of y.
+    scale_parts: scales on the product of a block, where groups allow, not on the weights.
+    split_k: at most so many programs share one tile of y.
     """
 
     dense: bool = False
-    weight_left: bool = False
+    scale_parts: bool = False
     block_m: int = 16
     block_n: int = 128
     split_k: int = 1
@@ -31,39 +32,55 @@ class Rule:
 
 
 DENSE = Plan(dense=True)
+FEW_ROWS = 16  # in fp32, or with a table of levels, kernels do only products with so few rows, bound by memory
+FEW = Plan(scale_parts=True, block_m=FEW_ROWS)
 
-# static choices: no spills, wgmma fed from registers and in flight, most programs per SM. Not timed yet
+# chosen by machine code: no spills, wgmma fed from registers and in flight, most programs per SM. Not timed yet
 RULES: dict[int, tuple[Rule, ...]] = {
     90: (
-        Rule(16, Plan(), programs=2),
-        Rule(32, Plan(weight_left=True, block_m=32), programs=2),
-        Rule(64, Plan(weight_left=True, block_m=64), programs=2),
-        Rule(512, Plan(weight_left=True, block_m=128, warps=8, stages=3)),
+        Rule(FEW_ROWS, FEW, programs=2),
+        Rule(32, Plan(block_m=32), programs=2),
+        Rule(64, Plan(block_m=64), programs=2),
+        Rule(512, Plan(block_m=128, warps=8, stages=3)),
     ),
     80: (
-        Rule(16, Plan(), programs=2),
+        Rule(FEW_ROWS, FEW, programs=2),
         Rule(32, Plan(block_m=32), programs=2),
-        Rule(256, Plan(block_m=64, warps=8, stages=3)),
+        Rule(256, Plan(block_m=64, stages=3), programs=2),
     ),
 }
-FEW_ROWS = 16  # in fp32, or with a table of levels, kernels do only products with so few rows, bound by memory
 
 
-def choose_plan(m: int, n: int, k: int, bits: int, *, plain: bool, sm: int, sm_count: int) -> Plan:
+def choose_plan(
+    m: int,
+    n: int,
+    k: int,
+    bits: int,
+    *,
+    x_bits: int,
+    levels: bool,
+    sm: int,
+    sm_count: int,
+    rules: tuple[Rule, ...] = (),
+) -> Plan:
     """The plan of x `[m, k]` times a weight `[n, k]`. Compares m only, so that a symbol is bounded and not fixed.
 
     Args:
         bits: of the weight.
-        plain: 16-bit x and an evenly spaced grid.
+        x_bits: of an element of x, 16 or 32.
+        levels: whether the grid of the weight is a table.
         sm: 90 for compute capability 9.0; the rules of the nearest one below are taken, else of the lowest.
         sm_count: number of processors.
+        rules: instead of those of sm, by rows ascending.
     """
-    rules = RULES[max((known for known in RULES if known <= sm), default=min(RULES))]
+    rules = rules or RULES[max((known for known in RULES if known <= sm), default=min(RULES))]
     rule = next((rule for rule in rules if m <= rule.rows), None)
-    if rule is None or not (plain or m <= FEW_ROWS):
+    if rule is None or ((levels or x_bits == 32) and not m <= FEW_ROWS):
         return DENSE
-    tiles = -(-n // rule.plan.block_n) * (1 if m <= rule.plan.block_m else -(-m // rule.plan.block_m))
+    # in fp32 a tile of weights takes twice the registers
+    plan = rule.plan if x_bits == 16 else replace(rule.plan, block_n=rule.plan.block_n // 2)
+    tiles = -(-n // plan.block_n) * (1 if m <= plan.block_m else -(-m // plan.block_m))
     wanted = max(1, rule.programs * sm_count // tiles)
     # each program has four turns to fill its pipeline, and the parts of y are no more to move than the weight
-    most = max(1, min(-(-k // 128) // 4, k * bits // (32 * rule.plan.block_m)))
-    return replace(rule.plan, split_k=min(wanted, most))
+    most = max(1, min(-(-k // 128) // 4, k * bits // (32 * plan.block_m)))
+    return replace(plan, split_k=min(wanted, most))

@@ -60,8 +60,10 @@ def qmatmul_triton(
     parts = (codes, scale, _same_strides(scale, zero_points), zero, levels)
     group = _grouping(k, group_size)
     asm, sm, sm_count = device_of(x)
-    plain = levels is None and x.dtype != torch.float32
-    plan = choose_plan(rows.shape[0], n, k, bits, plain=plain, sm=sm, sm_count=sm_count)
+    shape = rows.shape[0], n, k
+    plan = choose_plan(
+        *shape, bits, x_bits=8 * x.itemsize, levels=levels is not None, sm=sm, sm_count=sm_count
+    )
     if rows.shape[0] == 0:
         y = x.new_empty(0, n)
     elif plan.dense:

@@ -1,4 +1,4 @@
-"""Float rows times a packed weight: one kernel for few rows (weight right) and for more (weight left), and split-K."""
+"""Float rows times a packed weight, and the sum of the parts that split-K leaves."""
 
 import torch
 import triton
@@ -17,16 +17,16 @@ def _qmatmul_kernel(
     M, N, K, G, turns,
     stride_xm, stride_sn, stride_sg,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr, ACTIVATION: tl.constexpr,
-    EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr, WEIGHT_LEFT: tl.constexpr,
+    EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr, SCALE_PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """A tile of y; with SPLIT_K, of the sum over part of K, fp32 `[SPLIT_K, M, N]`, without bias and activation.
 
-    With the weight left, scaled, each product feeds the sum only: on sm_90 it is taken from registers and not waited
-    for. With the weight right, the scale is applied to the product of a block, not to each weight.
+    y^T = W x^T: on sm_90 the left operand goes to wgmma from registers, and a product that feeds the sum only is not
+    waited for: scales then belong on the weights. With SCALE_PARTS they are put on the product of each block instead:
+    one multiplication less a weight, for few rows, where the product is small and other programs fill the wait.
     """
     WIDTH: tl.constexpr = 8 * BITS
-    SCALED: tl.constexpr = WEIGHT_LEFT or GROUP % 128 != 0
     T: tl.constexpr = x_ptr.dtype.element_ty
     tiles_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
@@ -46,10 +46,7 @@ def _qmatmul_kernel(
     if zero_ptr is not None:
         zero_ptr += first_n * stride_sn
 
-    if WEIGHT_LEFT:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     # at least one turn, and the compiler must see it: else acc = 0 has a path of its own around the loop, and ptxas
     # waits for each wgmma
     count = tl.maximum(tl.minimum(turns, tl.cdiv(K, 128) - first), 1)
@@ -61,19 +58,16 @@ def _qmatmul_kernel(
         else:
             x = tl.load(x_ptr + offs_x, mask=offs_k[None, :] < K - k, other=0.0)
         grid = (scale_ptr, zero_ptr, levels_ptr, offs_s, stride_sg, k, G)
-        w, scale = dequantize_block(words, grid, BITS, GROUP, ZERO, T, ASM, SCALED)
-        if WEIGHT_LEFT:
-            acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
-        elif SCALED:
-            acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+        w, scale = dequantize_block(words, grid, BITS, GROUP, ZERO, T, ASM, not SCALE_PARTS)
+        if SCALE_PARTS:
+            part = tl.dot(w, tl.trans(x), input_precision="ieee")
+            acc = tl.fma(part, tl.broadcast_to(scale, part.shape), acc)
         else:
-            part = tl.dot(x, tl.trans(w), input_precision="ieee")
-            acc = tl.fma(part, tl.broadcast_to(tl.trans(scale), part.shape), acc)
+            acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
         x_ptr += 128
         codes_ptr += N * WIDTH
 
-    if WEIGHT_LEFT:
-        acc = tl.trans(acc)
+    acc = tl.trans(acc)
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = first_n + tl.arange(0, BLOCK_N)
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
@@ -123,7 +117,7 @@ def multiply(
         m, n, k, scale.shape[1], turns,
         x.stride(0), *scale.stride(),
         BITS=bits, GROUP=group, ZERO=zero, ASM=asm, ACTIVATION=activation,
-        EVEN_K=k % 128 == 0, SPLIT_K=split, WEIGHT_LEFT=plan.weight_left,
+        EVEN_K=k % 128 == 0, SPLIT_K=split, SCALE_PARTS=plan.scale_parts and group % 128 == 0,
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=plan.warps, num_stages=plan.stages,
     )
     if split > 1:
