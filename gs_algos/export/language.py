@@ -30,7 +30,7 @@ def load_language_model(
 
     Raises:
         ValueError: if nothing is there, another library packed it, a newer version did, or a file is damaged.
-        RuntimeError: if transformers (for GGUF files also gguf) is not installed.
+        RuntimeError: if transformers (for GGUF files also gguf and accelerate) is not installed.
     """
     source = Path(path)
     if is_gguf(source):
@@ -91,7 +91,7 @@ def is_gguf(path: Path) -> bool:
 
 def load_gguf(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer) of a GGUF file, its weights dequantized: the whole float model is in memory."""
-    transformers = library("transformers", "gguf")
+    transformers = library("transformers", "gguf", "accelerate")
     quiet(transformers)
     config = transformers.GgufConfig(dequantize=True)
     where = {"gguf_file": path.name, "local_files_only": True}
