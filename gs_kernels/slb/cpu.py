@@ -81,8 +81,8 @@ def adamw_chain(
 ) -> None:
     """hyper: 1 - beta1, 1 - beta2, lr / correction1, sqrt(correction2), eps, 1 - lr * weight_decay."""
     da = gradient(a, v, c, m, w, g)
-    avg_new = avg.float() + (da - avg.float()) * hyper[0]
-    sq_new = sq.float() + (da * da - sq.float()) * hyper[1]
+    avg_new = avg.float() * (1 - hyper[0]) + da * hyper[0]
+    sq_new = sq.float() * (1 - hyper[1]) + da * da * hyper[1]
     a.copy_(a.float() * hyper[5] - hyper[2] * avg_new / (sq_new.sqrt() / hyper[3] + hyper[4]))
     avg.copy_(avg_new)
     sq.copy_(sq_new)

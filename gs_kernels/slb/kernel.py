@@ -224,9 +224,9 @@ def _before_update(
     """Where logits of level 0 lie, and which weights to update (none if frozen); g = dW * scale * r / tau, so that the
     gradient of a logit is g * e * (level - W_c); and m, W_c, c, a, e of `_mix`.
     """
-    offs_n, offs_k, mask = _place(N, K, BLOCK_N, BLOCK_K)
     if frozen_ptr is not None:
-        mask = mask & (tl.load(frozen_ptr) == 0)
+        N = tl.where(tl.load(frozen_ptr) == 0, N, 0)
+    offs_n, offs_k, mask = _place(N, K, BLOCK_N, BLOCK_K)
     offs = offs_n * (PLANES * K) + offs_k
     g = tl.load(dw_ptr + _place_weight(offs_n, offs_k, K, HW), mask=mask, other=0.0).to(tl.float32)
     if scale_ptr is not None:
@@ -274,8 +274,8 @@ def _slb_adamw_kernel(
         da = g[None, :] * el * (_levels(v_ptr, start, PLANES, BLOCK_L) - w[None, :])
         avg = tl.load(avg_ptr + at, mask=real, other=0.0).to(tl.float32)
         sq = tl.load(sq_ptr + at, mask=real, other=0.0).to(tl.float32)
-        avg += (da - avg) * keep1
-        sq += (da * da - sq) * keep2
+        avg = avg * (1 - keep1) + da * keep1
+        sq = sq * (1 - keep2) + da * da * keep2
         new = al * (1 - lr * decay) - rate * avg / (tl.sqrt(sq) / spread + eps)
         tl.store(avg_ptr + at, avg.to(avg_ptr.dtype.element_ty), mask=real)
         tl.store(sq_ptr + at, sq.to(sq_ptr.dtype.element_ty), mask=real)
