@@ -311,6 +311,92 @@ def dequantize_block(
     return values, scale
 
 
+@constexpr_function
+def code_middle(bits, fp8, asm):
+    """What `code_block` subtracts from a code: the zero point of a symmetric grid, or nothing."""
+    return 0.0 if fp8 and asm else 0.5 if bits == 1 else float(2 ** (bits - 1))
+
+
+@constexpr_function
+def code_factor(bits, fp8, asm):
+    """What `code_block` multiplies that difference by, a power of two."""
+    if not asm:
+        return 2.0 if bits == 1 else 1.0
+    return 2.0**-9 if fp8 else 128.0 if bits == 1 else float(2 ** (8 - bits))
+
+
+@constexpr_function
+def code_asm(bits, fp8):
+    """PTX: each field of four containers in two registers to four bytes in one.
+
+    int8: at the top of the byte, its highest bit flipped: `(code - 2**(bits - 1)) * 2**(8 - bits)`; of 1 bit, ±64.
+    fp8: at the bottom, where float8_e4m3 counts in steps of 2**-9 up to 15.
+    """
+    count, low = 16 // bits, (1 << bits) - 1
+    words = f"${count}, ${count + 1}"
+    lines = [f".reg .b32 a, b, t; prmt.b32 a, {words}, 0x6420; prmt.b32 b, {words}, 0x7531;"]
+    for j in range(count):
+        byte, at = ("a", j * bits) if j * bits < 8 else ("b", j * bits - 8)
+        if fp8:
+            lines.append(f"shr.u32 t, {byte}, {at}; and.b32 ${j}, t, 0x{low * 0x01010101:08x};")
+        else:
+            flip = 0xC0C0C0C0 if bits == 1 else 0x80808080
+            top = (low << (8 - bits)) * 0x01010101
+            lines.append(f"shl.b32 t, {byte}, {8 - bits - at};")
+            lines.append(f"lop3.b32 ${j}, t, 0x{top:08x}, 0x{flip:08x}, 0x6a;")  # (a & b) ^ c
+    return "{ " + " ".join(lines) + " }"
+
+
+@constexpr_function
+def code_constraints(bits):
+    return ",".join(["=r"] * (16 // bits) + ["r", "r"])
+
+
+@triton.jit
+def byte_fields(words, BITS: tl.constexpr, FP8: tl.constexpr):
+    """`code_asm` of every container: a tuple of int8 `[R, 8 * BITS]`."""
+    ASM: tl.constexpr = code_asm(BITS, FP8)
+    REGISTERS: tl.constexpr = code_constraints(BITS)
+    if BITS == 8:
+        fields = tl.inline_asm_elementwise(ASM, REGISTERS, [words], dtype=(tl.int8,) * 2, is_pure=True, pack=4)
+    elif BITS == 4:
+        fields = tl.inline_asm_elementwise(ASM, REGISTERS, [words], dtype=(tl.int8,) * 4, is_pure=True, pack=4)
+    elif BITS == 2:
+        fields = tl.inline_asm_elementwise(ASM, REGISTERS, [words], dtype=(tl.int8,) * 8, is_pure=True, pack=4)
+    else:
+        fields = tl.inline_asm_elementwise(ASM, REGISTERS, [words], dtype=(tl.int8,) * 16, is_pure=True, pack=4)
+    return fields
+
+
+@triton.jit
+def _codes(words, fields, J: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
+    HALF: tl.constexpr = COUNT // 2
+    if COUNT > 1:
+        low = _codes(words, fields, J, HALF, BITS, T, ASM)
+        v = concat(low, _codes(words, fields, J + HALF, HALF, BITS, T, ASM))
+    elif ASM:
+        v = fields[J].to(T, bitcast=True)
+    else:
+        FACTOR: tl.constexpr = code_factor(BITS, False, False)
+        SHIFT: tl.constexpr = code_middle(BITS, False, False) * FACTOR
+        q = (words >> (J * BITS)).to(tl.int32) & ((1 << BITS) - 1)
+        v = (q * int(FACTOR) - int(SHIFT)).to(tl.int8).to(T)
+    return v
+
+
+@triton.jit
+def code_block(words, BITS: tl.constexpr, T: tl.constexpr, FP8: tl.constexpr, ASM: tl.constexpr):
+    """A block of 128 codes of each row, planar containers `[R, 8 * BITS]`, as `(code - middle) * factor`, `[R, 128]`.
+
+    Exact in T: int8 or, with FP8, float8e4nv for at most 4 bits. ASM: by inline PTX, half an operation a code.
+    """
+    if ASM:
+        fields = byte_fields(words, BITS, FP8)
+    else:
+        fields = (words,)
+    return _codes(words, fields, 0, 16 // BITS, BITS, T, ASM)
+
+
 @triton.jit
 def activate(v, ACTIVATION: tl.constexpr):
     """none, relu (NaN stays NaN), gelu (exact) or silu of fp32."""

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gs_kernels.observe.ref import choose_qparams_ref
+from gs_kernels.fake_quant.ref import inverse
+from gs_kernels.observe.ref import SCALE_FLOOR, choose_qparams_ref
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed, unpack_codes
 
@@ -28,15 +29,18 @@ def qmatmul_ref(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, 
 
 def quantize_rows_ref(x: Tensor, *, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     rows = x.float()
+    low, high = rows.aminmax(dim=-1)
     if dtype == torch.int8:
-        # as `choose_qparams` and `quantize` do it, so that codes are those of a symmetric fake-quant
-        low, high = rows.aminmax(dim=-1)
         scale, _ = choose_qparams_ref(low, high, qmin=-LEVELS, qmax=LEVELS, symmetric=True)
-        codes = torch.round(rows * (1.0 / scale)[..., None]).clamp(-LEVELS, LEVELS)
-        return codes.nan_to_num(-LEVELS).to(dtype), scale
-    absmax = rows.abs().amax(-1)
-    scale = torch.where(absmax == 0, 1.0, (absmax / torch.full_like(absmax, FP8_MAX)).clamp(min=2.0**-100))
-    return (rows * (1.0 / scale)[..., None]).clamp(-FP8_MAX, FP8_MAX).to(dtype), scale
+    else:
+        absmax = torch.maximum(-low, high)
+        step = (absmax / torch.full_like(absmax, FP8_MAX)).clamp(min=SCALE_FLOOR)
+        scale = torch.where(absmax == 0, 1.0, step)
+    steps = rows * inverse(scale, torch.zeros_like(scale)).unsqueeze(-1)
+    if dtype == torch.int8:
+        codes = torch.round(steps).clamp(-LEVELS, LEVELS)
+        return torch.where(codes.isnan(), -LEVELS, codes).to(dtype), scale
+    return steps.clamp(-FP8_MAX, FP8_MAX).to(dtype), scale
 
 
 def exact_weight(weight: PackedWeight) -> Tensor:

@@ -79,8 +79,36 @@ def choose_plan(
         return DENSE
     # in fp32 a tile of weights takes twice the registers
     plan = rule.plan if x_bits == 16 else replace(rule.plan, block_n=rule.plan.block_n // 2)
+    # the parts of y are no more to move than the weight
+    return _split(plan, rule.programs * sm_count, m, n, k, k * bits // (32 * plan.block_m))
+
+
+def _split(plan: Plan, programs: int, m: int, n: int, k: int, most: int) -> Plan:
+    """With so many programs, if each has four turns to fill its pipeline."""
     tiles = -(-n // plan.block_n) * (1 if m <= plan.block_m else -(-m // plan.block_m))
-    wanted = max(1, rule.programs * sm_count // tiles)
-    # each program has four turns to fill its pipeline, and the parts of y are no more to move than the weight
-    most = max(1, min(-(-k // 128) // 4, k * bits // (32 * plan.block_m)))
-    return replace(plan, split_k=min(wanted, most))
+    return replace(plan, split_k=max(1, min(programs // tiles, -(-k // 128) // 4, most)))
+
+
+INT8_RULES = (
+    Rule(FEW_ROWS, Plan(block_m=FEW_ROWS), programs=2),
+    Rule(32, Plan(block_m=32), programs=2),
+    Rule(64, Plan(block_m=64), programs=2),
+)
+INT8 = Rule(0, Plan(block_m=128, warps=8, stages=3))
+
+
+def choose_int8_plan(m: int, n: int, k: int, *, sm: int, sm_count: int) -> Plan:
+    """The plan of 8-bit x `[m, k]` times a weight `[n, k]`, never dense: sums of integers stay exact."""
+    rule = next((rule for rule in INT8_RULES if m <= rule.rows), INT8)
+    return _split(rule.plan, rule.programs * sm_count, m, n, k, 8)
+
+
+def rows_tile(m: int, k: int) -> tuple[int, int, int]:
+    """Rows, columns and warps of a tile that quantizes x `[m, k]` by row."""
+    block_k = 64
+    while block_k < k and block_k < 16384:
+        block_k *= 2
+    block_m = 1
+    while block_m < m and block_m * block_k < 2048:
+        block_m *= 2
+    return block_m, block_k, 4 if block_m * block_k <= 4096 else 8

@@ -8,9 +8,11 @@ from torch import Tensor
 from gs_kernels.device import capabilities
 from gs_kernels.dispatch import INTERPRET, is_eager
 from gs_kernels.qmatmul.kernel.dequant import dequantize
+from gs_kernels.qmatmul.kernel.int8 import multiply_int8
 from gs_kernels.qmatmul.kernel.matmul import multiply
+from gs_kernels.qmatmul.kernel.rows import quantize
 from gs_kernels.qmatmul.ref import ACTIVATIONS
-from gs_kernels.qmatmul.tiles import choose_plan
+from gs_kernels.qmatmul.tiles import choose_int8_plan, choose_plan
 
 MAX_STRIDE = 1 << 22  # offsets inside a tile of x are 32-bit
 
@@ -80,3 +82,30 @@ def qmatmul_dx_triton(
 ) -> Tensor:
     parts = (codes, scale, _same_strides(scale, zero_points), zero, levels)
     return dy @ dequantize(parts, bits, n, k, _grouping(k, group_size), dy.dtype)
+
+
+def quantize_rows_triton(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rows = rows_of(x)
+    if rows.shape[0] == 0:
+        return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    codes, scale = quantize(rows, dtype)
+    return codes.view(x.shape), scale.view(x.shape[:-1])
+
+
+def qmatmul_int8_triton(
+    x: Tensor, x_scale: Tensor, x_zero: Tensor | None, weight_sums: Tensor | None,
+    codes: Tensor, scale: Tensor, zero_points: Tensor | None, zero: float, levels: Tensor | None,
+    bias: Tensor | None, bits: int, n: int, k: int, group_size: int, layout: str, activation: str, dtype: torch.dtype,
+) -> Tensor:
+    rows = rows_of(x)
+    if rows.shape[0] == 0:
+        return x.new_empty(*x.shape[:-1], n, dtype=dtype)
+    parts = (codes, scale, _same_strides(scale, zero_points), zero, levels)
+    asm, sm, sm_count = device_of(x)
+    plan = choose_int8_plan(rows.shape[0], n, k, sm=sm, sm_count=sm_count)
+    shift = None if x_zero is None or weight_sums is None else x_zero * weight_sums
+    group = _grouping(k, group_size)
+    y = multiply_int8(
+        rows, x_scale.reshape(-1), shift, parts, bias, bits, n, k, group, activation, dtype, plan, asm
+    )
+    return y.view(*x.shape[:-1], n)

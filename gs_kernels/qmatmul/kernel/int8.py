@@ -1,0 +1,167 @@
+"""8-bit rows times a packed weight: whole sums of integers, scaled once a group."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gs_kernels.dispatch import launch
+from gs_kernels.lang import activate, code_block, code_factor, code_middle, load_grid
+from gs_kernels.qmatmul.tiles import Plan
+
+
+@triton.jit
+def _add_group(
+    acc, part, x_sums, scale_ptr, zero_ptr, offs,
+    ZERO: tl.constexpr, MIDDLE: tl.constexpr, FACTOR: tl.constexpr, CENTRED: tl.constexpr,
+):
+    """acc + scale * (part / factor + (middle - zero) * sum of x): part holds `(code - middle) * factor * x`."""
+    scale, zero = load_grid(scale_ptr, zero_ptr, offs, ZERO)
+    part = part.to(tl.float32) * (1.0 / FACTOR)
+    if not CENTRED:
+        part += (MIDDLE - zero)[:, None] * x_sums.to(tl.float32)[None, :]
+    return tl.fma(part, tl.broadcast_to(scale[:, None], part.shape), acc)
+
+
+@triton.jit
+def _qmatmul_int8_kernel(
+    y_ptr,
+    x_ptr, x_scale_ptr, codes_ptr, scale_ptr, zero_ptr, shift_ptr, bias_ptr,
+    M, N, K, turns,
+    stride_xm, stride_xs, stride_sn, stride_sg,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr, ACTIVATION: tl.constexpr,
+    EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """A tile of y; with SPLIT_K, of its sum over part of the groups, fp32 `[SPLIT_K, M, N]`, not yet scaled by row."""
+    WIDTH: tl.constexpr = 8 * BITS
+    T: tl.constexpr = x_ptr.dtype.element_ty
+    FP8: tl.constexpr = x_ptr.dtype.element_ty != tl.int8
+    SUM: tl.constexpr = tl.float32 if FP8 else tl.int32
+    MIDDLE: tl.constexpr = code_middle(BITS, FP8, ASM)
+    FACTOR: tl.constexpr = code_factor(BITS, FP8, ASM)
+    CENTRED: tl.constexpr = zero_ptr is None and ZERO == MIDDLE
+    BLOCKS: tl.constexpr = GROUP // 128  # of a group; of no use if groups end inside a block
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0)
+    first_m = (pid % tiles_m).to(tl.int64) * BLOCK_M
+    first_n = (pid // tiles_m).to(tl.int64) * BLOCK_N
+    first = tl.program_id(1) * turns
+    rows = tl.minimum(tl.arange(0, BLOCK_M), (M - 1 - first_m).to(tl.int32))
+    cols = tl.minimum(tl.arange(0, BLOCK_N), (N - 1 - first_n).to(tl.int32))
+    offs_k = tl.arange(0, 128)
+    offs_x = rows[:, None] * stride_xm + offs_k[None, :]  # [BLOCK_M, 128]
+    offs_w = cols[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]  # [BLOCK_N, WIDTH]
+    offs_s = cols * stride_sn  # [BLOCK_N]
+    x_ptr += first_m * stride_xm + first * 128
+    codes_ptr += (first.to(tl.int64) * N + first_n) * WIDTH
+    scale_ptr += first_n * stride_sn
+    if zero_ptr is not None:
+        zero_ptr += first_n * stride_sn
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    part = tl.zeros((BLOCK_N, BLOCK_M), SUM)
+    x_sums = tl.zeros((BLOCK_M,), SUM)
+    count = tl.maximum(tl.minimum(turns, tl.cdiv(K, 128) - first), 1)
+    for turn in range(count):
+        k = (first + turn) * 128
+        words = tl.load(codes_ptr + offs_w)
+        if EVEN_K:
+            x = tl.load(x_ptr + offs_x)
+        else:
+            x = tl.load(x_ptr + offs_x, mask=offs_k[None, :] < K - k, other=0)
+        w = code_block(words, BITS, T, FP8, ASM)
+        if GROUP % 128 == 0:
+            part = tl.dot(w, tl.trans(x), part)
+            if not CENTRED:
+                x_sums += tl.sum(x.to(SUM), 1)
+            if (first + turn + 1) % BLOCKS == 0 or turn + 1 == count:
+                offs = offs_s + k // GROUP * stride_sg
+                acc = _add_group(acc, part, x_sums, scale_ptr, zero_ptr, offs, ZERO, MIDDLE, FACTOR, CENTRED)
+                part = tl.zeros((BLOCK_N, BLOCK_M), SUM)
+                x_sums = tl.zeros((BLOCK_M,), SUM)
+        else:
+            for i in tl.static_range(4):
+                mine = (offs_k // 32 == i)[None, :]
+                x_mine = tl.where(mine, x.to(tl.float32), 0.0).to(T)
+                offs = offs_s + tl.minimum((k + 32 * i) // GROUP, tl.cdiv(K, GROUP) - 1) * stride_sg
+                part = tl.dot(w, tl.trans(x_mine), out_dtype=SUM)
+                x_sums = tl.sum(x_mine.to(SUM), 1)
+                acc = _add_group(acc, part, x_sums, scale_ptr, zero_ptr, offs, ZERO, MIDDLE, FACTOR, CENTRED)
+        x_ptr += 128
+        codes_ptr += N * WIDTH
+
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    y = tl.trans(acc)
+    if SPLIT_K > 1:
+        y_ptr += tl.program_id(1).to(tl.int64) * M * N
+    else:
+        y = _finish(y, offs_m, offs_n, M, N, x_scale_ptr, shift_ptr, bias_ptr, stride_xs, ACTIVATION)
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _finish(acc, offs_m, offs_n, M, N, x_scale_ptr, shift_ptr, bias_ptr, stride_xs, ACTIVATION: tl.constexpr):
+    """activation((acc - shift) * x_scale + bias), `[BLOCK_M, BLOCK_N]`; shift is zero point of x times row sum of W."""
+    if shift_ptr is not None:
+        acc -= tl.load(shift_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
+    acc *= tl.load(x_scale_ptr + offs_m * stride_xs, mask=offs_m < M, other=0.0)[:, None]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    return activate(acc, ACTIVATION)
+
+
+@triton.jit
+def _finish_kernel(
+    y_ptr,
+    parts_ptr, x_scale_ptr, shift_ptr, bias_ptr,
+    M, N,
+    stride_xs,
+    ACTIVATION: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """The sum of the parts `[SPLIT_K, M, N]` in their order, and what follows it."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0).to(tl.int64)
+    offs_m = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    offs = offs_m[:, None] * N + offs_n[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in tl.static_range(SPLIT_K):
+        acc += tl.load(parts_ptr + offs, mask=mask, other=0.0)
+        parts_ptr += M.to(tl.int64) * N
+    y = _finish(acc, offs_m, offs_n, M, N, x_scale_ptr, shift_ptr, bias_ptr, stride_xs, ACTIVATION)
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def multiply_int8(
+    x: Tensor, x_scale: Tensor, shift: Tensor | None,
+    parts: tuple[Tensor, Tensor, Tensor | None, float, Tensor | None], bias: Tensor | None,
+    bits: int, n: int, k: int, group: int, activation: str, dtype: torch.dtype, plan: Plan, asm: bool,
+) -> Tensor:
+    """`[M, N]` of dtype from x `[M, K]`, contiguous along K, and its scales, `[M]` or `[1]`, by the plan's tiles."""
+    codes, scale, zero_points, zero, _ = parts
+    m, blocks = x.shape[0], -(-k // 128)
+    y = x.new_empty(m, n, dtype=dtype)
+    turns = -(-blocks // plan.split_k)
+    split = -(-blocks // turns)
+    sums = y if split == 1 else x.new_empty(split, m, n, dtype=torch.float32)
+    stride_xs = 1 if x_scale.shape[0] == m else 0
+    tiles = -(-m // plan.block_m) * -(-n // plan.block_n)
+    launch(
+        _qmatmul_int8_kernel, (tiles, split),
+        sums, x, x_scale, codes, scale, zero_points, shift, bias,
+        m, n, k, turns,
+        x.stride(0), stride_xs, *scale.stride(),
+        BITS=bits, GROUP=group, ZERO=zero, ASM=asm, ACTIVATION=activation,
+        EVEN_K=k % 128 == 0, SPLIT_K=split, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
+        num_warps=plan.warps, num_stages=plan.stages,
+    )
+    if split > 1:
+        grid = (-(-m // 4) * -(-n // 128),)
+        launch(
+            _finish_kernel, grid, y, sums, x_scale, shift, bias, m, n, stride_xs,
+            ACTIVATION=activation, SPLIT_K=split, BLOCK_M=4, BLOCK_N=128, num_warps=4,
+        )
+    return y
