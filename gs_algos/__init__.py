@@ -5,14 +5,18 @@ from gs_algos.core.checkpoint import load, save
 from gs_algos.core.plan import Plan
 from gs_algos.ptq.weights import quantize_weights
 from gs_algos.qat.simqat import SimQAT, SimQATConfig
+from gs_algos.qat.slb import SLB
+from gs_algos.qat.slb_config import SLBConfig
 from gs_algos.quant.packed_embedding import PackedEmbedding
 from gs_algos.quant.packed_linear import PackedLinear
 
 __all__ = [
+    "SLB",
     "Algorithm",
     "PackedEmbedding",
     "PackedLinear",
     "Plan",
+    "SLBConfig",
     "SimQAT",
     "SimQATConfig",
     "load",

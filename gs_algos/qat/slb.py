@@ -1,0 +1,352 @@
+"""SLB: searching for low-bit weights. Each weight has a logit for every level of its grid and is their softmax mixture;
+as the temperature falls the mixture becomes one level, so that training ends on codes without ever rounding a gradient.
+Yang et al. 2020, arXiv:2009.08695.
+
+Differs from the paper: linear layers and first and last layers take part, at 1, 2, 4 or 8 bits each; the logits may
+start at a trained network; scales per tensor or channel; and once the codes are chosen they are kept as codes, so that
+an optimizer's momentum and weight decay on the logits can change nothing any more.
+
+The logits are 2**bits numbers a weight (1 bit: one), and so is each state of their optimizer: at 4 bits AdamW holds 48
+numbers a weight. `fused=True` with `SlbAdamW` or `SlbSGD` saves their gradient, bf16 logits (`logits="bfloat16"`) half.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import Self
+
+from gs_algos.core.algorithm import Algorithm, Inputs, history, remember
+from gs_algos.core.modules import all_or_nothing, get_module
+from gs_algos.core.plan import Plan, PlanRow
+from gs_algos.core.rules import did_you_mean
+from gs_algos.qat.convert import Parity, convert_model, install_converted
+from gs_algos.qat.observe import observe
+from gs_algos.qat.prepare import refuse_nonfinite
+from gs_algos.qat.slb_config import SLBConfig, config_from, config_to
+from gs_algos.qat.slb_convert import packed_layer, summary_of, unfilled_layer
+from gs_algos.qat.slb_norms import calibrate_norms
+from gs_algos.qat.slb_prepare import install, make_plan, start
+from gs_algos.qat.slb_schedule import Schedule
+from gs_algos.quant.quantizers import SMALLEST_SCALE, ActivationQuantizer, Quantizer, merge_pending
+from gs_algos.quant.slb_layers import Searched
+from gs_algos.quant.slb_search import NOT_YET
+
+logger = logging.getLogger(__name__)
+
+
+class SLB(Algorithm):
+    """Training that searches for low-bit weights. The options are those of `SLBConfig`, given by keyword.
+
+    ```python
+    algo = SLB(weight="2bit@channel", total_steps=epochs * len(loader))
+    net = algo.apply(net, example_inputs)  # replaces each parameter `weight` by `search.logits`
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)  # so: made after apply
+    for x, target in loader:
+        loss_fn(net(x), target).backward(); optimizer.step(); optimizer.zero_grad(); algo.step()
+    net = algo.convert(net)
+    ```
+
+    In eval mode a layer multiplies with the level of each largest logit, which is what `convert` takes. Under
+    torch.compile the step at which the codes are chosen recompiles once, to a forward that reads no logits.
+    """
+
+    name: ClassVar[str] = "slb"
+
+    def __init__(
+        self, config: SLBConfig | None = None, *, process_group: dist.ProcessGroup | None = None, **options: Any
+    ) -> None:
+        if config is not None and options:
+            raise ValueError(f"SLB: options come either in a config or by keyword, got both ({', '.join(options)})")
+        known = [option.name for option in fields(SLBConfig)]
+        for option in options.keys() - known:
+            near = did_you_mean(option, known)
+            raise TypeError(f"SLB: options are {', '.join(known)} and process_group, got {option}{near}")
+        if "rules" in options:
+            options["rules"] = tuple(options["rules"])
+        self.config: SLBConfig = config or SLBConfig(**options)
+        self.steps = 0
+        self.parity: Parity | None = None
+        self.process_group = process_group
+        self._example: Inputs | None = None
+        self._layers: dict[str, Searched] = {}
+        self._quantizers: dict[str, Quantizer] = {}
+
+    def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:
+        """The dry run: every Conv and Linear, its grid and logits, or why it stays float. Touches nothing."""
+        return make_plan(self.name, model, example_inputs, self.config.options())
+
+    def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
+        """Swaps the planned layers of the live model to searched ones; `example_inputs` start activation ranges.
+
+        The object tree stays. Each planned layer's parameter `weight` gives way to `search.logits`, so an optimizer
+        must be made afterwards; all other float keys of the state_dict stay.
+
+        Raises:
+            RuntimeError: if the model is already prepared or converted.
+            ValueError: if total_steps is not set, the inputs do not run through the model, nothing can be quantized, or
+                a weight or what a layer sees is not finite. The model is then as it was.
+        """
+        if self.config.total_steps is None:
+            raise ValueError("SLB.apply: total_steps must be the optimizer steps of the whole training, got None")
+        if any(entry["algorithm"] == self.name for entry in history(model)):
+            stage = history(model)[-1]["stage"]
+            raise RuntimeError(f"SLB.apply: the model must not be searched yet, got one that is {stage}; build it anew")
+        plan = self.plan(model, example_inputs)
+        if not plan.acted():
+            raise ValueError(f"SLB.apply: at least one layer must be quantizable, got none:\n{plan}")
+        try:
+            with all_or_nothing(model):
+                return self._prepared(model, plan, example_inputs)
+        except BaseException:
+            self._unbind()
+            raise
+
+    def _prepared(self, model: nn.Module, plan: Plan, example_inputs: Inputs) -> nn.Module:
+        config = self.config
+        layers: list[tuple[PlanRow, Any]] = [(row, get_module(model, row.site)) for row in plan.acted()]
+        refuse_nonfinite("SLB.apply", ((row.site, layer) for row, layer in layers))
+        weights = {row.site: layer.weight.detach() for row, layer in layers}
+        install(model, plan.rows, config.options())
+        tau = 1 / config.t0
+        for row, layer in layers:
+            bn: Any = get_module(model, row.settings["bn"]) if row.settings["bn"] else None
+            start(layer, weights[row.site].clone(), bn, tau, config.init, config.kappa)
+        self.steps = 0
+        self._bind(model)
+        self._example = example_inputs
+        if self._activations():
+            observe(
+                "SLB.apply", model, self._activations(), [example_inputs], provisional=True, group=self.process_group
+            )
+        remember(model, self._entry("prepared", plan.rows))
+        self._move()
+        return model
+
+    def calibrate(
+        self,
+        model: nn.Module,
+        batches: Iterable[Inputs] | None = None,
+        forward_loop: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        """Sets every activation range from data before training: `batches` of inputs, or your own `forward_loop`.
+
+        Raises:
+            RuntimeError: if `apply` was not called.
+            ValueError: if not exactly one of the two is given, it shows the model nothing, or an activation is not
+                finite. The ranges are then as they were.
+        """
+        self._require_bound("calibrate")
+        if (batches is None) == (forward_loop is None):
+            raise ValueError("SLB.calibrate: give either batches or forward_loop")
+        observe("SLB.calibrate", model, self._activations(), batches, forward_loop, group=self.process_group)
+
+    def calibrate_norms(self, model: nn.Module, batches: Iterable[Inputs]) -> None:
+        """Sets the running statistics of every batch norm to their mean over the batches, with quantized weights.
+
+        What the authors do after each epoch, a few batches at a time, where `batch_norm="state"` is not used.
+
+        Raises:
+            RuntimeError: if `apply` was not called.
+            ValueError: if there is no batch, or one does not run through the model. The statistics are then as before.
+        """
+        self._require_bound("calibrate_norms")
+        calibrate_norms("SLB.calibrate_norms", model, batches, self.process_group)
+
+    def step(self) -> None:
+        """Moves temperatures and activation ranges on. Call it after every optimizer step, on every rank.
+
+        Raises:
+            RuntimeError: if `apply` was not called.
+        """
+        self._require_bound("step")
+        self.steps += 1
+        merge_pending(list(self._activations().values()), self.process_group)
+        for quantizer in self._quantizers.values():
+            if quantizer.scheme.learned:
+                quantizer.scale.data.clamp_(min=SMALLEST_SCALE)
+        self._move()
+        self._history["steps"] = self.steps
+
+    def _move(self) -> None:
+        """Brings every layer to where the schedule is after `steps` steps. Nothing is read back from the device."""
+        schedule, layers = self.config.schedule(), list(self._layers.values())
+        searching = [layer for layer in layers if not layer.search.one_hot]
+        if schedule.one_hot(self.steps):
+            for layer in searching:
+                layer.search.choose()
+        else:
+            temperatures = [layer.search.temperature for layer in searching]
+            torch._foreach_zero_(temperatures)
+            torch._foreach_add_(temperatures, schedule.temperature(self.steps))
+        for layer in searching:
+            layer.refresh()
+        point = schedule.point(self.steps, self.config.trace)
+        if point is not None:
+            for layer in layers:
+                layer.search.note(point)
+
+    def convert(self, model: nn.Module, example_inputs: Inputs | None = None) -> nn.Module:
+        """Replaces every searched layer by its packed codes and scales, its batch norm by an identity; checks outputs.
+
+        Each layer is compared with the trained one on the same input, then the whole network on `example_inputs`
+        (default: those of `apply`). `self.parity` holds the largest differences. Before the codes are chosen those of
+        the largest logits are taken, and a warning states how far the trained mixture is from them.
+
+        Raises:
+            RuntimeError: if the model is not prepared, is sharded, or a converted output differs from the trained one.
+            ValueError: if a weight, a statistic, a range or what a layer sees is not finite.
+        """
+        entry = history(model)[-1] if history(model) else {}
+        if entry.get("algorithm") != self.name or entry.get("stage") != "prepared":
+            raise RuntimeError(
+                f"SLB.convert: the model must be one that apply prepared, got one that is "
+                f"{entry.get('stage', 'float')}; call apply first, and unwrap DDP with model.module"
+            )
+        self._require_bound("convert")
+        example = self._example if example_inputs is None else example_inputs
+        if example is None:
+            raise RuntimeError("SLB.convert: a resumed algorithm has no example inputs; give example_inputs")
+        searched = {name: m for name, m in model.named_modules() if isinstance(m, Searched)}
+        inside = [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm | Quantizer)]
+        refuse_nonfinite(
+            "SLB.convert", [*searched.items(), *((f"{n}.search", m.search) for n, m in searched.items()), *inside]
+        )
+        _warn_early(searched, self.config.schedule(), self.steps)
+        rows = [PlanRow(**row) for row in entry["plan"]]
+        own = not set(self._layers.values()).isdisjoint(model.modules())
+        self.parity = convert_model(model, rows, example, packed_layer)
+        remember(model, {**entry, "stage": "converted", "steps": self.steps})
+        if own:  # a copy may be converted while the training of the original goes on
+            self._unbind()
+        return model
+
+    def summary(self, model: nn.Module) -> str:
+        """A table of the searched or packed layers: grids, bytes, gaps, and the arithmetic each one runs in."""
+        return summary_of(model)
+
+    def gaps(self) -> dict[str, float]:
+        """`||W_c - W_q|| / ||W_q||` of each layer: 0 once its codes are chosen. Reads from the device."""
+        self._require_bound("gaps")
+        return {name: layer.search.gap().item() for name, layer in self._layers.items()}
+
+    def logits(self) -> list[nn.Parameter]:
+        """The logits of every layer that is not fused, for a parameter group of their own."""
+        self._require_bound("logits")
+        return [layer.search.logits for layer in self._layers.values() if not layer.fused]
+
+    def parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """All that is neither logits nor trained by a fused optimizer, for a parameter group of its own."""
+        self._require_bound("parameters")
+        apart = {
+            id(p) for layer in self._layers.values() for p in (layer.search.logits, layer._parameters.get("weight"))
+        }
+        return [p for p in model.parameters() if id(p) not in apart]
+
+    def fused_layers(self) -> list[Searched]:
+        """The layers that `SlbAdamW` or `SlbSGD` trains."""
+        self._require_bound("fused_layers")
+        return [layer for layer in self._layers.values() if layer.fused]
+
+    def traces(self) -> dict[str, Tensor]:
+        """Per layer `[trace, 12]` on the CPU: gap, mean confidence, and the confidence's histogram over [0, 1].
+
+        Confidence is the largest probability of a weight. Rows that are not reached yet are NaN.
+        """
+        self._require_bound("traces")
+        found = {name: layer.search.trace for name, layer in self._layers.items()}
+        done = {name: trace.cpu() for name, trace in found.items() if trace is not None}
+        return {name: trace.where(trace != NOT_YET, torch.nan) for name, trace in done.items()}
+
+    def picture(self, path: Any) -> None:
+        """Draws the search so far, before `convert`: gaps per layer, and how the softmax becomes one-hot (matplotlib).
+
+        Raises:
+            ValueError: if `trace=0`.
+        """
+        from gs_algos.qat.slb_report import draw
+
+        draw(self.traces(), self.config.schedule(), path)
+
+    @classmethod
+    def training_options(cls, epochs: int, steps_per_epoch: int) -> dict[str, Any]:
+        return {"total_steps": max(1, epochs * steps_per_epoch)}
+
+    @classmethod
+    def resume(cls, model: nn.Module, **options: Any) -> Self:
+        """The algorithm of a prepared model that `load` gave back, at the step where it was saved.
+
+        options: what you believe it was made with; a difference is an error.
+
+        Raises:
+            RuntimeError: if the model was not saved while prepared.
+            ValueError: if an option differs from the saved one.
+        """
+        entry = history(model)[-1] if history(model) else {}
+        if entry.get("algorithm") != cls.name or entry.get("stage") != "prepared":
+            raise RuntimeError("SLB.resume: the model must be one that was saved while prepared by SLB")
+        config = config_from(entry["config"])
+        for name, value in options.items():
+            began = getattr(config, name)
+            if began != value:
+                raise ValueError(f"SLB.resume: {name} must be {began!r}, as the search began, got {value!r}")
+        algo = cls(config)
+        algo._bind(model)
+        algo.steps = entry["steps"]
+        return algo
+
+    @classmethod
+    def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
+        rows = [PlanRow(**row) for row in entry["plan"]]
+        model = install(model, rows, config_from(entry["config"]).options())
+        if entry["stage"] == "converted":
+            install_converted(model, rows, unfilled_layer)
+        return model
+
+    def _entry(self, stage: str, rows: tuple[PlanRow, ...]) -> dict[str, Any]:
+        self._history = {
+            "algorithm": self.name,
+            "stage": stage,
+            "steps": self.steps,
+            "config": config_to(self.config),
+            "plan": [row.__dict__ for row in rows],
+        }
+        return self._history
+
+    def _bind(self, model: nn.Module) -> None:
+        """Remembers the live layers and quantizers that `step` has to visit."""
+        self._layers = {name: m for name, m in model.named_modules() if isinstance(m, Searched)}
+        self._quantizers = {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}
+        entries = history(model)
+        if entries:
+            self._history = entries[-1]
+
+    def _unbind(self) -> None:
+        self._layers, self._quantizers = {}, {}
+
+    def _activations(self) -> dict[str, ActivationQuantizer]:
+        return {n: q for n, q in self._quantizers.items() if isinstance(q, ActivationQuantizer)}
+
+    def _require_bound(self, method: str) -> None:
+        if not self._layers:
+            raise RuntimeError(f"SLB.{method}: must come between apply and convert; call apply(model, inputs) first")
+
+
+def _warn_early(layers: Mapping[str, Searched], schedule: Schedule, steps: int) -> None:
+    """Says how far mixtures are from what is taken of them, if the codes are not chosen yet."""
+    gaps = {name: layer.search.gap().item() for name, layer in layers.items() if not layer.search.one_hot}
+    if gaps:
+        worst = max(gaps, key=lambda name: gaps[name])
+        logger.warning(
+            "SLB.convert: the codes of %d of %d layers are not chosen before step %d, got step %d: their weights jump "
+            "by %.1f %% on average and by %.1f %% in %s; train on, or expect other outputs than in training",
+            *(len(gaps), len(layers), schedule.one_hot_step, steps),
+            *(100 * sum(gaps.values()) / len(gaps), 100 * gaps[worst], worst),
+        )

@@ -1,0 +1,95 @@
+"""From searched layers to packed layers: the codes, their scales, and the batch norm behind them folded in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gs_algos.core.modules import get_module
+from gs_algos.core.plan import PlanRow, render
+from gs_algos.qat.convert import epilogue
+from gs_algos.quant.packed import Packed, PackedFormat
+from gs_algos.quant.packed_conv import PackedConv
+from gs_algos.quant.packed_linear import PackedLinear
+from gs_algos.quant.quantized import StaticQuantizer, geometry_of
+from gs_algos.quant.slb_grid import LevelGrid
+from gs_algos.quant.slb_layers import Searched
+from gs_algos.quant.slb_packed import give_input_quantizer, path_of
+from gs_algos.quant.slb_pact import parse_act
+from gs_kernels import PackedWeight
+
+
+@torch.no_grad()
+def packed_layer(model: nn.Module, row: PlanRow) -> nn.Module:
+    """The converted form of one trained layer: its chosen codes (those of the largest logits if none are yet)."""
+    layer = _searched(model, row)
+    if hasattr(layer.search.logits, "full_tensor"):
+        raise RuntimeError(f"convert: {row.site} must have whole logits, got sharded ones; unshard the model first")
+    weight, bias = layer.search.packed(), layer.bias
+    bn = _batch_norm(model, row)
+    if bn is not None:
+        slope, bias = epilogue(layer, bn)
+        scale = weight.scale * slope[:, None]
+        weight = PackedWeight(weight.codes, scale, weight.zero, None, weight.bits, weight.shape, weight.group_size)
+    new = _around(layer, weight, None if bias is None else bias.detach().float())
+    quantizer = _empty_quantizer(row, layer.search.codes.device)
+    if quantizer is not None and layer.input_quantizer is not None:
+        quantizer.take(layer.input_quantizer)
+    return give_input_quantizer(new, quantizer).eval()
+
+
+def unfilled_layer(model: nn.Module, row: PlanRow) -> nn.Module:
+    """A converted layer of the right shapes, its tensors still to be filled."""
+    layer = _searched(model, row)
+    grid, device = LevelGrid.parse(row.settings["weight"]), layer.search.codes.device
+    (n, k), bias = layer.search.size, layer.bias is not None or row.settings["bn"] is not None
+    weight = PackedFormat(grid.bits, (n, k), k, grid.zero, "float32").empty(device)
+    new = _around(layer, weight, torch.empty(n, device=device) if bias else None)
+    return give_input_quantizer(new, _empty_quantizer(row, device))
+
+
+def summary_of(model: nn.Module) -> str:
+    """A table of the searched or packed layers of a model: codes, bytes, how far the search is, and the arithmetic."""
+    rows: list[tuple[Any, ...]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, Searched):
+            search = module.search
+            state = "one-hot" if search.one_hot else f"searching, gap {search.gap().item():.3f}"
+            nbytes = search.logits.numel() * search.logits.element_size()
+            rows.append((name, search.grid, _act(module), f"{nbytes:,} of logits", state))
+        elif isinstance(module, Packed):
+            rows.append((name, f"{module.bits}bit", _act(module), f"{module.nbytes:,}", path_of(module)))
+    return render(("layer", "weight", "activation", "bytes", "runs as"), rows)
+
+
+def _act(layer: Any) -> str:
+    quantizer = getattr(layer, "input_quantizer", None)
+    return "float" if quantizer is None else quantizer.extra_repr()
+
+
+def _around(layer: Searched, weight: PackedWeight, bias: Tensor | None) -> Packed:
+    dtype = torch.float32 if layer.bias is None else layer.bias.dtype
+    if isinstance(layer, nn.Linear):
+        return PackedLinear(weight, bias, dtype)
+    return PackedConv(weight, geometry_of(layer), layer.search.shape[1:], bias, dtype)
+
+
+def _searched(model: nn.Module, row: PlanRow) -> Searched:
+    layer = get_module(model, row.site)
+    if not isinstance(layer, Searched):
+        raise RuntimeError(f"convert: {row.site} must be the layer that apply prepared, got {type(layer).__name__}")
+    return layer
+
+
+def _batch_norm(model: nn.Module, row: PlanRow) -> _BatchNorm | None:
+    bn = None if row.settings["bn"] is None else get_module(model, row.settings["bn"])
+    assert bn is None or isinstance(bn, _BatchNorm)
+    return bn
+
+
+def _empty_quantizer(row: PlanRow, device: torch.device) -> StaticQuantizer | None:
+    parsed = parse_act(row.settings["act"])
+    return None if parsed is None else StaticQuantizer(parsed[0], device)

@@ -1,0 +1,127 @@
+"""The grids of SLB as data and as text: `1bit`, `2bit@tensor`, `4bit@channel:learned`; how weights start on them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gs_kernels.pack.layouts import BITS
+
+GRAMMAR = "<1|2|4|8>bit[@tensor|@channel][:learned]"
+RATIOS = 64  # scales tried, as shares of the largest weight, from 1 down to SMALLEST_RATIO
+SMALLEST_RATIO = 0.15
+
+
+@dataclass(frozen=True)
+class LevelGrid:
+    """`2**bits` evenly spaced levels from -1 to 1, times a scale.
+
+    Args:
+        per: what shares one scale: "none" (there is no scale: a batch norm absorbs it), "tensor" or "channel".
+        learned: the scale is a parameter.
+    """
+
+    bits: int
+    per: str = "none"
+    learned: bool = False
+
+    @staticmethod
+    def parse(text: str | LevelGrid) -> LevelGrid:
+        """Reads the text form.
+
+        Raises:
+            ValueError: if the text does not follow the grammar.
+        """
+        if isinstance(text, LevelGrid):
+            return text
+        match = re.fullmatch(r"(\d+)bit(?:@(tensor|channel))?(:learned)?", text) if isinstance(text, str) else None
+        if match is None or int(match[1]) not in BITS:
+            raise ValueError(f"SLB: weight must look like {GRAMMAR}, got {text!r}")
+        if match[3] and not match[2]:
+            raise ValueError(f"SLB: a learned scale needs @tensor or @channel, got {text!r}")
+        return LevelGrid(int(match[1]), match[2] or "none", bool(match[3]))
+
+    def __str__(self) -> str:
+        where = "" if self.per == "none" else f"@{self.per}"
+        return f"{self.bits}bit{where}{':learned' if self.learned else ''}"
+
+    @property
+    def n_levels(self) -> int:
+        return int(2**self.bits)
+
+    @property
+    def planes(self) -> int:
+        """Logits that each weight has: of two levels only the difference counts, so one is enough."""
+        return 1 if self.bits == 1 else self.n_levels
+
+    @property
+    def step(self) -> float:
+        """Distance of two levels."""
+        return 2 / (self.n_levels - 1)
+
+    @property
+    def zero(self) -> float:
+        """The code, with a fraction, that stands for 0: level i is `(i - zero) * step`."""
+        return (self.n_levels - 1) / 2
+
+    def levels(self, device: torch.device | str = "cpu") -> Tensor:
+        """`[L]` fp32."""
+        return ((torch.arange(self.n_levels, dtype=torch.float64) - self.zero) * self.step).float().to(device)
+
+    def n_scales(self, channels: int) -> int:
+        return {"none": 0, "tensor": 1, "channel": channels}[self.per]
+
+
+@torch.no_grad()
+def fitted_scale(rows: Tensor, grid: LevelGrid) -> Tensor:
+    """The scale c of least squared error of `c * nearest level of (w / c)`, `[C]` fp32, from `rows [C, n]`.
+
+    Rows of zeros get 1. One bit: mean |w|, the exact solution; else the best of RATIOS shares of max |w|.
+    """
+    size = rows.float().abs()
+    largest = size.amax(1)
+    if grid.bits == 1:
+        best = size.mean(1)
+    else:
+        best, least = largest.clone(), torch.full_like(largest, torch.inf)
+        for ratio in torch.linspace(1.0, SMALLEST_RATIO, RATIOS).tolist():
+            c = (ratio * largest)[:, None]
+            near = nearest_codes(size / c.clamp(min=torch.finfo(torch.float32).tiny), grid)
+            error = ((near - grid.zero) * grid.step * c - size).square().sum(1)
+            best = torch.where(error < least, c[:, 0], best)
+            least = torch.minimum(error, least)
+    return torch.where(best > 0, best, 1.0)
+
+
+def nearest_codes(u: Tensor, grid: LevelGrid) -> Tensor:
+    """The code, in floating point, of the level nearest to u, which is in units of the scale."""
+    return (u / grid.step + grid.zero).round().clamp(0, grid.n_levels - 1)
+
+
+def default_sharpness(grid: LevelGrid) -> float:
+    """kappa at which the mixture starts where the weight is: a Gaussian of half a step around it, `2 / step**2`."""
+    return 2 / grid.step**2
+
+
+@torch.no_grad()
+def logits_near(rows: Tensor, scale: Tensor, grid: LevelGrid, kappa: float) -> Tensor:
+    """`A_k = -kappa * (w / c - v_k)**2`, `[O, planes, R]` fp32, for `rows [O, R]` and `scale [O]` or `[1]`.
+
+    One bit: the difference of the two, `4 * kappa * w / c`.
+    """
+    u = rows.float() / scale.view(-1, 1)
+    if grid.planes == 1:
+        return (4 * kappa * u)[:, None]
+    levels = grid.levels(rows.device).view(1, -1, 1)
+    return -kappa * (u[:, None] - levels).square()
+
+
+def random_logits(shape: tuple[int, int], grid: LevelGrid, generator: Any = None) -> Tensor:
+    """Standard normal logits, `[O, planes, R]` fp32: the start of the paper. One bit: the difference of two."""
+    o, r = shape
+    a = torch.randn(o, grid.planes, r, generator=generator)
+    return a * 2**0.5 if grid.planes == 1 else a
