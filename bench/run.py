@@ -25,7 +25,7 @@ from bench.agree import agreement, outputs_of, step
 from bench.roofline import copies_beyond_cache, copy_bandwidth
 from bench.timing import time_calls
 from gs_kernels.dispatch import INTERPRET
-from gs_kernels.spec import Case, OpSpec, Shape, specs
+from gs_kernels.spec import Case, OpSpec, Shape, map_tensors, specs
 
 FAILURES = (RuntimeError, ValueError, TypeError, AssertionError)
 COLUMNS = "{:22} {:34} {:9} {:12} {:4} {:>9} {:>9} {:>9} {:>8} {:>6} {:>8}  {}"
@@ -59,7 +59,7 @@ class Job:
         learning = first.grad_args if self.direction == "f+b" else ()
 
         def copy(case: Case) -> Case:
-            args = [a.detach().clone() if isinstance(a, Tensor) else a for a in case.args]
+            args = [map_tensors(lambda t: t.detach().clone(), a) for a in case.args]
             return replace(case, args=tuple(a.requires_grad_() if i in learning else a for i, a in enumerate(args)))
 
         return [copy(first) for _ in range(copies)]

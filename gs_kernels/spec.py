@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 
-OPS: tuple[str, ...] = ("fake_quant", "observe", "slb")
+OPS: tuple[str, ...] = ("fake_quant", "observe", "slb", "qmatmul")
 
 Shape: TypeAlias = dict[str, Any]
 
@@ -65,6 +65,7 @@ class AotCase:
 class OpSpec:
     """run: the public op. ref: the oracle, same arguments. make(shape, dtype, device, generator): inputs of one call.
 
+    keeps_strides: whether results of the shape of the first argument have its strides; else they are contiguous.
     grad_tol: agreement of each gradient with the one autograd gives through `ref`, relative to its RMS.
     library: other providers to time, by name; each takes the same arguments.
     backward: True when the benchmark also times forward + backward.
@@ -78,11 +79,22 @@ class OpSpec:
     tol: Mapping[torch.dtype, Tol]
     test_shapes: tuple[Shape, ...]
     bench_shapes: Mapping[str, tuple[Shape, ...]]
+    keeps_strides: bool = True
     grad_tol: Mapping[torch.dtype, float] = field(default_factory=dict)
     library: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     aot: tuple[AotCase, ...] = ()
     backward: bool = False
     backward_cost: Callable[[Shape, torch.dtype], Cost] | None = None
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], argument: Any) -> Any:
+    """The argument of a call with the function applied to it or, if it holds tensors by name, to each of those."""
+    if isinstance(argument, torch.Tensor):
+        return function(argument)
+    if is_dataclass(argument) and not isinstance(argument, type):
+        parts = {f.name: getattr(argument, f.name) for f in fields(argument)}
+        return replace(argument, **{name: function(t) for name, t in parts.items() if isinstance(t, torch.Tensor)})
+    return argument
 
 
 def specs() -> tuple[OpSpec, ...]:

@@ -79,4 +79,4 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _bytes(t: Tensor) -> Tensor:
-    return t.detach().contiguous().view(-1).view(torch.uint8)
+    return t.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)

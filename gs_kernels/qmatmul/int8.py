@@ -18,7 +18,8 @@ from gs_kernels.registration import SOURCE, register
 
 
 def _rows_ref(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return quantize_rows_ref(x, dtype=dtype)
+    codes, scale = quantize_rows_ref(x, dtype=dtype)
+    return codes.contiguous(), scale.contiguous()
 
 
 def _int8_ref(
@@ -75,7 +76,7 @@ def quantize_rows(x: Tensor, *, dtype: torch.dtype = torch.int8) -> tuple[Tensor
         dtype: int8, or float8_e4m3fn for GPUs that multiply it (compute capability 8.9 and above).
 
     Returns:
-        codes `[..., K]` of dtype; scale `[...]` fp32: 1 for a row of zeros, NaN or Inf for a row that holds one.
+        codes `[..., K]` of dtype, contiguous; scale `[...]` fp32: 1 for a row of zeros, NaN or Inf if x is.
 
     Raises:
         TypeError, ValueError: if a dtype is none of the above, or x has no rows to speak of.

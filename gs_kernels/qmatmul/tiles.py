@@ -21,6 +21,11 @@ class Plan:
     warps: int = 4
     stages: int = 4
 
+    def parts(self, blocks: int) -> int:
+        """Into how many parts `blocks` blocks along K go, none of them empty."""
+        turns = -(-blocks // self.split_k)
+        return -(-blocks // turns)
+
 
 @dataclass(frozen=True)
 class Rule:

@@ -5,11 +5,13 @@ Runs the CPU path in a plain process, the Triton kernels with TRITON_INTERPRET=1
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from gs_kernels.dispatch import INTERPRET
-from gs_kernels.spec import Case, OpSpec, Shape, specs
+from gs_kernels.spec import Case, OpSpec, Shape, map_tensors, specs
 from tests.helpers import fenced, gradients, relative_rms, same_bits, tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -18,7 +20,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def _name(shape: Shape) -> str:
     sizes = "x".join(str(n) for n in shape["x"]) or "scalar"
     owner = f"group{shape['group']}" if shape["group"] else f"axis{shape['axis']}" if shape["axis"] >= 0 else "tensor"
-    return f"{sizes}-{owner}"
+    weight = f"-{shape['n']}x{shape['bits']}bit-{shape['zero']}" if "bits" in shape else ""
+    return f"{sizes}{weight}-{owner}"
 
 
 def _params(dtypes: tuple[torch.dtype, ...], axes: int = 0) -> list[object]:
@@ -33,18 +36,23 @@ def _params(dtypes: tuple[torch.dtype, ...], axes: int = 0) -> list[object]:
 
 def _leaves(case: Case, layout: str) -> tuple[tuple[object, ...], list[torch.Tensor]]:
     """Arguments behind a fence, and those of them that want a gradient. x alone takes the layout."""
-    args = [
-        fenced(a, layout if i == 0 else "dense") if isinstance(a, torch.Tensor) else a for i, a in enumerate(case.args)
-    ]
+    args = [map_tensors(partial(fenced, layout=layout if i == 0 else "dense"), a) for i, a in enumerate(case.args)]
     leaves = [args[i].requires_grad_() for i in case.grad_args]
     return tuple(args), leaves
+
+
+def tensors_in(args: tuple[object, ...]) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for a in args:
+        map_tensors(lambda t: found.append(t) or t, a)
+    return found
 
 
 def _agrees_with_reference(spec: OpSpec, shape: Shape, dtype: torch.dtype, layout: str, device: torch.device) -> None:
     generator = torch.Generator(device=device).manual_seed(0)
     case = spec.make(shape, dtype, device, generator)
     args, leaves = _leaves(case, layout)
-    plain = [a.clone() if isinstance(a, torch.Tensor) else a for a in case.args]
+    plain = [map_tensors(torch.clone, a) for a in case.args]
     plain_leaves = [plain[i].requires_grad_() for i in case.grad_args]
     want = tensors(spec.ref(*plain, **case.kwargs))
     got = tensors(spec.run(*args, **case.kwargs))
@@ -52,7 +60,9 @@ def _agrees_with_reference(spec: OpSpec, shape: Shape, dtype: torch.dtype, layou
     for y, wanted in zip(got, want, strict=True):
         tol = spec.tol[dtype]
         torch.testing.assert_close(y, wanted, rtol=tol.rtol, atol=tol.atol, equal_nan=True, check_stride=False)
-        if y.shape == args[0].shape:
+        if not spec.keeps_strides:
+            assert y.is_contiguous()
+        elif y.shape == args[0].shape:
             assert y.stride() == torch.empty_like(args[0]).stride()
     if leaves:
         dys = [torch.randn(y.shape, generator=generator, device=device).to(y.dtype) for y in want]
@@ -61,9 +71,9 @@ def _agrees_with_reference(spec: OpSpec, shape: Shape, dtype: torch.dtype, layou
         for leaf, grad, wanted in zip(leaves, found, wanted_grads, strict=True):
             assert grad.dtype == leaf.dtype and grad.shape == leaf.shape
             assert relative_rms(grad, wanted) <= spec.grad_tol[dtype]
-    for i, a in enumerate(args):
-        if isinstance(a, torch.Tensor):
-            assert same_bits(a, case.args[i]), "an op must not write to its inputs"
+    before = tensors_in(case.args)
+    for a, b in zip(tensors_in(args), before, strict=True):
+        assert same_bits(a, b), "an op must not write to its inputs"
 
 
 @pytest.mark.parametrize("spec, shape, dtype", _params(DTYPES))

@@ -17,17 +17,17 @@ def _add_group(
 ):
     """acc + scale * (part / factor + (middle - zero) * sum of x): part holds `(code - middle) * factor * x`."""
     scale, zero = load_grid(scale_ptr, zero_ptr, offs, ZERO)
-    part = part.to(tl.float32) * (1.0 / FACTOR)
+    part = part.to(tl.float32)
     if not CENTRED:
-        part += (MIDDLE - zero)[:, None] * x_sums.to(tl.float32)[None, :]
-    return tl.fma(part, tl.broadcast_to(scale[:, None], part.shape), acc)
+        part += ((MIDDLE - zero) * FACTOR)[:, None] * x_sums.to(tl.float32)[None, :]
+    return tl.fma(part, tl.broadcast_to((scale * (1.0 / FACTOR))[:, None], part.shape), acc)
 
 
 @triton.jit
 def _qmatmul_int8_kernel(
     y_ptr,
     x_ptr, x_scale_ptr, codes_ptr, scale_ptr, zero_ptr, shift_ptr, bias_ptr,
-    M, N, K, turns,
+    M, N, K,
     stride_xm, stride_xs, stride_sn, stride_sg,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr, ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -45,6 +45,7 @@ def _qmatmul_int8_kernel(
     pid = tl.program_id(0)
     first_m = (pid % tiles_m).to(tl.int64) * BLOCK_M
     first_n = (pid // tiles_m).to(tl.int64) * BLOCK_N
+    turns = tl.cdiv(tl.cdiv(K, 128), SPLIT_K)
     first = tl.program_id(1) * turns
     rows = tl.minimum(tl.arange(0, BLOCK_M), (M - 1 - first_m).to(tl.int32))
     cols = tl.minimum(tl.arange(0, BLOCK_N), (N - 1 - first_n).to(tl.int32))
@@ -144,15 +145,14 @@ def multiply_int8(
     codes, scale, zero_points, zero, _ = parts
     m, blocks = x.shape[0], -(-k // 128)
     y = x.new_empty(m, n, dtype=dtype)
-    turns = -(-blocks // plan.split_k)
-    split = -(-blocks // turns)
+    split = plan.parts(blocks)
     sums = y if split == 1 else x.new_empty(split, m, n, dtype=torch.float32)
     stride_xs = 1 if x_scale.shape[0] == m else 0
     tiles = -(-m // plan.block_m) * -(-n // plan.block_n)
     launch(
         _qmatmul_int8_kernel, (tiles, split),
         sums, x, x_scale, codes, scale, zero_points, shift, bias,
-        m, n, k, turns,
+        m, n, k,
         x.stride(0), stride_xs, *scale.stride(),
         BITS=bits, GROUP=group, ZERO=zero, ASM=asm, ACTIVATION=activation,
         EVEN_K=k % 128 == 0, SPLIT_K=split, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,

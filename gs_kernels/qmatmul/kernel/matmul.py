@@ -14,7 +14,7 @@ from gs_kernels.qmatmul.tiles import Plan
 def _qmatmul_kernel(
     y_ptr,
     x_ptr, codes_ptr, scale_ptr, zero_ptr, levels_ptr, bias_ptr,
-    M, N, K, G, turns,
+    M, N, K, G,
     stride_xm, stride_sn, stride_sg,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr, ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr, SCALE_PARTS: tl.constexpr,
@@ -32,6 +32,7 @@ def _qmatmul_kernel(
     pid = tl.program_id(0)
     first_m = (pid % tiles_m).to(tl.int64) * BLOCK_M
     first_n = (pid // tiles_m).to(tl.int64) * BLOCK_N
+    turns = tl.cdiv(tl.cdiv(K, 128), SPLIT_K)
     first = tl.program_id(1) * turns
     # rows behind the last are the last: read, not stored
     rows = tl.minimum(tl.arange(0, BLOCK_M), (M - 1 - first_m).to(tl.int32))
@@ -107,14 +108,13 @@ def multiply(
     codes, scale, zero_points, zero, levels = parts
     m, blocks = x.shape[0], -(-k // 128)
     y = x.new_empty(m, n)
-    turns = -(-blocks // plan.split_k)
-    split = -(-blocks // turns)
+    split = plan.parts(blocks)
     sums = y if split == 1 else x.new_empty(split, m, n, dtype=torch.float32)
     tiles = -(-m // plan.block_m) * -(-n // plan.block_n)
     launch(
         _qmatmul_kernel, (tiles, split),
         sums, x, codes, scale, zero_points, levels, bias,
-        m, n, k, scale.shape[1], turns,
+        m, n, k, scale.shape[1],
         x.stride(0), *scale.stride(),
         BITS=bits, GROUP=group, ZERO=zero, ASM=asm, ACTIVATION=activation,
         EVEN_K=k % 128 == 0, SPLIT_K=split, SCALE_PARTS=plan.scale_parts and group % 128 == 0,
