@@ -9,11 +9,12 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from gs_kernels.spec import specs
+from gs_kernels.spec import map_tensors, specs
 from tests.helpers import gradients, tensors
 
 PROT_NONE = 0  # of sys/mman.h
@@ -48,7 +49,7 @@ def main() -> None:
                     continue
                 sys.stdout.write(f"{spec.name} {shape} {'end' if at_end else 'start'}\n")
                 sys.stdout.flush()
-                args = [guarded(a, at_end) if isinstance(a, Tensor) else a for a in case.args]
+                args = [map_tensors(partial(guarded, at_end=at_end), a) for a in case.args]
                 leaves = [args[i].requires_grad_() for i in case.grad_args]
                 ys = tensors(spec.run(*args, **case.kwargs))
                 if leaves:
