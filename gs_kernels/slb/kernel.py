@@ -216,24 +216,19 @@ def _slb_pack_kernel(
 
 @triton.jit
 def _before_update(
-    dw_ptr, a_ptr, v_ptr, tau_ptr, scale_ptr, frozen_ptr,
+    dw_ptr, a_ptr, v_ptr, tau_ptr, scale_ptr,
+    offs_n, offs_k, mask,
     N, K,
     HW: tl.constexpr,
     PLANES: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """Where logits of level 0 lie, and which weights to update (none if frozen); g = dW * scale * r / tau, so that the
-    gradient of a logit is g * e * (level - W_c); and m, W_c, c, a, e of `_mix`.
-    """
-    if frozen_ptr is not None:
-        N = tl.where(tl.load(frozen_ptr) == 0, N, 0)
-    offs_n, offs_k, mask = _place(N, K, BLOCK_N, BLOCK_K)
-    offs = offs_n * (PLANES * K) + offs_k
+    """g = dW * scale * r / tau, of which a logit's gradient is g * e * (level - W_c); and m, W_c, c, a, e of `_mix`."""
     g = tl.load(dw_ptr + _place_weight(offs_n, offs_k, K, HW), mask=mask, other=0.0).to(tl.float32)
     if scale_ptr is not None:
         g *= _row_scale(scale_ptr, N, K, BLOCK_N, BLOCK_K)
     inv = _inverse(tau_ptr)
-    m, r, w, a, e = _mix(a_ptr, v_ptr, offs, mask, K, inv * LOG2E, PLANES, BLOCK_L)
-    return offs, mask, g * inv * r, m, w, inv * LOG2E, a, e
+    m, r, w, a, e = _mix(a_ptr, v_ptr, offs_n * (PLANES * K) + offs_k, mask, K, inv * LOG2E, PLANES, BLOCK_L)
+    return g * inv * r, m, w, inv * LOG2E, a, e
 
 
 @triton.jit
@@ -254,11 +249,15 @@ def _slb_adamw_kernel(
     HW: tl.constexpr,
     PLANES: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_MIX: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    offs, mask, g, m, w, c, a, e = _before_update(
-        dw_ptr, a_ptr, v_ptr, tau_ptr, scale_ptr, frozen_ptr, N, K, HW, PLANES, BLOCK_MIX, BLOCK_N, BLOCK_K
-    )
+    if frozen_ptr is not None:
+        N = tl.where(tl.load(frozen_ptr) == 0, N, 0)
     if lr_ptr is not None:
         lr = tl.load(lr_ptr)
+    offs_n, offs_k, mask = _place(N, K, BLOCK_N, BLOCK_K)
+    offs = offs_n * (PLANES * K) + offs_k
+    g, m, w, c, a, e = _before_update(
+        dw_ptr, a_ptr, v_ptr, tau_ptr, scale_ptr, offs_n, offs_k, mask, N, K, HW, PLANES, BLOCK_MIX, BLOCK_N, BLOCK_K
+    )
     step = tl.load(step_ptr)
     keep1, keep2 = _one_minus_exp(ln_beta1), _one_minus_exp(ln_beta2)
     rate = lr / _one_minus_exp(step * ln_beta1)
@@ -291,11 +290,15 @@ def _slb_sgd_kernel(
     HW: tl.constexpr, NESTEROV: tl.constexpr,
     PLANES: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_MIX: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    offs, mask, g, m, w, c, a, e = _before_update(
-        dw_ptr, a_ptr, v_ptr, tau_ptr, scale_ptr, frozen_ptr, N, K, HW, PLANES, BLOCK_MIX, BLOCK_N, BLOCK_K
-    )
+    if frozen_ptr is not None:
+        N = tl.where(tl.load(frozen_ptr) == 0, N, 0)
     if lr_ptr is not None:
         lr = tl.load(lr_ptr)
+    offs_n, offs_k, mask = _place(N, K, BLOCK_N, BLOCK_K)
+    offs = offs_n * (PLANES * K) + offs_k
+    g, m, w, c, a, e = _before_update(
+        dw_ptr, a_ptr, v_ptr, tau_ptr, scale_ptr, offs_n, offs_k, mask, N, K, HW, PLANES, BLOCK_MIX, BLOCK_N, BLOCK_K
+    )
     for start in range(0, PLANES, BLOCK_L):
         at = _at(offs, K, start, BLOCK_L)
         real = _real(mask, start, PLANES, BLOCK_L)
