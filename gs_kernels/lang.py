@@ -112,39 +112,46 @@ def qparams(low, high, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.con
 
 
 @constexpr_function
-def field_places(bits, mantissa):
+def field_places(bits, mantissa, least):
     """For each field of a 16-bit container: how far to shift right, and which bit of a float's mantissa it then is at.
 
-    As few shifts as possible; then as high in the mantissa as possible, where the float that holds the field is small.
+    With as few shifts as possible, at bit `least` or above; then as high as possible, where the float that holds the
+    field is small. A shift can be negative.
     """
     places, first, room = (), 0, mantissa - bits
     fields = [j * bits for j in range(16 // bits)]
     while first < len(fields):
-        run = [at for at in fields[first:] if at - fields[first] <= room]
-        shift = max(0, run[-1] - room)
+        run = [at for at in fields[first:] if at - fields[first] <= room - least]
+        shift = 0 if fields[first] >= least and run[-1] <= room else run[-1] - room
         places += tuple((shift, at - shift) for at in run)
         first += len(run)
     return places
 
 
 @constexpr_function
-def field_offset(bits, mantissa, j):
+def field_offset(bits, mantissa, least, j):
     """What `field_asm` adds to field j: the float whose mantissa steps by 1 at the bit where the field is."""
-    return float(2 ** (mantissa - field_places(bits, mantissa)[j][1]))
+    return float(2 ** (mantissa - field_places(bits, mantissa, least)[j][1]))
 
 
 @constexpr_function
-def field_asm(bits, mantissa):
+def field_asm(bits, mantissa, least):
     """PTX: each field of two containers in a register to two floats `code + offset`, one logic operation a field."""
-    places = field_places(bits, mantissa)
+    places = field_places(bits, mantissa, least)
     source, bias = f"${len(places)}", 15 if mantissa == 10 else 127
-    shifts = sorted({shift for shift, _ in places if shift > 0})
-    lines = [f".reg .b32 t{shift}; shr.u32 t{shift}, {source}, {shift};" for shift in shifts]
+    shifts = sorted({shift for shift, _ in places if shift != 0})
+    names = {shift: f"t{i}" for i, shift in enumerate(shifts)}
+    lines = []
+    for shift in shifts:
+        move = (
+            f"shr.u32 {names[shift]}, {source}, {shift}" if shift > 0 else f"shl.b32 {names[shift]}, {source}, {-shift}"
+        )
+        lines.append(f".reg .b32 {names[shift]}; {move};")
     for j in range(len(places)):
         shift, at = places[j]
         mask = ((1 << bits) - 1) << at
         exponent = (bias + mantissa - at) << mantissa
-        word = f"t{shift}" if shift > 0 else source
+        word = names.get(shift, source)
         lines.append(f"lop3.b32 ${j}, {word}, 0x{mask * 0x10001:08x}, 0x{exponent * 0x10001:08x}, 0xea;")  # (a & b) | c
     return "{ " + " ".join(lines) + " }"
 
@@ -167,9 +174,9 @@ def concat(a, b):
 
 
 @triton.jit
-def float_fields(words, BITS: tl.constexpr, MANTISSA: tl.constexpr):
+def float_fields(words, BITS: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr):
     """`code + field_offset` of every field as the bits of a 16-bit float: a tuple of `[R, 8 * BITS]`."""
-    ASM: tl.constexpr = field_asm(BITS, MANTISSA)
+    ASM: tl.constexpr = field_asm(BITS, MANTISSA, LEAST)
     REGISTERS: tl.constexpr = field_constraints(BITS)
     if BITS == 8:
         fields = tl.inline_asm_elementwise(ASM, REGISTERS, [words], dtype=(tl.int16,) * 2, is_pure=True, pack=2)
@@ -194,8 +201,14 @@ def load_grid(scale_ptr, zero_ptr, offs, ZERO: tl.constexpr):
 
 
 @constexpr_function
-def is_whole(value):
-    return float(value).is_integer()
+def zero_kind(zero, bits, mantissa, asm):
+    """How a zero point known beforehand is subtracted exactly: 0 if whole, 1 if in half steps, -1 if it cannot be.
+
+    A half needs fields one bit up in the mantissa, where `offset + zero` has room for it.
+    """
+    if float(zero).is_integer():
+        return 0
+    return 1 if float(2 * zero).is_integer() and 0 <= zero <= 2**bits and (mantissa >= bits or not asm) else -1
 
 
 @triton.jit
@@ -225,26 +238,26 @@ def _field(
         else:
             group = tl.minimum((k + J * WIDTH + tl.arange(0, WIDTH)) // GROUP, G - 1)
             scale, zero = load_grid(scale_ptr, zero_ptr, offs_n[:, None] + (group * stride_sg)[None, :], ZERO)
-    WHOLE: tl.constexpr = zero_ptr is None and is_whole(ZERO)
-    whole = zero if WHOLE else round_half_even(zero)
+    KIND: tl.constexpr = zero_kind(ZERO, BITS, mantissa_bits(T), ASM) if zero_ptr is None else -1
+    near = zero if KIND >= 0 else round_half_even(zero)
     codes = (words >> (J * BITS)).to(tl.int32) & ((1 << BITS) - 1)
     if levels_ptr is not None:
         v = tl.load(levels_ptr + codes).to(T)
     elif not ASM:
-        v = (codes.to(tl.float32) - whole).to(T)
+        v = (codes.to(tl.float32) - near).to(T)
     elif mantissa_bits(T) >= BITS:
-        OFFSET: tl.constexpr = field_offset(BITS, mantissa_bits(T), J)
-        v = floats[J].to(T, bitcast=True) + (-OFFSET - whole).to(T)
+        OFFSET: tl.constexpr = field_offset(BITS, mantissa_bits(T), 1 if KIND == 1 else 0, J)
+        v = floats[J].to(T, bitcast=True) + (-OFFSET - near).to(T)
     else:
         # as the mantissa of 2**23
-        v = ((codes | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + whole)).to(T)
-    # a fraction of the zero point goes in with the scale, where it rounds least
-    if SCALED and WHOLE:
+        v = ((codes | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + near)).to(T)
+    # what is left of the zero point goes in with the scale, where it rounds least
+    if SCALED and KIND >= 0:
         v = v * scale.to(T)
     elif SCALED:
-        v = tl.fma(v, tl.broadcast_to(scale.to(T), v.shape), tl.broadcast_to(((whole - zero) * scale).to(T), v.shape))
-    elif not WHOLE:
-        v = v + (whole - zero).to(T)
+        v = tl.fma(v, tl.broadcast_to(scale.to(T), v.shape), tl.broadcast_to(((near - zero) * scale).to(T), v.shape))
+    elif KIND < 0:
+        v = v + (near - zero).to(T)
     return v
 
 
@@ -295,7 +308,8 @@ def dequantize_block(
         grid: (scale_ptr, zero_ptr or None, levels_ptr or None, offs_n, stride_sg, k, G): offs_n `[R]` is where the
             scales of each row begin, k the first column of the block, G the number of groups.
         ZERO: the zero point of all where zero_ptr is None.
-        T: fp32, or fp16 / bf16: then code - whole zero is exact, and the product with the scale rounds once.
+        T: fp32, or fp16 / bf16: then `code - zero` is exact for zeros in whole steps and, if ZERO, half steps, and the
+            product with the scale rounds once.
         ASM: one logic operation a code by inline PTX; else plain shifts, for other GPUs and the interpreter.
     """
     tl.static_assert(GROUP % 32 == 0)
@@ -304,7 +318,8 @@ def dequantize_block(
     scale, zero = load_grid(scale_ptr, zero_ptr, offs_n + k // GROUP * stride_sg, ZERO)
     scale, zero = scale[:, None], zero[:, None]
     if ASM and mantissa_bits(T) >= BITS and levels_ptr is None:
-        floats = float_fields(words, BITS, mantissa_bits(T))
+        KIND: tl.constexpr = zero_kind(ZERO, BITS, mantissa_bits(T), ASM) if zero_ptr is None else -1
+        floats = float_fields(words, BITS, mantissa_bits(T), 1 if KIND == 1 else 0)
     else:
         floats = (words,)
     values = _fields(words, floats, scale, zero, grid, 0, 16 // BITS, BITS, GROUP, ZERO, T, ASM, SCALED)

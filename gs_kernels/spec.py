@@ -48,7 +48,9 @@ class AotCase:
     """One launch to compile without a GPU: `launch()` calls the op's own launcher on meta tensors.
 
     Bounds are for the whole kernel, on every target unless said: no spills ever; `max_regs` per thread;
-    `max_instructions` issued per element by one thread (NVIDIA targets), `elements` being what one program handles.
+    `max_instructions` issued per element by one thread (NVIDIA targets), `elements` being what one program handles,
+    in one turn of its loop if it has one; `max_shared_stores` in the hot loop (NVIDIA), copies of the pipeline apart.
+    overlapped (sm_90 only): every wgmma takes its left operand from registers, and no wait in the loop is for all.
     """
 
     name: str
@@ -58,6 +60,8 @@ class AotCase:
     wide_loads: bool = True
     mma: str | None = None
     max_instructions: float | None = None
+    max_shared_stores: int | None = None
+    overlapped: bool = False
     targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 

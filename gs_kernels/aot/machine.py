@@ -10,12 +10,16 @@ class Instruction:
     """opcode: with its modifiers, e.g. "LDG.E.128". kind: "load", "store", "spill", "mma", "exit" or "other".
 
     nbytes: what one thread moves to or from global memory. jump: index of the instruction that a branch goes to.
+    from_registers: of a wgmma, whether its left operand is in registers and not in shared memory.
+    pending: of a wait for wgmmas, how many groups of them it leaves in flight.
     """
 
     opcode: str
     kind: str = "other"
     nbytes: int = 0
     jump: int | None = None
+    from_registers: bool = False
+    pending: int | None = None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ class Report:
 
     loads, stores: bytes of one access of one thread -> how many, in the hot loop if there is one, else in the kernel.
     mma: opcode of the matrix instruction there, None without one.
+    from_shared: how many wgmmas there read their left operand from shared memory.
+    in_flight: the fewest groups of wgmmas that a wait there leaves in flight; 0 drains the tensor cores each turn.
     instructions: of the kernel; loop_instructions: of its hot loop, 0 without one.
     opcodes: how often each opcode occurs in the hot part, without modifiers, e.g. {"FMUL": 16}.
     unroll: how many turns of the loop in the source one turn in the machine code does.
@@ -37,6 +39,8 @@ class Report:
     loads: Counter[int]
     stores: Counter[int]
     mma: str | None
+    from_shared: int
+    in_flight: int
     instructions: int
     loop_instructions: int
     opcodes: Counter[str]
@@ -80,6 +84,8 @@ def report(compiled: Any, target: str, elements: int) -> Report:
         loads=_count(hot, "load"),
         stores=_count(hot, "store") or _count(code.body, "store"),
         mma=next((ins.opcode.split(".")[0] for ins in hot if ins.kind == "mma"), None),
+        from_shared=sum(ins.kind == "mma" and not ins.from_registers for ins in hot),
+        in_flight=min((ins.pending for ins in hot if ins.pending is not None), default=0),
         instructions=len(code.body),
         loop_instructions=len(code.loop),
         opcodes=Counter(ins.opcode.split(".")[0] for ins in hot),
@@ -115,6 +121,14 @@ def check(kernel: Report, case: AotCase) -> list[str]:
         found.append(f"most bytes must be loaded {wide} at a time, got (bytes: loads) {dict(kernel.loads)}")
     if case.mma is not None and kernel.mma != case.mma:
         found.append(f"must multiply with {case.mma}, got {kernel.mma}")
+    if case.overlapped:
+        if kernel.from_shared:
+            found.append(f"must feed wgmma from registers, got {kernel.from_shared} that read shared memory")
+        if not kernel.in_flight:
+            found.append("must keep wgmmas in flight, got a wait for all of them in the loop")
+    stored = kernel.opcodes["STS"]
+    if case.max_shared_stores is not None and kernel.target.startswith("sm_") and stored > case.max_shared_stores:
+        found.append(f"must store to shared memory at most {case.max_shared_stores} times a turn, got {stored}")
     bound = case.max_instructions
     if bound is not None and kernel.target.startswith("sm_") and kernel.per_element > bound:
         found.append(f"must issue at most {bound} instructions per element, got {kernel.per_element:.2f}")

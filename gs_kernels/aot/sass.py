@@ -12,6 +12,7 @@ from gs_kernels.aot.machine import Code, Instruction
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 _MMA = re.compile(r"[HQI]GMMA|[HIQD]MMA|UTC\w*MMA")
+_LEFT_REGISTERS = re.compile(r"[HQI]GMMA\S*\s+R\d+, R\d+, gdesc")
 _WIDTH = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 _LOADS = ("LDG", "LDGSTS", "LD")
 _STORES = ("STG", "ST", "RED", "REDG", "ATOM", "ATOMG")
@@ -63,17 +64,30 @@ def classify(opcode: str) -> tuple[str, int]:
 
 def parse(text: str) -> Code:
     """Code of the (one) kernel in the output of `cuobjdump -res-usage -sass`."""
-    lines = [(int(address, 16), op, _goal(op, rest)) for address, op, rest in _LINE.findall(text)]
-    # functions called out of line follow the kernel's own code
-    end = min((goal for _, op, goal in lines if op.startswith("CALL") and goal is not None), default=1 << 62)
-    lines = [(address, op, goal) for address, op, goal in lines if address < end and op != "NOP" and goal != address]
-    addresses = [address for address, _, _ in lines]
+    lines = [(int(address, 16), op, rest, _goal(op, rest)) for address, op, rest in _LINE.findall(text)]
+    # functions called out of line follow the kernel's own code; a call of what never returns is a way out of a loop
+    back = max((address for address, op, _, _ in lines if op.startswith("RET")), default=-1)
+    calls = (goal for _, op, _, goal in lines if op.startswith("CALL") and goal is not None)
+    end = min((goal for goal in calls if goal <= back), default=1 << 62)
+    lines = [line for line in lines if line[0] < end and line[1] != "NOP" and line[3] != line[0]]
+    addresses = [line[0] for line in lines]
     body = tuple(
-        Instruction(op, *classify(op), None if goal is None or goal >= end else bisect_left(addresses, goal))
-        for _, op, goal in lines
+        Instruction(
+            op,
+            *classify(op),
+            None if goal is None or goal >= end else bisect_left(addresses, goal),
+            _LEFT_REGISTERS.match(op + rest) is not None,
+            _pending(op, rest),
+        )
+        for _, op, rest, goal in lines
     )
     registers = re.search(r"REG:(\d+)", text)
     return Code(int(registers[1]) if registers else 0, body)
+
+
+def _pending(opcode: str, operands: str) -> int | None:
+    match = re.search(r"gsb0, 0x([0-9a-f]+)", operands)
+    return int(match[1], 16) if match and opcode.startswith("WARPGROUP.DEPBAR") else None
 
 
 def _goal(opcode: str, operands: str) -> int | None:

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gs_kernels.pack.layouts import PLANAR, PackedWeight
 from gs_kernels.pack.pack import dequantize_packed, pack_weight
+from gs_kernels.qmatmul.gate import INT8, MATMUL, ROWS
 from gs_kernels.qmatmul.int8 import qmatmul_int8, quantize_rows, row_sums
 from gs_kernels.qmatmul.op import qmatmul
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref, qmatmul_ref, quantize_rows_ref
@@ -179,6 +180,7 @@ SPECS = (
         test_shapes=TEST_SHAPES,
         bench_shapes=BENCH_SHAPES,
         library={"float_linear": _linear},
+        aot=MATMUL,
     ),
     OpSpec(
         name="qmatmul_int8",
@@ -190,6 +192,7 @@ SPECS = (
         keeps_strides=False,
         test_shapes=INT8_SHAPES,
         bench_shapes=INT8_BENCH,
+        aot=INT8,
     ),
     OpSpec(
         name="quantize_rows",
@@ -201,5 +204,6 @@ SPECS = (
         keeps_strides=False,
         test_shapes=ROWS_SHAPES,
         bench_shapes=ROWS_BENCH,
+        aot=ROWS,
     ),
 )

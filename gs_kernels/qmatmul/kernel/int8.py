@@ -72,7 +72,7 @@ def _qmatmul_int8_kernel(
             x = tl.load(x_ptr + offs_x, mask=offs_k[None, :] < K - k, other=0)
         w = code_block(words, BITS, T, FP8, ASM)
         if GROUP % 128 == 0:
-            part = tl.dot(w, tl.trans(x), part)
+            part = tl.dot(w, tl.trans(x), part, out_dtype=SUM)
             if not CENTRED:
                 x_sums += tl.sum(x.to(SUM), 1)
             if (first + turn + 1) % BLOCKS == 0 or turn + 1 == count:

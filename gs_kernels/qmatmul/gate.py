@@ -1,0 +1,109 @@
+"""Launches of the packed matrix products for the AOT gate, with the bounds that their machine code has to keep."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gs_kernels.qmatmul.tiles import choose_int8_plan, choose_plan, rows_tile
+from gs_kernels.spec import AotCase
+
+N, K = 14336, 4096
+ALL = ("sm_80", "sm_90", "sm_100", "gfx942")
+ELSEWHERE = ("sm_80", "sm_100", "gfx942")
+HOPPER = ("sm_90",)
+
+
+def _meta(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(sizes, dtype=dtype, device="meta")
+
+
+def _parts(bits: int, group: int, points: bool, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What op schemas hold of a weight: codes, scale, zero points, zero, levels."""
+    scale = _meta(N, K // group, dtype=dtype)
+    zero = 0.5 if bits == 1 else 2.0 ** (bits - 1)
+    return _meta(K // 128, N, 8 * bits, dtype=torch.int16), scale, scale if points else None, zero, None
+
+
+def _launcher(bits: int, m: int, group: int, points: bool, dtype: torch.dtype) -> Callable[[], Any]:
+    def run() -> Any:
+        kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
+        x = _meta(m, K, dtype=dtype)
+        asm, sm, sm_count = kernel.device_of(x)
+        plan = choose_plan(m, N, K, bits, x_bits=8 * x.itemsize, levels=False, sm=sm, sm_count=sm_count)
+        parts = _parts(bits, group, points, dtype)
+        return kernel.multiply(x, parts, None, bits, N, K, group, "none", replace(plan, split_k=1), asm)
+
+    return run
+
+
+def matmul(
+    bits: int, m: int, *, group: int = 128, points: bool = False, dtype: torch.dtype = torch.bfloat16, **bounds: Any
+) -> AotCase:
+    name = f"w{bits}-m{m}-g{group}{'-points' if points else ''}-{str(dtype).removeprefix('torch.')}"
+    block_n = choose_plan(m, N, K, bits, x_bits=8 * dtype.itemsize, levels=False, sm=90, sm_count=132).block_n
+    launch = _launcher(bits, m, group, points, dtype)
+    return AotCase(name, launch, elements=128 * block_n, **({"max_regs": 255} | bounds))
+
+
+def dequantize(bits: int, **bounds: Any) -> AotCase:
+    def run() -> Any:
+        kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
+        return kernel.dequantize(_parts(bits, 128, True, torch.bfloat16), bits, N, K, 128, torch.bfloat16)
+
+    return AotCase(f"dequantize-w{bits}", run, elements=128 * 32, **bounds)
+
+
+def matmul_int8(bits: int, m: int, *, group: int, **bounds: Any) -> AotCase:
+    def run() -> Any:
+        kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
+        asm, sm, sm_count = kernel.device_of(_meta(1))
+        plan = replace(choose_int8_plan(m, N, K, sm=sm, sm_count=sm_count), split_k=1)
+        parts, x = _parts(bits, group, False, torch.float32), _meta(m, K, dtype=torch.int8)
+        x_scale = _meta(m, dtype=torch.float32)
+        return kernel.multiply_int8(x, x_scale, None, parts, None, bits, N, K, group, "none", torch.bfloat16, plan, asm)
+
+    return AotCase(f"w{bits}a8-m{m}-g{group}", run, elements=128 * 128, **({"max_regs": 255} | bounds))
+
+
+def quantize_rows(k: int, **bounds: Any) -> AotCase:
+    def run() -> Any:
+        kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
+        return kernel.quantize(_meta(2048, k), torch.int8)
+
+    block_m, block_k, _ = rows_tile(2048, k)
+    return AotCase(f"k{k}", run, elements=block_m * block_k, **bounds)
+
+
+# few rows: what one weight may cost before an H100 issues instructions for longer than it reads is 4.4 at 4 bits, 2.2
+# at 2 and 1.1 at 1. More rows: weights stay in registers between their bytes and the product, which is not waited for
+FEW: dict[str, Any] = {"mma": "HGMMA", "max_regs": 168, "max_shared_stores": 4, "targets": HOPPER}
+MORE: dict[str, Any] = {"mma": "HGMMA", "max_shared_stores": 4, "overlapped": True, "targets": HOPPER}
+
+MATMUL = (
+    matmul(4, 16, max_instructions=2.7, **FEW),
+    matmul(2, 16, max_instructions=2.4, **FEW),
+    matmul(1, 16, max_instructions=2.3, **FEW),
+    matmul(8, 16, max_instructions=6.5, **FEW),
+    matmul(4, 64, max_instructions=3.4, **MORE),
+    matmul(4, 256, max_instructions=4.3, **MORE),
+    matmul(4, 256, dtype=torch.float16, max_instructions=4.0, **MORE),
+    matmul(2, 256, max_instructions=4.0, **MORE),
+    matmul(1, 256, max_instructions=4.0, **MORE),
+    matmul(4, 256, group=64, points=True, max_instructions=6, **MORE),
+    matmul(4, 16, targets=ELSEWHERE),
+    matmul(4, 256, targets=ELSEWHERE),
+    matmul(4, 16, dtype=torch.float32, targets=HOPPER),
+    dequantize(4, targets=HOPPER),
+)
+INT8 = (
+    matmul_int8(4, 16, group=128, mma="IGMMA", max_instructions=2.0, max_shared_stores=4, targets=HOPPER),
+    matmul_int8(8, 256, group=K, mma="IGMMA", max_instructions=6.5, max_shared_stores=4, targets=HOPPER),
+    matmul_int8(8, 256, group=K, targets=("sm_80", "gfx942")),
+)
+ROWS = (quantize_rows(4096, max_instructions=26, targets=HOPPER), quantize_rows(14336, targets=("sm_80", "gfx942")))
