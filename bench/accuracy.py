@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,19 @@ from gs_algos.cli.recipes import float_recipe, tune_recipe
 from gs_algos.cli.train import Interrupted, Recipe, accuracy, predict, train
 from gs_algos.core.registry import algorithm_class
 
-# name -> (algorithm, its options)
-RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "simqat-w8a8": ("simqat", {"weight": "int8@channel", "act": "int8@tensor:ema"}),
-    "simqat-w4a8": ("simqat", {"weight": "int4@channel", "act": "int8@tensor:ema"}),
+
+@dataclass(frozen=True)
+class Setting:
+    """An algorithm with its options, and what its training changes of `tune_recipe`."""
+
+    algorithm: str
+    options: dict[str, Any]
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+SETTINGS = {
+    "simqat-w8a8": Setting("simqat", {"weight": "int8@channel", "act": "int8@tensor:ema"}),
+    "simqat-w4a8": Setting("simqat", {"weight": "int4@channel", "act": "int8@tensor:ema"}),
 }
 
 
@@ -53,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="resnet20")
     parser.add_argument("--data", default="fashion-mnist", help="as golden-stick demo --data")
-    parser.add_argument("--recipe", choices=RECIPES, default="simqat-w8a8")
+    parser.add_argument("--recipe", choices=SETTINGS, default="simqat-w8a8")
     parser.add_argument("--float-epochs", type=int, default=10)
     parser.add_argument(
         "--epochs", type=int, default=4, help="of quantized training, and of the float run it is held to"
@@ -72,6 +83,7 @@ def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
     stem = f"{args.model}-{set_name}-s{args.seed}"
     base = float_recipe(args.model, data, args.float_epochs, args.seed, args.batch_size)
     tune = tune_recipe(args.model, data, args.epochs, args.seed, args.batch_size)
+    compressed = replace(tune, **SETTINGS[args.recipe].training)
     started = time.perf_counter()
 
     def fresh() -> nn.Module:
@@ -90,19 +102,20 @@ def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
     net = fresh()
     float_logits = stage(f"float{args.float_epochs}", net, base)
     more_logits = stage(f"float{args.float_epochs}+{args.epochs}", copy.deepcopy(net), tune)
-    name, options = RECIPES[args.recipe]
-    algo = make(name, options, args.epochs, batches_per_epoch(data, args.batch_size))
+    setting = SETTINGS[args.recipe]
+    algo = make(setting, args.epochs, batches_per_epoch(data, args.batch_size))
     net = algo.apply(net, data.example())
-    trained = stage(f"float{args.float_epochs}-{args.recipe}-{args.epochs}", net, tune, algo)
+    trained = stage(f"float{args.float_epochs}-{args.recipe}-{args.epochs}", net, compressed, algo)
+    _draw(algo, stem, args)
     net = algo.convert(net, data.example())
     converted = predict(net, data)
     reloaded, nbytes = _reload(net, fresh, data)
     row = {
         **{key: getattr(args, key) for key in ("model", "recipe", "float_epochs", "epochs", "seed", "batch_size")},
         "data": set_name,
-        "algorithm": name,
-        "options": options,
-        "training": {"float": base.__dict__, "tune": tune.__dict__},
+        "algorithm": setting.algorithm,
+        "options": setting.options,
+        "training": {"float": base.__dict__, "tune": tune.__dict__, "compressed": compressed.__dict__},
         "accuracy": {
             "float": accuracy(float_logits, data),
             "float_continued": accuracy(more_logits, data),
@@ -122,10 +135,23 @@ def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
     return row
 
 
-def make(name: str, options: dict[str, Any], epochs: int, steps_per_epoch: int) -> gs_algos.Algorithm:
+def make(setting: Setting, epochs: int, steps_per_epoch: int) -> gs_algos.Algorithm:
     """The algorithm for a training of this length."""
-    cls: Any = algorithm_class(name)
-    return cls(**options, **cls.training_options(epochs, steps_per_epoch))
+    cls: Any = algorithm_class(setting.algorithm)
+    return cls(**setting.options, **cls.training_options(epochs, steps_per_epoch))
+
+
+def _draw(algo: Any, stem: str, args: argparse.Namespace) -> None:
+    """Leaves a picture of the training beside the row, from an algorithm that draws one, if matplotlib is there."""
+    if not hasattr(algo, "picture"):
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no picture: needs matplotlib; pip install 'golden-stick-triton[report]'")
+        return
+    path = record.default_path(args.device).parent / "pictures" / f"{stem}-{args.recipe}-{args.epochs}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    algo.picture(path)
+    print(f"drawn in {path}")
 
 
 def parity(trained: Tensor, converted: Tensor) -> dict[str, float]:

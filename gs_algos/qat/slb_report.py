@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,19 +25,22 @@ def draw(traces: Mapping[str, Tensor], schedule: Schedule, path: str | os.PathLi
     if not traces:
         raise ValueError("SLB.picture: trace must be > 0 points, got 0; make the algorithm with trace=50")
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("SLB.picture: needs matplotlib; pip install 'golden-stick-triton[report]'") from error
-    whole = torch.stack(list(traces.values()))  # [layers, points, 2 + bins]
+    whole = torch.stack(list(traces.values())).numpy()  # [layers, points, 2 + bins]
     points = whole.shape[1]
-    steps = torch.arange(points, dtype=torch.float64) * schedule.total_steps / max(points - 1, 1)
+    steps = [point * schedule.total_steps / max(points - 1, 1) for point in range(points)]
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, trace in traces.items():
-        left.plot(steps, trace[:, 0], linewidth=1, label=name)
+    for i, (name, trace) in enumerate(zip(traces, whole, strict=True)):
+        shade = 0.9 * i / max(len(traces) - 1, 1)
+        left.plot(steps, trace[:, 0], linewidth=1, color=colormaps["viridis"](shade), label=name)
     left.set(xlabel="optimizer step", ylabel="quantization gap  ||W_c - W_q|| / ||W_q||", ylim=(0, None))
-    if len(traces) <= 12:
-        left.legend(fontsize="x-small")
+    left.legend(
+        *_first_and_last(left), fontsize="x-small", title="first layer dark, last bright", title_fontsize="x-small"
+    )
     shares = whole[:, :, 2:].mean(0).T  # [bins, points]
     extent = (0, schedule.total_steps, 0, 1)
     image = right.imshow(shares, origin="lower", aspect="auto", extent=extent, vmin=0, vmax=1, cmap="Blues")
@@ -48,3 +52,10 @@ def draw(traces: Mapping[str, Tensor], schedule: Schedule, path: str | os.PathLi
     right.legend(fontsize="x-small")
     figure.savefig(path, dpi=120)
     return Path(path)
+
+
+def _first_and_last(axes: Any) -> tuple[list[Any], list[Any]]:
+    """Handles and labels of a legend that names two lines of many."""
+    handles, labels = axes.get_legend_handles_labels()
+    ends = [0, -1] if len(handles) > 1 else [0]
+    return [handles[i] for i in ends], [labels[i] for i in ends]
