@@ -96,16 +96,19 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.activation != "none":
         z = torch.ops.gs_kernels.qmatmul(x, *parts, bias, *ctx.numbers, "none", SOURCE)
         dy = _through_activation(z, dy, ctx.activation)
-    dx = torch.ops.gs_kernels.qmatmul_dx(dy, *parts, *ctx.numbers, SOURCE)
+    dx = torch.ops.gs_kernels.qmatmul_dx(dy, *parts, *ctx.numbers, SOURCE) if ctx.needs_input_grad[0] else None
     dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(bias.dtype) if ctx.needs_input_grad[6] else None
     return dx, None, None, None, None, None, dbias, *([None] * 7)
 
 
 def _through_activation(z: Tensor, dy: Tensor, activation: str) -> Tensor:
-    aten = torch.ops.aten
     if activation == "relu":
         return torch.where(z > 0, dy, 0.0)
-    return aten.gelu_backward(dy, z) if activation == "gelu" else aten.silu_backward(dy, z)
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(dy, z)
+    z = z.float()
+    s = torch.sigmoid(z)  # not silu_backward: that has no gradient of its own
+    return (dy * (s * (1 + z * (1 - s)))).to(dy.dtype)
 
 
 def _dx_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,6 +1,7 @@
 """The AOT gate: every kernel compiles for real GPUs within its bounds, and the gate catches those that do not."""
 
 import dataclasses
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ tl = pytest.importorskip("triton.language", reason="Triton is not installed: the
 from gs_kernels import aot  # noqa: E402
 from gs_kernels.aot import __main__ as command  # noqa: E402
 from gs_kernels.aot.assembly import classify_gcn  # noqa: E402
-from gs_kernels.aot.sass import classify, find_cuobjdump  # noqa: E402
+from gs_kernels.aot.sass import classify, find_cuobjdump, parse  # noqa: E402
 
 CASES = [
     pytest.param(case, target, id=f"{spec.name}-{case.name}-{target}")
@@ -121,6 +122,38 @@ def test_the_matrix_instruction_of_the_hot_loop_is_named(target, mma):
     assert kernel.mma == mma
     wanted = AotCase("matmul", launch, elements=64 * 64, max_regs=255, mma="HGMMA", targets=(target,))
     assert any("multiply with HGMMA" in fact for fact in aot.check(kernel, wanted)) == (mma != "HGMMA")
+
+
+def test_wgmmas_that_read_shared_memory_or_are_all_waited_for_are_caught():
+    def launch():
+        _matmul_kernel[(1,)](_meta(), _meta(), _meta(), 512, BLOCK=64, BLOCK_K=64, enable_fp_fusion=False)
+
+    (kernel,) = aot.reports(AotCase("matmul", launch, elements=64 * 64), "sm_90")
+    assert kernel.from_shared > 0
+    wanted = AotCase("matmul", launch, elements=64 * 64, max_regs=255, overlapped=True, targets=("sm_90",))
+    assert any("must feed wgmma from registers, got" in fact for fact in aot.check(kernel, wanted))
+    fed = dataclasses.replace(kernel, from_shared=0, in_flight=0)
+    assert any("must keep wgmmas in flight" in fact for fact in aot.check(fed, wanted))
+    assert aot.check(dataclasses.replace(fed, in_flight=1), wanted) == []
+
+
+def test_stores_to_shared_memory_are_caught():
+    kernel = dataclasses.replace(_only(_double), opcodes=Counter(STS=5))
+    found = aot.check(kernel, dataclasses.replace(DOUBLE, max_shared_stores=4))
+    assert len(found) == 1 and "at most 4 times a turn, got 5" in found[0]
+
+
+def test_a_call_that_never_returns_is_a_way_out_of_a_loop_and_hides_no_code():
+    listing = """REG:8
+        /*0000*/                   LDG.E R0, [R2.64] ;
+        /*0010*/              @!P0 CALL.REL.NOINC 0x30 ;
+        /*0020*/                   BRA 0x0 ;
+        /*0030*/                   STG.E [R2.64], R0 ;
+        /*0040*/                   EXIT ;
+    """
+    assert [ins.kind for ins in parse(listing).body] == ["load", "other", "other", "store", "exit"]
+    returns = listing + "    /*0050*/                   RET.REL.NODEC R4 ;"
+    assert [ins.kind for ins in parse(returns).body] == ["load", "other", "other"]
 
 
 def test_spills_are_caught():

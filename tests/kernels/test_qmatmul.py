@@ -1,0 +1,248 @@
+"""Facts of packed products that no comparison with a reference shows: exactness, edges, plans, errors, assembly."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from gs_kernels import (
+    PerChannel,
+    dequantize_packed,
+    dynamic_fake_quant,
+    pack_weight,
+    qmatmul,
+    qmatmul_int8,
+    quantize_rows,
+    repack,
+    row_sums,
+)
+from gs_kernels.dispatch import INTERPRET
+from gs_kernels.qmatmul.ref import ACTIVATIONS, qmatmul_int8_ref, qmatmul_ref
+from gs_kernels.qmatmul.tiles import Plan, choose_int8_plan, choose_plan
+from tests.helpers import DEVICE, relative_rms, same_bits
+from tests.kernels import ptx
+
+
+def weight(n=20, k=256, bits=4, group=128, zero=None, dtype=torch.float32, levels=None):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=generator)
+    scale = torch.rand(n, k // group, generator=generator).add(0.5).to(dtype)
+    packed = pack_weight(codes, scale, zero, bits=bits, group_size=group, levels=levels, layout="planar")
+    return packed.to(DEVICE)
+
+
+def normal(*sizes, dtype=torch.float32, seed=0):
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 24], ids=["few", "many"])
+@pytest.mark.parametrize("bits, zero", [(1, 0.5), (2, 1.5), (4, None), (4, 7.5), (8, None), (4, "points")])
+def test_a_unit_vector_reads_a_column_of_the_weight_rounded_once(bits, zero, rows):
+    """Whole and half zero points are subtracted exactly; with fractions, to the precision of x."""
+    points = torch.linspace(0, 15, 40).view(20, 2) if zero == "points" else zero
+    w = weight(bits=bits, zero=points, dtype=torch.float16)
+    x = torch.zeros(rows, 256, dtype=torch.float16, device=DEVICE)
+    columns = torch.arange(rows, device=DEVICE) * 7
+    x[torch.arange(rows), columns] = 1
+    wanted = dequantize_packed(w, torch.float16)[:, columns].T
+    got = qmatmul(x, w)
+    if zero == "points":
+        torch.testing.assert_close(got, wanted, rtol=2**-9, atol=2**-9)
+    else:
+        assert same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("sizes", [(0, 256), (256,), (2, 0, 256), (3, 1, 2, 256)])
+def test_any_number_of_rows_and_axes(sizes):
+    w, x = weight(), normal(*sizes)
+    y = qmatmul(x, w)
+    assert y.shape == (*sizes[:-1], 20)
+    torch.testing.assert_close(y, qmatmul_ref(x, w), rtol=1e-5, atol=1e-4)
+    codes, scale = quantize_rows(x)
+    assert codes.shape == sizes and scale.shape == sizes[:-1] and qmatmul_int8(codes, scale, w).shape == y.shape
+
+
+def test_rows_that_repeat_or_overlap_are_read_as_they_are():
+    w, row = weight(), normal(300)
+    for x in (row[:256].expand(5, 256), row.unfold(0, 256, 8)):
+        torch.testing.assert_close(qmatmul(x, w), qmatmul_ref(x, w), rtol=1e-5, atol=1e-4)
+
+
+def test_scales_and_zero_points_in_another_order_give_the_same_bits():
+    w = weight(zero=torch.linspace(0, 15, 40).view(20, 2))
+    turned = replace(w, scale=w.scale.T.contiguous().T, zero=w.zero.T.contiguous().T)
+    mixed = replace(w, scale=w.scale.T.contiguous().T)
+    x = normal(3, 256)
+    assert same_bits(qmatmul(x, w), qmatmul(x, turned)) and same_bits(qmatmul(x, w), qmatmul(x, mixed))
+
+
+def test_a_canonical_weight_gives_what_a_planar_one_gives():
+    w, x = weight(bits=2), normal(3, 256)
+    torch.testing.assert_close(qmatmul(x, repack(w, "canonical")), qmatmul(x, w), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_are_those_of_the_reference_up_to_the_second(activation):
+    w, bias = weight(6, 64, group=32, zero=3.5), normal(6, seed=1)
+
+    def gradients(run):
+        x, b = normal(4, 64).div_(64).requires_grad_(), bias.clone().requires_grad_()
+        (dx, db) = torch.autograd.grad(run(x, w, b, activation=activation).square().sum(), (x, b), create_graph=True)
+        return dx, db, torch.autograd.grad(dx.square().sum(), x)[0]
+
+    for found, wanted in zip(gradients(qmatmul), gradients(qmatmul_ref), strict=True):
+        assert relative_rms(found, wanted) < 1e-5
+
+
+def test_nothing_but_x_and_bias_gets_a_gradient():
+    w = weight()
+    w = replace(w, scale=w.scale.requires_grad_())
+    assert torch.autograd.grad(qmatmul(normal(2, 256).requires_grad_(), w).sum(), w.scale, allow_unused=True) == (None,)
+
+
+def test_quantized_rows_are_those_of_dynamic_fake_quant():
+    x = normal(9, 500)
+    x[3] = 0
+    codes, scale = quantize_rows(x)
+    y, fake_scale, _ = dynamic_fake_quant(x, qmin=-127, qmax=127, symmetric=True, granularity=PerChannel(0))
+    assert same_bits(codes * scale[:, None], y) and same_bits(scale, fake_scale)
+
+
+def test_a_row_with_nan_or_infinity_becomes_nan_and_no_other():
+    x, w = normal(3, 256), weight()
+    x[0, 5], x[2, 7] = float("nan"), float("inf")
+    codes, scale = quantize_rows(x)
+    bad = ~torch.isfinite(qmatmul_int8(codes, scale, w)).all(1)
+    assert bad.tolist() == [True, False, True]
+    assert torch.isnan(qmatmul(x, w)[0]).all() and torch.isfinite(qmatmul(x, w)[1]).all()
+
+
+@pytest.mark.parametrize("bits, group", [(8, 512), (4, 128), (2, 256), (1, 64)])
+def test_sums_of_8_bit_codes_are_exact_integers(bits, group):
+    """Scales of a power of two: the result has no rounding but that of the sum."""
+    n, k = 5, 512
+    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    zero = float(2 ** (bits - 1))
+    w = pack_weight(codes, torch.ones(n, k // group), zero, bits=bits, group_size=group, layout="planar").to(DEVICE)
+    x = torch.randint(-127, 128, (3, k), dtype=torch.int8, generator=torch.Generator().manual_seed(2))
+    got = qmatmul_int8(x.to(DEVICE), torch.full((1,), 0.5, device=DEVICE), w)
+    assert torch.equal(got.cpu().double(), (x.double() @ (codes.double() - zero).T) / 2)
+
+
+def test_a_zero_point_of_x_is_undone_by_row_sums():
+    w = weight(bits=8, group=256)
+    x = torch.randint(-128, 128, (4, 256), dtype=torch.int8, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    scale, zero = torch.full((1,), 0.01, device=DEVICE), torch.full((1,), -128.0, device=DEVICE)
+    got = qmatmul_int8(x, scale, w, x_zero=zero, weight_sums=row_sums(w))
+    wanted = qmatmul_int8_ref(x, scale, w, x_zero=zero)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-3 * wanted.abs().max().item() / 100)
+
+
+CALLS = {
+    r"last axis of x must be K=256 of the weight \[20, 256\], got \[2, 255\]": lambda w: qmatmul(normal(2, 255), w),
+    r"x must be float32 / float16 / bfloat16, got int64; cast x": lambda w: qmatmul(torch.ones(2, 256).long(), w),
+    r"weight must be a PackedWeight, got Tensor": lambda w: qmatmul(normal(2, 256), normal(20, 256)),
+    r"activation must be one of none, relu, gelu, silu, got 'tanh'": lambda w: qmatmul(
+        normal(2, 256), w, activation="tanh"
+    ),
+    r"bias must have shape \[20\], got \[3\]": lambda w: qmatmul(normal(2, 256), w, normal(3)),
+    r"qmatmul_int8: x must be int8, got float32": lambda w: qmatmul_int8(normal(2, 256), normal(2), w),
+    r"x_scale must have shape \[2\], one per row of x, or \[1\], got \[3\]": lambda w: qmatmul_int8(
+        torch.ones(2, 256, dtype=torch.int8, device=DEVICE), normal(3), w
+    ),
+    r"x_zero and weight_sums must be given together; use weight_sums=row_sums": lambda w: qmatmul_int8(
+        torch.ones(2, 256, dtype=torch.int8, device=DEVICE), normal(1), w, x_zero=normal(1)
+    ),
+    r"dtype must be int8 or float8_e4m3fn, got torch.uint8": lambda w: quantize_rows(normal(2, 8), dtype=torch.uint8),
+    r"x must be \[..., K\] with K >= 1, got \[2, 0\]": lambda w: quantize_rows(normal(2, 0)),
+}
+
+
+@pytest.mark.parametrize("words", CALLS)
+def test_wrong_calls_say_what_must_hold(words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        CALLS[words](weight())
+
+
+def test_8_bit_rows_refuse_a_table_of_levels():
+    w = weight(levels=torch.linspace(-1, 1, 16))
+    with pytest.raises(ValueError, match="evenly spaced grid, got levels; use qmatmul"):
+        qmatmul_int8(torch.ones(2, 256, dtype=torch.int8, device=DEVICE), normal(1), w)
+
+
+ON_H100 = {"x_bits": 16, "levels": False, "sm": 90, "sm_count": 132}
+
+
+def test_few_rows_split_and_many_are_dense():
+    few = choose_plan(1, 4096, 4096, 4, **ON_H100)
+    assert few.scale_parts and few.block_m == 16 and few.split_k == 8  # 32 tiles: 8 parts give 2 programs an SM
+    some = choose_plan(256, 14336, 4096, 4, **ON_H100)
+    assert not some.dense and not some.scale_parts and some.block_m == 128 and some.split_k == 1
+    assert choose_plan(513, 14336, 4096, 4, **ON_H100).dense
+    assert choose_plan(17, 4096, 4096, 4, **(ON_H100 | {"levels": True})).dense
+    assert choose_plan(17, 4096, 4096, 4, **(ON_H100 | {"x_bits": 32})).dense
+    assert choose_plan(300, 4096, 4096, 4, **(ON_H100 | {"sm": 80})).dense
+
+
+def test_an_unknown_gpu_takes_the_rules_below_it():
+    for newer, known in ((120, 90), (89, 80), (75, 80)):
+        plans = [choose_plan(64, 4096, 4096, 4, **(ON_H100 | {"sm": sm})) for sm in (newer, known)]
+        assert plans[0] == plans[1]
+
+
+def test_no_part_of_a_split_is_empty():
+    for blocks in range(1, 80):
+        for wanted in range(1, 40):
+            parts = Plan(split_k=wanted).parts(blocks)
+            assert 1 <= parts <= min(wanted, blocks) and (parts - 1) * -(-blocks // parts) < blocks
+    assert choose_int8_plan(1, 64, 128, sm=90, sm_count=132).split_k == 1
+
+
+lang = pytest.importorskip("gs_kernels.lang", reason="Triton is not installed: there is no assembly to run")
+WORDS = np.random.default_rng(0).integers(0, 2**32, 4096, dtype=np.uint32)
+CONTAINERS = WORDS.view(np.uint16).reshape(-1, 2)  # [word, container]
+
+
+@pytest.mark.parametrize("bits, mantissa", [(b, m) for b in (1, 2, 4, 8) for m in (10, 7) if b <= m])
+@pytest.mark.parametrize("least", [0, 1])
+def test_assembly_makes_each_field_the_float_code_plus_offset(bits, mantissa, least):
+    fields = ptx.run(lang.field_asm(bits, mantissa, least), [WORDS], 16 // bits)
+    for j, field in enumerate(fields):
+        code = (CONTAINERS >> (j * bits)) & (2**bits - 1)
+        offset = lang.field_offset(bits, mantissa, least, j)
+        halves = field.view(np.uint16).reshape(-1, 2)
+        floats = halves.view(np.float16) if mantissa == 10 else (halves.astype(np.uint32) << 16).view(np.float32)
+        assert np.array_equal(floats.astype(np.float64), code + offset)
+        # at half steps, offset + zero is exact too
+        assert offset * (1 + least) <= 2.0 ** (mantissa + 1 - least) and offset >= 2.0**bits
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_assembly_makes_each_field_a_byte_that_the_tensor_cores_multiply(bits, fp8):
+    if bits == 8 and fp8:
+        pytest.skip("8-bit codes are not exact in float8_e4m3")
+    low, high = WORDS[::2], WORDS[1::2]
+    four = np.stack([low, high], 1).view(np.uint16)  # [pair, container]
+    fields = ptx.run(lang.code_asm(bits, fp8), [low, high], 16 // bits)
+    for j, field in enumerate(fields):
+        code = (four >> (j * bits)) & (2**bits - 1)
+        octets = torch.from_numpy(field.view(np.uint8).reshape(-1, 4))
+        values = octets.view(torch.float8_e4m3fn if fp8 else torch.int8).double().numpy()
+        middle, factor = lang.code_middle(bits, fp8, True), lang.code_factor(bits, fp8, True)
+        assert np.array_equal(values, (code - middle) * factor)
+
+
+@pytest.mark.skipif(not INTERPRET and not torch.cuda.is_available(), reason="the kernel runs interpreted or on a GPU")
+@pytest.mark.parametrize("split", [1, 3])
+def test_parts_of_k_sum_to_the_whole_and_twice_to_the_same_bits(split):
+    from gs_kernels.qmatmul.flat import tensors_of
+    from gs_kernels.qmatmul.kernel import multiply
+
+    w, x, bias = weight(k=640), normal(3, 640, dtype=torch.float16), normal(20)
+    plan, asm = Plan(split_k=split, scale_parts=True), not INTERPRET
+    once, twice = (multiply(x, tensors_of(w), bias, 4, 20, 640, 128, "relu", plan, asm) for _ in range(2))
+    assert same_bits(once, twice)
+    wanted = qmatmul_ref(x, w, bias, activation="relu")
+    torch.testing.assert_close(once, wanted, rtol=2e-3, atol=0.1)
