@@ -42,7 +42,7 @@ def _layers(plan: list[dict[str, Any]], tensors: dict[str, tuple[tuple[int, ...]
     for row in plan:
         site, settings = row["site"], row["settings"]
         own = {key: facts for key, facts in tensors.items() if key.startswith(f"{site}.")}
-        shape = next((own[key][0] for key in (f"{site}.codes", f"{site}.weight") if key in own), ())
+        shape = settings.get("shape") or settings.get("format", {}).get("shape") or own.get(f"{site}.weight", ((),))[0]
         nbytes = sum(math.prod(facts[0]) * facts[1] for facts in own.values())
         kept = f"float: {row['reason']}" if row["action"] == "keep" else ""
         weight, act = settings.get("weight") or kept, settings.get("act") or ""

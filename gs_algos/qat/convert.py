@@ -20,10 +20,18 @@ from gs_algos.fx.rewrite import release
 from gs_algos.fx.tracers import tensors_of
 from gs_algos.qat.prepare import JOINS
 from gs_algos.quant.layers import FakeQuantized, Folded, affine, running_mean, running_sigma
-from gs_algos.quant.quantized import QuantizedConv, QuantizedLayer, QuantizedLinear, StaticQuantizer, geometry_of
+from gs_algos.quant.quantized import (
+    QuantizedConv,
+    QuantizedLayer,
+    QuantizedLinear,
+    StaticQuantizer,
+    empty_codes,
+    geometry_of,
+    packed_codes,
+)
 from gs_algos.quant.quantizers import ActivationQuantizer
 from gs_algos.quant.scheme import Scheme
-from gs_kernels import quantize
+from gs_kernels import PackedWeight, quantize
 
 # relative to the RMS of the trained layer's output: accumulation order only, in the dtype the layer computes in
 LAYER_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -103,12 +111,7 @@ def quantized_layer(model: nn.Module, row: PlanRow) -> QuantizedLayer:
         slope, bias = epilogue(layer, bn)
         scale, zero = _times_slope(scale, zero, slope)
     output = _output_quantizer(model, row)
-    new = empty_layer(layer, row, bias is not None, scale.numel(), output)
-    new.codes.copy_(codes)
-    new.scale.copy_(scale)
-    new.zero.copy_(zero)
-    if bias is not None and new.bias is not None:
-        new.bias.copy_(bias)
+    new = _layer_of(layer, row, packed_codes(codes, scale, zero, scheme), bias, output)
     if new.input_quantizer is not None and layer.input_quantizer is not None:
         new.input_quantizer.take(layer.input_quantizer)
     if new.output_quantizer is not None:
@@ -116,22 +119,20 @@ def quantized_layer(model: nn.Module, row: PlanRow) -> QuantizedLayer:
     return new.eval()
 
 
-def empty_layer(layer: nn.Module, row: PlanRow, bias: bool, scales: int, output: Any) -> QuantizedLayer:
-    """A converted layer of the right shapes, its tensors still to be filled; output: the trained output quantizer."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+def _layer_of(layer: Any, row: PlanRow, weight: PackedWeight, bias: Tensor | None, output: Any) -> QuantizedLayer:
+    """A converted layer around a packed weight; output: the trained output quantizer."""
     act = None if row.settings["act"] is None else Scheme.parse(row.settings["act"], "act")
     options: dict[str, Any] = {
-        "shape": tuple(weight.shape),
+        "weight": weight,
         "scheme": Scheme.parse(row.settings["weight"], "weight"),
-        "bias": bias,
+        "bias": None if bias is None else bias.detach(),
         "input": act if getattr(layer, "input_quantizer", None) is not None else None,
         "output": None if output is None else output.scheme,
-        "scales": scales,
-        "dtype": weight.dtype,
+        "dtype": layer.weight.dtype,
     }
-    linear = isinstance(layer, nn.Linear)
-    new = QuantizedLinear(**options) if linear else QuantizedConv(geometry_of(layer), **options)
-    return new.to(weight.device)
+    if isinstance(layer, nn.Linear):
+        return QuantizedLinear(**options)
+    return QuantizedConv(geometry_of(layer), layer.weight.shape[1:], **options)
 
 
 def install_converted(model: nn.Module, rows: Sequence[PlanRow], make: Make | None = None) -> None:
@@ -150,12 +151,13 @@ def install_converted(model: nn.Module, rows: Sequence[PlanRow], make: Make | No
 
 
 def unfilled_layer(model: nn.Module, row: PlanRow) -> QuantizedLayer:
-    """`empty_layer` for a layer of a freshly prepared model."""
-    layer, bn = _trained(model, row.site), _batch_norm(model, row)
-    slope = None if bn is None else torch.ones(layer.weight.shape[0])
-    scale = layer.weight_quantizer.scale.detach().cpu()
-    n = scale.numel() if slope is None else _times_slope(scale, scale, slope)[0].numel()
-    return empty_layer(layer, row, layer.bias is not None or bn is not None, n, _output_quantizer(model, row))
+    """The converted form of a layer of a freshly prepared model, its tensors still to be filled."""
+    layer: Any = _trained(model, row.site)
+    shape, device = layer.weight.shape, layer.weight.device
+    weight = empty_codes(shape, Scheme.parse(row.settings["weight"], "weight"), device)
+    offset = layer.bias is not None or row.settings["bn"] is not None
+    bias = torch.empty(shape[0], device=device) if offset else None
+    return _layer_of(layer, row, weight, bias, _output_quantizer(model, row))
 
 
 def summary_of(model: nn.Module) -> str:
@@ -170,7 +172,7 @@ def summary_of(model: nn.Module) -> str:
         elif isinstance(module, QuantizedLayer):
             quantizer = module.input_quantizer or module.output_quantizer
             act_scheme = quantizer.scheme if quantizer else "float"
-            rows.append((name, str(module.scheme), act_scheme, f"{module.nbytes():,}", module.path()))
+            rows.append((name, str(module.scheme), act_scheme, f"{module.nbytes:,}", module.path()))
     return render(("layer", "weight", "activation", "bytes", "runs as"), rows)
 
 

@@ -153,7 +153,14 @@ def _layer_row(
         f"quantize {pattern}",
         detail,
         "",
-        {"weight": str(weight), "act": None if act is None else str(act), "bn": bn, "fold": fold, "tail": tail},
+        {
+            "weight": str(weight),
+            "act": None if act is None else str(act),
+            "bn": bn,
+            "fold": fold,
+            "tail": tail,
+            "shape": list(layer.weight.shape),  # type: ignore[arg-type, union-attr]
+        },
     )
 
 

@@ -7,13 +7,14 @@ it stores. A layer that is tied to another (a language model's head to its embed
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
+from gs_algos.quant.kept import KeepsDtypes
 from gs_kernels import PackedWeight, dequantize_packed, pack_codes, repack, unpack_codes
 from gs_kernels.pack.layouts import CANONICAL, PLANAR, codes_shape
 
@@ -72,7 +73,7 @@ class PackedFormat:
         )
 
 
-class Packed(nn.Module):
+class Packed(KeepsDtypes):
     """A frozen packed weight `[N, K]` as a module.
 
     Args:
@@ -80,6 +81,7 @@ class Packed(nn.Module):
         dtype: that the float layer had: of `.weight`, and of what an embedding returns.
     """
 
+    kept: ClassVar[tuple[str, ...]] = PARTS
     codes: Tensor | None
     scale: Tensor | None
     zero: Tensor | None
@@ -138,16 +140,9 @@ class Packed(nn.Module):
             self.codes = repack(self.packed, wanted).codes
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        aside = {part: self._buffers[part] for part in PARTS}
-        self._buffers.update(dict.fromkeys(PARTS))
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            device = None if aside["codes"] is None else aside["codes"].device
-            self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
-            for part, tensor in aside.items():
-                aside[part] = None if tensor is None else _moved(tensor, fn)
-        finally:
-            self._buffers.update(aside)
+        device = None if self.codes is None else self.codes.device
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
+        super()._apply(fn, recurse)
         self.arrange()
         return self
 
@@ -178,6 +173,19 @@ class Packed(nn.Module):
         return f"bits={self.bits}, group_size={self.group_size}, {zero}{', tied' if self.tied else ''}"
 
 
+def zero_as(weight: PackedWeight, constant: bool) -> PackedWeight:
+    """The weight with one zero point for all (they are equal) or a tensor of them: the form follows from the scheme.
+
+    Values decide nothing about the form, so that a layer that is yet to be filled can be built without them.
+    """
+    zero = weight.zero
+    if constant and isinstance(zero, Tensor):
+        return replace(weight, zero=float(zero.flatten()[0]))
+    if not constant and not isinstance(zero, Tensor):
+        return replace(weight, zero=torch.full_like(weight.scale, zero))
+    return weight
+
+
 def tensors_of(weight: PackedWeight) -> dict[str, Tensor]:
     """The tensors of a packed weight under the names that they have in a state_dict."""
     return {part: value for part in PARTS if isinstance(value := getattr(weight, part), Tensor)}
@@ -186,8 +194,3 @@ def tensors_of(weight: PackedWeight) -> dict[str, Tensor]:
 def layout_of(codes: Tensor) -> str:
     """The layout of packed codes, which their dtype says."""
     return PLANAR if codes.dtype == torch.int16 else CANONICAL
-
-
-def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    moved = fn(tensor)
-    return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)

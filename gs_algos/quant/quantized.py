@@ -1,27 +1,44 @@
-"""Converted layers: integer codes and scales, no float weight. What a trained fake-quantized layer becomes.
+"""Converted layers: packed integer codes and scales, no float weight. What a trained fake-quantized layer becomes.
 
-The linear runs in integer arithmetic where it can (int8 codes on both sides, int32 accumulation); otherwise, as the
-convolutions until their integer kernel exists, it dequantizes its codes in each forward. `path()` says which and why.
+The linear runs in integer arithmetic where it can (int8 codes on both sides, int32 accumulation), else it multiplies
+floats with its packed codes; the convolutions, until their kernel exists, dequantize their codes in each forward.
+`path()` says which and why.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gs_algos.quant.kept import KeepsDtypes
+from gs_algos.quant.packed import PARTS, Packed, PackedFormat, zero_as
 from gs_algos.quant.quantizers import Quantizer
-from gs_algos.quant.scheme import Scheme, n_scales
-from gs_kernels import PerChannel, PerGroup, PerTensor, dequantize, fake_quant, quantize
+from gs_algos.quant.scheme import Scheme
+from gs_kernels import (
+    PackedWeight,
+    PerGroup,
+    choose_qparams,
+    fake_quant,
+    pack_weight,
+    qmatmul,
+    qmatmul_int8,
+    quantize,
+    row_sums,
+)
+from gs_kernels.pack.layouts import BITS
 
-INT_MM_DEVICES = ("cpu",)
+INT_DEVICES = ("cpu",)
 
 
-class StaticQuantizer(nn.Module):
+class StaticQuantizer(KeepsDtypes):
     """The frozen grid of one activation: scale `[1]`, zero `[1]` fp32, real = (q - zero) * scale."""
 
+    kept = ("scale", "zero")
     scale: Tensor
     zero: Tensor
 
@@ -45,71 +62,44 @@ class StaticQuantizer(nn.Module):
         """int8 (or uint8 for an unsigned grid) codes of x, same shape."""
         return quantize(x, self.scale, self.zero, qmin=self.scheme.qmin, qmax=self.scheme.qmax)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> StaticQuantizer:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.scale, self.zero = self.scale.float(), self.zero.float()
-        return self
-
     def extra_repr(self) -> str:
         return str(self.scheme)
 
 
-class QuantizedLayer(nn.Module):
-    """A weight as integers: weight = (codes - zero) * scale.
+class QuantizedLayer(Packed):
+    """A weight as integers, packed: weight = (codes - zero) * scale; and the grids of what goes in and comes out.
 
-    codes `[O, ...]` int8 (uint8 if unsigned), scale, zero `[C]` fp32 (C = 1, O, or groups row-major), bias `[O]` fp32.
-    A scale is negative where a batch norm with negative gamma was folded in afterwards.
+    Rows of a weight `[O, ...]` are flattened. Scales (and zero points, of an asymmetric grid) are `[O, groups]` fp32,
+    whatever the granularity; bias `[O]` fp32. A scale is negative where a batch norm with negative gamma was folded in.
+    Codes of 3, 5, 6 and 7 bits take the bytes of 4 and 8.
+
+    Args:
+        weight: as `packed_codes` gives it.
+        scheme: that the weight was trained with.
+        bias: `[O]`.
+        input, output: schemes of the activations in front of and behind the product.
+        dtype: that the float layer had.
     """
 
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
+    kept = (*PARTS, "bias")
     bias: Tensor | None
     input_quantizer: StaticQuantizer | None
     output_quantizer: StaticQuantizer | None
 
     def __init__(
         self,
-        shape: tuple[int, ...],
+        weight: PackedWeight,
         scheme: Scheme,
-        bias: bool,
+        bias: Tensor | None = None,
         input: Scheme | None = None,
         output: Scheme | None = None,
-        scales: int | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
+        super().__init__(weight, dtype)
         self.scheme = scheme
-        self.granularity = scheme.granularity
-        if isinstance(scheme.granularity, PerTensor) and scales not in (None, 1):
-            self.granularity = PerChannel(0)  # one scale, times the batch norm folded into each channel
-        n = scales if scales is not None else n_scales(self.granularity, shape)
-        self.dtype = dtype
-        self.register_buffer("codes", torch.zeros(shape, dtype=torch.int8 if scheme.format.signed else torch.uint8))
-        self.register_buffer("scale", torch.ones(n))
-        self.register_buffer("zero", torch.zeros(n))
-        self.register_buffer("bias", torch.zeros(shape[0]) if bias else None)
-        self.input_quantizer = None if input is None else StaticQuantizer(input)
-        self.output_quantizer = None if output is None else StaticQuantizer(output)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dequantized weight, in the dtype the float layer had. Made anew at each access."""
-        return dequantize(self.codes, self.scale, self.zero, granularity=self.granularity, dtype=self.dtype)
-
-    def nbytes(self) -> int:
-        """Bytes that the weight takes at its bit width, scales and zero points included."""
-        zeros = self.zero.numel() * 4 if bool(self.zero.any()) else 0
-        return (self.codes.numel() * self.scheme.bits + 7) // 8 + self.scale.numel() * 4 + zeros
-
-    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLayer:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.scale.is_floating_point() and self.scale.dtype != torch.float32:
-            self.dtype = self.scale.dtype
-        self.scale, self.zero = self.scale.float(), self.zero.float()
-        if self.bias is not None:
-            self.bias = self.bias.float()
-        return self
+        self.register_buffer("bias", None if bias is None else bias.float())
+        self.input_quantizer = None if input is None else StaticQuantizer(input, weight.device)
+        self.output_quantizer = None if output is None else StaticQuantizer(output, weight.device)
 
     def path(self) -> str:
         """Which arithmetic the layer runs in, and why."""
@@ -120,11 +110,23 @@ class QuantizedLayer(nn.Module):
 
 
 class QuantizedLinear(QuantizedLayer):
-    """`y = x @ weight^T + bias` on codes: int8 x int8 -> int32 on the CPU, dequantized elsewhere."""
+    """`y = x @ weight^T + bias` on codes: int8 x int8 -> int32 where it can, else floats times packed codes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.out_features, self.in_features = self.codes.shape
+        self.out_features, self.in_features = self.shape
+        # what the zero point of x is multiplied with; follows from the codes, so it is not saved
+        self.register_buffer("row_sums", None, persistent=False)
+        self.arrange()
+
+    def arrange(self) -> None:
+        super().arrange()
+        if "row_sums" in self._buffers and self.codes is not None and not self.codes.is_meta:
+            self.row_sums = row_sums(self.packed) if self._shifted() else None
+
+    def _shifted(self) -> bool:
+        """Whether 0.0 may have a code other than 0 in x."""
+        return self.input_quantizer is not None and not self.input_quantizer.scheme.symmetric
 
     def integer_refusals(self, device: torch.device) -> list[str]:
         """Why the product cannot run on integers; empty if it can."""
@@ -135,54 +137,61 @@ class QuantizedLinear(QuantizedLayer):
             reasons.append("activation codes are unsigned")
         elif self.input_quantizer.scheme.bits == 1 and self.input_quantizer.scheme.symmetric:
             reasons.append("the activation grid has no level for 0")
-        if not self.scheme.format.signed:
-            reasons.append("weight codes are unsigned")
-        if isinstance(self.granularity, PerGroup):
+        if isinstance(self.scheme.granularity, PerGroup):
             reasons.append("scales are per group")
-        if device.type not in INT_MM_DEVICES:
+        if device.type not in INT_DEVICES:
             reasons.append(f"no integer matmul for {device.type} yet")
         return reasons
 
     def path(self) -> str:
-        reasons = self.integer_refusals(self.codes.device)
-        return "integer: int8 x int8 -> int32" if not reasons else "dequantizes: " + ", ".join(reasons)
+        reasons = self.integer_refusals(self.packed.device)
+        return "integer: int8 x int8 -> int32" if not reasons else "float x packed codes: " + ", ".join(reasons)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.integer_refusals(x.device):
             return self._finish(self._integer(x))
         x = x if self.input_quantizer is None else self.input_quantizer(x)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return self._finish(F.linear(x, self.weight.to(x.dtype), bias))
+        return self._finish(qmatmul(x, self.packed, self.bias))
 
     def _integer(self, x: Tensor) -> Tensor:
         """`((qx - zx) @ (qw - zw)^T) * (sx * sw) + bias`; sums in int32, one cast at the end."""
         quantizer = self.input_quantizer
         assert quantizer is not None
-        codes = quantizer.codes(x.reshape(-1, x.shape[-1]))  # [M, K] int8
-        acc = torch._int_mm(codes, self.codes.t())  # [M, N] int32
-        acc = acc - quantizer.zero.int() * self.codes.sum(1, dtype=torch.int32)
-        y = acc.float()
-        # a weight grid without a 0 has a zero point of one half: its share is zw * sum(qx - zx)
-        centred = codes.sum(1, dtype=torch.int32, keepdim=True) - x.shape[-1] * quantizer.zero.int()
-        y = (y - centred.float() * self.zero) * (quantizer.scale * self.scale)
-        if self.bias is not None:
-            y = y + self.bias
-        return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+        zero = quantizer.zero if self._shifted() else None
+        return qmatmul_int8(
+            quantizer.codes(x),
+            quantizer.scale,
+            self.packed,
+            self.bias,
+            x_zero=zero,
+            weight_sums=self.row_sums,
+            dtype=x.dtype,
+        )
 
 
 class QuantizedConv(QuantizedLayer):
-    """`y = conv(x, weight) + bias` with the geometry of the layer it replaces; dequantizes in each forward."""
+    """`y = conv(x, weight) + bias` with the geometry of the layer it replaces; dequantizes in each forward.
 
-    def __init__(self, geometry: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    Args:
+        geometry: as `geometry_of` gives it.
+        filter: the weight's shape behind its first axis.
+    """
+
+    def __init__(self, geometry: dict[str, Any], filter: Sequence[int], *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.geometry = geometry
+        self.geometry, self.filter = geometry, tuple(filter)
         # what a forward may read of a conv: padding as TensorFlow has it, lengths of a mask
-        self.out_channels, self.in_channels = self.codes.shape[0], self.codes.shape[1] * geometry["groups"]
-        self.kernel_size = tuple(self.codes.shape[2:])
+        self.out_channels, self.in_channels = self.shape[0], self.filter[0] * geometry["groups"]
+        self.kernel_size = self.filter[1:]
         for key in ("stride", "padding", "dilation"):
             setattr(self, key, geometry[key] if isinstance(geometry[key], str) else tuple(geometry[key]))
         self.groups = geometry["groups"]
-        self._conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[self.codes.dim()]
+        self._conv = {2: F.conv1d, 3: F.conv2d, 4: F.conv3d}[len(self.filter)]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight `[O, C / groups, ...]`, made anew at each access."""
+        return super().weight.view(self.shape[0], *self.filter)
 
     def path(self) -> str:
         return "dequantizes: no integer convolution yet"
@@ -197,7 +206,36 @@ class QuantizedConv(QuantizedLayer):
         return self._finish(y)
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.codes.shape)}, {self.scheme}, stride={self.geometry['stride']}"
+        return f"{(self.shape[0], *self.filter)}, {self.scheme}, stride={self.geometry['stride']}"
+
+
+def stored_bits(bits: int) -> int:
+    """The width that codes of so many bits are packed at: the next of 1, 2, 4 and 8."""
+    return min(width for width in BITS if width >= bits)
+
+
+def packed_codes(codes: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> PackedWeight:
+    """The codes `[O, ...]` of a scheme as a packed weight, exactly.
+
+    Args:
+        codes: int8, or uint8 of an unsigned grid.
+        scale, zero: `[C]` fp32; C is 1, O, or O * groups.
+    """
+    rows = codes.flatten(1)
+    size = rows.shape[1] // max(1, scale.numel() // rows.shape[0])
+    weight = pack_weight(rows, scale, zero, bits=stored_bits(scheme.bits), group_size=size)
+    return zero_as(weight, constant=scheme.symmetric)
+
+
+def empty_codes(shape: Sequence[int], scheme: Scheme, device: torch.device | str) -> PackedWeight:
+    """A packed weight of the form that `packed_codes` gives for a weight `shape [O, ...]`; values are to be filled."""
+    n, k = shape[0], math.prod(shape[1:])
+    size = scheme.granularity.size if isinstance(scheme.granularity, PerGroup) else k
+    some = torch.ones(1)
+    _, zero = choose_qparams(-some, some, qmin=scheme.qmin, qmax=scheme.qmax, symmetric=True)
+    shift = 2 ** (stored_bits(scheme.bits) - 1) if scheme.format.signed else 0
+    constant = float(zero) + shift if scheme.symmetric else None
+    return PackedFormat(stored_bits(scheme.bits), (n, k), size, constant, "float32").empty(device)
 
 
 def geometry_of(conv: nn.Module) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from gs_algos.quant.packed import zero_as
 from gs_algos.quant.ranges import search_range
 from gs_algos.quant.scheme import Scheme, n_scales
 from gs_kernels import PackedWeight, PerChannel, PerGroup, PerTensor, choose_qparams, pack_weight, quantize
@@ -59,18 +61,20 @@ def round_to_nearest(weight: Tensor, scheme: str | Scheme) -> PackedWeight:
     chunks = list(_chunks(weight.detach(), scheme, size))
     grids = [_grid(rows.float(), scheme) for rows in chunks]
     dtype = _stored_dtype(weight.dtype, grids)
-    packed, scales, zeros = [], [], []
+    parts = []
     for rows, (scale, zero) in zip(chunks, grids, strict=True):
         scale = scale.to(dtype)
-        codes = _codes(rows.float(), scale.float(), zero, scheme)
-        part = pack_weight(codes.view(-1, k), scale, zero.to(dtype), bits=scheme.bits, group_size=size)
-        packed.append(part.codes)
-        scales.append(part.scale)
-        zeros.append(part.zero if isinstance(part.zero, Tensor) else torch.full_like(part.scale, part.zero))
-    scale, zero = torch.cat(scales), torch.cat(zeros)
-    # a symmetric grid has one zero point for all, an asymmetric one a tensor of them, even if they happen to be equal
-    constant = float(zero[0, 0]) if scheme.symmetric else zero
-    return PackedWeight(torch.cat(packed), scale, constant, None, scheme.bits, (n, k), size)
+        codes = _codes(rows.float(), scale.float(), zero, scheme).view(-1, k)
+        part = pack_weight(codes, scale, zero.to(dtype), bits=scheme.bits, group_size=size)
+        parts.append(zero_as(part, constant=scheme.symmetric))
+    zeros = [part.zero for part in parts if isinstance(part.zero, Tensor)]
+    return replace(
+        parts[0],
+        codes=torch.cat([part.codes for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        zero=torch.cat(zeros) if zeros else parts[0].zero,
+        shape=(n, k),
+    )
 
 
 def _chunks(weight: Tensor, scheme: Scheme, size: int) -> Iterator[Tensor]:

@@ -77,7 +77,7 @@ def test_a_converted_function_leaves_no_float_weight_behind():
     assert "0.kernel" in net.state_dict()
     state = algo.convert(net).state_dict()
     assert not {"0.kernel", "0.bias", "1.weight"} & state.keys() and net[0].kernel is None
-    assert state["0.kernel_conv2d.codes"].dtype == torch.int8
+    assert state["0.kernel_conv2d.codes"].dtype == torch.uint8
 
 
 def test_planning_functional_layers_touches_nothing():

@@ -1,0 +1,31 @@
+"""Modules with buffers that a cast must leave as they are: codes, scales and zero points are data, not arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+
+class KeepsDtypes(nn.Module):
+    """`.to(dtype)`, `.half()` and the like pass over the buffers named in `kept`; devices are followed."""
+
+    kept: ClassVar[tuple[str, ...]] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        aside = {name: self._buffers[name] for name in self.kept}
+        self._buffers.update(dict.fromkeys(self.kept))
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            for name, tensor in aside.items():
+                aside[name] = None if tensor is None else _moved(tensor, fn)
+        finally:
+            self._buffers.update(aside)
+        return self
+
+
+def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    moved = fn(tensor)
+    return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)

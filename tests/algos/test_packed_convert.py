@@ -1,0 +1,91 @@
+"""What a trained layer becomes: codes packed at their width, in memory and on disk, that no cast spoils."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gs_algos
+from gs_algos import SimQAT
+from gs_algos.quant import packed as packed_module
+from gs_algos.quant.quantized import QuantizedConv, QuantizedLinear
+from gs_kernels import unpack_codes
+from tests.helpers import relative_rms, same_bits
+
+
+def image(seed: int = 0) -> Tensor:
+    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)
+    ).eval()
+
+
+def converted(**options: Any) -> tuple[nn.Module, Tensor]:
+    """The network and what it gave before it was converted."""
+    algo = SimQAT(**options)
+    net = algo.apply(build(), image())
+    want = net(image(1)).detach()
+    return algo.convert(net), want
+
+
+@pytest.mark.parametrize(
+    ("weight", "codes"),
+    [
+        ("int8@channel", 27),
+        ("int4@channel", 14),
+        ("int2@channel", 7),
+        ("int1@channel", 4),
+        ("int3@channel", 14),
+        ("int5@tensor", 27),
+        ("uint4@channel:asym", 14),
+        ("int4@group:9:asym", 14),
+    ],
+)
+def test_codes_take_the_bytes_of_their_width(weight: str, codes: int, tmp_path: Path):
+    net, want = converted(weight=weight, rules=[("4", None)])
+    conv = net[0]
+    assert isinstance(conv, QuantizedConv)
+    assert (conv.codes.dtype, conv.codes.shape) == (torch.uint8, (8, codes))
+    assert relative_rms(net(image(1)), want) < 1e-5
+    loaded = gs_algos.load(gs_algos.save(net, tmp_path), build)
+    assert all(same_bits(a, b) for a, b in zip(loaded.state_dict().values(), net.state_dict().values(), strict=True))
+    assert same_bits(loaded(image(1)), net(image(1)))
+
+
+def test_codes_of_a_width_between_lie_in_the_next():
+    net, _ = converted(weight="int3@channel", rules=[("4", None)])
+    codes = unpack_codes(net[0].codes, 4, (8, 27))
+    assert (int(codes.min()), int(codes.max())) == (4, 11)  # -4..3, stored from 0 upwards
+
+
+@pytest.mark.parametrize("act", ["int8@tensor:ema", "int8@tensor:ema:sym", "uint8@tensor:ema", None])
+@pytest.mark.parametrize("weight", ["int8@channel", "int4@group:64:asym", "uint4@channel:asym", "int1@tensor"])
+def test_linear_gives_the_trained_output_in_either_layout(
+    weight: str, act: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    net, want = converted(weight=weight, act=act, rules=[("0", None)])
+    assert isinstance(net[4], QuantizedLinear)
+    assert relative_rms(net(image(1)), want) < 1e-5
+    gs_algos.save(net, tmp_path)
+    monkeypatch.setattr(packed_module, "KERNEL_DEVICES", ("cpu",))
+    planar = gs_algos.load(tmp_path, build)
+    assert planar[4].codes.dtype == torch.int16
+    assert all(same_bits(a, b) for a, b in zip(planar.state_dict().values(), net.state_dict().values(), strict=True))
+    assert relative_rms(planar(image(1)), want) < 1e-5
+
+
+def test_a_cast_leaves_codes_scales_zeros_and_biases_as_they_were_trained():
+    net, _ = converted(weight="int4@channel:asym")
+    before = {name: t.clone() for name, t in net.state_dict().items() if ".codes" in name or t.is_floating_point()}
+    net.half().float()
+    after = net.state_dict()
+    assert all(same_bits(t, after[name]) for name, t in before.items())
+    assert net.bfloat16()(image().bfloat16()).dtype == torch.bfloat16
