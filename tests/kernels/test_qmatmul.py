@@ -199,7 +199,7 @@ def test_no_part_of_a_split_is_empty():
     assert choose_int8_plan(1, 64, 128, sm=90, sm_count=132).split_k == 1
 
 
-lang = pytest.importorskip("gs_kernels.lang", reason="Triton is not installed: there is no assembly to run")
+kernel = pytest.importorskip("gs_kernels.pack.kernel", reason="Triton is not installed: there is no assembly to run")
 WORDS = np.random.default_rng(0).integers(0, 2**32, 4096, dtype=np.uint32)
 CONTAINERS = WORDS.view(np.uint16).reshape(-1, 2)  # [word, container]
 
@@ -207,10 +207,10 @@ CONTAINERS = WORDS.view(np.uint16).reshape(-1, 2)  # [word, container]
 @pytest.mark.parametrize("bits, mantissa", [(b, m) for b in (1, 2, 4, 8) for m in (10, 7) if b <= m])
 @pytest.mark.parametrize("least", [0, 1])
 def test_assembly_makes_each_field_the_float_code_plus_offset(bits, mantissa, least):
-    fields = ptx.run(lang.field_asm(bits, mantissa, least), [WORDS], 16 // bits)
+    fields = ptx.run(kernel.field_asm(bits, mantissa, least), [WORDS], 16 // bits)
     for j, field in enumerate(fields):
         code = (CONTAINERS >> (j * bits)) & (2**bits - 1)
-        offset = lang.field_offset(bits, mantissa, least, j)
+        offset = kernel.field_offset(bits, mantissa, least, j)
         halves = field.view(np.uint16).reshape(-1, 2)
         floats = halves.view(np.float16) if mantissa == 10 else (halves.astype(np.uint32) << 16).view(np.float32)
         assert np.array_equal(floats.astype(np.float64), code + offset)
@@ -218,20 +218,79 @@ def test_assembly_makes_each_field_the_float_code_plus_offset(bits, mantissa, le
         assert offset * (1 + least) <= 2.0 ** (mantissa + 1 - least) and offset >= 2.0**bits
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("bits, fp8", [(1, True), (2, True), (4, True), (1, False), (2, False), (4, False), (8, False)])
 def test_assembly_makes_each_field_a_byte_that_the_tensor_cores_multiply(bits, fp8):
-    if bits == 8 and fp8:
-        pytest.skip("8-bit codes are not exact in float8_e4m3")
     low, high = WORDS[::2], WORDS[1::2]
     four = np.stack([low, high], 1).view(np.uint16)  # [pair, container]
-    fields = ptx.run(lang.code_asm(bits, fp8), [low, high], 16 // bits)
+    fields = ptx.run(kernel.code_asm(bits, fp8), [low, high], 16 // bits)
     for j, field in enumerate(fields):
         code = (four >> (j * bits)) & (2**bits - 1)
         octets = torch.from_numpy(field.view(np.uint8).reshape(-1, 4))
         values = octets.view(torch.float8_e4m3fn if fp8 else torch.int8).double().numpy()
-        middle, factor = lang.code_middle(bits, fp8, True), lang.code_factor(bits, fp8, True)
+        middle, factor = kernel.code_middle(bits, fp8, True), kernel.code_factor(bits, fp8, True)
         assert np.array_equal(values, (code - middle) * factor)
+
+
+def test_halves_of_8_bits_make_the_code_less_its_zero_point_in_bf16():
+    fields = ptx.run(kernel.field_asm(4, 7, 0), [WORDS], 4)
+    floats = [(f.view(np.uint16).reshape(-1, 2).astype(np.uint32) << 16).view(np.float32) for f in fields]
+    for j in range(2):
+        low, high = (floats[2 * j + i] - kernel.field_offset(4, 7, 0, 2 * j + i) for i in range(2))
+        codes = (CONTAINERS >> (8 * j)) & 255
+        for zero in (0, 100, 128, 255):
+            # each term and the sum are whole numbers of at most 8 bits: exact in bf16
+            assert np.array_equal((high - zero // 16) * 16 + (low - zero % 16), codes.astype(np.float64) - zero)
+
+
+@pytest.fixture
+def emulated_assembly(monkeypatch):
+    """The interpreter runs inline PTX as `ptx.run` does."""
+    tl = pytest.importorskip("triton.language", reason="Triton is not installed: there are no kernels")
+    from triton.runtime.interpreter import TensorHandle
+
+    def elementwise(asm, constraints, args, dtype, is_pure, pack):
+        containers = args[0].handle.data
+        words = np.ascontiguousarray(containers).view(np.uint32).reshape(-1, pack // 2)
+        outputs = ptx.run(asm, [words[:, i].copy() for i in range(pack // 2)], len(dtype))
+        fields = [o.view(np.int16 if pack == 2 else np.int8).reshape(containers.shape) for o in outputs]
+        return tuple(
+            tl.core.tensor(TensorHandle(f, t.scalar), tl.block_type(t.scalar, list(f.shape)))
+            for f, t in zip(fields, dtype, strict=True)
+        )
+
+    monkeypatch.setattr(tl, "inline_asm_elementwise", elementwise)
+
+
+interpreted = pytest.mark.skipif(not INTERPRET, reason="only TRITON_INTERPRET=1 runs kernels on numpy")
+
+
+@interpreted
+@pytest.mark.parametrize("scale_parts", [True, False], ids=["few", "many"])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("zero", ["whole", "half", "points"])
+def test_kernels_with_assembly_give_the_bits_of_plain_ones(bits, zero, scale_parts, emulated_assembly):
+    from gs_kernels.qmatmul.flat import tensors_of
+    from gs_kernels.qmatmul.kernel import multiply
+
+    middle = float(2 ** (bits - 1))
+    points = {"whole": middle, "half": middle - 0.5, "points": torch.linspace(0, 2**bits - 1, 66).view(33, 2)}[zero]
+    w = weight(n=33, bits=bits, zero=points, dtype=torch.float16)
+    plan, x = Plan(scale_parts=scale_parts), normal(5, 256, dtype=torch.float16)
+    plain, asm = (multiply(x, tensors_of(w), None, bits, 33, 256, 128, "none", plan, asm) for asm in (False, True))
+    assert same_bits(plain, asm)
+
+
+@interpreted
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_8_bit_kernels_with_assembly_give_the_bits_of_plain_ones(bits, emulated_assembly):
+    from gs_kernels.qmatmul.flat import tensors_of
+    from gs_kernels.qmatmul.kernel import multiply_int8
+
+    w = weight(n=33, bits=bits, zero=torch.linspace(0, 2**bits - 1, 66).view(33, 2))
+    codes, scale = quantize_rows(normal(5, 256))
+    rest = (None, tensors_of(w), None, bits, 33, 256, 128, "none", torch.float32, Plan())
+    plain, asm = (multiply_int8(codes, scale, *rest, asm) for asm in (False, True))
+    assert same_bits(plain, asm)
 
 
 @pytest.mark.skipif(not INTERPRET and not torch.cuda.is_available(), reason="the kernel runs interpreted or on a GPU")

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gs_kernels.dispatch import launch
-from gs_kernels.lang import dequantize_block
+from gs_kernels.pack.kernel import dequantize_block
 
 BLOCK_N = 32
 

@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gs_kernels.dispatch import launch
-from gs_kernels.lang import activate, code_block, code_factor, code_middle, load_grid
+from gs_kernels.lang import activate
+from gs_kernels.pack.kernel import code_block, code_factor, code_middle, load_grid
 from gs_kernels.qmatmul.tiles import Plan
 
 

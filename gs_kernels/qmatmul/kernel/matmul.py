@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gs_kernels.dispatch import launch
-from gs_kernels.lang import activate, dequantize_block
+from gs_kernels.lang import activate
+from gs_kernels.pack.kernel import dequantize_block
 from gs_kernels.qmatmul.tiles import Plan
 
 

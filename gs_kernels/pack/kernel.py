@@ -1,0 +1,318 @@
+"""What kernels read packed weights with: planar blocks of 128 codes to floats or 8-bit codes, in registers."""
+
+import triton
+import triton.language as tl
+from triton import constexpr_function
+
+from gs_kernels.lang import round_half_even
+
+
+@constexpr_function
+def field_places(bits, mantissa, least):
+    """For each field of a 16-bit container: how far to shift right, and which bit of a float's mantissa it then is at.
+
+    With as few shifts as possible, at bit `least` or above; then as high as possible, where the float that holds the
+    field is small. A shift can be negative.
+    """
+    places, first, room = (), 0, mantissa - bits
+    fields = [j * bits for j in range(16 // bits)]
+    while first < len(fields):
+        run = [at for at in fields[first:] if at - fields[first] <= room - least]
+        shift = 0 if fields[first] >= least and run[-1] <= room else run[-1] - room
+        places += tuple((shift, at - shift) for at in run)
+        first += len(run)
+    return places
+
+
+@constexpr_function
+def field_offset(bits, mantissa, least, j):
+    """What `field_asm` adds to field j: the float whose mantissa steps by 1 at the bit where the field is."""
+    return float(2 ** (mantissa - field_places(bits, mantissa, least)[j][1]))
+
+
+@constexpr_function
+def field_asm(bits, mantissa, least):
+    """PTX: each field of two containers in a register to two floats `code + offset`, one logic operation a field."""
+    places = field_places(bits, mantissa, least)
+    source, bias = f"${len(places)}", 15 if mantissa == 10 else 127
+    shifts = sorted({shift for shift, _ in places if shift != 0})
+    names = {shift: f"t{i}" for i, shift in enumerate(shifts)}
+    lines = []
+    for shift in shifts:
+        move = (
+            f"shr.u32 {names[shift]}, {source}, {shift}" if shift > 0 else f"shl.b32 {names[shift]}, {source}, {-shift}"
+        )
+        lines.append(f".reg .b32 {names[shift]}; {move};")
+    for j in range(len(places)):
+        shift, at = places[j]
+        mask = ((1 << bits) - 1) << at
+        exponent = (bias + mantissa - at) << mantissa
+        word = names.get(shift, source)
+        lines.append(f"lop3.b32 ${j}, {word}, 0x{mask * 0x10001:08x}, 0x{exponent * 0x10001:08x}, 0xea;")  # (a & b) | c
+    return "{ " + " ".join(lines) + " }"
+
+
+@constexpr_function
+def field_constraints(bits):
+    return ",".join(["=r"] * (16 // bits) + ["r"])
+
+
+@constexpr_function
+def mantissa_bits(dtype):
+    """Of a 16-bit float, 0 of another."""
+    return {"fp16": 10, "bf16": 7}.get(str(dtype), 0)
+
+
+@triton.jit
+def concat(a, b):
+    """`[R, C]` and `[R, C]` side by side: `[R, 2C]`. Costs nothing where a thread holds both."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.jit
+def float_fields(words, BITS: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr):
+    """`code + field_offset` of every field as the bits of a 16-bit float: a tuple of `[R, 8 * BITS]`."""
+    ASM: tl.constexpr = field_asm(BITS, MANTISSA, LEAST)
+    REGISTERS: tl.constexpr = field_constraints(BITS)
+    if BITS == 8:
+        fields = tl.inline_asm_elementwise(ASM, REGISTERS, [words], dtype=(tl.int16,) * 2, is_pure=True, pack=2)
+    elif BITS == 4:
+        fields = tl.inline_asm_elementwise(ASM, REGISTERS, [words], dtype=(tl.int16,) * 4, is_pure=True, pack=2)
+    elif BITS == 2:
+        fields = tl.inline_asm_elementwise(ASM, REGISTERS, [words], dtype=(tl.int16,) * 8, is_pure=True, pack=2)
+    else:
+        fields = tl.inline_asm_elementwise(ASM, REGISTERS, [words], dtype=(tl.int16,) * 16, is_pure=True, pack=2)
+    return fields
+
+
+@triton.jit
+def load_grid(scale_ptr, zero_ptr, offs, ZERO: tl.constexpr):
+    """Scale and zero point at offs, fp32. ZERO: the zero of all where zero_ptr is None."""
+    scale = tl.load(scale_ptr + offs).to(tl.float32)
+    if zero_ptr is None:
+        zero = tl.full(scale.shape, ZERO, tl.float32)
+    else:
+        zero = tl.load(zero_ptr + offs).to(tl.float32)
+    return scale, zero
+
+
+@constexpr_function
+def zero_kind(zero, bits, mantissa, asm):
+    """How a zero point known beforehand is subtracted exactly: 0 if whole, 1 if in half steps, -1 if it cannot be.
+
+    A half needs fields one bit up in the mantissa, where `offset + zero` has room for it.
+    """
+    if float(zero).is_integer():
+        return 0
+    return 1 if float(2 * zero).is_integer() and 0 <= zero <= 2**bits and (mantissa >= bits or not asm) else -1
+
+
+@triton.jit
+def _field(
+    words,
+    floats,
+    scale,
+    zero,
+    grid,
+    J: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZERO: tl.constexpr,
+    T: tl.constexpr,
+    ASM: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """Field J of each container, `[R, 8 * BITS]`, as `code - zero` or, if SCALED, `(code - zero) * scale`."""
+    scale_ptr, zero_ptr, levels_ptr, offs_n, stride_sg, k, G = grid
+    WIDTH: tl.constexpr = 8 * BITS
+    if GROUP % 128 != 0:
+        # groups end inside a block: between two fields or, with 8 bits, inside one
+        if GROUP % WIDTH == 0:
+            group = tl.minimum((k + J * WIDTH) // GROUP, G - 1)
+            scale, zero = load_grid(scale_ptr, zero_ptr, offs_n + group * stride_sg, ZERO)
+            scale, zero = scale[:, None], zero[:, None]
+        else:
+            group = tl.minimum((k + J * WIDTH + tl.arange(0, WIDTH)) // GROUP, G - 1)
+            scale, zero = load_grid(scale_ptr, zero_ptr, offs_n[:, None] + (group * stride_sg)[None, :], ZERO)
+    KIND: tl.constexpr = zero_kind(ZERO, BITS, mantissa_bits(T), ASM) if zero_ptr is None else -1
+    near = zero if KIND >= 0 else round_half_even(zero)
+    codes = (words >> (J * BITS)).to(tl.int32) & ((1 << BITS) - 1)
+    if levels_ptr is not None:
+        v = tl.load(levels_ptr + codes).to(T)
+    elif not ASM:
+        v = (codes.to(tl.float32) - near).to(T)
+    elif mantissa_bits(T) >= BITS:
+        OFFSET: tl.constexpr = field_offset(BITS, mantissa_bits(T), 1 if KIND == 1 else 0, J)
+        v = floats[J].to(T, bitcast=True) + (-OFFSET - near).to(T)
+    elif mantissa_bits(T) > 0:
+        # 8 bits are more than bf16 holds beside an offset: by halves, each less its half of the zero point
+        LOW: tl.constexpr = field_offset(4, mantissa_bits(T), 0, 2 * J)
+        HIGH: tl.constexpr = field_offset(4, mantissa_bits(T), 0, 2 * J + 1)
+        near_high = tl.floor(near * 0.0625)
+        low = floats[2 * J].to(T, bitcast=True) + (-LOW - (near - 16.0 * near_high)).to(T)
+        high = floats[2 * J + 1].to(T, bitcast=True) + (-HIGH - near_high).to(T)
+        v = tl.fma(high, tl.full(high.shape, 16.0, T), low)
+    else:
+        # as the mantissa of 2**23
+        v = ((codes | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + near)).to(T)
+    # what is left of the zero point goes in with the scale, where it rounds least
+    if SCALED and KIND >= 0:
+        v = v * scale.to(T)
+    elif SCALED:
+        v = tl.fma(v, tl.broadcast_to(scale.to(T), v.shape), tl.broadcast_to(((near - zero) * scale).to(T), v.shape))
+    elif KIND < 0:
+        v = v + (near - zero).to(T)
+    return v
+
+
+@triton.jit
+def _fields(
+    words,
+    floats,
+    scale,
+    zero,
+    grid,
+    J: tl.constexpr,
+    COUNT: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZERO: tl.constexpr,
+    T: tl.constexpr,
+    ASM: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """Fields J to J + COUNT of each container side by side."""
+    HALF: tl.constexpr = COUNT // 2
+    if COUNT == 1:
+        v = _field(words, floats, scale, zero, grid, J, BITS, GROUP, ZERO, T, ASM, SCALED)
+    else:
+        low = _fields(words, floats, scale, zero, grid, J, HALF, BITS, GROUP, ZERO, T, ASM, SCALED)
+        high = _fields(words, floats, scale, zero, grid, J + HALF, HALF, BITS, GROUP, ZERO, T, ASM, SCALED)
+        v = concat(low, high)
+    return v
+
+
+@triton.jit
+def dequantize_block(
+    words,
+    grid,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZERO: tl.constexpr,
+    T: tl.constexpr,
+    ASM: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """A block of 128 codes of each row, planar containers `[R, 8 * BITS]`, as `[R, 128]` in T, and its scales.
+
+    If SCALED, values are `(code - zero) * scale`; else `code - zero`, and `scale`, `[R, 1]` fp32, is still to be
+    applied, which needs GROUP to be a multiple of 128.
+
+    Args:
+        grid: (scale_ptr, zero_ptr or None, levels_ptr or None, offs_n, stride_sg, k, G): offs_n `[R]` is where the
+            scales of each row begin, k the first column of the block, G the number of groups.
+        ZERO: the zero point of all where zero_ptr is None.
+        T: fp32, or fp16 / bf16: then `code - zero` is exact for zeros in whole steps and, if ZERO, half steps, and the
+            product with the scale rounds once.
+        ASM: one logic operation a code by inline PTX; else plain shifts, for other GPUs and the interpreter.
+    """
+    tl.static_assert(GROUP % 32 == 0)
+    tl.static_assert(SCALED or GROUP % 128 == 0)
+    scale_ptr, zero_ptr, levels_ptr, offs_n, stride_sg, k, _ = grid
+    scale, zero = load_grid(scale_ptr, zero_ptr, offs_n + k // GROUP * stride_sg, ZERO)
+    scale, zero = scale[:, None], zero[:, None]
+    KIND: tl.constexpr = zero_kind(ZERO, BITS, mantissa_bits(T), ASM) if zero_ptr is None else -1
+    if not ASM or mantissa_bits(T) == 0 or levels_ptr is not None:
+        floats = (words,)
+    elif mantissa_bits(T) >= BITS:
+        floats = float_fields(words, BITS, mantissa_bits(T), 1 if KIND == 1 else 0)
+    else:
+        floats = float_fields(words, 4, mantissa_bits(T), 0)
+    values = _fields(words, floats, scale, zero, grid, 0, 16 // BITS, BITS, GROUP, ZERO, T, ASM, SCALED)
+    return values, scale
+
+
+@constexpr_function
+def code_middle(bits, fp8, asm):
+    """What `code_block` subtracts from a code: the zero point of a symmetric grid, or nothing."""
+    return 0.0 if fp8 and asm else 0.5 if bits == 1 else float(2 ** (bits - 1))
+
+
+@constexpr_function
+def code_factor(bits, fp8, asm):
+    """What `code_block` multiplies that difference by, a power of two."""
+    if not asm:
+        return 2.0 if bits == 1 else 1.0
+    return 2.0**-9 if fp8 else 128.0 if bits == 1 else float(2 ** (8 - bits))
+
+
+@constexpr_function
+def code_asm(bits, fp8):
+    """PTX: each field of four containers in two registers to four bytes in one.
+
+    int8: at the top of the byte, its highest bit flipped: `(code - 2**(bits - 1)) * 2**(8 - bits)`; of 1 bit, ±64.
+    fp8: at the bottom, where float8_e4m3 counts in steps of 2**-9 up to 15.
+    """
+    count, low = 16 // bits, (1 << bits) - 1
+    words = f"${count}, ${count + 1}"
+    lines = [f".reg .b32 a, b, t; prmt.b32 a, {words}, 0x6420; prmt.b32 b, {words}, 0x7531;"]
+    for j in range(count):
+        byte, at = ("a", j * bits) if j * bits < 8 else ("b", j * bits - 8)
+        if fp8:
+            lines.append(f"shr.u32 t, {byte}, {at}; and.b32 ${j}, t, 0x{low * 0x01010101:08x};")
+        else:
+            flip = 0xC0C0C0C0 if bits == 1 else 0x80808080
+            top = (low << (8 - bits)) * 0x01010101
+            lines.append(f"shl.b32 t, {byte}, {8 - bits - at};")
+            lines.append(f"lop3.b32 ${j}, t, 0x{top:08x}, 0x{flip:08x}, 0x6a;")  # (a & b) ^ c
+    return "{ " + " ".join(lines) + " }"
+
+
+@constexpr_function
+def code_constraints(bits):
+    return ",".join(["=r"] * (16 // bits) + ["r", "r"])
+
+
+@triton.jit
+def byte_fields(words, BITS: tl.constexpr, FP8: tl.constexpr):
+    """`code_asm` of every container: a tuple of int8 `[R, 8 * BITS]`."""
+    ASM: tl.constexpr = code_asm(BITS, FP8)
+    REGISTERS: tl.constexpr = code_constraints(BITS)
+    if BITS == 8:
+        fields = tl.inline_asm_elementwise(ASM, REGISTERS, [words], dtype=(tl.int8,) * 2, is_pure=True, pack=4)
+    elif BITS == 4:
+        fields = tl.inline_asm_elementwise(ASM, REGISTERS, [words], dtype=(tl.int8,) * 4, is_pure=True, pack=4)
+    elif BITS == 2:
+        fields = tl.inline_asm_elementwise(ASM, REGISTERS, [words], dtype=(tl.int8,) * 8, is_pure=True, pack=4)
+    else:
+        fields = tl.inline_asm_elementwise(ASM, REGISTERS, [words], dtype=(tl.int8,) * 16, is_pure=True, pack=4)
+    return fields
+
+
+@triton.jit
+def _codes(words, fields, J: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
+    HALF: tl.constexpr = COUNT // 2
+    if COUNT > 1:
+        low = _codes(words, fields, J, HALF, BITS, T, ASM)
+        v = concat(low, _codes(words, fields, J + HALF, HALF, BITS, T, ASM))
+    elif ASM:
+        v = fields[J].to(T, bitcast=True)
+    else:
+        FACTOR: tl.constexpr = code_factor(BITS, False, False)
+        SHIFT: tl.constexpr = code_middle(BITS, False, False) * FACTOR
+        q = (words >> (J * BITS)).to(tl.int32) & ((1 << BITS) - 1)
+        v = (q * int(FACTOR) - int(SHIFT)).to(tl.int8).to(T)
+    return v
+
+
+@triton.jit
+def code_block(words, BITS: tl.constexpr, T: tl.constexpr, FP8: tl.constexpr, ASM: tl.constexpr):
+    """A block of 128 codes of each row, planar containers `[R, 8 * BITS]`, as `(code - middle) * factor`, `[R, 128]`.
+
+    Exact in T: int8 or, with FP8, float8e4nv for at most 4 bits. ASM: by inline PTX, half an operation a code.
+    """
+    if ASM:
+        fields = byte_fields(words, BITS, FP8)
+    else:
+        fields = (words,)
+    return _codes(words, fields, 0, 16 // BITS, BITS, T, ASM)
