@@ -25,30 +25,41 @@ _lock = threading.RLock()
 _usable = True
 
 
-def compiled(chain: Chain, variant: Hashable, example: Callable[[], tuple[Any, ...]]) -> Chain:
+def compiled(
+    chain: Chain,
+    variant: Hashable,
+    example: Callable[[], tuple[Any, ...]],
+    options: dict[str, str | int | bool | Callable[..., Any]] | None = None,
+) -> Chain:
     """`chain`, compiled when first asked for; or as it is if it cannot be compiled here.
 
     Args:
         chain: a function without closure, of tensors and constants.
         variant: what tells apart calls that need code of their own; tensor sizes of one variant are all above 1.
         example: makes the arguments of one such call.
+        options: of the compiler, as `torch.compile` takes them; the same in every call for one chain.
     """
     key = (chain, variant)
     if key not in _ready:
         with _lock:
             if key not in _ready:
-                _ready[key] = _compile(chain, variant, example)
+                _ready[key] = _compile(chain, variant, example, options)
     return _ready[key]
 
 
-def _compile(chain: Chain, variant: Hashable, example: Callable[[], tuple[Any, ...]]) -> Chain:
+def _compile(
+    chain: Chain,
+    variant: Hashable,
+    example: Callable[[], tuple[Any, ...]],
+    options: dict[str, str | int | bool | Callable[..., Any]] | None,
+) -> Chain:
     global _usable
     if not _usable:
         return chain
     # the compiler limits how often one code object is compiled: each variant is a code object of its own
     code = chain.__code__.replace(co_name=f"{chain.__name__}_{len(_ready)}")
     own = types.FunctionType(code, chain.__globals__, chain.__name__, chain.__defaults__)
-    candidate = torch.compile(own, dynamic=True)
+    candidate = torch.compile(own, dynamic=True, options=options)
     logger.info("compiling %s %s for the CPU, once", chain.__name__, variant)
     try:
         call(candidate, *example())

@@ -1,0 +1,155 @@
+"""Products with a packed weight on the CPU: which way suits a call, and the ways that any call can go.
+
+Up to `FEW_ROWS` rows of x, one compiled loop multiplies codes as it unpacks them, in fp32: nothing is dequantised in
+memory. With more, blocks of the weight that fit the cache are dequantised one after the other and multiplied by ATen.
+Small weights, tables of levels and machines without a C++ compiler take plain tensor operations, block by block too.
+
+fp16 is computed in fp32: CPUs multiply it many times slower. bf16 is, where the CPU has no instructions for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from gs_kernels.compiled import Chain, call
+from gs_kernels.pack.layouts import CANONICAL, PackedWeight
+from gs_kernels.pack.pack import dequantize_packed
+from gs_kernels.qmatmul.cpu_chains import ROWS, block_chain, dot_chain, kernel
+from gs_kernels.qmatmul.cpu_lanes import LANES, Lanes, UnsuitableError, lanes_of
+from gs_kernels.qmatmul.flat import packed
+from gs_kernels.qmatmul.ref import ACTIVATIONS
+
+logger = logging.getLogger(__name__)
+
+COMPILE_FROM = 1 << 18  # elements of a weight; below, plain tensor operations take less than a millisecond
+BLOCK = 1 << 21  # elements of a weight that are dequantised at a time
+# measured, 2 threads, 4096 x 4096: above, a dequantised block and ATen's product take less time
+FEW_ROWS = {torch.bfloat16: 16, torch.float32: 64}
+
+
+def qmatmul_cpu(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_points: Tensor | None,
+    zero: float,
+    levels: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    n: int,
+    k: int,
+    group_size: int,
+    layout: str,
+    activation: str,
+) -> Tensor:
+    weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
+    with plain_mode():
+        y = _product(rows_of(x, _computed_in(x.dtype)), weight)
+    return finish(y, bias, activation, x.dtype).view(*x.shape[:-1], n)
+
+
+def plain_mode() -> ExitStack:
+    """No inference mode and no autocast inside: compiled code would be compiled again, and dtypes would change."""
+    stack = ExitStack()
+    if torch.is_inference_mode_enabled():
+        stack.enter_context(torch.inference_mode(False))
+    if torch.is_autocast_enabled("cpu"):
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+    return stack
+
+
+def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as `[M, K]`, contiguous, an ordinary tensor."""
+    rows = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
+    return rows.clone() if rows.is_inference() else rows
+
+
+def finish(y: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype) -> Tensor:
+    """Bias and activation in fp32, one cast; contiguous."""
+    if bias is not None:
+        y = y.float() + bias.float()
+    return ACTIVATIONS[activation](y).to(dtype).contiguous()
+
+
+def worth_compiling(weight: PackedWeight) -> bool:
+    return weight.levels is None and weight.shape[0] * weight.shape[1] >= COMPILE_FROM
+
+
+@cache
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    native = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return dtype if dtype == torch.bfloat16 and native else torch.float32
+
+
+def _product(x: Tensor, weight: PackedWeight) -> Tensor:
+    """`[M, N]`, in fp32 or the dtype of x."""
+    if x.shape[0] == 0:
+        return x.new_empty(0, weight.shape[0])
+    if worth_compiling(weight):
+        try:
+            if x.shape[0] <= FEW_ROWS[x.dtype]:
+                return few_rows(dot_chain, x.float(), weight)
+            return _by_blocks(x, weight)
+        except UnsuitableError as error:
+            logger.debug("qmatmul dequantises in every call: %s", error)
+    return _plain(x, weight)
+
+
+def few_rows(chain: Chain, x: Tensor, weight: PackedWeight) -> Tensor:
+    """`[M, N]` fp32 by `dot_chain` or `int_dot_chain`, 4 rows at a time."""
+    m = x.shape[0]
+    sizes = [ROWS] * (m // ROWS) + ([] if m % ROWS == 0 else [1] if m % ROWS == 1 else [ROWS])
+    kernels = {rows: kernel(chain, weight.bits, rows) for rows in set(sizes)}
+    lanes = lanes_of(weight)
+    short = sum(sizes) - m
+    steps = lanes.steps(pad(x, (0, 0, 0, short)) if short else x)
+    parts = [
+        call(kernels[rows], lanes.codes, lanes.grid, part, weight.bits, rows)
+        for rows, part in zip(sizes, steps.split(sizes), strict=True)
+    ]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return y[:m, : weight.shape[0]]
+
+
+def _by_blocks(x: Tensor, weight: PackedWeight) -> Tensor:
+    run, lanes = kernel(block_chain, weight.bits, x.dtype), lanes_of(weight)
+    steps = lanes.steps(x).flatten(1)
+    y = x.new_empty(x.shape[0], lanes.codes.shape[0] * LANES)
+    done = 0
+    for codes, grid in blocks(lanes, BLOCK):
+        block = call(run, codes, grid, weight.bits, x.dtype).view(steps.shape[1], -1)
+        torch.mm(steps, block, out=y[:, done : done + block.shape[1]])
+        done += block.shape[1]
+    return y[:, : weight.shape[0]]
+
+
+def blocks(lanes: Lanes, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The codes and grid of about `size` elements of the weight at a time, at least two blocks of lanes."""
+    count = lanes.codes.shape[0]
+    parts = max(1, min(count // 2, count * LANES * lanes.groups * lanes.width // size))
+    return zip(lanes.codes.tensor_split(parts), lanes.grid.tensor_split(parts), strict=True)
+
+
+def _plain(x: Tensor, weight: PackedWeight) -> Tensor:
+    """Dequantises some rows of the weight at a time."""
+    n, k = weight.shape
+    size = max(1, BLOCK // k)
+    ys = [linear(x, dequantize_packed(_slice(weight, i, i + size), x.dtype)) for i in range(0, n, size)]
+    return ys[0] if len(ys) == 1 else torch.cat(ys, 1)
+
+
+def _slice(weight: PackedWeight, start: int, stop: int) -> PackedWeight:
+    if start == 0 and stop >= weight.shape[0]:
+        return weight
+    codes = weight.codes[start:stop] if weight.layout == CANONICAL else weight.codes[:, start:stop]
+    zero = weight.zero[start:stop] if isinstance(weight.zero, Tensor) else weight.zero
+    scale = weight.scale[start:stop]
+    return replace(weight, codes=codes, scale=scale, zero=zero, shape=(scale.shape[0], weight.shape[1]))

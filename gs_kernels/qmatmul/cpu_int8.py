@@ -1,0 +1,87 @@
+"""Products of 8-bit rows with a packed weight on the CPU, summed as integers.
+
+Up to `FEW_ROWS` rows, one compiled loop, as for float rows. With more, blocks of the weight as int8 and ATen's product
+of int8 matrices, a group at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from gs_kernels.compiled import call
+from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.qmatmul.cpu import blocks, few_rows, finish, plain_mode, rows_of, worth_compiling
+from gs_kernels.qmatmul.cpu_chains import OFFSET, add_kernel, block_chain, int_dot_chain, kernel
+from gs_kernels.qmatmul.cpu_lanes import LANES, UnsuitableError, lanes_of
+from gs_kernels.qmatmul.flat import packed
+from gs_kernels.qmatmul.ref import qmatmul_int8_ref
+
+logger = logging.getLogger(__name__)
+
+FEW_ROWS = 16  # measured, 2 threads, 4096 x 4096
+BLOCK = 1 << 23  # elements of a weight that are unpacked at a time
+LARGEST_GROUP = 1 << 15  # of products of 255 and -128, the sum, zero points taken off, is below 2**31
+
+
+def qmatmul_int8_cpu(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    weight_sums: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+    zero_points: Tensor | None,
+    zero: float,
+    levels: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    n: int,
+    k: int,
+    group_size: int,
+    layout: str,
+    activation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
+    with plain_mode():
+        y = _product(x, weight)
+        if y is None:
+            return qmatmul_int8_ref(x, x_scale, weight, bias, x_zero=x_zero, activation=activation, dtype=dtype)
+    if x_zero is not None and weight_sums is not None:
+        y = y - x_zero * weight_sums
+    y = y * (x_scale if x_scale.numel() == 1 else x_scale.reshape(-1, 1))
+    return finish(y, bias, activation, dtype).view(*x.shape[:-1], n)
+
+
+def _product(x: Tensor, weight: PackedWeight) -> Tensor | None:
+    """`[M, N]` fp32: the codes of x times the weight; None if it takes the reference."""
+    if not worth_compiling(weight) or weight.group_size > LARGEST_GROUP or x.numel() == 0:
+        return None
+    try:
+        if x.numel() // x.shape[-1] <= FEW_ROWS:
+            return few_rows(int_dot_chain, rows_of(x, torch.int32), weight)
+        return _by_blocks(rows_of(x, torch.int8), weight)
+    except UnsuitableError as error:
+        logger.debug("qmatmul_int8 runs as its reference: %s", error)
+        return None
+
+
+def _by_blocks(x: Tensor, weight: PackedWeight) -> Tensor:
+    run, add = kernel(block_chain, weight.bits, torch.int8), add_kernel(weight.bits)
+    lanes = lanes_of(weight)
+    groups, m = lanes.groups, x.shape[0]
+    by_group = lanes.steps(x).view(m, groups, -1).transpose(0, 1).contiguous()  # [groups, M, width]
+    x_sums = by_group.sum(2, dtype=torch.int32).view(groups, m, 1, 1)
+    per_group = lanes.grid.shape[1] // groups
+    ys = []
+    for codes, grid in blocks(lanes, BLOCK):
+        block = call(run, codes, grid, lanes.bits, torch.int8).view(groups, lanes.width, -1)
+        y = torch.zeros(m, codes.shape[0], LANES)
+        for g in range(groups):
+            sums = torch._int_mm(by_group[g], block[g]).view(y.shape)
+            call(add, y, sums, x_sums[g], grid[:, g * per_group], OFFSET if lanes.bits == 8 else 0)
+        ys.append(y.flatten(1))
+    return torch.cat(ys, 1)[:, : lanes.shape[0]]
