@@ -89,13 +89,15 @@ def _total(terms: list[Tensor]) -> Tensor:
 @cache
 def _options() -> dict[str, Any]:
     """One loop that keeps its sums in registers, and fused multiply-adds: the compiler's own limits split it."""
+    from torch._inductor import list_options  # importing it takes a second
+
     wanted: dict[str, Any] = {
         "realize_opcount_threshold": 1 << 20,
         "realize_reads_threshold": 1 << 20,
         "realize_acc_reads_threshold": 1 << 20,
         "cpp.enable_floating_point_contract_flag": "fast",
     }
-    known = set(torch._inductor.list_options())
+    known = set(list_options())
     return {name: value for name, value in wanted.items() if name in known}
 
 

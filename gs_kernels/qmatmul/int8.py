@@ -11,6 +11,7 @@ from gs_kernels.dispatch import implementations
 from gs_kernels.pack.checks import FLOATS, check_tensor
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.qmatmul.checks import check_operands, check_row_scales
+from gs_kernels.qmatmul.cpu_int8 import qmatmul_int8_cpu
 from gs_kernels.qmatmul.flat import NUMBERS, TENSORS, numbers_of, packed, tensors_of
 from gs_kernels.qmatmul.op import planar_refuses
 from gs_kernels.qmatmul.ref import exact_weight, qmatmul_int8_ref, quantize_rows_ref
@@ -46,7 +47,7 @@ def _int8_ref(
 
 
 ROWS = implementations("quantize_rows", _rows_ref)
-INT8 = implementations("qmatmul_int8", _int8_ref, refuses=planar_refuses)
+INT8 = implementations("qmatmul_int8", _int8_ref, qmatmul_int8_cpu, planar_refuses)
 
 
 def _rows_fake(x: Tensor, dtype: torch.dtype, source: str) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from gs_kernels.pack.checks import FLOATS
 from gs_kernels.pack.layouts import PLANAR, PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.qmatmul.checks import check_operands
+from gs_kernels.qmatmul.cpu import qmatmul_cpu
 from gs_kernels.qmatmul.flat import NUMBERS, TENSORS, numbers_of, packed, tensors_of
 from gs_kernels.qmatmul.ref import ACTIVATIONS
 from gs_kernels.registration import SOURCE, register
@@ -63,7 +64,7 @@ def _dx_ref(
     return dy @ dequantize_packed(weight, dy.dtype)
 
 
-QMATMUL = implementations("qmatmul", _qmatmul_ref, refuses=planar_refuses)
+QMATMUL = implementations("qmatmul", _qmatmul_ref, qmatmul_cpu, planar_refuses)
 DX = implementations("qmatmul_dx", _dx_ref, refuses=planar_refuses)
 
 
