@@ -22,6 +22,7 @@ from gs_algos.quant.slb_layers import Searched, swap
 from gs_algos.quant.slb_pact import act_quantizer, parse_act
 from gs_algos.quant.slb_search import LevelSearch
 
+KEYS = "each searched `weight` becomes `search.logits` (a fused layer keeps both): make the optimizer after apply"
 UNTOUCHED = object()  # what an option is if no rule sets it
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -63,7 +64,7 @@ def make_plan(algorithm: str, model: nn.Module, example_inputs: Inputs, options:
     for name, layer in sites.items():
         rows.setdefault(name, keep_row(name, layer, "not called on the example inputs"))
     ordered = [rows[name] for name in sites] + [row for row in refused_rows(refusals, {}) if row.site not in sites]
-    return Plan(algorithm, graph.rung, tuple(ordered), graph.notes)
+    return Plan(algorithm, graph.rung, tuple(ordered), (*graph.notes, KEYS))
 
 
 def install(model: nn.Module, rows: Sequence[PlanRow], options: SearchOptions) -> nn.Module:

@@ -11,10 +11,13 @@ from torch.nn import functional as F
 
 import gs_algos
 from gs_algos import SLB
+from gs_algos.cli.app import run
 from gs_algos.qat.slb_config import SCHEDULES
 from gs_algos.qat.slb_schedule import Schedule
+from gs_algos.quant.packed_conv import PackedConv
+from gs_algos.quant.quantized import geometry_of
 from gs_algos.quant.slb_grid import LevelGrid, fitted_scale
-from gs_kernels import unpack_codes
+from gs_kernels import pack_weight, unpack_codes
 from tests.algos.nets import SmallConvNet, images, train
 
 MIXED = {
@@ -170,7 +173,7 @@ def test_weights_that_are_chosen_cost_no_gradient():
 def test_a_resumed_search_continues_exactly(stop, tmp_path):
     options = {"steps": 10, "act": "uint4@tensor:ema", "batch_norm": "state", **MIXED}
 
-    def run(net, algo, optimizer, steps):
+    def steps_of(net, algo, optimizer, steps):
         for seed in steps:
             net.train()
             net(images(seed=seed)).square().mean().backward()
@@ -182,15 +185,15 @@ def test_a_resumed_search_continues_exactly(stop, tmp_path):
         return torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
 
     whole, algo = prepared(**options)
-    run(whole, algo, optimizer_of(whole), range(10))
+    steps_of(whole, algo, optimizer_of(whole), range(10))
     part, algo = prepared(**options)
     optimizer = optimizer_of(part)
-    run(part, algo, optimizer, range(stop))
+    steps_of(part, algo, optimizer, range(stop))
     resumed = gs_algos.load(gs_algos.save(part, tmp_path), SmallConvNet)
     algo = SLB.resume(resumed, total_steps=10)
     again = optimizer_of(resumed)
     again.load_state_dict(optimizer.state_dict())
-    run(resumed, algo, again, range(stop, 10))
+    steps_of(resumed, algo, again, range(stop, 10))
     state = resumed.state_dict()
     assert algo.steps == 10
     assert all(torch.equal(value, state[key]) for key, value in whole.state_dict().items())
@@ -272,6 +275,7 @@ def test_plan_says_what_each_layer_becomes_and_touches_nothing():
     before = copy.deepcopy(net.state_dict())
     plan = SLB(**MIXED).plan(net, images())
     assert "search Conv2d + BatchNorm2d + relu" in str(plan) and "1 logit a weight" in str(plan)
+    assert "make the optimizer after apply" in str(plan)
     assert type(net.stem) is nn.Conv2d and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
@@ -287,3 +291,29 @@ def test_float_keys_stay_but_for_the_searched_weights():
     assert len(algo.logits()) == 4 and len(algo.fused_layers()) == 1
     own = {id(p) for p in algo.parameters(net)}
     assert id(net.bn.weight) in own and id(net.stem.search.logits) not in own and id(net.fc.weight) not in own
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_a_packed_convolution_is_that_of_its_dequantized_weight(kind):
+    generator = torch.Generator().manual_seed(2)
+    axes = int(kind.__name__[4])
+    conv = kind(4, 6, 3, stride=2, padding=1, dilation=1, groups=2, padding_mode="replicate")
+    weight = torch.randint(0, 4, (6, 2 * 3**axes), generator=generator, dtype=torch.uint8)
+    packed = pack_weight(weight, torch.rand(6, 1, generator=generator), 1.5, bits=2, group_size=weight.shape[1])
+    layer = PackedConv(packed, geometry_of(conv), conv.weight.shape[1:], conv.bias)
+    conv.weight.data = ((weight - 1.5) * packed.scale).view_as(conv.weight)
+    x = torch.randn(2, 4, *[7] * axes, generator=generator)
+    torch.testing.assert_close(layer.weight, conv.weight.data)
+    torch.testing.assert_close(layer(x), conv(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"filter must have the .* elements of a row"):
+        PackedConv(packed, geometry_of(conv), (5, 5))
+
+
+def test_the_demo_searches_and_tells_what_it_did(tmp_path, capsys):
+    options = ["--algorithm", "slb", "--model", "lenet5", "--float-epochs", "1", "--epochs", "1", "--device", "cpu"]
+    assert run(["demo", *options, "--weight", "2bit@channel", "--out", str(tmp_path / "demo")]) == 0
+    assert "slb: 5 of 5 sites" in capsys.readouterr().out
+    assert run(["info", str(tmp_path / "demo" / "model")]) == 0
+    assert "slb, converted after 22 steps: weight=2bit@channel" in capsys.readouterr().out
