@@ -94,6 +94,7 @@ def timm_entries() -> Iterator[Entry]:
 
 
 def transformers_entries() -> Iterator[Entry]:
+    _declare_operators()  # transformers imports torchvision where it is installed
     for name in ARCHITECTURES:
         yield Entry("transformers", name.removesuffix("Config"), name, lambda n=name: tiny(n))
 
@@ -216,7 +217,7 @@ def line(row: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.zoo", description=__doc__.splitlines()[0])
     parser.add_argument("--library", choices=LIBRARIES, nargs="+", default=list(LIBRARIES))
-    parser.add_argument("--only", default="*", help="families by shell pattern, such as 'res*'")
+    parser.add_argument("--only", nargs="+", default=["*"], help="families by shell pattern, such as 'res*'")
     parser.add_argument("--out", type=Path, help="default: bench/results/<device>/<date>-<commit>.jsonl")
     parser.add_argument("--weight", default="int8@channel")
     parser.add_argument("--act", default="int8@tensor:ema")
@@ -229,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{library} is not installed")
             continue
         for entry in LIBRARIES[library]():
-            if fnmatch.fnmatch(entry.family, args.only):
+            if any(fnmatch.fnmatch(entry.family, pattern) for pattern in args.only):
                 row = walk(entry, {"weight": args.weight, "act": args.act})
                 record.append(row, kind="zoo", device="cpu", path=args.out)
                 print(line(row), flush=True)
