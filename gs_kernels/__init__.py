@@ -8,6 +8,7 @@ from gs_kernels.observe.op import dynamic_fake_quant, minmax, observe_fake_quant
 from gs_kernels.observe.qparams import choose_qparams
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed, pack_codes, pack_weight, repack, unpack_codes
+from gs_kernels.qmatmul.fp8 import qmatmul_fp8
 from gs_kernels.qmatmul.int8 import qmatmul_int8, quantize_rows, row_sums
 from gs_kernels.qmatmul.op import qmatmul
 from gs_kernels.slb.codes import slb_codes, slb_pack
@@ -32,6 +33,7 @@ __all__ = [
     "pack_codes",
     "pack_weight",
     "qmatmul",
+    "qmatmul_fp8",
     "qmatmul_int8",
     "quantize",
     "quantize_rows",

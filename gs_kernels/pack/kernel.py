@@ -290,18 +290,22 @@ def byte_fields(words, BITS: tl.constexpr, FP8: tl.constexpr):
 
 
 @triton.jit
-def _codes(words, fields, J: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
+def _codes(
+    words, fields, J: tl.constexpr, COUNT: tl.constexpr,
+    BITS: tl.constexpr, T: tl.constexpr, FP8: tl.constexpr, ASM: tl.constexpr,
+):
     HALF: tl.constexpr = COUNT // 2
     if COUNT > 1:
-        low = _codes(words, fields, J, HALF, BITS, T, ASM)
-        v = concat(low, _codes(words, fields, J + HALF, HALF, BITS, T, ASM))
+        low = _codes(words, fields, J, HALF, BITS, T, FP8, ASM)
+        v = concat(low, _codes(words, fields, J + HALF, HALF, BITS, T, FP8, ASM))
     elif ASM:
         v = fields[J].to(T, bitcast=True)
     else:
         FACTOR: tl.constexpr = code_factor(BITS, False, False)
         SHIFT: tl.constexpr = code_middle(BITS, False, False) * FACTOR
         q = (words >> (J * BITS)).to(tl.int32) & ((1 << BITS) - 1)
-        v = (q * int(FACTOR) - int(SHIFT)).to(tl.int8).to(T)
+        v = q * int(FACTOR) - int(SHIFT)
+        v = v.to(tl.float32).to(T) if FP8 else v.to(T)
     return v
 
 
@@ -315,4 +319,4 @@ def code_block(words, BITS: tl.constexpr, T: tl.constexpr, FP8: tl.constexpr, AS
         fields = byte_fields(words, BITS, FP8)
     else:
         fields = (words,)
-    return _codes(words, fields, 0, 16 // BITS, BITS, T, ASM)
+    return _codes(words, fields, 0, 16 // BITS, BITS, T, FP8, ASM)

@@ -59,6 +59,18 @@ def dequantize(bits: int, **bounds: Any) -> AotCase:
     return AotCase(f"dequantize-w{bits}", run, elements=128 * 32, **bounds)
 
 
+def matmul_fp8(bits: int, m: int, **bounds: Any) -> AotCase:
+    def run() -> Any:
+        kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
+        plan = replace(choose_int8_plan(m, N, K, sm=90, sm_count=132), split_k=1)
+        x8, sums = _meta(m, K, dtype=torch.float8_e4m3fn), _meta(K // 128, m, dtype=torch.float32)
+        x_scale, parts = _meta(m, dtype=torch.float32), _parts(bits, 128, False, torch.bfloat16)
+        rest = (bits, N, K, 128, "none", torch.bfloat16, plan, True)
+        return kernel.multiply_int8(x8, x_scale, sums, None, parts, None, *rest)
+
+    return AotCase(f"w{bits}f8-m{m}", run, elements=128 * 128, **({"max_regs": 255} | bounds))
+
+
 def matmul_int8(bits: int, m: int, *, group: int, **bounds: Any) -> AotCase:
     def run() -> Any:
         kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
@@ -66,7 +78,9 @@ def matmul_int8(bits: int, m: int, *, group: int, **bounds: Any) -> AotCase:
         plan = replace(choose_int8_plan(m, N, K, sm=sm, sm_count=sm_count), split_k=1)
         parts, x = _parts(bits, group, False, torch.float32), _meta(m, K, dtype=torch.int8)
         x_scale = _meta(m, dtype=torch.float32)
-        return kernel.multiply_int8(x, x_scale, None, parts, None, bits, N, K, group, "none", torch.bfloat16, plan, asm)
+        return kernel.multiply_int8(
+            x, x_scale, None, None, parts, None, bits, N, K, group, "none", torch.bfloat16, plan, asm
+        )
 
     return AotCase(f"w{bits}a8-m{m}-g{group}", run, elements=128 * 128, **({"max_regs": 255} | bounds))
 
@@ -106,4 +120,6 @@ INT8 = (
     matmul_int8(8, 256, group=K, mma="IGMMA", max_instructions=6.5, max_shared_stores=4, targets=HOPPER),
     matmul_int8(8, 256, group=K, targets=("sm_80", "gfx942")),
 )
+# sums of x by block are many narrow loads, from a cache
+FP8 = (matmul_fp8(4, 256, mma="QGMMA", max_instructions=7.5, max_shared_stores=4, wide_loads=False, targets=HOPPER),)
 ROWS = (quantize_rows(4096, max_instructions=26, targets=HOPPER), quantize_rows(14336, targets=("sm_80", "gfx942")))

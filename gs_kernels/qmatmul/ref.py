@@ -65,3 +65,8 @@ def qmatmul_int8_ref(
     steps = x.double() if x_zero is None else x.double() - x_zero.double()
     y = (steps @ exact_weight(weight).T) * x_scale.double().unsqueeze(-1)
     return ACTIVATIONS[activation](y if bias is None else y + bias.double()).to(dtype)
+
+
+def qmatmul_fp8_ref(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
+    codes, scale = quantize_rows_ref(x, dtype=torch.float8_e4m3fn)
+    return qmatmul_int8_ref(codes, scale, weight, bias, activation=activation, dtype=x.dtype)

@@ -17,10 +17,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gs_kernels.pack.layouts import PLANAR, PackedWeight
 from gs_kernels.pack.pack import dequantize_packed, pack_weight
-from gs_kernels.qmatmul.gate import INT8, MATMUL, ROWS
+from gs_kernels.qmatmul.fp8 import qmatmul_fp8
+from gs_kernels.qmatmul.gate import FP8, INT8, MATMUL, ROWS
 from gs_kernels.qmatmul.int8 import qmatmul_int8, quantize_rows, row_sums
 from gs_kernels.qmatmul.op import qmatmul
-from gs_kernels.qmatmul.ref import qmatmul_int8_ref, qmatmul_ref, quantize_rows_ref
+from gs_kernels.qmatmul.ref import FP8_MAX, qmatmul_fp8_ref, qmatmul_int8_ref, qmatmul_ref, quantize_rows_ref
 from gs_kernels.spec import Case, Cost, OpSpec, Shape, Tol
 
 # y is about 1. fp16 weights are each off by up to 2**-12 of themselves, rounded once, and their scale once more; a sum
@@ -29,6 +30,8 @@ TOL = {torch.float32: Tol(1e-5, 2e-5), torch.float16: Tol(1e-3, 3e-3), torch.bfl
 GRAD_TOL = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 # sums of integers are exact: what remains is fp32 arithmetic on them, and the cast of y
 INT8_TOL = {torch.float32: Tol(1e-5, 2e-6), torch.float16: Tol(1e-3, 2e-5), torch.bfloat16: Tol(8e-3, 2e-5)}
+# x is made of exact values; tensor cores sum products of 8-bit floats to some 13 bits behind the largest
+FP8_TOL = {torch.float32: Tol(1e-3, 1e-2), torch.float16: Tol(2e-3, 1e-2), torch.bfloat16: Tol(8e-3, 1e-2)}
 EXACT = {torch.float32: Tol(0, 0), torch.float16: Tol(0, 0), torch.bfloat16: Tol(0, 0)}
 
 
@@ -74,6 +77,14 @@ def make_int8(s: Shape, dtype: torch.dtype, device: torch.device, generator: tor
         zero = torch.randint(-128, 128, (1,), generator=generator, device=device).float()
         kwargs |= {"x_zero": zero, "weight_sums": row_sums(weight)}
     return Case((x, x_scale, weight, _bias(s, device, generator, torch.float32)), kwargs)
+
+
+def make_fp8(s: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Case:
+    """Rows that float8_e4m3 holds exactly, with scale 1: the interpreter's casts lose a bit that carries over."""
+    case = make(s, dtype, device, generator)
+    x = case.args[0].float().mul(4).to(torch.float8_e4m3fn).to(dtype)
+    x[..., 0] = FP8_MAX
+    return Case((x, *case.args[1:]), case.kwargs)
 
 
 def make_rows(s: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Case:
@@ -144,6 +155,12 @@ INT8_SHAPES = (
     shape((2, 9, 192), 65, 1, 96, bias=False),
     shape((7, 1280), 130, 8, 640, "points", static=True),
 )
+FP8_SHAPES = (
+    shape((1, 1), 3, 4, 1),
+    shape((17, 256), 129, 4, 128, activation="silu"),
+    shape((5, 160), 31, 2, 32, "points", bias=False),
+    shape((2, 9, 1280), 65, 1, 640, "points"),
+)
 ROWS_SHAPES = (
     shape((2, 1), 1, 8, 1),
     shape((3, 127), 1, 8, 127),
@@ -193,6 +210,19 @@ SPECS = (
         test_shapes=INT8_SHAPES,
         bench_shapes=INT8_BENCH,
         aot=INT8,
+    ),
+    OpSpec(
+        name="qmatmul_fp8",
+        run=qmatmul_fp8,
+        ref=qmatmul_fp8_ref,
+        make=make_fp8,
+        cost=cost,
+        tol=FP8_TOL,
+        keeps_strides=False,
+        test_shapes=FP8_SHAPES,
+        bench_shapes={"w4a8": INT8_BENCH["w4a8"]},
+        library={"float_linear": _linear},
+        aot=FP8,
     ),
     OpSpec(
         name="quantize_rows",

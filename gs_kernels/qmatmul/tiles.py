@@ -110,7 +110,7 @@ def choose_int8_plan(m: int, n: int, k: int, *, sm: int, sm_count: int) -> Plan:
 
 def rows_tile(m: int, k: int) -> tuple[int, int, int]:
     """Rows, columns and warps of a tile that quantizes x `[m, k]` by row."""
-    block_k = 64
+    block_k = 128
     while block_k < k and block_k < 16384:
         block_k *= 2
     block_m = 1

@@ -12,6 +12,7 @@ from gs_kernels import (
     dynamic_fake_quant,
     pack_weight,
     qmatmul,
+    qmatmul_fp8,
     qmatmul_int8,
     quantize_rows,
     repack,
@@ -165,10 +166,14 @@ def test_wrong_calls_say_what_must_hold(words):
         CALLS[words](weight())
 
 
-def test_8_bit_rows_refuse_a_table_of_levels():
+def test_8_bit_rows_refuse_what_is_not_exact_in_8_bits():
     w = weight(levels=torch.linspace(-1, 1, 16))
-    with pytest.raises(ValueError, match="evenly spaced grid, got levels; use qmatmul"):
+    with pytest.raises(ValueError, match=r"qmatmul_int8: .* evenly spaced grid, got levels; use qmatmul"):
         qmatmul_int8(torch.ones(2, 256, dtype=torch.int8, device=DEVICE), normal(1), w)
+    with pytest.raises(ValueError, match=r"qmatmul_fp8: .* evenly spaced grid, got levels; use qmatmul"):
+        qmatmul_fp8(normal(2, 256), w)
+    with pytest.raises(ValueError, match="must have at most 4 bits, got 8; use qmatmul_int8"):
+        qmatmul_fp8(normal(2, 256), weight(bits=8))
 
 
 ON_H100 = {"x_bits": 16, "levels": False, "sm": 90, "sm_count": 132}
@@ -288,7 +293,7 @@ def test_8_bit_kernels_with_assembly_give_the_bits_of_plain_ones(bits, emulated_
 
     w = weight(n=33, bits=bits, zero=torch.linspace(0, 2**bits - 1, 66).view(33, 2))
     codes, scale = quantize_rows(normal(5, 256))
-    rest = (None, tensors_of(w), None, bits, 33, 256, 128, "none", torch.float32, Plan())
+    rest = (None, None, tensors_of(w), None, bits, 33, 256, 128, "none", torch.float32, Plan())
     plain, asm = (multiply_int8(codes, scale, *rest, asm) for asm in (False, True))
     assert same_bits(plain, asm)
 

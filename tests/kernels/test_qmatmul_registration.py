@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gs_kernels import pack_weight, qmatmul, qmatmul_int8, quantize_rows, row_sums
+from gs_kernels import pack_weight, qmatmul, qmatmul_fp8, qmatmul_int8, quantize_rows, row_sums
 from gs_kernels.dispatch import INTERPRET
 from gs_kernels.qmatmul.flat import numbers_of, tensors_of
 from gs_kernels.qmatmul.ref import qmatmul_ref
@@ -50,6 +50,7 @@ def test_opcheck_of_every_op():
             (*rows, *tensors_of(w), bias.detach(), *numbers_of(w), "relu", torch.bfloat16, "")
             for rows, w in ((eight, weight()), (static, points))
         ],
+        OPS.qmatmul_fp8: [(x.detach(), *tensors_of(points), None, *numbers_of(points), "gelu", "")],
         OPS.quantize_rows: [(x.detach().transpose(0, 1), dtype, "") for dtype in (torch.int8, torch.float8_e4m3fn)],
     }
     for op, arguments in calls.items():
@@ -139,7 +140,7 @@ def test_traced_for_a_gpu_each_regime_launches_what_it_says_and_writes_only_resu
         assert launches == [["w_ptr"]] and called <= ALLOCATION | {"mm"}
 
 
-def test_traced_for_a_gpu_8_bit_rows_stay_integers(monkeypatch):
+def test_traced_for_a_gpu_8_bit_rows_stay_8_bit(monkeypatch):
     pretend_sm_90(monkeypatch)
 
     like = weight(96, 256, device="cpu")
@@ -147,14 +148,15 @@ def test_traced_for_a_gpu_8_bit_rows_stay_integers(monkeypatch):
     def forward(x, one, codes, scale, sums):
         w = replace(like, codes=codes, scale=scale)
         rows, x_scale = quantize_rows(x)
-        dynamic = qmatmul_int8(rows, x_scale, w)
+        dynamic = qmatmul_int8(rows, x_scale, w) + qmatmul_fp8(x, w)
         return qmatmul_int8(rows, one, w, x_zero=one, weight_sums=sums) + dynamic
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         parts = torch.empty(2, 96, 32, dtype=torch.int16, device="cuda"), torch.empty(96, 2, device="cuda")
         x, one, sums = (torch.empty(*sizes, device="cuda") for sizes in ((40, 256), (1,), (96,)))
         launches, called = traced_launches(forward, x, one, *parts, sums)
-    assert launches == [["codes_ptr", "scale_ptr"], ["y_ptr"], ["y_ptr"]]
+    fp8 = [["codes_ptr", "scale_ptr", "sums_ptr"], ["y_ptr"]]
+    assert launches == [["codes_ptr", "scale_ptr"], ["y_ptr"], *fp8, ["y_ptr"]]
     assert called <= ALLOCATION | {"mul", "add"}
 
 

@@ -106,6 +106,24 @@ def qmatmul_int8_triton(
     shift = None if x_zero is None or weight_sums is None else x_zero * weight_sums
     group = _grouping(k, group_size)
     y = multiply_int8(
-        rows, x_scale.reshape(-1), shift, parts, bias, bits, n, k, group, activation, dtype, plan, asm
+        rows, x_scale.reshape(-1), None, shift, parts, bias, bits, n, k, group, activation, dtype, plan, asm
     )
+    return y.view(*x.shape[:-1], n)
+
+
+def qmatmul_fp8_triton(
+    x: Tensor, codes: Tensor, scale: Tensor, zero_points: Tensor | None, zero: float, levels: Tensor | None,
+    bias: Tensor | None, bits: int, n: int, k: int, group_size: int, layout: str, activation: str,
+) -> Tensor:
+    rows = rows_of(x)
+    m = rows.shape[0]
+    if m == 0:
+        return x.new_empty(*x.shape[:-1], n)
+    parts = (codes, scale, _same_strides(scale, zero_points), zero, levels)
+    asm, sm, sm_count = device_of(x)
+    plan = choose_int8_plan(m, n, k, sm=sm, sm_count=sm_count)
+    sums = x.new_empty(-(-k // 128), m, dtype=torch.float32)
+    x8, x_scale = quantize(rows, torch.float8_e4m3fn, sums)
+    group = _grouping(k, group_size)
+    y = multiply_int8(x8, x_scale, sums, None, parts, bias, bits, n, k, group, activation, x.dtype, plan, asm)
     return y.view(*x.shape[:-1], n)

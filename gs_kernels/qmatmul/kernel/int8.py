@@ -27,13 +27,13 @@ def _add_group(
 @triton.jit
 def _qmatmul_int8_kernel(
     y_ptr,
-    x_ptr, x_scale_ptr, codes_ptr, scale_ptr, zero_ptr, shift_ptr, bias_ptr,
+    x_ptr, x_scale_ptr, x_sums_ptr, codes_ptr, scale_ptr, zero_ptr, shift_ptr, bias_ptr,
     M, N, K,
     stride_xm, stride_xs, stride_sn, stride_sg,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr, ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """A tile of y; with SPLIT_K, of its sum over part of the groups, fp32 `[SPLIT_K, M, N]`, not yet scaled by row."""
+    """A tile of y; with SPLIT_K, of its sum over part of K, fp32 `[SPLIT_K, M, N]`, not yet scaled by row."""
     WIDTH: tl.constexpr = 8 * BITS
     T: tl.constexpr = x_ptr.dtype.element_ty
     FP8: tl.constexpr = x_ptr.dtype.element_ty != tl.int8
@@ -70,11 +70,13 @@ def _qmatmul_int8_kernel(
         if EVEN_K:
             x = tl.load(x_ptr + offs_x)
         else:
-            x = tl.load(x_ptr + offs_x, mask=offs_k[None, :] < K - k, other=0)
+            x = tl.load(x_ptr + offs_x, mask=offs_k[None, :] < K - k, other=0.0)
         w = code_block(words, BITS, T, FP8, ASM)
         if GROUP % 128 == 0:
             part = tl.dot(w, tl.trans(x), part, out_dtype=SUM)
-            if not CENTRED:
+            if x_sums_ptr is not None:
+                x_sums += tl.load(x_sums_ptr + (first + turn).to(tl.int64) * M + first_m + rows)
+            elif not CENTRED:
                 x_sums += tl.sum(x.to(SUM), 1)
             if (first + turn + 1) % BLOCKS == 0 or turn + 1 == count:
                 offs = offs_s + k // GROUP * stride_sg
@@ -138,11 +140,14 @@ def _finish_kernel(
 
 
 def multiply_int8(
-    x: Tensor, x_scale: Tensor, shift: Tensor | None,
+    x: Tensor, x_scale: Tensor, x_sums: Tensor | None, shift: Tensor | None,
     parts: tuple[Tensor, Tensor, Tensor | None, float, Tensor | None], bias: Tensor | None,
     bits: int, n: int, k: int, group: int, activation: str, dtype: torch.dtype, plan: Plan, asm: bool,
 ) -> Tensor:
-    """`[M, N]` of dtype from x `[M, K]`, contiguous along K, and its scales, `[M]` or `[1]`, by the plan's tiles."""
+    """`[M, N]` of dtype from x `[M, K]`, contiguous along K, and its scales, `[M]` or `[1]`, by the plan's tiles.
+
+    x_sums: of each 128 codes of a row of x, `[ceil(K / 128), M]`, fp32 for fp8, if they are known.
+    """
     codes, scale, zero_points, zero, _ = parts
     m, blocks = x.shape[0], -(-k // 128)
     y = x.new_empty(m, n, dtype=dtype)
@@ -152,7 +157,7 @@ def multiply_int8(
     tiles = -(-m // plan.block_m) * -(-n // plan.block_n)
     launch(
         _qmatmul_int8_kernel, (tiles, split),
-        sums, x, x_scale, codes, scale, zero_points, shift, bias,
+        sums, x, x_scale, x_sums, codes, scale, zero_points, shift, bias,
         m, n, k,
         x.stride(0), stride_xs, *scale.stride(),
         BITS=bits, GROUP=group, ZERO=zero, ASM=asm, ACTIVATION=activation,

@@ -23,14 +23,28 @@ def _codes(x, inv, zero, TOP: tl.constexpr, CODE: tl.constexpr, FP8: tl.constexp
 
 
 @triton.jit
+def _store_sums(sums_ptr, codes, mask, offs_m, mask_m, k, M, K):
+    """The sum of each 128 codes of a tile that begins at column k."""
+    COUNT: tl.constexpr = codes.shape[1] // 128
+    values = tl.where(mask, codes.to(tl.float32), 0.0)
+    sums = tl.sum(tl.reshape(values, (codes.shape[0], COUNT, 128)), 2)
+    offs = k // 128 + tl.arange(0, COUNT)
+    mask_sums = mask_m[:, None] & (offs < tl.cdiv(K, 128))[None, :]
+    tl.store(sums_ptr + offs_m[:, None] + offs.to(tl.int64)[None, :] * M, sums, mask=mask_sums)
+
+
+@triton.jit
 def _quantize_rows_kernel(
-    codes_ptr, scale_ptr,
+    codes_ptr, scale_ptr, sums_ptr,
     x_ptr,
     M, K,
     stride_xm,
     TOP: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """WHOLE: BLOCK_K covers a row, which is then read once; else twice, the second time from a cache."""
+    """WHOLE: BLOCK_K covers a row, which is then read once; else twice, the second time from a cache.
+
+    sums_ptr: None, or for the sums of each 128 codes of a row, `[ceil(K / 128), M]` fp32.
+    """
     CODE: tl.constexpr = codes_ptr.dtype.element_ty
     FP8: tl.constexpr = codes_ptr.dtype.element_ty != tl.int8
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -61,22 +75,26 @@ def _quantize_rows_kernel(
     if WHOLE:
         codes = _codes(x, inv[:, None], zero[:, None], TOP, CODE, FP8)
         tl.store(codes_ptr + starts + offs_k[None, :], codes, mask=mask)
+        if sums_ptr is not None:
+            _store_sums(sums_ptr, codes, mask, offs_m, mask_m, 0, M, K)
     else:
         for k in range(0, K, BLOCK_K):
             mask = mask_m[:, None] & (k + offs_k < K)[None, :]
             block = tl.load(x_ptrs + k + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
             codes = _codes(block, inv[:, None], zero[:, None], TOP, CODE, FP8)
             tl.store(codes_ptr + starts + k + offs_k[None, :], codes, mask=mask)
+            if sums_ptr is not None:
+                _store_sums(sums_ptr, codes, mask, offs_m, mask_m, k, M, K)
 
 
-def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes `[M, K]` and scales `[M]` of x `[M, K]`, contiguous along K."""
+def quantize(x: Tensor, dtype: torch.dtype, sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes `[M, K]` and scales `[M]` of x `[M, K]`, contiguous along K; sums of codes to `sums`, if given."""
     m, k = x.shape
     codes = x.new_empty(m, k, dtype=dtype)
     scale = x.new_empty(m, dtype=torch.float32)
     block_m, block_k, warps = rows_tile(m, k)
     launch(
-        _quantize_rows_kernel, (-(-m // block_m),), codes, scale, x, m, k, x.stride(0),
+        _quantize_rows_kernel, (-(-m // block_m),), codes, scale, sums, x, m, k, x.stride(0),
         TOP=float(LEVELS if dtype == torch.int8 else FP8_MAX), WHOLE=k <= block_k,
         BLOCK_M=block_m, BLOCK_K=block_k, num_warps=warps,
     )
