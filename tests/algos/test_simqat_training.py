@@ -124,6 +124,19 @@ def test_ema_moves_by_its_share_and_the_first_batch_replaces_the_start():
     algo.step()
     want = 0.75 * torch.stack([-one.min(), one.max()]) + 0.25 * torch.stack([-two.min(), two.max()])
     torch.testing.assert_close(q.range, want)
+    net(one)  # a smaller batch pulls it back: nothing is left of the larger one
+    algo.step()
+    torch.testing.assert_close(q.range, 0.75 * want + 0.25 * torch.stack([-one.min(), one.max()]))
+
+
+def test_batches_that_share_one_step_count_with_all_they_hold():
+    net, algo = prepared(act="int8@tensor:ema=1.0")
+    net.train()
+    for scale in (1.0, 5.0, 2.0):  # gradient accumulation
+        net(images(seed=3) * scale)
+    algo.step()
+    x = images(seed=3) * 5
+    torch.testing.assert_close(net.stem.input_quantizer.range, torch.stack([-x.min(), x.max()]))
 
 
 def test_minmax_keeps_the_extremes():

@@ -87,6 +87,34 @@ def test_observers_refuse_tensors_without_elements(op):
         op(torch.ones(3, 0))
 
 
+@pytest.mark.parametrize("granularity, dims", [(PerChannel(0), (1,)), (PerChannel(1), (0,)), (PerGroup(43), (1,))])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_range_of_one_sign_stays_away_from_0(granularity, dims, sign, device, generator):
+    """A tile's lanes outside the tensor hold 0, which a range must not take for a value."""
+    x = sign * (torch.rand(17, 129, generator=generator, device=device) + 1)
+    rows = x.view(-1, 43) if isinstance(granularity, PerGroup) else x
+    low, high = minmax(x, granularity=granularity)
+    assert torch.equal(low, rows.amin(dims)) and torch.equal(high, rows.amax(dims))
+    _, low, high = observe_fake_quant(x, torch.ones(1, device=device), torch.zeros(1, device=device), qmin=-8, qmax=7)
+    assert (low, high) == (x.min(), x.max())
+
+
+@pytest.mark.parametrize(
+    "grid, levels",
+    [
+        (IntFormat(8), (-128, 127)),
+        (IntFormat(8, narrow=True), (-127, 127)),
+        (IntFormat(2, narrow=True), (-1, 1)),
+        (IntFormat(4, signed=False), (0, 15)),
+        (IntFormat(4, signed=False, narrow=True), (1, 15)),
+        (IntFormat(1), (-1, 0)),
+        (IntFormat(1, signed=False), (0, 1)),
+    ],
+)
+def test_the_levels_of_a_grid(grid, levels):
+    assert (grid.qmin, grid.qmax) == levels
+
+
 def test_nan_spoils_the_range_of_its_channel_only(device):
     x = torch.tensor([[1.0, NAN], [INF, -4.0]], device=device)
     for axis, channel in ((0, 1), (1, 0)):
