@@ -8,6 +8,7 @@ layers. Units are numbered through all groups; a slice says for one dimension of
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from gs_algos.core.plan import render
 
 FIXED = -1  # unit of an index that always stays
+LONGEST = 2**26  # of a vector of units that is read from a file
+RUN = re.compile(r"(?P<first>-|\d+)(?:\.\.(?P<last>\d+))?(?:\*(?P<times>\d+))?")
 
 
 @dataclass(frozen=True)
@@ -188,17 +191,20 @@ def decode(code: str) -> Tensor:
     """The vector that `encode` wrote.
 
     Raises:
-        ValueError: if the text is no such code.
+        ValueError: if the text is no such code, or stands for more than LONGEST units.
     """
     parts: list[Tensor] = []
+    left = LONGEST
     for run in code.split():
-        text, _, times = run.partition("*")
-        first, _, last = text.partition("..")
-        if text == "-":
-            values = torch.tensor([FIXED])
-        else:
-            values = torch.arange(int(first), int(last or first) + 1)
-        parts.append(values.repeat_interleave(int(times or 1)))
+        found = RUN.fullmatch(run)
+        if found is None:
+            raise ValueError(f"groups: units must be runs such as 0..3*2 or -, got {run!r}")
+        first = FIXED if found["first"] == "-" else int(found["first"])
+        last, times = int(found["last"] or first), int(found["times"] or 1)
+        left -= (last - first + 1) * times
+        if last < first or left < 0:
+            raise ValueError(f"groups: units must be at most {LONGEST:,} and count up, got {run!r}")
+        parts.append(torch.arange(first, last + 1).repeat_interleave(times))
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 

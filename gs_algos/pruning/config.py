@@ -1,0 +1,67 @@
+"""The options that every pruning algorithm has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from typing_extensions import Self
+
+from gs_algos.core.algorithm import AlgorithmConfig
+from gs_algos.core.rules import Rule
+from gs_algos.pruning.budget import Budget
+
+
+@dataclass(frozen=True)
+class PruneConfig(AlgorithmConfig):
+    """Options of every pruning algorithm.
+
+    Args:
+        rate: share of the units (channels, heads) that go from each group, in [0, 1).
+        budget: what may remain, instead of a rate: `55% flops`, `40% params`, `50% channels`, `70% latency`; the
+            smallest rate that meets it is taken.
+        scope: `layer` cuts every group at the same rate, `global` takes the lowest scores of the whole network.
+        round_to: every layer keeps a multiple of this many channels, or all; 8 or 16 suit hardware.
+        select_steps: optimizer steps before the cut is decided.
+        rules: `(pattern, {"rate": ...} | None)`, see `gs_algos.core.rules`; None leaves a layer, and what is coupled
+            with it, whole.
+    """
+
+    rate: float = 0.5
+    budget: str | None = None
+    scope: str = "layer"
+    round_to: int = 1
+    select_steps: int = 0
+    rules: tuple[Rule, ...] = ()
+
+    who: ClassVar[str] = "Prune"
+
+    def __post_init__(self) -> None:
+        check_rate(self.who, self.rate)
+        if self.scope not in ("layer", "global"):
+            raise ValueError(f"{self.who}: scope must be layer or global, got {self.scope!r}")
+        for name, least in (("round_to", 1), ("select_steps", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{self.who}: {name} must be a whole number >= {least}, got {value!r}")
+        if self.budget is not None and Budget.parse(self.budget).kind == "latency" and self.scope == "global":
+            raise ValueError(f"{self.who}: a latency budget needs scope='layer', got scope='global'; or budget flops")
+        for rule in self.rules:
+            if isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[1], dict) and "rate" in rule[1]:
+                check_rate(f"{self.who}: rule {rule[0]}", rule[1]["rate"])
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """The config that `to_dict` wrote."""
+        return cls(**{**data, "rules": tuple((pattern, values) for pattern, values in data["rules"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON; a rule on a module class becomes `type:Name`."""
+        rules = [[p if isinstance(p, str) else f"type:{p.__name__}", v and dict(v)] for p, v in self.rules]
+        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "rules": rules}
+
+
+def check_rate(who: str, rate: Any) -> None:
+    """Raises ValueError unless `rate` is a number in [0, 1)."""
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+        raise ValueError(f"{who}: rate must be in [0, 1), got {rate!r}")

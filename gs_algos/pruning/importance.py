@@ -1,0 +1,73 @@
+"""How much a unit matters: scores per output channel of the layers that make it, averaged over the unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from gs_algos.core.modules import get_module
+from gs_algos.pruning.groups import FIXED, Groups, Layer, tensors_by_name
+
+# (live model, layer of a group) -> [size] fp32, or None if this layer has nothing to say
+Importance = Callable[[nn.Module, Layer], "Tensor | None"]
+
+
+def unit_scores(model: nn.Module, groups: Groups, importance: Importance) -> Tensor:
+    """`[groups.n]` fp32: the mean score of each unit's channels over all layers that have one; NaN where none has."""
+    total, count = torch.zeros(groups.n), torch.zeros(groups.n)
+    for group in groups.prunable():
+        for layer in group.layers:
+            found = importance(model, layer)
+            if found is None:
+                continue
+            scores = found.detach().float().cpu()
+            own = layer.units != FIXED
+            total.index_add_(0, layer.units[own], scores[own])
+            count.index_add_(0, layer.units[own], torch.ones(int(own.sum())))
+    return total / torch.where(count > 0, count, torch.nan)
+
+
+def l1(model: nn.Module, layer: Layer) -> Tensor:
+    """Sum of |w| of each output channel, relative to the layer's mean. Li et al. 2017, arXiv:1608.08710."""
+    return _relative(_rows(model, layer).abs().sum(1))
+
+
+def l2(model: nn.Module, layer: Layer) -> Tensor:
+    """Euclidean norm of each output channel, relative to the layer's mean."""
+    return _relative(_rows(model, layer).norm(dim=1))
+
+
+def bn_scale(model: nn.Module, layer: Layer) -> Tensor | None:
+    """|gamma| of the batch norm behind the layer, relative to its mean. Liu et al. 2017, arXiv:1708.06519."""
+    gamma = gamma_of(model, layer)
+    return None if gamma is None else _relative(gamma.abs())
+
+
+def random_scores(seed: int) -> Importance:
+    """Scores that mean nothing: the control of every comparison."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda model, layer: torch.rand(len(layer.units), generator=generator)
+
+
+def gamma_of(model: nn.Module, layer: Layer) -> Tensor | None:
+    """The scale of the batch norm that normalises just this layer's channels; None if there is none."""
+    if layer.norm is None:
+        return None
+    weight = get_module(model, layer.norm)._parameters.get("weight")
+    return None if weight is None else weight.detach().float()
+
+
+def output_scale(model: nn.Module, layer: Layer) -> Tensor:
+    """How large each output channel is: |gamma| behind a batch norm, else the norm of its weights; mean 1."""
+    gamma = gamma_of(model, layer)
+    return l2(model, layer) if gamma is None else _relative(gamma.abs())
+
+
+def _rows(model: nn.Module, layer: Layer) -> Tensor:
+    return tensors_by_name(model)[layer.tensor].detach().float().movedim(layer.dim, 0).flatten(1)
+
+
+def _relative(scores: Tensor) -> Tensor:
+    return scores / scores.mean().clamp(min=torch.finfo(torch.float32).tiny)

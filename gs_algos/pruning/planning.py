@@ -1,0 +1,107 @@
+"""From a model and options to a plan: which groups are cut, by how much, and why the others stay whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from gs_algos.core.algorithm import Inputs
+from gs_algos.core.modules import get_module
+from gs_algos.core.plan import Plan, PlanRow
+from gs_algos.core.rules import resolve
+from gs_algos.pruning.budget import Budget, Rates, keep_by_layer, keep_globally, latency_cost, meet, static_cost
+from gs_algos.pruning.config import PruneConfig
+from gs_algos.pruning.find import find_groups
+from gs_algos.pruning.groups import Group, Groups
+
+# why an algorithm cannot score the units of a group; empty if it can
+Unknown = Callable[[nn.Module, Group], str]
+
+
+def make_plan(
+    name: str, config: PruneConfig, model: nn.Module, example_inputs: Inputs, unknown: Unknown
+) -> tuple[Plan, Groups, Rates]:
+    """The plan, the groups behind it, and the rate of each group that is cut (None: by the scores of all).
+
+    Raises:
+        ValueError: if the inputs do not run through the model, a rule matches nothing, or no cut meets the budget.
+    """
+    groups = find_groups(model, example_inputs)
+    whole = {group.name: why for group in groups.prunable() if (why := unknown(model, group))}
+    rates = _rates(config, model, groups, whole)
+    rates = _with_budget(config, model, groups, rates, example_inputs)
+    # the counts of scope="layer" do not depend on the scores
+    keep = choose(config, groups, torch.zeros(groups.n), rates, model) if config.scope == "layer" else None
+    rows = [_row(model, group, config, whole, keep) for group in groups.groups]
+    return Plan(name, "running it", tuple(rows), groups.notes), groups, rates
+
+
+def choose(config: PruneConfig, groups: Groups, scores: Tensor, rates: Rates, model: nn.Module) -> Tensor:
+    """bool `[units]`: which stay, for these scores. Units without a score (NaN) are the last to go.
+
+    Raises:
+        ValueError: if no cut meets the budget.
+    """
+    scores = torch.where(scores.isnan(), torch.inf, scores)
+    if config.budget is None or config.scope == "layer":
+        return _keep(config, groups, scores, rates, config.rate)
+    budget = Budget.parse(config.budget)
+    cost = static_cost(budget.kind, model, groups)
+    return meet(budget, lambda rate: _keep(config, groups, scores, rates, rate), cost)
+
+
+def _keep(config: PruneConfig, groups: Groups, scores: Tensor, rates: Rates, rate: float) -> Tensor:
+    every = {group.name: rates.get(group.name, 0.0) for group in groups.prunable()}
+    keep = keep_by_layer if config.scope == "layer" else keep_globally
+    return keep(groups, scores, every, rate, config.round_to)
+
+
+def _rates(config: PruneConfig, model: nn.Module, groups: Groups, whole: dict[str, str]) -> Rates:
+    """group -> its own rate, or None for the common one. Groups that stay whole are not in it, but in `whole`."""
+    sites = {layer.name: get_module(model, layer.name) for g in groups.groups for layer in g.layers}
+    settings = resolve(config.rules, sites, {"rate": None}, config.who)
+    rates: dict[str, float | None] = {}
+    for group in groups.prunable():
+        found = [settings[layer.name] for layer in group.layers]
+        if None in found:
+            left = [layer.name for layer in group.layers if settings[layer.name] is None]
+            whole[group.name] = f"a rule leaves {', '.join(left)} whole"
+        if group.name in whole:
+            continue
+        own = [values["rate"] for values in found if values and values["rate"] is not None]
+        rates[group.name] = min(own) if own else None
+    return rates
+
+
+def _with_budget(config: PruneConfig, model: nn.Module, groups: Groups, rates: Rates, inputs: Inputs) -> Rates:
+    """The rates with a budget resolved as far as it can be without scores."""
+    if config.budget is None:
+        return rates
+    budget, scores = Budget.parse(config.budget), torch.zeros(groups.n)
+    if budget.kind == "latency":
+        cost = latency_cost(model, groups, inputs)
+    else:
+        cost = static_cost(budget.kind, model, groups)
+    found = meet(budget, lambda rate: _keep(config, groups, scores, rates, rate), cost)
+    if config.scope == "global":
+        return rates
+    gone = {g.name: 1 - float(found[g.first : g.first + g.n].double().mean()) for g in groups.prunable()}
+    return {name: gone[name] for name in rates}
+
+
+def _row(model: nn.Module, group: Group, config: PruneConfig, whole: dict[str, str], keep: Tensor | None) -> PlanRow:
+    kind = type(get_module(model, group.name)).__name__
+    coupled = [f"{x.name} x{w}" if w > 1 else x.name for x, w in zip(group.layers, group.widths, strict=True)]
+    detail = f"with {', '.join(coupled[1:])}" if len(coupled) > 1 else ""
+    settings = {"layers": [layer.name for layer in group.layers], "units": group.n, "channels": group.channels}
+    if not group.n or group.name in whole:
+        return PlanRow(group.name, kind, "keep", detail, whole.get(group.name, group.reason))
+    if keep is None:
+        return PlanRow(group.name, kind, f"prune some of {group.n} by score", detail, "", settings)
+    gone = int((~keep[group.first : group.first + group.n]).sum())
+    if not gone:
+        reason = f"all {group.n} units stay at this rate, in multiples of {config.round_to} channels"
+        return PlanRow(group.name, kind, "keep", detail, reason)
+    return PlanRow(group.name, kind, f"prune {gone} of {group.n}", detail, "", settings)

@@ -1,0 +1,104 @@
+"""Pruning by one number per channel: the plain importances that SCOP is compared with, on the same machinery.
+
+`l1`, `l2`: norm of the channel's weights · `bn`: scale of the batch norm behind it · `taylor`: how much the loss would
+change without it, `(sum g y)^2` over a batch, averaged over `select_steps` batches (Molchanov et al. 2019,
+arXiv:1906.10771) · `random`: the control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gs_algos.core.modules import get_module
+from gs_algos.pruning.config import PruneConfig
+from gs_algos.pruning.gates import Gated, Scale, can_gate, install_gate
+from gs_algos.pruning.groups import Group, Groups, Layer
+from gs_algos.pruning.importance import Importance, bn_scale, gamma_of, l1, l2, random_scores, unit_scores
+from gs_algos.pruning.pruner import Pruner
+
+IMPORTANCES = ("l1", "l2", "bn", "taylor", "random")
+
+
+@dataclass(frozen=True)
+class PruningConfig(PruneConfig):
+    """Options of Prune, beside those of `PruneConfig`.
+
+    Args:
+        importance: l1, l2, bn, taylor or random.
+        select_steps: of taylor, the batches that are looked at with still weights; the others decide at once.
+        seed: of random.
+    """
+
+    importance: str = "l1"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.importance not in IMPORTANCES:
+            raise ValueError(f"Prune: importance must be one of {', '.join(IMPORTANCES)}, got {self.importance!r}")
+        if (self.importance == "taylor") != (self.select_steps > 0):
+            raise ValueError(
+                f"Prune: select_steps must be > 0 for taylor and 0 for the others, got {self.select_steps} for "
+                f"{self.importance}"
+            )
+
+
+class Prune(Pruner):
+    """Magnitude, batch norm, Taylor and random pruning. The options are those of `PruningConfig`, given by keyword.
+
+    ```python
+    algo = Prune(rate=0.45, importance="l2", round_to=8)
+    net = algo.apply(net, example_inputs)  # zeros are in place now; taylor takes select_steps batches first
+    ...; algo.step()
+    net = algo.convert(net)
+    ```
+    """
+
+    name: ClassVar[str] = "prune"
+    config_class: ClassVar[type[PruneConfig]] = PruningConfig
+    config: PruningConfig
+
+    def unknown(self, model: nn.Module, group: Group) -> str:
+        if self.config.importance == "bn" and all(gamma_of(model, layer) is None for layer in group.layers):
+            return "has no batch norm whose scale could rank it"
+        if self.config.importance == "taylor" and not any(_site(model, layer) for layer in group.layers):
+            return "is made by layers whose outputs cannot be scaled"
+        return ""
+
+    def gate_sites(self, model: nn.Module, groups: Groups) -> dict[str, int]:
+        layers = [layer for group in groups.prunable() for layer in group.layers]
+        return {site: len(layer.units) for layer in layers if (site := _site(model, layer))}
+
+    def install(self, module: nn.Module, size: int) -> None:
+        install_gate(module, Scale, size, start=1.0)
+
+    @torch.no_grad()
+    def learn(self, gates: Iterable[Gated]) -> None:
+        for gate in gates:
+            if gate.gate.grad is not None:
+                gate.gate_square += gate.gate.grad.square()
+
+    def scores(self, model: nn.Module, groups: Groups) -> Tensor:
+        importances: dict[str, Importance] = {"l1": l1, "l2": l2, "bn": bn_scale, "taylor": taylor}
+        chosen = importances.get(self.config.importance)
+        return unit_scores(model, groups, chosen or random_scores(self.config.seed))
+
+
+def taylor(model: nn.Module, layer: Layer) -> Tensor | None:
+    """What a step summed up at the layer's gate, relative to the layer's mean; None if nothing came there."""
+    site = _site(model, layer)
+    gate = get_module(model, site) if site else None
+    if not isinstance(gate, Gated) or not bool(gate.gate_square.any()):
+        return None
+    return gate.gate_square / gate.gate_square.mean()
+
+
+def _site(model: nn.Module, layer: Layer) -> str | None:
+    """Where a gate of 1 goes: behind the batch norm, in front of which the scale of a channel changes nothing."""
+    site = layer.name if layer.norm is None else layer.norm
+    return site if can_gate(get_module(model, site)) else None

@@ -1,0 +1,385 @@
+"""What every pruning algorithm shares: groups, scores, masks, the cut, and the record of it all.
+
+A prepared network trains in two phases. For `select_steps` optimizer steps its weights stand still and something is
+learned about each channel; then the worst units become zeros, which `step` keeps, and the rest is trained on. `convert`
+cuts the zeros out.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from typing_extensions import Self
+
+from gs_algos.core.algorithm import Algorithm, Inputs, evaluating, history, remember, run
+from gs_algos.core.modules import all_or_nothing, get_module
+from gs_algos.core.plan import Plan, render
+from gs_algos.core.progress import progress
+from gs_algos.core.rules import did_you_mean
+from gs_algos.fx.preserve import untouched
+from gs_algos.fx.tracers import tensors_of
+from gs_algos.pruning.budget import Rates, total_rate
+from gs_algos.pruning.config import PruneConfig
+from gs_algos.pruning.cut import cut, mask, removed, resize, zeros
+from gs_algos.pruning.gates import Freezer, Gated, detach_freezers, remove_gate
+from gs_algos.pruning.groups import Group, Groups
+from gs_algos.pruning.planning import choose, make_plan
+
+logger = logging.getLogger(__name__)
+
+KEPT = "kept_units"  # buffer on the root of a prepared model: bool [units], which stay
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+class Pruner(Algorithm):
+    """Base of the pruning algorithms. A subclass says which layers get gates, what a step learns, and the scores."""
+
+    config_class: ClassVar[type[PruneConfig]] = PruneConfig
+    config: PruneConfig
+
+    def __init__(
+        self, config: PruneConfig | None = None, *, process_group: dist.ProcessGroup | None = None, **options: Any
+    ) -> None:
+        known = [option.name for option in fields(self.config_class)]
+        who = self.config_class.who
+        if config is not None and options:
+            raise ValueError(f"{who}: options come either in a config or by keyword, got both ({', '.join(options)})")
+        for option in options.keys() - known:
+            near = did_you_mean(option, known)
+            raise TypeError(f"{who}: options are {', '.join(known)} and process_group, got {option}{near}")
+        if "rules" in options:
+            options["rules"] = tuple(tuple(rule) if isinstance(rule, list) else rule for rule in options["rules"])
+        self.config = config or self.config_class(**options)
+        self.process_group = process_group
+        self.groups: Groups | None = None
+        self.error: float | None = (
+            None  # of convert: relative RMS of the cut network's outputs against the masked one's
+        )
+        self._steps = 0
+        self._rates: Rates = {}
+        self._example: Inputs | None = None
+        self._model: nn.Module | None = None
+        self._gates: dict[str, Gated] = {}
+        self._freezer = Freezer()
+        self._zeros: list[tuple[Tensor, int, Tensor]] = []
+        self._history: dict[str, Any] = {}
+
+    @abstractmethod
+    def gate_sites(self, model: nn.Module, groups: Groups) -> dict[str, int]:
+        """Module -> channels, of the layers that get a gate for the first phase."""
+
+    @abstractmethod
+    def install(self, module: nn.Module, size: int) -> None:
+        """Puts a gate on a layer."""
+
+    @abstractmethod
+    def learn(self, gates: Iterable[Gated]) -> None:
+        """One step of the first phase: the gates' gradients are there, already averaged over all ranks."""
+
+    @abstractmethod
+    def scores(self, model: nn.Module, groups: Groups) -> Tensor:
+        """`[units]`: the higher, the more a unit matters; NaN where nothing is known."""
+
+    def unknown(self, model: nn.Module, group: Group) -> str:
+        """Why nothing can be learned about a group; empty if something can."""
+        return ""
+
+    def freezer(self) -> Freezer:
+        """What a forward of the first phase does to inputs and outputs."""
+        return Freezer()
+
+    @property
+    def steps(self) -> int:  # type: ignore[override]
+        return self._steps
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        """Moves to a step of a training that is resumed; the tensors of the model are already those of that step."""
+        self._steps = value
+        self._switch()
+
+    @property
+    def selecting(self) -> bool:
+        """True while weights stand still and the cut is not decided."""
+        return self._steps < self.config.select_steps
+
+    def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:
+        """The dry run: every group of coupled channels, how many of its units go, or why they stay. Touches nothing.
+
+        Raises:
+            ValueError: if the inputs do not run through the model, a rule matches nothing, or no cut meets the budget.
+        """
+        return make_plan(self.name, self.config, model, example_inputs, self.unknown)[0]
+
+    def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
+        """Finds the groups of the live model and puts gates on its layers; float state_dict keys stay as they are.
+
+        The worst units become zeros after `select_steps` steps; at once if there are none.
+
+        Raises:
+            RuntimeError: if the model is prepared by another algorithm, or by this one.
+            ValueError: as `plan`, or if no group can lose a unit. The model is then as it was.
+        """
+        if history(model) and history(model)[-1]["stage"] == "prepared":
+            before = history(model)[-1]["algorithm"]
+            raise RuntimeError(f"{self.config.who}.apply: the model is still prepared by {before}; convert it first")
+        plan, groups, rates = make_plan(self.name, self.config, model, example_inputs, self.unknown)
+        if not plan.acted():
+            raise ValueError(f"{self.config.who}.apply: at least one group must lose a unit, got none:\n{plan}")
+        self._example = example_inputs
+        with all_or_nothing(model):
+            sites = self.gate_sites(model, groups) if self.config.select_steps else {}
+            prepare(self, model, groups, sites)
+            self._history = {
+                "algorithm": self.name,
+                "stage": "prepared",
+                "steps": 0,
+                "config": self.config.to_dict(),
+                "plan": [row.__dict__ for row in plan.rows],
+                "groups": groups.to_dict(),
+                "gates": sites,
+                "rates": dict(rates),
+            }
+            self._steps = 0
+            self._bind(model, groups, rates)
+            remember(model, self._history)
+            self._history = history(model)[-1]
+            if not self.config.select_steps:
+                self._select()
+        return model
+
+    def step(self) -> None:
+        """Learns from the last gradients in the first phase, keeps the zeros in the second. After every optimizer step.
+
+        Raises:
+            RuntimeError: if `apply` was not called, or a weight got a gradient in the first phase.
+        """
+        model = self._require_bound("step")
+        if self.selecting:
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    raise RuntimeError(
+                        f"{self.config.who}.step: weights must stand still for {self.config.select_steps} steps, got a "
+                        f"gradient in {name}; run the model as a whole, without gradient checkpointing"
+                    )
+            self._average_gradients()
+            self.learn(self._gates.values())
+            for gate in self._gates.values():
+                gate.gate.grad = None
+        self._steps += 1
+        self._history["steps"] = self._steps
+        if self._steps == self.config.select_steps:
+            self._select()
+        elif not self.selecting:
+            self._mask()
+
+    def _average_gradients(self) -> None:
+        """Gates are buffers, which DistributedDataParallel does not reduce."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1):
+            return
+        for gate in self._gates.values():
+            gate.gate.grad = torch.zeros_like(gate.gate) if gate.gate.grad is None else gate.gate.grad
+            dist.all_reduce(gate.gate.grad, group=self.process_group)
+            gate.gate.grad /= dist.get_world_size(self.process_group)
+
+    def _select(self) -> None:
+        """Decides which units go, and zeroes them."""
+        model = self._require_bound("step")
+        assert self.groups is not None
+        keep = choose(self.config, self.groups, self.scores(model, self.groups), self._rates, model)
+        getattr(model, KEPT).copy_(keep)
+        logger.info("%s: %.1f %% of the channels go", self.name, 100 * total_rate(self.groups, keep))
+        self._switch()
+        self._mask()
+
+    @torch.no_grad()
+    def _mask(self) -> None:
+        for tensor, dim, index in self._zeros:
+            tensor.data.index_fill_(dim, index, 0)
+
+    def _switch(self) -> None:
+        """Turns the first phase on or off in the live layers, and takes the zeros of the second from the model."""
+        self._freezer.on = self.selecting and bool(self._gates)
+        for gate in self._gates.values():
+            gate.gate_on = self._freezer.on
+        self._zeros = []
+        if self._model is not None and self.groups is not None and not self.selecting:
+            self._zeros = zeros(self._model, self.groups, getattr(self._model, KEPT).cpu())
+
+    def refresh(
+        self,
+        model: nn.Module,
+        batches: Iterable[Inputs] | None = None,
+        forward_loop: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        """Measures the batch norm statistics of the masked network anew: the mean over all batches. No weight moves.
+
+        Raises:
+            RuntimeError: if the cut is not decided yet.
+            ValueError: if not exactly one of `batches` and `forward_loop` is given.
+        """
+        who = f"{self.config.who}.refresh"
+        if self._require_bound("refresh") and self.selecting:
+            raise RuntimeError(f"{who}: the cut must be decided, got step {self._steps} of {self.config.select_steps}")
+        if (batches is None) == (forward_loop is None):
+            raise ValueError(f"{who}: give either batches or forward_loop")
+        norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+        flags = {m: m.training for m in model.modules()}
+        momenta = {m: m.momentum for m in norms}
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the mean of all batches
+            model.train()
+            with torch.no_grad():
+                if forward_loop is not None:
+                    forward_loop(model)
+                for batch in progress(batches or (), "refreshing batch norms"):
+                    run(model, batch, who)
+        finally:
+            for norm, momentum in momenta.items():
+                norm.momentum = momentum
+            for module, flag in flags.items():
+                module.training = flag
+
+    def convert(
+        self,
+        model: nn.Module,
+        example_inputs: Inputs | None = None,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+    ) -> nn.Module:
+        """Cuts the zeros out of every tensor of the live model, after a trial cut gave the same outputs.
+
+        Parameters stay the same objects. optimizers: whose state is cut along.
+
+        Raises:
+            RuntimeError: if the model is not prepared, the cut is not decided, or the cut network's outputs differ. The
+                model is then as it was.
+        """
+        who = f"{self.config.who}.convert"
+        entry = history(model)[-1] if history(model) else {}
+        if entry.get("algorithm") != self.name or entry.get("stage") != "prepared":
+            stage = entry.get("stage", "float")
+            raise RuntimeError(f"{who}: the model must be one that apply prepared, got one that is {stage}")
+        if self._require_bound("convert") and self.selecting:
+            raise RuntimeError(f"{who}: the cut must be decided, got step {self._steps} of {self.config.select_steps}")
+        example = self._example if example_inputs is None else example_inputs
+        if example is None:
+            raise RuntimeError(f"{who}: a resumed algorithm has no example inputs; give example_inputs")
+        groups = Groups.from_dict(entry["groups"])
+        keep = getattr(model, KEPT).cpu()
+        mask(model, groups, keep)
+        self.error = _compare(who, model, groups, keep, example)
+        own = model is self._model
+        release(model, entry["gates"])
+        done = cut(model, groups, keep, optimizers)
+        converted = {key: value for key, value in entry.items() if key not in ("groups", "gates", "rates")}
+        shapes = {"shapes": done.shapes, "attributes": done.attributes, "removed": removed(groups, keep)}
+        remember(model, {**converted, "stage": "converted", "steps": self._steps, **shapes})
+        if own:  # a copy may be converted while the training of the original goes on
+            self._model, self._gates, self.groups, self._zeros = None, {}, None, []
+        return model
+
+    def summary(self, model: nn.Module) -> str:
+        """A table of the groups: what has gone from each, and the channels that its layers have left."""
+        entry = next((e for e in reversed(history(model)) if e["algorithm"] == self.name), None)
+        if entry is None:
+            return f"{self.name}: not applied"
+        gone = entry.get("removed")
+        if gone is None:
+            gone = removed(Groups.from_dict(entry["groups"]), getattr(model, KEPT).cpu())
+        rows = []
+        for row in (row for row in entry["plan"] if row["settings"]):
+            units, layers = row["settings"]["units"], row["settings"]["layers"]
+            left = f"{units - len(gone.get(row['site'], []))} of {units}"
+            rows.append((row["site"], row["kind"], left, ", ".join(layers[1:])))
+        return render(("group", "kind", "units left", "and with it"), rows)
+
+    @classmethod
+    def resume(cls, model: nn.Module) -> Self:
+        entry = history(model)[-1] if history(model) else {}
+        if entry.get("algorithm") != cls.name or entry.get("stage") != "prepared":
+            raise RuntimeError(
+                f"{cls.config_class.who}.resume: the model must be one that was saved while prepared by {cls.name}"
+            )
+        algo = cls(cls.config_class.from_dict(entry["config"]))
+        algo._history = entry
+        algo._bind(model, Groups.from_dict(entry["groups"]), entry["rates"])
+        algo.steps = entry["steps"]
+        return algo
+
+    @classmethod
+    def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
+        if entry["stage"] == "converted":
+            resize(model, entry["shapes"], entry["attributes"])
+            return model
+        algo = cls(cls.config_class.from_dict(entry["config"]))
+        prepare(algo, model, Groups.from_dict(entry["groups"]), entry["gates"])
+        return model
+
+    def _bind(self, model: nn.Module, groups: Groups, rates: Rates) -> None:
+        """Remembers the live layers that `step` has to visit."""
+        self._model, self.groups, self._rates = model, groups, rates
+        self._gates = {name: m for name, m in model.named_modules() if isinstance(m, Gated)}
+        self._freezer = self.freezer()
+        if self._gates:
+            self._freezer.attach(model)
+        self._switch()
+
+    def _require_bound(self, method: str) -> nn.Module:
+        if self._model is None:
+            raise RuntimeError(
+                f"{self.config.who}.{method}: must come between apply and convert; call apply(model, inputs) first"
+            )
+        return self._model
+
+
+def prepare(algo: Pruner, model: nn.Module, groups: Groups, gates: dict[str, int]) -> None:
+    """Gives a model the gates and the buffer of a prepared one."""
+    for name, size in gates.items():
+        module = get_module(model, name)
+        if size not in getattr(module, "weight", torch.empty(0)).shape:
+            raise ValueError(f"{algo.config.who}: {name} must have {size} channels; the model is another one")
+        algo.install(module, size)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    model.register_buffer(KEPT, torch.ones(groups.n, dtype=torch.bool, device=device))
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def release(model: nn.Module, gates: Iterable[str]) -> None:
+    """Undoes `prepare`."""
+    for name in gates:
+        remove_gate(get_module(model, name))
+    detach_freezers(model)
+    del model._buffers[KEPT]
+
+
+def _compare(who: str, model: nn.Module, groups: Groups, keep: Tensor, example_inputs: Inputs) -> float:
+    """Relative RMS of the cut network's outputs against the masked one's, the worst of all.
+
+    Raises:
+        RuntimeError: if it is more than rounding.
+    """
+    with evaluating(model):
+        want = [t.clone() for t in tensors_of(run(model, example_inputs, who)) if t.is_floating_point()]
+    with untouched(model):
+        cut(model, groups, keep, fresh=True)
+        got = [t for t in tensors_of(run(model, example_inputs, who)) if t.is_floating_point()]
+    worst = 0.0
+    for g, w in zip(got, want, strict=True):
+        size = float(w.double().square().mean().sqrt()) or 1.0
+        error = float((g.double() - w.double()).square().mean().sqrt()) / size
+        bound = TOLERANCE.get(w.dtype, 0.0)
+        if not error <= bound:
+            raise RuntimeError(f"{who}: the cut network must give the masked outputs within {bound:g}, got {error:.3g}")
+        worst = max(worst, error)
+    return worst

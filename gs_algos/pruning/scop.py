@@ -1,0 +1,148 @@
+"""SCOP: pruning against a control. Each channel competes with itself as it answers to data that says nothing.
+
+The network sees every batch with knock-offs, inputs that look like the data but do not belong to the labels. A number
+beta per channel mixes the two answers; a channel that is worth no more than its control is pushed to beta <= 1/2.
+Tang et al. 2020, arXiv:2010.10732.
+
+Differs from the paper: a unit of coupled channels gets the mean score of all layers that make it; where no batch norm
+follows, the norm of the channel's weights stands for |gamma|; knock-offs are the permuted batch unless given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gs_algos.core.algorithm import Inputs
+from gs_algos.core.modules import get_module
+from gs_algos.pruning.config import PruneConfig
+from gs_algos.pruning.gates import Blend, Freezer, Gated, can_gate, install_gate
+from gs_algos.pruning.groups import Group, Groups, Layer
+from gs_algos.pruning.importance import output_scale, unit_scores
+from gs_algos.pruning.knockoffs import Given, Permuted, doubled, first_half
+from gs_algos.pruning.pruner import Pruner
+
+SOURCES = ("permute", "given")
+
+
+@dataclass(frozen=True)
+class ScopConfig(PruneConfig):
+    """Options of SCOP, beside those of `PruneConfig`.
+
+    Args:
+        select_steps: optimizer steps in which beta is trained.
+        lr: learning rate of beta.
+        betas: decay rates of its Adam.
+        knockoffs: `permute`, the batch against itself in another order, or `given`, those handed to `SCOP(knockoffs=)`.
+    """
+
+    select_steps: int = 1000
+    lr: float = 4e-3
+    betas: tuple[float, float] = (0.5, 0.9)
+    knockoffs: str = "permute"
+
+    who: ClassVar[str] = "SCOP"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if self.select_steps < 1:
+            raise ValueError(f"SCOP: select_steps must be >= 1, got {self.select_steps}; beta has to be trained")
+        if not self.lr > 0:
+            raise ValueError(f"SCOP: lr must be > 0, got {self.lr}")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"SCOP: betas must be two numbers in [0, 1), got {self.betas}")
+        if self.knockoffs not in SOURCES:
+            raise ValueError(
+                f"SCOP: knockoffs must be permute or an iterable of batches of inputs, got {self.knockoffs!r}"
+            )
+
+
+class SCOP(Pruner):
+    """Scientific control pruning. The options are those of `ScopConfig`, given by keyword.
+
+    ```python
+    algo = SCOP(rate=0.45, select_steps=2000)
+    net = algo.apply(net, example_inputs)
+    for x, target in loader:  # the first 2000 steps train beta alone, the rest the masked network
+        loss_fn(net(x), target).backward(); optimizer.step(); optimizer.zero_grad(); algo.step()
+    net = algo.convert(net)
+    ```
+    In the first phase `net(x)` runs on x and its knock-offs and returns the outputs of x.
+
+    Args:
+        knockoffs: "permute", or an iterable of batches made like the model's inputs (a `KnockoffGenerator`, a loader).
+    """
+
+    name: ClassVar[str] = "scop"
+    config_class: ClassVar[type[PruneConfig]] = ScopConfig
+    config: ScopConfig
+
+    def __init__(
+        self, config: ScopConfig | None = None, *, knockoffs: str | Iterable[Inputs] | None = None, **options: Any
+    ) -> None:
+        if isinstance(knockoffs, str):
+            options["knockoffs"] = knockoffs
+        elif knockoffs is not None:
+            options["knockoffs"] = "given"
+        super().__init__(config, **options)
+        self.source: Given | Permuted | None = None
+        if knockoffs is not None and not isinstance(knockoffs, str):
+            self.source = Given(knockoffs)
+        if self.config.knockoffs == "permute":
+            self.source = Permuted()
+
+    @classmethod
+    def training_options(cls, epochs: int, steps_per_epoch: int) -> dict[str, Any]:
+        """A quarter of the training for beta, the rest for the masked network."""
+        return {"select_steps": max(1, epochs * steps_per_epoch // 4)}
+
+    def freezer(self) -> Freezer:
+        return Freezer(lambda batch: doubled(batch, self._knockoffs), first_half)
+
+    def _knockoffs(self, batch: Any, rows: int) -> Any:
+        if self.source is None:
+            raise RuntimeError("SCOP: a resumed algorithm has no knock-offs; set algo.source = Given(batches)")
+        self.source.turn = self.steps
+        return self.source(batch, rows)
+
+    def unknown(self, model: nn.Module, group: Group) -> str:
+        sites = [type(get_module(model, layer.name)).__name__ for layer in group.layers]
+        can = any(can_gate(get_module(model, layer.name)) for layer in group.layers)
+        return "" if can else f"is made by {', '.join(sites)}, whose outputs cannot be mixed with their control"
+
+    def gate_sites(self, model: nn.Module, groups: Groups) -> dict[str, int]:
+        layers = [layer for group in groups.prunable() for layer in group.layers]
+        return {x.name: len(x.units) for x in layers if can_gate(get_module(model, x.name))}
+
+    def install(self, module: nn.Module, size: int) -> None:
+        install_gate(module, Blend, size, start=0.5)
+
+    @torch.no_grad()
+    def learn(self, gates: Iterable[Gated]) -> None:
+        """One step of Adam on beta, clamped to [0, 1]; its moments live in the model's buffers, so they are saved."""
+        live = [gate for gate in gates if gate.gate.grad is not None]
+        if not live:
+            return
+        optimizer = torch.optim.Adam([gate.gate for gate in live], self.config.lr, betas=self.config.betas)
+        for gate in live:
+            moments = {"exp_avg": gate.gate_mean, "exp_avg_sq": gate.gate_square}
+            optimizer.state[gate.gate] = {"step": torch.tensor(float(self.steps)), **moments}
+        optimizer.step()
+        for gate in live:
+            gate.gate.clamp_(0, 1)
+
+    def scores(self, model: nn.Module, groups: Groups) -> Tensor:
+        return unit_scores(model, groups, beta_scores)
+
+
+def beta_scores(model: nn.Module, layer: Layer) -> Tensor | None:
+    """`|gamma| (2 beta - 1)` per channel, |gamma| relative to its mean; None if the layer has no trained beta."""
+    module = get_module(model, layer.name)
+    if not isinstance(module, Gated) or not bool(module.gate_square.any()):
+        return None
+    return output_scale(model, layer).to(module.gate.device) * (2 * module.gate.detach() - 1)
