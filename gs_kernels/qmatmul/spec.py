@@ -8,19 +8,18 @@ grid), "half" (half a step off), "points" (one per group, with fractions) or "le
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from gs_kernels.pack.layouts import PLANAR, PackedWeight
-from gs_kernels.pack.pack import dequantize_packed, pack_weight
+from gs_kernels.pack.pack import pack_weight
 from gs_kernels.qmatmul.fp8 import qmatmul_fp8
 from gs_kernels.qmatmul.gate import FP8, INT8, MATMUL, ROWS
 from gs_kernels.qmatmul.int8 import qmatmul_int8, quantize_rows, row_sums
 from gs_kernels.qmatmul.op import qmatmul
+from gs_kernels.qmatmul.peers import float_linear, peers
 from gs_kernels.qmatmul.ref import FP8_MAX, qmatmul_fp8_ref, qmatmul_int8_ref, qmatmul_ref, quantize_rows_ref
 from gs_kernels.spec import Case, Cost, OpSpec, Shape, Tol
 
@@ -36,8 +35,8 @@ EXACT = {torch.float32: Tol(0, 0), torch.float16: Tol(0, 0), torch.bfloat16: Tol
 
 
 def shape(x: tuple[int, ...], n: int, bits: int, group: int, zero: str = "middle", **more: Any) -> Shape:
-    about = {"x": x, "axis": -1, "group": group, "n": n, "bits": bits, "zero": zero}
-    return about | {"activation": "none", "bias": True, "static": False} | more
+    about = {"x": x, "n": n, "bits": bits, "group": group, "zero": zero}
+    return about | {"activation": "none", "bias": True, "static": False, "axis": -1} | more
 
 
 def make_weight(s: Shape, device: torch.device, generator: torch.Generator, dtype: torch.dtype) -> PackedWeight:
@@ -115,27 +114,6 @@ def rows_cost(s: Shape, dtype: torch.dtype) -> Cost:
     return Cost(nbytes=size * (dtype.itemsize + 1) + 4 * size // s["x"][-1], flops=6 * size)
 
 
-def _once_per_weight(prepare: Callable[[PackedWeight, torch.dtype], Any]) -> Callable[[PackedWeight, torch.dtype], Any]:
-    """What a library makes of a weight at load time is not timed."""
-    known: Any = WeakIdKeyDictionary()
-
-    def prepared(weight: PackedWeight, dtype: torch.dtype) -> Any:
-        if weight.codes not in known:
-            known[weight.codes] = prepare(weight, dtype)
-        return known[weight.codes]
-
-    return prepared
-
-
-_float_weight = _once_per_weight(dequantize_packed)
-
-
-def _linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, *, activation: str) -> Tensor:
-    """The float layer that a packed one replaces, its weight dequantised beforehand."""
-    y = torch.nn.functional.linear(x, _float_weight(weight, x.dtype), bias)
-    return y if activation == "none" else getattr(torch.nn.functional, activation)(y)
-
-
 # 1, primes, powers of two ± 1, several tiles each way, parts of K; groups within, at and over a block of 128
 TEST_SHAPES = (
     shape((1, 1), 3, 4, 1),
@@ -196,7 +174,7 @@ SPECS = (
         grad_tol=GRAD_TOL,
         test_shapes=TEST_SHAPES,
         bench_shapes=BENCH_SHAPES,
-        library={"float_linear": _linear},
+        library=peers(),
         aot=MATMUL,
     ),
     OpSpec(
@@ -221,7 +199,7 @@ SPECS = (
         keeps_strides=False,
         test_shapes=FP8_SHAPES,
         bench_shapes={"w4a8": INT8_BENCH["w4a8"]},
-        library={"float_linear": _linear},
+        library={"float_linear": float_linear},
         aot=FP8,
     ),
     OpSpec(

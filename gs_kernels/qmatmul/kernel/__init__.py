@@ -1,6 +1,6 @@
 """Launchers of products with packed weights, under the names that the ops look for."""
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from gs_kernels.qmatmul.ref import ACTIVATIONS
 from gs_kernels.qmatmul.tiles import choose_int8_plan, choose_plan
 
 MAX_STRIDE = 1 << 22  # offsets inside a tile of x are 32-bit
+
+
+_known_plan = lru_cache(maxsize=4096)(choose_plan)
 
 
 @cache
@@ -62,9 +65,10 @@ def qmatmul_triton(
     parts = (codes, scale, _same_strides(scale, zero_points), zero, levels)
     group = _grouping(k, group_size)
     asm, sm, sm_count = device_of(x)
-    shape = rows.shape[0], n, k
-    plan = choose_plan(
-        *shape, bits, x_bits=8 * x.itemsize, levels=levels is not None, sm=sm, sm_count=sm_count
+    # sizes that are symbols cannot be hashed
+    find = _known_plan if is_eager(x) else choose_plan
+    plan = find(
+        rows.shape[0], n, k, bits, x_bits=8 * x.itemsize, levels=levels is not None, sm=sm, sm_count=sm_count
     )
     if rows.shape[0] == 0:
         y = x.new_empty(0, n)
