@@ -18,6 +18,7 @@ from gs_algos.quant.ranges import clip_ratio, search_range
 from gs_algos.quant.scheme import Scheme, n_scales
 from gs_kernels import PerTensor, choose_qparams, dynamic_fake_quant, fake_quant, minmax, observe_fake_quant
 
+STATE = ("scale", "zero", "clip", "range")  # fp32 whatever the model is cast to
 SMALLEST_SCALE = 2.0**-40  # a learnt step is clamped to this after each optimizer step, so that it stays positive
 
 
@@ -81,11 +82,12 @@ class Quantizer(nn.Module):
         return quantized if self.gate is None else torch.where(self.gate, quantized, x)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        before = {name: t.detach() for name in STATE if isinstance(t := getattr(self, name, None), Tensor)}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name in ("scale", "zero"):
+        for name, kept in before.items():
             tensor = getattr(self, name)
-            if tensor.dtype != torch.float32:
-                tensor.data = tensor.data.float()
+            if tensor.dtype != kept.dtype:  # a cast of the model is for its arithmetic; the device is followed
+                tensor.data = kept.to(tensor.device)
         return self
 
     def extra_repr(self) -> str:
@@ -217,8 +219,8 @@ class ActivationQuantizer(Quantizer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
         super()._apply(fn, recurse)
-        self.range = self.range.float()
-        self.pending = fn(self.pending).float()
+        moved = fn(self.pending)
+        self.pending = moved if moved.dtype == self.pending.dtype else self.pending.to(moved.device)
         return self
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import gs_algos
 from gs_algos import SimQAT
+from gs_algos.qat import convert
 from gs_algos.quant.quantized import QuantizedConv, QuantizedLinear
 from tests.fx.nets import Chain, Functional, NormAct, image
 
@@ -107,3 +108,24 @@ def test_an_activation_inside_a_norm_still_runs_behind_the_fold():
     assert net.bn(net.conv(image())).min().item() == 0.0
     net = algo.convert(net)
     assert isinstance(net.bn.act, nn.ReLU) and "bn.running_mean" not in net.state_dict()
+
+
+class Summed(nn.Module):
+    """Two convs whose batch norms hold an activation, which the sum reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.a_bn, self.b, self.b_bn = nn.Conv2d(3, 4, 3), NormAct(4), nn.Conv2d(3, 4, 3), NormAct(4)
+
+    def forward(self, x):
+        return self.a_bn(self.a(x)) + self.b_bn(self.b(x))
+
+
+def test_a_layer_behind_whose_activation_values_are_rounded_is_not_held_to_the_last_bit(monkeypatch):
+    torch.manual_seed(0)
+    net, algo = Summed(), SimQAT()
+    assert [row.site for row in algo.plan(net, image()).acted()] == ["a", "b", "add of a_bn.act, b_bn.act"]
+    algo.apply(net, image())
+    monkeypatch.setitem(convert.LAYER_TOLERANCE, torch.float32, -1.0)
+    algo.convert(net)
+    assert algo.parity.layer_error < 1e-2

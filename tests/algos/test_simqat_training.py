@@ -11,6 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from gs_algos import SimQAT
+from gs_algos.quant.quantizers import WeightQuantizer
+from gs_algos.quant.scheme import Scheme
+from gs_kernels import PerChannel, fake_quant
 from tests.algos.nets import SmallConvNet, images, mlp, train
 
 
@@ -186,6 +189,30 @@ def test_learned_steps_get_gradients_and_stay_positive():
     optimizer.step()
     algo.step()
     assert all(q.min().item() > 0 for q in (net.stem.weight_quantizer.scale, net.fc.input_quantizer.scale))
+
+
+def test_the_gradient_of_a_learned_step_is_scaled_by_its_elements_and_levels():
+    """Esser et al. 2020, section 2.2: g = 1 / sqrt(N * qmax)."""
+    weight = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    quantizer = WeightQuantizer(Scheme.parse("int4@channel:lsq", "weight"), weight)
+    quantizer.initialise(weight)
+    step = quantizer.scale.detach().clone().requires_grad_()
+    fake_quant(weight, step, torch.zeros(3), qmin=-8, qmax=7, granularity=PerChannel(0)).square().sum().backward()
+    quantizer(weight).square().sum().backward()
+    torch.testing.assert_close(quantizer.scale.grad, step.grad / (40 * 7) ** 0.5)
+
+
+@pytest.mark.parametrize("weight, act", [("int4@channel:lsq", "int8@tensor:lsq"), ("int4@channel:mse", "int8@tensor")])
+def test_a_cast_of_the_model_leaves_ranges_and_steps_as_they_are(weight, act):
+    torch.manual_seed(0)
+    net, algo = mlp(), SimQAT(weight=weight, act=act)
+    algo.apply(net, torch.randn(8, 16))
+    before = {key: value.clone() for key, value in net.state_dict().items() if "quantizer" in key}
+    steps = algo.learned_parameters()
+    net.train().bfloat16()(torch.randn(8, 16).bfloat16())
+    assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())
+    assert net[0].weight.dtype == torch.bfloat16 and net[0].input_quantizer.pending.dtype == torch.float32
+    assert all(a is b for a, b in zip(algo.learned_parameters(), steps, strict=True))
 
 
 def test_a_step_has_no_host_sync():

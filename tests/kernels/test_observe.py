@@ -44,6 +44,12 @@ def test_a_symmetric_grid_of_two_levels_is_plus_and_minus_half_a_scale(signed, d
     assert scale.tolist() == [6.0] and y.tolist() == [-3.0, -3.0, 3.0, 3.0]
 
 
+@pytest.mark.parametrize("bits, middle", [(8, 128.0), (4, 8.0), (2, 2.0), (1, 0.5)])
+def test_a_symmetric_unsigned_grid_has_0_in_its_upper_middle(bits, middle, device):
+    scale, zero = choose_qparams(*ranges(device, [-3.0], [1.0]), qmin=0, qmax=2**bits - 1, symmetric=True)
+    assert (scale.item(), zero.item()) == (pytest.approx(6.0 / (2**bits - 1)), middle)
+
+
 def test_a_grid_always_holds_0_exactly(device):
     scale, zero = choose_qparams(
         *ranges(device, [2.0, -5.0, -1.0], [6.0, -1.0, 3.0]), qmin=0, qmax=255, symmetric=False
