@@ -1,12 +1,14 @@
-"""SLB on the CPU: compiled passes over blocks of rows, whose logits are still in the cache when they are read again.
+"""SLB on the CPU: compiled passes over blocks of rows, whose logits are still in a cache when they are read again.
 
-A pass names every level, so that a weight's logits and their exponentials live in vector registers. Small weights run
-as the reference.
+Small weights run as the reference.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +17,17 @@ from torch import Tensor
 
 from gs_kernels.compiled import Chain, call, compiled
 from gs_kernels.pack.pack import pack_codes
+from gs_kernels.slb.chains import (
+    adamw_chain,
+    gradient_chain,
+    mix_chain,
+    more_chain,
+    pick_chain,
+    plain_sgd_chain,
+    sgd_chain,
+    slope_chain,
+    weight_chain,
+)
 from gs_kernels.slb.layout import empty_weight
 from gs_kernels.slb.ref import (
     TAU_MAX,
@@ -28,104 +41,28 @@ from gs_kernels.slb.ref import (
 
 COMPILE_FROM = 1 << 16  # logits; below, an eager chain costs less than the wait for a compiler could win back
 CHUNK = 16  # levels named in one pass; more are mixed chunk by chunk
-BLOCK_BYTES = 1 << 24  # logits of a block of rows: few blocks, each within a last-level cache
+BLOCK_BYTES = 1 << 22  # logits of a block of rows
+HUGE_FROM = 1 << 22  # bytes
 ROWS, COLUMNS = 37, 4099  # of an example
-
-
-def mix_chain(a: Tensor, v: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits `[O, L, R]` the largest, the sum of exp((a - m) * c) and the same sum weighted with the levels."""
-    planes = [p.float() for p in a.unbind(1)]
-    if len(planes) == 1:
-        planes = [torch.zeros_like(planes[0]), planes[0]]
-    m = planes[0].clamp(min=-TAU_MAX)
-    for p in planes[1:]:
-        m = torch.maximum(m, p)
-    s, acc = torch.zeros_like(m), torch.zeros_like(m)
-    for k, p in enumerate(planes):
-        e = ((p - m) * c).exp()
-        s, acc = s + e, acc + e * v[k]
-    return m, s, acc
-
-
-def more_chain(a: Tensor, v: Tensor, c: Tensor, m: Tensor, s: Tensor, acc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, of further levels."""
-    top, more, weighted = mix_chain(a, v, c)
-    largest = torch.maximum(m, top)
-    old, new = ((m - largest) * c).exp(), ((top - largest) * c).exp()
-    return largest, s * old + more * new, acc * old + weighted * new
-
-
-def weight_chain(w: Tensor, a: Tensor, v: Tensor, c: Tensor, scale: Tensor) -> None:
-    _, s, acc = mix_chain(a, v, c)
-    w.copy_(acc / s * scale)
-
-
-def slope_chain(dw: Tensor, a: Tensor, v: Tensor, c: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """m, W_c and g, of which `gradient` makes the gradient of any logit."""
-    m, s, acc = mix_chain(a, v, c)
-    return m, acc / s, dw.float() * scale * c / s
-
-
-def gradient(a: Tensor, v: Tensor, c: Tensor, m: Tensor, w: Tensor, g: Tensor) -> Tensor:
-    """dW * scale * P * (v - W_c) / tau. A single plane of logits is that of level 1."""
-    v = v[-a.shape[1] :].view(1, -1, 1)
-    return g.unsqueeze(1) * ((a.float() - m.unsqueeze(1)) * c).exp() * (v - w.unsqueeze(1))
-
-
-def gradient_chain(da: Tensor, a: Tensor, v: Tensor, c: Tensor, m: Tensor, w: Tensor, g: Tensor) -> None:
-    da.copy_(gradient(a, v, c, m, w, g))
-
-
-def adamw_chain(
-    a: Tensor, avg: Tensor, sq: Tensor, v: Tensor, c: Tensor, m: Tensor, w: Tensor, g: Tensor, hyper: Tensor
-) -> None:
-    """hyper: 1 - beta1, 1 - beta2, lr / correction1, sqrt(correction2), eps, 1 - lr * weight_decay."""
-    da = gradient(a, v, c, m, w, g)
-    avg_new = avg.float() * (1 - hyper[0]) + da * hyper[0]
-    sq_new = sq.float() * (1 - hyper[1]) + da * da * hyper[1]
-    a.copy_(a.float() * hyper[5] - hyper[2] * avg_new / (sq_new.sqrt() / hyper[3] + hyper[4]))
-    avg.copy_(avg_new)
-    sq.copy_(sq_new)
-
-
-def sgd_chain(
-    a: Tensor, buf: Tensor, v: Tensor, c: Tensor, m: Tensor, w: Tensor, g: Tensor, hyper: Tensor, nesterov: bool
-) -> None:
-    """hyper: lr, weight_decay, momentum."""
-    da = gradient(a, v, c, m, w, g) + hyper[1] * a.float()
-    buf_new = hyper[2] * buf.float() + da
-    a.copy_(a.float() - hyper[0] * (da + hyper[2] * buf_new if nesterov else buf_new))
-    buf.copy_(buf_new)
-
-
-def plain_sgd_chain(a: Tensor, v: Tensor, c: Tensor, m: Tensor, w: Tensor, g: Tensor, hyper: Tensor) -> None:
-    da = gradient(a, v, c, m, w, g) + hyper[1] * a.float()
-    a.copy_(a.float() - hyper[0] * da)
-
-
-def pick_chain(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The code of the largest logit, uint8, and its level, NaN if a logit is."""
-    planes = list(a.unbind(1))
-    if len(planes) == 1:
-        planes = [torch.zeros_like(planes[0]), planes[0]]
-    nan = planes[0].isnan()
-    best = torch.where(nan, torch.inf, planes[0])
-    code = torch.zeros_like(best, dtype=torch.int32)
-    level = v[0].expand(best.shape)
-    for k, p in enumerate(planes[1:], 1):
-        is_nan = p.isnan()
-        nan = nan | is_nan
-        p = torch.where(is_nan, torch.inf, p)
-        better = p > best
-        code = torch.where(better, k, code)
-        level = torch.where(better, v[k], level)
-        best = torch.maximum(best, p)
-    return code.to(torch.uint8), torch.where(nan, torch.nan, level)
+LOG2E = 1.4426950408889634
 
 
 def _worth_compiling(logits: Tensor) -> bool:
     # the compiler makes code of its own for sizes of 1
     return logits.numel() >= COMPILE_FROM and logits.shape[0] > 1 and logits[0, 0].numel() > 1
+
+
+def _in_huge_pages(t: Tensor) -> Tensor:
+    """t, just allocated; if large, Linux is advised to map it in huge pages.
+
+    The faults of a fresh tensor's 4 KB pages take longer than the passes that write it. `THP_MEM_ALLOC_ENABLE=1` makes
+    torch do the same for every tensor.
+    """
+    if sys.platform == "linux" and t.nbytes >= HUGE_FROM:
+        first = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = t.data_ptr() + t.nbytes - first
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+    return t
 
 
 def _run(chain: Chain, *args: Any) -> Any:
@@ -170,12 +107,25 @@ def _mix(a: Tensor, v: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return m, s, acc
 
 
-def _slope(dw: Tensor, a: Tensor, v: Tensor, c: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if a.shape[1] <= CHUNK:
-        m, w, g = _run(slope_chain, dw, a, v, c, scale)
-        return m, w, g
-    m, s, acc = _mix(a, v, c)
-    return m, acc.div_(s), (c / s).mul_(scale).mul_(dw)
+def _slopes(
+    dw: Tensor, a: Tensor, v: Tensor, temperature: Tensor, scale: Tensor | None
+) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """Blocks of rows and what `gradient` needs of each: v, c, m, W_c, g. The next block overwrites the last three."""
+    o, planes, r = a.shape
+    dw, inverse = dw.reshape(o, r), _inverse(temperature)
+    rate, c = _column(scale, o) * inverse, inverse * LOG2E
+    out: tuple[Tensor, ...] = ()
+    for block in _blocks(a):
+        if planes > CHUNK:
+            m, s, acc = _mix(a[block], v, c)
+            yield block, (v, c, m, acc.div_(s), (rate[block] / s).mul_(dw[block]))
+            continue
+        rows = block.stop - block.start
+        # the last block may have one row more
+        out = out or tuple(torch.empty(rows + 1, r) for _ in range(3))
+        m, w, g = (t[:rows] for t in out)
+        _run(slope_chain, m, w, g, dw[block], a[block], v, c, rate[block])
+        yield block, (v, c, m, w, g)
 
 
 def _inverse(temperature: Tensor) -> Tensor:
@@ -183,6 +133,7 @@ def _inverse(temperature: Tensor) -> Tensor:
 
 
 def _column(scale: Tensor | None, rows: int) -> Tensor:
+    """A scale for each row, `[O, 1]`."""
     return torch.ones(rows, 1) if scale is None else scale.view(-1, 1)
 
 
@@ -200,15 +151,15 @@ def slb_weight_cpu(
         w = slb_weight_ref(logits, levels, temperature, scale, hard=hard, shape=shape, dtype=dtype)
         return w if not channels_last else empty_weight(logits, shape, dtype, True).copy_(w)
     a = logits.contiguous().flatten(2)
-    out = torch.empty(shape, dtype=dtype)
+    out = _in_huge_pages(torch.empty(shape, dtype=dtype))
     rows, column = out.view(a.shape[0], -1), _column(scale, a.shape[0])
     if hard:
         torch.mul(_run(pick_chain, a, levels)[1], column, out=rows)
     elif a.shape[1] <= CHUNK:
-        _run(weight_chain, rows, a, levels, _inverse(temperature), column)
+        _run(weight_chain, rows, a, levels, _inverse(temperature) * LOG2E, column)
     else:
         for block in _blocks(a):
-            _, s, acc = _mix(a[block], levels, _inverse(temperature))
+            _, s, acc = _mix(a[block], levels, _inverse(temperature) * LOG2E)
             rows[block] = acc.div_(s).mul_(column[block])
     return out if not channels_last else empty_weight(logits, shape, dtype, True).copy_(out)
 
@@ -225,17 +176,18 @@ def slb_weight_backward_cpu(
 ) -> tuple[Tensor, Tensor]:
     o = logits.shape[0]
     da = torch.empty_like(logits, memory_format=torch.contiguous_format) if for_logits else logits.new_empty(0)
+    da = _in_huge_pages(da)
     dscale = torch.empty(o if for_scale else 0)
     if hard or not _worth_compiling(logits):
         found = slb_weight_backward_ref(dw, logits, levels, temperature, scale, hard=hard)
         return found[0] if for_logits else da, found[1] if for_scale else dscale
-    a, g, column, c = logits.contiguous().flatten(2), dw.reshape(o, -1), _column(scale, o), _inverse(temperature)
-    for block in _blocks(a):
-        m, w, slope = _slope(g[block], a[block], levels, c, column[block])
+    a = logits.contiguous().flatten(2)
+    dw = dw.reshape(o, -1)
+    for block, slopes in _slopes(dw, a, levels, temperature, scale):
         if for_scale:
-            torch.sum(w * g[block], 1, out=dscale[block])
+            torch.sum(slopes[3] * dw[block], 1, out=dscale[block])
         if for_logits:
-            _run(gradient_chain, da.flatten(2)[block], a[block], levels, c, m, w, slope)
+            _run(gradient_chain, da.flatten(2)[block], a[block], *slopes)
     return da, dscale
 
 
@@ -322,7 +274,5 @@ def _update(
     *hyper: Any,
 ) -> None:
     a, *others = (t.flatten(2) for t in state)
-    g, column, c = dw.reshape(a.shape[0], -1), _column(scale, a.shape[0]), _inverse(temperature)
-    for block in _blocks(a):
-        slope = _slope(g[block], a[block], levels, c, column[block])
-        _run(chain, a[block], *(t[block] for t in others), levels, c, *slope, *hyper)
+    for block, slopes in _slopes(dw, a, levels, temperature, scale):
+        _run(chain, a[block], *(t[block] for t in others), *slopes, *hyper)

@@ -18,6 +18,7 @@ from gs_kernels import (
     unpack_codes,
 )
 from gs_kernels.dispatch import INTERPRET
+from gs_kernels.slb import chains as chains_module
 from gs_kernels.slb import cpu
 from gs_kernels.slb.ref import slb_adamw_ref, slb_sgd_ref, slb_weight_backward_ref, slb_weight_ref
 from tests.helpers import relative_rms, same_bits
@@ -293,6 +294,14 @@ def test_training_by_steps_finds_the_nearest_levels(device, generator):
 
 
 # -- the CPU's compiled passes
+
+
+def test_exponentials_of_the_cpu_passes_are_right_to_the_last_bits():
+    t = torch.cat([torch.linspace(-126, 0, 100001), torch.tensor([-0.5, -0.49999997, -1.5, -2.5])])
+    want = t.double().exp2()
+    assert ((chains_module.exp2(t).double() - want) / want).abs().max() < 1.5e-7
+    edges = chains_module.exp2(torch.tensor([0.0, -1.0, -126.6, -3e38, -INF, NAN]))
+    assert edges[:5].tolist() == [1.0, 0.5, 0.0, 0.0, 0.0] and edges[5].isnan()
 
 
 @pytest.fixture
