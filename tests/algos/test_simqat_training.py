@@ -107,6 +107,15 @@ def test_unquantized_fold_equals_the_float_batch_norm_in_training(fold):
     torch.testing.assert_close(net.block.bn2.running_mean, reference.block.bn2.running_mean)
 
 
+@pytest.mark.parametrize("fold", ["one_conv", "two_conv"])
+def test_the_grid_of_a_folded_weight_follows_the_batch_norm_at_each_step(fold):
+    net, algo = prepared(fold_bn=fold)
+    before = net.stem.sigma.clone()
+    train(net, algo, steps=2)
+    assert torch.equal(net.stem.sigma, (net.bn.running_var + net.bn.eps).sqrt())
+    assert not torch.equal(net.stem.sigma, before)
+
+
 def test_unquantized_freezable_batch_norm_equals_the_float_one():
     net, _ = prepared(fold_bn=False, freeze_bn=5, quant_delay=10)
     reference = SmallConvNet()
