@@ -300,3 +300,20 @@ def test_more_steps_than_planned_leave_the_codes_as_they_are():
     weight = net.stem.weight.clone()
     train(net, algo, steps=2)
     assert algo.steps == 7 and torch.equal(net.stem.weight, weight)
+
+
+def test_what_is_saved_for_backward_is_the_weight_and_never_the_softmax():
+    torch.manual_seed(0)
+    x = torch.randn(4, 256)
+    net = SLB(weight="4bit@channel", total_steps=4).apply(nn.Sequential(nn.Linear(256, 128)), x).train()
+    saved: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        net(x)
+    logits = net[0].search.logits
+    assert saved.pop(logits.data_ptr()) == 16 * 4 * 128 * 256  # the parameter itself
+    assert sum(saved.values()) <= 1.1 * 4 * 128 * 256 + x.untyped_storage().nbytes()
