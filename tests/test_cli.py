@@ -205,7 +205,7 @@ def test_an_interrupted_demo_resumes_to_the_same_network(tmp_path, capsys, monke
         (["demo", "--data", "cifar9"], "one of digits, fashion-mnist, mnist, cifar10, imagefolder, got 'cifar9'"),
         (["demo", "--data", "fashion-mnist:/nowhere"], "dataset-fashion-mnist"),
         (["demo", "--model", "alexnet"], "one of lenet5, resnet20, resnet56, resnet18, mobilenetv2, vit-tiny"),
-        (["demo", "--algorithm", "magic"], "must be one of simqat"),
+        (["demo", "--algorithm", "magic"], "name must be one of"),
         (["demo", "--weight", "int9@channel"], "must have 1 to 8 bits"),
         (["demo", "--device", "tpu"], "--device must be"),
         (["demo", "--batch-size", "0"], "batch_size: must be in 1..1438"),

@@ -108,7 +108,7 @@ def test_latency_is_that_of_the_cut_network():
     cost = latency_cost(net, groups, x)
     few = groups.everything()
     few[8:1024] = few[1032:] = False
-    assert cost(few) < 60 and cost(groups.everything()) == 100 and net[0].out_features == 2048
+    assert cost(few) < 60 and cost(groups.everything()) == 100 and net[0].out_features == 1024
 
 
 def test_a_rule_on_one_layer_keeps_what_is_coupled_with_it():
