@@ -101,8 +101,8 @@ def plain_sgd_chain(a: Tensor, v: Tensor, c: Tensor, m: Tensor, w: Tensor, g: Te
     a.copy_(a.float() - hyper[0] * da)
 
 
-def pick_chain(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The code of the largest logit, uint8, and its level, NaN if a logit is."""
+def pick_chain(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest logit, where NaN counts as infinity; its code, uint8; and its level, NaN if a logit is."""
     planes = list(a.unbind(1))
     if len(planes) == 1:
         planes = [torch.zeros_like(planes[0]), planes[0]]
@@ -118,4 +118,4 @@ def pick_chain(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         code = torch.where(better, k, code)
         level = torch.where(better, v[k], level)
         best = torch.maximum(best, p)
-    return code.to(torch.uint8), torch.where(nan, torch.nan, level)
+    return best, code.to(torch.uint8), torch.where(nan, torch.nan, level)

@@ -39,7 +39,8 @@ from gs_kernels.slb.ref import (
     slb_weight_ref,
 )
 
-COMPILE_FROM = 1 << 16  # logits; below, an eager chain costs less than the wait for a compiler could win back
+COMPILE_FROM = 1 << 18  # logits; below, eager operations cost less than calls of compiled code
+PICK_FROM = 1 << 16  # logits to choose among: an eager argmax over levels is slow
 CHUNK = 16  # levels named in one pass; more are mixed chunk by chunk
 BLOCK_BYTES = 1 << 22  # logits of a block of rows
 HUGE_FROM = 1 << 22  # bytes
@@ -47,9 +48,9 @@ ROWS, COLUMNS = 37, 4099  # of an example
 LOG2E = 1.4426950408889634
 
 
-def _worth_compiling(logits: Tensor) -> bool:
+def _worth_compiling(logits: Tensor, least: int) -> bool:
     # the compiler makes code of its own for sizes of 1
-    return logits.numel() >= COMPILE_FROM and logits.shape[0] > 1 and logits[0, 0].numel() > 1
+    return logits.numel() >= least and logits.shape[0] > 1 and logits.shape[2:].numel() > 1
 
 
 def _in_huge_pages(t: Tensor) -> Tensor:
@@ -98,13 +99,33 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
         start = stop
 
 
-def _mix(a: Tensor, v: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _chunks(a: Tensor, v: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Logits and levels in parts of about equal size, of at most CHUNK levels."""
     chunks = -(-a.shape[1] // CHUNK)
+    return a.tensor_split(chunks, 1), v.tensor_split(chunks)
+
+
+def _mix(a: Tensor, v: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     state: tuple[Tensor, ...] = ()
-    for part, levels in zip(a.tensor_split(chunks, 1), v.tensor_split(chunks), strict=True):
+    for part, levels in zip(*_chunks(a, v), strict=True):
         state = _run(more_chain if state else mix_chain, part, levels, c, *state)
     m, s, acc = state
     return m, s, acc
+
+
+def _pick(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Code and level of the largest logit."""
+    parts, levels = _chunks(a, v)
+    best, code, level = _run(pick_chain, parts[0], levels[0])
+    first = parts[0].shape[1]
+    for part, values in zip(parts[1:], levels[1:], strict=True):
+        top, among, its = _run(pick_chain, part, values)
+        better = top > best
+        code = torch.where(better, among + first, code)
+        level = torch.where(better | its.isnan(), its, level)
+        best = torch.maximum(best, top)
+        first += part.shape[1]
+    return code, level
 
 
 def _slopes(
@@ -113,7 +134,7 @@ def _slopes(
     """Blocks of rows and what `gradient` needs of each: v, c, m, W_c, g. The next block overwrites the last three."""
     o, planes, r = a.shape
     dw, inverse = dw.reshape(o, r), _inverse(temperature)
-    rate, c = _column(scale, o) * inverse, inverse * LOG2E
+    rate, c = _column(scale, o) * inverse, torch.tensor([inverse * LOG2E])
     out: tuple[Tensor, ...] = ()
     for block in _blocks(a):
         if planes > CHUNK:
@@ -128,8 +149,10 @@ def _slopes(
         yield block, (v, c, m, w, g)
 
 
-def _inverse(temperature: Tensor) -> Tensor:
-    return torch.where((temperature >= TAU_MIN) & (temperature <= TAU_MAX), 1.0 / temperature, torch.nan)
+def _inverse(temperature: Tensor) -> float:
+    """1 / temperature, NaN if it is out of range."""
+    tau = temperature.item()
+    return 1 / tau if TAU_MIN <= tau <= TAU_MAX else math.nan
 
 
 def _column(scale: Tensor | None, rows: int) -> Tensor:
@@ -147,19 +170,23 @@ def slb_weight_cpu(
     channels_last: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    if not _worth_compiling(logits) or (hard and logits.shape[1] > CHUNK):
+    if not _worth_compiling(logits, PICK_FROM if hard else COMPILE_FROM):
         w = slb_weight_ref(logits, levels, temperature, scale, hard=hard, shape=shape, dtype=dtype)
         return w if not channels_last else empty_weight(logits, shape, dtype, True).copy_(w)
     a = logits.contiguous().flatten(2)
     out = _in_huge_pages(torch.empty(shape, dtype=dtype))
-    rows, column = out.view(a.shape[0], -1), _column(scale, a.shape[0])
+    rows, column, c = (
+        out.view(a.shape[0], -1),
+        _column(scale, a.shape[0]),
+        torch.tensor([_inverse(temperature) * LOG2E]),
+    )
     if hard:
-        torch.mul(_run(pick_chain, a, levels)[1], column, out=rows)
+        torch.mul(_pick(a, levels)[1], column, out=rows)
     elif a.shape[1] <= CHUNK:
-        _run(weight_chain, rows, a, levels, _inverse(temperature) * LOG2E, column)
+        _run(weight_chain, rows, a, levels, c, column)
     else:
         for block in _blocks(a):
-            _, s, acc = _mix(a[block], levels, _inverse(temperature) * LOG2E)
+            _, s, acc = _mix(a[block], levels, c)
             rows[block] = acc.div_(s).mul_(column[block])
     return out if not channels_last else empty_weight(logits, shape, dtype, True).copy_(out)
 
@@ -178,7 +205,7 @@ def slb_weight_backward_cpu(
     da = torch.empty_like(logits, memory_format=torch.contiguous_format) if for_logits else logits.new_empty(0)
     da = _in_huge_pages(da)
     dscale = torch.empty(o if for_scale else 0)
-    if hard or not _worth_compiling(logits):
+    if hard or not _worth_compiling(logits, COMPILE_FROM):
         found = slb_weight_backward_ref(dw, logits, levels, temperature, scale, hard=hard)
         return found[0] if for_logits else da, found[1] if for_scale else dscale
     a = logits.contiguous().flatten(2)
@@ -192,10 +219,10 @@ def slb_weight_backward_cpu(
 
 
 def slb_pack_cpu(logits: Tensor, bits: int) -> Tensor:
-    if not _worth_compiling(logits) or logits.shape[1] > CHUNK:
+    if not _worth_compiling(logits, PICK_FROM):
         return slb_pack_ref(logits, bits=bits)
     levels = torch.zeros(max(2, logits.shape[1]))
-    return pack_codes(_run(pick_chain, logits.contiguous().flatten(2), levels)[0], bits)
+    return pack_codes(_pick(logits.contiguous().flatten(2), levels)[0], bits)
 
 
 def slb_adamw__cpu(
@@ -219,7 +246,7 @@ def slb_adamw__cpu(
         return
     lr = lr if lr_tensor is None else lr_tensor.item()
     state = (logits, exp_avg, exp_avg_sq)
-    if not _worth_compiling(logits):
+    if not _worth_compiling(logits, COMPILE_FROM):
         kwargs: dict[str, Any] = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
         new = slb_adamw_ref(logits, dw, levels, temperature, exp_avg, exp_avg_sq, step, scale, **kwargs)
         _assign(state, new)
@@ -248,7 +275,7 @@ def slb_sgd__cpu(
         return
     lr = lr if lr_tensor is None else lr_tensor.item()
     state = (logits,) if momentum_buffer is None else (logits, momentum_buffer)
-    if not _worth_compiling(logits):
+    if not _worth_compiling(logits, COMPILE_FROM):
         kwargs: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         _assign(state, slb_sgd_ref(logits, dw, levels, temperature, momentum_buffer, scale, **kwargs))
         return

@@ -40,11 +40,14 @@ def choices(logits: Tensor) -> Tensor:
     return torch.where(a.isnan(), torch.inf, a).argmax(1)
 
 
-def mix(logits: Tensor, levels: Tensor, temperature: Tensor, hard: bool) -> Tensor:
-    """W_c = sum_i P_i v_i, or W_q = v_argmax(A), `[O, R]`."""
-    if hard:
-        return torch.where(planes(logits).isnan().any(1), torch.nan, levels[choices(logits)])
-    return (probabilities(logits, temperature) * levels.view(1, -1, 1)).sum(1)
+def mix(p: Tensor, levels: Tensor) -> Tensor:
+    """W_c = sum_i P_i v_i, `[O, R]`."""
+    return (p * levels.view(1, -1, 1)).sum(1)
+
+
+def chosen(logits: Tensor, levels: Tensor) -> Tensor:
+    """W_q = v_argmax(A), `[O, R]`; NaN where a logit is."""
+    return torch.where(planes(logits).isnan().any(1), torch.nan, levels[choices(logits)])
 
 
 def slb_weight_ref(
@@ -58,7 +61,7 @@ def slb_weight_ref(
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    w = mix(logits, levels, temperature, hard)
+    w = chosen(logits, levels) if hard else mix(probabilities(logits, temperature), levels)
     if scale is not None:
         w = w * scale.view(-1, 1)
     size = tuple(shape) if shape is not None else (logits.shape[0], *logits.shape[2:])
@@ -76,14 +79,13 @@ def slb_weight_backward_ref(
 ) -> tuple[Tensor, Tensor]:
     """dlogits, `dA_k = dW * s * P_k * (v_k - W_c) / tau` (0 if hard), and dscale, `sum of dW * W_c`."""
     g = wide(dw).reshape(dw.shape[0], -1)
-    w = mix(logits, levels, temperature, hard)
-    dscale = (g * w).sum(1)
     if hard:
-        return torch.zeros_like(logits), dscale
+        return torch.zeros_like(logits), (g * chosen(logits, levels)).sum(1)
     p = probabilities(logits, temperature)
-    s = 1.0 if scale is None else scale.view(-1, 1, 1)
-    da = g.unsqueeze(1) * s * p * (levels.view(1, -1, 1) - w.unsqueeze(1)) / temperature
-    return da[:, -logits.shape[1] :].reshape(logits.shape).to(logits.dtype), dscale
+    w = mix(p, levels)
+    s = 1.0 if scale is None else scale.view(-1, 1)
+    da = (g * s / temperature).unsqueeze(1) * p * (levels.view(1, -1, 1) - w.unsqueeze(1))
+    return da[:, -logits.shape[1] :].reshape(logits.shape).to(logits.dtype), (g * w).sum(1)
 
 
 def slb_codes_ref(logits: Tensor) -> Tensor:

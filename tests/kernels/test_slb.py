@@ -308,6 +308,7 @@ def test_exponentials_of_the_cpu_passes_are_right_to_the_last_bits():
 def chains(monkeypatch):
     """Every size takes the CPU's passes, in blocks of two rows and chunks of 4 levels, which are left uncompiled."""
     monkeypatch.setattr(cpu, "COMPILE_FROM", 0)
+    monkeypatch.setattr(cpu, "PICK_FROM", 0)
     monkeypatch.setattr(cpu, "BLOCK_BYTES", 1)
     monkeypatch.setattr(cpu, "CHUNK", 4)
     monkeypatch.setattr(cpu, "compiled", lambda chain, variant, example: chain)
