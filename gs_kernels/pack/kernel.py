@@ -53,6 +53,17 @@ def field_asm(bits, mantissa, least):
 
 
 @constexpr_function
+def sign_asm(mantissa):
+    """PTX: each bit of two containers in a register to the signs of two floats: 1 to 1.0, 0 to -1.0."""
+    minus = 0xBC00 if mantissa == 10 else 0xBF80
+    lines = [".reg .b32 t;"]
+    for j in range(16):
+        lines.append(f"shl.b32 t, $16, {15 - j};")
+        lines.append(f"lop3.b32 ${j}, t, 0x80008000, 0x{minus * 0x10001:08x}, 0x6a;")  # (a & b) ^ c
+    return "{ " + " ".join(lines) + " }"
+
+
+@constexpr_function
 def field_constraints(bits):
     return ",".join(["=r"] * (16 // bits) + ["r"])
 
@@ -70,9 +81,12 @@ def concat(a, b):
 
 
 @triton.jit
-def float_fields(words, BITS: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr):
-    """`code + field_offset` of every field as the bits of a 16-bit float: a tuple of `[R, 8 * BITS]`."""
-    ASM: tl.constexpr = field_asm(BITS, MANTISSA, LEAST)
+def float_fields(words, BITS: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr, SIGN: tl.constexpr):
+    """`code + field_offset`, or of 1 bit, if SIGN, ±1, of every field as the bits of a 16-bit float.
+
+    A tuple of `[R, 8 * BITS]`.
+    """
+    ASM: tl.constexpr = sign_asm(MANTISSA) if SIGN else field_asm(BITS, MANTISSA, LEAST)
     REGISTERS: tl.constexpr = field_constraints(BITS)
     if BITS == 8:
         fields = tl.inline_asm_elementwise(ASM, REGISTERS, [words], dtype=(tl.int16,) * 2, is_pure=True, pack=2)
@@ -107,6 +121,12 @@ def zero_kind(zero, bits, mantissa, asm):
     return 1 if float(2 * zero).is_integer() and 0 <= zero <= 2**bits and (mantissa >= bits or not asm) else -1
 
 
+@constexpr_function
+def is_sign(zero, known, bits, mantissa, asm):
+    """Whether values are ±scale / 2, and made as ±1: one operation less a code."""
+    return known and asm and bits == 1 and mantissa > 0 and float(zero) == 0.5
+
+
 @triton.jit
 def _field(
     words,
@@ -134,6 +154,7 @@ def _field(
         else:
             group = tl.minimum((k + J * WIDTH + tl.arange(0, WIDTH)) // GROUP, G - 1)
             scale, zero = load_grid(scale_ptr, zero_ptr, offs_n[:, None] + (group * stride_sg)[None, :], ZERO)
+    SIGN: tl.constexpr = is_sign(ZERO, zero_ptr is None and levels_ptr is None, BITS, mantissa_bits(T), ASM)
     KIND: tl.constexpr = zero_kind(ZERO, BITS, mantissa_bits(T), ASM) if zero_ptr is None else -1
     near = zero if KIND >= 0 else round_half_even(zero)
     codes = (words >> (J * BITS)).to(tl.int32) & ((1 << BITS) - 1)
@@ -141,6 +162,9 @@ def _field(
         v = tl.load(levels_ptr + codes).to(T)
     elif not ASM:
         v = (codes.to(tl.float32) - near).to(T)
+    elif SIGN:
+        v = floats[J].to(T, bitcast=True)
+        scale = scale * 0.5
     elif mantissa_bits(T) >= BITS:
         OFFSET: tl.constexpr = field_offset(BITS, mantissa_bits(T), 1 if KIND == 1 else 0, J)
         v = floats[J].to(T, bitcast=True) + (-OFFSET - near).to(T)
@@ -205,8 +229,8 @@ def dequantize_block(
 ):
     """A block of 128 codes of each row, planar containers `[R, 8 * BITS]`, as `[R, 128]` in T, and its scales.
 
-    If SCALED, values are `(code - zero) * scale`; else `code - zero`, and `scale`, `[R, 1]` fp32, is still to be
-    applied, which needs GROUP to be a multiple of 128.
+    If SCALED, values are `(code - zero) * scale`; else they are still to be multiplied by what is returned with them,
+    `[R, 1]` fp32, which needs GROUP to be a multiple of 128.
 
     Args:
         grid: (scale_ptr, zero_ptr or None, levels_ptr or None, offs_n, stride_sg, k, G): offs_n `[R]` is where the
@@ -221,15 +245,16 @@ def dequantize_block(
     scale_ptr, zero_ptr, levels_ptr, offs_n, stride_sg, k, _ = grid
     scale, zero = load_grid(scale_ptr, zero_ptr, offs_n + k // GROUP * stride_sg, ZERO)
     scale, zero = scale[:, None], zero[:, None]
+    SIGN: tl.constexpr = is_sign(ZERO, zero_ptr is None and levels_ptr is None, BITS, mantissa_bits(T), ASM)
     KIND: tl.constexpr = zero_kind(ZERO, BITS, mantissa_bits(T), ASM) if zero_ptr is None else -1
     if not ASM or mantissa_bits(T) == 0 or levels_ptr is not None:
         floats = (words,)
     elif mantissa_bits(T) >= BITS:
-        floats = float_fields(words, BITS, mantissa_bits(T), 1 if KIND == 1 else 0)
+        floats = float_fields(words, BITS, mantissa_bits(T), 1 if KIND == 1 else 0, SIGN)
     else:
-        floats = float_fields(words, 4, mantissa_bits(T), 0)
+        floats = float_fields(words, 4, mantissa_bits(T), 0, False)
     values = _fields(words, floats, scale, zero, grid, 0, 16 // BITS, BITS, GROUP, ZERO, T, ASM, SCALED)
-    return values, scale
+    return values, scale * 0.5 if SIGN else scale
 
 
 @constexpr_function

@@ -223,6 +223,14 @@ def test_assembly_makes_each_field_the_float_code_plus_offset(bits, mantissa, le
         assert offset * (1 + least) <= 2.0 ** (mantissa + 1 - least) and offset >= 2.0**bits
 
 
+@pytest.mark.parametrize("mantissa", [10, 7])
+def test_assembly_makes_each_bit_a_sign(mantissa):
+    for j, field in enumerate(ptx.run(kernel.sign_asm(mantissa), [WORDS], 16)):
+        halves = field.view(np.uint16).reshape(-1, 2)
+        floats = halves.view(np.float16) if mantissa == 10 else (halves.astype(np.uint32) << 16).view(np.float32)
+        assert np.array_equal(floats, ((CONTAINERS >> j) & 1) * 2.0 - 1)
+
+
 @pytest.mark.parametrize("bits, fp8", [(1, True), (2, True), (4, True), (1, False), (2, False), (4, False), (8, False)])
 def test_assembly_makes_each_field_a_byte_that_the_tensor_cores_multiply(bits, fp8):
     low, high = WORDS[::2], WORDS[1::2]
