@@ -62,7 +62,7 @@ def dequantize(bits: int, **bounds: Any) -> AotCase:
 def matmul_fp8(bits: int, m: int, **bounds: Any) -> AotCase:
     def run() -> Any:
         kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
-        plan = replace(choose_int8_plan(m, N, K, sm=90, sm_count=132), split_k=1)
+        plan = replace(choose_int8_plan(m, N, K, 128, sm_count=132), split_k=1)
         x8, sums = _meta(m, K, dtype=torch.float8_e4m3fn), _meta(K // 128, m, dtype=torch.float32)
         x_scale, parts = _meta(m, dtype=torch.float32), _parts(bits, 128, False, torch.bfloat16)
         rest = (bits, N, K, 128, "none", torch.bfloat16, plan, True)
@@ -74,8 +74,8 @@ def matmul_fp8(bits: int, m: int, **bounds: Any) -> AotCase:
 def matmul_int8(bits: int, m: int, *, group: int, **bounds: Any) -> AotCase:
     def run() -> Any:
         kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
-        asm, sm, sm_count = kernel.device_of(_meta(1))
-        plan = replace(choose_int8_plan(m, N, K, sm=sm, sm_count=sm_count), split_k=1)
+        asm, _, sm_count = kernel.device_of(_meta(1))
+        plan = replace(choose_int8_plan(m, N, K, group, sm_count=sm_count), split_k=1)
         parts, x = _parts(bits, group, False, torch.float32), _meta(m, K, dtype=torch.int8)
         x_scale = _meta(m, dtype=torch.float32)
         return kernel.multiply_int8(
@@ -118,6 +118,7 @@ MATMUL = (
 INT8 = (
     matmul_int8(4, 16, group=128, mma="IGMMA", max_instructions=2.0, max_shared_stores=4, targets=HOPPER),
     matmul_int8(8, 256, group=K, mma="IGMMA", max_instructions=6.5, max_shared_stores=4, targets=HOPPER),
+    matmul_int8(4, 256, group=32, max_shared_stores=16, targets=("sm_90", "sm_100")),
     matmul_int8(8, 256, group=K, targets=("sm_80", "gfx942")),
 )
 # sums of x by block are many narrow loads, from a cache

@@ -51,7 +51,7 @@ RULES: dict[int, tuple[Rule, ...]] = {
     80: (
         Rule(FEW_ROWS, FEW, programs=2),
         Rule(32, Plan(block_m=32), programs=2),
-        Rule(256, Plan(block_m=64, stages=3), programs=2),
+        Rule(256, Plan(block_m=64, warps=8, stages=3)),
     ),
 }
 
@@ -102,9 +102,15 @@ INT8_RULES = (
 INT8 = Rule(0, Plan(block_m=128, warps=8, stages=3))
 
 
-def choose_int8_plan(m: int, n: int, k: int, *, sm: int, sm_count: int) -> Plan:
-    """The plan of 8-bit x `[m, k]` times a weight `[n, k]`, never dense: sums of integers stay exact."""
-    rule = next((rule for rule in INT8_RULES if m <= rule.rows), INT8)
+def choose_int8_plan(m: int, n: int, k: int, group: int, *, sm_count: int) -> Plan:
+    """The plan of 8-bit x `[m, k]` times a weight `[n, k]`, never dense: sums of integers stay exact.
+
+    Args:
+        group: elements per scale. Groups that end inside a block take a product each: registers hold only few rows.
+        sm_count: number of processors.
+    """
+    known = (rule for rule in INT8_RULES if m <= rule.rows or group % 128 != 0)
+    rule = next(known, INT8)
     return _split(rule.plan, rule.programs * sm_count, m, n, k, 8)
 
 

@@ -105,10 +105,10 @@ def qmatmul_int8_triton(
     if rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], n, dtype=dtype)
     parts = (codes, scale, _same_strides(scale, zero_points), zero, levels)
-    asm, sm, sm_count = device_of(x)
-    plan = choose_int8_plan(rows.shape[0], n, k, sm=sm, sm_count=sm_count)
-    shift = None if x_zero is None or weight_sums is None else x_zero * weight_sums
+    asm, _, sm_count = device_of(x)
     group = _grouping(k, group_size)
+    plan = choose_int8_plan(rows.shape[0], n, k, group, sm_count=sm_count)
+    shift = None if x_zero is None or weight_sums is None else x_zero * weight_sums
     y = multiply_int8(
         rows, x_scale.reshape(-1), None, shift, parts, bias, bits, n, k, group, activation, dtype, plan, asm
     )
@@ -124,10 +124,10 @@ def qmatmul_fp8_triton(
     if m == 0:
         return x.new_empty(*x.shape[:-1], n)
     parts = (codes, scale, _same_strides(scale, zero_points), zero, levels)
-    asm, sm, sm_count = device_of(x)
-    plan = choose_int8_plan(m, n, k, sm=sm, sm_count=sm_count)
+    asm, _, sm_count = device_of(x)
+    group = _grouping(k, group_size)
+    plan = choose_int8_plan(m, n, k, group, sm_count=sm_count)
     sums = x.new_empty(-(-k // 128), m, dtype=torch.float32)
     x8, x_scale = quantize(rows, torch.float8_e4m3fn, sums)
-    group = _grouping(k, group_size)
     y = multiply_int8(x8, x_scale, sums, None, parts, bias, bits, n, k, group, activation, x.dtype, plan, asm)
     return y.view(*x.shape[:-1], n)

@@ -33,7 +33,10 @@ def _qmatmul_int8_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr, ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """A tile of y; with SPLIT_K, of its sum over part of K, fp32 `[SPLIT_K, M, N]`, not yet scaled by row."""
+    """A tile of y; with SPLIT_K, of its sum over part of K, fp32 `[SPLIT_K, M, N]`, not yet scaled by row.
+
+    GROUP: 0 if there is one group.
+    """
     WIDTH: tl.constexpr = 8 * BITS
     T: tl.constexpr = x_ptr.dtype.element_ty
     FP8: tl.constexpr = x_ptr.dtype.element_ty != tl.int8
@@ -41,7 +44,7 @@ def _qmatmul_int8_kernel(
     MIDDLE: tl.constexpr = code_middle(BITS, FP8, ASM)
     FACTOR: tl.constexpr = code_factor(BITS, FP8, ASM)
     CENTRED: tl.constexpr = zero_ptr is None and ZERO == MIDDLE
-    BLOCKS: tl.constexpr = GROUP // 128  # of a group; of no use if groups end inside a block
+    BLOCKS: tl.constexpr = GROUP // 128  # of a group; 0 if there is one, or if groups end inside a block
     tiles_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
     first_m = (pid % tiles_m).to(tl.int64) * BLOCK_M
@@ -78,7 +81,7 @@ def _qmatmul_int8_kernel(
                 x_sums += tl.load(x_sums_ptr + (first + turn).to(tl.int64) * M + first_m + rows)
             elif not CENTRED:
                 x_sums += tl.sum(x.to(SUM), 1)
-            if (first + turn + 1) % BLOCKS == 0 or turn + 1 == count:
+            if GROUP > 0 and ((first + turn + 1) % BLOCKS == 0 or turn + 1 == count):
                 offs = offs_s + k // GROUP * stride_sg
                 acc = _add_group(acc, part, x_sums, scale_ptr, zero_ptr, offs, ZERO, MIDDLE, FACTOR, CENTRED)
                 part = tl.zeros((BLOCK_N, BLOCK_M), SUM)
@@ -93,6 +96,8 @@ def _qmatmul_int8_kernel(
                 acc = _add_group(acc, part, x_sums, scale_ptr, zero_ptr, offs, ZERO, MIDDLE, FACTOR, CENTRED)
         x_ptr += 128
         codes_ptr += N * WIDTH
+    if GROUP == 0:
+        acc = _add_group(acc, part, x_sums, scale_ptr, zero_ptr, offs_s, ZERO, MIDDLE, FACTOR, CENTRED)
 
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = first_n + tl.arange(0, BLOCK_N)
@@ -150,6 +155,7 @@ def multiply_int8(
     """
     codes, scale, zero_points, zero, _ = parts
     m, blocks = x.shape[0], -(-k // 128)
+    group = 0 if scale.shape[1] == 1 else group
     y = x.new_empty(m, n, dtype=dtype)
     split = plan.parts(blocks)
     sums = y if split == 1 else x.new_empty(split, m, n, dtype=torch.float32)
