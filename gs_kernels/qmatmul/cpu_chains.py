@@ -76,7 +76,9 @@ def _fields(codes: Tensor, bits: int) -> list[Tensor]:
     fields = []
     for r in range(bits):
         byte = codes[..., r * LANES : (r + 1) * LANES].int()
-        fields += [(byte >> (j * bits)) & (2**bits - 1) for j in range(8 // bits)] if bits < 8 else [byte]
+        for low in range(0, 8, bits):
+            above = byte >> low if low else byte
+            fields.append(above & (2**bits - 1) if low + bits < 8 else above)
     return fields
 
 
