@@ -117,7 +117,7 @@ MATMUL = (
 )
 INT8 = (
     matmul_int8(4, 16, group=128, mma="IGMMA", max_instructions=2.0, max_shared_stores=4, targets=HOPPER),
-    matmul_int8(8, 256, group=K, mma="IGMMA", max_instructions=6.5, max_shared_stores=4, targets=HOPPER),
+    matmul_int8(8, 256, group=K, mma="IGMMA", max_instructions=2.5, max_shared_stores=4, targets=HOPPER),
     matmul_int8(4, 256, group=32, max_shared_stores=16, targets=("sm_90", "sm_100")),
     matmul_int8(8, 256, group=K, targets=("sm_80", "gfx942")),
 )
