@@ -109,7 +109,7 @@ def measure(
                     gbps = nbytes / timing.ms_p50 / 1e6
                     row |= {
                         "nbytes": nbytes,
-                        "gbps": round(gbps, 2),
+                        "gbps": float(f"{gbps:.4g}"),
                         "percent_of_copy": round(100 * gbps / bandwidth, 1),
                     }
         except FAILURES as error:
