@@ -14,7 +14,7 @@ import importlib.util
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,25 @@ from gs_algos.core.registry import algorithm_class
 
 @dataclass(frozen=True)
 class Setting:
-    """An algorithm with its options, and what its training changes of `tune_recipe`."""
+    """An algorithm with its options. far: it trains at the float run's learning rate, not at that of fine-tuning."""
 
     algorithm: str
     options: dict[str, Any]
-    training: dict[str, Any] = field(default_factory=dict)
+    far: bool = False
+
+
+def _search(weight: str, act: str | None = None, **options: Any) -> Setting:
+    """SLB over a short training: the temperature falls all the time, from where a logit moves with its weight."""
+    short = {"t0": 12.0, "t_start": 0.0, "t_end": 0.9, "t_final": 1200.0}
+    return Setting("slb", {"weight": weight, "act": act, **short, **options}, far=True)
 
 
 SETTINGS = {
     "simqat-w8a8": Setting("simqat", {"weight": "int8@channel", "act": "int8@tensor:ema"}),
     "simqat-w4a8": Setting("simqat", {"weight": "int4@channel", "act": "int8@tensor:ema"}),
+    **{f"slb-w{bits}": _search(f"{bits}bit@channel") for bits in (4, 2, 1)},
+    **{f"slb-w{bits}a8": _search(f"{bits}bit@channel", "int8@tensor:ema") for bits in (4, 2, 1)},
+    "slb-w4a4": _search("4bit@channel", "uint4@tensor:pact", rules=(("re:stem.*|embed", {"act": "int8@tensor:ema"}),)),
 }
 
 
@@ -83,7 +92,7 @@ def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
     stem = f"{args.model}-{set_name}-s{args.seed}"
     base = float_recipe(args.model, data, args.float_epochs, args.seed, args.batch_size)
     tune = tune_recipe(args.model, data, args.epochs, args.seed, args.batch_size)
-    compressed = replace(tune, **SETTINGS[args.recipe].training)
+    compressed = replace(tune, lr=base.lr) if SETTINGS[args.recipe].far else tune
     started = time.perf_counter()
 
     def fresh() -> nn.Module:
