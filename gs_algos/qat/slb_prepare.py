@@ -14,6 +14,7 @@ from gs_algos.core.algorithm import Inputs, split_inputs
 from gs_algos.core.modules import get_module
 from gs_algos.core.plan import Plan, PlanRow
 from gs_algos.core.rules import Rule, resolve
+from gs_algos.fx.borrowed import Borrowed
 from gs_algos.fx.capture import capture
 from gs_algos.fx.patterns import Match, match
 from gs_algos.qat.prepare import keep_row, kind_of, refused_rows, role_text
@@ -132,6 +133,8 @@ def _row(
     base = next((kind for kind in LAYERS if isinstance(layer, kind)), nn.Module)
     if type(layer).forward is not base.forward:
         return keep_row(site, layer, f"{type(layer).__name__} has a forward of its own")
+    if isinstance(layer, Borrowed):
+        return keep_row(site, layer, "its weight belongs to another module, which would keep it beside the logits")
     grid, bn, act = LevelGrid.parse(settings["weight"]), found.roles.get("bn"), settings["act"]
     parse_act(act)
     fused = bool(settings["fused"])

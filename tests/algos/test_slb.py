@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import gs_algos
 from gs_algos import SLB
 from gs_algos.cli.app import run
+from gs_algos.fx.rewrite import modularize
 from gs_algos.qat.slb_config import SCHEDULES
 from gs_algos.qat.slb_schedule import Schedule
 from gs_algos.quant.packed_conv import PackedConv
@@ -277,6 +278,22 @@ def test_plan_says_what_each_layer_becomes_and_touches_nothing():
     assert "search Conv2d + BatchNorm2d + relu" in str(plan) and "1 logit a weight" in str(plan)
     assert "make the optimizer after apply" in str(plan)
     assert type(net.stem) is nn.Conv2d and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_a_weight_that_another_module_owns_stays_float():
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.fc = nn.Parameter(torch.randn(5, 8)), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(self.fc(x), self.w)
+
+    x = torch.randn(2, 8)
+    for net in (Functional(), modularize(Functional(), x)):
+        plan = SLB(weight="2bit@channel").plan(net, x)
+        assert [row.site for row in plan.acted()] == ["fc"] and len(plan.kept()) == 1
+    assert "belongs to another module" in str(plan)
 
 
 def test_float_keys_stay_but_for_the_searched_weights():

@@ -64,7 +64,9 @@ def test_a_step_has_no_host_sync():
     assert modes.seen == [] and net.stem.search.one_hot
 
 
-@pytest.mark.parametrize("act", ["uint8@tensor:pact", "uint4@tensor:ema", "uint2@tensor:pact", "uint1@tensor:pact"])
+@pytest.mark.parametrize(
+    "act", ["uint8@tensor:pact", "uint4@tensor:ema", "uint2@tensor:pact", "uint1@tensor:pact", "uint1@tensor:ema"]
+)
 def test_activations_of_few_bits_train_under_bf16_autocast_and_convert(act):
     net, algo = prepared(steps=5, act=act, rules=[("stem", {"act": "int8@tensor:ema"})], logits="bfloat16")
     algo.calibrate(net, [images(seed=3), images(seed=4)])
