@@ -13,8 +13,9 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 
+from gs_algos.cli.compress import run_compress
 from gs_algos.cli.data import DATA, load_data
-from gs_algos.cli.demo import DemoOptions, make_algorithm, run_demo
+from gs_algos.cli.demo import DemoOptions, make_algorithm, pick_device, run_demo
 from gs_algos.cli.describe import describe
 from gs_algos.cli.language import run_generate, run_perplexity, run_quantize
 from gs_algos.cli.models import MODELS, build
@@ -71,6 +72,20 @@ def demo(
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
     run_demo(options, out, resume, Console())
+
+
+@app.command()
+def compress(
+    recipe: Annotated[Path, typer.Option(help="A .toml, .yaml or .json file: network, data, stages.")],
+    out: Annotated[Path, typer.Option(help="Folder for the networks and the training state.")] = Path(
+        "golden-stick-compress"
+    ),
+    device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run in --out.")] = False,
+) -> None:
+    """Runs a recipe: trains a float network, then compresses it stage by stage, measuring each."""
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    run_compress(recipe, out, resume, pick_device(name, "compress"), Console())
 
 
 @app.command()

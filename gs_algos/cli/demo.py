@@ -77,7 +77,7 @@ def run_demo(options: DemoOptions, out: Path, resume: bool, console: Console) ->
     make_algorithm(options.algorithm, options.weight, options.act)  # names that are wrong, before anything is read
     if options.model not in MODELS:
         raise ValueError(f"model: must be one of {', '.join(MODELS)}, got {options.model!r}")
-    device = _device(options.device)
+    device = pick_device(options.device, "demo")
     data = load_data(options.data, options.image_size).to(device)
     base, tune = _recipes(options, data)
     length = algorithm_class(options.algorithm).training_options(tune.epochs, batches_per_epoch(data, tune.batch_size))
@@ -126,11 +126,16 @@ def run_demo(options: DemoOptions, out: Path, resume: bool, console: Console) ->
     return stages
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str, who: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: if this machine has none.
+    """
     known = ("cpu", "cuda")
     if name.partition(":")[0] not in known or (name != "cpu" and not torch.cuda.is_available()):
         usable = " or ".join(known if torch.cuda.is_available() else known[:1])
-        raise ValueError(f"demo: --device must be {usable} on this machine, got {name!r}")
+        raise ValueError(f"{who}: --device must be {usable} on this machine, got {name!r}")
     return torch.device(name)
 
 

@@ -6,6 +6,7 @@ a small generator trained to match the distribution of images (Li, Swersky and Z
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ class Permuted:
 
 
 class Given:
-    """Batches of an iterable of inputs, from the start again when it ends."""
+    """Batches of an iterable of inputs, from the start again when it ends. A generator's depend on the step alone."""
 
     def __init__(self, batches: Iterable[Inputs]) -> None:
         self.batches = batches
@@ -41,10 +42,7 @@ class Given:
         self.turn = 0
 
     def __call__(self, batch: Batch, rows: int) -> Batch:
-        given = next(self.iterator, None)
-        if given is None:
-            self.iterator = iter(self.batches)
-            given = next(self.iterator, None)
+        given = self._next()
         if given is None:
             raise ValueError("SCOP: knockoffs must give at least one batch, got none; an iterator is read only once")
         own, spec = tree_flatten(batch)
@@ -52,6 +50,15 @@ class Given:
         if spec != their_spec:
             raise ValueError(f"SCOP: a knock-off batch must be made like the model's inputs, got {_shape(given)}")
         return tree_unflatten([_fitting(t, like, rows) for t, like in zip(theirs, own, strict=True)], spec)
+
+    def _next(self) -> Inputs | None:
+        if isinstance(self.batches, KnockoffGenerator):
+            return self.batches.batch(self.turn)
+        given = next(self.iterator, None)
+        if given is None:
+            self.iterator = iter(self.batches)
+            given = next(self.iterator, None)
+        return given
 
 
 def _fitting(knockoff: Any, like: Any, rows: int) -> Any:
@@ -139,13 +146,14 @@ class KnockoffGenerator(nn.Module):
             optimizer.step()
         return self.eval()
 
+    def batch(self, number: int) -> Tensor:
+        """The images of this number, always the same ones, so that an interrupted training goes on with the next."""
+        z = torch.randn(self.batch_size, self.noise, generator=torch.Generator().manual_seed(number))
+        with torch.no_grad():
+            return self(z.to(self.start.weight.device))
+
     def __iter__(self) -> Iterator[Tensor]:
-        random = torch.Generator().manual_seed(1)
-        while True:
-            z = torch.randn(self.batch_size, self.noise, generator=random)
-            with torch.no_grad():
-                images = self(z.to(self.start.weight.device))
-            yield images
+        return map(self.batch, itertools.count())
 
 
 def discrepancy(a: Tensor, b: Tensor) -> Tensor:

@@ -23,10 +23,10 @@ from gs_algos.pruning.config import PruneConfig
 from gs_algos.pruning.gates import Blend, Freezer, Gated, can_gate, install_gate
 from gs_algos.pruning.groups import Group, Groups, Layer
 from gs_algos.pruning.importance import output_scale, unit_scores
-from gs_algos.pruning.knockoffs import Given, Permuted, doubled, first_half
+from gs_algos.pruning.knockoffs import Given, KnockoffGenerator, Permuted, doubled, first_half
 from gs_algos.pruning.pruner import Pruner
 
-SOURCES = ("permute", "given")
+SOURCES = ("permute", "generator", "given")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class ScopConfig(PruneConfig):
         select_steps: optimizer steps in which beta is trained.
         lr: learning rate of beta.
         betas: decay rates of its Adam.
-        knockoffs: `permute`, the batch against itself in another order, or `given`, those handed to `SCOP(knockoffs=)`.
+        knockoffs: `permute`, the batch against itself in another order; `generator`, images of one that
+            `SCOP.fit_knockoffs` trains; or `given`, the iterable handed to `SCOP(knockoffs=)`.
     """
 
     select_steps: int = 1000
@@ -58,7 +59,7 @@ class ScopConfig(PruneConfig):
             raise ValueError(f"SCOP: betas must be two numbers in [0, 1), got {self.betas}")
         if self.knockoffs not in SOURCES:
             raise ValueError(
-                f"SCOP: knockoffs must be permute or an iterable of batches of inputs, got {self.knockoffs!r}"
+                f"SCOP: knockoffs must be permute, generator or an iterable of batches, got {self.knockoffs!r}"
             )
 
 
@@ -75,7 +76,7 @@ class SCOP(Pruner):
     In the first phase `net(x)` runs on x and its knock-offs and returns the outputs of x.
 
     Args:
-        knockoffs: "permute", or an iterable of batches made like the model's inputs (a `KnockoffGenerator`, a loader).
+        knockoffs: "permute", "generator", or an iterable of batches made like the model's inputs.
     """
 
     name: ClassVar[str] = "scop"
@@ -104,9 +105,25 @@ class SCOP(Pruner):
     def freezer(self) -> Freezer:
         return Freezer(lambda batch: doubled(batch, self._knockoffs), first_half)
 
+    def fit_knockoffs(self, batches: Iterable[Tensor], steps: int = 500) -> None:
+        """Trains a generator on batches of images `[B, C, H, W]`; its images are the knock-offs from now on.
+
+        Raises:
+            ValueError: if there are no batches, or they are not images of one shape.
+        """
+        first = next(iter(batches), None)
+        if first is None or first.dim() != 4:
+            got = "none" if first is None else list(first.shape)
+            raise ValueError(f"SCOP.fit_knockoffs: batches must be images [B, C, H, W], got {got}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            generator = KnockoffGenerator(tuple(first.shape[1:]), batch_size=len(first)).to(first.device)  # type: ignore[arg-type]
+        self.source = Given(generator.fit(batches, steps))
+
     def _knockoffs(self, batch: Any, rows: int) -> Any:
         if self.source is None:
-            raise RuntimeError("SCOP: a resumed algorithm has no knock-offs; set algo.source = Given(batches)")
+            how = "call fit_knockoffs(batches)" if self.config.knockoffs == "generator" else "set algo.source"
+            raise RuntimeError(f"SCOP: the first phase must have knock-offs, got none; {how} first")
         self.source.turn = self.steps
         return self.source(batch, rows)
 

@@ -389,7 +389,7 @@ def test_one_input_cannot_be_permuted():
         (Prune, {"rate": float("nan")}, r"rate must be in \[0, 1\), got nan"),
         (Prune, {"rules": [("fc", {"rate": 2})]}, r"rule fc: rate must be in \[0, 1\), got 2"),
         (SCOP, {"select_steps": 0}, "select_steps must be >= 1"),
-        (SCOP, {"knockoffs": "gan"}, "knockoffs must be permute or an iterable"),
+        (SCOP, {"knockoffs": "gan"}, "knockoffs must be permute, generator or an iterable"),
         (SCOP, {"lr": 0}, "lr must be > 0"),
         (Prune, {"scope": "network"}, "scope must be layer or global"),
         (Prune, {"round_to": 0}, "round_to must be a whole number >= 1"),

@@ -1,0 +1,182 @@
+"""`golden-stick compress`: a recipe from float training to the last stage, with everything measured after each."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import gs_algos
+from gs_algos.cli.data import ImageData, batches_per_epoch, load_data, train_batches
+from gs_algos.cli.demo import bar, latency_ms
+from gs_algos.cli.models import build
+from gs_algos.cli.recipes import float_recipe, tune_recipe
+from gs_algos.cli.train import Recipe, accuracy, predict, train
+from gs_algos.core.algorithm import Algorithm
+from gs_algos.core.checkpoint import write_atomically
+from gs_algos.pipeline.pipeline import Pipeline, Stage
+from gs_algos.pipeline.recipe import RunRecipe, make_algorithm, read_recipe
+from gs_algos.pruning.pruner import Pruner
+from gs_algos.pruning.scop import SCOP
+
+RECIPE_FILE = "recipe.json"
+KNOCKOFF_BATCHES = 64  # of training images that a knock-off generator is fitted to
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network of the run. ms: median milliseconds of a forward, by batch size."""
+
+    name: str
+    accuracy: float
+    parameters: int
+    nbytes: int
+    ms: dict[int, float]
+
+
+def run_compress(path: Path, out: Path, resume: bool, device: torch.device, console: Console) -> list[Row]:
+    """Runs the recipe in a file, printing to `console`; `out` gets a checkpoint folder for each stage.
+
+    Raises:
+        ValueError: if the recipe is wrong, data is missing, or `out` is not of this recipe.
+        Interrupted: after Ctrl-C; `resume` then continues in the same `out`.
+    """
+    recipe = read_recipe(path)
+    data = load_data(recipe.data, recipe.image_size).to(device)
+    tunes = [_tune(recipe, number, data) for number in range(len(recipe.stage))]
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(recipe.seed)
+        net = build(recipe.model, in_channels=data.channels, num_classes=data.classes, image_size=data.image_size)
+        return net.to(device)
+
+    fresh()
+    _claim(out, recipe, resume)
+    net = _float(recipe, fresh, data, out, resume)
+    rows = [measure("float", net, data, sum(t.numel() * t.element_size() for t in net.state_dict().values()))]
+    steps = [batches_per_epoch(data, tune.batch_size) for tune in tunes]
+    pairs = zip(recipe.stage, steps, strict=True)
+    pipeline = Pipeline([make_algorithm(stage, per_epoch) for stage, per_epoch in pairs], out / "stages")
+
+    def train_stage(net: nn.Module, stage: Stage) -> None:
+        assert stage.folder is not None
+        tune = tunes[stage.number - 1]
+        with bar(f"{stage.name}, {tune.epochs} epochs") as on_step:
+            state = stage.folder / "training.safetensors"
+            train_compressed(net, data, tune, stage.algorithm, state, stage.resumed, on_step)
+
+    if resume and (out / "stages").is_dir():
+        net = pipeline.resume(fresh, data.example(), train_stage)
+    else:
+        net = pipeline.run(net, data.example(), train_stage)
+    for last in (out / "stages" / f"{number}-{stage.algorithm}" for number, stage in enumerate(recipe.stage, 1)):
+        loaded = gs_algos.load(last, fresh)
+        rows.append(measure(last.name, loaded, data, folder_bytes(last)))
+    exact = torch.equal(predict(loaded, data), predict(net, data))
+    console.print(_table(rows))
+    console.print(
+        f"saved, and {'equal' if exact else 'NOT equal'} when loaded: golden-stick info {last}", soft_wrap=True
+    )
+    return rows
+
+
+def train_compressed(
+    net: nn.Module,
+    data: ImageData,
+    recipe: Recipe,
+    algorithm: Algorithm,
+    state: Path | None = None,
+    resume: bool = False,
+    on_step: Callable[[int, int, Tensor], None] | None = None,
+) -> float:
+    """`train`, and what pruning needs beside it: knock-offs, and fresh batch norms once channels are gone."""
+
+    def images() -> Iterator[Tensor]:
+        return (x for x, _ in train_batches(data, recipe.batch_size, recipe.seed, 0))
+
+    def watch(done: int, total: int, loss: Tensor) -> None:
+        if isinstance(algorithm, Pruner) and done == algorithm.config.select_steps:
+            algorithm.refresh(net, images())
+        if on_step is not None:
+            on_step(done, total, loss)
+
+    if isinstance(algorithm, SCOP) and algorithm.config.knockoffs == "generator":
+        algorithm.fit_knockoffs(list(itertools.islice(images(), KNOCKOFF_BATCHES)))
+    if isinstance(algorithm, Pruner) and not algorithm.config.select_steps:
+        algorithm.refresh(net, images())
+    return train(net, data, recipe, algorithm=algorithm, state=state, resume=resume, on_step=watch)
+
+
+def measure(name: str, net: nn.Module, data: ImageData, nbytes: int) -> Row:
+    """Accuracy on the whole test set, size and latency of a network."""
+    x = data.normalize(data.test_x[:1])
+    ms = {batch: latency_ms(net, x.repeat(batch, 1, 1, 1)) for batch in (1, 64)}
+    parameters = sum(t.numel() for key, t in net.state_dict().items() if not key.endswith(_STATISTICS))
+    return Row(name, accuracy(predict(net, data), data), parameters, nbytes, ms)
+
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def _tune(recipe: RunRecipe, number: int, data: ImageData) -> Recipe:
+    stage = recipe.stage[number]
+    tune = tune_recipe(recipe.model, data, stage.epochs, recipe.seed + number, recipe.batch_size)
+    return tune if stage.lr is None else replace(tune, lr=stage.lr)
+
+
+def _float(recipe: RunRecipe, fresh: Callable[[], nn.Module], data: ImageData, out: Path, resume: bool) -> nn.Module:
+    """The float network: trained here, or read from the recipe's file."""
+    net = fresh()
+    if recipe.weights is None:
+        base = float_recipe(recipe.model, data, recipe.float_epochs, recipe.seed, recipe.batch_size)
+        with bar(f"float, {base.epochs} epochs") as on_step:
+            train(net, data, base, state=out / "float.state.safetensors", resume=resume, on_step=on_step)
+        return net
+    try:
+        net.load_state_dict(load_file(recipe.weights))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"compress: {recipe.weights} must hold a float {recipe.model}, got: {reason}") from error
+    return net
+
+
+def _claim(out: Path, recipe: RunRecipe, resume: bool) -> None:
+    """Makes `out` this recipe's: refuses a foreign folder, and on resume another recipe's; else starts it anew."""
+    path, ours = out / RECIPE_FILE, json.loads(json.dumps(asdict(recipe)))
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not path.is_file())):
+        raise ValueError(f"compress: --out must be a new, an empty or a recipe's folder, got {out}; choose another")
+    if not resume:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "float.state.safetensors").unlink(missing_ok=True)
+        write_atomically(path, json.dumps(ours, indent=1).encode())
+        return
+    try:
+        theirs = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"compress: --resume needs a folder that an earlier run wrote, got {out}: {error}") from error
+    differs = [key for key in ours if not isinstance(theirs, dict) or theirs.get(key) != ours[key]]
+    if differs:
+        raise ValueError(f"compress: --resume needs the recipe of the run in {out}, got another {', '.join(differs)}")
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table()
+    for heading in ("network", "accuracy %", "numbers", "bytes", "ms, 1", "ms, 64"):
+        table.add_column(heading, justify="left" if heading == "network" else "right", no_wrap=True)
+    for row in rows:
+        ms = (f"{row.ms[batch]:.2f}" for batch in (1, 64))
+        table.add_row(row.name, f"{row.accuracy:.2f}", f"{row.parameters:,}", f"{row.nbytes:,}", *ms)
+    return table

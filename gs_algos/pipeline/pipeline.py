@@ -1,0 +1,248 @@
+"""Algorithms one after the other on one live model: prune, then quantize, each from where the last ended.
+
+A folder keeps what is needed to go on after an interruption: the network at the start, the checkpoint of every finished
+stage, and the prepared network of the one that is running.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+from torch import nn
+
+from gs_algos.core.algorithm import Algorithm, Inputs
+from gs_algos.core.checkpoint import load, save, write_atomically
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "golden-stick-pipeline"
+VERSION = 1
+INDEX = "pipeline.json"
+START = "start.safetensors"
+RESOURCES = ("process_group", "source")  # of an algorithm: what lives in this process only
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One algorithm of a pipeline while its network is trained.
+
+    Args:
+        number: from 1.
+        algorithm: the live one, already applied; `algorithm.steps` says where a resumed stage goes on.
+        folder: where the stage may keep a training state of its own; None if the pipeline has no folder.
+        resumed: True if the stage had begun before.
+    """
+
+    number: int
+    algorithm: Algorithm
+    folder: Path | None
+    resumed: bool
+
+    @property
+    def name(self) -> str:
+        """Such as `1-scop`."""
+        return f"{self.number}-{self.algorithm.name}"
+
+    def save(self, net: nn.Module) -> None:
+        """Keeps the prepared network as it is now: a resumed pipeline goes on from here. Optimizer state is yours.
+
+        Raises:
+            RuntimeError: if the pipeline has no folder.
+        """
+        if self.folder is None:
+            raise RuntimeError("Pipeline: a stage can be saved if the pipeline has a folder, got folder=None")
+        save(net, self.folder / "prepared")
+
+
+Train: TypeAlias = Callable[[nn.Module, Stage], None]
+After: TypeAlias = Callable[[nn.Module, Stage], None]
+
+
+class Pipeline:
+    """A stack of algorithms. Each is applied, trained by your function, converted and saved before the next one begins.
+
+    ```python
+    def train(net, stage):  # your own loop: stage.algorithm.loss and stage.algorithm.step in it
+        ...
+
+    pipeline = Pipeline([SCOP(rate=0.45, select_steps=500), SimQAT()], folder="out")
+    net = pipeline.run(net, example_inputs, train)
+    net = pipeline.resume(build_model, example_inputs, train)  # after an interruption, in another process
+    net = gs_algos.load("out/2-simqat", build_model)  # the original, unpruned builder
+    ```
+    """
+
+    def __init__(self, algorithms: Sequence[Algorithm], folder: str | os.PathLike[str] | None = None) -> None:
+        if not algorithms:
+            raise ValueError("Pipeline: at least one algorithm must be given, got none")
+        for algorithm in algorithms:
+            if not isinstance(algorithm, Algorithm):
+                raise TypeError(f"Pipeline: every stage must be an algorithm such as SimQAT(), got {algorithm!r:.60}")
+        if len({id(algorithm) for algorithm in algorithms}) < len(algorithms):
+            raise ValueError("Pipeline: every stage must be an object of its own, got one twice")
+        self.algorithms = list(algorithms)
+        self.folder = None if folder is None else Path(folder)
+
+    def run(self, model: nn.Module, example_inputs: Inputs, train: Train, after: After | None = None) -> nn.Module:
+        """Every stage from the first. An older run in the folder is started anew.
+
+        Args:
+            model: the live network; what comes back is the same object unless an algorithm says otherwise.
+            example_inputs: what the network is prepared and compared on in every stage.
+            train: trains the prepared network in place.
+            after: called with every converted network.
+
+        Raises:
+            ValueError: if the folder holds something that is no pipeline, or what an algorithm raises.
+        """
+        if self.folder is not None:
+            if self.folder.exists() and not (self.folder / INDEX).is_file() and any(self.folder.iterdir()):
+                raise ValueError(f"Pipeline: the folder must be new, empty or a pipeline's, got {self.folder}")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            state = {key: t.detach().cpu().contiguous().clone() for key, t in model.state_dict().items()}
+            write_atomically(self.folder / START, to_bytes(state))
+            self._write(done=0, began=False)
+        return self._from(1, model, example_inputs, train, after, None)
+
+    def resume(
+        self,
+        build_model: Callable[[], nn.Module],
+        example_inputs: Inputs,
+        train: Train,
+        after: After | None = None,
+    ) -> nn.Module:
+        """The stages that are not finished, from the last state in the folder. `build_model` makes the float network.
+
+        A stage that had begun goes on from its last `save`, or from its start.
+
+        Raises:
+            ValueError: if the folder holds no pipeline of these algorithms and options, or the model does not fit.
+        """
+        done, began = self._read()
+        assert self.folder is not None
+        if began:
+            model = load(self._part(done + 1) / "prepared", build_model)
+            return self._from(done + 1, model, example_inputs, train, after, self._resumed(done, model))
+        model = self._started(build_model) if done == 0 else load(self._folder(done), build_model)
+        return self._from(done + 1, model, example_inputs, train, after, None)
+
+    def _from(
+        self,
+        first: int,
+        model: nn.Module,
+        example_inputs: Inputs,
+        train: Train,
+        after: After | None,
+        resumed: Algorithm | None,
+    ) -> nn.Module:
+        for number in range(first, len(self.algorithms) + 1):
+            algorithm = resumed if number == first and resumed is not None else self.algorithms[number - 1]
+            stage = Stage(number, algorithm, None if self.folder is None else self._part(number), algorithm is resumed)
+            logger.info("stage %s of %d", stage.name, len(self.algorithms))
+            if algorithm is not resumed:
+                model = algorithm.apply(model, example_inputs)
+                if stage.folder is not None:
+                    shutil.rmtree(stage.folder, ignore_errors=True)
+                    stage.save(model)
+                    self._write(done=number - 1, began=True)
+            train(model, stage)
+            model = algorithm.convert(model, example_inputs)
+            if stage.folder is not None:
+                save(model, self._folder(number))
+                self._write(done=number, began=False)
+                shutil.rmtree(stage.folder)
+            if after is not None:
+                after(model, stage)
+        return model
+
+    def _folder(self, number: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{number}-{self.algorithms[number - 1].name}"
+
+    def _part(self, number: int) -> Path:
+        """Where a stage keeps what it needs until it is finished."""
+        return self._folder(number).with_suffix(".part")
+
+    def _resumed(self, index: int, model: nn.Module) -> Algorithm:
+        """The algorithm of a prepared model, with what the one given for this stage has and no checkpoint holds."""
+        algorithm = type(self.algorithms[index]).resume(model)
+        for key in RESOURCES:
+            if hasattr(self.algorithms[index], key):
+                setattr(algorithm, key, getattr(self.algorithms[index], key))
+        return algorithm
+
+    def _started(self, build_model: Callable[[], nn.Module]) -> nn.Module:
+        """The float network with the values that `run` was given."""
+        assert self.folder is not None
+        path = self.folder / START
+        model = build_model()
+        try:
+            model.load_state_dict(from_bytes(path.read_bytes()))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"Pipeline: {path} must hold the network that build_model makes, got: {reason}") from error
+        return model
+
+    def _stack(self) -> list[dict[str, Any]]:
+        """The stages as JSON, to tell whether a folder is of this pipeline."""
+        stack = [{"algorithm": a.name, "config": a.config.to_dict()} for a in self.algorithms]
+        return json.loads(json.dumps(stack, default=_text))
+
+    def _write(self, done: int, began: bool) -> None:
+        assert self.folder is not None
+        index = {"format": FORMAT, "version": VERSION, "stages": self._stack(), "done": done, "began": began}
+        write_atomically(self.folder / INDEX, json.dumps(index, indent=1).encode())
+
+    def _read(self) -> tuple[int, bool]:
+        """(finished stages, whether the next one had begun) of the folder.
+
+        Raises:
+            ValueError: if it holds no pipeline of these stages.
+        """
+        if self.folder is None:
+            raise ValueError("Pipeline.resume: the pipeline must have a folder, got folder=None")
+        path = self.folder / INDEX
+        try:
+            index = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"Pipeline.resume: {path} must be a pipeline's JSON, got {error}") from error
+        if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("version") != VERSION:
+            raise ValueError(
+                f"Pipeline.resume: {path} must be of format {FORMAT!r} version {VERSION}, got another file"
+            )
+        done, began, theirs = index.get("done"), index.get("began"), index.get("stages")
+        if theirs != self._stack():
+            got = _difference(theirs, self._stack())
+            raise ValueError(f"Pipeline.resume: the stages must be those of the run in {self.folder}, got {got}")
+        if type(done) is not int or not 0 <= done <= len(self.algorithms) or type(began) is not bool:
+            raise ValueError(f"Pipeline.resume: {path} must count finished stages, got {done!r} and {began!r}")
+        return done, began and done < len(self.algorithms)
+
+
+def _difference(theirs: Any, ours: list[dict[str, Any]]) -> str:
+    """The first stage that differs, in words."""
+    if not isinstance(theirs, list) or len(theirs) != len(ours):
+        return f"{len(ours)} of them, it has {len(theirs) if isinstance(theirs, list) else 'none'}"
+    for number, (old, new) in enumerate(zip(theirs, ours, strict=True), 1):
+        before = old.get("config") if isinstance(old, dict) and old.get("algorithm") == new["algorithm"] else None
+        if not isinstance(before, dict):
+            return f"{new['algorithm']} as stage {number}"
+        options = [f"{key}={value!r}" for key, value in new["config"].items() if before.get(key) != value]
+        if options:
+            return f"stage {number} {new['algorithm']} with {', '.join(options)}"
+    return "other ones"
+
+
+def _text(value: Any) -> str:
+    """What JSON has no word for: a module class in a rule."""
+    return f"type:{value.__name__}" if isinstance(value, type) else repr(value)

@@ -1,0 +1,210 @@
+"""A compression run as a file: TOML, YAML or JSON, checked key by key before anything is built.
+
+```toml
+model = "resnet56"            # what `golden-stick demo --model` takes
+data = "fashion-mnist"
+float_epochs = 20
+
+[[stage]]
+algorithm = "scop"
+epochs = 8
+select_epochs = 2             # of these, with still weights: SCOP's first phase
+options = { rate = 0.45, round_to = 8 }
+
+[[stage]]
+algorithm = "simqat"
+epochs = 4
+options = { weight = "int8@channel", rules = [["fc", "none"]] }
+```
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gs_algos.core.algorithm import Algorithm
+from gs_algos.core.registry import algorithm_class
+from gs_algos.core.rules import did_you_mean
+
+T = TypeVar("T")
+NONE = "none"  # TOML has no null: this word stands for it in options
+
+
+@dataclass(frozen=True)
+class StageRecipe:
+    """One algorithm and its training.
+
+    Args:
+        algorithm: a name of gs_algos.core.registry.
+        epochs: of training, all phases together.
+        options: of the algorithm; the word "none" is None.
+        select_epochs: of these epochs, those before a pruning algorithm decides; default: its own choice.
+        lr: largest learning rate; default: the one the network is usually tuned with.
+    """
+
+    algorithm: str
+    epochs: int
+    options: dict[str, Any] = field(default_factory=dict)
+    select_epochs: int | None = None
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0:
+            raise ValueError(f"epochs must be >= 0, got {self.epochs}")
+        if self.select_epochs is not None and not 0 < self.select_epochs <= self.epochs:
+            raise ValueError(f"select_epochs must be in 1..epochs, got {self.select_epochs} of {self.epochs}")
+
+
+@dataclass(frozen=True)
+class RunRecipe:
+    """A network, data, and the stages that compress it.
+
+    Args:
+        model: name of a built-in network.
+        data: name of a data set, with `:folder` where it needs one.
+        stage: in order.
+        float_epochs: of training from random weights; 0 if `weights` is given.
+        weights: safetensors file with the float network's tensors.
+        image_size: side to which imagefolder resizes.
+    """
+
+    model: str
+    data: str
+    stage: tuple[StageRecipe, ...]
+    float_epochs: int = 20
+    weights: str | None = None
+    batch_size: int | None = None
+    image_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.stage:
+            raise ValueError("stage must be at least one table, got none; write [[stage]]")
+        if self.float_epochs < 0:
+            raise ValueError(f"float_epochs must be >= 0, got {self.float_epochs}")
+
+
+def read_recipe(path: str | os.PathLike[str]) -> RunRecipe:
+    """The recipe in a .toml, .yaml, .yml or .json file.
+
+    Raises:
+        ValueError: if the file cannot be read, a key is unknown, missing or of another type, or an algorithm refuses
+            its options.
+    """
+    file = Path(path)
+    try:
+        data = _reader(file)(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"recipe: {file} must be a readable {file.suffix or 'text'} file, got {error}") from error
+    recipe = typed(RunRecipe, data, str(file))
+    for number, stage in enumerate(recipe.stage, 1):
+        try:
+            make_algorithm(stage, 1)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"recipe: {file}: stage {number}: {error}") from error
+    return recipe
+
+
+def make_algorithm(stage: StageRecipe, steps_per_epoch: int) -> Algorithm:
+    """The algorithm of a stage, told how long its training is.
+
+    Raises:
+        ValueError: if the name is unknown, or an option has a wrong value.
+        TypeError: if an option is unknown.
+    """
+    cls: Any = algorithm_class(stage.algorithm)
+    options = {**cls.training_options(stage.epochs, steps_per_epoch), **_without_none(stage.options)}
+    if stage.select_epochs is not None:
+        options["select_steps"] = stage.select_epochs * steps_per_epoch
+    return cls(**options)
+
+
+def typed(cls: type[T], data: Any, where: str) -> T:
+    """A dataclass from plain values: every key known, every value of the annotated type.
+
+    Raises:
+        ValueError: in words a writer of the file understands; `where` is the file, and the table in it.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"recipe: {where} must be a table of keys and values, got {type(data).__name__}")
+    hints, known = typing.get_type_hints(cls), {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    for key in data:
+        if key not in known:
+            near = did_you_mean(str(key), known)
+            raise ValueError(f"recipe: {where} has {', '.join(known)}, got {key}{near}")
+    lacking = [n for n, f in known.items() if n not in data and f.default is MISSING and f.default_factory is MISSING]
+    if lacking:
+        raise ValueError(
+            f"recipe: {where} must have {', '.join(lacking)}, got {', '.join(map(str, data)) or 'nothing'}"
+        )
+    values = {key: _value(hints[key], value, f"{where}: {key}") for key, value in data.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"recipe: {where}: {error}") from error
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """The value as an annotation wants it: a class, `X | None`, `tuple[Dataclass, ...]`, or `dict[str, Any]`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _value(arguments[0], value, where)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"recipe: {where} must be a list of tables, got {value!r}; write [[stage]]")
+        return tuple(typed(arguments[0], item, f"{where} {i}") for i, item in enumerate(value, 1))
+    kind = origin or hint
+    fits = isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool)
+    if not fits and not (kind is float and type(value) is int):
+        raise ValueError(f"recipe: {where} must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    return None if value == NONE else value
+
+
+def _reader(file: Path) -> Callable[[bytes], Any]:
+    """The parser for a file's suffix. Every error it raises is a ValueError."""
+    if file.suffix == ".json":
+        return json.loads
+    if file.suffix == ".toml":
+        return lambda data: _toml().loads(data.decode())
+    if file.suffix in (".yaml", ".yml"):
+        return _yaml
+    raise ValueError(f"a name that ends in {file.suffix or 'nothing'}; use .toml, .yaml or .json")
+
+
+def _toml() -> Any:
+    if sys.version_info >= (3, 11):
+        import tomllib
+
+        return tomllib
+    try:
+        import tomli
+    except ImportError as error:
+        raise ValueError("TOML needs the package tomli before Python 3.11; pip install tomli") from error
+    return tomli
+
+
+def _yaml(data: bytes) -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ValueError("YAML needs the package pyyaml; pip install pyyaml, or write TOML") from error
+    try:
+        return yaml.safe_load(data)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
