@@ -5,27 +5,19 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.plan import Plan
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 Loss = TypeVar("Loss", bound=Callable[..., Any])
 HISTORY = "_golden_stick_history"
 STAGES = ("prepared", "converted")
-
-
-@dataclass(frozen=True)
-class AlgorithmConfig:
-    """Base of every algorithm's options: frozen, checked in `__post_init__`, made of plain JSON values."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Restores(Protocol):
@@ -100,6 +92,34 @@ def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def history(model: nn.Module) -> list[dict[str, Any]]:
     """What was done to the model, oldest first: algorithm, stage ("prepared" or "converted"), config, plan, steps."""
     return list(getattr(model, HISTORY, []))
+
+
+def prepared_entry(
+    model: nn.Module,
+    algorithm: str,
+    who: str,
+    must: str = "be one that apply prepared",
+    todo: str = "call apply first, and unwrap DDP with model.module",
+) -> dict[str, Any]:
+    """The history entry of a model that an algorithm has prepared and not converted yet.
+
+    Raises:
+        RuntimeError: `<who>: the model must <must>, got ...; <todo>` if there is none.
+    """
+    entry = history(model)[-1] if history(model) else {}
+    if entry.get("algorithm") != algorithm or entry.get("stage") != "prepared":
+        raise RuntimeError(f"{who}: the model must {must}, got one that is {entry.get('stage', 'float')}; {todo}")
+    return entry
+
+
+def resumable_entry(model: nn.Module, algorithm: str, who: str) -> dict[str, Any]:
+    """The history entry of a model that was saved while an algorithm trained it.
+
+    Raises:
+        RuntimeError: if it was not.
+    """
+    must = f"be one that was saved while prepared by {who}"
+    return prepared_entry(model, algorithm, f"{who}.resume", must, "load a checkpoint from before convert")
 
 
 def remember(model: nn.Module, entry: dict[str, Any]) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from typing_extensions import Self
-
-from gs_algos.core.algorithm import AlgorithmConfig
+from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.rules import Rule
 from gs_algos.pruning.budget import Budget
 
@@ -49,16 +47,6 @@ class PruneConfig(AlgorithmConfig):
         for rule in self.rules:
             if isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[1], dict) and "rate" in rule[1]:
                 check_rate(f"{self.who}: rule {rule[0]}", rule[1]["rate"])
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        """The config that `to_dict` wrote."""
-        return cls(**{**data, "rules": tuple((pattern, values) for pattern, values in data["rules"])})
-
-    def to_dict(self) -> dict[str, Any]:
-        """The config as JSON; a rule on a module class becomes `type:Name`."""
-        rules = [[p if isinstance(p, str) else f"type:{p.__name__}", v and dict(v)] for p, v in self.rules]
-        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "rules": rules}
 
 
 def check_rate(who: str, rate: Any) -> None:

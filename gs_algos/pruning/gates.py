@@ -40,7 +40,7 @@ class Gated(nn.Module):
 
     def gated(self, y: Tensor, gate: Tensor) -> Tensor:
         """The output of the layer, changed. gate: as y along the channels, 1 elsewhere."""
-        raise NotImplementedError
+        raise AssertionError("every gate says what it does to an output")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gated:
         super()._apply(fn, recurse)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -19,11 +18,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from typing_extensions import Self
 
-from gs_algos.core.algorithm import Algorithm, Inputs, evaluating, history, remember, run
+from gs_algos.core.algorithm import (
+    Algorithm,
+    Inputs,
+    evaluating,
+    history,
+    prepared_entry,
+    remember,
+    resumable_entry,
+    run,
+)
+from gs_algos.core.compare import relative_error
 from gs_algos.core.modules import all_or_nothing, get_module
 from gs_algos.core.plan import Plan, render
 from gs_algos.core.progress import progress
-from gs_algos.core.rules import did_you_mean
 from gs_algos.fx.preserve import untouched
 from gs_algos.fx.tracers import tensors_of
 from gs_algos.pruning.budget import Rates, total_rate
@@ -48,21 +56,10 @@ class Pruner(Algorithm):
     def __init__(
         self, config: PruneConfig | None = None, *, process_group: dist.ProcessGroup | None = None, **options: Any
     ) -> None:
-        known = [option.name for option in fields(self.config_class)]
-        who = self.config_class.who
-        if config is not None and options:
-            raise ValueError(f"{who}: options come either in a config or by keyword, got both ({', '.join(options)})")
-        for option in options.keys() - known:
-            near = did_you_mean(option, known)
-            raise TypeError(f"{who}: options are {', '.join(known)} and process_group, got {option}{near}")
-        if "rules" in options:
-            options["rules"] = tuple(tuple(rule) if isinstance(rule, list) else rule for rule in options["rules"])
-        self.config = config or self.config_class(**options)
+        self.config = self.config_class.choose(config, options)
         self.process_group = process_group
         self.groups: Groups | None = None
-        self.error: float | None = (
-            None  # of convert: relative RMS of the cut network's outputs against the masked one's
-        )
+        self.error: float | None = None  # of convert: relative RMS of the cut network's outputs
         self._steps = 0
         self._rates: Rates = {}
         self._example: Inputs | None = None
@@ -265,10 +262,7 @@ class Pruner(Algorithm):
                 model is then as it was.
         """
         who = f"{self.config.who}.convert"
-        entry = history(model)[-1] if history(model) else {}
-        if entry.get("algorithm") != self.name or entry.get("stage") != "prepared":
-            stage = entry.get("stage", "float")
-            raise RuntimeError(f"{who}: the model must be one that apply prepared, got one that is {stage}")
+        entry = prepared_entry(model, self.name, who)
         if self._require_bound("convert") and self.selecting:
             raise RuntimeError(f"{who}: the cut must be decided, got step {self._steps} of {self.config.select_steps}")
         example = self._example if example_inputs is None else example_inputs
@@ -305,11 +299,7 @@ class Pruner(Algorithm):
 
     @classmethod
     def resume(cls, model: nn.Module) -> Self:
-        entry = history(model)[-1] if history(model) else {}
-        if entry.get("algorithm") != cls.name or entry.get("stage") != "prepared":
-            raise RuntimeError(
-                f"{cls.config_class.who}.resume: the model must be one that was saved while prepared by {cls.name}"
-            )
+        entry = resumable_entry(model, cls.name, cls.config_class.who)
         algo = cls(cls.config_class.from_dict(entry["config"]))
         algo._history = entry
         algo._bind(model, Groups.from_dict(entry["groups"]), entry["rates"])
@@ -376,8 +366,7 @@ def _compare(who: str, model: nn.Module, groups: Groups, keep: Tensor, example_i
         got = [t for t in tensors_of(run(model, example_inputs, who)) if t.is_floating_point()]
     worst = 0.0
     for g, w in zip(got, want, strict=True):
-        size = float(w.double().square().mean().sqrt()) or 1.0
-        error = float((g.double() - w.double()).square().mean().sqrt()) / size
+        error = relative_error(g, w)
         bound = TOLERANCE.get(w.dtype, 0.0)
         if not error <= bound:
             raise RuntimeError(f"{who}: the cut network must give the masked outputs within {bound:g}, got {error:.3g}")

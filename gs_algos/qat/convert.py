@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gs_algos.core.algorithm import Inputs, evaluating, run
+from gs_algos.core.compare import relative_error
 from gs_algos.core.modules import get_module, set_module
 from gs_algos.core.plan import PlanRow, render
 from gs_algos.fx.fold import after_norm
@@ -174,14 +175,6 @@ def summary_of(model: nn.Module) -> str:
             act_scheme = quantizer.scheme if quantizer else "float"
             rows.append((name, str(module.scheme), act_scheme, f"{module.nbytes:,}", module.path()))
     return render(("layer", "weight", "activation", "bytes", "runs as"), rows)
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """RMS of the difference over RMS of `want`; an output that is all zeros counts as one of RMS 1."""
-    got, want = got.double(), want.double()
-    size = want.square().mean().sqrt()
-    error = (got - want).square().mean().sqrt() / torch.where(size > 0, size, 1.0)
-    return float(error) if bool(error.isfinite()) else float("inf")
 
 
 def _trained(model: nn.Module, site: str) -> FakeQuantized:

@@ -13,36 +13,34 @@ numbers a weight. `fused=True` with `SlbAdamW` or `SlbSGD` saves their gradient,
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
-from gs_algos.core.algorithm import Algorithm, Inputs, history, remember
-from gs_algos.core.modules import all_or_nothing, get_module
+from gs_algos.core.algorithm import Inputs
+from gs_algos.core.config import AlgorithmConfig
+from gs_algos.core.modules import get_module
 from gs_algos.core.plan import Plan, PlanRow
-from gs_algos.core.rules import did_you_mean
 from gs_algos.qat.convert import Parity, convert_model, install_converted
-from gs_algos.qat.observe import observe
 from gs_algos.qat.prepare import refuse_nonfinite
-from gs_algos.qat.slb_config import SLBConfig, config_from, config_to
+from gs_algos.qat.slb_config import SLBConfig
 from gs_algos.qat.slb_convert import packed_layer, summary_of, unfilled_layer
 from gs_algos.qat.slb_norms import calibrate_norms
 from gs_algos.qat.slb_prepare import install, make_plan, start
 from gs_algos.qat.slb_schedule import Schedule
-from gs_algos.quant.quantizers import SMALLEST_SCALE, ActivationQuantizer, Quantizer, merge_pending
+from gs_algos.qat.training import QuantizationTraining
+from gs_algos.quant.quantizers import Quantizer
 from gs_algos.quant.slb_layers import Searched
 from gs_algos.quant.slb_search import NOT_YET
 
 logger = logging.getLogger(__name__)
 
 
-class SLB(Algorithm):
+class SLB(QuantizationTraining):
     """Training that searches for low-bit weights. The options are those of `SLBConfig`, given by keyword.
 
     ```python
@@ -59,25 +57,11 @@ class SLB(Algorithm):
     """
 
     name: ClassVar[str] = "slb"
-
-    def __init__(
-        self, config: SLBConfig | None = None, *, process_group: dist.ProcessGroup | None = None, **options: Any
-    ) -> None:
-        if config is not None and options:
-            raise ValueError(f"SLB: options come either in a config or by keyword, got both ({', '.join(options)})")
-        known = [option.name for option in fields(SLBConfig)]
-        for option in options.keys() - known:
-            near = did_you_mean(option, known)
-            raise TypeError(f"SLB: options are {', '.join(known)} and process_group, got {option}{near}")
-        if "rules" in options:
-            options["rules"] = tuple(options["rules"])
-        self.config: SLBConfig = config or SLBConfig(**options)
-        self.steps = 0
-        self.parity: Parity | None = None
-        self.process_group = process_group
-        self._example: Inputs | None = None
-        self._layers: dict[str, Searched] = {}
-        self._quantizers: dict[str, Quantizer] = {}
+    config_class: ClassVar[type[AlgorithmConfig]] = SLBConfig
+    layer_class: ClassVar[type[nn.Module]] = Searched
+    done: ClassVar[str] = "searched"
+    config: SLBConfig
+    _layers: dict[str, Searched]
 
     def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:
         """The dry run: every Conv and Linear, its grid and logits, or why it stays float. Touches nothing."""
@@ -96,57 +80,18 @@ class SLB(Algorithm):
         """
         if self.config.total_steps is None:
             raise ValueError("SLB.apply: total_steps must be the optimizer steps of the whole training, got None")
-        if any(entry["algorithm"] == self.name for entry in history(model)):
-            stage = history(model)[-1]["stage"]
-            raise RuntimeError(f"SLB.apply: the model must not be searched yet, got one that is {stage}; build it anew")
-        plan = self.plan(model, example_inputs)
-        if not plan.acted():
-            raise ValueError(f"SLB.apply: at least one layer must be quantizable, got none:\n{plan}")
-        try:
-            with all_or_nothing(model):
-                return self._prepared(model, plan, example_inputs)
-        except BaseException:
-            self._unbind()
-            raise
+        return super().apply(model, example_inputs)
 
-    def _prepared(self, model: nn.Module, plan: Plan, example_inputs: Inputs) -> nn.Module:
+    def install(self, model: nn.Module, plan: Plan, example_inputs: Inputs) -> tuple[nn.Module, dict[str, Any]]:
         config = self.config
         layers: list[tuple[PlanRow, Any]] = [(row, get_module(model, row.site)) for row in plan.acted()]
         refuse_nonfinite("SLB.apply", ((row.site, layer) for row, layer in layers))
         weights = {row.site: layer.weight.detach() for row, layer in layers}
         install(model, plan.rows, config.options())
-        tau = 1 / config.t0
         for row, layer in layers:
             bn: Any = get_module(model, row.settings["bn"]) if row.settings["bn"] else None
-            start(layer, weights[row.site].clone(), bn, tau, config.init, config.kappa)
-        self.steps = 0
-        self._bind(model)
-        self._example = example_inputs
-        if self._activations():
-            observe(
-                "SLB.apply", model, self._activations(), [example_inputs], provisional=True, group=self.process_group
-            )
-        remember(model, self._entry("prepared", plan.rows))
-        self._move()
-        return model
-
-    def calibrate(
-        self,
-        model: nn.Module,
-        batches: Iterable[Inputs] | None = None,
-        forward_loop: Callable[[nn.Module], None] | None = None,
-    ) -> None:
-        """Sets every activation range from data before training: `batches` of inputs, or your own `forward_loop`.
-
-        Raises:
-            RuntimeError: if `apply` was not called.
-            ValueError: if not exactly one of the two is given, it shows the model nothing, or an activation is not
-                finite. The ranges are then as they were.
-        """
-        self._require_bound("calibrate")
-        if (batches is None) == (forward_loop is None):
-            raise ValueError("SLB.calibrate: give either batches or forward_loop")
-        observe("SLB.calibrate", model, self._activations(), batches, forward_loop, group=self.process_group)
+            start(layer, weights[row.site].clone(), bn, 1 / config.t0, config.init, config.kappa)
+        return model, {}
 
     def calibrate_norms(self, model: nn.Module, batches: Iterable[Inputs]) -> None:
         """Sets the running statistics of every batch norm to their mean over the batches, with quantized weights.
@@ -160,22 +105,7 @@ class SLB(Algorithm):
         self._require_bound("calibrate_norms")
         calibrate_norms("SLB.calibrate_norms", model, batches, self.process_group)
 
-    def step(self) -> None:
-        """Moves temperatures and activation ranges on. Call it after every optimizer step, on every rank.
-
-        Raises:
-            RuntimeError: if `apply` was not called.
-        """
-        self._require_bound("step")
-        self.steps += 1
-        merge_pending(list(self._activations().values()), self.process_group)
-        for quantizer in self._quantizers.values():
-            if quantizer.scheme.learned:
-                quantizer.scale.data.clamp_(min=SMALLEST_SCALE)
-        self._move()
-        self._history["steps"] = self.steps
-
-    def _move(self) -> None:
+    def move(self) -> None:
         """Brings every layer to where the schedule is after `steps` steps. Nothing is read back from the device."""
         schedule, layers = self.config.schedule(), list(self._layers.values())
         searching = [layer for layer in layers if not layer.search.one_hot]
@@ -204,29 +134,16 @@ class SLB(Algorithm):
             RuntimeError: if the model is not prepared, is sharded, or a converted output differs from the trained one.
             ValueError: if a weight, a statistic, a range or what a layer sees is not finite.
         """
-        entry = history(model)[-1] if history(model) else {}
-        if entry.get("algorithm") != self.name or entry.get("stage") != "prepared":
-            raise RuntimeError(
-                f"SLB.convert: the model must be one that apply prepared, got one that is "
-                f"{entry.get('stage', 'float')}; call apply first, and unwrap DDP with model.module"
-            )
-        self._require_bound("convert")
-        example = self._example if example_inputs is None else example_inputs
-        if example is None:
-            raise RuntimeError("SLB.convert: a resumed algorithm has no example inputs; give example_inputs")
+        return super().convert(model, example_inputs)
+
+    def converted(self, model: nn.Module, rows: list[PlanRow], example_inputs: Inputs) -> Parity:
         searched = {name: m for name, m in model.named_modules() if isinstance(m, Searched)}
         inside = [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm | Quantizer)]
         refuse_nonfinite(
             "SLB.convert", [*searched.items(), *((f"{n}.search", m.search) for n, m in searched.items()), *inside]
         )
         _warn_early(searched, self.config.schedule(), self.steps)
-        rows = [PlanRow(**row) for row in entry["plan"]]
-        own = not set(self._layers.values()).isdisjoint(model.modules())
-        self.parity = convert_model(model, rows, example, packed_layer)
-        remember(model, {**entry, "stage": "converted", "steps": self.steps})
-        if own:  # a copy may be converted while the training of the original goes on
-            self._unbind()
-        return model
+        return convert_model(model, rows, example_inputs, packed_layer)
 
     def summary(self, model: nn.Module) -> str:
         """A table of the searched or packed layers: grids, bytes, gaps, and the arithmetic each one runs in."""
@@ -289,54 +206,20 @@ class SLB(Algorithm):
             RuntimeError: if the model was not saved while prepared.
             ValueError: if an option differs from the saved one.
         """
-        entry = history(model)[-1] if history(model) else {}
-        if entry.get("algorithm") != cls.name or entry.get("stage") != "prepared":
-            raise RuntimeError("SLB.resume: the model must be one that was saved while prepared by SLB")
-        config = config_from(entry["config"])
+        algo = super().resume(model)
         for name, value in options.items():
-            began = getattr(config, name)
+            began = getattr(algo.config, name)
             if began != value:
                 raise ValueError(f"SLB.resume: {name} must be {began!r}, as the search began, got {value!r}")
-        algo = cls(config)
-        algo._bind(model)
-        algo.steps = entry["steps"]
         return algo
 
     @classmethod
     def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
         rows = [PlanRow(**row) for row in entry["plan"]]
-        model = install(model, rows, config_from(entry["config"]).options())
+        model = install(model, rows, SLBConfig.from_dict(entry["config"]).options())
         if entry["stage"] == "converted":
             install_converted(model, rows, unfilled_layer)
         return model
-
-    def _entry(self, stage: str, rows: tuple[PlanRow, ...]) -> dict[str, Any]:
-        self._history = {
-            "algorithm": self.name,
-            "stage": stage,
-            "steps": self.steps,
-            "config": config_to(self.config),
-            "plan": [row.__dict__ for row in rows],
-        }
-        return self._history
-
-    def _bind(self, model: nn.Module) -> None:
-        """Remembers the live layers and quantizers that `step` has to visit."""
-        self._layers = {name: m for name, m in model.named_modules() if isinstance(m, Searched)}
-        self._quantizers = {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}
-        entries = history(model)
-        if entries:
-            self._history = entries[-1]
-
-    def _unbind(self) -> None:
-        self._layers, self._quantizers = {}, {}
-
-    def _activations(self) -> dict[str, ActivationQuantizer]:
-        return {n: q for n, q in self._quantizers.items() if isinstance(q, ActivationQuantizer)}
-
-    def _require_bound(self, method: str) -> None:
-        if not self._layers:
-            raise RuntimeError(f"SLB.{method}: must come between apply and convert; call apply(model, inputs) first")
 
 
 def _warn_early(layers: Mapping[str, Searched], schedule: Schedule, steps: int) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from gs_algos.core.algorithm import AlgorithmConfig
+from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.rules import Rule
 from gs_algos.qat.slb_prepare import SearchOptions
 from gs_algos.qat.slb_schedule import T_FINAL, Schedule
@@ -70,6 +70,8 @@ class SLBConfig(AlgorithmConfig):
     trace: int = 50
     rules: tuple[Rule, ...] = ()
 
+    who: ClassVar[str] = "SLB"
+
     def __post_init__(self) -> None:
         LevelGrid.parse(self.weight)
         if self.ends not in (None, "same"):
@@ -111,16 +113,6 @@ class SLBConfig(AlgorithmConfig):
             points=self.trace,
             logits_dtype=getattr(torch, self.logits),
         )
-
-
-def config_to(config: SLBConfig) -> dict[str, Any]:
-    """The config as JSON; a rule on a module class becomes `type:Name`."""
-    rules = [[p if isinstance(p, str) else f"type:{p.__name__}", v if v is None else dict(v)] for p, v in config.rules]
-    return {**config.__dict__, "rules": rules}
-
-
-def config_from(data: dict[str, Any]) -> SLBConfig:
-    return SLBConfig(**{**data, "rules": tuple((p, v) for p, v in data["rules"])})
 
 
 def _whole(value: Any, least: int) -> bool:

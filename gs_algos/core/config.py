@@ -1,0 +1,56 @@
+"""The options of an algorithm: a frozen dataclass that is made from keywords and goes through JSON unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from typing_extensions import Self
+
+from gs_algos.core.rules import did_you_mean
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """Base of every algorithm's options: frozen, checked in `__post_init__`, made of plain JSON values and tuples.
+
+    who: the algorithm's class, for messages.
+    """
+
+    who: ClassVar[str]
+
+    @classmethod
+    def choose(cls, config: Self | None, options: Mapping[str, Any]) -> Self:
+        """The config that was given, or one of the options that were given by keyword.
+
+        Raises:
+            ValueError: if there are both, or an option has a wrong value.
+            TypeError: if there is no such option.
+        """
+        if config is not None and options:
+            given = ", ".join(options)
+            raise ValueError(f"{cls.who}: options come either in a config or by keyword, got both ({given})")
+        known = [option.name for option in fields(cls)]
+        for option in options.keys() - known:
+            near = did_you_mean(option, known)
+            raise TypeError(f"{cls.who}: options are {', '.join(known)} and process_group, got {option}{near}")
+        return config or cls.from_dict(options)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The config of these options; lists, as JSON has them, become tuples."""
+        options = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        if "rules" in options:
+            options["rules"] = tuple(tuple(rule) if isinstance(rule, list) else rule for rule in options["rules"])
+        return cls(**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON; a rule on a module class becomes `type:Name`."""
+        options = {option.name: getattr(self, option.name) for option in fields(self)}
+        if "rules" in options:
+            options["rules"] = [
+                [p if isinstance(p, str) else f"type:{p.__name__}", v if v is None else dict(v)]
+                for p, v in options["rules"]
+            ]
+        return options

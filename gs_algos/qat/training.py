@@ -1,0 +1,175 @@
+"""What algorithms share that train a network against its own quantization: everything but their layers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch.distributed as dist
+from torch import nn
+from typing_extensions import Self
+
+from gs_algos.core.algorithm import Algorithm, Inputs, history, prepared_entry, remember, resumable_entry
+from gs_algos.core.config import AlgorithmConfig
+from gs_algos.core.modules import all_or_nothing
+from gs_algos.core.plan import Plan, PlanRow
+from gs_algos.qat.convert import Parity
+from gs_algos.qat.observe import observe
+from gs_algos.qat.prepare import refuse_nonfinite
+from gs_algos.quant.quantizers import SMALLEST_SCALE, ActivationQuantizer, Quantizer, merge_pending
+
+
+class QuantizationTraining(Algorithm):
+    """Base of SimQAT and SLB. A subclass says what its layers are, how they are installed, move and convert.
+
+    parity: how far the last converted network was from the trained one.
+    """
+
+    config_class: ClassVar[type[AlgorithmConfig]]
+    layer_class: ClassVar[type[nn.Module]]
+    done: ClassVar[str]  # what a model that has been through `apply` is, e.g. "quantized"
+
+    def __init__(
+        self, config: AlgorithmConfig | None = None, *, process_group: dist.ProcessGroup | None = None, **options: Any
+    ) -> None:
+        self.config = self.config_class.choose(config, options)
+        self.who = self.config_class.who
+        self.steps = 0
+        self.parity: Parity | None = None
+        self.process_group = process_group
+        self._example: Inputs | None = None
+        self._layers: dict[str, Any] = {}
+        self._quantizers: dict[str, Quantizer] = {}
+
+    @abstractmethod
+    def install(self, model: nn.Module, plan: Plan, example_inputs: Inputs) -> tuple[nn.Module, dict[str, Any]]:
+        """Swaps the planned layers of a live model; what a checkpoint must know beside the plan."""
+
+    @abstractmethod
+    def move(self) -> None:
+        """Brings every layer to where the schedules are after `steps` steps. Nothing is read back from the device."""
+
+    @abstractmethod
+    def converted(self, model: nn.Module, rows: list[PlanRow], example_inputs: Inputs) -> Parity:
+        """Replaces the trained layers, compared with what takes their place."""
+
+    def calibrated(self) -> None:
+        """What calibration sets besides activation ranges."""
+
+    def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
+        if any(entry["algorithm"] == self.name for entry in history(model)):
+            stage = history(model)[-1]["stage"]
+            raise RuntimeError(
+                f"{self.who}.apply: the model must not be {self.done} yet, got one that is {stage}; build it anew"
+            )
+        plan = self.plan(model, example_inputs)
+        if not plan.acted():
+            raise ValueError(f"{self.who}.apply: at least one layer must be quantizable, got none:\n{plan}")
+        try:
+            with all_or_nothing(model):
+                model, facts = self.install(model, plan, example_inputs)
+                self.steps = 0
+                self._bind(model)
+                self._example = example_inputs
+                if self._activations():
+                    self._observe("apply", model, [example_inputs], provisional=True)
+                self._history = {
+                    "algorithm": self.name,
+                    "stage": "prepared",
+                    "steps": 0,
+                    "config": self.config.to_dict(),
+                    "plan": [row.__dict__ for row in plan.rows],
+                    **facts,
+                }
+                remember(model, self._history)
+                self.move()
+        except BaseException:
+            self._unbind()
+            raise
+        return model
+
+    def calibrate(
+        self,
+        model: nn.Module,
+        batches: Iterable[Inputs] | None = None,
+        forward_loop: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        """Sets every activation range from data before training: `batches` of inputs, or your own `forward_loop`.
+
+        Raises:
+            RuntimeError: if `apply` was not called on this model.
+            ValueError: if not exactly one of the two is given, it shows the model nothing, or a weight or an activation
+                is not finite. The ranges are then as they were.
+        """
+        self._require_bound("calibrate")
+        if (batches is None) == (forward_loop is None):
+            raise ValueError(f"{self.who}.calibrate: give either batches or forward_loop")
+        refuse_nonfinite(f"{self.who}.calibrate", self._layers.items())
+        self._observe("calibrate", model, batches, forward_loop)
+        self.calibrated()
+
+    def step(self) -> None:
+        """Moves ranges and schedules on. Call it after every optimizer step, on every rank.
+
+        Raises:
+            RuntimeError: if `apply` was not called.
+        """
+        self._require_bound("step")
+        self.steps += 1
+        merge_pending(list(self._activations().values()), self.process_group)
+        for quantizer in self._quantizers.values():
+            if quantizer.scheme.learned:
+                quantizer.scale.data.clamp_(min=SMALLEST_SCALE)
+        self.move()
+        self._history["steps"] = self.steps
+
+    def convert(self, model: nn.Module, example_inputs: Inputs | None = None) -> nn.Module:
+        entry = prepared_entry(model, self.name, f"{self.who}.convert")
+        self._require_bound("convert")
+        example = self._example if example_inputs is None else example_inputs
+        if example is None:
+            raise RuntimeError(f"{self.who}.convert: a resumed algorithm has no example inputs; give example_inputs")
+        own = not set(self._layers.values()).isdisjoint(model.modules())
+        self.parity = self.converted(model, [PlanRow(**row) for row in entry["plan"]], example)
+        remember(model, {**entry, "stage": "converted", "steps": self.steps})
+        if own:  # a copy may be converted while the training of the original goes on
+            self._unbind()
+        return model
+
+    @classmethod
+    def resume(cls, model: nn.Module) -> Self:
+        """The algorithm of a prepared model that `load` gave back, at the step where it was saved.
+
+        Raises:
+            RuntimeError: if the model was not saved while prepared.
+        """
+        entry = resumable_entry(model, cls.name, cls.config_class.who)
+        algo = cls(cls.config_class.from_dict(entry["config"]))
+        algo._bind(model)
+        algo.steps = entry["steps"]
+        return algo
+
+    def _observe(self, method: str, model: nn.Module, *data: Any, provisional: bool = False) -> None:
+        who = f"{self.who}.{method}"
+        observe(who, model, self._activations(), *data, provisional=provisional, group=self.process_group)
+
+    def _bind(self, model: nn.Module) -> None:
+        """Remembers the live layers and quantizers that `step` has to visit."""
+        self._layers = {name: m for name, m in model.named_modules() if isinstance(m, self.layer_class)}
+        self._quantizers = {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}
+        entries = history(model)
+        if entries:
+            self._history = entries[-1]
+
+    def _unbind(self) -> None:
+        self._layers, self._quantizers = {}, {}
+
+    def _activations(self) -> dict[str, ActivationQuantizer]:
+        return {n: q for n, q in self._quantizers.items() if isinstance(q, ActivationQuantizer)}
+
+    def _require_bound(self, method: str) -> None:
+        if not self._layers:
+            raise RuntimeError(
+                f"{self.who}.{method}: must come between apply and convert; call apply(model, inputs) first"
+            )
