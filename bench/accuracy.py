@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--amp", action="store_true", help="quantized training under bfloat16 autocast")
     parser.add_argument("--state", type=Path, default=Path("build/accuracy"), help="where training states are kept")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -92,7 +93,7 @@ def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
     stem = f"{args.model}-{set_name}-s{args.seed}"
     base = float_recipe(args.model, data, args.float_epochs, args.seed, args.batch_size)
     tune = tune_recipe(args.model, data, args.epochs, args.seed, args.batch_size)
-    compressed = replace(tune, lr=base.lr) if SETTINGS[args.recipe].far else tune
+    compressed = replace(tune, lr=base.lr if SETTINGS[args.recipe].far else tune.lr, amp=args.amp)
     started = time.perf_counter()
 
     def fresh() -> nn.Module:
@@ -114,7 +115,8 @@ def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
     setting = SETTINGS[args.recipe]
     algo = make(setting, args.epochs, batches_per_epoch(data, args.batch_size))
     net = algo.apply(net, data.example())
-    trained = stage(f"float{args.float_epochs}-{args.recipe}-{args.epochs}", net, compressed, algo)
+    amp = "-amp" if args.amp else ""
+    trained = stage(f"float{args.float_epochs}-{args.recipe}-{args.epochs}{amp}", net, compressed, algo)
     _draw(algo, stem, args)
     net = algo.convert(net, data.example())
     converted = predict(net, data)
