@@ -1,7 +1,8 @@
 """Chains of tensor operations compiled once for CPU, for any size.
 
-`torch.compile` compiles again for every size that is 0, 1 or was equal to another in its first call. So a chain is
-compiled per variant (rank, dtype, flags), ahead of its first use, on an example whose sizes are large and all differ.
+`torch.compile` compiles again for every size that is 0, 1 or was equal to another in its first call, and takes 30 us or
+more to find the code of a call. So a chain is traced and compiled per variant (rank, dtype, flags), ahead of its first
+use, on an example whose sizes are large and all differ; the code itself checks sizes and strides.
 Without a C++ compiler the chain runs eagerly, which is said once.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import types
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 Chain = Callable[..., Any]
 
-_ready: dict[tuple[Chain, Hashable], Chain] = {}
+_ready: dict[tuple[Chain, Hashable, int], Chain] = {}
 _lock = threading.RLock()
 _usable = True
 
@@ -34,50 +34,70 @@ def compiled(
     """`chain`, compiled when first asked for; or as it is if it cannot be compiled here.
 
     Args:
-        chain: a function without closure, of tensors and constants.
-        variant: what tells apart calls that need code of their own; tensor sizes of one variant are all above 1.
+        chain: of tensors and constants; returns a tensor, a tuple of tensors or None.
+        variant: what tells apart calls that need code of their own, all constants among it; tensor sizes of one
+            variant are all above 1.
         example: makes the arguments of one such call.
         options: of the compiler, as `torch.compile` takes them; the same in every call for one chain.
     """
-    key = (chain, variant)
+    key = (chain, variant, torch.get_num_threads())  # the code starts as many threads
     if key not in _ready:
         with _lock:
             if key not in _ready:
-                _ready[key] = _compile(chain, variant, example, options)
+                _ready[key] = _compile(chain, variant, example, options or {})
     return _ready[key]
 
 
-def _compile(
-    chain: Chain,
-    variant: Hashable,
-    example: Callable[[], tuple[Any, ...]],
-    options: dict[str, str | int | bool | Callable[..., Any]] | None,
-) -> Chain:
+def _compile(chain: Chain, variant: Hashable, example: Callable[[], tuple[Any, ...]], options: dict[str, Any]) -> Chain:
     global _usable
     if not _usable:
         return chain
-    # the compiler limits how often one code object is compiled: each variant is a code object of its own
-    code = chain.__code__.replace(co_name=f"{chain.__name__}_{len(_ready)}")
-    own = types.FunctionType(code, chain.__globals__, chain.__name__, chain.__defaults__)
-    candidate = torch.compile(own, dynamic=True, options=options)
     logger.info("compiling %s %s for the CPU, once", chain.__name__, variant)
     try:
-        call(candidate, *example())
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return _compile_for(chain, example(), options)
     except (RuntimeError, OSError, ImportError) as error:
         _usable = False
         reason = str(error).strip().partition("\n")[0]
         logger.warning(
-            "CPU chains run uncompiled, several times slower: torch.compile failed (%s); install a C++ compiler", reason
+            "CPU chains run uncompiled, several times slower: compiling failed (%s); install a C++ compiler", reason
         )
         return chain
-    return candidate
+
+
+def _compile_for(chain: Chain, args: tuple[Any, ...], options: dict[str, Any]) -> Chain:
+    from torch._inductor import standalone_compile  # importing it takes a second
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+    kind: type = tuple
+
+    def of_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
+        nonlocal kind
+        whole = list(args)
+        for i, t in zip(places, tensors, strict=True):
+            whole[i] = t
+        result = chain(*whole)
+        kind = type(result)
+        return result if kind is tuple else () if result is None else (result,)
+
+    graph = make_fx(of_tensors, tracing_mode="symbolic")(*(args[i] for i in places))
+    for node in graph.graph.nodes:
+        node.meta["example_value"] = node.meta.get("val")  # where standalone_compile looks for the symbols of sizes
+    inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    code = standalone_compile(graph, inputs, dynamic_shapes="from_graph", options={"config_patches": options})
+
+    def run(*args: Any) -> Any:
+        results = code(*[args[i] for i in places])
+        return tuple(results) if kind is tuple else results[0] if results else None
+
+    return run
 
 
 def call(chain: Chain, *args: Any) -> Any:
-    """Runs a chain without gradients and autocast: settings of the caller would have it compiled again."""
-    tensors = (a.detach() if isinstance(a, Tensor) else a for a in args)
+    """Runs a chain without gradients and autocast."""
     if torch.is_autocast_enabled("cpu"):
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return chain(*tensors)
+            return chain(*args)
     with torch.no_grad():
-        return chain(*tensors)
+        return chain(*args)
