@@ -21,6 +21,8 @@ NAMESPACE = "gs_kernels"
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
+IMPLEMENTATIONS: dict[str, Sequence[Impl]] = {}  # of each op, as registered
+
 
 def _hash_sources() -> str:
     digest = hashlib.sha256()
@@ -37,6 +39,7 @@ def register(schema: str, impls: Sequence[Impl], fake: Callable[..., Any]) -> No
     """Defines `gs_kernels::<schema>`, whose last argument is `str source`; fake: what the results look like."""
     name = schema.partition("(")[0]
     qualified = f"{NAMESPACE}::{name}"
+    IMPLEMENTATIONS[name] = impls
 
     def body(*args: Any) -> Any:
         args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args[:-1])

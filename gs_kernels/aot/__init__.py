@@ -7,8 +7,20 @@
 `python -m gs_kernels.aot` does it for every case of every op and fails if one is out of its bounds.
 """
 
-from gs_kernels.aot.compile import compile_launches
-from gs_kernels.aot.report import Report, check, report, reports
+from gs_kernels.aot.compile import Launch, compile_launches, record_launches
+from gs_kernels.aot.report import Report, check, launches_of, report, reports
 from gs_kernels.aot.targets import TARGETS, Occupancy, occupancy
 
-__all__ = ["TARGETS", "Occupancy", "Report", "check", "compile_launches", "occupancy", "report", "reports"]
+__all__ = [
+    "TARGETS",
+    "Launch",
+    "Occupancy",
+    "Report",
+    "check",
+    "compile_launches",
+    "launches_of",
+    "occupancy",
+    "record_launches",
+    "report",
+    "reports",
+]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch._library.triton import set_wrap_triton_enabled
@@ -31,6 +32,15 @@ class _StubDriver:
         return GPUTarget(self.target.backend, self.target.arch, self.target.warp_size)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One `kernel[grid](...)`: compiled: what Triton made of it. args: by name, flags and blocks among them."""
+
+    compiled: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+
+
 @contextlib.contextmanager
 def compile_launches(target: str) -> Iterator[list[Any]]:
     """Every `kernel[grid](...)` inside compiles for `target` and launches nothing; yields the list of compiled kernels.
@@ -45,6 +55,26 @@ def compile_launches(target: str) -> Iterator[list[Any]]:
         ValueError: if the target is unknown.
         RuntimeError: under TRITON_INTERPRET=1, where `@triton.jit` makes functions that cannot be compiled.
     """
+    compiled: list[Any] = []
+
+    def note(launch: Launch) -> None:
+        if not any(launch.compiled is other for other in compiled):
+            compiled.append(launch.compiled)
+
+    with _intercept(target, note):
+        yield compiled
+
+
+@contextlib.contextmanager
+def record_launches(target: str) -> Iterator[list[Launch]]:
+    """Like `compile_launches`; yields the list of all launches, in their order."""
+    launches: list[Launch] = []
+    with _intercept(target, launches.append):
+        yield launches
+
+
+@contextlib.contextmanager
+def _intercept(target: str, note: Callable[[Launch], None]) -> Iterator[None]:
     stub = _StubDriver(find_target(target))
     if INTERPRET:
         raise RuntimeError(
@@ -53,13 +83,11 @@ def compile_launches(target: str) -> Iterator[list[Any]]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    compiled: list[Any] = []
     launch = JITFunction.run
 
-    def compile_only(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = launch(self, *args, warmup=True, **kwargs)
-        if not any(kernel is other for other in compiled):
-            compiled.append(kernel)
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        note(Launch(kernel, tuple(grid), dict(zip(self.arg_names, args, strict=False)) | kwargs))
         return kernel
 
     before = driver._active
@@ -67,7 +95,20 @@ def compile_launches(target: str) -> Iterator[list[Any]]:
     JITFunction.run = compile_only
     try:
         with set_wrap_triton_enabled(False):
-            yield compiled
+            yield
     finally:
         JITFunction.run = launch
         driver._active = before
+
+
+@contextlib.contextmanager
+def skip_launches() -> Iterator[None]:
+    """`kernel[grid](...)` inside neither compiles nor launches: only what is around it happens."""
+    from triton.runtime.jit import JITFunction
+
+    before = JITFunction.run
+    JITFunction.run = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        JITFunction.run = before

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gs_kernels.aot.assembly import parse_gcn, parse_ptx
-from gs_kernels.aot.compile import compile_launches
+from gs_kernels.aot.compile import Launch, record_launches
 from gs_kernels.aot.machine import Code, Instruction
-from gs_kernels.aot.sass import disassemble, parse
+from gs_kernels.aot.sass import read_cubin
 from gs_kernels.aot.targets import Occupancy, find_target, occupancy
 from gs_kernels.spec import AotCase
 
@@ -68,7 +68,7 @@ def report(compiled: Any, target: str, elements: int) -> Report:
     """Reads a kernel that `compile_launches(target)` has yielded; `elements` as in `AotCase.elements`."""
     where = find_target(target)
     if where.backend == "cuda":
-        code, ptx = parse(disassemble(compiled.asm["cubin"])), parse_ptx(compiled.asm["ptx"])
+        code, ptx = read_cubin(compiled.asm["cubin"]), parse_ptx(compiled.asm["ptx"])
     else:
         code, ptx = parse_gcn(compiled.asm["amdgcn"]), Code(0, ())
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
@@ -135,16 +135,22 @@ def check(kernel: Report, case: AotCase) -> list[str]:
     return found
 
 
-def reports(case: AotCase, target: str) -> list[Report]:
-    """Compiles what `case.launch()` launches and reports every kernel.
+def launches_of(case: AotCase, target: str) -> list[Launch]:
+    """Compiles what `case.launch()` launches; of each kernel, the first launch.
 
     Raises:
         RuntimeError: if `launch()` launched no kernel: a case that checks nothing.
     """
-    with compile_launches(target) as compiled:
+    with record_launches(target) as launches:
         case.launch()
-    if not compiled:
+    if not launches:
         raise RuntimeError(
             f"gs_kernels.aot: {case.name}.launch() must launch a kernel, got none; call the launcher itself"
         )
-    return [report(kernel, target, case.elements) for kernel in compiled]
+    first = {id(launch.compiled): launch for launch in reversed(launches)}
+    return list(first.values())[::-1]
+
+
+def reports(case: AotCase, target: str) -> list[Report]:
+    """What every kernel that `case.launch()` launches costs."""
+    return [report(launch.compiled, target, case.elements) for launch in launches_of(case, target)]

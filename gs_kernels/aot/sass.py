@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from bisect import bisect_left
+from functools import lru_cache
 
 from gs_kernels.aot.machine import Code, Instruction
 
@@ -83,6 +84,12 @@ def parse(text: str) -> Code:
     )
     registers = re.search(r"REG:(\d+)", text)
     return Code(int(registers[1]) if registers else 0, body)
+
+
+@lru_cache(maxsize=512)
+def read_cubin(cubin: bytes) -> Code:
+    """`parse(disassemble(cubin))`, once a process: the disassembler takes most of the time of a report."""
+    return parse(disassemble(cubin))
 
 
 def _pending(opcode: str, operands: str) -> int | None:

@@ -1,0 +1,100 @@
+"""What a call of public ops makes a GPU do that is not there: `traced(call, "sm_90")`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from gs_kernels.aot.compile import Launch, record_launches, skip_launches
+from gs_kernels.aot.work import KINDS
+from gs_kernels.registration import IMPLEMENTATIONS, NAMESPACE
+
+_PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::bmm": 0, "aten::linear": 0}  # position of the left operand
+_NOTHING = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One of torch's own ops. nbytes: of its arguments and results. flops: of a product, with operands of `kind`."""
+
+    name: str
+    nbytes: int
+    flops: int = 0
+    kind: str = ""
+
+
+@dataclass
+class Trace:
+    """launches: of Triton kernels, in their order. calls: of torch's ops that compute, launchers' own among them."""
+
+    launches: list[Launch] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+
+
+def _computes(op: Any) -> bool:
+    """False for views and allocations."""
+    returns = op._schema.returns
+    view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return not view and op.name().partition(".")[0] not in _NOTHING
+
+
+def _call(op: Any, args: tuple[Any, ...], results: Any) -> Call:
+    name = op.name().partition(".")[0]
+    tensors = {id(t): t for t in tree_leaves((args, results)) if isinstance(t, Tensor)}
+    nbytes = sum(t.nbytes for t in tensors.values())
+    if name not in _PRODUCTS:
+        return Call(name, nbytes)
+    left = args[_PRODUCTS[name]]
+    dtype = str(left.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "f")
+    return Call(name, nbytes, 2 * left.shape[-1] * results.numel(), KINDS.get(dtype, "fp32"))
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        results = func(*args, **kwargs or {})
+        if _computes(func):
+            self.trace.calls.append(_call(func, args, results))
+        return results
+
+
+class _Tracer(_Counter):
+    """Lets an op of ours launch its kernels on meta tensors, then gives what it would give without this."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace != NAMESPACE:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        launcher = next((impl for impl in IMPLEMENTATIONS[func._opname] if impl.name == "triton"), None)
+        if launcher is not None:
+            on_meta = tree_map_only(Tensor, lambda t: t.detach().to("meta"), args[:-1])
+            launcher.run(*on_meta)
+            # under a mode launches are no longer those of eager calls: count what is around them apart
+            with skip_launches(), _Counter(self.trace):
+                launcher.run(*on_meta)
+        return func(*args, **kwargs or {})
+
+
+def traced(call: Callable[[], Any], target: str) -> Trace:
+    """Runs `call`, forward or with a backward inside, and lists what a GPU of this target would run for it.
+
+    Args:
+        call: its tensors may be meta tensors, or on a CPU, where they are computed too.
+        target: a name of `gs_kernels.aot.TARGETS`.
+    """
+    with record_launches(target) as launches:
+        trace = Trace(launches)
+        with _Tracer(trace):
+            call()
+    return trace

@@ -1,0 +1,157 @@
+"""What one launch has to do, read from its Triton IR and its arguments: bytes, matrix products, turns of its loop."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from gs_kernels.aot.compile import Launch
+
+_LOCATION = re.compile(r"\s*loc\(.*$")
+_PARAMETER = re.compile(r"(%\w+): ")
+_DEFINITION = re.compile(r"(%\w+)(?::\d+)? = \"?([\w.]+)\"?(.*)")
+_VALUE = re.compile(r"%[\w#]+")
+_NUMBER = re.compile(r"(?:-?\d+|true|false)\b")
+_LOOP = re.compile(r"scf\.for (%\w+) = (%[\w#]+) to (%[\w#]+) step (%[\w#]+)")
+_CARRIED = re.compile(r"(%\w+) = (%[\w#]+)")
+_DOT = re.compile(r"tensor<([\dx]+)x(\w+)> \* tensor<([\dx]+)x\w+> ->")
+
+_ARITHMETIC: dict[str, Callable[[int, int], int]] = {
+    "arith.addi": operator.add,
+    "arith.subi": operator.sub,
+    "arith.muli": operator.mul,
+    "arith.divsi": operator.floordiv,
+    "arith.remsi": operator.mod,
+    "arith.minsi": min,
+    "arith.maxsi": max,
+}
+_SAME = ("arith.extsi", "arith.trunci", "arith.index_cast")
+_POINTERS = ("tt.addptr", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.bitcast", "tt.reshape", "tt.trans")
+KINDS = {"bf16": "16bit", "f16": "16bit", "i8": "int8", "f32": "fp32"}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of a whole launch. loaded, stored: bytes of the tensors that it reads and writes, each once.
+
+    flops: of matrix products, by the kind of their operands: "16bit", "int8", "fp8" or "fp32".
+    turns: of its longest loop, as the first program runs it; 1 without a loop.
+    """
+
+    programs: int
+    loaded: int
+    stored: int
+    flops: dict[str, int]
+    turns: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.loaded + self.stored
+
+
+class _Reader:
+    """Follows the first program through the IR: integers that it can know, and which argument a pointer points into."""
+
+    def __init__(self, values: list[object]) -> None:
+        self.values = values
+        self.integers: dict[str, int] = {}
+        self.nbytes: dict[str, int] = {}  # of the tensor that an argument is
+        self.arguments: dict[str, str] = {}  # that a pointer points into
+        self.regions: list[int] = []  # turns of each open loop, 1 for what is no loop
+        self.loaded: set[str] = set()
+        self.stored: set[str] = set()
+        self.flops: Counter[str] = Counter()
+        self.turns = 1
+
+    def read(self, line: str) -> None:
+        if line.startswith("}"):
+            self.regions.pop()
+        if line.startswith("tt.func"):
+            self._parameters(line)
+        elif loop := _LOOP.search(line):
+            self._loop(line, *loop.groups())
+        elif match := _DEFINITION.match(line):
+            self._define(*match.groups())
+        elif line.startswith("tt.store"):
+            self._touch(self.stored, line)
+        if line.endswith("{") and not _LOOP.search(line):
+            self.regions.append(1)
+
+    def _parameters(self, line: str) -> None:
+        for name, value in zip(_PARAMETER.findall(line), self.values, strict=True):
+            if isinstance(value, torch.Tensor):
+                self.arguments[name], self.nbytes[name] = name, value.nbytes
+            elif isinstance(value, int):
+                self.integers[name] = int(value)
+
+    def _loop(self, line: str, counter: str, first: str, last: str, step: str) -> None:
+        start, stop, by = (self.integers.get(name) for name in (first, last, step))
+        if start is None or stop is None or not by:
+            raise ValueError(
+                f"gs_kernels.aot: bounds of a loop must follow from sizes and program ids, got {line[:120]}"
+            )
+        self.regions.append(max(0, -(-(stop - start) // by)))
+        self.turns = max(self.turns, math.prod(self.regions))
+        self.integers[counter] = start
+        for inside, outside in _CARRIED.findall(line.partition("iter_args(")[2]):
+            self._same(inside, outside)
+
+    def _same(self, name: str, other: str) -> None:
+        if other in self.integers:
+            self.integers[name] = self.integers[other]
+        if other in self.arguments:
+            self.arguments[name] = self.arguments[other]
+
+    def _define(self, name: str, op: str, rest: str) -> None:
+        operands = _VALUE.findall(rest)
+        if op == "arith.constant" and (number := _NUMBER.match(rest.strip())):
+            self.integers[name] = int(number[0]) if number[0][-1].isdigit() else int(number[0] == "true")
+        elif op == "tt.get_program_id":
+            self.integers[name] = 0
+        elif op in _SAME:
+            self._same(name, operands[0])
+        elif op in _ARITHMETIC:
+            a, b = (self.integers.get(operand) for operand in operands[:2])
+            if a is not None and b is not None and (b or op not in ("arith.divsi", "arith.remsi")):
+                self.integers[name] = _ARITHMETIC[op](a, b)
+        elif op in _POINTERS and operands[0] in self.arguments:
+            self.arguments[name] = self.arguments[operands[0]]
+        elif op in ("tt.load", "tt.atomic_rmw"):
+            self._touch(self.loaded, rest)
+            if op == "tt.atomic_rmw":
+                self._touch(self.stored, rest)
+        elif op == "tt.dot" and (dot := _DOT.search(rest)):
+            m, k = dot[1].split("x")
+            n = dot[3].split("x")[1]
+            self.flops[KINDS.get(dot[2], "fp8")] += 2 * int(m) * int(n) * int(k) * math.prod(self.regions)
+
+    def _touch(self, touched: set[str], text: str) -> None:
+        touched.update(self.arguments[operand] for operand in _VALUE.findall(text)[:1] if operand in self.arguments)
+
+
+def work_of(launch: Launch) -> Work:
+    """Reads a launch that `record_launches` has yielded.
+
+    Raises:
+        ValueError: if the turns of a loop cannot be known before it runs.
+    """
+    signature = launch.compiled.src.signature
+    reader = _Reader([launch.args.get(name) for name, kind in signature.items() if kind != "constexpr"])
+    for line in launch.compiled.asm["ttir"].splitlines():
+        text = line.strip()
+        if not text.startswith("#"):
+            reader.read(text if text.startswith("tt.func") else _LOCATION.sub("", text))
+    programs = math.prod(launch.grid)
+    return Work(
+        programs=programs,
+        loaded=sum(reader.nbytes[name] for name in reader.loaded),
+        stored=sum(reader.nbytes[name] for name in reader.stored),
+        flops={kind: flops * programs for kind, flops in sorted(reader.flops.items())},
+        turns=reader.turns,
+    )
