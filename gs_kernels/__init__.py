@@ -8,6 +8,8 @@ from gs_kernels.observe.op import dynamic_fake_quant, minmax, observe_fake_quant
 from gs_kernels.observe.qparams import choose_qparams
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed, pack_codes, pack_weight, repack, unpack_codes
+from gs_kernels.qconv2d.int8 import code_sums, qconv2d_int8
+from gs_kernels.qconv2d.op import qconv2d
 from gs_kernels.qmatmul.fp8 import qmatmul_fp8
 from gs_kernels.qmatmul.int8 import qmatmul_int8, quantize_rows, row_sums
 from gs_kernels.qmatmul.op import qmatmul
@@ -24,6 +26,7 @@ __all__ = [
     "PerTensor",
     "UnsupportedError",
     "choose_qparams",
+    "code_sums",
     "dequantize",
     "dequantize_packed",
     "dynamic_fake_quant",
@@ -32,6 +35,8 @@ __all__ = [
     "observe_fake_quant",
     "pack_codes",
     "pack_weight",
+    "qconv2d",
+    "qconv2d_int8",
     "qmatmul",
     "qmatmul_fp8",
     "qmatmul_int8",

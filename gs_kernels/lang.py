@@ -112,9 +112,13 @@ def qparams(low, high, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.con
 
 @triton.jit
 def activate(v, ACTIVATION: tl.constexpr):
-    """none, relu (NaN stays NaN), gelu (exact) or silu of fp32."""
+    """none, relu, relu6, hardswish (NaN stays NaN), gelu (exact) or silu of fp32."""
     if ACTIVATION == "relu":
         v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "relu6":
+        v = clamp(v, 0.0, 6.0)
+    elif ACTIVATION == "hardswish":
+        v = v * clamp(v + 3.0, 0.0, 6.0) * 0.16666666666666666
     elif ACTIVATION == "gelu":
         v = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
     elif ACTIVATION == "silu":

@@ -71,7 +71,7 @@ def qmatmul_fp8(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, 
         x: `[..., K]` fp32 / fp16 / bf16, any strides.
         weight: `[N, K]`, at most 4 bits, without levels.
         bias: `[N]` fp32 / fp16 / bf16.
-        activation: `none`, `relu`, `gelu` (exact) or `silu`.
+        activation: `none`, `relu`, `relu6`, `hardswish`, `gelu` (exact) or `silu`.
 
     Returns:
         `[..., N]`, dtype of x, contiguous.

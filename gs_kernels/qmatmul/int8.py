@@ -119,7 +119,7 @@ def qmatmul_int8(
         bias: `[N]` fp32 / fp16 / bf16.
         x_zero: `[1]` fp32 of an integer, the code that stands for 0.0. None is 0. Needs `weight_sums`.
         weight_sums: `[N]` fp32, `row_sums(weight)`: made once per weight, not once per call.
-        activation: `none`, `relu`, `gelu` (exact) or `silu`.
+        activation: `none`, `relu`, `relu6`, `hardswish`, `gelu` (exact) or `silu`.
         dtype: of the result: fp32 / fp16 / bf16.
 
     Returns:

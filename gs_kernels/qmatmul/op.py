@@ -96,15 +96,22 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     parts = (codes, scale, zero_points, ctx.zero, levels)
     if ctx.activation != "none":
         z = torch.ops.gs_kernels.qmatmul(x, *parts, bias, *ctx.numbers, "none", SOURCE)
-        dy = _through_activation(z, dy, ctx.activation)
+        dy = through_activation(z, dy, ctx.activation)
     dx = torch.ops.gs_kernels.qmatmul_dx(dy, *parts, *ctx.numbers, SOURCE) if ctx.needs_input_grad[0] else None
     dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(bias.dtype) if ctx.needs_input_grad[6] else None
     return dx, None, None, None, None, None, dbias, *([None] * 7)
 
 
-def _through_activation(z: Tensor, dy: Tensor, activation: str) -> Tensor:
+def through_activation(z: Tensor, dy: Tensor, activation: str) -> Tensor:
+    """The gradient of what goes into an activation, z, from that of what comes out."""
     if activation == "relu":
         return torch.where(z > 0, dy, 0.0)
+    if activation == "relu6":
+        return torch.where((z > 0) & (z < 6), dy, 0.0)
+    if activation == "hardswish":
+        v = z.float()
+        slope = torch.where(v < -3, 0.0, torch.where(v <= 3, v / 3 + 0.5, 1.0))
+        return (dy * slope).to(dy.dtype)
     if activation == "gelu":
         return torch.ops.aten.gelu_backward(dy, z)
     z = z.float()
@@ -143,7 +150,7 @@ def qmatmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, acti
         x: `[..., K]` fp32 / fp16 / bf16. Rows that are not evenly spaced, contiguous along K, are copied once.
         weight: `[N, K]`. On a GPU the planar layout runs in kernels; canonical is dequantised first, each call.
         bias: `[N]` fp32 / fp16 / bf16.
-        activation: `none`, `relu`, `gelu` (exact) or `silu`.
+        activation: `none`, `relu`, `relu6`, `hardswish`, `gelu` (exact) or `silu`.
 
     Returns:
         `[..., N]`, dtype of x, contiguous.

@@ -12,9 +12,17 @@ from gs_kernels.observe.ref import SCALE_FLOOR, choose_qparams_ref
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed, unpack_codes
 
+
+def _hardswish(y: Tensor) -> Tensor:
+    v = y.float()
+    return (v * (v + 3).clamp(0, 6) * (1 / 6)).to(y.dtype)  # libraries differ in whether they divide
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
     "relu": torch.relu,
+    "relu6": torch.nn.functional.relu6,
+    "hardswish": _hardswish,
     "gelu": torch.nn.functional.gelu,
     "silu": torch.nn.functional.silu,
 }

@@ -144,7 +144,7 @@ CALLS = {
     r"last axis of x must be K=256 of the weight \[20, 256\], got \[2, 255\]": lambda w: qmatmul(normal(2, 255), w),
     r"x must be float32 / float16 / bfloat16, got int64; cast x": lambda w: qmatmul(torch.ones(2, 256).long(), w),
     r"weight must be a PackedWeight, got Tensor": lambda w: qmatmul(normal(2, 256), normal(20, 256)),
-    r"activation must be one of none, relu, gelu, silu, got 'tanh'": lambda w: qmatmul(
+    r"activation must be one of none, relu, relu6, hardswish, gelu, silu, got 'tanh'": lambda w: qmatmul(
         normal(2, 256), w, activation="tanh"
     ),
     r"bias must have shape \[20\], got \[3\]": lambda w: qmatmul(normal(2, 256), w, normal(3)),

@@ -1,0 +1,129 @@
+"""The convolution of an image of 8-bit codes with a packed weight: implementations, registration, public functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gs_kernels.dispatch import implementations
+from gs_kernels.pack.checks import check_packed
+from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.qconv2d.checks import check_int8, check_operands
+from gs_kernels.qconv2d.op import conv_refuses, empty_image
+from gs_kernels.qconv2d.ref import code_sums_ref, finish_int8, integer_sums
+from gs_kernels.qconv2d.window import Padding, Pair, Window, make_window
+from gs_kernels.qmatmul.flat import NUMBERS, TENSORS, numbers_of, packed, tensors_of
+from gs_kernels.registration import SOURCE, register
+
+
+def _int8_ref(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    weight_sums: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+    zero_points: Tensor | None,
+    zero: float,
+    levels: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    residual_zero: Tensor | None,
+    out_scale: Tensor | None,
+    out_zero: Tensor | None,
+    bits: int,
+    n: int,
+    k: int,
+    group_size: int,
+    layout: str,
+    window: list[int],
+    activation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
+    y = integer_sums(x, x_zero, weight, Window(*window))
+    y = finish_int8(y, x_scale, bias, residual, residual_scale, residual_zero, out_scale, out_zero, activation, dtype)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+INT8 = implementations("qconv2d_int8", _int8_ref, refuses=conv_refuses)
+
+
+def _int8_fake(x: Tensor, *args: Any) -> Tensor:
+    return empty_image(x, args[15], args[19], args[21] if args[12] is None else torch.int8)
+
+
+register(
+    f"qconv2d_int8(Tensor x, Tensor x_scale, Tensor? x_zero, Tensor? weight_sums, {TENSORS}, Tensor? bias,"
+    " Tensor? residual, Tensor? residual_scale, Tensor? residual_zero, Tensor? out_scale, Tensor? out_zero,"
+    f" {NUMBERS}, int[] window, str activation, ScalarType dtype, str source) -> Tensor",
+    INT8,
+    _int8_fake,
+)
+
+
+def code_sums(weight: PackedWeight) -> Tensor:
+    """`[O, G]` int32: the sum of the codes of each group, which `qconv2d_int8` needs when x has a zero point."""
+    check_packed("code_sums", weight)
+    return code_sums_ref(weight)
+
+
+def qconv2d_int8(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    kernel_size: Pair,
+    stride: Pair = 1,
+    padding: Padding = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    x_zero: Tensor | None = None,
+    weight_sums: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    residual_zero: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_zero: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`act(conv2d((x - x_zero) * x_scale, W) + bias + residual)` with integer codes on both sides. No gradient.
+
+    Codes are multiplied and summed as integers, exactly, within each group of the weight; the rest follows in fp32 in a
+    fixed order: scale of the weight, x_scale, bias, residual, activation, and one cast or, with out_scale, the codes
+    `clamp(round(y / out_scale) + out_zero, -128, 127)`, rounded as `quantize` does: layers follow each other without
+    floats in between. Padding is with x_zero: with real zeros.
+    Codes 0..255 of an unsigned grid are given 128 lower, and so is their zero point; they come out that way too.
+
+    Args:
+        x: `[B, C, H, W]` int8, any strides; see `qconv2d`, also for those that are not named here.
+        x_scale: `[1]` fp32.
+        weight: `[O, K]`, without levels, groups of at most 32768 elements.
+        x_zero: `[1]` fp32 of an integer, the code that stands for 0.0. None is 0.
+        weight_sums: `[O, G]` int32, `code_sums(weight)`, to make it once per weight: else a call with x_zero does.
+        residual: the shape of y: fp32 / fp16 / bf16, or int8 with residual_scale.
+        residual_scale: `[1]` fp32.
+        residual_zero: `[1]` fp32. None is 0.
+        out_scale: `[1]` fp32 of an int8 result.
+        out_zero: `[1]` fp32. None is 0.
+        dtype: of the result without out_scale: fp32 / fp16 / bf16.
+
+    Returns:
+        `[B, O, P, Q]`, int8 with out_scale, else dtype, channels-last.
+
+    Raises:
+        TypeError, ValueError: if shapes, dtypes or devices do not fit together, or an argument is none of the above.
+    """
+    who = "qconv2d_int8"
+    window = make_window(who, kernel_size, stride, padding, dilation, groups)
+    shape = check_operands(who, x, (torch.int8,), weight, bias, activation, window)
+    into = {"residual": residual, "residual_scale": residual_scale, "residual_zero": residual_zero}
+    into |= {"out_scale": out_scale, "out_zero": out_zero}
+    check_int8(who, x, x_scale, weight, dtype, shape, {"x_zero": x_zero, "weight_sums": weight_sums, **into})
+    tensors = (x, x_scale, x_zero, weight_sums, *tensors_of(weight), bias, *into.values())
+    return torch.ops.gs_kernels.qconv2d_int8(*tensors, *numbers_of(weight), window.numbers, activation, dtype, SOURCE)

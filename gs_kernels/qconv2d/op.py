@@ -1,0 +1,217 @@
+"""The convolution of a float image with a packed weight, and its gradient: implementations, registration, function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, pad
+
+from gs_kernels.dispatch import implementations
+from gs_kernels.pack.checks import FLOATS, check_tensor
+from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.pack.pack import dequantize_packed
+from gs_kernels.qconv2d.checks import check_devices, check_operands
+from gs_kernels.qconv2d.window import Padding, Pair, Window, make_window
+from gs_kernels.qmatmul.flat import NUMBERS, TENSORS, numbers_of, packed, tensors_of
+from gs_kernels.qmatmul.op import planar_refuses, through_activation
+from gs_kernels.qmatmul.ref import ACTIVATIONS
+from gs_kernels.registration import SOURCE, register
+
+
+def conv_refuses(x: Tensor, *args: Any) -> list[str]:
+    """Why the Triton kernels cannot run a call whose arguments hold, in this order, K, a group size and a layout."""
+    reasons = planar_refuses(x, *args)
+    at = next(i for i, a in enumerate(args) if isinstance(a, str))  # the layout
+    k, group_size = args[at - 2 : at]
+    if group_size % 32 != 0 and group_size != k:
+        reasons.append(f"needs groups of a multiple of 32 elements, or one group, got {group_size}")
+    return reasons
+
+
+def filters(weight: PackedWeight, window: Window, dtype: torch.dtype) -> Tensor:
+    """The weight as `torch.nn.functional.conv2d` takes it, in channels-last order."""
+    w = dequantize_packed(weight, dtype)
+    return w.view(w.shape[0], window.r, window.s, -1).permute(0, 3, 1, 2)
+
+
+def _qconv2d_ref(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_points: Tensor | None,
+    zero: float,
+    levels: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    bits: int,
+    n: int,
+    k: int,
+    group_size: int,
+    layout: str,
+    window: list[int],
+    activation: str,
+) -> Tensor:
+    """Dequantises to the dtype of x, then as a float layer does: the path of the CPU, and of compilers without a GPU.
+
+    fp16 is computed in fp32 on the CPU, which multiplies it many times slower.
+    """
+    about = Window(*window)
+    weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
+    dtype = torch.float32 if x.dtype == torch.float16 and x.device.type == "cpu" else x.dtype
+    image, padding = x.to(dtype, memory_format=torch.channels_last), (about.top, about.left)
+    if not about.is_symmetric:
+        image, padding = pad(image, about.sides), (0, 0)
+    inside = None if bias is None else bias.to(dtype)
+    y = conv2d(image, filters(weight, about, dtype), inside, about.stride, padding, about.dilation, about.groups)
+    y = y if residual is None else y.float() + residual.float()
+    return ACTIVATIONS[activation](y).to(x.dtype, memory_format=torch.channels_last)
+
+
+def _dx_ref(
+    dy: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_points: Tensor | None,
+    zero: float,
+    levels: Tensor | None,
+    bits: int,
+    n: int,
+    k: int,
+    group_size: int,
+    layout: str,
+    window: list[int],
+    h: int,
+    w: int,
+) -> Tensor:
+    about = Window(*window)
+    weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
+    dtype = torch.float32 if dy.dtype == torch.float16 and dy.device.type == "cpu" else dy.dtype
+    channels = k // about.taps * about.groups
+    size = (dy.shape[0], channels, h + about.top + about.bottom, w + about.left + about.right)
+    dx = torch.nn.grad.conv2d_input(
+        size, filters(weight, about, dtype), dy.to(dtype), about.stride, 0, about.dilation, about.groups
+    )
+    inner = dx[:, :, about.top : about.top + h, about.left : about.left + w]
+    return inner.to(dy.dtype).contiguous(memory_format=torch.channels_last)
+
+
+QCONV2D = implementations("qconv2d", _qconv2d_ref, refuses=conv_refuses)
+DX = implementations("qconv2d_dx", _dx_ref, refuses=conv_refuses)
+
+
+def empty_image(x: Tensor, o: int, window: list[int], dtype: torch.dtype) -> Tensor:
+    """y, not yet written, channels-last."""
+    size = (x.shape[0], o, *Window(*window).output(*x.shape[2:]))
+    return torch.empty(size, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _qconv2d_fake(x: Tensor, *args: Any) -> Tensor:
+    return empty_image(x, args[8], args[12], x.dtype)
+
+
+def _dx_fake(dy: Tensor, *args: Any) -> Tensor:
+    window, h, w = args[10:13]
+    about = Window(*window)
+    size = (dy.shape[0], args[7] // about.taps * about.groups, h, w)
+    return torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+
+
+register(
+    f"qconv2d(Tensor x, {TENSORS}, Tensor? bias, Tensor? residual, {NUMBERS}, int[] window, str activation, str source)"
+    " -> Tensor",
+    QCONV2D,
+    _qconv2d_fake,
+)
+register(
+    f"qconv2d_dx(Tensor dy, {TENSORS}, {NUMBERS}, int[] window, SymInt h, SymInt w, str source) -> Tensor", DX, _dx_fake
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, scale, zero_points, zero, levels, bias, residual, *numbers, activation, _ = inputs
+    # without an activation the gradient needs no x; with one, what went into it is computed again from x
+    known = (None, None) if activation == "none" else (x, residual)
+    ctx.save_for_backward(*known, codes, scale, zero_points, levels, bias)
+    ctx.zero, ctx.numbers, ctx.activation, ctx.size = zero, numbers, activation, x.shape[2:]
+    ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, residual, codes, scale, zero_points, levels, bias = ctx.saved_tensors
+    parts = (codes, scale, zero_points, ctx.zero, levels)
+    if ctx.activation != "none":
+        z = torch.ops.gs_kernels.qconv2d(x, *parts, bias, residual, *ctx.numbers, "none", SOURCE)
+        dy = through_activation(z, dy, ctx.activation)
+    wanted = ctx.needs_input_grad
+    dx = torch.ops.gs_kernels.qconv2d_dx(dy, *parts, *ctx.numbers, *ctx.size, SOURCE) if wanted[0] else None
+    dbias = dy.sum((0, 2, 3), dtype=torch.float32).to(bias.dtype) if wanted[6] else None
+    dresidual = dy.to(ctx.residual_dtype) if wanted[7] else None
+    return dx, None, None, None, None, None, dbias, dresidual, *([None] * 8)
+
+
+def _dx_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, scale, zero_points, zero, levels, *numbers, _, _, _ = inputs
+    ctx.save_for_backward(codes, scale, zero_points, levels)
+    ctx.zero, ctx.numbers = zero, numbers
+
+
+def _dx_gradient(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+    codes, scale, zero_points, levels = ctx.saved_tensors
+    parts = (codes, scale, zero_points, ctx.zero, levels, None, None)
+    ddy = torch.ops.gs_kernels.qconv2d(ddx, *parts, *ctx.numbers, "none", SOURCE)
+    return ddy, *([None] * 14)
+
+
+torch.library.register_autograd("gs_kernels::qconv2d", _gradient, setup_context=_setup_context)
+torch.library.register_autograd("gs_kernels::qconv2d_dx", _dx_gradient, setup_context=_dx_setup_context)
+
+
+def qconv2d(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    kernel_size: Pair,
+    stride: Pair = 1,
+    padding: Padding = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`act(conv2d(x, W) + bias + residual)` with `W = (code - zero) * scale`, or `levels[code] * scale`, packed.
+
+    fp16 and bf16 x: each weight is rounded once to the dtype of x, products are summed in fp32, and bias, residual and
+    activation are applied there. fp32 x: everything is fp32 (never TF32). No buffer of unfolded pixels.
+    Gradients: dx through the packed weight, dbias, dresidual. None to the weight, its scale and its zero points.
+
+    Args:
+        x: `[B, C, H, W]` fp32 / fp16 / bf16, any strides; channels-last is read fastest on a GPU, nothing is copied
+            there. B may be 0.
+        weight: `[O, K]`, K = R * S * C / groups in the order (R, S, C / groups), channels fastest: that of a
+            `torch.nn.Conv2d` is `conv.weight.permute(0, 2, 3, 1).flatten(1)`. Kernels read the planar layout.
+        bias: `[O]` fp32 / fp16 / bf16.
+        kernel_size: (R, S), or one number for both, as all pairs.
+        stride: pair.
+        padding: pair, of zeros, or `same` for stride 1. Other modes: `torch.nn.functional.pad` x beforehand.
+        dilation: pair.
+        groups: of channels of x and y.
+        activation: `none`, `relu`, `relu6`, `hardswish`, `gelu` (exact) or `silu`.
+        residual: fp32 / fp16 / bf16, the shape of y, any strides.
+
+    Returns:
+        `[B, O, P, Q]`, dtype of x, channels-last.
+
+    Raises:
+        TypeError, ValueError: if shapes, dtypes or devices do not fit together, or an argument is none of the above.
+    """
+    who = "qconv2d"
+    window = make_window(who, kernel_size, stride, padding, dilation, groups)
+    shape = check_operands(who, x, FLOATS, weight, bias, activation, window)
+    if residual is not None:
+        check_tensor(who, "residual", residual, FLOATS, shape)
+        check_devices(who, x, {"residual": residual})
+    args = (*tensors_of(weight), bias, residual, *numbers_of(weight), window.numbers, activation, SOURCE)
+    return torch.ops.gs_kernels.qconv2d(x, *args)
