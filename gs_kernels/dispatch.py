@@ -1,7 +1,8 @@
 """Which implementation of an op runs, and why the others do not.
 
 An op lists its implementations fastest first; each can refuse a call with reasons. The first that does not refuse runs.
-The environment variable `GS_BACKEND` forces one by name. This is the only file that reads the environment.
+The environment variable `GS_BACKEND` forces one by name. This is the only file that reads the environment:
+`GS_TUNING_DIR` is the other variable.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +62,12 @@ def choose(op: str, impls: Sequence[Impl], *args: Any) -> Impl:
             return impl
         refusals += [f"{impl.name} {reason}" for reason in reasons]
     raise UnsupportedError(f"{op}: no implementation can run this call: {'; '.join(refusals)}")
+
+
+def tuning_dir() -> Path | None:
+    """The folder of the user's own tables of tiles, `GS_TUNING_DIR`."""
+    folder = os.environ.get("GS_TUNING_DIR")
+    return Path(folder) if folder else None
 
 
 def is_eager(*tensors: torch.Tensor) -> bool:

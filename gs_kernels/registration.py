@@ -42,7 +42,7 @@ def register(schema: str, impls: Sequence[Impl], fake: Callable[..., Any]) -> No
     IMPLEMENTATIONS[name] = impls
 
     def body(*args: Any) -> Any:
-        args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args[:-1])
+        args = tuple(a.detach() if isinstance(a, torch.Tensor) and a.requires_grad else a for a in args[:-1])
         return choose(name, impls, *args).run(*args)
 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

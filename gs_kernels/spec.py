@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-OPS: tuple[str, ...] = ("fake_quant", "observe", "slb", "qmatmul")
+OPS: tuple[str, ...] = ("fake_quant", "observe", "slb", "qmatmul", "qconv2d")
 
 Shape: TypeAlias = dict[str, Any]
 
@@ -70,6 +70,7 @@ class OpSpec:
     """run: the public op. ref: the oracle, same arguments. make(shape, dtype, device, generator): inputs of one call.
 
     keeps_strides: whether results of the shape of the first argument have its strides; else they are contiguous.
+    memory_format: in which order of axes they are.
     grad_tol: agreement of each gradient with the one autograd gives through `ref`, relative to its RMS.
     library: other providers to time, by name; each takes the same arguments.
     backward: True when the benchmark also times forward + backward.
@@ -84,6 +85,7 @@ class OpSpec:
     test_shapes: tuple[Shape, ...]
     bench_shapes: Mapping[str, tuple[Shape, ...]]
     keeps_strides: bool = True
+    memory_format: torch.memory_format = torch.contiguous_format
     grad_tol: Mapping[torch.dtype, float] = field(default_factory=dict)
     library: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     aot: tuple[AotCase, ...] = ()

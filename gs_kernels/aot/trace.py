@@ -63,7 +63,7 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         results = func(*args, **kwargs or {})
-        if _computes(func):
+        if func.namespace == "aten" and _computes(func):
             self.trace.calls.append(_call(func, args, results))
         return results
 

@@ -10,7 +10,7 @@ from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.qconv2d.window import Window
 from gs_kernels.qmatmul.ref import ACTIVATIONS
 
-LARGEST_GROUP = 1 << 15  # of products of 255 and 255, the sum is below 2**31
+LARGEST_GROUP = 1 << 14  # of products of 255 and 255 in half steps, the sum is below 2**31
 
 
 def check_operands(

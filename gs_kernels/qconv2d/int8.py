@@ -11,7 +11,8 @@ from gs_kernels.dispatch import implementations
 from gs_kernels.pack.checks import check_packed
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.qconv2d.checks import check_int8, check_operands
-from gs_kernels.qconv2d.op import conv_refuses, empty_image
+from gs_kernels.qconv2d.dense import empty_image
+from gs_kernels.qconv2d.op import conv_refuses
 from gs_kernels.qconv2d.ref import code_sums_ref, finish_int8, integer_sums
 from gs_kernels.qconv2d.window import Padding, Pair, Window, make_window
 from gs_kernels.qmatmul.flat import NUMBERS, TENSORS, numbers_of, packed, tensors_of
@@ -53,7 +54,7 @@ INT8 = implementations("qconv2d_int8", _int8_ref, refuses=conv_refuses)
 
 
 def _int8_fake(x: Tensor, *args: Any) -> Tensor:
-    return empty_image(x, args[15], args[19], args[21] if args[12] is None else torch.int8)
+    return empty_image(x, args[15], Window(*args[19]), args[21] if args[12] is None else torch.int8)
 
 
 register(
@@ -103,7 +104,7 @@ def qconv2d_int8(
     Args:
         x: `[B, C, H, W]` int8, any strides; see `qconv2d`, also for those that are not named here.
         x_scale: `[1]` fp32.
-        weight: `[O, K]`, without levels, groups of at most 32768 elements.
+        weight: `[O, K]`, without levels, groups of at most 16384 elements.
         x_zero: `[1]` fp32 of an integer, the code that stands for 0.0. None is 0.
         weight_sums: `[O, G]` int32, `code_sums(weight)`, to make it once per weight: else a call with x_zero does.
         residual: the shape of y: fp32 / fp16 / bf16, or int8 with residual_scale.

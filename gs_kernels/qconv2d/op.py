@@ -6,17 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, pad
 
 from gs_kernels.dispatch import implementations
 from gs_kernels.pack.checks import FLOATS, check_tensor
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.qconv2d.checks import check_devices, check_operands
+from gs_kernels.qconv2d.dense import computed_in, convolve_dense, convolve_dx, empty_image
 from gs_kernels.qconv2d.window import Padding, Pair, Window, make_window
 from gs_kernels.qmatmul.flat import NUMBERS, TENSORS, numbers_of, packed, tensors_of
 from gs_kernels.qmatmul.op import planar_refuses, through_activation
-from gs_kernels.qmatmul.ref import ACTIVATIONS
 from gs_kernels.registration import SOURCE, register
 
 
@@ -28,12 +27,6 @@ def conv_refuses(x: Tensor, *args: Any) -> list[str]:
     if group_size % 32 != 0 and group_size != k:
         reasons.append(f"needs groups of a multiple of 32 elements, or one group, got {group_size}")
     return reasons
-
-
-def filters(weight: PackedWeight, window: Window, dtype: torch.dtype) -> Tensor:
-    """The weight as `torch.nn.functional.conv2d` takes it, in channels-last order."""
-    w = dequantize_packed(weight, dtype)
-    return w.view(w.shape[0], window.r, window.s, -1).permute(0, 3, 1, 2)
 
 
 def _qconv2d_ref(
@@ -53,20 +46,10 @@ def _qconv2d_ref(
     window: list[int],
     activation: str,
 ) -> Tensor:
-    """Dequantises to the dtype of x, then as a float layer does: the path of the CPU, and of compilers without a GPU.
-
-    fp16 is computed in fp32 on the CPU, which multiplies it many times slower.
-    """
+    """Dequantises, then as a float layer does: the path of the CPU, and of compilers without a GPU."""
     about = Window(*window)
     weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
-    dtype = torch.float32 if x.dtype == torch.float16 and x.device.type == "cpu" else x.dtype
-    image, padding = x.to(dtype, memory_format=torch.channels_last), (about.top, about.left)
-    if not about.is_symmetric:
-        image, padding = pad(image, about.sides), (0, 0)
-    inside = None if bias is None else bias.to(dtype)
-    y = conv2d(image, filters(weight, about, dtype), inside, about.stride, padding, about.dilation, about.groups)
-    y = y if residual is None else y.float() + residual.float()
-    return ACTIVATIONS[activation](y).to(x.dtype, memory_format=torch.channels_last)
+    return convolve_dense(x, dequantize_packed(weight, computed_in(x)), bias, residual, about, activation)
 
 
 def _dx_ref(
@@ -87,28 +70,15 @@ def _dx_ref(
 ) -> Tensor:
     about = Window(*window)
     weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
-    dtype = torch.float32 if dy.dtype == torch.float16 and dy.device.type == "cpu" else dy.dtype
-    channels = k // about.taps * about.groups
-    size = (dy.shape[0], channels, h + about.top + about.bottom, w + about.left + about.right)
-    dx = torch.nn.grad.conv2d_input(
-        size, filters(weight, about, dtype), dy.to(dtype), about.stride, 0, about.dilation, about.groups
-    )
-    inner = dx[:, :, about.top : about.top + h, about.left : about.left + w]
-    return inner.to(dy.dtype).contiguous(memory_format=torch.channels_last)
+    return convolve_dx(dy, dequantize_packed(weight, computed_in(dy)), about, h, w)
 
 
 QCONV2D = implementations("qconv2d", _qconv2d_ref, refuses=conv_refuses)
 DX = implementations("qconv2d_dx", _dx_ref, refuses=conv_refuses)
 
 
-def empty_image(x: Tensor, o: int, window: list[int], dtype: torch.dtype) -> Tensor:
-    """y, not yet written, channels-last."""
-    size = (x.shape[0], o, *Window(*window).output(*x.shape[2:]))
-    return torch.empty(size, dtype=dtype, device=x.device, memory_format=torch.channels_last)
-
-
 def _qconv2d_fake(x: Tensor, *args: Any) -> Tensor:
-    return empty_image(x, args[8], args[12], x.dtype)
+    return empty_image(x, args[8], Window(*args[12]), x.dtype)
 
 
 def _dx_fake(dy: Tensor, *args: Any) -> Tensor:

@@ -59,8 +59,8 @@ def qconv2d_ref(
 def integer_sums(x: Tensor, x_zero: Tensor | None, weight: PackedWeight, window: Window) -> Tensor:
     """`[B, O, P, Q]` fp32: the sum over groups of `scale * sum((code - zero) * (x - x_zero))`, each sum exact.
 
-    fp64 holds every integer that can occur, so that its products and sums are those of int64. A group's sum is rounded
-    to fp32 once, with whole zero points taken off before and the fractions of others after; groups add up in order.
+    fp64 holds every integer and half that can occur, so that products and sums are those of int64. A group's sum is
+    rounded to fp32 once; zero points go in before, to half steps, and what is left of them after. Groups add in order.
     """
     steps = x.double() if x_zero is None else x.double() - x_zero.double()
     seen = columns(steps, window)
@@ -68,12 +68,12 @@ def integer_sums(x: Tensor, x_zero: Tensor | None, weight: PackedWeight, window:
     zero = (
         weight.zero.float() if isinstance(weight.zero, Tensor) else torch.full_like(weight.scale.float(), weight.zero)
     )
-    whole, size = torch.round(zero), weight.group_size
+    near, size = torch.round(2 * zero) / 2, weight.group_size
     y = torch.zeros(x.shape[0], weight.shape[0], seen.shape[3], device=x.device)
     for g in range(weight.scale.shape[1]):
         part = seen[:, :, g * size : (g + 1) * size]
-        sums = _multiply(codes[:, g * size : (g + 1) * size] - whole[:, g, None].double(), part).float()
-        fraction = (zero - whole)[:, g, None]
+        sums = _multiply(codes[:, g * size : (g + 1) * size] - near[:, g, None].double(), part).float()
+        fraction = (zero - near)[:, g, None]
         x_sums = part.sum(2).float().repeat_interleave(weight.shape[0] // window.groups, 1)  # [B, O, P * Q]
         y = y + (sums - fraction * x_sums) * weight.scale[:, g, None].float()
     return _image(y, x, window)

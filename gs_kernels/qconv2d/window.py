@@ -1,4 +1,4 @@
-"""Which elements of x an element of y sees: the numbers of a convolution, checked once, and as an op schema holds them."""
+"""Which elements of x an element of y sees: the numbers of a convolution, checked, and as an op schema holds them."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from gs_kernels.compiled import Chain, call
 from gs_kernels.pack.layouts import CANONICAL, PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.qmatmul.cpu_chains import ROWS, block_chain, dot_chain, kernel
-from gs_kernels.qmatmul.cpu_lanes import LANES, Lanes, UnsuitableError, lanes_of
+from gs_kernels.qmatmul.cpu_lanes import LANES, STEP, Lanes, UnsuitableError, lanes_of
 from gs_kernels.qmatmul.flat import packed
 from gs_kernels.qmatmul.ref import ACTIVATIONS
 
@@ -105,37 +105,43 @@ def _product(x: Tensor, weight: PackedWeight) -> Tensor:
 
 def few_rows(chain: Chain, x: Tensor, weight: PackedWeight) -> Tensor:
     """`[M, N]` fp32 by `dot_chain` or `int_dot_chain`, 4 rows at a time."""
-    m = x.shape[0]
-    sizes = [ROWS] * (m // ROWS) + ([] if m % ROWS == 0 else [1] if m % ROWS == 1 else [ROWS])
-    kernels = {rows: kernel(chain, weight.bits, rows) for rows in set(sizes)}
-    lanes = lanes_of(weight)
-    short = sum(sizes) - m
+    lanes, m = lanes_of(weight), x.shape[0]
+    short = -m % ROWS if m > 1 else 0
     steps = lanes.steps(pad(x, (0, 0, 0, short)) if short else x)
-    parts = [
-        call(kernels[rows], lanes.codes, lanes.grid, part, weight.bits, rows)
-        for rows, part in zip(sizes, steps.split(sizes), strict=True)
-    ]
-    y = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return y[:m, : weight.shape[0]]
+    rows = 1 if m == 1 else ROWS
+    run = kernel(chain, lanes.bits, rows)
+    parts = steps.split(rows) if m > ROWS else (steps,)
+    ys = [call(run, lanes.codes, lanes.grid, part, lanes.bits, rows) for part in parts]
+    y = ys[0] if len(ys) == 1 else torch.cat(ys)
+    return y if y.shape == (m, weight.shape[0]) else y[:m, : weight.shape[0]]
 
 
 def _by_blocks(x: Tensor, weight: PackedWeight) -> Tensor:
-    run, lanes = kernel(block_chain, weight.bits, x.dtype), lanes_of(weight)
+    lanes = lanes_of(weight)
     steps = lanes.steps(x).flatten(1)
     y = x.new_empty(x.shape[0], lanes.codes.shape[0] * LANES)
     done = 0
-    for codes, grid in blocks(lanes, BLOCK):
-        block = call(run, codes, grid, weight.bits, x.dtype).view(steps.shape[1], -1)
-        torch.mm(steps, block, out=y[:, done : done + block.shape[1]])
-        done += block.shape[1]
+    for block, _ in dequantized(lanes, x.dtype, BLOCK):
+        columns = block.view(steps.shape[1], -1)
+        torch.mm(steps, columns, out=y[:, done : done + columns.shape[1]])
+        done += columns.shape[1]
     return y[:, : weight.shape[0]]
 
 
-def blocks(lanes: Lanes, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The codes and grid of about `size` elements of the weight at a time, at least two blocks of lanes."""
-    count = lanes.codes.shape[0]
+def dequantized(lanes: Lanes, dtype: torch.dtype, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks of the weight and their grids, as `block_chain` makes them: each overwrites the one before.
+
+    About `size` elements at a time, at least two blocks of lanes. Memory taken anew for each would cost more in page
+    faults than the passes that fill it.
+    """
+    run = kernel(block_chain, lanes.bits, dtype)
+    count, *steps = lanes.codes.shape[:3]
     parts = max(1, min(count // 2, count * LANES * lanes.groups * lanes.width // size))
-    return zip(lanes.codes.tensor_split(parts), lanes.grid.tensor_split(parts), strict=True)
+    buffer = torch.empty(*steps, STEP, -(-count // parts), LANES, dtype=dtype)
+    for codes, grid in zip(lanes.codes.tensor_split(parts), lanes.grid.tensor_split(parts), strict=True):
+        block = buffer.flatten()[: codes.shape[0] * buffer[..., 0, :].numel()].view(*steps, STEP, -1, LANES)
+        call(run, codes, grid, block, lanes.bits)
+        yield block, grid
 
 
 def _plain(x: Tensor, weight: PackedWeight) -> Tensor:

@@ -43,13 +43,15 @@ def int_dot_chain(codes: Tensor, grid: Tensor, x: Tensor, bits: int, rows: int) 
     return torch.stack(ys)
 
 
-def block_chain(codes: Tensor, grid: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """`[G, S, 8, B, 16]`: the weight, transposed; int8 is its codes, those of 8 bits 128 lower."""
+def block_chain(codes: Tensor, grid: Tensor, out: Tensor, bits: int) -> None:
+    """Fills out `[G, S, 8, B, 16]` with the weight, transposed; int8 is its codes, those of 8 bits 128 lower."""
     scale, zero = (t.transpose(0, 1).unsqueeze(1) for t in (_scale(grid), _zero(grid)))  # [G, 1, B, 16]
     fields = _fields(codes.permute(1, 2, 0, 3), bits)
-    if dtype == torch.int8:
-        return torch.stack([(code - OFFSET if bits == 8 else code).to(dtype) for code in fields], 2)
-    return torch.stack([((code.float() - zero) * scale).to(dtype) for code in fields], 2)
+    if out.dtype == torch.int8:
+        planes = [(code - OFFSET if bits == 8 else code).to(out.dtype) for code in fields]
+    else:
+        planes = [((code.float() - zero) * scale).to(out.dtype) for code in fields]
+    out.copy_(torch.stack(planes, 2))
 
 
 def add_chain(y: Tensor, sums: Tensor, x_sums: Tensor, grid: Tensor, offset: int) -> None:
@@ -128,7 +130,7 @@ def _example(chain: Chain, bits: int, variant: Any) -> tuple[Any, ...]:
     codes = torch.zeros(BLOCKS, GROUPS, STEPS, bits * LANES, dtype=torch.uint8)
     grid = torch.ones(BLOCKS, GROUPS, 2 * LANES)
     if chain is block_chain:
-        return codes, grid, bits, variant
+        return codes, grid, torch.empty(GROUPS, STEPS, STEP, BLOCKS, LANES, dtype=variant), bits
     x_dtype = torch.int32 if chain is int_dot_chain else torch.float32
     return codes, grid, torch.ones(variant, GROUPS, STEPS, STEP, dtype=x_dtype), bits, variant
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gs_kernels.compiled import call
 from gs_kernels.pack.layouts import PackedWeight
-from gs_kernels.qmatmul.cpu import blocks, few_rows, finish, plain_mode, rows_of, worth_compiling
-from gs_kernels.qmatmul.cpu_chains import OFFSET, add_kernel, block_chain, int_dot_chain, kernel
+from gs_kernels.qmatmul.cpu import dequantized, few_rows, finish, plain_mode, rows_of, worth_compiling
+from gs_kernels.qmatmul.cpu_chains import OFFSET, add_kernel, int_dot_chain
 from gs_kernels.qmatmul.cpu_lanes import LANES, UnsuitableError, lanes_of
 from gs_kernels.qmatmul.flat import packed
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref
@@ -70,18 +70,17 @@ def _product(x: Tensor, weight: PackedWeight) -> Tensor | None:
 
 
 def _by_blocks(x: Tensor, weight: PackedWeight) -> Tensor:
-    run, add = kernel(block_chain, weight.bits, torch.int8), add_kernel(weight.bits)
-    lanes = lanes_of(weight)
+    lanes, add = lanes_of(weight), add_kernel(weight.bits)
     groups, m = lanes.groups, x.shape[0]
     by_group = lanes.steps(x).view(m, groups, -1).transpose(0, 1).contiguous()  # [groups, M, width]
     x_sums = by_group.sum(2, dtype=torch.int32).view(groups, m, 1, 1)
     per_group = lanes.grid.shape[1] // groups
     ys = []
-    for codes, grid in blocks(lanes, BLOCK):
-        block = call(run, codes, grid, lanes.bits, torch.int8).view(groups, lanes.width, -1)
-        y = torch.zeros(m, codes.shape[0], LANES)
+    for block, grid in dequantized(lanes, torch.int8, BLOCK):
+        columns = block.view(groups, lanes.width, -1)
+        y = torch.zeros(m, grid.shape[0], LANES)
         for g in range(groups):
-            sums = torch._int_mm(by_group[g], block[g]).view(y.shape)
+            sums = torch._int_mm(by_group[g], columns[g]).view(y.shape)
             call(add, y, sums, x_sums[g], grid[:, g * per_group], OFFSET if lanes.bits == 8 else 0)
         ys.append(y.flatten(1))
     return torch.cat(ys, 1)[:, : lanes.shape[0]]

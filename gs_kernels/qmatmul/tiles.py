@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from gs_kernels.tuning.tables import find_table, nearest
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,10 @@ def choose_plan(
         levels: whether the grid of the weight is a table.
         sm: 90 for compute capability 9.0; the rules of the nearest one below are taken, else of the lowest.
         sm_count: number of processors.
-        rules: instead of those of sm, by rows ascending.
+        rules: instead of those that the GPU's table has, or else of sm, by rows ascending.
     """
+    if x_bits == 16 and not levels:
+        rules = rules or tuned_rules(n, k, bits, sm, sm_count)
     rules = rules or RULES[max((known for known in RULES if known <= sm), default=min(RULES))]
     rule = next((rule for rule in rules if m <= rule.rows), None)
     if rule is None or ((levels or x_bits == 32) and not m <= FEW_ROWS):
@@ -86,6 +92,19 @@ def choose_plan(
     plan = rule.plan if x_bits == 16 else replace(rule.plan, block_n=rule.plan.block_n // 2)
     # the parts of y are no more to move than the weight
     return _split(plan, rule.programs * sm_count, m, n, k, k * bits // (32 * plan.block_m))
+
+
+@lru_cache(maxsize=4096)
+def tuned_rules(n: int, k: int, bits: int, sm: int, sm_count: int) -> tuple[Rule, ...]:
+    """From the table of such a GPU, for the nearest sizes that it has; empty without one."""
+    table = find_table(sm, sm_count)
+    found = nearest(table, "qmatmul", "m", {"bits": bits}, {"n": n, "k": k}) if table else []
+    return tuple(rule_of(rows, entry.tile) for rows, entry in found)
+
+
+def rule_of(rows: int, tile: dict[str, Any]) -> Rule:
+    """A tile of a table, for products with at most so many rows."""
+    return Rule(rows, Plan(**{name: v for name, v in tile.items() if name != "programs"}), tile["programs"])
 
 
 def _split(plan: Plan, programs: int, m: int, n: int, k: int, most: int) -> Plan:

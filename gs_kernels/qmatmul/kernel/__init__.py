@@ -44,12 +44,13 @@ def rows_of(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 and rows.stride(0) <= MAX_STRIDE else rows.contiguous()
 
 
-def _grouping(k: int, group_size: int) -> int:
+def grouping(k: int, group_size: int) -> int:
     """The group size that kernels know: with one group, any that covers the row."""
     return -(-k // 128) * 128 if group_size == k else group_size
 
 
-def _same_strides(scale: Tensor, zero_points: Tensor | None) -> Tensor | None:
+def same_strides(scale: Tensor, zero_points: Tensor | None) -> Tensor | None:
+    """The zero points, a copy of them if they are not laid out as the scales are."""
     if zero_points is None or zero_points.stride() == scale.stride():
         return zero_points
     return torch.empty_strided(scale.shape, scale.stride(), dtype=zero_points.dtype, device=scale.device).copy_(
@@ -62,8 +63,8 @@ def qmatmul_triton(
     bias: Tensor | None, bits: int, n: int, k: int, group_size: int, layout: str, activation: str,
 ) -> Tensor:
     rows = rows_of(x)
-    parts = (codes, scale, _same_strides(scale, zero_points), zero, levels)
-    group = _grouping(k, group_size)
+    parts = (codes, scale, same_strides(scale, zero_points), zero, levels)
+    group = grouping(k, group_size)
     asm, sm, sm_count = device_of(x)
     # sizes that are symbols cannot be hashed
     find = _known_plan if is_eager(x) else choose_plan
@@ -84,8 +85,8 @@ def qmatmul_dx_triton(
     dy: Tensor, codes: Tensor, scale: Tensor, zero_points: Tensor | None, zero: float, levels: Tensor | None,
     bits: int, n: int, k: int, group_size: int, layout: str,
 ) -> Tensor:
-    parts = (codes, scale, _same_strides(scale, zero_points), zero, levels)
-    return dy @ dequantize(parts, bits, n, k, _grouping(k, group_size), dy.dtype)
+    parts = (codes, scale, same_strides(scale, zero_points), zero, levels)
+    return dy @ dequantize(parts, bits, n, k, grouping(k, group_size), dy.dtype)
 
 
 def quantize_rows_triton(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -104,9 +105,9 @@ def qmatmul_int8_triton(
     rows = rows_of(x)
     if rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], n, dtype=dtype)
-    parts = (codes, scale, _same_strides(scale, zero_points), zero, levels)
+    parts = (codes, scale, same_strides(scale, zero_points), zero, levels)
     asm, _, sm_count = device_of(x)
-    group = _grouping(k, group_size)
+    group = grouping(k, group_size)
     plan = choose_int8_plan(rows.shape[0], n, k, group, sm_count=sm_count)
     shift = None if x_zero is None or weight_sums is None else x_zero * weight_sums
     y = multiply_int8(
@@ -123,9 +124,9 @@ def qmatmul_fp8_triton(
     m = rows.shape[0]
     if m == 0:
         return x.new_empty(*x.shape[:-1], n)
-    parts = (codes, scale, _same_strides(scale, zero_points), zero, levels)
+    parts = (codes, scale, same_strides(scale, zero_points), zero, levels)
     asm, _, sm_count = device_of(x)
-    group = _grouping(k, group_size)
+    group = grouping(k, group_size)
     plan = choose_int8_plan(m, n, k, group, sm_count=sm_count)
     sums = x.new_empty(-(-k // 128), m, dtype=torch.float32)
     x8, x_scale = quantize(rows, torch.float8_e4m3fn, sums)
