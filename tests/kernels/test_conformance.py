@@ -61,7 +61,7 @@ def _agrees_with_reference(spec: OpSpec, shape: Shape, dtype: torch.dtype, layou
         tol = spec.tol[dtype]
         torch.testing.assert_close(y, wanted, rtol=tol.rtol, atol=tol.atol, equal_nan=True, check_stride=False)
         if not spec.keeps_strides:
-            assert y.is_contiguous()
+            assert y.is_contiguous(memory_format=spec.memory_format)
         elif y.shape == args[0].shape:
             assert y.stride() == torch.empty_like(args[0]).stride()
     if leaves:

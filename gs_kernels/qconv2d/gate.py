@@ -1,0 +1,103 @@
+"""Launches of packed convolutions for the AOT gate, with the bounds that their machine code has to keep."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gs_kernels.qconv2d.tiles import choose_plan, depthwise_tile
+from gs_kernels.qconv2d.window import make_window
+from gs_kernels.spec import AotCase
+
+ELSEWHERE = ("sm_80", "sm_100", "gfx942")
+HOPPER = ("sm_90",)
+
+
+def _meta(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    t = torch.empty(sizes, dtype=dtype, device="meta")
+    return t.contiguous(memory_format=torch.channels_last) if len(sizes) == 4 else t
+
+
+def conv(
+    bits: int,
+    c: int,
+    o: int,
+    size: int,
+    kernel: int,
+    *,
+    batch: int = 32,
+    stride: int = 1,
+    groups: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    x_zero: bool = False,
+    group: int = 0,
+    **bounds: Any,
+) -> AotCase:
+    """A layer of a network, its weight with one scale per channel; of int8 x, with codes as residual and result."""
+    window = make_window("gate", kernel, stride, kernel // 2, 1, groups)
+    k, whole = kernel * kernel * c // groups, dtype == torch.int8
+    p, q = window.output(size, size)
+    plan = choose_plan(
+        batch * p * q, o // groups, k, groups, x_bits=8 * dtype.itemsize, levels=False, sm_count=132, int8_group=group
+    )
+    plan = replace(plan, split_k=1)
+    elements = 128 * plan.block_n if c > groups else depthwise_tile(o)[0] * depthwise_tile(o)[1]
+
+    def run() -> None:
+        kernels = importlib.import_module("gs_kernels.qconv2d.kernel")
+        x, y = _meta(batch, c, size, size, dtype=dtype), _meta(batch, o, p, q, dtype=dtype)
+        asm, _, _ = kernels.device_of(x)
+        scale = _meta(o, k // group if group else 1, dtype=torch.float32)
+        zero = 0.5 if bits == 1 else 2.0 ** (bits - 1)
+        parts = (_meta(-(-k // 128), o, 8 * bits, dtype=torch.int16), scale, None, zero, None)
+        bias, one = _meta(o, dtype=torch.float32), _meta(1, dtype=torch.float32)
+        into = (y, one, one, one, one) if whole else (y, None, None, None, None)
+        codes = (one, one if x_zero else None) if whole else (None, None)
+        sums = _meta(*scale.shape, dtype=torch.int32) if x_zero else None
+        rest = (bits, k, kernels.grouping(k, group or k), window, "relu", plan, asm)
+        if c == groups:
+            kernels.convolve_depthwise(y, x, *codes, parts, bias, into, bits, k, window, "relu")
+        elif whole:
+            kernels.convolve_int8(y, x, *codes, sums, parts, bias, into, *rest)
+        else:
+            kernels.convolve(y, x, parts, bias, y, *rest)
+
+    name = f"w{bits}-{c}to{o}-{size}-k{kernel}s{stride}g{groups}-b{batch}{'-zero' if x_zero else ''}"
+    name += f"-g{group}" if group else ""
+    return AotCase(
+        f"{name}-{str(dtype).removeprefix('torch.')}", run, elements=elements, **({"max_regs": 255} | bounds)
+    )
+
+
+MORE: dict[str, Any] = {"mma": "HGMMA", "targets": HOPPER}
+WHOLE: dict[str, Any] = {"mma": "IGMMA", "targets": HOPPER}
+
+QCONV2D = (
+    conv(4, 64, 64, 56, 3, **MORE),
+    conv(4, 128, 128, 28, 3, **MORE),
+    conv(4, 128, 128, 28, 3, dtype=torch.float16, **MORE),
+    conv(2, 128, 128, 28, 3, **MORE),
+    conv(1, 128, 128, 28, 3, **MORE),
+    conv(8, 128, 128, 28, 3, **MORE),
+    conv(4, 256, 1024, 14, 1, **MORE),
+    conv(4, 512, 512, 7, 3, batch=1, **MORE),
+    conv(4, 3, 64, 224, 7, stride=2, wide_loads=False, **MORE),
+    conv(4, 256, 256, 14, 3, groups=32, wide_loads=False, targets=HOPPER),
+    conv(4, 64, 64, 7, 3, batch=1, dtype=torch.float32, targets=HOPPER),
+    conv(8, 192, 192, 28, 3, groups=192, wide_loads=False, targets=("sm_90", "gfx942")),
+    conv(4, 128, 128, 28, 3, targets=ELSEWHERE),
+)
+INT8 = (
+    conv(8, 128, 128, 28, 3, dtype=torch.int8, **WHOLE),
+    conv(4, 128, 128, 28, 3, dtype=torch.int8, x_zero=True, **WHOLE),
+    conv(2, 256, 1024, 14, 1, dtype=torch.int8, x_zero=True, **WHOLE),
+    conv(1, 64, 64, 56, 3, dtype=torch.int8, **WHOLE),
+    conv(8, 512, 512, 7, 3, batch=1, dtype=torch.int8, **WHOLE),
+    conv(4, 128, 128, 28, 3, dtype=torch.int8, group=32, targets=HOPPER),
+    conv(8, 192, 192, 28, 3, groups=192, dtype=torch.int8, wide_loads=False, targets=("sm_90", "gfx942")),
+    conv(8, 128, 128, 28, 3, dtype=torch.int8, targets=ELSEWHERE),
+)

@@ -1,0 +1,151 @@
+"""Float images times a packed weight, as a matrix product that gathers its right operand; and the sum of its parts."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gs_kernels.dispatch import launch
+from gs_kernels.pack.kernel import dequantize_block
+from gs_kernels.qconv2d.kernel.parts import finish, load_seen, pixels
+from gs_kernels.qconv2d.window import Window
+from gs_kernels.qmatmul.tiles import Plan
+
+
+@triton.jit
+def _qconv2d_kernel(
+    y_ptr,
+    x_ptr, codes_ptr, scale_ptr, zero_ptr, levels_ptr, bias_ptr, residual_ptr,
+    M, OG, H, W, P, Q,
+    stride_xb, stride_xc, stride_xh, stride_xw, stride_sn, stride_sg, stride_rb, stride_rc, stride_rh, stride_rw,
+    K: tl.constexpr, CG: tl.constexpr, GROUPS: tl.constexpr, S: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, PADDED: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr, ACTIVATION: tl.constexpr,
+    SPLIT_K: tl.constexpr, SCALE_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """A tile of y, `[pixels, channels]`; with SPLIT_K, of the sum over part of K, fp32 `[SPLIT_K, M, O]`.
+
+    y^T = W x^T, for the reasons that gs_kernels/qmatmul/kernel/matmul.py gives: this is its loop, with another x.
+    """
+    WIDTH: tl.constexpr = 8 * BITS
+    T: tl.constexpr = x_ptr.dtype.element_ty
+    BLOCKS: tl.constexpr = (K + 127) // 128
+    TURNS: tl.constexpr = (BLOCKS + SPLIT_K - 1) // SPLIT_K
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(OG, BLOCK_N)
+    pid = tl.program_id(0)
+    first_m = pid % tiles_m * BLOCK_M
+    tile_n = pid // tiles_m
+    channels = tile_n // tiles_n  # the group of channels
+    cols = tile_n % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)  # of the group
+    first = tl.program_id(1) * TURNS
+    N = OG * GROUPS
+    image, p, q = pixels(first_m + tl.arange(0, BLOCK_M), M, P, Q)
+    first_h, first_w = p * STRIDE_H - TOP, q * STRIDE_W - LEFT
+    x_ptr += channels.to(tl.int64) * CG * stride_xc
+    x_ptrs = x_ptr + (image.to(tl.int64) * stride_xb + first_h * stride_xh + first_w * stride_xw)
+    offs_n = channels * OG + tl.minimum(cols, OG - 1)
+    offs_w = offs_n[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]  # [BLOCK_N, WIDTH]
+    offs_s = offs_n * stride_sn
+    codes_ptr += first.to(tl.int64) * N * WIDTH
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for turn in range(tl.maximum(tl.minimum(TURNS, BLOCKS - first), 1)):
+        k = (first + turn) * 128
+        words = tl.load(codes_ptr + offs_w)
+        x = load_seen(
+            x_ptrs, first_h, first_w, k, H, W, stride_xc, stride_xh, stride_xw, None,
+            K, CG, S, DILATION_H, DILATION_W, PADDED,
+        )
+        grid = (scale_ptr, zero_ptr, levels_ptr, offs_s, stride_sg, k, (K + GROUP - 1) // GROUP)
+        w, scale = dequantize_block(words, grid, BITS, GROUP, ZERO, T, ASM, not SCALE_PARTS)
+        if SCALE_PARTS:
+            part = tl.dot(w, tl.trans(x), input_precision="ieee")
+            acc = tl.fma(part, tl.broadcast_to(scale, part.shape), acc)
+        else:
+            acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+        codes_ptr += N * WIDTH
+
+    y = tl.trans(acc)
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    mask = (offs_m < M)[:, None] & (cols < OG)[None, :]
+    if SPLIT_K > 1:
+        y_ptr += tl.program_id(1).to(tl.int64) * M * N
+    else:
+        y = finish(
+            y, offs_n, image, p, q, mask, stride_rb, stride_rc, stride_rh, stride_rw,
+            None, bias_ptr, residual_ptr, None, None, None, None, ACTIVATION,
+        )
+    offs_y = offs_m.to(tl.int64)[:, None] * N + (channels * OG + cols)[None, :]
+    tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_kernel(
+    y_ptr,
+    parts_ptr, bias_ptr, residual_ptr,
+    M, N, P, Q,
+    stride_rb, stride_rc, stride_rh, stride_rw,
+    ACTIVATION: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """The sum of the parts `[SPLIT_K, M, O]` in their order, whatever order they were made in, and what follows it."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    offs = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in tl.static_range(SPLIT_K):
+        acc += tl.load(parts_ptr + offs, mask=mask, other=0.0)
+        parts_ptr += tl.cast(M, tl.int64) * N
+    image, p, q = pixels(offs_m, M, P, Q)
+    y = finish(
+        acc, tl.minimum(offs_n, N - 1), image, p, q, mask, stride_rb, stride_rc, stride_rh, stride_rw,
+        None, bias_ptr, residual_ptr, None, None, None, None, ACTIVATION,
+    )
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+SUM_M, SUM_N = 4, 128
+
+
+def window_flags(window: Window) -> dict[str, int]:
+    """The constants of a window that every kernel takes."""
+    return {
+        "S": window.s, "STRIDE_H": window.stride_h, "STRIDE_W": window.stride_w,
+        "TOP": window.top, "LEFT": window.left,
+        "DILATION_H": window.dilation_h, "DILATION_W": window.dilation_w, "PADDED": any(window.sides),
+    }
+
+
+def strides_of(t: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if t is None else tuple(t.stride())
+
+
+def convolve(
+    y: Tensor, x: Tensor, parts: tuple[Tensor, Tensor, Tensor | None, float, Tensor | None], bias: Tensor | None,
+    residual: Tensor | None, bits: int, k: int, group: int, window: Window, activation: str, plan: Plan, asm: bool,
+) -> None:
+    """Writes y `[B, O, P, Q]`, channels-last, by the plan's tiles."""
+    codes, scale, zero_points, zero, levels = parts
+    b, o, p, q = y.shape
+    m, og = b * p * q, o // window.groups
+    split = plan.parts(-(-k // 128))
+    sums = y if split == 1 else x.new_empty(split, m, o, dtype=torch.float32)
+    tiles = -(-m // plan.block_m) * window.groups * -(-og // plan.block_n)
+    launch(
+        _qconv2d_kernel, (tiles, split),
+        sums, x, codes, scale, zero_points, levels, bias, residual,
+        m, og, *x.shape[2:], p, q,
+        *x.stride(), *scale.stride(), *strides_of(residual),
+        K=k, CG=k // window.taps, GROUPS=window.groups, **window_flags(window),
+        BITS=bits, GROUP=group, ZERO=zero, ASM=asm, ACTIVATION=activation,
+        SPLIT_K=split, SCALE_PARTS=plan.scale_parts and group % 128 == 0,
+        BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=plan.warps, num_stages=plan.stages,
+    )
+    if split > 1:
+        launch(
+            _sum_kernel, (-(-m // SUM_M), -(-o // SUM_N)),
+            y, sums, bias, residual, m, o, p, q, *strides_of(residual),
+            ACTIVATION=activation, SPLIT_K=split, BLOCK_M=SUM_M, BLOCK_N=SUM_N, num_warps=4,
+        )

@@ -1,0 +1,196 @@
+"""Images of 8-bit codes times a packed weight: whole sums of integers, scaled once a group, and 8-bit codes again."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gs_kernels.dispatch import launch
+from gs_kernels.pack.kernel import code_block, code_factor, code_middle
+from gs_kernels.qconv2d.kernel.conv import SUM_M, SUM_N, strides_of, window_flags
+from gs_kernels.qconv2d.kernel.parts import finish, is_half_steps, load_seen, pixels, real_sums
+from gs_kernels.qconv2d.window import Window
+from gs_kernels.qmatmul.tiles import Plan
+
+
+@triton.jit
+def _twice(part, FACTOR: tl.constexpr):
+    """`2 * part / FACTOR`, which is whole."""
+    if FACTOR >= 2:
+        part = part // (FACTOR // 2)
+    else:
+        part = part * 2
+    return part
+
+
+@triton.jit
+def _qconv2d_int8_kernel(
+    y_ptr,
+    x_ptr, x_scale_ptr, x_zero_ptr, code_sums_ptr, codes_ptr, scale_ptr, zero_ptr, bias_ptr,
+    residual_ptr, residual_scale_ptr, residual_zero_ptr, out_scale_ptr, out_zero_ptr,
+    M, OG, H, W, P, Q,
+    stride_xb, stride_xc, stride_xh, stride_xw, stride_sn, stride_sg, stride_rb, stride_rc, stride_rh, stride_rw,
+    K: tl.constexpr, CG: tl.constexpr, GROUPS: tl.constexpr, S: tl.constexpr,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, PADDED: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr, ACTIVATION: tl.constexpr,
+    SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """A tile of y, `[pixels, channels]`; with SPLIT_K, twice its sums over part of K, int32 `[SPLIT_K, M, O]`.
+
+    GROUP: 0 if there is one group, the only case that splits.
+    """
+    WIDTH: tl.constexpr = 8 * BITS
+    MIDDLE2: tl.constexpr = int(2 * code_middle(BITS, False, ASM))
+    FACTOR: tl.constexpr = int(code_factor(BITS, False, ASM))
+    CENTRED: tl.constexpr = zero_ptr is None and 2 * ZERO == MIDDLE2
+    BLOCKS: tl.constexpr = (K + 127) // 128
+    TURNS: tl.constexpr = (BLOCKS + SPLIT_K - 1) // SPLIT_K
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(OG, BLOCK_N)
+    pid = tl.program_id(0)
+    first_m = pid % tiles_m * BLOCK_M
+    tile_n = pid // tiles_m
+    channels = tile_n // tiles_n
+    cols = tile_n % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1) * TURNS
+    N = OG * GROUPS
+    image, p, q = pixels(first_m + tl.arange(0, BLOCK_M), M, P, Q)
+    first_h, first_w = p * STRIDE_H - TOP, q * STRIDE_W - LEFT
+    x_ptr += channels.to(tl.int64) * CG * stride_xc
+    x_ptrs = x_ptr + (image.to(tl.int64) * stride_xb + first_h * stride_xh + first_w * stride_xw)
+    offs_n = channels * OG + tl.minimum(cols, OG - 1)
+    offs_w = offs_n[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]  # [BLOCK_N, WIDTH]
+    offs_s = offs_n * stride_sn
+    codes_ptr += first.to(tl.int64) * N * WIDTH
+    if x_zero_ptr is None:
+        x_zero = None
+    else:
+        x_zero = tl.load(x_zero_ptr).to(tl.int32)
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    part = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    x_sums = tl.zeros((BLOCK_M,), tl.int32)
+    for turn in range(tl.maximum(tl.minimum(TURNS, BLOCKS - first), 1)):
+        k = (first + turn) * 128
+        words = tl.load(codes_ptr + offs_w)
+        x = load_seen(
+            x_ptrs, first_h, first_w, k, H, W, stride_xc, stride_xh, stride_xw, x_zero,
+            K, CG, S, DILATION_H, DILATION_W, PADDED,
+        )
+        w = code_block(words, BITS, tl.int8, False, ASM)
+        if GROUP == 0:
+            part = tl.dot(w, tl.trans(x), part, out_dtype=tl.int32)
+            if not CENTRED:
+                x_sums += tl.sum(x.to(tl.int32), 1)
+        else:
+            # groups end with a block, or with a quarter of one
+            PARTS: tl.constexpr = 1 if GROUP % 128 == 0 else 4
+            for i in tl.static_range(PARTS):
+                x_mine = x if PARTS == 1 else tl.where((tl.arange(0, 128) // 32 == i)[None, :], x, 0)
+                part = tl.dot(w, tl.trans(x_mine), part, out_dtype=tl.int32)
+                x_sums += tl.sum(x_mine.to(tl.int32), 1)
+                end = k + 128 // PARTS * (i + 1)
+                if end % GROUP == 0 and end <= K:
+                    g = end // GROUP - 1
+                    acc += real_sums(
+                        _twice(part, FACTOR), x_sums, code_sums_ptr, x_zero, GROUP, scale_ptr, zero_ptr,
+                        offs_s + g * stride_sg, offs_n * (K // GROUP) + g, ZERO, MIDDLE2,
+                    )
+                    part = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+                    x_sums = tl.zeros((BLOCK_M,), tl.int32)
+        codes_ptr += N * WIDTH
+
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    mask = (offs_m < M)[:, None] & (cols < OG)[None, :]
+    offs_y = offs_m.to(tl.int64)[:, None] * N + (channels * OG + cols)[None, :]
+    if SPLIT_K > 1:
+        y_ptr += tl.program_id(1).to(tl.int64) * M * N
+        sums = _twice(part, FACTOR)
+        if not CENTRED:
+            sums += (MIDDLE2 - int(2 * ZERO)) * x_sums[None, :]
+        tl.store(y_ptr + offs_y, tl.trans(sums), mask=mask)
+    else:
+        if GROUP == 0:
+            acc = real_sums(
+                _twice(part, FACTOR), x_sums, code_sums_ptr, x_zero, K, scale_ptr, zero_ptr, offs_s, offs_n,
+                ZERO, MIDDLE2,
+            )
+        y = finish(
+            tl.trans(acc), offs_n, image, p, q, mask, stride_rb, stride_rc, stride_rh, stride_rw,
+            x_scale_ptr, bias_ptr, residual_ptr, residual_scale_ptr, residual_zero_ptr, out_scale_ptr, out_zero_ptr,
+            ACTIVATION,
+        )
+        tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_int8_kernel(
+    y_ptr,
+    parts_ptr, x_scale_ptr, x_zero_ptr, code_sums_ptr, scale_ptr, bias_ptr,
+    residual_ptr, residual_scale_ptr, residual_zero_ptr, out_scale_ptr, out_zero_ptr,
+    M, N, P, Q, K,
+    stride_sn, stride_rb, stride_rc, stride_rh, stride_rw,
+    ZERO: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """The sum of the parts `[SPLIT_K, M, O]`, and what follows it."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    offs = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for _ in tl.static_range(SPLIT_K):
+        sums += tl.load(parts_ptr + offs, mask=mask, other=0)
+        parts_ptr += tl.cast(M, tl.int64) * N
+    offs_n = tl.minimum(offs_n, N - 1)
+    if x_zero_ptr is not None:
+        x_zero = tl.load(x_zero_ptr).to(tl.int32)
+        sums -= (x_zero * (2 * tl.load(code_sums_ptr + offs_n) - int(2 * ZERO) * K))[None, :]
+    y = sums.to(tl.float32) * 0.5 * tl.load(scale_ptr + offs_n * stride_sn).to(tl.float32)[None, :]
+    image, p, q = pixels(offs_m, M, P, Q)
+    y = finish(
+        y, offs_n, image, p, q, mask, stride_rb, stride_rc, stride_rh, stride_rw,
+        x_scale_ptr, bias_ptr, residual_ptr, residual_scale_ptr, residual_zero_ptr, out_scale_ptr, out_zero_ptr,
+        ACTIVATION,
+    )
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def can_split(scale: Tensor, zero_points: Tensor | None, zero: float) -> bool:
+    """Whether sums over parts of K add up to the sum of all as integers do: one group, zero points in half steps."""
+    return scale.shape[1] == 1 and zero_points is None and is_half_steps(zero)
+
+
+def convolve_int8(
+    y: Tensor, x: Tensor, x_scale: Tensor, x_zero: Tensor | None, code_sums: Tensor | None,
+    parts: tuple[Tensor, Tensor, Tensor | None, float, Tensor | None], bias: Tensor | None,
+    into: tuple[Tensor | None, ...], bits: int, k: int, group: int, window: Window, activation: str, plan: Plan,
+    asm: bool,
+) -> None:
+    """Writes y `[B, O, P, Q]`, channels-last, by the plan's tiles.
+
+    into: residual, its scale and zero point, scale and zero point of y.
+    """
+    codes, scale, zero_points, zero, _ = parts
+    b, o, p, q = y.shape
+    m, og = b * p * q, o // window.groups
+    split = plan.parts(-(-k // 128))
+    sums = y if split == 1 else x.new_empty(split, m, o, dtype=torch.int32)
+    tiles = -(-m // plan.block_m) * window.groups * -(-og // plan.block_n)
+    launch(
+        _qconv2d_int8_kernel, (tiles, split),
+        sums, x, x_scale, x_zero, code_sums, codes, scale, zero_points, bias, *into,
+        m, og, *x.shape[2:], p, q,
+        *x.stride(), *scale.stride(), *strides_of(into[0]),
+        K=k, CG=k // window.taps, GROUPS=window.groups, **window_flags(window),
+        BITS=bits, GROUP=0 if scale.shape[1] == 1 else group, ZERO=zero, ASM=asm, ACTIVATION=activation,
+        SPLIT_K=split, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=plan.warps, num_stages=plan.stages,
+    )
+    if split > 1:
+        launch(
+            _sum_int8_kernel, (-(-m // SUM_M), -(-o // SUM_N)),
+            y, sums, x_scale, x_zero, code_sums, scale, bias, *into, m, o, p, q, k,
+            scale.stride(0), *strides_of(into[0]),
+            ZERO=zero, ACTIVATION=activation, SPLIT_K=split, BLOCK_M=SUM_M, BLOCK_N=SUM_N, num_warps=4,
+        )

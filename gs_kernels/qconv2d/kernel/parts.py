@@ -1,0 +1,138 @@
+"""What kernels of convolutions share: where pixels are, tiles of what they see, and what follows a sum."""
+
+import triton
+import triton.language as tl
+from triton import constexpr_function
+
+from gs_kernels.lang import activate, clamp, inverse, round_half_even, steps
+from gs_kernels.pack.kernel import load_grid
+
+
+@triton.jit
+def pixels(offs_m, M, P, Q):
+    """Image, row and column of pixels of y; those behind the last are the last: read, not stored."""
+    rows = tl.minimum(offs_m, M - 1)
+    inside = rows % (P * Q)
+    return rows // (P * Q), inside // Q, inside % Q
+
+
+@triton.jit
+def is_inside(h, H):
+    """0 <= h < H."""
+    return h.to(tl.uint32) < H
+
+
+@triton.jit
+def load_seen(
+    x_ptr, first_h, first_w, k, H, W, stride_xc, stride_xh, stride_xw, outside,
+    K: tl.constexpr, CG: tl.constexpr, S: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Columns k to k + 128 of what pixels see, `[BLOCK_M, 128]`: 0 behind K, `outside`, if it is given, beside x.
+
+    Column k is channel k % CG of tap k // CG. If CG is a multiple of 128 there is one tap, the same for all threads; if
+    it is one of 8, 16 bytes of 16-bit channels are one load; else columns are gathered one by one.
+
+    Args:
+        x_ptr: `[BLOCK_M]`, the first tap of each pixel, channel 0; it can lie beside x.
+        first_h, first_w: `[BLOCK_M]`, where that is.
+        PADDED: whether a pixel can see what is beside x.
+    """
+    ONE_TAP: tl.constexpr = CG % 128 == 0
+    if ONE_TAP:
+        at = k + tl.zeros((1,), tl.int32)
+        c = at % CG + tl.arange(0, 128)
+    else:
+        at = k + tl.arange(0, 128)
+        c = at % CG
+    tap = at // CG
+    r = tap // S * DILATION_H
+    s = tap % S * DILATION_W
+    ptrs = x_ptr[:, None] + (r * stride_xh + s * stride_xw + c * stride_xc)[None, :]
+    if PADDED:
+        mask = is_inside(first_h[:, None] + r[None, :], H) & is_inside(first_w[:, None] + s[None, :], W)
+        if K % 128 != 0:
+            mask = mask & (at < K)[None, :]
+        x = tl.load(ptrs, mask=tl.broadcast_to(mask, ptrs.shape), other=0.0)
+        if outside is not None:
+            beside = tl.where(at < K, outside, 0)[None, :]
+            x = tl.where(mask, x, beside).to(x_ptr.dtype.element_ty)
+    elif K % 128 != 0:
+        x = tl.load(ptrs, mask=tl.broadcast_to((at < K)[None, :], ptrs.shape), other=0.0)
+    else:
+        x = tl.load(ptrs)
+    return x
+
+
+@triton.jit
+def finish(
+    y, offs_n, image, p, q, mask, stride_rb, stride_rc, stride_rh, stride_rw,
+    x_scale_ptr, bias_ptr, residual_ptr, residual_scale_ptr, residual_zero_ptr, out_scale_ptr, out_zero_ptr,
+    ACTIVATION: tl.constexpr,
+):
+    """From sums `[BLOCK_M, BLOCK_N]` to the result, in the order of `finish_int8` of the reference."""
+    if x_scale_ptr is not None:
+        y = y * tl.load(x_scale_ptr)
+    if bias_ptr is not None:
+        y = y + tl.load(bias_ptr + offs_n).to(tl.float32)[None, :]
+    if residual_ptr is not None:
+        rows = image.to(tl.int64) * stride_rb + p * stride_rh + q * stride_rw
+        residual = tl.load(residual_ptr + rows[:, None] + (offs_n * stride_rc)[None, :], mask=mask, other=0.0)
+        residual = residual.to(tl.float32)
+        if residual_zero_ptr is not None:
+            residual = residual - tl.load(residual_zero_ptr)
+        if residual_scale_ptr is not None:
+            residual = residual * tl.load(residual_scale_ptr)
+        y = y + residual
+    y = activate(y, ACTIVATION)
+    if out_scale_ptr is not None:
+        scale = tl.load(out_scale_ptr)
+        if out_zero_ptr is None:
+            zero = scale * 0.0
+        else:
+            zero = tl.load(out_zero_ptr)
+        _, level = steps(y, inverse(scale, zero), zero, -128, 127)
+        y = tl.where(level == level, clamp(level, -128.0, 127.0), -128.0)
+    return y
+
+
+@constexpr_function
+def is_half_steps(zero):
+    return float(2 * zero).is_integer()
+
+
+@triton.jit
+def split_zero(zero):
+    """Twice the zero point to half steps, int32, and what is left of it, fp32."""
+    near2 = round_half_even(zero + zero)
+    return near2.to(tl.int32), zero - near2 * 0.5
+
+
+@triton.jit
+def real_sums(
+    sums, x_sums, code_sums_ptr, x_zero, n, scale_ptr, zero_ptr, offs, offs_c,
+    ZERO: tl.constexpr, MIDDLE2: tl.constexpr,
+):
+    """`scale * sum((code - zero) * (x - x_zero))` over a group, fp32, as `integer_sums` of the reference.
+
+    Args:
+        sums: int32 `[BLOCK_N, BLOCK_M]`, twice `sum((code - middle) * x)`.
+        x_sums: int32 `[BLOCK_M]`, of x.
+        code_sums_ptr: at offs_c, the sums of the codes of each row, if x_zero, an int32, is not None.
+        n: elements of the group.
+        scale_ptr, zero_ptr: at offs, `[BLOCK_N]`.
+        ZERO: the zero point of all where zero_ptr is None.
+        MIDDLE2: twice the middle.
+    """
+    scale, zero = load_grid(scale_ptr, zero_ptr, offs, ZERO)
+    near2, rest = split_zero(zero)
+    if zero_ptr is not None or 2 * ZERO != MIDDLE2:
+        sums += (MIDDLE2 - near2)[:, None] * x_sums[None, :]
+    if x_zero is not None:
+        sums -= (x_zero * (2 * tl.load(code_sums_ptr + offs_c) - near2 * n))[:, None]
+    y = sums.to(tl.float32) * 0.5
+    if zero_ptr is not None or not is_half_steps(ZERO):
+        if x_zero is not None:
+            x_sums -= x_zero * n
+        y -= rest[:, None] * x_sums.to(tl.float32)[None, :]
+    return y * scale[:, None]

@@ -1,0 +1,195 @@
+"""What tests, the AOT gate and the benchmarks know of convolutions with packed weights.
+
+A shape is `x` (B, C, H, W), `n` (channels of y), the window as `torch.nn.Conv2d` has it, `bits`, `group`, `zero` and
+`activation` as for products (gs_kernels/qmatmul/spec.py), `residual`: None, "float" or, for 8-bit images, "int8",
+`x_zero`: whether x has a zero point, and `out`: whether y is codes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gs_kernels.qconv2d.gate import INT8, QCONV2D
+from gs_kernels.qconv2d.int8 import qconv2d_int8
+from gs_kernels.qconv2d.networks import BATCHES, NETWORKS, Layer
+from gs_kernels.qconv2d.op import qconv2d
+from gs_kernels.qconv2d.peers import float_conv2d
+from gs_kernels.qconv2d.ref import qconv2d_int8_ref, qconv2d_ref
+from gs_kernels.qconv2d.window import Window, make_window
+from gs_kernels.qmatmul.spec import EXACT, GRAD_TOL, TOL, make_weight
+from gs_kernels.spec import Case, Cost, OpSpec, Shape
+
+WINDOW = ("kernel_size", "stride", "padding", "dilation", "groups")
+
+
+def shape(x: tuple[int, ...], n: int, kernel_size: Any, bits: int, group: int = 0, **more: Any) -> Shape:
+    """group: 0 for one scale per channel."""
+    about: Shape = {"x": x, "n": n, "kernel_size": kernel_size, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    about |= {"bits": bits, "group": group, "zero": "middle", "activation": "none", "bias": True, "residual": None}
+    return about | {"x_zero": False, "out": False, "axis": -1} | more
+
+
+def _window(s: Shape) -> Window:
+    return make_window("spec", **{name: s[name] for name in WINDOW})
+
+
+def _sizes(s: Shape) -> tuple[int, int, tuple[int, ...]]:
+    """K, group size and the shape of y."""
+    window = _window(s)
+    k = window.taps * s["x"][1] // s["groups"]
+    return k, s["group"] or k, (s["x"][0], s["n"], *window.output(*s["x"][2:]))
+
+
+def _weight(s: Shape, device: torch.device, generator: torch.Generator, dtype: torch.dtype) -> Any:
+    k, group, _ = _sizes(s)
+    return make_weight(s | {"x": (1, k), "group": group}, device, generator, dtype)
+
+
+def _image(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def make(s: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Case:
+    draw: dict[str, Any] = {"generator": generator, "device": device}
+    x = _image(torch.randn(s["x"], **draw).to(dtype))
+    weight = _weight(s, device, generator, dtype)
+    kwargs = {name: s[name] for name in (*WINDOW, "activation")}
+    if s["residual"]:
+        kwargs["residual"] = _image(torch.randn(_sizes(s)[2], **draw).to(dtype))
+    if not s["bias"]:
+        return Case((x, weight), kwargs, (0,))
+    return Case((x, weight, torch.randn(s["n"], **draw).to(dtype)), kwargs, (0, 2))
+
+
+def make_int8(s: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Case:
+    draw: dict[str, Any] = {"generator": generator, "device": device}
+
+    def number(low: float, high: float, whole: bool = False) -> Tensor:
+        t = torch.rand(1, **draw).mul_(high - low).add_(low)
+        return t.round_() if whole else t
+
+    def codes(size: tuple[int, ...]) -> Tensor:
+        return _image(torch.randint(-128, 128, size, dtype=torch.int8, **draw))
+
+    x, weight = codes(s["x"]), _weight(s, device, generator, torch.float32)
+    kwargs: dict[str, Any] = {name: s[name] for name in (*WINDOW, "activation")} | {"dtype": dtype}
+    if s["x_zero"]:
+        kwargs["x_zero"] = number(-128, 127, whole=True)
+    if s["residual"] == "int8":
+        kwargs |= {"residual": codes(_sizes(s)[2]), "residual_scale": number(0.01, 0.03)}
+        kwargs["residual_zero"] = number(-128, 127, whole=True)
+    elif s["residual"]:
+        kwargs["residual"] = _image(torch.randn(_sizes(s)[2], **draw).to(dtype))
+    if s["out"]:
+        kwargs |= {"out_scale": number(0.02, 0.04), "out_zero": number(-40, 40, whole=True)}
+    bias = torch.randn(s["n"], **draw) if s["bias"] else None
+    return Case((x, number(0.01, 0.02), weight, bias), kwargs)
+
+
+def _cost(s: Shape, x_bytes: int, y_bytes: int, scale_bytes: int) -> Cost:
+    k, group, (b, o, p, q) = _sizes(s)
+    batch, c, h, w = s["x"]
+    weight = o * k * s["bits"] // 8 + o * (k // group) * scale_bytes
+    seen = h * w if _window(s).taps > 1 else p * q  # strides leave pixels out
+    outputs = b * o * p * q
+    residual = outputs * y_bytes if s["residual"] else 0
+    return Cost(nbytes=weight + batch * c * seen * x_bytes + outputs * y_bytes + residual, flops=2 * outputs * k)
+
+
+def cost(s: Shape, dtype: torch.dtype) -> Cost:
+    return _cost(s, dtype.itemsize, dtype.itemsize, dtype.itemsize)
+
+
+def int8_cost(s: Shape, dtype: torch.dtype) -> Cost:
+    return _cost(s, 1, 1 if s["out"] else dtype.itemsize, 4)
+
+
+# bends of an activation are met by rounding: gradients there are compared in tests/kernels/test_qconv2d.py, in fp32
+# odd channels and sizes, 1 x 1 to 7 x 7, strides, dilation, one-sided padding, groups, single channels, several tiles
+TEST_SHAPES = (
+    shape((1, 1, 1, 1), 3, 1, 4),
+    shape((2, 5, 7, 6), 33, 3, 4, padding=1, activation="silu"),
+    shape((1, 128, 4, 5), 65, (2, 3), 2, 128, zero="half", padding="same", dilation=(1, 2), residual="float"),
+    shape((1, 3, 17, 15), 16, 7, 8, stride=2, padding=3, bias=False),
+    shape((2, 8, 5, 5), 12, 3, 1, zero="half", groups=4, stride=(2, 1), padding=1),
+    shape((3, 64, 1, 9), 20, (1, 3), 4, 32, zero="points", padding=(0, 2), activation="gelu"),
+    shape((1, 9, 6, 7), 18, 3, 4, groups=9, padding=1, dilation=2, residual="float"),
+    shape((1, 256, 9, 9), 70, 1, 4, zero="levels", stride=2, bias=False),
+)
+INT8_SHAPES = (
+    shape((1, 1, 1, 1), 3, 1, 4, x_zero=True),
+    shape((2, 5, 7, 6), 33, 3, 4, padding=1, x_zero=True, out=True, activation="hardswish"),
+    shape((1, 128, 4, 5), 65, (2, 3), 2, 128, zero="half", padding="same", x_zero=True, residual="int8", out=True),
+    shape((1, 3, 17, 15), 16, 7, 8, stride=2, padding=3, activation="relu", x_zero=True, out=True),
+    shape((2, 8, 5, 5), 12, 3, 1, groups=4, stride=(2, 1), padding=1, activation="relu6", bias=False),
+    shape((3, 64, 1, 9), 20, (1, 3), 4, 96, zero="points", padding=(0, 2), x_zero=True, residual="float"),
+    shape((1, 9, 6, 7), 18, 3, 8, groups=9, padding=1, dilation=2, x_zero=True, residual="int8", out=True),
+    shape((1, 640, 2, 2), 70, 2, 8, x_zero=True, residual="int8", out=True),
+)
+
+
+def _bench(layers: tuple[Layer, ...], bits: int, **more: Any) -> tuple[Shape, ...]:
+    return tuple(
+        shape(
+            (batch, layer.c, layer.size, layer.size),
+            layer.o,
+            layer.kernel,
+            bits,
+            stride=layer.stride,
+            padding=layer.kernel // 2,
+            groups=layer.groups,
+            bias=False,
+            **more,
+        )
+        for batch in BATCHES
+        for layer in layers
+    )
+
+
+CPU = (NETWORKS["resnet18"][4], NETWORKS["resnet50"][3], NETWORKS["mobilenet_v2"][4])
+BENCH_SHAPES = {
+    "cpu": _bench(CPU, 4)[: 2 * len(CPU)],
+    **{f"{name}_w{bits}": _bench(layers, bits) for name, layers in NETWORKS.items() for bits in (4, 2, 1)},
+}
+INT8_BENCH = {
+    "cpu": _bench(CPU, 8, out=True)[: 2 * len(CPU)],
+    **{
+        f"{name}_w{bits}a8": _bench(layers, bits, out=True, x_zero=True)
+        for name, layers in NETWORKS.items()
+        for bits in (8, 4)
+    },
+}
+
+SPECS = (
+    OpSpec(
+        name="qconv2d",
+        run=qconv2d,
+        ref=qconv2d_ref,
+        make=make,
+        cost=cost,
+        tol=TOL,
+        keeps_strides=False,
+        memory_format=torch.channels_last,
+        grad_tol=GRAD_TOL,
+        test_shapes=TEST_SHAPES,
+        bench_shapes=BENCH_SHAPES,
+        library={"float_conv2d": float_conv2d},
+        aot=QCONV2D,
+    ),
+    OpSpec(
+        name="qconv2d_int8",
+        run=qconv2d_int8,
+        ref=qconv2d_int8_ref,
+        make=make_int8,
+        cost=int8_cost,
+        tol=EXACT,
+        keeps_strides=False,
+        memory_format=torch.channels_last,
+        test_shapes=INT8_SHAPES,
+        bench_shapes=INT8_BENCH,
+        aot=INT8,
+    ),
+)
