@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gs_kernels.device import capabilities
@@ -54,7 +53,7 @@ def _fp8_fake(x: Tensor, *args: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], args[7])
 
 
-register(
+_run = register(
     f"qmatmul_fp8(Tensor x, {TENSORS}, Tensor? bias, {NUMBERS}, str activation, str source) -> Tensor", FP8, _fp8_fake
 )
 
@@ -84,5 +83,4 @@ def qmatmul_fp8(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, 
         raise ValueError("qmatmul_fp8: weight must have an evenly spaced grid, got levels; use qmatmul")
     if weight.bits > BITS:
         raise ValueError(f"qmatmul_fp8: weight must have at most {BITS} bits, got {weight.bits}; use qmatmul_int8")
-    args = (x.detach(), *tensors_of(weight), bias, *numbers_of(weight), activation, SOURCE)
-    return torch.ops.gs_kernels.qmatmul_fp8(*args)
+    return _run(x.detach(), *tensors_of(weight), bias, *numbers_of(weight), activation, SOURCE)

@@ -58,8 +58,8 @@ def _int8_fake(x: Tensor, *args: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], args[10], dtype=args[-2])
 
 
-register("quantize_rows(Tensor x, ScalarType dtype, str source) -> (Tensor, Tensor)", ROWS, _rows_fake)
-register(
+_quantize = register("quantize_rows(Tensor x, ScalarType dtype, str source) -> (Tensor, Tensor)", ROWS, _rows_fake)
+_run = register(
     f"qmatmul_int8(Tensor x, Tensor x_scale, Tensor? x_zero, Tensor? weight_sums, {TENSORS}, Tensor? bias, {NUMBERS},"
     " str activation, ScalarType dtype, str source) -> Tensor",
     INT8,
@@ -88,7 +88,7 @@ def quantize_rows(x: Tensor, *, dtype: torch.dtype = torch.int8) -> tuple[Tensor
         raise TypeError(f"quantize_rows: dtype must be int8 or float8_e4m3fn, got {dtype}")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"quantize_rows: x must be [..., K] with K >= 1, got {list(x.shape)}")
-    return torch.ops.gs_kernels.quantize_rows(x.detach(), dtype, SOURCE)
+    return _quantize(x.detach(), dtype, SOURCE)
 
 
 def row_sums(weight: PackedWeight) -> Tensor:
@@ -141,4 +141,4 @@ def qmatmul_int8(
     if weight_sums is not None:
         check_tensor(who, "weight_sums", weight_sums, (torch.float32,), (weight.shape[0],))
     args = (*tensors_of(weight), bias, *numbers_of(weight), activation, dtype, SOURCE)
-    return torch.ops.gs_kernels.qmatmul_int8(x, x_scale, x_zero, weight_sums, *args)
+    return _run(x, x_scale, x_zero, weight_sums, *args)

@@ -76,7 +76,7 @@ def _dx_fake(dy: Tensor, *args: Any) -> Tensor:
     return dy.new_empty(*dy.shape[:-1], args[7])
 
 
-register(
+_run = register(
     f"qmatmul(Tensor x, {TENSORS}, Tensor? bias, {NUMBERS}, str activation, str source) -> Tensor",
     QMATMUL,
     _qmatmul_fake,
@@ -159,5 +159,4 @@ def qmatmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, acti
         TypeError, ValueError: if shapes, dtypes or devices do not fit together, or activation is none of the above.
     """
     check_operands("qmatmul", x, FLOATS, weight, bias, activation)
-    args = (x, *tensors_of(weight), bias, *numbers_of(weight), activation, SOURCE)
-    return torch.ops.gs_kernels.qmatmul(*args)
+    return _run(x, *tensors_of(weight), bias, *numbers_of(weight), activation, SOURCE)
