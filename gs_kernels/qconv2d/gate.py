@@ -41,9 +41,8 @@ def conv(
     window = make_window("gate", kernel, stride, kernel // 2, 1, groups)
     k, whole = kernel * kernel * c // groups, dtype == torch.int8
     p, q = window.output(size, size)
-    plan = choose_plan(
-        batch * p * q, o // groups, k, groups, x_bits=8 * dtype.itemsize, levels=False, sm_count=132, int8_group=group
-    )
+    about: dict[str, Any] = {"x_bits": 8 * dtype.itemsize, "levels": False, "sm_count": 132, "int8_group": group}
+    plan = choose_plan(batch * p * q, o // groups, k, groups, channels=c // groups, **about)
     plan = replace(plan, split_k=1)
     elements = 128 * plan.block_n if c > groups else depthwise_tile(o)[0] * depthwise_tile(o)[1]
 
@@ -73,30 +72,32 @@ def conv(
     )
 
 
-MORE: dict[str, Any] = {"mma": "HGMMA", "targets": HOPPER}
-WHOLE: dict[str, Any] = {"mma": "IGMMA", "targets": HOPPER}
+# as products with packed weights have it (gs_kernels/qmatmul/gate.py), and half an instruction a weight to gather pixels;
+# of 64 channels, half as many weights share a gather
+MORE: dict[str, Any] = {"mma": "HGMMA", "max_shared_stores": 4, "overlapped": True, "targets": HOPPER}
+WHOLE: dict[str, Any] = {"mma": "IGMMA", "max_shared_stores": 4, "targets": HOPPER}
 
 QCONV2D = (
-    conv(4, 64, 64, 56, 3, **MORE),
-    conv(4, 128, 128, 28, 3, **MORE),
-    conv(4, 128, 128, 28, 3, dtype=torch.float16, **MORE),
-    conv(2, 128, 128, 28, 3, **MORE),
-    conv(1, 128, 128, 28, 3, **MORE),
-    conv(8, 128, 128, 28, 3, **MORE),
-    conv(4, 256, 1024, 14, 1, **MORE),
-    conv(4, 512, 512, 7, 3, batch=1, **MORE),
-    conv(4, 3, 64, 224, 7, stride=2, wide_loads=False, **MORE),
+    conv(4, 64, 64, 56, 3, max_instructions=6.2, **MORE),
+    conv(4, 128, 128, 28, 3, max_instructions=5.0, **MORE),
+    conv(4, 128, 128, 28, 3, dtype=torch.float16, max_instructions=4.8, **MORE),
+    conv(2, 128, 128, 28, 3, max_instructions=4.8, **MORE),
+    conv(1, 128, 128, 28, 3, max_instructions=4.5, **MORE),
+    conv(8, 128, 128, 28, 3, max_instructions=7.1, **MORE),
+    conv(4, 256, 1024, 14, 1, max_instructions=4.1, **MORE),
+    conv(4, 512, 512, 7, 3, batch=1, max_instructions=3.5, **MORE),
+    conv(4, 3, 64, 224, 7, stride=2, mma="HGMMA", wide_loads=False, targets=HOPPER),
     conv(4, 256, 256, 14, 3, groups=32, wide_loads=False, targets=HOPPER),
     conv(4, 64, 64, 7, 3, batch=1, dtype=torch.float32, targets=HOPPER),
     conv(8, 192, 192, 28, 3, groups=192, wide_loads=False, targets=("sm_90", "gfx942")),
     conv(4, 128, 128, 28, 3, targets=ELSEWHERE),
 )
 INT8 = (
-    conv(8, 128, 128, 28, 3, dtype=torch.int8, **WHOLE),
-    conv(4, 128, 128, 28, 3, dtype=torch.int8, x_zero=True, **WHOLE),
-    conv(2, 256, 1024, 14, 1, dtype=torch.int8, x_zero=True, **WHOLE),
-    conv(1, 64, 64, 56, 3, dtype=torch.int8, **WHOLE),
-    conv(8, 512, 512, 7, 3, batch=1, dtype=torch.int8, **WHOLE),
+    conv(8, 128, 128, 28, 3, dtype=torch.int8, max_instructions=2.5, **WHOLE),
+    conv(4, 128, 128, 28, 3, dtype=torch.int8, x_zero=True, max_instructions=2.3, **WHOLE),
+    conv(2, 256, 1024, 14, 1, dtype=torch.int8, x_zero=True, max_instructions=1.8, **WHOLE),
+    conv(1, 64, 64, 56, 3, dtype=torch.int8, max_instructions=3.7, **WHOLE),
+    conv(8, 512, 512, 7, 3, batch=1, dtype=torch.int8, max_instructions=1.6, **WHOLE),
     conv(4, 128, 128, 28, 3, dtype=torch.int8, group=32, targets=HOPPER),
     conv(8, 192, 192, 28, 3, groups=192, dtype=torch.int8, wide_loads=False, targets=("sm_90", "gfx942")),
     conv(8, 128, 128, 28, 3, dtype=torch.int8, targets=ELSEWHERE),

@@ -20,6 +20,7 @@ def choose_plan(
     k: int,
     groups: int,
     *,
+    channels: int,
     x_bits: int,
     levels: bool,
     sm_count: int,
@@ -32,6 +33,7 @@ def choose_plan(
     Not timed yet.
 
     Args:
+        channels: of x in a group; such that are no multiple of 16 are gathered by many loads.
         x_bits: of an element of x: 32, 16 or 8.
         levels: whether the grid of the weight is a table.
         sm_count: number of processors.
@@ -45,7 +47,7 @@ def choose_plan(
     if m <= FEW_PIXELS:
         plans = (INT8_FEW if x_bits == 8 else FEW,)
     else:
-        plans = TILES[2:] if x_bits == 32 or int8_group % 128 != 0 else TILES
+        plans = TILES[2:] if x_bits == 32 or int8_group % 128 != 0 or channels % 16 != 0 else TILES
     wide = 64 if n <= 64 or x_bits == 32 else 128
     tiles = 0
     for plan in plans:

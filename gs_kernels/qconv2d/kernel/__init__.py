@@ -34,7 +34,8 @@ def qconv2d_triton(
         convolve_depthwise(y, x, None, None, parts, bias, (residual, *NOTHING), bits, k, about, activation)
         return y
     plan = choose_plan(
-        m, n // about.groups, k, about.groups, x_bits=8 * x.itemsize, levels=levels is not None, sm_count=sm_count
+        m, n // about.groups, k, about.groups,
+        channels=k // about.taps, x_bits=8 * x.itemsize, levels=levels is not None, sm_count=sm_count,
     )
     if plan.dense:
         return convolve_dense(x, dequantize(parts, bits, n, k, group, x.dtype), bias, residual, about, activation)
@@ -72,7 +73,7 @@ def qconv2d_int8_triton(
     one = scale.shape[1] == 1
     plan = choose_plan(
         m, n // about.groups, k, about.groups,
-        x_bits=8, levels=False, sm_count=sm_count, int8_group=0 if one else group_size,
+        channels=k // about.taps, x_bits=8, levels=False, sm_count=sm_count, int8_group=0 if one else group_size,
         splits=can_split(scale, zero_points, zero),
     )
     sums = weight_sums

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gs_kernels.dispatch import launch
 from gs_kernels.pack.kernel import dequantize_block
-from gs_kernels.qconv2d.kernel.parts import finish, load_seen, pixels
+from gs_kernels.qconv2d.kernel.parts import finish, load_seen, pixels, taps_inside
 from gs_kernels.qconv2d.window import Window
 from gs_kernels.qmatmul.tiles import Plan
 
@@ -45,6 +45,7 @@ def _qconv2d_kernel(
     first_h, first_w = p * STRIDE_H - TOP, q * STRIDE_W - LEFT
     x_ptr += channels.to(tl.int64) * CG * stride_xc
     x_ptrs = x_ptr + (image.to(tl.int64) * stride_xb + first_h * stride_xh + first_w * stride_xw)
+    bits = taps_inside(first_h, first_w, H, W, K // CG, S, DILATION_H, DILATION_W, PADDED)
     offs_n = channels * OG + tl.minimum(cols, OG - 1)
     offs_w = offs_n[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]  # [BLOCK_N, WIDTH]
     offs_s = offs_n * stride_sn
@@ -55,7 +56,7 @@ def _qconv2d_kernel(
         k = (first + turn) * 128
         words = tl.load(codes_ptr + offs_w)
         x = load_seen(
-            x_ptrs, first_h, first_w, k, H, W, stride_xc, stride_xh, stride_xw, None,
+            x_ptrs, first_h, first_w, bits, k, H, W, stride_xc, stride_xh, stride_xw, None,
             K, CG, S, DILATION_H, DILATION_W, PADDED,
         )
         grid = (scale_ptr, zero_ptr, levels_ptr, offs_s, stride_sg, k, (K + GROUP - 1) // GROUP)

@@ -8,7 +8,7 @@ from torch import Tensor
 from gs_kernels.dispatch import launch
 from gs_kernels.pack.kernel import code_block, code_factor, code_middle
 from gs_kernels.qconv2d.kernel.conv import SUM_M, SUM_N, strides_of, window_flags
-from gs_kernels.qconv2d.kernel.parts import finish, is_half_steps, load_seen, pixels, real_sums
+from gs_kernels.qconv2d.kernel.parts import finish, is_half_steps, load_seen, pixels, real_sums, taps_inside
 from gs_kernels.qconv2d.window import Window
 from gs_kernels.qmatmul.tiles import Plan
 
@@ -26,7 +26,7 @@ def _twice(part, FACTOR: tl.constexpr):
 @triton.jit
 def _qconv2d_int8_kernel(
     y_ptr,
-    x_ptr, x_scale_ptr, x_zero_ptr, code_sums_ptr, codes_ptr, scale_ptr, zero_ptr, bias_ptr,
+    x_ptr, x_scale_ptr, x_zero_ptr, outside_ptr, code_sums_ptr, codes_ptr, scale_ptr, zero_ptr, bias_ptr,
     residual_ptr, residual_scale_ptr, residual_zero_ptr, out_scale_ptr, out_zero_ptr,
     M, OG, H, W, P, Q,
     stride_xb, stride_xc, stride_xh, stride_xw, stride_sn, stride_sg, stride_rb, stride_rc, stride_rh, stride_rw,
@@ -38,6 +38,7 @@ def _qconv2d_int8_kernel(
 ):
     """A tile of y, `[pixels, channels]`; with SPLIT_K, twice its sums over part of K, int32 `[SPLIT_K, M, O]`.
 
+    outside_ptr: 128 times the zero point of x as a code, if x has one and pixels can see what is beside it.
     GROUP: 0 if there is one group, the only case that splits.
     """
     WIDTH: tl.constexpr = 8 * BITS
@@ -59,6 +60,7 @@ def _qconv2d_int8_kernel(
     first_h, first_w = p * STRIDE_H - TOP, q * STRIDE_W - LEFT
     x_ptr += channels.to(tl.int64) * CG * stride_xc
     x_ptrs = x_ptr + (image.to(tl.int64) * stride_xb + first_h * stride_xh + first_w * stride_xw)
+    bits = taps_inside(first_h, first_w, H, W, K // CG, S, DILATION_H, DILATION_W, PADDED)
     offs_n = channels * OG + tl.minimum(cols, OG - 1)
     offs_w = offs_n[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]  # [BLOCK_N, WIDTH]
     offs_s = offs_n * stride_sn
@@ -75,7 +77,7 @@ def _qconv2d_int8_kernel(
         k = (first + turn) * 128
         words = tl.load(codes_ptr + offs_w)
         x = load_seen(
-            x_ptrs, first_h, first_w, k, H, W, stride_xc, stride_xh, stride_xw, x_zero,
+            x_ptrs, first_h, first_w, bits, k, H, W, stride_xc, stride_xh, stride_xw, outside_ptr,
             K, CG, S, DILATION_H, DILATION_W, PADDED,
         )
         w = code_block(words, BITS, tl.int8, False, ASM)
@@ -178,9 +180,12 @@ def convolve_int8(
     split = plan.parts(-(-k // 128))
     sums = y if split == 1 else x.new_empty(split, m, o, dtype=torch.int32)
     tiles = -(-m // plan.block_m) * window.groups * -(-og // plan.block_n)
+    outside = None
+    if x_zero is not None and any(window.sides):
+        outside = x.new_empty(128).copy_(x_zero)
     launch(
         _qconv2d_int8_kernel, (tiles, split),
-        sums, x, x_scale, x_zero, code_sums, codes, scale, zero_points, bias, *into,
+        sums, x, x_scale, x_zero, outside, code_sums, codes, scale, zero_points, bias, *into,
         m, og, *x.shape[2:], p, q,
         *x.stride(), *scale.stride(), *strides_of(into[0]),
         K=k, CG=k // window.taps, GROUPS=window.groups, **window_flags(window),

@@ -23,42 +23,63 @@ def is_inside(h, H):
 
 
 @triton.jit
+def taps_inside(
+    first_h, first_w, H, W,
+    TAPS: tl.constexpr, S: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, PADDED: tl.constexpr,
+):
+    """Which taps of each pixel, the first of them at first_h, first_w, lie in x: a bit each, if 32 are enough."""
+    bits = tl.zeros(first_h.shape, tl.int32)
+    if PADDED and TAPS <= 32:
+        for t in tl.static_range(TAPS):
+            inside = is_inside(first_h + t // S * DILATION_H, H) & is_inside(first_w + t % S * DILATION_W, W)
+            bits |= inside.to(tl.int32) << t
+    return bits
+
+
+@triton.jit
 def load_seen(
-    x_ptr, first_h, first_w, k, H, W, stride_xc, stride_xh, stride_xw, outside,
+    x_ptr, first_h, first_w, bits, k, H, W, stride_xc, stride_xh, stride_xw, outside_ptr,
     K: tl.constexpr, CG: tl.constexpr, S: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Columns k to k + 128 of what pixels see, `[BLOCK_M, 128]`: 0 behind K, `outside`, if it is given, beside x.
+    """Columns k to k + 128 of what pixels see, `[BLOCK_M, 128]`: 0 behind K and, without outside_ptr, beside x.
 
     Column k is channel k % CG of tap k // CG. If CG is a multiple of 128 there is one tap, the same for all threads; if
-    it is one of 8, 16 bytes of 16-bit channels are one load; else columns are gathered one by one.
+    it is one of 16, 16 bytes are one load; else columns are gathered in smaller pieces, down to one by one.
 
     Args:
         x_ptr: `[BLOCK_M]`, the first tap of each pixel, channel 0; it can lie beside x.
-        first_h, first_w: `[BLOCK_M]`, where that is.
+        first_h, first_w: `[BLOCK_M]`, where that is; bits: `taps_inside`.
+        outside_ptr: 128 elements to read instead of those beside x: so that these are not put in after the load, by
+            threads, between memory and tensor cores.
         PADDED: whether a pixel can see what is beside x.
     """
-    ONE_TAP: tl.constexpr = CG % 128 == 0
-    if ONE_TAP:
+    lanes = tl.arange(0, 128)
+    if CG % 128 == 0:
         at = k + tl.zeros((1,), tl.int32)
-        c = at % CG + tl.arange(0, 128)
+        ptrs = x_ptr[:, None] + (lanes * stride_xc)[None, :]  # does not depend on k
     else:
-        at = k + tl.arange(0, 128)
-        c = at % CG
+        at = k + lanes
+        ptrs = x_ptr[:, None]
     tap = at // CG
     r = tap // S * DILATION_H
     s = tap % S * DILATION_W
-    ptrs = x_ptr[:, None] + (r * stride_xh + s * stride_xw + c * stride_xc)[None, :]
+    ptrs = ptrs + (r * stride_xh + s * stride_xw + at % CG * stride_xc)[None, :]
+    exists = tl.broadcast_to((at < K)[None, :], ptrs.shape)
     if PADDED:
-        mask = is_inside(first_h[:, None] + r[None, :], H) & is_inside(first_w[:, None] + s[None, :], W)
-        if K % 128 != 0:
-            mask = mask & (at < K)[None, :]
-        x = tl.load(ptrs, mask=tl.broadcast_to(mask, ptrs.shape), other=0.0)
-        if outside is not None:
-            beside = tl.where(at < K, outside, 0)[None, :]
-            x = tl.where(mask, x, beside).to(x_ptr.dtype.element_ty)
+        if K // CG <= 32:
+            inside = ((bits[:, None] >> tl.minimum(tap, 31)[None, :]) & 1) != 0
+        else:
+            inside = is_inside(first_h[:, None] + r[None, :], H) & is_inside(first_w[:, None] + s[None, :], W)
+        inside = tl.broadcast_to(inside, ptrs.shape)
+        if outside_ptr is None:
+            x = tl.load(ptrs, mask=inside if K % 128 == 0 else inside & exists, other=0.0)
+        elif K % 128 == 0:
+            x = tl.load(tl.where(inside, ptrs, outside_ptr + lanes[None, :]))
+        else:
+            x = tl.load(tl.where(inside, ptrs, outside_ptr + lanes[None, :]), mask=exists, other=0.0)
     elif K % 128 != 0:
-        x = tl.load(ptrs, mask=tl.broadcast_to((at < K)[None, :], ptrs.shape), other=0.0)
+        x = tl.load(ptrs, mask=exists, other=0.0)
     else:
         x = tl.load(ptrs)
     return x
