@@ -20,6 +20,7 @@ from gs_algos.cli.describe import describe
 from gs_algos.cli.language import run_generate, run_perplexity, run_quantize
 from gs_algos.cli.models import MODELS, build
 from gs_algos.cli.train import Interrupted
+from gs_algos.cli.tune import LAYERS, run_tune
 from gs_algos.core.registry import ALGORITHMS
 
 DATA_HELP = f"One of {', '.join(DATA)}; a folder goes after a colon, e.g. cifar10:DIR."
@@ -149,6 +150,19 @@ def perplexity(
 ) -> None:
     """Measures how well a language model expects a text: lower is better."""
     print(run_perplexity(model, text, context, stride, max_tokens, dtype, device))
+
+
+@app.command()
+def tune(
+    layer: Annotated[list[str] | None, typer.Option(help="OUTPUTSxINPUTS, e.g. 4096x14336; may be repeated.")] = None,
+    bits: Annotated[list[int] | None, typer.Option(help="Of the weights: 1, 2, 4 or 8; may be repeated.")] = None,
+    rows: Annotated[list[int] | None, typer.Option(help="Of x: tokens at a time; may be repeated.")] = None,
+    device: Annotated[str, typer.Option(help="cuda, or h100, a100, b200: predict without a GPU.")] = "",
+    keep: Annotated[int, typer.Option(help="Tiles of each product that are timed, or printed.")] = 12,
+    out: Annotated[Path | None, typer.Option(help="Folder of the table. Default: GS_TUNING_DIR.")] = None,
+) -> None:
+    """Finds the fastest tiles of packed products on this GPU, and writes its table. Goes on where it stopped."""
+    run_tune(layer or LAYERS, bits or [4], rows or [1, 16, 64, 256, 1024], device, keep, out, Console())
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -66,10 +66,11 @@ def classify(opcode: str) -> tuple[str, int]:
 def parse(text: str) -> Code:
     """Code of the (one) kernel in the output of `cuobjdump -res-usage -sass`."""
     lines = [(int(address, 16), op, rest, _goal(op, rest)) for address, op, rest in _LINE.findall(text)]
-    # functions called out of line follow the kernel's own code; a call of what never returns is a way out of a loop
-    back = max((address for address, op, _, _ in lines if op.startswith("RET")), default=-1)
-    calls = (goal for _, op, _, goal in lines if op.startswith("CALL") and goal is not None)
-    end = min((goal for goal in calls if goal <= back), default=1 << 62)
+    # functions called out of line follow the kernel's own code: each begins at the last place that is called before it
+    # returns; a call of what never returns is a way out of a loop
+    goals = [goal for _, op, _, goal in lines if op.startswith("CALL") and goal is not None]
+    returns = (address for address, op, _, _ in lines if op.startswith("RET"))
+    end = min((max((goal for goal in goals if goal <= back), default=1 << 62) for back in returns), default=1 << 62)
     lines = [line for line in lines if line[0] < end and line[1] != "NOP" and line[3] != line[0]]
     addresses = [line[0] for line in lines]
     body = tuple(

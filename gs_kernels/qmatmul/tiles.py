@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from gs_kernels.tuning.tables import find_table, nearest
+from gs_kernels.tuning.tables import LAST, find_table, nearest
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,19 @@ def choose_plan(
     """
     if x_bits == 16 and not levels:
         rules = rules or tuned_rules(n, k, bits, sm, sm_count)
-    rules = rules or RULES[max((known for known in RULES if known <= sm), default=min(RULES))]
-    rule = next((rule for rule in rules if m <= rule.rows), None)
-    if rule is None or ((levels or x_bits == 32) and not m <= FEW_ROWS):
+    rule = next((rule for rule in rules if m <= rule.rows), None) if rules else default_rule(m, sm)
+    if rule is None or rule.plan.dense or ((levels or x_bits == 32) and not m <= FEW_ROWS):
         return DENSE
     # in fp32 a tile of weights takes twice the registers
     plan = rule.plan if x_bits == 16 else replace(rule.plan, block_n=rule.plan.block_n // 2)
     # the parts of y are no more to move than the weight
     return _split(plan, rule.programs * sm_count, m, n, k, k * bits // (32 * plan.block_m))
+
+
+def default_rule(m: int, sm: int) -> Rule:
+    """Of a GPU without a table."""
+    rules = RULES[max((known for known in RULES if known <= sm), default=min(RULES))]
+    return next((rule for rule in rules if m <= rule.rows), Rule(LAST, DENSE))
 
 
 @lru_cache(maxsize=4096)

@@ -12,7 +12,8 @@ class Card:
     """target: a name of `gs_kernels.aot.TARGETS`. bandwidth: of its memory, GB/s. clock: highest of its SMs, GHz.
 
     peaks: TFLOP/s (or TOP/s) of dense products, by the kind of operands that `Work.flops` names.
-    launch_us: from the start of a kernel in a CUDA graph to its first instruction; a round number, not of a data sheet.
+    launch_us: from the start of a kernel in a CUDA graph to its first instruction. latency_us: of memory under load.
+    Both are round numbers, of no data sheet.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Card:
     peaks: dict[str, float]
     source: str
     launch_us: float = 2.0
+    latency_us: float = 0.7
 
     @property
     def issue_rate(self) -> float:

@@ -43,8 +43,8 @@ class Prediction:
 def estimate(kernel: Report, work: Work, card: Card) -> Prediction:
     """From what a launch does and what its machine code costs.
 
-    The busiest SM has `ceil(programs / SMs)` programs to issue and to multiply; SMs without a program idle, and with
-    them their share of the memory's bandwidth.
+    The busiest SM has `ceil(programs / SMs)` programs to issue and to multiply. Memory gives what has been asked for:
+    the loads of the programs on SMs at a time, one latency later, and no more than its bandwidth.
 
     Raises:
         ValueError: if the kernel was compiled for another target than the card's, or no block of it fits.
@@ -63,11 +63,19 @@ def estimate(kernel: Report, work: Work, card: Card) -> Prediction:
         raise ValueError(f"gs_kernels.tuning: {card.name} must know a peak for {', '.join(unknown)} products, got none")
     return Prediction(
         launch_us=card.launch_us,
-        bytes_us=work.nbytes / card.bandwidth / 1e3 * max(1.0, card.sm_count / work.programs),
+        bytes_us=work.nbytes / min(card.bandwidth * 1e3, _in_flight(kernel, work, card) / card.latency_us),
         products_us=sum(uneven * flops / card.peaks[kind] / 1e6 for kind, flops in work.flops.items()),
         instructions_us=busiest * kernel.num_warps * issued / card.issue_rate * 1e6,
         waves=work.programs / (kernel.occupancy.blocks * card.sm_count),
     )
+
+
+def _in_flight(kernel: Report, work: Work, card: Card) -> float:
+    """Bytes that the programs which run at a time wait for at once: in a pipeline what its shared memory holds."""
+    running = min(work.programs, kernel.occupancy.blocks * card.sm_count)
+    threads = 32 * kernel.num_warps
+    loads = sum(nbytes * n for nbytes, n in kernel.loads.items()) * threads / kernel.unroll
+    return running * max(kernel.shared_bytes if kernel.opcodes["LDGSTS"] else 0, loads)
 
 
 def predict(launch: Launch, card: Card) -> Prediction:

@@ -1,0 +1,169 @@
+"""Tables of tuned tiles, one file per GPU: `<gpu>.json` in `GS_TUNING_DIR`, else in `gs_kernels/tuning/tables`.
+
+A table lists, for each op, problems (sizes) with the tile that was fastest. What is not in it gets the nearest entry:
+see `nearest`. A table is checked when it is read; one that is wrong raises, and never falls back in silence.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gs_kernels.device import capabilities
+from gs_kernels.dispatch import tuning_dir
+
+FORMAT = 1
+SHIPPED = Path(__file__).parent / "tables"
+LAST = 1 << 62  # rows: more than any
+
+
+@dataclass(frozen=True)
+class Space:
+    """Of an op: the sizes that make a problem, and what each part of a tile may be."""
+
+    problem: tuple[str, ...]
+    choices: Mapping[str, tuple[Any, ...]]
+
+
+SPACES: dict[str, Space] = {
+    # programs: how many an SM should have to do, for split-K; 0 never splits
+    "qmatmul": Space(
+        problem=("m", "n", "k", "bits"),
+        choices={
+            "dense": (False, True),
+            "scale_parts": (False, True),
+            "block_m": (16, 32, 64, 128, 256),
+            "block_n": (32, 64, 128, 256),
+            "warps": (2, 4, 8),
+            "stages": (1, 2, 3, 4, 5, 6),
+            "programs": (0, 1, 2, 4),
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """us: microseconds that the tile took for the problem."""
+
+    problem: dict[str, int]
+    tile: dict[str, Any]
+    us: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """gpu: as its driver says it. made_with: versions. ops: entries of each op."""
+
+    gpu: str
+    sm: int
+    sm_count: int
+    made_with: dict[str, str]
+    ops: dict[str, tuple[Entry, ...]]
+
+    def replaced(self, op: str, entry: Entry) -> Table:
+        """With this entry for its problem."""
+        others = [e for e in self.ops.get(op, ()) if e.problem != entry.problem]
+        entries = sorted([*others, entry], key=lambda e: tuple(e.problem.values()))
+        return Table(self.gpu, self.sm, self.sm_count, self.made_with, {**self.ops, op: tuple(entries)})
+
+
+def _check(where: str, op: str, number: int, entry: Any) -> Entry:
+    who = f"gs_kernels.tuning: {where}: entry {number} of {op}"
+    if op not in SPACES:
+        raise ValueError(f"gs_kernels.tuning: {where}: op must be one of {', '.join(SPACES)}, got {op!r}")
+    if not isinstance(entry, dict) or set(entry) != {"problem", "tile", "us"}:
+        raise ValueError(f"{who}: must have problem, tile and us, got {entry!r}; tune again")
+    space, problem, tile = SPACES[op], entry["problem"], entry["tile"]
+    if set(problem) != set(space.problem) or not all(type(v) is int and v > 0 for v in problem.values()):
+        raise ValueError(f"{who}: problem must have {', '.join(space.problem)}, all > 0, got {problem}; tune again")
+    if set(tile) != set(space.choices):
+        raise ValueError(f"{who}: tile must have {', '.join(space.choices)}, got {', '.join(tile)}; tune again")
+    for name, values in space.choices.items():
+        if type(tile[name]) is not type(values[0]) or tile[name] not in values:
+            raise ValueError(f"{who}: {name} must be one of {list(values)}, got {tile[name]!r}; tune again")
+    return Entry({name: problem[name] for name in space.problem}, tile, float(entry["us"]))
+
+
+def read_table(path: Path) -> Table:
+    """Raises:
+    ValueError: if the file is no table, or of another format, or an entry is out of the space of its op.
+    """
+    try:
+        data = json.loads(path.read_text())
+        about = data["gpu"], data["sm"], data["sm_count"], data["made_with"]
+        ops, found = data["ops"], data["format"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"gs_kernels.tuning: {path} must be a table of tiles, got {error!r}; tune again") from error
+    if found != FORMAT:
+        raise ValueError(f"gs_kernels.tuning: {path} must have format {FORMAT}, got {found}; tune again")
+    checked = {op: tuple(_check(str(path), op, i, e) for i, e in enumerate(entries)) for op, entries in ops.items()}
+    return Table(*about, checked)
+
+
+def write_table(path: Path, table: Table) -> None:
+    """All of it or nothing: another process never reads half a table."""
+    ops = {op: [{"problem": e.problem, "tile": e.tile, "us": e.us} for e in es] for op, es in table.ops.items()}
+    head = {"format": FORMAT, "gpu": table.gpu, "sm": table.sm, "sm_count": table.sm_count}
+    data = {**head, "made_with": table.made_with, "ops": ops}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    draft.write_text(json.dumps(data, indent=1) + "\n")
+    os.replace(draft, path)
+
+
+def file_name(gpu: str) -> str:
+    """`file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3.json"`."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
+
+
+def folders() -> list[Path]:
+    """Where tables are looked for, first first.
+
+    Raises:
+        ValueError: if GS_TUNING_DIR names what is no folder.
+    """
+    mine = tuning_dir()
+    if mine is not None and not mine.is_dir():
+        raise ValueError(f"gs_kernels.tuning: GS_TUNING_DIR must be a folder, got {mine}; make it or unset it")
+    return [folder for folder in (mine, SHIPPED) if folder is not None]
+
+
+@cache
+def find_table(sm: int, sm_count: int) -> Table | None:
+    """The table of GPUs with this compute capability and so many processors: the present GPU's by name, if there is
+    one, else the first by file name. Read once a process."""
+    tables = [read_table(path) for folder in folders() for path in sorted(folder.glob("*.json"))]
+    fitting = [table for table in tables if (table.sm, table.sm_count) == (sm, sm_count)]
+    present = capabilities(torch.cuda.current_device()).name if fitting and torch.cuda.is_available() else ""
+    return next((table for table in fitting if table.gpu == present), fitting[0] if fitting else None)
+
+
+def nearest(table: Table, op: str, m: str, exact: dict[str, int], near: dict[str, int]) -> list[tuple[int, Entry]]:
+    """Entries by size `m` ascending, each with the largest m that it is for; empty if the table has none.
+
+    Of those that have `exact` sizes, the ones whose `near` sizes are nearest: by the sum of |log2| of the ratios, the
+    smaller sizes first if two are as near. An entry is for what is nearer to its m than to the next, by ratio.
+    """
+    fitting = [e for e in table.ops.get(op, ()) if all(e.problem[name] == v for name, v in exact.items())]
+    if not fitting:
+        return []
+
+    def distance(entry: Entry) -> tuple[float, list[int]]:
+        sizes = [entry.problem[name] for name in near]
+        return round(sum(abs(math.log2(s / v)) for s, v in zip(sizes, near.values(), strict=True)), 9), sizes
+
+    closest = min(map(distance, fitting))
+    rows = sorted((e for e in fitting if distance(e) == closest), key=lambda e: e.problem[m])
+    ends = [math.isqrt(a.problem[m] * b.problem[m]) for a, b in itertools.pairwise(rows)]
+    return list(zip([*ends, LAST], rows, strict=True))
