@@ -11,7 +11,7 @@ from torch import Tensor
 from gs_algos.quant.packed import zero_as
 from gs_algos.quant.ranges import search_range
 from gs_algos.quant.scheme import Scheme, n_scales
-from gs_kernels import PackedWeight, PerChannel, PerGroup, PerTensor, choose_qparams, pack_weight, quantize
+from gs_kernels import PackedWeight, PerChannel, PerGroup, PerTensor, choose_qparams, fake_quant, pack_weight, quantize
 from gs_kernels.pack.layouts import BITS
 
 CHUNK = 2**24  # weights that are rounded at a time: bounds what a large layer needs beside itself
@@ -47,6 +47,10 @@ def round_to_nearest(weight: Tensor, scheme: str | Scheme) -> PackedWeight:
 
     Scales are stored in 16 bits (the weight's own type if it has 16, else fp16), or in fp32 if that would change one by
     more than 2**-8; codes are rounded against the scales as stored, so storing them adds no error of its own.
+
+    Symmetric, 2 bits or more: a signed grid has one level more below 0 than above, so each group's scale has the sign
+    that brings its largest weight to that level (as llama.cpp's Q4_0; scales may be negative), unless the grid of a
+    range around 0, half a step wider, has the smaller squared error.
 
     1 bit: no range gives a good grid of two values, so the values are those of least squares, whatever the observer:
     ±mean(|w|) of each group, or, with `asym`, the means of the weights below and not below the group's mean.
@@ -92,8 +96,7 @@ def _grid(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     if not bool(rows.isfinite().all()):
         raise ValueError("quantize_weights: weights must be finite, got NaN or Inf")
     if scheme.bits > 1:
-        low, high = search_range(rows, scheme)
-        return choose_qparams(low, high, qmin=scheme.qmin, qmax=scheme.qmax, symmetric=scheme.symmetric)
+        return _symmetric_grid(rows, scheme) if _one_more_below(scheme) else _range_grid(rows, scheme)
     if scheme.symmetric:
         scale = 2 * rows.abs().mean(1)
         return scale, torch.full_like(scale, 0.5)
@@ -107,9 +110,33 @@ def _grid(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return scale, -low / scale
 
 
+def _range_grid(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    low, high = search_range(rows, scheme)
+    return choose_qparams(low, high, qmin=scheme.qmin, qmax=scheme.qmax, symmetric=scheme.symmetric)
+
+
+def _one_more_below(scheme: Scheme) -> bool:
+    return scheme.symmetric and scheme.qmin < -scheme.qmax
+
+
+def _symmetric_grid(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    extreme = rows.gather(1, rows.abs().argmax(1, keepdim=True)).squeeze(1)
+    sign = torch.where(extreme > 0, -1.0, 1.0)
+    rows = rows * sign.unsqueeze(1)  # the largest weight of each is below 0 now
+    wide, zero = _range_grid(rows, scheme)
+    full = wide * ((scheme.qmax - scheme.qmin) / (-2.0 * scheme.qmin))  # what was half a step further out is qmin
+    errors = [(_on_grid(rows, scale, zero, scheme) - rows).square().sum(1) for scale in (full, wide)]
+    return torch.where(errors[0] <= errors[1], full, wide) * sign, zero
+
+
+def _on_grid(rows: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
+    return fake_quant(rows, scale, zero, qmin=scheme.qmin, qmax=scheme.qmax, granularity=PerChannel(0))
+
+
 def _codes(rows: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
     """`[groups, size]` int8, or uint8 for an unsigned grid and for 1 bit."""
     if scheme.bits > 1:
+        rows, scale = rows * scale.sign().unsqueeze(1), scale.abs()
         return quantize(rows, scale, zero, qmin=scheme.qmin, qmax=scheme.qmax, granularity=PerChannel(0))
     middle = (0.5 - zero) * scale
     return (rows >= middle[:, None]).to(torch.uint8)
