@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import replace
+import math
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gs_kernels.qconv2d.tiles import choose_plan, depthwise_tile
 from gs_kernels.qconv2d.window import make_window
+from gs_kernels.qmatmul.tiles import Plan
 from gs_kernels.spec import AotCase
 
 ELSEWHERE = ("sm_80", "sm_100", "gfx942")
@@ -41,15 +42,16 @@ def conv(
     window = make_window("gate", kernel, stride, kernel // 2, 1, groups)
     k, whole = kernel * kernel * c // groups, dtype == torch.int8
     p, q = window.output(size, size)
-    about: dict[str, Any] = {"x_bits": 8 * dtype.itemsize, "levels": False, "sm_count": 132, "int8_group": group}
-    plan = choose_plan(batch * p * q, o // groups, k, groups, channels=c // groups, **about)
-    plan = replace(plan, split_k=1)
-    elements = 128 * plan.block_n if c > groups else depthwise_tile(o)[0] * depthwise_tile(o)[1]
+
+    def plan_for(sm: int, sm_count: int) -> Plan:
+        about: dict[str, Any] = {"x_bits": 8 * dtype.itemsize, "levels": False, "sm": sm, "sm_count": sm_count}
+        about |= {"channels": c // groups, "int8_group": group, "splits": False}
+        return choose_plan(batch * p * q, o // groups, k, groups, **about)
 
     def run() -> None:
         kernels = importlib.import_module("gs_kernels.qconv2d.kernel")
         x, y = _meta(batch, c, size, size, dtype=dtype), _meta(batch, o, p, q, dtype=dtype)
-        asm, _, _ = kernels.device_of(x)
+        asm, sm, sm_count = kernels.device_of(x)
         scale = _meta(o, k // group if group else 1, dtype=torch.float32)
         zero = 0.5 if bits == 1 else 2.0 ** (bits - 1)
         parts = (_meta(-(-k // 128), o, 8 * bits, dtype=torch.int16), scale, None, zero, None)
@@ -57,7 +59,7 @@ def conv(
         into = (y, one, one, one, one) if whole else (y, None, None, None, None)
         codes = (one, one if x_zero else None) if whole else (None, None)
         sums = _meta(*scale.shape, dtype=torch.int32) if x_zero else None
-        rest = (bits, k, kernels.grouping(k, group or k), window, "relu", plan, asm)
+        rest = (bits, k, kernels.grouping(k, group or k), window, "relu", plan_for(sm, sm_count), asm)
         if c == groups:
             kernels.convolve_depthwise(y, x, *codes, parts, bias, into, bits, k, window, "relu")
         elif whole:
@@ -65,6 +67,7 @@ def conv(
         else:
             kernels.convolve(y, x, parts, bias, y, *rest)
 
+    elements = math.prod(depthwise_tile(o)[:2]) if c == groups else 128 * plan_for(90, 132).block_n
     name = f"w{bits}-{c}to{o}-{size}-k{kernel}s{stride}g{groups}-b{batch}{'-zero' if x_zero else ''}"
     name += f"-g{group}" if group else ""
     return AotCase(
@@ -72,8 +75,8 @@ def conv(
     )
 
 
-# as products with packed weights have it (gs_kernels/qmatmul/gate.py), and half an instruction a weight to gather pixels;
-# of 64 channels, half as many weights share a gather
+# as products with packed weights (gs_kernels/qmatmul/gate.py), and half an instruction a weight to gather pixels; with
+# 64 channels twice that, for half as many weights share a gather
 MORE: dict[str, Any] = {"mma": "HGMMA", "max_shared_stores": 4, "overlapped": True, "targets": HOPPER}
 WHOLE: dict[str, Any] = {"mma": "IGMMA", "max_shared_stores": 4, "targets": HOPPER}
 

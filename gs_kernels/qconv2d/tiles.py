@@ -10,7 +10,11 @@ FEW_PIXELS = 16
 SOME_PIXELS = 256  # in fp32, or with a table of levels, kernels do only so many: others are dequantised once
 
 FEW = Plan(scale_parts=True, block_m=FEW_PIXELS)
-TILES = (Plan(block_m=128, warps=8, stages=3), Plan(block_m=64), Plan(block_m=32))
+# by compute capability, as RULES of gs_kernels/qmatmul/tiles.py
+TILES = {
+    90: (Plan(block_m=128, warps=8, stages=3), Plan(block_m=64), Plan(block_m=32)),
+    80: (Plan(block_m=64, warps=8, stages=3), Plan(block_m=32)),
+}
 INT8_FEW = Plan(block_m=FEW_PIXELS)
 
 
@@ -23,6 +27,7 @@ def choose_plan(
     channels: int,
     x_bits: int,
     levels: bool,
+    sm: int,
     sm_count: int,
     int8_group: int = 0,
     splits: bool = True,
@@ -36,6 +41,7 @@ def choose_plan(
         channels: of x in a group; such that are no multiple of 16 are gathered by many loads.
         x_bits: of an element of x: 32, 16 or 8.
         levels: whether the grid of the weight is a table.
+        sm: 90 for compute capability 9.0.
         sm_count: number of processors.
         int8_group: of 8-bit x, elements per scale, 0 for one group. Groups that end inside a block take products of
             their own: registers hold only few pixels.
@@ -43,11 +49,11 @@ def choose_plan(
     """
     if (levels or x_bits == 32) and m > SOME_PIXELS:
         return DENSE
-    plans: tuple[Plan, ...]
+    plans = TILES[90 if sm >= 90 else 80]
     if m <= FEW_PIXELS:
         plans = (INT8_FEW if x_bits == 8 else FEW,)
-    else:
-        plans = TILES[2:] if x_bits == 32 or int8_group % 128 != 0 or channels % 16 != 0 else TILES
+    elif x_bits == 32 or int8_group % 128 != 0 or channels % 16 != 0:
+        plans = plans[-1:]
     wide = 64 if n <= 64 or x_bits == 32 else 128
     tiles = 0
     for plan in plans:

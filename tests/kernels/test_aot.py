@@ -154,6 +154,9 @@ def test_a_call_that_never_returns_is_a_way_out_of_a_loop_and_hides_no_code():
     assert [ins.kind for ins in parse(listing).body] == ["load", "other", "other", "store", "exit"]
     returns = listing + "    /*0050*/                   RET.REL.NODEC R4 ;"
     assert [ins.kind for ins in parse(returns).body] == ["load", "other", "other"]
+    both = listing.replace("/*0040*/                   EXIT", "/*0038*/ CALL.REL.NOINC 0x50 ;\n/*0040*/ EXIT")
+    both += "    /*0050*/                   MUFU.RCP R4, R4 ;\n    /*0060*/                   RET.REL.NODEC R4 ;"
+    assert [ins.kind for ins in parse(both).body] == ["load", "other", "other", "store", "other", "exit"]
 
 
 def test_spills_are_caught():

@@ -25,7 +25,7 @@ def qconv2d_triton(
     about = Window(*window)
     parts = (codes, scale, same_strides(scale, zero_points), zero, levels)
     group = grouping(k, group_size)
-    asm, _, sm_count = device_of(x)
+    asm, sm, sm_count = device_of(x)
     y = empty_image(x, n, about, x.dtype)
     m = y.shape[0] * y.shape[2] * y.shape[3]
     if m == 0:
@@ -35,7 +35,7 @@ def qconv2d_triton(
         return y
     plan = choose_plan(
         m, n // about.groups, k, about.groups,
-        channels=k // about.taps, x_bits=8 * x.itemsize, levels=levels is not None, sm_count=sm_count,
+        channels=k // about.taps, x_bits=8 * x.itemsize, levels=levels is not None, sm=sm, sm_count=sm_count,
     )
     if plan.dense:
         return convolve_dense(x, dequantize(parts, bits, n, k, group, x.dtype), bias, residual, about, activation)
@@ -69,11 +69,11 @@ def qconv2d_int8_triton(
     if k == about.taps:
         convolve_depthwise(y, x, x_scale, x_zero, parts, bias, into, bits, k, about, activation)
         return y
-    asm, _, sm_count = device_of(x)
+    asm, sm, sm_count = device_of(x)
     one = scale.shape[1] == 1
     plan = choose_plan(
         m, n // about.groups, k, about.groups,
-        channels=k // about.taps, x_bits=8, levels=False, sm_count=sm_count, int8_group=0 if one else group_size,
+        channels=k // about.taps, x_bits=8, levels=False, sm=sm, sm_count=sm_count, int8_group=0 if one else group_size,
         splits=can_split(scale, zero_points, zero),
     )
     sums = weight_sums

@@ -56,21 +56,23 @@ def load_seen(
     """
     lanes = tl.arange(0, 128)
     if CG % 128 == 0:
-        at = k + tl.zeros((1,), tl.int32)
-        ptrs = x_ptr[:, None] + (lanes * stride_xc)[None, :]  # does not depend on k
+        at = k  # a number: what does not depend on it can leave the loop
+        c = k // 128 % (CG // 128) * 128  # k % CG, and the compiler sees that 128 divides it
+        ptrs = x_ptr[:, None] + (lanes * stride_xc)[None, :]
     else:
-        at = k + lanes
-        ptrs = x_ptr[:, None]
+        at = k + lanes[None, :]
+        c = at % CG
+        ptrs = tl.broadcast_to(x_ptr[:, None], (x_ptr.shape[0], 128))
     tap = at // CG
     r = tap // S * DILATION_H
     s = tap % S * DILATION_W
-    ptrs = ptrs + (r * stride_xh + s * stride_xw + at % CG * stride_xc)[None, :]
-    exists = tl.broadcast_to((at < K)[None, :], ptrs.shape)
+    ptrs = ptrs + (r * stride_xh + s * stride_xw + c * stride_xc)
+    exists = tl.broadcast_to(at < K, ptrs.shape)
     if PADDED:
         if K // CG <= 32:
-            inside = ((bits[:, None] >> tl.minimum(tap, 31)[None, :]) & 1) != 0
+            inside = ((bits[:, None] >> tl.minimum(tap, 31)) & 1) != 0
         else:
-            inside = is_inside(first_h[:, None] + r[None, :], H) & is_inside(first_w[:, None] + s[None, :], W)
+            inside = is_inside(first_h[:, None] + r, H) & is_inside(first_w[:, None] + s, W)
         inside = tl.broadcast_to(inside, ptrs.shape)
         if outside_ptr is None:
             x = tl.load(ptrs, mask=inside if K % 128 == 0 else inside & exists, other=0.0)
