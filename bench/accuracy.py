@@ -20,10 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import gs_algos
 from bench import record
+from gs_algos.cli.compress import train_compressed
 from gs_algos.cli.data import ImageData, batches_per_epoch, load_data
+from gs_algos.cli.demo import latency_ms
 from gs_algos.cli.models import MODELS, build
 from gs_algos.cli.recipes import float_recipe, tune_recipe
 from gs_algos.cli.train import Interrupted, Recipe, accuracy, predict, train
@@ -32,11 +35,17 @@ from gs_algos.core.registry import algorithm_class
 
 @dataclass(frozen=True)
 class Setting:
-    """An algorithm with its options. far: it trains at the float run's learning rate, not at that of fine-tuning."""
+    """An algorithm with its options.
+
+    Args:
+        far: it trains at the float run's learning rate, not at that of fine-tuning.
+        after: the setting whose converted network it starts from; None: the float one.
+    """
 
     algorithm: str
     options: dict[str, Any]
     far: bool = False
+    after: str | None = None
 
 
 def _search(weight: str, act: str | None = None, **options: Any) -> Setting:
@@ -50,6 +59,10 @@ SETTINGS = {
     "simqat-w4a8": Setting("simqat", {"weight": "int4@channel", "act": "int8@tensor:ema"}),
     **{f"slb-w{bits}": _search(f"{bits}bit@channel") for bits in (4, 2, 1)},
     **{f"slb-w{bits}a8": _search(f"{bits}bit@channel", "int8@tensor:ema") for bits in (4, 2, 1)},
+    "scop-45": Setting("scop", {"rate": 0.45}, far=True),
+    **{f"{by}-45": Setting("prune", {"rate": 0.45, "importance": by}, far=True) for by in ("l2", "random")},
+    "scop-45-simqat-w8a8": Setting("simqat", {"weight": "int8@channel", "act": "int8@tensor:ema"}, after="scop-45"),
+    "scop-45-slb-w2": replace(_search("2bit@channel"), after="scop-45"),
     "slb-w4a4": _search("4bit@channel", "uint4@tensor:pact", rules=(("re:stem.*|embed", {"act": "int8@tensor:ema"}),)),
 }
 
@@ -93,7 +106,6 @@ def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
     stem = f"{args.model}-{set_name}-s{args.seed}"
     base = float_recipe(args.model, data, args.float_epochs, args.seed, args.batch_size)
     tune = tune_recipe(args.model, data, args.epochs, args.seed, args.batch_size)
-    compressed = replace(tune, lr=base.lr if SETTINGS[args.recipe].far else tune.lr, amp=args.amp)
     started = time.perf_counter()
 
     def fresh() -> nn.Module:
@@ -103,7 +115,11 @@ def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
 
     def stage(name: str, net: nn.Module, recipe: Recipe, algorithm: gs_algos.Algorithm | None = None) -> Tensor:
         path = args.state / f"{stem}-{name}.safetensors"
-        seconds[name] = round(train(net, data, recipe, algorithm=algorithm, state=path, resume=True), 1)
+        if algorithm is None:
+            taken = train(net, data, recipe, state=path, resume=True)
+        else:
+            taken = train_compressed(net, data, recipe, algorithm, path, path.is_file())
+        seconds[name] = round(taken, 1)
         logits = predict(net, data)
         print(f"{name}: {accuracy(logits, data):.2f} % ({seconds[name]:.0f} s of training)", flush=True)
         return logits
@@ -112,13 +128,17 @@ def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
     net = fresh()
     float_logits = stage(f"float{args.float_epochs}", net, base)
     more_logits = stage(f"float{args.float_epochs}+{args.epochs}", copy.deepcopy(net), tune)
-    setting = SETTINGS[args.recipe]
-    algo = make(setting, args.epochs, batches_per_epoch(data, args.batch_size))
-    net = algo.apply(net, data.example())
-    amp = "-amp" if args.amp else ""
-    trained = stage(f"float{args.float_epochs}-{args.recipe}-{args.epochs}{amp}", net, compressed, algo)
-    _draw(algo, stem, args)
-    net = algo.convert(net, data.example())
+    sizes = {"float": size(net, data)}
+    for name in chain(args.recipe):
+        setting = SETTINGS[name]
+        compressed = replace(tune, lr=base.lr if setting.far else tune.lr, amp=args.amp)
+        algo = make(setting, args.epochs, batches_per_epoch(data, args.batch_size))
+        net = algo.apply(net, data.example())
+        amp = "-amp" if args.amp else ""
+        trained = stage(f"float{args.float_epochs}-{name}-{args.epochs}{amp}", net, compressed, algo)
+        _draw(algo, stem, args)
+        net = algo.convert(net, data.example())
+        sizes[name] = size(net, data)
     converted = predict(net, data)
     reloaded, nbytes = _reload(net, fresh, data)
     row = {
@@ -137,13 +157,33 @@ def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
         "parity": parity(trained, converted),
         "reload_exact": bool(torch.equal(converted, reloaded)),
         "nbytes": nbytes,
+        "sizes": sizes,
         "training_seconds": seconds,
         "wall_seconds": round(time.perf_counter() - started, 1),
     }
     accuracies = row["accuracy"]
     row["drop"] = {key: round(accuracies[key] - accuracies["converted"], 4) for key in ("float", "float_continued")}
-    print("\n".join(f"{key}: {row[key]}" for key in ("accuracy", "drop", "parity", "reload_exact", "nbytes")))
+    shown = ("accuracy", "drop", "parity", "reload_exact", "nbytes", "sizes")
+    print("\n".join(f"{key}: {row[key]}" for key in shown))
     return row
+
+
+def chain(name: str) -> list[str]:
+    """The settings that run one after the other to come to this one."""
+    before = SETTINGS[name].after
+    return [*([] if before is None else chain(before)), name]
+
+
+def size(net: nn.Module, data: ImageData) -> dict[str, Any]:
+    """Numbers of the network, multiply-adds of one image, and milliseconds of a forward by batch size."""
+    x = data.normalize(data.test_x[:1])
+    with FlopCounterMode(display=False) as counter:
+        predict(net, replace(data, test_x=data.test_x[:1]))
+    return {
+        "numbers": sum(t.numel() for t in net.state_dict().values()),
+        "macs": counter.get_total_flops() // 2,
+        "ms": {batch: round(latency_ms(net, x.repeat(batch, 1, 1, 1)), 3) for batch in (1, 64)},
+    }
 
 
 def make(setting: Setting, epochs: int, steps_per_epoch: int) -> gs_algos.Algorithm:
