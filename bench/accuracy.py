@@ -175,14 +175,14 @@ def chain(name: str) -> list[str]:
 
 
 def size(net: nn.Module, data: ImageData) -> dict[str, Any]:
-    """Numbers of the network, multiply-adds of one image, and milliseconds of a forward by batch size."""
+    """Numbers held, multiply-adds of an image (those of ATen products and convolutions), ms of a forward by batch."""
     x = data.normalize(data.test_x[:1])
     with FlopCounterMode(display=False) as counter:
         predict(net, replace(data, test_x=data.test_x[:1]))
     return {
         "numbers": sum(t.numel() for t in net.state_dict().values()),
         "macs": counter.get_total_flops() // 2,
-        "ms": {batch: round(latency_ms(net, x.repeat(batch, 1, 1, 1)), 3) for batch in (1, 64)},
+        "ms": {str(batch): round(latency_ms(net, x.repeat(batch, 1, 1, 1)), 3) for batch in (1, 64)},
     }
 
 
