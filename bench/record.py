@@ -77,6 +77,24 @@ def default_path(device: str) -> Path:
     return RESULTS / slug(device_name(device)) / f"{today}-{_code()['commit']}.jsonl"
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file.
+
+    Raises:
+        ValueError: if a line is not a JSON object; a last line that an interruption cut off is left out.
+    """
+    rows: list[dict[str, Any]] = []
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (json.JSONDecodeError, TypeError, ValueError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"bench.record: {path}:{number} must be a JSON object, got {error}") from error
+    return rows
+
+
 def append(row: dict[str, Any], kind: str, *, device: str | None = None, path: Path | None = None) -> Path:
     """Writes one line and returns the file that holds it.
 

@@ -1,0 +1,91 @@
+"""`python -m bench.models`: whole networks, compressed against float, in one run on one device.
+
+Rows are written as they are measured: time and memory of a training step, latency of one input and throughput of a
+batch of the converted network. `--decode FOLDER` adds tokens per second of a language model, e.g. SmolLM2, in bf16 and
+packed. What a row says of memory is the GPU's peak; on a CPU, the bytes that autograd keeps and those of the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import record
+from bench.models.decode import decode_rows
+from bench.models.measure import ALGORITHMS, measure
+from bench.models.networks import NETWORKS
+
+FAILURES = (RuntimeError, ValueError, TypeError, AssertionError)
+COLUMNS = "{:12} {:12} {:10} {:>5} {:>10} {:>10} {:>10} {:>9} {:>9} {:>9}  {}"
+HEAD = ("network", "algorithm", "phase", "batch", "p20 ms", "p50 ms", "p80 ms", "vs float", "per s", "MB", "")
+
+
+def line(row: dict[str, Any], base: float | None) -> str:
+    about = (row["network"], row["algorithm"], row["phase"], row.get("batch", "-"))
+    if "error" in row:
+        return COLUMNS.format(*about, *["-"] * 6, f"failed: {row['error']}")
+    times = tuple(f"{row[k]:.2f}" for k in ("ms_p20", "ms_p50", "ms_p80"))
+    ratio = f"{row['ms_p50'] / base:.2f}x" if base else "-"
+    mb = row.get("peak_bytes", row.get("saved_bytes", row.get("nbytes")))
+    return COLUMNS.format(*about, *times, ratio, row.get("per_s", "-"), f"{mb / 1e6:.1f}", "")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.models", description=__doc__.partition("\n")[0])
+    parser.add_argument("--network", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--algorithm", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS))
+    parser.add_argument("--quick", action="store_true", help="small inputs, batch 4: what a CPU can do in minutes")
+    parser.add_argument("--batch", type=int, help="of training and throughput; default: by network, with --quick 4")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for one number")
+    parser.add_argument("--limit", type=float, metavar="S", help="start nothing new after so many seconds")
+    parser.add_argument("--decode", nargs="+", type=Path, default=[], metavar="FOLDER", help="language models")
+    parser.add_argument("--out", type=Path, help="default: bench/results/<device>/<date>-<commit>.jsonl")
+    chosen = parser.parse_args(argv)
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs an NVIDIA GPU, and torch sees none; use --device cpu")
+    return chosen
+
+
+def main(argv: list[str] | None = None) -> int:
+    chosen = parse(argv)
+    start, failed = time.monotonic(), False
+    print(COLUMNS.format(*HEAD))
+    for name in chosen.network:
+        base: dict[str, float] = {}
+        for algorithm in chosen.algorithm:
+            if chosen.limit is not None and time.monotonic() - start > chosen.limit:
+                print(f"--limit {chosen.limit:g} s reached before {name} {algorithm}; not timed")
+                return 1
+            for row in _rows(name, algorithm, chosen):
+                record.append(row, "model", device=chosen.device, path=chosen.out)
+                if algorithm == "float" and "ms_p50" in row:
+                    base[row["phase"]] = row["ms_p50"]
+                failed |= "error" in row
+                print(line(row, base.get(row["phase"])), flush=True)
+    for folder in chosen.decode:
+        for row in decode_rows(folder, chosen.device, chosen.seconds):
+            record.append(row, "decode", device=chosen.device, path=chosen.out)
+            print("{network}: {per_s} tokens/s, {nbytes} bytes of tensors, {dtype}".format(**row), flush=True)
+    return int(failed)
+
+
+def _rows(name: str, algorithm: str, chosen: argparse.Namespace) -> Any:
+    network = NETWORKS[name]
+    about = {"network": name, "algorithm": algorithm, "quick": chosen.quick, "input": network.size(chosen.quick)}
+    batch = chosen.batch or (4 if chosen.quick else network.batch)
+    options = {"device": chosen.device, "batch": batch, "quick": chosen.quick, "seconds": chosen.seconds}
+    try:
+        for row in measure(network, algorithm, **options):
+            yield {**about, **row}
+    except FAILURES as error:
+        yield {**about, "phase": "all", "error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

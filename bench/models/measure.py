@@ -1,0 +1,107 @@
+"""One network under one algorithm: a training step, then the converted network, each with its time and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.models.networks import Network
+from bench.steps import kept_for_backward
+from bench.timing import Timing, summarize, time_calls
+from gs_algos import SLB, SimQAT
+
+Make = Callable[[bool], Any]
+ALGORITHMS: dict[str, Make] = {
+    "float": lambda images: None,
+    "simqat-w8a8": lambda images: SimQAT(weight="int8@channel", act="int8@tensor:ema"),
+    "simqat-w4a8": lambda images: SimQAT(weight="int4@channel:lsq", act="int8@tensor:lsq"),
+    # without a batch norm behind a layer its weights need a scale
+    "slb-w2": lambda images: SLB(weight="2bit@channel", total_steps=1000),
+    "slb-w1": lambda images: SLB(weight="1bit@channel", total_steps=1000),
+}
+
+
+def _memory(device: str, call: Callable[[], Any]) -> dict[str, int]:
+    """Peak bytes that a call allocates on a GPU, beyond what was there; on a CPU they are not known."""
+    if torch.device(device).type != "cuda":
+        call()
+        return {}
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return {"peak_bytes": torch.cuda.max_memory_allocated() - before}
+
+
+def _times(timing: Timing) -> dict[str, float]:
+    return {name: round(getattr(timing, name), 3) for name in ("ms_min", "ms_p20", "ms_p50", "ms_p80")}
+
+
+def _time(call: Callable[[], Any], device: str, seconds: float) -> Timing:
+    """Of whole networks: on a GPU without a CUDA graph, as a training loop runs them."""
+    if torch.device(device).type != "cuda":
+        return time_calls([call], device, seconds)
+    samples = []
+    for _ in range(max(5, round(10 * seconds))):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end))
+    return summarize(samples[2:])
+
+
+def nbytes_of(net: nn.Module) -> int:
+    """Of parameters and buffers, each storage once."""
+    storages = {t.untyped_storage()._cdata: t.nbytes for t in (*net.parameters(), *net.buffers())}
+    return sum(storages.values())
+
+
+def measure(
+    network: Network, algorithm: str, *, device: str, batch: int, quick: bool, seconds: float
+) -> Iterator[dict[str, Any]]:
+    """Three rows: "train" (a step with SGD), "latency" (one input) and "throughput" (a batch) of what is converted."""
+    torch.manual_seed(0)
+    net = network.build(quick).to(device)
+    x = network.inputs(batch, quick, device)
+    algo = ALGORITHMS[algorithm](network.images)
+    if algo is not None:
+        net = algo.apply(net, x[:2])
+    step = _step(net.train(), algo, x)
+    step()
+    kept = _kept(net, x)
+    memory = _memory(device, step)
+    yield {"phase": "train", "batch": batch, "saved_bytes": kept, **memory, **_times(_time(step, device, seconds))}
+    net = net.eval() if algo is None else algo.convert(net.eval())
+    size = {"nbytes": nbytes_of(net)}
+    for phase, inputs in (("latency", x[:1]), ("throughput", x)):
+        with torch.inference_mode():
+            memory = _memory(device, lambda i=inputs: net(i))
+            timing = _time(lambda i=inputs: net(i), device, seconds)
+        rate = {"per_s": round(1e3 * inputs.shape[0] / timing.ms_p50, 2)}
+        yield {"phase": phase, "batch": inputs.shape[0], **size, **memory, **_times(timing), **rate}
+
+
+def _step(net: nn.Module, algo: Any, x: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+
+    def step() -> None:
+        net(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if algo is not None:
+            algo.step()
+
+    return step
+
+
+def _kept(net: nn.Module, x: Tensor) -> int:
+    ours = {t.untyped_storage()._cdata for t in (*net.parameters(), *net.buffers())}
+    with kept_for_backward(ours) as kept:
+        net(x)
+    return sum(kept.values())

@@ -1,0 +1,198 @@
+"""`python -m bench.static`: what can be known of every kernel without a GPU, and a guard that it does not get worse.
+
+Nothing here is timed. Three tables go to `bench/results/static/`, as JSON lines and as one page to read:
+
+- `kernels.jsonl`: registers, shared memory, instructions, bytes and occupancy of every launch of the ahead-of-time gate
+  on sm_80, sm_90 and sm_100, and what it takes at least on the card of that kind, by `gs_kernels.tuning.cost`.
+- `steps.jsonl`: launches, calls of torch's own ops and bytes kept for backward of one training step.
+- `ops.jsonl`: what every op takes at least on an H100 at the shapes that benchmarks time.
+
+`--check` measures the first two again and fails if one is worse than what is kept. To accept a change: run without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import record
+from bench.guard import worse
+from bench.predict import predict_op
+from bench.steps import step_rows
+from bench.tables import table
+from gs_kernels.aot import launches_of, report
+from gs_kernels.aot.trace import traced
+from gs_kernels.aot.work import work_of
+from gs_kernels.dispatch import INTERPRET
+from gs_kernels.spec import OpSpec, Shape, specs
+from gs_kernels.tuning.cards import CARDS, Card
+from gs_kernels.tuning.cost import Prediction, estimate, predict_call
+
+FOLDER = record.RESULTS / "static"
+HEAD = """# Static figures: nothing here was timed
+
+Written by `python -m bench.static`, with torch {torch} and triton {triton}. "at least" is what the cost model
+(`gs_kernels/tuning/cost.py`) gives on the card of that kind, by its data sheet: the launch, then the slowest of bytes,
+matrix products and instructions. A run on a GPU takes longer; by how much, `python -m bench.predict` says of its rows.
+"""
+
+
+def versions() -> dict[str, Any]:
+    """Without the build: that of a GPU compiles no other kernels."""
+    return {key: str(record.environment("cpu")[key]).partition("+")[0] for key in ("torch", "triton")}
+
+
+def _times(prediction: Prediction) -> dict[str, Any]:
+    parts = ("us", "bytes_us", "products_us", "instructions_us", "waves")
+    return {name: round(getattr(prediction, name), 2) for name in parts} | {"bound": prediction.bound}
+
+
+def kernel_rows(cards: Iterable[Card] = CARDS.values(), op: str | None = None) -> Iterator[dict[str, Any]]:
+    """One row per kernel of each case of the gate, for each card whose target the case has."""
+    for spec in specs():
+        for case in spec.aot if op in (None, spec.name) else ():
+            for card in cards:
+                if card.target not in case.targets:
+                    continue
+                for launch in launches_of(case, card.target):
+                    kernel, work = report(launch.compiled, card.target, case.elements), work_of(launch)
+                    yield {
+                        "case": f"{spec.name}/{case.name}",
+                        "kernel": kernel.kernel,
+                        "target": card.target,
+                        "registers": kernel.registers,
+                        "spills": kernel.spills,
+                        "shared_bytes": kernel.shared_bytes,
+                        "warps_per_sm": kernel.occupancy.warps,
+                        "limiter": kernel.occupancy.limiter,
+                        "instructions": kernel.instructions,
+                        "loop_instructions": kernel.loop_instructions,
+                        "per_element": round(kernel.per_element, 3),
+                        "nbytes": work.nbytes,
+                        **_times(estimate(kernel, work, card)),
+                    }
+
+
+def op_shapes(spec: OpSpec) -> Iterator[tuple[str, Shape]]:
+    """Those that are for a GPU."""
+    for group, shapes in spec.bench_shapes.items():
+        yield from ((group, shape) for shape in shapes if group != "cpu")
+
+
+def op_rows(card: Card = CARDS["h100"], op: str | None = None) -> Iterator[dict[str, Any]]:
+    """One row per shape; beside products with packed weights, what a float one takes at least."""
+    for spec in specs():
+        for group, shape in op_shapes(spec) if op in (None, spec.name) else ():
+            dtype = torch.bfloat16 if torch.bfloat16 in spec.tol else torch.float32
+            parts = predict_op(spec, shape, dtype, "fwd", card)
+            row = {
+                "op": spec.name,
+                "group": group,
+                "shape": shape,
+                "dtype": str(dtype).removeprefix("torch."),
+                "card": card.name,
+                "kernels": len(parts),
+                "us": round(sum(part.us for part in parts), 2),
+                "bound": max(parts, key=lambda part: part.us).bound,
+            }
+            if "n" in shape and spec.name.startswith("qmatmul"):
+                row["float_us"] = round(_float_us(shape, card), 2)
+            yield row
+
+
+def _float_us(shape: Shape, card: Card) -> float:
+    x = torch.empty(shape["x"], dtype=torch.bfloat16, device="meta")
+    w = torch.empty(shape["n"], shape["x"][-1], dtype=torch.bfloat16, device="meta")
+    (call,) = traced(lambda: torch.nn.functional.linear(x, w), card.target).calls
+    return predict_call(call, card).us
+
+
+def page(
+    kernels: list[dict[str, Any]], steps: list[dict[str, Any]], ops: list[dict[str, Any]], made_with: dict[str, Any]
+) -> str:
+    of_kernels = table(
+        (
+            "case",
+            "target",
+            "registers",
+            "shared",
+            "warps per SM",
+            "instructions per element",
+            "MB",
+            "at least us",
+            "bound",
+        ),
+        (
+            (
+                *(r[name] for name in ("case", "target", "registers", "shared_bytes")),
+                f"{r['warps_per_sm']} ({r['limiter']})",
+                *(r["per_element"], f"{r['nbytes'] / 1e6:.1f}", r["us"], r["bound"]),
+            )
+            for r in kernels
+        ),
+    )
+    of_steps = table(
+        ("network", "training", "Triton launches", "calls of torch ops", "MB kept for backward"),
+        ((r["network"], r["algorithm"], r["launches"], r["calls"], f"{r['saved_bytes'] / 1e6:.1f}") for r in steps),
+    )
+    of_ops = table(
+        ("op", "shape", "dtype", "at least us", "bound", "bf16 at least us"),
+        ((r["op"], _shape(r["shape"]), r["dtype"], r["us"], r["bound"], r.get("float_us", "")) for r in ops),
+    )
+    parts = {
+        "Kernels of the ahead-of-time gate, on A100, H100 and B200": of_kernels,
+        "A training step, on an H100": of_steps,
+        "Ops at the shapes of the benchmarks, on an H100": of_ops,
+    }
+    sections = [f"## {title}\n\n{text}\n" for title, text in parts.items()]
+    return "\n".join([HEAD.format(**made_with), *sections])
+
+
+def _shape(shape: Shape) -> str:
+    kept = {k: v for k, v in shape.items() if k in ("x", "n", "bits", "axis", "group")}
+    return " ".join(f"{k}={'x'.join(map(str, v)) if isinstance(v, tuple | list) else v}" for k, v in kept.items())
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({**versions(), **row}) + "\n" for row in rows))
+
+
+def check(folder: Path) -> list[str]:
+    """What is worse than the rows that are kept, one sentence each."""
+    return [
+        *worse(record.read_rows(folder / "kernels.jsonl"), [{**row, **versions()} for row in kernel_rows()]),
+        *worse(record.read_rows(folder / "steps.jsonl"), [{**row, **versions()} for row in step_rows()]),
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="compare with what is kept, write nothing")
+    parser.add_argument("--ops", action="store_true", help="also predict ops anew: takes minutes")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="default: bench/results/static")
+    chosen = parser.parse_args(argv)
+    if INTERPRET:
+        parser.error("kernels cannot be compiled under TRITON_INTERPRET=1; unset it")
+    if chosen.check:
+        found = check(chosen.folder)
+        print("\n".join([*found, f"{len(found)} figures are worse than those kept in {chosen.folder}"]))
+        return int(bool(found))
+    ops = chosen.folder / "ops.jsonl"
+    made = {"kernels": list(kernel_rows()), "steps": list(step_rows())}
+    made["ops"] = list(op_rows()) if chosen.ops or not ops.exists() else record.read_rows(ops)
+    for name, rows in made.items():
+        write(chosen.folder / f"{name}.jsonl", rows)
+    (chosen.folder / "README.md").write_text(page(**made, made_with=versions()))
+    print(f"{', '.join(f'{len(rows)} {name}' for name, rows in made.items())} -> {chosen.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

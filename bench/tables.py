@@ -1,0 +1,162 @@
+"""`python -m bench.tables [--check]`: the README's tables, made from the rows in `bench/results` and never typed.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. `--check` writes nothing and fails if one differs from
+what the rows say, which is what the tests do. Of rows that measured the same thing the last one counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TypeAlias
+
+from bench import record
+
+README = Path(__file__).parent.parent / "README.md"
+Rows: TypeAlias = Sequence[dict[str, Any]]
+_PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", None: "bf16"}
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    lines = [list(head)] + [[str(cell) for cell in row] for row in rows]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def last(rows: Rows, *keys: str) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The last row of each combination of these keys, in the order in which the combinations came."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: str(row.get("time", ""))):
+        found[tuple(str(row.get(key)) for key in keys)] = row
+    return found
+
+
+def accuracy(rows: Rows) -> str:
+    """Means over seeds of top-1; a row per network, data and recipe."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    known = [row for row in rows if row["kind"] == "accuracy"]
+    for (model, data, recipe, _), row in last(known, "model", "data", "recipe", "seed").items():
+        groups[model, data, recipe].append(row)
+
+    def mean(members: Rows, name: str) -> str:
+        values = [row["accuracy"][name] for row in members if name in row["accuracy"]]
+        return f"{fmean(values):.2f}" if values else "-"
+
+    def differing(members: Rows) -> str:
+        parities = [row["parity"] for row in members if row.get("parity")]
+        images = sum(p["images"] for p in parities)
+        return f"{sum(p['differing_predictions'] for p in parities)} of {images:,}" if parities else "-"
+
+    lines = []
+    for (model, data, recipe), members in sorted(groups.items()):
+        tops = [mean(members, name) for name in ("float", "float_continued", "trained", "converted")]
+        lines.append((model, data, recipe, len(members), *tops, differing(members)))
+    head = ("network", "data", "recipe", "seeds", "float", "float +", "trained", "converted", "differing predictions")
+    return table(head, lines)
+
+
+def language(rows: Rows) -> str:
+    """A row per width of ours and of the float model; other libraries beside the row that has their setting."""
+    known = last([row for row in rows if row["kind"] == "language"], "model", "provider", "weights", "embeddings")
+    ours = [row for row in known.values() if row["provider"] in ("float", "golden-stick")]
+    peers: dict[str, list[str]] = defaultdict(list)
+    for row in known.values():
+        if row not in ours:
+            peers[row["weights"]].append(f"{row['provider']} {row['perplexity']:.4g}")
+    lines = []
+    for row in sorted(ours, key=lambda row: row["perplexity"]):
+        others = ", ".join(peers[row["weights"]]) if row["embeddings"] is None else ""
+        nbytes = f"{row['nbytes_tensors'] / 1e6:.0f} MB" if "nbytes_tensors" in row else "-"
+        widths = _SHORT.get(row["weights"], row["weights"]), _SHORT.get(row["embeddings"], row["embeddings"])
+        widths = widths if row["provider"] != "float" else (widths[0], widths[0])
+        perplexity = f"{row['perplexity']:.4g}" if row["perplexity"] < 1e4 else f"{row['perplexity']:,.0f}"
+        lines.append((*widths, perplexity, nbytes, row.get("tokens_per_s", "-"), others))
+    head = ("weights", "embeddings", "perplexity", "tensors", "tokens/s", "perplexity of another library")
+    return table(head, lines)
+
+
+def products(rows: Rows) -> str:
+    """How many times a float product's speed: of qmatmul rows that were timed beside `float_linear`, per device."""
+    keys = ("device_name", "shape", "dtype")
+    known = [row for row in rows if row["kind"] == "op" and row["op"] == "qmatmul" and "ms_p20" in row]
+    ours = last([row for row in known if row["provider"] == "ours"], *keys)
+    dense = last([row for row in known if row["provider"] == "float_linear"], *keys)
+    speedups: dict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
+    for key, row in ours.items():
+        if key in dense:
+            shape = row["shape"]
+            m = rows_of(shape)
+            size = f"{shape['n']}x{shape['x'][-1]}"
+            dtype = _SHORT.get(row["dtype"], row["dtype"])
+            name = f"{row['device_name']}, {dtype}", size, shape["bits"]
+            speedups[name][m] = dense[key]["ms_p20"] / row["ms_p20"]
+    sizes = sorted({m for one in speedups.values() for m in one})
+    cells = ((*name, *(f"{one[m]:.2f}x" if m in one else "" for m in sizes)) for name, one in sorted(speedups.items()))
+    return table(("device", "layer", "bits", *(f"{m} rows" for m in sizes)), cells)
+
+
+def rows_of(shape: dict[str, Any]) -> int:
+    m = 1
+    for size in shape["x"][:-1]:
+        m *= size
+    return m
+
+
+TABLES: dict[str, Callable[[Rows], str]] = {"accuracy": accuracy, "language": language, "products": products}
+
+
+def all_rows(folder: Path) -> list[dict[str, Any]]:
+    """Of every measured file; static figures are no rows of this kind."""
+    files = [path for path in sorted(folder.glob("*/*.jsonl")) if path.parent.name != "static"]
+    return [row for path in files for row in record.read_rows(path)]
+
+
+def fill(text: str, rows: Rows) -> str:
+    """The text with its tables made anew.
+
+    Raises:
+        ValueError: if a table is not known, or has no rows.
+    """
+
+    def made(match: re.Match[str]) -> str:
+        name = match[2]
+        if name not in TABLES:
+            raise ValueError(f"bench.tables: table must be one of {', '.join(TABLES)}, got {name!r}")
+        filled = TABLES[name](rows)
+        if filled.count("\n") < 2:
+            raise ValueError(f"bench.tables: {name} needs rows in bench/results, got none")
+        return f"{match[1]}{filled}\n{match[3]}"
+
+    return _PLACE.sub(made, text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 if a table is not what rows say"
+    )
+    parser.add_argument("--file", type=Path, default=README, help="default: README.md")
+    parser.add_argument("--rows", type=Path, default=record.RESULTS, help="default: bench/results")
+    chosen = parser.parse_args(argv)
+    before = chosen.file.read_text()
+    try:
+        after = fill(before, all_rows(chosen.rows))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if chosen.check:
+        if after != before:
+            print(f"bench.tables: {chosen.file} must hold the tables of the rows; run `python -m bench.tables`")
+        return int(after != before)
+    chosen.file.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

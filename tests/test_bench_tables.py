@@ -1,0 +1,120 @@
+"""Tables and pictures come from rows: the README's say what the rows say, and what lacks rows is said."""
+
+import json
+
+import pytest
+
+from bench import plot, record, tables
+
+RUN = {"kind": "accuracy", "model": "net", "data": "set", "recipe": "w8", "seed": 0, "time": "1"}
+TOPS = {"float": 90.0, "float_continued": 91.0, "trained": 92.0, "converted": 92.0}
+PARITY = {"images": 1000, "differing_predictions": 1}
+
+
+def product(provider, bits, m, ms, **more):
+    shape = {"x": [m, 128], "n": 256, "bits": bits}
+    about = {"kind": "op", "op": "qmatmul", "provider": provider, "dtype": "bfloat16", "device_name": "A GPU"}
+    rate = {"nbytes": 1000 * m, "tflops": 0.5 * m, "ms_p50": ms, "copy_gbps": 100.0}
+    return {**about, "shape": shape, "ms_p20": ms, **rate, **more}
+
+
+PRODUCTS = [
+    product("ours", 4, 1, 0.5),
+    product("float_linear", 4, 1, 1.0),
+    product("ours", 4, 16, 2.0),
+    product("float_linear", 4, 16, 1.0),
+    product("ours", 2, 1, 0.25),
+    product("float_linear", 2, 1, 1.0),
+    product("ours", 1, 1, 0.25),
+]
+
+
+def test_the_readme_holds_the_tables_of_the_rows():
+    assert tables.main(["--check"]) == 0
+
+
+def test_accuracy_is_the_mean_over_seeds_of_the_last_run_of_each():
+    second = {**RUN, "seed": 1, "accuracy": {**TOPS, "converted": 94.0}, "parity": PARITY}
+    old = {**RUN, "time": "0", "accuracy": {**TOPS, "converted": 0.0}}
+    rows = [{**RUN, "accuracy": TOPS, "parity": PARITY}, old, second]
+    line = tables.accuracy(rows).splitlines()[2]
+    assert line == "| net | set | w8 | 2 | 90.00 | 91.00 | 92.00 | 93.00 | 2 of 2,000 |"
+    pruned = {**RUN, "accuracy": {"float": 90.0, "trained": 88.0}}
+    assert tables.accuracy([pruned]).splitlines()[2] == "| net | set | w8 | 1 | 90.00 | - | 88.00 | - | - |"
+
+
+def test_another_library_stands_beside_the_width_it_has():
+    base = {"kind": "language", "model": "lm", "embeddings": None, "time": "1"}
+    rows = [
+        {**base, "provider": "float", "weights": "bfloat16", "perplexity": 7.28221, "nbytes_tensors": 269e6},
+        {**base, "provider": "golden-stick", "weights": "int4", "perplexity": 12.0, "tokens_per_s": 5.5},
+        {**base, "provider": "golden-stick", "weights": "int1", "perplexity": 123456.0, "embeddings": "int8"},
+        {**base, "provider": "torchao", "weights": "int4", "perplexity": 13.0},
+    ]
+    assert tables.language(rows).splitlines()[2:] == [
+        "| bf16 | bf16 | 7.282 | 269 MB | - |  |",
+        "| int4 | bf16 | 12 | - | 5.5 | torchao 13 |",
+        "| int1 | int8 | 123,456 | - | - |  |",
+    ]
+
+
+def test_products_are_compared_with_the_float_ones_beside_them():
+    assert tables.products(PRODUCTS).splitlines() == [
+        "| device | layer | bits | 1 rows | 16 rows |",
+        "| --- | --- | --- | --- | --- |",
+        "| A GPU, bf16 | 256x128 | 2 | 4.00x |  |",
+        "| A GPU, bf16 | 256x128 | 4 | 2.00x | 0.50x |",
+    ]
+    assert plot.speedups(PRODUCTS) == {("256x128", 2): {1: 4.0}, ("256x128", 4): {1: 2.0, 16: 0.5}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A file with one table, and rows of products in the place of results."""
+    (tmp_path / "rows" / "gpu").mkdir(parents=True)
+    rows = "".join(json.dumps(row) + "\n" for row in PRODUCTS)
+    (tmp_path / "rows" / "gpu" / "1.jsonl").write_text(rows)
+    (tmp_path / "page.md").write_text("before\n<!-- table: products -->\nold\n<!-- end -->\nafter\n")
+    return tmp_path
+
+
+def test_tables_are_filled_in_place_and_a_stale_one_fails_the_check(folder, capsys):
+    page, rows = folder / "page.md", ["--rows", str(folder / "rows")]
+    assert tables.main(["--check", "--file", str(page), *rows]) == 1
+    assert "run `python -m bench.tables`" in capsys.readouterr().out and "old" in page.read_text()
+    assert tables.main(["--file", str(page), *rows]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n<!-- table: products -->\n| device |") and text.endswith("|\n<!-- end -->\nafter\n")
+    assert tables.main(["--check", "--file", str(page), *rows]) == 0
+
+
+@pytest.mark.parametrize(
+    "name, message", [("nothing", "must be one of accuracy, language, products"), ("language", "needs rows in bench")]
+)
+def test_a_table_that_cannot_be_made_is_named(folder, capsys, name, message):
+    page = folder / "page.md"
+    page.write_text(f"<!-- table: {name} -->\n<!-- end -->\n")
+    assert tables.main(["--file", str(page), "--rows", str(folder / "rows")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_points_of_the_roofline_are_of_our_calls():
+    assert plot.roofline_points(PRODUCTS)["qmatmul"][0] == (0.5e9 * 0.5 / 1000, 0.5)
+    assert len(plot.roofline_points(PRODUCTS)["qmatmul"]) == 4
+
+
+def test_pictures_are_drawn_from_rows(folder):
+    pytest.importorskip(
+        "matplotlib", reason="matplotlib (extra report) is not installed: there is nothing to draw with"
+    )
+    assert plot.main([str(folder / "rows" / "gpu" / "1.jsonl")]) == 0
+    for name in ("roofline", "speedup"):
+        assert (folder / "rows" / "gpu" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_without_times_of_ours_draw_nothing(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"kind": "zoo"}) + "\n")
+    assert plot.main([str(path)]) == 2
+    assert "needs rows of bench.run with times of ours" in capsys.readouterr().err
+    assert record.read_rows(path) == [{"kind": "zoo"}]
