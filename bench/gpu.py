@@ -2,10 +2,10 @@
 
 1. conformance: the kernel tests on the GPU, every dtype of the specs.
 2. compute-sanitizer memcheck and racecheck over every op at its test shapes, where the tool is installed.
-3. the benchmarks, with all peers.
+3. the benchmarks of ops, with all peers, and of whole networks.
 
 Every phase has a time limit and writes what it finds as it goes (`bench/results/<device>/`, a .jsonl and a .log file).
-Exit code 0: all passed, 1: a phase failed, 2: no GPU. `--device cpu` tries the script without one.
+Exit code 0: all passed, 1: a phase failed, 2: no GPU, 130: interrupted. `--device cpu` tries the script without one.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from gs_kernels.spec import specs
 
 ROOT = Path(__file__).parent.parent
 KILLED = -int(signal.SIGKILL)
+INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,25 @@ def phases(device: str) -> list[Phase]:
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     small = (sys.executable, "-m", "bench.gpu", "--small-shapes", "--device", device)
     check = (sanitizer or "", "--error-exitcode", "3", "--target-processes", "all", "--tool")
-    bench = (sys.executable, "-m", "bench.run", "--device", device, "--limit", "160")
+    bench = (sys.executable, "-m", "bench.run", "--device", device, "--limit", "130")
+    models = (sys.executable, "-m", "bench.models", "--device", device, "--limit", "40")
+    some = ("--network", "resnet18", "llama-block", "--algorithm", "float", "simqat-w4a8", "slb-w2")
+    tiny = ("--quick", "--network", "resnet18", "--algorithm", "float", "--seconds", "0.1")
     return [
-        Phase("conformance", (sys.executable, "-m", "pytest", "tests/kernels", "-q", "-rs"), 160),
+        Phase("conformance", (sys.executable, "-m", "pytest", "tests/kernels", "-q", "-rs"), 150),
         Phase("small-shapes", small, 40),
         Phase("memcheck", (*check, "memcheck", *small), 60, alone, why),
         Phase("racecheck", (*check, "racecheck", *small), 60, alone, why),
-        Phase("benchmarks", bench if device == "cuda" else (*bench, "--quick"), 190),
+        Phase("benchmarks", bench if device == "cuda" else (*bench, "--quick"), 160),
+        Phase("models", (*models, *(some if device == "cuda" else tiny)), 60),
     ]
 
 
 def run_phase(phase: Phase, log: Path) -> dict[str, Any]:
-    """Runs the command in its own process group, copies its output to screen and log, and stops it at its limit."""
+    """Runs the command in its own process group, copies its output to screen and log, and stops it at its limit.
+
+    Interrupted, it stops the command and gives a row that says so.
+    """
     row: dict[str, Any] = {"phase": phase.name, "limit_s": phase.seconds}
     if phase.skip:
         return {**row, "result": "skipped", "why": phase.skip}
@@ -79,7 +87,7 @@ def run_phase(phase: Phase, log: Path) -> dict[str, Any]:
     process = subprocess.Popen(phase.argv, cwd=ROOT, env=env, start_new_session=True, **pipe)
     timer = threading.Timer(phase.seconds, os.killpg, (process.pid, signal.SIGKILL))
     timer.start()
-    last = ""
+    last, interrupted = "", False
     try:
         with log.open("a") as file:
             file.write(f"\n== {phase.name}: {' '.join(phase.argv)}\n")
@@ -88,14 +96,18 @@ def run_phase(phase: Phase, log: Path) -> dict[str, Any]:
                 file.write(output)
                 file.flush()
                 last = output.strip() or last
-        code = process.wait()
+        process.wait()
+    except KeyboardInterrupt:
+        interrupted = True
     finally:
         timer.cancel()
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+    code = process.wait()
     seconds = time.monotonic() - start
     late = code == KILLED and seconds >= phase.seconds
     result = "passed" if code == 0 else "stopped at its limit" if late else "failed"
+    result = INTERRUPTED if interrupted else result
     return {**row, "result": result, "exit_code": code, "seconds": round(seconds, 1), "last_line": last[:300]}
 
 
@@ -131,16 +143,23 @@ def main(argv: list[str] | None = None) -> int:
         return run_small_shapes(chosen.device)
     path = record.default_path(chosen.device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    # whoever ends this script must not leave its children behind
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     for phase in phases(chosen.device):
-        if chosen.only is None or phase.name in chosen.only:
+        if (chosen.only is None or phase.name in chosen.only) and not _interrupted(rows):
             print(f"\n== {phase.name} (at most {phase.seconds:g} s)", flush=True)
             rows.append(run_phase(phase, path.with_suffix(".log")))
             record.append(rows[-1], "gpu", device=chosen.device, path=path)
+    signal.signal(signal.SIGTERM, before)
     print(f"\n{record.device_name(chosen.device)} -> {path}")
     for row in rows:
         print("{phase:14} {result:22}".format(**row), row.get("why") or f"{row['seconds']} s  {row['last_line']}")
-    return int(any(row["result"] not in ("passed", "skipped") for row in rows))
+    return 130 if _interrupted(rows) else int(any(row["result"] not in ("passed", "skipped") for row in rows))
+
+
+def _interrupted(rows: list[dict[str, Any]]) -> bool:
+    return bool(rows) and rows[-1]["result"] == INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -232,6 +232,21 @@ def test_a_phase_that_fails_fails_the_script_and_the_rest_still_runs(monkeypatch
     assert written[2]["last_line"] == "timed" and "no tool" in capsys.readouterr().out
 
 
+def test_an_interruption_stops_the_phase_and_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    # what a shell sends to its foreground, and what a scheduler sends to end a job
+    code = "import os, signal, time; print('measured 1', flush=True); os.kill(os.getppid(), {}); time.sleep(60)"
+    for number in ("signal.SIGINT", "signal.SIGTERM"):
+        plan = [_phase("benchmarks", code.format(number)), _phase("models", "print('never')")]
+        monkeypatch.setattr(gpu, "phases", lambda device, plan=plan: plan)
+        assert gpu.main(["--device", "cpu"]) == 130
+    written = [json.loads(line) for line in record.default_path("cpu").read_text().splitlines()]
+    assert [(r["phase"], r["result"], r["last_line"]) for r in written] == [
+        ("benchmarks", "interrupted", "measured 1")
+    ] * 2
+    assert all(row["seconds"] < 20 for row in written) and "never" not in capsys.readouterr().out
+
+
 def test_small_shapes_call_every_op_forward_and_backward(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "specs", lambda: (_spec(),))
     assert gpu.main(["--small-shapes", "--device", "cpu"]) == 0
