@@ -20,7 +20,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -87,28 +87,35 @@ def run_phase(phase: Phase, log: Path) -> dict[str, Any]:
     process = subprocess.Popen(phase.argv, cwd=ROOT, env=env, start_new_session=True, **pipe)
     timer = threading.Timer(phase.seconds, os.killpg, (process.pid, signal.SIGKILL))
     timer.start()
-    last, interrupted = "", False
-    try:
-        with log.open("a") as file:
-            file.write(f"\n== {phase.name}: {' '.join(phase.argv)}\n")
-            for output in process.stdout or ():
-                print(output, end="", flush=True)
-                file.write(output)
-                file.flush()
-                last = output.strip() or last
-        process.wait()
-    except KeyboardInterrupt:
-        interrupted = True
-    finally:
-        timer.cancel()
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    code = process.wait()
+    interrupted = False
+    lines = [""]
+    with log.open("a") as file:
+        file.write(f"\n== {phase.name}: {' '.join(phase.argv)}\n")
+        try:
+            _copy(process.stdout, file, lines)
+            process.wait()
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            timer.cancel()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        _copy(process.stdout, file, lines)  # what it had said before it was stopped
+    code, last = process.wait(), lines[-1]
     seconds = time.monotonic() - start
     late = code == KILLED and seconds >= phase.seconds
     result = "passed" if code == 0 else "stopped at its limit" if late else "failed"
     result = INTERRUPTED if interrupted else result
     return {**row, "result": result, "exit_code": code, "seconds": round(seconds, 1), "last_line": last[:300]}
+
+
+def _copy(output: Any, log: TextIO, lines: list[str]) -> None:
+    """Each line to screen and log, as it comes; the last that is not empty stays in lines."""
+    for line in output:
+        print(line, end="", flush=True)
+        log.write(line)
+        log.flush()
+        lines[-1] = line.strip() or lines[-1]
 
 
 def run_small_shapes(device: str) -> int:
