@@ -17,8 +17,8 @@ def empty_image(x: Tensor, o: int, window: Window, dtype: torch.dtype) -> Tensor
     return torch.empty(size, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def computed_in(x: Tensor) -> torch.dtype:
-    """The dtype of x, but for fp16 on the CPU, which multiplies it many times slower than fp32."""
+def dense_dtype(x: Tensor) -> torch.dtype:
+    """Of a weight to convolve x with: that of x, but for fp16 on the CPU, which multiplies it many times slower."""
     return torch.float32 if x.dtype == torch.float16 and x.device.type == "cpu" else x.dtype
 
 

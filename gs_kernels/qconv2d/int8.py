@@ -11,9 +11,10 @@ from gs_kernels.dispatch import implementations
 from gs_kernels.pack.checks import check_packed
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.qconv2d.checks import check_int8, check_operands
+from gs_kernels.qconv2d.cpu_int8 import qconv2d_int8_cpu
 from gs_kernels.qconv2d.dense import empty_image
 from gs_kernels.qconv2d.op import conv_refuses
-from gs_kernels.qconv2d.ref import code_sums_ref, finish_int8, integer_sums
+from gs_kernels.qconv2d.ref import code_sums_ref, convolve_int8_ref, into_codes
 from gs_kernels.qconv2d.window import Padding, Pair, Window, make_window
 from gs_kernels.qmatmul.flat import NUMBERS, TENSORS, numbers_of, packed, tensors_of
 from gs_kernels.registration import SOURCE, register
@@ -43,14 +44,14 @@ def _int8_ref(
     window: list[int],
     activation: str,
     dtype: torch.dtype,
+    keep: bool,
 ) -> Tensor:
     weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
-    y = integer_sums(x, x_zero, weight, Window(*window))
-    y = finish_int8(y, x_scale, bias, residual, residual_scale, residual_zero, out_scale, out_zero, activation, dtype)
-    return y.contiguous(memory_format=torch.channels_last)
+    into = into_codes(residual, residual_scale, residual_zero, out_scale, out_zero)
+    return convolve_int8_ref(x, x_scale, x_zero, weight, bias, into, Window(*window), activation, dtype)
 
 
-INT8 = implementations("qconv2d_int8", _int8_ref, refuses=conv_refuses)
+INT8 = implementations("qconv2d_int8", _int8_ref, qconv2d_int8_cpu, conv_refuses)
 
 
 def _int8_fake(x: Tensor, *args: Any) -> Tensor:
@@ -60,7 +61,7 @@ def _int8_fake(x: Tensor, *args: Any) -> Tensor:
 register(
     f"qconv2d_int8(Tensor x, Tensor x_scale, Tensor? x_zero, Tensor? weight_sums, {TENSORS}, Tensor? bias,"
     " Tensor? residual, Tensor? residual_scale, Tensor? residual_zero, Tensor? out_scale, Tensor? out_zero,"
-    f" {NUMBERS}, int[] window, str activation, ScalarType dtype, str source) -> Tensor",
+    f" {NUMBERS}, int[] window, str activation, ScalarType dtype, bool keep, str source) -> Tensor",
     INT8,
     _int8_fake,
 )
@@ -92,6 +93,7 @@ def qconv2d_int8(
     out_scale: Tensor | None = None,
     out_zero: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    keep_dense: bool = False,
 ) -> Tensor:
     """`act(conv2d((x - x_zero) * x_scale, W) + bias + residual)` with integer codes on both sides. No gradient.
 
@@ -126,5 +128,6 @@ def qconv2d_int8(
     into = {"residual": residual, "residual_scale": residual_scale, "residual_zero": residual_zero}
     into |= {"out_scale": out_scale, "out_zero": out_zero}
     check_int8(who, x, x_scale, weight, dtype, shape, {"x_zero": x_zero, "weight_sums": weight_sums, **into})
+    rest = (activation, dtype, keep_dense)
     tensors = (x, x_scale, x_zero, weight_sums, *tensors_of(weight), bias, *into.values())
-    return torch.ops.gs_kernels.qconv2d_int8(*tensors, *numbers_of(weight), window.numbers, activation, dtype, SOURCE)
+    return torch.ops.gs_kernels.qconv2d_int8(*tensors, *numbers_of(weight), window.numbers, *rest, SOURCE)

@@ -5,15 +5,20 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, unfold
 
-from gs_kernels.fake_quant.ref import quantize_ref
+from gs_kernels.fake_quant.ref import inverse
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed, unpack_codes
 from gs_kernels.qconv2d.window import Padding, Pair, Window, make_window
 from gs_kernels.qmatmul.ref import ACTIVATIONS
+
+# residual, its scale and zero point; inverse of the scale of the result, its zero point: whole steps, and the rest
+Into: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def columns(x: Tensor, window: Window) -> Tensor:
@@ -32,10 +37,6 @@ def _image(y: Tensor, x: Tensor, window: Window) -> Tensor:
     return y.unflatten(2, window.output(*x.shape[2:])).contiguous(memory_format=torch.channels_last)
 
 
-def _by_channel(t: Tensor) -> Tensor:
-    return t.view(1, -1, 1, 1)
-
-
 def qconv2d_ref(
     x: Tensor,
     weight: PackedWeight,
@@ -51,7 +52,7 @@ def qconv2d_ref(
 ) -> Tensor:
     window = make_window("qconv2d_ref", kernel_size, stride, padding, dilation, groups)
     y = _image(_multiply(dequantize_packed(weight), columns(x.float(), window)), x, window)
-    y = y if bias is None else y + _by_channel(bias.float())
+    y = y if bias is None else y + bias.float().view(-1, 1, 1)
     y = y if residual is None else y + residual.float()
     return ACTIVATIONS[activation](y).to(x.dtype)
 
@@ -79,33 +80,58 @@ def integer_sums(x: Tensor, x_zero: Tensor | None, weight: PackedWeight, window:
     return _image(y, x, window)
 
 
-def finish_int8(
-    y: Tensor,
-    x_scale: Tensor,
-    bias: Tensor | None,
+def into_codes(
     residual: Tensor | None,
     residual_scale: Tensor | None,
     residual_zero: Tensor | None,
     out_scale: Tensor | None,
     out_zero: Tensor | None,
-    activation: str,
-    dtype: torch.dtype,
+) -> Into:
+    """What `finish_int8` needs of those arguments of the op."""
+    if out_scale is None:
+        return residual, residual_scale, residual_zero, None, None, None
+    zero = torch.zeros_like(out_scale) if out_zero is None else out_zero
+    whole = torch.round(zero)
+    return residual, residual_scale, residual_zero, inverse(out_scale, zero), whole, zero - whole
+
+
+def finish_int8(
+    y: Tensor, x_scale: Tensor, bias: Tensor | None, into: Into, activation: str, dtype: torch.dtype
 ) -> Tensor:
-    """From the sums of `integer_sums` to the result: everything in fp32, in this order."""
+    """From the sums of `integer_sums`, `[..., O]`, to the result: everything in fp32, in this order.
+
+    Codes are those of `quantize_ref`, in a form that compilers keep in registers.
+    """
+    residual, residual_scale, residual_zero, out_inverse, out_whole, out_fraction = into
     y = y * x_scale
     if bias is not None:
-        y = y + _by_channel(bias.float())
+        y = y + bias.float()
     if residual is not None:
         real = residual.float()
         if residual_scale is not None:
             real = (real if residual_zero is None else real - residual_zero) * residual_scale
         y = y + real
     y = ACTIVATIONS[activation](y)
-    if out_scale is None:
+    if out_inverse is None or out_whole is None or out_fraction is None:
         return y.to(dtype)
-    return quantize_ref(
-        y, out_scale, torch.zeros_like(out_scale) if out_zero is None else out_zero, qmin=-128, qmax=127
-    )
+    level = torch.round(y * out_inverse + out_fraction) + out_whole
+    return torch.where(level >= -128, level, -128.0).clamp(max=127).to(torch.int8)  # also of NaN
+
+
+def convolve_int8_ref(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    into: Into,
+    window: Window,
+    activation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    y = integer_sums(x, x_zero, weight, window).permute(0, 2, 3, 1)
+    rows = (None if into[0] is None else into[0].permute(0, 2, 3, 1), *into[1:])
+    return finish_int8(y, x_scale, bias, rows, activation, dtype).contiguous().permute(0, 3, 1, 2)
 
 
 def qconv2d_int8_ref(
@@ -130,9 +156,8 @@ def qconv2d_int8_ref(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     window = make_window("qconv2d_int8_ref", kernel_size, stride, padding, dilation, groups)
-    y = integer_sums(x, x_zero, weight, window)
-    about = (residual, residual_scale, residual_zero, out_scale, out_zero)
-    return finish_int8(y, x_scale, bias, *about, activation, dtype)
+    into = into_codes(residual, residual_scale, residual_zero, out_scale, out_zero)
+    return convolve_int8_ref(x, x_scale, x_zero, weight, bias, into, window, activation, dtype)
 
 
 def code_sums_ref(weight: PackedWeight) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 from typing import TypeAlias
 
 Pair: TypeAlias = int | tuple[int, int]
@@ -28,7 +28,7 @@ class Window:
     @property
     def numbers(self) -> list[int]:
         """As `int[] window` of a schema; `Window(*numbers)` is the way back."""
-        return list(astuple(self))
+        return [getattr(self, f.name) for f in fields(self)]
 
     @property
     def taps(self) -> int:

@@ -52,7 +52,7 @@ def qmatmul_cpu(
 ) -> Tensor:
     weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
     with plain_mode():
-        y = _product(rows_of(x, _computed_in(x.dtype)), weight)
+        y = _product(rows_of(x, computed_in(x.dtype)), weight)
     return finish(y, bias, activation, x.dtype).view(*x.shape[:-1], n)
 
 
@@ -84,7 +84,8 @@ def worth_compiling(weight: PackedWeight) -> bool:
 
 
 @cache
-def _computed_in(dtype: torch.dtype) -> torch.dtype:
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a CPU multiplies fast: fp32 for fp16, and for bf16 without instructions for it."""
     native = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return dtype if dtype == torch.bfloat16 and native else torch.float32
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -88,41 +89,52 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def lanes_of(weight: PackedWeight) -> Lanes:
+    """The lanes of a weight, made when first asked for; see `kept`.
+
+    Raises:
+        UnsuitableError: as `kept`.
+    """
+    return kept(weight, "lanes", make_lanes)
+
+
+T = TypeVar("T")
 Stamp = tuple[Any, ...]
 
-_kept: dict[tuple[int, int], tuple[Stamp, Lanes]] = {}
+_kept: dict[tuple[int, int, Hashable], tuple[Stamp, Any]] = {}
 _said = False
 
 
-def lanes_of(weight: PackedWeight) -> Lanes:
-    """The lanes of a weight, made when first asked for.
+def kept(weight: PackedWeight, kind: Hashable, make: Callable[[PackedWeight], T]) -> T:
+    """What `make` makes of a weight, kept by kind while the codes live, and made again when a tensor has changed.
 
     Changes of its tensors through `.data` or numpy are not seen: do not make them.
 
     Raises:
         UnsuitableError: if a tensor does not count its changes, as those made in inference mode.
     """
-    parts = [t for t in (weight.codes, weight.scale, weight.zero) if isinstance(t, Tensor)]
+    tensors = (weight.codes, weight.scale, weight.zero, weight.levels)
+    parts = [t for t in tensors if isinstance(t, Tensor)]
     if any(t.is_inference() for t in parts):
         _say_untracked()
         raise UnsuitableError("a tensor was made in inference mode")
     storage = weight.codes.untyped_storage()
-    key = (id(storage), int(weight.codes.storage_offset()))
+    key = (id(storage), int(weight.codes.storage_offset()), kind)
     numbers = (weight.bits, weight.shape, weight.group_size, weight.layout)
     state = [(t._version, t.storage_offset(), t.stride(), t.dtype) for t in parts]
     owners = [t.untyped_storage() for t in parts]
     if key in _kept:
-        stamp, lanes = _kept[key]
+        stamp, made = _kept[key]
         refs, *rest = stamp
         if rest == [numbers, state, _number(weight)] and all(r() is o for r, o in zip(refs, owners, strict=True)):
-            return lanes
+            return made
     # ordinary tensors even in inference mode: compiled code would be compiled again for others
     with torch.inference_mode(False), torch.no_grad():
-        lanes = make_lanes(weight)
+        made = make(weight)
     # a storage that dies takes its entry along, before another can have its address
     refs = [weakref.ref(storage, lambda _: _kept.pop(key, None)), *map(weakref.ref, owners[1:])]
-    _kept[key] = ((refs, numbers, state, _number(weight)), lanes)
-    return lanes
+    _kept[key] = ((refs, numbers, state, _number(weight)), made)
+    return made
 
 
 def _number(weight: PackedWeight) -> float | None:

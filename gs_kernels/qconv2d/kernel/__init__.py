@@ -20,7 +20,7 @@ NOTHING = (None, None, None, None)
 def qconv2d_triton(
     x: Tensor, codes: Tensor, scale: Tensor, zero_points: Tensor | None, zero: float, levels: Tensor | None,
     bias: Tensor | None, residual: Tensor | None, bits: int, n: int, k: int, group_size: int, layout: str,
-    window: list[int], activation: str,
+    window: list[int], activation: str, keep: bool,
 ) -> Tensor:
     about = Window(*window)
     parts = (codes, scale, same_strides(scale, zero_points), zero, levels)
@@ -58,6 +58,7 @@ def qconv2d_int8_triton(
     bias: Tensor | None, residual: Tensor | None, residual_scale: Tensor | None, residual_zero: Tensor | None,
     out_scale: Tensor | None, out_zero: Tensor | None,
     bits: int, n: int, k: int, group_size: int, layout: str, window: list[int], activation: str, dtype: torch.dtype,
+    keep: bool,
 ) -> Tensor:
     about = Window(*window)
     parts = (codes, scale, same_strides(scale, zero_points), zero, levels)

@@ -1,0 +1,261 @@
+"""Convolutions of 8-bit images with a packed weight on the CPU, summed as integers.
+
+Two ways, by what was measured. Where y has many pixels for each channel, and for groups of channels: oneDNN's
+convolution of uint8 codes, which packs the weight in each call. Else, what the pixels of some images see is copied side
+by side, and multiplied by ATen's product of int8 matrices. One compiled pass makes the result of the sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from gs_kernels.compiled import call, compiled
+from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.pack.pack import unpack_codes
+from gs_kernels.qconv2d.dense import empty_image
+from gs_kernels.qconv2d.ref import Into, convolve_int8_ref, finish_int8, into_codes
+from gs_kernels.qconv2d.window import Window
+from gs_kernels.qmatmul.cpu import plain_mode
+from gs_kernels.qmatmul.cpu_lanes import UnsuitableError, kept
+from gs_kernels.qmatmul.flat import packed
+
+COPIED = 1 << 23  # bytes of what pixels see and of sums, at a time
+COMPILE_FROM = 1 << 16  # elements of y
+PIXELS = 64  # for each channel of y, from which on oneDNN is faster: measured, 2 threads
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A weight as int8 `[O, K]`, and what that leaves of its zero points.
+
+    Args:
+        codes: `2 * code` less twice the zero point, to half steps; of 8 bits, `code - 128`.
+        twice: 1 or, of 8 bits, 2: what makes the latter the former.
+        zero2: fp32 `[O, G]`, what is to be added to that for the zero points of 8 bits; None if nothing is.
+        rest: fp32 `[O, G]`, what of the zero points is not half steps; None if nothing is.
+        sums: int32 `[O, G]`, of `2 * code - twice the zero point`.
+    """
+
+    codes: Tensor
+    twice: int
+    zero2: Tensor | None
+    rest: Tensor | None
+    sums: Tensor
+
+
+def make_codes(weight: PackedWeight) -> Codes:
+    """Raises UnsuitableError if zero points lie so far off the grid that int8 does not hold the rest."""
+    codes = unpack_codes(weight.codes, weight.bits, weight.shape, weight.layout)
+    size, whole = weight.group_size, weight.bits == 8
+    zero = weight.zero.float() if isinstance(weight.zero, Tensor) else torch.full(weight.scale.shape, weight.zero)
+    near2 = torch.round(2 * zero)
+    rest = zero - near2 / 2
+    sums = 2 * codes.unflatten(1, (-1, size)).sum(2, dtype=torch.int32) - (near2 * size).int()
+    if whole:
+        steps, moved = (codes ^ 128).view(torch.int8), 256 - near2
+    elif bool((near2 < 2 ** (weight.bits + 1) - 128).any() | (near2 > 128).any()):
+        raise UnsuitableError("zero points lie far off the grid")
+    else:
+        steps, moved = codes.view(torch.int8) * 2 - near2.to(torch.int8).repeat_interleave(size, 1), near2[:0]
+    return Codes(
+        steps, 2 if whole else 1, moved if bool(moved.any()) else None, rest if bool(rest.any()) else None, sums
+    )
+
+
+def qconv2d_int8_cpu(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor | None,
+    weight_sums: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+    zero_points: Tensor | None,
+    zero: float,
+    levels: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    residual_zero: Tensor | None,
+    out_scale: Tensor | None,
+    out_zero: Tensor | None,
+    bits: int,
+    n: int,
+    k: int,
+    group_size: int,
+    layout: str,
+    window: list[int],
+    activation: str,
+    dtype: torch.dtype,
+    keep: bool,
+) -> Tensor:
+    weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
+    about, into = Window(*window), into_codes(residual, residual_scale, residual_zero, out_scale, out_zero)
+    with plain_mode():
+        try:
+            known = _codes_of(weight, keep)
+        except UnsuitableError:
+            return convolve_int8_ref(x, x_scale, x_zero, weight, bias, into, about, activation, dtype)
+        y = empty_image(x, n, about, dtype if out_scale is None else torch.int8)
+        if y.numel() == 0:
+            return y
+        shift = 0 if x_zero is None else int(x_zero)
+        rows, rest = y.permute(0, 2, 3, 1), None if residual is None else residual.permute(0, 2, 3, 1)
+        pixels = rows.shape[1] * rows.shape[2]
+        direct = suits_onednn(known, weight, about, pixels * x.shape[0])
+        step = max(1, COPIED // (pixels * (4 * n if direct else k * about.groups + 4 * n)))
+        for first in range(0, x.shape[0], step):
+            images, place = x[first : first + step], rows[first : first + step]
+            part = None if rest is None else rest[first : first + step].reshape(-1, n)
+            about_y = (x_scale, bias, (part, *into[1:]), activation, dtype)
+            run = _by_onednn if direct else _by_columns
+            place.copy_(run(images, shift, known, weight, about, *about_y).view(place.shape))
+        return y
+
+
+def _codes_of(weight: PackedWeight, keep: bool) -> Codes:
+    if not multiplies_exactly():
+        raise UnsuitableError("products of int8 matrices saturate here")
+    return kept(weight, torch.int8, make_codes) if keep else make_codes(weight)
+
+
+@cache
+def multiplies_exactly() -> bool:
+    """Whether ATen's product of int8 matrices is exact at the ends of the range: without VNNI, pairs can saturate."""
+    ends = torch.tensor([-128, 127], dtype=torch.int8)
+    a, b = ends.repeat(32, 64), ends.repeat_interleave(64).repeat(16, 1)
+    return torch.equal(torch._int_mm(a, b.t()), (a.long() @ b.long().t()).int())
+
+
+def suits_onednn(known: Codes, weight: PackedWeight, window: Window, pixels: int) -> bool:
+    """Whether its convolution of so many pixels is the faster way, and gives all sums."""
+    one = weight.scale.shape[1] == 1 and known.zero2 is None and known.rest is None
+    return one and (window.groups > 1 or pixels >= PIXELS * weight.shape[0]) and convolves_exactly()
+
+
+@cache
+def convolves_exactly() -> bool:
+    """Whether there is oneDNN's convolution of 8-bit codes, and it is exact at the ends of the range."""
+    x = torch.tensor([-128, 127], dtype=torch.int8).repeat(64).view(1, 64, 1, 2)
+    w = torch.tensor([127, -128], dtype=torch.int8).repeat_interleave(64).view(2, 64)
+    try:
+        got = _onednn_sums(x, 3, w, Window(1, 1))
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+    return torch.equal(got.double(), (x.double()[0, :, 0].t() - 3) @ w.double().t())
+
+
+def _onednn_sums(x: Tensor, shift: int, codes: Tensor, window: Window) -> Tensor:
+    """fp32 `[M, O]`: sums of `codes * (x - shift)`, rounded once, of images `[B, C, H, W]`."""
+    if not window.is_symmetric:
+        x = pad(x, window.sides, value=shift)
+    padding = [window.top, window.left] if window.is_symmetric else [0, 0]
+    about: tuple[Any, ...] = (list(window.stride), padding, list(window.dilation), window.groups)
+    o = codes.shape[0]
+    w, scale = codes.view(o, window.r, window.s, -1).permute(0, 3, 1, 2), torch.ones(o)
+    shifted = (x.contiguous(memory_format=torch.channels_last).view(torch.uint8) ^ 128, 1.0, shift + 128)
+    packed_w = torch.ops.onednn.qconv_prepack(w, scale, 1.0, shift + 128, *about, list(x.shape))
+    zeros = torch.zeros(o, dtype=torch.int64)
+    none: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
+    y = torch.ops.onednn.qconv2d_pointwise(*shifted, packed_w, scale, zeros, None, *about, *none)
+    return y.permute(0, 2, 3, 1).reshape(-1, o)
+
+
+def _by_onednn(x: Tensor, shift: int, known: Codes, weight: PackedWeight, window: Window, *about_y: Any) -> Tensor:
+    """`[M, O]` of images `[B, C, H, W]`."""
+    sums = _onednn_sums(x, shift, known.codes, window)
+    return _finish(sums, known.twice, torch.zeros_like(known.sums), weight.scale, *about_y)
+
+
+def _by_columns(x: Tensor, shift: int, known: Codes, weight: PackedWeight, window: Window, *about_y: Any) -> Tensor:
+    """`[M, O]` of images `[B, C, H, W]`."""
+    codes, size = known.codes, weight.group_size
+    seen = [_seen(part, shift, window) for part in x.permute(0, 2, 3, 1).chunk(window.groups, 3)]
+    if weight.scale.shape[1] == 1 and known.zero2 is None and known.rest is None:
+        sums = _multiply(seen, codes)
+        return _finish(sums, known.twice, known.sums * -shift, weight.scale, *about_y)
+    y = torch.zeros(seen[0].shape[0], codes.shape[0])
+    for g in range(weight.scale.shape[1]):
+        parts = [part[:, g * size : (g + 1) * size].contiguous() for part in seen]
+        sums = _multiply(parts, codes[:, g * size : (g + 1) * size]) * known.twice - known.sums[:, g] * shift
+        x_sums = torch.stack([part.sum(1, dtype=torch.int32) for part in parts], 1)
+        x_sums = x_sums.repeat_interleave(codes.shape[0] // window.groups, 1)  # [M, O]
+        if known.zero2 is not None:
+            sums = sums + known.zero2[:, g].int() * x_sums
+        real = sums.float() * 0.5
+        if known.rest is not None:
+            real = real - known.rest[:, g] * (x_sums - shift * size).float()
+        y = y + real * weight.scale[:, g].float()
+    return finish_int8(y, *about_y)
+
+
+def _seen(x: Tensor, shift: int, window: Window) -> Tensor:
+    """`[M, K]` of images `[B, H, W, C / groups]`, rows contiguous: a view if y is a product of x as it is."""
+    b, h, w, c = x.shape
+    p, q = window.output(h, w)
+    if any(window.sides):
+        x = pad(x, (0, 0, *window.sides), value=shift)
+    if not window.is_pointwise:
+        sb, sh, sw, sc = x.stride()
+        sizes = (b, p, q, window.r, window.s, c)
+        strides = (sb, sh * window.stride_h, sw * window.stride_w, sh * window.dilation_h, sw * window.dilation_w, sc)
+        x = x.as_strided(sizes, strides, x.storage_offset())
+    return x.reshape(b * p * q, -1).contiguous()
+
+
+def _multiply(seen: list[Tensor], codes: Tensor) -> Tensor:
+    """int32 `[M, O]`, exact."""
+    if codes.shape[1] == 1:  # of which torch 2.13 leaves the result unwritten
+        return torch.cat([a.int() * w.t().int() for a, w in zip(seen, codes.chunk(len(seen)), strict=True)], 1)
+    products = [torch._int_mm(a, w.t()) for a, w in zip(seen, codes.chunk(len(seen)), strict=True)]
+    return products[0] if len(products) == 1 else torch.cat(products, 1)
+
+
+def finish_chain(
+    sums: Tensor,
+    twice: int,
+    shift: Tensor,
+    scale: Tensor,
+    x_scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+    *into: Any,
+) -> Tensor:
+    """`[M, O]` from the sums of one group."""
+    return finish_int8(
+        (sums * twice + shift).float() * 0.5 * scale.float(), x_scale, bias, tuple(into), activation, dtype
+    )
+
+
+def _finish(
+    sums: Tensor,
+    twice: int,
+    shift: Tensor,
+    scale: Tensor,
+    x_scale: Tensor,
+    bias: Tensor | None,
+    into: Into,
+    activation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    args = (sums, twice, shift.view(-1), scale.reshape(-1), x_scale, bias, activation, dtype, *into)
+    run = finish_chain
+    if sums.numel() >= COMPILE_FROM and 1 not in sums.shape:
+        kinds = tuple(a.dtype if isinstance(a, Tensor) else a for a in args)
+        run = compiled(finish_chain, kinds, lambda: _example(kinds))
+    return call(run, *args)
+
+
+def _example(kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+    m, o = 1021, 131
+    sizes = ((m, o), (), (o,), (o,), (1,), (o,), (), (), (m, o), (1,), (1,), (1,), (1,), (1,))
+    return tuple(
+        torch.ones(size, dtype=kind) if size and kind is not None else kind
+        for kind, size in zip(kinds, sizes, strict=True)
+    )
