@@ -20,7 +20,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -76,7 +76,7 @@ def phases(device: str) -> list[Phase]:
 def run_phase(phase: Phase, log: Path) -> dict[str, Any]:
     """Runs the command in its own process group, copies its output to screen and log, and stops it at its limit.
 
-    Interrupted, it stops the command and gives a row that says so.
+    Interrupted or told to end, it stops the command and gives a row that says so.
     """
     row: dict[str, Any] = {"phase": phase.name, "limit_s": phase.seconds}
     if phase.skip:
@@ -85,37 +85,38 @@ def run_phase(phase: Phase, log: Path) -> dict[str, Any]:
     pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     env = {**os.environ, **phase.env}
     process = subprocess.Popen(phase.argv, cwd=ROOT, env=env, start_new_session=True, **pipe)
-    timer = threading.Timer(phase.seconds, os.killpg, (process.pid, signal.SIGKILL))
+    signals: list[int] = []
+
+    def stop(number: int = 0, frame: object = None) -> None:
+        signals.append(number)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(phase.seconds, stop)
     timer.start()
-    interrupted = False
-    lines = [""]
-    with log.open("a") as file:
-        file.write(f"\n== {phase.name}: {' '.join(phase.argv)}\n")
-        try:
-            _copy(process.stdout, file, lines)
-            process.wait()
-        except KeyboardInterrupt:
-            interrupted = True
-        finally:
-            timer.cancel()
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-        _copy(process.stdout, file, lines)  # what it had said before it was stopped
-    code, last = process.wait(), lines[-1]
+    # not an exception, which could strike between a line that is read and its way to the log
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    last = ""
+    try:
+        with log.open("a") as file:
+            file.write(f"\n== {phase.name}: {' '.join(phase.argv)}\n")
+            for output in process.stdout or ():
+                print(output, end="", flush=True)
+                file.write(output)
+                file.flush()
+                last = output.strip() or last
+        code = process.wait()
+    finally:
+        timer.cancel()
+        stop()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    interrupted = any(signals)
     seconds = time.monotonic() - start
     late = code == KILLED and seconds >= phase.seconds
     result = "passed" if code == 0 else "stopped at its limit" if late else "failed"
     result = INTERRUPTED if interrupted else result
     return {**row, "result": result, "exit_code": code, "seconds": round(seconds, 1), "last_line": last[:300]}
-
-
-def _copy(output: Any, log: TextIO, lines: list[str]) -> None:
-    """Each line to screen and log, as it comes; the last that is not empty stays in lines."""
-    for line in output:
-        print(line, end="", flush=True)
-        log.write(line)
-        log.flush()
-        lines[-1] = line.strip() or lines[-1]
 
 
 def run_small_shapes(device: str) -> int:
@@ -151,14 +152,11 @@ def main(argv: list[str] | None = None) -> int:
     path = record.default_path(chosen.device)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    # whoever ends this script must not leave its children behind
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     for phase in phases(chosen.device):
         if (chosen.only is None or phase.name in chosen.only) and not _interrupted(rows):
             print(f"\n== {phase.name} (at most {phase.seconds:g} s)", flush=True)
             rows.append(run_phase(phase, path.with_suffix(".log")))
             record.append(rows[-1], "gpu", device=chosen.device, path=path)
-    signal.signal(signal.SIGTERM, before)
     print(f"\n{record.device_name(chosen.device)} -> {path}")
     for row in rows:
         print("{phase:14} {result:22}".format(**row), row.get("why") or f"{row['seconds']} s  {row['last_line']}")
