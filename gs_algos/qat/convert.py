@@ -20,6 +20,7 @@ from gs_algos.fx.fold import after_norm
 from gs_algos.fx.rewrite import release
 from gs_algos.fx.tracers import tensors_of
 from gs_algos.qat.prepare import JOINS
+from gs_algos.quant.convolution import conv_rows, geometry_of
 from gs_algos.quant.layers import FakeQuantized, Folded, affine, running_mean, running_sigma
 from gs_algos.quant.quantized import (
     QuantizedConv,
@@ -27,7 +28,6 @@ from gs_algos.quant.quantized import (
     QuantizedLinear,
     StaticQuantizer,
     empty_codes,
-    geometry_of,
     packed_codes,
 )
 from gs_algos.quant.quantizers import ActivationQuantizer
@@ -112,7 +112,10 @@ def quantized_layer(model: nn.Module, row: PlanRow) -> QuantizedLayer:
         slope, bias = epilogue(layer, bn)
         scale, zero = _times_slope(scale, zero, slope)
     output = _output_quantizer(model, row)
-    new = _layer_of(layer, row, packed_codes(codes, scale, zero, scheme), bias, output)
+    weight = packed_codes(codes, scale, zero, scheme)
+    if not isinstance(layer, nn.Linear):
+        weight = conv_rows(weight, codes.shape[1:])
+    new = _layer_of(layer, row, weight, bias, output)
     if new.input_quantizer is not None and layer.input_quantizer is not None:
         new.input_quantizer.take(layer.input_quantizer)
     if new.output_quantizer is not None:

@@ -11,10 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gs_algos.core.modules import get_module
 from gs_algos.core.plan import PlanRow, render
 from gs_algos.qat.convert import epilogue
+from gs_algos.quant.convolution import conv_rows, geometry_of
 from gs_algos.quant.packed import Packed, PackedFormat
 from gs_algos.quant.packed_conv import PackedConv
 from gs_algos.quant.packed_linear import PackedLinear
-from gs_algos.quant.quantized import StaticQuantizer, geometry_of
+from gs_algos.quant.quantized import StaticQuantizer
 from gs_algos.quant.slb_grid import LevelGrid
 from gs_algos.quant.slb_layers import Searched
 from gs_algos.quant.slb_packed import give_input_quantizer, path_of
@@ -34,6 +35,8 @@ def packed_layer(model: nn.Module, row: PlanRow) -> nn.Module:
         slope, bias = epilogue(layer, bn)
         scale = weight.scale * slope[:, None]
         weight = PackedWeight(weight.codes, scale, weight.zero, None, weight.bits, weight.shape, weight.group_size)
+    if not isinstance(layer, nn.Linear):
+        weight = conv_rows(weight, layer.search.shape[1:])
     new = _around(layer, weight, None if bias is None else bias.detach().float())
     quantizer = _empty_quantizer(row, layer.search.codes.device)
     if quantizer is not None and layer.input_quantizer is not None:

@@ -1,8 +1,7 @@
 """Converted layers: packed integer codes and scales, no float weight. What a trained fake-quantized layer becomes.
 
-The linear runs in integer arithmetic where it can (int8 codes on both sides, int32 accumulation), else it multiplies
-floats with its packed codes; the convolutions, until their kernel exists, dequantize their codes in each forward.
-`path()` says which and why.
+They run in integer arithmetic where they can (int8 codes on both sides, int32 accumulation), else they multiply floats
+with their packed codes. `path()` says which and why.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from gs_algos.quant.convolution import Convolution
 from gs_algos.quant.kept import KeepsDtypes
 from gs_algos.quant.packed import PARTS, Packed, PackedFormat, zero_as
 from gs_algos.quant.quantizers import Quantizer
@@ -23,8 +22,10 @@ from gs_kernels import (
     PackedWeight,
     PerGroup,
     choose_qparams,
+    code_sums,
     fake_quant,
     pack_weight,
+    qconv2d_int8,
     qmatmul,
     qmatmul_int8,
     quantize,
@@ -61,6 +62,13 @@ class StaticQuantizer(KeepsDtypes):
     def codes(self, x: Tensor) -> Tensor:
         """int8 (or uint8 for an unsigned grid) codes of x, same shape."""
         return quantize(x, self.scale, self.zero, qmin=self.scheme.qmin, qmax=self.scheme.qmax)
+
+    def signed_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(int8 codes of x, their zero point `[1]`): those of an unsigned grid 128 lower."""
+        codes = self.codes(x)
+        if codes.dtype == torch.int8:
+            return codes, self.zero
+        return (codes ^ 128).view(torch.int8), self.zero - 128
 
     def extra_repr(self) -> str:
         return str(self.scheme)
@@ -105,6 +113,11 @@ class QuantizedLayer(Packed):
         """Which arithmetic the layer runs in, and why."""
         raise AssertionError("every QuantizedLayer says its path")
 
+    def _shifted(self) -> bool:
+        """Whether 0.0 may have a code other than 0 in x."""
+        scheme = None if self.input_quantizer is None else self.input_quantizer.scheme
+        return scheme is not None and not (scheme.symmetric and scheme.format.signed)
+
     def _finish(self, y: Tensor) -> Tensor:
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
@@ -124,24 +137,10 @@ class QuantizedLinear(QuantizedLayer):
         if "row_sums" in self._buffers and self.codes is not None and not self.codes.is_meta:
             self.row_sums = row_sums(self.packed) if self._shifted() else None
 
-    def _shifted(self) -> bool:
-        """Whether 0.0 may have a code other than 0 in x."""
-        return self.input_quantizer is not None and not self.input_quantizer.scheme.symmetric
-
     def integer_refusals(self, device: torch.device) -> list[str]:
         """Why the product cannot run on integers; empty if it can."""
-        reasons = []
-        if self.input_quantizer is None:
-            reasons.append("activations are not quantized")
-        elif not self.input_quantizer.scheme.format.signed:
-            reasons.append("activation codes are unsigned")
-        elif self.input_quantizer.scheme.bits == 1 and self.input_quantizer.scheme.symmetric:
-            reasons.append("the activation grid has no level for 0")
-        if isinstance(self.scheme.granularity, PerGroup):
-            reasons.append("scales are per group")
-        if device.type not in INT_DEVICES:
-            reasons.append(f"no integer matmul for {device.type} yet")
-        return reasons
+        grouped = ["scales are per group"] if isinstance(self.scheme.granularity, PerGroup) else []
+        return [*_refusals_of(self.input_quantizer), *grouped, *_refusals_on(device)]
 
     def path(self) -> str:
         reasons = self.integer_refusals(self.packed.device)
@@ -157,20 +156,20 @@ class QuantizedLinear(QuantizedLayer):
         """`((qx - zx) @ (qw - zw)^T) * (sx * sw) + bias`; sums in int32, one cast at the end."""
         quantizer = self.input_quantizer
         assert quantizer is not None
-        zero = quantizer.zero if self._shifted() else None
+        codes, zero = quantizer.signed_codes(x)
         return qmatmul_int8(
-            quantizer.codes(x),
+            codes,
             quantizer.scale,
             self.packed,
             self.bias,
-            x_zero=zero,
+            x_zero=zero if self._shifted() else None,
             weight_sums=self.row_sums,
             dtype=x.dtype,
         )
 
 
-class QuantizedConv(QuantizedLayer):
-    """`y = conv(x, weight) + bias` with the geometry of the layer it replaces; dequantizes in each forward.
+class QuantizedConv(Convolution, QuantizedLayer):
+    """`y = conv(x, weight) + bias` with the geometry of the layer it replaces, on codes as `QuantizedLinear`.
 
     Args:
         geometry: as `geometry_of` gives it.
@@ -179,34 +178,66 @@ class QuantizedConv(QuantizedLayer):
 
     def __init__(self, geometry: dict[str, Any], filter: Sequence[int], *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.geometry, self.filter = geometry, tuple(filter)
-        # what a forward may read of a conv: padding as TensorFlow has it, lengths of a mask
-        self.out_channels, self.in_channels = self.shape[0], self.filter[0] * geometry["groups"]
-        self.kernel_size = self.filter[1:]
-        for key in ("stride", "padding", "dilation"):
-            setattr(self, key, geometry[key] if isinstance(geometry[key], str) else tuple(geometry[key]))
-        self.groups = geometry["groups"]
-        self._conv = {2: F.conv1d, 3: F.conv2d, 4: F.conv3d}[len(self.filter)]
+        self.set_geometry(geometry, filter)
+        # what the zero point of x is multiplied with; follows from the codes, so it is not saved
+        self.register_buffer("sums", None, persistent=False)
+        self.arrange()
 
-    @property
-    def weight(self) -> Tensor:
-        """The dequantized weight `[O, C / groups, ...]`, made anew at each access."""
-        return super().weight.view(self.shape[0], *self.filter)
+    def arrange(self) -> None:
+        super().arrange()
+        if "sums" in self._buffers and self.codes is not None and not self.codes.is_meta:
+            self.sums = code_sums(self.packed) if self._shifted() and not self.refusals() else None
+
+    def integer_refusals(self, device: torch.device) -> list[str]:
+        """Why the convolution cannot run on integers; empty if it can."""
+        return [*_refusals_of(self.input_quantizer), *self.refusals(), *_refusals_on(device)]
 
     def path(self) -> str:
-        return "dequantizes: no integer convolution yet"
+        reasons = self.integer_refusals(self.packed.device)
+        if not reasons:
+            return "integer: int8 x int8 -> int32"
+        how = "dequantizes" if self.refusals() else "float x packed codes"
+        return f"{how}: {', '.join(reasons)}"
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.integer_refusals(x.device):
+            return self._finish(self._integer(x))
         x = x if self.input_quantizer is None else self.input_quantizer(x)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        g, padding = self.geometry, self.geometry["padding"]
-        if g["padding_mode"] != "zeros":
-            x, padding = F.pad(x, g["pad"], mode=g["padding_mode"]), 0
-        y = self._conv(x, self.weight.to(x.dtype), bias, g["stride"], padding, g["dilation"], g["groups"])
-        return self._finish(y)
+        return self._finish(self.convolve(x, self.bias))
+
+    def _integer(self, x: Tensor) -> Tensor:
+        """`conv(qx - zx, qw - zw) * (sx * sw) + bias`; sums in int32, one cast at the end."""
+        quantizer = self.input_quantizer
+        assert quantizer is not None
+        batched = x.dim() == len(self.filter) + 1
+        image, about = self.window(x if batched else x.unsqueeze(0))
+        codes, zero = quantizer.signed_codes(image)
+        y = qconv2d_int8(
+            codes,
+            quantizer.scale,
+            self.packed,
+            self.bias,
+            **about,
+            x_zero=zero if self._shifted() else None,
+            weight_sums=self.sums,
+            dtype=x.dtype,
+        )
+        y = y.squeeze(2) if len(self.filter) == 2 else y
+        return y if batched else y.squeeze(0)
 
     def extra_repr(self) -> str:
         return f"{(self.shape[0], *self.filter)}, {self.scheme}, stride={self.geometry['stride']}"
+
+
+def _refusals_of(quantizer: StaticQuantizer | None) -> list[str]:
+    if quantizer is None:
+        return ["activations are not quantized"]
+    one_bit = quantizer.scheme.bits == 1 and quantizer.scheme.symmetric
+    return ["the activation grid has no level for 0"] if one_bit else []
+
+
+def _refusals_on(device: torch.device) -> list[str]:
+    return [] if device.type in INT_DEVICES else [f"no integer products for {device.type} yet"]
 
 
 def stored_bits(bits: int) -> int:
@@ -236,16 +267,3 @@ def empty_codes(shape: Sequence[int], scheme: Scheme, device: torch.device | str
     shift = 2 ** (stored_bits(scheme.bits) - 1) if scheme.format.signed else 0
     constant = float(zero) + shift if scheme.symmetric else None
     return PackedFormat(stored_bits(scheme.bits), (n, k), size, constant, "float32").empty(device)
-
-
-def geometry_of(conv: nn.Module) -> dict[str, Any]:
-    """stride, padding, dilation, groups of a `nn.Conv*d`, as plain JSON values."""
-    padding = conv.padding if isinstance(conv.padding, str) else list(conv.padding)  # type: ignore[arg-type]
-    return {
-        "stride": list(conv.stride),  # type: ignore[arg-type]
-        "padding": padding,
-        "dilation": list(conv.dilation),  # type: ignore[arg-type]
-        "groups": conv.groups,
-        "padding_mode": conv.padding_mode,
-        "pad": list(conv._reversed_padding_repeated_twice),  # type: ignore[arg-type]
-    }

@@ -32,4 +32,5 @@ def path_of(layer: Packed) -> str:
     """Which arithmetic a packed layer runs in."""
     rows: Any = getattr(layer, "input_quantizer", None)
     act = "float rows" if rows is None else f"rows rounded to {rows.scheme.bits} bits, multiplied in float"
-    return f"dequantizes: no packed convolution yet; {act}" if isinstance(layer, PackedConv) else f"packed codes, {act}"
+    refusals = layer.refusals() if isinstance(layer, PackedConv) else []
+    return f"dequantizes: {', '.join(refusals)}; {act}" if refusals else f"packed codes, {act}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,37 @@ def test_a_cast_leaves_codes_scales_zeros_and_biases_as_they_were_trained():
     after = net.state_dict()
     assert all(same_bits(t, after[name]) for name, t in before.items())
     assert net.bfloat16()(image().bfloat16()).dtype == torch.bfloat16
+
+
+CONVOLUTIONS = {
+    "plain": nn.Conv2d(6, 4, 3, padding=1),
+    "strided and dilated": nn.Conv2d(6, 4, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(2, 1), bias=False),
+    "of groups": nn.Conv2d(6, 4, 3, groups=2, padding="same"),
+    "depthwise": nn.Conv2d(6, 6, 5, groups=6, padding=2, padding_mode="reflect"),
+    "pointwise": nn.Conv2d(6, 8, 1),
+    "of sequences": nn.Conv1d(6, 4, 4, stride=2, padding=1, groups=2),
+    "of sequences, same": nn.Conv1d(6, 4, 4, padding="same", padding_mode="circular"),
+    "of volumes": nn.Conv3d(6, 4, 2),
+}
+
+
+@pytest.mark.parametrize("act", ["int8@tensor:ema", "uint8@tensor:ema:asym", "int4@tensor:ema:sym", None])
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_convolutions_give_the_trained_output_in_either_layout(
+    kind: str, act: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    conv = CONVOLUTIONS[kind]
+    x, other = (torch.randn(2, 6, *[9] * (conv.weight.dim() - 2)) + 0.5 for _ in range(2))
+    algo = SimQAT(weight="int4@channel", act=act)
+    net = algo.apply(nn.Sequential(copy.deepcopy(conv)), x).eval()
+    want = net(other).detach()
+    net = algo.convert(net)
+    assert isinstance(net[0], QuantizedConv) and net[0].weight.shape == conv.weight.shape
+    assert net[0].path().startswith("integer") == (act is not None and kind != "of volumes")
+    assert relative_rms(net(other), want) < 1e-5
+    assert relative_rms(net(other[0]), want[0]) < 1e-5  # without a batch, as nn.Conv2d takes it
+    gs_algos.save(net, tmp_path)
+    monkeypatch.setattr(packed_module, "KERNEL_DEVICES", ("cpu",))
+    planar = gs_algos.load(tmp_path, lambda: nn.Sequential(copy.deepcopy(conv)))
+    assert planar[0].codes.dtype == torch.int16
+    assert relative_rms(planar.eval()(other), want) < 1e-5

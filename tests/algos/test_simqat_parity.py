@@ -96,11 +96,16 @@ def test_int8_linear_runs_on_integers_and_says_so():
     assert not any(p.is_floating_point() and p.numel() > 64 for p in net.state_dict().values())
 
 
-def test_convolution_says_that_it_dequantizes():
+def test_convolutions_run_on_integers_and_say_where_they_cannot():
     net, algo = trained()
     net = algo.convert(net)
-    assert isinstance(net.stem, QuantizedConv)
-    assert "no integer convolution yet" in algo.summary(net)
+    assert isinstance(net.stem, QuantizedConv) and net.stem.path() == "integer: int8 x int8 -> int32"
+    net, algo = trained(weight="int4@group:9", rules=[("re:.*project.*", {"weight": "int4@channel"}), ("fc", None)])
+    net = algo.convert(net)
+    assert net.block.conv1.path() == "dequantizes: a filter has several scales"
+    net, algo = trained(act=None)
+    net = algo.convert(net)
+    assert net.stem.path() == "float x packed codes: activations are not quantized"
 
 
 def test_groups_of_a_conv_run_along_its_flattened_inputs():

@@ -1,0 +1,115 @@
+"""What convolutions with a packed weight share: the order of a row, the geometry, and the call of the kernel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gs_algos.quant.packed import Packed
+from gs_kernels import PackedWeight, pack_codes, qconv2d, unpack_codes
+
+DENSE = {2: F.conv1d, 3: F.conv2d, 4: F.conv3d}  # by the axes of a filter
+
+
+class Convolution(Packed):
+    """A packed weight `[O, K]` whose rows are filters, channels fastest: K is in the order (taps, C / groups).
+
+    Filters with several scales in a row keep the order (C / groups, taps) of the float layer, in which they were
+    trained, and are dequantized in each forward, as those of three dimensions are.
+    """
+
+    geometry: dict[str, Any]
+    filter: tuple[int, ...]
+
+    def set_geometry(self, geometry: dict[str, Any], filter: Sequence[int]) -> None:
+        """geometry: as `geometry_of` gives it; filter: the float weight's shape behind its first axis."""
+        if math.prod(filter) != self.shape[1]:
+            who = type(self).__name__
+            raise ValueError(f"{who}: filter must have the {self.shape[1]} elements of a row, got {list(filter)}")
+        self.geometry, self.filter = geometry, tuple(filter)
+        # what a forward may read of a conv: padding as TensorFlow has it, lengths of a mask
+        self.out_channels, self.in_channels = self.shape[0], self.filter[0] * geometry["groups"]
+        self.kernel_size, self.groups = self.filter[1:], geometry["groups"]
+        for key in ("stride", "padding", "dilation"):
+            setattr(self, key, geometry[key] if isinstance(geometry[key], str) else tuple(geometry[key]))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight `[O, C / groups, ...]`, made anew at each access."""
+        rows = super().weight
+        if not channels_fastest(self.group_size, self.filter):
+            return rows.view(-1, *self.filter)
+        return rows.view(-1, *self.filter[1:], self.filter[0]).movedim(-1, 1)
+
+    def refusals(self) -> list[str]:
+        """Why the packed convolution cannot run; empty if it can."""
+        reasons = ["no packed convolution in three dimensions"] if len(self.filter) == 4 else []
+        return reasons + ([] if channels_fastest(self.group_size, self.filter) else ["a filter has several scales"])
+
+    def window(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """x `[B, C, H, W]`, padded if not by zeros, and the geometry, as `qconv2d` takes them."""
+        g = self.geometry
+        keys = ("stride", "padding", "dilation")
+        about = {key: g[key] if isinstance(g[key], str) else tuple(g[key]) for key in keys}
+        about["padding"] = 0 if about["padding"] == "valid" else about["padding"]
+        if g["padding_mode"] != "zeros":
+            padded = F.pad(x, g["pad"], mode=g["padding_mode"])
+            x, about["padding"] = padded.to(x.dtype), 0  # autocast pads in fp32
+        about |= {"kernel_size": tuple(self.kernel_size), "groups": g["groups"]}
+        if len(self.filter) == 2:
+            flat = {"stride": 1, "padding": 0, "dilation": 1, "kernel_size": 1}
+            about |= {key: (flat[key], *about[key]) for key in flat if isinstance(about[key], tuple)}
+            x = x.unsqueeze(2)
+        return x, about
+
+    def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`conv(x, W) + bias` of floats, x `[B, C, ...]` or `[C, ...]`."""
+        if self.refusals():
+            return self._convolve_dense(x, bias)
+        batched = x.dim() == len(self.filter) + 1
+        image, about = self.window(x if batched else x.unsqueeze(0))
+        y = qconv2d(image, self.packed, bias, **about)
+        y = y.squeeze(2) if len(self.filter) == 2 else y
+        return y if batched else y.squeeze(0)
+
+    def _convolve_dense(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        g, padding = self.geometry, self.geometry["padding"]
+        if g["padding_mode"] != "zeros":
+            x, padding = F.pad(x, g["pad"], mode=g["padding_mode"]), 0
+        offset = None if bias is None else bias.to(x.dtype)
+        conv = DENSE[len(self.filter)]
+        return conv(x, self.weight.to(x.dtype), offset, g["stride"], padding, g["dilation"], g["groups"])
+
+
+def channels_fastest(group_size: int, filter: Sequence[int]) -> bool:
+    """Whether the rows of filters are kept with their channels fastest: one scale a row, or one tap."""
+    k = math.prod(filter)
+    return group_size == k or k == filter[0]
+
+
+@torch.no_grad()
+def conv_rows(weight: PackedWeight, filter: Sequence[int]) -> PackedWeight:
+    """A canonical weight with rows in the order of the float layer, (C / groups, taps), as `Convolution` keeps it."""
+    if not channels_fastest(weight.group_size, filter) or filter[0] in (1, math.prod(filter)):
+        return weight
+    codes = unpack_codes(weight.codes, weight.bits, weight.shape).view(-1, filter[0], math.prod(filter[1:]))
+    return replace(weight, codes=pack_codes(codes.transpose(1, 2).flatten(1), weight.bits))
+
+
+def geometry_of(conv: nn.Module) -> dict[str, Any]:
+    """stride, padding, dilation, groups of a `nn.Conv*d`, as plain JSON values."""
+    padding = conv.padding if isinstance(conv.padding, str) else list(conv.padding)  # type: ignore[arg-type]
+    return {
+        "stride": list(conv.stride),  # type: ignore[arg-type]
+        "padding": padding,
+        "dilation": list(conv.dilation),  # type: ignore[arg-type]
+        "groups": conv.groups,
+        "padding_mode": conv.padding_mode,
+        "pad": list(conv._reversed_padding_repeated_twice),  # type: ignore[arg-type]
+    }
