@@ -35,6 +35,7 @@ from gs_kernels.tuning.cards import CARDS, Card
 from gs_kernels.tuning.cost import Prediction, estimate, predict_call
 
 FOLDER = record.RESULTS / "static"
+MANY, SOME = 30, 6  # shapes of a group
 HEAD = """# Static figures: nothing here was timed
 
 Written by `python -m bench.static`, with torch {torch} and triton {triton}. "at least" is what the cost model
@@ -80,9 +81,10 @@ def kernel_rows(cards: Iterable[Card] = CARDS.values(), op: str | None = None) -
 
 
 def op_shapes(spec: OpSpec) -> Iterator[tuple[str, Shape]]:
-    """Those that are for a GPU."""
+    """Those that are for a GPU; of a group with more than `MANY`, some from its first to its last."""
     for group, shapes in spec.bench_shapes.items():
-        yield from ((group, shape) for shape in shapes if group != "cpu")
+        step = 1 if len(shapes) <= MANY else len(shapes) // SOME
+        yield from ((group, shape) for shape in shapes[::step] if group != "cpu")
 
 
 def op_rows(card: Card = CARDS["h100"], op: str | None = None) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,7 @@ import torch
 Call = Callable[[], Any]
 
 MIN_SAMPLES = 5
+FEW_SAMPLES = 3  # of calls that take long
 MAX_SAMPLES = 500
 CPU_SAMPLE_S = 2e-4  # a sample repeats the call until the clock's own cost is lost in it
 
@@ -35,11 +36,11 @@ def summarize(ms: Sequence[float], *, launch_us: float | None = None, graph: boo
     return Timing(ordered[0], p20, p50, p80, len(ordered), launch_us, graph)
 
 
-def _sample(measure: Callable[[], float], seconds: float) -> list[float]:
+def _sample(measure: Callable[[], float], seconds: float, least: int = MIN_SAMPLES) -> list[float]:
     """Milliseconds of `measure()`, again and again for `seconds`."""
     samples: list[float] = []
     stop = time.perf_counter() + seconds
-    while len(samples) < MIN_SAMPLES or (time.perf_counter() < stop and len(samples) < MAX_SAMPLES):
+    while len(samples) < least or (time.perf_counter() < stop and len(samples) < MAX_SAMPLES):
         samples.append(measure())
     return samples
 
@@ -51,9 +52,12 @@ def time_cpu(call: Call, seconds: float) -> Timing:
             call()
         return (time.perf_counter() - start) / n
 
-    repeat(2)
-    n = max(1, round(CPU_SAMPLE_S / max(repeat(3), 1e-9)))
-    return summarize(_sample(lambda: repeat(n) * 1e3, seconds))
+    repeat(1)
+    once = repeat(1)
+    # a call that takes longer than its share of the time is not repeated to learn how long it takes
+    slow = MIN_SAMPLES * once > seconds
+    n = 1 if slow else max(1, round(CPU_SAMPLE_S / max(repeat(3), 1e-9)))
+    return summarize(_sample(lambda: repeat(n) * 1e3, seconds, FEW_SAMPLES if slow else MIN_SAMPLES))
 
 
 def time_cuda(calls: Sequence[Call], seconds: float) -> Timing:

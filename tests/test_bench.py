@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 import torch
@@ -178,6 +179,18 @@ def test_nan_agrees_with_nan_and_with_nothing_else():
 def test_percentiles_are_taken_of_the_samples():
     got = timing.summarize([5.0, 1.0, 4.0, 2.0, 3.0, 100.0])
     assert (got.ms_min, got.ms_p20, got.ms_p50, got.ms_p80, got.samples) == (1.0, 2.0, 3.0, 5.0, 6)
+
+
+@pytest.mark.parametrize("seconds, samples", [(1e-3, 3), (0.2, 5)])
+def test_a_call_that_takes_long_is_made_no_more_often_than_its_samples_need(seconds, samples):
+    calls = []
+
+    def call():
+        calls.append(time.sleep(0.02))
+
+    got = timing.time_cpu(call, seconds)
+    assert got.samples >= samples and (got.samples == 3) == (seconds < 0.1)
+    assert len(calls) <= 2 + 3 + got.samples
 
 
 def test_a_row_is_one_line_added_to_the_file_of_its_device_day_and_commit(monkeypatch, tmp_path):
