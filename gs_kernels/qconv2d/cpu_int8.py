@@ -244,7 +244,8 @@ def _finish(
     activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    args = (sums, twice, shift.view(-1), scale.reshape(-1), x_scale, bias, activation, dtype, *into)
+    given = (sums, twice, shift.view(-1), scale.reshape(-1), x_scale, bias, activation, dtype, *into)
+    args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in given)
     run = finish_chain
     if sums.numel() >= COMPILE_FROM and 1 not in sums.shape:
         kinds = tuple(a.dtype if isinstance(a, Tensor) else a for a in args)

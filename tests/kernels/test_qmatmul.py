@@ -255,25 +255,6 @@ def test_halves_of_8_bits_make_the_code_less_its_zero_point_in_bf16():
             assert np.array_equal((high - zero // 16) * 16 + (low - zero % 16), codes.astype(np.float64) - zero)
 
 
-@pytest.fixture
-def emulated_assembly(monkeypatch):
-    """The interpreter runs inline PTX as `ptx.run` does."""
-    tl = pytest.importorskip("triton.language", reason="Triton is not installed: there are no kernels")
-    from triton.runtime.interpreter import TensorHandle
-
-    def elementwise(asm, constraints, args, dtype, is_pure, pack):
-        containers = args[0].handle.data
-        words = np.ascontiguousarray(containers).view(np.uint32).reshape(-1, pack // 2)
-        outputs = ptx.run(asm, [words[:, i].copy() for i in range(pack // 2)], len(dtype))
-        fields = [o.view(np.int16 if pack == 2 else np.int8).reshape(containers.shape) for o in outputs]
-        return tuple(
-            tl.core.tensor(TensorHandle(f, t.scalar), tl.block_type(t.scalar, list(f.shape)))
-            for f, t in zip(fields, dtype, strict=True)
-        )
-
-    monkeypatch.setattr(tl, "inline_asm_elementwise", elementwise)
-
-
 interpreted = pytest.mark.skipif(not INTERPRET, reason="only TRITON_INTERPRET=1 runs kernels on numpy")
 
 

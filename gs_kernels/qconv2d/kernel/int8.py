@@ -182,7 +182,7 @@ def convolve_int8(
     tiles = -(-m // plan.block_m) * window.groups * -(-og // plan.block_n)
     outside = None
     if x_zero is not None and any(window.sides):
-        outside = x.new_empty(128).copy_(x_zero)
+        outside = x_zero.expand(128).to(torch.int8, memory_format=torch.contiguous_format)
     launch(
         _qconv2d_int8_kernel, (tiles, split),
         sums, x, x_scale, x_zero, outside, code_sums, codes, scale, zero_points, bias, *into,
