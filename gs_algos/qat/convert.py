@@ -92,6 +92,9 @@ def convert_model(
             output_error = exchange({dtype: max(bound, own) for dtype, bound in OUTPUT_TOLERANCE.items()})
     for layer in layers:
         release(model, layer)
+    for row in layer_rows:
+        row.settings["hands_codes"] = _can_hand(model, row)
+    link(model, layer_rows)
     worst = max(errors, key=lambda site: errors[site])
     return Parity(worst, errors[worst], output_error)
 
@@ -152,6 +155,27 @@ def install_converted(model: nn.Module, rows: Sequence[PlanRow], make: Make | No
         pass
     for layer in layers:
         release(model, layer)
+    link(model, layer_rows)
+
+
+def link(model: nn.Module, rows: Sequence[PlanRow]) -> None:
+    """Lets the layers of rows that say so hand codes to their readers."""
+    for row in rows:
+        if row.settings.get("hands_codes"):
+            layer: Any = get_module(model, row.site)
+            layer.hand_to([get_module(model, site) for site in row.settings["readers"]])
+
+
+def _can_hand(model: nn.Module, row: PlanRow) -> bool:
+    """Whether all that read a converted layer's output turn it into the same codes."""
+    layer = get_module(model, row.site)
+    found = [get_module(model, site) for site in row.settings.get("readers", ())]
+    if not found or not isinstance(layer, QuantizedConv) or layer.output_quantizer is not None:
+        return False
+    if not all(isinstance(m, QuantizedLayer) and not m.integer_refusals(m.packed.device) for m in (layer, *found)):
+        return False
+    grids: list[Any] = [m.input_quantizer for m in found]
+    return all(grid.same_grid(grids[0]) for grid in grids)
 
 
 def unfilled_layer(model: nn.Module, row: PlanRow) -> QuantizedLayer:

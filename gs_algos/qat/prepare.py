@@ -17,6 +17,8 @@ from gs_algos.core.plan import Plan, PlanRow
 from gs_algos.core.rules import Rule, resolve
 from gs_algos.fx.borrowed import Borrowed
 from gs_algos.fx.capture import capture
+from gs_algos.fx.exact import readers
+from gs_algos.fx.graph import SiteGraph
 from gs_algos.fx.patterns import Match, Refusal, match
 from gs_algos.fx.rewrite import functional_scopes, try_modularize
 from gs_algos.quant.layers import CONVS, FakeQuantized, give_output_quantizer, swap
@@ -65,10 +67,19 @@ def make_plan(algorithm: str, model: nn.Module, example_inputs: Inputs, options:
     for name, layer in sites.items():
         if name not in rows:
             rows[name] = keep_row(name, layer, "not called on the example inputs")
+    _add_readers(graph, rows)
     quantized = {name for found in matches if _acts(found, rows) for name in found.roles.values()}
     joins = [_join_row(pattern, operands, quantized, options) for pattern, operands in _join_groups(matches)]
     ordered = [rows[name] for name in sites] + [row for row in refused_rows(refusals, {}) if row.site not in sites]
     return Plan(algorithm, graph.rung, tuple(ordered + joins), notes)
+
+
+def _add_readers(graph: SiteGraph, rows: Mapping[str, PlanRow]) -> None:
+    """Says in each quantized layer's settings which quantized layers alone read what it gives."""
+    acted = {site: row for site, row in rows.items() if row.action != "keep"}
+    for site, row in acted.items():
+        folded = [name for name in (row.settings["bn"], *row.settings["tail"]) if name]
+        row.settings["readers"] = readers(graph, site, folded, acted)
 
 
 def _with_layers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[nn.Module, list[str]]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gs_algos.quant.codes_tensor import CodesTensor
 from gs_algos.quant.convolution import Convolution
 from gs_algos.quant.kept import KeepsDtypes
 from gs_algos.quant.packed import PARTS, Packed, PackedFormat, zero_as
@@ -66,9 +67,20 @@ class StaticQuantizer(KeepsDtypes):
     def signed_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(int8 codes of x, their zero point `[1]`): those of an unsigned grid 128 lower."""
         codes = self.codes(x)
-        if codes.dtype == torch.int8:
-            return codes, self.zero
-        return (codes ^ 128).view(torch.int8), self.zero - 128
+        return (codes if codes.dtype == torch.int8 else (codes ^ 128).view(torch.int8)), self.signed_zero()
+
+    def signed_zero(self) -> Tensor:
+        return self.zero if self.scheme.format.signed else self.zero - 128
+
+    def signed_limits(self) -> tuple[int, int]:
+        """The smallest and largest of `signed_codes`."""
+        shift = 0 if self.scheme.format.signed else 128
+        return self.scheme.qmin - shift, self.scheme.qmax - shift
+
+    def same_grid(self, other: StaticQuantizer) -> bool:
+        """Whether both give every value the same code. Reads values."""
+        limits = self.signed_limits() == other.signed_limits()
+        return limits and torch.equal(self.scale, other.scale) and torch.equal(self.signed_zero(), other.signed_zero())
 
     def extra_repr(self) -> str:
         return str(self.scheme)
@@ -108,6 +120,13 @@ class QuantizedLayer(Packed):
         self.register_buffer("bias", None if bias is None else bias.float())
         self.input_quantizer = None if input is None else StaticQuantizer(input, weight.device)
         self.output_quantizer = None if output is None else StaticQuantizer(output, weight.device)
+        # grids of other layers: of codes that come in, and of those that go out; in tuples, for they are not children
+        self._known: tuple[StaticQuantizer, ...] = ()
+        self._handed: tuple[StaticQuantizer, ...] = ()
+
+    def integer_refusals(self, device: torch.device) -> list[str]:
+        """Why the product cannot run on integers; empty if it can."""
+        raise AssertionError("every QuantizedLayer knows")
 
     def path(self) -> str:
         """Which arithmetic the layer runs in, and why."""
@@ -117,6 +136,14 @@ class QuantizedLayer(Packed):
         """Whether 0.0 may have a code other than 0 in x."""
         scheme = None if self.input_quantizer is None else self.input_quantizer.scheme
         return scheme is not None and not (scheme.symmetric and scheme.format.signed)
+
+    def _codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(int8 codes of x on the grid of the input, their zero point); x may be codes already."""
+        quantizer = self.input_quantizer
+        assert quantizer is not None
+        if isinstance(x, CodesTensor) and any(x.quantizer is grid for grid in self._known):
+            return x.codes, quantizer.signed_zero()
+        return quantizer.signed_codes(x)
 
     def _finish(self, y: Tensor) -> Tensor:
         return y if self.output_quantizer is None else self.output_quantizer(y)
@@ -156,7 +183,7 @@ class QuantizedLinear(QuantizedLayer):
         """`((qx - zx) @ (qw - zw)^T) * (sx * sw) + bias`; sums in int32, one cast at the end."""
         quantizer = self.input_quantizer
         assert quantizer is not None
-        codes, zero = quantizer.signed_codes(x)
+        codes, zero = self._codes(x)
         return qmatmul_int8(
             codes,
             quantizer.scale,
@@ -195,23 +222,32 @@ class QuantizedConv(Convolution, QuantizedLayer):
     def path(self) -> str:
         reasons = self.integer_refusals(self.packed.device)
         if not reasons:
-            return "integer: int8 x int8 -> int32"
+            return "integer: int8 x int8 -> int32" + (" -> int8 for the next layer" if self._handed else "")
         how = "dequantizes" if self.refusals() else "float x packed codes"
         return f"{how}: {', '.join(reasons)}"
 
+    def hand_to(self, readers: Sequence[QuantizedLayer]) -> None:
+        """From now on gives codes on the grid that all readers have; they read codes, everything else sees floats."""
+        grids = [reader.input_quantizer for reader in readers if reader.input_quantizer is not None]
+        self._handed = (grids[0],)
+        for reader in readers:
+            reader._known = (*reader._known, grids[0])
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.integer_refusals(x.device):
-            return self._finish(self._integer(x))
+            return self._integer(x)
         x = x if self.input_quantizer is None else self.input_quantizer(x)
         return self._finish(self.convolve(x, self.bias))
 
     def _integer(self, x: Tensor) -> Tensor:
-        """`conv(qx - zx, qw - zw) * (sx * sw) + bias`; sums in int32, one cast at the end."""
+        """`conv(qx - zx, qw - zw) * (sx * sw) + bias`; sums in int32, one cast at the end, or the next codes."""
         quantizer = self.input_quantizer
         assert quantizer is not None
         batched = x.dim() == len(self.filter) + 1
         image, about = self.window(x if batched else x.unsqueeze(0))
-        codes, zero = quantizer.signed_codes(image)
+        codes, zero = self._codes(image)
+        # compilers see floats, which the next layer turns into the same codes
+        grid = None if torch.compiler.is_compiling() or not self._handed else self._handed[0]
         y = qconv2d_int8(
             codes,
             quantizer.scale,
@@ -220,10 +256,16 @@ class QuantizedConv(Convolution, QuantizedLayer):
             **about,
             x_zero=zero if self._shifted() else None,
             weight_sums=self.sums,
+            out_scale=None if grid is None else grid.scale,
+            out_zero=None if grid is None else grid.signed_zero(),
             dtype=x.dtype,
         )
         y = y.squeeze(2) if len(self.filter) == 2 else y
-        return y if batched else y.squeeze(0)
+        y = y if batched else y.squeeze(0)
+        if grid is None:
+            return self._finish(y)
+        low, high = grid.signed_limits()
+        return CodesTensor(y if (low, high) == (-128, 127) else y.clamp_(low, high), grid, x.dtype)
 
     def extra_repr(self) -> str:
         return f"{(self.shape[0], *self.filter)}, {self.scheme}, stride={self.geometry['stride']}"

@@ -99,7 +99,7 @@ def test_int8_linear_runs_on_integers_and_says_so():
 def test_convolutions_run_on_integers_and_say_where_they_cannot():
     net, algo = trained()
     net = algo.convert(net)
-    assert isinstance(net.stem, QuantizedConv) and net.stem.path() == "integer: int8 x int8 -> int32"
+    assert isinstance(net.stem, QuantizedConv) and net.stem.path().startswith("integer: int8 x int8 -> int32")
     net, algo = trained(weight="int4@group:9", rules=[("re:.*project.*", {"weight": "int4@channel"}), ("fc", None)])
     net = algo.convert(net)
     assert net.block.conv1.path() == "dequantizes: a filter has several scales"

@@ -1,0 +1,134 @@
+"""Codes that converted layers hand to each other: the same predictions, and floats for everything else."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gs_algos
+from gs_algos import SimQAT
+from gs_algos.quant.codes_tensor import CodesTensor
+from gs_algos.quant.quantized import QuantizedConv, StaticQuantizer
+from gs_algos.quant.scheme import Scheme
+from tests.helpers import same_bits
+
+
+class Chain(nn.Module):
+    """Convs in a line with all that may lie between them, a branch, and a linear behind a pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.b = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
+        self.six, self.drop = nn.ReLU6(inplace=True), nn.Dropout(0.5)
+        self.c, self.d = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.e = nn.Conv2d(8, 4, 3, stride=2)
+        self.pool, self.fc = nn.MaxPool2d(2), nn.Linear(4 * 2 * 2, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.a(x)))  # read by b alone
+        x = self.drop(self.six(self.b(x)))  # read by c and d
+        x = self.c(x) + self.d(x)  # floats
+        x = F.relu_(self.e(x))
+        return self.fc(torch.flatten(self.pool(x), 1))
+
+
+def image(seed: int = 0) -> Tensor:
+    return torch.randn(4, 3, 10, 10, generator=torch.Generator().manual_seed(seed))
+
+
+def build() -> Chain:
+    torch.manual_seed(0)
+    return Chain().eval()
+
+
+def converted(**options: Any) -> tuple[nn.Module, SimQAT]:
+    algo = SimQAT(**{"weight": "int8@channel", "act": "int8@tensor:ema", **options})
+    net = algo.apply(build(), image())
+    net.train()
+    for seed in range(3):
+        net(image(seed))
+        algo.step()
+    return algo.convert(net.eval()), algo
+
+
+def unlinked(net: nn.Module) -> nn.Module:
+    net = copy.deepcopy(net)
+    for module in net.modules():
+        if isinstance(module, QuantizedConv):
+            module._handed = ()
+    return net
+
+
+@pytest.mark.parametrize("act", ["int8@tensor:ema", "uint8@tensor:ema", "int4@tensor:ema", "int8@tensor:ema:sym"])
+def test_layers_hand_codes_and_nothing_changes(act: str, tmp_path: Path):
+    net, algo = converted(act=act)
+    handing = {name for name, m in net.named_modules() if isinstance(m, QuantizedConv) and m._handed}
+    assert handing == {"a", "b", "e"}  # c and d are added
+    seen = {}
+    for name in "abcde":
+        hook = lambda _, args, y, name=name: seen.update({name: (type(args[0]), type(y))})  # noqa: E731
+        net.get_submodule(name).register_forward_hook(hook)
+    y = net(image(7))
+    assert seen["b"] == (CodesTensor, CodesTensor)
+    assert seen["c"] == seen["d"] == (CodesTensor, Tensor)
+    assert type(y) is Tensor and same_bits(y, unlinked(net)(image(7)))
+    assert algo.summary(net).count("-> int8 for the next layer") == 3
+    loaded = gs_algos.load(gs_algos.save(net, tmp_path), build).eval()
+    assert loaded.b._handed and same_bits(loaded(image(7)), y)
+    assert same_bits(copy.deepcopy(net)(image(7)), y)
+
+
+def test_a_compiler_sees_floats_and_gives_the_same():
+    net, _ = converted()
+    exported = torch.export.export(net, (image(),)).module()
+    torch.testing.assert_close(exported(image(7)), net(image(7)), rtol=1e-5, atol=1e-5)
+
+
+def test_grids_that_differ_stay_apart():
+    algo = SimQAT(weight="int8@channel", act="int8@tensor:ema", rules=[("d", {"act": "int4@tensor:ema"})])
+    net = algo.convert(algo.apply(build(), image()))
+    assert not net.b._handed and net.a._handed
+    net(image(7))
+
+
+GRID = StaticQuantizer(Scheme.parse("int8@tensor:ema:asym", "act"))
+GRID.scale.fill_(0.05)
+GRID.zero.fill_(-17)
+ANYTHING = {
+    "relu": F.relu,
+    "relu in place": lambda x: F.relu(x, inplace=True),
+    "relu6": F.relu6,
+    "clamp": lambda x: F.hardtanh(x, -0.4, 1.3),
+    "max pool": lambda x: F.max_pool2d(x, 3, 2, 1),
+    "views": lambda x: x.flatten(1).view(2, 3, -1).transpose(1, 2).reshape(2, -1)[:, 5:40].unsqueeze(0),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+}
+FLOATS = {
+    "sum": lambda x: x + 1,
+    "average": lambda x: F.adaptive_avg_pool2d(x, 1),
+    "silu": F.silu,
+    "product": lambda x: x.flatten(1) @ x.flatten(1).t(),
+    "pair": lambda x: torch.cat([x, x.new_zeros(2, 1, 6, 6)], 1),
+    "item": lambda x: torch.tensor(x.sum().item()),
+    "padding": lambda x: F.pad(x, (1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", [*ANYTHING, *FLOATS])
+def test_operations_on_codes_are_those_on_what_they_stand_for(name: str):
+    x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1)) * 3
+    codes = CodesTensor(GRID.codes(x), GRID, torch.float32)
+    assert codes.dtype == torch.float32 and torch.equal(codes.dequantize(), GRID(x))
+    y = {**ANYTHING, **FLOATS}[name](codes)
+    assert isinstance(y, CodesTensor) == (name in ANYTHING)
+    if name in ANYTHING:
+        assert torch.equal(y.codes, GRID.codes(ANYTHING[name](x.clone()))) and "CodesTensor" in repr(y)
+    else:
+        torch.testing.assert_close(y, FLOATS[name](GRID(x)))
