@@ -8,7 +8,7 @@ from torch import Tensor
 from gs_kernels.dispatch import launch
 from gs_kernels.pack.kernel import code_block, code_factor, code_middle
 from gs_kernels.qconv2d.kernel.conv import SUM_M, SUM_N, strides_of, window_flags
-from gs_kernels.qconv2d.kernel.parts import finish, is_half_steps, load_seen, pixels, real_sums, taps_inside
+from gs_kernels.qconv2d.kernel.parts import finish, is_half_steps, load_seen, pixels, place_tile, real_sums, taps_inside
 from gs_kernels.qconv2d.window import Window
 from gs_kernels.qmatmul.tiles import Plan
 
@@ -47,21 +47,13 @@ def _qconv2d_int8_kernel(
     CENTRED: tl.constexpr = zero_ptr is None and 2 * ZERO == MIDDLE2
     BLOCKS: tl.constexpr = (K + 127) // 128
     TURNS: tl.constexpr = (BLOCKS + SPLIT_K - 1) // SPLIT_K
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(OG, BLOCK_N)
-    pid = tl.program_id(0)
-    first_m = pid % tiles_m * BLOCK_M
-    tile_n = pid // tiles_m
-    channels = tile_n // tiles_n
-    cols = tile_n % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.program_id(1) * TURNS
     N = OG * GROUPS
-    image, p, q = pixels(first_m + tl.arange(0, BLOCK_M), M, P, Q)
-    first_h, first_w = p * STRIDE_H - TOP, q * STRIDE_W - LEFT
-    x_ptr += channels.to(tl.int64) * CG * stride_xc
-    x_ptrs = x_ptr + (image.to(tl.int64) * stride_xb + first_h * stride_xh + first_w * stride_xw)
+    first = tl.program_id(1) * TURNS
+    offs_m, image, p, q, first_h, first_w, x_ptrs, cols, offs_n, mask_n = place_tile(
+        x_ptr, M, OG, P, Q, stride_xb, stride_xc, stride_xh, stride_xw,
+        CG, STRIDE_H, STRIDE_W, TOP, LEFT, BLOCK_M, BLOCK_N,
+    )
     bits = taps_inside(first_h, first_w, H, W, K // CG, S, DILATION_H, DILATION_W, PADDED)
-    offs_n = channels * OG + tl.minimum(cols, OG - 1)
     offs_w = offs_n[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]  # [BLOCK_N, WIDTH]
     offs_s = offs_n * stride_sn
     codes_ptr += first.to(tl.int64) * N * WIDTH
@@ -103,9 +95,8 @@ def _qconv2d_int8_kernel(
                     x_sums = tl.zeros((BLOCK_M,), tl.int32)
         codes_ptr += N * WIDTH
 
-    offs_m = first_m + tl.arange(0, BLOCK_M)
-    mask = (offs_m < M)[:, None] & (cols < OG)[None, :]
-    offs_y = offs_m.to(tl.int64)[:, None] * N + (channels * OG + cols)[None, :]
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    offs_y = offs_m.to(tl.int64)[:, None] * N + cols[None, :]
     if SPLIT_K > 1:
         y_ptr += tl.program_id(1).to(tl.int64) * M * N
         sums = _twice(part, FACTOR)

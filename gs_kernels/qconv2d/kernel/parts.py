@@ -23,6 +23,34 @@ def is_inside(h, H):
 
 
 @triton.jit
+def place_tile(
+    x_ptr, M, OG, P, Q, stride_xb, stride_xc, stride_xh, stride_xw,
+    CG: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """Of this program: its pixels, where they are, and where x is read; its channels of y, and which of them exist.
+
+    offs_n are the columns, those behind the last of their group being the last: read, not stored.
+
+    Returns:
+        offs_m, image, p, q, first_h, first_w, x_ptrs `[BLOCK_M]`; columns of y, offs_n, mask_n `[BLOCK_N]`.
+    """
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(OG, BLOCK_N)
+    pid = tl.program_id(0)
+    offs_m = pid % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile_n = pid // tiles_m
+    group = tile_n // tiles_n
+    cols = tile_n % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    image, p, q = pixels(offs_m, M, P, Q)
+    first_h, first_w = p * STRIDE_H - TOP, q * STRIDE_W - LEFT
+    x_ptr += group.to(tl.int64) * CG * stride_xc
+    x_ptrs = x_ptr + (image.to(tl.int64) * stride_xb + first_h * stride_xh + first_w * stride_xw)
+    offs_n = group * OG + tl.minimum(cols, OG - 1)
+    return offs_m, image, p, q, first_h, first_w, x_ptrs, group * OG + cols, offs_n, cols < OG
+
+
+@triton.jit
 def taps_inside(
     first_h, first_w, H, W,
     TAPS: tl.constexpr, S: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, PADDED: tl.constexpr,
