@@ -166,10 +166,12 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps({**versions(), **row}) + "\n" for row in rows))
 
 
-def check(folder: Path) -> list[str]:
-    """What is worse than the rows that are kept, one sentence each."""
+def check(folder: Path, cards: Iterable[Card] = CARDS.values()) -> list[str]:
+    """What is worse than the rows that are kept, one sentence each; of kernels, those for these cards."""
+    cards = list(cards)
+    kept = [row for row in record.read_rows(folder / "kernels.jsonl") if row["target"] in {c.target for c in cards}]
     return [
-        *worse(record.read_rows(folder / "kernels.jsonl"), [{**row, **versions()} for row in kernel_rows()]),
+        *worse(kept, [{**row, **versions()} for row in kernel_rows(cards)]),
         *worse(record.read_rows(folder / "steps.jsonl"), [{**row, **versions()} for row in step_rows()]),
     ]
 
