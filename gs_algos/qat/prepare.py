@@ -67,14 +67,14 @@ def make_plan(algorithm: str, model: nn.Module, example_inputs: Inputs, options:
     for name, layer in sites.items():
         if name not in rows:
             rows[name] = keep_row(name, layer, "not called on the example inputs")
-    _add_readers(graph, rows)
+    add_readers(graph, rows)
     quantized = {name for found in matches if _acts(found, rows) for name in found.roles.values()}
     joins = [_join_row(pattern, operands, quantized, options) for pattern, operands in _join_groups(matches)]
     ordered = [rows[name] for name in sites] + [row for row in refused_rows(refusals, {}) if row.site not in sites]
     return Plan(algorithm, graph.rung, tuple(ordered + joins), notes)
 
 
-def _add_readers(graph: SiteGraph, rows: Mapping[str, PlanRow]) -> None:
+def add_readers(graph: SiteGraph, rows: Mapping[str, PlanRow]) -> None:
     """Says in each quantized layer's settings which quantized layers alone read what it gives."""
     acted = {site: row for site, row in rows.items() if row.action != "keep"}
     for site, row in acted.items():

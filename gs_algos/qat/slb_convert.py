@@ -15,10 +15,9 @@ from gs_algos.quant.convolution import conv_rows, geometry_of
 from gs_algos.quant.packed import Packed, PackedFormat
 from gs_algos.quant.packed_conv import PackedConv
 from gs_algos.quant.packed_linear import PackedLinear
-from gs_algos.quant.quantized import StaticQuantizer
+from gs_algos.quant.quantized import QuantizedConv, QuantizedLayer, QuantizedLinear
 from gs_algos.quant.slb_grid import LevelGrid
 from gs_algos.quant.slb_layers import Searched
-from gs_algos.quant.slb_packed import give_input_quantizer, path_of
 from gs_algos.quant.slb_pact import parse_act
 from gs_kernels import PackedWeight
 
@@ -37,11 +36,10 @@ def packed_layer(model: nn.Module, row: PlanRow) -> nn.Module:
         weight = PackedWeight(weight.codes, scale, weight.zero, None, weight.bits, weight.shape, weight.group_size)
     if not isinstance(layer, nn.Linear):
         weight = conv_rows(weight, layer.search.shape[1:])
-    new = _around(layer, weight, None if bias is None else bias.detach().float())
-    quantizer = _empty_quantizer(row, layer.search.codes.device)
-    if quantizer is not None and layer.input_quantizer is not None:
-        quantizer.take(layer.input_quantizer)
-    return give_input_quantizer(new, quantizer).eval()
+    new = _around(layer, row, weight, None if bias is None else bias.detach().float())
+    if isinstance(new, QuantizedLayer) and new.input_quantizer is not None and layer.input_quantizer is not None:
+        new.input_quantizer.take(layer.input_quantizer)
+    return new.eval()
 
 
 def unfilled_layer(model: nn.Module, row: PlanRow) -> nn.Module:
@@ -50,8 +48,7 @@ def unfilled_layer(model: nn.Module, row: PlanRow) -> nn.Module:
     grid, device = LevelGrid.parse(row.settings["weight"]), layer.search.codes.device
     (n, k), bias = layer.search.size, layer.bias is not None or row.settings["bn"] is not None
     weight = PackedFormat(grid.bits, (n, k), k, grid.zero, "float32").empty(device)
-    new = _around(layer, weight, torch.empty(n, device=device) if bias else None)
-    return give_input_quantizer(new, _empty_quantizer(row, device))
+    return _around(layer, row, weight, torch.empty(n, device=device) if bias else None)
 
 
 def summary_of(model: nn.Module) -> str:
@@ -64,7 +61,7 @@ def summary_of(model: nn.Module) -> str:
             nbytes = search.logits.numel() * search.logits.element_size()
             rows.append((name, search.grid, _act(module), f"{nbytes:,} of logits", state))
         elif isinstance(module, Packed):
-            rows.append((name, f"{module.bits}bit", _act(module), f"{module.nbytes:,}", path_of(module)))
+            rows.append((name, f"{module.bits}bit", _act(module), f"{module.nbytes:,}", module.path()))
     return render(("layer", "weight", "activation", "bytes", "runs as"), rows)
 
 
@@ -73,9 +70,16 @@ def _act(layer: Any) -> str:
     return "float" if quantizer is None else quantizer.extra_repr()
 
 
-def _around(layer: Searched, weight: PackedWeight, bias: Tensor | None) -> Packed:
+def _around(layer: Searched, row: PlanRow, weight: PackedWeight, bias: Tensor | None) -> Packed:
+    """A converted layer around a packed weight: on integers where what comes in is quantized too."""
     dtype = torch.float32 if layer.bias is None else layer.bias.dtype
-    if isinstance(layer, nn.Linear):
+    linear, act = isinstance(layer, nn.Linear), parse_act(row.settings["act"])
+    if act is not None:
+        options: dict[str, Any] = {"scheme": layer.search.grid, "bias": bias, "input": act[0], "dtype": dtype}
+        if linear:
+            return QuantizedLinear(weight, **options)
+        return QuantizedConv(geometry_of(layer), layer.search.shape[1:], weight, **options)
+    if linear:
         return PackedLinear(weight, bias, dtype)
     return PackedConv(weight, geometry_of(layer), layer.search.shape[1:], bias, dtype)
 
@@ -91,8 +95,3 @@ def _batch_norm(model: nn.Module, row: PlanRow) -> _BatchNorm | None:
     bn = None if row.settings["bn"] is None else get_module(model, row.settings["bn"])
     assert bn is None or isinstance(bn, _BatchNorm)
     return bn
-
-
-def _empty_quantizer(row: PlanRow, device: torch.device) -> StaticQuantizer | None:
-    parsed = parse_act(row.settings["act"])
-    return None if parsed is None else StaticQuantizer(parsed[0], device)

@@ -17,7 +17,7 @@ from gs_algos.core.rules import Rule, resolve
 from gs_algos.fx.borrowed import Borrowed
 from gs_algos.fx.capture import capture
 from gs_algos.fx.patterns import Match, match
-from gs_algos.qat.prepare import keep_row, kind_of, refused_rows, role_text
+from gs_algos.qat.prepare import add_readers, keep_row, kind_of, refused_rows, role_text
 from gs_algos.quant.slb_grid import LevelGrid, default_sharpness, fitted_scale, logits_near, random_logits
 from gs_algos.quant.slb_layers import Searched, swap
 from gs_algos.quant.slb_pact import act_quantizer, parse_act
@@ -64,6 +64,7 @@ def make_plan(algorithm: str, model: nn.Module, example_inputs: Inputs, options:
             rows[site] = _row(site, sites[site], members, settings[site], model, options)
     for name, layer in sites.items():
         rows.setdefault(name, keep_row(name, layer, "not called on the example inputs"))
+    add_readers(graph, rows)
     ordered = [rows[name] for name in sites] + [row for row in refused_rows(refusals, {}) if row.site not in sites]
     return Plan(algorithm, graph.rung, tuple(ordered), (*graph.notes, KEYS))
 

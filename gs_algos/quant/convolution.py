@@ -52,6 +52,10 @@ class Convolution(Packed):
         reasons = ["no packed convolution in three dimensions"] if len(self.filter) == 4 else []
         return reasons + ([] if channels_fastest(self.group_size, self.filter) else ["a filter has several scales"])
 
+    def path(self) -> str:
+        refusals = self.refusals()
+        return f"dequantizes: {', '.join(refusals)}" if refusals else super().path()
+
     def window(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """x `[B, C, H, W]`, padded if not by zeros, and the geometry, as `qconv2d` takes them."""
         g = self.geometry

@@ -130,6 +130,10 @@ class Packed(KeepsDtypes):
         """Bytes of the packed weight; 0 for a layer that is tied to another."""
         return 0 if self._lender else self.packed.nbytes
 
+    def path(self) -> str:
+        """Which arithmetic the layer runs in, and why."""
+        return "float x packed codes"
+
     def arrange(self) -> None:
         """Gives the codes the layout that their device reads best. Needed after tensors were assigned by hand."""
         codes = self.codes

@@ -19,6 +19,7 @@ from gs_algos.quant.kept import KeepsDtypes
 from gs_algos.quant.packed import PARTS, Packed, PackedFormat, zero_as
 from gs_algos.quant.quantizers import Quantizer
 from gs_algos.quant.scheme import Scheme
+from gs_algos.quant.slb_grid import LevelGrid
 from gs_kernels import (
     PackedWeight,
     PerGroup,
@@ -35,6 +36,8 @@ from gs_kernels import (
 from gs_kernels.pack.layouts import BITS
 
 INT_DEVICES = ("cpu",)
+INTEGER = "integer: int8 x int8 -> int32"
+HANDING = " -> int8 for the next layer"
 
 
 class StaticQuantizer(KeepsDtypes):
@@ -109,7 +112,7 @@ class QuantizedLayer(Packed):
     def __init__(
         self,
         weight: PackedWeight,
-        scheme: Scheme,
+        scheme: Scheme | LevelGrid,
         bias: Tensor | None = None,
         input: Scheme | None = None,
         output: Scheme | None = None,
@@ -129,8 +132,8 @@ class QuantizedLayer(Packed):
         raise AssertionError("every QuantizedLayer knows")
 
     def path(self) -> str:
-        """Which arithmetic the layer runs in, and why."""
-        raise AssertionError("every QuantizedLayer says its path")
+        reasons = self.integer_refusals(self.packed.device)
+        return f"{super().path()}: {', '.join(reasons)}" if reasons else INTEGER
 
     def _shifted(self) -> bool:
         """Whether 0.0 may have a code other than 0 in x."""
@@ -166,12 +169,8 @@ class QuantizedLinear(QuantizedLayer):
 
     def integer_refusals(self, device: torch.device) -> list[str]:
         """Why the product cannot run on integers; empty if it can."""
-        grouped = ["scales are per group"] if isinstance(self.scheme.granularity, PerGroup) else []
+        grouped = ["scales are per group"] if self.group_size != self.in_features else []
         return [*_refusals_of(self.input_quantizer), *grouped, *_refusals_on(device)]
-
-    def path(self) -> str:
-        reasons = self.integer_refusals(self.packed.device)
-        return "integer: int8 x int8 -> int32" if not reasons else "float x packed codes: " + ", ".join(reasons)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.integer_refusals(x.device):
@@ -220,11 +219,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
         return [*_refusals_of(self.input_quantizer), *self.refusals(), *_refusals_on(device)]
 
     def path(self) -> str:
-        reasons = self.integer_refusals(self.packed.device)
-        if not reasons:
-            return "integer: int8 x int8 -> int32" + (" -> int8 for the next layer" if self._handed else "")
-        how = "dequantizes" if self.refusals() else "float x packed codes"
-        return f"{how}: {', '.join(reasons)}"
+        return f"{super().path()}{HANDING if self._handed else ''}"
 
     def hand_to(self, readers: Sequence[QuantizedLayer]) -> None:
         """From now on gives codes on the grid that all readers have; they read codes, everything else sees floats."""

@@ -116,7 +116,7 @@ def test_mixed_bits_train_to_codes_that_convert_exactly_and_reload_exactly(tmp_p
             got = got.view(len(got), -1, layer.filter[0]).transpose(1, 2).flatten(1)
         assert torch.equal(got, expected)
     assert {net.stem.bits, net.block.conv1.bits, net.fc.bits} == {4, 2, 1}
-    assert algo.summary(net).count("packed codes, float rows") == len(codes)
+    assert algo.summary(net).count("float x packed codes") == len(codes)
     again = gs_algos.load(gs_algos.save(net, tmp_path), SmallConvNet).eval()
     assert torch.equal(again(images(seed=7)), net(images(seed=7)))
 
