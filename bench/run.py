@@ -26,6 +26,7 @@ from bench.timing import time_calls
 from gs_kernels.dispatch import INTERPRET
 from gs_kernels.spec import Case, OpSpec, Shape, map_tensors, specs
 
+QUICK_S = 150.0  # after which --quick starts nothing new: with the last it takes less than three minutes
 FAILURES = (RuntimeError, ValueError, TypeError, AssertionError)
 COLUMNS = "{:22} {:34} {:9} {:12} {:4} {:>9} {:>9} {:>9} {:>8} {:>6} {:>8}  {}"
 HEAD = ("op", "shape", "dtype", "provider", "pass", "p20 ms", "p50 ms", "p80 ms", "GB/s", "%copy", "vs ours", "")
@@ -166,7 +167,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ours-only", action="store_true", help="time no other provider, as bench.compare does")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, help="time for one number; default 1, with --quick 0.3")
-    parser.add_argument("--limit", type=float, metavar="S", help="start nothing new after so many seconds")
+    parser.add_argument(
+        "--limit", type=float, metavar="S", help="start nothing new after so many seconds; with --quick 150"
+    )
     parser.add_argument("--out", type=Path, help="default: bench/results/<device>/<date>-<commit>.jsonl")
     chosen = parser.parse_args(argv)
     if INTERPRET:
@@ -175,6 +178,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--device cuda needs an NVIDIA GPU, and torch sees none; use --device cpu")
     chosen.dtype = chosen.dtype or (["bfloat16", "float32"] if chosen.device == "cuda" else ["float32"])
     chosen.seconds = chosen.seconds or (0.3 if chosen.quick else 1.0)
+    chosen.limit = QUICK_S if chosen.quick and chosen.limit is None else chosen.limit
     return chosen
 
 

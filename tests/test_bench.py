@@ -126,6 +126,12 @@ def test_a_limit_ends_the_run_with_what_was_left_out(rows, capsys):
     assert "reached before square" in capsys.readouterr().out
 
 
+def test_a_quick_run_ends_within_three_minutes_unless_told_otherwise():
+    assert run.parse(["--quick"]).limit == 150
+    assert run.parse(["--quick", "--limit", "9"]).limit == 9
+    assert run.parse([]).limit is None
+
+
 @pytest.mark.parametrize("flags", [["--op", "cube"], ["--shapes", "none"], ["--dtype", "int3"]])
 def test_an_unknown_choice_is_refused_with_the_known_ones(rows, capsys, flags):
     with pytest.raises(SystemExit):
