@@ -38,7 +38,7 @@ def choose_plan(
     Not timed yet.
 
     Args:
-        channels: of x in a group; such that are no multiple of 16 are gathered by many loads.
+        channels: of x in a group; such that are no multiple of 8 are gathered by many loads.
         x_bits: of an element of x: 32, 16 or 8.
         levels: whether the grid of the weight is a table.
         sm: 90 for compute capability 9.0.
@@ -52,7 +52,7 @@ def choose_plan(
     plans = TILES[90 if sm >= 90 else 80]
     if m <= FEW_PIXELS:
         plans = (INT8_FEW if x_bits == 8 else FEW,)
-    elif x_bits == 32 or int8_group % 128 != 0 or channels % 16 != 0:
+    elif x_bits == 32 or int8_group % 128 != 0 or channels % 8 != 0:
         plans = plans[-1:]
     wide = 64 if n <= 64 or x_bits == 32 else 128
     tiles = 0

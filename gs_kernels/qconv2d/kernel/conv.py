@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gs_kernels.dispatch import launch
 from gs_kernels.pack.kernel import dequantize_block
-from gs_kernels.qconv2d.kernel.parts import finish, load_seen, pixels, place_tile, taps_inside
+from gs_kernels.qconv2d.kernel.parts import finish, in_units, load_seen, pixels, place_tile, taps_inside
 from gs_kernels.qconv2d.window import Window
 from gs_kernels.qmatmul.tiles import Plan
 
@@ -22,7 +22,8 @@ def _qconv2d_kernel(
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, PADDED: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr, ACTIVATION: tl.constexpr,
-    SPLIT_K: tl.constexpr, SCALE_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT_K: tl.constexpr, SCALE_PARTS: tl.constexpr,
+    UNIT: tl.constexpr, UNIT_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """A tile of y, `[pixels, channels]`; with SPLIT_K, of the sum over part of K, fp32 `[SPLIT_K, M, O]`.
 
@@ -32,11 +33,12 @@ def _qconv2d_kernel(
     T: tl.constexpr = x_ptr.dtype.element_ty
     BLOCKS: tl.constexpr = (K + 127) // 128
     TURNS: tl.constexpr = (BLOCKS + SPLIT_K - 1) // SPLIT_K
+    OG = in_units(OG, UNIT_N)
     N = OG * GROUPS
     first = tl.program_id(1) * TURNS
     offs_m, image, p, q, first_h, first_w, x_ptrs, cols, offs_n, mask_n = place_tile(
         x_ptr, M, OG, P, Q, stride_xb, stride_xc, stride_xh, stride_xw,
-        CG, STRIDE_H, STRIDE_W, TOP, LEFT, BLOCK_M, BLOCK_N,
+        CG, STRIDE_H, STRIDE_W, TOP, LEFT, UNIT, BLOCK_M, BLOCK_N,
     )
     bits = taps_inside(first_h, first_w, H, W, K // CG, S, DILATION_H, DILATION_W, PADDED)
     offs_w = offs_n[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]  # [BLOCK_N, WIDTH]
@@ -49,7 +51,7 @@ def _qconv2d_kernel(
         words = tl.load(codes_ptr + offs_w)
         x = load_seen(
             x_ptrs, first_h, first_w, bits, k, H, W, stride_xc, stride_xh, stride_xw, None,
-            K, CG, S, DILATION_H, DILATION_W, PADDED,
+            K, CG, S, DILATION_H, DILATION_W, PADDED, UNIT,
         )
         grid = (scale_ptr, zero_ptr, levels_ptr, offs_s, stride_sg, k, (K + GROUP - 1) // GROUP)
         w, scale = dequantize_block(words, grid, BITS, GROUP, ZERO, T, ASM, not SCALE_PARTS)
@@ -66,8 +68,8 @@ def _qconv2d_kernel(
         y_ptr += tl.program_id(1).to(tl.int64) * M * N
     else:
         y = finish(
-            y, offs_n, image, p, q, mask, stride_rb, stride_rc, stride_rh, stride_rw,
-            None, bias_ptr, residual_ptr, None, None, None, None, ACTIVATION,
+            y, cols, mask_n, image, p, q, mask, stride_rb, stride_rc, stride_rh, stride_rw,
+            None, bias_ptr, residual_ptr, None, None, None, None, ACTIVATION, UNIT_N,
         )
     offs_y = offs_m.to(tl.int64)[:, None] * N + cols[None, :]
     tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -79,12 +81,15 @@ def _sum_kernel(
     parts_ptr, bias_ptr, residual_ptr,
     M, N, P, Q,
     stride_rb, stride_rc, stride_rh, stride_rw,
-    ACTIVATION: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, SPLIT_K: tl.constexpr, UNIT_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """The sum of the parts `[SPLIT_K, M, O]` in their order, whatever order they were made in, and what follows it."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    N = in_units(N, UNIT_N)
+    mask_n = offs_n < N
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
     offs = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in tl.static_range(SPLIT_K):
@@ -92,8 +97,8 @@ def _sum_kernel(
         parts_ptr += tl.cast(M, tl.int64) * N
     image, p, q = pixels(offs_m, M, P, Q)
     y = finish(
-        acc, tl.minimum(offs_n, N - 1), image, p, q, mask, stride_rb, stride_rc, stride_rh, stride_rw,
-        None, bias_ptr, residual_ptr, None, None, None, None, ACTIVATION,
+        acc, offs_n, mask_n, image, p, q, mask, stride_rb, stride_rc, stride_rh, stride_rw,
+        None, bias_ptr, residual_ptr, None, None, None, None, ACTIVATION, UNIT_N,
     )
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -108,6 +113,12 @@ def window_flags(window: Window) -> dict[str, int]:
         "TOP": window.top, "LEFT": window.left,
         "DILATION_H": window.dilation_h, "DILATION_W": window.dilation_w, "PADDED": any(window.sides),
     }
+
+
+def unit_of(image: Tensor | None, channels: int = 8) -> int:
+    """8 if pixels of an image are a multiple of 8 elements apart, and so many channels a multiple of 8, else 1."""
+    strides = () if image is None else image.stride()
+    return 8 if channels % 8 == 0 and all(n % 8 == 0 for axis, n in enumerate(strides) if axis != 1) else 1
 
 
 def strides_of(t: Tensor | None) -> tuple[int, ...]:
@@ -133,11 +144,13 @@ def convolve(
         K=k, CG=k // window.taps, GROUPS=window.groups, **window_flags(window),
         BITS=bits, GROUP=group, ZERO=zero, ASM=asm, ACTIVATION=activation,
         SPLIT_K=split, SCALE_PARTS=plan.scale_parts and group % 128 == 0,
-        BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=plan.warps, num_stages=plan.stages,
+        UNIT=unit_of(x), UNIT_N=unit_of(residual, og), BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
+        num_warps=plan.warps, num_stages=plan.stages,
     )
     if split > 1:
         launch(
             _sum_kernel, (-(-m // SUM_M), -(-o // SUM_N)),
             y, sums, bias, residual, m, o, p, q, *strides_of(residual),
-            ACTIVATION=activation, SPLIT_K=split, BLOCK_M=SUM_M, BLOCK_N=SUM_N, num_warps=4,
+            ACTIVATION=activation, SPLIT_K=split,
+            UNIT_N=unit_of(residual, o), BLOCK_M=SUM_M, BLOCK_N=SUM_N, num_warps=4,
         )

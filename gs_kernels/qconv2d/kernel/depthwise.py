@@ -6,8 +6,8 @@ from torch import Tensor
 
 from gs_kernels.dispatch import launch
 from gs_kernels.pack.kernel import load_grid
-from gs_kernels.qconv2d.kernel.conv import strides_of, window_flags
-from gs_kernels.qconv2d.kernel.parts import finish, is_inside, pixels, split_zero
+from gs_kernels.qconv2d.kernel.conv import strides_of, unit_of, window_flags
+from gs_kernels.qconv2d.kernel.parts import finish, in_units, is_inside, pixels, split_zero
 from gs_kernels.qconv2d.tiles import depthwise_tile
 from gs_kernels.qconv2d.window import Window
 
@@ -22,7 +22,7 @@ def _depthwise_kernel(
     K: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     TOP: tl.constexpr, LEFT: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, PADDED: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr, UNIT_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """A tile of y, `[pixels, channels]`, a tap at a time. Of float x, weights are not rounded; of int8, sums are exact.
 
@@ -31,6 +31,7 @@ def _depthwise_kernel(
     WIDTH: tl.constexpr = 8 * BITS
     WHOLE: tl.constexpr = x_ptr.dtype.element_ty == tl.int8
     SUM: tl.constexpr = tl.int32 if WHOLE else tl.float32
+    N = in_units(N, UNIT_N)
     tiles_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
     offs_m = pid % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -39,7 +40,8 @@ def _depthwise_kernel(
     offs_n = tl.minimum(offs_o, N - 1)
     image, p, q = pixels(offs_m, M, P, Q)
     first_h, first_w = p * STRIDE_H - TOP, q * STRIDE_W - LEFT
-    rows = image.to(tl.int64) * stride_xb + first_h * stride_xh + first_w * stride_xw
+    stride_xh, stride_xw = in_units(stride_xh, UNIT), in_units(stride_xw, UNIT)
+    rows = image.to(tl.int64) * in_units(stride_xb, UNIT) + first_h * stride_xh + first_w * stride_xw
     # not the clamped ones, whose neighbourhood in memory the compiler cannot see
     x_ptrs = x_ptr + rows[:, None] + (offs_o // OG * stride_xc)[None, :]
     if x_zero_ptr is not None:
@@ -76,9 +78,9 @@ def _depthwise_kernel(
             acc += x.to(tl.float32) * ((code.to(tl.float32) - zero) * scale)[None, :]
 
     y = finish(
-        acc, offs_n, image, p, q, mask, stride_rb, stride_rc, stride_rh, stride_rw,
+        acc, offs_o, offs_o < N, image, p, q, mask, stride_rb, stride_rc, stride_rh, stride_rw,
         x_scale_ptr, bias_ptr, residual_ptr, residual_scale_ptr, residual_zero_ptr, out_scale_ptr, out_zero_ptr,
-        ACTIVATION,
+        ACTIVATION, UNIT_N,
     )
     tl.store(y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_o[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -100,5 +102,5 @@ def convolve_depthwise(
         m, o, o // window.groups, *x.shape[2:], p, q,
         *x.stride(), *scale.stride(), *strides_of(into[0]),
         K=k, **flags, BITS=bits, GROUP=k // scale.shape[1], ZERO=zero, ACTIVATION=activation,
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+        UNIT=unit_of(x), UNIT_N=unit_of(into[0], o), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
     )

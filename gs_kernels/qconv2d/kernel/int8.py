@@ -7,8 +7,17 @@ from torch import Tensor
 
 from gs_kernels.dispatch import launch
 from gs_kernels.pack.kernel import code_block, code_factor, code_middle
-from gs_kernels.qconv2d.kernel.conv import SUM_M, SUM_N, strides_of, window_flags
-from gs_kernels.qconv2d.kernel.parts import finish, is_half_steps, load_seen, pixels, place_tile, real_sums, taps_inside
+from gs_kernels.qconv2d.kernel.conv import SUM_M, SUM_N, strides_of, unit_of, window_flags
+from gs_kernels.qconv2d.kernel.parts import (
+    finish,
+    in_units,
+    is_half_steps,
+    load_seen,
+    pixels,
+    place_tile,
+    real_sums,
+    taps_inside,
+)
 from gs_kernels.qconv2d.window import Window
 from gs_kernels.qmatmul.tiles import Plan
 
@@ -34,7 +43,7 @@ def _qconv2d_int8_kernel(
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, PADDED: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr, ACTIVATION: tl.constexpr,
-    SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT_K: tl.constexpr, UNIT: tl.constexpr, UNIT_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """A tile of y, `[pixels, channels]`; with SPLIT_K, twice its sums over part of K, int32 `[SPLIT_K, M, O]`.
 
@@ -47,11 +56,12 @@ def _qconv2d_int8_kernel(
     CENTRED: tl.constexpr = zero_ptr is None and 2 * ZERO == MIDDLE2
     BLOCKS: tl.constexpr = (K + 127) // 128
     TURNS: tl.constexpr = (BLOCKS + SPLIT_K - 1) // SPLIT_K
+    OG = in_units(OG, UNIT_N)
     N = OG * GROUPS
     first = tl.program_id(1) * TURNS
     offs_m, image, p, q, first_h, first_w, x_ptrs, cols, offs_n, mask_n = place_tile(
         x_ptr, M, OG, P, Q, stride_xb, stride_xc, stride_xh, stride_xw,
-        CG, STRIDE_H, STRIDE_W, TOP, LEFT, BLOCK_M, BLOCK_N,
+        CG, STRIDE_H, STRIDE_W, TOP, LEFT, UNIT, BLOCK_M, BLOCK_N,
     )
     bits = taps_inside(first_h, first_w, H, W, K // CG, S, DILATION_H, DILATION_W, PADDED)
     offs_w = offs_n[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]  # [BLOCK_N, WIDTH]
@@ -70,7 +80,7 @@ def _qconv2d_int8_kernel(
         words = tl.load(codes_ptr + offs_w)
         x = load_seen(
             x_ptrs, first_h, first_w, bits, k, H, W, stride_xc, stride_xh, stride_xw, outside_ptr,
-            K, CG, S, DILATION_H, DILATION_W, PADDED,
+            K, CG, S, DILATION_H, DILATION_W, PADDED, UNIT,
         )
         w = code_block(words, BITS, tl.int8, False, ASM)
         if GROUP == 0:
@@ -110,9 +120,9 @@ def _qconv2d_int8_kernel(
                 ZERO, MIDDLE2,
             )
         y = finish(
-            tl.trans(acc), offs_n, image, p, q, mask, stride_rb, stride_rc, stride_rh, stride_rw,
+            tl.trans(acc), cols, mask_n, image, p, q, mask, stride_rb, stride_rc, stride_rh, stride_rw,
             x_scale_ptr, bias_ptr, residual_ptr, residual_scale_ptr, residual_zero_ptr, out_scale_ptr, out_zero_ptr,
-            ACTIVATION,
+            ACTIVATION, UNIT_N,
         )
         tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -124,28 +134,30 @@ def _sum_int8_kernel(
     residual_ptr, residual_scale_ptr, residual_zero_ptr, out_scale_ptr, out_zero_ptr,
     M, N, P, Q, K,
     stride_sn, stride_rb, stride_rc, stride_rh, stride_rw,
-    ZERO: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT_K: tl.constexpr,
+    ZERO: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT_K: tl.constexpr, UNIT_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """The sum of the parts `[SPLIT_K, M, O]`, and what follows it."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    N = in_units(N, UNIT_N)
+    mask_n = offs_n < N
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
     offs = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for _ in tl.static_range(SPLIT_K):
         sums += tl.load(parts_ptr + offs, mask=mask, other=0)
         parts_ptr += tl.cast(M, tl.int64) * N
-    offs_n = tl.minimum(offs_n, N - 1)
+    cols, offs_n = offs_n, tl.minimum(offs_n, N - 1)
     if x_zero_ptr is not None:
         x_zero = tl.load(x_zero_ptr).to(tl.int32)
         sums -= (x_zero * (2 * tl.load(code_sums_ptr + offs_n) - int(2 * ZERO) * K))[None, :]
     y = sums.to(tl.float32) * 0.5 * tl.load(scale_ptr + offs_n * stride_sn).to(tl.float32)[None, :]
     image, p, q = pixels(offs_m, M, P, Q)
     y = finish(
-        y, offs_n, image, p, q, mask, stride_rb, stride_rc, stride_rh, stride_rw,
+        y, cols, mask_n, image, p, q, mask, stride_rb, stride_rc, stride_rh, stride_rw,
         x_scale_ptr, bias_ptr, residual_ptr, residual_scale_ptr, residual_zero_ptr, out_scale_ptr, out_zero_ptr,
-        ACTIVATION,
+        ACTIVATION, UNIT_N,
     )
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -181,12 +193,14 @@ def convolve_int8(
         *x.stride(), *scale.stride(), *strides_of(into[0]),
         K=k, CG=k // window.taps, GROUPS=window.groups, **window_flags(window),
         BITS=bits, GROUP=0 if scale.shape[1] == 1 else group, ZERO=zero, ASM=asm, ACTIVATION=activation,
-        SPLIT_K=split, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=plan.warps, num_stages=plan.stages,
+        SPLIT_K=split, UNIT=unit_of(x), UNIT_N=unit_of(into[0], og), BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
+        num_warps=plan.warps, num_stages=plan.stages,
     )
     if split > 1:
         launch(
             _sum_int8_kernel, (-(-m // SUM_M), -(-o // SUM_N)),
             y, sums, x_scale, x_zero, code_sums, scale, bias, *into, m, o, p, q, k,
             scale.stride(0), *strides_of(into[0]),
-            ZERO=zero, ACTIVATION=activation, SPLIT_K=split, BLOCK_M=SUM_M, BLOCK_N=SUM_N, num_warps=4,
+            ZERO=zero, ACTIVATION=activation, SPLIT_K=split,
+            UNIT_N=unit_of(into[0], o), BLOCK_M=SUM_M, BLOCK_N=SUM_N, num_warps=4,
         )

@@ -17,6 +17,12 @@ def pixels(offs_m, M, P, Q):
 
 
 @triton.jit
+def in_units(n, UNIT: tl.constexpr):
+    """n, a multiple of UNIT, so that the compiler sees that: without help it only looks for multiples of 16."""
+    return n // UNIT * UNIT
+
+
+@triton.jit
 def is_inside(h, H):
     """0 <= h < H."""
     return h.to(tl.uint32) < H
@@ -26,7 +32,7 @@ def is_inside(h, H):
 def place_tile(
     x_ptr, M, OG, P, Q, stride_xb, stride_xc, stride_xh, stride_xw,
     CG: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Of this program: its pixels, where they are, and where x is read; its channels of y, and which of them exist.
 
@@ -45,7 +51,8 @@ def place_tile(
     image, p, q = pixels(offs_m, M, P, Q)
     first_h, first_w = p * STRIDE_H - TOP, q * STRIDE_W - LEFT
     x_ptr += group.to(tl.int64) * CG * stride_xc
-    x_ptrs = x_ptr + (image.to(tl.int64) * stride_xb + first_h * stride_xh + first_w * stride_xw)
+    x_ptrs = x_ptr + image.to(tl.int64) * in_units(stride_xb, UNIT)
+    x_ptrs += first_h * in_units(stride_xh, UNIT) + first_w * in_units(stride_xw, UNIT)
     offs_n = group * OG + tl.minimum(cols, OG - 1)
     return offs_m, image, p, q, first_h, first_w, x_ptrs, group * OG + cols, offs_n, cols < OG
 
@@ -68,12 +75,12 @@ def taps_inside(
 def load_seen(
     x_ptr, first_h, first_w, bits, k, H, W, stride_xc, stride_xh, stride_xw, outside_ptr,
     K: tl.constexpr, CG: tl.constexpr, S: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    PADDED: tl.constexpr,
+    PADDED: tl.constexpr, UNIT: tl.constexpr,
 ):
     """Columns k to k + 128 of what pixels see, `[BLOCK_M, 128]`: 0 behind K and, without outside_ptr, beside x.
 
     Column k is channel k % CG of tap k // CG. If CG is a multiple of 128 there is one tap, the same for all threads; if
-    it is one of 16, 16 bytes are one load; else columns are gathered in smaller pieces, down to one by one.
+    it is one of 8, 16 bytes are one load; else columns are gathered in smaller pieces, down to one by one.
 
     Args:
         x_ptr: `[BLOCK_M]`, the first tap of each pixel, channel 0; it can lie beside x.
@@ -94,7 +101,7 @@ def load_seen(
     tap = at // CG
     r = tap // S * DILATION_H
     s = tap % S * DILATION_W
-    ptrs = ptrs + (r * stride_xh + s * stride_xw + c * stride_xc)
+    ptrs = ptrs + (r * in_units(stride_xh, UNIT) + s * in_units(stride_xw, UNIT) + c * stride_xc)
     exists = tl.broadcast_to(at < K, ptrs.shape)
     if PADDED:
         if K // CG <= 32:
@@ -117,18 +124,19 @@ def load_seen(
 
 @triton.jit
 def finish(
-    y, offs_n, image, p, q, mask, stride_rb, stride_rc, stride_rh, stride_rw,
+    y, cols, mask_n, image, p, q, mask, stride_rb, stride_rc, stride_rh, stride_rw,
     x_scale_ptr, bias_ptr, residual_ptr, residual_scale_ptr, residual_zero_ptr, out_scale_ptr, out_zero_ptr,
-    ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr, UNIT: tl.constexpr,
 ):
     """From sums `[BLOCK_M, BLOCK_N]` to the result, in the order of `finish_int8` of the reference."""
     if x_scale_ptr is not None:
         y = y * tl.load(x_scale_ptr)
     if bias_ptr is not None:
-        y = y + tl.load(bias_ptr + offs_n).to(tl.float32)[None, :]
+        y = y + tl.load(bias_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if residual_ptr is not None:
-        rows = image.to(tl.int64) * stride_rb + p * stride_rh + q * stride_rw
-        residual = tl.load(residual_ptr + rows[:, None] + (offs_n * stride_rc)[None, :], mask=mask, other=0.0)
+        rows = image.to(tl.int64) * in_units(stride_rb, UNIT)
+        rows += p * in_units(stride_rh, UNIT) + q * in_units(stride_rw, UNIT)
+        residual = tl.load(residual_ptr + rows[:, None] + (cols * stride_rc)[None, :], mask=mask, other=0.0)
         residual = residual.to(tl.float32)
         if residual_zero_ptr is not None:
             residual = residual - tl.load(residual_zero_ptr)
