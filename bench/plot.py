@@ -1,7 +1,7 @@
 """`python -m bench.plot FILE...`: pictures of measured rows, beside the rows: roofline.png and speedup.png.
 
-The roofline shows every timed call of ours by its operations per byte, under the copy bandwidth of the same run and,
-of a GPU that is described, its peak. The other shows how many times a float product's speed a packed one has, over the
+The roofline shows every timed call of ours by its operations per byte, under the copy bandwidth and the peak of bf16
+products that were measured in the same run. The other shows how many times a float product's speed a packed one has, over the
 rows of x, a line per bit width. Needs matplotlib: `pip install -e ".[report]"`.
 """
 
@@ -16,7 +16,6 @@ from typing import Any
 
 from bench import record
 from bench.tables import rows_of
-from gs_kernels.tuning.cards import card_of
 
 
 def roofline_points(rows: Iterable[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
@@ -64,8 +63,7 @@ def plot_roofline(rows: Sequence[dict[str, Any]], title: str, path: Path) -> Non
     copy = max(row["copy_gbps"] for row in rows if "copy_gbps" in row)
     reach = [x for members in points.values() for x, _ in members]
     ends = min(reach) / 2, max(reach) * 2
-    card = card_of(title)
-    peak = card.peaks["16bit"] if card else None
+    peak = max((row["bfloat16_tflops"] for row in rows if "bfloat16_tflops" in row), default=None)
     xs = [ends[0] * (ends[1] / ends[0]) ** (i / 100) for i in range(101)]
     roof = [min(x * copy / 1e3, peak) if peak else x * copy / 1e3 for x in xs]
     axes.plot(

@@ -2,8 +2,8 @@
 
 Nothing is timed before its outputs and gradients agree with the reference within the tolerance of the spec. A provider
 that differs in at most one element of a thousand (another rounding of ties) is timed and marked; one that differs more
-is not. Times are of warm calls; percentages are of the copy bandwidth measured first: on a CPU, a tensor that fits the
-cache can exceed 100 %.
+is not. Times are of warm calls; percentages are of the copy bandwidth and of the peak of torch's products (int8 for ops
+of int8, else bf16), both measured first: on a CPU, a tensor that fits the cache can exceed 100 %.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from bench import record
 from bench.agree import agreement, outputs_of, step
-from bench.roofline import copies_beyond_cache, copy_bandwidth
+from bench.roofline import copies_beyond_cache, copy_bandwidth, product_peaks
 from bench.timing import time_calls
 from gs_kernels.dispatch import INTERPRET
 from gs_kernels.spec import Case, OpSpec, Shape, map_tensors, specs
@@ -76,7 +76,7 @@ def providers(spec: OpSpec, ours_only: bool = False) -> Iterator[tuple[str, Call
 
 
 def measure(
-    job: Job, device: str, bandwidth: float, seconds: float, ours_only: bool = False
+    job: Job, device: str, bandwidth: float, peaks: dict[str, float], seconds: float, ours_only: bool = False
 ) -> Iterator[dict[str, Any]]:
     """One row per provider; a provider that fails or disagrees has no times."""
     nbytes, flops = job.cost()
@@ -105,7 +105,12 @@ def measure(
             if agrees.nearly:
                 timing = time_calls([partial(step, run, case, dys) for case in cases], device, seconds)
                 row |= {k: round(v, 5) if isinstance(v, float) else v for k, v in asdict(timing).items()}
-                row |= {"copies": len(cases), "tflops": round(flops / timing.ms_p50 / 1e9, 3)}
+                tflops, peak = (
+                    flops / timing.ms_p50 / 1e9,
+                    peaks["int8" if job.spec.name.endswith("_int8") else "bfloat16"],
+                )
+                row |= {"copies": len(cases), "tflops": round(tflops, 3)}
+                row |= {"peak_tflops": round(peak, 2), "percent_of_peak": round(100 * tflops / peak, 1)}
                 if nbytes:
                     gbps = nbytes / timing.ms_p50 / 1e6
                     row |= {
@@ -187,9 +192,12 @@ def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     path = chosen.out or record.default_path(chosen.device)
     bandwidth = copy_bandwidth(chosen.device, chosen.seconds)
-    record.append({"copy_gbps": round(bandwidth, 1)}, "roofline", device=chosen.device, path=path)
+    peaks = product_peaks(chosen.device, chosen.seconds)
+    ceilings = {"copy_gbps": round(bandwidth, 1), **{f"{name}_tflops": round(v, 2) for name, v in peaks.items()}}
+    record.append(ceilings, "roofline", device=chosen.device, path=path)
     print(
-        f"{record.device_name(chosen.device)}, {torch.get_num_threads()} threads, copy {bandwidth:.1f} GB/s -> {path}"
+        f"{record.device_name(chosen.device)}, {torch.get_num_threads()} threads, copy {bandwidth:.1f} GB/s, products "
+        f"{peaks['bfloat16']:.3g} TFLOP/s in bf16, {peaks['int8']:.3g} TOP/s in int8 -> {path}"
     )
     print(COLUMNS.format(*HEAD))
     failed = False
@@ -199,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
             failed = True
             break
         ours = None
-        for row in measure(job, chosen.device, bandwidth, chosen.seconds, chosen.ours_only):
+        for row in measure(job, chosen.device, bandwidth, peaks, chosen.seconds, chosen.ours_only):
             record.append(row, "op", device=chosen.device, path=path)
             ours = row.get("ms_p50") if row["provider"] == "ours" else ours
             failed |= row["provider"] == "ours" and "ms_p50" not in row

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from bench import gpu, record, run, timing
+from bench import gpu, record, roofline, run, timing
 from bench.agree import agreement, step
 from gs_kernels.dispatch import INTERPRET
 from gs_kernels.spec import Case, Cost, OpSpec, Tol
@@ -56,6 +56,7 @@ def _spec(**changes):
 def rows(monkeypatch, tmp_path):
     """Runs the benchmark on one spec and returns its exit code and what it wrote."""
     monkeypatch.setattr(run, "copy_bandwidth", lambda device, seconds: 10.0)
+    monkeypatch.setattr(run, "product_peaks", lambda device, seconds: {"bfloat16": 0.5, "int8": 2.0})
     # compiling is torch's business and takes seconds
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
@@ -79,6 +80,7 @@ def test_every_provider_gets_a_row_with_its_times_and_where_they_were_taken(rows
         assert row["shape"] == {"N": 1000} and row["dtype"] == "float32" and row["agrees"]
         assert 0 < row["ms_min"] <= row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
         assert row["gbps"] == pytest.approx(row["nbytes"] / row["ms_p50"] / 1e6, rel=1e-2)
+        assert row["peak_tflops"] == 0.5 and row["percent_of_peak"] == pytest.approx(200 * row["tflops"], abs=0.2)
         assert row["percent_of_copy"] == pytest.approx(10 * row["gbps"], abs=0.1)
         assert {"device_name", "torch", "triton", "python", "threads", "commit", "dirty", "time"} <= row.keys()
     assert [r["nbytes"] for r in written[1::4]] == [8000, 16000]
@@ -180,6 +182,21 @@ def test_nan_agrees_with_nan_and_with_nothing_else():
     want = step(_square, Case((x,), {}), [])
     assert agreement(_square, Case((x,), {}), [], want, Tol(0, 0), 0).full
     assert not agreement(lambda x: x.nan_to_num() ** 2, Case((x,), {}), [], want, Tol(0, 0), 0).nearly
+
+
+def test_peaks_are_of_products_in_both_types(monkeypatch):
+    monkeypatch.setattr(roofline, "SIDES", {"cpu": 64})
+    peaks = roofline.product_peaks("cpu", 0.001)
+    assert list(peaks) == ["bfloat16", "int8"] and all(0 < peak < 100 for peak in peaks.values())
+
+
+def test_ops_of_int8_are_held_to_the_peak_of_int8(rows):
+    _, written = rows(_spec(name="square_int8"), "--quick")
+    assert {row["peak_tflops"] for row in written[1:]} == {2.0}
+    assert {key: written[0][key] for key in ("bfloat16_tflops", "int8_tflops")} == {
+        "bfloat16_tflops": 0.5,
+        "int8_tflops": 2.0,
+    }
 
 
 def test_percentiles_are_taken_of_the_samples():
