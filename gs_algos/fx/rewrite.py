@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from gs_algos.core.modules import get_module, set_module
-from gs_algos.fx import ops
 from gs_algos.fx.borrowed import Borrowed, borrow
 from gs_algos.fx.capture import capture, unwrap
 from gs_algos.fx.graph import SiteGraph
@@ -118,14 +117,9 @@ def try_modularize(
 
 
 def functional_scopes(graph: SiteGraph, model: nn.Module) -> set[str]:
-    """Modules of the user's own kind that call a conv or linear function on a parameter."""
+    """Modules of the user's own kind that call a conv or linear function on a parameter; layers that do more, too."""
     scopes = {node.scope for node in graph.nodes if node.module is None and node.weight and node.op in _CALLS}
-    modules = {scope: get_module(model, scope) for scope in scopes}
-    return {
-        scope
-        for scope, module in modules.items()
-        if not type(module).__module__.startswith("torch.nn.") and not isinstance(module, ops.SITES)
-    }
+    return {scope for scope in scopes if not type(get_module(model, scope)).__module__.startswith("torch.nn.")}
 
 
 def modularized(model: nn.Module) -> list[tuple[str, dict[str, Any]]]:

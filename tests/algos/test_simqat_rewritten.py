@@ -40,6 +40,18 @@ def norm_act() -> nn.Module:
     return Chain(conv=nn.Conv2d(3, 4, 3), bn=NormAct(4), head=nn.Conv2d(4, 2, 1))
 
 
+class PaddedConv(nn.Conv2d):
+    """Pads on one side as TensorFlow does, then convolves by function: EfficientNets hold such layers."""
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def padded() -> nn.Module:
+    torch.manual_seed(0)
+    return Chain(conv=PaddedConv(3, 4, 3, stride=2, bias=False), bn=nn.BatchNorm2d(4), head=PaddedConv(4, 2, 1))
+
+
 def trained(build, **options):
     net = build()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
@@ -54,7 +66,7 @@ def trained(build, **options):
     return net.eval(), algo
 
 
-NETS = {"root": (Functional, 2), "inner": (inner, 2), "norm_act": (norm_act, 2)}
+NETS = {"root": (Functional, 2), "inner": (inner, 2), "norm_act": (norm_act, 2), "padded": (padded, 2)}
 
 
 @pytest.mark.parametrize("fold, freeze", [("one_conv", None), ("two_conv", None), ("none", 2), ("two_conv", 2)])
