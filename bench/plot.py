@@ -1,8 +1,8 @@
 """`python -m bench.plot FILE...`: pictures of measured rows, beside the rows: roofline.png and speedup.png.
 
 The roofline shows every timed call of ours by its operations per byte, under the copy bandwidth and the peak of bf16
-products that were measured in the same run. The other shows how many times a float product's speed a packed one has, over the
-rows of x, a line per bit width. Needs matplotlib: `pip install -e ".[report]"`.
+products that were measured in the same run. The other shows how many times a float product's speed a packed one has,
+over the rows of x, a line per bit width. Needs matplotlib: `pip install -e ".[report]"`.
 """
 
 from __future__ import annotations
