@@ -223,6 +223,15 @@ def with_entry(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
 WRONG_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "of another library": (with_entry("quant_method", "gptq"), "quant_method must be 'golden-stick', got 'gptq'"),
     "of a newer version": (with_entry("version", 2), "version must be at most 1, got 2; update golden-stick"),
+    "an unknown field": (
+        with_entry("rotation", "hadamard"),
+        "fields must be of .*, got 'rotation'; update golden-stick",
+    ),
+    "a file that is not there": (
+        with_entry("files", {"model-2.safetensors": "0"}),
+        "model-2.safetensors must be there",
+    ),
+    "a file elsewhere": (with_entry("files", {"../model.safetensors": "0"}), "files must map file names to SHA-256"),
     "no layers": (with_entry("layers", {}), "layers and tied must be objects"),
     "unknown bits": (
         lambda c: c["quantization_config"]["layers"]["model.embed_tokens"].update(bits=3),
@@ -253,7 +262,7 @@ def test_a_wrong_description_is_refused_in_one_line(
 def test_wrong_packed_tensors_are_refused_by_name(
     spoil: str, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    folder = edited(packed, tmp_path / "wrong", lambda config: None)
+    folder = edited(packed, tmp_path / "wrong", lambda config: config["quantization_config"].pop("files"))
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.up_proj." + ("codes" if spoil == "shorter" else "scale")
     if spoil == "missing":

@@ -17,6 +17,7 @@ from gs_algos.cli.compress import run_compress
 from gs_algos.cli.data import DATA, load_data
 from gs_algos.cli.demo import DemoOptions, make_algorithm, pick_device, run_demo
 from gs_algos.cli.describe import describe
+from gs_algos.cli.export import TARGETS, run_export, run_import
 from gs_algos.cli.language import run_generate, run_perplexity, run_quantize
 from gs_algos.cli.models import MODELS, build
 from gs_algos.cli.train import Interrupted
@@ -122,6 +123,25 @@ def quantize(
 ) -> None:
     """Packs the weights of a language model, rounded to nearest: no data, one tensor in memory at a time."""
     print(run_quantize(source, target, weights, embeddings, rule or [], dtype, device))
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A packed language model.")],
+    target: Annotated[Path, typer.Argument(help="What to write; it must be new.")],
+    to: Annotated[str, typer.Option(help=f"One of {', '.join(TARGETS)}.")],
+) -> None:
+    """Writes a compressed model in the format of another library, with the same codes and scales."""
+    print(run_export(source, target, to))
+
+
+@app.command(name="import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="A compressed-tensors, GPTQ or AWQ folder.")],
+    target: Annotated[Path, typer.Argument(help="A new folder for the packed model.")],
+) -> None:
+    """Reads a language model that another library quantized, exactly, into a packed folder of ours."""
+    print(run_import(source, target))
 
 
 @app.command()

@@ -84,7 +84,8 @@ def quantize_checkpoint(
                 formats[site.names[0]] = _pack(writer, site, tensor, device)
         writer.close()
         rows = [site_row(site, formats.get(site.names[0])) for site in sites]
-        config = {**origin.config, "quantization_config": to_config(rows, settings_of(weights, embeddings, rules))}
+        packed = to_config(rows, settings_of(weights, embeddings, rules), writer.hashes)
+        config = {**origin.config, "quantization_config": packed}
         if dtype is not None:
             config = {**config, "dtype": str(dtype).removeprefix("torch.")}
             config.pop("torch_dtype", None)

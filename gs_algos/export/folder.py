@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -107,8 +108,19 @@ def opened(file: Path, who: str) -> Iterator[Any]:
         raise ValueError(f"{who}: {file} must be a whole safetensors file, got {error}; it is damaged") from error
 
 
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 class ShardWriter:
     """Collects tensors and writes them as `model-00001-of-0000N.safetensors` with an index, or as one file.
+
+    hashes: once closed, the SHA-256 of every file by its name.
 
     Args:
         folder: where to; it exists.
@@ -119,6 +131,7 @@ class ShardWriter:
         self.folder, self.shard_bytes = folder, shard_bytes
         self.pending: dict[str, Tensor] = {}
         self.shards: list[list[str]] = []
+        self.hashes: dict[str, str] = {}
         self.nbytes = 0
         self._size = 0
 
@@ -135,15 +148,19 @@ class ShardWriter:
         """Writes what is left, and gives the files the names that a reader looks for."""
         self._flush()
         if len(self.shards) == 1:
-            os.replace(self._part(0), self.folder / SINGLE)
+            self._name(0, SINGLE)
             return
         weight_map: dict[str, str] = {}
         for i, names in enumerate(self.shards):
             final = f"model-{i + 1:05d}-of-{len(self.shards):05d}.safetensors"
-            os.replace(self._part(i), self.folder / final)
+            self._name(i, final)
             weight_map |= dict.fromkeys(names, final)
         index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
         (self.folder / INDEX).write_text(json.dumps(index, indent=2))
+
+    def _name(self, i: int, final: str) -> None:
+        self.hashes[final] = sha256(self._part(i))
+        os.replace(self._part(i), self.folder / final)
 
     def _part(self, i: int) -> Path:
         return self.folder / f"part-{i}.safetensors"

@@ -11,22 +11,27 @@ from typing import Any
 
 import torch
 
-from gs_algos.export.folder import Folder, opened, read_folder
-from gs_algos.export.packed_config import PackedConfig, read_config
-from gs_algos.quant.packed import tensors_of
+from gs_algos.export.folder import read_folder
+from gs_algos.export.packed_config import read_config
+from gs_algos.export.verify import check_tensors, trusting
 
 WHO = "load_language_model"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def load_language_model(
-    path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    path: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    verify: bool = True,
 ) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer) of a folder or GGUF file, a packed folder with its packed layers.
 
     Args:
         device: where the model goes.
         dtype: of the arithmetic and of what is not packed; default: what config.json says, fp32 for GGUF.
+        verify: compare the SHA-256 of every packed file first; False saves one pass over them.
 
     Raises:
         ValueError: if nothing is there, another library packed it, a newer version did, or a file is damaged.
@@ -39,12 +44,13 @@ def load_language_model(
     folder = read_folder(source, WHO)
     packed = folder.config.get("quantization_config")
     if packed is not None:
-        check_tensors(folder, read_config(packed, f"{WHO}: {folder.path / 'config.json'}"))
+        check_tensors(folder, read_config(packed, f"{WHO}: {folder.path / 'config.json'}"), WHO)
         importlib.import_module("gs_algos.export.transformers_quantizer")
     quiet(transformers)
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
-    )
+    with trusting(not verify):
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+        )
     lost = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
     if lost:
         raise ValueError(
@@ -52,24 +58,6 @@ def load_language_model(
             f"got {len(lost)} that differ: {', '.join(lost[:4])}"
         )
     return model.eval().to(device), transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
-
-
-def check_tensors(folder: Folder, config: PackedConfig) -> None:
-    """Raises unless the folder holds every tensor of its packed layers, in the shape that config.json says."""
-    wanted = {
-        f"{name}.{part}": list(tensor.shape)
-        for name, format in config.layers.items()
-        for part, tensor in tensors_of(format.empty("meta")).items()
-    }
-    for name in wanted:
-        if name not in folder.tensors:
-            raise ValueError(f"{WHO}: {folder.path} must hold {name}, which config.json describes; it is damaged")
-    for file in dict.fromkeys(folder.tensors[name] for name in wanted):
-        with opened(file, WHO) as data:
-            for name, shape in wanted.items():
-                if folder.tensors[name] == file and data.get_slice(name).get_shape() != shape:
-                    got = data.get_slice(name).get_shape()
-                    raise ValueError(f"{WHO}: {name} must be {shape} as config.json says, got {got} in {file}")
 
 
 def is_gguf(path: Path) -> bool:

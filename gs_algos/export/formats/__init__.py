@@ -1,0 +1,1 @@
+"""Checkpoint formats of other libraries: what each writes into config.json, and the tensors of one layer."""
