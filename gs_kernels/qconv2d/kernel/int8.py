@@ -59,8 +59,8 @@ def _qconv2d_int8_kernel(
     OG = in_units(OG, UNIT_N)
     N = OG * GROUPS
     first = tl.program_id(1) * TURNS
-    offs_m, image, p, q, first_h, first_w, x_ptrs, cols, offs_n, mask_n = place_tile(
-        x_ptr, M, OG, P, Q, stride_xb, stride_xc, stride_xh, stride_xw,
+    offs_m, image, p, q, first_h, first_w, offs_x, cols, offs_n, mask_n = place_tile(
+        M, OG, P, Q, stride_xb, stride_xc, stride_xh, stride_xw,
         CG, STRIDE_H, STRIDE_W, TOP, LEFT, UNIT, BLOCK_M, BLOCK_N,
     )
     bits = taps_inside(first_h, first_w, H, W, K // CG, S, DILATION_H, DILATION_W, PADDED)
@@ -79,7 +79,7 @@ def _qconv2d_int8_kernel(
         k = (first + turn) * 128
         words = tl.load(codes_ptr + offs_w)
         x = load_seen(
-            x_ptrs, first_h, first_w, bits, k, H, W, stride_xc, stride_xh, stride_xw, outside_ptr,
+            x_ptr + offs_x, first_h, first_w, bits, k, H, W, stride_xc, stride_xh, stride_xw, outside_ptr,
             K, CG, S, DILATION_H, DILATION_W, PADDED, UNIT,
         )
         w = code_block(words, BITS, tl.int8, False, ASM)

@@ -30,16 +30,17 @@ def is_inside(h, H):
 
 @triton.jit
 def place_tile(
-    x_ptr, M, OG, P, Q, stride_xb, stride_xc, stride_xh, stride_xw,
+    M, OG, P, Q, stride_xb, stride_xc, stride_xh, stride_xw,
     CG: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Of this program: its pixels, where they are, and where x is read; its channels of y, and which of them exist.
 
+    Takes no pointer: compilers would think that x is written where its results tell where to write.
     offs_n are the columns, those behind the last of their group being the last: read, not stored.
 
     Returns:
-        offs_m, image, p, q, first_h, first_w, x_ptrs `[BLOCK_M]`; columns of y, offs_n, mask_n `[BLOCK_N]`.
+        offs_m, image, p, q, first_h, first_w, offs_x `[BLOCK_M]`; columns of y, offs_n, mask_n `[BLOCK_N]`.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(OG, BLOCK_N)
@@ -50,11 +51,10 @@ def place_tile(
     cols = tile_n % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     image, p, q = pixels(offs_m, M, P, Q)
     first_h, first_w = p * STRIDE_H - TOP, q * STRIDE_W - LEFT
-    x_ptr += group.to(tl.int64) * CG * stride_xc
-    x_ptrs = x_ptr + image.to(tl.int64) * in_units(stride_xb, UNIT)
-    x_ptrs += first_h * in_units(stride_xh, UNIT) + first_w * in_units(stride_xw, UNIT)
+    offs_x = image.to(tl.int64) * in_units(stride_xb, UNIT) + group.to(tl.int64) * CG * stride_xc
+    offs_x += first_h * in_units(stride_xh, UNIT) + first_w * in_units(stride_xw, UNIT)
     offs_n = group * OG + tl.minimum(cols, OG - 1)
-    return offs_m, image, p, q, first_h, first_w, x_ptrs, group * OG + cols, offs_n, cols < OG
+    return offs_m, image, p, q, first_h, first_w, offs_x, group * OG + cols, offs_n, cols < OG
 
 
 @triton.jit
