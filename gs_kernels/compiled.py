@@ -66,6 +66,7 @@ def _compile(chain: Chain, variant: Hashable, example: Callable[[], tuple[Any, .
 
 
 def _compile_for(chain: Chain, args: tuple[Any, ...], options: dict[str, Any]) -> Chain:
+    from torch._guards import TracingContext, tracing
     from torch._inductor import standalone_compile  # importing it takes a second
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -82,10 +83,12 @@ def _compile_for(chain: Chain, args: tuple[Any, ...], options: dict[str, Any]) -
         return result if kind is tuple else () if result is None else (result,)
 
     graph = make_fx(of_tensors, tracing_mode="symbolic")(*(args[i] for i in places))
-    for node in graph.graph.nodes:
-        node.meta["example_value"] = node.meta.get("val")  # where standalone_compile looks for the symbols of sizes
     inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-    code = standalone_compile(graph, inputs, dynamic_shapes="from_graph", options={"config_patches": options})
+    # sizes are symbols of the trace, which a chain that returns nothing does not show in its results
+    with tracing(TracingContext(inputs[0].fake_mode)):
+        code = standalone_compile(
+            graph, inputs, dynamic_shapes="from_tracing_context", options={"config_patches": options}
+        )
 
     def run(*args: Any) -> Any:
         results = code(*[args[i] for i in places])
