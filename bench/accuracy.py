@@ -38,30 +38,29 @@ class Setting:
     """An algorithm with its options.
 
     Args:
-        far: it trains at this share of the float run's learning rate; 0: at that of fine-tuning.
+        far: it trains at the float run's learning rate, not at that of fine-tuning.
         after: the setting whose converted network it starts from; None: the float one.
     """
 
     algorithm: str
     options: dict[str, Any]
-    far: float = 0.0
+    far: bool = False
     after: str | None = None
 
 
-def _search(weight: str, act: str | None = None, far: float = 1.0, **options: Any) -> Setting:
+def _search(weight: str, act: str | None = None, **options: Any) -> Setting:
     """SLB over a short training: the temperature falls all the time, from where a logit moves with its weight."""
     short = {"t0": 12.0, "t_start": 0.0, "t_end": 0.9, "t_final": 1200.0}
-    return Setting("slb", {"weight": weight, "act": act, **short, **options}, far)
+    return Setting("slb", {"weight": weight, "act": act, **short, **options}, far=True)
 
 
-FAR = {4: 1 / 3, 2: 1.0, 1: 1.0}  # by bits: a network of 16 levels has not far to go
 SETTINGS = {
     "simqat-w8a8": Setting("simqat", {"weight": "int8@channel", "act": "int8@tensor:ema"}),
     "simqat-w4a8": Setting("simqat", {"weight": "int4@channel", "act": "int8@tensor:ema"}),
-    **{f"slb-w{bits}": _search(f"{bits}bit@channel", far=far) for bits, far in FAR.items()},
-    **{f"slb-w{bits}a8": _search(f"{bits}bit@channel", "int8@tensor:ema", far) for bits, far in FAR.items()},
-    "scop-45": Setting("scop", {"rate": 0.45}, far=1.0),
-    **{f"{by}-45": Setting("prune", {"rate": 0.45, "importance": by}, far=1.0) for by in ("l2", "random")},
+    **{f"slb-w{bits}": _search(f"{bits}bit@channel") for bits in (4, 2, 1)},
+    **{f"slb-w{bits}a8": _search(f"{bits}bit@channel", "int8@tensor:ema") for bits in (4, 2, 1)},
+    "scop-45": Setting("scop", {"rate": 0.45}, far=True),
+    **{f"{by}-45": Setting("prune", {"rate": 0.45, "importance": by}, far=True) for by in ("l2", "random")},
     "scop-45-simqat-w8a8": Setting("simqat", {"weight": "int8@channel", "act": "int8@tensor:ema"}, after="scop-45"),
     "scop-45-slb-w2": replace(_search("2bit@channel"), after="scop-45"),
     "slb-w4a4": _search("4bit@channel", "uint4@tensor:pact", rules=(("re:stem.*|embed", {"act": "int8@tensor:ema"}),)),
@@ -132,7 +131,7 @@ def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
     sizes = {"float": size(net, data)}
     for name in chain(args.recipe):
         setting = SETTINGS[name]
-        compressed = replace(tune, lr=base.lr * setting.far or tune.lr, amp=args.amp)
+        compressed = replace(tune, lr=base.lr if setting.far else tune.lr, amp=args.amp)
         algo = make(setting, args.epochs, batches_per_epoch(data, args.batch_size))
         net = algo.apply(net, data.example())
         amp = "-amp" if args.amp else ""
