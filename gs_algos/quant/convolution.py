@@ -22,6 +22,9 @@ class Convolution(Packed):
 
     Filters with several scales in a row keep the order (C / groups, taps) of the float layer, in which they were
     trained, and are dequantized in each forward, as those of three dimensions are.
+
+    A CPU keeps beside the packed weight what it convolves with, once a forward has made it: the weight in the dtype of
+    x, or int8 codes. A GPU reads the packed weight.
     """
 
     geometry: dict[str, Any]
@@ -78,7 +81,7 @@ class Convolution(Packed):
             return self._convolve_dense(x, bias)
         batched = x.dim() == len(self.filter) + 1
         image, about = self.window(x if batched else x.unsqueeze(0))
-        y = qconv2d(image, self.packed, bias, **about)
+        y = qconv2d(image, self.packed, bias, **about, keep_dense=True)
         y = y.squeeze(2) if len(self.filter) == 2 else y
         return y if batched else y.squeeze(0)
 

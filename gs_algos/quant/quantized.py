@@ -254,6 +254,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
             out_scale=None if grid is None else grid.scale,
             out_zero=None if grid is None else grid.signed_zero(),
             dtype=x.dtype,
+            keep_dense=True,
         )
         y = y.squeeze(2) if len(self.filter) == 2 else y
         y = y if batched else y.squeeze(0)

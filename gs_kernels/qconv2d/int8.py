@@ -58,7 +58,7 @@ def _int8_fake(x: Tensor, *args: Any) -> Tensor:
     return empty_image(x, args[15], Window(*args[19]), args[21] if args[12] is None else torch.int8)
 
 
-register(
+_run = register(
     f"qconv2d_int8(Tensor x, Tensor x_scale, Tensor? x_zero, Tensor? weight_sums, {TENSORS}, Tensor? bias,"
     " Tensor? residual, Tensor? residual_scale, Tensor? residual_zero, Tensor? out_scale, Tensor? out_zero,"
     f" {NUMBERS}, int[] window, str activation, ScalarType dtype, bool keep, str source) -> Tensor",
@@ -130,4 +130,4 @@ def qconv2d_int8(
     check_int8(who, x, x_scale, weight, dtype, shape, {"x_zero": x_zero, "weight_sums": weight_sums, **into})
     rest = (activation, dtype, keep_dense)
     tensors = (x, x_scale, x_zero, weight_sums, *tensors_of(weight), bias, *into.values())
-    return torch.ops.gs_kernels.qconv2d_int8(*tensors, *numbers_of(weight), window.numbers, *rest, SOURCE)
+    return _run(*tensors, *numbers_of(weight), window.numbers, *rest, SOURCE)

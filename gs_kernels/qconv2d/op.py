@@ -90,7 +90,7 @@ def _dx_fake(dy: Tensor, *args: Any) -> Tensor:
     return torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
 
 
-register(
+_run = register(
     f"qconv2d(Tensor x, {TENSORS}, Tensor? bias, Tensor? residual, {NUMBERS}, int[] window, str activation, bool keep,"
     " str source) -> Tensor",
     QCONV2D,
@@ -157,7 +157,8 @@ def qconv2d(
     """`act(conv2d(x, W) + bias + residual)` with `W = (code - zero) * scale`, or `levels[code] * scale`, packed.
 
     fp16 and bf16 x: each weight is rounded once to the dtype of x, products are summed in fp32, and bias, residual and
-    activation are applied there. fp32 x: everything is fp32 (never TF32). No buffer of unfolded pixels.
+    activation are applied there. fp32 x: everything is fp32 (TF32 where cuDNN convolves and torch allows it). No buffer
+    of unfolded pixels.
     Gradients: dx through the packed weight, dbias, dresidual. None to the weight, its scale and its zero points.
 
     Args:
@@ -190,4 +191,4 @@ def qconv2d(
         check_tensor(who, "residual", residual, FLOATS, shape)
         check_devices(who, x, {"residual": residual})
     args = (*tensors_of(weight), bias, residual, *numbers_of(weight), window.numbers, activation, keep_dense, SOURCE)
-    return torch.ops.gs_kernels.qconv2d(x, *args)
+    return _run(x, *args)
