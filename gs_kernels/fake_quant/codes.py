@@ -36,12 +36,12 @@ def _dequantize_fake(
     return torch.empty_like(codes, dtype=dtype)
 
 
-register(
+_quantize = register(
     "quantize(Tensor x, Tensor scale, Tensor zero, int qmin, int qmax, int axis, int group, str source) -> Tensor",
     QUANTIZE,
     _quantize_fake,
 )
-register(
+_dequantize = register(
     "dequantize(Tensor codes, Tensor scale, Tensor zero, int axis, int group, ScalarType dtype, str source) -> Tensor",
     DEQUANTIZE,
     _dequantize_fake,
@@ -77,7 +77,7 @@ def quantize(
     check_qparams("quantize", x, scale, zero, channels)
     if scale.device.type == "cpu" and is_eager(x, scale, zero):
         check_values("quantize", scale, zero)
-    return torch.ops.gs_kernels.quantize(x.detach(), scale.detach(), zero.detach(), qmin, qmax, axis, group, SOURCE)
+    return _quantize(x.detach(), scale.detach(), zero.detach(), qmin, qmax, axis, group, SOURCE)
 
 
 def dequantize(
@@ -108,4 +108,4 @@ def dequantize(
     check_input("dequantize", codes, (torch.int8, torch.uint8))
     axis, group, channels = check_granularity("dequantize", codes, granularity)
     check_qparams("dequantize", codes, scale, zero, channels)
-    return torch.ops.gs_kernels.dequantize(codes, scale.detach(), zero.detach(), axis, group, dtype, SOURCE)
+    return _dequantize(codes, scale.detach(), zero.detach(), axis, group, dtype, SOURCE)

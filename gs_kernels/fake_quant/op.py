@@ -52,7 +52,7 @@ def _backward_fake(dy: Tensor, x: Tensor, scale: Tensor, zero: Tensor, *rest: An
 
 
 _ARGS = "Tensor x, Tensor scale, Tensor zero, int qmin, int qmax, int axis, int group"
-register(f"fake_quant({_ARGS}, str source) -> Tensor", FAKE_QUANT, _fake_quant_fake)
+_run = register(f"fake_quant({_ARGS}, str source) -> Tensor", FAKE_QUANT, _fake_quant_fake)
 register(
     f"fake_quant_backward(Tensor dy, {_ARGS}, bool for_scale, bool for_zero, str source) -> (Tensor, Tensor, Tensor)",
     BACKWARD,
@@ -129,4 +129,4 @@ def fake_quant(
     check_qparams("fake_quant", x, scale, zero, channels)
     if scale.device.type == "cpu" and is_eager(x, scale, zero):
         check_values("fake_quant", scale, zero)
-    return torch.ops.gs_kernels.fake_quant(x, scale, zero, qmin, qmax, axis, group, SOURCE)
+    return _run(x, scale, zero, qmin, qmax, axis, group, SOURCE)
