@@ -127,7 +127,7 @@ def quantize(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(help="A packed language model.")],
+    source: Annotated[Path, typer.Argument(help="A packed language model; for pt2 and onnx the folder of a demo.")],
     target: Annotated[Path, typer.Argument(help="What to write; it must be new.")],
     to: Annotated[str, typer.Option(help=f"One of {', '.join(TARGETS)}.")],
 ) -> None:

@@ -4,16 +4,49 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor, nn
+
+from gs_algos import load
+from gs_algos.cli.data import load_data
+from gs_algos.cli.demo import OPTIONS_FILE
+from gs_algos.cli.models import build
+from gs_algos.export.folder import read_json
 from gs_algos.export.interchange import FORMATS, Exchanged, export_language_model, import_language_model
 
-TARGETS = tuple(FORMATS)
+NETWORKS = ("pt2", "onnx")
+TARGETS = (*FORMATS, *NETWORKS)
 
 
 def run_export(source: Path, target: Path, to: str) -> str:
     """Exports and says what came of it."""
     if to not in TARGETS:
         raise ValueError(f"export: --to must be one of {', '.join(TARGETS)}, got {to!r}")
-    return _said(export_language_model(source, target, to))
+    if to not in NETWORKS:
+        return _said(export_language_model(source, target, to))
+    net, example = demo_network(source)
+    if to == "pt2":
+        from gs_algos.export.package import export_package as write
+    else:
+        from gs_algos.export.onnx_graph import export_onnx as write
+    return f"{write(net, example, target)}: {target.stat().st_size:,} bytes"
+
+
+def demo_network(folder: Path) -> tuple[nn.Module, Tensor]:
+    """The converted network that `golden-stick demo` left in a folder, and two of its images.
+
+    Raises:
+        ValueError: if the folder is not a demo's.
+    """
+    path = folder / OPTIONS_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"export: {folder} must be a folder that golden-stick demo wrote, got one without {OPTIONS_FILE}; "
+            "for another network use gs_algos.export.package.export_package or onnx_graph.export_onnx"
+        )
+    options = read_json(path, "export")
+    data = load_data(options["data"], options["image_size"])
+    sizes = {"in_channels": data.channels, "num_classes": data.classes, "image_size": data.image_size}
+    return load(folder / "model", lambda: build(options["model"], **sizes)).eval(), data.example()
 
 
 def run_import(source: Path, target: Path) -> str:

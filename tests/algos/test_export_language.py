@@ -270,4 +270,4 @@ def test_the_commands_export_and_import(packed: Any, tmp_path: Path, capsys: pyt
     assert run(["import", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
     assert run(["generate", str(tmp_path / "back"), "in the", "--max-new-tokens", "2"]) == 0
     assert run(["export", str(source), str(tmp_path / "x"), "--to", "exe"]) == 2
-    assert "--to must be one of compressed-tensors, gptq, awq, got 'exe'" in capsys.readouterr().err
+    assert "--to must be one of compressed-tensors, gptq, awq, pt2, onnx, got 'exe'" in capsys.readouterr().err
