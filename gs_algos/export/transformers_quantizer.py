@@ -59,4 +59,4 @@ class GoldenStickQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # adapters on top: packed weights are frozen, and gradients pass through them
