@@ -33,6 +33,7 @@ from gs_kernels import (
     quantize,
     row_sums,
 )
+from gs_kernels.dispatch import is_eager
 from gs_kernels.pack.layouts import BITS
 
 INT_DEVICES = ("cpu",)
@@ -241,8 +242,8 @@ class QuantizedConv(Convolution, QuantizedLayer):
         batched = x.dim() == len(self.filter) + 1
         image, about = self.window(x if batched else x.unsqueeze(0))
         codes, zero = self._codes(image)
-        # compilers see floats, which the next layer turns into the same codes
-        grid = None if torch.compiler.is_compiling() or not self._handed else self._handed[0]
+        # tracers and compilers see floats, which the next layer turns into the same codes
+        grid = self._handed[0] if self._handed and is_eager(codes) and not torch.jit.is_tracing() else None
         y = qconv2d_int8(
             codes,
             quantizer.scale,

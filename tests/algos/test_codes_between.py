@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import gs_algos
 from gs_algos import SimQAT
@@ -89,6 +90,8 @@ def test_a_compiler_sees_floats_and_gives_the_same():
     net, _ = converted()
     exported = torch.export.export(net, (image(),)).module()
     torch.testing.assert_close(exported(image(7)), net(image(7)), rtol=1e-5, atol=1e-5)
+    with FlopCounterMode(display=False):
+        assert same_bits(net(image(7)), unlinked(net)(image(7)))
 
 
 def test_grids_that_differ_stay_apart():
