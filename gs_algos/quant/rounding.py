@@ -15,6 +15,7 @@ from gs_kernels import PackedWeight, PerChannel, PerGroup, PerTensor, choose_qpa
 from gs_kernels.pack.layouts import BITS
 
 CHUNK = 2**24  # weights that are rounded at a time: bounds what a large layer needs beside itself
+FEW_BITS = 4  # up to which one level more is worth a sign: at 8 bits nothing is gained
 SMALLEST_LOSS = 2.0**-8  # largest relative change of a scale that storing it in 16 bits may bring
 
 
@@ -48,7 +49,7 @@ def round_to_nearest(weight: Tensor, scheme: str | Scheme) -> PackedWeight:
     Scales are stored in 16 bits (the weight's own type if it has 16, else fp16), or in fp32 if that would change one by
     more than 2**-8; codes are rounded against the scales as stored, so storing them adds no error of its own.
 
-    Symmetric, 2 bits or more: a signed grid has one level more below 0 than above, so each group's scale has the sign
+    Symmetric, 2 to 4 bits: a signed grid has one level more below 0 than above, so each group's scale has the sign
     that brings its largest weight to that level (as llama.cpp's Q4_0; scales may be negative), unless the grid of a
     range around 0, half a step wider, has the smaller squared error.
 
@@ -116,7 +117,7 @@ def _range_grid(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 
 def _one_more_below(scheme: Scheme) -> bool:
-    return scheme.symmetric and scheme.qmin < -scheme.qmax
+    return scheme.symmetric and scheme.qmin < -scheme.qmax and scheme.bits <= FEW_BITS
 
 
 def _symmetric_grid(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
