@@ -84,6 +84,11 @@ class CodesTensor(Tensor):
                 # a float pool of small integers is exact; ATen pools no int8
                 y, indices = func(x.codes.float(), *args[1:], **kwargs)
                 return CodesTensor(y.to(torch.int8), x.quantizer, x.dtype), indices
+            if func._schema.is_mutable:  # PyTorch would return x as it was
+                raise RuntimeError(
+                    f"CodesTensor: {func} must not write into 8-bit codes, got it outside the traced forward (a hook?);"
+                    " use the operation that returns a new tensor"
+                )
         return func(*tree_map(_real, args), **tree_map(_real, kwargs))
 
 

@@ -220,7 +220,8 @@ class QuantizedConv(Convolution, QuantizedLayer):
         return [*_refusals_of(self.input_quantizer), *self.refusals(), *_refusals_on(device)]
 
     def path(self) -> str:
-        return f"{super().path()}{HANDING if self._handed else ''}"
+        path = super().path()
+        return path + HANDING if self._handed and path == INTEGER else path
 
     def hand_to(self, readers: Sequence[QuantizedLayer]) -> None:
         """From now on gives codes on the grid that all readers have; they read codes, everything else sees floats."""

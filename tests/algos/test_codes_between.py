@@ -135,3 +135,11 @@ def test_operations_on_codes_are_those_on_what_they_stand_for(name: str):
         assert torch.equal(y.codes, GRID.codes(ANYTHING[name](x.clone()))) and "CodesTensor" in repr(y)
     else:
         torch.testing.assert_close(y, FLOATS[name](GRID(x)))
+
+
+def test_writing_into_codes_is_refused_and_not_lost():
+    codes = CodesTensor(GRID.codes(torch.randn(2, 3, 6, 6)), GRID, torch.float32)
+    before = codes.codes.clone()
+    with pytest.raises(RuntimeError, match=r"add_.* must not write into 8-bit codes"):
+        codes += 1
+    assert torch.equal(codes.codes, before)
