@@ -104,7 +104,7 @@ def qconv2d_int8_cpu(
         y = empty_image(x, n, about, dtype if out_scale is None else torch.int8)
         if y.numel() == 0:
             return y
-        shift = 0 if x_zero is None else int(x_zero)
+        shift = 0 if x_zero is None else _whole(x_zero)
         rows, rest = y.permute(0, 2, 3, 1), None if residual is None else residual.permute(0, 2, 3, 1)
         pixels = rows.shape[1] * rows.shape[2]
         direct = suits_onednn(known, weight, about, pixels * x.shape[0])
@@ -116,6 +116,14 @@ def qconv2d_int8_cpu(
             run = _by_onednn if direct else _by_columns
             place.copy_(run(images, shift, known, weight, about, *about_y).view(place.shape))
         return y
+
+
+def _whole(x_zero: Tensor) -> int:
+    """The zero point of x, which pads it: a code."""
+    value = float(x_zero)
+    if not -128 <= value <= 127 or value != int(value):
+        raise ValueError(f"qconv2d_int8: x_zero must be a whole number from -128 to 127, got {value}")
+    return int(value)
 
 
 def _codes_of(weight: PackedWeight, keep: bool) -> Codes:

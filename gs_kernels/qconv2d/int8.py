@@ -107,7 +107,7 @@ def qconv2d_int8(
         x: `[B, C, H, W]` int8, any strides; see `qconv2d`, also for those that are not named here.
         x_scale: `[1]` fp32.
         weight: `[O, K]`, without levels, groups of at most 16384 elements.
-        x_zero: `[1]` fp32 of an integer, the code that stands for 0.0. None is 0.
+        x_zero: `[1]` fp32 of an integer in -128..127, the code that stands for 0.0; a CPU looks. None is 0.
         weight_sums: `[O, G]` int32, `code_sums(weight)`, to make it once per weight: else a call with x_zero does.
         residual: the shape of y: fp32 / fp16 / bf16, or int8 with residual_scale.
         residual_scale: `[1]` fp32.

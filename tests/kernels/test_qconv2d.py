@@ -351,3 +351,12 @@ def test_parts_of_k_sum_to_the_whole(split):
     convolve_int8(y, codes, number(0.1), number(3), code_sums(w), tensors_of(w), None, into, *rest, plan, False)
     wanted = qconv2d_int8_ref(codes, number(0.1), w, residual=residual, x_zero=number(3), **about)
     assert torch.equal(y, wanted)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda" or INTERPRET, reason="a GPU does not look at values")
+@pytest.mark.parametrize("zero", [0.5, 128.0, float("nan")])
+def test_a_zero_point_that_is_no_code_is_refused(zero):
+    w = pack_weight(torch.ones(2, 9, dtype=torch.uint8), torch.ones(2, 1), bits=4, group_size=9)
+    x = torch.ones(1, 1, 4, 4, dtype=torch.int8)
+    with pytest.raises(ValueError, match="x_zero must be a whole number from -128 to 127"):
+        qconv2d_int8(x, torch.ones(1), w, kernel_size=3, padding=1, x_zero=torch.tensor([zero]))
