@@ -92,7 +92,7 @@ def convert_model(
             output_error = exchange({dtype: max(bound, own) for dtype, bound in OUTPUT_TOLERANCE.items()})
     for layer in layers:
         release(model, layer)
-    for row in layer_rows:
+    for row in layer_rows:  # their settings are those of the history, which a checkpoint keeps
         row.settings["hands_codes"] = _can_hand(model, row)
     link(model, layer_rows)
     worst = max(errors, key=lambda site: errors[site])
@@ -115,9 +115,7 @@ def quantized_layer(model: nn.Module, row: PlanRow) -> QuantizedLayer:
         slope, bias = epilogue(layer, bn)
         scale, zero = _times_slope(scale, zero, slope)
     output = _output_quantizer(model, row)
-    weight = packed_codes(codes, scale, zero, scheme)
-    if not isinstance(layer, nn.Linear):
-        weight = conv_rows(weight, codes.shape[1:])
+    weight = conv_rows(packed_codes(codes, scale, zero, scheme), codes.shape[1:])
     new = _layer_of(layer, row, weight, bias, output)
     if new.input_quantizer is not None and layer.input_quantizer is not None:
         new.input_quantizer.take(layer.input_quantizer)

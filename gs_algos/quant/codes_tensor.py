@@ -34,7 +34,6 @@ _MOVES = {
     aten.slice.Tensor,
     aten.select.int,
 }
-_POOLS = {aten.max_pool2d_with_indices.default}
 
 
 class CodesTensor(Tensor):
@@ -80,7 +79,7 @@ class CodesTensor(Tensor):
             if func in _IN_PLACE:
                 x.codes.copy_(_ON_CODES[_IN_PLACE[func]](x, *args[1:]))
                 return x
-            if func in _POOLS:
+            if func is aten.max_pool2d_with_indices.default:
                 # a float pool of small integers is exact; ATen pools no int8
                 y, indices = func(x.codes.float(), *args[1:], **kwargs)
                 return CodesTensor(y.to(torch.int8), x.quantizer, x.dtype), indices

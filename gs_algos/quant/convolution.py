@@ -60,14 +60,11 @@ class Convolution(Packed):
         return f"dequantizes: {', '.join(refusals)}" if refusals else super().path()
 
     def window(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """x `[B, C, H, W]`, padded if not by zeros, and the geometry, as `qconv2d` takes them."""
+        """x `[B, C, H, W]`, padded if not by zeros, and the geometry as `qconv2d` takes it; `like_input` undoes it."""
         g = self.geometry
-        keys = ("stride", "padding", "dilation")
-        about = {key: g[key] if isinstance(g[key], str) else tuple(g[key]) for key in keys}
-        about["padding"] = 0 if about["padding"] == "valid" else about["padding"]
-        if g["padding_mode"] != "zeros":
-            padded = F.pad(x, g["pad"], mode=g["padding_mode"])
-            x, about["padding"] = padded.to(x.dtype), 0  # autocast pads in fp32
+        x, padding = self._padded(x if self._batched(x) else x.unsqueeze(0))
+        padding = 0 if padding == "valid" else padding
+        about: dict[str, Any] = {"stride": tuple(g["stride"]), "padding": padding, "dilation": tuple(g["dilation"])}
         about |= {"kernel_size": tuple(self.kernel_size), "groups": g["groups"]}
         if len(self.filter) == 2:
             flat = {"stride": 1, "padding": 0, "dilation": 1, "kernel_size": 1}
@@ -75,23 +72,33 @@ class Convolution(Packed):
             x = x.unsqueeze(2)
         return x, about
 
+    def like_input(self, y: Tensor, x: Tensor) -> Tensor:
+        """y `[B, O, P, Q]` with the axes that the layer's input x has."""
+        y = y.squeeze(2) if len(self.filter) == 2 else y
+        return y if self._batched(x) else y.squeeze(0)
+
     def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`conv(x, W) + bias` of floats, x `[B, C, ...]` or `[C, ...]`."""
         if self.refusals():
             return self._convolve_dense(x, bias)
-        batched = x.dim() == len(self.filter) + 1
-        image, about = self.window(x if batched else x.unsqueeze(0))
-        y = qconv2d(image, self.packed, bias, **about, keep_dense=True)
-        y = y.squeeze(2) if len(self.filter) == 2 else y
-        return y if batched else y.squeeze(0)
+        image, about = self.window(x)
+        return self.like_input(qconv2d(image, self.packed, bias, **about, keep_dense=True), x)
 
     def _convolve_dense(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        g, padding = self.geometry, self.geometry["padding"]
-        if g["padding_mode"] != "zeros":
-            x, padding = F.pad(x, g["pad"], mode=g["padding_mode"]), 0
+        g, (image, padding) = self.geometry, self._padded(x)
         offset = None if bias is None else bias.to(x.dtype)
         conv = DENSE[len(self.filter)]
-        return conv(x, self.weight.to(x.dtype), offset, g["stride"], padding, g["dilation"], g["groups"])
+        return conv(image, self.weight.to(x.dtype), offset, g["stride"], padding, g["dilation"], g["groups"])
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
+        """x, padded if not by zeros, and the padding that is left to do."""
+        g = self.geometry
+        if g["padding_mode"] != "zeros":
+            return F.pad(x, g["pad"], mode=g["padding_mode"]).to(x.dtype), 0  # autocast pads in fp32
+        return x, g["padding"] if isinstance(g["padding"], str) else tuple(g["padding"])
+
+    def _batched(self, x: Tensor) -> bool:
+        return x.dim() == len(self.filter) + 1
 
 
 def channels_fastest(group_size: int, filter: Sequence[int]) -> bool:
@@ -102,7 +109,10 @@ def channels_fastest(group_size: int, filter: Sequence[int]) -> bool:
 
 @torch.no_grad()
 def conv_rows(weight: PackedWeight, filter: Sequence[int]) -> PackedWeight:
-    """A canonical weight with rows in the order of the float layer, (C / groups, taps), as `Convolution` keeps it."""
+    """A canonical weight with rows in the order of the float layer, (C / groups, taps), as `Convolution` keeps it.
+
+    filter: the float weight's shape behind its first axis; the rows of a linear, (K,), stay as they are.
+    """
     if not channels_fastest(weight.group_size, filter) or filter[0] in (1, math.prod(filter)):
         return weight
     codes = unpack_codes(weight.codes, weight.bits, weight.shape).view(-1, filter[0], math.prod(filter[1:]))

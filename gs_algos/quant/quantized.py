@@ -240,8 +240,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
         """`conv(qx - zx, qw - zw) * (sx * sw) + bias`; sums in int32, one cast at the end, or the next codes."""
         quantizer = self.input_quantizer
         assert quantizer is not None
-        batched = x.dim() == len(self.filter) + 1
-        image, about = self.window(x if batched else x.unsqueeze(0))
+        image, about = self.window(x)
         codes, zero = self._codes(image)
         # tracers and compilers see floats, which the next layer turns into the same codes
         grid = self._handed[0] if self._handed and is_eager(codes) and not torch.jit.is_tracing() else None
@@ -258,8 +257,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
             dtype=x.dtype,
             keep_dense=True,
         )
-        y = y.squeeze(2) if len(self.filter) == 2 else y
-        y = y if batched else y.squeeze(0)
+        y = self.like_input(y, x)
         if grid is None:
             return self._finish(y)
         low, high = grid.signed_limits()
