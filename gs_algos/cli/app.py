@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from gs_algos.cli.export import TARGETS, run_export, run_import
 from gs_algos.cli.language import run_generate, run_perplexity, run_quantize
 from gs_algos.cli.models import MODELS, build
 from gs_algos.cli.train import Interrupted
-from gs_algos.cli.tune import LAYERS, run_tune
+from gs_algos.cli.tune import LAYER_HELP, LAYERS, ROWS, layers_of, parse_layer, run_tune
 from gs_algos.core.registry import ALGORITHMS
 
 DATA_HELP = f"One of {', '.join(DATA)}; a folder goes after a colon, e.g. cifar10:DIR."
@@ -174,15 +175,25 @@ def perplexity(
 
 @app.command()
 def tune(
-    layer: Annotated[list[str] | None, typer.Option(help="OUTPUTSxINPUTS, e.g. 4096x14336; may be repeated.")] = None,
+    layer: Annotated[list[str] | None, typer.Option(help=LAYER_HELP)] = None,
+    rows: Annotated[list[int] | None, typer.Option(help="Of x, or pixels of y; may be repeated.")] = None,
+    model: Annotated[str, typer.Option(help="package.module:function: the layers of that network instead.")] = "",
+    input_shape: Annotated[str, typer.Option(help="Of the network, e.g. 32,3,224,224.")] = "",
     bits: Annotated[list[int] | None, typer.Option(help="Of the weights: 1, 2, 4 or 8; may be repeated.")] = None,
-    rows: Annotated[list[int] | None, typer.Option(help="Of x: tokens at a time; may be repeated.")] = None,
+    x_bits: Annotated[list[int] | None, typer.Option(help="16 for floats, 8 for codes; may be repeated.")] = None,
+    training: Annotated[bool, typer.Option(help="Also fake-quant and SLB for these layers.")] = False,
     device: Annotated[str, typer.Option(help="cuda, or h100, a100, b200: predict without a GPU.")] = "",
-    keep: Annotated[int, typer.Option(help="Tiles of each product that are timed, or printed.")] = 12,
+    keep: Annotated[int, typer.Option(help="Tiles of each problem that are timed, or printed.")] = 12,
+    jobs: Annotated[int, typer.Option(help="Processes that compile. Default: one per processor.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder of the table. Default: GS_TUNING_DIR.")] = None,
 ) -> None:
-    """Finds the fastest tiles of packed products on this GPU, and writes its table. Goes on where it stopped."""
-    run_tune(layer or LAYERS, bits or [4], rows or [1, 16, 64, 256, 1024], device, keep, out, Console())
+    """Finds the fastest tiles of our kernels on this GPU, and writes its table. Goes on where it stopped."""
+    if model:
+        layers = layers_of(*_imported(model, input_shape))
+    else:
+        layers = list(itertools.product(map(parse_layer, layer or LAYERS), sorted(set(rows or ROWS))))
+    rest = (training, device, keep, jobs, out, Console())
+    run_tune(layers, bits or [4], x_bits or [16], *rest, strict=not model)
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -220,18 +231,16 @@ def _imported(path: str, input_shape: str) -> tuple[nn.Module, Tensor]:
     except ValueError:
         shape = ()
     if not shape or min(shape) < 1:
-        raise ValueError(
-            f"plan: {path} needs --input-shape with positive sizes such as 1,3,224,224, got {input_shape!r}"
-        )
+        raise ValueError(f"{path} needs --input-shape with positive sizes such as 1,3,224,224, got {input_shape!r}")
     module_name, _, name = path.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
         factory = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"plan: {path} must name an importable function, got: {error}") from error
+        raise ValueError(f"{path} must name an importable function, got: {error}") from error
     finally:
         sys.path.remove(os.getcwd())
     net = factory()
     if not isinstance(net, nn.Module):
-        raise ValueError(f"plan: {path}() must return a torch.nn.Module, got {type(net).__name__}")
+        raise ValueError(f"{path}() must return a torch.nn.Module, got {type(net).__name__}")
     return net, torch.randn(shape, generator=torch.Generator().manual_seed(0))

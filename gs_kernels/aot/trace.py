@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,9 @@ from gs_kernels.aot.compile import Launch, record_launches, skip_launches
 from gs_kernels.aot.work import KINDS
 from gs_kernels.registration import IMPLEMENTATIONS, NAMESPACE
 
-_PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::bmm": 0, "aten::linear": 0}  # position of the left operand
+# position of an operand, and how many of its last sizes are summed over for each element of the result
+_PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 1), "aten::bmm": (0, 1), "aten::linear": (0, 1)}
+_PRODUCTS |= {"aten::convolution": (1, 3)}
 _NOTHING = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 
 
@@ -49,9 +52,11 @@ def _call(op: Any, args: tuple[Any, ...], results: Any) -> Call:
     nbytes = sum(t.nbytes for t in tensors.values())
     if name not in _PRODUCTS:
         return Call(name, nbytes)
-    left = args[_PRODUCTS[name]]
-    dtype = str(left.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "f")
-    return Call(name, nbytes, 2 * left.shape[-1] * results.numel(), KINDS.get(dtype, "fp32"))
+    position, summed = _PRODUCTS[name]
+    operand = args[position]
+    dtype = str(operand.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "f")
+    flops = 2 * math.prod(operand.shape[-summed:]) * results.numel()
+    return Call(name, nbytes, flops, KINDS.get(dtype, "fp32"))
 
 
 class _Counter(TorchDispatchMode):
@@ -79,11 +84,23 @@ class _Tracer(_Counter):
         launcher = next((impl for impl in IMPLEMENTATIONS[func._opname] if impl.name == "triton"), None)
         if launcher is not None:
             on_meta = tree_map_only(Tensor, lambda t: t.detach().to("meta"), args[:-1])
-            launcher.run(*on_meta)
-            # under a mode launches are no longer those of eager calls: count what is around them apart
-            with skip_launches(), _Counter(self.trace):
-                launcher.run(*on_meta)
+            _launch(lambda: launcher.run(*on_meta), self.trace)
         return func(*args, **kwargs or {})
+
+
+def _launch(call: Callable[[], Any], trace: Trace) -> None:
+    call()
+    # under a mode launches are no longer those of eager calls: count what is around them apart
+    with skip_launches(), _Counter(trace):
+        call()
+
+
+def trace_launcher(call: Callable[[], Any], target: str) -> Trace:
+    """Like `traced`, of a call of launchers themselves, with meta tensors."""
+    with record_launches(target) as launches:
+        trace = Trace(launches)
+        _launch(call, trace)
+    return trace
 
 
 def traced(call: Callable[[], Any], target: str) -> Trace:

@@ -1,12 +1,15 @@
-"""How rows are cut into tiles, one per program. Pure Python; sizes may be symbols."""
+"""How rows are cut into tiles, one per program, by a table or a rule. Pure Python; sizes may be symbols."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from gs_kernels.fake_quant.rows import BY_COL, BY_TENSOR, Rows
+from gs_kernels.tuning.tables import tuned
 
 ELEMENTS = 4096  # of a tile: 16 per thread, two 16-byte loads in bf16
+WARPS = 8  # that share a whole tile; a smaller one takes at most SOME_WARPS
+SOME_WARPS = 4
 COLUMNS = 128  # of a tile by column: a sum leaves one number per tile and column, so tiles are high
 
 
@@ -39,6 +42,9 @@ def power_of_two(n: int, limit: int) -> int:
 
 
 def choose_tile(rows: Rows) -> Tile:
-    cols = power_of_two(rows.cols, COLUMNS if rows.by == BY_COL else ELEMENTS)
-    height = power_of_two(rows.rows, ELEMENTS // cols)
-    return Tile(height, cols, warps=8 if height * cols >= ELEMENTS else 4)
+    """One tile serves all kernels that go over rows once, by where scales are, whatever the dtype."""
+    tile = tuned("fake_quant", None, rows.rows * rows.cols, by=rows.by)
+    elements, warps = (ELEMENTS, WARPS) if tile is None else (tile["elements"], tile["warps"])
+    cols = power_of_two(rows.cols, COLUMNS if rows.by == BY_COL else elements)
+    height = power_of_two(rows.rows, elements // cols)
+    return Tile(height, cols, warps=warps if height * cols >= elements else min(warps, SOME_WARPS))

@@ -1,10 +1,11 @@
-"""In which tiles a convolution with a packed weight is computed: pure Python, from a few rules."""
+"""In which tiles a convolution with a packed weight is computed: pure Python, from a table or a few rules."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from gs_kernels.qmatmul.tiles import DENSE, Plan
+from gs_kernels.qmatmul.tiles import DENSE, Plan, rule_of
+from gs_kernels.tuning.tables import tuned
 
 FEW_PIXELS = 16
 SOME_PIXELS = 256  # in fp32, or with a table of levels, kernels do only so many: others are dequantised once
@@ -16,6 +17,7 @@ TILES = {
     80: (Plan(block_m=64, warps=8, stages=3), Plan(block_m=32)),
 }
 INT8_FEW = Plan(block_m=FEW_PIXELS)
+PROGRAMS = 2  # that an SM should have to do, for split-K
 
 
 def choose_plan(
@@ -32,13 +34,10 @@ def choose_plan(
     int8_group: int = 0,
     splits: bool = True,
 ) -> Plan:
-    """The plan of m pixels of y, each of `groups` times n channels of k products.
-
-    The largest tile of which every processor gets one, for it dequantises least; else the smallest, and parts of K.
-    Not timed yet.
+    """The plan of m pixels of y, each of `groups` times n channels of k products: by the GPU's table, else by rules.
 
     Args:
-        channels: of x in a group; such that are no multiple of 8 are gathered by many loads.
+        channels: of x in a group; such that are no multiple of 8 are gathered by many loads, and have no table.
         x_bits: of an element of x: 32, 16 or 8.
         levels: whether the grid of the weight is a table.
         sm: 90 for compute capability 9.0.
@@ -47,23 +46,45 @@ def choose_plan(
             their own: registers hold only few pixels.
         splits: whether sums over parts of K add up to the same.
     """
-    if (levels or x_bits == 32) and m > SOME_PIXELS:
+    tile = None
+    if x_bits < 32 and not levels and int8_group == 0 and channels % 8 == 0:
+        sizes = {"n": n, "k": k, "groups": groups, "channels": channels, "x_bits": x_bits}
+        tile = tuned("qconv2d", (sm, sm_count), m, **sizes)
+    if tile is not None:
+        rule = rule_of(tile)
+        plan, programs = rule.plan, rule.programs
+    elif (levels or x_bits == 32) and m > SOME_PIXELS:
         return DENSE
+    else:
+        programs = PROGRAMS
+        plan = default_plan(
+            m, n, groups, channels=channels, x_bits=x_bits, sm=sm, sm_count=sm_count, int8_group=int8_group
+        )
+    if plan.dense:
+        return DENSE
+    split = max(1, min(programs * sm_count // _tiles(plan, m, n, groups), -(-k // 128) // 4, 8))
+    return replace(plan, split_k=split if splits else 1)
+
+
+def _tiles(plan: Plan, m: int, n: int, groups: int) -> int:
+    return -(-m // plan.block_m) * groups * -(-n // plan.block_n)
+
+
+def default_plan(
+    m: int, n: int, groups: int, *, channels: int, x_bits: int, sm: int, sm_count: int, int8_group: int
+) -> Plan:
+    """Without a table, and before K is split: the largest tile of which every processor gets one, for it dequantises
+    least; else the smallest. Not timed yet."""
     plans = TILES[90 if sm >= 90 else 80]
     if m <= FEW_PIXELS:
         plans = (INT8_FEW if x_bits == 8 else FEW,)
     elif x_bits == 32 or int8_group % 128 != 0 or channels % 8 != 0:
         plans = plans[-1:]
     wide = 64 if n <= 64 or x_bits == 32 else 128
-    tiles = 0
-    for plan in plans:
-        tiles = -(-m // plan.block_m) * groups * -(-n // wide)
-        if tiles >= sm_count:
-            break
+    plans = tuple(replace(plan, block_n=wide) for plan in plans)
+    plan = next((plan for plan in plans if _tiles(plan, m, n, groups) >= sm_count), plans[-1])
     # eight warps share 128 x 128 sums; half of them is enough for half
-    warps = plan.warps if wide == 128 else 4
-    split = max(1, min(2 * sm_count // tiles, -(-k // 128) // 4, 8))
-    return replace(plan, block_n=wide, warps=warps, split_k=split if splits else 1)
+    return plan if wide == 128 else replace(plan, warps=4)
 
 
 def depthwise_tile(o: int) -> tuple[int, int, int]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
-from gs_kernels.tuning.tables import LAST, find_table, nearest
+from gs_kernels.tuning.tables import LAST, tuned
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,6 @@ def choose_plan(
     levels: bool,
     sm: int,
     sm_count: int,
-    rules: tuple[Rule, ...] = (),
 ) -> Plan:
     """The plan of x `[m, k]` times a weight `[n, k]`. Compares m only, so that a symbol is bounded and not fixed.
 
@@ -80,12 +78,11 @@ def choose_plan(
         levels: whether the grid of the weight is a table.
         sm: 90 for compute capability 9.0; the rules of the nearest one below are taken, else of the lowest.
         sm_count: number of processors.
-        rules: instead of those that the GPU's table has, or else of sm, by rows ascending.
     """
-    if x_bits == 16 and not levels:
-        rules = rules or tuned_rules(n, k, bits, sm, sm_count)
-    rule = next((rule for rule in rules if m <= rule.rows), None) if rules else default_rule(m, sm)
-    if rule is None or rule.plan.dense or ((levels or x_bits == 32) and not m <= FEW_ROWS):
+    known = x_bits == 16 and not levels
+    tile = tuned("qmatmul", (sm, sm_count), m, n=n, k=k, bits=bits) if known else None
+    rule = default_rule(m, sm) if tile is None else rule_of(tile)
+    if rule.plan.dense or ((levels or x_bits == 32) and not m <= FEW_ROWS):
         return DENSE
     # in fp32 a tile of weights takes twice the registers
     plan = rule.plan if x_bits == 16 else replace(rule.plan, block_n=rule.plan.block_n // 2)
@@ -99,17 +96,9 @@ def default_rule(m: int, sm: int) -> Rule:
     return next((rule for rule in rules if m <= rule.rows), Rule(LAST, DENSE))
 
 
-@lru_cache(maxsize=4096)
-def tuned_rules(n: int, k: int, bits: int, sm: int, sm_count: int) -> tuple[Rule, ...]:
-    """From the table of such a GPU, for the nearest sizes that it has; empty without one."""
-    table = find_table(sm, sm_count)
-    found = nearest(table, "qmatmul", "m", {"bits": bits}, {"n": n, "k": k}) if table else []
-    return tuple(rule_of(rows, entry.tile) for rows, entry in found)
-
-
-def rule_of(rows: int, tile: dict[str, Any]) -> Rule:
-    """A tile of a table, for products with at most so many rows."""
-    return Rule(rows, Plan(**{name: v for name, v in tile.items() if name != "programs"}), tile["programs"])
+def rule_of(tile: dict[str, Any]) -> Rule:
+    """A tile of a table, for any number of rows."""
+    return Rule(LAST, Plan(**{name: v for name, v in tile.items() if name != "programs"}), tile["programs"])
 
 
 def _split(plan: Plan, programs: int, m: int, n: int, k: int, most: int) -> Plan:
@@ -123,19 +112,30 @@ INT8_RULES = (
     Rule(32, Plan(block_m=32), programs=2),
     Rule(64, Plan(block_m=64), programs=2),
 )
-INT8 = Rule(0, Plan(block_m=128, warps=8, stages=3))
+INT8 = Rule(LAST, Plan(block_m=128, warps=8, stages=3))
 
 
 def choose_int8_plan(m: int, n: int, k: int, group: int, *, sm_count: int) -> Plan:
     """The plan of 8-bit x `[m, k]` times a weight `[n, k]`, never dense: sums of integers stay exact.
 
+    By the table of the present GPU, if it has one: one tile serves codes and 8-bit floats, and weights of all widths.
+
     Args:
         group: elements per scale. Groups that end inside a block take a product each: registers hold only few rows.
         sm_count: number of processors.
     """
-    known = (rule for rule in INT8_RULES if m <= rule.rows or group % 128 != 0)
-    rule = next(known, INT8)
+    tile = tuned("qmatmul_int8", None, m, n=n, k=k, group=0 if group >= k else group)
+    rule = default_int8_rule(m, group) if tile is None else int8_rule_of(tile)
     return _split(rule.plan, rule.programs * sm_count, m, n, k, 8)
+
+
+def default_int8_rule(m: int, group: int) -> Rule:
+    """Of a GPU without a table."""
+    return next((rule for rule in INT8_RULES if m <= rule.rows or group % 128 != 0), INT8)
+
+
+def int8_rule_of(tile: dict[str, Any]) -> Rule:
+    return rule_of({"dense": False, "scale_parts": False, **tile})
 
 
 def rows_tile(m: int, k: int) -> tuple[int, int, int]:

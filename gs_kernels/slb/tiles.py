@@ -1,10 +1,11 @@
-"""How weights are cut into tiles, one per program. Pure Python; sizes may be symbols."""
+"""How weights are cut into tiles, one per program, by a table or a rule. Pure Python; sizes may be symbols."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from gs_kernels.fake_quant.tiles import power_of_two
+from gs_kernels.tuning.tables import tuned
 
 VECTOR = 16  # bytes of one access of a thread
 CHUNK = 16  # levels that a thread holds at once; more are mixed chunk by chunk
@@ -28,14 +29,22 @@ class Tile:
 def choose_tile(o: int, r: int, planes: int, itemsize: int, *, columns_min: int = 1, vectors_max: int = 2) -> Tile:
     """For a weight of o rows and r columns with `planes` planes of logits of `itemsize` bytes.
 
-    vectors_max: accesses of a thread to each plane; few planes want more, so that enough bytes are on their way.
+    vectors_max: accesses of a thread to each plane; few planes want more, so that enough bytes are on their way. 1 for
+        optimizer steps, which have tables of their own.
     """
     levels = power_of_two(planes, CHUNK)
-    vectors = min(2 if levels <= 2 else 1, vectors_max)
-    warps = 4 * vectors
+    op = "slb" if vectors_max > 1 else "slb_update"
+    tile = tuned(op, None, o * r, planes=planes, itemsize=itemsize)
+    vectors, warps = default_threads(planes, vectors_max) if tile is None else (tile["vectors"], tile["warps"])
     lanes = 32 * warps * vectors * VECTOR // itemsize
     cols = max(_columns(r, lanes), columns_min)
     return Tile(power_of_two(o, lanes // cols), cols, levels, warps)
+
+
+def default_threads(planes: int, vectors_max: int) -> tuple[int, int]:
+    """Accesses of a thread to each plane, and warps, without a table."""
+    vectors = min(2 if planes <= 2 else 1, vectors_max)
+    return vectors, 4 * vectors
 
 
 def _columns(r: int, lanes: int) -> int:

@@ -1,7 +1,8 @@
 """Tables of tuned tiles, one file per GPU: `<gpu>.json` in `GS_TUNING_DIR`, else in `gs_kernels/tuning/tables`.
 
-A table lists, for each op, problems (sizes) with the tile that was fastest. What is not in it gets the nearest entry:
-see `nearest`. A table is checked when it is read; one that is wrong raises, and never falls back in silence.
+A table lists, for each space (`gs_kernels.tuning.space`), problems with the tile that was fastest. What is not in it
+gets the nearest entry: see `nearest`. A table is checked when it is read; one that is wrong raises, and never falls
+back in silence.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch
 
 from gs_kernels.device import capabilities
 from gs_kernels.dispatch import tuning_dir
+from gs_kernels.tuning.space import Problem, Space, Tile, find_space, spaces
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "tables"
@@ -28,36 +31,11 @@ LAST = 1 << 62  # rows: more than any
 
 
 @dataclass(frozen=True)
-class Space:
-    """Of an op: the sizes that make a problem, and what each part of a tile may be."""
-
-    problem: tuple[str, ...]
-    choices: Mapping[str, tuple[Any, ...]]
-
-
-SPACES: dict[str, Space] = {
-    # programs: how many an SM should have to do, for split-K; 0 never splits
-    "qmatmul": Space(
-        problem=("m", "n", "k", "bits"),
-        choices={
-            "dense": (False, True),
-            "scale_parts": (False, True),
-            "block_m": (16, 32, 64, 128, 256),
-            "block_n": (32, 64, 128, 256),
-            "warps": (2, 4, 8),
-            "stages": (1, 2, 3, 4, 5, 6),
-            "programs": (0, 1, 2, 4),
-        },
-    ),
-}
-
-
-@dataclass(frozen=True)
 class Entry:
     """us: microseconds that the tile took for the problem."""
 
-    problem: dict[str, int]
-    tile: dict[str, Any]
+    problem: Problem
+    tile: Tile
     us: float
 
 
@@ -80,19 +58,19 @@ class Table:
 
 def _check(where: str, op: str, number: int, entry: Any) -> Entry:
     who = f"gs_kernels.tuning: {where}: entry {number} of {op}"
-    if op not in SPACES:
-        raise ValueError(f"gs_kernels.tuning: {where}: op must be one of {', '.join(SPACES)}, got {op!r}")
+    if op not in spaces():
+        raise ValueError(f"gs_kernels.tuning: {where}: op must be one of {', '.join(spaces())}, got {op!r}")
     if not isinstance(entry, dict) or set(entry) != {"problem", "tile", "us"}:
         raise ValueError(f"{who}: must have problem, tile and us, got {entry!r}; tune again")
-    space, problem, tile = SPACES[op], entry["problem"], entry["tile"]
-    if set(problem) != set(space.problem) or not all(type(v) is int and v > 0 for v in problem.values()):
-        raise ValueError(f"{who}: problem must have {', '.join(space.problem)}, all > 0, got {problem}; tune again")
+    space, problem, tile = find_space(op), entry["problem"], entry["tile"]
+    if set(problem) != set(space.sizes) or not all(type(v) is int and v >= 0 for v in problem.values()):
+        raise ValueError(f"{who}: problem must have {', '.join(space.sizes)}, all >= 0, got {problem}; tune again")
     if set(tile) != set(space.choices):
         raise ValueError(f"{who}: tile must have {', '.join(space.choices)}, got {', '.join(tile)}; tune again")
     for name, values in space.choices.items():
         if type(tile[name]) is not type(values[0]) or tile[name] not in values:
             raise ValueError(f"{who}: {name} must be one of {list(values)}, got {tile[name]!r}; tune again")
-    return Entry({name: problem[name] for name in space.problem}, tile, float(entry["us"]))
+    return Entry({name: problem[name] for name in space.sizes}, tile, float(entry["us"]))
 
 
 def read_table(path: Path) -> Table:
@@ -149,21 +127,74 @@ def find_table(sm: int, sm_count: int) -> Table | None:
     return next((table for table in fitting if table.gpu == present), fitting[0] if fitting else None)
 
 
-def nearest(table: Table, op: str, m: str, exact: dict[str, int], near: dict[str, int]) -> list[tuple[int, Entry]]:
-    """Entries by size `m` ascending, each with the largest m that it is for; empty if the table has none.
+def nearest(table: Table, space: Space, sizes: Problem) -> list[tuple[int, Entry]]:
+    """Entries by rows ascending, each with the largest number of rows that it is for; empty if the table has none.
 
-    Of those that have `exact` sizes, the ones whose `near` sizes are nearest: by the sum of |log2| of the ratios, the
-    smaller sizes first if two are as near. An entry is for what is nearer to its m than to the next, by ratio.
+    Of those with the same exact sizes, the ones whose near sizes are nearest: by the sum of |log2| of the ratios, the
+    smaller sizes first if two are as near. An entry is for what is nearer to its rows than to the next, by ratio.
+
+    Args:
+        sizes: all of a problem but its rows.
     """
-    fitting = [e for e in table.ops.get(op, ()) if all(e.problem[name] == v for name, v in exact.items())]
+    fitting = [e for e in table.ops.get(space.op, ()) if all(e.problem[name] == sizes[name] for name in space.exact)]
     if not fitting:
         return []
 
     def distance(entry: Entry) -> tuple[float, list[int]]:
-        sizes = [entry.problem[name] for name in near]
-        return round(sum(abs(math.log2(s / v)) for s, v in zip(sizes, near.values(), strict=True)), 9), sizes
+        pairs = [(entry.problem[name], sizes[name]) for name in space.near]
+        return round(sum(abs(math.log2(a / b)) for a, b in pairs), 9), [a for a, _ in pairs]
 
     closest = min(map(distance, fitting))
-    rows = sorted((e for e in fitting if distance(e) == closest), key=lambda e: e.problem[m])
-    ends = [math.isqrt(a.problem[m] * b.problem[m]) for a, b in itertools.pairwise(rows)]
+    rows = sorted((e for e in fitting if distance(e) == closest), key=lambda e: e.problem[space.rows])
+    ends = [math.isqrt(a.problem[space.rows] * b.problem[space.rows]) for a, b in itertools.pairwise(rows)]
     return list(zip([*ends, LAST], rows, strict=True))
+
+
+_forced: dict[str, Tile] = {}
+
+
+@contextmanager
+def forced(op: str, tile: Tile) -> Iterator[None]:
+    """Whatever the tables say, this tile is chosen inside: for the tuner."""
+    _forced[op] = tile
+    try:
+        yield
+    finally:
+        del _forced[op]
+
+
+def tuned(op: str, machine: tuple[int, int] | None, rows: int, **sizes: int) -> Tile | None:
+    """The tile of the table for a problem, None without a table. Compares rows only: a symbol is bounded, not fixed.
+
+    Args:
+        machine: compute capability and number of processors; None for the present GPU.
+        rows: of the problem, by whatever name.
+        sizes: the others.
+    """
+    if op in _forced:
+        return _forced[op]
+    machine = machine or present()
+    if machine is None:
+        return None
+    return next((tile for last, tile in _tiles(op, *machine, tuple(sizes.items())) if rows <= last), None)
+
+
+def present() -> tuple[int, int] | None:
+    """Compute capability and number of processors of the GPU in use, None without one."""
+    if not torch.cuda.is_available():
+        return None
+    about = capabilities(torch.cuda.current_device())
+    return about.sm, about.sm_count
+
+
+@lru_cache(maxsize=4096)
+def _tiles(op: str, sm: int, sm_count: int, sizes: tuple[tuple[str, int], ...]) -> tuple[tuple[int, Tile], ...]:
+    table = find_table(sm, sm_count)
+    found = nearest(table, find_space(op), dict(sizes)) if table else []
+    return tuple((last, entry.tile) for last, entry in found)
+
+
+def forget() -> None:
+    """Tables are read again."""
+    find_table.cache_clear()
+    _tiles.cache_clear()

@@ -1,121 +1,89 @@
 """Finds the fastest tile of each problem: prunes by machine code, ranks by the cost model, times the best on the GPU.
 
-Without a GPU `rank` still says which tiles can run on a described card, and which should be fastest. The table is
-written after each problem, whole; problems that it has are skipped when tuning goes on, unless versions changed.
+Without a GPU `Static.rank` still says which tiles can run on a described card, and which should be fastest. The table
+is written after each problem, whole; problems that it has are skipped when tuning goes on, unless versions changed.
 """
 
 from __future__ import annotations
 
 import logging
-import math
+import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from gs_kernels.device import capabilities
-from gs_kernels.qmatmul.tiles import default_rule
 from gs_kernels.tuning.cards import CARDS, Card, card_of
-from gs_kernels.tuning.qmatmul import CHOICES, DENSE, Product, Static, runner, tiles
-from gs_kernels.tuning.tables import Entry, Table, read_table, write_table
+from gs_kernels.tuning.space import Machine, Problem, Space, Tile, find_space
+from gs_kernels.tuning.static import Predict, Predicted, Progress, Ranking, Static
+from gs_kernels.tuning.tables import Entry, Table, forced, read_table, write_table
 
 logger = logging.getLogger(__name__)
 
-OP = "qmatmul"
 ALIKE = 3  # tiles of one size that are timed: the model hardly tells them apart
-ERROR_MAX = 2e-2  # RMS, relative to that of the dense product: rounding of weights to bf16 leaves some 2e-3
-Progress = Callable[[int, int, str], None]  # done, of how many, what
+ERROR_MAX = 2e-2  # RMS, relative to that of the reference: rounding of weights to bf16 leaves some 2e-3
 
 
-@dataclass(frozen=True)
-class Ranked:
-    """A tile with its predicted microseconds. issue_us: of its instructions alone; less is better if us is the same."""
-
-    tile: dict[str, Any]
-    us: float
-    issue_us: float
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """tiles: best first, the dense product among them. pruned: why others were not considered -> how many."""
-
-    problem: Product
-    tiles: tuple[Ranked, ...]
-    pruned: Counter[str]
-
-
-def rank(problem: Product, static: Static, progress: Progress | None = None) -> Ranking:
-    """Every tile that compiles without spills and fits, with each way to split K, by predicted time."""
-    found = [Ranked(DENSE, static.predict_dense(problem), 0.0)]
-    pruned: Counter[str] = Counter()
-    candidates = list(tiles(problem.m))
-    for i, tile in enumerate(candidates):
-        if progress is not None:
-            progress(i, len(candidates), f"compiling for {static.card.target}")
-        kernel = static.kernel(problem, tile)
-        if isinstance(kernel, str):
-            pruned[kernel] += 1
-            continue
-        splits = set()
-        for programs in CHOICES["programs"]:
-            whole = {**tile, "programs": programs}
-            split = problem.plan(whole, static.sm, static.card.sm_count).parts(problem.k // 128)
-            if split not in splits:
-                found.append(Ranked(whole, *static.predict(problem, whole)))
-            splits.add(split)
-    # predictions are not better than a percent; then fewer instructions, then the order of the space
-    ordered = sorted(found, key=lambda r: (round(100 * math.log(r.us)), r.issue_us, tuple(map(int, r.tile.values()))))
-    return Ranking(problem, tuple(ordered), pruned)
-
-
-def shortlist(ranking: Ranking, sm: int, keep: int) -> list[dict[str, Any]]:
-    """The best `keep` tiles, few of one size, the tile that runs without a table, and always the dense product."""
+def shortlist(ranking: Ranking, machine: Machine, keep: int) -> list[Tile]:
+    """The best `keep` tiles, few of one size, then the tile that runs without a table and the reference."""
+    space, problem = find_space(ranking.op), ranking.problem
     alike: Counter[tuple[Any, ...]] = Counter()
-    best: list[dict[str, Any]] = []
+    best: list[Tile] = []
     for tile in (ranked.tile for ranked in ranking.tiles):
-        size = tuple(tile[name] for name in ("block_m", "block_n", "warps"))
-        if len(best) < keep and (tile["dense"] or alike[size] < ALIKE):
+        size = tuple(v for name, v in tile.items() if name not in ("stages", "programs", "scale_parts"))
+        if len(best) < keep and alike[size] < ALIKE:
             best.append(tile)
         alike[size] += 1
-    return best + [tile for tile in (untuned(ranking.problem, sm), DENSE) if tile not in best]
+    for tile in (space.default(problem, machine), space.reference(problem, machine)):
+        if tile not in best:
+            best.append(tile)
+    return best
 
 
-def untuned(problem: Product, sm: int) -> dict[str, Any]:
-    rule = default_rule(problem.m, sm)
-    tile = {"dense": rule.plan.dense, "programs": rule.programs} | vars(rule.plan)
-    return DENSE if rule.plan.dense else {name: tile[name] for name in CHOICES}
-
-
-def time_call(call: Callable[[], Tensor]) -> float:
+def time_call(call: Callable[[], Any]) -> float:
     """Microseconds of the faster fifth of calls, the cache flushed before each."""
     from triton.testing import do_bench
 
     return 1e3 * float(do_bench(call, warmup=10, rep=60, quantiles=[0.2]))
 
 
-def measure(problem: Product, candidates: Sequence[dict[str, Any]], device: str) -> list[Entry]:
-    """Times the tiles whose products agree with the dense one, fastest first; says in the log which do not."""
+def measure(space: Space, problem: Problem, candidates: Sequence[Tile], device: str) -> list[Entry]:
+    """Times the tiles whose results are those of the reference, fastest first; says in the log which are not."""
     about = capabilities(torch.device(device).index or 0)
-    make = runner(problem, device, about.sm, about.sm_count)
-    want = make(DENSE)().float()
+    machine = Machine(about.sm, about.sm_count)
+    operands = space.make(problem, device)
+
+    def run() -> Any:
+        return space.run(problem, operands, machine)
+
+    with forced(space.op, space.reference(problem, machine)):
+        wanted = [t.float() for t in tree_leaves(run())]
     entries = []
     for tile in candidates:
-        call = make(tile)
-        try:
-            error = ((call().float() - want).square().mean() / want.square().mean()).sqrt().item()
-            if not error <= ERROR_MAX:
-                logger.warning("%s: tile %s is off by %.1e of the dense product; not timed", problem, tile, error)
-                continue
-            entries.append(Entry(vars(problem), tile, round(time_call(call), 3)))
-        except RuntimeError as failure:
-            logger.warning("%s: tile %s does not run: %s", problem, tile, str(failure).splitlines()[0])
+        with forced(space.op, tile):
+            try:
+                error = max(map(_error, tree_leaves(run()), wanted))
+                if not error <= ERROR_MAX:
+                    logger.warning("%s: tile %s is off by %.1e of the reference; not timed", problem, tile, error)
+                    continue
+                entries.append(Entry(problem, tile, round(time_call(run), 3)))
+            except RuntimeError as failure:
+                logger.warning("%s: tile %s does not run: %s", problem, tile, str(failure).splitlines()[0])
     return sorted(entries, key=lambda entry: entry.us)
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    scale = want.square().mean().clamp(min=1e-30)
+    return float(((got.float() - want).square().mean() / scale).sqrt())
 
 
 def made_with() -> dict[str, str]:
@@ -144,26 +112,65 @@ def card_for(device_name: str, sm: int) -> Card:
     return card_of(device_name) or (fitting or older)[-1 if fitting else 0]
 
 
+_static: Static | None = None  # of a process that only compiles
+
+
+def _start(card: Card) -> None:
+    global _static
+    _static = Static(card)
+
+
+def _predict(op: str, problem: Problem, tile: Tile) -> Predicted:
+    assert _static is not None
+    return _static.predict(find_space(op), problem, tile)
+
+
+@contextmanager
+def compilers(card: Card, jobs: int) -> Iterator[Predict | None]:
+    """What `Static.rank` predicts with: so many processes that share Triton's cache of compiled kernels."""
+    if jobs < 2:
+        yield None
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_start, initargs=(card,)) as pool:
+        yield lambda op, problem, tiles: pool.map(partial(_predict, op, problem), tiles)
+
+
 def tune(
-    problems: Sequence[Product], path: Path, *, device: str = "cuda", keep: int = 12, progress: Progress | None = None
+    problems: Sequence[tuple[str, Problem]],
+    path: Path,
+    *,
+    device: str = "cuda",
+    keep: int = 12,
+    jobs: int = 1,
+    progress: Progress | None = None,
 ) -> Table:
     """Tunes what the table at path does not have yet, and writes it after each problem.
 
     Args:
-        problems: sizes, best sorted so that equal bits follow each other.
+        problems: each with the op of its space. Such that share kernels are best neighbours.
         keep: so many tiles of each problem are timed.
+        jobs: processes that compile.
         progress: told how many problems are done, of how many, and what is next.
     """
+    for op, problem in problems:
+        find_space(op).check(problem)
     table = open_table(path, device)
-    static = Static(card_for(table.gpu, table.sm))
-    for i, problem in enumerate(problems):
-        if progress is not None:
-            progress(i, len(problems), " ".join(f"{name}={v}" for name, v in vars(problem).items()))
-        if any(entry.problem == vars(problem) for entry in table.ops.get(OP, ())):
-            continue
-        entries = measure(problem, shortlist(rank(problem, static), table.sm, keep), device)
-        if not entries:
-            raise RuntimeError(f"gs_kernels.tuning: one tile must run for {problem}, got none; see the log")
-        table = table.replaced(OP, entries[0])
-        write_table(path, table)
+    static, machine = Static(card_for(table.gpu, table.sm)), Machine(table.sm, table.sm_count)
+    with compilers(static.card, jobs) as predict:
+        for i, (op, problem) in enumerate(problems):
+            if progress is not None:
+                progress(i, len(problems), name_of(op, problem))
+            if any(entry.problem == problem for entry in table.ops.get(op, ())):
+                continue
+            ranking = static.rank(op, problem, keep, predict=predict)
+            entries = measure(find_space(op), problem, shortlist(ranking, machine, keep), device)
+            if not entries:
+                raise RuntimeError(f"gs_kernels.tuning: one tile must run for {op} {problem}, got none; see the log")
+            table = table.replaced(op, entries[0])
+            write_table(path, table)
     return table
+
+
+def name_of(op: str, problem: Problem) -> str:
+    return " ".join([op, *(f"{name}={v}" for name, v in problem.items())])
