@@ -199,6 +199,10 @@ def main(argv: list[str] | None = None) -> int:
         f"{record.device_name(chosen.device)}, {torch.get_num_threads()} threads, copy {bandwidth:.1f} GB/s, products "
         f"{peaks['bfloat16']:.3g} TFLOP/s in bf16, {peaks['int8']:.3g} TOP/s in int8 -> {path}"
     )
+    for spec in specs() if not chosen.ours_only else ():
+        for name, why in spec.absent.items() if chosen.op in (None, spec.name) else ():
+            print(f"{spec.name}: {name} is not timed: it {why}")
+            record.append({"op": spec.name, "provider": name, "why": why}, "absent", device=chosen.device, path=path)
     print(COLUMNS.format(*HEAD))
     failed = False
     for job in jobs(chosen):

@@ -73,6 +73,7 @@ class OpSpec:
     memory_format: in which order of axes they are.
     grad_tol: agreement of each gradient with the one autograd gives through `ref`, relative to its RMS.
     library: other providers to time, by name; each takes the same arguments.
+    absent: those that are known and cannot run here, each with the reason.
     backward: True when the benchmark also times forward + backward.
     """
 
@@ -88,6 +89,7 @@ class OpSpec:
     memory_format: torch.memory_format = torch.contiguous_format
     grad_tol: Mapping[torch.dtype, float] = field(default_factory=dict)
     library: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
     aot: tuple[AotCase, ...] = ()
     backward: bool = False
     backward_cost: Callable[[Shape, torch.dtype], Cost] | None = None

@@ -107,6 +107,13 @@ def test_a_provider_that_fails_does_not_stop_the_others(rows):
     assert all("ms_p50" in r for r in written if r.get("provider") == "good")
 
 
+def test_providers_that_cannot_run_here_are_said_once_with_the_reason(rows, capsys):
+    code, written = rows(_spec(absent={"conch": "is not installed"}), "--quick")
+    assert code == 0 and "square: conch is not timed: it is not installed" in capsys.readouterr().out
+    (row,) = (r for r in written if r["kind"] == "absent")
+    assert (row["op"], row["provider"], row["why"]) == ("square", "conch", "is not installed")
+
+
 def test_rows_written_before_an_interruption_stay(rows, monkeypatch, tmp_path):
     def interrupt(x):
         raise KeyboardInterrupt

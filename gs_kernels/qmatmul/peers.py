@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gs_kernels.pack.layouts import PackedWeight
-from gs_kernels.pack.pack import dequantize_packed, unpack_codes
+from gs_kernels.pack.layouts import CANONICAL, PackedWeight
+from gs_kernels.pack.pack import dequantize_packed, repack, unpack_codes
 
 Prepare = Callable[[PackedWeight, torch.dtype], Any]
 
@@ -66,6 +66,63 @@ def _gemlite_layer(weight: PackedWeight, dtype: torch.dtype) -> Any:
     return layer
 
 
+@_once_per_weight
+def _hqq_layer(weight: PackedWeight, dtype: torch.dtype) -> Any:
+    """A layer of theirs around our codes: `(code - zero) * scale` with a scale per row of `[N * G, group_size]`."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear, Quantizer  # type: ignore[import-not-found]
+
+    bits, group = weight.bits, weight.group_size
+    config = BaseQuantizeConfig(nbits=bits, group_size=group, axis=1)
+    layer = HQQLinear(None, config, compute_dtype=dtype, device=str(weight.device), initialize=False)
+    packing = Quantizer.bit_to_packing[bits]
+    layer.W_q = Quantizer.pack[packing](_codes(weight).view(-1, group))
+    layer.meta = {
+        **{"nbits": bits, "group_size": group, "shape": torch.Size(weight.shape), "axis": 1, "packing": packing},
+        **{"unpack_view_dtype": Quantizer.unpack_view_dtype[packing], "view_as_float": False, "compute_dtype": dtype},
+        **{"quant_scale": False, "quant_zero": False},
+        "scale": weight.scale.to(dtype).view(-1, 1),
+        "zero": _zeros(weight).to(dtype).view(-1, 1),
+    }
+    layer.ready = True
+    return layer
+
+
+@_once_per_weight
+def _torchao_weight(weight: PackedWeight, dtype: torch.dtype) -> Any:
+    """What their `IntxWeightOnlyConfig` makes of a weight: one code a byte, signed."""
+    from torchao.quantization import IntxUnpackedToInt8Tensor  # type: ignore[import-not-found]
+
+    middle = 2 ** (weight.bits - 1)
+    codes = (_codes(weight).to(torch.int16) - middle).to(torch.int8)
+    zero = (_zeros(weight).float() - middle).to(dtype)
+    block = (1, weight.group_size)
+    return IntxUnpackedToInt8Tensor(
+        codes, weight.scale.to(dtype), zero, getattr(torch, f"int{weight.bits}"), block, dtype, None
+    )
+
+
+@_once_per_weight
+def _bitsandbytes_parts(weight: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (of 4 bits: the first of a pair in the high half), the largest value of each block, and a table to it."""
+    codes, middle = _codes(weight), 2 ** (weight.bits - 1)
+    if not torch.equal(_zeros(weight), torch.full_like(weight.scale, middle)):
+        raise ValueError("bitsandbytes: needs a symmetric grid")
+    if weight.bits == 4:
+        codes = ((codes[:, ::2] << 4) | codes[:, 1::2]).reshape(-1, 1)
+    table = (torch.arange(2**weight.bits, device=weight.device) - middle) / middle
+    return codes.contiguous(), weight.scale.float().flatten() * middle, table.float()
+
+
+@_once_per_weight
+def _conch_parts(weight: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """int32 words `[K * bits / 32, N]`, low bits first, and scales `[G, N]`."""
+    middle = 2.0 ** (weight.bits - 1)
+    if not torch.equal(_zeros(weight).float(), torch.full_like(weight.scale, middle).float()):
+        raise ValueError("conch: needs a symmetric grid")
+    words = repack(weight, CANONICAL).codes.view(torch.int32)
+    return words.t().contiguous(), weight.scale.to(dtype).t().contiguous()
+
+
 _float_weight = _once_per_weight(dequantize_packed)
 
 
@@ -95,11 +152,70 @@ def gemlite(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, acti
     return _finish(_gemlite_layer(weight, x.dtype)(x), bias, activation)
 
 
+def hqq(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
+    """With the backend that they have everywhere, compiled as they advise on a GPU."""
+    layer = _hqq_layer(weight, x.dtype)
+    run = layer.forward_pytorch_compile if x.is_cuda else layer.forward_pytorch
+    return _finish(run(x), bias, activation)
+
+
+def torchao(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
+    return _finish(torch.nn.functional.linear(x, _torchao_weight(weight, x.dtype)), bias, activation)
+
+
+def bitsandbytes(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
+    """Their vector product of 4 bits, and their 8-bit codes with a table: both take any symmetric grid."""
+    import bitsandbytes.functional as theirs  # type: ignore[import-not-found]
+
+    rows = x.reshape(-1, x.shape[-1])
+    if weight.bits != 8 and not (weight.bits == 4 and rows.shape[0] == 1 and x.is_cuda):
+        raise ValueError(
+            "bitsandbytes: needs 8-bit weights, or 4-bit ones, one row and a GPU; it knows NF4 and FP4 else"
+        )
+    codes, most, table = _bitsandbytes_parts(weight, x.dtype)
+    if weight.bits == 4:
+        y = torch.ops.bitsandbytes.gemv_4bit(rows, codes, weight.shape, most, table, weight.group_size)
+    else:
+        w = theirs.dequantize_blockwise(codes, absmax=most, code=table, blocksize=weight.group_size)
+        y = torch.nn.functional.linear(rows, w.to(x.dtype))
+    return _finish(y.view(*x.shape[:-1], -1), bias, activation)
+
+
+def conch(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
+    if not x.is_cuda or x.dtype == torch.float32:
+        raise ValueError("conch: needs 16-bit x on a GPU")
+    from conch.ops.quantization.gemm import mixed_precision_gemm  # type: ignore[import-not-found]
+
+    words, scale = _conch_parts(weight, x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    y = mixed_precision_gemm(rows, words, scale, None, weight.bits, 2 ** (weight.bits - 1), weight.group_size)
+    return _finish(y.view(*x.shape[:-1], -1), bias, activation)
+
+
+LIBRARIES: dict[str, Callable[..., Tensor]] = {
+    "gemlite": gemlite,
+    "hqq": hqq,
+    "torchao": torchao,
+    "bitsandbytes": bitsandbytes,
+    "conch": conch,
+}
+ON_A_GPU = ("gemlite", "conch")
+
+
 def peers() -> dict[str, Callable[..., Tensor]]:
     """Those that can run here."""
     found: dict[str, Callable[..., Tensor]] = {"float_linear": float_linear}
     if torch.cuda.is_available():
         found["tinygemm"] = tinygemm
-        if importlib.util.find_spec("gemlite") is not None:
-            found["gemlite"] = gemlite
-    return found
+    return found | {name: run for name, run in LIBRARIES.items() if name not in absent()}
+
+
+def absent() -> dict[str, str]:
+    """Those that cannot run here, each with the reason."""
+    reasons = {}
+    for name in LIBRARIES:
+        if importlib.util.find_spec(name) is None:
+            reasons[name] = "is not installed"
+        elif name in ON_A_GPU and not torch.cuda.is_available():
+            reasons[name] = "needs a GPU"
+    return reasons

@@ -179,8 +179,9 @@ def tuned(op: str, machine: tuple[int, int] | None, rows: int, **sizes: int) -> 
     return next((tile for last, tile in _tiles(op, *machine, tuple(sizes.items())) if rows <= last), None)
 
 
+@cache
 def present() -> tuple[int, int] | None:
-    """Compute capability and number of processors of the GPU in use, None without one."""
+    """Compute capability and number of processors of the GPU in use, None without one. Asked once: launches ask."""
     if not torch.cuda.is_available():
         return None
     about = capabilities(torch.cuda.current_device())
