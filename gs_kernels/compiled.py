@@ -1,4 +1,4 @@
-"""Chains of tensor operations compiled once for CPU, for any size.
+"""Chains of tensor operations, and files of C++, compiled once for the CPU.
 
 `torch.compile` compiles again for every size that is 0, 1 or was equal to another in its first call, and takes 30 us or
 more to find the code of a call. So a chain is traced and compiled per variant (rank, dtype, flags), ahead of its first
@@ -8,9 +8,11 @@ Without a C++ compiler the chain runs eagerly, which is said once.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,12 +59,28 @@ def _compile(chain: Chain, variant: Hashable, example: Callable[[], tuple[Any, .
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
             return _compile_for(chain, example(), options)
     except (RuntimeError, OSError, ImportError) as error:
+        _say_uncompiled("CPU chains run uncompiled", error)
         _usable = False
-        reason = str(error).strip().partition("\n")[0]
-        logger.warning(
-            "CPU chains run uncompiled, several times slower: compiling failed (%s); install a C++ compiler", reason
-        )
         return chain
+
+
+def _say_uncompiled(what: str, error: Exception) -> None:
+    reason = str(error).strip().partition("\n")[0]
+    logger.warning("%s, several times slower: compiling failed (%s); install a C++ compiler", what, reason)
+
+
+def native(source: Path) -> ctypes.CDLL | None:
+    """The library of a C++ file, compiled when first asked for and kept on disk; None, said once, if that fails here.
+
+    Its instructions are those that it names itself by attributes; it may use OpenMP.
+    """
+    try:
+        from torch._inductor.codecache import CppCodeCache
+
+        return CppCodeCache.load(source.read_text())
+    except (RuntimeError, OSError, ImportError) as error:
+        _say_uncompiled(f"{source.name} is replaced by tensor operations", error)
+        return None
 
 
 def _compile_for(chain: Chain, args: tuple[Any, ...], options: dict[str, Any]) -> Chain:

@@ -1,7 +1,8 @@
 """Products with a packed weight on the CPU: which way suits a call, and the ways that any call can go.
 
-Up to `FEW_ROWS` rows of x, one compiled loop multiplies codes as it unpacks them, in fp32: nothing is dequantised in
-memory. With more, blocks of the weight that fit the cache are dequantised one after the other and multiplied by ATen.
+Up to `ROWS` rows of x (or `FEW_ROWS`), one compiled loop multiplies codes as it unpacks them, in fp32: nothing is
+dequantised in memory. More rows of bf16 go the way of cpu_bf16, where the CPU has its instructions. Elsewhere blocks of
+the weight that fit the cache are dequantised one after the other and multiplied by ATen.
 Small weights, tables of levels and machines without a C++ compiler take plain tensor operations, block by block too.
 
 fp16 is computed in fp32: CPUs multiply it many times slower. bf16 is, where the CPU has no instructions for it.
@@ -22,6 +23,7 @@ from torch.nn.functional import linear, pad
 from gs_kernels.compiled import Chain, call
 from gs_kernels.pack.layouts import CANONICAL, PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
+from gs_kernels.qmatmul import cpu_bf16
 from gs_kernels.qmatmul.cpu_chains import ROWS, block_chain, dot_chain, kernel
 from gs_kernels.qmatmul.cpu_lanes import LANES, STEP, Lanes, UnsuitableError, lanes_of
 from gs_kernels.qmatmul.flat import packed
@@ -96,12 +98,22 @@ def _product(x: Tensor, weight: PackedWeight) -> Tensor:
         return x.new_empty(0, weight.shape[0])
     if worth_compiling(weight):
         try:
-            if x.shape[0] <= FEW_ROWS[x.dtype]:
-                return few_rows(dot_chain, x.float(), weight)
-            return _by_blocks(x, weight)
+            return _compiled(x, weight)
         except UnsuitableError as error:
             logger.debug("qmatmul dequantises in every call: %s", error)
     return _plain(x, weight)
+
+
+def _compiled(x: Tensor, weight: PackedWeight) -> Tensor:
+    m = x.shape[0]
+    if m > ROWS and x.dtype == torch.bfloat16 and cpu_bf16.suits(m):
+        try:
+            return cpu_bf16.multiply(x, lanes_of(weight))[:, : weight.shape[0]]
+        except UnsuitableError as error:
+            logger.debug("qmatmul goes another way: %s", error)
+    if m <= FEW_ROWS[x.dtype]:
+        return few_rows(dot_chain, x.float(), weight)
+    return _by_blocks(x, weight)
 
 
 def few_rows(chain: Chain, x: Tensor, weight: PackedWeight) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from gs_kernels import PackedWeight, pack_weight, qmatmul, qmatmul_int8, row_sums
 from gs_kernels.dispatch import INTERPRET
-from gs_kernels.qmatmul import cpu
+from gs_kernels.qmatmul import cpu, cpu_bf16
+from gs_kernels.qmatmul.cpu_lanes import lanes_of
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref, qmatmul_ref
 from tests.helpers import relative_rms
 
@@ -37,12 +38,55 @@ def rows(m: int, k: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "dtype"), [*((name, torch.float32) for name in WEIGHTS), ("4 bit", torch.bfloat16)])
-def test_float_rows(name: str, dtype: torch.dtype):
-    w = weight(*WEIGHTS[name])
-    for m in (1, 3, 4, 9, 1 + cpu.FEW_ROWS[dtype]):
+def test_float_rows(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu_bf16, "suits", lambda m: False)
+    check_float_rows(weight(*WEIGHTS[name]), dtype, (1, 3, 4, 9, 1 + cpu.FEW_ROWS[dtype]))
+
+
+def check_float_rows(w: PackedWeight, dtype: torch.dtype, ms: tuple[int, ...]) -> None:
+    for m in ms:
         x = rows(m, w.shape[1]).to(dtype)
         got, want = qmatmul(x, w), qmatmul_ref(x.float(), w)
         assert got.shape == want.shape and relative_rms(got.float(), want) < (1e-6 if dtype == torch.float32 else 6e-3)
+
+
+needs_bf16 = pytest.mark.skipif(not cpu_bf16.suits(8), reason="needs AVX-512 dot products of bf16, and no matrix unit")
+
+
+@needs_bf16
+@pytest.mark.parametrize("of", [*WEIGHTS.values(), (2, 100, 1320, 264, True)], ids=lambda of: f"{of[0]} bit")
+def test_bf16_rows_in_cpp(of: tuple[int, int, int, int, bool], monkeypatch: pytest.MonkeyPatch):
+    """Tiles of all sizes, more than a chunk of rows, K of more than a stretch: each against products in fp32."""
+    monkeypatch.setattr(cpu, "_by_blocks", None)
+    w = weight(*of)
+    dense = qmatmul_ref(torch.eye(w.shape[1]), w).to(torch.bfloat16).float()
+    check_float_rows(w, torch.bfloat16, (5, 12, 13, 1030))
+    for m in (*range(1, 14), 1030):
+        x = rows(m, w.shape[1]).to(torch.bfloat16)
+        assert relative_rms(cpu_bf16.multiply(x, lanes_of(w))[:, : w.shape[0]], x.float() @ dense) < 1e-6
+
+
+@needs_bf16
+def test_no_cpp_no_harm(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    """Without a compiler, and where the compiled code is wrong: said once, and computed another way."""
+    w = weight(*WEIGHTS["4 bit"])
+
+    def fail(source: str) -> None:
+        raise RuntimeError("no g++")
+
+    from torch._inductor.codecache import CppCodeCache
+
+    for target, name, broken, said in (
+        (CppCodeCache, "load", fail, "no g++"),
+        (cpu_bf16, "_call", lambda run, x, lanes: torch.zeros(()), "wrong products"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, broken)
+            cpu_bf16._function.cache_clear()
+            caplog.clear()
+            check_float_rows(w, torch.bfloat16, (9, 20))
+        assert [said in record.message for record in caplog.records if record.levelname == "WARNING"] == [True]
+    cpu_bf16._function.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["4 bit", "8 bit"])

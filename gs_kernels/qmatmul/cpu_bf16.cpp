@@ -1,0 +1,156 @@
+// y = x W^T of bf16 rows x with the lanes of a packed weight (cpu_lanes.py), by AVX-512's dot products of bf16 pairs.
+//
+// A thread takes PANEL blocks of 16 rows of the weight at a time. It dequantises a stretch of K, in fp32 and rounded once
+// to bf16, into a panel that stays in its cache: pairs of neighbours along K, a row to a 32-bit lane. Tiles of up to TILE
+// rows of x then run over the panel, with their fp32 sums in registers.
+#include <immintrin.h>
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi")))
+#define INLINE TARGET inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int LANES = 16, STEP = 8, PAIRS = STEP / 2;
+constexpr int PANEL = 2;         // blocks of 16 rows
+constexpr int TILE = 12;         // rows of x: their sums with a panel fill 24 of 32 registers
+constexpr int STRETCH = 128;     // steps of K in a panel: 64 KB
+constexpr int SHORT = 32;        // the same for a single tile, which reads a panel once: 16 KB
+constexpr int64_t CHUNK = 1024;  // rows of x whose sums with a panel stay in the cache: 128 KB
+
+struct Weight {
+  const uint8_t* codes;  // [B, G, S, bits * 16]
+  const float* grid;     // [B, G, 32]
+  int64_t blocks, groups, steps;
+};
+
+// The codes of 8 rows, from row `half * 8`, at two neighbours along K: row l in dwords 2l and 2l + 1.
+// `low`: the bit of a step at which the first one begins.
+template <int BITS>
+INLINE __m512 unpack(const uint8_t* codes, int low, int half) {
+  alignas(64) uint8_t at[64] = {};
+  if (BITS == 8) {
+    for (int l = 0; l < 8; ++l) at[8 * l] = 8 * half + l, at[8 * l + 4] = LANES + 8 * half + l;
+    const __m512i bytes = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(codes + low / 8 * LANES)));
+    return _mm512_cvtepi32_ps(_mm512_maskz_permutexvar_epi8(0x1111111111111111, _mm512_load_si512(at), bytes));
+  }
+  alignas(64) float values[16];
+  for (int i = 0; i < 16; ++i) values[i] = i % (1 << BITS);
+  for (int l = 0; l < 8; ++l) at[8 * l] = 8 * l + low % 8, at[8 * l + 4] = 8 * l + (low + BITS) % 8;
+  int64_t bytes;
+  __builtin_memcpy(&bytes, codes + low / 8 * LANES + 8 * half, 8);
+  const __m512i code = _mm512_multishift_epi64_epi8(_mm512_load_si512(at), _mm512_set1_epi64(bytes));
+  return _mm512_permutexvar_ps(code, _mm512_load_ps(values));  // which reads the lowest 4 bits
+}
+
+INLINE __m512 twice(__m512 v, int first) {
+  alignas(64) int32_t at[16];
+  for (int i = 0; i < 16; ++i) at[i] = first + i / 2;
+  return _mm512_permutexvar_ps(_mm512_load_si512(at), v);
+}
+
+// Fills panel[steps][PAIRS][stride][32] with one block of the weight, from step `first`.
+template <int BITS>
+TARGET void dequantize(const Weight& w, int64_t block, int64_t first, int64_t steps, int64_t stride, __m512i* panel) {
+  const uint8_t* codes = w.codes + (block * w.groups * w.steps + first) * BITS * LANES;
+  for (int64_t s = 0; s < steps;) {
+    const int64_t group = (first + s) / w.steps;
+    const int64_t until = std::min(steps, (group + 1) * w.steps - first);
+    const float* grid = w.grid + (block * w.groups + group) * 2 * LANES;
+    const __m512 scale = _mm512_loadu_ps(grid), zero = _mm512_loadu_ps(grid + LANES);
+    const __m512 scales[2] = {twice(scale, 0), twice(scale, 8)}, zeros[2] = {twice(zero, 0), twice(zero, 8)};
+    for (; s < until; ++s, codes += BITS * LANES)
+#pragma GCC unroll 4
+      for (int p = 0; p < PAIRS; ++p) {
+        __m512 real[2];
+        for (int half = 0; half < 2; ++half) {
+          const __m512 code = unpack<BITS>(codes, 2 * p * BITS, half);
+          real[half] = _mm512_mul_ps(_mm512_sub_ps(code, zeros[half]), scales[half]);
+        }
+        panel[(s * PAIRS + p) * stride] = (__m512i)_mm512_cvtne2ps_pbh(real[1], real[0]);
+      }
+  }
+}
+
+template <int ROWS, int BLOCKS>
+TARGET void multiply(const uint16_t* x, int64_t k, const __m512i* panel, int64_t pairs, float* sums) {
+  __m512 acc[ROWS][BLOCKS];
+#pragma GCC unroll 16
+  for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+    for (int b = 0; b < BLOCKS; ++b) acc[m][b] = _mm512_loadu_ps(sums + (m * BLOCKS + b) * LANES);
+  for (int64_t p = 0; p < pairs; ++p) {
+    __m512bh w[BLOCKS];
+#pragma GCC unroll 4
+    for (int b = 0; b < BLOCKS; ++b) w[b] = (__m512bh)panel[p * BLOCKS + b];
+#pragma GCC unroll 16
+    for (int m = 0; m < ROWS; ++m) {
+      int32_t pair;
+      __builtin_memcpy(&pair, x + m * k + 2 * p, 4);
+      const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+      for (int b = 0; b < BLOCKS; ++b) acc[m][b] = _mm512_dpbf16_ps(acc[m][b], w[b], both);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+    for (int b = 0; b < BLOCKS; ++b) _mm512_storeu_ps(sums + (m * BLOCKS + b) * LANES, acc[m][b]);
+}
+
+using Multiply = void (*)(const uint16_t*, int64_t, const __m512i*, int64_t, float*);
+
+template <int BLOCKS>
+constexpr Multiply MULTIPLY[TILE + 1] = {
+    nullptr,             multiply<1, BLOCKS>, multiply<2, BLOCKS>, multiply<3, BLOCKS>,  multiply<4, BLOCKS>,
+    multiply<5, BLOCKS>, multiply<6, BLOCKS>, multiply<7, BLOCKS>, multiply<8, BLOCKS>,  multiply<9, BLOCKS>,
+    multiply<10, BLOCKS>, multiply<11, BLOCKS>, multiply<12, BLOCKS>};
+
+// m rows of x, `[m, K]`, with BLOCKS blocks of the weight: into y, whose rows are n apart.
+template <int BITS, int BLOCKS>
+void product(const uint16_t* x, int64_t m, const Weight& w, int64_t block, float* y, int64_t n, __m512i* panel,
+             float* sums) {
+  const int64_t all = w.groups * w.steps, k = all * STEP;
+  const int64_t tiles = (m + TILE - 1) / TILE, stretch = tiles == 1 ? SHORT : STRETCH;
+  std::fill_n(sums, m * BLOCKS * LANES, 0.0f);
+  for (int64_t first = 0; first < all; first += stretch) {
+    const int64_t steps = std::min(stretch, all - first);
+    for (int b = 0; b < BLOCKS; ++b) dequantize<BITS>(w, block + b, first, steps, BLOCKS, panel + b);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t from = t * m / tiles, rows = (t + 1) * m / tiles - from;
+      MULTIPLY<BLOCKS>[rows](x + from * k + first * STEP, k, panel, steps * PAIRS, sums + from * BLOCKS * LANES);
+    }
+  }
+  for (int64_t i = 0; i < m; ++i) std::copy_n(sums + i * BLOCKS * LANES, BLOCKS * LANES, y + i * n + block * LANES);
+}
+
+template <int BITS>
+void run(const uint16_t* x, int64_t m, const Weight& w, float* y, int threads) {
+  const int64_t panels = (w.blocks + PANEL - 1) / PANEL, chunks = (m + CHUNK - 1) / CHUNK;
+  const int64_t k = w.groups * w.steps * STEP, n = w.blocks * LANES;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> sums(std::min(m, CHUNK) * PANEL * LANES);
+    auto* panel = static_cast<__m512i*>(_mm_malloc(STRETCH * PAIRS * PANEL * sizeof(__m512i), sizeof(__m512i)));
+#pragma omp for collapse(2)
+    for (int64_t c = 0; c < chunks; ++c)
+      for (int64_t p = 0; p < panels; ++p) {
+        const int64_t from = c * CHUNK, rows = std::min(CHUNK, m - from), block = p * PANEL;
+        const auto multiply = block + PANEL <= w.blocks ? product<BITS, PANEL> : product<BITS, 1>;
+        multiply(x + from * k, rows, w, block, y + from * n, n, panel, sums.data());
+      }
+    _mm_free(panel);
+  }
+}
+
+}  // namespace
+
+// x: bf16 `[m, K]`, K as the codes are padded; y: fp32 `[m, 16 * blocks]`; bits: 1, 2, 4 or 8.
+extern "C" void qmatmul_bf16(const void* x, int64_t m, const void* codes, const void* grid, int64_t blocks,
+                             int64_t groups, int64_t steps, int bits, void* y, int threads) {
+  const Weight w{static_cast<const uint8_t*>(codes), static_cast<const float*>(grid), blocks, groups, steps};
+  const auto run_bits = bits == 1 ? run<1> : bits == 2 ? run<2> : bits == 4 ? run<4> : run<8>;
+  run_bits(static_cast<const uint16_t*>(x), m, w, static_cast<float*>(y), threads);
+}
