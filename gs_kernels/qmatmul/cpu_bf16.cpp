@@ -1,8 +1,8 @@
 // y = x W^T of bf16 rows x with the lanes of a packed weight (cpu_lanes.py), by AVX-512's dot products of bf16 pairs.
 //
-// A thread takes PANEL blocks of 16 rows of the weight at a time. It dequantises a stretch of K, in fp32 and rounded once
-// to bf16, into a panel that stays in its cache: pairs of neighbours along K, a row to a 32-bit lane. Tiles of up to TILE
-// rows of x then run over the panel, with their fp32 sums in registers.
+// A thread takes PANEL blocks of 16 rows of the weight at a time. It dequantises a stretch of K, in fp32 and rounded
+// once to bf16, into a panel that stays in its cache: pairs of neighbours along K, a row to a 32-bit lane. Tiles of up
+// to TILE rows of x then run over the panel, with their fp32 sums in registers.
 #include <immintrin.h>
 #include <algorithm>
 #include <cstdint>
@@ -14,11 +14,11 @@
 namespace {
 
 constexpr int LANES = 16, STEP = 8, PAIRS = STEP / 2;
-constexpr int PANEL = 2;         // blocks of 16 rows
-constexpr int TILE = 12;         // rows of x: their sums with a panel fill 24 of 32 registers
-constexpr int STRETCH = 128;     // steps of K in a panel: 64 KB
-constexpr int SHORT = 32;        // the same for a single tile, which reads a panel once: 16 KB
-constexpr int64_t CHUNK = 1024;  // rows of x whose sums with a panel stay in the cache: 128 KB
+constexpr int PANEL = 2;        // blocks of 16 rows
+constexpr int TILE = 12;        // rows of x: their sums with a panel fill 24 of 32 registers
+constexpr int STRETCH = 128;    // steps of K in a panel: 64 KB
+constexpr int SHORT = 32;       // the same for a single tile, which reads a panel once: 16 KB
+constexpr int64_t CHUNK = 512;  // rows of x of which a stretch stays in the cache: 1 MB
 
 struct Weight {
   const uint8_t* codes;  // [B, G, S, bits * 16]
@@ -74,13 +74,15 @@ TARGET void dequantize(const Weight& w, int64_t block, int64_t first, int64_t st
   }
 }
 
+// Adds ROWS rows of x times a panel to y, or sets it to them at the `start`; k, n: from row to row of x and y.
 template <int ROWS, int BLOCKS>
-TARGET void multiply(const uint16_t* x, int64_t k, const __m512i* panel, int64_t pairs, float* sums) {
+TARGET void multiply(const uint16_t* x, int64_t k, const __m512i* panel, int64_t pairs, float* y, int64_t n,
+                     bool start) {
   __m512 acc[ROWS][BLOCKS];
 #pragma GCC unroll 16
   for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 4
-    for (int b = 0; b < BLOCKS; ++b) acc[m][b] = _mm512_loadu_ps(sums + (m * BLOCKS + b) * LANES);
+    for (int b = 0; b < BLOCKS; ++b) acc[m][b] = start ? _mm512_setzero_ps() : _mm512_loadu_ps(y + m * n + b * LANES);
   for (int64_t p = 0; p < pairs; ++p) {
     __m512bh w[BLOCKS];
 #pragma GCC unroll 4
@@ -88,7 +90,7 @@ TARGET void multiply(const uint16_t* x, int64_t k, const __m512i* panel, int64_t
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS; ++m) {
       int32_t pair;
-      __builtin_memcpy(&pair, x + m * k + 2 * p, 4);
+      __builtin_memcpy(&pair, x + m * k + 2 * p, sizeof(pair));
       const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 4
       for (int b = 0; b < BLOCKS; ++b) acc[m][b] = _mm512_dpbf16_ps(acc[m][b], w[b], both);
@@ -97,52 +99,58 @@ TARGET void multiply(const uint16_t* x, int64_t k, const __m512i* panel, int64_t
 #pragma GCC unroll 16
   for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 4
-    for (int b = 0; b < BLOCKS; ++b) _mm512_storeu_ps(sums + (m * BLOCKS + b) * LANES, acc[m][b]);
+    for (int b = 0; b < BLOCKS; ++b) _mm512_storeu_ps(y + m * n + b * LANES, acc[m][b]);
 }
 
-using Multiply = void (*)(const uint16_t*, int64_t, const __m512i*, int64_t, float*);
+using Multiply = void (*)(const uint16_t*, int64_t, const __m512i*, int64_t, float*, int64_t, bool);
 
 template <int BLOCKS>
 constexpr Multiply MULTIPLY[TILE + 1] = {
-    nullptr,             multiply<1, BLOCKS>, multiply<2, BLOCKS>, multiply<3, BLOCKS>,  multiply<4, BLOCKS>,
-    multiply<5, BLOCKS>, multiply<6, BLOCKS>, multiply<7, BLOCKS>, multiply<8, BLOCKS>,  multiply<9, BLOCKS>,
+    nullptr,             multiply<1, BLOCKS>, multiply<2, BLOCKS>,  multiply<3, BLOCKS>,  multiply<4, BLOCKS>,
+    multiply<5, BLOCKS>, multiply<6, BLOCKS>, multiply<7, BLOCKS>,  multiply<8, BLOCKS>,  multiply<9, BLOCKS>,
     multiply<10, BLOCKS>, multiply<11, BLOCKS>, multiply<12, BLOCKS>};
 
-// m rows of x, `[m, K]`, with BLOCKS blocks of the weight: into y, whose rows are n apart.
+// A stretch of m rows x, `apart` elements from row to row, times that of BLOCKS blocks of the weight, added to y.
 template <int BITS, int BLOCKS>
-void product(const uint16_t* x, int64_t m, const Weight& w, int64_t block, float* y, int64_t n, __m512i* panel,
-             float* sums) {
-  const int64_t all = w.groups * w.steps, k = all * STEP;
-  const int64_t tiles = (m + TILE - 1) / TILE, stretch = tiles == 1 ? SHORT : STRETCH;
-  std::fill_n(sums, m * BLOCKS * LANES, 0.0f);
-  for (int64_t first = 0; first < all; first += stretch) {
-    const int64_t steps = std::min(stretch, all - first);
-    for (int b = 0; b < BLOCKS; ++b) dequantize<BITS>(w, block + b, first, steps, BLOCKS, panel + b);
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t from = t * m / tiles, rows = (t + 1) * m / tiles - from;
-      MULTIPLY<BLOCKS>[rows](x + from * k + first * STEP, k, panel, steps * PAIRS, sums + from * BLOCKS * LANES);
+void add(const uint16_t* x, int64_t m, int64_t apart, const Weight& w, int64_t block, int64_t first, int64_t steps,
+         float* y, __m512i* panel) {
+  const int64_t n = w.blocks * LANES, tiles = (m + TILE - 1) / TILE;
+  for (int b = 0; b < BLOCKS; ++b) dequantize<BITS>(w, block + b, first, steps, BLOCKS, panel + b);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t from = t * m / tiles, rows = (t + 1) * m / tiles - from;
+    float* sums = y + from * n + block * LANES;
+    MULTIPLY<BLOCKS>[rows](x + from * apart, apart, panel, steps * PAIRS, sums, n, first == 0);
+  }
+}
+
+// One thread's share: the panels from `begin` to `end`, for all rows. A stretch of x is copied to rows that do not lie
+// a multiple of the cache's size apart, as those of x often do.
+template <int BITS>
+void share(const uint16_t* x, int64_t m, const Weight& w, float* y, int64_t begin, int64_t end) {
+  const int64_t all = w.groups * w.steps, k = all * STEP, stretch = m <= TILE ? SHORT : STRETCH;
+  const int64_t apart = stretch * STEP + 32;
+  auto* panel = static_cast<__m512i*>(_mm_malloc(stretch * PAIRS * PANEL * sizeof(__m512i), sizeof(__m512i)));
+  std::vector<uint16_t> near(std::min(m, CHUNK) * apart);
+  for (int64_t from = 0; from < m; from += CHUNK) {
+    const int64_t rows = std::min(CHUNK, m - from);
+    for (int64_t first = 0; first < all; first += stretch) {
+      const int64_t steps = std::min(stretch, all - first);
+      for (int64_t i = 0; i < rows; ++i)
+        std::copy_n(x + (from + i) * k + first * STEP, steps * STEP, near.data() + i * apart);
+      for (int64_t block = begin * PANEL; block < end * PANEL; block += PANEL) {
+        const auto add_panel = block + PANEL <= w.blocks ? add<BITS, PANEL> : add<BITS, 1>;
+        add_panel(near.data(), rows, apart, w, block, first, steps, y + from * w.blocks * LANES, panel);
+      }
     }
   }
-  for (int64_t i = 0; i < m; ++i) std::copy_n(sums + i * BLOCKS * LANES, BLOCKS * LANES, y + i * n + block * LANES);
+  _mm_free(panel);
 }
 
 template <int BITS>
 void run(const uint16_t* x, int64_t m, const Weight& w, float* y, int threads) {
-  const int64_t panels = (w.blocks + PANEL - 1) / PANEL, chunks = (m + CHUNK - 1) / CHUNK;
-  const int64_t k = w.groups * w.steps * STEP, n = w.blocks * LANES;
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<float> sums(std::min(m, CHUNK) * PANEL * LANES);
-    auto* panel = static_cast<__m512i*>(_mm_malloc(STRETCH * PAIRS * PANEL * sizeof(__m512i), sizeof(__m512i)));
-#pragma omp for collapse(2)
-    for (int64_t c = 0; c < chunks; ++c)
-      for (int64_t p = 0; p < panels; ++p) {
-        const int64_t from = c * CHUNK, rows = std::min(CHUNK, m - from), block = p * PANEL;
-        const auto multiply = block + PANEL <= w.blocks ? product<BITS, PANEL> : product<BITS, 1>;
-        multiply(x + from * k, rows, w, block, y + from * n, n, panel, sums.data());
-      }
-    _mm_free(panel);
-  }
+  const int64_t panels = (w.blocks + PANEL - 1) / PANEL;
+#pragma omp parallel for num_threads(threads)
+  for (int t = 0; t < threads; ++t) share<BITS>(x, m, w, y, panels * t / threads, panels * (t + 1) / threads);
 }
 
 }  // namespace
