@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from bench.record import read_rows
+from bench.tables import shape_text
 from gs_kernels.aot.trace import traced
 from gs_kernels.spec import OpSpec, Shape, specs
 from gs_kernels.tuning.cards import Card, card_of
@@ -81,9 +82,9 @@ def summary(compared: Iterable[Compared]) -> list[str]:
         ratios = sorted(one.ratio for one in members)
         p50, p80 = (quantiles(ratios, n=10)[i] for i in (4, 7)) if len(ratios) > 1 else (ratios[0], ratios[0])
         worst = max(members, key=lambda one: one.ratio)
-        shape = " ".join(f"{k}={v}" for k, v in worst.row["shape"].items())
         numbers = (f"{ratio:.2f}x" for ratio in (ratios[0], p50, p80, ratios[-1]))
-        lines.append(COLUMNS.format(op, card, len(members), *numbers, f"{shape[:60]} ({worst.bound})"))
+        shape = shape_text(worst.row["shape"])
+        lines.append(COLUMNS.format(op, card, len(members), *numbers, f"{shape} ({worst.bound})"))
     return lines
 
 

@@ -22,13 +22,14 @@ import torch
 from bench import record
 from bench.agree import agreement, outputs_of, step
 from bench.roofline import copies_beyond_cache, copy_bandwidth, product_peaks
+from bench.tables import shape_text
 from bench.timing import time_calls
 from gs_kernels.dispatch import INTERPRET
 from gs_kernels.spec import Case, OpSpec, Shape, map_tensors, specs
 
 QUICK_S = 150.0  # after which --quick starts nothing new: with the last it takes less than three minutes
 FAILURES = (RuntimeError, ValueError, TypeError, AssertionError)
-COLUMNS = "{:22} {:34} {:9} {:12} {:4} {:>9} {:>9} {:>9} {:>8} {:>6} {:>8}  {}"
+COLUMNS = "{:19} {:42} {:8} {:19} {:4} {:>9} {:>9} {:>9} {:>7} {:>6} {:>8}  {}"
 HEAD = ("op", "shape", "dtype", "provider", "pass", "p20 ms", "p50 ms", "p80 ms", "GB/s", "%copy", "vs ours", "")
 
 
@@ -132,8 +133,7 @@ def note(row: dict[str, Any]) -> str:
 
 
 def line(row: dict[str, Any], ours: float | None) -> str:
-    shape = " ".join(f"{k}={v}" for k, v in row["shape"].items())
-    about = (row["op"], shape[:34], row["dtype"], row["provider"], row["direction"])
+    about = (row["op"], shape_text(row["shape"])[:42], row["dtype"], row["provider"], row["direction"])
     if "ms_p50" not in row:
         return COLUMNS.format(*about, *["-"] * 6, note(row))
     times = tuple(f"{row[k]:.4f}" for k in ("ms_p20", "ms_p50", "ms_p80"))

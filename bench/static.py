@@ -25,12 +25,12 @@ from bench import record
 from bench.guard import worse
 from bench.predict import predict_op
 from bench.steps import step_rows
-from bench.tables import table
-from gs_kernels.aot import launches_of, report
+from bench.tables import shape_text, table
+from gs_kernels.aot import Launch, launches_of, report
 from gs_kernels.aot.trace import traced
 from gs_kernels.aot.work import work_of
 from gs_kernels.dispatch import INTERPRET
-from gs_kernels.spec import OpSpec, Shape, specs
+from gs_kernels.spec import AotCase, OpSpec, Shape, specs
 from gs_kernels.tuning.cards import CARDS, Card
 from gs_kernels.tuning.cost import Prediction, estimate, predict_call
 
@@ -55,29 +55,41 @@ def _times(prediction: Prediction) -> dict[str, Any]:
 
 
 def kernel_rows(cards: Iterable[Card] = CARDS.values(), op: str | None = None) -> Iterator[dict[str, Any]]:
-    """One row per kernel of each case of the gate, for each card whose target the case has."""
+    """One row per kernel of each case of the gate and card, also where the gate has no bounds for it.
+
+    A case that a target does not compile gets a row with the reason.
+    """
+    from triton.compiler.errors import CompilationError
+
     for spec in specs():
         for case in spec.aot if op in (None, spec.name) else ():
             for card in cards:
-                if card.target not in case.targets:
+                about = {"case": f"{spec.name}/{case.name}", "target": card.target}
+                try:
+                    launches = launches_of(case, card.target)
+                except CompilationError as error:
+                    if card.target in case.targets:
+                        raise
+                    yield {**about, "why": str(error).splitlines()[-1]}
                     continue
-                for launch in launches_of(case, card.target):
-                    kernel, work = report(launch.compiled, card.target, case.elements), work_of(launch)
-                    yield {
-                        "case": f"{spec.name}/{case.name}",
-                        "kernel": kernel.kernel,
-                        "target": card.target,
-                        "registers": kernel.registers,
-                        "spills": kernel.spills,
-                        "shared_bytes": kernel.shared_bytes,
-                        "warps_per_sm": kernel.occupancy.warps,
-                        "limiter": kernel.occupancy.limiter,
-                        "instructions": kernel.instructions,
-                        "loop_instructions": kernel.loop_instructions,
-                        "per_element": round(kernel.per_element, 3),
-                        "nbytes": work.nbytes,
-                        **_times(estimate(kernel, work, card)),
-                    }
+                yield from (about | _kernel_row(launch, case, card) for launch in launches)
+
+
+def _kernel_row(launch: Launch, case: AotCase, card: Card) -> dict[str, Any]:
+    kernel, work = report(launch.compiled, card.target, case.elements), work_of(launch)
+    return {
+        "kernel": kernel.kernel,
+        "registers": kernel.registers,
+        "spills": kernel.spills,
+        "shared_bytes": kernel.shared_bytes,
+        "warps_per_sm": kernel.occupancy.warps,
+        "limiter": kernel.occupancy.limiter,
+        "instructions": kernel.instructions,
+        "loop_instructions": kernel.loop_instructions,
+        "per_element": round(kernel.per_element, 3),
+        "nbytes": work.nbytes,
+        **_times(estimate(kernel, work, card)),
+    }
 
 
 def op_shapes(spec: OpSpec) -> Iterator[tuple[str, Shape]]:
@@ -123,6 +135,7 @@ def page(
             "case",
             "target",
             "registers",
+            "spills",
             "shared",
             "warps per SM",
             "instructions per element",
@@ -131,8 +144,10 @@ def page(
             "bound",
         ),
         (
-            (
-                *(r[name] for name in ("case", "target", "registers", "shared_bytes")),
+            (r["case"], r["target"], *["-"] * 7, r["why"])
+            if "why" in r
+            else (
+                *(r[name] for name in ("case", "target", "registers", "spills", "shared_bytes")),
                 f"{r['warps_per_sm']} ({r['limiter']})",
                 *(r["per_element"], f"{r['nbytes'] / 1e6:.1f}", r["us"], r["bound"]),
             )
@@ -145,7 +160,7 @@ def page(
     )
     of_ops = table(
         ("op", "shape", "dtype", "at least us", "bound", "bf16 at least us"),
-        ((r["op"], _shape(r["shape"]), r["dtype"], r["us"], r["bound"], r.get("float_us", "")) for r in ops),
+        ((r["op"], shape_text(r["shape"]), r["dtype"], r["us"], r["bound"], r.get("float_us", "")) for r in ops),
     )
     parts = {
         "Kernels of the ahead-of-time gate, on A100, H100 and B200": of_kernels,
@@ -154,11 +169,6 @@ def page(
     }
     sections = [f"## {title}\n\n{text}\n" for title, text in parts.items()]
     return "\n".join([HEAD.format(**made_with), *sections])
-
-
-def _shape(shape: Shape) -> str:
-    kept = {k: v for k, v in shape.items() if k in ("x", "n", "bits", "axis", "group")}
-    return " ".join(f"{k}={'x'.join(map(str, v)) if isinstance(v, tuple | list) else v}" for k, v in kept.items())
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

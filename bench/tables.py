@@ -29,6 +29,14 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def shape_text(shape: dict[str, Any]) -> str:
+    """`x=64x4096 n=4096 bits=4`: without what is off, or as it is where nothing else is said."""
+    usual: dict[str, Any] = {"axis": -1, "group": 0, "padding": 0, "stride": 1, "dilation": 1, "groups": 1}
+    usual |= {"learned": True, "zero": "middle", "activation": "none"}
+    said = {k: v for k, v in shape.items() if v != usual.get(k) and v is not None and v is not False and v != "none"}
+    return " ".join(f"{k}={'x'.join(map(str, v)) if isinstance(v, tuple | list) else v}" for k, v in said.items())
+
+
 def last(rows: Rows, *keys: str) -> dict[tuple[Any, ...], dict[str, Any]]:
     """The last row of each combination of these keys, in the order in which the combinations came."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -101,6 +109,65 @@ def products(rows: Rows) -> str:
     return table(("device", "layer", "bits", *(f"{m} rows" for m in sizes)), cells)
 
 
+OURS = ("ours", "torch", "compile")  # the first is measured against the others, then against libraries
+
+
+def ops(rows: Rows) -> str:
+    """Of each call that was timed: ours, and how many times as long the others took."""
+    keys = ("device_name", "op", "shape", "dtype", "direction")
+    known = last([row for row in rows if row["kind"] == "op" and "ms_p50" in row], *keys, "provider")
+    calls: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = defaultdict(dict)
+    for (*key, provider), row in known.items():
+        calls[tuple(key)][provider] = row
+    lines = []
+    for (device, op, *_), by in sorted(calls.items()):
+        if "ours" not in by:
+            continue
+        ours = by["ours"]
+        ratio = {name: f"{row['ms_p50'] / ours['ms_p50']:.2f}x" for name, row in by.items()}
+        others = ", ".join(f"{name} {text}" for name, text in sorted(ratio.items()) if name not in OURS)
+        shape = shape_text(ours["shape"]), _SHORT[ours["dtype"]], ours["direction"]
+        lines.append((device, op, *shape, f"{ours['ms_p50']:.3g}", *(ratio.get(n, "-") for n in OURS[1:]), others))
+    return table(("device", "op", "shape", "dtype", "pass", "ours ms", "eager", "compile", "libraries"), lines)
+
+
+def models(rows: Rows) -> str:
+    """A row per network and algorithm: its training step, then what it was converted to."""
+    known = [row for row in rows if row["kind"] == "model" and "ms_p50" in row]
+    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in sorted(known, key=lambda row: str(row["time"])):
+        groups[row["device_name"], row["network"], tuple(row["input"]), row["algorithm"]][row["phase"]] = row
+    lines = []
+    for (device, network, size, algorithm), by in groups.items():
+        base = groups.get((device, network, size, "float"), {})
+        cells = {phase: _against(by.get(phase), base.get(phase)) for phase in ("train", "latency", "throughput")}
+        step = by.get("train", {})
+        kept = _mb(step.get("peak_bytes", step.get("saved_bytes")))
+        about = device, f"{network} {'x'.join(map(str, size))}", step.get("batch", "-"), algorithm
+        weights = _mb(by.get("latency", {}).get("nbytes"))
+        lines.append((*about, cells["train"], kept, cells["latency"], cells["throughput"], weights))
+    head = ("device", "network", "batch", "algorithm", "training step ms", "MB for backward")
+    return table((*head, "one input ms", "batch ms", "weights MB"), lines)
+
+
+def _against(row: dict[str, Any] | None, base: dict[str, Any] | None) -> str:
+    """Milliseconds, and how many times as many as those of the float network."""
+    if row is None:
+        return "-"
+    times = f" ({row['ms_p50'] / base['ms_p50']:.2f}x)" if base is not None and base is not row else ""
+    return f"{row['ms_p50']:.1f}{times}"
+
+
+def _mb(nbytes: int | None) -> str:
+    return "-" if nbytes is None else f"{nbytes / 1e6:.1f}"
+
+
+def decode(rows: Rows) -> str:
+    known = last([row for row in rows if row["kind"] == "decode"], "device_name", "network", "dtype")
+    lines = ((*key[:2], _SHORT[key[2]], row["per_s"], _mb(row["nbytes"])) for key, row in sorted(known.items()))
+    return table(("device", "model", "dtype", "tokens/s", "tensors MB"), lines)
+
+
 def rows_of(shape: dict[str, Any]) -> int:
     m = 1
     for size in shape["x"][:-1]:
@@ -108,7 +175,14 @@ def rows_of(shape: dict[str, Any]) -> int:
     return m
 
 
-TABLES: dict[str, Callable[[Rows], str]] = {"accuracy": accuracy, "language": language, "products": products}
+TABLES: dict[str, Callable[[Rows], str]] = {
+    "accuracy": accuracy,
+    "language": language,
+    "products": products,
+    "ops": ops,
+    "models": models,
+    "decode": decode,
+}
 
 
 def all_rows(folder: Path) -> list[dict[str, Any]]:

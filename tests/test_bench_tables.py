@@ -68,6 +68,40 @@ def test_products_are_compared_with_the_float_ones_beside_them():
     assert plot.speedups(PRODUCTS) == {("256x128", 2): {1: 4.0}, ("256x128", 4): {1: 2.0, 16: 0.5}}
 
 
+def test_calls_are_compared_with_what_others_took():
+    rows = [{**row, "direction": "fwd"} for row in PRODUCTS]
+    rows += [{**product("torch", 4, 1, 4.0), "direction": "fwd"}, {**product("hqq", 4, 1, 5.0), "direction": "f+b"}]
+    assert tables.ops(rows).splitlines()[3:5] == [
+        "| A GPU | qmatmul | x=1x128 n=256 bits=2 | bf16 | fwd | 0.25 | - | - | float_linear 4.00x |",
+        "| A GPU | qmatmul | x=1x128 n=256 bits=4 | bf16 | fwd | 0.5 | 8.00x | - | float_linear 2.00x |",
+    ]
+
+
+def test_what_is_usual_or_off_is_not_said_of_a_shape():
+    shape = {"x": (1, 64, 7), "n": 8, "axis": 0, "group": 0, "qmin": 0, "zero": "middle", "bias": False, "stride": 2}
+    assert tables.shape_text(shape | {"groups": 1, "out": True}) == "x=1x64x7 n=8 axis=0 qmin=0 stride=2 out=True"
+
+
+def test_networks_are_compared_with_the_float_one_and_a_phase_that_is_missing_is_a_dash():
+    about = {"kind": "model", "device_name": "A CPU", "network": "net", "input": [3, 8, 8], "time": "1"}
+    rows = [
+        {**about, "algorithm": "float", "phase": "train", "batch": 8, "ms_p50": 10.0, "saved_bytes": 2e6},
+        {**about, "algorithm": "float", "phase": "latency", "batch": 1, "ms_p50": 2.0, "nbytes": 4e6},
+        {**about, "algorithm": "w4", "phase": "train", "batch": 8, "ms_p50": 15.0, "peak_bytes": 3e6},
+        {**about, "algorithm": "w4", "phase": "all", "error": "ValueError: no"},
+    ]
+    assert tables.models(rows).splitlines()[2:] == [
+        "| A CPU | net 3x8x8 | 8 | float | 10.0 | 2.0 | 2.0 | - | 4.0 |",
+        "| A CPU | net 3x8x8 | 8 | w4 | 15.0 (1.50x) | 3.0 | - | - | - |",
+    ]
+
+
+def test_decoding_is_the_last_rate_of_each_model():
+    row = {"kind": "decode", "device_name": "A CPU", "network": "lm", "dtype": "bfloat16", "per_s": 5.0, "nbytes": 1e6}
+    rows = [{**row, "time": "2"}, {**row, "per_s": 1.0, "time": "1"}]
+    assert tables.decode(rows).splitlines()[2:] == ["| A CPU | lm | bf16 | 5.0 | 1.0 |"]
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A file with one table, and rows of products in the place of results."""
