@@ -1,10 +1,12 @@
 """`python -m bench.gpu`: everything to run on a machine with an NVIDIA GPU, in order, in less than nine minutes.
 
-1. conformance: the kernel tests on the GPU, every dtype of the specs.
+1. conformance: every op on the GPU, in every dtype of its spec, bf16 and fp16 among them.
 2. compute-sanitizer memcheck and racecheck over every op at its test shapes, where the tool is installed.
-3. the benchmarks of ops, with all peers, and of whole networks.
+3. the benchmarks of ops, the most important first, with all peers, then of whole networks.
+4. the tuner, which writes its table after each problem.
 
 Every phase has a time limit and writes what it finds as it goes (`bench/results/<device>/`, a .jsonl and a .log file).
+`--out FOLDER` writes all of it there, tables too: what a machine that is taken away gives back.
 Exit code 0: all passed, 1: a phase failed, 2: no GPU, 130: interrupted. `--device cpu` tries the script without one.
 """
 
@@ -27,6 +29,7 @@ import torch
 from bench import record
 from bench.agree import outputs_of, step
 from gs_kernels.spec import specs
+from gs_kernels.tuning.tables import SHIPPED
 
 ROOT = Path(__file__).parent.parent
 KILLED = -int(signal.SIGKILL)
@@ -50,8 +53,13 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or next((str(place) for place in places if place.is_file()), None)
 
 
-def phases(device: str) -> list[Phase]:
-    """What to run, with limits that add up to less than nine minutes."""
+def phases(device: str, path: Path, tables: Path) -> list[Phase]:
+    """What to run, the most important first, with limits that add up to less than nine minutes.
+
+    Args:
+        path: of the rows.
+        tables: folder of the tuner's tables.
+    """
     sanitizer = find_sanitizer()
     why = "" if sanitizer else "no compute-sanitizer on PATH or in CUDA_HOME"
     why = why if device == "cuda" else "compute-sanitizer needs a GPU"
@@ -59,18 +67,45 @@ def phases(device: str) -> list[Phase]:
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     small = (sys.executable, "-m", "bench.gpu", "--small-shapes", "--device", device)
     check = (sanitizer or "", "--error-exitcode", "3", "--target-processes", "all", "--tool")
-    bench = (sys.executable, "-m", "bench.run", "--device", device, "--limit", "130")
-    models = (sys.executable, "-m", "bench.models", "--device", device, "--limit", "40")
+    models = (sys.executable, "-m", "bench.models", "--device", device, "--limit", "40", "--out", str(path))
     some = ("--network", "resnet18", "llama-block", "--algorithm", "float", "simqat-w4a8", "slb-w2")
     tiny = ("--quick", "--network", "resnet18", "--algorithm", "float", "--seconds", "0.1")
+    tests = ("tests/kernels/test_conformance.py", "-q", "-rs")
     return [
-        Phase("conformance", (sys.executable, "-m", "pytest", "tests/kernels", "-q", "-rs"), 150),
-        Phase("small-shapes", small, 40),
-        Phase("memcheck", (*check, "memcheck", *small), 60, alone, why),
-        Phase("racecheck", (*check, "racecheck", *small), 60, alone, why),
-        Phase("benchmarks", bench if device == "cuda" else (*bench, "--quick"), 160),
-        Phase("models", (*models, *(some if device == "cuda" else tiny)), 60),
+        Phase("conformance", (sys.executable, "-m", "pytest", *tests), 110),
+        Phase("small-shapes", small, 30),
+        Phase("memcheck", (*check, "memcheck", *small), 40, alone, why),
+        Phase("racecheck", (*check, "racecheck", *small), 40, alone, why),
+        *(_timing(name, device, path, *about) for name, about in BENCHMARKS.items()),
+        Phase("models", (*models, *(some if device == "cuda" else tiny)), 45),
+        _tuning(device, tables),
     ]
+
+
+# seconds, and which calls. Compiling the reference takes seconds a shape: where it is no peer, it is left out
+BENCHMARKS: dict[str, tuple[float, tuple[str, ...]]] = {
+    "products-w4": (50, ("--op", "qmatmul", "--shapes", "w4", "--without", "torch", "compile")),
+    "convolutions-w4": (30, ("--op", "qconv2d", "--shapes", "resnet50_w4", "--without", "torch", "compile")),
+    "fake-quant": (25, ("--op", "fake_quant", "--shapes", "64M")),
+    "slb": (25, ("--op", "slb_weight", "--shapes", "4096x4096")),
+    "products-w2": (25, ("--op", "qmatmul", "--shapes", "w2", "--without", "torch", "compile")),
+    "products-w1": (20, ("--op", "qmatmul", "--shapes", "w1", "--without", "torch", "compile")),
+    "products-w4a8": (25, ("--op", "qmatmul_fp8", "--shapes", "w4a8", "--without", "torch", "compile")),
+}
+
+
+def _timing(name: str, device: str, path: Path, seconds: float, about: tuple[str, ...]) -> Phase:
+    """Rows are written as they are measured: a phase that is stopped leaves what it has."""
+    argv = (sys.executable, "-m", "bench.run", "--device", device, "--seconds", "0.1", "--out", str(path))
+    if device == "cuda":
+        return Phase(name, (*argv, "--dtype", "bfloat16", "--limit", str(seconds - 5), *about), seconds)
+    return Phase(name, (*argv, "--quick", *about[:2], "--without", "torch", "compile"), seconds)
+
+
+def _tuning(device: str, tables: Path) -> Phase:
+    sizes = ("--layer", "4096x4096", "--layer", "14336x4096", *(f"--rows={m}" for m in (1, 16, 64, 256)), "--keep", "6")
+    tune = (sys.executable, "-m", "gs_algos.cli.main", "tune", *sizes, "--out", str(tables))
+    return Phase("tuning", tune, 70, skip="" if device == "cuda" else "the tuner times kernels on a GPU")
 
 
 def run_phase(phase: Phase, log: Path) -> dict[str, Any]:
@@ -142,7 +177,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: try the script without a GPU")
     parser.add_argument("--small-shapes", action="store_true", help="only call every op at its test shapes")
-    parser.add_argument("--only", nargs="+", metavar="PHASE", choices=[phase.name for phase in phases("cpu")])
+    known = [phase.name for phase in phases("cpu", Path(), Path())]
+    parser.add_argument("--only", nargs="+", metavar="PHASE", choices=known, help=f"of {', '.join(known)}")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of rows, log and tables of tiles")
     chosen = parser.parse_args(argv)
     if chosen.device == "cuda" and not torch.cuda.is_available():
         print("bench.gpu: needs an NVIDIA GPU, and torch sees none; --device cpu tries the script", file=sys.stderr)
@@ -150,16 +187,17 @@ def main(argv: list[str] | None = None) -> int:
     if chosen.small_shapes:
         return run_small_shapes(chosen.device)
     path = record.default_path(chosen.device)
+    path = path if chosen.out is None else chosen.out.absolute() / path.name
     path.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for phase in phases(chosen.device):
+    for phase in phases(chosen.device, path, SHIPPED if chosen.out is None else path.parent):
         if (chosen.only is None or phase.name in chosen.only) and not _interrupted(rows):
             print(f"\n== {phase.name} (at most {phase.seconds:g} s)", flush=True)
             rows.append(run_phase(phase, path.with_suffix(".log")))
             record.append(rows[-1], "gpu", device=chosen.device, path=path)
     print(f"\n{record.device_name(chosen.device)} -> {path}")
     for row in rows:
-        print("{phase:14} {result:22}".format(**row), row.get("why") or f"{row['seconds']} s  {row['last_line']}")
+        print("{phase:16} {result:22}".format(**row), row.get("why") or f"{row['seconds']} s  {row['last_line']}")
     return 130 if _interrupted(rows) else int(any(row["result"] not in ("passed", "skipped") for row in rows))
 
 

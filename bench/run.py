@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -66,18 +66,28 @@ class Job:
         return [copy(first) for _ in range(copies)]
 
 
-def providers(spec: OpSpec, ours_only: bool = False) -> Iterator[tuple[str, Callable[..., Any]]]:
+def providers(
+    spec: OpSpec, ours_only: bool = False, without: Sequence[str] = ()
+) -> Iterator[tuple[str, Callable[..., Any]]]:
     yield "ours", spec.run
     if ours_only:
         return
-    yield "torch", spec.ref
-    torch.compiler.reset()
-    yield "compile", torch.compile(spec.ref, dynamic=False)
-    yield from spec.library.items()
+    if "torch" not in without:
+        yield "torch", spec.ref
+    if "compile" not in without:
+        torch.compiler.reset()
+        yield "compile", torch.compile(spec.ref, dynamic=False)
+    yield from ((name, run) for name, run in spec.library.items() if name not in without)
 
 
 def measure(
-    job: Job, device: str, bandwidth: float, peaks: dict[str, float], seconds: float, ours_only: bool = False
+    job: Job,
+    device: str,
+    bandwidth: float,
+    peaks: dict[str, float],
+    seconds: float,
+    ours_only: bool = False,
+    without: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """One row per provider; a provider that fails or disagrees has no times."""
     nbytes, flops = job.cost()
@@ -98,7 +108,7 @@ def measure(
         "direction": job.direction,
         "copy_gbps": round(bandwidth, 1),
     }
-    for name, run in providers(job.spec, ours_only):
+    for name, run in providers(job.spec, ours_only, without):
         row = {**about, "provider": name}
         try:
             agrees = agreement(run, cases[0], dys, want, tol, grad_tol)
@@ -170,6 +180,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=["float32", "float16", "bfloat16"], help="default: by device")
     parser.add_argument("--quick", action="store_true", help="the smallest shape of each op, one dtype")
     parser.add_argument("--ours-only", action="store_true", help="time no other provider, as bench.compare does")
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="PROVIDER", help="e.g. compile: takes seconds a shape"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, help="time for one number; default 1, with --quick 0.3")
     parser.add_argument(
@@ -211,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
             failed = True
             break
         ours = None
-        for row in measure(job, chosen.device, bandwidth, peaks, chosen.seconds, chosen.ours_only):
+        for row in measure(job, chosen.device, bandwidth, peaks, chosen.seconds, chosen.ours_only, chosen.without):
             record.append(row, "op", device=chosen.device, path=path)
             ours = row.get("ms_p50") if row["provider"] == "ours" else ours
             failed |= row["provider"] == "ours" and "ms_p50" not in row

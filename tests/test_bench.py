@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -246,7 +247,35 @@ def test_without_a_gpu_the_gpu_script_says_so_and_exits_with_2(monkeypatch, caps
 
 
 def test_phases_of_the_gpu_script_fit_into_nine_minutes():
-    assert sum(phase.seconds for phase in gpu.phases("cuda")) < 9 * 60
+    assert sum(phase.seconds for phase in gpu.phases("cuda", Path("rows"), Path("tables"))) < 9 * 60
+
+
+def test_the_gpu_script_is_right_before_it_is_fast_and_benchmarks_take_known_arguments():
+    plan = gpu.phases("cuda", Path("rows.jsonl"), Path("tables"))
+    names = [phase.name for phase in plan]
+    assert names[:5] == ["conformance", "small-shapes", "memcheck", "racecheck", "products-w4"]
+    assert names[-2:] == ["models", "tuning"] and plan[-1].argv[-2:] == ("--out", "tables")
+    timed = [phase for phase in plan if "bench.run" in phase.argv]
+    for phase in timed:
+        argv = [a.replace("cuda", "cpu") for a in phase.argv[phase.argv.index("bench.run") + 1 :]]
+        chosen = run.parse(argv)
+        assert chosen.limit < phase.seconds and chosen.out == Path("rows.jsonl") and list(run.jobs(chosen))
+    assert len(timed) == len(gpu.BENCHMARKS)
+
+
+def test_everything_is_written_into_a_folder_of_ones_own(monkeypatch, tmp_path):
+    seen = []
+    plan = [_phase("benchmarks", "print('timed')")]
+    monkeypatch.setattr(gpu, "phases", lambda *about: seen.append(about) or plan)
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path / "mine")]) == 0
+    (rows,) = (tmp_path / "mine").glob("*.jsonl")
+    assert json.loads(rows.read_text())["result"] == "passed" and "timed" in rows.with_suffix(".log").read_text()
+    assert seen[-1] == ("cpu", rows, tmp_path / "mine")
+
+
+def test_providers_can_be_left_out(rows):
+    _, written = rows(_spec(backward=False), "--quick", "--without", "compile", "torch")
+    assert [r["provider"] for r in written[1:]] == ["ours"]
 
 
 def test_a_phase_is_stopped_at_its_limit_and_keeps_its_output(tmp_path):
@@ -264,7 +293,7 @@ def test_a_phase_that_fails_fails_the_script_and_the_rest_still_runs(monkeypatch
         _phase("memcheck", "", skip="no tool"),
         _phase("benchmarks", "import os; print(os.environ['GS_PHASE'])", env={"GS_PHASE": "timed"}),
     ]
-    monkeypatch.setattr(gpu, "phases", lambda device: plan)
+    monkeypatch.setattr(gpu, "phases", lambda *about: plan)
     assert gpu.main(["--device", "cpu"]) == 1
     written = [json.loads(line) for line in record.default_path("cpu").read_text().splitlines()]
     assert [(r["phase"], r["result"]) for r in written] == [
@@ -281,7 +310,7 @@ def test_an_interruption_stops_the_phase_and_keeps_what_was_measured(monkeypatch
     code = "import os, signal, time; print('measured 1', flush=True); os.kill(os.getppid(), {}); time.sleep(60)"
     for number in ("signal.SIGINT", "signal.SIGTERM"):
         plan = [_phase("benchmarks", code.format(number)), _phase("models", "print('never')")]
-        monkeypatch.setattr(gpu, "phases", lambda device, plan=plan: plan)
+        monkeypatch.setattr(gpu, "phases", lambda *about, plan=plan: plan)
         assert gpu.main(["--device", "cpu"]) == 130
     written = [json.loads(line) for line in record.default_path("cpu").read_text().splitlines()]
     assert [(r["phase"], r["result"], r["last_line"]) for r in written] == [
