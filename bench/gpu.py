@@ -148,7 +148,7 @@ def run_phase(phase: Phase, log: Path) -> dict[str, Any]:
             signal.signal(number, handler)
     interrupted = any(signals)
     seconds = time.monotonic() - start
-    late = code == KILLED and seconds >= phase.seconds
+    late = (code == KILLED and seconds >= phase.seconds) or last.startswith("--limit")
     result = "passed" if code == 0 else "stopped at its limit" if late else "failed"
     result = INTERRUPTED if interrupted else result
     return {**row, "result": result, "exit_code": code, "seconds": round(seconds, 1), "last_line": last[:300]}

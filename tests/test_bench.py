@@ -286,6 +286,11 @@ def test_a_phase_is_stopped_at_its_limit_and_keeps_its_output(tmp_path):
     assert row["last_line"] == "measured 1" and "measured 1" in log.read_text()
 
 
+def test_a_benchmark_that_reached_its_own_limit_did_not_fail(tmp_path):
+    code = "print('--limit 9 s reached before op; not timed'); raise SystemExit(1)"
+    assert gpu.run_phase(_phase("timed", code), tmp_path / "gpu.log")["result"] == "stopped at its limit"
+
+
 def test_a_phase_that_fails_fails_the_script_and_the_rest_still_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     plan = [
