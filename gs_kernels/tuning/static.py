@@ -93,7 +93,8 @@ class Static:
             predict: instead of `predict_all`, in whatever processes.
         """
         space = find_space(op)
-        usual = space.default(problem, self.machine).get("programs")
+        default = space.default(problem, self.machine)
+        usual = default.get("programs")
         pruned: Counter[str] = Counter()
         found: dict[Any, Ranked] = {}
 
@@ -106,7 +107,8 @@ class Static:
                 else:
                     found.setdefault(got.launched, got)  # K may have no more parts with more programs
 
-        add([_with_programs(tile, usual) for tile in space.candidates(problem)])
+        candidates = [_with_programs(tile, usual) for tile in space.candidates(problem)]
+        add(candidates if default in candidates else [*candidates, default])
         best = [ranked.tile for ranked in _sorted(found)[:keep] if _splits(ranked.tile)]
         add([_with_programs(tile, n) for n in space.choices.get("programs", ()) if n != usual for tile in best])
         return Ranking(op, problem, tuple(_sorted(found)), pruned)
