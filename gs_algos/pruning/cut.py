@@ -193,9 +193,12 @@ def _is_remembered(tensor: Tensor) -> bool:
 
 
 def _like(new: Tensor, old: Tensor) -> Tensor:
-    """The new tensor in the memory format of the old one."""
-    channels_last = old.dim() == 4 and not old.is_contiguous() and old.is_contiguous(memory_format=torch.channels_last)
-    return new.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    """The new tensor in the memory format of the old one, told by its strides: with one channel both formats fit."""
+    if old.dim() != 4:
+        return new.contiguous()
+    last = torch.empty(old.shape, device="meta", memory_format=torch.channels_last).stride()
+    form = torch.channels_last if old.stride() == last else torch.contiguous_format
+    return torch.empty_like(new, memory_format=form).copy_(new)
 
 
 def _refuse_state(name: str, tensor: Tensor, optimizers: Iterable[torch.optim.Optimizer]) -> None:

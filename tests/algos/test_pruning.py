@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import gs_algos
 from gs_algos import SCOP, Prune, SimQAT
 from gs_algos.core.algorithm import history
+from gs_algos.export.onnx_graph import export_onnx
 from gs_algos.pruning.knockoffs import Given, KnockoffGenerator, discrepancy
 from tests.algos.nets import SmallConvNet, images, mlp
 
@@ -200,6 +201,41 @@ def test_a_cut_network_loads_into_the_unpruned_builder(tmp_path):
     again = gs_algos.load(tmp_path, lambda: small(seed=5))
     assert torch.equal(evaluated(again), evaluated(net)) and str(again) == str(net)
     assert history(again)[0]["stage"] == "converted" and "4 of 8" in algo.summary(again)
+
+
+def test_a_loaded_cut_network_computes_the_same_in_channels_last(tmp_path):
+    """One input channel: the strides of both memory formats fit the first weight, and a convolution reads them."""
+
+    def build() -> nn.Module:
+        net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 4))
+        return net.to(memory_format=torch.channels_last)
+
+    torch.manual_seed(0)
+    net, x = build(), torch.randn(2, 1, 8, 8).to(memory_format=torch.channels_last)
+    algo = Prune(rate=0.5)
+    net = algo.convert(algo.apply(net, x))
+    gs_algos.save(net, tmp_path)
+    again = gs_algos.load(tmp_path, build)
+    assert net[0].weight.shape[0] == 4 and net[2].weight.shape[:2] == (4, 4)
+    assert [p.stride() for p in again.parameters()] == [p.stride() for p in net.parameters()]
+    assert torch.equal(evaluated(again, x), evaluated(net, x))
+
+
+def test_a_cut_network_exports(tmp_path):
+    """ONNX Runtime and torch.export compute what the cut network does; both hold the cut shapes."""
+    ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed; it is in the dev extra")
+    net = small()
+    algo = SCOP(rate=0.5, select_steps=1)
+    algo.apply(net, images())
+    train(net, algo, 3)
+    net = algo.convert(net).eval()
+    want = evaluated(net)
+    exported = torch.export.export(net, (images(),))
+    assert exported.state_dict["block.conv1.weight"].shape == (4, 3, 3, 3)
+    torch.testing.assert_close(exported.module()(images()), want)
+    session = ort.InferenceSession(export_onnx(net, images(), tmp_path / "cut.onnx"))
+    (got,) = session.run(None, {session.get_inputs()[0].name: images().numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-4, atol=1e-5)
 
 
 def test_scop_then_simqat_is_one_stack(tmp_path):
