@@ -30,6 +30,7 @@ from gs_algos.quant.quantized import StaticQuantizer
 from gs_kernels import repack, unpack_codes
 from gs_kernels.pack.formats.onnxruntime import to_matmul_nbits
 from gs_kernels.pack.layouts import CANONICAL
+from gs_kernels.qmatmul.ref import ACTIVATIONS
 
 WHO = "export_onnx"
 OPSET = 21
@@ -113,6 +114,7 @@ class _OnnxLayer(nn.Module):
         quantizers = [getattr(layer, f"{side}_quantizer", None) for side in ("input", "output")]
         self.before, self.after = (None if q is None else _Grid(q) for q in quantizers)
         self.geometry = layer.geometry if isinstance(layer, Convolution) else None
+        self.activation = getattr(layer, "activation", "none")
         self.embeds = isinstance(layer, PackedEmbedding)
         self.nbits: dict[str, int] | None = None
         bias: Tensor | None = getattr(layer, "bias", None)
@@ -135,7 +137,7 @@ class _OnnxLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.before is None else self.before(x)
-        y = self._product(x)
+        y = ACTIVATIONS[self.activation](self._product(x))
         return y if self.after is None else self.after(y)
 
     def _product(self, x: Tensor) -> Tensor:

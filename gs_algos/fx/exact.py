@@ -1,24 +1,43 @@
-"""Which layers read nothing but a layer's output, through operations that commute with rounding to a grid."""
+"""What follows a layer in a site graph: who may read its output as codes, and what its own call can do as well."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from gs_algos.fx.graph import Node, SiteGraph
+from gs_algos.fx.ops import ACTIVATIONS
 
-COMMUTES = ("relu", "relu6", "identity", "dropout", "flatten", "contiguous", "clone")  # dropout: in eval mode
+# commute with rounding to a grid; dropout: in eval mode
+COMMUTES = ("relu", "relu6", "identity", "dropout", "flatten", "contiguous", "clone", "cat")
+READ_CODES = ("add", "pool")  # are computed from codes as they are from floats
+EDGES = ("export", "symbolic_trace")  # rungs that know every edge
+
+
+@dataclass(frozen=True)
+class Follows:
+    """What runs behind a layer and nothing else reads: an activation module, or an add; and why there is no more.
+
+    Args:
+        activation: qualified name of the module whose work the layer can do; None: there is none.
+        adds: whether the layer can add the other operand of a sum to its output.
+        reason: why an activation or an add that reads the output is not done in the layer's call; "" if all is.
+    """
+
+    activation: str | None = None
+    adds: bool = False
+    reason: str = ""
 
 
 def readers(graph: SiteGraph, site: str, folded: Collection[str], layers: Collection[str]) -> list[str]:
     """The sites of `layers` that read the output of `site`, in execution order; none if anything else reads it too.
 
-    Between them may lie what is folded into the site (its batch norm), ReLUs, max pools, and reshapes.
+    Between them may lie what is folded into the site (its batch norm), ReLUs, max pools, reshapes, and concats.
     """
-    calls = graph.calls(site)
-    if len(calls) != 1 or graph.rung not in ("export", "symbolic_trace"):
-        return []
     found: dict[int, str] = {}
-    stack = list(calls[0].users)
+    stack = _users(graph, site)
+    if stack is None:
+        return []
     while stack:
         node = graph.nodes[stack.pop()]
         if node.module is not None and node.module in layers and len(graph.calls(node.module)) == 1:
@@ -28,6 +47,59 @@ def readers(graph: SiteGraph, site: str, folded: Collection[str], layers: Collec
         else:
             return []
     return [found[index] for index in sorted(found)]
+
+
+def takes_codes(graph: SiteGraph, site: str, folded: Collection[str], layers: Collection[str]) -> bool:
+    """Whether everything that reads the output of `site`, which is on a grid, can be computed from its codes.
+
+    Those are layers, adds that write into nothing, pools, and what commutes with rounding.
+    """
+    stack = _users(graph, site)
+    if not stack:
+        return False
+    while stack:
+        node = graph.nodes[stack.pop()]
+        if node.module in layers or (node.op in READ_CODES and not _writes(node)):
+            continue
+        if node.module not in folded and node.op not in COMMUTES:
+            return False
+        stack += node.users
+    return True
+
+
+def follows(graph: SiteGraph, site: str, folded: Collection[str]) -> Follows:
+    """What of the operations behind a layer, and its folded batch norm, the layer can do in its own call."""
+    users = _users(graph, site)
+    while users is not None and len(users) == 1 and graph.nodes[users[0]].module in folded:
+        users = list(graph.nodes[users[0]].users)
+    nodes = [graph.nodes[i] for i in users or ()]
+    wanted = next((node for node in nodes if node.op in (*ACTIVATIONS, "add")), None)
+    if wanted is None:
+        return Follows()
+    what = wanted.module or wanted.op
+    if len(nodes) > 1:
+        return Follows(reason=f"{what} is not fused: {len(nodes)} operations read the output")
+    if wanted.op == "add":
+        if _writes(wanted):
+            return Follows(reason="the add is not fused: it writes into an operand")
+        return Follows(adds=True)
+    if wanted.module is None:
+        return Follows(reason=f"{what} is not fused: it is a function")
+    calls = len(graph.calls(wanted.module))
+    if calls > 1:
+        return Follows(reason=f"{what} is not fused: it is called {calls} times")
+    return Follows(activation=wanted.module)
+
+
+def _users(graph: SiteGraph, site: str) -> list[int] | None:
+    """The nodes that read the output of a module that is called once; None if that is not known."""
+    calls = graph.calls(site)
+    return list(calls[0].users) if len(calls) == 1 and graph.rung in EDGES else None
+
+
+def _writes(node: Node) -> bool:
+    """Whether an operation writes into its first operand."""
+    return f"{node.op}_" in node.target or f"i{node.op}" in node.target
 
 
 def _is_max_pool(node: Node) -> bool:

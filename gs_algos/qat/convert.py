@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +20,10 @@ from gs_algos.core.plan import PlanRow, render
 from gs_algos.fx.fold import after_norm
 from gs_algos.fx.rewrite import release
 from gs_algos.fx.tracers import tensors_of
+from gs_algos.qat.link import activation_of, decide, decide_codes, link, unlink
 from gs_algos.qat.prepare import JOINS
-from gs_algos.quant.convolution import conv_rows, geometry_of
+from gs_algos.quant.codes_tensor import real
+from gs_algos.quant.convolution import Convolution, conv_rows, geometry_of
 from gs_algos.quant.layers import FakeQuantized, Folded, affine, running_mean, running_sigma
 from gs_algos.quant.quantized import (
     QuantizedConv,
@@ -33,6 +36,8 @@ from gs_algos.quant.quantized import (
 from gs_algos.quant.quantizers import ActivationQuantizer
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import PackedWeight, quantize
+
+logger = logging.getLogger(__name__)
 
 # relative to the RMS of the trained layer's output: accumulation order only, in the dtype the layer computes in
 LAYER_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -78,10 +83,12 @@ def convert_model(
         ValueError: if the inputs do not run through the model, or a layer sees NaN or Inf.
     """
     layer_rows = [row for row in rows if row.action != "keep" and row.kind not in JOINS]
+    for row in layer_rows:  # their settings are those of the history, which a checkpoint keeps
+        decide(model, row)
     with evaluating(model):
         calls, want = _record(model, layer_rows, example_inputs)
         layers = [get_module(model, row.site) for row in layer_rows]
-        replacements = {row.site: (make or quantized_layer)(model, row) for row in layer_rows}
+        replacements = {row.site: _fused(row, (make or quantized_layer)(model, row)) for row in layer_rows}
         norms = {row.site: _behind(model, row) for row in layer_rows}
         errors = {row.site: _layer_error(row, replacements[row.site], norms[row.site], calls) for row in layer_rows}
         exchange = partial(_exchange, model, rows, replacements, norms, example_inputs, want)
@@ -92,9 +99,8 @@ def convert_model(
             output_error = exchange({dtype: max(bound, own) for dtype, bound in OUTPUT_TOLERANCE.items()})
     for layer in layers:
         release(model, layer)
-    for row in layer_rows:  # their settings are those of the history, which a checkpoint keeps
-        row.settings["hands_codes"] = _can_hand(model, row)
-    link(model, layer_rows)
+    decide_codes(model, layer_rows)
+    _link_checked(model, rows, example_inputs)
     worst = max(errors, key=lambda site: errors[site])
     return Parity(worst, errors[worst], output_error)
 
@@ -147,33 +153,41 @@ def install_converted(model: nn.Module, rows: Sequence[PlanRow], make: Make | No
     """
     layer_rows = [row for row in rows if row.action != "keep" and row.kind not in JOINS]
     layers = [get_module(model, row.site) for row in layer_rows]
-    replacements = {row.site: (make or unfilled_layer)(model, row) for row in layer_rows}
+    replacements = {row.site: _fused(row, (make or unfilled_layer)(model, row)) for row in layer_rows}
     norms = {row.site: _behind(model, row) for row in layer_rows}
     with _swapped_in(model, rows, replacements, norms):
         pass
     for layer in layers:
         release(model, layer)
-    link(model, layer_rows)
+    link(model, rows)
 
 
-def link(model: nn.Module, rows: Sequence[PlanRow]) -> None:
-    """Lets the layers of rows that say so hand codes to their readers."""
-    for row in rows:
-        if row.settings.get("hands_codes"):
-            layer: Any = get_module(model, row.site)
-            layer.hand_to([get_module(model, site) for site in row.settings["readers"]])
+def _fused(row: PlanRow, layer: nn.Module) -> nn.Module:
+    """A converted layer that does the work of the activation behind it too."""
+    if isinstance(layer, Convolution) and row.settings.get("fused"):
+        layer.activation = row.settings["fused"][1]
+    return layer
 
 
-def _can_hand(model: nn.Module, row: PlanRow) -> bool:
-    """Whether all that read a converted layer's output turn it into the same codes."""
-    layer = get_module(model, row.site)
-    found = [get_module(model, site) for site in row.settings.get("readers", ())]
-    if not found or not isinstance(layer, QuantizedConv) or layer.output_quantizer is not None:
-        return False
-    if not all(isinstance(m, QuantizedLayer) and not m.integer_refusals(m.packed.device) for m in (layer, *found)):
-        return False
-    grids: list[Any] = [m.input_quantizer for m in found]
-    return all(grid.same_grid(grids[0]) for grid in grids)
+@torch.no_grad()
+def _link_checked(model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inputs) -> None:
+    """Lets layers hand codes on and do adds, and takes it back if that changes the outputs of the example inputs.
+
+    It does where a forward writes into what a layer still has to read.
+    """
+    with evaluating(model):
+        want = [t.clone() for t in _tensors(run(model, example_inputs, "convert"))]
+        link(model, rows)
+        try:
+            got = [real(t) for t in _tensors(run(model, example_inputs, "convert"))]
+            error, reason = _output_error(got, want), "outputs would change"
+        except (RuntimeError, ValueError, TypeError) as failure:
+            error, reason = float("inf"), str(failure).partition("\n")[0]
+    dtype = want[0].dtype if want else torch.float32
+    if error <= OUTPUT_TOLERANCE.get(dtype, 0.0):
+        return
+    logger.warning("convert: layers hand on floats, and adds run apart: %s", reason)
+    unlink(model, rows, reason)
 
 
 def unfilled_layer(model: nn.Module, row: PlanRow) -> QuantizedLayer:
@@ -192,14 +206,14 @@ def summary_of(model: nn.Module) -> str:
     for name, module in model.named_modules():
         if isinstance(module, FakeQuantized):
             act = module.input_quantizer or module.output_quantizer
-            rows.append(
-                (name, str(module.weight_quantizer.scheme), act.scheme if act else "float", "", "fake-quant in float")
-            )
+            scheme, act_scheme = module.weight_quantizer.scheme, act.scheme if act else "float"
+            rows.append((name, str(scheme), act_scheme, "", "fake-quant in float", ""))
         elif isinstance(module, QuantizedLayer):
             quantizer = module.input_quantizer or module.output_quantizer
             act_scheme = quantizer.scheme if quantizer else "float"
-            rows.append((name, str(module.scheme), act_scheme, f"{module.nbytes:,}", module.path()))
-    return render(("layer", "weight", "activation", "bytes", "runs as"), rows)
+            notes = "; ".join(getattr(module, "notes", ()))
+            rows.append((name, str(module.scheme), act_scheme, f"{module.nbytes:,}", module.path(), notes))
+    return render(("layer", "weight", "activation", "bytes", "runs as", "why no more"), rows)
 
 
 def _trained(model: nn.Module, site: str) -> FakeQuantized:
@@ -218,9 +232,10 @@ def _batch_norm(model: nn.Module, row: PlanRow) -> _BatchNorm | None:
 def _output_quantizer(model: nn.Module, row: PlanRow) -> Any:
     """What quantizes the output of the converted layer: the layer's own, or the one of a batch norm that is folded."""
     own = _trained(model, row.site).output_quantizer
-    return (
-        own if own is not None or row.settings["tail"] else getattr(_batch_norm(model, row), "output_quantizer", None)
-    )
+    if own is not None or row.settings["tail"]:
+        return own
+    found = [getattr(m, "output_quantizer", None) for m in (_batch_norm(model, row), activation_of(model, row))]
+    return next((quantizer for quantizer in found if quantizer is not None), None)
 
 
 def _behind(model: nn.Module, row: PlanRow) -> nn.Module:
@@ -261,6 +276,8 @@ def _swapped_in(
             continue
         if row.kind not in JOINS and row.settings["bn"] is not None:
             new[row.settings["bn"]] = norms[row.site]
+        if row.settings.get("fused"):
+            new[row.settings["fused"][0]] = nn.Identity()
     frozen: dict[str, nn.Module] = {}
     old = {name: get_module(model, name) for name in new}
     for name, module in new.items():
@@ -296,7 +313,7 @@ def _record(model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inputs) -
         return hook
 
     for row in rows:
-        behind = row.settings["bn"] or row.site
+        behind = (row.settings["fused"] or [row.settings["bn"] or row.site])[0]
         handles.append(get_module(model, row.site).register_forward_hook(remember(f"{row.site} x", 0)))
         handles.append(get_module(model, behind).register_forward_hook(remember(f"{row.site} y", 1)))
     try:

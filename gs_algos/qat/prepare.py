@@ -17,10 +17,9 @@ from gs_algos.core.plan import Plan, PlanRow
 from gs_algos.core.rules import Rule, resolve
 from gs_algos.fx.borrowed import Borrowed
 from gs_algos.fx.capture import capture
-from gs_algos.fx.exact import readers
-from gs_algos.fx.graph import SiteGraph
 from gs_algos.fx.patterns import Match, Refusal, match
 from gs_algos.fx.rewrite import functional_scopes, try_modularize
+from gs_algos.qat.link import add_operands, add_readers
 from gs_algos.quant.layers import CONVS, FakeQuantized, give_output_quantizer, swap
 from gs_algos.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from gs_algos.quant.scheme import Scheme, n_scales
@@ -70,16 +69,9 @@ def make_plan(algorithm: str, model: nn.Module, example_inputs: Inputs, options:
     add_readers(graph, rows)
     quantized = {name for found in matches if _acts(found, rows) for name in found.roles.values()}
     joins = [_join_row(pattern, operands, quantized, options) for pattern, operands in _join_groups(matches)]
+    add_operands(graph, rows, joins)
     ordered = [rows[name] for name in sites] + [row for row in refused_rows(refusals, {}) if row.site not in sites]
     return Plan(algorithm, graph.rung, tuple(ordered + joins), notes)
-
-
-def add_readers(graph: SiteGraph, rows: Mapping[str, PlanRow]) -> None:
-    """Says in each quantized layer's settings which quantized layers alone read what it gives."""
-    acted = {site: row for site, row in rows.items() if row.action != "keep"}
-    for site, row in acted.items():
-        folded = [name for name in (row.settings["bn"], *row.settings["tail"]) if name]
-        row.settings["readers"] = readers(graph, site, folded, acted)
 
 
 def _with_layers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[nn.Module, list[str]]:

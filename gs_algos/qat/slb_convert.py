@@ -58,10 +58,11 @@ def summary_of(model: nn.Module) -> str:
             search = module.search
             state = "one-hot" if search.one_hot else f"searching, gap {search.gap().item():.3f}"
             nbytes = search.logits.numel() * search.logits.element_size()
-            rows.append((name, search.grid, _act(module), f"{nbytes:,} of logits", state))
+            rows.append((name, search.grid, _act(module), f"{nbytes:,} of logits", state, ""))
         elif isinstance(module, Packed):
-            rows.append((name, f"{module.bits}bit", _act(module), f"{module.nbytes:,}", module.path()))
-    return render(("layer", "weight", "activation", "bytes", "runs as"), rows)
+            notes = "; ".join(getattr(module, "notes", ()))
+            rows.append((name, f"{module.bits}bit", _act(module), f"{module.nbytes:,}", module.path(), notes))
+    return render(("layer", "weight", "activation", "bytes", "runs as", "why no more"), rows)
 
 
 def _act(layer: Any) -> str:

@@ -17,7 +17,8 @@ from gs_algos.core.rules import Rule, resolve
 from gs_algos.fx.borrowed import Borrowed
 from gs_algos.fx.capture import capture
 from gs_algos.fx.patterns import Match, match
-from gs_algos.qat.prepare import add_readers, keep_row, kind_of, refused_rows, role_text
+from gs_algos.qat.link import add_readers
+from gs_algos.qat.prepare import keep_row, kind_of, refused_rows, role_text
 from gs_algos.quant.slb_grid import LevelGrid, default_sharpness, fitted_scale, logits_near, random_logits
 from gs_algos.quant.slb_layers import Searched, swap
 from gs_algos.quant.slb_pact import act_quantizer, parse_act

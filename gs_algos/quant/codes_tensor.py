@@ -1,19 +1,23 @@
-"""A tensor that is held as 8-bit codes: what an integer layer hands to the next one when nothing needs the floats.
+"""Tensors that layers hand to each other when nothing needs the floats: 8-bit codes, and results still to be computed.
 
 Operations that commute with rounding run on the codes, exactly as on floats that are quantized afterwards: rounding
-keeps the order of values, and 0 and 6 are rounded as the values are. Every other operation sees the real values.
+keeps the order of values, and 0 and 6 are rounded as the values are. A sum waits for what reads it: a layer gets its
+codes in one pass. Every other operation sees the real values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from gs_algos.quant.sums import Grid, from_codes
+
 aten = torch.ops.aten
+Like: TypeAlias = tuple[Any, Any, torch.dtype, torch.device]  # shape, strides, dtype, device
 
 # change no value, or keep some of them
 _MOVES = {
@@ -34,6 +38,18 @@ _MOVES = {
     aten.slice.Tensor,
     aten.select.int,
 }
+_MEANS = {aten.mean.dim, aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default}
+_ACTIVATES = {
+    aten.relu.default: "relu",
+    aten.relu_.default: "relu",
+    aten.silu.default: "silu",
+    aten.silu_.default: "silu",
+    aten.hardswish.default: "hardswish",
+    aten.hardswish_.default: "hardswish",
+    aten.gelu.default: "gelu",
+    aten.hardtanh.default: "relu6",
+    aten.hardtanh_.default: "relu6",
+}
 
 
 class CodesTensor(Tensor):
@@ -50,17 +66,20 @@ class CodesTensor(Tensor):
 
     @staticmethod
     def __new__(cls, codes: Tensor, quantizer: Any, dtype: torch.dtype) -> CodesTensor:
-        return Tensor._make_wrapper_subclass(
-            cls, codes.shape, strides=codes.stride(), dtype=dtype, device=codes.device, storage_offset=0
-        )
+        return _wrapper(cls, codes.shape, codes.stride(), dtype, codes.device)
 
     def __init__(self, codes: Tensor, quantizer: Any, dtype: torch.dtype) -> None:
         self.codes, self.quantizer = codes, quantizer
 
     def dequantize(self) -> Tensor:
         """The values, `(code - zero) * scale`."""
-        values = (self.codes.float() - self.quantizer.signed_zero()) * self.quantizer.scale
-        return values.to(self.dtype)
+        return from_codes((self.codes, self.quantizer.constants()), None, "none", self.dtype, None)
+
+    def codes_on(self, grid: Any) -> Tensor:
+        """int8 codes of the values on another grid."""
+        if grid is self.quantizer:
+            return self.codes
+        return from_codes((self.codes, self.quantizer.constants()), None, "none", self.dtype, grid.constants())
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"CodesTensor({list(self.shape)}, {self.quantizer.scheme})"
@@ -71,6 +90,8 @@ class CodesTensor(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         x = args[0] if args and isinstance(args[0], CodesTensor) else None
+        if func is aten.add.Tensor and any(isinstance(t, Pending) for t in args):
+            return Pending.__torch_dispatch__(func, types, args, kwargs)
         if x is not None:
             if func in _MOVES:
                 return CodesTensor(func(x.codes, *args[1:], **kwargs), x.quantizer, x.dtype)
@@ -83,16 +104,132 @@ class CodesTensor(Tensor):
                 # a float pool of small integers is exact; ATen pools no int8
                 y, indices = func(x.codes.float(), *args[1:], **kwargs)
                 return CodesTensor(y.to(torch.int8), x.quantizer, x.dtype), indices
+            if func in _MEANS and not kwargs:
+                scale, zero = x.quantizer.constants()[:2]
+                return (func(x.codes.float() - zero, *args[1:]) * scale).to(x.dtype)
+            if func is aten.add.Tensor and not kwargs and _can_add(x, args[1]) and isinstance(args[1], CodesTensor):
+                return Pending(_SumOfCodes(x, args[1]), (x.shape, x.stride(), x.dtype, x.device))
             if func._schema.is_mutable:  # PyTorch would return x as it was
                 raise RuntimeError(
                     f"CodesTensor: {func} must not write into 8-bit codes, got it outside the traced forward (a hook?);"
                     " use the operation that returns a new tensor"
                 )
-        return func(*tree_map(_real, args), **tree_map(_real, kwargs))
+        if func is aten.cat.default and _alike(args[0]):
+            codes = func([t.codes for t in args[0]], *args[1:])
+            return CodesTensor(codes, args[0][0].quantizer, args[0][0].dtype)
+        return func(*tree_map(real, args), **tree_map(real, kwargs))
 
 
-def _real(value: Any) -> Any:
-    return value.dequantize() if isinstance(value, CodesTensor) else value
+class Pending(Tensor):
+    """A result that is computed when something reads it: by then an add or an activation may have joined it.
+
+    Args:
+        run: `(residual, activation, grid) -> tensor`: the result, floats, or int8 codes on a grid; its `adds`,
+            `activations` and `to_grid` say which of them it can do.
+        like: shape, strides, dtype and device of the result.
+        residual: to be added.
+        activation: to be applied then.
+    """
+
+    @staticmethod
+    def __new__(cls, run: Any, like: Like, residual: Tensor | None = None, activation: str = "none") -> Pending:
+        return _wrapper(cls, *like)
+
+    def __init__(self, run: Any, like: Like, residual: Tensor | None = None, activation: str = "none") -> None:
+        self._run, self._like, self._residual, self._activation = run, like, residual, activation
+        self._made: Tensor | None = None
+
+    def dequantize(self) -> Tensor:
+        """The values; computed once."""
+        if self._made is None:
+            self._made = self._run(self._residual, self._activation, None)
+            self._residual = None
+        return self._made
+
+    def codes_on(self, grid: Any) -> Tensor | None:
+        """int8 codes of the values on a grid; None if they are better made of the values."""
+        if self._made is not None or not self._run.to_grid:
+            return None
+        codes: Tensor = self._run(self._residual, self._activation, grid)
+        return codes
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Pending({list(self.shape)})"
+
+    def _joined(self, func: Any, args: tuple[Any, ...]) -> tuple[Tensor | None, str] | None:
+        """(residual, activation) with which `func(*args)` is this result; None if it is not."""
+        if self._made is not None or self._activation != "none":
+            return None
+        if func in (aten.add.Tensor, aten.add_.Tensor):
+            other = args[1] if args[0] is self else args[0]
+            free = self._run.adds and self._residual is None and _can_add(self, other)
+            return (other, "none") if free else None
+        name = _ACTIVATES.get(func, "")
+        if name not in self._run.activations or (name == "relu6" and args[1:] != (0.0, 6.0)):
+            return None
+        return self._residual, name
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        mutable = func._schema.is_mutable
+        x = args[0] if isinstance(args[0], Pending) or mutable or len(args) < 2 else args[1]
+        if isinstance(x, Pending):
+            joined = None if kwargs else x._joined(func, args)
+            if mutable and x is args[0]:  # the result stands in the place of x, also where another reads it
+                if joined is None:
+                    func(x.dequantize(), *tree_map(real, args[1:]), **tree_map(real, kwargs))
+                else:
+                    x._residual, x._activation = joined[0], joined[1]
+                return x
+            if joined is not None:
+                return Pending(x._run, x._like, *joined)
+        return func(*tree_map(real, args), **tree_map(real, kwargs))
+
+
+class _SumOfCodes:
+    """a + b: the real values are added in the order and dtype in which floats are."""
+
+    adds = False
+    activations = ("relu", "relu6")
+    to_grid = True
+
+    def __init__(self, a: CodesTensor, b: CodesTensor) -> None:
+        self.a, self.b = ((t.codes, t.quantizer.constants()) for t in (a, b))
+        self.dtype = a.dtype
+
+    def __call__(self, residual: Tensor | None, activation: str, grid: Any) -> Tensor:
+        into: Grid | None = None if grid is None else grid.constants()
+        return from_codes(self.a, self.b, activation, self.dtype, into)
+
+
+def _wrapper(cls: type, shape: Any, strides: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    return Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=device, storage_offset=0)  # type: ignore[arg-type]
+
+
+def _can_add(x: Tensor, other: Any) -> bool:
+    """Whether other has the shape of x, and no gradient."""
+    alike = isinstance(other, Tensor) and (other.shape, other.dtype, other.device) == (x.shape, x.dtype, x.device)
+    return alike and not other.requires_grad
+
+
+def _alike(tensors: Any) -> bool:
+    """Whether all are codes on one grid."""
+    return all(isinstance(t, CodesTensor) and t.quantizer.same_grid(tensors[0].quantizer) for t in tensors)
+
+
+def hands_now(x: Tensor) -> bool:
+    """Whether x may be handed on as codes, or later: tracers, compilers and gradients see floats, in time."""
+    eager = not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    plain = type(x) in (Tensor, torch.nn.Parameter, CodesTensor, Pending)
+    return eager and plain and not torch.jit.is_tracing() and not (x.requires_grad and torch.is_grad_enabled())
+
+
+def real(value: Any) -> Any:
+    """The values of a tensor that layers hand on; anything else as it is."""
+    return value.dequantize() if isinstance(value, CodesTensor | Pending) else value
 
 
 def _relu(x: CodesTensor) -> Tensor:

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gs_algos.quant.codes_tensor import Like, Pending, hands_now
 from gs_algos.quant.packed import Packed
 from gs_kernels import PackedWeight, pack_codes, qconv2d, unpack_codes
+from gs_kernels.qconv2d.window import make_window
+from gs_kernels.qmatmul.ref import ACTIVATIONS
 
 DENSE = {2: F.conv1d, 3: F.conv2d, 4: F.conv3d}  # by the axes of a filter
 
@@ -29,6 +32,9 @@ class Convolution(Packed):
 
     geometry: dict[str, Any]
     filter: tuple[int, ...]
+    activation = "none"  # that follows, in the same call
+    deferred = False  # whether the add that follows, and an activation behind it, run in the same call
+    notes: tuple[str, ...] = ()  # what follows and does not
 
     def set_geometry(self, geometry: dict[str, Any], filter: Sequence[int]) -> None:
         """geometry: as `geometry_of` gives it; filter: the float weight's shape behind its first axis."""
@@ -57,7 +63,18 @@ class Convolution(Packed):
 
     def path(self) -> str:
         refusals = self.refusals()
-        return f"dequantizes: {', '.join(refusals)}" if refusals else super().path()
+        path = f"dequantizes: {', '.join(refusals)}" if refusals else super().path()
+        fused = self.activation if self.activation != "none" else "add" if self.deferred else ""
+        return f"{path} + {fused}" if fused else path
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.deferred and self._can_wait(x):
+            return Pending(_Deferred(self, x), self._like(x))
+        return self.run(x, None, self.activation)
+
+    def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        """The layer's result with what follows it: `act(conv(x) + residual)`."""
+        raise AssertionError("every convolution does")
 
     def window(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """x `[B, C, H, W]`, padded if not by zeros, and the geometry as `qconv2d` takes it; `like_input` undoes it."""
@@ -77,12 +94,26 @@ class Convolution(Packed):
         y = y.squeeze(2) if len(self.filter) == 2 else y
         return y if self._batched(x) else y.squeeze(0)
 
-    def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """`conv(x, W) + bias` of floats, x `[B, C, ...]` or `[C, ...]`."""
+    def convolve(self, x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
+        """`act(conv(x, W) + bias + residual)` of floats, x `[B, C, ...]` or, without a residual, `[C, ...]`."""
         if self.refusals():
-            return self._convolve_dense(x, bias)
+            y = self._convolve_dense(x, bias)
+            return ACTIVATIONS[activation](y if residual is None else y + residual)
         image, about = self.window(x)
-        return self.like_input(qconv2d(image, self.packed, bias, **about, keep_dense=True), x)
+        into: dict[str, Any] = {"residual": residual, "activation": activation, "keep_dense": True}
+        return self.like_input(qconv2d(image, self.packed, bias, **about, **into), x)
+
+    def _can_wait(self, x: Tensor) -> bool:
+        return len(self.filter) == 3 and x.dim() == 4 and self.geometry["padding_mode"] == "zeros" and hands_now(x)
+
+    def _like(self, x: Tensor) -> Like:
+        """What the result for x looks like: channels-last."""
+        g, padding = self.geometry, self._padded(x)[1]
+        about: dict[str, Any] = {"padding": 0 if padding == "valid" else padding, "groups": g["groups"]}
+        about |= {"stride": tuple(g["stride"]), "dilation": tuple(g["dilation"]), "kernel_size": self.kernel_size}
+        p, q = make_window("Convolution", **about).output(*x.shape[2:])
+        o = self.shape[0]
+        return (x.shape[0], o, p, q), (o * p * q, 1, q * o, o), x.dtype, x.device
 
     def _convolve_dense(self, x: Tensor, bias: Tensor | None) -> Tensor:
         g, (image, padding) = self.geometry, self._padded(x)
@@ -99,6 +130,20 @@ class Convolution(Packed):
 
     def _batched(self, x: Tensor) -> bool:
         return x.dim() == len(self.filter) + 1
+
+
+class _Deferred:
+    """A convolution that waits for the other operand of the add behind it."""
+
+    adds = True
+    activations = tuple(ACTIVATIONS)
+    to_grid = False
+
+    def __init__(self, layer: Convolution, x: Tensor) -> None:
+        self.layer, self.x = layer, x
+
+    def __call__(self, residual: Tensor | None, activation: str, grid: Any) -> Tensor:
+        return self.layer.run(self.x, residual, activation)
 
 
 def channels_fastest(group_size: int, filter: Sequence[int]) -> bool:

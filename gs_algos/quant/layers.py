@@ -272,3 +272,8 @@ def give_output_quantizer(module: Any, quantizer: ActivationQuantizer) -> None:
     if not isinstance(module, FakeQuantized):
         module.__class__ = swapped_class(_QuantizedOutput, type(module))
     module.output_quantizer = quantizer
+
+
+def quantizes_output(module: nn.Module) -> bool:
+    """Whether a live module's own forward is unchanged but for what `give_output_quantizer` made of it."""
+    return isinstance(module, _QuantizedOutput)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from gs_algos.quant.codes_tensor import real
 from gs_algos.quant.convolution import Convolution
 from gs_algos.quant.packed import PackedFormat
 from gs_kernels import PackedWeight
@@ -59,7 +60,10 @@ class PackedConv(Convolution):
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        return self.convolve(x, self.bias)
+        return super().forward(x)
+
+    def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        return self.convolve(real(x), self.bias, real(residual), activation)
 
     def extra_repr(self) -> str:
         return f"{(self.shape[0], *self.filter)}, stride={self.geometry['stride']}, {super().extra_repr()}"

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from gs_algos.quant.codes_tensor import CodesTensor
+from gs_algos.quant.codes_tensor import CodesTensor, Pending, hands_now, real
 from gs_algos.quant.convolution import Convolution
 from gs_algos.quant.kept import KeepsDtypes
 from gs_algos.quant.packed import PARTS, Packed, PackedFormat, zero_as
 from gs_algos.quant.quantizers import Quantizer
+from gs_algos.quant.ready import ready
 from gs_algos.quant.scheme import Scheme
 from gs_algos.quant.slb_grid import LevelGrid
+from gs_algos.quant.sums import Grid
 from gs_kernels import (
     PackedWeight,
     PerGroup,
@@ -34,11 +36,17 @@ from gs_kernels import (
     row_sums,
 )
 from gs_kernels.dispatch import is_eager
+from gs_kernels.fake_quant.ref import inverse
 from gs_kernels.pack.layouts import BITS
+from gs_kernels.qconv2d.cpu_int8 import Int8Convolution
+from gs_kernels.qconv2d.int8 import prepared_qconv2d_int8
+
+Residual: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]  # itself, and scale and zero point of codes
 
 INT_DEVICES = ("cpu",)
 INTEGER = "integer: int8 x int8 -> int32"
 HANDING = " -> int8 for the next layer"
+ON_GRID = " -> int8 on its own grid"
 
 
 class StaticQuantizer(KeepsDtypes):
@@ -53,9 +61,13 @@ class StaticQuantizer(KeepsDtypes):
         self.scheme = scheme
         self.register_buffer("scale", torch.ones(1, device=device))
         self.register_buffer("zero", torch.zeros(1, device=device))
+        self.hands = False  # whether what it gives are codes: they are read as such
+        self._constants: tuple[tuple[Tensor, ...], list[int], Grid] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return fake_quant(x, self.scale, self.zero, qmin=self.scheme.qmin, qmax=self.scheme.qmax)
+        if self.hands and hands_now(x):
+            return CodesTensor(self.signed_codes(x)[0], self, x.dtype)
+        return fake_quant(real(x), self.scale, self.zero, qmin=self.scheme.qmin, qmax=self.scheme.qmax)
 
     @torch.no_grad()
     def take(self, quantizer: Quantizer) -> None:
@@ -70,11 +82,33 @@ class StaticQuantizer(KeepsDtypes):
 
     def signed_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(int8 codes of x, their zero point `[1]`): those of an unsigned grid 128 lower."""
-        codes = self.codes(x)
+        known = x.codes_on(self) if isinstance(x, CodesTensor | Pending) else None
+        if known is not None:
+            return known, self.signed_zero()
+        codes = self.codes(real(x))
         return (codes if codes.dtype == torch.int8 else (codes ^ 128).view(torch.int8)), self.signed_zero()
 
     def signed_zero(self) -> Tensor:
-        return self.zero if self.scheme.format.signed else self.zero - 128
+        if self.scheme.format.signed:
+            return self.zero
+        return self.constants()[1] if is_eager(self.zero) else self.zero - 128
+
+    def constants(self) -> Grid:
+        """The grid of `signed_codes` as passes over codes take it, made when first asked for."""
+        held = (self.scale, self.zero)
+        tracked = not any(t.is_inference() for t in held)
+        stamp = [t._version for t in held] if tracked else []
+        if tracked and self._constants is not None:
+            known, versions, constants = self._constants
+            if versions == stamp and all(a is b for a, b in zip(known, held, strict=True)):
+                return constants
+        with torch.inference_mode(False), torch.no_grad():
+            scale, zero = (t.clone() for t in held)
+            zero = zero if self.scheme.format.signed else zero - 128
+            whole = torch.round(zero)
+            constants = (scale, zero, inverse(scale, zero), whole, zero - whole, self.signed_limits())
+        self._constants = (held, stamp, constants)
+        return constants
 
     def signed_limits(self) -> tuple[int, int]:
         """The smallest and largest of `signed_codes`."""
@@ -83,6 +117,8 @@ class StaticQuantizer(KeepsDtypes):
 
     def same_grid(self, other: StaticQuantizer) -> bool:
         """Whether both give every value the same code. Reads values."""
+        if self is other:
+            return True
         limits = self.signed_limits() == other.signed_limits()
         return limits and torch.equal(self.scale, other.scale) and torch.equal(self.signed_zero(), other.signed_zero())
 
@@ -221,7 +257,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
 
     def path(self) -> str:
         path = super().path()
-        return path + HANDING if self._handed and path == INTEGER else path
+        return path + (HANDING if self._handed else ON_GRID if self._hands_own() else "")
 
     def hand_to(self, readers: Sequence[QuantizedLayer]) -> None:
         """From now on gives codes on the grid that all readers have; they read codes, everything else sees floats."""
@@ -230,38 +266,87 @@ class QuantizedConv(Convolution, QuantizedLayer):
         for reader in readers:
             reader._known = (*reader._known, grids[0])
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.integer_refusals(x.device):
-            return self._integer(x)
-        x = x if self.input_quantizer is None else self.input_quantizer(x)
-        return self._finish(self.convolve(x, self.bias))
+    def _hands_own(self) -> bool:
+        return self.output_quantizer is not None and self.output_quantizer.hands
 
-    def _integer(self, x: Tensor) -> Tensor:
-        """`conv(qx - zx, qw - zw) * (sx * sw) + bias`; sums in int32, one cast at the end, or the next codes."""
+    def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        if not self.integer_refusals(x.device):
+            return self._integer(x, residual, activation)
+        x = real(x) if self.input_quantizer is None else self.input_quantizer(x)
+        return self._finish(self.convolve(real(x), self.bias, real(residual), activation))
+
+    def _integer(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        """`act(conv(qx - zx, qw - zw) * (sx * sw) + bias + residual)`; one cast at the end, or codes that are read."""
+        quantizer = self.input_quantizer
+        assert quantizer is not None
+        hands = hands_now(x)  # a compiler sees floats, which the next layer turns into the same codes
+        grid = (
+            (self._handed[0] if self._handed else self.output_quantizer if self._hands_own() else None)
+            if hands
+            else None
+        )
+        rest: Residual = (real(residual), None, None)
+        if isinstance(residual, CodesTensor):
+            scale, middle = residual.quantizer.constants()[:2]
+            rest = (residual.codes, scale, middle)
+        run = self._ready_for(x, grid, activation) if hands else None
+        if run is not None:
+            y = run(self._codes(x)[0], rest)
+        else:
+            y = self._call(x, grid, activation, rest)
+        if grid is None:
+            return self._finish(y)
+        low, high = grid.signed_limits()
+        return CodesTensor(y if (low, high) == (-128, 127) else y.clamp_(low, high), grid, x.dtype)
+
+    def _call(self, x: Tensor, grid: StaticQuantizer | None, activation: str, rest: Residual) -> Tensor:
         quantizer = self.input_quantizer
         assert quantizer is not None
         image, about = self.window(x)
         codes, zero = self._codes(image)
-        # tracers and compilers see floats, which the next layer turns into the same codes
-        grid = self._handed[0] if self._handed and is_eager(codes) and not torch.jit.is_tracing() else None
         y = qconv2d_int8(
             codes,
             quantizer.scale,
             self.packed,
             self.bias,
             **about,
+            residual=rest[0],
+            residual_scale=rest[1],
+            residual_zero=rest[2],
             x_zero=zero if self._shifted() else None,
             weight_sums=self.sums,
+            activation=activation,
             out_scale=None if grid is None else grid.scale,
             out_zero=None if grid is None else grid.signed_zero(),
             dtype=x.dtype,
             keep_dense=True,
         )
-        y = self.like_input(y, x)
-        if grid is None:
-            return self._finish(y)
-        low, high = grid.signed_limits()
-        return CodesTensor(y if (low, high) == (-128, 127) else y.clamp_(low, high), grid, x.dtype)
+        return self.like_input(y, x)
+
+    def _ready_for(self, x: Tensor, grid: StaticQuantizer | None, activation: str) -> Int8Convolution | None:
+        """A quicker way to make the call, for images of one size; None if there is none."""
+        plain = x.dim() == 4 and len(self.filter) == 3 and self.geometry["padding_mode"] == "zeros"
+        if not plain or x.shape[0] == 0 or torch.is_autocast_enabled("cpu"):
+            return None
+        quantizer: Any = self.input_quantizer
+        own, grids = self._buffers, [q._buffers for q in (quantizer, grid) if q is not None]
+        tensors = [own[part] for part in self.kept] + [g[part] for g in grids for part in ("scale", "zero")]
+
+        def make() -> Int8Convolution | None:
+            return prepared_qconv2d_int8(
+                torch.empty(tuple(x.shape), dtype=torch.int8, device=x.device),
+                quantizer.scale,
+                self.packed,
+                self.bias,
+                **self.window(x)[1],
+                x_zero=quantizer.signed_zero() if self._shifted() else None,
+                activation=activation,
+                out_scale=None if grid is None else grid.scale,
+                out_zero=None if grid is None else grid.signed_zero(),
+                dtype=x.dtype,
+            )
+
+        return ready(self, (activation, x.dtype, grid is None, *x.shape[1:]), tensors, make)
 
     def extra_repr(self) -> str:
         return f"{(self.shape[0], *self.filter)}, {self.scheme}, stride={self.geometry['stride']}"

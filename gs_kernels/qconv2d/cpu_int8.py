@@ -1,8 +1,8 @@
 """Convolutions of 8-bit images with a packed weight on the CPU, summed as integers.
 
 Two ways, by what was measured. Where y has many pixels for each channel, and for groups of channels: oneDNN's
-convolution of uint8 codes, which packs the weight in each call. Else, what the pixels of some images see is copied side
-by side, and multiplied by ATen's product of int8 matrices. One compiled pass makes the result of the sums.
+convolution of uint8 codes, which packs the weight for each size of image. Else, what the pixels of some images see is
+copied side by side, and multiplied by ATen's product of int8 matrices. One compiled pass makes the result of the sums.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gs_kernels.compiled import call, compiled
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import unpack_codes
 from gs_kernels.qconv2d.dense import empty_image
-from gs_kernels.qconv2d.ref import Into, convolve_int8_ref, finish_int8, into_codes
+from gs_kernels.qconv2d.ref import convolve_int8_ref, finish_int8, into_codes
 from gs_kernels.qconv2d.window import Window
 from gs_kernels.qmatmul.cpu import plain_mode
 from gs_kernels.qmatmul.cpu_lanes import UnsuitableError, kept
@@ -27,6 +27,7 @@ from gs_kernels.qmatmul.flat import packed
 
 COPIED = 1 << 23  # bytes of what pixels see and of sums, at a time
 COMPILE_FROM = 1 << 16  # elements of y
+EAGER_CALLS = 32  # of one layer, after which less is worth the wait for a compiler too
 PIXELS = 64  # for each channel of y, from which on oneDNN is faster: measured, 2 threads
 
 
@@ -95,26 +96,103 @@ def qconv2d_int8_cpu(
     keep: bool,
 ) -> Tensor:
     weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
-    about, into = Window(*window), into_codes(residual, residual_scale, residual_zero, out_scale, out_zero)
+    into = into_codes(residual, residual_scale, residual_zero, out_scale, out_zero)
+    about = Window(*window)
     with plain_mode():
         try:
-            known = _codes_of(weight, keep)
+            run = Int8Convolution(weight, about, x_scale, x_zero, bias, into[3:], activation, dtype, keep)
         except UnsuitableError:
             return convolve_int8_ref(x, x_scale, x_zero, weight, bias, into, about, activation, dtype)
-        y = empty_image(x, n, about, dtype if out_scale is None else torch.int8)
-        if y.numel() == 0:
-            return y
-        shift = 0 if x_zero is None else _whole(x_zero)
-        rows, rest = y.permute(0, 2, 3, 1), None if residual is None else residual.permute(0, 2, 3, 1)
-        pixels = rows.shape[1] * rows.shape[2]
-        direct = suits_onednn(known, weight, about, pixels * x.shape[0])
-        step = max(1, COPIED // (pixels * (4 * n if direct else k * about.groups + 4 * n)))
-        for first in range(0, x.shape[0], step):
-            images, place = x[first : first + step], rows[first : first + step]
-            part = None if rest is None else rest[first : first + step].reshape(-1, n)
-            about_y = (x_scale, bias, (part, *into[1:]), activation, dtype)
-            run = _by_onednn if direct else _by_columns
-            place.copy_(run(images, shift, known, weight, about, *about_y).view(place.shape))
+        return run(x, into[:3])
+
+
+class Int8Convolution:
+    """`qconv2d_int8` on a CPU with everything fixed but the image and the residual: what can be made once, is.
+
+    Args:
+        out: of codes: inverse of their scale, whole and rest of their zero point, as `into_codes` gives them.
+        keep: whether the weight as int8 codes is kept while the packed codes live.
+
+    Raises:
+        UnsuitableError: if the sums cannot be had from products of int8 matrices.
+    """
+
+    def __init__(
+        self,
+        weight: PackedWeight,
+        window: Window,
+        x_scale: Tensor,
+        x_zero: Tensor | None,
+        bias: Tensor | None,
+        out: tuple[Tensor | None, Tensor | None, Tensor | None],
+        activation: str,
+        dtype: torch.dtype,
+        keep: bool,
+    ) -> None:
+        self.known, self.weight, self.window = _codes_of(weight, keep), weight, window
+        self.shift = 0 if x_zero is None else _whole(x_zero)
+        self.x_scale, self.bias, self.out, self.activation, self.dtype = x_scale, bias, out, activation, dtype
+        self.n, self.k = weight.shape
+        self.one = weight.scale.shape[1] == 1 and self.known.zero2 is None and self.known.rest is None
+        self.scale, none = weight.scale.reshape(-1).contiguous(), torch.zeros(self.n)
+        self.offsets = {True: none, False: (self.known.sums * -self.shift).view(-1) if self.one else none}
+        self.packs: dict[tuple[int, ...], Tensor] = {}  # the weight as oneDNN wants it, by the shape of x
+        self.calls = 0
+
+    def __call__(self, x: Tensor, residual: tuple[Tensor | None, Tensor | None, Tensor | None]) -> Tensor:
+        """y `[B, O, P, Q]`; residual: itself, its scale and zero point, as `qconv2d_int8` takes them."""
+        self.calls += 1
+        b, (p, q) = x.shape[0], self.window.output(*x.shape[2:])
+        rest, about = residual[0], residual[1:]
+        rest = None if rest is None else rest.permute(0, 2, 3, 1).reshape(-1, self.n)
+        direct = suits_onednn(self.known, self.weight, self.window, b * p * q)
+        step = max(1, COPIED // max(1, p * q * (4 * self.n if direct else self.k * self.window.groups + 4 * self.n)))
+        if 0 < b <= step:
+            return self._rows(x, (rest, *about), direct).view(b, p, q, self.n).permute(0, 3, 1, 2)
+        y = empty_image(x, self.n, self.window, self.dtype if self.out[0] is None else torch.int8)
+        rows = y.permute(0, 2, 3, 1)
+        for first in range(0, b if y.numel() else 0, step):
+            part = None if rest is None else rest[first * p * q : (first + step) * p * q]
+            place = rows[first : first + step]
+            place.copy_(self._rows(x[first : first + step], (part, *about), direct).view(place.shape))
+        return y
+
+    def _rows(self, x: Tensor, residual: tuple[Tensor | None, ...], direct: bool) -> Tensor:
+        """`[M, O]` of images `[B, C, H, W]`."""
+        into: Any = (*residual, *self.out)
+        if direct:
+            sums = onednn_sums(x, self.shift, self.known.codes, self.window, self.packs)
+        else:
+            seen = [_seen(part, self.shift, self.window) for part in x.permute(0, 2, 3, 1).chunk(self.window.groups, 3)]
+            if not self.one:
+                y = self._by_groups(seen)
+                return finish_int8(y, self.x_scale, self.bias, into, self.activation, self.dtype)
+            sums = _multiply(seen, self.known.codes)
+        about_y = (self.x_scale, self.bias, self.activation, self.dtype, *into)
+        args = (sums, self.known.twice, self.offsets[direct], self.scale, *about_y)
+        run: Any = finish_chain
+        if (sums.numel() >= COMPILE_FROM or self.calls > EAGER_CALLS) and 1 not in sums.shape:
+            args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in args)
+            kinds = tuple(a.dtype if isinstance(a, Tensor) else a for a in args)
+            run = compiled(finish_chain, kinds, lambda: _example(kinds))
+        return call(run, *args)  # type: ignore[no-any-return]
+
+    def _by_groups(self, seen: list[Tensor]) -> Tensor:
+        """fp32 `[M, O]`: the sums of all groups of the weight, with their zero points and scales."""
+        known, size, n = self.known, self.weight.group_size, self.n
+        y = torch.zeros(seen[0].shape[0], n)
+        for g in range(self.weight.scale.shape[1]):
+            parts = [part[:, g * size : (g + 1) * size].contiguous() for part in seen]
+            sums = _multiply(parts, known.codes[:, g * size : (g + 1) * size]) * known.twice
+            sums = sums - known.sums[:, g] * self.shift
+            x_sums = torch.stack([part.sum(1, dtype=torch.int32) for part in parts], 1)
+            x_sums = x_sums.repeat_interleave(n // self.window.groups, 1)  # [M, O]
+            if known.zero2 is not None:
+                sums = sums + known.zero2[:, g].int() * x_sums
+            real = sums.float() * 0.5
+            if known.rest is not None:
+                real = real - known.rest[:, g] * (x_sums - self.shift * size).float()
+            y = y + real * self.weight.scale[:, g].float()
         return y
 
 
@@ -152,54 +230,34 @@ def convolves_exactly() -> bool:
     x = torch.tensor([-128, 127], dtype=torch.int8).repeat(64).view(1, 64, 1, 2)
     w = torch.tensor([127, -128], dtype=torch.int8).repeat_interleave(64).view(2, 64)
     try:
-        got = _onednn_sums(x, 3, w, Window(1, 1))
+        got = onednn_sums(x, 3, w, Window(1, 1), {})
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
     return torch.equal(got.double(), (x.double()[0, :, 0].t() - 3) @ w.double().t())
 
 
-def _onednn_sums(x: Tensor, shift: int, codes: Tensor, window: Window) -> Tensor:
-    """fp32 `[M, O]`: sums of `codes * (x - shift)`, rounded once, of images `[B, C, H, W]`."""
+def onednn_sums(x: Tensor, shift: int, codes: Tensor, window: Window, packs: dict[tuple[int, ...], Tensor]) -> Tensor:
+    """fp32 `[M, O]`: sums of `codes * (x - shift)`, rounded once, of images `[B, C, H, W]`.
+
+    packs: the weight as oneDNN packed it for an image of a shape; for one shape at a time.
+    """
     if not window.is_symmetric:
         x = pad(x, window.sides, value=shift)
     padding = [window.top, window.left] if window.is_symmetric else [0, 0]
     about: tuple[Any, ...] = (list(window.stride), padding, list(window.dilation), window.groups)
-    o = codes.shape[0]
-    w, scale = codes.view(o, window.r, window.s, -1).permute(0, 3, 1, 2), torch.ones(o)
+    o, size = codes.shape[0], tuple(x.shape)
+    scale = torch.ones(o)
+    pack = packs.get(size)
+    if pack is None:
+        w = codes.view(o, window.r, window.s, -1).permute(0, 3, 1, 2)
+        pack = torch.ops.onednn.qconv_prepack(w, scale, 1.0, shift + 128, *about, list(size))
+        packs.clear()
+        packs[size] = pack
     shifted = (x.contiguous(memory_format=torch.channels_last).view(torch.uint8) ^ 128, 1.0, shift + 128)
-    packed_w = torch.ops.onednn.qconv_prepack(w, scale, 1.0, shift + 128, *about, list(x.shape))
     zeros = torch.zeros(o, dtype=torch.int64)
     none: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
-    y = torch.ops.onednn.qconv2d_pointwise(*shifted, packed_w, scale, zeros, None, *about, *none)
+    y = torch.ops.onednn.qconv2d_pointwise(*shifted, pack, scale, zeros, None, *about, *none)
     return y.permute(0, 2, 3, 1).reshape(-1, o)
-
-
-def _by_onednn(x: Tensor, shift: int, known: Codes, weight: PackedWeight, window: Window, *about_y: Any) -> Tensor:
-    """`[M, O]` of images `[B, C, H, W]`."""
-    sums = _onednn_sums(x, shift, known.codes, window)
-    return _finish(sums, known.twice, torch.zeros_like(known.sums), weight.scale, *about_y)
-
-
-def _by_columns(x: Tensor, shift: int, known: Codes, weight: PackedWeight, window: Window, *about_y: Any) -> Tensor:
-    """`[M, O]` of images `[B, C, H, W]`."""
-    codes, size = known.codes, weight.group_size
-    seen = [_seen(part, shift, window) for part in x.permute(0, 2, 3, 1).chunk(window.groups, 3)]
-    if weight.scale.shape[1] == 1 and known.zero2 is None and known.rest is None:
-        sums = _multiply(seen, codes)
-        return _finish(sums, known.twice, known.sums * -shift, weight.scale, *about_y)
-    y = torch.zeros(seen[0].shape[0], codes.shape[0])
-    for g in range(weight.scale.shape[1]):
-        parts = [part[:, g * size : (g + 1) * size].contiguous() for part in seen]
-        sums = _multiply(parts, codes[:, g * size : (g + 1) * size]) * known.twice - known.sums[:, g] * shift
-        x_sums = torch.stack([part.sum(1, dtype=torch.int32) for part in parts], 1)
-        x_sums = x_sums.repeat_interleave(codes.shape[0] // window.groups, 1)  # [M, O]
-        if known.zero2 is not None:
-            sums = sums + known.zero2[:, g].int() * x_sums
-        real = sums.float() * 0.5
-        if known.rest is not None:
-            real = real - known.rest[:, g] * (x_sums - shift * size).float()
-        y = y + real * weight.scale[:, g].float()
-    return finish_int8(y, *about_y)
 
 
 def _seen(x: Tensor, shift: int, window: Window) -> Tensor:
@@ -239,26 +297,6 @@ def finish_chain(
     return finish_int8(
         (sums * twice + shift).float() * 0.5 * scale.float(), x_scale, bias, tuple(into), activation, dtype
     )
-
-
-def _finish(
-    sums: Tensor,
-    twice: int,
-    shift: Tensor,
-    scale: Tensor,
-    x_scale: Tensor,
-    bias: Tensor | None,
-    into: Into,
-    activation: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    given = (sums, twice, shift.view(-1), scale.reshape(-1), x_scale, bias, activation, dtype, *into)
-    args = tuple(a.contiguous() if isinstance(a, Tensor) else a for a in given)
-    run = finish_chain
-    if sums.numel() >= COMPILE_FROM and 1 not in sums.shape:
-        kinds = tuple(a.dtype if isinstance(a, Tensor) else a for a in args)
-        run = compiled(finish_chain, kinds, lambda: _example(kinds))
-    return call(run, *args)
 
 
 def _example(kinds: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.dispatch import implementations
+from gs_kernels.dispatch import choose, implementations
 from gs_kernels.pack.checks import check_packed
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.qconv2d.checks import check_int8, check_operands
-from gs_kernels.qconv2d.cpu_int8 import qconv2d_int8_cpu
+from gs_kernels.qconv2d.cpu_int8 import Int8Convolution, qconv2d_int8_cpu
 from gs_kernels.qconv2d.dense import empty_image
 from gs_kernels.qconv2d.op import conv_refuses
 from gs_kernels.qconv2d.ref import code_sums_ref, convolve_int8_ref, into_codes
 from gs_kernels.qconv2d.window import Padding, Pair, Window, make_window
+from gs_kernels.qmatmul.cpu_lanes import UnsuitableError
 from gs_kernels.qmatmul.flat import NUMBERS, TENSORS, numbers_of, packed, tensors_of
 from gs_kernels.registration import SOURCE, register
 
@@ -65,6 +66,43 @@ _run = register(
     INT8,
     _int8_fake,
 )
+
+
+def prepared_qconv2d_int8(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    *,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    groups: int,
+    x_zero: Tensor | None,
+    activation: str,
+    out_scale: Tensor | None,
+    out_zero: Tensor | None,
+    dtype: torch.dtype,
+) -> Int8Convolution | None:
+    """`qconv2d_int8(x, ...)` for many images like x: looks at all but image and residual once, which a small one feels.
+
+    The result is called with an image and `(residual, residual_scale, residual_zero)`; nothing looks at their shapes,
+    and at changes of the other tensors, any more. None where calls cannot be had cheaper: not on a CPU, for one.
+    """
+    who = "prepared_qconv2d_int8"
+    window = make_window(who, kernel_size, stride, padding, dilation, groups)
+    shape = check_operands(who, x, (torch.int8,), weight, bias, activation, window)
+    about: dict[str, Tensor | None] = {"x_zero": x_zero, "out_scale": out_scale, "out_zero": out_zero}
+    about |= dict.fromkeys(("residual", "residual_scale", "residual_zero", "weight_sums"))
+    check_int8(who, x, x_scale, weight, dtype, shape, about)
+    if choose("qconv2d_int8", INT8, x, x_scale, x_zero, None, *tensors_of(weight), *numbers_of(weight)).name != "cpu":
+        return None
+    out = into_codes(None, None, None, out_scale, out_zero)[3:]
+    try:
+        return Int8Convolution(weight, window, x_scale, x_zero, bias, out, activation, dtype, keep=True)
+    except UnsuitableError:
+        return None
 
 
 def code_sums(weight: PackedWeight) -> Tensor:

@@ -13,8 +13,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import gs_algos
-from gs_algos import SimQAT
-from gs_algos.quant.codes_tensor import CodesTensor
+from gs_algos import SLB, SimQAT
+from gs_algos.cli import models
+from gs_algos.qat.link import unlink
+from gs_algos.quant.codes_tensor import CodesTensor, Pending
+from gs_algos.quant.convolution import Convolution
 from gs_algos.quant.quantized import QuantizedConv, StaticQuantizer
 from gs_algos.quant.scheme import Scheme
 from tests.helpers import same_bits
@@ -35,7 +38,7 @@ class Chain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn(self.a(x)))  # read by b alone
         x = self.drop(self.six(self.b(x)))  # read by c and d
-        x = self.c(x) + self.d(x)  # floats
+        x = self.c(x) + self.d(x)  # codes, on a grid that both share
         x = F.relu_(self.e(x))
         return self.fc(torch.flatten(self.pool(x), 1))
 
@@ -61,9 +64,10 @@ def converted(**options: Any) -> tuple[nn.Module, SimQAT]:
 
 def unlinked(net: nn.Module) -> nn.Module:
     net = copy.deepcopy(net)
+    unlink(net, (), "")
     for module in net.modules():
-        if isinstance(module, QuantizedConv):
-            module._handed = ()
+        if isinstance(module, Convolution):
+            module.deferred = False
     return net
 
 
@@ -71,14 +75,14 @@ def unlinked(net: nn.Module) -> nn.Module:
 def test_layers_hand_codes_and_nothing_changes(act: str, tmp_path: Path):
     net, algo = converted(act=act)
     handing = {name for name, m in net.named_modules() if isinstance(m, QuantizedConv) and m._handed}
-    assert handing == {"a", "b", "e"}  # c and d are added
+    assert handing == {"a", "b", "e"}  # c and d, which are added, have a grid of their own
     seen = {}
     for name in "abcde":
         hook = lambda _, args, y, name=name: seen.update({name: (type(args[0]), type(y))})  # noqa: E731
         net.get_submodule(name).register_forward_hook(hook)
     y = net(image(7))
     assert seen["b"] == (CodesTensor, CodesTensor)
-    assert seen["c"] == seen["d"] == (CodesTensor, Tensor)
+    assert seen["c"] == seen["d"] == (CodesTensor, CodesTensor) and seen["e"][0] is Pending
     assert type(y) is Tensor and same_bits(y, unlinked(net)(image(7)))
     assert algo.summary(net).count("-> int8 for the next layer") == 3
     loaded = gs_algos.load(gs_algos.save(net, tmp_path), build).eval()
@@ -101,9 +105,14 @@ def test_grids_that_differ_stay_apart():
     net(image(7))
 
 
-GRID = StaticQuantizer(Scheme.parse("int8@tensor:ema:asym", "act"))
-GRID.scale.fill_(0.05)
-GRID.zero.fill_(-17)
+def grid(scheme: str, scale: float, zero: float) -> StaticQuantizer:
+    made = StaticQuantizer(Scheme.parse(scheme, "act"))
+    made.scale.fill_(scale)
+    made.zero.fill_(zero)
+    return made
+
+
+GRID = grid("int8@tensor:ema:asym", 0.05, -17)
 ANYTHING = {
     "relu": F.relu,
     "relu in place": lambda x: F.relu(x, inplace=True),
@@ -112,10 +121,16 @@ ANYTHING = {
     "max pool": lambda x: F.max_pool2d(x, 3, 2, 1),
     "views": lambda x: x.flatten(1).view(2, 3, -1).transpose(1, 2).reshape(2, -1)[:, 5:40].unsqueeze(0),
     "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "concat": lambda x: torch.cat([x, F.relu(x)], 1),
 }
 FLOATS = {
     "sum": lambda x: x + 1,
     "average": lambda x: F.adaptive_avg_pool2d(x, 1),
+    "averages": lambda x: F.adaptive_avg_pool2d(x, 4),
+    "average pool": lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
+    "padded average pool": lambda x: F.avg_pool2d(x, 3, 2, 1),
+    "mean": lambda x: x.mean((2, 3)),
+    "sum of all": lambda x: x.sum((2, 3)),
     "silu": F.silu,
     "product": lambda x: x.flatten(1) @ x.flatten(1).t(),
     "pair": lambda x: torch.cat([x, x.new_zeros(2, 1, 6, 6)], 1),
@@ -143,3 +158,81 @@ def test_writing_into_codes_is_refused_and_not_lost():
     with pytest.raises(RuntimeError, match=r"add_.* must not write into 8-bit codes"):
         codes += 1
     assert torch.equal(codes.codes, before)
+
+
+def drawn(seed: int, *size: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+OTHERS = {"the same": GRID, "unsigned": grid("uint8@tensor:ema", 0.031, 90), "of 4 bits": grid("int4@tensor", 0.7, 2)}
+READS = {
+    "floats": lambda y: y,
+    "relu": F.relu,
+    "relu6 in place": lambda y: F.relu6(y, inplace=True),
+    "silu": F.silu,
+    "relu, twice": lambda y: F.relu(y) + y.relu(),
+    "one more": lambda y: y + drawn(9, *y.shape),
+    "written into": lambda y: y.mul_(2).add_(1),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("size", [(2, 3, 6, 6), (2, 16, 9, 9)])
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_sum_of_codes_is_that_of_floats_and_gives_their_codes(other: str, size: tuple[int, ...], read: str):
+    a, b = drawn(1, *size), drawn(2, *size).contiguous(memory_format=torch.channels_last)
+    want = READS[read](GRID(a) + OTHERS[other](b))
+    x, y = CodesTensor(GRID.codes(a), GRID, a.dtype), OTHERS[other].signed_codes(b)[0]
+    total = x + CodesTensor(y, OTHERS[other], b.dtype)
+    assert type(total) is Pending and "Pending" in repr(total)
+    got = READS[read](total)
+    for into in OTHERS.values():
+        assert torch.equal(into.signed_codes(got)[0], into.signed_codes(want)[0])
+    assert torch.equal(got + 0, want + 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_sum_in_16_bits_is_rounded_as_there(dtype: torch.dtype):
+    a, b = drawn(1, 2, 16, 9, 9).to(dtype), drawn(2, 2, 16, 9, 9).to(dtype)
+    total = CodesTensor(GRID.codes(a), GRID, dtype) + CodesTensor(GRID.codes(b), GRID, dtype)
+    want, into = GRID(a) + GRID(b), OTHERS["of 4 bits"]
+    assert torch.equal(into.codes(total), into.codes(want)) and torch.equal(total + 0, want) and total.dtype == dtype
+
+
+def test_codes_change_their_grid_as_floats_do():
+    x = CodesTensor(GRID.codes(drawn(3, 2, 16, 9, 9)), GRID, torch.float32)
+    for into in OTHERS.values():
+        assert torch.equal(into.signed_codes(x)[0], into.signed_codes(x.dequantize())[0])
+        into.hands = True
+        y = into(x)
+        into.hands = False
+        assert type(y) is CodesTensor and torch.equal(y.dequantize(), into(x.dequantize()))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenetv2"])
+@pytest.mark.parametrize("algorithm", ["simqat", "slb", "slb in floats"])
+def test_known_networks_give_the_same_bits_as_without_handing(name: str, algorithm: str):
+    torch.manual_seed(0)
+    x = drawn(4, 2, 1, 12, 12)
+    net = models.build(name, in_channels=1, num_classes=10, image_size=12).eval()
+    act = {"simqat": "int8@tensor:ema", "slb": "uint8@tensor:pact", "slb in floats": None}[algorithm]
+    algo: Any = SimQAT(act=act) if algorithm == "simqat" else SLB(weight="2bit@channel", act=act, total_steps=4)
+    net = algo.convert(algo.apply(net, x))
+    apart = unlinked(net)
+    seen: list[str] = []
+    for where, module in net.named_modules():
+        if isinstance(module, Convolution):
+            module.register_forward_hook(lambda _, __, y: seen.append(type(y).__name__))
+        elif isinstance(module, nn.ReLU | nn.ReLU6):
+            seen.append(f"{where} is left")
+    assert torch.equal(net(x) + 0, apart(x)) and torch.equal(net(x[:1]) + 0, apart(x[:1]))
+    with torch.inference_mode():
+        assert torch.equal(net(x) + 0, apart(x))
+    floats = seen.count("Tensor") / 3
+    if name == "resnet20" and algorithm == "simqat":
+        assert floats == 0  # from the first layer to the last sum
+    elif algorithm == "simqat":
+        assert floats < 10  # what sums of sums read was never quantized
+    assert algo.summary(net).count(" + relu") == sum(
+        m.activation != "none" for m in net.modules() if hasattr(m, "notes")
+    )

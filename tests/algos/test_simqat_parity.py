@@ -102,7 +102,7 @@ def test_convolutions_run_on_integers_and_say_where_they_cannot():
     assert isinstance(net.stem, QuantizedConv) and net.stem.path().startswith("integer: int8 x int8 -> int32")
     net, algo = trained(weight="int4@group:9", rules=[("re:.*project.*", {"weight": "int4@channel"}), ("fc", None)])
     net = algo.convert(net)
-    assert net.block.conv1.path() == "dequantizes: a filter has several scales"
+    assert net.block.conv1.path() == "dequantizes: a filter has several scales + relu"
     net, algo = trained(act=None)
     net = algo.convert(net)
     assert net.stem.path() == "float x packed codes: activations are not quantized"

@@ -1,0 +1,89 @@
+"""From int8 codes to the sum of what they stand for, or its codes on another grid, in one pass over memory.
+
+Floats pass through exactly what they pass through as floats: each code is `(code - zero) * scale` in the dtype of the
+network, then they are added, activated and quantized. Compiled for a CPU in fp32; elsewhere operation by operation.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gs_kernels.compiled import call, compiled
+from gs_kernels.dispatch import is_eager
+from gs_kernels.qmatmul.ref import ACTIVATIONS
+
+# of a StaticQuantizer, `[1]` fp32 each but the last: scale, zero point of int8 codes, what `quantize` adds and
+# multiplies (inverse of the scale, whole and rest of the zero point), and the smallest and largest code
+Grid: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[int, int]]
+Operand: TypeAlias = tuple[Tensor, Grid]
+COMPILE_FROM = 1 << 11  # elements
+
+
+def from_codes(a: Operand, b: Operand | None, activation: str, dtype: torch.dtype, grid: Grid | None) -> Tensor:
+    """`act(a + b)`, of the strides of a: dtype, or int8 codes on a grid.
+
+    Args:
+        a, b: int8 codes of one shape, and their grids; without b, the values of a alone.
+        activation: as `ACTIVATIONS` names it.
+    """
+    codes, about = a
+    other = None if b is None else b[0]
+    dense = _order(codes)
+    if other is not None and (dense is None or other.stride() != codes.stride()):
+        other, dense = torch.empty_like(codes).copy_(other), _order(codes)
+    args: tuple[Any, ...] = (codes, *about[:2], other, *((None, None) if b is None else b[1][:2]), activation, dtype)
+    args += (None, None, None, 0, 0) if grid is None else (*grid[2:5], *grid[5])
+    run: Any = sum_chain
+    if dense is not None and dtype == torch.float32 and codes.device.type == "cpu" and is_eager(codes):
+        flat = tuple(t.as_strided(dense, (1,)) if i in (0, 3) and t is not None else t for i, t in enumerate(args))
+        if codes.numel() >= COMPILE_FROM:
+            kinds = tuple(t.dtype if isinstance(t, Tensor) else t for t in flat)
+            run = compiled(sum_chain, kinds, lambda: _example(kinds))
+        return call(run, *flat).as_strided(codes.shape, codes.stride())  # type: ignore[no-any-return]
+    return call(run, *args)  # type: ignore[no-any-return]
+
+
+def sum_chain(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero: Tensor,
+    b: Tensor | None,
+    b_scale: Tensor | None,
+    b_zero: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+    inverse: Tensor | None,
+    whole: Tensor | None,
+    rest: Tensor | None,
+    low: int,
+    high: int,
+) -> Tensor:
+    y = ((a.float() - a_zero) * a_scale).to(dtype)
+    if b is not None and b_scale is not None and b_zero is not None:
+        y = y + ((b.float() - b_zero) * b_scale).to(dtype)
+    y = ACTIVATIONS[activation](y)
+    if inverse is None or whole is None or rest is None:
+        return y
+    level = torch.round(y.float() * inverse + rest) + whole
+    return level.clamp(low, high).to(torch.int8)
+
+
+def _order(codes: Tensor) -> tuple[int] | None:
+    """`(elements,)` if they fill their memory, in whatever order of axes; else None."""
+    axes = sorted(zip(codes.stride(), codes.shape, strict=True))
+    step = 1
+    for stride, size in axes:
+        if size != 1:
+            if stride != step:
+                return None
+            step *= size
+    return (step,) if codes.numel() else None
+
+
+def _example(kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+    sizes = {0: 10007, 3: 10007}
+    places = [i for i, kind in enumerate(kinds) if i not in (6, 7) and isinstance(kind, torch.dtype)]
+    return tuple(torch.ones(sizes.get(i, 1), dtype=k) if i in places else k for i, k in enumerate(kinds))
