@@ -1,0 +1,250 @@
+"""Our packed checkpoints in vLLM: `quant_method: golden-stick` of config.json, linear layers, embeddings and heads.
+
+vLLM builds each layer with the parameters that its method creates, fills them by name from the checkpoint, cutting them
+for tensor parallelism, and calls `process_weights_after_loading`. Its classes have to be at module level: they are
+pickled into its other processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    PackedvLLMParameter,
+)
+
+from gs_algos.export.folder import read_folder
+from gs_algos.export.packed_config import METHOD, PackedConfig, read_config
+from gs_algos.export.verify import check_tensors, verify_files
+from gs_algos.quant.packed import KERNEL_DEVICES, PARTS, PackedFormat, tensors_of
+from gs_algos.quant.packed_embedding import rows_of
+from gs_algos.serving.shards import WHO, shard, stacked
+from gs_kernels import PackedWeight, dequantize_packed, qmatmul, repack
+from gs_kernels.pack.checks import check_packed, check_packed_values
+from gs_kernels.pack.layouts import CANONICAL, PLANAR
+
+CAPABILITY = 80  # the oldest GPUs that our kernels are compiled for
+
+
+class GoldenStickVllmConfig(QuantizationConfig):
+    """The `quantization_config` of config.json: which layers are packed, and how."""
+
+    def __init__(self, config: PackedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers, self.tied = dict(config.layers), dict(config.tied)
+
+    def get_name(self) -> str:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return CAPABILITY
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> GoldenStickVllmConfig:
+        return cls(read_config(config, f"{WHO}: quantization_config"))
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Checks the files of a local folder, before any process loads them; of a name on a hub there is none yet."""
+        if Path(model_name).is_dir():
+            folder = read_folder(model_name, WHO)
+            check_tensors(folder, self.config, WHO)
+            verify_files(folder.path, self.config.files, WHO)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Names of layers as vLLM's model has them."""
+        self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
+        owners = hf_to_vllm_mapper.apply_dict(self.tied)
+        self.tied = {name: hf_to_vllm_mapper.apply_list([owner])[0] for name, owner in owners.items()}
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        parent, _, last = prefix.rpartition(".")
+        parts = self.packed_modules_mapping.get(last, [last])
+        names = [f"{parent}.{part}" if parent else part for part in parts]
+        if isinstance(layer, LinearBase):
+            format = stacked(self.layers, names)
+            return UnquantizedLinearMethod() if format is None else GoldenStickLinearMethod(format, names)
+        if isinstance(layer, VocabParallelEmbedding):
+            owner = self.tied.get(prefix, prefix)
+            return GoldenStickEmbeddingMethod(self.layers[owner], [prefix]) if owner in self.layers else None
+        return None
+
+
+class LevelsParameter(BasevLLMParameter):
+    """The table of levels of each stacked layer, `[layers, 2**bits]`, or `[2**bits]` of one: whole in every process."""
+
+    def load_merged_column_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
+        part = self.data[self._shard_id_as_int(kwargs["shard_id"])] if self.data.dim() > 1 else self.data
+        part.copy_(loaded_weight)
+
+    load_qkv_weight = load_merged_column_weight
+
+
+@register_weight_loader_v2_supported_method
+class GoldenStickLinearMethod(LinearMethodBase):
+    """A linear layer, or several that vLLM stacks into one, with packed weights.
+
+    Args:
+        format: of the whole weight, uncut, the layers stacked.
+        names: of these layers in the checkpoint.
+    """
+
+    def __init__(self, format: PackedFormat, names: Sequence[str]) -> None:
+        self.format, self.names = format, list(names)
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        self._check_sizes(layer, output_size, input_size)
+        rows = sum(output_partition_sizes)
+        self.shard = shard(self.format, self.names[0], rows, input_size_per_partition)
+        self.dtype, self.layout = params_dtype, CANONICAL
+        self.filled = dict.fromkeys(tensors_of(self.shard.empty("meta")), 0)
+        for part, tensor in tensors_of(self.shard.empty(torch.get_default_device())).items():
+            layer.register_parameter(part, self._parameter(part, tensor, self._strict(part, extra["weight_loader"])))
+
+    def _check_sizes(self, layer: nn.Module, rows: int, columns: int) -> None:
+        if isinstance(layer, VocabParallelEmbedding):
+            rows = layer.org_vocab_size
+        if getattr(layer, "num_kv_head_replicas", 1) > 1:
+            rows = self.format.shape[0]  # vLLM counts the rows of k and v once per process
+        if (rows, columns) != tuple(self.format.shape):
+            raise ValueError(
+                f"{WHO}: {', '.join(self.names)} must be [{rows}, {columns}] as the model's sizes say, got "
+                f"{list(self.format.shape)} in quantization_config; config.json is damaged, or of another model"
+            )
+
+    def _parameter(self, part: str, tensor: Tensor, loader: Callable[..., None]) -> BasevLLMParameter:
+        both = {"data": tensor, "weight_loader": loader}
+        if part == "codes":
+            return PackedvLLMParameter(
+                input_dim=1, output_dim=0, packed_dim=1, packed_factor=Fraction(8, self.format.bits), **both
+            )
+        if part == "levels":
+            tables = tensor if len(self.names) == 1 else tensor.repeat(len(self.names), 1)
+            return LevelsParameter(data=tables, weight_loader=loader)
+        if self.format.group_size == self.format.shape[1]:  # one scale a row, which every part along K needs
+            return ChannelQuantScaleParameter(output_dim=0, **both)
+        return GroupQuantScaleParameter(input_dim=1, output_dim=0, **both)
+
+    def _strict(self, part: str, loader: Callable[..., None]) -> Callable[..., None]:
+        """The loader, which would cast silently, behind a check; counts what was filled."""
+
+        def load(param: nn.Parameter, loaded: Tensor, *args: Any, **kwargs: Any) -> None:
+            if loaded.dtype != param.dtype:
+                raise TypeError(f"{WHO}: {part} of {self.names[0]} must be {param.dtype}, got {loaded.dtype}")
+            loader(param, loaded, *args, **kwargs)
+            self.filled[part] += 1
+
+        return load
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Checks what was loaded, and gives the codes the layout that the device reads."""
+        name = self.names[0]
+        for part, times in self.filled.items():
+            if times != len(self.names):
+                raise ValueError(
+                    f"{WHO}: the checkpoint must have {part} of {', '.join(self.names)}, got {times} of "
+                    f"{len(self.names)}; the folder is incomplete"
+                )
+        if self.format.levels:
+            self._keep("levels", layer, self._one_table(layer.get_parameter("levels").data))
+        weight = self.weight(layer)
+        check_packed(WHO, weight, name)
+        check_packed_values(WHO, weight, name)
+        if weight.codes.device.type in KERNEL_DEVICES:
+            weight = repack(weight, PLANAR)
+            self.layout = weight.layout
+        for part, tensor in tensors_of(weight).items():
+            self._keep(part, layer, tensor)
+
+    def _one_table(self, tables: Tensor) -> Tensor:
+        if tables.dim() > 1 and bool((tables != tables[0]).any()):
+            raise ValueError(f"{WHO}: {', '.join(self.names)} must have the same levels, got different ones")
+        return tables if tables.dim() == 1 else tables[0].clone()
+
+    def _keep(self, part: str, layer: nn.Module, tensor: Tensor) -> None:
+        # compilers know plain parameters only
+        layer.register_parameter(part, nn.Parameter(tensor.data, requires_grad=False))
+
+    def weight(self, layer: nn.Module) -> PackedWeight:
+        """The packed weight of the layer's parameters."""
+        parts: dict[str, Any] = {part: getattr(layer, part, None) for part in PARTS}
+        format = self.shard
+        return PackedWeight(
+            codes=parts["codes"],
+            scale=parts["scale"],
+            zero=parts["zero"] if format.zero is None else format.zero,
+            levels=parts["levels"],
+            bits=format.bits,
+            shape=format.shape,
+            group_size=format.group_size,
+            layout=self.layout,
+        )
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return qmatmul(x, self.weight(layer), bias)
+
+
+class GoldenStickEmbeddingMethod(GoldenStickLinearMethod):
+    """An embedding, or the head of a language model, with a packed table; rows that pad the vocabulary are zero."""
+
+    def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
+        rows = rows_of(self.weight(layer), ids.reshape(-1))
+        return dequantize_packed(rows, self.dtype).view(*ids.shape, -1)
+
+    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+        """The head uses the table of the embedding, and has none of its own."""
+        for part in self.filled:
+            delattr(layer, part)
+        layer.quant_method = TiedMethod(embed_tokens)
+        return layer
+
+
+class TiedMethod(LinearMethodBase):
+    """A head whose table belongs to an embedding."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+
+    def create_weights(self, layer: nn.Module, *args: Any, **extra: Any) -> None:
+        raise RuntimeError(f"{WHO}: a tied head has no weights of its own")
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.owner.quant_method.apply(self.owner, x, bias)
+
+
+def register() -> None:
+    register_quantization_config(METHOD)(GoldenStickVllmConfig)
