@@ -52,7 +52,34 @@ _ACTIVATES = {
 }
 
 
-class CodesTensor(Tensor):
+class _Handed(Tensor):
+    """What leaves PyTorch, a copy or a file is the plain tensor of the values."""
+
+    def numpy(self, **kwargs: Any) -> Any:
+        return real(self).numpy(**kwargs)
+
+    def tolist(self) -> Any:
+        return real(self).tolist()
+
+    def data_ptr(self) -> int:
+        raise RuntimeError(
+            f"{type(self).__name__}: a tensor with memory is needed, got one whose values are not laid out; use x + 0"
+        )
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return real(self).__array__(*args, **kwargs)
+
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        return real(self).__dlpack__(**kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return real(self).clone()  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return real(self).__reduce_ex__(protocol)
+
+
+class CodesTensor(_Handed):
     """Reads as a float tensor; holds int8 `codes` of the grid of `quantizer`, those of an unsigned grid 128 lower.
 
     Args:
@@ -120,7 +147,7 @@ class CodesTensor(Tensor):
         return func(*tree_map(real, args), **tree_map(real, kwargs))
 
 
-class Pending(Tensor):
+class Pending(_Handed):
     """A result that is computed when something reads it: by then an add or an activation may have joined it.
 
     Args:

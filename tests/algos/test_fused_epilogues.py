@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,10 @@ from torch.nn import functional as F
 import gs_algos
 from gs_algos import SLB, SimQAT
 from gs_algos.export.onnx_graph import onnx_model
+from gs_algos.quant.codes_tensor import CodesTensor
 from gs_algos.quant.convolution import Convolution
+from gs_algos.quant.quantized import StaticQuantizer
+from gs_algos.quant.scheme import Scheme
 from tests.helpers import relative_rms, same_bits
 
 
@@ -176,3 +181,26 @@ def test_a_layer_called_often_gives_the_same_bits_and_sees_changes():
     with torch.no_grad():
         net.relu[0].bias.add_(1)
     assert not torch.equal(net(image(1)) + 0, first)
+
+
+@pytest.mark.parametrize("leaves", ["numpy", "tolist", "array", "dlpack", "copy", "pickle"])
+def test_what_leaves_pytorch_is_a_plain_tensor(leaves: str):
+    """Codes and waiting results, as a hook sees them, in the hands of other libraries."""
+    quantizer = StaticQuantizer(Scheme.parse("int8@tensor", "act"))
+    codes = torch.arange(-4, 4, dtype=torch.int8).view(2, 4)
+    handed = CodesTensor(codes, quantizer, torch.float32)
+    for tensor, want in ((handed, codes.float()), (handed + handed, 2 * codes.float())):
+        assert type(tensor) is not Tensor
+        if leaves == "tolist":
+            got: Any = torch.tensor(tensor.tolist())
+        elif leaves == "pickle":
+            file = io.BytesIO()
+            torch.save(tensor, file)
+            file.seek(0)
+            got = torch.load(file, weights_only=True)
+        else:
+            take: dict[str, Any] = {"array": np.asarray, "dlpack": torch.from_dlpack, "copy": copy.deepcopy}
+            got = torch.as_tensor(take.get(leaves, lambda t: t.numpy())(tensor))
+        assert type(got) is Tensor and torch.equal(got, want)
+    with pytest.raises(RuntimeError, match="a tensor with memory is needed"):
+        handed.data_ptr()
