@@ -90,9 +90,17 @@ class GoldenStickVllmConfig(QuantizationConfig):
             format = stacked(self.layers, names)
             return UnquantizedLinearMethod() if format is None else GoldenStickLinearMethod(format, names)
         if isinstance(layer, VocabParallelEmbedding):
-            owner = self.tied.get(prefix, prefix)
-            return GoldenStickEmbeddingMethod(self.layers[owner], [prefix]) if owner in self.layers else None
+            owner = self.tied.get(prefix, prefix) or self._table_of(layer)
+            return GoldenStickEmbeddingMethod(self.layers[owner], [owner]) if owner in self.layers else None
         return None
+
+    def _table_of(self, layer: VocabParallelEmbedding) -> str:
+        """The packed table of an embedding whose model does not tell its name, as vLLM's Llama; "" if there is none."""
+        sizes = (layer.org_vocab_size, layer.embedding_dim)
+        found = [name for name, format in self.layers.items() if format.shape == sizes and "lm_head" not in name]
+        if len(found) > 1:
+            raise ValueError(f"{WHO}: one packed table must have sizes {list(sizes)}, got {', '.join(found)}")
+        return found[0] if found else ""
 
 
 class LevelsParameter(BasevLLMParameter):
