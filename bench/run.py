@@ -192,6 +192,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     chosen = parser.parse_args(argv)
     if INTERPRET:
         parser.error("times under TRITON_INTERPRET=1 mean nothing; unset it")
+    others = {"torch", "compile"}.union(*({*spec.library, *spec.absent} for spec in known))
+    if unknown := set(chosen.without) - others:
+        parser.error(f"--without must name {', '.join(sorted(others))}, got {', '.join(sorted(unknown))}")
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs an NVIDIA GPU, and torch sees none; use --device cpu")
     chosen.dtype = chosen.dtype or (["bfloat16", "float32"] if chosen.device == "cuda" else ["float32"])

@@ -240,6 +240,12 @@ def _phase(name, code, seconds=20.0, **more):
     return gpu.Phase(name, (sys.executable, "-c", code), seconds, **more)
 
 
+def test_a_provider_that_nobody_knows_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        run.parse(["--without", "compile", "torhc"])
+    assert "--without must name" in (said := capsys.readouterr().err) and "got torhc" in said
+
+
 def test_without_a_gpu_the_gpu_script_says_so_and_exits_with_2(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([]) == 2

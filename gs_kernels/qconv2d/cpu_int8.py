@@ -133,7 +133,7 @@ class Int8Convolution:
         self.shift = 0 if x_zero is None else _whole(x_zero)
         self.x_scale, self.bias, self.out, self.activation, self.dtype = x_scale, bias, out, activation, dtype
         self.n, self.k = weight.shape
-        self.one = weight.scale.shape[1] == 1 and self.known.zero2 is None and self.known.rest is None
+        self.one = _has_one_sum(self.known, weight)
         self.scale, none = weight.scale.reshape(-1).contiguous(), torch.zeros(self.n)
         self.offsets = {True: none, False: (self.known.sums * -self.shift).view(-1) if self.one else none}
         self.packs: dict[tuple[int, ...], Tensor] = {}  # the weight as oneDNN wants it, by the shape of x
@@ -218,10 +218,15 @@ def multiplies_exactly() -> bool:
     return torch.equal(torch._int_mm(a, b.t()), (a.long() @ b.long().t()).int())
 
 
+def _has_one_sum(known: Codes, weight: PackedWeight) -> bool:
+    """Whether y follows from one sum of products: no groups along K, no zero points that int8 codes do not hold."""
+    return weight.scale.shape[1] == 1 and known.zero2 is None and known.rest is None
+
+
 def suits_onednn(known: Codes, weight: PackedWeight, window: Window, pixels: int) -> bool:
     """Whether its convolution of so many pixels is the faster way, and gives all sums."""
-    one = weight.scale.shape[1] == 1 and known.zero2 is None and known.rest is None
-    return one and (window.groups > 1 or pixels >= PIXELS * weight.shape[0]) and convolves_exactly()
+    many = window.groups > 1 or pixels >= PIXELS * weight.shape[0]
+    return many and _has_one_sum(known, weight) and convolves_exactly()
 
 
 @cache
