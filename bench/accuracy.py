@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--amp", action="store_true", help="quantized training under bfloat16 autocast")
+    parser.add_argument("--float-amp", action="store_true", help="the float trainings too")
     parser.add_argument("--state", type=Path, default=Path("build/accuracy"), help="where training states are kept")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -106,6 +107,7 @@ def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
     stem = f"{args.model}-{set_name}-s{args.seed}"
     base = float_recipe(args.model, data, args.float_epochs, args.seed, args.batch_size)
     tune = tune_recipe(args.model, data, args.epochs, args.seed, args.batch_size)
+    base, tune = (replace(recipe, amp=args.float_amp) for recipe in (base, tune))
     started = time.perf_counter()
 
     def fresh() -> nn.Module:
