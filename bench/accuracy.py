@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     try:
-        data = load_data(args.data).to(device)
+        data = first_images(load_data(args.data), args.train_images).to(device)
         row = measure(args, data)
     except (ValueError, Interrupted) as error:
         print(error, file=sys.stderr)
@@ -86,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="resnet20")
     parser.add_argument("--data", default="fashion-mnist", help="as golden-stick demo --data")
+    parser.add_argument(
+        "--train-images", type=int, metavar="N", help="train on the first N only, for a deep network; tests on all"
+    )
     parser.add_argument("--recipe", choices=SETTINGS, default="simqat-w8a8")
     parser.add_argument("--float-epochs", type=int, default=10)
     parser.add_argument(
@@ -101,9 +104,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def first_images(data: ImageData, count: int | None) -> ImageData:
+    """The first so many training images of a set, which its name then says, and the whole test set."""
+    if count is None:
+        return data
+    if not 1 <= count <= len(data.train_x):
+        raise ValueError(f"--train-images: must be in 1..{len(data.train_x)} for {data.name}, got {count}")
+    name = f"{data.name} ({count:,} to train)"
+    return replace(data, name=name, train_x=data.train_x[:count], train_y=data.train_y[:count])
+
+
 def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
     """Runs or resumes every stage; the row to record."""
-    set_name = args.data.partition(":")[0]
+    set_name = args.data.partition(":")[0] + (f"-{args.train_images}" if args.train_images else "")
     stem = f"{args.model}-{set_name}-s{args.seed}"
     base = float_recipe(args.model, data, args.float_epochs, args.seed, args.batch_size)
     tune = tune_recipe(args.model, data, args.epochs, args.seed, args.batch_size)
@@ -145,7 +158,8 @@ def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
     reloaded, nbytes = _reload(net, fresh, data)
     row = {
         **{key: getattr(args, key) for key in ("model", "recipe", "float_epochs", "epochs", "seed", "batch_size")},
-        "data": set_name,
+        "data": data.name,
+        "train_images": len(data.train_x),
         "algorithm": setting.algorithm,
         "options": setting.options,
         "training": {"float": base.__dict__, "tune": tune.__dict__, "compressed": compressed.__dict__},
