@@ -26,7 +26,7 @@ from gs_algos.export.package import new_file
 from gs_algos.quant.convolution import DENSE, Convolution, channels_fastest
 from gs_algos.quant.packed import Packed
 from gs_algos.quant.packed_embedding import PackedEmbedding
-from gs_algos.quant.quantized import StaticQuantizer
+from gs_algos.quant.static_quantizer import StaticQuantizer
 from gs_kernels import repack, unpack_codes
 from gs_kernels.pack.formats.onnxruntime import to_matmul_nbits
 from gs_kernels.pack.layouts import CANONICAL
@@ -87,6 +87,9 @@ def _in_place(model: nn.Module, name: str, module: nn.Module) -> bool:
 class _Grid(nn.Module):
     """x rounded to the grid of a `StaticQuantizer`."""
 
+    scale: Tensor
+    zero: Tensor
+
     def __init__(self, quantizer: StaticQuantizer) -> None:
         super().__init__()
         scheme = quantizer.scheme
@@ -94,12 +97,17 @@ class _Grid(nn.Module):
         limits = torch.iinfo(self.dtype)
         scale, zero = quantizer.scale.float().reshape(()), quantizer.zero.reshape(())
         self.register_buffer("scale", scale.clone())
-        self.register_buffer("zero", zero.to(self.dtype))
+        # a zero point that no 8-bit code is has no QuantizeLinear
+        self.beyond = (float(zero), scheme.qmin, scheme.qmax) if not limits.min <= zero <= limits.max else None
+        self.register_buffer("zero", zero.clamp(limits.min, limits.max).to(self.dtype))
         narrow = (scheme.qmin, scheme.qmax) != (limits.min, limits.max)
         ends = [float((q - zero) * scale) for q in (scheme.qmin, scheme.qmax)]
         self.ends = (ends[0], ends[1]) if narrow else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.beyond is not None:
+            zero, low, high = self.beyond
+            return ((torch.round(x / self.scale) + zero).clamp(low, high) - zero) * self.scale
         x = x if self.ends is None else x.clamp(*self.ends)
         operands = (self.scale, self.zero)
         codes = torch.onnx.ops.symbolic("QuantizeLinear", (x, *operands), dtype=self.dtype, shape=x.shape)  # type: ignore[arg-type]

@@ -29,12 +29,12 @@ from gs_algos.quant.quantized import (
     QuantizedConv,
     QuantizedLayer,
     QuantizedLinear,
-    StaticQuantizer,
     empty_codes,
     packed_codes,
 )
 from gs_algos.quant.quantizers import ActivationQuantizer
 from gs_algos.quant.scheme import Scheme
+from gs_algos.quant.static_quantizer import StaticQuantizer
 from gs_kernels import PackedWeight, quantize
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,8 @@ from gs_algos.fx.graph import SiteGraph
 from gs_algos.fx.ops import op_of_module
 from gs_algos.quant.convolution import Convolution
 from gs_algos.quant.layers import CONVS, quantizes_output
-from gs_algos.quant.quantized import QuantizedConv, QuantizedLayer, StaticQuantizer
+from gs_algos.quant.quantized import QuantizedConv, QuantizedLayer
+from gs_algos.quant.static_quantizer import StaticQuantizer
 
 
 def add_readers(graph: SiteGraph, rows: Mapping[str, PlanRow]) -> None:

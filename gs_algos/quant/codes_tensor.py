@@ -260,7 +260,8 @@ def real(value: Any) -> Any:
 
 
 def _relu(x: CodesTensor) -> Tensor:
-    return torch.maximum(x.codes, x.quantizer.signed_zero().to(torch.int8))
+    low, high = x.quantizer.signed_limits()
+    return torch.maximum(x.codes, x.quantizer.signed_zero().clamp(low, high).to(torch.int8))
 
 
 def _hardtanh(x: CodesTensor, low: float = -1.0, high: float = 1.0) -> Tensor:

@@ -13,30 +13,24 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from gs_algos.quant.codes_tensor import CodesTensor, Pending, hands_now, real
+from gs_algos.quant.codes_tensor import CodesTensor, hands_now, real
 from gs_algos.quant.convolution import Convolution
-from gs_algos.quant.kept import KeepsDtypes
 from gs_algos.quant.packed import PARTS, Packed, PackedFormat, zero_as
-from gs_algos.quant.quantizers import Quantizer
 from gs_algos.quant.ready import ready
 from gs_algos.quant.scheme import Scheme
 from gs_algos.quant.slb_grid import LevelGrid
-from gs_algos.quant.sums import Grid
+from gs_algos.quant.static_quantizer import StaticQuantizer
 from gs_kernels import (
     PackedWeight,
     PerGroup,
     choose_qparams,
     code_sums,
-    fake_quant,
     pack_weight,
     qconv2d_int8,
     qmatmul,
     qmatmul_int8,
-    quantize,
     row_sums,
 )
-from gs_kernels.dispatch import is_eager
-from gs_kernels.fake_quant.ref import inverse
 from gs_kernels.pack.layouts import BITS
 from gs_kernels.qconv2d.cpu_int8 import Int8Convolution
 from gs_kernels.qconv2d.int8 import prepared_qconv2d_int8
@@ -47,83 +41,6 @@ INT_DEVICES = ("cpu",)
 INTEGER = "integer: int8 x int8 -> int32"
 HANDING = " -> int8 for the next layer"
 ON_GRID = " -> int8 on its own grid"
-
-
-class StaticQuantizer(KeepsDtypes):
-    """The frozen grid of one activation: scale `[1]`, zero `[1]` fp32, real = (q - zero) * scale."""
-
-    kept = ("scale", "zero")
-    scale: Tensor
-    zero: Tensor
-
-    def __init__(self, scheme: Scheme, device: torch.device | str = "cpu") -> None:
-        super().__init__()
-        self.scheme = scheme
-        self.register_buffer("scale", torch.ones(1, device=device))
-        self.register_buffer("zero", torch.zeros(1, device=device))
-        self.hands = False  # whether what it gives are codes: they are read as such
-        self._constants: tuple[tuple[Tensor, ...], list[int], Grid] | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.hands and hands_now(x):
-            return CodesTensor(self.signed_codes(x)[0], self, x.dtype)
-        return fake_quant(real(x), self.scale, self.zero, qmin=self.scheme.qmin, qmax=self.scheme.qmax)
-
-    @torch.no_grad()
-    def take(self, quantizer: Quantizer) -> None:
-        """Copies the grid of a trained quantizer."""
-        scale, zero = quantizer.grid()
-        self.scale.copy_(scale)
-        self.zero.copy_(zero)
-
-    def codes(self, x: Tensor) -> Tensor:
-        """int8 (or uint8 for an unsigned grid) codes of x, same shape."""
-        return quantize(x, self.scale, self.zero, qmin=self.scheme.qmin, qmax=self.scheme.qmax)
-
-    def signed_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(int8 codes of x, their zero point `[1]`): those of an unsigned grid 128 lower."""
-        known = x.codes_on(self) if isinstance(x, CodesTensor | Pending) else None
-        if known is not None:
-            return known, self.signed_zero()
-        codes = self.codes(real(x))
-        return (codes if codes.dtype == torch.int8 else (codes ^ 128).view(torch.int8)), self.signed_zero()
-
-    def signed_zero(self) -> Tensor:
-        if self.scheme.format.signed:
-            return self.zero
-        return self.constants()[1] if is_eager(self.zero) else self.zero - 128
-
-    def constants(self) -> Grid:
-        """The grid of `signed_codes` as passes over codes take it, made when first asked for."""
-        held = (self.scale, self.zero)
-        tracked = not any(t.is_inference() for t in held)
-        stamp = [t._version for t in held] if tracked else []
-        if tracked and self._constants is not None:
-            known, versions, constants = self._constants
-            if versions == stamp and all(a is b for a, b in zip(known, held, strict=True)):
-                return constants
-        with torch.inference_mode(False), torch.no_grad():
-            scale, zero = (t.clone() for t in held)
-            zero = zero if self.scheme.format.signed else zero - 128
-            whole = torch.round(zero)
-            constants = (scale, zero, inverse(scale, zero), whole, zero - whole, self.signed_limits())
-        self._constants = (held, stamp, constants)
-        return constants
-
-    def signed_limits(self) -> tuple[int, int]:
-        """The smallest and largest of `signed_codes`."""
-        shift = 0 if self.scheme.format.signed else 128
-        return self.scheme.qmin - shift, self.scheme.qmax - shift
-
-    def same_grid(self, other: StaticQuantizer) -> bool:
-        """Whether both give every value the same code. Reads values."""
-        if self is other:
-            return True
-        limits = self.signed_limits() == other.signed_limits()
-        return limits and torch.equal(self.scale, other.scale) and torch.equal(self.signed_zero(), other.signed_zero())
-
-    def extra_repr(self) -> str:
-        return str(self.scheme)
 
 
 class QuantizedLayer(Packed):
@@ -253,7 +170,10 @@ class QuantizedConv(Convolution, QuantizedLayer):
 
     def integer_refusals(self, device: torch.device) -> list[str]:
         """Why the convolution cannot run on integers; empty if it can."""
-        return [*_refusals_of(self.input_quantizer), *self.refusals(), *_refusals_on(device)]
+        grid = self.input_quantizer
+        beyond = grid is not None and not -128 <= grid.whole_zero <= 127
+        padding = ["no 8-bit code is the zero point of its activations"] if beyond else []
+        return [*_refusals_of(grid), *padding, *self.refusals(), *_refusals_on(device)]
 
     def path(self) -> str:
         path = super().path()
@@ -267,7 +187,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
             reader._known = (*reader._known, grids[0])
 
     def _hands_own(self) -> bool:
-        return self.output_quantizer is not None and self.output_quantizer.hands
+        return self.output_quantizer is not None and self.output_quantizer.gives_codes()
 
     def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         if not self.integer_refusals(x.device):

@@ -23,8 +23,9 @@ SMALLEST_SCALE = 2.0**-40  # a learnt step is clamped to this after each optimiz
 
 
 def scale_gradient(value: Tensor, factor: float) -> Tensor:
-    """The value itself, with its gradient multiplied by `factor` (LSQ, arXiv:1902.08153, section 2.2)."""
-    return value * factor + (value * (1 - factor)).detach()
+    """The value itself, bit for bit, with its gradient multiplied by `factor` (LSQ, arXiv:1902.08153, section 2.2)."""
+    part = value * factor
+    return value.detach() + (part - part.detach())
 
 
 def round_straight_through(value: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ from gs_algos.cli import models
 from gs_algos.qat.link import unlink
 from gs_algos.quant.codes_tensor import CodesTensor, Pending
 from gs_algos.quant.convolution import Convolution
-from gs_algos.quant.quantized import QuantizedConv, StaticQuantizer
+from gs_algos.quant.quantized import QuantizedConv
 from gs_algos.quant.scheme import Scheme
+from gs_algos.quant.static_quantizer import StaticQuantizer
 from tests.helpers import same_bits
 
 
@@ -109,6 +110,7 @@ def grid(scheme: str, scale: float, zero: float) -> StaticQuantizer:
     made = StaticQuantizer(Scheme.parse(scheme, "act"))
     made.scale.fill_(scale)
     made.zero.fill_(zero)
+    made.look()
     return made
 
 
@@ -150,6 +152,17 @@ def test_operations_on_codes_are_those_on_what_they_stand_for(name: str):
         assert torch.equal(y.codes, GRID.codes(ANYTHING[name](x.clone()))) and "CodesTensor" in repr(y)
     else:
         torch.testing.assert_close(y, FLOATS[name](GRID(x)))
+
+
+@pytest.mark.parametrize("scheme", ["int8@tensor:lsq", "uint4@tensor:lsq"])
+@pytest.mark.parametrize("zero", [-146, 270])
+def test_a_relu_of_codes_whose_zero_point_none_of_them_is_rounds_as_the_value(scheme: str, zero: int):
+    far = grid(scheme, 0.05, zero)
+    x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1)) * 3 + (8 if zero < 0 else -8)
+    y = F.relu(CodesTensor(far.signed_codes(x)[0], far, torch.float32))
+    assert torch.equal(y.codes, far.signed_codes(F.relu(x))[0])
+    far.hands = True
+    assert not far.gives_codes() and type(far(x)) is Tensor
 
 
 def test_writing_into_codes_is_refused_and_not_lost():

@@ -107,6 +107,17 @@ def test_onnx_runtime_agrees(schemes: dict[str, Any], tmp_path: Path):
     assert wanted <= operators(path)
 
 
+def test_onnx_rounds_to_a_grid_whose_zero_point_is_no_code(tmp_path: Path):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed; it is in the extra onnx")
+    net, x = small(act="int8@tensor:lsq"), images(16)
+    grid = net[3].input_quantizer
+    grid.zero.fill_(-146)
+    grid.look()
+    path = export_onnx(net, x, tmp_path / "net.onnx")
+    with torch.no_grad():
+        assert relative_rms(predicted(path, x), net(x)) < 1e-3
+
+
 @pytest.mark.parametrize("weights", ["int2@group:32", "int4@group:32:asym", "int8@channel"])
 def test_packed_linears_become_matmul_nbits(weights: str, tmp_path: Path):
     pytest.importorskip("onnxscript", reason="onnxscript is not installed; it is in the extra onnx")

@@ -18,8 +18,8 @@ from gs_algos import SLB, SimQAT
 from gs_algos.export.onnx_graph import onnx_model
 from gs_algos.quant.codes_tensor import CodesTensor
 from gs_algos.quant.convolution import Convolution
-from gs_algos.quant.quantized import StaticQuantizer
 from gs_algos.quant.scheme import Scheme
+from gs_algos.quant.static_quantizer import StaticQuantizer
 from tests.helpers import relative_rms, same_bits
 
 

@@ -12,6 +12,9 @@ import gs_algos
 from gs_algos import SimQAT
 from gs_algos.core.modules import get_module
 from gs_algos.quant.quantized import QuantizedConv, QuantizedLayer, QuantizedLinear
+from gs_algos.quant.quantizers import ActivationQuantizer
+from gs_algos.quant.scheme import Scheme
+from gs_kernels import fake_quant
 from tests.algos.nets import SmallConvNet, images, mlp, train
 
 WEIGHTS = (
@@ -174,6 +177,40 @@ def test_operands_of_an_add_share_one_scale():
     assert net.block.bn2.output_quantizer is net.block.project[1].output_quantizer
     net = algo.convert(net)
     assert torch.equal(net.block.conv2.output_quantizer.scale, net.block.project[0].output_quantizer.scale)
+
+
+@pytest.mark.parametrize("act", ["int8@tensor:lsq", "uint8@tensor:lsq", "int4@tensor:lsq"])
+@pytest.mark.parametrize("zero", [-146.3, 300.4])
+def test_convolutions_whose_learnt_zero_point_no_code_is_multiply_floats(tmp_path, act, zero):
+    net, algo = trained(act=act)
+    for module in net.modules():
+        if isinstance(module, ActivationQuantizer):
+            with torch.no_grad():
+                module.zero.fill_(zero)
+    want = net(images(16, seed=7)).detach()
+    net = algo.convert(net)
+    assert algo.parity.layer_error < 1e-5
+    torch.testing.assert_close(net(images(16, seed=7)), want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+    assert net.stem.path().startswith("float x packed codes: no 8-bit code is the zero point of its activations")
+    assert net.fc.path() == "integer: int8 x int8 -> int32"  # nothing pads it
+    assert not any(isinstance(m, QuantizedConv) and (m._handed or m._hands_own()) for m in net.modules())
+    gs_algos.save(net, tmp_path)
+    again = gs_algos.load(tmp_path, SmallConvNet).eval()
+    assert again.stem.path() == net.stem.path()
+    assert torch.equal(again(images(seed=5)), net(images(seed=5)))
+
+
+def test_a_learnt_step_quantizes_as_it_is_stored():
+    """On the edge of two codes the last place of the step decides, and the converted layer has the stored one."""
+    quantizer = ActivationQuantizer(Scheme.parse("int8@tensor:lsq", "act"), torch.device("cpu"))
+    for seed in range(200):
+        step = torch.rand(1, generator=torch.Generator().manual_seed(seed)) + 0.01
+        with torch.no_grad():
+            quantizer.scale.copy_(step)
+            quantizer.zero.fill_(seed % 20 - 9.7)
+        scale, zero = quantizer.grid()
+        x = torch.arange(-100, 100).add(0.5) * step
+        assert torch.equal(quantizer(x), fake_quant(x, scale, zero, qmin=-128, qmax=127)), seed
 
 
 def test_without_fusion_outputs_are_quantized_right_behind_each_layer():

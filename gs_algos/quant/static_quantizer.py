@@ -1,0 +1,118 @@
+"""The frozen grid of an activation: what a trained quantizer becomes in a converted network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gs_algos.quant.codes_tensor import CodesTensor, Pending, hands_now, real
+from gs_algos.quant.kept import KeepsDtypes
+from gs_algos.quant.quantizers import Quantizer
+from gs_algos.quant.scheme import Scheme
+from gs_algos.quant.sums import Grid
+from gs_kernels import fake_quant, quantize
+from gs_kernels.dispatch import is_eager
+from gs_kernels.fake_quant.ref import inverse
+
+
+class StaticQuantizer(KeepsDtypes):
+    """The frozen grid of one activation: scale `[1]`, zero `[1]` fp32, real = (q - zero) * scale.
+
+    A learnt zero point may lie beyond the codes: then none of them stands for 0.0.
+    """
+
+    kept = ("scale", "zero")
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, scheme: Scheme, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.register_buffer("scale", torch.ones(1, device=device))
+        self.register_buffer("zero", torch.zeros(1, device=device))
+        self.hands = False  # whether what it gives are codes: they are read as such
+        self.whole_zero = 0  # the zero point of `signed_codes`, a number that is looked at without a tensor
+        self.look()
+        self._constants: tuple[tuple[Tensor, ...], list[int], Grid] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gives_codes() and hands_now(x):
+            return CodesTensor(self.signed_codes(x)[0], self, x.dtype)
+        return fake_quant(real(x), self.scale, self.zero, qmin=self.scheme.qmin, qmax=self.scheme.qmax)
+
+    @torch.no_grad()
+    def take(self, quantizer: Quantizer) -> None:
+        """Copies the grid of a trained quantizer."""
+        scale, zero = quantizer.grid()
+        self.scale.copy_(scale)
+        self.zero.copy_(zero)
+        self.look()
+
+    def look(self) -> None:
+        """Notes the zero point. Needed after it was written by hand."""
+        if not self.zero.is_meta:
+            self.whole_zero = round(float(self.zero)) - (0 if self.scheme.format.signed else 128)
+
+    def holds_zero(self) -> bool:
+        """Whether a code stands for 0.0."""
+        low, high = self.signed_limits()
+        return low <= self.whole_zero <= high
+
+    def gives_codes(self) -> bool:
+        """Whether it hands on codes: what commutes with rounding must find 0.0 among them."""
+        return self.hands and self.holds_zero()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.look()
+
+    def codes(self, x: Tensor) -> Tensor:
+        """int8 (or uint8 for an unsigned grid) codes of x, same shape."""
+        return quantize(x, self.scale, self.zero, qmin=self.scheme.qmin, qmax=self.scheme.qmax)
+
+    def signed_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(int8 codes of x, their zero point `[1]`): those of an unsigned grid 128 lower."""
+        known = x.codes_on(self) if isinstance(x, CodesTensor | Pending) else None
+        if known is not None:
+            return known, self.signed_zero()
+        codes = self.codes(real(x))
+        return (codes if codes.dtype == torch.int8 else (codes ^ 128).view(torch.int8)), self.signed_zero()
+
+    def signed_zero(self) -> Tensor:
+        if self.scheme.format.signed:
+            return self.zero
+        return self.constants()[1] if is_eager(self.zero) else self.zero - 128
+
+    def constants(self) -> Grid:
+        """The grid of `signed_codes` as passes over codes take it, made when first asked for."""
+        held = (self.scale, self.zero)
+        tracked = not any(t.is_inference() for t in held)
+        stamp = [t._version for t in held] if tracked else []
+        if tracked and self._constants is not None:
+            known, versions, constants = self._constants
+            if versions == stamp and all(a is b for a, b in zip(known, held, strict=True)):
+                return constants
+        with torch.inference_mode(False), torch.no_grad():
+            scale, zero = (t.clone() for t in held)
+            zero = zero if self.scheme.format.signed else zero - 128
+            whole = torch.round(zero)
+            constants = (scale, zero, inverse(scale, zero), whole, zero - whole, self.signed_limits())
+        self._constants = (held, stamp, constants)
+        return constants
+
+    def signed_limits(self) -> tuple[int, int]:
+        """The smallest and largest of `signed_codes`."""
+        shift = 0 if self.scheme.format.signed else 128
+        return self.scheme.qmin - shift, self.scheme.qmax - shift
+
+    def same_grid(self, other: StaticQuantizer) -> bool:
+        """Whether both give every value the same code. Reads values."""
+        if self is other:
+            return True
+        limits = self.signed_limits() == other.signed_limits()
+        return limits and torch.equal(self.scale, other.scale) and torch.equal(self.signed_zero(), other.signed_zero())
+
+    def extra_repr(self) -> str:
+        return str(self.scheme)
