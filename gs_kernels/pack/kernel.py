@@ -1,5 +1,7 @@
 """What kernels read packed weights with: planar blocks of 128 codes to floats or 8-bit codes, in registers."""
 
+import math
+
 import triton
 import triton.language as tl
 from triton import constexpr_function
@@ -9,12 +11,12 @@ from gs_kernels.lang import round_half_even
 
 @constexpr_function
 def field_places(bits, mantissa, least):
-    """For each field of a 16-bit container: how far to shift right, and which bit of a float's mantissa it then is at.
+    """For each field of a 16-bit container: how far to shift right, and which bit of the float it then is at.
 
-    With as few shifts as possible, at bit `least` or above; then as high as possible, where the float that holds the
-    field is small. A shift can be negative.
+    With as few shifts as possible, at bit `least` or above; then as high as possible. A shift can be negative. In a
+    bf16 (mantissa 7) bit 7 is free too: below the exponent's second bit, floats are whole numbers of 2**-133.
     """
-    places, first, room = (), 0, mantissa - bits
+    places, first, room = (), 0, (8 if mantissa == 7 else mantissa) - bits
     fields = [j * bits for j in range(16 // bits)]
     while first < len(fields):
         run = [at for at in fields[first:] if at - fields[first] <= room - least]
@@ -25,16 +27,25 @@ def field_places(bits, mantissa, least):
 
 
 @constexpr_function
-def field_offset(bits, mantissa, least, j):
-    """What `field_asm` adds to field j: the float whose mantissa steps by 1 at the bit where the field is."""
-    return float(2 ** (mantissa - field_places(bits, mantissa, least)[j][1]))
+def field_offset(bits, least, j):
+    """What `field_asm` adds to field j in fp16: the float whose mantissa steps by 1 at the bit where the field is."""
+    return float(2 ** (10 - field_places(bits, 10, least)[j][1]))
+
+
+@constexpr_function
+def field_factor(bits, j, step):
+    """What makes field j of `field_asm` in bf16 its code, in steps of `step`."""
+    return step * 2.0 ** (133 - field_places(bits, 7, 0)[j][1])
 
 
 @constexpr_function
 def field_asm(bits, mantissa, least):
-    """PTX: each field of two containers in a register to two floats `code + offset`, one logic operation a field."""
+    """PTX: each field of two containers in a register to two floats, one logic operation a field.
+
+    fp16: `code + field_offset`. bf16: `code / field_factor`, a float with or without a leading one.
+    """
     places = field_places(bits, mantissa, least)
-    source, bias = f"${len(places)}", 15 if mantissa == 10 else 127
+    source = f"${len(places)}"
     shifts = sorted({shift for shift, _ in places if shift != 0})
     names = {shift: f"t{i}" for i, shift in enumerate(shifts)}
     lines = []
@@ -45,10 +56,12 @@ def field_asm(bits, mantissa, least):
         lines.append(f".reg .b32 {names[shift]}; {move};")
     for j in range(len(places)):
         shift, at = places[j]
-        mask = ((1 << bits) - 1) << at
-        exponent = (bias + mantissa - at) << mantissa
-        word = names.get(shift, source)
-        lines.append(f"lop3.b32 ${j}, {word}, 0x{mask * 0x10001:08x}, 0x{exponent * 0x10001:08x}, 0xea;")  # (a & b) | c
+        word, mask = names.get(shift, source), (((1 << bits) - 1) << at) * 0x10001
+        if mantissa == 7:
+            lines.append(f"and.b32 ${j}, {word}, 0x{mask:08x};")
+        else:
+            exponent = ((25 - at) << 10) * 0x10001
+            lines.append(f"lop3.b32 ${j}, {word}, 0x{mask:08x}, 0x{exponent:08x}, 0xea;")  # (a & b) | c
     return "{ " + " ".join(lines) + " }"
 
 
@@ -82,10 +95,7 @@ def concat(a, b):
 
 @triton.jit
 def float_fields(words, BITS: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr, SIGN: tl.constexpr):
-    """`code + field_offset`, or of 1 bit, if SIGN, ±1, of every field as the bits of a 16-bit float.
-
-    A tuple of `[R, 8 * BITS]`.
-    """
+    """Every field as the bits of a 16-bit float, by `field_asm` or, if SIGN, ±1: a tuple of `[R, 8 * BITS]`."""
     ASM: tl.constexpr = sign_asm(MANTISSA) if SIGN else field_asm(BITS, MANTISSA, LEAST)
     REGISTERS: tl.constexpr = field_constraints(BITS)
     if BITS == 8:
@@ -114,7 +124,7 @@ def load_grid(scale_ptr, zero_ptr, offs, ZERO: tl.constexpr):
 def zero_kind(zero, bits, mantissa, asm):
     """How a zero point known beforehand is subtracted exactly: 0 if whole, 1 if in half steps, -1 if it cannot be.
 
-    A half needs fields one bit up in the mantissa, where `offset + zero` has room for it.
+    A half needs one bit more than the code: in fp16, fields one bit up in the mantissa.
     """
     if float(zero).is_integer():
         return 0
@@ -125,6 +135,28 @@ def zero_kind(zero, bits, mantissa, asm):
 def is_sign(zero, known, bits, mantissa, asm):
     """Whether values are ±scale / 2, and made as ±1: one operation less a code."""
     return known and asm and bits == 1 and mantissa > 0 and float(zero) == 0.5
+
+
+@constexpr_function
+def step_of(zero, levels, known, bits, mantissa, asm):
+    """What `code - zero` is multiplied by before its scale: by assembly, ±1 of a bit, and 2**-6 in bf16.
+
+    2**133 is no float, and would be the factor of the lowest field.
+    """
+    if is_sign(zero, known and not levels, bits, mantissa, asm):
+        return 2.0
+    return 2.0**-6 if asm and not levels and mantissa == 7 else 1.0
+
+
+@constexpr_function
+def weight_unit(zero, known, dtype, asm, scaled):
+    """What sums of products with values of `dequantize_block` are to be multiplied by: 2**32 or 1.
+
+    In bf16, `code * scale - zero * scale` is one operation that rounds once if `zero * scale` is exact: if zero is a
+    power of two. By 2**32 smaller, since 2**133 * scale is the factor of the lowest field.
+    """
+    power = float(zero).is_integer() and math.frexp(abs(zero))[0] in (0.0, 0.5)
+    return 2.0**32 if known and asm and scaled and mantissa_bits(dtype) == 7 and power else 1.0
 
 
 @triton.jit
@@ -156,7 +188,10 @@ def _field(
             scale, zero = load_grid(scale_ptr, zero_ptr, offs_n[:, None] + (group * stride_sg)[None, :], ZERO)
     SIGN: tl.constexpr = is_sign(ZERO, zero_ptr is None and levels_ptr is None, BITS, mantissa_bits(T), ASM)
     KIND: tl.constexpr = zero_kind(ZERO, BITS, mantissa_bits(T), ASM) if zero_ptr is None else -1
+    UNIT: tl.constexpr = weight_unit(ZERO, zero_ptr is None and levels_ptr is None, T, ASM, SCALED)
     near = zero if KIND >= 0 else round_half_even(zero)
+    STEP: tl.constexpr = step_of(ZERO, levels_ptr is not None, zero_ptr is None, BITS, mantissa_bits(T), ASM)
+    rest = (near - zero) * (scale if SCALED else STEP)
     codes = (words >> (J * BITS)).to(tl.int32) & ((1 << BITS) - 1)
     if levels_ptr is not None:
         v = tl.load(levels_ptr + codes).to(T)
@@ -164,28 +199,27 @@ def _field(
         v = (codes.to(tl.float32) - near).to(T)
     elif SIGN:
         v = floats[J].to(T, bitcast=True)
-        scale = scale * 0.5
-    elif mantissa_bits(T) >= BITS:
-        OFFSET: tl.constexpr = field_offset(BITS, mantissa_bits(T), 1 if KIND == 1 else 0, J)
+    elif mantissa_bits(T) == 10:
+        OFFSET: tl.constexpr = field_offset(BITS, 1 if KIND == 1 else 0, J)
         v = floats[J].to(T, bitcast=True) + (-OFFSET - near).to(T)
-    elif mantissa_bits(T) > 0:
-        # 8 bits are more than bf16 holds beside an offset: by halves, each less its half of the zero point
-        LOW: tl.constexpr = field_offset(4, mantissa_bits(T), 0, 2 * J)
-        HIGH: tl.constexpr = field_offset(4, mantissa_bits(T), 0, 2 * J + 1)
-        near_high = tl.floor(near * 0.0625)
-        low = floats[2 * J].to(T, bitcast=True) + (-LOW - (near - 16.0 * near_high)).to(T)
-        high = floats[2 * J + 1].to(T, bitcast=True) + (-HIGH - near_high).to(T)
-        v = tl.fma(high, tl.full(high.shape, 16.0, T), low)
+    elif mantissa_bits(T) == 7:
+        f = floats[J].to(T, bitcast=True)
+        FACTOR: tl.constexpr = field_factor(BITS, J, STEP if UNIT == 1 else 1 / UNIT)
+        if UNIT != 1:
+            factor, term = scale * FACTOR, scale * (-ZERO / UNIT)
+        else:
+            factor, term = tl.full(scale.shape, FACTOR, tl.float32), -STEP * near
+        v = tl.fma(f, tl.broadcast_to(factor.to(T), f.shape), tl.broadcast_to(term.to(T), f.shape))
     else:
         # as the mantissa of 2**23
         v = ((codes | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + near)).to(T)
     # what is left of the zero point goes in with the scale, where it rounds least
     if SCALED and KIND >= 0:
-        v = v * scale.to(T)
+        v = v if UNIT != 1 else v * (scale * (1 / STEP)).to(T)
     elif SCALED:
-        v = tl.fma(v, tl.broadcast_to(scale.to(T), v.shape), tl.broadcast_to(((near - zero) * scale).to(T), v.shape))
+        v = tl.fma(v, tl.broadcast_to((scale * (1 / STEP)).to(T), v.shape), tl.broadcast_to(rest.to(T), v.shape))
     elif KIND < 0:
-        v = v + (near - zero).to(T)
+        v = v + rest.to(T)
     return v
 
 
@@ -229,15 +263,16 @@ def dequantize_block(
 ):
     """A block of 128 codes of each row, planar containers `[R, 8 * BITS]`, as `[R, 128]` in T, and its scales.
 
-    If SCALED, values are `(code - zero) * scale`; else they are still to be multiplied by what is returned with them,
-    `[R, 1]` fp32, which needs GROUP to be a multiple of 128.
+    If SCALED, values are `(code - zero) * scale / weight_unit(...)`; else they are still to be multiplied by what is
+    returned with them, `[R, 1]` fp32, which needs GROUP to be a multiple of 128.
 
     Args:
         grid: (scale_ptr, zero_ptr or None, levels_ptr or None, offs_n, stride_sg, k, G): offs_n `[R]` is where the
             scales of each row begin, k the first column of the block, G the number of groups.
         ZERO: the zero point of all where zero_ptr is None.
         T: fp32, or fp16 / bf16: then `code - zero` is exact for zeros in whole steps and, if ZERO, half steps, and the
-            product with the scale rounds once.
+            product with the scale rounds once. Scales must be in T's range and, in bf16 with `weight_unit` not 1, below
+            2**27: else values are NaN.
         ASM: one logic operation a code by inline PTX; else plain shifts, for other GPUs and the interpreter.
     """
     tl.static_assert(GROUP % 32 == 0)
@@ -245,16 +280,16 @@ def dequantize_block(
     scale_ptr, zero_ptr, levels_ptr, offs_n, stride_sg, k, _ = grid
     scale, zero = load_grid(scale_ptr, zero_ptr, offs_n + k // GROUP * stride_sg, ZERO)
     scale, zero = scale[:, None], zero[:, None]
-    SIGN: tl.constexpr = is_sign(ZERO, zero_ptr is None and levels_ptr is None, BITS, mantissa_bits(T), ASM)
-    KIND: tl.constexpr = zero_kind(ZERO, BITS, mantissa_bits(T), ASM) if zero_ptr is None else -1
-    if not ASM or mantissa_bits(T) == 0 or levels_ptr is not None:
+    MANTISSA: tl.constexpr = mantissa_bits(T)
+    SIGN: tl.constexpr = is_sign(ZERO, zero_ptr is None and levels_ptr is None, BITS, MANTISSA, ASM)
+    KIND: tl.constexpr = zero_kind(ZERO, BITS, MANTISSA, ASM) if zero_ptr is None else -1
+    if not ASM or MANTISSA == 0 or levels_ptr is not None:
         floats = (words,)
-    elif mantissa_bits(T) >= BITS:
-        floats = float_fields(words, BITS, mantissa_bits(T), 1 if KIND == 1 else 0, SIGN)
     else:
-        floats = float_fields(words, 4, mantissa_bits(T), 0, False)
+        floats = float_fields(words, BITS, MANTISSA, 1 if KIND == 1 and MANTISSA == 10 else 0, SIGN)
     values = _fields(words, floats, scale, zero, grid, 0, 16 // BITS, BITS, GROUP, ZERO, T, ASM, SCALED)
-    return values, scale * 0.5 if SIGN else scale
+    STEP: tl.constexpr = step_of(ZERO, levels_ptr is not None, zero_ptr is None, BITS, MANTISSA, ASM)
+    return values, scale * (1 / STEP)
 
 
 @constexpr_function

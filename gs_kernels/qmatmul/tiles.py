@@ -44,13 +44,14 @@ FEW_ROWS = 16  # in fp32, or with a table of levels, kernels do only products wi
 FEW = Plan(scale_parts=True, block_m=FEW_ROWS)
 
 # chosen by machine code: no spills, wgmma fed from registers and in flight, most programs per SM. Not timed yet
+MORE_ROWS = (
+    Rule(32, Plan(block_m=32), programs=2),
+    Rule(64, Plan(block_m=64), programs=2),
+    Rule(512, Plan(block_m=128, warps=8, stages=3)),
+)
 RULES: dict[int, tuple[Rule, ...]] = {
-    90: (
-        Rule(FEW_ROWS, FEW, programs=2),
-        Rule(32, Plan(block_m=32), programs=2),
-        Rule(64, Plan(block_m=64), programs=2),
-        Rule(512, Plan(block_m=128, warps=8, stages=3)),
-    ),
+    100: (Rule(FEW_ROWS, Plan(block_m=FEW_ROWS), programs=2), *MORE_ROWS),
+    90: (Rule(FEW_ROWS, FEW, programs=2), *MORE_ROWS),
     80: (
         Rule(FEW_ROWS, FEW, programs=2),
         Rule(32, Plan(block_m=32), programs=2),

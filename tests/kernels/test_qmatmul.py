@@ -209,26 +209,63 @@ WORDS = np.random.default_rng(0).integers(0, 2**32, 4096, dtype=np.uint32)
 CONTAINERS = WORDS.view(np.uint16).reshape(-1, 2)  # [word, container]
 
 
-@pytest.mark.parametrize("bits, mantissa", [(b, m) for b in (1, 2, 4, 8) for m in (10, 7) if b <= m])
+def _halves(register, mantissa):
+    """The two 16-bit floats of each register, as float64."""
+    halves = register.view(np.uint16).reshape(-1, 2)
+    floats = halves.view(np.float16) if mantissa == 10 else (halves.astype(np.uint32) << 16).view(np.float32)
+    return floats.astype(np.float64)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("least", [0, 1])
-def test_assembly_makes_each_field_the_float_code_plus_offset(bits, mantissa, least):
-    fields = ptx.run(kernel.field_asm(bits, mantissa, least), [WORDS], 16 // bits)
-    for j, field in enumerate(fields):
+def test_assembly_makes_each_field_the_fp16_code_plus_offset(bits, least):
+    for j, field in enumerate(ptx.run(kernel.field_asm(bits, 10, least), [WORDS], 16 // bits)):
         code = (CONTAINERS >> (j * bits)) & (2**bits - 1)
-        offset = kernel.field_offset(bits, mantissa, least, j)
-        halves = field.view(np.uint16).reshape(-1, 2)
-        floats = halves.view(np.float16) if mantissa == 10 else (halves.astype(np.uint32) << 16).view(np.float32)
-        assert np.array_equal(floats.astype(np.float64), code + offset)
+        offset = kernel.field_offset(bits, least, j)
+        assert np.array_equal(_halves(field, 10), code + offset)
         # at half steps, offset + zero is exact too
-        assert offset * (1 + least) <= 2.0 ** (mantissa + 1 - least) and offset >= 2.0**bits
+        assert offset * (1 + least) <= 2.0 ** (11 - least) and offset >= 2.0**bits
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_assembly_makes_each_field_the_bf16_code_by_a_power_of_two(bits):
+    for j, field in enumerate(ptx.run(kernel.field_asm(bits, 7, 0), [WORDS], 16 // bits)):
+        code = (CONTAINERS >> (j * bits)) & (2**bits - 1)
+        assert np.array_equal(_halves(field, 7) * kernel.field_factor(bits, j, 1.0), code.astype(np.float64))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("exponent", [-94, -7, 0, 26])
+def test_one_bf16_operation_makes_a_weight_of_a_symmetric_grid_with_one_rounding(bits, exponent):
+    zero, scale = 2.0 ** (bits - 1), torch.linspace(1, 1.99, 97).bfloat16().double()[:, None] * 2.0**exponent
+    unit = kernel.weight_unit(zero, True, "bf16", True, True)
+    assert unit != 1 and kernel.weight_unit(zero - 0.5, True, "bf16", True, True) == 1
+    wanted = ((torch.arange(2**bits) - zero) * scale).bfloat16().double()  # 16 bits at most before it rounds
+    for j, field in enumerate(ptx.run(kernel.field_asm(bits, 7, 0), [WORDS], 16 // bits)):
+        codes = (CONTAINERS >> (j * bits)) & (2**bits - 1)
+        floats = torch.from_numpy(_halves(field, 7)[[np.argwhere(codes == c)[0, 0] for c in range(2**bits)]])
+        floats = floats[torch.arange(2**bits), [np.argwhere(codes == c)[0, 1] for c in range(2**bits)]]
+        factor, term = scale * kernel.field_factor(bits, j, 1 / unit), scale * (-zero / unit)
+        assert all(torch.equal(t, t.bfloat16().double()) for t in (factor, term))
+        assert torch.equal((floats * factor + term).bfloat16().double() * unit, wanted)
+
+
+@pytest.mark.parametrize("bits, zeros", [(8, (0, 100, 128, 255)), (4, (0, 5, 7.5)), (2, (1.5, 3)), (1, (0, 1))])
+def test_one_bf16_operation_makes_a_code_less_its_zero_point(bits, zeros):
+    step = kernel.step_of(0.0, False, False, bits, 7, True)
+    for j, field in enumerate(ptx.run(kernel.field_asm(bits, 7, 0), [WORDS], 16 // bits)):
+        codes, factor = (CONTAINERS >> (j * bits)) & (2**bits - 1), kernel.field_factor(bits, j, step)
+        assert factor < 2.0**128
+        for zero in zeros:
+            terms = torch.from_numpy(_halves(field, 7) * factor - zero * step)
+            assert torch.equal(terms.bfloat16().double(), terms)
+            assert np.array_equal(terms.numpy() / step, codes.astype(np.float64) - zero)
 
 
 @pytest.mark.parametrize("mantissa", [10, 7])
 def test_assembly_makes_each_bit_a_sign(mantissa):
     for j, field in enumerate(ptx.run(kernel.sign_asm(mantissa), [WORDS], 16)):
-        halves = field.view(np.uint16).reshape(-1, 2)
-        floats = halves.view(np.float16) if mantissa == 10 else (halves.astype(np.uint32) << 16).view(np.float32)
-        assert np.array_equal(floats, ((CONTAINERS >> j) & 1) * 2.0 - 1)
+        assert np.array_equal(_halves(field, mantissa), ((CONTAINERS >> j) & 1) * 2.0 - 1)
 
 
 @pytest.mark.parametrize("bits, fp8", [(1, True), (2, True), (4, True), (1, False), (2, False), (4, False), (8, False)])
@@ -242,17 +279,6 @@ def test_assembly_makes_each_field_a_byte_that_the_tensor_cores_multiply(bits, f
         values = octets.view(torch.float8_e4m3fn if fp8 else torch.int8).double().numpy()
         middle, factor = kernel.code_middle(bits, fp8, True), kernel.code_factor(bits, fp8, True)
         assert np.array_equal(values, (code - middle) * factor)
-
-
-def test_halves_of_8_bits_make_the_code_less_its_zero_point_in_bf16():
-    fields = ptx.run(kernel.field_asm(4, 7, 0), [WORDS], 4)
-    floats = [(f.view(np.uint16).reshape(-1, 2).astype(np.uint32) << 16).view(np.float32) for f in fields]
-    for j in range(2):
-        low, high = (floats[2 * j + i] - kernel.field_offset(4, 7, 0, 2 * j + i) for i in range(2))
-        codes = (CONTAINERS >> (8 * j)) & 255
-        for zero in (0, 100, 128, 255):
-            # each term and the sum are whole numbers of at most 8 bits: exact in bf16
-            assert np.array_equal((high - zero // 16) * 16 + (low - zero % 16), codes.astype(np.float64) - zero)
 
 
 interpreted = pytest.mark.skipif(not INTERPRET, reason="only TRITON_INTERPRET=1 runs kernels on numpy")

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gs_kernels.dispatch import launch
-from gs_kernels.pack.kernel import dequantize_block
+from gs_kernels.pack.kernel import dequantize_block, weight_unit
 from gs_kernels.qconv2d.kernel.parts import finish, in_units, load_seen, pixels, place_tile, taps_inside
 from gs_kernels.qconv2d.window import Window
 from gs_kernels.qmatmul.tiles import Plan
@@ -62,7 +62,8 @@ def _qconv2d_kernel(
             acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
         codes_ptr += N * WIDTH
 
-    y = tl.trans(acc)
+    UNIT_W: tl.constexpr = weight_unit(ZERO, zero_ptr is None and levels_ptr is None, T, ASM, not SCALE_PARTS)
+    y = tl.trans(acc) * UNIT_W
     mask = (offs_m < M)[:, None] & mask_n[None, :]
     if SPLIT_K > 1:
         y_ptr += tl.program_id(1).to(tl.int64) * M * N

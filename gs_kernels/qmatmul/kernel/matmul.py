@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gs_kernels.dispatch import launch
 from gs_kernels.lang import activate
-from gs_kernels.pack.kernel import dequantize_block
+from gs_kernels.pack.kernel import dequantize_block, weight_unit
 from gs_kernels.qmatmul.tiles import Plan
 
 
@@ -69,7 +69,8 @@ def _qmatmul_kernel(
         x_ptr += 128
         codes_ptr += N * WIDTH
 
-    acc = tl.trans(acc)
+    UNIT: tl.constexpr = weight_unit(ZERO, zero_ptr is None and levels_ptr is None, T, ASM, not SCALE_PARTS)
+    acc = tl.trans(acc) * UNIT
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = first_n + tl.arange(0, BLOCK_N)
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
