@@ -8,6 +8,7 @@ pickled into its other processes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,15 @@ from vllm.model_executor.parameter import (
 from gs_algos.export.folder import read_folder
 from gs_algos.export.packed_config import METHOD, PackedConfig, read_config
 from gs_algos.export.verify import check_tensors, verify_files
-from gs_algos.quant.packed import KERNEL_DEVICES, PARTS, PackedFormat, tensors_of
+from gs_algos.quant.packed import PARTS, PackedFormat, tensors_of
 from gs_algos.quant.packed_embedding import rows_of
+from gs_algos.serving.parameters import keep, kept
 from gs_algos.serving.shards import WHO, shard, stacked
-from gs_kernels import PackedWeight, dequantize_packed, qmatmul, repack
-from gs_kernels.pack.checks import check_packed, check_packed_values
-from gs_kernels.pack.layouts import CANONICAL, PLANAR
+from gs_algos.serving.vllm_kernel import CAPABILITY
+from gs_kernels import PackedWeight, dequantize_packed, qmatmul
+from gs_kernels.pack.layouts import CANONICAL
 
-CAPABILITY = 80  # the oldest GPUs that our kernels are compiled for
+NAMES = {part: part for part in PARTS}  # of the parameters
 
 
 class GoldenStickVllmConfig(QuantizationConfig):
@@ -180,47 +182,25 @@ class GoldenStickLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Checks what was loaded, and gives the codes the layout that the device reads."""
-        name = self.names[0]
         for part, times in self.filled.items():
             if times != len(self.names):
                 raise ValueError(
                     f"{WHO}: the checkpoint must have {part} of {', '.join(self.names)}, got {times} of "
                     f"{len(self.names)}; the folder is incomplete"
                 )
-        if self.format.levels:
-            self._keep("levels", layer, self._one_table(layer.get_parameter("levels").data))
         weight = self.weight(layer)
-        check_packed(WHO, weight, name)
-        check_packed_values(WHO, weight, name)
-        if weight.codes.device.type in KERNEL_DEVICES:
-            weight = repack(weight, PLANAR)
-            self.layout = weight.layout
-        for part, tensor in tensors_of(weight).items():
-            self._keep(part, layer, tensor)
+        if weight.levels is not None:
+            weight = replace(weight, levels=self._one_table(weight.levels))
+        self.layout = keep(layer, NAMES, weight, self.names[0])
 
     def _one_table(self, tables: Tensor) -> Tensor:
         if tables.dim() > 1 and bool((tables != tables[0]).any()):
             raise ValueError(f"{WHO}: {', '.join(self.names)} must have the same levels, got different ones")
         return tables if tables.dim() == 1 else tables[0].clone()
 
-    def _keep(self, part: str, layer: nn.Module, tensor: Tensor) -> None:
-        # compilers know plain parameters only
-        layer.register_parameter(part, nn.Parameter(tensor.data, requires_grad=False))
-
     def weight(self, layer: nn.Module) -> PackedWeight:
         """The packed weight of the layer's parameters."""
-        parts: dict[str, Any] = {part: getattr(layer, part, None) for part in PARTS}
-        format = self.shard
-        return PackedWeight(
-            codes=parts["codes"],
-            scale=parts["scale"],
-            zero=parts["zero"] if format.zero is None else format.zero,
-            levels=parts["levels"],
-            bits=format.bits,
-            shape=format.shape,
-            group_size=format.group_size,
-            layout=self.layout,
-        )
+        return kept(layer, NAMES, self.shard, self.layout)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return qmatmul(x, self.weight(layer), bias)

@@ -1,0 +1,96 @@
+"""Our products for checkpoints of other libraries in vLLM: compressed-tensors, GPTQ and AWQ, at 2, 4 and 8 bits.
+
+vLLM asks the kernels of its list, in order, which can multiply a layer; ours is the last. `VLLM_DISABLED_KERNELS`
+takes others out, so that ours is used (`CPUWNA16LinearKernel` on a CPU), or ours (`GoldenStickLinearKernel`).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.kernels.linear import MPLinearKernel, MPLinearLayerConfig, register_linear_kernel
+from vllm.platforms import PlatformEnum
+from vllm.scalar_type import scalar_types
+
+from gs_algos.quant.packed import PARTS, PackedFormat
+from gs_algos.serving.parameters import from_words, keep, kept
+from gs_kernels import PackedWeight, qmatmul
+from gs_kernels.pack.checks import FLOATS
+
+CAPABILITY = 80  # the oldest GPUs that our kernels are compiled for
+SYMMETRIC = {scalar_types.uint2b2: 2, scalar_types.uint4b8: 4, scalar_types.uint8b128: 8}
+ASYMMETRIC = {scalar_types.uint2: 2, scalar_types.uint4: 4, scalar_types.uint8: 8}
+PLATFORMS = (PlatformEnum.CPU, PlatformEnum.CUDA, PlatformEnum.ROCM)
+
+
+class GoldenStickLinearKernel(MPLinearKernel):
+    """The product of a linear layer whose weight vLLM loaded as int32 words."""
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return CAPABILITY
+
+    @classmethod
+    def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
+        """Whether it can, and if not why."""
+        reason = _refusal(c)
+        return reason is None, reason
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Makes the words a packed weight, in place of what was loaded."""
+        weight = self._loaded(layer)
+        self.names = dict(zip(PARTS, (self.w_q_name, self.w_s_name, self.w_zp_name), strict=False))
+        self.format = PackedFormat.of(weight)
+        self.layout = keep(layer, self.names, weight, self.w_q_name)
+        if self.w_zp_name and self.format.zero is not None:
+            setattr(layer, self.w_zp_name, None)  # symmetric, or the same everywhere
+
+    def _loaded(self, layer: nn.Module) -> PackedWeight:
+        c = self.config
+        words, scale, zeros = (_rows_first(p) for p in self._get_weight_params(layer))
+        columns, rows = c.partition_weight_shape
+        assert words is not None and scale is not None
+        return from_words(
+            words,
+            scale,
+            zeros if c.zero_points else None,
+            bits=c.weight_type.size_bits,
+            parts=list(getattr(layer, "output_partition_sizes", [rows])),
+            columns=columns,
+            group_size=columns if c.group_size == -1 else c.group_size,
+        )
+
+    def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return qmatmul(x, kept(layer, self.names, self.format, self.layout), bias)
+
+
+def _refusal(c: MPLinearLayerConfig) -> str | None:
+    """Why a layer cannot be multiplied."""
+    bits = (ASYMMETRIC if c.zero_points else SYMMETRIC).get(c.weight_type)
+    columns, rows = c.partition_weight_shape
+    if bits is None:
+        return f"weights must be uint2, uint4 or uint8 with zero points or biased without, got {c.weight_type}"
+    if c.act_type not in FLOATS or c.out_type not in (None, c.act_type):
+        return f"activations must be fp32, fp16 or bf16 and stay so, got {c.act_type} to {c.out_type}"
+    if c.group_size != -1 and columns % c.group_size:
+        return f"K must be a multiple of group_size {c.group_size}, got {columns}"
+    if columns != c.full_weight_shape[0] and columns * bits % 32:
+        return f"K of a part must be a multiple of {32 // bits}, got {columns}"
+    if c.zero_points and rows * bits % 32:
+        return f"N must be a multiple of {32 // bits} with zero points, got {rows}"
+    return None
+
+
+def _rows_first(parameter: Tensor | None) -> torch.Tensor | None:
+    """compressed-tensors has rows first; GPTQ's and AWQ's parameters are that transposed."""
+    if parameter is None:
+        return None
+    return parameter.data.t() if getattr(parameter, "output_dim", 0) == 1 else parameter.data
+
+
+@cache  # vLLM calls plugins again, and its list takes a class twice
+def register() -> None:
+    for platform in PLATFORMS:
+        register_linear_kernel(GoldenStickLinearKernel, platform, "mp")
