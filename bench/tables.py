@@ -150,6 +150,19 @@ def models(rows: Rows) -> str:
     return table((*head, "one input ms", "batch ms", "weights MB"), lines)
 
 
+def photographs(rows: Rows) -> str:
+    """What is left of a network's outputs on photographs, by how it was quantized."""
+    known = last([row for row in rows if row["kind"] == "photographs" and "sqnr_db" in row], "model", "setting")
+    lines = []
+    for (model, setting), row in known.items():
+        beside = f" (torch: {row['torch_sqnr_db']:.1f})" if "torch_sqnr_db" in row else ""
+        tops = f"{row['top1_kept']} of {row['views']}", " and ".join(f"{n} of 5" for n in row["top5_kept"])
+        megabytes = _mb(row["nbytes"]["converted"]), f"{row['ms']['converted'] / row['ms']['float']:.2f}x"
+        lines.append((model, setting, f"{row['sqnr_db']:.1f}{beside}", *tops, *megabytes))
+    head = ("network", "setting", "logits dB", "top-1 kept", "top-5 kept", "MB", "time of float")
+    return table(head, lines)
+
+
 def _against(row: dict[str, Any] | None, base: dict[str, Any] | None) -> str:
     """Milliseconds, and how many times as many as those of the float network."""
     if row is None:
@@ -182,6 +195,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "ops": ops,
     "models": models,
     "decode": decode,
+    "photographs": photographs,
 }
 
 

@@ -43,6 +43,13 @@ def test_accuracy_is_the_mean_over_seeds_of_the_last_run_of_each():
     assert tables.accuracy([pruned]).splitlines()[2] == "| net | set | w8 | 1 | 90.00 | - | 88.00 | - | - |"
 
 
+def test_photographs_are_the_last_row_of_each_setting():
+    row = {"kind": "photographs", "model": "net", "setting": "w8", "sqnr_db": 23.46, "torch_sqnr_db": 23.1, "views": 20}
+    row |= {"top1_kept": 19, "top5_kept": [5, 4], "nbytes": {"converted": 5.1e6}, "ms": {"float": 10, "converted": 5}}
+    lines = tables.photographs([{**row, "time": "2"}, {**row, "time": "1", "top1_kept": 0}]).splitlines()
+    assert lines[2:] == ["| net | w8 | 23.5 (torch: 23.1) | 19 of 20 | 5 of 5 and 4 of 5 | 5.1 | 0.50x |"]
+
+
 def test_another_library_stands_beside_the_width_it_has():
     base = {"kind": "language", "model": "lm", "embeddings": None, "time": "1"}
     rows = [
