@@ -28,8 +28,7 @@ from gs_algos.core.compare import relative_error
 
 SIDE = 224
 CROP = 0.875  # of the shorter side, as the network was evaluated
-NARROW = {"weight": "int8@channel"}  # depthwise filters have 9 or 25 weights: 4 bits of them are noise
-FINE = {"weight": "int8@channel:asym"}
+FINE = {"weight": "int8@channel:asym"}  # depthwise filters have 9 or 25 weights: 4 bits of them are noise
 SETTINGS: dict[str, dict[str, Any]] = {
     "w8": {"weight": "int8@channel", "act": None},
     "w4": {"weight": "int4@channel:mse", "act": None},
@@ -39,12 +38,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rules": [("re:.*(depthwise|stem).*", FINE)],
     },
     "w8a8": {"weight": "int8@channel", "act": "int8@tensor:ema"},
-    "w4a8": {"weight": "int4@channel:mse", "act": "int8@tensor:ema"},
-    "w4a8, depthwise w8": {
-        "weight": "int4@channel:mse",
-        "act": "int8@tensor:ema",
-        "rules": [("re:.*(depthwise|stem).*", NARROW)],
-    },
 }
 
 
