@@ -68,7 +68,7 @@ SETTINGS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = parser_of("python -m bench.accuracy", __doc__.splitlines()[0]).parse_args(argv)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     try:
@@ -82,8 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__.splitlines()[0])
+def parser_of(prog: str, description: str) -> argparse.ArgumentParser:
+    """The options of a run of `Stages`."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--model", choices=MODELS, default="resnet20")
     parser.add_argument("--data", default="fashion-mnist", help="as golden-stick demo --data")
     parser.add_argument(
@@ -114,55 +115,83 @@ def first_images(data: ImageData, count: int | None) -> ImageData:
     return replace(data, name=name, train_x=data.train_x[:count], train_y=data.train_y[:count])
 
 
-def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
-    """Runs or resumes every stage; the row to record."""
-    set_name = args.data.partition(":")[0] + (f"-{args.train_images}" if args.train_images else "")
-    stem = f"{args.model}-{set_name}-s{args.seed}"
-    base = float_recipe(args.model, data, args.float_epochs, args.seed, args.batch_size)
-    tune = tune_recipe(args.model, data, args.epochs, args.seed, args.batch_size)
-    base, tune = (replace(recipe, amp=args.float_amp) for recipe in (base, tune))
-    started = time.perf_counter()
+class Stages:
+    """The trainings of a run: each is done, or read from the state that it left.
 
-    def fresh() -> nn.Module:
-        torch.manual_seed(args.seed)
-        net = build(args.model, in_channels=data.channels, num_classes=data.classes, image_size=data.image_size)
+    seconds: of each; started: when the run was.
+    """
+
+    def __init__(self, args: argparse.Namespace, data: ImageData) -> None:
+        self.args, self.data = args, data
+        set_name = args.data.partition(":")[0] + (f"-{args.train_images}" if args.train_images else "")
+        self.stem = f"{args.model}-{set_name}-s{args.seed}"
+        base = float_recipe(args.model, data, args.float_epochs, args.seed, args.batch_size)
+        tune = tune_recipe(args.model, data, args.epochs, args.seed, args.batch_size)
+        self.base, self.tune = (replace(recipe, amp=args.float_amp) for recipe in (base, tune))
+        far = SETTINGS[args.recipe].far
+        self.compressed = replace(self.tune, lr=self.base.lr if far else self.tune.lr, amp=args.amp)
+        self.seconds: dict[str, float] = {}
+        self.started = time.perf_counter()
+
+    def fresh(self) -> nn.Module:
+        """The network that every run of this seed starts from."""
+        torch.manual_seed(self.args.seed)
+        data = self.data
+        net = build(self.args.model, in_channels=data.channels, num_classes=data.classes, image_size=data.image_size)
         return net.to(data.train_x.device, memory_format=torch.channels_last)
 
-    def stage(name: str, net: nn.Module, recipe: Recipe, algorithm: gs_algos.Algorithm | None = None) -> Tensor:
-        path = args.state / f"{stem}-{name}.safetensors"
+    def train(self, name: str, net: nn.Module, recipe: Recipe, algorithm: gs_algos.Algorithm | None = None) -> Tensor:
+        """Trains the network; its logits over the test set."""
+        path = self.args.state / f"{self.stem}-{name}.safetensors"
         if algorithm is None:
-            taken = train(net, data, recipe, state=path, resume=True)
+            taken = train(net, self.data, recipe, state=path, resume=True)
         else:
-            taken = train_compressed(net, data, recipe, algorithm, path, path.is_file())
-        seconds[name] = round(taken, 1)
-        logits = predict(net, data)
-        print(f"{name}: {accuracy(logits, data):.2f} % ({seconds[name]:.0f} s of training)", flush=True)
+            taken = train_compressed(net, self.data, recipe, algorithm, path, path.is_file())
+        self.seconds[name] = round(taken, 1)
+        logits = predict(net, self.data)
+        print(f"{name}: {accuracy(logits, self.data):.2f} % ({self.seconds[name]:.0f} s of training)", flush=True)
         return logits
 
-    seconds: dict[str, float] = {}
-    net = fresh()
-    float_logits = stage(f"float{args.float_epochs}", net, base)
-    more_logits = stage(f"float{args.float_epochs}+{args.epochs}", copy.deepcopy(net), tune)
+    def compress(self, net: nn.Module, sizes: dict[str, Any] | None = None) -> tuple[nn.Module, Tensor]:
+        """The float network through the recipe: converted, and the logits of before its last conversion."""
+        args, data = self.args, self.data
+        trained = torch.empty(0)
+        for name in chain(args.recipe):
+            setting = SETTINGS[name]
+            recipe = replace(self.compressed, lr=self.base.lr if setting.far else self.tune.lr)
+            algo = make(setting, args.epochs, batches_per_epoch(data, args.batch_size))
+            net = algo.apply(net, data.example())
+            amp = "-amp" if args.amp else ""
+            trained = self.train(f"float{args.float_epochs}-{name}-{args.epochs}{amp}", net, recipe, algo)
+            _draw(algo, self.stem, args)
+            net = algo.convert(net, data.example())
+            if sizes is not None:
+                sizes[name] = size(net, data)
+        return net, trained
+
+
+def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
+    """Runs or resumes every stage; the row to record."""
+    stages = Stages(args, data)
+    net = stages.fresh()
+    float_logits = stages.train(f"float{args.float_epochs}", net, stages.base)
+    more_logits = stages.train(f"float{args.float_epochs}+{args.epochs}", copy.deepcopy(net), stages.tune)
     sizes = {"float": size(net, data)}
-    for name in chain(args.recipe):
-        setting = SETTINGS[name]
-        compressed = replace(tune, lr=base.lr if setting.far else tune.lr, amp=args.amp)
-        algo = make(setting, args.epochs, batches_per_epoch(data, args.batch_size))
-        net = algo.apply(net, data.example())
-        amp = "-amp" if args.amp else ""
-        trained = stage(f"float{args.float_epochs}-{name}-{args.epochs}{amp}", net, compressed, algo)
-        _draw(algo, stem, args)
-        net = algo.convert(net, data.example())
-        sizes[name] = size(net, data)
+    net, trained = stages.compress(net, sizes)
     converted = predict(net, data)
-    reloaded, nbytes = _reload(net, fresh, data)
+    reloaded, nbytes = _reload(net, stages.fresh, data)
+    setting = SETTINGS[args.recipe]
     row = {
         **{key: getattr(args, key) for key in ("model", "recipe", "float_epochs", "epochs", "seed", "batch_size")},
         "data": data.name,
         "train_images": len(data.train_x),
         "algorithm": setting.algorithm,
         "options": setting.options,
-        "training": {"float": base.__dict__, "tune": tune.__dict__, "compressed": compressed.__dict__},
+        "training": {
+            "float": stages.base.__dict__,
+            "tune": stages.tune.__dict__,
+            "compressed": stages.compressed.__dict__,
+        },
         "accuracy": {
             "float": accuracy(float_logits, data),
             "float_continued": accuracy(more_logits, data),
@@ -174,8 +203,8 @@ def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
         "reload_exact": bool(torch.equal(converted, reloaded)),
         "nbytes": nbytes,
         "sizes": sizes,
-        "training_seconds": seconds,
-        "wall_seconds": round(time.perf_counter() - started, 1),
+        "training_seconds": stages.seconds,
+        "wall_seconds": round(time.perf_counter() - stages.started, 1),
     }
     accuracies = row["accuracy"]
     row["drop"] = {key: round(accuracies[key] - accuracies["converted"], 4) for key in ("float", "float_continued")}

@@ -1,0 +1,106 @@
+"""Whether ONNX Runtime predicts what our converted networks do: `python -m bench.onnx_runtime --epochs 1 --amp`.
+
+Two networks, over the whole test set: that of `bench.accuracy` with the same options, from the same states, as 8-bit
+QDQ, and an MLP with 4-bit weights as MatMulNBits. One row each says how far the logits are apart, and how many images
+are predicted differently.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gs_algos
+from bench import accuracy, record
+from gs_algos.cli.data import ImageData, load_data
+from gs_algos.cli.train import Interrupted, Recipe, predict, train
+from gs_algos.cli.train import accuracy as top1
+from gs_algos.export.onnx_graph import export_onnx
+from gs_algos.quant.packed import Packed
+
+PACKED = {"QuantizeLinear", "DequantizeLinear", "MatMulNBits"}
+MLP_EPOCHS = 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = accuracy.parser_of("python -m bench.onnx_runtime", __doc__.splitlines()[0]).parse_args(argv)
+    torch.set_num_threads(args.threads)
+    try:
+        data = accuracy.first_images(load_data(args.data), args.train_images).to(torch.device(args.device))
+        nets = {(args.model, args.recipe): trained(args, data), ("mlp", "int4@group:112"): mlp(args, data)}
+    except (ValueError, Interrupted) as error:
+        print(error, file=sys.stderr)
+        return 2
+    for (model, recipe), net in nets.items():
+        about = {"model": model, "recipe": recipe, "data": data.name, "seed": args.seed}
+        row = {**about, "epochs": args.epochs if model == args.model else MLP_EPOCHS, **compare(net, data)}
+        path = record.append(row, kind="onnx_runtime", device=args.device)
+        print(f"{model}: {row['accuracy']}, {row['parity']}, {row['nbytes']}, {row['operators']}; recorded in {path}")
+    return 0
+
+
+def trained(args: argparse.Namespace, data: ImageData) -> nn.Module:
+    """The converted network of `bench.accuracy`."""
+    stages = accuracy.Stages(args, data)
+    net = stages.fresh()
+    stages.train(f"float{args.float_epochs}", net, stages.base)
+    return stages.compress(net)[0]
+
+
+def mlp(args: argparse.Namespace, data: ImageData) -> nn.Module:
+    """Three linear layers, trained as floats, then rounded to 4 bits in groups that divide their inputs."""
+    torch.manual_seed(args.seed)
+    inputs = data.channels * data.image_size**2
+    net = nn.Sequential(
+        nn.Flatten(), nn.Linear(inputs, 448), nn.ReLU(), nn.Linear(448, 224), nn.ReLU(), nn.Linear(224, data.classes)
+    ).to(data.train_x.device)
+    train(net, data, Recipe(MLP_EPOCHS, 1e-3, "adamw", args.batch_size, warmup=0.2, seed=args.seed))
+    group = 112 if inputs % 112 == 0 else 16
+    return gs_algos.quantize_weights(net.eval(), f"int4@group:{group}", progress=False)
+
+
+def compare(net: nn.Module, data: ImageData) -> dict[str, Any]:
+    """Ours against ONNX Runtime's logits of the exported network. max_relative: of the largest logit."""
+    import onnx
+
+    ours = predict(net, data)
+    with tempfile.TemporaryDirectory() as folder:
+        path = export_onnx(net, data.example().cpu(), Path(folder) / "net.onnx")
+        theirs = run_onnx(path, data)
+        weights = sum(module.weight.numel() for module in net.modules() if isinstance(module, Packed))
+        nbytes = {"float_weights": 4 * weights, "onnx": sum(file.stat().st_size for file in Path(folder).iterdir())}
+        operators = {node.op_type for node in onnx.load(path).graph.node}
+    apart = accuracy.parity(ours, theirs)
+    return {
+        "accuracy": {"ours": top1(ours, data), "onnx_runtime": top1(theirs, data)},
+        "parity": {**apart, "max_relative": apart["max_abs"] / ours.abs().max().item()},
+        "nbytes": nbytes,
+        "operators": sorted(operators & PACKED),
+        "onnxruntime": version("onnxruntime"),
+    }
+
+
+def run_onnx(path: Path, data: ImageData) -> Tensor:
+    """Logits of the test set, on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    class Session(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.from_numpy(session.run(None, {"x": x.contiguous().numpy()})[0])
+
+    return predict(Session(), data.to(torch.device("cpu")))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
