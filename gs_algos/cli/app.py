@@ -1,4 +1,4 @@
-"""The commands and their options. What each does is in a file of its own: demo.py, describe.py, language.py."""
+"""The commands and their options. What each does is in a file of its own: demo.py, describe.py, language.py, ..."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from gs_algos.cli.describe import describe
 from gs_algos.cli.export import TARGETS, run_export, run_import
 from gs_algos.cli.language import run_generate, run_perplexity, run_quantize
 from gs_algos.cli.models import MODELS, build
+from gs_algos.cli.serve import run_serve
 from gs_algos.cli.train import Interrupted
 from gs_algos.cli.tune import LAYER_HELP, LAYERS, ROWS, layers_of, parse_layer, run_tune
 from gs_algos.core.registry import ALGORITHMS
@@ -143,6 +144,17 @@ def import_(
 ) -> None:
     """Reads a language model that another library quantized, exactly, into a packed folder of ours."""
     print(run_import(source, target))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    path: Annotated[Path, typer.Argument(help="A language model's folder, a .pt2 package, or a folder with one.")],
+    verify: Annotated[bool, typer.Option(help="Compare the SHA-256 of packed files first.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the command.")] = False,
+) -> None:
+    """Starts the engine that fits, vLLM or LitServe, and prints the command. Other options go to the engine."""
+    run_serve(path, context.args, verify, dry_run)
 
 
 @app.command()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from gs_algos import load
-from gs_algos.cli.data import load_data
+from gs_algos.cli.data import ImageData, load_data
 from gs_algos.cli.demo import OPTIONS_FILE
 from gs_algos.cli.models import build
 from gs_algos.export.folder import read_json
@@ -23,16 +23,20 @@ def run_export(source: Path, target: Path, to: str) -> str:
         raise ValueError(f"export: --to must be one of {', '.join(TARGETS)}, got {to!r}")
     if to not in NETWORKS:
         return _said(export_language_model(source, target, to))
-    net, example = demo_network(source)
+    net, data = demo_network(source)
     if to == "pt2":
-        from gs_algos.export.package import export_package as write
+        from gs_algos.export.package import export_package
+
+        export_package(net, data.example(), target, pixels=(data.mean, data.std))
     else:
-        from gs_algos.export.onnx_graph import export_onnx as write
-    return f"{write(net, example, target)}: {target.stat().st_size:,} bytes"
+        from gs_algos.export.onnx_graph import export_onnx
+
+        export_onnx(net, data.example(), target)
+    return f"{target}: {target.stat().st_size:,} bytes"
 
 
-def demo_network(folder: Path) -> tuple[nn.Module, Tensor]:
-    """The converted network that `golden-stick demo` left in a folder, and two of its images.
+def demo_network(folder: Path) -> tuple[nn.Module, ImageData]:
+    """The converted network that `golden-stick demo` left in a folder, and its data.
 
     Raises:
         ValueError: if the folder is not a demo's.
@@ -46,7 +50,7 @@ def demo_network(folder: Path) -> tuple[nn.Module, Tensor]:
     options = read_json(path, "export")
     data = load_data(options["data"], options["image_size"])
     sizes = {"in_channels": data.channels, "num_classes": data.classes, "image_size": data.image_size}
-    return load(folder / "model", lambda: build(options["model"], **sizes)).eval(), data.example()
+    return load(folder / "model", lambda: build(options["model"], **sizes)).eval(), data
 
 
 def run_import(source: Path, target: Path) -> str:
