@@ -30,6 +30,7 @@ from gs_algos.quant.packed import Packed
 PACKED = {"QuantizeLinear", "DequantizeLinear", "MatMulNBits"}
 BIAS_ROUNDING = "WeightBiasQuantization"
 MLP_EPOCHS = 2
+MLP_WEIGHTS = "int4@group:16"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     try:
         data = accuracy.first_images(load_data(args.data), args.train_images).to(torch.device(args.device))
-        nets = {(args.model, args.recipe): trained(args, data), ("mlp", "int4@group:112"): mlp(args, data)}
+        nets = {(args.model, args.recipe): trained(args, data), ("mlp", MLP_WEIGHTS): mlp(args, data)}
     except (ValueError, Interrupted) as error:
         print(error, file=sys.stderr)
         return 2
@@ -58,15 +59,14 @@ def trained(args: argparse.Namespace, data: ImageData) -> nn.Module:
 
 
 def mlp(args: argparse.Namespace, data: ImageData) -> nn.Module:
-    """Three linear layers, trained as floats, then rounded to 4 bits in groups that divide their inputs."""
+    """Three linear layers, trained as floats, then rounded to 4 bits."""
     torch.manual_seed(args.seed)
     inputs = data.channels * data.image_size**2
     net = nn.Sequential(
         nn.Flatten(), nn.Linear(inputs, 448), nn.ReLU(), nn.Linear(448, 224), nn.ReLU(), nn.Linear(224, data.classes)
     ).to(data.train_x.device)
     train(net, data, Recipe(MLP_EPOCHS, 1e-3, "adamw", args.batch_size, warmup=0.2, seed=args.seed))
-    group = 112 if inputs % 112 == 0 else 16
-    return gs_algos.quantize_weights(net.eval(), f"int4@group:{group}", progress=False)
+    return gs_algos.quantize_weights(net.eval(), MLP_WEIGHTS, progress=False)
 
 
 def compare(net: nn.Module, data: ImageData) -> dict[str, Any]:
