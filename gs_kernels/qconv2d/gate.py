@@ -81,14 +81,14 @@ MORE: dict[str, Any] = {"mma": "HGMMA", "max_shared_stores": 4, "overlapped": Tr
 WHOLE: dict[str, Any] = {"mma": "IGMMA", "max_shared_stores": 4, "targets": HOPPER}
 
 QCONV2D = (
-    conv(4, 64, 64, 56, 3, max_instructions=6.2, **MORE),
-    conv(4, 128, 128, 28, 3, max_instructions=5.0, **MORE),
+    conv(4, 64, 64, 56, 3, max_instructions=5.7, **MORE),
+    conv(4, 128, 128, 28, 3, max_instructions=4.6, **MORE),
     conv(4, 128, 128, 28, 3, dtype=torch.float16, max_instructions=4.8, **MORE),
-    conv(2, 128, 128, 28, 3, max_instructions=4.8, **MORE),
+    conv(2, 128, 128, 28, 3, max_instructions=4.5, **MORE),
     conv(1, 128, 128, 28, 3, max_instructions=4.5, **MORE),
-    conv(8, 128, 128, 28, 3, max_instructions=7.1, **MORE),
-    conv(4, 256, 1024, 14, 1, max_instructions=4.1, **MORE),
-    conv(4, 512, 512, 7, 3, batch=1, max_instructions=3.5, **MORE),
+    conv(8, 128, 128, 28, 3, max_instructions=4.7, **MORE),
+    conv(4, 256, 1024, 14, 1, max_instructions=3.6, **MORE),
+    conv(4, 512, 512, 7, 3, batch=1, max_instructions=3.0, **MORE),
     conv(4, 24, 144, 56, 1, mma="HGMMA", targets=HOPPER),
     conv(4, 96, 24, 56, 1, mma="HGMMA", targets=HOPPER),
     conv(4, 3, 64, 224, 7, stride=2, mma="HGMMA", wide_loads=False, targets=HOPPER),
