@@ -89,6 +89,20 @@ def language(rows: Rows) -> str:
     return table(head, lines)
 
 
+def serving(rows: Rows) -> str:
+    """A row per width that vLLM served: one client's tokens per second, then those of many together."""
+    known = last([row for row in rows if row["kind"] == "serving"], "model", "provider", "weights", "embeddings")
+    lines = []
+    for row in sorted(known.values(), key=lambda row: -row["nbytes_tensors"]):
+        widths = _SHORT.get(row["weights"], row["weights"]), _SHORT.get(row["embeddings"], row["embeddings"])
+        load = f"{row['clients']} for {row['seconds']:.0f} s", f"{row['requests']}, none failed"
+        times = row["request_ms_p50"], row["request_ms_p95"]
+        speeds = row["single_tokens_per_s"], row["tokens_per_s"]
+        lines.append((*widths, _mb(row["nbytes_tensors"]), speeds[0], *load, speeds[1], *times))
+    head = ("weights", "embeddings", "tensors MB", "one client tokens/s", "clients", "requests", "tokens/s")
+    return table((*head, "request ms p50", "p95"), lines)
+
+
 def products(rows: Rows) -> str:
     """How many times a float product's speed: of qmatmul rows that were timed beside `float_linear`, per device."""
     keys = ("device_name", "shape", "dtype")
@@ -196,6 +210,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "models": models,
     "decode": decode,
     "photographs": photographs,
+    "serving": serving,
 }
 
 

@@ -65,6 +65,17 @@ def test_another_library_stands_beside_the_width_it_has():
     ]
 
 
+def test_a_served_width_has_its_clients():
+    row = {"kind": "serving", "model": "lm", "provider": "golden-stick", "weights": "int4@group:64", "embeddings": None}
+    figures = {"clients": 8, "seconds": 60.4, "requests": 200, "tokens_per_s": 105.9, "single_tokens_per_s": 20.1}
+    row |= {**figures, "nbytes_tensors": 113e6, "request_ms_p50": 2400, "request_ms_p95": 2600}
+    floats = {**row, "provider": "float", "weights": "bfloat16", "nbytes_tensors": 269e6}
+    assert tables.serving([row, floats]).splitlines()[2:] == [
+        "| bf16 | bf16 | 269.0 | 20.1 | 8 for 60 s | 200, none failed | 105.9 | 2400 | 2600 |",
+        "| int4@group:64 | bf16 | 113.0 | 20.1 | 8 for 60 s | 200, none failed | 105.9 | 2400 | 2600 |",
+    ]
+
+
 def test_products_are_compared_with_the_float_ones_beside_them():
     assert tables.products(PRODUCTS).splitlines() == [
         "| device | layer | bits | 1 rows | 16 rows |",

@@ -1,7 +1,10 @@
-"""`python check_vllm.py DIR [--parallel 1 3]`: in fp32, vLLM's greedy tokens of a packed folder are Transformers' own.
+"""`python check_vllm.py WORK [--seconds 60]`: what vLLM makes of packed folders, in fp32, is Transformers' own.
 
-Run by vllm.sh, in an environment with vLLM. Exits with 1, and says where, if a token differs or a log probability is
-off by more than 1e-3.
+WORK holds the folders that vllm.sh makes. Exits with 1, and says where, if tokens or log probabilities differ:
+
+- q4 behind the HTTP API, alone and with eight clients at once for some seconds; then by two processes
+- ct, the export of q4 to compressed-tensors, whose layers our kernel multiplies
+- q2, up to ties
 """
 
 from __future__ import annotations
@@ -11,61 +14,67 @@ import os
 import time
 from typing import Any
 
-PROMPTS = ["The capital of France is", "In the beginning God created", "def fibonacci(n):"]
-TOKENS = 24
-CLOSE = 1e-3  # of a log probability
+import check_kernel
+from reference import PROMPTS, TOKENS, Completion, by_transformers, difference
+
+from bench.serving import ask, press, served
+
+CLIENTS = 8
+# rounding in fp32 moves log probabilities of the 2-bit model by 4e-3 (against fp64), those of the 4-bit one by 1e-5
+CLOSE = {"q4": 1e-3, "q2": 5e-3}
 
 
-def by_transformers(folder: str) -> list[tuple[list[int], list[float]]]:
-    import torch
-
-    from gs_algos.export.language import load_language_model
-
-    model, tokenizer = load_language_model(folder, dtype=torch.float32)
-    results = []
-    for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt")
-        made = model.generate(
-            **ids, max_new_tokens=TOKENS, do_sample=False, output_scores=True, return_dict_in_generate=True
-        )
-        tokens = made.sequences[0, ids.input_ids.shape[1] :].tolist()
-        scores = [float(s.log_softmax(-1)[0, t]) for s, t in zip(made.scores, tokens, strict=True)]
-        results.append((tokens, scores))
-    return results
+def http(folder: str, seconds: float) -> list[tuple[Any, Any]]:
+    started = time.perf_counter()
+    options = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", str(CLIENTS))
+    with served(folder, *options) as client:
+        print(f"HTTP: ready in {time.perf_counter() - started:.0f} s", flush=True)
+        answers = [ask(client, prompt, TOKENS) for prompt in PROMPTS]
+        figures, different = press(client, CLIENTS, seconds, TOKENS)
+    print(f"HTTP: {figures}", flush=True)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        if different[prompt] != {answer.tokens}:
+            raise SystemExit(f"HTTP: {prompt!r} must have one answer, {answer.tokens}, got {different[prompt]}")
+    return [(answer.tokens, answer.logps) for answer in answers]
 
 
-def by_vllm(folder: str, parallel: int) -> list[tuple[list[int], list[float]]]:
+def engine(folder: str, parallel: int = 1) -> list[tuple[Any, Any]]:
     from vllm import LLM, SamplingParams
 
     options: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 8, "enforce_eager": True}
     started = time.perf_counter()
-    engine = LLM(folder, tensor_parallel_size=parallel, **options)
-    ready = time.perf_counter()
-    made = [
-        o.outputs[0] for o in engine.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=1))
-    ]
-    seconds = time.perf_counter() - ready
-    count = sum(len(o.token_ids) for o in made)
-    print(f"tensor_parallel_size {parallel}: ready in {ready - started:.0f} s, {count / seconds:.1f} tokens/s")
-    engine.llm_engine.engine_core.shutdown()
-    return [(list(o.token_ids), [p[t].logprob for p, t in zip(o.logprobs, o.token_ids, strict=True)]) for o in made]
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(parallel))) if parallel > 1 else "auto"
+    llm = LLM(folder, tensor_parallel_size=parallel, **options)
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=1)
+    made = [o.outputs[0] for o in llm.generate(list(PROMPTS), sampling, use_tqdm=False)]
+    llm.llm_engine.engine_core.shutdown()
+    print(f"{folder}: {time.perf_counter() - started:.0f} s", flush=True)
+    return [(o.token_ids, [p[t].logprob for p, t in zip(o.logprobs, o.token_ids, strict=True)]) for o in made]
+
+
+def compare(what: str, want: list[Completion], got: list[tuple[Any, Any]], close: float) -> int:
+    """How many prompts differ."""
+    wrong = 0
+    for prompt, expected, (tokens, logps) in zip(PROMPTS, want, got, strict=True):
+        said, equal = difference(expected, tokens, logps, close)
+        print(f"{what}, {prompt!r}: {said}", flush=True)
+        wrong += not equal
+    return wrong
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder")
-    parser.add_argument("--parallel", type=int, nargs="*", default=[1], help="sizes of tensor parallelism")
+    parser.add_argument("work")
+    parser.add_argument("--seconds", type=float, default=60, help="of eight clients at once")
     args = parser.parse_args()
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    want = by_transformers(args.folder)
-    wrong = 0
-    for parallel in args.parallel:
-        for prompt, expected, got in zip(PROMPTS, want, by_vllm(args.folder, parallel), strict=True):
-            off = max(abs(a - b) for a, b in zip(expected[1], got[1], strict=True))
-            equal = expected[0] == got[0] and off <= CLOSE
-            wrong += not equal
-            verdict = "equal" if equal else f"DIFFERENT: {got[0]} instead of {expected[0]}"
-            print(f"tensor_parallel_size {parallel}, {prompt!r}: {verdict}, log p within {off:.1e}")
+    os.chdir(args.work)
+    check_kernel.main()
+    q4, q2 = by_transformers("q4"), by_transformers("q2")
+    wrong = compare("q4 over HTTP", q4, http("q4", args.seconds), CLOSE["q4"])
+    wrong += compare("q4 by two processes", q4, engine("q4", 2), CLOSE["q4"])
+    os.environ["VLLM_DISABLED_KERNELS"] = check_kernel.THEIRS  # it would come before ours, and has no fp32
+    wrong += compare("q4 as compressed-tensors", q4, engine("ct"), CLOSE["q4"])
+    wrong += compare("q2", q2, engine("q2"), CLOSE["q2"])
     return 1 if wrong else 0
 
 
