@@ -32,6 +32,7 @@ from bench import record
 PROMPTS = ("The capital of France is", "In the beginning God created", "def fibonacci(n):")
 SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 READY = 400  # seconds until a server must answer
+WARM = 5  # seconds of the same requests before those that are counted
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ def measure(folder: Path, args: argparse.Namespace, options: Sequence[str]) -> d
     with served(str(folder), "--dtype", args.dtype, *options) as client:
         single = [ask(client, PROMPTS[0], args.tokens) for _ in range(4)][1:]
         row["single_tokens_per_s"] = round(max(len(answer.tokens) / answer.seconds for answer in single), 1)
+        press(client, args.clients, WARM, args.tokens)
         figures, different = press(client, args.clients, args.seconds, args.tokens)
     if args.dtype == "float32" and any(len(answers) != 1 for answers in different.values()):
         raise RuntimeError(f"bench.serving: one prompt must have one answer, got {different}")
