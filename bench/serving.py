@@ -60,7 +60,7 @@ def served(folder: str, *options: str) -> Iterator[Any]:
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model", *options]
     with tempfile.TemporaryFile("w+") as log:
         environment = {**SETTINGS, **os.environ}
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
             _wait(server, f"http://127.0.0.1:{port}/health", log)
             yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=600)
@@ -69,7 +69,7 @@ def served(folder: str, *options: str) -> Iterator[Any]:
             try:
                 server.wait(30)
             except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
+                server.kill()  # its engine sees that, and ends
                 server.wait()
 
 
