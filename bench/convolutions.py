@@ -83,7 +83,7 @@ def providers(layer: Layer, batch: int) -> tuple[Calls, dict[str, float]]:
     about: dict[str, Any] = {"kernel_size": layer.kernel, "stride": layer.stride, "padding": layer.kernel // 2}
     about["groups"] = layer.groups
     where = {"stride": layer.stride, "padding": layer.kernel // 2, "groups": layer.groups}
-    codes = torch.randint(0, 16, (layer.o, k), generator=generator, dtype=torch.uint8)
+    codes = torch.randint(1, 16, (layer.o, k), generator=generator, dtype=torch.uint8)
     scale = torch.full((layer.o, 1), 0.1 / k**0.5)
     four = pack_weight(codes, scale, torch.full_like(scale, 8.0), bits=4, group_size=k)
     eight = pack_weight(codes + 120, scale, torch.full_like(scale, 128.0), bits=8, group_size=k)

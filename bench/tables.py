@@ -157,7 +157,8 @@ def models(rows: Rows) -> str:
         cells = {phase: _against(by.get(phase), base.get(phase)) for phase in ("train", "latency", "throughput")}
         step = by.get("train", {})
         kept = _mb(step.get("peak_bytes", step.get("saved_bytes")))
-        about = device, f"{network} {'x'.join(map(str, size))}", {**by.get("throughput", {}), **step}.get("batch", "-"), algorithm
+        batch = {**by.get("throughput", {}), **step}.get("batch", "-")
+        about = device, f"{network} {'x'.join(map(str, size))}", batch, algorithm
         weights = _mb(by.get("latency", {}).get("nbytes"))
         lines.append((*about, cells["train"], kept, cells["latency"], cells["throughput"], weights))
     head = ("device", "network", "batch", "algorithm", "training step ms", "MB for backward")
