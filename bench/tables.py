@@ -157,11 +157,35 @@ def models(rows: Rows) -> str:
         cells = {phase: _against(by.get(phase), base.get(phase)) for phase in ("train", "latency", "throughput")}
         step = by.get("train", {})
         kept = _mb(step.get("peak_bytes", step.get("saved_bytes")))
-        about = device, f"{network} {'x'.join(map(str, size))}", step.get("batch", "-"), algorithm
+        batch = {**by.get("throughput", {}), **step}.get("batch", "-")
+        about = device, f"{network} {'x'.join(map(str, size))}", batch, algorithm
         weights = _mb(by.get("latency", {}).get("nbytes"))
         lines.append((*about, cells["train"], kept, cells["latency"], cells["throughput"], weights))
     head = ("device", "network", "batch", "algorithm", "training step ms", "MB for backward")
     return table((*head, "one input ms", "batch ms", "weights MB"), lines)
+
+
+def convolutions(rows: Rows) -> str:
+    """Of all shapes of a network, each once: milliseconds, how many times those of float32, and our slowest shape."""
+    known = last([row for row in rows if row["kind"] == "convolution"], "device_name", "network", "batch", "layer")
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in known.values():
+        groups[row["device_name"], row["network"], row["batch"]].append(row)
+    lines = []
+    for about, members in sorted(groups.items()):
+        float32 = sum(row["ms"]["float32"] for row in members)
+        cells = []
+        for name in ("bfloat16", "compile", "w4", "w8a8"):
+            timed = [row["ms"] for row in members if name in row["ms"]]
+            share = sum(ms[name] for ms in timed) / sum(ms["float32"] for ms in timed) if timed else 0.0
+            cells.append(f"{share:.2f}x" if timed else "-")
+        ratio, slow = max(
+            ((row["ms"]["w8a8"] / row["ms"]["float32"], row) for row in members), key=lambda pair: pair[0]
+        )
+        layer = " ".join(f"{k}={v}" for k, v in slow["layer"].items())
+        lines.append((*about, len(members), f"{float32:.2f}", *cells, f"{ratio:.2f}x {layer}"))
+    head = ("device", "network", "batch", "shapes", "fp32 ms", "bf16", "compile", "w4", "w8a8", "slowest w8a8")
+    return table(head, lines)
 
 
 def photographs(rows: Rows) -> str:
@@ -211,6 +235,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "decode": decode,
     "photographs": photographs,
     "serving": serving,
+    "convolutions": convolutions,
 }
 
 

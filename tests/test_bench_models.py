@@ -53,6 +53,13 @@ def test_a_network_is_trained_converted_and_timed_beside_float(rows, capsys):
     assert "simqat-w4a8" in capsys.readouterr().out
 
 
+def test_the_bfloat16_network_predicts_with_half_the_bytes(rows):
+    code, written = rows("--network", "tiny", "--algorithm", "float", "bfloat16")
+    assert code == 0
+    assert [row["phase"] for row in written[3:]] == ["latency", "throughput"]
+    assert written[3]["nbytes"] < 0.6 * written[1]["nbytes"]
+
+
 def test_a_network_that_fails_is_a_row_and_the_run_goes_on_and_fails(rows):
     code, written = rows("--network", "broken", "tiny", "--algorithm", "float")
     assert code == 1

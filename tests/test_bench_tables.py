@@ -50,6 +50,16 @@ def test_photographs_are_the_last_row_of_each_setting():
     assert lines[2:] == ["| net | w8 | 23.5 (torch: 23.1) | 19 of 20 | 5 of 5 and 4 of 5 | 5.1 | 0.50x |"]
 
 
+def test_convolutions_of_a_network_add_up_and_the_slowest_of_ours_is_named():
+    row = {"kind": "convolution", "device_name": "CPU", "network": "net", "batch": 1, "time": "1"}
+    rows = [
+        {**row, "layer": {"c": 3, "o": 4}, "ms": {"float32": 1.0, "bfloat16": 1.0, "w4": 1.0, "w8a8": 3.0}},
+        {**row, "layer": {"c": 4, "o": 4}, "ms": {"float32": 3.0, "bfloat16": 1.0, "w4": 5.0, "w8a8": 1.0}},
+    ]
+    lines = tables.convolutions(rows).splitlines()
+    assert lines[2:] == ["| CPU | net | 1 | 2 | 4.00 | 0.50x | - | 1.50x | 1.00x | 3.00x c=3 o=4 |"]
+
+
 def test_another_library_stands_beside_the_width_it_has():
     base = {"kind": "language", "model": "lm", "embeddings": None, "time": "1"}
     rows = [

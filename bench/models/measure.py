@@ -16,6 +16,7 @@ from gs_algos import SLB, SimQAT
 Make = Callable[[bool], Any]
 ALGORITHMS: dict[str, Make] = {
     "float": lambda images: None,
+    "bfloat16": lambda images: None,  # the float network cast, as it predicts; not trained
     "simqat-w8a8": lambda images: SimQAT(weight="int8@channel", act="int8@tensor:ema"),
     "simqat-w4a8": lambda images: SimQAT(weight="int4@channel:lsq", act="int8@tensor:lsq"),
     # without a batch norm behind a layer its weights need a scale
@@ -65,10 +66,18 @@ def nbytes_of(net: nn.Module) -> int:
 def measure(
     network: Network, algorithm: str, *, device: str, batch: int, quick: bool, seconds: float
 ) -> Iterator[dict[str, Any]]:
-    """Three rows: "train" (a step with SGD), "latency" (one input) and "throughput" (a batch) of what is converted."""
+    """Three rows: "train" (a step with SGD), "latency" (one input) and "throughput" (a batch) of what is converted.
+
+    Images and the weights of convolutions are channels-last, which is what float networks are fastest with.
+    """
     torch.manual_seed(0)
     net = network.build(quick).to(device)
     x = network.inputs(batch, quick, device)
+    if network.images:
+        net, x = net.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    if algorithm == "bfloat16":
+        yield from _predicting(net.eval().bfloat16(), x.bfloat16(), device, seconds)
+        return
     algo = ALGORITHMS[algorithm](network.images)
     if algo is not None:
         net = algo.apply(net, x[:2])
@@ -77,7 +86,10 @@ def measure(
     kept = _kept(net, x)
     memory = _memory(device, step)
     yield {"phase": "train", "batch": batch, "saved_bytes": kept, **memory, **_times(_time(step, device, seconds))}
-    net = net.eval() if algo is None else algo.convert(net.eval())
+    yield from _predicting(net.eval() if algo is None else algo.convert(net.eval()), x, device, seconds)
+
+
+def _predicting(net: nn.Module, x: Tensor, device: str, seconds: float) -> Iterator[dict[str, Any]]:
     size = {"nbytes": nbytes_of(net)}
     for phase, inputs in (("latency", x[:1]), ("throughput", x)):
         with torch.inference_mode():
