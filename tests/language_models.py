@@ -15,20 +15,17 @@ def tiny_llama(tied: bool = True, **options: Any) -> Any:
     """A random Llama of two layers, fp32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(
         vocab_size=32,
-        hidden_size=64,
-        intermediate_size=96,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=64,
         tie_word_embeddings=tied,
         initializer_range=0.1,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
-        **options,
+        **(sizes | options),
     )
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()

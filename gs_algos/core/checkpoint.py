@@ -29,6 +29,7 @@ from gs_algos.core.registry import restorer
 FORMAT = "golden-stick"
 VERSION = 1
 INDEX = "golden_stick.json"
+FIELDS = {"format", "version", "history", "tensors", "aliases"}
 TENSOR_FILE = re.compile(r"model-[0-9a-f]{16}\.safetensors")
 # what a restore can trip over if the history is not of the network that build_model makes
 MISFITS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError)
@@ -113,6 +114,11 @@ def read_index(directory: str | os.PathLike[str]) -> dict[str, Any]:
     version = index.get("version")
     if type(version) is not int or version != VERSION:
         raise ValueError(f"load: the version must be {VERSION}, got {version!r}; update golden-stick")
+    unknown = sorted(index.keys() - FIELDS)
+    if unknown:
+        raise ValueError(
+            f"load: {path} must have no fields but {', '.join(sorted(FIELDS))}, got {unknown[0]!r}; update golden-stick"
+        )
     for what, right in _claims(index):
         if not right:
             raise ValueError(f"load: {path} must have {what}; the checkpoint is damaged")

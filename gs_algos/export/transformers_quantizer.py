@@ -8,8 +8,9 @@ from typing import Any
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from gs_algos.export.folder import read_folder
 from gs_algos.export.packed_config import METHOD, read_config
-from gs_algos.export.verify import verify_files
+from gs_algos.export.verify import check_tensors, verify_files
 from gs_algos.ptq.weights import install
 from gs_algos.quant.packed import Packed
 from gs_kernels.pack.checks import check_packed, check_packed_values
@@ -36,6 +37,7 @@ class GoldenStickQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config.packed_config()
         for folder in {Path(file).parent for file in kwargs.get("checkpoint_files") or ()}:
+            check_tensors(read_folder(folder, "from_pretrained"), config, "from_pretrained")
             verify_files(folder, config.files, "from_pretrained")
         # what is saved from this model has files of its own
         self.quantization_config.__dict__.pop("files", None)

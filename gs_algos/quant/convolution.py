@@ -28,6 +28,9 @@ class Convolution(Packed):
 
     A CPU keeps beside the packed weight what it convolves with, once a forward has made it: the weight in the dtype of
     x, or int8 codes. A GPU reads the packed weight.
+
+    A picture with its channels first, as it comes into a network, needs no `.contiguous`: a GPU's kernels read it as it
+    lies; a CPU copies it to have the channels last, floats inside ATen's convolution, and on integers its 8-bit codes.
     """
 
     geometry: dict[str, Any]

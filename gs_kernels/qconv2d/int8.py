@@ -142,7 +142,8 @@ def qconv2d_int8(
     Codes 0..255 of an unsigned grid are given 128 lower, and so is their zero point; they come out that way too.
 
     Args:
-        x: `[B, C, H, W]` int8, any strides; see `qconv2d`, also for those that are not named here.
+        x: `[B, C, H, W]` int8, any strides; see `qconv2d`, also for those that are not named here. A CPU copies what is
+            not channels-last: a byte an element.
         x_scale: `[1]` fp32.
         weight: `[O, K]`, without levels, groups of at most 16384 elements.
         x_zero: `[1]` fp32 of an integer in -128..127, the code that stands for 0.0; a CPU looks. None is 0.

@@ -101,6 +101,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "foreign index": (spoil(INDEX, lambda _: b'{"model_type": "bert"}'), "format 'golden-stick', got a foreign file"),
     "list as index": (spoil(INDEX, lambda _: b"[1, 2]"), "got a foreign file"),
     "newer version": (lambda folder: edit(folder, put("version", 2)), "version must be 1, got 2; update golden-stick"),
+    "unknown field": (
+        lambda folder: edit(folder, put("rotation", "hadamard")),
+        "must have no fields but aliases, .*, got 'rotation'; update golden-stick",
+    ),
     "true as version": (lambda folder: edit(folder, put("version", True)), "version must be 1, got True"),
 }
 

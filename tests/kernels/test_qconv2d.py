@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn.functional import conv2d, pad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gs_kernels import code_sums, dequantize_packed, pack_weight, qconv2d, qconv2d_int8, quantize, repack
 from gs_kernels.dispatch import INTERPRET
@@ -300,6 +301,39 @@ def test_benchmarks_hold_every_convolution_of_the_networks_they_name(name, model
     net(x)
     assert seen == {(s.c, s.o, s.size, s.kernel, s.stride, s.groups) for s in NETWORKS[name]}
     assert len(seen) == len(NETWORKS[name]) == count
+
+
+class Made(TorchDispatchMode):
+    """The shapes of the tensors that are made inside."""
+
+    def __enter__(self):
+        self.shapes = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.shapes += [tuple(result.shape)] if isinstance(result, torch.Tensor) else []
+        return result
+
+
+@pytest.mark.parametrize("size", [7, 64])
+def test_a_picture_with_channels_first_is_read_as_it_lies(size):
+    w = weight(o=16, k=27, layout="canonical" if DEVICE.type == "cpu" and not INTERPRET else "planar")
+    x, codes = normal(2, 3, size, 6), eight_bits(2, 3, size, 6)
+    about = {"kernel_size": 3, "padding": 1}
+    calls = (
+        (x, lambda image: qconv2d(image, w, **about)),
+        (codes, lambda image: qconv2d_int8(image, number(0.1), w, x_zero=number(7), **about)),
+    )
+    for image, call in calls:
+        last = image.contiguous(memory_format=torch.channels_last)
+        wanted = call(last)
+        with Made() as made:
+            got = call(image)
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        assert relative_rms(got, wanted) < 1e-6
+        copies = made.shapes.count(tuple(image.shape))
+        assert copies <= (0 if DEVICE.type == "cuda" or INTERPRET else 2)  # for oneDNN: with channels last, unsigned
 
 
 interpreted = pytest.mark.skipif(not INTERPRET, reason="only TRITON_INTERPRET=1 runs kernels on numpy")
