@@ -51,15 +51,6 @@ def _backward_fake(dy: Tensor, x: Tensor, scale: Tensor, zero: Tensor, *rest: An
     return torch.empty_like(x), scale.new_empty(n if for_scale else 0), scale.new_empty(n if for_zero else 0)
 
 
-_ARGS = "Tensor x, Tensor scale, Tensor zero, int qmin, int qmax, int axis, int group"
-_run = register(f"fake_quant({_ARGS}, str source) -> Tensor", FAKE_QUANT, _fake_quant_fake)
-register(
-    f"fake_quant_backward(Tensor dy, {_ARGS}, bool for_scale, bool for_zero, str source) -> (Tensor, Tensor, Tensor)",
-    BACKWARD,
-    _backward_fake,
-)
-
-
 def save_for_gradient(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, grid: tuple[int, int, int, int]) -> None:
     """grid: qmin, qmax, axis, group, as the ops take them."""
     ctx.save_for_backward(x, scale, zero)
@@ -69,7 +60,7 @@ def save_for_gradient(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, grid: tu
 def gradient(ctx: Any, dy: Tensor, for_scale: bool, for_zero: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dx, dscale, dzero of what `save_for_gradient` saved; None for those not asked for."""
     args = (dy, *ctx.saved_tensors, *ctx.grid, for_scale, for_zero, SOURCE)
-    dx, dscale, dzero = torch.ops.gs_kernels.fake_quant_backward(*args)
+    dx, dscale, dzero = _backward(*args)
     return dx, dscale if for_scale else None, dzero if for_zero else None
 
 
@@ -89,8 +80,14 @@ def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-torch.library.register_autograd("gs_kernels::fake_quant", _gradient, setup_context=_setup_context)
-torch.library.register_autograd("gs_kernels::fake_quant_backward", _no_second_gradient)
+_ARGS = "Tensor x, Tensor scale, Tensor zero, int qmin, int qmax, int axis, int group"
+_run = register(f"fake_quant({_ARGS}, str source) -> Tensor", FAKE_QUANT, _fake_quant_fake, _gradient, _setup_context)
+_backward = register(
+    f"fake_quant_backward(Tensor dy, {_ARGS}, bool for_scale, bool for_zero, str source) -> (Tensor, Tensor, Tensor)",
+    BACKWARD,
+    _backward_fake,
+    _no_second_gradient,
+)
 
 
 def fake_quant(

@@ -60,20 +60,6 @@ MINMAX = implementations("minmax", _minmax_ref, minmax_cpu)
 DYNAMIC = implementations("dynamic_fake_quant", _dynamic_ref, dynamic_fake_quant_cpu)
 OBSERVE = implementations("observe_fake_quant", _observe_ref, observe_fake_quant_cpu)
 
-register("minmax(Tensor x, int axis, int group, str source) -> (Tensor, Tensor)", MINMAX, _minmax_fake)
-register(
-    "dynamic_fake_quant(Tensor x, int qmin, int qmax, bool symmetric, int axis, int group, str source)"
-    " -> (Tensor, Tensor, Tensor)",
-    DYNAMIC,
-    _dynamic_fake,
-)
-register(
-    "observe_fake_quant(Tensor x, Tensor scale, Tensor zero, int qmin, int qmax, str source)"
-    " -> (Tensor, Tensor, Tensor)",
-    OBSERVE,
-    _observe_fake,
-)
-
 
 def _setup_dynamic(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, qmin, qmax, _, axis, group, _ = inputs
@@ -97,8 +83,23 @@ def _observe_gradient(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, 
     return *gradient(ctx, dy, for_scale, for_zero), None, None, None
 
 
-torch.library.register_autograd("gs_kernels::dynamic_fake_quant", _dynamic_gradient, setup_context=_setup_dynamic)
-torch.library.register_autograd("gs_kernels::observe_fake_quant", _observe_gradient, setup_context=_setup_observe)
+_minmax = register("minmax(Tensor x, int axis, int group, str source) -> (Tensor, Tensor)", MINMAX, _minmax_fake)
+_dynamic = register(
+    "dynamic_fake_quant(Tensor x, int qmin, int qmax, bool symmetric, int axis, int group, str source)"
+    " -> (Tensor, Tensor, Tensor)",
+    DYNAMIC,
+    _dynamic_fake,
+    _dynamic_gradient,
+    _setup_dynamic,
+)
+_observe = register(
+    "observe_fake_quant(Tensor x, Tensor scale, Tensor zero, int qmin, int qmax, str source)"
+    " -> (Tensor, Tensor, Tensor)",
+    OBSERVE,
+    _observe_fake,
+    _observe_gradient,
+    _setup_observe,
+)
 
 
 def minmax(x: Tensor, *, granularity: Granularity = PER_TENSOR) -> tuple[Tensor, Tensor]:
@@ -116,7 +117,7 @@ def minmax(x: Tensor, *, granularity: Granularity = PER_TENSOR) -> tuple[Tensor,
     """
     check_input("minmax", x)
     axis, group, _ = check_granularity("minmax", x, granularity)
-    return torch.ops.gs_kernels.minmax(x.detach(), axis, group, SOURCE)
+    return _minmax(x.detach(), axis, group, SOURCE)
 
 
 def dynamic_fake_quant(
@@ -145,7 +146,7 @@ def dynamic_fake_quant(
     check_input("dynamic_fake_quant", x)
     check_grid("dynamic_fake_quant", qmin, qmax)
     axis, group, _ = check_granularity("dynamic_fake_quant", x, granularity)
-    return torch.ops.gs_kernels.dynamic_fake_quant(x, qmin, qmax, symmetric, axis, group, SOURCE)
+    return _dynamic(x, qmin, qmax, symmetric, axis, group, SOURCE)
 
 
 def observe_fake_quant(
@@ -176,4 +177,4 @@ def observe_fake_quant(
     check_qparams("observe_fake_quant", x, scale, zero, 1)
     if scale.device.type == "cpu" and is_eager(x, scale, zero):
         check_values("observe_fake_quant", scale, zero)
-    return torch.ops.gs_kernels.observe_fake_quant(x, scale, zero, qmin, qmax, SOURCE)
+    return _observe(x, scale, zero, qmin, qmax, SOURCE)

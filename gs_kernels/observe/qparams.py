@@ -20,7 +20,7 @@ def _qparams_fake(x_min: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 QPARAMS = implementations("choose_qparams", qparams_ref)
-register(
+_run = register(
     "choose_qparams(Tensor x_min, Tensor x_max, int qmin, int qmax, bool symmetric, str source) -> (Tensor, Tensor)",
     QPARAMS,
     _qparams_fake,
@@ -59,4 +59,4 @@ def choose_qparams(x_min: Tensor, x_max: Tensor, *, qmin: int, qmax: int, symmet
             f"choose_qparams: x_min and x_max must have one shape, [C], got {list(x_min.shape)} and {list(x_max.shape)}"
         )
     check_grid("choose_qparams", qmin, qmax)
-    return torch.ops.gs_kernels.choose_qparams(x_min.detach(), x_max.detach(), qmin, qmax, symmetric, SOURCE)
+    return _run(x_min.detach(), x_max.detach(), qmin, qmax, symmetric, SOURCE)

@@ -90,17 +90,6 @@ def _dx_fake(dy: Tensor, *args: Any) -> Tensor:
     return torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
 
 
-_run = register(
-    f"qconv2d(Tensor x, {TENSORS}, Tensor? bias, Tensor? residual, {NUMBERS}, int[] window, str activation, bool keep,"
-    " str source) -> Tensor",
-    QCONV2D,
-    _qconv2d_fake,
-)
-register(
-    f"qconv2d_dx(Tensor dy, {TENSORS}, {NUMBERS}, int[] window, SymInt h, SymInt w, str source) -> Tensor", DX, _dx_fake
-)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, codes, scale, zero_points, zero, levels, bias, residual, *numbers, activation, keep, _ = inputs
     # without an activation the gradient needs no x; with one, what went into it is computed again from x
@@ -114,10 +103,10 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, residual, codes, scale, zero_points, levels, bias = ctx.saved_tensors
     parts = (codes, scale, zero_points, ctx.zero, levels)
     if ctx.activation != "none":
-        z = torch.ops.gs_kernels.qconv2d(x, *parts, bias, residual, *ctx.numbers, "none", ctx.keep, SOURCE)
+        z = _run(x, *parts, bias, residual, *ctx.numbers, "none", ctx.keep, SOURCE)
         dy = through_activation(z, dy, ctx.activation)
     wanted = ctx.needs_input_grad
-    dx = torch.ops.gs_kernels.qconv2d_dx(dy, *parts, *ctx.numbers, *ctx.size, SOURCE) if wanted[0] else None
+    dx = _run_dx(dy, *parts, *ctx.numbers, *ctx.size, SOURCE) if wanted[0] else None
     dbias = dy.sum((0, 2, 3), dtype=torch.float32).to(bias.dtype) if wanted[6] else None
     dresidual = dy.to(ctx.residual_dtype) if wanted[7] else None
     return dx, None, None, None, None, None, dbias, dresidual, *([None] * 9)
@@ -132,12 +121,25 @@ def _dx_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 def _dx_gradient(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
     codes, scale, zero_points, levels = ctx.saved_tensors
     parts = (codes, scale, zero_points, ctx.zero, levels, None, None)
-    ddy = torch.ops.gs_kernels.qconv2d(ddx, *parts, *ctx.numbers, "none", False, SOURCE)
+    ddy = _run(ddx, *parts, *ctx.numbers, "none", False, SOURCE)
     return ddy, *([None] * 14)
 
 
-torch.library.register_autograd("gs_kernels::qconv2d", _gradient, setup_context=_setup_context)
-torch.library.register_autograd("gs_kernels::qconv2d_dx", _dx_gradient, setup_context=_dx_setup_context)
+_run = register(
+    f"qconv2d(Tensor x, {TENSORS}, Tensor? bias, Tensor? residual, {NUMBERS}, int[] window, str activation, bool keep,"
+    " str source) -> Tensor",
+    QCONV2D,
+    _qconv2d_fake,
+    _gradient,
+    _setup_context,
+)
+_run_dx = register(
+    f"qconv2d_dx(Tensor dy, {TENSORS}, {NUMBERS}, int[] window, SymInt h, SymInt w, str source) -> Tensor",
+    DX,
+    _dx_fake,
+    _dx_gradient,
+    _dx_setup_context,
+)
 
 
 def qconv2d(

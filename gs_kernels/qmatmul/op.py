@@ -76,14 +76,6 @@ def _dx_fake(dy: Tensor, *args: Any) -> Tensor:
     return dy.new_empty(*dy.shape[:-1], args[7])
 
 
-_run = register(
-    f"qmatmul(Tensor x, {TENSORS}, Tensor? bias, {NUMBERS}, str activation, str source) -> Tensor",
-    QMATMUL,
-    _qmatmul_fake,
-)
-register(f"qmatmul_dx(Tensor dy, {TENSORS}, {NUMBERS}, str source) -> Tensor", DX, _dx_fake)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, codes, scale, zero_points, zero, levels, bias, *numbers, activation, _ = inputs
     # a linear layer's gradient needs no x; with an activation, what went into it is computed again from x
@@ -95,9 +87,9 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, codes, scale, zero_points, levels, bias = ctx.saved_tensors
     parts = (codes, scale, zero_points, ctx.zero, levels)
     if ctx.activation != "none":
-        z = torch.ops.gs_kernels.qmatmul(x, *parts, bias, *ctx.numbers, "none", SOURCE)
+        z = _run(x, *parts, bias, *ctx.numbers, "none", SOURCE)
         dy = through_activation(z, dy, ctx.activation)
-    dx = torch.ops.gs_kernels.qmatmul_dx(dy, *parts, *ctx.numbers, SOURCE) if ctx.needs_input_grad[0] else None
+    dx = _run_dx(dy, *parts, *ctx.numbers, SOURCE) if ctx.needs_input_grad[0] else None
     dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(bias.dtype) if ctx.needs_input_grad[6] else None
     return dx, None, None, None, None, None, dbias, *([None] * 7)
 
@@ -128,12 +120,20 @@ def _dx_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 def _dx_gradient(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
     codes, scale, zero_points, levels = ctx.saved_tensors
     parts = (codes, scale, zero_points, ctx.zero, levels, None)
-    ddy = torch.ops.gs_kernels.qmatmul(ddx, *parts, *ctx.numbers, "none", SOURCE)
+    ddy = _run(ddx, *parts, *ctx.numbers, "none", SOURCE)
     return ddy, *([None] * 11)
 
 
-torch.library.register_autograd("gs_kernels::qmatmul", _gradient, setup_context=_setup_context)
-torch.library.register_autograd("gs_kernels::qmatmul_dx", _dx_gradient, setup_context=_dx_setup_context)
+_run = register(
+    f"qmatmul(Tensor x, {TENSORS}, Tensor? bias, {NUMBERS}, str activation, str source) -> Tensor",
+    QMATMUL,
+    _qmatmul_fake,
+    _gradient,
+    _setup_context,
+)
+_run_dx = register(
+    f"qmatmul_dx(Tensor dy, {TENSORS}, {NUMBERS}, str source) -> Tensor", DX, _dx_fake, _dx_gradient, _dx_setup_context
+)
 
 
 def qmatmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:

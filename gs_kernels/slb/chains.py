@@ -6,6 +6,10 @@ log2(e) / temperature, v the levels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -70,7 +74,20 @@ def gradient(a: Tensor, v: Tensor, c: Tensor, m: Tensor, w: Tensor, g: Tensor) -
     return g.unsqueeze(1) * exp2((a.float() - m.unsqueeze(1)) * c) * (v - w.unsqueeze(1))
 
 
-def gradient_chain(da: Tensor, a: Tensor, v: Tensor, c: Tensor, m: Tensor, w: Tensor, g: Tensor) -> None:
+@cache
+def at_once(chain: Callable[..., None], tensors: int) -> Callable[..., None]:
+    """One of the chains below, which take so many tensors before v and c, with the pass that makes its m, w and g."""
+
+    def whole(dw: Tensor, rate: Tensor, *args: Any) -> None:
+        before, (v, c), after = args[:tensors], args[tensors : tensors + 2], args[tensors + 2 :]
+        m, s, acc = mix_chain(before[0], v, c)
+        chain(*before, v, c, m, acc / s, dw.float() * rate / s, *after)
+
+    whole.__name__ = f"whole_{chain.__name__}"
+    return whole
+
+
+def gradient_chain(a: Tensor, da: Tensor, v: Tensor, c: Tensor, m: Tensor, w: Tensor, g: Tensor) -> None:
     da.copy_(gradient(a, v, c, m, w, g))
 
 

@@ -25,7 +25,7 @@ def _pack_fake(logits: Tensor, bits: int, source: str) -> Tensor:
 
 
 PACK = implementations("slb_pack", _pack_ref, slb_pack_cpu)
-register("slb_pack(Tensor logits, int bits, str source) -> Tensor", PACK, _pack_fake)
+_run = register("slb_pack(Tensor logits, int bits, str source) -> Tensor", PACK, _pack_fake)
 
 
 def slb_pack(logits: Tensor, *, bits: int | None = None) -> Tensor:
@@ -52,7 +52,7 @@ def slb_pack(logits: Tensor, *, bits: int | None = None) -> Tensor:
             f"slb_pack: bits must be one of {', '.join(map(str, BITS))} and hold {count} levels, got bits={bits};"
             f" use bits={fewest}"
         )
-    return torch.ops.gs_kernels.slb_pack(logits.detach(), bits or fewest, SOURCE)
+    return _run(logits.detach(), bits or fewest, SOURCE)
 
 
 def slb_codes(logits: Tensor) -> Tensor:
@@ -70,5 +70,5 @@ def slb_codes(logits: Tensor) -> Tensor:
         ValueError, TypeError: as `slb_pack`.
     """
     check_logits("slb_codes", logits)
-    codes = torch.ops.gs_kernels.slb_pack(logits.detach(), 8, SOURCE)
+    codes = _run(logits.detach(), 8, SOURCE)
     return codes.view(logits.shape[0], *logits.shape[2:])

@@ -19,6 +19,7 @@ from gs_kernels.compiled import Chain, call, compiled
 from gs_kernels.pack.pack import pack_codes
 from gs_kernels.slb.chains import (
     adamw_chain,
+    at_once,
     gradient_chain,
     mix_chain,
     more_chain,
@@ -39,8 +40,7 @@ from gs_kernels.slb.ref import (
     slb_weight_ref,
 )
 
-COMPILE_FROM = 1 << 18  # logits; below, eager operations cost less than calls of compiled code
-PICK_FROM = 1 << 16  # logits to choose among: an eager argmax over levels is slow
+COMPILE_FROM = 1 << 12  # logits; below, eager operations cost about what calls of compiled code do
 CHUNK = 16  # levels named in one pass; more are mixed chunk by chunk
 BLOCK_BYTES = 1 << 22  # logits of a block of rows
 HUGE_FROM = 1 << 22  # bytes
@@ -48,9 +48,9 @@ ROWS, COLUMNS = 37, 4099  # of an example
 LOG2E = 1.4426950408889634
 
 
-def _worth_compiling(logits: Tensor, least: int) -> bool:
+def _worth_compiling(logits: Tensor) -> bool:
     # the compiler makes code of its own for sizes of 1
-    return logits.numel() >= least and logits.shape[0] > 1 and logits.shape[2:].numel() > 1
+    return logits.numel() >= COMPILE_FROM and logits.shape[0] > 1 and logits.shape[2:].numel() > 1
 
 
 def _in_huge_pages(t: Tensor) -> Tensor:
@@ -128,13 +128,37 @@ def _pick(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return code, level
 
 
+def _factors(dw: Tensor, a: Tensor, temperature: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """dW as `[O, R]`, rate and c of the chains."""
+    inverse = _inverse(temperature)
+    return dw.reshape(a.shape[0], -1), _column(scale, a.shape[0]) * inverse, torch.tensor([inverse * LOG2E])
+
+
+def _use_slopes(
+    chain: Chain,
+    tensors: Sequence[Tensor],
+    dw: Tensor,
+    levels: Tensor,
+    temperature: Tensor,
+    scale: Tensor | None,
+    *rest: Any,
+) -> None:
+    """Runs a chain of `gradient` on tensors `[O, L, R]`, logits first."""
+    a = tensors[0]
+    if a.nbytes <= BLOCK_BYTES and a.shape[1] <= CHUNK:
+        dw, rate, c = _factors(dw, a, temperature, scale)
+        _run(at_once(chain, len(tensors)), dw, rate, *tensors, levels, c, *rest)
+        return
+    for block, slopes in _slopes(dw, a, levels, temperature, scale):
+        _run(chain, *(t[block] for t in tensors), *slopes, *rest)
+
+
 def _slopes(
     dw: Tensor, a: Tensor, v: Tensor, temperature: Tensor, scale: Tensor | None
 ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
     """Blocks of rows and what `gradient` needs of each: v, c, m, W_c, g. The next block overwrites the last three."""
-    o, planes, r = a.shape
-    dw, inverse = dw.reshape(o, r), _inverse(temperature)
-    rate, c = _column(scale, o) * inverse, torch.tensor([inverse * LOG2E])
+    planes, r = a.shape[1:]
+    dw, rate, c = _factors(dw, a, temperature, scale)
     out: tuple[Tensor, ...] = ()
     for block in _blocks(a):
         if planes > CHUNK:
@@ -170,7 +194,7 @@ def slb_weight_cpu(
     channels_last: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    if not _worth_compiling(logits, PICK_FROM if hard else COMPILE_FROM):
+    if not _worth_compiling(logits):
         w = slb_weight_ref(logits, levels, temperature, scale, hard=hard, shape=shape, dtype=dtype)
         return w if not channels_last else empty_weight(logits, shape, dtype, True).copy_(w)
     a = logits.contiguous().flatten(2)
@@ -205,21 +229,22 @@ def slb_weight_backward_cpu(
     da = torch.empty_like(logits, memory_format=torch.contiguous_format) if for_logits else logits.new_empty(0)
     da = _in_huge_pages(da)
     dscale = torch.empty(o if for_scale else 0)
-    if hard or not _worth_compiling(logits, COMPILE_FROM):
+    if hard or not _worth_compiling(logits):
         found = slb_weight_backward_ref(dw, logits, levels, temperature, scale, hard=hard)
         return found[0] if for_logits else da, found[1] if for_scale else dscale
     a = logits.contiguous().flatten(2)
-    dw = dw.reshape(o, -1)
-    for block, slopes in _slopes(dw, a, levels, temperature, scale):
-        if for_scale:
-            torch.sum(slopes[3] * dw[block], 1, out=dscale[block])
-        if for_logits:
-            _run(gradient_chain, da.flatten(2)[block], a[block], *slopes)
+    if for_scale:
+        for block, slopes in _slopes(dw, a, levels, temperature, scale):
+            torch.sum(slopes[3] * dw.reshape(o, -1)[block], 1, out=dscale[block])
+            if for_logits:
+                _run(gradient_chain, a[block], da.flatten(2)[block], *slopes)
+    elif for_logits:
+        _use_slopes(gradient_chain, (a, da.flatten(2)), dw, levels, temperature, scale)
     return da, dscale
 
 
 def slb_pack_cpu(logits: Tensor, bits: int) -> Tensor:
-    if not _worth_compiling(logits, PICK_FROM):
+    if not _worth_compiling(logits):
         return slb_pack_ref(logits, bits=bits)
     levels = torch.zeros(max(2, logits.shape[1]))
     return pack_codes(_pick(logits.contiguous().flatten(2), levels)[0], bits)
@@ -246,7 +271,7 @@ def slb_adamw__cpu(
         return
     lr = lr if lr_tensor is None else lr_tensor.item()
     state = (logits, exp_avg, exp_avg_sq)
-    if not _worth_compiling(logits, COMPILE_FROM):
+    if not _worth_compiling(logits):
         kwargs: dict[str, Any] = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
         new = slb_adamw_ref(logits, dw, levels, temperature, exp_avg, exp_avg_sq, step, scale, **kwargs)
         _assign(state, new)
@@ -254,7 +279,7 @@ def slb_adamw__cpu(
     t = step.item()
     rate, spread = lr / (1 - beta1**t), math.sqrt(1 - beta2**t)
     hyper = torch.tensor([1 - beta1, 1 - beta2, rate, spread, eps, 1 - lr * weight_decay])
-    _update(adamw_chain, state, dw, levels, temperature, scale, hyper)
+    _use_slopes(adamw_chain, _flat(state), dw, levels, temperature, scale, hyper)
 
 
 def slb_sgd__cpu(
@@ -275,15 +300,15 @@ def slb_sgd__cpu(
         return
     lr = lr if lr_tensor is None else lr_tensor.item()
     state = (logits,) if momentum_buffer is None else (logits, momentum_buffer)
-    if not _worth_compiling(logits, COMPILE_FROM):
+    if not _worth_compiling(logits):
         kwargs: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         _assign(state, slb_sgd_ref(logits, dw, levels, temperature, momentum_buffer, scale, **kwargs))
         return
     hyper = torch.tensor([lr, weight_decay, momentum])
     if momentum_buffer is None:
-        _update(plain_sgd_chain, state, dw, levels, temperature, scale, hyper)
+        _use_slopes(plain_sgd_chain, _flat(state), dw, levels, temperature, scale, hyper)
     else:
-        _update(sgd_chain, state, dw, levels, temperature, scale, hyper, nesterov)
+        _use_slopes(sgd_chain, _flat(state), dw, levels, temperature, scale, hyper, nesterov)
 
 
 def _assign(state: Sequence[Tensor], new: Sequence[Tensor]) -> None:
@@ -291,15 +316,5 @@ def _assign(state: Sequence[Tensor], new: Sequence[Tensor]) -> None:
         old.copy_(value)
 
 
-def _update(
-    chain: Chain,
-    state: Sequence[Tensor],
-    dw: Tensor,
-    levels: Tensor,
-    temperature: Tensor,
-    scale: Tensor | None,
-    *hyper: Any,
-) -> None:
-    a, *others = (t.flatten(2) for t in state)
-    for block, slopes in _slopes(dw, a, levels, temperature, scale):
-        _run(chain, a[block], *(t[block] for t in others), *slopes, *hyper)
+def _flat(state: Sequence[Tensor]) -> list[Tensor]:
+    return [t.flatten(2) for t in state]

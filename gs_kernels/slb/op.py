@@ -78,20 +78,6 @@ def _backward_fake(
     return da, levels.new_empty(logits.shape[0] if for_scale else 0)
 
 
-_ARGS = "Tensor logits, Tensor levels, Tensor temperature, Tensor? scale"
-register(
-    f"slb_weight({_ARGS}, SymInt[] shape, bool hard, bool channels_last, ScalarType dtype, str source) -> Tensor",
-    SLB_WEIGHT,
-    _weight_fake,
-)
-register(
-    f"slb_weight_backward(Tensor dw, {_ARGS}, bool hard, bool for_logits, bool for_scale, str source)"
-    " -> (Tensor, Tensor)",
-    BACKWARD,
-    _backward_fake,
-)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     logits, levels, temperature, scale, _, hard, *_ = inputs
     ctx.save_for_backward(logits, levels, temperature, scale)
@@ -102,9 +88,7 @@ def _gradient(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
     # a hard choice has no gradient, and None rather than zeros: ordinary optimizers then leave the logits alone
     for_logits = ctx.needs_input_grad[0] and not ctx.hard
     for_scale = ctx.needs_input_grad[3]
-    da, dscale = torch.ops.gs_kernels.slb_weight_backward(
-        dw, *ctx.saved_tensors, ctx.hard, for_logits, for_scale, SOURCE
-    )
+    da, dscale = _backward(dw, *ctx.saved_tensors, ctx.hard, for_logits, for_scale, SOURCE)
     return da if for_logits else None, None, None, dscale if for_scale else None, None, None, None, None, None
 
 
@@ -112,8 +96,21 @@ def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError("slb_weight: its gradient has no gradient of its own; call backward without create_graph=True")
 
 
-torch.library.register_autograd("gs_kernels::slb_weight", _gradient, setup_context=_setup_context)
-torch.library.register_autograd("gs_kernels::slb_weight_backward", _no_second_gradient)
+_ARGS = "Tensor logits, Tensor levels, Tensor temperature, Tensor? scale"
+_weight = register(
+    f"slb_weight({_ARGS}, SymInt[] shape, bool hard, bool channels_last, ScalarType dtype, str source) -> Tensor",
+    SLB_WEIGHT,
+    _weight_fake,
+    _gradient,
+    _setup_context,
+)
+_backward = register(
+    f"slb_weight_backward(Tensor dw, {_ARGS}, bool hard, bool for_logits, bool for_scale, str source)"
+    " -> (Tensor, Tensor)",
+    BACKWARD,
+    _backward_fake,
+    _no_second_gradient,
+)
 
 
 def slb_weight(
@@ -165,4 +162,4 @@ def slb_weight(
     size, dtype, channels_last = check_weight("slb_weight", logits, shape, dtype, memory_format)
     if logits.device.type == "cpu" and is_eager(logits, levels, temperature):
         check_values("slb_weight", levels, temperature)
-    return torch.ops.gs_kernels.slb_weight(logits, levels, temperature, scale, size, hard, channels_last, dtype, SOURCE)
+    return _weight(logits, levels, temperature, scale, size, hard, channels_last, dtype, SOURCE)

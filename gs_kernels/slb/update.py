@@ -74,14 +74,14 @@ def _nothing(*_: object) -> None:
 
 ADAMW = implementations("slb_adamw_", _adamw_ref, slb_adamw__cpu)
 SGD = implementations("slb_sgd_", _sgd_ref, slb_sgd__cpu)
-register(
+_adamw = register(
     "slb_adamw_(Tensor(a!) logits, Tensor dw, Tensor levels, Tensor temperature, Tensor(b!) exp_avg,"
     " Tensor(c!) exp_avg_sq, Tensor step, Tensor? scale, Tensor? lr_tensor, Tensor? frozen,"
     " float lr, float beta1, float beta2, float eps, float weight_decay, str source) -> ()",
     ADAMW,
     _nothing,
 )
-register(
+_sgd = register(
     "slb_sgd_(Tensor(a!) logits, Tensor dw, Tensor levels, Tensor temperature, Tensor(b!)? momentum_buffer,"
     " Tensor? scale, Tensor? lr_tensor, Tensor? frozen,"
     " float lr, float momentum, float weight_decay, bool nesterov, str source) -> ()",
@@ -138,7 +138,7 @@ def slb_adamw_(
     check_rates(who, lr, logits, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
     number, tensor = (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
     with torch.no_grad():
-        torch.ops.gs_kernels.slb_adamw_(
+        _adamw(
             *(logits, dw, levels, temperature, exp_avg, exp_avg_sq, step, scale, tensor, frozen),
             *(number, beta1, beta2, eps, weight_decay, SOURCE),
         )
@@ -192,7 +192,7 @@ def slb_sgd_(
         raise ValueError(f"{who}: nesterov must come with momentum > 0, got momentum=0; use nesterov=False")
     number, tensor = (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
     with torch.no_grad():
-        torch.ops.gs_kernels.slb_sgd_(
+        _sgd(
             *(logits, dw, levels, temperature, momentum_buffer, scale, tensor, frozen),
             *(number, momentum, weight_decay, nesterov, SOURCE),
         )

@@ -304,12 +304,11 @@ def test_exponentials_of_the_cpu_passes_are_right_to_the_last_bits():
     assert edges[:5].tolist() == [1.0, 0.5, 0.0, 0.0, 0.0] and edges[5].isnan()
 
 
-@pytest.fixture
-def chains(monkeypatch):
-    """Every size takes the CPU's passes, in blocks of two rows and chunks of 4 levels, which are left uncompiled."""
+@pytest.fixture(params=[1, 1 << 22], ids=["two-rows", "whole"])
+def chains(monkeypatch, request):
+    """Every size takes the CPU's passes, in blocks and chunks of 4 levels, which are left uncompiled."""
     monkeypatch.setattr(cpu, "COMPILE_FROM", 0)
-    monkeypatch.setattr(cpu, "PICK_FROM", 0)
-    monkeypatch.setattr(cpu, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", request.param)
     monkeypatch.setattr(cpu, "CHUNK", 4)
     monkeypatch.setattr(cpu, "compiled", lambda chain, variant, example: chain)
 
