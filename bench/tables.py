@@ -152,7 +152,10 @@ def models(rows: Rows) -> str:
     for row in sorted(known, key=lambda row: str(row["time"])):
         groups[row["device_name"], row["network"], tuple(row["input"]), row["algorithm"]][row["phase"]] = row
     lines = []
-    for (device, network, size, algorithm), by in groups.items():
+    networks = list(dict.fromkeys(about[:3] for about in groups))
+    for (device, network, size, algorithm), by in sorted(
+        groups.items(), key=lambda group: networks.index(group[0][:3])
+    ):
         base = groups.get((device, network, size, "float"), {})
         cells = {phase: _against(by.get(phase), base.get(phase)) for phase in ("train", "latency", "throughput")}
         step = by.get("train", {})
