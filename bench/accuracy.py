@@ -32,6 +32,8 @@ from gs_algos.cli.recipes import float_recipe, tune_recipe
 from gs_algos.cli.train import Interrupted, Recipe, accuracy, predict, train
 from gs_algos.core.registry import algorithm_class
 
+CALIBRATED = 512  # images
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -93,7 +95,10 @@ def parser_of(prog: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--recipe", choices=SETTINGS, default="simqat-w8a8")
     parser.add_argument("--float-epochs", type=int, default=10)
     parser.add_argument(
-        "--epochs", type=int, default=4, help="of quantized training, and of the float run it is held to"
+        "--epochs",
+        type=int,
+        default=4,
+        help="of quantized training, and of the float run it is held to; 0: calibrate only",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=128)
@@ -182,7 +187,8 @@ def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
     reloaded, nbytes = _reload(net, stages.fresh, data)
     setting = SETTINGS[args.recipe]
     row = {
-        **{key: getattr(args, key) for key in ("model", "recipe", "float_epochs", "epochs", "seed", "batch_size")},
+        **{key: getattr(args, key) for key in ("model", "float_epochs", "epochs", "seed", "batch_size")},
+        "recipe": args.recipe + ("" if args.epochs else ", calibrated only"),
         "data": data.name,
         "train_images": len(data.train_x),
         "algorithm": setting.algorithm,
@@ -235,6 +241,11 @@ def make(setting: Setting, epochs: int, steps_per_epoch: int) -> gs_algos.Algori
     """The algorithm for a training of this length."""
     cls: Any = algorithm_class(setting.algorithm)
     return cls(**setting.options, **cls.training_options(epochs, steps_per_epoch))
+
+
+def calibrate(algo: Any, net: nn.Module, data: ImageData) -> None:
+    """From the first training images: ranges of activations, or whatever an algorithm measures before training."""
+    algo.calibrate(net, data.normalize(data.train_x[:CALIBRATED]).split(CALIBRATED // 4))
 
 
 def _draw(algo: Any, stem: str, args: argparse.Namespace) -> None:

@@ -305,6 +305,20 @@ def test_an_accuracy_run_records_every_number_once(tmp_path, monkeypatch, capsys
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_an_accuracy_run_on_some_of_the_training_images_calibrates_only_and_says_both(tmp_path, monkeypatch, capsys):
+    rows = []
+    monkeypatch.setattr(accuracy_script.record, "append", lambda row, kind, device: rows.append(row))
+    options = ["--model", "lenet5", "--data", "digits", "--float-epochs", "2", "--epochs", "0", "--batch-size", "32"]
+    options += ["--train-images", "640", "--state", str(tmp_path), "--device", "cpu"]
+    assert accuracy_script.main([*options, "--recipe", "simqat-w8a8"]) == 0
+    (row,) = rows
+    assert (row["data"], row["train_images"], row["parity"]["images"]) == ("digits (640 to train)", 640, 359)
+    assert row["recipe"] == "simqat-w8a8, calibrated only"
+    assert row["accuracy"]["converted"] > row["accuracy"]["float"] - 3
+    assert accuracy_script.main([*options[:-6], "--train-images", "99999", "--device", "cpu"]) == 2
+    assert "--train-images: must be in 1..1438 for digits, got 99999" in capsys.readouterr().err
+
+
 def test_an_accuracy_run_on_missing_data_is_one_line(capsys, tmp_path):
     assert accuracy_script.main(["--data", "cifar10:/nowhere", "--state", str(tmp_path)]) == 2
     assert "data_batch_1.bin" in capsys.readouterr().err
