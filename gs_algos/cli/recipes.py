@@ -24,6 +24,7 @@ HABITS = {
     "resnet56": Habit(lr=0.15, tune_lr=0.01),
     "resnet18": Habit(lr=0.1, tune_lr=0.01),
     "mobilenetv2": Habit(lr=0.1, tune_lr=0.01),
+    "mlp": Habit(lr=0.1, tune_lr=0.01),
     "vit-tiny": Habit(lr=1e-3, tune_lr=1e-4, optimizer="adamw", weight_decay=0.05),
 }
 

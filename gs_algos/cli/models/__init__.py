@@ -10,6 +10,7 @@ from collections.abc import Callable
 from torch import nn
 
 from gs_algos.cli.models.lenet5 import LeNet5
+from gs_algos.cli.models.mlp import MLP
 from gs_algos.cli.models.mobilenetv2 import MobileNetV2
 from gs_algos.cli.models.resnet import resnet18, resnet20, resnet56
 from gs_algos.cli.models.vit import vit_tiny
@@ -21,6 +22,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
     "mobilenetv2": MobileNetV2,
     "vit-tiny": vit_tiny,
+    "mlp": MLP,
 }
 
 
