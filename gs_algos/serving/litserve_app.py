@@ -13,6 +13,7 @@ import argparse
 import base64
 import binascii
 import io
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
+    for stop in (signal.SIGINT, signal.SIGTERM):  # else its other processes would outlive this one
+        signal.signal(stop, signal.default_int_handler)
     make_server(options.package, options).run(
         host=options.host, port=options.port, generate_client_file=False, pretty_logs=False
     )
