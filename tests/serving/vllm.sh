@@ -28,7 +28,8 @@ if [ ! -d ct ]; then
 fi
 . venv/bin/activate
 pip install -q --no-deps "$root"
-export PYTHONPATH=$root # bench, which is no part of the package
+ln -sfn "$root/bench" bench # no part of the package, which is the installed one
+export PYTHONPATH=$PWD
 
 if [ ! -d ct ]; then
   step "checkpoints"
