@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     for (model, recipe), net in nets.items():
         about = {"model": model, "recipe": recipe, "data": data.name, "seed": args.seed}
-        row = {**about, "epochs": args.epochs if model == args.model else MLP_EPOCHS, **compare(net, data)}
+        row = {**about, "epochs": MLP_EPOCHS if recipe == MLP_WEIGHTS else args.epochs, **compare(net, data)}
         path = record.append(row, kind="onnx_runtime", device=args.device)
         print(f"{model}: {row['accuracy']}, {row['parity']}, {row['nbytes']}, {row['operators']}; recorded in {path}")
     return 0
