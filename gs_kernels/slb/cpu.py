@@ -40,7 +40,7 @@ from gs_kernels.slb.ref import (
     slb_weight_ref,
 )
 
-COMPILE_FROM = 1 << 12  # logits; below, eager operations cost about what calls of compiled code do
+COMPILE_FROM = 1 << 14  # logits; below, eager operations cost little more than calls of compiled code
 CHUNK = 16  # levels named in one pass; more are mixed chunk by chunk
 BLOCK_BYTES = 1 << 22  # logits of a block of rows
 HUGE_FROM = 1 << 22  # bytes
