@@ -146,18 +146,25 @@ def ops(rows: Rows) -> str:
 
 
 def models(rows: Rows) -> str:
-    """A row per network and algorithm: its training step, then what it was converted to."""
+    """A row per network and algorithm: its training step, then what it was converted to.
+
+    Times of float are those that the same commit measured.
+    """
     known = [row for row in rows if row["kind"] == "model" and "ms_p50" in row]
     groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = defaultdict(dict)
+    floats: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in sorted(known, key=lambda row: str(row["time"])):
-        groups[row["device_name"], row["network"], tuple(row["input"]), row["algorithm"]][row["phase"]] = row
+        network = row["device_name"], row["network"], tuple(row["input"])
+        groups[*network, row["algorithm"]][row["phase"]] = row
+        if row["algorithm"] == "float":
+            floats[*network, row["phase"], row["commit"]] = row
     lines = []
     networks = list(dict.fromkeys(about[:3] for about in groups))
     for (device, network, size, algorithm), by in sorted(
         groups.items(), key=lambda group: networks.index(group[0][:3])
     ):
-        base = groups.get((device, network, size, "float"), {})
-        cells = {phase: _against(by.get(phase), base.get(phase)) for phase in ("train", "latency", "throughput")}
+        bases = {phase: floats.get((device, network, size, phase, row["commit"])) for phase, row in by.items()}
+        cells = {phase: _against(by.get(phase), bases.get(phase)) for phase in ("train", "latency", "throughput")}
         step = by.get("train", {})
         kept = _mb(step.get("peak_bytes", step.get("saved_bytes")))
         batch = {**by.get("throughput", {}), **step}.get("batch", "-")

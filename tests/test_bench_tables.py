@@ -111,16 +111,18 @@ def test_what_is_usual_or_off_is_not_said_of_a_shape():
 
 
 def test_networks_are_compared_with_the_float_one_and_a_phase_that_is_missing_is_a_dash():
-    about = {"kind": "model", "device_name": "A CPU", "network": "net", "input": [3, 8, 8], "time": "1"}
+    about = {"kind": "model", "device_name": "A CPU", "network": "net", "input": [3, 8, 8], "time": "1", "commit": "a"}
     rows = [
         {**about, "algorithm": "float", "phase": "train", "batch": 8, "ms_p50": 10.0, "saved_bytes": 2e6},
         {**about, "algorithm": "float", "phase": "latency", "batch": 1, "ms_p50": 2.0, "nbytes": 4e6},
         {**about, "algorithm": "w4", "phase": "train", "batch": 8, "ms_p50": 15.0, "peak_bytes": 3e6},
         {**about, "algorithm": "w4", "phase": "all", "error": "ValueError: no"},
+        {**about, "algorithm": "w2", "phase": "train", "batch": 8, "ms_p50": 20.0, "commit": "b"},  # float was not timed
     ]
     assert tables.models(rows).splitlines()[2:] == [
         "| A CPU | net 3x8x8 | 8 | float | 10.0 | 2.0 | 2.0 | - | 4.0 |",
         "| A CPU | net 3x8x8 | 8 | w4 | 15.0 (1.50x) | 3.0 | - | - | - |",
+        "| A CPU | net 3x8x8 | 8 | w2 | 20.0 | - | - | - | - |",
     ]
 
 
