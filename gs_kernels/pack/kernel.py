@@ -272,7 +272,7 @@ def dequantize_block(
         ZERO: the zero point of all where zero_ptr is None.
         T: fp32, or fp16 / bf16: then `code - zero` is exact for zeros in whole steps and, if ZERO, half steps, and the
             product with the scale rounds once. Scales must be in T's range and, in bf16 with `weight_unit` not 1, below
-            2**27: else values are NaN.
+            2**27: else values are infinite or NaN.
         ASM: one logic operation a code by inline PTX; else plain shifts, for other GPUs and the interpreter.
     """
     tl.static_assert(GROUP % 32 == 0)

@@ -141,6 +141,7 @@ def qmatmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, acti
 
     fp16 and bf16 x: each weight is rounded once to the dtype of x, products are summed in fp32, bias and activation are
     applied there, and the result is rounded once. fp32 x: everything is fp32 (never TF32).
+    On a GPU, bf16 x needs |scale| < 2**27: larger scales give infinities or NaN.
     A GPU dequantises the weight once and multiplies as a float layer does where that is fastest (more than some 512
     rows), and above 16 rows for fp32 x and tables of levels.
     Gradients: dx through the packed weight, and dbias. None to the weight, its scale and its zero points. With an
