@@ -155,9 +155,9 @@ def models(rows: Rows) -> str:
     floats: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in sorted(known, key=lambda row: str(row["time"])):
         network = row["device_name"], row["network"], tuple(row["input"])
-        groups[*network, row["algorithm"]][row["phase"]] = row
+        groups[(*network, row["algorithm"])][row["phase"]] = row
         if row["algorithm"] == "float":
-            floats[*network, row["phase"], row["commit"]] = row
+            floats[(*network, row["phase"], row["commit"])] = row
     lines = []
     networks = list(dict.fromkeys(about[:3] for about in groups))
     for (device, network, size, algorithm), by in sorted(

@@ -117,7 +117,7 @@ def test_networks_are_compared_with_the_float_one_and_a_phase_that_is_missing_is
         {**about, "algorithm": "float", "phase": "latency", "batch": 1, "ms_p50": 2.0, "nbytes": 4e6},
         {**about, "algorithm": "w4", "phase": "train", "batch": 8, "ms_p50": 15.0, "peak_bytes": 3e6},
         {**about, "algorithm": "w4", "phase": "all", "error": "ValueError: no"},
-        {**about, "algorithm": "w2", "phase": "train", "batch": 8, "ms_p50": 20.0, "commit": "b"},  # float was not timed
+        {**about, "algorithm": "w2", "phase": "train", "batch": 8, "ms_p50": 20.0, "commit": "b"},  # without float
     ]
     assert tables.models(rows).splitlines()[2:] == [
         "| A CPU | net 3x8x8 | 8 | float | 10.0 | 2.0 | 2.0 | - | 4.0 |",
