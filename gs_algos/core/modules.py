@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any, cast
 
 from torch import nn
 
@@ -119,3 +121,13 @@ def parameter_owners(model: nn.Module) -> dict[int, tuple[str, ...]]:
 def parent_name(name: str) -> str:
     """Qualified name of the module that holds a module or parameter; "" for the root."""
     return name.rpartition(".")[0]
+
+
+def swapped_class(mixin: type[nn.Module], base: type[nn.Module]) -> Any:
+    """The class of a live layer of class `base` with `mixin` in front, the same one each time."""
+    return _swapped_class(cast(Hashable, mixin), cast(Hashable, base))
+
+
+@cache
+def _swapped_class(mixin: Any, base: Any) -> Any:
+    return type(f"{mixin.prefix}{base.__name__}", (mixin, base), {"__module__": __name__})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from gs_algos.quant.layers import swapped_class
+from gs_algos.core.modules import swapped_class
 
 BUFFERS = ("gate", "gate_mean", "gate_square")
 Batch = tuple[tuple[Any, ...], dict[str, Any]]  # args and kwargs of a forward

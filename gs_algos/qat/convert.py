@@ -24,7 +24,8 @@ from gs_algos.qat.link import activation_of, decide, decide_codes, link, unlink
 from gs_algos.qat.prepare import JOINS
 from gs_algos.quant.codes_tensor import real
 from gs_algos.quant.convolution import Convolution, conv_rows, geometry_of
-from gs_algos.quant.layers import FakeQuantized, Folded, affine, running_mean, running_sigma
+from gs_algos.quant.integer_eval import counts_bias, whole_bias
+from gs_algos.quant.layers import FakeQuantized
 from gs_algos.quant.quantized import (
     QuantizedConv,
     QuantizedLayer,
@@ -118,16 +119,26 @@ def quantized_layer(model: nn.Module, row: PlanRow) -> QuantizedLayer:
     bias = layer.bias
     bn = _batch_norm(model, row)
     if bn is not None:
-        slope, bias = epilogue(layer, bn)
+        slope, bias = layer.epilogue(bn)
         scale, zero = _times_slope(scale, zero, slope)
     output = _output_quantizer(model, row)
     weight = conv_rows(packed_codes(codes, scale, zero, scheme), codes.shape[1:])
     new = _layer_of(layer, row, weight, bias, output)
     if new.input_quantizer is not None and layer.input_quantizer is not None:
         new.input_quantizer.take(layer.input_quantizer)
+        round_bias(new)
     if new.output_quantizer is not None:
         new.output_quantizer.take(output)
     return new.eval()
+
+
+def round_bias(layer: QuantizedLayer) -> None:
+    """Takes the bias of a layer with 8 bits on both sides to whole steps of its sums, as the trained one in eval."""
+    scale, quantizer = layer.packed.scale, layer.input_quantizer
+    if layer.bias is None or quantizer is None or scale.shape[1] > 1:
+        return
+    if counts_bias(layer.scheme, quantizer.scheme):
+        layer.bias.copy_(whole_bias(layer.bias, scale[:, 0], quantizer.scale))
 
 
 def _layer_of(layer: Any, row: PlanRow, weight: PackedWeight, bias: Tensor | None, output: Any) -> QuantizedLayer:
@@ -247,15 +258,6 @@ def _behind(model: nn.Module, row: PlanRow) -> nn.Module:
     if quantizer is not None:
         module.add_module("output_quantizer", quantizer)
     return module.eval()
-
-
-def epilogue(layer: Any, bn: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """(slope, bias) `[O]` fp32 with `BN(conv(x, W) + b) = slope * conv(x, W_quantized) + bias` in eval mode."""
-    gamma, beta = affine(bn)
-    sigma = running_sigma(bn)
-    slope = layer.factor()[1] if isinstance(layer, Folded) else gamma / sigma
-    offset = -running_mean(bn) if layer.bias is None else layer.bias.float() - running_mean(bn)
-    return slope, beta + gamma / sigma * offset
 
 
 def _times_slope(scale: Tensor, zero: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gs_algos.core.modules import get_module
 from gs_algos.core.plan import PlanRow, render
-from gs_algos.qat.convert import epilogue
+from gs_algos.qat.convert import round_bias
 from gs_algos.quant.convolution import conv_rows, geometry_of
 from gs_algos.quant.packed import Packed, PackedFormat
 from gs_algos.quant.packed_conv import PackedConv
@@ -31,13 +31,14 @@ def packed_layer(model: nn.Module, row: PlanRow) -> nn.Module:
     weight, bias = layer.search.packed(), layer.bias
     bn = _batch_norm(model, row)
     if bn is not None:
-        slope, bias = epilogue(layer, bn)
+        slope, bias = layer.epilogue(bn)
         scale = weight.scale * slope[:, None]
         weight = PackedWeight(weight.codes, scale, weight.zero, None, weight.bits, weight.shape, weight.group_size)
     weight = conv_rows(weight, layer.search.shape[1:])
     new = _around(layer, row, weight, None if bias is None else bias.detach().float())
     if isinstance(new, QuantizedLayer) and new.input_quantizer is not None and layer.input_quantizer is not None:
         new.input_quantizer.take(layer.input_quantizer)
+        round_bias(new)
     return new.eval()
 
 

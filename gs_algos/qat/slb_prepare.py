@@ -82,9 +82,10 @@ def install(model: nn.Module, rows: Sequence[PlanRow], options: SearchOptions) -
             grid, weight.shape, options.horizon, weight.device, options.logits_dtype, options.points, fused
         )
         search.train(layer.training)
-        bn: Any = get_module(model, row.settings["bn"]) if row.settings["bn"] and options.state_bn else None
+        bn: Any = get_module(model, row.settings["bn"]) if row.settings["bn"] else None
+        state = bn is not None and options.state_bn
         tail = tuple(get_module(model, name) for name in row.settings["tail"])
-        swap(layer, search, act_quantizer(row.settings["act"], weight.device), fused, bn, tail)
+        swap(layer, search, act_quantizer(row.settings["act"], weight.device), fused, bn, state, tail)
     return model
 
 

@@ -15,20 +15,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gs_algos.quant.layers import swapped_class, update_running
+from gs_algos.core.modules import swapped_class
+from gs_algos.quant.integer_eval import IntegerEval, in_steps
+from gs_algos.quant.norms import PassedInEval, Tailed, swap_norm, update_running
 from gs_algos.quant.quantizers import ActivationQuantizer
+from gs_algos.quant.slb_grid import LevelGrid
 from gs_algos.quant.slb_search import LevelSearch, local, rows_of
 
 
-class Searched(nn.Module):
+class Searched(IntegerEval):
     """What every swapped layer shares. The class is mixed in front of the layer's own."""
 
     prefix = "Searched"
     search: LevelSearch
-    input_quantizer: ActivationQuantizer | None
-    bias: Tensor | None
     _conv_forward: Callable[..., Tensor]
-    _state_bn: tuple[_BatchNorm, ...] = ()  # in a tuple: a module attribute would register it a second time
+    _follows: bool = False  # whether a state batch norm is behind
 
     @property
     def weight(self) -> Tensor:
@@ -68,25 +69,36 @@ class Searched(nn.Module):
         """Whether the trained parameter takes no part in the product, though DDP waits for its gradient."""
         return self.search.one_hot and self.training and torch.is_grad_enabled()
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        raise AssertionError("every Searched layer has a product")
+    def weight_scheme(self) -> LevelGrid:
+        return self.search.grid
+
+    def whole_weight(self) -> tuple[Tensor, Tensor] | None:
+        if hasattr(self.search.logits, "full_tensor"):
+            return None
+        weight = self.search(quantized=True)
+        scale = weight.new_full((weight.shape[0],), self.search.grid.step)
+        scale = scale if self.search.scale is None else scale * self.search.scale.detach()
+        return in_steps(weight, scale.view(-1, *[1] * (weight.dim() - 1))), scale
 
     def forward(self, x: Tensor) -> Tensor:
+        whole = self.on_integers(x)
+        if whole is not None:
+            return whole
         x = self.quantized_input(x)
         late = not x.requires_grad
         parameter = self._parameters.get("weight") if self.fused else self.search.logits
         if self.idle() and not late:
             x = _Hanger.apply(x, parameter)
-        y = self.product(x, self.mixed(x))
-        if self._state_bn and self.training and not self.search.one_hot:
+        y = self.product(x, self.mixed(x), self.bias)
+        if self._follows and self.training and not self.search.one_hot:
             self._follow(x)
         return _Hanger.apply(y.clone(), parameter) if self.idle() and late else y
 
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
         """Moves the running statistics of the batch norm behind by those of the product with the quantized weight."""
-        y = self.product(x, self.search(product_dtype(x), weight_format(x), True)).float()
-        bn = self._state_bn[0]
+        y = self.product(x, self.search(product_dtype(x), weight_format(x), True), self.bias).float()
+        bn = self._bn[0]
         axes = [0, *range(2, y.dim())]
         var, mean = torch.var_mean(y, axes, correction=0)
         never = torch.zeros(1, dtype=torch.bool, device=y.device)
@@ -94,16 +106,16 @@ class Searched(nn.Module):
 
 
 class _SearchedLinear(Searched):
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, self.bias)
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
 
 
 class _SearchedConv(Searched):
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._conv_forward(x, weight, self.bias)
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._conv_forward(x, weight, bias)
 
 
-class _StateNorm(_BatchNorm):
+class _StateNorm(Tailed):
     """State batch norm (Yang et al. 2020, arXiv:2009.08695, section 3.3): training normalizes what the mixture gives,
     and the running statistics, which inference reads, are those of the quantized weight; gamma and beta are shared.
 
@@ -112,16 +124,12 @@ class _StateNorm(_BatchNorm):
 
     prefix = "State"
     _layer: tuple[Searched]
-    _tail: tuple[nn.Module, ...]
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self._layer[0]
         if not (self.training and layer.training) or layer.search.one_hot:
             return super().forward(x)
-        y = F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        for child in self._tail:
-            y = child(y)
-        return y
+        return self._behind(F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps))
 
 
 class _Hanger(torch.autograd.Function):
@@ -153,18 +161,23 @@ def swap(
     search: LevelSearch,
     input: ActivationQuantizer | None,
     fused: bool = False,
-    state_bn: _BatchNorm | None = None,
+    bn: _BatchNorm | None = None,
+    state: bool = False,
     tail: tuple[nn.Module, ...] = (),
 ) -> None:
-    """Turns a live Linear or Conv into one whose weight is searched, and its batch norm into a state batch norm.
+    """Turns a live Linear or Conv into one whose weight is searched, and its batch norm into what that needs.
 
-    tail: the children of the batch norm that run behind it.
+    bn: the batch norm behind; state: it becomes a state batch norm; tail: its children that run behind it.
     """
     if not fused:
         del layer._parameters["weight"]
     layer.__class__ = swapped_class(_SearchedLinear if isinstance(layer, nn.Linear) else _SearchedConv, type(layer))
-    layer.search, layer.input_quantizer = search, input
-    if state_bn is not None:
-        layer._state_bn = (state_bn,)
-        state_bn.__class__ = swapped_class(_StateNorm, type(state_bn))
-        state_bn._layer, state_bn._tail = (layer,), tail  # type: ignore[assignment]
+    layer.search, layer.input_quantizer, layer._follows = search, input, state
+    if bn is None:
+        return
+    layer._bn = (bn,)
+    if state:
+        swap_norm(bn, _StateNorm, tail)
+        bn._layer = (layer,)  # type: ignore[assignment]
+    if input is not None:
+        swap_norm(bn, PassedInEval, tail)

@@ -22,6 +22,7 @@ from gs_kernels.qconv2d.dense import empty_image
 from gs_kernels.qconv2d.ref import convolve_int8_ref, finish_int8, into_codes
 from gs_kernels.qconv2d.window import Window
 from gs_kernels.qmatmul.cpu import plain_mode
+from gs_kernels.qmatmul.cpu_int8 import whole_zero
 from gs_kernels.qmatmul.cpu_lanes import UnsuitableError, kept
 from gs_kernels.qmatmul.flat import packed
 
@@ -130,7 +131,7 @@ class Int8Convolution:
         keep: bool,
     ) -> None:
         self.known, self.weight, self.window = _codes_of(weight, keep), weight, window
-        self.shift = 0 if x_zero is None else _whole(x_zero)
+        self.shift = _padding_code(x_zero)
         self.x_scale, self.bias, self.out, self.activation, self.dtype = x_scale, bias, out, activation, dtype
         self.n, self.k = weight.shape
         self.one = _has_one_sum(self.known, weight)
@@ -196,12 +197,12 @@ class Int8Convolution:
         return y
 
 
-def _whole(x_zero: Tensor) -> int:
+def _padding_code(x_zero: Tensor | None) -> int:
     """The zero point of x, which pads it: a code."""
-    value = float(x_zero)
-    if not -128 <= value <= 127 or value != int(value):
+    value = whole_zero("qconv2d_int8", x_zero)
+    if not -128 <= value <= 127:
         raise ValueError(f"qconv2d_int8: x_zero must be a whole number from -128 to 127, got {value}")
-    return int(value)
+    return value
 
 
 def _codes_of(weight: PackedWeight, keep: bool) -> Codes:

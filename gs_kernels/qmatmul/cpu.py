@@ -116,15 +116,15 @@ def _compiled(x: Tensor, weight: PackedWeight) -> Tensor:
     return _by_blocks(x, weight)
 
 
-def few_rows(chain: Chain, x: Tensor, weight: PackedWeight) -> Tensor:
-    """`[M, N]` fp32 by `dot_chain` or `int_dot_chain`, 4 rows at a time."""
+def few_rows(chain: Chain, x: Tensor, weight: PackedWeight, *how: bool) -> Tensor:
+    """`[M, N]` fp32 by `dot_chain` or `int_dot_chain`, 4 rows at a time; how: what the chain asks for besides."""
     lanes, m = lanes_of(weight), x.shape[0]
     short = -m % ROWS if m > 1 else 0
     steps = lanes.steps(pad(x, (0, 0, 0, short)) if short else x)
     rows = 1 if m == 1 else ROWS
-    run = kernel(chain, lanes.bits, rows)
+    run = kernel(chain, lanes.bits, rows, *how)
     parts = steps.split(rows) if m > ROWS else (steps,)
-    ys = [call(run, lanes.codes, lanes.grid, part, lanes.bits, rows) for part in parts]
+    ys = [call(run, lanes.codes, lanes.grid, part, lanes.bits, rows, *how) for part in parts]
     y = ys[0] if len(ys) == 1 else torch.cat(ys)
     return y if y.shape == (m, weight.shape[0]) else y[:m, : weight.shape[0]]
 

@@ -32,14 +32,21 @@ def dot_chain(codes: Tensor, grid: Tensor, x: Tensor, bits: int, rows: int) -> T
     return torch.stack(ys)
 
 
-def int_dot_chain(codes: Tensor, grid: Tensor, x: Tensor, bits: int, rows: int) -> Tensor:
-    """`[rows, B * 16]` fp32: int32 x times the weight, summed as integers within each group."""
+def int_dot_chain(codes: Tensor, grid: Tensor, x: Tensor, bits: int, rows: int, one: bool) -> Tensor:
+    """`[rows, B * 16]` fp32: int32 x times the weight, summed as integers within each group.
+
+    one: there is one scale a row, so that all is summed before it is scaled.
+    """
     fields = _fields(codes, bits)
+    axes = (1, 2) if one else (2,)
+    about = grid[:, 0] if one else grid
     ys = []
     for m in range(rows):
         steps = _total([fields[j] * x[m, :, :, j, None] for j in range(STEP)])
-        sums = steps.sum(2, dtype=torch.int32)  # [B, G, 16]
-        ys.append(_real(sums, x[m].sum((1, 2), dtype=torch.int32).unsqueeze(1), grid).sum(1).flatten())
+        sums = steps.sum(axes, dtype=torch.int32)  # [B, 16] or [B, G, 16]
+        x_sums = x[m].sum(dtype=torch.int32) if one else x[m].sum((1, 2), dtype=torch.int32).unsqueeze(1)
+        y = _real(sums, x_sums, about)
+        ys.append((y if one else y.sum(1)).flatten())
     return torch.stack(ys)
 
 
@@ -105,9 +112,9 @@ def _options() -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if name in known}
 
 
-def kernel(chain: Chain, bits: int, variant: int | torch.dtype) -> Chain:
-    """`dot_chain` or `int_dot_chain` (variant: rows of x) or `block_chain` (variant: dtype), compiled."""
-    return _compiled(chain, (bits, variant), lambda: _example(chain, bits, variant))
+def kernel(chain: Chain, bits: int, *variant: int | bool | torch.dtype) -> Chain:
+    """A chain, compiled; variant: rows of x for `dot_chain`, and `one` for `int_dot_chain`; dtype for `block_chain`."""
+    return _compiled(chain, (bits, *variant), lambda: _example(chain, bits, *variant))
 
 
 def add_kernel(bits: int) -> Chain:
@@ -126,13 +133,13 @@ def _compiled(chain: Chain, variant: Hashable, example: Callable[[], tuple[Any, 
 BLOCKS, GROUPS, STEPS = 131, 7, 19
 
 
-def _example(chain: Chain, bits: int, variant: Any) -> tuple[Any, ...]:
+def _example(chain: Chain, bits: int, variant: Any, *rest: Any) -> tuple[Any, ...]:
     codes = torch.zeros(BLOCKS, GROUPS, STEPS, bits * LANES, dtype=torch.uint8)
     grid = torch.ones(BLOCKS, GROUPS, 2 * LANES)
     if chain is block_chain:
         return codes, grid, torch.empty(GROUPS, STEPS, STEP, BLOCKS, LANES, dtype=variant), bits
     x_dtype = torch.int32 if chain is int_dot_chain else torch.float32
-    return codes, grid, torch.ones(variant, GROUPS, STEPS, STEP, dtype=x_dtype), bits, variant
+    return codes, grid, torch.ones(variant, GROUPS, STEPS, STEP, dtype=x_dtype), bits, variant, *rest
 
 
 def _add_example(offset: int) -> tuple[Any, ...]:

@@ -10,12 +10,14 @@ import logging
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gs_kernels.compiled import call
 from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.pack.pack import unpack_codes
 from gs_kernels.qmatmul.cpu import dequantized, few_rows, finish, plain_mode, rows_of, worth_compiling
 from gs_kernels.qmatmul.cpu_chains import OFFSET, add_kernel, int_dot_chain
-from gs_kernels.qmatmul.cpu_lanes import LANES, UnsuitableError, lanes_of
+from gs_kernels.qmatmul.cpu_lanes import LANES, UnsuitableError, kept, lanes_of
 from gs_kernels.qmatmul.flat import packed
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref
 
@@ -47,40 +49,61 @@ def qmatmul_int8_cpu(
 ) -> Tensor:
     weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
     with plain_mode():
-        y = _product(x, weight)
+        y = _product(x, whole_zero("qmatmul_int8", x_zero), weight)
         if y is None:
             return qmatmul_int8_ref(x, x_scale, weight, bias, x_zero=x_zero, activation=activation, dtype=dtype)
-    if x_zero is not None and weight_sums is not None:
-        y = y - x_zero * weight_sums
     y = y * (x_scale if x_scale.numel() == 1 else x_scale.reshape(-1, 1))
     return finish(y, bias, activation, dtype).view(*x.shape[:-1], n)
 
 
-def _product(x: Tensor, weight: PackedWeight) -> Tensor | None:
-    """`[M, N]` fp32: the codes of x times the weight; None if it takes the reference."""
-    if not worth_compiling(weight) or weight.group_size > LARGEST_GROUP or x.numel() == 0:
+def whole_zero(who: str, x_zero: Tensor | None) -> int:
+    """The zero point of x: a code, which stands for 0.0."""
+    value = 0.0 if x_zero is None else float(x_zero)
+    if not value.is_integer():
+        raise ValueError(f"{who}: x_zero must be a whole number, got {value}")
+    return int(value)
+
+
+def _product(x: Tensor, shift: int, weight: PackedWeight) -> Tensor | None:
+    """`[M, N]` fp32: the codes of x less their zero point, times the weight; None if it takes the reference."""
+    beyond = not -128 <= shift <= 127  # sums might overflow
+    if beyond or not worth_compiling(weight) or weight.group_size > LARGEST_GROUP or x.numel() == 0:
         return None
     try:
         if x.numel() // x.shape[-1] <= FEW_ROWS:
-            return few_rows(int_dot_chain, rows_of(x, torch.int32), weight)
-        return _by_blocks(rows_of(x, torch.int8), weight)
+            rows = rows_of(x, torch.int32)
+            return few_rows(int_dot_chain, rows - shift if shift else rows, weight, weight.scale.shape[1] == 1)
+        return _by_blocks(rows_of(x, torch.int8), shift, weight)
     except UnsuitableError as error:
         logger.debug("qmatmul_int8 runs as its reference: %s", error)
         return None
 
 
-def _by_blocks(x: Tensor, weight: PackedWeight) -> Tensor:
+def _by_blocks(x: Tensor, shift: int, weight: PackedWeight) -> Tensor:
     lanes, add = lanes_of(weight), add_kernel(weight.bits)
     groups, m = lanes.groups, x.shape[0]
     by_group = lanes.steps(x).view(m, groups, -1).transpose(0, 1).contiguous()  # [groups, M, width]
-    x_sums = by_group.sum(2, dtype=torch.int32).view(groups, m, 1, 1)
+    x_sums = by_group.sum(2, dtype=torch.int32).view(groups, m, 1, 1) - shift * weight.group_size
+    code_sums = kept(weight, "code sums", _code_sums) if shift else None
     per_group = lanes.grid.shape[1] // groups
-    ys = []
+    ys: list[Tensor] = []
     for block, grid in dequantized(lanes, torch.int8, BLOCK):
         columns = block.view(groups, lanes.width, -1)
         y = torch.zeros(m, grid.shape[0], LANES)
         for g in range(groups):
             sums = torch._int_mm(by_group[g], columns[g]).view(y.shape)
+            if code_sums is not None:
+                done = sum(part.shape[1] for part in ys) // LANES
+                sums -= shift * code_sums[g, done : done + grid.shape[0]]
             call(add, y, sums, x_sums[g], grid[:, g * per_group], OFFSET if lanes.bits == 8 else 0)
         ys.append(y.flatten(1))
     return torch.cat(ys, 1)[:, : lanes.shape[0]]
+
+
+def _code_sums(weight: PackedWeight) -> Tensor:
+    """int32 `[G, B, 16]`: the sum of each group's codes, those of 8 bits 128 lower."""
+    codes = unpack_codes(weight.codes, weight.bits, weight.shape, weight.layout)
+    sums = codes.unflatten(1, (-1, weight.group_size)).sum(2, dtype=torch.int32)
+    sums -= OFFSET * weight.group_size if weight.bits == 8 else 0
+    rows = lanes_of(weight).codes.shape[0] * LANES
+    return pad(sums, (0, 0, 0, rows - sums.shape[0])).view(-1, LANES, sums.shape[1]).permute(2, 0, 1).contiguous()

@@ -59,6 +59,20 @@ def exact_weight(weight: PackedWeight) -> Tensor:
     return (grouped * weight.scale.double().unsqueeze(-1)).flatten(1)
 
 
+def integer_sums(steps: Tensor, weight: PackedWeight) -> Tensor:
+    """`[..., N]` fp32 from whole numbers `[..., K]` in fp64: over groups, `scale * sum((code - zero) * step)`.
+
+    A group's sum is exact, rounded to fp32 once, and scaled; the sum of several is rounded once more.
+    """
+    codes, size = unpack_codes(weight.codes, weight.bits, weight.shape, weight.layout).double(), weight.group_size
+    y = steps.new_zeros(*steps.shape[:-1], weight.shape[0])
+    for g, scale in enumerate(weight.scale.unbind(1)):
+        zero = weight.zero[:, g, None] if isinstance(weight.zero, Tensor) else weight.zero
+        sums = steps[..., g * size : (g + 1) * size] @ (codes[:, g * size : (g + 1) * size] - zero).T
+        y = y + sums.float() * scale.double()
+    return y.float()
+
+
 def qmatmul_int8_ref(
     x: Tensor,
     x_scale: Tensor,
@@ -71,8 +85,8 @@ def qmatmul_int8_ref(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     steps = x.double() if x_zero is None else x.double() - x_zero.double()
-    y = (steps @ exact_weight(weight).T) * x_scale.double().unsqueeze(-1)
-    return ACTIVATIONS[activation](y if bias is None else y + bias.double()).to(dtype)
+    y = integer_sums(steps, weight) * x_scale.unsqueeze(-1)
+    return ACTIVATIONS[activation](y if bias is None else y + bias.float()).to(dtype)
 
 
 def qmatmul_fp8_ref(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:

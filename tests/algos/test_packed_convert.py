@@ -33,7 +33,8 @@ def converted(**options: Any) -> tuple[nn.Module, Tensor]:
     """The network and what it gave before it was converted."""
     algo = SimQAT(**options)
     net = algo.apply(build(), image())
-    want = net(image(1)).detach()
+    with torch.no_grad():
+        want = net(image(1))
     return algo.convert(net), want
 
 

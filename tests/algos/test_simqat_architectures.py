@@ -86,7 +86,9 @@ def goes_all_the_way(net: nn.Module, inputs: Any, kept: dict[str, str], **option
     one_step(net, algo, inputs)
     algo.convert(net.eval())
     assert sum(isinstance(module, QuantizedLayer) for module in net.modules()) == len(names) - len(float_layers)
-    assert algo.parity.layer_error < 1e-5 and algo.parity.output_error < 1e-2
+    assert (
+        algo.parity.layer_error < 1e-7 and algo.parity.output_error == 0
+    )  # a smooth activation is off by its last place
     return net
 
 
@@ -175,14 +177,14 @@ class Chaotic(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(64, 64)
+        self.fc, self.bn = nn.Linear(64, 64), nn.BatchNorm1d(64)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.sin(1e7 * self.fc(x))
+        return torch.sin(1e7 * self.bn(self.fc(x)))
 
 
 def test_a_network_is_held_to_what_its_own_last_place_does_to_it():
     torch.manual_seed(0)
-    net, x, algo = Chaotic(), torch.randn(16, 64), SimQAT()
+    net, x, algo = Chaotic(), torch.randn(16, 64), SimQAT(act=None)
     algo.convert(algo.apply(net, x))
     assert algo.parity.layer_error < 1e-5 and algo.parity.output_error > 0.05

@@ -151,5 +151,9 @@ def test_a_trap_trains_and_converts_to_what_it_computed(name, fold):
     output(net.train(), x).square().mean().backward()
     optimizer.step()
     algo.step()
-    want = output(net.eval(), x)
-    assert relative(output(algo.convert(net), x), want) <= TOLERANCE
+    with torch.no_grad():
+        want = output(net.eval(), x)
+        got = output(algo.convert(net), x)
+    assert relative(got, want) <= TOLERANCE
+    # three dimensions are multiplied as floats, and a Hardswish has a last place
+    assert torch.equal(got, want) or name in ("conv3d", "conv with bias")

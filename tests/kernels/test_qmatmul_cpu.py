@@ -100,6 +100,32 @@ def test_integer_rows(name: str):
         assert relative_rms(got, want) < 1e-6
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("x_zero", [None, -3.0])
+def test_sums_of_rows_with_one_scale_are_exact(bits: int, x_zero: float | None):
+    n, k = 520, 512  # enough to be compiled
+    codes = torch.randint(2**bits, (n, k), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    zero = torch.arange(n).remainder(5).view(-1, 1) + 2 ** (bits - 1) - 2.0
+    w = pack_weight(codes, torch.linspace(-0.1, 0.2, n).view(-1, 1), zero, bits=bits, group_size=k)
+    about = {} if x_zero is None else {"x_zero": torch.tensor([x_zero]), "weight_sums": row_sums(w)}
+    for m in (1, 5, 33):
+        x = (rows(m, k) * 50).round().clamp(-128, 127).to(torch.int8)
+        sums = (x.long() - int(x_zero or 0)) @ (codes.long() - zero.long()).T
+        want = sums.float() * w.scale.view(-1) * 0.03 + 0.5
+        bias, x_scale = torch.full((n,), 0.5), torch.full((1,), 0.03)
+        assert torch.equal(qmatmul_int8(x, x_scale, w, bias, **about), want)
+
+
+@pytest.mark.parametrize("n", [4, 520])
+def test_a_zero_point_of_rows_is_whole(n: int):
+    w = pack_weight(torch.ones(n, 512, dtype=torch.uint8), torch.ones(n, 1), bits=4, group_size=512)
+    x, one, sums = torch.ones(1, 512, dtype=torch.int8), torch.ones(1), row_sums(w)
+    with pytest.raises(ValueError, match=r"qmatmul_int8: x_zero must be a whole number, got 0\.5"):
+        qmatmul_int8(x, one, w, x_zero=torch.tensor([0.5]), weight_sums=sums)
+    far = qmatmul_int8(x, one, w, x_zero=torch.tensor([300.0]), weight_sums=sums)  # of a grid that was learnt
+    assert torch.equal(far, -299.0 * sums[None])
+
+
 def test_a_row_does_not_depend_on_its_neighbours():
     w = weight(*WEIGHTS["4 bit"])
     x = rows(6, w.shape[1])

@@ -1,0 +1,103 @@
+"""Inference of a trained layer on whole numbers, so that it gives what its converted form gives, bit for bit.
+
+In eval mode and without gradients, a layer whose input is on a grid multiplies the steps themselves, codes less their
+zero points: in fp32, where sums of whole numbers are exact in any order as long as they stay below 2**24. What follows
+them has the order of `gs_kernels.qconv2d_int8`: scale of the weight, scale of the input, bias. The batch norm behind is
+folded into scale and bias, and lets the values pass. Where weight and input have 8 bits, a bias is a whole number of
+the sums' steps, as the int32 biases of integer engines are (Jacob et al. 2018, arXiv:1712.05877, section 2.4); wider
+steps would move it too far.
+
+Training, and inference with gradients, under autocast or in another dtype than fp32, stay with fake-quantized floats.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gs_algos.quant.norms import PassedInEval, affine, running_mean, running_sigma
+from gs_algos.quant.quantizers import ActivationQuantizer
+from gs_algos.quant.scheme import Scheme
+from gs_algos.quant.slb_grid import LevelGrid
+
+WHOLE = 2**24  # fp32 holds every whole number up to here
+
+
+class IntegerEval(nn.Module):
+    """What a fake-quantized or searched layer needs to run on integers. Mixed in front of the layer's own class."""
+
+    input_quantizer: ActivationQuantizer | None
+    bias: Tensor | None
+    _bn: tuple[_BatchNorm, ...] = ()  # in a tuple: a module attribute would register the batch norm a second time
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What the layer does with a weight `[O, ...]` and a bias."""
+        raise AssertionError("every IntegerEval layer has a product")
+
+    def weight_scheme(self) -> Scheme | LevelGrid:
+        """The grid of the weight."""
+        raise AssertionError("every IntegerEval layer has a weight")
+
+    def whole_weight(self) -> tuple[Tensor, Tensor] | None:
+        """The weight in steps of its grid `[O, ...]`, and its scales `[O]` fp32; None if a row has several, or none."""
+        raise AssertionError("every IntegerEval layer has a weight")
+
+    def slope(self, bn: _BatchNorm) -> Tensor:
+        """What the batch norm multiplies the product with the quantized weight by, `[O]` fp32, in eval mode."""
+        return affine(bn)[0] / running_sigma(bn)
+
+    def epilogue(self, bn: _BatchNorm) -> tuple[Tensor, Tensor]:
+        """(slope, bias) `[O]` fp32 with `BN(conv(x, W) + b) = slope * conv(x, W_quantized) + bias` in eval mode."""
+        gamma, beta = affine(bn)
+        offset = -running_mean(bn) if self.bias is None else self.bias.float() - running_mean(bn)
+        return self.slope(bn), beta + gamma / running_sigma(bn) * offset
+
+    def on_integers(self, x: Tensor) -> Tensor | None:
+        """The layer's output, its batch norm done; None where floats are to be multiplied."""
+        bn = self._bn[0] if self._bn else None
+        weight = self.whole_weight() if self._runs_whole(x, bn) else None
+        if isinstance(bn, PassedInEval):
+            bn.passes = weight is not None
+        quantizer = self.input_quantizer
+        if weight is None or quantizer is None:
+            return None
+        (steps, scale), (x_scale, _) = weight, quantizer.grid()
+        slope, bias = (None, self.bias) if bn is None else self.epilogue(bn)
+        scale = scale if slope is None else scale * slope
+        y = self.product(in_steps(quantizer(x), x_scale), steps)
+        if steps.dim() in (3, 4) and y.dim() == steps.dim():
+            # channels last, as converted layers give it: that orders the sums of a mean behind them
+            y = y.movedim(1, -1).contiguous().movedim(-1, 1)
+        axes = (-1, *[1] * (steps.dim() - 2))
+        y = y * scale.view(axes) * x_scale
+        if bias is None:
+            return y
+        if counts_bias(self.weight_scheme(), quantizer.scheme):
+            bias = whole_bias(bias, scale, x_scale)
+        return y + bias.float().view(axes)
+
+    def _runs_whole(self, x: Tensor, bn: _BatchNorm | None) -> bool:
+        quantizer: Any = self.input_quantizer
+        learns = self.training or (bn is not None and bn.training) or torch.is_grad_enabled()
+        floats = learns or torch.is_autocast_enabled(x.device.type) or x.dtype != torch.float32
+        return not floats and quantizer is not None and quantizer.active and quantizer.gate is None
+
+
+def in_steps(values: Tensor, scale: Tensor) -> Tensor:
+    """values / scale of what is on a grid, to the half steps that zero points come in. NaN stays NaN."""
+    return torch.round(values / (0.5 * scale)) * 0.5
+
+
+def counts_bias(weight: Scheme | LevelGrid, x: Scheme) -> bool:
+    """Whether the bias of a layer with these grids is a whole number of steps."""
+    return weight.bits == x.bits == 8
+
+
+def whole_bias(bias: Tensor, scale: Tensor, x_scale: Tensor) -> Tensor:
+    """The bias `[O]` fp32 to whole steps of the sums, `scale * x_scale`; as it is where fp32 does not count them."""
+    step = scale * x_scale
+    count = torch.round(bias.float() / step)
+    return torch.where(count.abs() < WHOLE, count * step, bias.float())

@@ -1,0 +1,98 @@
+"""Live batch norms behind quantized layers: their class is swapped, their parameters and statistics stay."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gs_algos.core.modules import swapped_class
+
+
+class Tailed(_BatchNorm):
+    """A batch norm that may have children which run behind it (timm's BatchNormAct2d: an activation)."""
+
+    _tail: tuple[nn.Module, ...]  # in a tuple: they are registered already
+
+    def _behind(self, y: Tensor) -> Tensor:
+        for child in self._tail:
+            y = child(y)
+        return y
+
+
+class PassedOver(Tailed):
+    """The batch norm of a two-conv fold: its work is done in the conv; it keeps its parameters and statistics."""
+
+    prefix = "PassedOver"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._behind(x)
+
+
+class Freezable(Tailed):
+    """A batch norm that uses its running statistics once `frozen` (bool [1]) is set, without recompiling."""
+
+    prefix = "Freezable"
+    frozen: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        wide = x.float()
+        var, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
+        used_mean = torch.where(self.frozen, running_mean(self), mean)
+        used_sigma = torch.where(self.frozen, running_sigma(self), (var + self.eps).sqrt())
+        update_running(self, mean.detach(), var.detach(), x.numel() // x.shape[1], self.frozen)
+        gamma, beta = affine(self)
+        slope = gamma / used_sigma
+        y = wide * per_channel(slope, wide) + per_channel(beta - used_mean * slope, wide)
+        return self._behind(y.to(x.dtype))
+
+
+class PassedInEval(Tailed):
+    """A batch norm that the layer in front does too, in the forwards in which it says so."""
+
+    prefix = "PassedInEval"
+    passes = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._behind(x) if self.passes else super().forward(x)
+
+
+def swap_norm(bn: _BatchNorm, mixin: type[Tailed], tail: tuple[nn.Module, ...]) -> None:
+    """Turns a live batch norm into one of the above; tail: its children that run behind it."""
+    bn.__class__ = swapped_class(mixin, type(bn))
+    bn._tail = tail  # type: ignore[assignment]
+
+
+def per_channel(values: Tensor, y: Tensor) -> Tensor:
+    """`[O]` as a factor of `y [B, O, ...]`, in y's dtype."""
+    return values.to(y.dtype).view(-1, *[1] * (y.dim() - 2))
+
+
+def running_sigma(bn: _BatchNorm) -> Tensor:
+    assert bn.running_var is not None
+    return (bn.running_var.float() + bn.eps).sqrt()
+
+
+def running_mean(bn: _BatchNorm) -> Tensor:
+    assert bn.running_mean is not None
+    return bn.running_mean.float()
+
+
+def affine(bn: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """(gamma, beta) `[O]` fp32; ones and zeros if the batch norm has none."""
+    ones = torch.ones_like(running_mean(bn))
+    return (ones if bn.weight is None else bn.weight.float(), 0 * ones if bn.bias is None else bn.bias.float())
+
+
+@torch.no_grad()
+def update_running(bn: _BatchNorm, mean: Tensor, var: Tensor, n: int, frozen: Tensor) -> None:
+    """What a batch norm does to its running statistics after a batch: mean and (biased) var `[O]`, of n values each."""
+    assert bn.running_mean is not None and bn.running_var is not None and bn.num_batches_tracked is not None
+    moving = (~frozen).float()
+    bn.num_batches_tracked.add_((~frozen).long().view(()))
+    average: Tensor = 1.0 / bn.num_batches_tracked.float().clamp(min=1)
+    momentum = average if bn.momentum is None else bn.momentum
+    bn.running_mean.add_((mean - bn.running_mean.float()) * momentum * moving)
+    bn.running_var.add_((var * (n / max(n - 1, 1)) - bn.running_var.float()) * momentum * moving)

@@ -1,0 +1,104 @@
+"""In eval mode and without gradients a trained layer computes what its converted form will, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gs_algos import SLB, SimQAT
+from gs_algos.quant.integer_eval import in_steps, whole_bias
+from tests.algos.nets import SmallConvNet, images, train
+
+SEARCHED = (
+    {"weight": "2bit@channel", "act": "int8@tensor:ema"},
+    {"weight": "2bit@channel", "act": "uint8@tensor:pact", "batch_norm": "state"},
+    {"weight": "4bit@channel:learned", "act": "uint8@tensor:ema"},
+    {"weight": "2bit", "act": "int4@tensor:ema", "rules": (("re:.*(fc|project).*", {"weight": "4bit@tensor"}),)},
+)
+
+
+def trained(algo: Any, steps: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    net = algo.apply(SmallConvNet(), images())
+    train(net, algo, steps)
+    return net.eval()
+
+
+@torch.no_grad()
+def inferred(net: nn.Module, seed: int = 7) -> Tensor:
+    return net(images(16, seed=seed))
+
+
+@pytest.mark.parametrize("options", SEARCHED)
+def test_searched_networks_convert_bit_for_bit(options: dict[str, Any]):
+    algo = SLB(total_steps=3, **options)
+    net = trained(algo)
+    want = inferred(net)
+    assert torch.equal(inferred(algo.convert(net)), want)
+
+
+@pytest.mark.parametrize("fold", ["none", "one_conv", "two_conv"])
+def test_floats_and_integers_agree_and_the_batch_norm_runs_once(fold: str):
+    net = trained(SimQAT(fold_bn=fold, act="uint8@tensor:minmax"))
+    whole = inferred(net)
+    floats = net(images(16, seed=7))
+    assert floats.grad_fn is not None
+    # biases are whole steps on one side only, and a value on an edge may fall on either
+    torch.testing.assert_close(whole, floats.detach(), rtol=0, atol=2e-2 * float(whole.abs().max()))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        half = net(images(16, seed=7)).float()
+    torch.testing.assert_close(half, whole, rtol=0, atol=0.1 * float(whole.abs().max()))
+
+
+@pytest.mark.parametrize("make", [SimQAT, lambda: SLB(total_steps=9, act="int8@tensor:ema")])
+def test_an_evaluation_leaves_no_trace_in_the_training(make: Any):
+    nets = []
+    for evaluates in (False, True):
+        algo = make()
+        net = trained(algo)
+        if evaluates:
+            inferred(net)
+        train(net, algo)
+        nets.append(net)
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+
+
+def test_nan_stays_nan():
+    net = trained(SimQAT())
+    x = images()
+    x[3, 0, 2, 2] = torch.nan
+    with torch.no_grad():
+        y = net(x)
+    assert bool(y[3].isnan().all()) and bool(y[:3].isfinite().all())
+
+
+def test_quantization_that_has_not_begun_leaves_floats():
+    torch.manual_seed(0)
+    net = SmallConvNet().eval()
+    want = inferred(net)
+    SimQAT(quant_delay=5, fold_bn=False).apply(net, images())
+    torch.testing.assert_close(inferred(net), want)
+
+
+def test_a_compiler_takes_it_whole():
+    net = trained(SimQAT())
+    with torch.no_grad():
+        got = torch.compile(net, fullgraph=True, backend="eager")(images(16, seed=7))
+    assert torch.equal(got, inferred(net))
+
+
+def test_a_bias_is_a_whole_number_of_steps_where_fp32_counts_them():
+    scale, x_scale = torch.tensor([0.3, 0.3, 1e-12, 0.0]), torch.tensor([0.05])
+    bias = torch.tensor([1.0, -0.001, 1.0, 2.0])
+    got = whole_bias(bias, scale, x_scale)
+    assert torch.equal(got[:2], torch.tensor([67.0, 0.0]) * (scale[:2] * x_scale)) and torch.equal(got[2:], bias[2:])
+
+
+def test_steps_are_found_again_at_every_scale():
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.rand(1000, 1, generator=generator).exp() * 10.0 ** torch.arange(-20, 20).repeat(25)[:, None]
+    steps = torch.arange(-255, 256) * 0.5
+    assert torch.equal(in_steps(steps * scale, scale), steps.expand(1000, -1))
