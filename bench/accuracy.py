@@ -24,12 +24,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gs_algos
 from bench import record
+from bench.memory import nbytes_of, peak_bytes
 from gs_algos.cli.compress import train_compressed
 from gs_algos.cli.data import ImageData, batches_per_epoch, load_data
 from gs_algos.cli.demo import latency_ms
 from gs_algos.cli.models import MODELS, build
 from gs_algos.cli.recipes import float_recipe, tune_recipe
 from gs_algos.cli.train import Interrupted, Recipe, accuracy, predict, train
+from gs_algos.core.algorithm import evaluating
 from gs_algos.core.registry import algorithm_class
 
 CALIBRATED = 512  # images
@@ -226,14 +228,21 @@ def chain(name: str) -> list[str]:
 
 
 def size(net: nn.Module, data: ImageData) -> dict[str, Any]:
-    """Numbers held, multiply-adds of an image (those of ATen products and convolutions), ms of a forward by batch."""
+    """Numbers held and their bytes, multiply-adds of an image (those of ATen products and convolutions), and by batch
+    the ms of a forward and the bytes that it takes beside them.
+    """
     x = data.normalize(data.test_x[:1])
     with FlopCounterMode(display=False) as counter:
         predict(net, replace(data, test_x=data.test_x[:1]))
+    batches = {str(batch): x.repeat(batch, 1, 1, 1) for batch in (1, 64)}
+    with evaluating(net):
+        peaks = {batch: peak_bytes(images.device, lambda i=images: net(i)) for batch, images in batches.items()}
     return {
         "numbers": sum(t.numel() for t in net.state_dict().values()),
+        "nbytes": nbytes_of(net),
         "macs": counter.get_total_flops() // 2,
-        "ms": {str(batch): round(latency_ms(net, x.repeat(batch, 1, 1, 1)), 3) for batch in (1, 64)},
+        "ms": {batch: round(latency_ms(net, images), 3) for batch, images in batches.items()},
+        "peak_bytes": peaks,
     }
 
 

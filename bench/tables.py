@@ -69,6 +69,25 @@ def accuracy(rows: Rows) -> str:
     return table(head, lines)
 
 
+def pruned(rows: Rows) -> str:
+    """What pruning, and what came after it, took off a network: each cell before -> after."""
+
+    def cell(ends: Sequence[dict[str, Any]], key: str, batch: str | None, unit: float, digits: int) -> str:
+        found = [end.get(key) if batch is None else end.get(key, {}).get(batch) for end in ends]
+        return " -> ".join("-" if value is None else f"{value / unit:.{digits}f}" for value in found)
+
+    columns = (("numbers", None, 1e6, 2), ("macs", None, 1e6, 1), ("ms", "1", 1.0, 1), ("ms", "64", 1.0, 1))
+    columns = (*columns, ("nbytes", None, 1e6, 2), ("peak_bytes", "64", 1e6, 1))
+    cuts = [row for row in rows if row["kind"] == "accuracy" and row["algorithm"] in ("scop", "prune")]
+    known = [row for row in cuts if "sizes" in row]
+    lines = []
+    for (model, data, recipe), row in sorted(last(known, "model", "data", "recipe").items()):
+        before, *_, after = row["sizes"].values()
+        lines.append((model, data, recipe, *(cell((before, after), *column) for column in columns)))
+    head = ("network", "data", "recipe", "million numbers", "million multiply-adds", "one image ms", "64 images ms")
+    return table((*head, "network MB", "64 images MB"), lines)
+
+
 def language(rows: Rows) -> str:
     """A row per width of ours and of the float model; other libraries beside the row that has their setting."""
     known = last([row for row in rows if row["kind"] == "language"], "model", "provider", "weights", "embeddings")
@@ -166,7 +185,7 @@ def models(rows: Rows) -> str:
         bases = {phase: floats.get((device, network, size, phase, row["commit"])) for phase, row in by.items()}
         cells = {phase: _against(by.get(phase), bases.get(phase)) for phase in ("train", "latency", "throughput")}
         step = by.get("train", {})
-        kept = _mb(step.get("peak_bytes", step.get("saved_bytes")))
+        kept = _mb(step.get("saved_bytes", step.get("peak_bytes")))
         batch = {**by.get("throughput", {}), **step}.get("batch", "-")
         about = device, f"{network} {'x'.join(map(str, size))}", batch, algorithm
         weights = _mb(by.get("latency", {}).get("nbytes"))
@@ -238,6 +257,7 @@ def rows_of(shape: dict[str, Any]) -> int:
 
 TABLES: dict[str, Callable[[Rows], str]] = {
     "accuracy": accuracy,
+    "pruned": pruned,
     "language": language,
     "products": products,
     "ops": ops,

@@ -43,6 +43,24 @@ def test_accuracy_is_the_mean_over_seeds_of_the_last_run_of_each():
     assert tables.accuracy([pruned]).splitlines()[2] == "| net | set | w8 | 1 | 90.00 | - | 88.00 | - | - |"
 
 
+def test_what_pruning_takes_off_is_shown_before_and_after():
+    ends = {
+        "float": {
+            "numbers": 3e6,
+            "macs": 41e6,
+            "ms": {"1": 2.0, "64": 50.0},
+            "nbytes": 12e6,
+            "peak_bytes": {"64": 9e6},
+        },
+        "scop-45": {"numbers": 1e6, "macs": 13e6, "ms": {"1": 1.0, "64": 24.96}},
+    }
+    row = {**RUN, "recipe": "scop-45", "algorithm": "scop", "sizes": ends}
+    unpruned = {**RUN, "algorithm": "simqat", "sizes": ends}
+    assert tables.pruned([row, unpruned]).splitlines()[2:] == [
+        "| net | set | scop-45 | 3.00 -> 1.00 | 41.0 -> 13.0 | 2.0 -> 1.0 | 50.0 -> 25.0 | 12.00 -> - | 9.0 -> - |"
+    ]
+
+
 def test_photographs_are_the_last_row_of_each_setting():
     row = {"kind": "photographs", "model": "net", "setting": "w8", "sqnr_db": 23.46, "torch_sqnr_db": 23.1, "views": 20}
     row |= {"top1_kept": 19, "top5_kept": [5, 4], "nbytes": {"converted": 5.1e6}, "ms": {"float": 10, "converted": 5}}
@@ -153,7 +171,7 @@ def test_tables_are_filled_in_place_and_a_stale_one_fails_the_check(folder, caps
 
 
 @pytest.mark.parametrize(
-    "name, message", [("nothing", "must be one of accuracy, language, products"), ("language", "needs rows in bench")]
+    "name, message", [("nothing", "must be one of accuracy, pruned, language"), ("language", "needs rows in bench")]
 )
 def test_a_table_that_cannot_be_made_is_named(folder, capsys, name, message):
     page = folder / "page.md"

@@ -2,7 +2,7 @@
 
 Rows are written as they are measured: time and memory of a training step, latency of one input and throughput of a
 batch of the converted network. `--decode FOLDER` adds tokens per second of a language model, e.g. SmolLM2, in bf16 and
-packed. What a row says of memory is the GPU's peak; on a CPU, the bytes that autograd keeps and those of the weights.
+packed. A row says what autograd keeps of a step, the bytes of the network, and the most that a step or forward takes.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.memory import nbytes_of, peak_bytes
 from bench.models.networks import Network
 from bench.steps import kept_for_backward
 from bench.timing import Timing, summarize, time_calls
@@ -23,19 +24,6 @@ ALGORITHMS: dict[str, Make] = {
     "slb-w2": lambda images: SLB(weight="2bit@channel", total_steps=1000),
     "slb-w1": lambda images: SLB(weight="1bit@channel", total_steps=1000),
 }
-
-
-def _memory(device: str, call: Callable[[], Any]) -> dict[str, int]:
-    """Peak bytes that a call allocates on a GPU, beyond what was there; on a CPU they are not known."""
-    if torch.device(device).type != "cuda":
-        call()
-        return {}
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return {"peak_bytes": torch.cuda.max_memory_allocated() - before}
 
 
 def _times(timing: Timing) -> dict[str, float]:
@@ -55,12 +43,6 @@ def _time(call: Callable[[], Any], device: str, seconds: float) -> Timing:
         end.synchronize()
         samples.append(start.elapsed_time(end))
     return summarize(samples[2:])
-
-
-def nbytes_of(net: nn.Module) -> int:
-    """Of parameters and buffers, each storage once."""
-    storages = {t.untyped_storage()._cdata: t.nbytes for t in (*net.parameters(), *net.buffers())}
-    return sum(storages.values())
 
 
 def measure(
@@ -84,7 +66,7 @@ def measure(
     step = _step(net.train(), algo, x)
     step()
     kept = _kept(net, x)
-    memory = _memory(device, step)
+    memory = {"peak_bytes": peak_bytes(device, step)}
     yield {"phase": "train", "batch": batch, "saved_bytes": kept, **memory, **_times(_time(step, device, seconds))}
     yield from _predicting(net.eval() if algo is None else algo.convert(net.eval()), x, device, seconds)
 
@@ -93,7 +75,7 @@ def _predicting(net: nn.Module, x: Tensor, device: str, seconds: float) -> Itera
     size = {"nbytes": nbytes_of(net)}
     for phase, inputs in (("latency", x[:1]), ("throughput", x)):
         with torch.inference_mode():
-            memory = _memory(device, lambda i=inputs: net(i))
+            memory = {"peak_bytes": peak_bytes(device, lambda i=inputs: net(i))}
             timing = _time(lambda i=inputs: net(i), device, seconds)
         rate = {"per_s": round(1e3 * inputs.shape[0] / timing.ms_p50, 2)}
         yield {"phase": phase, "batch": inputs.shape[0], **size, **memory, **_times(timing), **rate}
