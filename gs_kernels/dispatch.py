@@ -46,14 +46,13 @@ def choose(op: str, impls: Sequence[Impl], *args: Any) -> Impl:
         UnsupportedError: if every implementation refuses, with all the reasons; or GS_BACKEND names one that does.
     """
     forced = os.environ.get("GS_BACKEND")
-    if forced and forced not in {impl.name for impl in impls}:
-        raise UnsupportedError(
-            f"{op}: GS_BACKEND must be one of {', '.join(impl.name for impl in impls)}, got {forced!r}; unset it"
-        )
+    if forced:
+        names = [impl.name for impl in impls]
+        if forced not in names:
+            raise UnsupportedError(f"{op}: GS_BACKEND must be one of {', '.join(names)}, got {forced!r}; unset it")
+        impls = [impls[names.index(forced)]]
     refusals: list[str] = []
     for impl in impls:
-        if forced and impl.name != forced:
-            continue
         reasons = impl.refuses(*args)
         if not reasons:
             if refusals and (op, impl.name) not in _said:
@@ -89,11 +88,16 @@ def triton_refuses(x: torch.Tensor, *_: object) -> list[str]:
         return ["needs the triton package"]
     if INTERPRET:
         return [] if is_eager(x) else ["needs real tensors under TRITON_INTERPRET=1"]
-    return [] if x.device.type == "cuda" else [f"needs a CUDA tensor, got {x.device}"]
+    return [] if x.is_cuda else _needs_cuda(x.device.type)
+
+
+@cache
+def _needs_cuda(got: str) -> list[str]:
+    return [f"needs a CUDA tensor, got {got}"]
 
 
 def cpu_refuses(x: torch.Tensor, *_: object) -> list[str]:
-    return [] if x.device.type == "cpu" and is_eager(x) else ["needs a CPU tensor outside any tracing"]
+    return [] if x.is_cpu and is_eager(x) else ["needs a CPU tensor outside any tracing"]
 
 
 def never(*_: object) -> list[str]:

@@ -56,7 +56,9 @@ def register(
     IMPLEMENTATIONS[name] = impls
 
     def body(*args: Any) -> Any:
-        args = tuple(a.detach() if isinstance(a, torch.Tensor) and a.requires_grad else a for a in args[:-1])
+        args = args[:-1]
+        if any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
         return choose(name, impls, *args).run(*args)
 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -9,6 +9,7 @@ import ctypes
 import math
 import mmap
 import sys
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -131,7 +132,7 @@ def _pick(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _factors(dw: Tensor, a: Tensor, temperature: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """dW as `[O, R]`, rate and c of the chains."""
     inverse = _inverse(temperature)
-    return dw.reshape(a.shape[0], -1), _column(scale, a.shape[0]) * inverse, torch.tensor([inverse * LOG2E])
+    return dw.reshape(a.shape[0], -1), _column(scale, a.shape[0]) * _numbers(inverse), _numbers(inverse * LOG2E)
 
 
 def _use_slopes(
@@ -179,6 +180,11 @@ def _inverse(temperature: Tensor) -> float:
     return 1 / tau if TAU_MIN <= tau <= TAU_MAX else math.nan
 
 
+def _numbers(*values: float) -> Tensor:
+    """fp32 `[n]`. `torch.tensor` takes several times longer, which a small weight feels."""
+    return torch.frombuffer(array("f", values), dtype=torch.float32)
+
+
 def _column(scale: Tensor | None, rows: int) -> Tensor:
     """A scale for each row, `[O, 1]`."""
     return torch.ones(rows, 1) if scale is None else scale.view(-1, 1)
@@ -202,7 +208,7 @@ def slb_weight_cpu(
     rows, column, c = (
         out.view(a.shape[0], -1),
         _column(scale, a.shape[0]),
-        torch.tensor([_inverse(temperature) * LOG2E]),
+        _numbers(_inverse(temperature) * LOG2E),
     )
     if hard:
         torch.mul(_pick(a, levels)[1], column, out=rows)
@@ -278,7 +284,7 @@ def slb_adamw__cpu(
         return
     t = step.item()
     rate, spread = lr / (1 - beta1**t), math.sqrt(1 - beta2**t)
-    hyper = torch.tensor([1 - beta1, 1 - beta2, rate, spread, eps, 1 - lr * weight_decay])
+    hyper = _numbers(1 - beta1, 1 - beta2, rate, spread, eps, 1 - lr * weight_decay)
     _use_slopes(adamw_chain, _flat(state), dw, levels, temperature, scale, hyper)
 
 
@@ -304,7 +310,7 @@ def slb_sgd__cpu(
         kwargs: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         _assign(state, slb_sgd_ref(logits, dw, levels, temperature, momentum_buffer, scale, **kwargs))
         return
-    hyper = torch.tensor([lr, weight_decay, momentum])
+    hyper = _numbers(lr, weight_decay, momentum)
     if momentum_buffer is None:
         _use_slopes(plain_sgd_chain, _flat(state), dw, levels, temperature, scale, hyper)
     else:
