@@ -1,8 +1,9 @@
 """Convolutions of 8-bit images with a packed weight on the CPU, summed as integers.
 
-Two ways, by what was measured. Where y has many pixels for each channel, and for groups of channels: oneDNN's
-convolution of uint8 codes, which packs the weight for each size of image. Else, what the pixels of some images see is
-copied side by side, and multiplied by ATen's product of int8 matrices. One compiled pass makes the result of the sums.
+Three ways, by what was measured. Depthwise, without a residual: C++ of our own (cpu_depthwise.py), if it runs here.
+Where y has many pixels for each channel, and for groups of channels: oneDNN's convolution of uint8 codes, which packs
+the weight for each size of image. Else, what the pixels of some images see is copied side by side, and multiplied by
+ATen's product of int8 matrices. Behind both, one compiled pass makes the result of the sums.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn.functional import pad
 from gs_kernels.compiled import call, compiled
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import unpack_codes
+from gs_kernels.qconv2d.cpu_depthwise import Depthwise, function, suits
 from gs_kernels.qconv2d.dense import empty_image
 from gs_kernels.qconv2d.ref import convolve_int8_ref, finish_int8, into_codes
 from gs_kernels.qconv2d.window import Window
@@ -137,12 +139,18 @@ class Int8Convolution:
         self.one = _has_one_sum(self.known, weight)
         self.scale, none = weight.scale.reshape(-1).contiguous(), torch.zeros(self.n)
         self.offsets = {True: none, False: (self.known.sums * -self.shift).view(-1) if self.one else none}
+        self.depthwise: Depthwise | None = None
+        if self.one and suits(self.n, self.k, window, activation, dtype, out[0] is not None):
+            about = (self.known.codes, self.known.twice, window, self.shift, self.scale, x_scale, bias)
+            self.depthwise = Depthwise(function(), *about, out, activation)
         self.packs: dict[tuple[int, ...], Tensor] = {}  # the weight as oneDNN wants it, by the shape of x
         self.calls = 0
 
     def __call__(self, x: Tensor, residual: tuple[Tensor | None, Tensor | None, Tensor | None]) -> Tensor:
         """y `[B, O, P, Q]`; residual: itself, its scale and zero point, as `qconv2d_int8` takes them."""
         self.calls += 1
+        if self.depthwise is not None and residual[0] is None and x.shape[1] == self.n:
+            return self.depthwise(x).permute(0, 3, 1, 2)
         b, (p, q) = x.shape[0], self.window.output(*x.shape[2:])
         rest, about = residual[0], residual[1:]
         rest = None if rest is None else rest.permute(0, 2, 3, 1).reshape(-1, self.n)

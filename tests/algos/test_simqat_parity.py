@@ -82,19 +82,16 @@ def test_codes_are_exactly_those_of_the_trained_forward():
     assert torch.equal(converted.weight, want)
 
 
-def test_a_thousand_seeds_convert_to_the_same_function():
-    worst = 0.0
-    for seed in range(1000):
+def test_many_seeds_convert_to_the_same_function():
+    for seed in range(250):
         torch.manual_seed(seed)
         x = torch.randn(4, 6)
         net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
         algo = SimQAT(weight=f"int{1 + seed % 8}@channel", act="int8@tensor:minmax")
         net = algo.apply(net, x)
-        want = net(x).detach()
-        got = algo.convert(net)(x)
-        worst = max(worst, float((got - want).abs().max() / want.abs().max().clamp(min=1e-6)))
-        assert algo.parity.layer_error < 1e-5, seed
-    assert worst < 1e-2
+        with torch.no_grad():
+            want = net(x)
+            assert torch.equal(algo.convert(net)(x), want), seed
 
 
 def test_int8_linear_runs_on_integers_and_says_so():

@@ -1,0 +1,85 @@
+"""The C++ of depthwise convolutions on a CPU against the reference, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from gs_kernels import PackedWeight, pack_weight, qconv2d_int8
+from gs_kernels.dispatch import INTERPRET
+from gs_kernels.qconv2d import cpu_depthwise
+from gs_kernels.qconv2d.ref import qconv2d_int8_ref
+from tests.helpers import relative_rms
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter runs Triton's kernels instead")
+
+HERE = cpu_depthwise.function() is not None
+WINDOWS: dict[str, dict[str, Any]] = {
+    "padded": {"kernel_size": 3, "padding": 1},
+    "strided": {"kernel_size": (5, 3), "padding": (2, 0), "stride": (2, 3)},
+    "dilated": {"kernel_size": 3, "padding": 4, "dilation": (2, 3)},
+    "same, even": {"kernel_size": 4, "padding": "same"},
+    "larger than the image": {"kernel_size": 11, "padding": 5},
+}
+
+
+def weight(channels: int, taps: int, bits: int) -> PackedWeight:
+    generator = torch.Generator().manual_seed(channels + taps)
+    codes = torch.randint(2**bits, (channels, taps), generator=generator, dtype=torch.uint8)
+    scale = torch.linspace(-0.02, 0.03, channels).view(-1, 1)
+    return pack_weight(codes, scale, torch.full((channels, 1), 2.0 ** (bits - 1)), bits=bits, group_size=taps)
+
+
+def image(channels: int, batch: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(-128, 128, (batch, channels, 7, 9), generator=generator, dtype=torch.int8)
+
+
+@pytest.mark.skipif(not HERE, reason="needs AVX-512 and a C++ compiler")
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("channels, bits", [(16, 8), (80, 8), (144, 4), (32, 1)])
+def test_depthwise_is_the_reference(window: str, channels: int, bits: int):
+    about: dict[str, Any] = {**WINDOWS[window], "groups": channels}
+    size = about["kernel_size"]
+    taps = size[0] * size[1] if isinstance(size, tuple) else size * size
+    w, x, bias = weight(channels, taps, bits), image(channels), torch.linspace(-3, 3, channels)
+    x_scale, grid = torch.tensor([0.05]), {"out_scale": torch.tensor([0.1]), "out_zero": torch.tensor([-100.0])}
+    for activation in ("none", "relu", "relu6"):
+        for zero in (None, torch.tensor([-7.0])):
+            for out in ({}, grid):
+                options = {**about, **out, "x_zero": zero, "activation": activation}
+                got = qconv2d_int8(x, x_scale, w, bias, **options)
+                assert torch.equal(got, qconv2d_int8_ref(x, x_scale, w, bias, **options)), (activation, zero, out)
+    assert torch.equal(qconv2d_int8(x, x_scale, w, **about), qconv2d_int8_ref(x, x_scale, w, **about))
+    first_last = x.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(qconv2d_int8(first_last, x_scale, w, **about), qconv2d_int8(x, x_scale, w, **about))
+
+
+@pytest.mark.skipif(not HERE, reason="needs AVX-512 and a C++ compiler")
+def test_what_it_cannot_do_goes_another_way():
+    x_scale, about = torch.tensor([0.05]), {"kernel_size": 3, "padding": 1}
+    for channels, options in (
+        (24, {}),  # not a multiple of 16
+        (32, {"activation": "silu"}),
+        (32, {"dtype": torch.float16}),
+        (32, {"residual": torch.ones(2, 32, 7, 9)}),
+    ):
+        w, x = weight(channels, 9, 8), image(channels)
+        got, want = (f(x, x_scale, w, **about, groups=channels, **options) for f in (qconv2d_int8, qconv2d_int8_ref))
+        assert got.dtype == want.dtype and relative_rms(got, want) < 1e-3
+    assert qconv2d_int8(image(32, 0), x_scale, weight(32, 9, 8), **about, groups=32).shape == (0, 32, 7, 9)
+
+
+def test_code_that_computes_something_else_is_not_used(monkeypatch, caplog):
+    monkeypatch.setattr(cpu_depthwise, "_is_right", lambda run: False)
+    cpu_depthwise.function.cache_clear()
+    try:
+        w, x = weight(32, 9, 8), image(32)
+        about = {"kernel_size": 3, "padding": 1, "groups": 32}
+        got = qconv2d_int8(x, torch.ones(1), w, **about)
+        assert torch.equal(got, qconv2d_int8_ref(x, torch.ones(1), w, **about))
+        assert not HERE or "computes wrong sums" in caplog.text
+    finally:
+        cpu_depthwise.function.cache_clear()
