@@ -3,11 +3,13 @@
 In eval mode and without gradients, a layer whose input is on a grid multiplies the steps themselves, codes less their
 zero points: in fp32, where sums of whole numbers are exact in any order as long as they stay below 2**24. What follows
 them has the order of `gs_kernels.qconv2d_int8`: scale of the weight, scale of the input, bias. The batch norm behind is
-folded into scale and bias, and lets the values pass. Where weight and input have 8 bits, a bias is a whole number of
-the sums' steps, as the int32 biases of integer engines are (Jacob et al. 2018, arXiv:1712.05877, section 2.4); wider
-steps would move it too far.
+folded into scale and bias, and gives what the layer so found.
 
-Training, and inference with gradients, under autocast or in another dtype than fp32, stay with fake-quantized floats.
+Where weight and input have 8 bits, a bias is a whole number of the sums' steps, as the int32 biases of integer engines
+are (Jacob et al. 2018, arXiv:1712.05877, section 2.4); wider steps would move it too far.
+
+Training, and inference with gradients, under autocast, in another dtype than fp32 or compiled, stay with fake-quantized
+floats.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gs_algos.quant.norms import PassedInEval, affine, running_mean, running_sigma
+from gs_algos.quant.norms import BroughtAlong, affine, bring_along, running_mean, running_sigma
 from gs_algos.quant.quantizers import ActivationQuantizer
 from gs_algos.quant.scheme import Scheme
 from gs_algos.quant.slb_grid import LevelGrid
@@ -49,6 +51,10 @@ class IntegerEval(nn.Module):
         """What the batch norm multiplies the product with the quantized weight by, `[O]` fp32, in eval mode."""
         return affine(bn)[0] / running_sigma(bn)
 
+    def unfolded(self, scale: Tensor) -> Tensor:
+        """The scales `[O]` without what a fold in training took from the batch norm."""
+        return scale
+
     def epilogue(self, bn: _BatchNorm) -> tuple[Tensor, Tensor]:
         """(slope, bias) `[O]` fp32 with `BN(conv(x, W) + b) = slope * conv(x, W_quantized) + bias` in eval mode."""
         gamma, beta = affine(bn)
@@ -56,34 +62,38 @@ class IntegerEval(nn.Module):
         return self.slope(bn), beta + gamma / running_sigma(bn) * offset
 
     def on_integers(self, x: Tensor) -> Tensor | None:
-        """The layer's output, its batch norm done; None where floats are to be multiplied."""
+        """The layer's output, which brings that of its batch norm along; None where floats are to be multiplied."""
         bn = self._bn[0] if self._bn else None
         weight = self.whole_weight() if self._runs_whole(x, bn) else None
-        if isinstance(bn, PassedInEval):
-            bn.passes = weight is not None
         quantizer = self.input_quantizer
         if weight is None or quantizer is None:
             return None
         (steps, scale), (x_scale, _) = weight, quantizer.grid()
-        slope, bias = (None, self.bias) if bn is None else self.epilogue(bn)
-        scale = scale if slope is None else scale * slope
-        y = self.product(in_steps(quantizer(x), x_scale), steps)
-        if steps.dim() in (3, 4) and y.dim() == steps.dim():
+        sums = self.product(in_steps(quantizer(x), x_scale), steps)
+        if steps.dim() in (3, 4) and sums.dim() == steps.dim():
             # channels last, as converted layers give it: that orders the sums of a mean behind them
-            y = y.movedim(1, -1).contiguous().movedim(-1, 1)
-        axes = (-1, *[1] * (steps.dim() - 2))
-        y = y * scale.view(axes) * x_scale
-        if bias is None:
+            sums = sums.movedim(1, -1).contiguous().movedim(-1, 1)
+        slope, bias = (1.0, self.bias) if bn is None else self.epilogue(bn)
+        folded, axes = scale * slope, (-1, *[1] * (steps.dim() - 2))
+        if bias is not None and counts_bias(self.weight_scheme(), quantizer.scheme):
+            bias = whole_bias(bias, folded, x_scale)
+        y = from_sums(sums, folded, x_scale, bias, axes)
+        if not isinstance(bn, BroughtAlong):
             return y
-        if counts_bias(self.weight_scheme(), quantizer.scheme):
-            bias = whole_bias(bias, scale, x_scale)
-        return y + bias.float().view(axes)
+        return bring_along(from_sums(sums, self.unfolded(scale), x_scale, self.bias, axes), bn, y)
 
     def _runs_whole(self, x: Tensor, bn: _BatchNorm | None) -> bool:
         quantizer: Any = self.input_quantizer
         learns = self.training or (bn is not None and bn.training) or torch.is_grad_enabled()
         floats = learns or torch.is_autocast_enabled(x.device.type) or x.dtype != torch.float32
+        floats = floats or torch.compiler.is_compiling()
         return not floats and quantizer is not None and quantizer.active and quantizer.gate is None
+
+
+def from_sums(sums: Tensor, scale: Tensor, x_scale: Tensor, bias: Tensor | None, axes: tuple[int, ...]) -> Tensor:
+    """`sums * scale * x_scale + bias`, in this order; axes: of `[O]` beside sums."""
+    y = sums * scale.view(axes) * x_scale
+    return y if bias is None else y + bias.float().view(axes)
 
 
 def in_steps(values: Tensor, scale: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gs_algos.core.modules import swapped_class
 from gs_algos.quant.integer_eval import IntegerEval, in_steps
 from gs_algos.quant.norms import (
+    BroughtAlong,
     Freezable,
-    PassedInEval,
     PassedOver,
     affine,
     per_channel,
@@ -130,6 +130,9 @@ class Folded(_FakeQuantConv):
 class _OneConvFolded(Folded):
     prefix = "OneConvFolded"
 
+    def unfolded(self, scale: Tensor) -> Tensor:
+        return scale / self.factor()[0]
+
     def on_floats(self, x: Tensor) -> Tensor:
         # multiplied in and divided out again: only the grid sees f, so no gradient has to go through it
         f = self.factor()[0].detach()
@@ -213,7 +216,7 @@ def swap(
         holder.register_buffer("frozen", torch.zeros(1, dtype=torch.bool, device=running_mean(bn).device))
         swap_norm(bn, PassedOver if fold == "two_conv" else Freezable, tail)
     if fold != "two_conv" and input is not None:
-        swap_norm(bn, PassedInEval, tail)
+        swap_norm(bn, BroughtAlong, tail)
 
 
 def give_output_quantizer(module: Any, quantizer: ActivationQuantizer) -> None:

@@ -8,6 +8,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gs_algos.core.modules import swapped_class
 
+NORMED = "normed"  # attribute of a tensor
+
 
 class Tailed(_BatchNorm):
     """A batch norm that may have children which run behind it (timm's BatchNormAct2d: an activation)."""
@@ -49,14 +51,23 @@ class Freezable(Tailed):
         return self._behind(y.to(x.dtype))
 
 
-class PassedInEval(Tailed):
-    """A batch norm that the layer in front does too, in the forwards in which it says so."""
+class BroughtAlong(Tailed):
+    """A batch norm whose output the layer in front may have made too, in a way of its own: the input brings it along.
 
-    prefix = "PassedInEval"
-    passes = False
+    So one that takes its place, as `SyncBatchNorm.convert_sync_batchnorm` makes it, still has the input it expects.
+    """
+
+    prefix = "BroughtAlong"
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._behind(x) if self.passes else super().forward(x)
+        bn, normed = (None, None) if torch.compiler.is_compiling() else x.__dict__.get(NORMED, (None, None))
+        return self._behind(normed) if normed is not None and bn is self else super().forward(x)
+
+
+def bring_along(y: Tensor, bn: BroughtAlong, normed: Tensor) -> Tensor:
+    """y, the input of a batch norm, with what the batch norm shall give."""
+    y.__dict__[NORMED] = (bn, normed)
+    return y
 
 
 def swap_norm(bn: _BatchNorm, mixin: type[Tailed], tail: tuple[nn.Module, ...]) -> None:

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gs_algos.core.modules import swapped_class
 from gs_algos.quant.integer_eval import IntegerEval, in_steps
-from gs_algos.quant.norms import PassedInEval, Tailed, swap_norm, update_running
+from gs_algos.quant.norms import BroughtAlong, Tailed, swap_norm, update_running
 from gs_algos.quant.quantizers import ActivationQuantizer
 from gs_algos.quant.slb_grid import LevelGrid
 from gs_algos.quant.slb_search import LevelSearch, local, rows_of
@@ -180,4 +180,4 @@ def swap(
         swap_norm(bn, _StateNorm, tail)
         bn._layer = (layer,)  # type: ignore[assignment]
     if input is not None:
-        swap_norm(bn, PassedInEval, tail)
+        swap_norm(bn, BroughtAlong, tail)
