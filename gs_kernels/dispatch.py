@@ -88,12 +88,7 @@ def triton_refuses(x: torch.Tensor, *_: object) -> list[str]:
         return ["needs the triton package"]
     if INTERPRET:
         return [] if is_eager(x) else ["needs real tensors under TRITON_INTERPRET=1"]
-    return [] if x.is_cuda else _needs_cuda(x.device.type)
-
-
-@cache
-def _needs_cuda(got: str) -> list[str]:
-    return [f"needs a CUDA tensor, got {got}"]
+    return [] if x.is_cuda else [f"needs a CUDA tensor, got {x.device.type}"]
 
 
 def cpu_refuses(x: torch.Tensor, *_: object) -> list[str]:

@@ -22,7 +22,7 @@ from gs_kernels import (
     observe_fake_quant,
     quantize,
 )
-from gs_kernels.dispatch import INTERPRET
+from gs_kernels.dispatch import INTERPRET, triton_refuses
 from tests.helpers import DEVICE, relative_rms, same_bits
 
 if INTERPRET:
@@ -206,3 +206,11 @@ def test_the_source_is_an_argument_so_that_compiler_caches_notice_edits(monkeypa
     graph = make_fx(lambda x: fake_quant(x, scale, zero, qmin=-8, qmax=7), tracing_mode="real")(x.detach()).graph
     (node,) = [node for node in graph.nodes if "gs_kernels" in str(node.target)]
     assert node.args[-1] == SOURCE and len(SOURCE) == 12
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter takes CPU tensors")
+def test_reasons_belong_to_one_call():
+    x = torch.ones(1)
+    first = triton_refuses(x)
+    first.append("and more")
+    assert triton_refuses(x) == first[:-1] != []
