@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from bench.memory import nbytes_of, peak_bytes
 from bench.models import __main__ as command
 from bench.models import decode
-from bench.models.measure import nbytes_of
 from bench.models.networks import NETWORKS, LlamaBlock, Network, resnet
 from tests.language_models import save_folder, tiny_llama
 
@@ -48,6 +48,7 @@ def test_a_network_is_trained_converted_and_timed_beside_float(rows, capsys):
     for row in written:
         assert row["kind"] == "model" and 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
     assert written[3]["saved_bytes"] > written[0]["saved_bytes"] > 0
+    assert all(row["peak_bytes"] > 0 for row in written)
     assert written[5]["nbytes"] < written[2]["nbytes"]
     assert written[5]["per_s"] == pytest.approx(4e3 / written[5]["ms_p50"], rel=0.02)
     assert "simqat-w4a8" in capsys.readouterr().out
@@ -110,3 +111,15 @@ def test_decoding_gives_a_rate_and_the_bytes_of_the_model(monkeypatch, tmp_path)
     (row,) = decode.decode_rows(folder, "cpu", 0.0)
     assert row["network"] == "tiny" and row["per_s"] > 0
     assert row["nbytes"] >= 2 * sum(p.numel() for p in model.parameters())
+
+
+def test_the_peak_is_what_is_alive_at_once():
+    x = torch.ones(1 << 18)
+
+    def call() -> None:
+        a = x + 1
+        b = a * 2
+        del a
+        (b + b).sum()
+
+    assert 2 * x.nbytes <= peak_bytes("cpu", call) < 2.1 * x.nbytes

@@ -110,14 +110,14 @@ def qmatmul_int8(
     """`act((x - x_zero) * x_scale @ W^T + bias)` with integer codes on both sides. No gradient.
 
     Codes are multiplied and summed as integers, exactly, within each group of the weight; scales, zero points, bias and
-    activation follow in fp32, and one cast.
+    activation follow in fp32, and one cast. On a CPU the zero points, too, are part of the exact sums.
 
     Args:
         x: `[..., K]` int8, e.g. of `quantize_rows`.
         x_scale: fp32, one per row of x, `x.shape[:-1]`, or `[1]` for all.
         weight: `[N, K]`, without levels.
         bias: `[N]` fp32 / fp16 / bf16.
-        x_zero: `[1]` fp32 of an integer, the code that stands for 0.0. None is 0. Needs `weight_sums`.
+        x_zero: `[1]` fp32 of an integer, the code that stands for 0.0; a CPU looks. None is 0. Needs `weight_sums`.
         weight_sums: `[N]` fp32, `row_sums(weight)`: made once per weight, not once per call.
         activation: `none`, `relu`, `relu6`, `hardswish`, `gelu` (exact) or `silu`.
         dtype: of the result: fp32 / fp16 / bf16.
