@@ -8,10 +8,9 @@ Without a C++ compiler the chain runs eagerly, which is said once.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +68,26 @@ def _say_uncompiled(what: str, error: Exception) -> None:
     logger.warning("%s, several times slower: compiling failed (%s); install a C++ compiler", what, reason)
 
 
-def native(source: Path) -> ctypes.CDLL | None:
-    """The library of a C++ file, compiled when first asked for and kept on disk; None, said once, if that fails here.
+def native(source: Path, name: str, argtypes: Sequence[Any], is_right: Callable[[Any], bool]) -> Any:
+    """A void function of a C++ file, compiled and kept on disk; None, which is said, if that fails or it is not right.
 
     Its instructions are those that it names itself by attributes; it may use OpenMP.
+
+    Args:
+        is_right: whether it computes what it should: a CPU that is emulated may lack instructions that it reports.
     """
     try:
         from torch._inductor.codecache import CppCodeCache
 
-        return CppCodeCache.load(source.read_text())
+        run = getattr(CppCodeCache.load(source.read_text()), name)
     except (RuntimeError, OSError, ImportError) as error:
         _say_uncompiled(f"{source.name} is replaced by tensor operations", error)
         return None
+    run.argtypes, run.restype = argtypes, None
+    if is_right(run):
+        return run
+    logger.warning("the compiled %s computes wrong products; the slower way is taken", source.name)
+    return None
 
 
 def _compile_for(chain: Chain, args: tuple[Any, ...], options: dict[str, Any]) -> Chain:

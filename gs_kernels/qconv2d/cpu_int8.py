@@ -149,7 +149,7 @@ class Int8Convolution:
     def __call__(self, x: Tensor, residual: tuple[Tensor | None, Tensor | None, Tensor | None]) -> Tensor:
         """y `[B, O, P, Q]`; residual: itself, its scale and zero point, as `qconv2d_int8` takes them."""
         self.calls += 1
-        if self.depthwise is not None and residual[0] is None and x.shape[1] == self.n:
+        if self.depthwise is not None and residual[0] is None:
             return self.depthwise(x).permute(0, 3, 1, 2)
         b, (p, q) = x.shape[0], self.window.output(*x.shape[2:])
         rest, about = residual[0], residual[1:]
@@ -207,9 +207,10 @@ class Int8Convolution:
 
 def _padding_code(x_zero: Tensor | None) -> int:
     """The zero point of x, which pads it: a code."""
-    value = whole_zero("qconv2d_int8", x_zero)
+    must = "a whole number from -128 to 127"
+    value = whole_zero("qconv2d_int8", x_zero, must)
     if not -128 <= value <= 127:
-        raise ValueError(f"qconv2d_int8: x_zero must be a whole number from -128 to 127, got {value}")
+        raise ValueError(f"qconv2d_int8: x_zero must be {must}, got {value}")
     return value
 
 

@@ -7,7 +7,6 @@ before it multiplies. cpu_bf16.cpp rounds 32 of them with one and multiplies the
 from __future__ import annotations
 
 import ctypes
-import logging
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,6 @@ from torch import Tensor
 
 from gs_kernels.compiled import native
 from gs_kernels.qmatmul.cpu_lanes import LANES, Lanes, UnsuitableError
-
-logger = logging.getLogger(__name__)
 
 NEEDS = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_bf16", "avx512_vbmi")
 FEW_ROWS_OF_AMX = 32  # above, the matrix unit that ATen uses should make up for the passes over memory; not measured
@@ -58,21 +55,13 @@ def _call(run: Any, x: Tensor, lanes: Lanes) -> Tensor:
 
 @cache
 def _function() -> Any:
-    library = native(Path(__file__).with_name("cpu_bf16.cpp"))
-    if library is None:
-        return None
-    run = library.qmatmul_bf16
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    run.argtypes = [pointer, size, pointer, pointer, size, size, size, ctypes.c_int, pointer, ctypes.c_int]
-    run.restype = None
-    if _is_right(run):
-        return run
-    logger.warning("qmatmul: the compiled cpu_bf16.cpp computes wrong products; the slower way is taken")
-    return None
+    argtypes = [pointer, size, pointer, pointer, size, size, size, ctypes.c_int, pointer, ctypes.c_int]
+    return native(Path(__file__).with_suffix(".cpp"), "qmatmul_bf16", argtypes, lambda run: _is_right(run))
 
 
 def _is_right(run: Any) -> bool:
-    """One small product, exact in bf16, as the instructions that a CPU reports may be missing where it is emulated."""
+    """One small product, exact in bf16."""
     codes = torch.arange(3 * 2 * 4 * 64, dtype=torch.int32).mul(37).to(torch.uint8).view(3, 2, 4, 64)
     grid = torch.tensor([0.5, 3.0]).repeat_interleave(LANES).repeat(3, 2, 1)
     x = (torch.arange(5 * 64) % 7 - 3).view(5, 64).to(torch.bfloat16)

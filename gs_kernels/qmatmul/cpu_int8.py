@@ -56,11 +56,11 @@ def qmatmul_int8_cpu(
     return finish(y, bias, activation, dtype).view(*x.shape[:-1], n)
 
 
-def whole_zero(who: str, x_zero: Tensor | None) -> int:
-    """The zero point of x: a code, which stands for 0.0."""
+def whole_zero(who: str, x_zero: Tensor | None, must: str = "a whole number") -> int:
+    """The zero point of x: the code that stands for 0.0, or that would if the grid reached so far."""
     value = 0.0 if x_zero is None else float(x_zero)
     if not value.is_integer():
-        raise ValueError(f"{who}: x_zero must be a whole number, got {value}")
+        raise ValueError(f"{who}: x_zero must be {must}, got {value}")
     return int(value)
 
 
@@ -87,16 +87,17 @@ def _by_blocks(x: Tensor, shift: int, weight: PackedWeight) -> Tensor:
     code_sums = kept(weight, "code sums", _code_sums) if shift else None
     per_group = lanes.grid.shape[1] // groups
     ys: list[Tensor] = []
+    done = 0
     for block, grid in dequantized(lanes, torch.int8, BLOCK):
         columns = block.view(groups, lanes.width, -1)
         y = torch.zeros(m, grid.shape[0], LANES)
         for g in range(groups):
             sums = torch._int_mm(by_group[g], columns[g]).view(y.shape)
             if code_sums is not None:
-                done = sum(part.shape[1] for part in ys) // LANES
                 sums -= shift * code_sums[g, done : done + grid.shape[0]]
             call(add, y, sums, x_sums[g], grid[:, g * per_group], OFFSET if lanes.bits == 8 else 0)
         ys.append(y.flatten(1))
+        done += grid.shape[0]
     return torch.cat(ys, 1)[:, : lanes.shape[0]]
 
 
