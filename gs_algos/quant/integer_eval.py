@@ -87,6 +87,8 @@ class IntegerEval(nn.Module):
         learns = self.training or (bn is not None and bn.training) or torch.is_grad_enabled()
         floats = learns or torch.is_autocast_enabled(x.device.type) or x.dtype != torch.float32
         floats = floats or torch.compiler.is_compiling()
+        # a batch norm that is sharded apart from its layer is whole only in its own forward
+        floats = floats or (bn is not None and hasattr(bn.weight, "full_tensor"))
         return not floats and quantizer is not None and quantizer.active and quantizer.gate is None
 
 

@@ -222,10 +222,8 @@ def test_codes_change_their_grid_as_floats_do():
         assert type(y) is CodesTensor and torch.equal(y.dequantize(), into(x.dequantize()))
 
 
-NETWORKS = [("resnet20", "simqat"), ("resnet20", "slb"), ("resnet20", "slb in floats"), ("mobilenetv2", "simqat")]
-
-
-@pytest.mark.parametrize("name, algorithm", NETWORKS)
+@pytest.mark.parametrize("name", ["resnet20", "mobilenetv2"])
+@pytest.mark.parametrize("algorithm", ["simqat", "slb", "slb in floats"])
 def test_known_networks_give_the_same_bits_as_without_handing(name: str, algorithm: str):
     torch.manual_seed(0)
     x = drawn(4, 2, 1, 12, 12)

@@ -90,6 +90,17 @@ def test_a_compiler_sees_floats():
     torch.testing.assert_close(got, inferred(net), rtol=0, atol=2e-2 * float(got.abs().max()))
 
 
+def test_a_batch_norm_that_is_sharded_apart_runs_by_itself():
+    net = trained(SimQAT(fold_bn=False))
+    want = inferred(net)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.full_tensor = None  # what tells a DTensor
+    with torch.no_grad():
+        assert not net.stem(images(16, seed=7)).__dict__
+    torch.testing.assert_close(inferred(net), want, rtol=0, atol=2e-2 * float(want.abs().max()))
+
+
 @pytest.mark.parametrize("fold", ["none", "one_conv"])
 def test_a_batch_norm_that_is_replaced_still_normalizes_once(fold: str):
     net = trained(SimQAT(fold_bn=fold))

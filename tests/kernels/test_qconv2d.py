@@ -392,5 +392,5 @@ def test_parts_of_k_sum_to_the_whole(split):
 def test_a_zero_point_that_is_no_code_is_refused(zero):
     w = pack_weight(torch.ones(2, 9, dtype=torch.uint8), torch.ones(2, 1), bits=4, group_size=9)
     x = torch.ones(1, 1, 4, 4, dtype=torch.int8)
-    with pytest.raises(ValueError, match="x_zero must be a whole number"):
+    with pytest.raises(ValueError, match="x_zero must be a whole number from -128 to 127"):
         qconv2d_int8(x, torch.ones(1), w, kernel_size=3, padding=1, x_zero=torch.tensor([zero]))
