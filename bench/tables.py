@@ -302,11 +302,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--file", type=Path, default=README, help="default: README.md")
     parser.add_argument("--rows", type=Path, default=record.RESULTS, help="default: bench/results")
     chosen = parser.parse_args(argv)
-    before = chosen.file.read_text()
     try:
+        before = chosen.file.read_text()
         after = fill(before, all_rows(chosen.rows))
-    except ValueError as error:
-        print(error, file=sys.stderr)
+    except (OSError, ValueError) as error:
+        print(error if isinstance(error, ValueError) else f"bench.tables: --file: {error}", file=sys.stderr)
         return 2
     if chosen.check:
         if after != before:

@@ -200,3 +200,8 @@ def test_rows_without_times_of_ours_draw_nothing(tmp_path, capsys):
     assert plot.main([str(path)]) == 2
     assert "needs rows of bench.run with times of ours" in capsys.readouterr().err
     assert record.read_rows(path) == [{"kind": "zoo"}]
+
+
+def test_a_page_that_is_not_there_is_one_line(capsys, tmp_path):
+    assert tables.main(["--file", str(tmp_path / "nowhere.md")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
