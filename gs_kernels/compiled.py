@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,25 +68,28 @@ def _say_uncompiled(what: str, error: Exception) -> None:
     logger.warning("%s, several times slower: compiling failed (%s); install a C++ compiler", what, reason)
 
 
-def native(source: Path, name: str, argtypes: Sequence[Any], is_right: Callable[[Any], bool]) -> Any:
-    """A void function of a C++ file, compiled and kept on disk; None, which is said, if that fails or it is not right.
+def native(source: Path, functions: Mapping[str, Sequence[Any]], is_right: Callable[[Any], bool]) -> Any:
+    """The void functions of a C++ file, compiled and kept on disk; None, which is said, if that fails or one is wrong.
 
-    Its instructions are those that it names itself by attributes; it may use OpenMP.
+    They may use OpenMP, and any instructions that they name themselves by attributes.
 
     Args:
-        is_right: whether it computes what it should: a CPU that is emulated may lack instructions that it reports.
+        functions: the types of their arguments.
+        is_right: whether they compute what they should: a CPU that is emulated may lack instructions that it reports.
     """
     try:
         from torch._inductor.codecache import CppCodeCache
 
-        run = getattr(CppCodeCache.load(source.read_text()), name)
+        library = CppCodeCache.load(source.read_text())
+        for name, argtypes in functions.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = argtypes, None
     except (RuntimeError, OSError, ImportError) as error:
         _say_uncompiled(f"{source.name} is replaced by tensor operations", error)
         return None
-    run.argtypes, run.restype = argtypes, None
-    if is_right(run):
-        return run
-    logger.warning("the compiled %s computes wrong products; the slower way is taken", source.name)
+    if is_right(library):
+        return library
+    logger.warning("the compiled %s computes wrong results; the slower way is taken", source.name)
     return None
 
 

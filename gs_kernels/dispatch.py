@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))  # types of tensors that nobody overrides
+
 _said: set[tuple[str, str]] = set()
 
 
@@ -74,7 +76,7 @@ def is_eager(*tensors: torch.Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+        and PLAIN.issuperset(map(type, tensors))
     )
 
 

@@ -42,7 +42,7 @@ class Depthwise:
     """`qconv2d_int8` of images with as many channels as y, without a residual; everything fixed but the image.
 
     Args:
-        run: `function()`.
+        functions: `depthwise_library()`.
         codes, twice: int8 `[C, taps]` and a number, as `cpu_int8.Codes` holds them; shift: the zero point of x.
         scale: fp32 `[C]`.
         bias: fp32 `[C]`.
@@ -51,7 +51,7 @@ class Depthwise:
 
     def __init__(
         self,
-        run: Any,
+        functions: Any,
         codes: Tensor,
         twice: int,
         window: Window,
@@ -62,7 +62,7 @@ class Depthwise:
         out: tuple[Tensor | None, Tensor | None, Tensor | None],
         activation: str,
     ) -> None:
-        self.window, self.run = window, run
+        self.window, self.functions = window, functions
         self.weight = codes.t().contiguous().to(torch.int32)
         self.scale, self.bias = scale.float().contiguous(), None if bias is None else bias.float().contiguous()
         inverse, whole, fraction = (0.0 if t is None else float(t) for t in out)
@@ -81,33 +81,34 @@ class Depthwise:
         steps = about.stride_h, about.stride_w, about.top, about.left, about.dilation_h, about.dilation_w
         image = _Image(b, h, w, c, p, q, about.r, about.s, *steps)
         threads = torch.get_num_threads() if y.numel() * about.taps >= PARALLEL_FROM else 1
-        self.run(x.data_ptr(), self.weight.data_ptr(), y.data_ptr(), image, self.after, threads)
+        self.functions.depthwise_int8(x.data_ptr(), self.weight.data_ptr(), y.data_ptr(), image, self.after, threads)
         return y
 
 
 def suits(channels: int, k: int, window: Window, activation: str, dtype: torch.dtype, codes: bool) -> bool:
     """Whether the C++ is there and does such a convolution."""
     depthwise = window.groups == channels and k == window.taps and channels % LANES == 0
-    return depthwise and activation in ACTIVATIONS and (codes or dtype == torch.float32) and function() is not None
+    known = activation in ACTIVATIONS and (codes or dtype == torch.float32)
+    return depthwise and known and depthwise_library() is not None
 
 
 @cache
-def function() -> Any:
+def depthwise_library() -> Any:
     """The compiled code; None if this CPU lacks its instructions, or it does not compile or computes something else."""
     able = torch.cpu.get_capabilities()
     if not all(able.get(name) for name in NEEDS):
         return None
     argtypes = [pointer, pointer, pointer, ctypes.POINTER(_Image), ctypes.POINTER(_After), ctypes.c_int]
-    return native(Path(__file__).with_suffix(".cpp"), "depthwise_int8", argtypes, lambda run: _is_right(run))
+    return native(Path(__file__).with_suffix(".cpp"), {"depthwise_int8": argtypes}, _is_right)
 
 
-def _is_right(run: Any) -> bool:
+def _is_right(functions: Any) -> bool:
     """One small convolution."""
     x = (torch.arange(16 * 25) * 37 % 256 - 128).view(1, 16, 5, 5)
     codes = torch.arange(16 * 9) * 29 % 256 - 128
     window = Window(3, 3, top=1, bottom=1, left=1, right=1, groups=16)
     scale, bias, x_scale = torch.linspace(1e-3, 2e-3, 16), torch.linspace(-1, 1, 16), torch.tensor([0.3])
     fixed = codes.to(torch.int8).view(16, 9), 2, window, 5, scale, x_scale, bias
-    got = Depthwise(run, *fixed, (None, None, None), "relu")(x.to(torch.int8))
+    got = Depthwise(functions, *fixed, (None, None, None), "relu")(x.to(torch.int8))
     sums = conv2d((x - 5).double(), codes.double().view(16, 1, 3, 3), padding=1, groups=16).permute(0, 2, 3, 1)
     return torch.equal(got, (sums.float() * scale * x_scale + bias).relu())

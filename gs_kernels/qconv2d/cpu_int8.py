@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from gs_kernels.compiled import call, compiled
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import unpack_codes
-from gs_kernels.qconv2d.cpu_depthwise import Depthwise, function, suits
+from gs_kernels.qconv2d.cpu_depthwise import Depthwise, depthwise_library, suits
 from gs_kernels.qconv2d.dense import empty_image
 from gs_kernels.qconv2d.ref import convolve_int8_ref, finish_int8, into_codes
 from gs_kernels.qconv2d.window import Window
@@ -142,7 +142,7 @@ class Int8Convolution:
         self.depthwise: Depthwise | None = None
         if self.one and suits(self.n, self.k, window, activation, dtype, out[0] is not None):
             about = (self.known.codes, self.known.twice, window, self.shift, self.scale, x_scale, bias)
-            self.depthwise = Depthwise(function(), *about, out, activation)
+            self.depthwise = Depthwise(depthwise_library(), *about, out, activation)
         self.packs: dict[tuple[int, ...], Tensor] = {}  # the weight as oneDNN wants it, by the shape of x
         self.calls = 0
 

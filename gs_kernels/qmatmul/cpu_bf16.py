@@ -39,32 +39,32 @@ def multiply(x: Tensor, lanes: Lanes) -> Tensor:
     Raises:
         UnsuitableError: if the C++ does not compile here, or computes something else; the log says so once.
     """
-    run = _function()
-    if run is None:
+    functions = _library()
+    if functions is None:
         raise UnsuitableError("cpu_bf16.cpp does not run")
-    return _call(run, x, lanes)
+    return _call(functions, x, lanes)
 
 
-def _call(run: Any, x: Tensor, lanes: Lanes) -> Tensor:
+def _call(functions: Any, x: Tensor, lanes: Lanes) -> Tensor:
     steps = lanes.steps(x).contiguous()
     y = torch.empty(x.shape[0], lanes.codes.shape[0] * LANES)
     pointers = steps.data_ptr(), x.shape[0], lanes.codes.data_ptr(), lanes.grid.data_ptr()
-    run(*pointers, *lanes.codes.shape[:3], lanes.bits, y.data_ptr(), torch.get_num_threads())
+    functions.qmatmul_bf16(*pointers, *lanes.codes.shape[:3], lanes.bits, y.data_ptr(), torch.get_num_threads())
     return y
 
 
 @cache
-def _function() -> Any:
+def _library() -> Any:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     argtypes = [pointer, size, pointer, pointer, size, size, size, ctypes.c_int, pointer, ctypes.c_int]
-    return native(Path(__file__).with_suffix(".cpp"), "qmatmul_bf16", argtypes, lambda run: _is_right(run))
+    return native(Path(__file__).with_suffix(".cpp"), {"qmatmul_bf16": argtypes}, _is_right)
 
 
-def _is_right(run: Any) -> bool:
+def _is_right(functions: Any) -> bool:
     """One small product, exact in bf16."""
     codes = torch.arange(3 * 2 * 4 * 64, dtype=torch.int32).mul(37).to(torch.uint8).view(3, 2, 4, 64)
     grid = torch.tensor([0.5, 3.0]).repeat_interleave(LANES).repeat(3, 2, 1)
     x = (torch.arange(5 * 64) % 7 - 3).view(5, 64).to(torch.bfloat16)
     fields = torch.stack((codes & 15, codes >> 4), -1).view(3, 8, 4, LANES, 2)  # [block, step, byte, row, code]
     weight = fields.permute(0, 3, 1, 2, 4).reshape(3 * LANES, 64).float().sub(3).mul(0.5)
-    return torch.equal(_call(run, x, Lanes(codes, grid, 4, (48, 64), 32)), x.float() @ weight.T)
+    return torch.equal(_call(functions, x, Lanes(codes, grid, 4, (48, 64), 32)), x.float() @ weight.T)

@@ -67,9 +67,9 @@ def check_values(who: str, levels: Tensor, temperature: Tensor) -> None:
     tau = temperature.item()
     if not TAU_MIN <= tau < math.inf:
         raise ValueError(f"{who}: temperature must be > 0 (at least 2**-100) and finite, got {tau:.6g}")
-    # one operation, which finite levels pass unless their sum is too large
-    if not math.isfinite(levels.sum().item()) and not levels.isfinite().all():
-        raise ValueError(f"{who}: every level must be finite, got {levels.tolist()}")
+    values = levels.tolist()
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"{who}: every level must be finite, got {values}")
 
 
 def check_weight(

@@ -1,7 +1,4 @@
-"""SLB on the CPU: compiled passes over blocks of rows, whose logits are still in a cache when they are read again.
-
-Small weights run as the reference.
-"""
+"""SLB on the CPU: `cpu.cpp`, or the reference where that does not compile."""
 
 from __future__ import annotations
 
@@ -9,27 +6,16 @@ import ctypes
 import math
 import mmap
 import sys
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gs_kernels.compiled import Chain, call, compiled
+from gs_kernels.compiled import native
 from gs_kernels.pack.pack import pack_codes
-from gs_kernels.slb.chains import (
-    adamw_chain,
-    at_once,
-    gradient_chain,
-    mix_chain,
-    more_chain,
-    pick_chain,
-    plain_sgd_chain,
-    sgd_chain,
-    slope_chain,
-    weight_chain,
-)
 from gs_kernels.slb.layout import empty_weight
 from gs_kernels.slb.ref import (
     TAU_MAX,
@@ -41,17 +27,80 @@ from gs_kernels.slb.ref import (
     slb_weight_ref,
 )
 
-COMPILE_FROM = 1 << 14  # logits; below, eager operations cost little more than calls of compiled code
-CHUNK = 16  # levels named in one pass; more are mixed chunk by chunk
-BLOCK_BYTES = 1 << 22  # logits of a block of rows
 HUGE_FROM = 1 << 22  # bytes
-ROWS, COLUMNS = 37, 4099  # of an example
-LOG2E = 1.4426950408889634
+PARALLEL_FROM = 1 << 13  # logits, from which a second thread pays: measured
+TILE = 128  # columns: of cpu.cpp
+
+size, single, number, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_int, ctypes.c_void_p
 
 
-def _worth_compiling(logits: Tensor) -> bool:
-    # the compiler makes code of its own for sizes of 1
-    return logits.numel() >= COMPILE_FROM and logits.shape[0] > 1 and logits.shape[2:].numel() > 1
+class _Array(ctypes.Structure):
+    _fields_ = [("data", pointer), ("is_bf16", size)]
+
+
+class _Logits(ctypes.Structure):
+    _fields_ = [
+        *(("a", _Array), ("levels", pointer), ("scale", pointer)),
+        *((name, size) for name in ("rows", "planes", "columns")),
+        *(("inverse", single), ("threads", number)),
+    ]
+
+
+class _AdamW(ctypes.Structure):
+    _fields_ = [(name, single) for name in ("weight1", "weight2", "rate", "spread", "eps", "keep")]
+
+
+class _SGD(ctypes.Structure):
+    _fields_ = [*((name, single) for name in ("rate", "decay", "momentum")), ("nesterov", number)]
+
+
+_LOGITS, _ARRAY = ctypes.POINTER(_Logits), ctypes.POINTER(_Array)
+FUNCTIONS: dict[str, Sequence[Any]] = {
+    "slb_weight": (_LOGITS, _ARRAY, number),
+    "slb_codes": (_LOGITS, pointer),
+    "slb_backward": (_LOGITS, _ARRAY, _ARRAY, pointer),
+    "slb_adamw": (_LOGITS, _ARRAY, _ARRAY, _ARRAY, ctypes.POINTER(_AdamW)),
+    "slb_sgd": (_LOGITS, _ARRAY, _ARRAY, ctypes.POINTER(_SGD)),
+}
+
+
+@cache
+def library() -> Any:
+    """The compiled functions; None if they do not compile or compute something else."""
+    return native(Path(__file__).with_suffix(".cpp"), FUNCTIONS, _is_right)
+
+
+def _is_right(functions: Any) -> bool:
+    """One small weight."""
+    logits, levels = torch.linspace(-3, 2, 3 * 5 * 20).cos().view(3, 5, 20), torch.linspace(-1, 1, 5)
+    w, tau = torch.empty(3, 20), torch.full((1,), 0.3)
+    functions.slb_weight(_logits(logits, levels, tau, None), _array(w), False)
+    return torch.allclose(w, slb_weight_ref(logits, levels, tau), atol=1e-6)
+
+
+def _array(t: Tensor | None) -> _Array:
+    """A contiguous tensor, fp32 or bf16."""
+    return _Array(None, 0) if t is None else _Array(t.data_ptr(), t.dtype == torch.bfloat16)
+
+
+def _known(t: Tensor) -> Tensor:
+    """t, or a copy, of a dtype and layout that `_array` takes."""
+    return (t.float() if t.dtype == torch.float16 else t).contiguous()
+
+
+def _logits(a: Tensor, levels: Tensor, temperature: Tensor, scale: Tensor | None) -> _Logits:
+    """a: `_known`; levels and scale are contiguous."""
+    rows, planes = a.shape[:2]
+    columns = a.numel() // (rows * planes)
+    tau = temperature.item()
+    inverse = 1 / tau if TAU_MIN <= tau <= TAU_MAX else math.nan
+    threads = torch.get_num_threads() if a.numel() >= PARALLEL_FROM else 1
+    scales = None if scale is None else scale.data_ptr()
+    return _Logits(_array(a), levels.data_ptr(), scales, rows, planes, columns, inverse, threads)
+
+
+def _rows(dw: Tensor) -> Tensor:
+    return _known(dw.reshape(dw.shape[0], -1))
 
 
 def _in_huge_pages(t: Tensor) -> Tensor:
@@ -67,129 +116,6 @@ def _in_huge_pages(t: Tensor) -> Tensor:
     return t
 
 
-def _run(chain: Chain, *args: Any) -> Any:
-    """The compiled chain on args: tensors `[O, P, R]`, `[O, R]`, `[O, 1]` and small vectors, and flags."""
-    variant = tuple(_kind(a) if isinstance(a, Tensor) else a for a in args)
-    return call(compiled(chain, variant, lambda: tuple(_example(a) for a in args)), *args)
-
-
-def _kind(t: Tensor) -> tuple[Any, ...]:
-    planes = t.shape[1] if t.dim() == 3 else 0
-    return t.dtype, t.dim(), planes, t.numel() if t.dim() == 1 else 0, t.shape[-1] == 1, t.is_contiguous()
-
-
-def _example(t: Any) -> Any:
-    if not isinstance(t, Tensor) or t.dim() == 1:
-        return t
-    if t.dim() == 2:
-        return torch.ones(ROWS, 1 if t.shape[1] == 1 else COLUMNS, dtype=t.dtype)
-    planes = t.shape[1]
-    return torch.zeros(ROWS, planes if t.is_contiguous() else 2 * planes, COLUMNS, dtype=t.dtype)[:, :planes]
-
-
-def _blocks(logits: Tensor) -> Iterator[slice]:
-    """Rows that fit the cache: as many for each thread, and never a single one."""
-    o, planes, r = logits.shape
-    threads = torch.get_num_threads()
-    wanted = BLOCK_BYTES // (planes * r * logits.element_size())
-    rows = max(2, threads, wanted // threads * threads)
-    start = 0
-    while start < o:
-        stop = start + rows if o - start - rows > 1 else o
-        yield slice(start, stop)
-        start = stop
-
-
-def _chunks(a: Tensor, v: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Logits and levels in parts of about equal size, of at most CHUNK levels."""
-    chunks = -(-a.shape[1] // CHUNK)
-    return a.tensor_split(chunks, 1), v.tensor_split(chunks)
-
-
-def _mix(a: Tensor, v: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    state: tuple[Tensor, ...] = ()
-    for part, levels in zip(*_chunks(a, v), strict=True):
-        state = _run(more_chain if state else mix_chain, part, levels, c, *state)
-    m, s, acc = state
-    return m, s, acc
-
-
-def _pick(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Code and level of the largest logit."""
-    parts, levels = _chunks(a, v)
-    best, code, level = _run(pick_chain, parts[0], levels[0])
-    first = parts[0].shape[1]
-    for part, values in zip(parts[1:], levels[1:], strict=True):
-        top, among, its = _run(pick_chain, part, values)
-        better = top > best
-        code = torch.where(better, among + first, code)
-        level = torch.where(better | its.isnan(), its, level)
-        best = torch.maximum(best, top)
-        first += part.shape[1]
-    return code, level
-
-
-def _factors(dw: Tensor, a: Tensor, temperature: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """dW as `[O, R]`, rate and c of the chains."""
-    inverse = _inverse(temperature)
-    return dw.reshape(a.shape[0], -1), _column(scale, a.shape[0]) * _numbers(inverse), _numbers(inverse * LOG2E)
-
-
-def _use_slopes(
-    chain: Chain,
-    tensors: Sequence[Tensor],
-    dw: Tensor,
-    levels: Tensor,
-    temperature: Tensor,
-    scale: Tensor | None,
-    *rest: Any,
-) -> None:
-    """Runs a chain of `gradient` on tensors `[O, L, R]`, logits first."""
-    a = tensors[0]
-    if a.nbytes <= BLOCK_BYTES and a.shape[1] <= CHUNK:
-        dw, rate, c = _factors(dw, a, temperature, scale)
-        _run(at_once(chain, len(tensors)), dw, rate, *tensors, levels, c, *rest)
-        return
-    for block, slopes in _slopes(dw, a, levels, temperature, scale):
-        _run(chain, *(t[block] for t in tensors), *slopes, *rest)
-
-
-def _slopes(
-    dw: Tensor, a: Tensor, v: Tensor, temperature: Tensor, scale: Tensor | None
-) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-    """Blocks of rows and what `gradient` needs of each: v, c, m, W_c, g. The next block overwrites the last three."""
-    planes, r = a.shape[1:]
-    dw, rate, c = _factors(dw, a, temperature, scale)
-    out: tuple[Tensor, ...] = ()
-    for block in _blocks(a):
-        if planes > CHUNK:
-            m, s, acc = _mix(a[block], v, c)
-            yield block, (v, c, m, acc.div_(s), (rate[block] / s).mul_(dw[block]))
-            continue
-        rows = block.stop - block.start
-        # the last block may have one row more
-        out = out or tuple(torch.empty(rows + 1, r) for _ in range(3))
-        m, w, g = (t[:rows] for t in out)
-        _run(slope_chain, m, w, g, dw[block], a[block], v, c, rate[block])
-        yield block, (v, c, m, w, g)
-
-
-def _inverse(temperature: Tensor) -> float:
-    """1 / temperature, NaN if it is out of range."""
-    tau = temperature.item()
-    return 1 / tau if TAU_MIN <= tau <= TAU_MAX else math.nan
-
-
-def _numbers(*values: float) -> Tensor:
-    """fp32 `[n]`. `torch.tensor` takes several times longer, which a small weight feels."""
-    return torch.frombuffer(array("f", values), dtype=torch.float32)
-
-
-def _column(scale: Tensor | None, rows: int) -> Tensor:
-    """A scale for each row, `[O, 1]`."""
-    return torch.ones(rows, 1) if scale is None else scale.view(-1, 1)
-
-
 def slb_weight_cpu(
     logits: Tensor,
     levels: Tensor,
@@ -200,25 +126,14 @@ def slb_weight_cpu(
     channels_last: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    if not _worth_compiling(logits):
+    functions = library()
+    if functions is None:
         w = slb_weight_ref(logits, levels, temperature, scale, hard=hard, shape=shape, dtype=dtype)
-        return w if not channels_last else empty_weight(logits, shape, dtype, True).copy_(w)
-    a = logits.contiguous().flatten(2)
-    out = _in_huge_pages(torch.empty(shape, dtype=dtype))
-    rows, column, c = (
-        out.view(a.shape[0], -1),
-        _column(scale, a.shape[0]),
-        _numbers(_inverse(temperature) * LOG2E),
-    )
-    if hard:
-        torch.mul(_pick(a, levels)[1], column, out=rows)
-    elif a.shape[1] <= CHUNK:
-        _run(weight_chain, rows, a, levels, c, column)
     else:
-        for block in _blocks(a):
-            _, s, acc = _mix(a[block], levels, c)
-            rows[block] = acc.div_(s).mul_(column[block])
-    return out if not channels_last else empty_weight(logits, shape, dtype, True).copy_(out)
+        w = _in_huge_pages(torch.empty(shape, dtype=torch.float32 if dtype == torch.float16 else dtype))
+        a, levels, scale = _known(logits), levels.contiguous(), None if scale is None else scale.contiguous()
+        functions.slb_weight(_logits(a, levels, temperature, scale), _array(w), hard)
+    return w.to(dtype) if not channels_last else empty_weight(logits, shape, dtype, True).copy_(w)
 
 
 def slb_weight_backward_cpu(
@@ -231,29 +146,28 @@ def slb_weight_backward_cpu(
     for_logits: bool,
     for_scale: bool,
 ) -> tuple[Tensor, Tensor]:
-    o = logits.shape[0]
-    da = torch.empty_like(logits, memory_format=torch.contiguous_format) if for_logits else logits.new_empty(0)
-    da = _in_huge_pages(da)
-    dscale = torch.empty(o if for_scale else 0)
-    if hard or not _worth_compiling(logits):
+    functions = library()
+    if hard or functions is None:
         found = slb_weight_backward_ref(dw, logits, levels, temperature, scale, hard=hard)
-        return found[0] if for_logits else da, found[1] if for_scale else dscale
-    a = logits.contiguous().flatten(2)
-    if for_scale:
-        for block, slopes in _slopes(dw, a, levels, temperature, scale):
-            torch.sum(slopes[3] * dw.reshape(o, -1)[block], 1, out=dscale[block])
-            if for_logits:
-                _run(gradient_chain, a[block], da.flatten(2)[block], *slopes)
-    elif for_logits:
-        _use_slopes(gradient_chain, (a, da.flatten(2)), dw, levels, temperature, scale)
-    return da, dscale
+        da = found[0].contiguous() if for_logits else logits.new_empty(0)
+        return da, found[1] if for_scale else torch.empty(0)
+    a, dw, levels, scale = _known(logits), _rows(dw), levels.contiguous(), None if scale is None else scale.contiguous()
+    out = _in_huge_pages(torch.empty_like(a)) if for_logits else None
+    sums = torch.empty(a.shape[0], -(-dw.shape[1] // TILE)) if for_scale else None
+    where = None if sums is None else sums.data_ptr()
+    functions.slb_backward(_logits(a, levels, temperature, scale), _array(dw), _array(out), where)
+    da = logits.new_empty(0) if out is None else out.to(logits.dtype)
+    return da, torch.empty(0) if sums is None else sums.sum(1)
 
 
 def slb_pack_cpu(logits: Tensor, bits: int) -> Tensor:
-    if not _worth_compiling(logits):
+    functions = library()
+    if functions is None:
         return slb_pack_ref(logits, bits=bits)
-    levels = torch.zeros(max(2, logits.shape[1]))
-    return pack_codes(_pick(logits.contiguous().flatten(2), levels)[0], bits)
+    a, unused = _known(logits), torch.zeros(max(2, logits.shape[1]))
+    codes = torch.empty(a.shape[0], a.shape[2:].numel(), dtype=torch.uint8)
+    functions.slb_codes(_logits(a, unused, torch.ones(1), None), codes.data_ptr())
+    return codes if bits == 8 else pack_codes(codes, bits)
 
 
 def slb_adamw__cpu(
@@ -276,16 +190,18 @@ def slb_adamw__cpu(
     if frozen is not None and frozen.item():
         return
     lr = lr if lr_tensor is None else lr_tensor.item()
-    state = (logits, exp_avg, exp_avg_sq)
-    if not _worth_compiling(logits):
+    state, functions = (logits, exp_avg, exp_avg_sq), library()
+    if functions is None:
         kwargs: dict[str, Any] = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
-        new = slb_adamw_ref(logits, dw, levels, temperature, exp_avg, exp_avg_sq, step, scale, **kwargs)
-        _assign(state, new)
+        _assign(state, slb_adamw_ref(logits, dw, levels, temperature, exp_avg, exp_avg_sq, step, scale, **kwargs))
         return
     t = step.item()
     rate, spread = lr / (1 - beta1**t), math.sqrt(1 - beta2**t)
-    hyper = _numbers(1 - beta1, 1 - beta2, rate, spread, eps, 1 - lr * weight_decay)
-    _use_slopes(adamw_chain, _flat(state), dw, levels, temperature, scale, hyper)
+    by = _AdamW(1 - beta1, 1 - beta2, rate, spread, eps, 1 - lr * weight_decay)
+    dw, levels, scale = _rows(dw), levels.contiguous(), None if scale is None else scale.contiguous()
+    a, avg, sq = new = [_known(t) for t in state]
+    functions.slb_adamw(_logits(a, levels, temperature, scale), _array(dw), _array(avg), _array(sq), by)
+    _assign(state, new)
 
 
 def slb_sgd__cpu(
@@ -305,22 +221,21 @@ def slb_sgd__cpu(
     if frozen is not None and frozen.item():
         return
     lr = lr if lr_tensor is None else lr_tensor.item()
-    state = (logits,) if momentum_buffer is None else (logits, momentum_buffer)
-    if not _worth_compiling(logits):
+    state, functions = (logits,) if momentum_buffer is None else (logits, momentum_buffer), library()
+    if functions is None:
         kwargs: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         _assign(state, slb_sgd_ref(logits, dw, levels, temperature, momentum_buffer, scale, **kwargs))
         return
-    hyper = _numbers(lr, weight_decay, momentum)
-    if momentum_buffer is None:
-        _use_slopes(plain_sgd_chain, _flat(state), dw, levels, temperature, scale, hyper)
-    else:
-        _use_slopes(sgd_chain, _flat(state), dw, levels, temperature, scale, hyper, nesterov)
+    dw, levels, scale = _rows(dw), levels.contiguous(), None if scale is None else scale.contiguous()
+    new = [_known(t) for t in state]
+    buffer = _array(new[1]) if len(new) > 1 else _array(None)
+    functions.slb_sgd(
+        _logits(new[0], levels, temperature, scale), _array(dw), buffer, _SGD(lr, weight_decay, momentum, nesterov)
+    )
+    _assign(state, new)
 
 
 def _assign(state: Sequence[Tensor], new: Sequence[Tensor]) -> None:
     for old, value in zip(state, new, strict=True):
-        old.copy_(value)
-
-
-def _flat(state: Sequence[Tensor]) -> list[Tensor]:
-    return [t.flatten(2) for t in state]
+        if value is not old:
+            old.copy_(value)

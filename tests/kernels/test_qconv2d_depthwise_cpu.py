@@ -15,7 +15,7 @@ from tests.helpers import relative_rms
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter runs Triton's kernels instead")
 
-HERE = cpu_depthwise.function() is not None
+HERE = cpu_depthwise.depthwise_library() is not None
 WINDOWS: dict[str, dict[str, Any]] = {
     "padded": {"kernel_size": 3, "padding": 1},
     "strided": {"kernel_size": (5, 3), "padding": (2, 0), "stride": (2, 3)},
@@ -73,13 +73,13 @@ def test_what_it_cannot_do_goes_another_way():
 
 
 def test_code_that_computes_something_else_is_not_used(monkeypatch, caplog):
-    monkeypatch.setattr(cpu_depthwise, "_is_right", lambda run: False)
-    cpu_depthwise.function.cache_clear()
+    monkeypatch.setattr(cpu_depthwise, "_is_right", lambda functions: False)
+    cpu_depthwise.depthwise_library.cache_clear()
     try:
         w, x = weight(32, 9, 8), image(32)
         about = {"kernel_size": 3, "padding": 1, "groups": 32}
         got = qconv2d_int8(x, torch.ones(1), w, **about)
         assert torch.equal(got, qconv2d_int8_ref(x, torch.ones(1), w, **about))
-        assert not HERE or "cpu_depthwise.cpp computes wrong products" in caplog.text
+        assert not HERE or "cpu_depthwise.cpp computes wrong results" in caplog.text
     finally:
-        cpu_depthwise.function.cache_clear()
+        cpu_depthwise.depthwise_library.cache_clear()

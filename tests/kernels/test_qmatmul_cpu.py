@@ -78,15 +78,15 @@ def test_no_cpp_no_harm(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
 
     for target, name, broken, said in (
         (CppCodeCache, "load", fail, "no g++"),
-        (cpu_bf16, "_call", lambda run, x, lanes: torch.zeros(()), "wrong products"),
+        (cpu_bf16, "_call", lambda functions, x, lanes: torch.zeros(()), "wrong results"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, broken)
-            cpu_bf16._function.cache_clear()
+            cpu_bf16._library.cache_clear()
             caplog.clear()
             check_float_rows(w, torch.bfloat16, (9, 20))
         assert [said in record.message for record in caplog.records if record.levelname == "WARNING"] == [True]
-    cpu_bf16._function.cache_clear()
+    cpu_bf16._library.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["4 bit", "8 bit"])
