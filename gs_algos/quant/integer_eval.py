@@ -77,10 +77,10 @@ class IntegerEval(nn.Module):
         folded, axes = scale * slope, (-1, *[1] * (steps.dim() - 2))
         if bias is not None and counts_bias(self.weight_scheme(), quantizer.scheme):
             bias = whole_bias(bias, folded, x_scale)
-        y = from_sums(sums, folded, x_scale, bias, axes)
         if not isinstance(bn, BroughtAlong):
-            return y
-        return bring_along(from_sums(sums, self.unfolded(scale), x_scale, self.bias, axes), bn, y)
+            return from_sums_(sums, folded, x_scale, bias, axes)
+        y = from_sums_(sums.clone(), folded, x_scale, bias, axes)
+        return bring_along(from_sums_(sums, self.unfolded(scale), x_scale, self.bias, axes), bn, y)
 
     def _runs_whole(self, x: Tensor, bn: _BatchNorm | None) -> bool:
         quantizer: Any = self.input_quantizer
@@ -92,15 +92,15 @@ class IntegerEval(nn.Module):
         return not floats and quantizer is not None and quantizer.active and quantizer.gate is None
 
 
-def from_sums(sums: Tensor, scale: Tensor, x_scale: Tensor, bias: Tensor | None, axes: tuple[int, ...]) -> Tensor:
-    """`sums * scale * x_scale + bias`, in this order; axes: of `[O]` beside sums."""
-    y = sums * scale.view(axes) * x_scale
-    return y if bias is None else y + bias.float().view(axes)
+def from_sums_(sums: Tensor, scale: Tensor, x_scale: Tensor, bias: Tensor | None, axes: tuple[int, ...]) -> Tensor:
+    """`sums * scale * x_scale + bias`, in this order and in place; axes: of `[O]` beside sums."""
+    sums.mul_(scale.view(axes)).mul_(x_scale)
+    return sums if bias is None else sums.add_(bias.float().view(axes))
 
 
 def in_steps(values: Tensor, scale: Tensor) -> Tensor:
     """values / scale of what is on a grid, to the half steps that zero points come in. NaN stays NaN."""
-    return torch.round(values / (0.5 * scale)) * 0.5
+    return (values / (0.5 * scale)).round_().mul_(0.5)
 
 
 def counts_bias(weight: Scheme | LevelGrid, x: Scheme) -> bool:
