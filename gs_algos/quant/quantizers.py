@@ -230,7 +230,8 @@ def merge_pending(quantizers: Sequence[ActivationQuantizer], group: dist.Process
     """Moves what the quantizers have seen since the last call into their ranges: one collective, no host sync.
 
     Every rank must call it the same number of times. The first batch replaces the start range; then `minmax` keeps the
-    extremes, and `ema` moves by its argument towards the new ones.
+    extremes, and `ema` moves by its argument towards the new ones. What is NaN or infinite, as a batch whose step a
+    gradient scaler skips may be, moves nothing.
     """
     quantizers = [q for q in quantizers if q.follows]
     if not quantizers:
@@ -249,7 +250,7 @@ def _merge(quantizers: list[ActivationQuantizer], pending: Tensor) -> None:
     scheme = quantizers[0].scheme
     old = torch.stack([q.range for q in quantizers])  # [Q, 2]
     first = torch.stack([q.steps for q in quantizers]) == 0  # [Q, 1]
-    seen = pending[:, :1] != -math.inf  # [Q, 1]
+    seen = pending.isfinite().all(1, keepdim=True)  # [Q, 1]
     if scheme.observer == "minmax":
         moved = torch.maximum(old, pending)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -139,6 +140,22 @@ def test_ema_moves_by_its_share_and_the_first_batch_replaces_the_start():
     net(one)  # a smaller batch pulls it back: nothing is left of the larger one
     algo.step()
     torch.testing.assert_close(q.range, 0.75 * want + 0.25 * torch.stack([-one.min(), one.max()]))
+
+
+@pytest.mark.parametrize("observer", ["ema=0.25", "minmax"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_batch_that_is_not_finite_moves_no_range(observer, value):
+    net, algo = prepared(act=f"int8@tensor:{observer}")
+    q = net.stem.input_quantizer
+    bad = images(seed=2)
+    bad[0, 0, 0, 0] = value
+    net.train()
+    for x in (bad, images(seed=1), bad):  # as the first batch too
+        net(x)
+        algo.step()
+    x = images(seed=1)
+    torch.testing.assert_close(q.range, torch.stack([-x.min(), x.max()]))
+    assert q.scale.isfinite() and q.steps.item() == 1
 
 
 def test_batches_that_share_one_step_count_with_all_they_hold():
