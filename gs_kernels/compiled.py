@@ -77,6 +77,7 @@ def native(source: Path, functions: Mapping[str, Sequence[Any]], is_right: Calla
         functions: the types of their arguments.
         is_right: whether they compute what they should: a CPU that is emulated may lack instructions that it reports.
     """
+    file = f"{source.parent.name}/{source.name}"
     try:
         from torch._inductor.codecache import CppCodeCache
 
@@ -85,11 +86,11 @@ def native(source: Path, functions: Mapping[str, Sequence[Any]], is_right: Calla
             function = getattr(library, name)
             function.argtypes, function.restype = argtypes, None
     except (RuntimeError, OSError, ImportError) as error:
-        _say_uncompiled(f"{source.name} is replaced by tensor operations", error)
+        _say_uncompiled(f"{file} is replaced by tensor operations", error)
         return None
     if is_right(library):
         return library
-    logger.warning("the compiled %s computes wrong results; the slower way is taken", source.name)
+    logger.warning("the compiled %s computes wrong results; the slower way is taken", file)
     return None
 
 
