@@ -55,11 +55,13 @@ def register(
     qualified = f"{NAMESPACE}::{name}"
     IMPLEMENTATIONS[name] = impls
 
+    def detached(*args: Any) -> Any:
+        return choose(name, impls, *args[:-1]).run(*args[:-1])
+
     def body(*args: Any) -> Any:
-        args = args[:-1]
         if any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
             args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
-        return choose(name, impls, *args).run(*args)
+        return detached(*args)
 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, body, "CompositeExplicitAutograd")
@@ -84,8 +86,9 @@ def register(
         # anybody else who has to see a call: a tracer, a transform, a subclass of tensors
         if not is_eager(*tensors) or torch._C._functorch.peek_interpreter_stack() is not None:
             return op(*args)
-        needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        return differentiable(*args) if needs_gradient else body(*args)
+        if not any(t.requires_grad for t in tensors):
+            return detached(*args)
+        return differentiable(*args) if torch.is_grad_enabled() else body(*args)
 
     return run
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.qconv2d.dense import convolve_dense
 from gs_kernels.qconv2d.window import Window
-from gs_kernels.qmatmul.cpu import computed_in, plain_mode
+from gs_kernels.qmatmul.cpu import computed_in, without_autocast
 from gs_kernels.qmatmul.cpu_lanes import UnsuitableError, kept
 from gs_kernels.qmatmul.flat import packed
 
@@ -36,7 +36,7 @@ def qconv2d_cpu(
 ) -> Tensor:
     weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
     dtype = computed_in(x.dtype)
-    with plain_mode():
+    with without_autocast():
         try:
             w = kept(weight, dtype, lambda w: dequantize_packed(w, dtype)) if keep else dequantize_packed(weight, dtype)
         except UnsuitableError:

@@ -23,7 +23,7 @@ from gs_kernels.qconv2d.cpu_depthwise import Depthwise, depthwise_library, suits
 from gs_kernels.qconv2d.dense import empty_image
 from gs_kernels.qconv2d.ref import convolve_int8_ref, finish_int8, into_codes
 from gs_kernels.qconv2d.window import Window
-from gs_kernels.qmatmul.cpu import plain_mode
+from gs_kernels.qmatmul.cpu import without_autocast
 from gs_kernels.qmatmul.cpu_int8 import whole_zero
 from gs_kernels.qmatmul.cpu_lanes import UnsuitableError, kept
 from gs_kernels.qmatmul.flat import packed
@@ -101,7 +101,7 @@ def qconv2d_int8_cpu(
     weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
     into = into_codes(residual, residual_scale, residual_zero, out_scale, out_zero)
     about = Window(*window)
-    with plain_mode():
+    with without_autocast():
         try:
             run = Int8Convolution(weight, about, x_scale, x_zero, bias, into[3:], activation, dtype, keep)
         except UnsuitableError:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,25 +54,19 @@ def qmatmul_cpu(
     activation: str,
 ) -> Tensor:
     weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
-    with plain_mode():
+    with without_autocast():
         y = _product(rows_of(x, computed_in(x.dtype)), weight)
     return finish(y, bias, activation, x.dtype).view(*x.shape[:-1], n)
 
 
-def plain_mode() -> ExitStack:
-    """No inference mode and no autocast inside: compiled code would be compiled again, and dtypes would change."""
-    stack = ExitStack()
-    if torch.is_inference_mode_enabled():
-        stack.enter_context(torch.inference_mode(False))
-    if torch.is_autocast_enabled("cpu"):
-        stack.enter_context(torch.autocast("cpu", enabled=False))
-    return stack
+def without_autocast() -> AbstractContextManager[Any]:
+    """No autocast inside: it would change dtypes."""
+    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
 
 
 def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x as `[M, K]`, contiguous, an ordinary tensor."""
-    rows = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
-    return rows.clone() if rows.is_inference() else rows
+    """x as `[M, K]`, contiguous."""
+    return x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
 
 
 def finish(y: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from gs_kernels.compiled import call
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import unpack_codes
-from gs_kernels.qmatmul.cpu import dequantized, few_rows, finish, plain_mode, rows_of, worth_compiling
+from gs_kernels.qmatmul.cpu import dequantized, few_rows, finish, rows_of, without_autocast, worth_compiling
 from gs_kernels.qmatmul.cpu_chains import OFFSET, add_kernel, int_dot_chain
 from gs_kernels.qmatmul.cpu_lanes import LANES, UnsuitableError, kept, lanes_of
 from gs_kernels.qmatmul.flat import packed
@@ -48,7 +48,7 @@ def qmatmul_int8_cpu(
     dtype: torch.dtype,
 ) -> Tensor:
     weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
-    with plain_mode():
+    with without_autocast():
         y = _product(x, whole_zero("qmatmul_int8", x_zero), weight)
         if y is None:
             return qmatmul_int8_ref(x, x_scale, weight, bias, x_zero=x_zero, activation=activation, dtype=dtype)

@@ -21,7 +21,7 @@ from gs_kernels.registration import SOURCE, register
 def planar_refuses(x: Tensor, *args: Any) -> list[str]:
     """Why the Triton kernels cannot run a call whose arguments hold a layout by name."""
     reasons = triton_refuses(x)
-    if PLANAR not in [a for a in args if isinstance(a, str)]:  # a tensor takes 20 us to say that it is no string
+    if not reasons and PLANAR not in [a for a in args if isinstance(a, str)]:  # a tensor takes 20 us to say it is none
         reasons.append("needs the planar layout, got canonical; use repack(weight, 'planar') once, at load")
     return reasons
 
