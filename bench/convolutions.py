@@ -24,7 +24,6 @@ from bench.timing import time_cpu
 from gs_kernels import dequantize_packed, pack_weight, qconv2d, quantize
 from gs_kernels.qconv2d.int8 import prepared_qconv2d_int8, qconv2d_int8
 from gs_kernels.qconv2d.networks import NETWORKS, Layer
-from gs_kernels.qmatmul.cpu import plain_mode
 
 NO_RESIDUAL = (None, None, None)
 Calls = dict[str, Callable[[], Tensor]]
@@ -107,8 +106,7 @@ def providers(layer: Layer, batch: int) -> tuple[Calls, dict[str, float]]:
     def integers() -> Tensor:
         if ready is None:
             return qconv2d_int8(image, x_scale, eight, bias, **about, **grid, keep_dense=True)
-        with plain_mode():
-            return ready(image, NO_RESIDUAL)
+        return ready(image, NO_RESIDUAL)
 
     calls: Calls = {
         "float32": whole,
