@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ class Stages:
         torch.manual_seed(self.args.seed)
         data = self.data
         net = build(self.args.model, in_channels=data.channels, num_classes=data.classes, image_size=data.image_size)
-        return net.to(data.train_x.device, memory_format=torch.channels_last)
+        return net.to(data.train_x.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
     def train(self, name: str, net: nn.Module, recipe: Recipe, algorithm: gs_algos.Algorithm | None = None) -> Tensor:
         """Trains the network; its logits over the test set."""
@@ -236,7 +237,7 @@ def size(net: nn.Module, data: ImageData) -> dict[str, Any]:
         predict(net, replace(data, test_x=data.test_x[:1]))
     batches = {str(batch): x.repeat(batch, 1, 1, 1) for batch in (1, 64)}
     with evaluating(net):
-        peaks = {batch: peak_bytes(images.device, lambda i=images: net(i)) for batch, images in batches.items()}
+        peaks = {batch: peak_bytes(images.device, partial(net, images)) for batch, images in batches.items()}
     return {
         "numbers": sum(t.numel() for t in net.state_dict().values()),
         "nbytes": nbytes_of(net),

@@ -215,7 +215,7 @@ def _torchao(mapping: str) -> Callable[[Any], None]:
         from torchao.quantization.granularity import PerGroup
         from torchao.quantization.quant_primitives import MappingType
 
-        config = IntxWeightOnlyConfig(torch.int4, PerGroup(64), MappingType[mapping])
+        config = IntxWeightOnlyConfig(torch.int4, PerGroup(64), MappingType[mapping])  # type: ignore[attr-defined]
         names = {name for name, _ in _linears(model)}
         quantize_(model, config, filter_fn=lambda _, name: name in names)
 

@@ -76,7 +76,8 @@ def views() -> Tensor:
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
-    middles, corners = [], []
+    middles: list[Tensor] = []
+    corners: list[Tensor] = []
     for pixels in load_sample_images().images:
         image = Image.fromarray(pixels)
         side = int(min(image.size) * CROP)
@@ -118,7 +119,8 @@ def measure(net: nn.Module, x: Tensor, name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         gs_algos.save(new, folder)
         nbytes = sum(path.stat().st_size for path in Path(folder).iterdir())
-    plan = algo.plan(net, middle)
+    plan, parity = algo.plan(net, middle), algo.parity
+    assert parity is not None  # convert has measured it
     reference: dict[str, float] = {}
     if name == "w8":
         with evaluating(net):
@@ -133,7 +135,7 @@ def measure(net: nn.Module, x: Tensor, name: str) -> dict[str, Any]:
         "views": len(x),
         "sqnr_db": sqnr_db(got, want),
         **reference,
-        "parity": {"layer": algo.parity.layer_error, "output": algo.parity.output_error},
+        "parity": {"layer": parity.layer_error, "output": parity.output_error},
         "layers": [len(plan.acted()), len(plan.rows)],
         "nbytes": {"float": sum(t.numel() * t.element_size() for t in net.state_dict().values()), "converted": nbytes},
         "ms": {"float": round(latency_ms(net, middle), 1), "converted": round(latency_ms(new, middle), 1)},

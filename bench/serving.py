@@ -73,7 +73,7 @@ def served(folder: str, *options: str) -> Iterator[Any]:
                 server.wait()
 
 
-def _wait(server: subprocess.Popen[str], url: str, log: Any) -> None:
+def _wait(server: subprocess.Popen[bytes], url: str, log: Any) -> None:
     started = time.perf_counter()
     while server.poll() is None and time.perf_counter() - started < READY:
         try:
@@ -102,7 +102,7 @@ def press(client: Any, clients: int, seconds: float, tokens: int) -> tuple[dict[
     started = time.perf_counter()
 
     def one(first: int) -> list[tuple[str, Answer]]:
-        got = []
+        got: list[tuple[str, Answer]] = []
         while time.perf_counter() - started < seconds:
             prompt = PROMPTS[(first + len(got)) % len(PROMPTS)]
             got.append((prompt, ask(client, prompt, tokens)))

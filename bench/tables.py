@@ -76,8 +76,8 @@ def pruned(rows: Rows) -> str:
         found = [end.get(key) if batch is None else end.get(key, {}).get(batch) for end in ends]
         return " -> ".join("-" if value is None else f"{value / unit:.{digits}f}" for value in found)
 
-    columns = (("numbers", None, 1e6, 2), ("macs", None, 1e6, 1), ("ms", "1", 1.0, 1), ("ms", "64", 1.0, 1))
-    columns = (*columns, ("nbytes", None, 1e6, 2), ("peak_bytes", "64", 1e6, 1))
+    counts = ("numbers", None, 1e6, 2), ("macs", None, 1e6, 1)
+    columns = *counts, ("ms", "1", 1.0, 1), ("ms", "64", 1.0, 1), ("nbytes", None, 1e6, 2), ("peak_bytes", "64", 1e6, 1)
     cuts = [row for row in rows if row["kind"] == "accuracy" and row["algorithm"] in ("scop", "prune")]
     known = [row for row in cuts if "sizes" in row]
     lines = []

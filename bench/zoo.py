@@ -17,6 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def torchvision_entries() -> Iterator[Entry]:
     for family, members in names.items():
         name = smallest(members)
         size = 299 if family == "inception" else 224
-        yield Entry("torchvision", family, name, lambda n=name, s=size: (models.get_model(n), pixels(3, s, s)))
+        yield Entry("torchvision", family, name, partial(_torchvision, name, size))
 
 
 def timm_entries() -> Iterator[Entry]:
@@ -90,13 +91,13 @@ def timm_entries() -> Iterator[Entry]:
         members = timm.list_models(module=family)
         if members:
             name = smallest(members)
-            yield Entry("timm", family, name, lambda n=name: _timm(n))
+            yield Entry("timm", family, name, partial(_timm, name))
 
 
 def transformers_entries() -> Iterator[Entry]:
     _declare_operators()  # transformers imports torchvision where it is installed
     for name in ARCHITECTURES:
-        yield Entry("transformers", name.removesuffix("Config"), name, lambda n=name: tiny(n))
+        yield Entry("transformers", name.removesuffix("Config"), name, partial(tiny, name))
 
 
 LIBRARIES = {"torchvision": torchvision_entries, "timm": timm_entries, "transformers": transformers_entries}
@@ -109,6 +110,12 @@ def smallest(names: list[str]) -> str:
 
 def pixels(*shape: int) -> Tensor:
     return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def _torchvision(name: str, size: int) -> tuple[nn.Module, Any]:
+    from torchvision import models
+
+    return models.get_model(name), pixels(3, size, size)
 
 
 def _timm(name: str) -> tuple[nn.Module, Any]:

@@ -31,8 +31,8 @@ def line(row: dict[str, Any], base: float | None) -> str:
         return COLUMNS.format(*about, *["-"] * 6, f"failed: {row['error']}")
     times = tuple(f"{row[k]:.2f}" for k in ("ms_p20", "ms_p50", "ms_p80"))
     ratio = f"{row['ms_p50'] / base:.2f}x" if base else "-"
-    mb = row.get("peak_bytes", row.get("saved_bytes", row.get("nbytes")))
-    return COLUMNS.format(*about, *times, ratio, row.get("per_s", "-"), f"{mb / 1e6:.1f}", "")
+    sizes = [row[key] for key in ("peak_bytes", "saved_bytes", "nbytes") if key in row]
+    return COLUMNS.format(*about, *times, ratio, row.get("per_s", "-"), f"{sizes[0] / 1e6:.1f}", "")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

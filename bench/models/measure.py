@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +57,8 @@ def measure(
     net = network.build(quick).to(device)
     x = network.inputs(batch, quick, device)
     if network.images:
-        net, x = net.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        x = x.contiguous(memory_format=torch.channels_last)
     if algorithm == "bfloat16":
         yield from _predicting(net.eval().bfloat16(), x.bfloat16(), device, seconds)
         return
@@ -75,8 +77,8 @@ def _predicting(net: nn.Module, x: Tensor, device: str, seconds: float) -> Itera
     size = {"nbytes": nbytes_of(net)}
     for phase, inputs in (("latency", x[:1]), ("throughput", x)):
         with torch.inference_mode():
-            memory = {"peak_bytes": peak_bytes(device, lambda i=inputs: net(i))}
-            timing = _time(lambda i=inputs: net(i), device, seconds)
+            memory = {"peak_bytes": peak_bytes(device, partial(net, inputs))}
+            timing = _time(partial(net, inputs), device, seconds)
         rate = {"per_s": round(1e3 * inputs.shape[0] / timing.ms_p50, 2)}
         yield {"phase": phase, "batch": inputs.shape[0], **size, **memory, **_times(timing), **rate}
 
