@@ -1,9 +1,10 @@
 """Convolutions of 8-bit images with a packed weight on the CPU, summed as integers.
 
-Three ways, by what was measured. Depthwise, without a residual: C++ of our own (cpu_depthwise.py), if it runs here.
+Three ways, by what was measured. Depthwise, without a residual: C++ of our own (cpu_native.py), if it runs here.
 Where y has many pixels for each channel, and for groups of channels: oneDNN's convolution of uint8 codes, which packs
 the weight for each size of image. Else, what the pixels of some images see is copied side by side, and multiplied by
-ATen's product of int8 matrices. Behind both, one compiled pass makes the result of the sums.
+ATen's product of int8 matrices. Behind both, one pass makes the result of the sums: C++, or where that does not run
+or know the activation, a compiled chain.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.nn.functional import pad
 from gs_kernels.compiled import call, compiled
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import unpack_codes
-from gs_kernels.qconv2d.cpu_depthwise import Depthwise, depthwise_library, suits
+from gs_kernels.qconv2d.cpu_native import Depthwise, Finish, finishes, library, suits
 from gs_kernels.qconv2d.dense import empty_image
 from gs_kernels.qconv2d.ref import convolve_int8_ref, finish_int8, into_codes
 from gs_kernels.qconv2d.window import Window
@@ -139,10 +140,13 @@ class Int8Convolution:
         self.one = _has_one_sum(self.known, weight)
         self.scale, none = weight.scale.reshape(-1).contiguous(), torch.zeros(self.n)
         self.offsets = {True: none, False: (self.known.sums * -self.shift).view(-1) if self.one else none}
+        self.finish: Finish | None = None
         self.depthwise: Depthwise | None = None
-        if self.one and suits(self.n, self.k, window, activation, dtype, out[0] is not None):
-            about = (self.known.codes, self.known.twice, window, self.shift, self.scale, x_scale, bias)
-            self.depthwise = Depthwise(depthwise_library(), *about, out, activation)
+        if self.one and finishes(activation, dtype, out[0] is not None):
+            about = (self.known.codes, self.known.twice, self.shift, self.scale, x_scale, bias)
+            self.finish = Finish(library(), *about, out, activation)
+            if suits(self.n, self.k, window):
+                self.depthwise = Depthwise(self.finish, self.known.codes, window)
         self.packs: dict[tuple[int, ...], Tensor] = {}  # the weight as oneDNN wants it, by the shape of x
         self.calls = 0
 
@@ -177,6 +181,8 @@ class Int8Convolution:
                 y = self._by_groups(seen)
                 return finish_int8(y, self.x_scale, self.bias, into, self.activation, self.dtype)
             sums = _multiply(seen, self.known.codes)
+        if self.finish is not None and self.finish.takes(residual[0]):
+            return self.finish(sums, *residual)
         about_y = (self.x_scale, self.bias, self.activation, self.dtype, *into)
         args = (sums, self.known.twice, self.offsets[direct], self.scale, *about_y)
         run: Any = finish_chain

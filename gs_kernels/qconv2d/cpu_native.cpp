@@ -1,6 +1,6 @@
-// Depthwise convolution of 8-bit images, channels last, from codes to codes or fp32 in one pass, by AVX-512:
-// qconv2d_int8 where each channel of y sees one channel of x. Sums are int32, exact; what follows has the order of
-// finish_int8 (ref.py), and is not contracted to fused operations.
+// Convolutions of 8-bit images on CPUs with AVX-512, channels last: the pass from sums to codes or fp32, and depthwise
+// convolutions, which are one pass from codes to codes. Sums are int32, exact; what follows has the order of finish_int8
+// (ref.py), and is not contracted to fused operations.
 #include <immintrin.h>
 #include <cstdint>
 
@@ -25,11 +25,16 @@ struct After {
 INLINE __m512 times(__m512 a, __m512 b) { return _mm512_mul_round_ps(a, b, _MM_FROUND_CUR_DIRECTION); }
 INLINE __m512 plus(__m512 a, __m512 b) { return _mm512_add_round_ps(a, b, _MM_FROUND_CUR_DIRECTION); }
 
-INLINE __m512 finished(__m512i sums, const After& after, int64_t channel) {
-  const __m512 twice = _mm512_cvtepi32_ps(_mm512_mullo_epi32(sums, _mm512_set1_epi32(after.twice)));
-  __m512 v = times(times(twice, _mm512_set1_ps(0.5f)), _mm512_loadu_ps(after.scale + channel));
+INLINE __m512 in_fp32(__m512i sums, const After& after) {
+  return _mm512_cvtepi32_ps(_mm512_mullo_epi32(sums, _mm512_set1_epi32(after.twice)));
+}
+
+// Of sums times `twice`, for 16 channels or those of a mask; the rest: what a residual adds.
+INLINE __m512 finished(__m512 sums, const After& after, int64_t channel, __mmask16 mask = -1, __m512 rest = __m512{}) {
+  __m512 v = times(times(sums, _mm512_set1_ps(0.5f)), _mm512_maskz_loadu_ps(mask, after.scale + channel));
   v = times(v, _mm512_set1_ps(after.x_scale));
-  if (after.bias) v = plus(v, _mm512_loadu_ps(after.bias + channel));
+  if (after.bias) v = plus(v, _mm512_maskz_loadu_ps(mask, after.bias + channel));
+  v = plus(v, rest);
   if (after.activation) v = _mm512_max_ps(_mm512_setzero_ps(), v);  // of NaN the second: it stays
   if (after.activation == 2) v = _mm512_min_ps(_mm512_set1_ps(6.0f), v);
   return v;
@@ -74,7 +79,7 @@ INLINE void neighbours(
     }
   }
   for (int v = 0; v < VECTORS; ++v) {
-    const __m512 values = finished(sums[v], after, channel[v]);
+    const __m512 values = finished(in_fp32(sums[v], after), after, channel[v]);
     const int64_t at = (first + v) * LANES;
     if (after.codes) {
       _mm_storeu_si128((__m128i*)(static_cast<int8_t*>(y) + at), in_codes(values, after));
@@ -121,7 +126,50 @@ TARGET void one_row(const int8_t* x, const int32_t* weight, void* y, const Image
   }
 }
 
+struct Sums {
+  const void* data;  // [rows, channels]
+  int64_t rows, channels, are_whole;  // int32, without what the zero point of x takes off them; else fp32, with that
+};
+
+struct Residual {
+  const void* data;  // [rows, channels], or null
+  int64_t is_codes;  // int8, and `(code - zero) * scale` is meant; else fp32
+  float scale, zero;
+};
+
+TARGET void finish_row(const Sums& sums, const Residual& residual, void* y, const After& after, int64_t row) {
+  for (int64_t channel = 0; channel < sums.channels; channel += LANES) {
+    const int64_t left = sums.channels - channel, at = row * sums.channels + channel;
+    const __mmask16 mask = left >= LANES ? -1 : (1 << left) - 1;
+    __m512 v, rest = _mm512_setzero_ps();
+    if (sums.are_whole) {
+      const __m512i whole = _mm512_maskz_loadu_epi32(mask, static_cast<const int32_t*>(sums.data) + at);
+      v = in_fp32(_mm512_add_epi32(whole, _mm512_maskz_loadu_epi32(mask, after.of_zero + channel)), after);
+    } else {
+      v = times(_mm512_maskz_loadu_ps(mask, static_cast<const float*>(sums.data) + at), _mm512_set1_ps(after.twice));
+    }
+    if (residual.data && residual.is_codes) {
+      const __m128i codes = _mm_maskz_loadu_epi8(mask, static_cast<const int8_t*>(residual.data) + at);
+      rest = plus(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)), _mm512_set1_ps(-residual.zero));
+      rest = times(rest, _mm512_set1_ps(residual.scale));
+    } else if (residual.data) {
+      rest = _mm512_maskz_loadu_ps(mask, static_cast<const float*>(residual.data) + at);
+    }
+    v = finished(v, after, channel, mask, rest);
+    if (after.codes) {
+      _mm_mask_storeu_epi8(static_cast<int8_t*>(y) + at, mask, in_codes(v, after));
+    } else {
+      _mm512_mask_storeu_ps(static_cast<float*>(y) + at, mask, v);
+    }
+  }
+}
+
 }  // namespace
+
+extern "C" void finish_int8(const Sums* sums, const Residual* residual, void* y, const After* after, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t row = 0; row < sums->rows; ++row) finish_row(*sums, *residual, y, *after, row);
+}
 
 // The number of channels is a multiple of 16.
 extern "C" void depthwise_int8(

@@ -1,4 +1,4 @@
-"""The C++ of depthwise convolutions on a CPU against the reference, bit for bit."""
+"""The C++ of 8-bit convolutions on a CPU against the reference, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 from gs_kernels import PackedWeight, pack_weight, qconv2d_int8
 from gs_kernels.dispatch import INTERPRET
-from gs_kernels.qconv2d import cpu_depthwise
+from gs_kernels.qconv2d import cpu_int8, cpu_native
 from gs_kernels.qconv2d.ref import qconv2d_int8_ref
 from tests.helpers import relative_rms
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter runs Triton's kernels instead")
 
-HERE = cpu_depthwise.depthwise_library() is not None
+HERE = cpu_native.library() is not None
 WINDOWS: dict[str, dict[str, Any]] = {
     "padded": {"kernel_size": 3, "padding": 1},
     "strided": {"kernel_size": (5, 3), "padding": (2, 0), "stride": (2, 3)},
@@ -58,6 +58,33 @@ def test_depthwise_is_the_reference(window: str, channels: int, bits: int):
 
 
 @pytest.mark.skipif(not HERE, reason="needs AVX-512 and a C++ compiler")
+@pytest.mark.parametrize("side", [3, 17], ids=["by matrices", "by oneDNN"])
+@pytest.mark.parametrize("channels, bits", [(1, 8), (7, 4), (16, 8), (37, 1)])
+def test_what_follows_the_sums_is_the_reference(side: int, channels: int, bits: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu_int8, "PIXELS", 4 if side == 17 else 1 << 30)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randint(-128, 128, (2, 24, side, side), generator=generator, dtype=torch.int8)
+    w, bias, x_scale = weight(channels, 24, bits), torch.linspace(-3, 3, channels), torch.tensor([0.05])
+    size = (2, channels, side, side)
+    codes = torch.randint(-128, 128, size, generator=generator, dtype=torch.int8)
+    real = torch.randn(size, generator=generator)
+    real[0, 0, 0, 0] = torch.nan
+    scaled = {"residual_scale": torch.tensor([0.03])}
+    for residual in (
+        {},
+        {"residual": real.contiguous(memory_format=torch.channels_last)},
+        {"residual": codes, **scaled},
+        {"residual": codes, **scaled, "residual_zero": torch.tensor([9.0])},
+    ):
+        for out in ({}, {"out_scale": torch.tensor([0.1]), "out_zero": torch.tensor([-100.25])}):
+            for activation, zero in (("none", None), ("relu", torch.tensor([-7.0])), ("relu6", None)):
+                options = {"kernel_size": 1, "x_zero": zero, "activation": activation, **residual, **out}
+                got = qconv2d_int8(x, x_scale, w, bias, **options)
+                want = qconv2d_int8_ref(x, x_scale, w, bias, **options)
+                assert torch.equal(got.nan_to_num(1e9), want.nan_to_num(1e9)), (residual.keys(), activation, out)
+
+
+@pytest.mark.skipif(not HERE, reason="needs AVX-512 and a C++ compiler")
 def test_what_it_cannot_do_goes_another_way():
     x_scale, about = torch.tensor([0.05]), {"kernel_size": 3, "padding": 1}
     for channels, options in (
@@ -73,13 +100,13 @@ def test_what_it_cannot_do_goes_another_way():
 
 
 def test_code_that_computes_something_else_is_not_used(monkeypatch, caplog):
-    monkeypatch.setattr(cpu_depthwise, "_is_right", lambda functions: False)
-    cpu_depthwise.depthwise_library.cache_clear()
+    monkeypatch.setattr(cpu_native, "_is_right", lambda functions: False)
+    cpu_native.library.cache_clear()
     try:
         w, x = weight(32, 9, 8), image(32)
         about = {"kernel_size": 3, "padding": 1, "groups": 32}
         got = qconv2d_int8(x, torch.ones(1), w, **about)
         assert torch.equal(got, qconv2d_int8_ref(x, torch.ones(1), w, **about))
-        assert not HERE or "cpu_depthwise.cpp computes wrong results" in caplog.text
+        assert not HERE or "cpu_native.cpp computes wrong results" in caplog.text
     finally:
-        cpu_depthwise.depthwise_library.cache_clear()
+        cpu_native.library.cache_clear()

@@ -1,0 +1,157 @@
+"""What convolutions of 8-bit images have in C++, for CPUs with AVX-512: `cpu_native.cpp`.
+
+oneDNN's depthwise convolution takes a pass in front, to make the codes unsigned, and one behind, from fp32 to codes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+from gs_kernels.compiled import native
+from gs_kernels.qconv2d.window import Window
+
+NEEDS = ("avx512_f", "avx512_bw", "avx512_vl")
+ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
+LANES = 16  # channels of a depthwise convolution are a multiple of
+PARALLEL_FROM = 1 << 15  # products, or numbers of y, from which a second thread pays: measured
+
+size, single, number, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_int32, ctypes.c_void_p
+IMAGE = ("batch", "h", "w", "c", "p", "q", "r", "s", "stride_h", "stride_w", "top", "left", "dilation_h", "dilation_w")
+
+
+class _Image(ctypes.Structure):
+    _fields_ = [(name, size) for name in IMAGE]
+
+
+class _After(ctypes.Structure):
+    _fields_ = [
+        *((name, pointer) for name in ("scale", "bias", "of_zero")),
+        *((name, single) for name in ("x_scale", "inverse", "fraction", "whole")),
+        *((name, number) for name in ("shift", "twice", "activation", "codes")),
+    ]
+
+
+class _Sums(ctypes.Structure):
+    _fields_ = [("data", pointer), *((name, size) for name in ("rows", "channels", "are_whole"))]
+
+
+class _Residual(ctypes.Structure):
+    _fields_ = [("data", pointer), ("is_codes", size), ("scale", single), ("zero", single)]
+
+
+class Finish:
+    """`[M, O]` from the sums of one group, as `finish_int8` of ref.py makes it; everything fixed but what it adds up.
+
+    Args:
+        functions: `library()`.
+        codes, twice: int8 `[O, K]` and a number, as `cpu_int8.Codes` holds them; shift: the zero point of x.
+        scale: `[O]`.
+        bias: `[O]`.
+        out: as `Int8Convolution` takes it.
+    """
+
+    def __init__(
+        self,
+        functions: Any,
+        codes: Tensor,
+        twice: int,
+        shift: int,
+        scale: Tensor,
+        x_scale: Tensor,
+        bias: Tensor | None,
+        out: tuple[Tensor | None, Tensor | None, Tensor | None],
+        activation: str,
+    ) -> None:
+        self.functions = functions
+        self.scale, self.bias = scale.float().contiguous(), None if bias is None else bias.float().contiguous()
+        inverse, whole, fraction = (0.0 if t is None else float(t) for t in out)
+        self.dtype = torch.float32 if out[0] is None else torch.int8
+        self.of_zero = codes.sum(1, dtype=torch.int32) * -shift
+        pointers = self.scale.data_ptr(), None if self.bias is None else self.bias.data_ptr(), self.of_zero.data_ptr()
+        singles = float(x_scale), inverse, fraction, whole
+        self.after = _After(*pointers, *singles, shift, twice, ACTIVATIONS[activation], self.dtype == torch.int8)
+
+    def takes(self, residual: Tensor | None) -> bool:
+        return residual is None or residual.dtype in (torch.int8, torch.float32)
+
+    def __call__(self, sums: Tensor, residual: Tensor | None, scale: Tensor | None, zero: Tensor | None) -> Tensor:
+        """sums: int32 of the codes of x as they are, or fp32 of those less their zero point."""
+        sums, y = sums.contiguous(), torch.empty(sums.shape, dtype=self.dtype)
+        about = _Sums(sums.data_ptr(), *sums.shape, sums.dtype == torch.int32)
+        rest = None if residual is None else residual.contiguous()
+        numbers = (1.0 if scale is None else float(scale), 0.0 if zero is None else float(zero))
+        adds = _Residual(None, 0, *numbers) if rest is None else _Residual(rest.data_ptr(), scale is not None, *numbers)
+        threads = torch.get_num_threads() if y.numel() >= PARALLEL_FROM else 1
+        self.functions.finish_int8(about, adds, y.data_ptr(), self.after, threads)
+        return y
+
+
+class Depthwise:
+    """`qconv2d_int8` of images with as many channels as y, without a residual; everything fixed but the image.
+
+    Args:
+        finish: what follows the sums.
+        codes: int8 `[C, taps]`.
+    """
+
+    def __init__(self, finish: Finish, codes: Tensor, window: Window) -> None:
+        self.finish, self.window = finish, window
+        self.weight = codes.t().contiguous().to(torch.int32)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[B, P, Q, C]`, contiguous, int8 or fp32."""
+        x = x.permute(0, 2, 3, 1).contiguous()
+        (b, h, w, c), about = x.shape, self.window
+        p, q = about.output(h, w)
+        y = torch.empty(b, p, q, c, dtype=self.finish.dtype)
+        steps = about.stride_h, about.stride_w, about.top, about.left, about.dilation_h, about.dilation_w
+        image = _Image(b, h, w, c, p, q, about.r, about.s, *steps)
+        threads = torch.get_num_threads() if y.numel() * about.taps >= PARALLEL_FROM else 1
+        pointers = x.data_ptr(), self.weight.data_ptr(), y.data_ptr()
+        self.finish.functions.depthwise_int8(*pointers, image, self.finish.after, threads)
+        return y
+
+
+def finishes(activation: str, dtype: torch.dtype, codes: bool) -> bool:
+    """Whether the C++ is there and ends with this."""
+    return activation in ACTIVATIONS and (codes or dtype == torch.float32) and library() is not None
+
+
+def suits(channels: int, k: int, window: Window) -> bool:
+    """Whether the C++ does such a convolution, if it `finishes` it."""
+    return window.groups == channels and k == window.taps and channels % LANES == 0
+
+
+@cache
+def library() -> Any:
+    """The compiled code; None if this CPU lacks its instructions, or it does not compile or computes something else."""
+    able = torch.cpu.get_capabilities()
+    if not all(able.get(name) for name in NEEDS):
+        return None
+    after = ctypes.POINTER(_After)
+    functions = {
+        "finish_int8": [ctypes.POINTER(_Sums), ctypes.POINTER(_Residual), pointer, after, ctypes.c_int],
+        "depthwise_int8": [pointer, pointer, pointer, ctypes.POINTER(_Image), after, ctypes.c_int],
+    }
+    return native(Path(__file__).with_suffix(".cpp"), functions, _is_right)
+
+
+def _is_right(functions: Any) -> bool:
+    """One small depthwise convolution, and the end of another."""
+    x = (torch.arange(16 * 25) * 37 % 256 - 128).view(1, 16, 5, 5)
+    codes = torch.arange(16 * 9) * 29 % 256 - 128
+    window = Window(3, 3, top=1, bottom=1, left=1, right=1, groups=16)
+    scale, bias, x_scale = torch.linspace(1e-3, 2e-3, 16), torch.linspace(-1, 1, 16), torch.tensor([0.3])
+    weight = codes.to(torch.int8).view(16, 9)
+    finish = Finish(functions, weight, 2, 5, scale, x_scale, bias, (None, None, None), "relu")
+    sums = conv2d((x - 5).double(), codes.double().view(16, 1, 3, 3), padding=1, groups=16).permute(0, 2, 3, 1)
+    want = (sums.float() * scale * x_scale + bias).relu()
+    got = Depthwise(finish, weight, window)(x.to(torch.int8)), finish(sums.float().view(25, 16), None, None, None)
+    return torch.equal(got[0], want) and torch.equal(got[1], want.view(25, 16))
