@@ -13,6 +13,7 @@ numbers a weight. `fused=True` with `SlbAdamW` or `SlbSGD` saves their gradient,
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -108,11 +109,12 @@ class SLB(QuantizationTraining):
     def move(self) -> None:
         """Brings every layer to where the schedule is after `steps` steps. Nothing is read back from the device."""
         schedule, layers = self.config.schedule(), list(self._layers.values())
+        self._refuse_loaded(schedule)
         searching = [layer for layer in layers if not layer.search.one_hot]
         if schedule.one_hot(self.steps):
             for layer in searching:
                 layer.search.choose()
-        else:
+        elif searching:
             temperatures = [layer.search.temperature for layer in searching]
             torch._foreach_zero_(temperatures)
             torch._foreach_add_(temperatures, schedule.temperature(self.steps))
@@ -122,6 +124,21 @@ class SLB(QuantizationTraining):
         if point is not None:
             for layer in layers:
                 layer.search.note(point)
+
+    def _refuse_loaded(self, schedule: Schedule) -> None:
+        """Raises if a layer was loaded from elsewhere in the schedule than where this run is."""
+        before = self.steps - 1
+        for name, layer in self._layers.items():
+            loaded, due = layer.search.loaded, schedule.temperature(before)
+            if loaded is not None and not math.isclose(loaded, due, rel_tol=1e-6):
+                self.steps = before
+                raise RuntimeError(
+                    f"SLB.step: {name} must be loaded from where the schedule is, after {before} steps with temperature"
+                    f" {due:.6g}, got a state_dict of temperature {loaded:.6g}; use gs_algos.save, load and SLB.resume,"
+                    " or set `steps` to those that the state_dict has seen"
+                )
+        for layer in self._layers.values():
+            layer.search.loaded = None
 
     def convert(self, model: nn.Module, example_inputs: Inputs | None = None) -> nn.Module:
         """Replaces every searched layer by its packed codes and scales, its batch norm by an identity; checks outputs.

@@ -80,7 +80,9 @@ class IntegerEval(nn.Module):
         if not isinstance(bn, BroughtAlong):
             return from_sums_(sums, folded, x_scale, bias, axes)
         y = from_sums_(sums.clone(), folded, x_scale, bias, axes)
-        return bring_along(from_sums_(sums, self.unfolded(scale), x_scale, self.bias, axes), bn, y)
+        raw = from_sums_(sums, self.unfolded(scale), x_scale, self.bias, axes)
+        # a tensor of inference mode does not tell that a hook changed it
+        return raw if raw.is_inference() and self._forward_hooks else bring_along(raw, bn, y)
 
     def _runs_whole(self, x: Tensor, bn: _BatchNorm | None) -> bool:
         quantizer: Any = self.input_quantizer

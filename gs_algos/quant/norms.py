@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from gs_algos.core.modules import swapped_class
 
-NORMED = "normed"  # attribute of a tensor
+_normed = WeakTensorKeyDictionary()  # of an input: the batch norm, the input's version (None: not counted), the output
 
 
 class Tailed(_BatchNorm):
@@ -22,7 +23,20 @@ class Tailed(_BatchNorm):
         return y
 
 
-class PassedOver(Tailed):
+class Irreplaceable(Tailed):
+    """A batch norm that shares its work with the layer in front."""
+
+    @property
+    def qconfig(self) -> None:
+        """Raises: `SyncBatchNorm.convert_sync_batchnorm`, which alone looks here, would have the work done twice."""
+        raise RuntimeError(
+            f"{type(self).__name__}: a batch norm that works together with the layer in front (fold_bn='two_conv', "
+            "freeze_bn, state batch norm) must stay as it is, got SyncBatchNorm.convert_sync_batchnorm; "
+            "convert before `apply`, whose plan says what is left as it is then"
+        )
+
+
+class PassedOver(Irreplaceable):
     """The batch norm of a two-conv fold: its work is done in the conv; it keeps its parameters and statistics."""
 
     prefix = "PassedOver"
@@ -31,7 +45,7 @@ class PassedOver(Tailed):
         return self._behind(x)
 
 
-class Freezable(Tailed):
+class Freezable(Irreplaceable):
     """A batch norm that uses its running statistics once `frozen` (bool [1]) is set, without recompiling."""
 
     prefix = "Freezable"
@@ -54,20 +68,27 @@ class Freezable(Tailed):
 class BroughtAlong(Tailed):
     """A batch norm whose output the layer in front may have made too, in a way of its own: the input brings it along.
 
-    So one that takes its place, as `SyncBatchNorm.convert_sync_batchnorm` makes it, still has the input it expects.
+    What has changed the input in place since, a hook for one, undoes that. And one that takes its place, as
+    `SyncBatchNorm.convert_sync_batchnorm` makes it, still has the input it expects.
     """
 
     prefix = "BroughtAlong"
 
     def forward(self, x: Tensor) -> Tensor:
-        bn, normed = (None, None) if torch.compiler.is_compiling() else x.__dict__.get(NORMED, (None, None))
-        return self._behind(normed) if normed is not None and bn is self else super().forward(x)
+        found = None if torch.compiler.is_compiling() else _normed.get(x)
+        if found is None or found[:2] != (self, _version(x)):
+            return super().forward(x)
+        return self._behind(found[2])
 
 
 def bring_along(y: Tensor, bn: BroughtAlong, normed: Tensor) -> Tensor:
     """y, the input of a batch norm, with what the batch norm shall give."""
-    y.__dict__[NORMED] = (bn, normed)
+    _normed[y] = (bn, _version(y), normed)
     return y
+
+
+def _version(t: Tensor) -> int | None:
+    return None if t.is_inference() else t._version
 
 
 def swap_norm(bn: _BatchNorm, mixin: type[Tailed], tail: tuple[nn.Module, ...]) -> None:

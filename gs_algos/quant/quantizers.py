@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from gs_algos.quant.scheme import Scheme, n_scales
 from gs_kernels import PerTensor, choose_qparams, dynamic_fake_quant, fake_quant, minmax, observe_fake_quant
 
 STATE = ("scale", "zero", "clip", "range")  # fp32 whatever the model is cast to
+WIDEST = torch.finfo(torch.float32).max / 2  # end of a range that is still followed: its double is finite
 SMALLEST_SCALE = 2.0**-40  # a learnt step is clamped to this after each optimizer step, so that it stays positive
 
 
@@ -73,7 +75,7 @@ class Quantizer(nn.Module):
         return choose_qparams(x_min, x_max, qmin=s.qmin, qmax=s.qmax, symmetric=s.symmetric)
 
     def _learnt(self, elements_per_scale: int) -> tuple[Tensor, Tensor]:
-        factor = 1.0 / math.sqrt(elements_per_scale * max(self.scheme.qmax, 1))
+        factor = 1.0 / math.sqrt(max(elements_per_scale, 1) * max(self.scheme.qmax, 1))
         zero = self.zero
         if isinstance(zero, nn.Parameter):
             zero = round_straight_through(scale_gradient(zero, factor))
@@ -211,6 +213,10 @@ class ActivationQuantizer(Quantizer):
         self.set_range(-extremes[:1], extremes[1:])
         self.steps.fill_(0 if provisional else 1)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.pending.fill_(-math.inf)  # was seen before
+
     @torch.no_grad()
     def _collect(self, x: Tensor) -> None:
         self._note(*minmax(x.detach(), granularity=PerTensor()))
@@ -230,8 +236,8 @@ def merge_pending(quantizers: Sequence[ActivationQuantizer], group: dist.Process
     """Moves what the quantizers have seen since the last call into their ranges: one collective, no host sync.
 
     Every rank must call it the same number of times. The first batch replaces the start range; then `minmax` keeps the
-    extremes, and `ema` moves by its argument towards the new ones. What is NaN or infinite, as a batch whose step a
-    gradient scaler skips may be, moves nothing.
+    extremes, and `ema` moves by its argument towards the new ones. What is NaN or beyond WIDEST, as a batch whose step
+    a gradient scaler skips may be, moves nothing.
     """
     quantizers = [q for q in quantizers if q.follows]
     if not quantizers:
@@ -250,7 +256,7 @@ def _merge(quantizers: list[ActivationQuantizer], pending: Tensor) -> None:
     scheme = quantizers[0].scheme
     old = torch.stack([q.range for q in quantizers])  # [Q, 2]
     first = torch.stack([q.steps for q in quantizers]) == 0  # [Q, 1]
-    seen = pending.isfinite().all(1, keepdim=True)  # [Q, 1]
+    seen = (pending.abs() < WIDEST).all(1, keepdim=True)  # [Q, 1]
     if scheme.observer == "minmax":
         moved = torch.maximum(old, pending)
     else:

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gs_algos.core.modules import swapped_class
 from gs_algos.quant.integer_eval import IntegerEval, in_steps
-from gs_algos.quant.norms import BroughtAlong, Tailed, swap_norm, update_running
+from gs_algos.quant.norms import BroughtAlong, Irreplaceable, swap_norm, update_running
 from gs_algos.quant.quantizers import ActivationQuantizer
 from gs_algos.quant.slb_grid import LevelGrid
 from gs_algos.quant.slb_search import LevelSearch, local, rows_of
@@ -92,7 +92,9 @@ class Searched(IntegerEval):
         y = self.product(x, self.mixed(x), self.bias)
         if self._follows and self.training and not self.search.one_hot:
             self._follow(x)
-        return _Hanger.apply(y.clone(), parameter) if self.idle() and late else y
+        if not (self.idle() and late):
+            return y
+        return _Hanger.apply(y, parameter).clone()  # a view could not be changed in place, as a ReLU behind does
 
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
@@ -115,7 +117,7 @@ class _SearchedConv(Searched):
         return self._conv_forward(x, weight, bias)
 
 
-class _StateNorm(Tailed):
+class _StateNorm(Irreplaceable):
     """State batch norm (Yang et al. 2020, arXiv:2009.08695, section 3.3): training normalizes what the mixture gives,
     and the running statistics, which inference reads, are those of the quantized weight; gamma and beta are shared.
 

@@ -44,6 +44,7 @@ class LevelSearch(nn.Module):
     codes: Tensor
     horizon: Tensor
     trace: Tensor | None
+    loaded: float | None = None  # the temperature of a state_dict that no step has followed yet
 
     def __init__(
         self,
@@ -187,7 +188,8 @@ class LevelSearch(nn.Module):
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         if prefix + "temperature" in state_dict:
-            self.one_hot = bool(self.temperature == 0)
+            self.loaded = float(self.temperature)
+            self.one_hot = self.loaded == 0
 
     def extra_repr(self) -> str:
         return f"{'x'.join(map(str, self.shape))}, {self.grid}{', one-hot' if self.one_hot else ''}"

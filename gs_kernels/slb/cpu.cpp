@@ -131,7 +131,7 @@ struct Tile {
   INLINE void mix_one(float c) {
     for (int64_t v = 0; v < vectors(); ++v) {
       const Floats a = at(0, v), smaller = exp2((a < 0.0f ? a : -a) * c);
-      const Floats zero = a > 0.0f ? smaller : all(1.0f), one = a > 0.0f ? all(1.0f) : smaller;
+      const Floats zero = a > 0.0f ? smaller : all(1.0f), one = a > 0.0f ? 1.0f + (a - a) : smaller;  // NaN of infinity
       e[0][v] = one;
       sum[v] = zero + one;
       mixed[v] = (zero * logits.levels[0] + one * logits.levels[1]) / sum[v];

@@ -189,13 +189,14 @@ def slb_adamw__cpu(
 ) -> None:
     if frozen is not None and frozen.item():
         return
-    lr = lr if lr_tensor is None else lr_tensor.item()
+    lr, t = lr if lr_tensor is None else lr_tensor.item(), step.item()
+    if not t >= 1:
+        raise ValueError(f"slb_adamw_: step must be the number of this step, 1 for the first, got {t}; count it before")
     state, functions = (logits, exp_avg, exp_avg_sq), library()
     if functions is None:
         kwargs: dict[str, Any] = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
         _assign(state, slb_adamw_ref(logits, dw, levels, temperature, exp_avg, exp_avg_sq, step, scale, **kwargs))
         return
-    t = step.item()
     rate, spread = lr / (1 - beta1**t), math.sqrt(1 - beta2**t)
     by = _AdamW(1 - beta1, 1 - beta2, rate, spread, eps, 1 - lr * weight_decay)
     dw, levels, scale = _rows(dw), levels.contiguous(), None if scale is None else scale.contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos import SLB, SimQAT
+from gs_algos.quant import norms
 from gs_algos.quant.integer_eval import in_steps, whole_bias
 from tests.algos.nets import SmallConvNet, images, train
 
@@ -97,7 +99,7 @@ def test_a_batch_norm_that_is_sharded_apart_runs_by_itself():
         if isinstance(module, nn.BatchNorm2d):
             module.weight.full_tensor = None  # what tells a DTensor
     with torch.no_grad():
-        assert not net.stem(images(16, seed=7)).__dict__
+        assert net.stem(images(16, seed=7)) not in norms._normed
     torch.testing.assert_close(inferred(net), want, rtol=0, atol=2e-2 * float(want.abs().max()))
 
 
@@ -108,6 +110,45 @@ def test_a_batch_norm_that_is_replaced_still_normalizes_once(fold: str):
     replaced = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     assert type(replaced.bn) is nn.SyncBatchNorm
     torch.testing.assert_close(inferred(replaced), want, rtol=0, atol=2e-2 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("options", [{"fold_bn": "two_conv"}, {"freeze_bn": 2}])
+def test_a_batch_norm_that_works_with_its_layer_cannot_be_replaced(options: dict[str, Any]):
+    net = trained(SimQAT(**options))
+    with pytest.raises(RuntimeError, match="must stay as it is, got SyncBatchNorm"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)
+
+
+def test_a_state_batch_norm_cannot_be_replaced():
+    net = trained(SLB(weight="2bit@channel", batch_norm="state", total_steps=9))
+    with pytest.raises(RuntimeError, match="must stay as it is"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_hook_that_changes_what_a_layer_gives_changes_what_follows(mode: Any):
+    net = trained(SimQAT(fold_bn=False))
+    x = images(16, seed=7)
+
+    def ablate(_: nn.Module, args: Any, y: Tensor) -> None:
+        y[:, :4] = 0.0
+
+    with mode():
+        plain = net(x)
+    net.stem.register_forward_hook(ablate)
+    with mode():
+        got = net(x)
+    want = net(x).detach()
+    assert not torch.allclose(got, plain, atol=5e-2 * float(want.abs().max()))
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-2 * float(want.abs().max()))
+
+
+def test_what_a_hook_keeps_of_a_layer_can_be_saved(tmp_path: Path):
+    net = trained(SimQAT(fold_bn=False))
+    with torch.no_grad():
+        y = net.stem(images(16, seed=7))
+    torch.save(y, tmp_path / "y.pt")
+    assert torch.equal(torch.load(tmp_path / "y.pt"), y) and y in norms._normed
 
 
 def test_a_bias_is_a_whole_number_of_steps_where_fp32_counts_them():

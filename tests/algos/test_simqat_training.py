@@ -143,7 +143,7 @@ def test_ema_moves_by_its_share_and_the_first_batch_replaces_the_start():
 
 
 @pytest.mark.parametrize("observer", ["ema=0.25", "minmax"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
 def test_a_batch_that_is_not_finite_moves_no_range(observer, value):
     net, algo = prepared(act=f"int8@tensor:{observer}")
     q = net.stem.input_quantizer
@@ -156,6 +156,22 @@ def test_a_batch_that_is_not_finite_moves_no_range(observer, value):
     x = images(seed=1)
     torch.testing.assert_close(q.range, torch.stack([-x.min(), x.max()]))
     assert q.scale.isfinite() and q.steps.item() == 1
+
+
+def test_what_was_seen_before_a_state_is_loaded_is_forgotten():
+    net, algo = prepared(act="int8@tensor:minmax")
+    train(net, algo, steps=1)
+    state = copy.deepcopy(net.state_dict())
+    net(images() * 1000)
+    net.load_state_dict(state)
+    algo.step()
+    assert torch.equal(net.stem.input_quantizer.range, state["stem.input_quantizer.range"])
+
+
+def test_an_empty_batch_is_refused_in_words():
+    net, _ = prepared(act="int8@tensor:lsq")
+    with pytest.raises(ValueError, match="x must hold at least one element"):
+        net(images(0))
 
 
 def test_batches_that_share_one_step_count_with_all_they_hold():

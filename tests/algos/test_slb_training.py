@@ -26,6 +26,34 @@ def prepared(steps: int = 10, **options):
     return algo.apply(SmallConvNet(), images()), algo
 
 
+@pytest.mark.parametrize("act", [None, "int8@tensor:ema"])
+def test_what_is_chosen_trains_on_with_a_relu_in_place_behind(act):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(800, 4))
+    algo = SLB(weight="2bit@channel", act=act, total_steps=3)
+    net = algo.apply(net, images())
+    for _ in range(4):
+        net(images()).square().mean().backward()
+        algo.step()
+    assert net[0].search.one_hot
+
+
+@pytest.mark.parametrize("seen", [5, 9])
+def test_a_state_of_another_step_of_the_schedule_is_refused_until_the_step_is_set(seen):
+    net, algo = prepared(steps=10, t_end=0.8)
+    train(net, algo, steps=seen)
+    state = copy.deepcopy(net.state_dict())
+    train(net, algo, steps=1)
+    other, resumed = prepared(steps=10, t_end=0.8)
+    other.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="after 0 steps with temperature 1, got a state_dict of temperature"):
+        resumed.step()
+    resumed.steps = seen
+    resumed.step()
+    assert resumed.steps == seen + 1
+    assert torch.equal(other.stem.search.temperature, net.stem.search.temperature)
+
+
 def test_a_compiled_search_is_one_graph_and_the_temperature_recompiles_nothing():
     options = {"steps": 8, "t_end": 0.75, "act": "uint4@tensor:pact", "batch_norm": "state"}
     (net, algo), (eager, _) = prepared(**options), prepared(**options)

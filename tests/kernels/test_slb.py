@@ -308,13 +308,14 @@ def library(request, monkeypatch):
 @on_cpu
 def test_weights_are_right_to_the_last_bits_down_to_where_they_vanish(library):
     """W of levels 0 and 1 is 1 / (1 + exp(-a)): as a falls, nothing but the exponential."""
-    a = torch.cat([torch.linspace(-87, 20, 100001), torch.tensor([-1e4, -3e38, -INF, INF, 3e38])])
+    a = torch.cat([torch.linspace(-87, 20, 100001), torch.tensor([-1e4, -3e38, -INF, 3e38])])
     for logits in (a, torch.stack([torch.zeros_like(a), a])):
         w = slb_weight(logits.view(1, -1, len(a)), torch.tensor([0.0, 1.0]), torch.ones(1)).flatten()
-        want = a[:-5].double().sigmoid()
-        assert (((w[:-5].double() - want) / want).abs() < 4e-7 + a[:-5].abs() * 2**-23).all()  # of the exponent in fp32
-        assert w[-5:-2].tolist() == [0.0, 0.0, 0.0] and w[-1].item() == 1.0
-    assert slb_weight(torch.full((1, 1, 40), NAN), torch.tensor([0.0, 1.0]), torch.ones(1)).isnan().all()
+        want = a[:-4].double().sigmoid()
+        assert (((w[:-4].double() - want) / want).abs() < 4e-7 + a[:-4].abs() * 2**-23).all()  # of the exponent in fp32
+        assert w[-4:].tolist() == [0.0, 0.0, 0.0, 1.0]
+    for planes, value in ((1, NAN), (1, INF), (2, INF)):  # infinity less itself, as softmax has it
+        assert slb_weight(torch.full((1, planes, 40), value), torch.tensor([0.0, 1.0]), torch.ones(1)).isnan().all()
 
 
 @on_cpu
@@ -365,6 +366,17 @@ def test_steps_of_the_cpu_agree_with_the_reference(planes, dtype, scaled, librar
         plain = logits.clone()
         slb_sgd_(plain, *args, None, scale, **how)
         assert relative_rms(plain, slb_sgd_ref(logits, *args, None, scale, **how)[0]) < near
+
+
+@on_cpu
+@pytest.mark.parametrize("step", [0.0, -3.0, NAN])
+def test_a_step_that_was_not_counted_is_refused(step, library):
+    logits = torch.zeros(2, 4, 6)
+    args = torch.ones(2, 6), *grid(4, "cpu"), torch.zeros_like(logits), torch.zeros_like(logits)
+    with pytest.raises(ValueError, match="step must be the number of this step, 1 for the first, got"):
+        slb_adamw_(logits, *args, torch.full((1,), step), lr=0.1)
+    assert not logits.any()
+    slb_adamw_(logits, *args, torch.full((1,), step), lr=0.1, frozen=torch.ones(1, dtype=torch.bool))
 
 
 @on_cpu
