@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -130,4 +131,21 @@ def swapped_class(mixin: type[nn.Module], base: type[nn.Module]) -> Any:
 
 @cache
 def _swapped_class(mixin: Any, base: Any) -> Any:
-    return type(f"{mixin.prefix}{base.__name__}", (mixin, base), {"__module__": __name__})
+    def reduce(self: Any, protocol: Any) -> Any:
+        """A process that is spawned, and a copy, make the class anew."""
+        make, parts, *state = super(made, self).__reduce_ex__(protocol)
+        if make is copyreg.__newobj__:  # type: ignore[attr-defined]
+            return _empty, (mixin, base), *state
+        return (make, (mixin, *parts), *state) if make is _empty else (make, parts, *state)
+
+    members = {"__module__": __name__, "__reduce_ex__": reduce}
+    made: Any = type(f"{mixin.prefix}{base.__name__}", (mixin, base), members)
+    return made
+
+
+def _empty(*parts: Any) -> Any:
+    """An object of the class of these mixins, the first in front, and a base, without its state."""
+    *mixins, made = parts
+    for mixin in reversed(mixins):
+        made = _swapped_class(mixin, made)
+    return made.__new__(made)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,24 @@ def test_what_a_hook_keeps_of_a_layer_can_be_saved(tmp_path: Path):
         y = net.stem(images(16, seed=7))
     torch.save(y, tmp_path / "y.pt")
     assert torch.equal(torch.load(tmp_path / "y.pt"), y) and y in norms._normed
+
+
+@pytest.mark.parametrize(
+    "algo",
+    [
+        SimQAT(fold_bn="two_conv"),
+        SimQAT(fold_bn=False),
+        SLB(weight="2bit@channel", act="int8@tensor:ema", batch_norm="state", total_steps=9),
+    ],
+    ids=["two_conv", "none", "state"],
+)
+def test_copies_and_what_a_spawned_process_gets_compute_the_same(algo: Any):
+    net = trained(algo)
+    want = inferred(net)
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert [type(m) for m in other.modules()] == [type(m) for m in net.modules()]
+        assert torch.equal(inferred(other), want)
+    assert torch.equal(inferred(pickle.loads(pickle.dumps(algo.convert(copy.deepcopy(net))))), want)
 
 
 def test_a_bias_is_a_whole_number_of_steps_where_fp32_counts_them():
