@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.autograd import forward_ad
 
 from gs_kernels.dispatch import Impl, choose, is_eager
 
@@ -83,14 +84,22 @@ def register(
 
     def run(*args: Any) -> Any:
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        eager = is_eager(*tensors)
+        if eager and gradient is not None and _has_tangent(tensors):
+            raise NotImplementedError(f"{name}: no forward-mode derivative (jvp); use backward or torch.autograd.grad")
         # anybody else who has to see a call: a tracer, a transform, a subclass of tensors
-        if not is_eager(*tensors) or torch._C._functorch.peek_interpreter_stack() is not None:
+        if not eager or torch._C._functorch.peek_interpreter_stack() is not None:
             return op(*args)
         if not any(t.requires_grad for t in tensors):
             return detached(*args)
         return differentiable(*args) if torch.is_grad_enabled() else body(*args)
 
     return run
+
+
+def _has_tangent(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether forward-mode differentiation wants a derivative, which torch takes for 0 where there is no formula."""
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _function(

@@ -209,6 +209,20 @@ def test_the_source_is_an_argument_so_that_compiler_caches_notice_edits(monkeypa
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter takes CPU tensors")
+def test_forward_mode_is_refused_and_not_taken_for_zero():
+    x, scale, zero = torch.randn(4, 6, device=DEVICE), torch.ones(1, device=DEVICE), torch.zeros(1, device=DEVICE)
+
+    def rounded(x):
+        return fake_quant(x, scale, zero, qmin=-8, qmax=7)
+
+    with pytest.raises(NotImplementedError, match=r"fake_quant: no forward-mode derivative \(jvp\); use backward"):
+        torch.func.jvp(rounded, (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            rounded(torch.autograd.forward_ad.make_dual(x, x))
+        assert torch.equal(rounded(x), rounded(x.clone()))
+
+
 def test_reasons_belong_to_one_call():
     x = torch.ones(1)
     first = triton_refuses(x)
