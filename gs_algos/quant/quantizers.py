@@ -256,7 +256,7 @@ def _merge(quantizers: list[ActivationQuantizer], pending: Tensor) -> None:
     scheme = quantizers[0].scheme
     old = torch.stack([q.range for q in quantizers])  # [Q, 2]
     first = torch.stack([q.steps for q in quantizers]) == 0  # [Q, 1]
-    seen = (pending.abs() < WIDEST).all(1, keepdim=True)  # [Q, 1]
+    seen = torch.linalg.vector_norm(pending, math.inf, 1, keepdim=True) < WIDEST  # [Q, 1]
     if scheme.observer == "minmax":
         moved = torch.maximum(old, pending)
     else:
@@ -266,7 +266,7 @@ def _merge(quantizers: list[ActivationQuantizer], pending: Tensor) -> None:
     torch._foreach_copy_([q.range for q in quantizers], list(new.unbind(0)))
     torch._foreach_copy_([q.scale for q in quantizers], list(scale[:, None].unbind(0)))
     torch._foreach_copy_([q.zero for q in quantizers], list(zero[:, None].unbind(0)))
-    torch._foreach_add_([q.steps for q in quantizers], [row.long() for row in seen])
+    torch._foreach_add_([q.steps for q in quantizers], list(seen.long().unbind(0)))
     torch._foreach_copy_([q.pending for q in quantizers], [pending.new_full((2,), -math.inf)] * len(quantizers))
 
 

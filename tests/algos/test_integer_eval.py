@@ -145,6 +145,15 @@ def test_a_hook_that_changes_what_a_layer_gives_changes_what_follows(mode: Any):
     torch.testing.assert_close(got, want, rtol=0, atol=2e-2 * float(want.abs().max()))
 
 
+def test_a_batch_norm_that_is_called_again_gives_the_same_again():
+    net = trained(SimQAT(fold_bn=False))
+    with torch.no_grad():
+        y = net.stem(images(16, seed=7))
+        once = net.bn(y).clone()
+        net.bn(y).fill_(7.0)
+        torch.testing.assert_close(net.bn(y), once, rtol=1e-4, atol=1e-4)
+
+
 def test_what_a_hook_keeps_of_a_layer_can_be_saved(tmp_path: Path):
     net = trained(SimQAT(fold_bn=False))
     with torch.no_grad():
