@@ -55,6 +55,8 @@ class SLB(QuantizationTraining):
 
     In eval mode a layer multiplies with the level of each largest logit, which is what `convert` takes. Under
     torch.compile the step at which the codes are chosen recompiles once, to a forward that reads no logits.
+    After a plain `load_state_dict` set `algo.steps` to the steps that the state has seen: `step` raises RuntimeError
+    where its temperature is not that of the schedule. `gs_algos.load` and `SLB.resume` do that by themselves.
     """
 
     name: ClassVar[str] = "slb"

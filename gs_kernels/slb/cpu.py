@@ -89,14 +89,17 @@ def _known(t: Tensor) -> Tensor:
 
 
 def _logits(a: Tensor, levels: Tensor, temperature: Tensor, scale: Tensor | None) -> _Logits:
-    """a: `_known`; levels and scale are contiguous."""
+    """a: `_known`."""
     rows, planes = a.shape[:2]
     columns = a.numel() // (rows * planes)
     tau = temperature.item()
     inverse = 1 / tau if TAU_MIN <= tau <= TAU_MAX else math.nan
     threads = torch.get_num_threads() if a.numel() >= PARALLEL_FROM else 1
-    scales = None if scale is None else scale.data_ptr()
-    return _Logits(_array(a), levels.data_ptr(), scales, rows, planes, columns, inverse, threads)
+    levels, scale = levels.contiguous(), None if scale is None else scale.contiguous()
+    pointers = levels.data_ptr(), None if scale is None else scale.data_ptr()
+    made = _Logits(_array(a), *pointers, rows, planes, columns, inverse, threads)
+    made.held = a, levels, scale  # for as long as their addresses
+    return made
 
 
 def _rows(dw: Tensor) -> Tensor:
@@ -131,8 +134,7 @@ def slb_weight_cpu(
         w = slb_weight_ref(logits, levels, temperature, scale, hard=hard, shape=shape, dtype=dtype)
     else:
         w = _in_huge_pages(torch.empty(shape, dtype=torch.float32 if dtype == torch.float16 else dtype))
-        a, levels, scale = _known(logits), levels.contiguous(), None if scale is None else scale.contiguous()
-        functions.slb_weight(_logits(a, levels, temperature, scale), _array(w), hard)
+        functions.slb_weight(_logits(_known(logits), levels, temperature, scale), _array(w), hard)
     return w.to(dtype) if not channels_last else empty_weight(logits, shape, dtype, True).copy_(w)
 
 
@@ -151,7 +153,7 @@ def slb_weight_backward_cpu(
         found = slb_weight_backward_ref(dw, logits, levels, temperature, scale, hard=hard)
         da = found[0].contiguous() if for_logits else logits.new_empty(0)
         return da, found[1] if for_scale else torch.empty(0)
-    a, dw, levels, scale = _known(logits), _rows(dw), levels.contiguous(), None if scale is None else scale.contiguous()
+    a, dw = _known(logits), _rows(dw)
     out = _in_huge_pages(torch.empty_like(a)) if for_logits else None
     sums = torch.empty(a.shape[0], -(-dw.shape[1] // TILE)) if for_scale else None
     where = None if sums is None else sums.data_ptr()
@@ -199,7 +201,7 @@ def slb_adamw__cpu(
         return
     rate, spread = lr / (1 - beta1**t), math.sqrt(1 - beta2**t)
     by = _AdamW(1 - beta1, 1 - beta2, rate, spread, eps, 1 - lr * weight_decay)
-    dw, levels, scale = _rows(dw), levels.contiguous(), None if scale is None else scale.contiguous()
+    dw = _rows(dw)
     a, avg, sq = new = [_known(t) for t in state]
     functions.slb_adamw(_logits(a, levels, temperature, scale), _array(dw), _array(avg), _array(sq), by)
     _assign(state, new)
@@ -227,7 +229,7 @@ def slb_sgd__cpu(
         kwargs: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         _assign(state, slb_sgd_ref(logits, dw, levels, temperature, momentum_buffer, scale, **kwargs))
         return
-    dw, levels, scale = _rows(dw), levels.contiguous(), None if scale is None else scale.contiguous()
+    dw = _rows(dw)
     new = [_known(t) for t in state]
     buffer = _array(new[1]) if len(new) > 1 else _array(None)
     functions.slb_sgd(
