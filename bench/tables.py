@@ -1,4 +1,4 @@
-"""`python -m bench.tables [--check]`: the README's tables, made from the rows in `bench/results` and never typed.
+"""`python -m bench.tables [--check]`: fills the tables of docs/benchmarks.md from the rows in `bench/results`.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. `--check` writes nothing and fails if one differs from
 what the rows say, which is what the tests do. Of rows that measured the same thing the last one counts.
@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 from bench import record
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 Rows: TypeAlias = Sequence[dict[str, Any]]
 _PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", None: "bf16"}
@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit code 1 if a table is not what rows say"
     )
-    parser.add_argument("--file", type=Path, default=README, help="default: README.md")
+    parser.add_argument("--file", type=Path, default=PAGE, help="default: docs/benchmarks.md")
     parser.add_argument("--rows", type=Path, default=record.RESULTS, help="default: bench/results")
     chosen = parser.parse_args(argv)
     try:

@@ -1,4 +1,4 @@
-"""Tables and pictures come from rows: the README's say what the rows say, and what lacks rows is said."""
+"""Tables and pictures come from rows: docs/benchmarks.md says what they say, and what lacks rows is said."""
 
 import json
 
@@ -29,7 +29,7 @@ PRODUCTS = [
 ]
 
 
-def test_the_readme_holds_the_tables_of_the_rows():
+def test_the_page_holds_the_tables_of_the_rows():
     assert tables.main(["--check"]) == 0
 
 
