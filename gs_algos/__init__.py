@@ -3,29 +3,55 @@
 from gs_algos.core.algorithm import Algorithm
 from gs_algos.core.checkpoint import load, save
 from gs_algos.core.plan import Plan
+from gs_algos.export.checkpoint import quantize_checkpoint
+from gs_algos.export.interchange import export_language_model, import_language_model
+from gs_algos.export.language import load_language_model
+from gs_algos.export.onnx_graph import export_onnx
+from gs_algos.export.package import export_package
+from gs_algos.pipeline.pipeline import Pipeline, Stage
 from gs_algos.pruning.prune import Prune, PruningConfig
 from gs_algos.pruning.scop import SCOP, ScopConfig
 from gs_algos.ptq.weights import quantize_weights
 from gs_algos.qat.simqat import SimQAT, SimQATConfig
 from gs_algos.qat.slb import SLB
 from gs_algos.qat.slb_config import SLBConfig
+from gs_algos.qat.slb_optim import SlbAdamW, SlbSGD
+from gs_algos.quant.packed_conv import PackedConv
 from gs_algos.quant.packed_embedding import PackedEmbedding
 from gs_algos.quant.packed_linear import PackedLinear
+from gs_algos.quant.scheme import Scheme
+from gs_algos.quant.slb_grid import LevelGrid
+
+__version__ = "0.1.0"
 
 __all__ = [
     "SCOP",
     "SLB",
     "Algorithm",
+    "LevelGrid",
+    "PackedConv",
     "PackedEmbedding",
     "PackedLinear",
+    "Pipeline",
     "Plan",
     "Prune",
     "PruningConfig",
     "SLBConfig",
+    "Scheme",
     "ScopConfig",
     "SimQAT",
     "SimQATConfig",
+    "SlbAdamW",
+    "SlbSGD",
+    "Stage",
+    "__version__",
+    "export_language_model",
+    "export_onnx",
+    "export_package",
+    "import_language_model",
     "load",
+    "load_language_model",
+    "quantize_checkpoint",
     "quantize_weights",
     "save",
 ]
