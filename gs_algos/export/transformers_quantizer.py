@@ -12,6 +12,7 @@ from gs_algos.export.folder import read_folder
 from gs_algos.export.packed_config import METHOD, read_config
 from gs_algos.export.verify import check_tensors, verify_files
 from gs_algos.ptq.weights import install
+from gs_algos.quant.fast_path import leave_fast_path
 from gs_algos.quant.packed import Packed
 from gs_kernels.pack.checks import check_packed, check_packed_values
 
@@ -43,6 +44,7 @@ class GoldenStickQuantizer(HfQuantizer):
         self.quantization_config.__dict__.pop("files", None)
         for owner, format in config.layers.items():
             install(model, config.names(owner), format.empty("meta"))
+        leave_fast_path(model)
         # these share one packed weight already, and have no parameter to tie
         packed = {f"{name}.weight" for name in (*config.layers, *config.tied)}
         model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in packed}

@@ -13,6 +13,7 @@ from gs_algos.core.modules import get_module, set_module
 from gs_algos.core.plan import PlanRow, render
 from gs_algos.core.progress import progress as progress_bar
 from gs_algos.ptq.sites import WHO, Site, WeightRule, weight_sites
+from gs_algos.quant.fast_path import leave_fast_path
 from gs_algos.quant.packed import Packed, PackedFormat
 from gs_algos.quant.packed_embedding import PackedEmbedding
 from gs_algos.quant.packed_linear import PackedLinear
@@ -58,6 +59,7 @@ def quantize_weights(
     for i in progress_bar(numbers, "packing") if progress else numbers:
         site, sites[i] = sites[i], None  # a site holds its float layer, which is to be freed
         rows.append(site_row(site, None if site.scheme is None else pack_site(model, site, device)))
+    leave_fast_path(model)
     config = settings_of(weights, embeddings, rules)
     plan = [row.__dict__ for row in rows]
     remember(model, {"algorithm": NAME, "stage": "converted", "steps": 0, "config": config, "plan": plan})
@@ -134,6 +136,7 @@ class QuantizedWeights:
             settings = row["settings"]
             device = get_module(model, row["site"]).weight.device
             install(model, settings["names"], PackedFormat.from_dict(settings["format"]).empty(device))  # type: ignore[arg-type]
+        leave_fast_path(model)
         return model
 
 

@@ -20,6 +20,7 @@ from gs_algos.fx.capture import capture
 from gs_algos.fx.patterns import Match, Refusal, match
 from gs_algos.fx.rewrite import functional_scopes, try_modularize
 from gs_algos.qat.link import add_operands, add_readers
+from gs_algos.quant.fast_path import leave_fast_path
 from gs_algos.quant.layers import CONVS, FakeQuantized, give_output_quantizer, swap
 from gs_algos.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from gs_algos.quant.scheme import Scheme, n_scales
@@ -92,6 +93,7 @@ def install(model: nn.Module, rows: Sequence[PlanRow], options: QuantOptions) ->
             _install_join(model, row, options)
         else:
             _install_layer(model, row, options)
+    leave_fast_path(model)
     return model
 
 

@@ -19,6 +19,7 @@ from gs_algos.fx.capture import capture
 from gs_algos.fx.patterns import Match, match
 from gs_algos.qat.link import add_readers
 from gs_algos.qat.prepare import keep_row, kind_of, refused_rows, role_text
+from gs_algos.quant.fast_path import leave_fast_path
 from gs_algos.quant.slb_grid import LevelGrid, default_sharpness, fitted_scale, logits_near, random_logits
 from gs_algos.quant.slb_layers import Searched, swap
 from gs_algos.quant.slb_pact import act_quantizer, parse_act
@@ -86,6 +87,7 @@ def install(model: nn.Module, rows: Sequence[PlanRow], options: SearchOptions) -
         state = bn is not None and options.state_bn
         tail = tuple(get_module(model, name) for name in row.settings["tail"])
         swap(layer, search, act_quantizer(row.settings["act"], weight.device), fused, bn, state, tail)
+    leave_fast_path(model)
     return model
 
 
