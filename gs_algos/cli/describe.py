@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from gs_algos.core.checkpoint import read_index
-from gs_algos.core.plan import render
+from gs_algos.core.plan import render_layers
 
 BYTES = {"I8": 1, "U8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
 
@@ -32,7 +32,9 @@ def describe(folder: str | os.PathLike[str]) -> str:
     for step, entry in enumerate(index["history"], 1):
         options = ", ".join(f"{key}={value}" for key, value in entry["config"].items())
         lines += [f"{step}. {entry['algorithm']}, {entry['stage']} after {entry['steps']:,} steps: {options}"]
-        lines += [render(("layer", "kind", "shape", "weight", "activation", "bytes"), _layers(entry["plan"], tensors))]
+        lines += [
+            render_layers(("layer", "kind", "shape", "weight", "activation", "bytes"), _layers(entry["plan"], tensors))
+        ]
     return "\n".join(lines)
 
 
@@ -41,8 +43,12 @@ def _layers(plan: list[dict[str, Any]], tensors: dict[str, tuple[tuple[int, ...]
     rows = []
     for row in plan:
         site, settings = row["site"], row["settings"]
-        own = {key: facts for key, facts in tensors.items() if key.startswith(f"{site}.")}
-        shape = settings.get("shape") or settings.get("format", {}).get("shape") or own.get(f"{site}.weight", ((),))[0]
+        own = {key: facts for key, facts in tensors.items() if key == site or key.startswith(f"{site}.")}
+        shape = (
+            settings.get("shape")
+            or settings.get("format", {}).get("shape")
+            or own.get(f"{site}.weight", own.get(site, ((),)))[0]
+        )
         nbytes = sum(math.prod(facts[0]) * facts[1] for facts in own.values())
         kept = f"float: {row['reason']}" if row["action"] == "keep" else ""
         weight, act = settings.get("weight") or kept, settings.get("act") or ""

@@ -119,6 +119,18 @@ def parameter_owners(model: nn.Module) -> dict[int, tuple[str, ...]]:
     return owners
 
 
+def computed_by(layer: nn.Module, key: str = "weight") -> str:
+    """What computes a weight that is no parameter of its layer (`WeightNorm`, a parametrization); "" if it is one."""
+    if layer._parameters.get(key) is not None:
+        return ""
+    parametrizations = getattr(layer, "parametrizations", None)
+    if isinstance(parametrizations, nn.ModuleDict) and key in parametrizations:
+        made = list(parametrizations[key])  # type: ignore[call-overload]
+    else:
+        made = [hook for hook in layer._forward_pre_hooks.values() if type(hook).__module__.startswith("torch.nn.")]
+    return " and ".join(type(one).__name__.lstrip("_") for one in made) or "code outside the layer"
+
+
 def parent_name(name: str) -> str:
     """Qualified name of the module that holds a module or parameter; "" for the root."""
     return name.rpartition(".")[0]

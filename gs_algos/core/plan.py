@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrize import ParametrizationList
+
+from gs_algos.core.modules import computed_by, parent_name
+
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # their weights multiply element by element
+ATTENTION_LINEAR = nn.modules.linear.NonDynamicallyQuantizableLinear
+LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)  # one `weight` each
 
 
 @dataclass(frozen=True)
@@ -31,13 +42,41 @@ class PlanRow:
 
 
 @dataclass(frozen=True)
+class Totals:
+    """What a plan comes to.
+
+    Args:
+        numbers: in all parameters of the model, biases and norms included; a tied one counts once.
+        quantized: of them, in weights that the plan quantizes.
+        before, after: bytes of all parameters, and of what takes their place.
+    """
+
+    numbers: int
+    quantized: int
+    before: int
+    after: int
+
+    def __str__(self) -> str:
+        share = 100 * self.quantized / max(1, self.numbers)
+        return (
+            f"weights: {self.quantized:,} of {self.numbers:,} numbers are quantized ({share:.1f} %), "
+            f"{self.numbers - self.quantized:,} stay float ({100 - share:.1f} %); "
+            f"{self.before:,} bytes before, {self.after:,} after"
+        )
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The dry run of an algorithm. `str(plan)` is a table; `plan.rows` the data; `plan.notes` why a tracer failed."""
+    """The dry run of an algorithm. `plan.rows` is the data, `plan.totals` what it comes to, `plan.notes` the rest.
+
+    `str(plan)` is a table with the totals below it. A layer that is in many blocks is one line of it, with a count.
+    """
 
     algorithm: str
     rung: str
     rows: tuple[PlanRow, ...]
     notes: tuple[str, ...] = ()
+    totals: Totals | None = None
 
     def acted(self) -> tuple[PlanRow, ...]:
         return tuple(row for row in self.rows if row.action != "keep")
@@ -49,12 +88,121 @@ class Plan:
         return asdict(self)
 
     def __str__(self) -> str:
-        table = render(
+        table = render_layers(
             ("layer", "kind", "action", "detail", "reason"),
             [(row.site, row.kind, row.action, row.detail, row.reason) for row in self.rows],
         )
-        head = f"{self.algorithm}: {len(self.acted())} of {len(self.rows)} layers, graph read by {self.rung}"
-        return "\n".join([head, table, *(f"note: {note}" for note in self.notes)])
+        read = f", graph read by {self.rung}" if self.rung else ""
+        head = f"{self.algorithm}: {len(self.acted())} of {len(self.rows)} layers{read}"
+        totals = [] if self.totals is None else [str(self.totals)]
+        return "\n".join([head, table, *(f"note: {note}" for note in self.notes), *totals])
+
+
+def other_weights(model: nn.Module, rows: Iterable[PlanRow]) -> list[PlanRow]:
+    """A `keep` row for every parameter with two or more axes that no row speaks of, with the reason why it stays float.
+
+    A row speaks of the parameters that the module of its name holds itself, or of the parameter of that name. Weights
+    of norms get no row: they multiply element by element.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    spoken = {id(parameter) for row in rows for parameter in _parameters_of(row, model, modules)}
+    found: dict[str, PlanRow] = {}
+    for name, parameter in model.named_parameters():
+        owner_name = parent_name(name)
+        owner = modules[owner_name]
+        if parameter.dim() < 2 or id(parameter) in spoken or isinstance(owner, NORMS):
+            continue
+        if isinstance(owner, ParametrizationList):  # <layer>.parametrizations.<weight>.original
+            owner_name, _, key = owner_name.rpartition(".parametrizations.")
+            owner, name = modules[owner_name], f"{owner_name}.{key}" if owner_name else key
+        site = owner_name if isinstance(owner, LAYERS) else name
+        found.setdefault(site, PlanRow(site, type(owner).__name__, "keep", reason=_why_float(owner, parameter)))
+    return list(found.values())
+
+
+def totals_of(model: nn.Module, after: Mapping[str, int]) -> Totals:
+    """The totals of a plan.
+
+    Args:
+        after: name of a layer, or of a parameter, that is quantized -> bytes that its weight takes then.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    every = {id(parameter): parameter for parameter in parameters.values()}
+    taken = {}
+    for name, nbytes in after.items():
+        weight = modules[name].weight if name in modules else parameters[name]
+        taken[id(weight)] = nbytes
+    before = {key: parameter.numel() * parameter.element_size() for key, parameter in every.items()}
+    return Totals(
+        numbers=sum(parameter.numel() for parameter in every.values()),
+        quantized=sum(every[key].numel() for key in taken),
+        before=sum(before.values()),
+        after=sum({**before, **taken}.values()),
+    )
+
+
+def _parameters_of(row: PlanRow, model: nn.Module, modules: Mapping[str, nn.Module]) -> list[nn.Parameter]:
+    found: list[nn.Parameter] = []
+    for name in {row.site, *row.settings.get("names", ())}:
+        if name in modules:
+            found += modules[name].parameters(recurse=False)
+            computed = getattr(modules[name], "parametrizations", None)
+            found += computed.parameters() if isinstance(computed, nn.Module) else []
+        else:
+            own = modules.get(parent_name(name), nn.Module())._parameters.get(name.rpartition(".")[2])
+            found += [] if own is None else [own]
+    return found
+
+
+def _why_float(owner: nn.Module, parameter: nn.Parameter) -> str:
+    """Why a parameter that no pattern knows stays float."""
+    kind = type(owner).__name__
+    if isinstance(owner, LAYERS) and (how := computed_by(owner)):
+        return f"is computed in each forward by {how}; make it a plain weight first"
+    if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+        return "is a table whose rows are looked up, not multiplied"
+    if isinstance(owner, nn.MultiheadAttention | ATTENTION_LINEAR):
+        return "is multiplied inside nn.MultiheadAttention, not by a layer"
+    if isinstance(owner, nn.RNNBase | nn.RNNCellBase):
+        return f"is multiplied inside nn.{kind}, not by a layer"
+    if parameter.dim() == 3:
+        return f"is a stack of {parameter.shape[0]} matrices that the forward of {kind} reads itself"
+    return f"is read by the forward of {kind} itself, not by a layer"
+
+
+def render_layers(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """`render` for rows that start with a layer's name: rows that say the same of one layer of many blocks are one.
+
+    That row has `blocks.0.fc ... blocks.11.fc` as its name and says how many there are. A column `bytes` is of each.
+    """
+    groups: list[list[list[str]]] = []
+    last: dict[str, tuple[str, ...]] = {}  # the row a name was last found with, numbers of blocks left out
+    place: dict[str, int] = {}
+    for row in rows:
+        cells = [str(cell) for cell in row]
+        name, rest = _BLOCK.sub("*", cells[0]), tuple(_without_numbers(cell) for cell in cells[1:])
+        if "*" in name and last.get(name) == rest:
+            groups[place[name]].append(cells)
+            continue
+        last[name], place[name] = rest, len(groups)
+        groups.append([cells])
+    if len(groups) == len(rows):
+        return render(header, rows)
+    names = [group[0][0] if len(group) == 1 else f"{group[0][0]} ... {group[-1][0]}" for group in groups]
+    counts = ["" if len(group) == 1 else str(len(group)) for group in groups]
+    header = [f"{title} each" if title == "bytes" else title for title in header]
+    table = [(name, n, *group[0][1:]) for name, n, group in zip(names, counts, groups, strict=True)]
+    return render((header[0], "count", *header[1:]), table)
+
+
+_BLOCK = re.compile(r"(?:^|(?<=[._]))\d+(?=\.)")  # the number of a block in a name: layers.3.fc, experts.expert_3.fc
+_NAME = re.compile(r"[\w.]*\.[\w.]*[A-Za-z_][\w.]*")
+
+
+def _without_numbers(cell: str) -> str:
+    """The text of a cell with the numbers of blocks left out of the names in it."""
+    return _NAME.sub(lambda found: _BLOCK.sub("*", found[0]), cell)
 
 
 def render(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gs_algos.core.plan import render
+from gs_algos.core.plan import render_layers
 
 FIXED = -1  # unit of an index that always stays
 LONGEST = 2**26  # of a vector of units that is read from a file
@@ -117,7 +117,7 @@ class Groups:
     def __str__(self) -> str:
         rows = [(g.name, g.n or "-", _layers(g), _some(g.readers, 4), g.reason) for g in self.groups]
         head = f"{len(self.prunable())} of {len(self.groups)} groups can lose channels"
-        table = render(("group", "units", "made by", "read by", "stays whole because it"), rows)
+        table = render_layers(("group", "units", "made by", "read by", "stays whole because it"), rows)
         return "\n".join([head, table, *(f"note: {note}" for note in self.notes)])
 
     def to_dict(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from gs_algos.core.algorithm import (
 )
 from gs_algos.core.compare import relative_error
 from gs_algos.core.modules import all_or_nothing, get_module
-from gs_algos.core.plan import Plan, render
+from gs_algos.core.plan import Plan, render_layers
 from gs_algos.core.progress import progress
 from gs_algos.fx.preserve import untouched
 from gs_algos.fx.tracers import tensors_of
@@ -295,7 +295,7 @@ class Pruner(Algorithm):
             units, layers = row["settings"]["units"], row["settings"]["layers"]
             left = f"{units - len(gone.get(row['site'], []))} of {units}"
             rows.append((row["site"], row["kind"], left, ", ".join(layers[1:])))
-        return render(("group", "kind", "units left", "and with it"), rows)
+        return render_layers(("group", "kind", "units left", "and with it"), rows)
 
     @classmethod
     def resume(cls, model: nn.Module) -> Self:

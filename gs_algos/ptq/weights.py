@@ -10,7 +10,7 @@ from torch import nn
 
 from gs_algos.core.algorithm import history, remember
 from gs_algos.core.modules import get_module, set_module
-from gs_algos.core.plan import PlanRow, render
+from gs_algos.core.plan import PlanRow, other_weights, render_layers
 from gs_algos.core.progress import progress as progress_bar
 from gs_algos.ptq.sites import WHO, Site, WeightRule, weight_sites
 from gs_algos.quant.fast_path import leave_fast_path
@@ -60,6 +60,7 @@ def quantize_weights(
         site, sites[i] = sites[i], None  # a site holds its float layer, which is to be freed
         rows.append(site_row(site, None if site.scheme is None else pack_site(model, site, device)))
     leave_fast_path(model)
+    rows += other_weights(model, rows)
     config = settings_of(weights, embeddings, rules)
     plan = [row.__dict__ for row in rows]
     remember(model, {"algorithm": NAME, "stage": "converted", "steps": 0, "config": config, "plan": plan})
@@ -121,7 +122,7 @@ def summary(model: nn.Module) -> str:
         rows.append((name, shape, module.bits, module.group_size, "tied" if module.tied else f"{module.nbytes:,}"))
     kept = sum(p.numel() * p.element_size() for p in model.parameters())
     total = sum(module.nbytes for module in packed.values())
-    table = render(("layer", "shape", "bits", "group", "bytes"), rows)
+    table = render_layers(("layer", "shape", "bits", "group", "bytes"), rows)
     return f"{table}\n{len(packed)} packed layers, {total:,} bytes; {kept:,} bytes of float parameters"
 
 

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gs_algos.core.algorithm import Inputs, evaluating, run
 from gs_algos.core.compare import relative_error
 from gs_algos.core.modules import get_module, set_module
-from gs_algos.core.plan import PlanRow, render
+from gs_algos.core.plan import PlanRow, render_layers
 from gs_algos.fx.fold import after_norm
 from gs_algos.fx.rewrite import release
 from gs_algos.fx.tracers import tensors_of
@@ -224,7 +224,7 @@ def summary_of(model: nn.Module) -> str:
             act_scheme = quantizer.scheme if quantizer else "float"
             notes = "; ".join(getattr(module, "notes", ()))
             rows.append((name, str(module.scheme), act_scheme, f"{module.nbytes:,}", module.path(), notes))
-    return render(("layer", "weight", "activation", "bytes", "runs as", "why no more"), rows)
+    return render_layers(("layer", "weight", "activation", "bytes", "runs as", "why no more"), rows)
 
 
 def _trained(model: nn.Module, site: str) -> FakeQuantized:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gs_algos.core.algorithm import Inputs, split_inputs
 from gs_algos.core.modules import get_module
-from gs_algos.core.plan import Plan, PlanRow
+from gs_algos.core.plan import Plan, PlanRow, other_weights, totals_of
 from gs_algos.core.rules import Rule, resolve
 from gs_algos.fx.borrowed import Borrowed
 from gs_algos.fx.capture import capture
@@ -22,6 +22,7 @@ from gs_algos.fx.rewrite import functional_scopes, try_modularize
 from gs_algos.qat.link import add_operands, add_readers
 from gs_algos.quant.fast_path import leave_fast_path
 from gs_algos.quant.layers import CONVS, FakeQuantized, give_output_quantizer, swap
+from gs_algos.quant.quantized import empty_codes
 from gs_algos.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from gs_algos.quant.scheme import Scheme, n_scales
 
@@ -44,7 +45,7 @@ class QuantOptions:
 
 
 def make_plan(algorithm: str, model: nn.Module, example_inputs: Inputs, options: QuantOptions) -> Plan:
-    """Reads the model's graph and decides for every Conv and Linear. Touches nothing.
+    """Reads the model's graph and decides for every Conv and Linear; other weights stay float. Touches nothing.
 
     Raises:
         ValueError: if the inputs do not run through the model, or a rule matches nothing or cannot be applied.
@@ -72,7 +73,15 @@ def make_plan(algorithm: str, model: nn.Module, example_inputs: Inputs, options:
     joins = [_join_row(pattern, operands, quantized, options) for pattern, operands in _join_groups(matches)]
     add_operands(graph, rows, joins)
     ordered = [rows[name] for name in sites] + [row for row in refused_rows(refusals, {}) if row.site not in sites]
-    return Plan(algorithm, graph.rung, tuple(ordered + joins), notes)
+    ordered += other_weights(model, ordered)
+    weights = {row.site: row.settings for row in ordered if row.action != "keep"}
+    after = {site: _nbytes(settings["shape"], settings["weight"]) for site, settings in weights.items()}
+    return Plan(algorithm, graph.rung, tuple(ordered + joins), notes, totals_of(model, after))
+
+
+def _nbytes(shape: Sequence[int], weight: str) -> int:
+    """Bytes of a converted weight of this shape."""
+    return empty_codes(shape, Scheme.parse(weight, "weight"), "meta").nbytes
 
 
 def _with_layers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[nn.Module, list[str]]:

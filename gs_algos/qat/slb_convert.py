@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gs_algos.core.modules import get_module
-from gs_algos.core.plan import PlanRow, render
+from gs_algos.core.plan import PlanRow, render_layers
 from gs_algos.qat.convert import round_bias
 from gs_algos.quant.convolution import conv_rows, geometry_of
 from gs_algos.quant.packed import Packed, PackedFormat
@@ -63,7 +63,7 @@ def summary_of(model: nn.Module) -> str:
         elif isinstance(module, Packed):
             notes = "; ".join(getattr(module, "notes", ()))
             rows.append((name, f"{module.bits}bit", _act(module), f"{module.nbytes:,}", module.path(), notes))
-    return render(("layer", "weight", "activation", "bytes", "runs as", "why no more"), rows)
+    return render_layers(("layer", "weight", "activation", "bytes", "runs as", "why no more"), rows)
 
 
 def _act(layer: Any) -> str:

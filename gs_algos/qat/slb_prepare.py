@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gs_algos.core.algorithm import Inputs, split_inputs
 from gs_algos.core.modules import get_module
-from gs_algos.core.plan import Plan, PlanRow
+from gs_algos.core.plan import Plan, PlanRow, other_weights, totals_of
 from gs_algos.core.rules import Rule, resolve
 from gs_algos.fx.borrowed import Borrowed
 from gs_algos.fx.capture import capture
@@ -20,6 +20,7 @@ from gs_algos.fx.patterns import Match, match
 from gs_algos.qat.link import add_readers
 from gs_algos.qat.prepare import keep_row, kind_of, refused_rows, role_text
 from gs_algos.quant.fast_path import leave_fast_path
+from gs_algos.quant.packed import PackedFormat
 from gs_algos.quant.slb_grid import LevelGrid, default_sharpness, fitted_scale, logits_near, random_logits
 from gs_algos.quant.slb_layers import Searched, swap
 from gs_algos.quant.slb_pact import act_quantizer, parse_act
@@ -49,7 +50,7 @@ class SearchOptions:
 
 
 def make_plan(algorithm: str, model: nn.Module, example_inputs: Inputs, options: SearchOptions) -> Plan:
-    """Reads the model's graph and decides for every Conv and Linear. Touches nothing.
+    """Reads the model's graph and decides for every Conv and Linear; other weights stay float. Touches nothing.
 
     Raises:
         ValueError: if the inputs do not run through the model, or a rule matches nothing or cannot be applied.
@@ -68,7 +69,16 @@ def make_plan(algorithm: str, model: nn.Module, example_inputs: Inputs, options:
         rows.setdefault(name, keep_row(name, layer, "not called on the example inputs"))
     add_readers(graph, rows)
     ordered = [rows[name] for name in sites] + [row for row in refused_rows(refusals, {}) if row.site not in sites]
-    return Plan(algorithm, graph.rung, tuple(ordered), (*graph.notes, KEYS))
+    ordered += other_weights(model, ordered)
+    after = {row.site: _nbytes(sites[row.site], row.settings["weight"]) for row in ordered if row.action != "keep"}
+    return Plan(algorithm, graph.rung, tuple(ordered), (*graph.notes, KEYS), totals_of(model, after))
+
+
+def _nbytes(layer: Any, weight: str) -> int:
+    """Bytes of a converted weight."""
+    grid, n = LevelGrid.parse(weight), layer.weight.shape[0]
+    k = layer.weight.numel() // n
+    return PackedFormat(grid.bits, (n, k), k, grid.zero, "float32").empty("meta").nbytes
 
 
 def install(model: nn.Module, rows: Sequence[PlanRow], options: SearchOptions) -> nn.Module:

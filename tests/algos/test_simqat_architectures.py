@@ -113,7 +113,7 @@ def test_a_transformer_goes_all_the_way(name):
 def test_gpt2_multiplies_with_bare_parameters_and_the_plan_says_so():
     net, inputs = tiny("GPT2Config")
     plan = SimQAT().plan(net, inputs)
-    layers = [row for row in plan.rows if row.kind != "add"]
+    layers = [row for row in plan.rows if row.kind not in ("add", "Embedding")]
     assert len(layers) == 8 and plan.acted() == ()
     assert all("Conv1D multiplies by its parameter with a matrix product" in row.reason for row in layers)
     with pytest.raises(ValueError, match=r"at least one layer must be quantizable, got none:(.|\n)*h\.0\.attn\.c_attn"):
