@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from gs_algos.core.config import AlgorithmConfig
+from gs_algos.core.network import wrapped_at
 from gs_algos.core.plan import Plan
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -46,7 +47,10 @@ class Algorithm(ABC):
 
     @abstractmethod
     def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
-        """Prepares the live model for training and returns it. Float state_dict keys stay as they are."""
+        """Prepares the live model for training and returns it. Float state_dict keys stay as they are.
+
+        Of a wrapper of torch.compile or DataParallel the network inside is prepared, and the wrapper returned.
+        """
 
     @abstractmethod
     def step(self) -> None:
@@ -58,7 +62,10 @@ class Algorithm(ABC):
 
     @abstractmethod
     def convert(self, model: nn.Module, example_inputs: Inputs | None = None) -> nn.Module:
-        """Replaces the trained layers by their compressed form, and raises if the outputs differ."""
+        """Replaces the trained layers by their compressed form, and raises if the outputs differ.
+
+        Of a wrapper of torch.compile, DataParallel or DDP the network inside is converted and returned.
+        """
 
     @abstractmethod
     def summary(self, model: nn.Module) -> str:
@@ -91,6 +98,8 @@ def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def history(model: nn.Module) -> list[dict[str, Any]]:
     """What was done to the model, oldest first: algorithm, stage ("prepared" or "converted"), config, plan, steps."""
+    while (key := wrapped_at(model)) is not None:
+        model = model.get_submodule(key)
     return list(getattr(model, HISTORY, []))
 
 
@@ -99,7 +108,7 @@ def prepared_entry(
     algorithm: str,
     who: str,
     must: str = "be one that apply prepared",
-    todo: str = "call apply first, and unwrap DDP with model.module",
+    todo: str = "call apply first",
 ) -> dict[str, Any]:
     """The history entry of a model that an algorithm has prepared and not converted yet.
 
@@ -108,7 +117,13 @@ def prepared_entry(
     """
     entry = history(model)[-1] if history(model) else {}
     if entry.get("algorithm") != algorithm or entry.get("stage") != "prepared":
-        raise RuntimeError(f"{who}: the model must {must}, got one that is {entry.get('stage', 'float')}; {todo}")
+        got = f"one that is {entry.get('stage', 'float')}"
+        if entry.get("stage") == "prepared":
+            got = f"one that is prepared by {entry['algorithm']}"
+        inside = next((name for name, m in model.named_modules() if name and HISTORY in m.__dict__), None)
+        if not entry and inside is not None:
+            got, todo = f"{got} around one that is not", f"pass the module inside, .{inside}"
+        raise RuntimeError(f"{who}: the model must {must}, got {got}; {todo}")
     return entry
 
 

@@ -23,6 +23,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from gs_algos.core.algorithm import STAGES, history, remember
+from gs_algos.core.network import network_of, ordinary_tensors
 from gs_algos.core.plan import PlanRow
 from gs_algos.core.registry import restorer
 
@@ -41,6 +42,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: if no algorithm was applied to the model, or a tensor is sharded or has no data.
     """
+    model = network_of(model, "save")
     if not history(model):
         raise ValueError("save: the model must have been through an algorithm's apply, got one without history")
     tensors, aliases = _unique_tensors(model)
@@ -77,7 +79,11 @@ def load(directory: str | os.PathLike[str], build_model: Callable[[], nn.Module]
             "load: build_model must be a function that makes the float network, got the network itself; "
             "give its class or a lambda"
         )
-    folder = Path(directory)
+    with ordinary_tensors():
+        return _load(Path(directory), build_model)
+
+
+def _load(folder: Path, build_model: Callable[[], nn.Module]) -> nn.Module:
     index = read_index(folder)
     state = _read_tensors(folder, index)
     model = build_model()

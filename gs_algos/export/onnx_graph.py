@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from gs_algos.core.algorithm import evaluating
 from gs_algos.core.modules import set_module
+from gs_algos.core.network import network_of
 from gs_algos.export.package import new_file
 from gs_algos.quant.convolution import DENSE, Convolution, channels_fastest
 from gs_algos.quant.packed import Packed
@@ -52,7 +53,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike[str])
     if lacking:
         raise RuntimeError(f"{WHO}: needs {', '.join(lacking)}; pip install 'golden-stick-triton[onnx]'")
     target = new_file(path, ".onnx", example, WHO)
-    copied = onnx_model(model)
+    copied = onnx_model(network_of(model, WHO))
     with evaluating(copied), torch.no_grad():
         program = torch.onnx.export(
             copied, (example,), input_names=["x"], output_names=["y"], opset_version=OPSET, dynamo=True, verbose=False,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.core.algorithm import evaluating
+from gs_algos.core.network import network_of
 
 KEY = "golden_stick"  # of the package's own metadata
 VERSION = 1
@@ -55,6 +56,7 @@ def export_package(
         ValueError: if the file is there already or does not end in .pt2, the example has a batch below 2, or pixels
             are not a mean and a deviation for each channel.
     """
+    model = network_of(model, "export_package")
     target = new_file(path, ".pt2", example, "export_package")
     about = _about(example, pixels)
     with evaluating(model), torch.no_grad():

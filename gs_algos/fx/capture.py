@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from gs_algos.core.network import wrapped_at
 from gs_algos.fx import ops
 from gs_algos.fx.assemble import assemble, concatenate
 from gs_algos.fx.graph import SiteGraph
@@ -65,7 +66,7 @@ def capture(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, Any
 def unwrap(model: nn.Module) -> tuple[nn.Module, str]:
     """The user's own module inside parallel and compile wrappers, and its qualified name in `model`."""
     root, prefix = model, ""
-    while (key := _wrapped_at(root)) is not None:
+    while (key := wrapped_at(root)) is not None:
         root = root.get_submodule(key)
         prefix = f"{prefix}.{key}" if prefix else key
     return root, prefix
@@ -156,9 +157,3 @@ def _by_child(call: Call, names: Names, notes: list[str]) -> tuple[list[Draft], 
 
 def _is_lazy(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params()
-
-
-def _wrapped_at(module: nn.Module) -> str | None:
-    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return "module"
-    return "_orig_mod" if type(module).__name__ == "OptimizedModule" else None  # what torch.compile returns

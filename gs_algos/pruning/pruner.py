@@ -30,6 +30,7 @@ from gs_algos.core.algorithm import (
 )
 from gs_algos.core.compare import relative_error
 from gs_algos.core.modules import all_or_nothing, get_module
+from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
 from gs_algos.core.plan import Plan, render_layers
 from gs_algos.core.progress import progress
 from gs_algos.fx.preserve import untouched
@@ -114,7 +115,9 @@ class Pruner(Algorithm):
         Raises:
             ValueError: if the inputs do not run through the model, a rule matches nothing, or no cut meets the budget.
         """
-        return make_plan(self.name, self.config, model, example_inputs, self.unknown)[0]
+        with ordinary_tensors():
+            network = network_of(model, f"{self.config.who}.plan")
+            return make_plan(self.name, self.config, network, example_inputs, self.unknown)[0]
 
     def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
         """Finds the groups of the live model and puts gates on its layers; float state_dict keys stay as they are.
@@ -125,6 +128,12 @@ class Pruner(Algorithm):
             RuntimeError: if the model is prepared by another algorithm, or by this one.
             ValueError: as `plan`, or if no group can lose a unit. The model is then as it was.
         """
+        network = network_to_train(model, f"{self.config.who}.apply")
+        with ordinary_tensors():
+            self._apply(network, example_inputs)
+        return model
+
+    def _apply(self, model: nn.Module, example_inputs: Inputs) -> None:
         if history(model) and history(model)[-1]["stage"] == "prepared":
             before = history(model)[-1]["algorithm"]
             raise RuntimeError(f"{self.config.who}.apply: the model is still prepared by {before}; convert it first")
@@ -151,7 +160,6 @@ class Pruner(Algorithm):
             self._history = history(model)[-1]
             if not self.config.select_steps:
                 self._select()
-        return model
 
     def step(self) -> None:
         """Learns from the last gradients in the first phase, keeps the zeros in the second. After every optimizer step.
@@ -224,6 +232,7 @@ class Pruner(Algorithm):
             ValueError: if not exactly one of `batches` and `forward_loop` is given.
         """
         who = f"{self.config.who}.refresh"
+        model = network_of(model, who)
         if self._require_bound("refresh") and self.selecting:
             raise RuntimeError(f"{who}: the cut must be decided, got step {self._steps} of {self.config.select_steps}")
         if (batches is None) == (forward_loop is None):
@@ -262,6 +271,7 @@ class Pruner(Algorithm):
                 model is then as it was.
         """
         who = f"{self.config.who}.convert"
+        model = network_of(model, who)
         entry = prepared_entry(model, self.name, who)
         if self._require_bound("convert") and self.selecting:
             raise RuntimeError(f"{who}: the cut must be decided, got step {self._steps} of {self.config.select_steps}")
@@ -270,11 +280,12 @@ class Pruner(Algorithm):
             raise RuntimeError(f"{who}: a resumed algorithm has no example inputs; give example_inputs")
         groups = Groups.from_dict(entry["groups"])
         keep = getattr(model, KEPT).cpu()
-        mask(model, groups, keep)
-        self.error = _compare(who, model, groups, keep, example)
         own = model is self._model
-        release(model, entry["gates"])
-        done = cut(model, groups, keep, optimizers)
+        with ordinary_tensors():
+            mask(model, groups, keep)
+            self.error = _compare(who, model, groups, keep, example)
+            release(model, entry["gates"])
+            done = cut(model, groups, keep, optimizers)
         converted = {key: value for key, value in entry.items() if key not in ("groups", "gates", "rates")}
         shapes = {"shapes": done.shapes, "attributes": done.attributes, "removed": removed(groups, keep)}
         remember(model, {**converted, "stage": "converted", "steps": self._steps, **shapes})
@@ -284,6 +295,7 @@ class Pruner(Algorithm):
 
     def summary(self, model: nn.Module) -> str:
         """A table of the groups: what has gone from each, and the channels that its layers have left."""
+        model = network_of(model, f"{self.config.who}.summary")
         entry = next((e for e in reversed(history(model)) if e["algorithm"] == self.name), None)
         if entry is None:
             return f"{self.name}: not applied"
@@ -299,6 +311,7 @@ class Pruner(Algorithm):
 
     @classmethod
     def resume(cls, model: nn.Module) -> Self:
+        model = network_of(model, f"{cls.config_class.who}.resume")
         entry = resumable_entry(model, cls.name, cls.config_class.who)
         algo = cls(cls.config_class.from_dict(entry["config"]))
         algo._history = entry

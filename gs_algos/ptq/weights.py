@@ -10,6 +10,7 @@ from torch import nn
 
 from gs_algos.core.algorithm import history, remember
 from gs_algos.core.modules import get_module, set_module
+from gs_algos.core.network import network_of
 from gs_algos.core.plan import PlanRow, other_weights, render_layers
 from gs_algos.core.progress import progress as progress_bar
 from gs_algos.ptq.sites import WHO, Site, WeightRule, weight_sites
@@ -35,6 +36,8 @@ def quantize_weights(
 ) -> nn.Module:
     """Packs the weights of the live model and returns it: no data, no training. `gs_algos.save` and `load` know it.
 
+    Of a wrapper of torch.compile or DistributedDataParallel the network inside is packed and returned.
+
     A layer's float weight is freed before the next one is packed, so the peak is one layer above the float model.
 
     Args:
@@ -49,6 +52,7 @@ def quantize_weights(
     Raises:
         ValueError: as `weight_sites`; or if a weight has no data, or is NaN or Inf.
     """
+    model = network_of(model, WHO)
     sites: list[Any] = weight_sites(model, weights, embeddings, rules)
     if any(entry["algorithm"] == NAME for entry in history(model)):
         raise RuntimeError(f"{WHO}: the model must not be packed yet, got one that is; build it anew")

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gs_algos.core.algorithm import Inputs, split_inputs
 from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.modules import get_module
+from gs_algos.core.network import network_of, ordinary_tensors
 from gs_algos.core.plan import Plan, PlanRow
 from gs_algos.core.rules import Rule
 from gs_algos.fx.rewrite import modularize, modularize_again, modularized
@@ -120,7 +121,8 @@ class SimQAT(QuantizationTraining):
 
     def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:
         """The dry run: every Conv and Linear, its schemes and batch norm, or why it stays float. Touches nothing."""
-        return make_plan(self.name, model, example_inputs, self.config.options())
+        with ordinary_tensors():
+            return make_plan(self.name, network_of(model, "SimQAT.plan"), example_inputs, self.config.options())
 
     def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
         """Swaps the planned layers of the live model to fake-quantized ones; `example_inputs` start their ranges.
@@ -183,7 +185,7 @@ class SimQAT(QuantizationTraining):
 
     def summary(self, model: nn.Module) -> str:
         """A table of the quantized layers: schemes, bytes, and the arithmetic each one runs in."""
-        return summary_of(model)
+        return summary_of(network_of(model, "SimQAT.summary"))
 
     def learned_parameters(self) -> list[nn.Parameter]:
         """The steps and zero points that `lsq` schemes added, for an optimizer that was made before `apply`."""

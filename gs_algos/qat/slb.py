@@ -25,6 +25,7 @@ from typing_extensions import Self
 from gs_algos.core.algorithm import Inputs
 from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.modules import get_module
+from gs_algos.core.network import network_of, ordinary_tensors
 from gs_algos.core.plan import Plan, PlanRow
 from gs_algos.qat.convert import Parity, convert_model, install_converted
 from gs_algos.qat.prepare import refuse_nonfinite
@@ -68,7 +69,8 @@ class SLB(QuantizationTraining):
 
     def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:
         """The dry run: every Conv and Linear, its grid and logits, or why it stays float. Touches nothing."""
-        return make_plan(self.name, model, example_inputs, self.config.options())
+        with ordinary_tensors():
+            return make_plan(self.name, network_of(model, "SLB.plan"), example_inputs, self.config.options())
 
     def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
         """Swaps the planned layers of the live model to searched ones; `example_inputs` start activation ranges.
@@ -106,7 +108,8 @@ class SLB(QuantizationTraining):
             ValueError: if there is no batch, or one does not run through the model. The statistics are then as before.
         """
         self._require_bound("calibrate_norms")
-        calibrate_norms("SLB.calibrate_norms", model, batches, self.process_group)
+        network = network_of(model, "SLB.calibrate_norms")
+        calibrate_norms("SLB.calibrate_norms", network, batches, self.process_group)
 
     def move(self) -> None:
         """Brings every layer to where the schedule is after `steps` steps. Nothing is read back from the device."""
@@ -166,7 +169,7 @@ class SLB(QuantizationTraining):
 
     def summary(self, model: nn.Module) -> str:
         """A table of the searched or packed layers: grids, bytes, gaps, and the arithmetic each one runs in."""
-        return summary_of(model)
+        return summary_of(network_of(model, "SLB.summary"))
 
     def gaps(self) -> dict[str, float]:
         """`||W_c - W_q|| / ||W_q||` of each layer: 0 once its codes are chosen. Reads from the device."""
@@ -184,7 +187,7 @@ class SLB(QuantizationTraining):
         apart = {
             id(p) for layer in self._layers.values() for p in (layer.search.logits, layer._parameters.get("weight"))
         }
-        return [p for p in model.parameters() if id(p) not in apart]
+        return [p for p in network_of(model, "SLB.parameters").parameters() if id(p) not in apart]
 
     def fused_layers(self) -> list[Searched]:
         """The layers that `SlbAdamW` or `SlbSGD` trains."""

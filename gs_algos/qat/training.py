@@ -13,6 +13,7 @@ from typing_extensions import Self
 from gs_algos.core.algorithm import Algorithm, Inputs, history, prepared_entry, remember, resumable_entry
 from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.modules import all_or_nothing
+from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
 from gs_algos.core.plan import Plan, PlanRow
 from gs_algos.qat.convert import Parity
 from gs_algos.qat.observe import observe
@@ -58,6 +59,12 @@ class QuantizationTraining(Algorithm):
         """What calibration sets besides activation ranges."""
 
     def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
+        network = network_to_train(model, f"{self.who}.apply")
+        with ordinary_tensors():
+            prepared = self._apply(network, example_inputs)
+        return model if prepared is network else prepared
+
+    def _apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
         if any(entry["algorithm"] == self.name for entry in history(model)):
             stage = history(model)[-1]["stage"]
             raise RuntimeError(
@@ -105,9 +112,11 @@ class QuantizationTraining(Algorithm):
         self._require_bound("calibrate")
         if (batches is None) == (forward_loop is None):
             raise ValueError(f"{self.who}.calibrate: give either batches or forward_loop")
+        network = network_of(model, f"{self.who}.calibrate")
         refuse_nonfinite(f"{self.who}.calibrate", self._layers.items())
-        self._observe("calibrate", model, batches, forward_loop)
-        self.calibrated()
+        with ordinary_tensors():
+            self._observe("calibrate", network, batches, forward_loop)
+            self.calibrated()
 
     def step(self) -> None:
         """Moves ranges and schedules on. Call it after every optimizer step, on every rank.
@@ -125,13 +134,15 @@ class QuantizationTraining(Algorithm):
         self._history["steps"] = self.steps
 
     def convert(self, model: nn.Module, example_inputs: Inputs | None = None) -> nn.Module:
+        model = network_of(model, f"{self.who}.convert")
         entry = prepared_entry(model, self.name, f"{self.who}.convert")
         self._require_bound("convert")
         example = self._example if example_inputs is None else example_inputs
         if example is None:
             raise RuntimeError(f"{self.who}.convert: a resumed algorithm has no example inputs; give example_inputs")
         own = not set(self._layers.values()).isdisjoint(model.modules())
-        self.parity = self.converted(model, [PlanRow(**row) for row in entry["plan"]], example)
+        with ordinary_tensors():
+            self.parity = self.converted(model, [PlanRow(**row) for row in entry["plan"]], example)
         remember(model, {**entry, "stage": "converted", "steps": self.steps})
         if own:  # a copy may be converted while the training of the original goes on
             self._unbind()
@@ -144,6 +155,7 @@ class QuantizationTraining(Algorithm):
         Raises:
             RuntimeError: if the model was not saved while prepared.
         """
+        model = network_of(model, f"{cls.config_class.who}.resume")
         entry = resumable_entry(model, cls.name, cls.config_class.who)
         algo = cls(cls.config_class.from_dict(entry["config"]))
         algo._bind(model)
