@@ -30,8 +30,9 @@ from safetensors.torch import load_file, save_file
 
 from bench import record
 from gs_algos.analysis.perplexity import perplexity
-from gs_algos.export.checkpoint import quantize_checkpoint, skeleton
+from gs_algos.export.checkpoint import quantize_checkpoint
 from gs_algos.export.language import load_language_model
+from gs_algos.export.skeleton import skeleton
 
 FLOAT, PACKED = "float", "golden-stick"
 PROMPT = "In the beginning God created"

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from gs_algos.analysis.perplexity import perplexity
 from gs_algos.export.checkpoint import quantize_checkpoint
-from gs_algos.export.language import DTYPES, library, load_language_model
+from gs_algos.export.language import DTYPES, load_language_model
+from gs_algos.export.library import library
 from gs_algos.ptq.sites import WeightRule
 
 RULE = re.compile(r"(?P<pattern>.+)=(?P<scheme>none|u?int\d.*)")

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gs_algos.core.progress import progress as progress_bar
 from gs_algos.export.folder import Folder, ShardWriter, opened, read_folder, whole_folder
-from gs_algos.export.language import is_gguf, library, load_gguf
+from gs_algos.export.language import is_gguf, load_gguf
 from gs_algos.export.packed_config import to_config
+from gs_algos.export.skeleton import skeleton
 from gs_algos.ptq.sites import Site, WeightRule, check_schemes, weight_sites
 from gs_algos.ptq.weights import settings_of, site_row
 from gs_algos.quant.packed import PackedFormat
@@ -102,7 +103,7 @@ class _Transformers:
         if self.config.get("quantization_config") is not None:
             method = self.config["quantization_config"].get("quant_method")
             raise ValueError(f"{WHO}: {folder.path} must be a float model, got one with quant_method {method!r}")
-        self.model = skeleton(folder.path)
+        self.model = skeleton(folder.path, WHO)
 
     def tensors(self, progress: bool) -> Iterator[tuple[str, Tensor]]:
         items = list(self.folder.tensors.items())
@@ -138,14 +139,6 @@ class _Gguf:
     def write_companions(self, out: Path) -> None:
         self.tokenizer.save_pretrained(out)
         self.model.generation_config.save_pretrained(out)
-
-
-def skeleton(path: Path) -> nn.Module:
-    """The causal language model that config.json describes, on the meta device."""
-    transformers = library("transformers")
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def _stored_names(sites: list[Site], names: set[str], path: Path) -> dict[str, Site]:

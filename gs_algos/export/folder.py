@@ -1,17 +1,23 @@
-"""Transformers folders on disk: what is in them, read with care; and written to appear whole or not at all."""
+"""Transformers folders on disk: what is in them, read with care; and written to appear whole or not at all.
+
+Nothing in a folder is run: one whose settings name Python code of its own, or code to download, is refused.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,6 +25,26 @@ from torch import Tensor
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 COMPANIONS = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # tokenizer and generation files
+OBJECTS = (  # what Transformers reads beside config.json: each a JSON object
+    "generation_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+SETTINGS = "config.json"  # how the names of those files end that can name code
+CODE = ("auto_map", "custom_pipelines", "custom_generate")
+KERNELS = ("attn_implementation", "experts_implementation")  # "owner/name" is a kernel on the hub
+LAYERS = re.compile(r"(num_|n_)?((hidden|encoder|decoder)_)?layers?")
+COUNTS = re.compile(r".*(layer|block|expert|head|label|group|stage|codebook)s?|depths?")
+MANY = 2**16  # more of what COUNTS names has no model; memory or a long loop would be the first to say so
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,6 +66,17 @@ class Folder:
             and not file.name.endswith(".index.json")
         ]
 
+    def headers(self, who: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """name -> (dtype as safetensors writes it, shape) of every tensor, from the headers of the files."""
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for file in dict.fromkeys(self.tensors.values()):
+            with opened(file, who) as data:
+                for name in data.keys():  # noqa: SIM118
+                    if self.tensors.get(name) == file:
+                        part = data.get_slice(name)
+                        found[name] = (part.get_dtype(), tuple(part.get_shape()))
+        return {name: found[name] for name in self.tensors}
+
 
 def read_json(path: Path, who: str) -> dict[str, Any]:
     """A JSON object from a file.
@@ -50,7 +87,7 @@ def read_json(path: Path, who: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{who}: {path.parent} must be a Transformers folder with a {path.name}, got none")
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{who}: {path} must be JSON, got {error}; it is damaged") from error
     if not isinstance(data, dict):
@@ -58,44 +95,141 @@ def read_json(path: Path, who: str) -> dict[str, Any]:
     return data
 
 
-def read_folder(path: str | os.PathLike[str], who: str) -> Folder:
+def read_folder(path: str | os.PathLike[str], who: str, *, code: bool = False) -> Folder:
     """The folder, every tensor file opened once so that a missing or truncated one is found before any work.
 
+    Args:
+        code: whether its settings may name code, since the caller has settled what becomes of that.
+
     Raises:
-        ValueError: if it is missing, has no safetensors, or a file is missing or damaged.
+        ValueError: if it is missing, has no safetensors, a file is missing or damaged, or it names code to run.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{who}: {folder} must be a Transformers folder or a GGUF file, got nothing there")
     config = read_json(folder / "config.json", who)
-    files = [folder / SINGLE]
-    if (folder / INDEX).is_file():
-        files = [folder / name for name in _shards(folder / INDEX, who)]
-    elif not files[0].is_file():
+    if not code:
+        refuse_code(folder, who)
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
         raise ValueError(
-            f"{who}: {folder} must hold {SINGLE} or {INDEX}, got neither; "
-            "load the model with transformers and save_pretrained it"
+            f"{who}: {folder} must hold a whole model, got {adapter.name} beside it; merge the adapter first"
         )
-    tensors: dict[str, Path] = {}
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{who}: {file} must be there, since {INDEX} names it; the folder is incomplete")
-        tensors |= dict.fromkeys(tensor_names(file, who), file)
+    tensors = _tensors(folder, who)
+    refuse_counts(config, len(tensors), folder / "config.json", who)
     return Folder(folder, config, tensors)
 
 
-def _shards(index: Path, who: str) -> list[str]:
+def refuse_code(folder: Path, who: str) -> None:
+    """Raises if a settings file of the folder names code to run, or is no JSON object.
+
+    Raises:
+        ValueError: so.
+    """
+    settings = sorted(file for file in folder.glob(f"*{SETTINGS}") if file.is_file())
+    for file in dict.fromkeys([*settings, *(folder / name for name in OBJECTS)]):
+        if not file.is_file():
+            continue
+        data = read_json(file, who)
+        for key, value in _entries(data) if file in settings else ():
+            named = value if key in CODE and value else None
+            if key.lstrip("_").removesuffix("_internal") in KERNELS:
+                named = next((v for v in _leaves(value) if isinstance(v, str) and "/" in v), None)
+            if named is not None:
+                raise ValueError(
+                    f"{who}: {file} must name no code to run, got {key} {named!r:.120}; nothing of a folder is run "
+                    f"here: if the installed Transformers has this model itself, take {key} out"
+                )
+    if (folder / "custom_generate").exists():
+        raise ValueError(f"{who}: {folder} must hold no code to run, got custom_generate; take it out")
+
+
+def refuse_counts(config: dict[str, Any], tensors: int, path: Path, who: str) -> None:
+    """Raises if a config asks for more layers than there are tensors, or for absurdly many of something.
+
+    Raises:
+        ValueError: so.
+    """
+    for key, value in _entries(config):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            most = tensors if LAYERS.fullmatch(key) else MANY if COUNTS.fullmatch(key) else None
+            if most is not None and not value <= most:
+                held = f"the {tensors} tensors beside it" if most == tensors else f"{MANY:,}"
+                raise ValueError(f"{who}: {key} in {path} must be at most {held}, got {value!r:.24}; it is damaged")
+
+
+def _entries(data: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of the objects in JSON data with its value, however deep."""
+    left = [data]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+
+
+def _leaves(data: Any) -> list[Any]:
+    return [data] if not isinstance(data, dict) else [value for _, value in _entries(data)]
+
+
+def _tensors(folder: Path, who: str) -> dict[str, Path]:
+    """name -> file of every tensor.
+
+    Raises:
+        ValueError: if files are missing, damaged, or not those that the index says.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    if not index.is_file():
+        if not single.is_file():
+            others = sorted(file.name for file in folder.glob("*.safetensors"))
+            raise ValueError(
+                f"{who}: {folder} must hold {SINGLE} or {INDEX}, got {', '.join(others[:3]) or 'neither'}; "
+                + (
+                    f"rename it to {SINGLE}"
+                    if len(others) == 1
+                    else "load the model with transformers and save_pretrained it"
+                )
+            )
+        return dict.fromkeys(tensor_names(single, who), single)
+    weight_map = _weight_map(index, who)
+    tensors: dict[str, Path] = {}
+    for file in (folder / name for name in sorted(set(weight_map.values()))):
+        if not file.is_file():
+            raise ValueError(f"{who}: {file} must be there, since {INDEX} names it; the folder is incomplete")
+        names = tensor_names(file, who)
+        twice = next((name for name in names if name in tensors), None)
+        if twice is not None:
+            raise ValueError(f"{who}: {twice} must be in one file, got it in {tensors[twice]} and {file}; delete one")
+        tensors |= dict.fromkeys(names, file)
+    for name, where in weight_map.items():
+        if name not in tensors or tensors[name].name != where:
+            got = "no file that has it" if name not in tensors else f"it in {tensors[name].name}"
+            raise ValueError(f"{who}: {folder / where} must hold {name} as {INDEX} says, got {got}; it is damaged")
+    if single.is_file() and single.name not in weight_map.values():
+        raise ValueError(f"{who}: {folder} must hold {SINGLE} or {INDEX}, got both; delete what is not the model")
+    return tensors
+
+
+def _weight_map(index: Path, who: str) -> dict[str, str]:
     weight_map = read_json(index, who).get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise ValueError(f"{who}: {index} must have a weight_map of file names, got {weight_map!r:.80}; it is damaged")
-    return sorted(names)
+    assert isinstance(weight_map, dict)
+    return weight_map
 
 
 def tensor_names(file: Path, who: str) -> list[str]:
     """Names in a safetensors file; opening it checks that all its bytes are there."""
     with opened(file, who) as data:
         return list(data.keys())
+
+
+def nbytes_of(headers: Iterable[tuple[str, tuple[int, ...]]]) -> int:
+    """Bytes of tensors with these dtypes and shapes."""
+    return sum(math.prod(shape) * (DTYPES[dtype].itemsize if dtype in DTYPES else 1) for dtype, shape in headers)
 
 
 @contextlib.contextmanager

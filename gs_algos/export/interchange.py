@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gs_algos.export.checkpoint import skeleton
 from gs_algos.export.folder import Folder, ShardWriter, opened, read_folder, whole_folder
 from gs_algos.export.formats import awq, compressed_tensors, gptq
 from gs_algos.export.formats.base import Format
 from gs_algos.export.packed_config import METHOD, VERSION, PackedConfig, read_config
+from gs_algos.export.skeleton import skeleton
 from gs_algos.export.verify import check_tensors, verify_files
 from gs_algos.quant.packed import PARTS, PackedFormat
 from gs_kernels import PackedWeight, dequantize_packed
@@ -62,7 +62,7 @@ def export_language_model(
     config = read_config(folder.config.get("quantization_config"), where)
     check_tensors(folder, config, who)
     verify_files(folder.path, config.files, who)
-    model = skeleton(folder.path)
+    model = skeleton(folder.path, who)
     floats = _floats(model, config, format)
     writer = format.writer([f for name, f in config.layers.items() if name not in floats])
     if len(floats) == len(config.layers):
@@ -108,7 +108,7 @@ def import_language_model(
     assert isinstance(settings, dict)
     format = FORMATS[method]
     reader = format.reader(settings, where)
-    model = skeleton(folder.path)
+    model = skeleton(folder.path, who)
     ends = f".{format.marker}"
     layers = [name.removesuffix(ends) for name in folder.tensors if name.endswith(ends)]
     if not layers:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gs_algos.export.folder import read_folder
-from gs_algos.export.packed_config import read_config
-from gs_algos.export.verify import check_tensors, trusting
+from gs_algos.export.folder import read_folder, read_json
+from gs_algos.export.library import WHO, library, quiet
+from gs_algos.export.packed_config import PackedConfig, read_config
+from gs_algos.export.skeleton import fit, naming, skeleton
+from gs_algos.export.verify import check_tensors, part_names, trusting
 
-WHO = "load_language_model"
+TOKENIZER = "tokenizer.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -34,7 +34,8 @@ def load_language_model(
         verify: compare the SHA-256 of every packed file first; False saves one pass over them.
 
     Raises:
-        ValueError: if nothing is there, another library packed it, a newer version did, or a file is damaged.
+        ValueError: if nothing is there, another library packed it, a newer version did, a file is damaged, or a
+            settings file names code to run.
         RuntimeError: if transformers (for GGUF files also gguf and accelerate) is not installed.
     """
     source = Path(path)
@@ -43,13 +44,22 @@ def load_language_model(
     transformers = library("transformers")
     folder = read_folder(source, WHO)
     packed = folder.config.get("quantization_config")
+    config: PackedConfig | None = None
     if packed is not None:
-        check_tensors(folder, read_config(packed, f"{WHO}: {folder.path / 'config.json'}"), WHO)
+        config = read_config(packed, f"{WHO}: {folder.path / 'config.json'}")
+        check_tensors(folder, config, WHO)
         importlib.import_module("gs_algos.export.transformers_quantizer")
     quiet(transformers)
-    with trusting(not verify):
+    parts = set() if config is None else part_names(config)
+    plain = {name: facts for name, facts in folder.headers(WHO).items() if name not in parts}
+    empty = skeleton(source, WHO)
+    for name, want, got in fit(empty, plain).wrong:
+        raise ValueError(f"{WHO}: {name} in {source} must be {want} as config.json says, got {got}; one is damaged")
+    del empty
+    whole = {"local_files_only": True, "trust_remote_code": False}
+    with trusting(not verify), naming(WHO, f"{source}, its config.json and its tensors,"):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+            source, dtype=dtype or "auto", output_loading_info=True, **whole
         )
     lost = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
     if lost:
@@ -57,7 +67,23 @@ def load_language_model(
             f"{WHO}: {source} must hold every tensor of a {type(model).__name__} and no other, "
             f"got {len(lost)} that differ: {', '.join(lost[:4])}"
         )
-    return model.eval().to(device), transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
+    _check_tokenizer(source)
+    with naming(WHO, f"the tokenizer of {source}, its {TOKENIZER} and tokenizer_config.json,"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **whole)
+    return model.eval().to(device), tokenizer
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Raises if tokenizer.json is there and has not what every one has: tokens beside a model."""
+    path = folder / TOKENIZER
+    if path.is_file():
+        data = read_json(path, WHO)
+        for key, kind in (("added_tokens", list), ("model", dict)):
+            if not isinstance(data.get(key), kind):
+                raise ValueError(
+                    f"{WHO}: {path} must have {key}, {'an array' if kind is list else 'an object'}, "
+                    f"got {data.get(key)!r:.40}; it is damaged"
+                )
 
 
 def is_gguf(path: Path) -> bool:
@@ -82,29 +108,10 @@ def load_gguf(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype
     transformers = library("transformers", "gguf", "accelerate")
     quiet(transformers)
     config = transformers.GgufConfig(dequantize=True)
-    where = {"gguf_file": path.name, "local_files_only": True}
-    try:
+    where = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
+    with naming(WHO, f"{path} must be a GGUF file that transformers reads: it"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **where)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path.parent, dtype=dtype or torch.float32, quantization_config=config, **where
         )
-    except (ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"{WHO}: {path} must be a GGUF file that transformers reads, got: {error}") from error
     return model.eval().to(device), tokenizer
-
-
-def library(name: str, *others: str) -> Any:
-    """The module `name`, once it and the others are known to be installed."""
-    lacking = [package for package in (name, *others) if importlib.util.find_spec(package) is None]
-    if lacking:
-        raise RuntimeError(
-            f"{WHO}: needs the packages {', '.join((name, *others))}, got no {', '.join(lacking)}; "
-            "pip install 'golden-stick-triton[hf]'"
-        )
-    return importlib.import_module(name)
-
-
-def quiet(transformers: Any) -> None:
-    """Progress bars are for terminals."""
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()

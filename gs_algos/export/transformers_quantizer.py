@@ -38,7 +38,7 @@ class GoldenStickQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config.packed_config()
         for folder in {Path(file).parent for file in kwargs.get("checkpoint_files") or ()}:
-            check_tensors(read_folder(folder, "from_pretrained"), config, "from_pretrained")
+            check_tensors(read_folder(folder, "from_pretrained", code=True), config, "from_pretrained")
             verify_files(folder, config.files, "from_pretrained")
         # what is saved from this model has files of its own
         self.quantization_config.__dict__.pop("files", None)

@@ -55,3 +55,8 @@ def check_tensors(folder: Folder, config: PackedConfig, who: str) -> None:
                 if folder.tensors[name] == file and data.get_slice(name).get_shape() != shape:
                     got = data.get_slice(name).get_shape()
                     raise ValueError(f"{who}: {name} must be {shape} as config.json says, got {got} in {file}")
+
+
+def part_names(config: PackedConfig) -> set[str]:
+    """The names of all tensors of the packed layers."""
+    return {f"{name}.{part}" for name, format in config.layers.items() for part in tensors_of(format.empty("meta"))}

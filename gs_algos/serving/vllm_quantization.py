@@ -74,7 +74,7 @@ class GoldenStickVllmConfig(QuantizationConfig):
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Checks the files of a local folder, before any process loads them; of a name on a hub there is none yet."""
         if Path(model_name).is_dir():
-            folder = read_folder(model_name, WHO)
+            folder = read_folder(model_name, WHO, code=True)  # vLLM has decided about code by now
             check_tensors(folder, self.config, WHO)
             verify_files(folder.path, self.config.files, WHO)
 

@@ -1,0 +1,27 @@
+"""The libraries that language models need and this package does not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from typing import Any
+
+WHO = "load_language_model"
+
+
+def library(name: str, *others: str) -> Any:
+    """The module `name`, once it and the others are known to be installed."""
+    lacking = [package for package in (name, *others) if importlib.util.find_spec(package) is None]
+    if lacking:
+        raise RuntimeError(
+            f"{WHO}: needs the packages {', '.join((name, *others))}, got no {', '.join(lacking)}; "
+            "pip install 'golden-stick-triton[hf]'"
+        )
+    return importlib.import_module(name)
+
+
+def quiet(transformers: Any) -> None:
+    """Progress bars are for terminals."""
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
