@@ -10,6 +10,9 @@ from typing import Any, cast
 
 from torch import nn
 
+# hooks by their handles' numbers, and which of them are called with what
+HOOKS = tuple(key for key, value in nn.Module().__dict__.items() if "_hooks" in key and isinstance(value, dict))
+
 
 def canonical_names(model: nn.Module) -> dict[int, str]:
     """`id(module) -> first qualified name`, the name that `model.named_modules()` gives a module registered twice."""
@@ -41,7 +44,9 @@ def get_module(model: nn.Module, name: str) -> nn.Module:
 def set_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Puts `new` at a qualified name, and at every other name of the module it replaces, so that sharing survives.
 
-    What is new in `new` takes over the training flag of the module it replaces.
+    What is new in `new` takes over the training flag of the module it replaces, and `new` its hooks: they are moved,
+    so that a handle still removes its hook, and putting the old module back gives it its hooks back. A module that
+    `new` wraps keeps its own.
 
     Raises:
         ValueError: if no module has this name, or it is the model itself.
@@ -52,7 +57,10 @@ def set_module(model: nn.Module, name: str, new: nn.Module) -> None:
             f"set_module: name must be inside the model, got {name!r}; the root cannot be replaced in place"
         )
     known = {id(module) for module in model.modules()}
-    for module in new.modules():
+    inside = list(new.modules())
+    if not any(module is old for module in inside):
+        _move_hooks(old, new)
+    for module in inside:
         if id(module) not in known:  # a module wrapped by `new` keeps its own flag
             module.training = old.training
     slots = [
@@ -63,6 +71,17 @@ def set_module(model: nn.Module, name: str, new: nn.Module) -> None:
     ]
     for parent, key in slots:
         parent._modules[key] = new
+
+
+def _move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Gives `new` the very dictionaries in which `old` holds its hooks: handles refer to them."""
+    for key in HOOKS:
+        held, own = old.__dict__[key], new.__dict__[key]
+        if held is not own:
+            held.update(own)
+            old.__dict__[key], new.__dict__[key] = type(held)(), held
+    if new._is_full_backward_hook is None:
+        new._is_full_backward_hook, old._is_full_backward_hook = old._is_full_backward_hook, None
 
 
 @contextmanager

@@ -308,16 +308,18 @@ def _record(model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inputs) -
     seen: dict[str, Tensor] = {}
     handles = []
 
-    def remember(key: str, pick: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            seen[key] = (args[0] if pick == 0 else output).detach().clone()  # an in-place activation may follow
+    def remember(name: str, key: str, pick: int) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            given = args[0] if args else next(iter(kwargs.values()))
+            seen[key] = (given if pick == 0 else output).detach().clone()  # an in-place activation may follow
 
-        return hook
+        # first of all: the user's own hooks, which may change the output, will act on the converted layer's too
+        handles.append(get_module(model, name).register_forward_hook(hook, with_kwargs=True, prepend=True))
 
     for row in rows:
         behind = (row.settings["fused"] or [row.settings["bn"] or row.site])[0]
-        handles.append(get_module(model, row.site).register_forward_hook(remember(f"{row.site} x", 0)))
-        handles.append(get_module(model, behind).register_forward_hook(remember(f"{row.site} y", 1)))
+        remember(row.site, f"{row.site} x", 0)
+        remember(behind, f"{row.site} y", 1)
     try:
         want = _tensors(run(model, example_inputs, "convert"))
     finally:

@@ -67,6 +67,8 @@ def _refuse_activation(model: nn.Module, row: PlanRow, name: str) -> str | None:
     bn: Any = get_module(model, row.settings["bn"]) if row.settings["bn"] else None
     if row.settings["tail"]:
         return "it is part of a batch norm"
+    if layer._forward_hooks or (bn is not None and bn._forward_hooks):
+        return "what it reads has hooks"
     if any(getattr(m, "output_quantizer", None) is not None for m in (layer, bn)):
         return "what it reads is quantized first"
     if act._forward_hooks or act._forward_pre_hooks:

@@ -70,10 +70,10 @@ class Convolution(Packed):
         fused = self.activation if self.activation != "none" else "add" if self.deferred else ""
         return f"{path} + {fused}" if fused else path
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.deferred and self._can_wait(x):
-            return Pending(_Deferred(self, x), self._like(x))
-        return self.run(x, None, self.activation)
+    def forward(self, input: Tensor) -> Tensor:
+        if self.deferred and self._can_wait(input):
+            return Pending(_Deferred(self, input), self._like(input))
+        return self.run(input, None, self.activation)
 
     def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         """The layer's result with what follows it: `act(conv(x) + residual)`."""

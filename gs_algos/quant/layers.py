@@ -51,9 +51,9 @@ class FakeQuantized(IntegerEval):
     weight: Tensor
     _conv_forward: Callable[..., Tensor]
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.on_integers(x)
-        return self.quantized_output(self.on_floats(x) if y is None else y)
+    def forward(self, input: Tensor) -> Tensor:
+        y = self.on_integers(input)
+        return self.quantized_output(self.on_floats(input) if y is None else y)
 
     def on_floats(self, x: Tensor) -> Tensor:
         """The layer's output from fake-quantized floats."""

@@ -56,8 +56,8 @@ class PackedConv(Convolution):
         offset = torch.empty(format.shape[0], dtype=dtype, device=device) if bias else None
         return cls(format.empty(device), geometry, filter, offset, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
+    def forward(self, input: Tensor) -> Tensor:
+        x, kind = input, input.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         return super().forward(x)

@@ -63,7 +63,8 @@ class PackedEmbedding(Packed):
     def embedding_dim(self) -> int:
         return self.shape[1]
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        ids = input
         if ids.numel() == 0:
             return torch.empty(*ids.shape, self.embedding_dim, dtype=self.dtype, device=ids.device)
         return dequantize_packed(rows_of(self.packed, ids.reshape(-1)), self.dtype).view(*ids.shape, -1)

@@ -71,8 +71,8 @@ class PackedLinear(Packed):
     def out_features(self) -> int:
         return self.shape[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
+    def forward(self, input: Tensor) -> Tensor:
+        x, kind = input, input.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         return qmatmul(x, self.packed, self.bias)

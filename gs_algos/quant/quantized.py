@@ -126,7 +126,8 @@ class QuantizedLinear(QuantizedLayer):
         grouped = ["scales are per group"] if self.group_size != self.in_features else []
         return [*_refusals_of(self.input_quantizer), *grouped, *_refusals_on(device)]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         if not self.integer_refusals(x.device):
             return self._finish(self._integer(x))
         x = x if self.input_quantizer is None else self.input_quantizer(x)

@@ -80,7 +80,8 @@ class Searched(IntegerEval):
         scale = scale if self.search.scale is None else scale * self.search.scale.detach()
         return in_steps(weight, scale.view(-1, *[1] * (weight.dim() - 1))), scale
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         whole = self.on_integers(x)
         if whole is not None:
             return whole

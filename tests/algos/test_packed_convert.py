@@ -125,3 +125,46 @@ def test_convolutions_give_the_trained_output_in_either_layout(
     planar = gs_algos.load(tmp_path, lambda: nn.Sequential(copy.deepcopy(conv)))
     assert planar[0].codes.dtype == torch.int16
     assert relative_rms(planar.eval()(other), want) < 1e-5
+
+
+@pytest.mark.parametrize("site", ["0", "4"])
+def test_hooks_act_on_the_converted_layer_and_their_handles_remove_them(site: str):
+    net, calls = build(), []
+    net.get_submodule(site).register_forward_pre_hook(lambda m, args: calls.append("in"))
+    handle = net.get_submodule(site).register_forward_hook(lambda m, args, y: calls.append("out") or y * 3)
+    algo = SimQAT()
+    net = algo.apply(net, image())
+    with torch.no_grad():
+        want = net(image(1))
+        net = algo.convert(net)
+        calls.clear()
+        assert relative_rms(net(image(1)), want) < 1e-5 and calls == ["in", "out"]
+        handle.remove()
+        assert relative_rms(net(image(1)), want) > 0.5
+
+
+def test_a_hook_in_front_of_a_batch_norm_keeps_it_from_being_folded():
+    net = build()
+    net[1].register_forward_pre_hook(lambda m, args: (2 * args[0],))
+    algo = SimQAT()
+    net = algo.apply(net, image())
+    with torch.no_grad():
+        want = net(image(1))
+        assert relative_rms(algo.convert(net)(image(1)), want) < 1e-5
+    assert isinstance(net[1], nn.BatchNorm2d)
+
+
+def test_layers_are_called_by_keyword_before_and_after():
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(input=self.conv(input=x).mean((2, 3)))
+
+    algo = SimQAT()
+    net = algo.apply(Keyword(), image()).eval()
+    with torch.no_grad():
+        want = net(image(1))
+        assert relative_rms(algo.convert(net)(image(1)), want) < 1e-5

@@ -115,6 +115,11 @@ def refuse_hooks(view: View, node: Node) -> str | None:
     return "has forward hooks, which would see other values" if module._forward_hooks else None
 
 
+def refuse_pre_hooks(view: View, node: Node) -> str | None:
+    """A hook in front of a member changes what it reads, which a fold would leave out."""
+    return "has forward pre-hooks, which may change what it reads" if view.module(node)._forward_pre_hooks else None
+
+
 def site_of(view: View, node: Node) -> tuple[str, str]:
     """(site, reason) for a conv or linear that no module runs as a whole."""
     scope = get_module(view.model, node.scope)

@@ -21,6 +21,7 @@ from gs_algos.fx.patterns.base import (
     refuse_calls,
     refuse_hooks,
     refuse_parameters,
+    refuse_pre_hooks,
     site_of,
 )
 
@@ -37,7 +38,12 @@ class Chain:
     refused: tuple[str, ...] = ()  # ops that belong to the pattern but are not supported
     acts: tuple[str, ...] = ACTIVATIONS
     guards: tuple[Guard, ...] = (refuse_calls, refuse_parameters)  # on the layer
-    fold_guards: tuple[Guard, ...] = (refuse_calls, refuse_parameters, refuse_hooks)  # on the batch norm
+    fold_guards: tuple[Guard, ...] = (
+        refuse_calls,
+        refuse_parameters,
+        refuse_hooks,
+        refuse_pre_hooks,
+    )  # on the batch norm
 
 
 def find(chain: Chain, view: View) -> Iterator[Match | Refusal]:
