@@ -16,6 +16,7 @@ from typing import Any
 
 from bench import record
 from bench.tables import rows_of
+from gs_algos.core.files import whole_file
 
 
 def roofline_points(rows: Iterable[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
@@ -71,7 +72,8 @@ def plot_roofline(rows: Sequence[dict[str, Any]], title: str, path: Path) -> Non
     )
     axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s", title=title)
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as draft:
+        figure.savefig(draft, dpi=120)
     pyplot.close(figure)
 
 
@@ -94,7 +96,8 @@ def plot_speedup(rows: Sequence[dict[str, Any]], title: str, path: Path) -> bool
         axes.legend(fontsize="small")
     grid[0][0].set_ylabel("times the speed of a float product")
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as draft:
+        figure.savefig(draft, dpi=120)
     pyplot.close(figure)
     return True
 

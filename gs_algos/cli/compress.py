@@ -22,7 +22,7 @@ from gs_algos.cli.models import build
 from gs_algos.cli.recipes import float_recipe, tune_recipe
 from gs_algos.cli.train import Recipe, accuracy, predict, train
 from gs_algos.core.algorithm import Algorithm
-from gs_algos.core.checkpoint import write_atomically
+from gs_algos.core.files import write_atomically
 from gs_algos.pipeline.pipeline import Pipeline, Stage
 from gs_algos.pipeline.recipe import RunRecipe, make_algorithm, read_recipe
 from gs_algos.pruning.pruner import Pruner

@@ -24,7 +24,7 @@ from gs_algos.cli.models import MODELS, build
 from gs_algos.cli.recipes import float_recipe, tune_recipe
 from gs_algos.cli.train import Recipe, accuracy, predict, train
 from gs_algos.core.algorithm import Algorithm, evaluating
-from gs_algos.core.checkpoint import write_atomically
+from gs_algos.core.files import write_atomically
 from gs_algos.core.registry import algorithm_class
 
 OPTIONS_FILE = "demo.json"

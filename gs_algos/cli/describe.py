@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from gs_algos.core.checkpoint import read_index
+from gs_algos.core.checkpoint import INDEX, read_checkpoint
 from gs_algos.core.plan import render_layers
 
 BYTES = {"I8": 1, "U8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
@@ -21,10 +21,8 @@ def describe(folder: str | os.PathLike[str]) -> str:
     Raises:
         ValueError: if the folder is no checkpoint, or is damaged.
     """
-    index = read_index(folder)
-    path = Path(folder) / index["tensors"]["file"]
-    tensors = _tensors(path)
-    on_disk = sum(entry.stat().st_size for entry in Path(folder).iterdir() if entry.is_file())
+    index, tensors = read_checkpoint(folder, lambda where, facts: _tensors(where / facts["tensors"]["file"]))
+    on_disk = (Path(folder) / INDEX).stat().st_size + index["tensors"]["nbytes"]
     stored = sum(math.prod(shape) for shape, _ in tensors.values())
     lines = [
         f"{folder}: {index['format']} version {index['version']}, {on_disk:,} bytes on disk, {stored:,} stored numbers"

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from gs_algos.cli.data import ImageData, batches_per_epoch, train_batches
 from gs_algos.core.algorithm import Algorithm, evaluating
-from gs_algos.core.checkpoint import write_atomically
+from gs_algos.core.files import write_atomically
 from gs_algos.core.progress import progress
 
 FORMAT = "golden-stick-training"

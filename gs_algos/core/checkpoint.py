@@ -1,7 +1,9 @@
 """Saving and loading a compressed or prepared model: one safetensors file and one JSON, never pickle.
 
-`golden_stick.json` names the tensor file by its content, so replacing the JSON (atomic) is what makes a new checkpoint
-valid: a save that is killed leaves the old one whole.
+`golden_stick.json` names the tensor file, whose name no other save ever takes, so replacing the JSON (atomic) is what
+makes a new checkpoint valid: a save that is killed leaves the old one whole, and of two at once the last one counts.
+A tensor file that the JSON does not name and that nobody is writing is deleted by the next save. A reader that finds
+its tensor file gone reads the JSON anew.
 """
 
 from __future__ import annotations
@@ -10,11 +12,11 @@ import hashlib
 import json
 import os
 import re
-import tempfile
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +25,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from gs_algos.core.algorithm import STAGES, history, remember
+from gs_algos.core.files import abandoned, remove, sha256, write_atomically, written
 from gs_algos.core.network import network_of, ordinary_tensors
 from gs_algos.core.plan import PlanRow
 from gs_algos.core.registry import restorer
@@ -32,6 +35,10 @@ VERSION = 1
 INDEX = "golden_stick.json"
 FIELDS = {"format", "version", "history", "tensors", "aliases"}
 TENSOR_FILE = re.compile(r"model-[0-9a-f]{16}\.safetensors")
+DRAFT = re.compile(rf"\.({TENSOR_FILE.pattern}|{re.escape(INDEX)})\.[0-9a-f]{{16}}")
+ATTEMPTS = 100  # to read a checkpoint that is replaced while it is read
+T = TypeVar("T")
+Facts: TypeAlias = dict[str, Any]
 # what a restore can trip over if the history is not of the network that build_model makes
 MISFITS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError)
 
@@ -47,24 +54,45 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         raise ValueError("save: the model must have been through an algorithm's apply, got one without history")
     tensors, aliases = _unique_tensors(model)
     data = to_bytes(tensors)
-    digest = hashlib.sha256(data).hexdigest()
-    name = f"model-{digest[:16]}.safetensors"
+    name = f"model-{secrets.token_hex(8)}.safetensors"
     index = {
         "format": FORMAT,
         "version": VERSION,
         "history": history(model),
-        "tensors": {"file": name, "sha256": digest, "nbytes": len(data)},
+        "tensors": {"file": name, "sha256": hashlib.sha256(data).hexdigest(), "nbytes": len(data)},
         "aliases": aliases,
     }
     text = json.dumps(index, indent=1).encode()
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / name, data)
-    write_atomically(folder / INDEX, text)
-    for stale in folder.glob("model-*.safetensors"):
-        if stale.name != name:
-            stale.unlink()
+    try:
+        with written(folder / name, data):  # nobody deletes it before the JSON names it
+            write_atomically(folder / INDEX, text)
+    except BaseException:
+        if _named(folder) not in (name, None):
+            remove(folder / name)
+        raise
+    _clear(folder)
     return folder
+
+
+def _clear(folder: Path) -> None:
+    """Deletes what killed or replaced saves have left: nobody will name such a file again."""
+    for path in folder.iterdir():
+        ours = DRAFT.fullmatch(path.name) or TENSOR_FILE.fullmatch(path.name)
+        # in this order: a file without a writer is never named later than now
+        if ours and abandoned(path) and _named(folder) not in (path.name, None):
+            remove(path)
+
+
+def _named(folder: Path) -> str | None:
+    """The tensor file of the checkpoint that is in the folder now, "" if there is none, None if that is unknown."""
+    try:
+        return json.loads((folder / INDEX).read_bytes())["tensors"]["file"]
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, IndexError):
+        return None
 
 
 def load(directory: str | os.PathLike[str], build_model: Callable[[], nn.Module]) -> nn.Module:
@@ -84,8 +112,7 @@ def load(directory: str | os.PathLike[str], build_model: Callable[[], nn.Module]
 
 
 def _load(folder: Path, build_model: Callable[[], nn.Module]) -> nn.Module:
-    index = read_index(folder)
-    state = _read_tensors(folder, index)
+    index, state = read_checkpoint(folder, _read_tensors)
     model = build_model()
     if not isinstance(model, nn.Module):
         raise TypeError(f"load: build_model must return a nn.Module, got {model!r:.60}")
@@ -98,6 +125,35 @@ def _load(folder: Path, build_model: Callable[[], nn.Module]) -> nn.Module:
         remember(model, entry)
     _fill(model, state, folder)
     return model
+
+
+def read_checkpoint(directory: str | os.PathLike[str], read: Callable[[Path, Facts], T]) -> tuple[Facts, T]:
+    """The JSON of a checkpoint, checked, and what `read(folder, json)` makes of its tensor file.
+
+    A save may replace both at any time: an error counts only if the JSON is still the one that was read.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    folder = Path(directory)
+    for _ in range(ATTEMPTS):
+        before = _stamp(folder)
+        try:
+            index = read_index(folder)
+            return index, read(folder, index)
+        except ValueError:
+            if _stamp(folder) == before:
+                raise
+    raise ValueError(f"load: {folder} must hold one checkpoint for as long as it is read, got {ATTEMPTS} new ones")
+
+
+def _stamp(folder: Path) -> tuple[int, ...]:
+    """What tells one JSON from the next; nothing if there is none."""
+    try:
+        facts = (folder / INDEX).stat()
+    except OSError:
+        return ()
+    return facts.st_ino, facts.st_mtime_ns, facts.st_size
 
 
 def read_index(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -162,21 +218,6 @@ def _claims(index: dict[str, Any]) -> Iterator[tuple[str, bool]]:
         yield "the plan of every history entry", isinstance(rows, list) and all(map(PlanRow.fits, rows))
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes beside the target and renames, so that a reader sees the old file or the new one, whole."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state dict with every storage once, and for each other name the one it shares with."""
     tensors: dict[str, Tensor] = {}
@@ -203,15 +244,20 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
 def _read_tensors(folder: Path, index: dict[str, Any]) -> dict[str, Tensor]:
     facts = index["tensors"]
     path = folder / facts["file"]
-    if not path.is_file():
-        raise ValueError(f"load: {folder} must hold {facts['file']}, which is missing; the checkpoint is incomplete")
-    if path.stat().st_size != facts["nbytes"]:
-        raise ValueError(f"load: {path} must have {facts['nbytes']} bytes, got {path.stat().st_size}; it is truncated")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != facts["sha256"]:
-        raise ValueError(f"load: {path} must have SHA-256 {facts['sha256']}, got {digest}; the file is damaged")
     try:
+        nbytes = path.stat().st_size
+        if nbytes != facts["nbytes"]:
+            raise ValueError(f"load: {path} must have {facts['nbytes']} bytes, got {nbytes}; it is truncated")
+        digest = sha256(path)
+        if digest != facts["sha256"]:
+            raise ValueError(f"load: {path} must have SHA-256 {facts['sha256']}, got {digest}; the file is damaged")
         state = load_file(path)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"load: {folder} must hold {path.name}, which is missing; the checkpoint is incomplete"
+        ) from error
+    except (OSError, RuntimeError) as error:  # torch maps the file, and gives the system's error as RuntimeError
+        raise ValueError(f"load: {path} must be a readable file, got {error}") from error
     except SafetensorError as error:
         raise ValueError(f"load: {path} must be a safetensors file, got {error}") from error
     lost = sorted(source for source in index["aliases"].values() if source not in state)

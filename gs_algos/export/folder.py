@@ -6,7 +6,7 @@ Nothing in a folder is run: one whose settings name Python code of its own, or c
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import errno
 import json
 import math
 import os
@@ -21,6 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from gs_algos.core.files import being_written, publish_folder, scratch_folder, sha256
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -242,15 +244,6 @@ def opened(file: Path, who: str) -> Iterator[Any]:
         raise ValueError(f"{who}: {file} must be a whole safetensors file, got {error}; it is damaged") from error
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 class ShardWriter:
     """Collects tensors and writes them as `model-00001-of-0000N.safetensors` with an index, or as one file.
 
@@ -310,28 +303,34 @@ class ShardWriter:
 def whole_folder(target: str | os.PathLike[str], who: str) -> Iterator[Path]:
     """A folder to write into that becomes `target` at the end, in one rename; after an error nothing is there.
 
-    A killed run leaves `.<name>.partial` beside the target, which the next run of the same target clears.
+    A killed run leaves `.<name>.<digits>` beside the target, which the next run of the same target clears.
 
     Raises:
-        ValueError: if the target is there already and not empty.
+        ValueError: if the target is there already and not empty, or another process is writing it.
+        OSError: if it cannot be written.
     """
     path = Path(target)
+    todo = "choose another or delete it"
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(
-            f"{who}: {path} must be new or an empty folder, got one with content; choose another or delete it"
-        )
-    partial = path.parent / f".{path.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for file in partial.iterdir():
-            file.chmod(0o644)  # safetensors writes files that only their owner can read
-            with open(file, "rb") as data:
-                os.fsync(data.fileno())
-        if path.is_dir():
-            path.rmdir()
-        os.replace(partial, path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        raise ValueError(f"{who}: {path} must be new or an empty folder, got one with content; {todo}")
+    if being_written(path):
+        raise ValueError(f"{who}: {path} must be for this call alone, got one that another call is writing now")
+    shutil.rmtree(path.parent / f".{path.name}.partial", ignore_errors=True)  # of versions before this one
+    with scratch_folder(path) as folder:
+        try:
+            yield folder
+            for file in folder.iterdir():
+                file.chmod(0o644)  # safetensors writes files that only their owner can read
+            publish_folder(folder, path)
+        except FileExistsError as error:
+            raise ValueError(
+                f"{who}: {path} must be new or an empty folder, got one that was filled meanwhile; {todo}"
+            ) from error
+        except (OSError, SafetensorError) as error:
+            if isinstance(error, OSError) and error.filename is not None:
+                raise
+            # a full disk, which neither Python nor safetensors says the place of
+            number = getattr(error, "errno", None) or errno.EIO
+            raise OSError(
+                number, f"{who}: the folder cannot be written, got {error}; none is left", str(path)
+            ) from error

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gs_algos.core.algorithm import evaluating
+from gs_algos.core.files import whole_file
 from gs_algos.core.modules import set_module
 from gs_algos.core.network import network_of
 from gs_algos.export.package import new_file
@@ -60,9 +61,8 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike[str])
             dynamic_shapes=({0: torch.export.Dim("batch")},),
         )  # fmt: skip
     assert program is not None
-    partial = target.with_name(f".partial-{target.name}")
-    program.save(partial)
-    os.replace(partial, target)
+    with whole_file(target) as draft:
+        program.save(draft)
     return target
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.core.algorithm import evaluating
+from gs_algos.core.files import whole_file
 from gs_algos.core.network import network_of
 
 KEY = "golden_stick"  # of the package's own metadata
@@ -61,15 +62,11 @@ def export_package(
     about = _about(example, pixels)
     with evaluating(model), torch.no_grad():
         program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    partial = target.with_name(f".partial-{target.name}")
     said = {KEY: json.dumps({"version": VERSION, **asdict(about)})}
-    try:
+    with whole_file(target) as draft:
         torch._inductor.aoti_compile_and_package(
-            program, package_path=str(partial), inductor_configs={"aot_inductor.metadata": said}
+            program, package_path=str(draft), inductor_configs={"aot_inductor.metadata": said}
         )
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 

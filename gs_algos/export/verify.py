@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-from gs_algos.export.folder import Folder, opened, sha256
+from gs_algos.core.files import sha256
+from gs_algos.export.folder import Folder, opened
 from gs_algos.export.packed_config import PackedConfig
 from gs_algos.quant.packed import tensors_of
 

@@ -21,7 +21,8 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from gs_algos.core.algorithm import Algorithm, Inputs
-from gs_algos.core.checkpoint import load, save, write_atomically
+from gs_algos.core.checkpoint import load, save
+from gs_algos.core.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

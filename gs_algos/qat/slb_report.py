@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gs_algos.core.files import whole_file
 from gs_algos.qat.slb_schedule import Schedule
 
 
@@ -50,7 +51,8 @@ def draw(traces: Mapping[str, Tensor], schedule: Schedule, path: str | os.PathLi
     for axes in (left, right):
         axes.axvline(schedule.one_hot_step, color="grey", linestyle=":", linewidth=1)
     right.legend(fontsize="x-small")
-    figure.savefig(path, dpi=120)
+    with whole_file(Path(path)) as draft:
+        figure.savefig(draft, dpi=120)
     return Path(path)
 
 

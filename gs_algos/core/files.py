@@ -1,0 +1,252 @@
+"""Files and folders that appear whole or not at all, beside other processes that write and read the same ones.
+
+What is being written has a name of its own beside its target: a dot, the target's name, 16 random hexadecimal digits.
+Its writer holds a lock on it (`flock`, which ends with the process), so that the next writer of the same target can
+tell what a killed one left and delete it. Where a file system has no such locks, and on Windows, an hour tells.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+WINDOWS = os.name == "nt"
+OLD = 3600  # seconds after which something that cannot be locked has no writer any more
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes beside the target and renames, so that a reader sees the old file or the new one, whole.
+
+    Raises:
+        OSError: if it cannot be written, with the target's path. What was there before stays.
+    """
+    with written(path, data):
+        pass
+
+
+@contextlib.contextmanager
+def written(path: Path, data: bytes) -> Iterator[None]:
+    """As `write_atomically`; inside the `with` block the new file counts as being written (see `abandoned`)."""
+    clear_abandoned(path)
+    file: IO[bytes] | None = None
+    try:
+        file = _new_file(path)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        if WINDOWS:  # which renames no open file
+            file.close()
+        with _synced(path.parent):
+            _replace(file.name, path)
+    except BaseException as error:
+        if file is not None:
+            with contextlib.suppress(OSError):  # it tries once more to write
+                file.close()
+            Path(file.name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"{error.strerror or error}; what was there is as before", str(path)) from error
+        raise
+    try:
+        yield
+    finally:
+        file.close()
+
+
+@contextlib.contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside the target to write into. It is gone afterwards, unless the caller has renamed it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clear_abandoned(target)
+    while True:
+        folder = _beside(target)
+        folder.mkdir()
+        handle = None if WINDOWS else os.open(folder, os.O_RDONLY)
+        if handle is None or _is_ours(handle, folder):
+            break
+        os.close(handle)
+    try:
+        yield folder
+    finally:
+        if folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def publish_folder(folder: Path, target: Path) -> None:
+    """Renames a finished scratch folder to its target, whose place must be free or an empty folder, and all is on disk.
+
+    Raises:
+        FileExistsError: if the target has content.
+    """
+    for file in folder.iterdir():
+        with open(file, "rb") as data:
+            os.fsync(data.fileno())
+    with _synced(folder):
+        pass
+    with _synced(target.parent):
+        try:
+            if target.is_dir():
+                target.rmdir()
+            os.rename(folder, target)
+        except OSError as error:
+            if target.exists():
+                raise FileExistsError(error.errno, "a folder with content is there", str(target)) from error
+            raise
+
+
+@contextlib.contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A path to write to, of the target's name in another folder; at the end what is in that folder moves beside it.
+
+    The target comes last, so that what it names is there. After an error nothing is there.
+    """
+    with scratch_folder(target) as folder:
+        yield folder / target.name
+        files = sorted(folder.iterdir(), key=lambda file: file.name == target.name)
+        for file in files:
+            with open(file, "rb") as data:
+                os.fsync(data.fileno())
+        with _synced(target.parent):
+            for file in files:
+                _replace(str(file), target.with_name(file.name))
+
+
+def being_written(target: Path) -> bool:
+    """Whether another process, or another thread, is writing the target at this moment."""
+    return any(not abandoned(path) for path in _drafts(target))
+
+
+def clear_abandoned(target: Path) -> None:
+    """Deletes what writers of the target left that were killed."""
+    for path in _drafts(target):
+        if abandoned(path):
+            remove(path)
+
+
+def abandoned(path: Path) -> bool:
+    """Whether nobody is writing a file or folder any more: it is no draft, or its writer was killed."""
+    try:
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except OSError:
+        return _is_old(path)
+    try:
+        free = _lock(handle, wait=False)
+    finally:
+        os.close(handle)
+    return _is_old(path) if free is None else free
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or a folder, if it is there and can be: a reader on Windows keeps it until the next time."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        path.unlink()
+
+
+@contextlib.contextmanager
+def _synced(folder: Path) -> Iterator[None]:
+    """Afterwards the names in a folder outlast a power failure, where a folder can be opened and synchronized."""
+    try:
+        handle = None if WINDOWS else os.open(folder, os.O_RDONLY)
+    except OSError:  # one may write in it but not look
+        handle = None
+    try:
+        yield
+        if handle is not None:
+            with contextlib.suppress(OSError):  # some network file systems cannot
+                os.fsync(handle)
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _replace(source: str, target: Path) -> None:
+    """`os.replace`, which Windows refuses for as long as somebody reads the target: tried again for a second."""
+    for left in reversed(range(50)):
+        try:
+            os.replace(source, target)
+        except PermissionError:
+            if not WINDOWS or not left:
+                raise
+            time.sleep(0.02)
+        else:
+            return
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+
+
+def _drafts(target: Path) -> list[Path]:
+    """What was or is being written for a target, by any process."""
+    form = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{16}")
+    try:
+        return [target.with_name(name) for name in os.listdir(target.parent) if form.fullmatch(name)]
+    except OSError:  # of a folder that is not there, or in which one may write but not look
+        return []
+
+
+def _new_file(target: Path) -> IO[bytes]:
+    """A new draft of a file, locked. Another writer may take it for abandoned until then, so it is looked at again."""
+    while True:
+        path = _beside(target)
+        file = open(path, "xb")  # noqa: SIM115
+        if _is_ours(file.fileno(), path):
+            return file
+        file.close()
+
+
+def _is_ours(handle: int, path: Path) -> bool:
+    """Locks what was just made, where there are locks; False if it has been deleted meanwhile."""
+    _lock(handle, wait=True)
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(handle: int, wait: bool) -> bool | None:
+    """Takes the lock on an open file or folder: whether it did, None if there are no such locks here."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _is_old(path: Path) -> bool:
+    """Whether a file, or the newest one in a folder, is older than an hour by the clock that dates its neighbours."""
+    try:
+        newest = max(part.stat().st_mtime for part in (path, *(path.iterdir() if path.is_dir() else ())))
+        return path.parent.stat().st_mtime - newest > OLD
+    except OSError:
+        return False
