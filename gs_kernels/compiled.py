@@ -97,6 +97,7 @@ def native(source: Path, functions: Mapping[str, Sequence[Any]], is_right: Calla
 def _compile_for(chain: Chain, args: tuple[Any, ...], options: dict[str, Any]) -> Chain:
     from torch._guards import TracingContext, tracing
     from torch._inductor import standalone_compile  # importing it takes a second
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch.fx.experimental.proxy_tensor import make_fx
 
     places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
@@ -113,6 +114,8 @@ def _compile_for(chain: Chain, args: tuple[Any, ...], options: dict[str, Any]) -
 
     graph = make_fx(of_tensors, tracing_mode="symbolic")(*(args[i] for i in places))
     inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    # the cache of PyTorch keeps loops for one width of vectors and compiles them for any: 8 at a time stored as 16
+    options = {"cpp.simdlen": pick_vec_isa().bit_width(), **options}
     # sizes are symbols of the trace, which a chain that returns nothing does not show in its results
     with tracing(TracingContext(inputs[0].fake_mode)):
         code = standalone_compile(

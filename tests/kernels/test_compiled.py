@@ -1,0 +1,33 @@
+"""Code that one process compiled and left in the cache is right in another, whatever vectors that one may use."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import INTERPRET
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="compiled for the CPU")
+
+ROUND = """
+import torch
+from gs_kernels import PerChannel, fake_quant
+
+x, scale = torch.linspace(-3, 3, 65536).view(1024, 64), torch.full((1024,), 0.25)
+for _ in range(3):  # what is written past the end of a result ends the process, here or when memory is freed
+    y = fake_quant(x, scale, torch.zeros(1024), qmin=-8, qmax=7, granularity=PerChannel(0))
+assert torch.equal(y, (x / 0.25).round().clamp(-8, 7) * 0.25)
+"""
+
+
+def test_a_cache_filled_with_narrow_vectors_serves_a_process_with_wide_ones(tmp_path: Path):
+    root = str(Path(__file__).parents[2])
+    about = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": root}
+    for capability in ("avx2", ""):
+        more = {"ATEN_CPU_CAPABILITY": capability} if capability else {}
+        done = subprocess.run([sys.executable, "-c", ROUND], env={**about, **more}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
