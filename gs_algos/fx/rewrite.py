@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,6 +68,48 @@ class Modularized(torch.fx.GraphModule):
         new.__dict__.update(copy.deepcopy(state, memo))
         new.graph = copy.deepcopy(self.graph)
         return new
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """GraphModule's own pickle runs the code anew, which drops what the graph does not use and disturbs tracers."""
+        state = {key: value for key, value in self.__dict__.items() if key not in ("_graph", "_code")}
+        return _unfilled, (), {"nodes": _flat(self.graph), "state": state}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        torch.fx.GraphModule.__init__(self, nn.Module(), torch.fx.Graph())
+        self.__dict__.update(saved["state"])
+        self.graph = _graph(saved["nodes"])
+
+
+@dataclass(frozen=True)
+class _Output:
+    """The output of a node, by the node's name, in the arguments of another."""
+
+    node: str
+
+
+def _unfilled() -> Modularized:
+    return Modularized.__new__(Modularized)
+
+
+def _flat(graph: torch.fx.Graph) -> list[tuple[Any, ...]]:
+    """The nodes of a graph as plain values: operation, target, arguments, name."""
+
+    def plain(arguments: Any) -> Any:
+        return torch.fx.node.map_arg(arguments, lambda node: _Output(node.name))  # type: ignore[arg-type, return-value]
+
+    return [(node.op, node.target, plain(node.args), plain(node.kwargs), node.name) for node in graph.nodes]
+
+
+def _graph(nodes: Sequence[tuple[Any, ...]]) -> torch.fx.Graph:
+    graph = torch.fx.Graph()
+    made: dict[str, torch.fx.Node] = {}
+
+    def linked(arguments: Any) -> Any:
+        return torch.fx.node.map_aggregate(arguments, lambda a: made[a.node] if isinstance(a, _Output) else a)  # type: ignore[arg-type]
+
+    for op, target, args, kwargs, name in nodes:
+        made[name] = graph.create_node(op, target, linked(args), linked(kwargs), name)
+    return graph
 
 
 class _LeafTracer(torch.fx.Tracer):
@@ -175,6 +218,7 @@ def _rewritten(module: nn.Module, fixed: dict[str, Any]) -> Modularized:
     if not any(isinstance(layer, Borrowed) for layer in extra.values()):
         raise ValueError("none of its functional calls has a parameter as weight and constants as arguments")
     for node in graph.nodes:
+        node.type = None  # an annotation that was read as text cannot be pickled
         if node.op == "placeholder" and node.target.removesuffix("_1") in fixed:
             node.target = node.target.removesuffix("_1")  # torch.fx renames an argument whose value it fixes
     return Modularized(module, graph, extra, fixed)

@@ -51,6 +51,11 @@ class Given:
             raise ValueError(f"SCOP: a knock-off batch must be made like the model's inputs, got {_shape(given)}")
         return tree_unflatten([_fitting(t, like, rows) for t, like in zip(theirs, own, strict=True)], spec)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process begins with the first batch again; an iterator, which only this process has, stays here."""
+        once = isinstance(self.batches, Iterator)
+        return {"batches": () if once else self.batches, "iterator": iter(()), "turn": self.turn}
+
     def _next(self) -> Inputs | None:
         if isinstance(self.batches, KnockoffGenerator):
             return self.batches.batch(self.turn)
@@ -81,6 +86,28 @@ def doubled(batch: Batch, source: Callable[[Batch, int], Batch]) -> Batch:
     others = tree_flatten(source(batch, rows))[0]
     both = [torch.cat([a, b]) if _is_batched(a, rows) else a for a, b in zip(leaves, others, strict=True)]
     return tree_unflatten(both, spec)
+
+
+class Doubling:
+    """Puts knock-offs behind the inputs of a forward. A network that is pickled takes it along.
+
+    Args:
+        kind: the option `knockoffs`, for messages.
+    """
+
+    def __init__(self, kind: str, source: Given | Permuted | None) -> None:
+        self.kind, self.source = kind, source
+        self.turn = 0  # optimizer steps so far
+
+    def __call__(self, batch: Batch) -> Batch:
+        return doubled(batch, self._knockoffs)
+
+    def _knockoffs(self, batch: Batch, rows: int) -> Batch:
+        if self.source is None:
+            how = "call fit_knockoffs(batches)" if self.kind == "generator" else "set algo.source"
+            raise RuntimeError(f"SCOP: the first phase must have knock-offs, got none; {how} first")
+        self.source.turn = self.turn
+        return self.source(batch, rows)
 
 
 def first_half(output: Any) -> Any:

@@ -334,6 +334,7 @@ class Pruner(Algorithm):
         self._gates = {name: m for name, m in model.named_modules() if isinstance(m, Gated)}
         self._freezer = self.freezer()
         if self._gates:
+            detach_freezers(model)  # a model that was pickled has those of its old algorithm
             self._freezer.attach(model)
         self._switch()
 

@@ -23,7 +23,7 @@ from gs_algos.pruning.config import PruneConfig
 from gs_algos.pruning.gates import Blend, Freezer, Gated, can_gate, install_gate
 from gs_algos.pruning.groups import Group, Groups, Layer
 from gs_algos.pruning.importance import output_scale, unit_scores
-from gs_algos.pruning.knockoffs import Given, KnockoffGenerator, Permuted, doubled, first_half
+from gs_algos.pruning.knockoffs import Doubling, Given, KnockoffGenerator, Permuted, first_half
 from gs_algos.pruning.pruner import Pruner
 
 SOURCES = ("permute", "generator", "given")
@@ -91,11 +91,21 @@ class SCOP(Pruner):
         elif knockoffs is not None:
             options["knockoffs"] = "given"
         super().__init__(config, **options)
-        self.source: Given | Permuted | None = None
+        source: Given | Permuted | None = None
         if knockoffs is not None and not isinstance(knockoffs, str):
-            self.source = Given(knockoffs)
+            source = Given(knockoffs)
         if self.config.knockoffs == "permute":
-            self.source = Permuted()
+            source = Permuted()
+        self._doubling = Doubling(self.config.knockoffs, source)
+
+    @property
+    def source(self) -> Given | Permuted | None:
+        """Where the knock-offs of the first phase come from."""
+        return self._doubling.source
+
+    @source.setter
+    def source(self, value: Given | Permuted | None) -> None:
+        self._doubling.source = value
 
     @classmethod
     def training_options(cls, epochs: int, steps_per_epoch: int) -> dict[str, Any]:
@@ -103,7 +113,11 @@ class SCOP(Pruner):
         return {"select_steps": max(1, epochs * steps_per_epoch // 4)}
 
     def freezer(self) -> Freezer:
-        return Freezer(lambda batch: doubled(batch, self._knockoffs), first_half)
+        return Freezer(self._doubling, first_half)
+
+    def step(self) -> None:
+        super().step()
+        self._doubling.turn = self.steps
 
     def fit_knockoffs(self, batches: Iterable[Tensor], steps: int = 500) -> None:
         """Trains a generator on batches of images `[B, C, H, W]`; its images are the knock-offs from now on.
@@ -120,12 +134,9 @@ class SCOP(Pruner):
             generator = KnockoffGenerator(tuple(first.shape[1:]), batch_size=len(first)).to(first.device)  # type: ignore[arg-type]
         self.source = Given(generator.fit(batches, steps))
 
-    def _knockoffs(self, batch: Any, rows: int) -> Any:
-        if self.source is None:
-            how = "call fit_knockoffs(batches)" if self.config.knockoffs == "generator" else "set algo.source"
-            raise RuntimeError(f"SCOP: the first phase must have knock-offs, got none; {how} first")
-        self.source.turn = self.steps
-        return self.source(batch, rows)
+    def _switch(self) -> None:
+        super()._switch()
+        self._doubling.turn = self.steps
 
     def unknown(self, model: nn.Module, group: Group) -> str:
         sites = [type(get_module(model, layer.name)).__name__ for layer in group.layers]
