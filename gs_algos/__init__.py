@@ -8,6 +8,7 @@ from gs_algos.export.interchange import export_language_model, import_language_m
 from gs_algos.export.language import load_language_model
 from gs_algos.export.onnx_graph import export_onnx
 from gs_algos.export.package import export_package
+from gs_algos.export.registration import install as _register_with_transformers
 from gs_algos.pipeline.pipeline import Pipeline, Stage
 from gs_algos.pruning.prune import Prune, PruningConfig
 from gs_algos.pruning.scop import SCOP, ScopConfig
@@ -23,6 +24,8 @@ from gs_algos.quant.scheme import Scheme
 from gs_algos.quant.slb_grid import LevelGrid
 
 __version__ = "0.1.0"
+
+_register_with_transformers()
 
 __all__ = [
     "SCOP",

@@ -19,6 +19,7 @@ Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 Loss = TypeVar("Loss", bound=Callable[..., Any])
 HISTORY = "_golden_stick_history"
 STAGES = ("prepared", "converted")
+listeners: list[Callable[[nn.Module, dict[str, Any]], None]] = []  # called with a model and its new history entry
 
 
 class Restores(Protocol):
@@ -143,6 +144,8 @@ def remember(model: nn.Module, entry: dict[str, Any]) -> None:
     if entries and entries[-1]["algorithm"] == entry["algorithm"] and entries[-1]["stage"] == "prepared":
         entries.pop()
     model.__dict__[HISTORY] = [*entries, entry]
+    for listener in listeners:
+        listener(model, entry)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from gs_algos.export.folder import read_folder, read_json
 from gs_algos.export.library import WHO, library, quiet
 from gs_algos.export.packed_config import PackedConfig, read_config
 from gs_algos.export.skeleton import fit, naming, skeleton
-from gs_algos.export.verify import check_tensors, part_names, trusting
+from gs_algos.export.verify import part_names, trusting
 
 TOKENIZER = "tokenizer.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -47,7 +47,6 @@ def load_language_model(
     config: PackedConfig | None = None
     if packed is not None:
         config = read_config(packed, f"{WHO}: {folder.path / 'config.json'}")
-        check_tensors(folder, config, WHO)
         importlib.import_module("gs_algos.export.transformers_quantizer")
     quiet(transformers)
     parts = set() if config is None else part_names(config)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gs_algos.export.library import library
+from gs_algos.quant.packed import PARTS
 
 OLD = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")  # once stored, now computed
 OURS = ("from_pretrained: ", "quantization_config: ")  # how what is said by this package begins
@@ -122,6 +123,16 @@ def fit(
         tuple(name for name in unused if not _any((*optional, *OLD), name)),
         tuple(wrong),
     )
+
+
+def part_names_in(model: Any, names: Collection[str]) -> dict[str, str]:
+    """name in the float model -> name in the folder, of the parts of packed weights: they are renamed as weights."""
+    weights = {name: f"{name.rpartition('.')[0]}.weight" for name in names if name.rpartition(".")[2] in PARTS}
+    renamed = _renamed(model, weights.values())
+    return {
+        f"{renamed[weight][0][0].removesuffix('weight')}{name.rpartition('.')[2]}": name
+        for name, weight in weights.items()
+    }
 
 
 def _any(patterns: Collection[str], name: str) -> bool:

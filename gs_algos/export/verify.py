@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 
 from gs_algos.core.files import sha256
 from gs_algos.export.folder import Folder, opened
@@ -40,10 +41,16 @@ def verify_files(folder: Path, files: Mapping[str, str], who: str) -> None:
             raise ValueError(f"{who}: {path} must have SHA-256 {digest}, got {got}; the file is damaged")
 
 
-def check_tensors(folder: Folder, config: PackedConfig, who: str) -> None:
-    """Raises unless the folder holds every tensor of its packed layers, in the shape that config.json says."""
+def check_tensors(
+    folder: Folder, config: PackedConfig, who: str, names: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Raises unless the folder holds every tensor of its packed layers, in the shape that config.json says.
+
+    Args:
+        names: of tensors in the model -> in the folder, where these differ.
+    """
     wanted = {
-        f"{name}.{part}": list(tensor.shape)
+        names.get(f"{name}.{part}", f"{name}.{part}"): list(tensor.shape)
         for name, format in config.layers.items()
         for part, tensor in tensors_of(format.empty("meta")).items()
     }

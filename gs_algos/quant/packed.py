@@ -107,6 +107,11 @@ class Packed(KeepsDtypes):
         return bool(self._lender)
 
     @property
+    def owner(self) -> Packed:
+        """The layer whose weight this one uses: itself, if it is not tied."""
+        return self._lender[0].owner if self._lender else self
+
+    @property
     def packed(self) -> PackedWeight:
         """The weight as the ops take it, in the layout that the device reads. Shares memory with the layer."""
         if self._lender:
