@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from gs_algos.core.config import AlgorithmConfig
+from gs_algos.core.modules import TRACING
 from gs_algos.core.network import wrapped_at
 from gs_algos.core.plan import Plan
 
@@ -165,7 +166,8 @@ def run(model: nn.Module, inputs: Inputs, who: str) -> Any:
     """`model(inputs)`; an error becomes a ValueError that says whose inputs they were."""
     args, kwargs = split_inputs(inputs)
     try:
-        return model(*args, **kwargs)
+        with TRACING:
+            return model(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise ValueError(
             f"{who}: the inputs must run through the model, got {type(error).__name__}: {error}"

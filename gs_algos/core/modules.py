@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import threading
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -12,6 +13,9 @@ from torch import nn
 
 # hooks by their handles' numbers, and which of them are called with what
 HOOKS = tuple(key for key, value in nn.Module().__dict__.items() if "_hooks" in key and isinstance(value, dict))
+
+# a tracer patches `nn.Module` for all threads: who traces a model, or runs one on the way, holds this
+TRACING = threading.RLock()
 
 
 def canonical_names(model: nn.Module) -> dict[int, str]:

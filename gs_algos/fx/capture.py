@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from gs_algos.core.modules import TRACING
 from gs_algos.core.network import wrapped_at
 from gs_algos.fx import ops
 from gs_algos.fx.assemble import assemble, concatenate
@@ -32,7 +33,8 @@ _TRACERS: tuple[tuple[str, Trace], ...] = (("export", by_export), ("symbolic_tra
 def capture(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, Any] | None = None) -> SiteGraph:
     """The nodes of `model(*example_inputs, **example_kwargs)` in eval mode, with names of live modules.
 
-    The user's hooks run as in a forward pass. Training flags, attributes, buffers and random state are put back.
+    The user's hooks run as in a forward pass. Training flags, attributes, buffers and random state are put back. One
+    thread at a time captures; the others wait.
 
     Args:
         model: any module; DataParallel, DistributedDataParallel and torch.compile wrappers are looked into.
@@ -55,7 +57,7 @@ def capture(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, Any
     root, prefix = unwrap(model)
     names = Names(model, prefix)
     notes: list[str] = []
-    with warnings.catch_warnings():
+    with TRACING, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracers warn of their own deprecations
         rung, drafts = _climb(root, args, kwargs, names, notes)
     graph = SiteGraph(rung, assemble(drafts, names), tuple(notes))

@@ -17,14 +17,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from gs_algos.core.modules import get_module, set_module
+from gs_algos.core.modules import TRACING, get_module, set_module
 from gs_algos.fx.borrowed import Borrowed, borrow
 from gs_algos.fx.capture import capture, unwrap
 from gs_algos.fx.graph import SiteGraph
 from gs_algos.fx.preserve import untouched
 from gs_algos.fx.read import Names
 from gs_algos.fx.record import Call, record
-from gs_algos.fx.tracers import fixed_arguments, tensors_of
+from gs_algos.fx.tracers import OwnThreadTracer, fixed_arguments, tensors_of
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def _graph(nodes: Sequence[tuple[Any, ...]]) -> torch.fx.Graph:
     return graph
 
 
-class _LeafTracer(torch.fx.Tracer):
+class _LeafTracer(OwnThreadTracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
@@ -138,6 +138,13 @@ def try_modularize(
     model: nn.Module, example_inputs: Any, example_kwargs: dict[str, Any] | None = None
 ) -> tuple[nn.Module, list[str]]:
     """`modularize`, and a sentence for each module that stays functional."""
+    with TRACING:
+        return _modularize(model, example_inputs, example_kwargs)
+
+
+def _modularize(
+    model: nn.Module, example_inputs: Any, example_kwargs: dict[str, Any] | None
+) -> tuple[nn.Module, list[str]]:
     args = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
     kwargs = dict(example_kwargs or {})
     failures: list[str] = []
@@ -173,7 +180,8 @@ def modularized(model: nn.Module) -> list[tuple[str, dict[str, Any]]]:
 def modularize_again(model: nn.Module, done: Sequence[tuple[str, dict[str, Any]]]) -> nn.Module:
     """Does to a freshly built model what `modularize` did to one of its kind, without inputs to run."""
     for scope, fixed in sorted(done, key=lambda item: _depth(item[0]), reverse=True):
-        new = _rewritten(get_module(model, scope), fixed)
+        with TRACING:
+            new = _rewritten(get_module(model, scope), fixed)
         if scope == "":
             return new
         set_module(model, scope, new)

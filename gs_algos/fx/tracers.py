@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
@@ -118,7 +119,20 @@ def tensors_of(value: Any, seen: set[int] | None = None) -> Iterator[torch.Tenso
         yield from tensors_of(item, seen)
 
 
-class _Tracer(torch.fx.Tracer):
+class OwnThreadTracer(torch.fx.Tracer):
+    """Lets modules that another thread calls meanwhile run as if nothing was traced: torch.fx patches them for all."""
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> torch.fx.Graph:
+        self._thread = threading.get_ident()
+        return super().trace(root, concrete_args)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+
+class _Tracer(OwnThreadTracer):
     """Leaves: layers whose class says all, and modules with neither children nor parameters (a DropPath)."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

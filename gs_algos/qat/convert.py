@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gs_algos.core.algorithm import Inputs, evaluating, run
 from gs_algos.core.compare import relative_error
-from gs_algos.core.modules import get_module, set_module
+from gs_algos.core.modules import TRACING, get_module, set_module
 from gs_algos.core.plan import PlanRow, render_layers
 from gs_algos.fx.fold import after_norm
 from gs_algos.fx.rewrite import release
@@ -86,7 +86,7 @@ def convert_model(
     layer_rows = [row for row in rows if row.action != "keep" and row.kind not in JOINS]
     for row in layer_rows:  # their settings are those of the history, which a checkpoint keeps
         decide(model, row)
-    with evaluating(model):
+    with TRACING, evaluating(model):
         calls, want = _record(model, layer_rows, example_inputs)
         layers = [get_module(model, row.site) for row in layer_rows]
         replacements = {row.site: _fused(row, (make or quantized_layer)(model, row)) for row in layer_rows}
@@ -186,7 +186,7 @@ def _link_checked(model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inp
 
     It does where a forward writes into what a layer still has to read.
     """
-    with evaluating(model):
+    with TRACING, evaluating(model):
         want = [t.clone() for t in _tensors(run(model, example_inputs, "convert"))]
         link(model, rows)
         try:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from gs_algos.core.algorithm import Inputs, evaluating, run
+from gs_algos.core.modules import TRACING
 from gs_algos.core.progress import progress
 from gs_algos.quant.quantizers import ActivationQuantizer, calibrated_range
 
@@ -36,7 +37,8 @@ def observe(
     try:
         with evaluating(model):
             if forward_loop is not None:
-                forward_loop(model)
+                with TRACING:
+                    forward_loop(model)
             for batch in progress(() if batches is None else batches, "calibrating"):
                 run(model, batch, who)
         ranges = {name: calibrated_range(q, name, group) for name, q in quantizers.items()}
