@@ -12,7 +12,7 @@ from gs_algos.export.registration import install as _register_with_transformers
 from gs_algos.pipeline.pipeline import Pipeline, Stage
 from gs_algos.pruning.prune import Prune, PruningConfig
 from gs_algos.pruning.scop import SCOP, ScopConfig
-from gs_algos.ptq.weights import quantize_weights
+from gs_algos.ptq.weights import plan_weights, quantize_weights
 from gs_algos.qat.simqat import SimQAT, SimQATConfig
 from gs_algos.qat.slb import SLB
 from gs_algos.qat.slb_config import SLBConfig
@@ -54,6 +54,7 @@ __all__ = [
     "import_language_model",
     "load",
     "load_language_model",
+    "plan_weights",
     "quantize_checkpoint",
     "quantize_weights",
     "save",

@@ -21,6 +21,7 @@ from gs_algos.export.skeleton import skeleton
 from gs_algos.ptq.sites import Site, WeightRule, check_schemes, weight_sites
 from gs_algos.ptq.weights import settings_of, site_row
 from gs_algos.quant.packed import PackedFormat
+from gs_algos.quant.packing import in_rows, matrix_of
 from gs_algos.quant.rounding import round_to_nearest
 from gs_algos.quant.scheme import Scheme
 from gs_kernels.pack.state import to_tensors
@@ -164,7 +165,8 @@ def _pack(writer: ShardWriter, site: Site, tensor: Tensor, device: torch.device 
             f"{WHO}: {site.names[0]}.weight must be {list(shape)} as config.json says, got {list(tensor.shape)}"
         )
     try:
-        packed = round_to_nearest(tensor if device is None else tensor.to(device), site.scheme)
+        rows = matrix_of(site.layer, tensor if device is None else tensor.to(device))
+        packed = in_rows(site.layer, round_to_nearest(rows, site.scheme))
     except ValueError as error:
         raise ValueError(f"{error} in {site.names[0]}.weight") from error
     for part, value in to_tensors(packed)[0].items():

@@ -21,7 +21,8 @@ from gs_algos.export.packed_config import METHOD, VERSION, PackedConfig, read_co
 from gs_algos.export.skeleton import skeleton
 from gs_algos.export.verify import check_tensors, verify_files
 from gs_algos.quant.packed import PARTS, PackedFormat
-from gs_kernels import PackedWeight, dequantize_packed
+from gs_algos.quant.packing import float_weight
+from gs_kernels import PackedWeight
 from gs_kernels.pack.checks import check_packed_values
 from gs_kernels.pack.state import to_tensors
 
@@ -77,7 +78,7 @@ def export_language_model(
             weight = _packed(config.layers[name], {part: get(f"{name}.{part}") for part in parts})
             check_packed_values(who, weight, name)
             if name in floats:
-                shards.add(f"{name}.weight", dequantize_packed(weight, dtype))
+                shards.add(f"{name}.weight", float_weight(model.get_submodule(name), weight, dtype))
                 continue
             for part, tensor in writer.layer(name, weight).items():
                 shards.add(f"{name}.{part}", tensor)

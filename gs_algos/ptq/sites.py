@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from gs_algos.core.modules import parameter_owners
 from gs_algos.core.rules import RulePattern, resolve
+from gs_algos.quant.packing import CONVS, base_of, is_conv1d, lazy, matrix_of, why_not
 from gs_algos.quant.rounding import group_size, packable
 from gs_algos.quant.scheme import Scheme, n_scales
+from gs_kernels import PerChannel
 
 WHO = "quantize_weights"
 UNTOUCHED = ""  # the option of a layer that no rule sets
+SMALLEST_GROUP = 16  # that is worth a suggestion
+FEW = 4  # layers that a suggested rule names
 WeightRule: TypeAlias = tuple[RulePattern, str | Mapping[str, Any] | None]
 
 
@@ -33,28 +38,40 @@ class Site:
         return type(self.layer).__name__
 
 
+@dataclass(frozen=True)
+class _Tied:
+    """A weight and the layers that use it, its owner first. reason: why it cannot be packed, if it cannot."""
+
+    layer: nn.Module
+    names: list[str]
+    reason: str
+
+
 def weight_sites(
     model: nn.Module, weights: str | Scheme, embeddings: str | Scheme | None, rules: Sequence[WeightRule]
 ) -> list[Site]:
-    """Every `nn.Linear` and `nn.Embedding` with its scheme; None, with a reason, for those that stay float.
+    """Every linear, convolution and embedding with its scheme; None, with a reason, for those that stay float.
 
     Layers that share one weight are one site, and a rule on any of their names is for all of them; a linear that is
     tied to an embedding counts as the embedding.
 
     Raises:
         ValueError: if a scheme cannot be packed, a rule matches nothing, tied layers are given different schemes, a
-            group does not divide a layer, or nothing is left to pack.
+            group does not divide a layer, a layer has no shape yet, or nothing is left to pack.
     """
     defaults, chosen = check_schemes(weights, embeddings, rules)
     tied = _tied(model)
-    layers = {name: layer for layer, names in tied for name in names}
-    if embeddings is not None and not any(isinstance(layer, nn.Embedding) for layer in layers.values()):
+    layers = {name: weight.layer for weight in tied for name in weight.names}
+    if embeddings is not None and not any(isinstance(weight.layer, nn.Embedding) for weight in tied):
         raise ValueError(f"{WHO}: embeddings={str(embeddings)!r} needs a nn.Embedding, got a model without one")
     ruled = resolve(chosen, layers, {"weight": UNTOUCHED}, WHO)
-    sites = [_site(layer, names, ruled, defaults[type(layer)]) for layer, names in tied]
+    sites = [_site(w, ruled, defaults[nn.Embedding if isinstance(w.layer, nn.Embedding) else nn.Linear]) for w in tied]
     _refuse_groups([site for site in sites if site.scheme is not None])
     if not any(site.scheme is not None for site in sites):
-        raise ValueError(f"{WHO}: at least one layer must be left to pack, got {len(sites)} layers that are all kept")
+        why = "; ".join(f"{reason} ({n})" for reason, n in Counter(site.reason for site in sites).items())
+        raise ValueError(
+            f"{WHO}: at least one layer must be left to pack, got {len(sites)} layers that are all kept: {why}"
+        )
     return sites
 
 
@@ -71,22 +88,68 @@ def check_schemes(
     return defaults, [(rule[0], _options(rule[1])) if pair else rule for rule, pair in zip(rules, pairs, strict=True)]
 
 
-def _tied(model: nn.Module) -> list[tuple[Any, list[str]]]:
-    """(layer that owns it, names of all layers) for each weight that only linears and embeddings use."""
-    owners = parameter_owners(model)
-    members: dict[int, list[tuple[str, Any]]] = {}
+def _tied(model: nn.Module) -> list[_Tied]:
+    """Every weight of a linear, convolution or embedding, with all layers that use it."""
+    members: dict[Any, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
-        if type(module) in (nn.Linear, nn.Embedding):
-            members.setdefault(id(module.weight), []).append((name, module))
+        if base_of(module) is not None:
+            if lazy(module):
+                raise ValueError(
+                    f"{WHO}: every layer must know its shape, got {type(module).__name__} at {name or 'the root'}; "
+                    "run the model once first"
+                )
+            members.setdefault(_place(module), []).append((name, module))
+    if not members:
+        raise ValueError(
+            f"{WHO}: the model must have a nn.Linear or nn.Embedding, got {type(model).__name__} without, "
+            "and without a convolution"
+        )
+    owners = parameter_owners(model)
     found = []
-    for key, layers in members.items():
-        if len(owners[key]) > len(layers):
-            continue  # another kind of module computes with this very tensor
-        layers.sort(key=lambda pair: type(pair[1]) is not nn.Embedding)
-        found.append((layers[0][1], [name for name, _ in layers]))
-    if not found:
-        raise ValueError(f"{WHO}: the model must have a nn.Linear or nn.Embedding, got {type(model).__name__} without")
+    for layers in members.values():
+        layers.sort(key=lambda pair: not isinstance(pair[1], nn.Embedding))
+        reason = _why_kept(model, layers, owners)
+        found.append(_Tied(layers[0][1], [name for name, _ in layers], reason))
     return found
+
+
+def _place(layer: nn.Module) -> Any:
+    """The same for layers whose weights are the same numbers in memory, be they one parameter or several."""
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return id(layer)
+    if type(weight) in (Tensor, nn.Parameter) and not weight.is_meta and weight.numel():
+        return weight.device, weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype
+    return id(weight)
+
+
+def _why_kept(model: nn.Module, layers: Sequence[tuple[str, nn.Module]], owners: Mapping[int, Sequence[str]]) -> str:
+    """Why layers that share one weight cannot be packed; "" if they can."""
+    first = layers[0][0]
+    names = {name for name, _ in layers}
+    for name, layer in layers:
+        if name == "":
+            return "is the model itself, which cannot be replaced in place; put it into a nn.Sequential"
+        if reason := why_not(layer):
+            return reason if name == first else f"its weight is also that of {name}: {reason}"
+        if _compiled(model, name):
+            return "is wrapped by torch.compile, which calls the float layer; compile after packing"
+        used = {full.rpartition(".")[0] for full in owners.get(id(layer._parameters["weight"]), ())}
+        if others := sorted(used - names):
+            return f"its weight is also used by {', '.join(others)}, which is no such layer"
+    if len({_reading(layer) for _, layer in layers}) > 1:
+        return f"its weight is shared by layers that read it in different ways: {', '.join(sorted(names))}"
+    return ""
+
+
+def _compiled(model: nn.Module, name: str) -> bool:
+    parent, _, key = name.rpartition(".")
+    return key == "_orig_mod" and type(model.get_submodule(parent)).__name__ == "OptimizedModule"
+
+
+def _reading(layer: nn.Module) -> str:
+    """How a layer's weight lies as rows."""
+    return "filters" if isinstance(layer, CONVS) else "columns" if is_conv1d(layer) else "rows"
 
 
 def _options(weight: str | Scheme | Mapping[str, Any] | None) -> Any:
@@ -97,7 +160,8 @@ def _options(weight: str | Scheme | Mapping[str, Any] | None) -> Any:
     return {key: str(packable(value)) if key == "weight" else value for key, value in options.items()}
 
 
-def _site(layer: Any, names: list[str], ruled: dict[str, Any], default: Scheme | None) -> Site:
+def _site(weight: _Tied, ruled: dict[str, Any], default: Scheme | None) -> Site:
+    names = weight.names
     given = [ruled[name] for name in names if ruled[name] != {"weight": UNTOUCHED}]
     if any(options != given[0] for options in given):
         texts = " and ".join("None" if options is None else options["weight"] for options in given)
@@ -106,26 +170,41 @@ def _site(layer: Any, names: list[str], ruled: dict[str, Any], default: Scheme |
         scheme, reason = None if given[0] is None else packable(given[0]["weight"]), "kept by a rule"
     else:
         scheme, reason = default, "embeddings are kept"
-    if scheme is not None and isinstance(layer, nn.Embedding) and layer.max_norm is not None:
-        return Site(tuple(names), layer, None, "max_norm changes rows as they are read")
-    return Site(tuple(names), layer, scheme, "" if scheme is not None else reason)
+    if scheme is not None and weight.reason:
+        return Site(tuple(names), weight.layer, None, weight.reason)
+    return Site(tuple(names), weight.layer, scheme, "" if scheme is not None else reason)
 
 
 def _refuse_groups(sites: list[Site]) -> None:
     """Raises if a scheme's group does not divide the rows of its layer, with every layer counted and a way out."""
-    bad: dict[tuple[str, int, int], list[str]] = {}
+    bad: dict[tuple[str, int, int], list[Site]] = {}
     for site in sites:
         assert site.scheme is not None
-        shape = tuple(site.layer.weight.shape)  # type: ignore[union-attr,arg-type]
+        weight: Any = site.layer.weight
+        shape = tuple(matrix_of(site.layer, weight).shape)
         try:
             n_scales(site.scheme.granularity, shape)
         except ValueError:
-            bad.setdefault((str(site.scheme), shape[1], group_size(site.scheme, shape[1])), []).append(site.names[0])
+            bad.setdefault((str(site.scheme), shape[1], group_size(site.scheme, shape[1])), []).append(site)
     if not bad:
         return
-    (scheme, k, size), names = next(iter(bad.items()))
-    count = sum(map(len, bad.values()))
+    (scheme, k, size), (first, *_) = next(iter(bad.items()))
+    every = [site for group in bad.values() for site in group]
+    what = "weights of a filter" if isinstance(first.layer, CONVS) else "inputs"
+    fits = math.gcd(k, size)
+    way = f"group:{fits} or channel" if fits >= SMALLEST_GROUP else "channel"
     raise ValueError(
-        f"{WHO}: the group must divide the {k} inputs of {names[0]}, got {scheme} ({count} such layers); "
-        f"use group:{math.gcd(k, size)} or channel, for all or by a rule for these layers"
+        f"{WHO}: the group must divide the {k} {what} of {first.names[0]}, got {scheme} ({len(every)} such layers); "
+        f"use {way}, for all or by a rule for these layers: rules=[{_rule_for(every)!r}]"
     )
+
+
+def _rule_for(sites: list[Site]) -> tuple[str, str]:
+    """One rule that gives all of these layers a scale a row."""
+    names = [site.names[0] for site in sites]
+    ends = sorted({name.rpartition(".")[2] for name in names})
+    pattern = names[0] if len(names) == 1 else f"re:{'|'.join(names)}" if len(names) <= FEW else ""
+    pattern = pattern or f"re:(.*\\.)?({'|'.join(ends)})"
+    scheme = sites[0].scheme
+    assert scheme is not None
+    return pattern, str(replace(scheme, granularity=PerChannel(0)))

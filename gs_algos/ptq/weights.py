@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,19 +12,21 @@ from torch import nn
 
 from gs_algos.core.algorithm import history, remember
 from gs_algos.core.modules import get_module, set_module
-from gs_algos.core.network import network_of
-from gs_algos.core.plan import PlanRow, other_weights, render_layers
+from gs_algos.core.network import network_of, ordinary_tensors
+from gs_algos.core.plan import Plan, PlanRow, other_weights, render_layers, totals_of
 from gs_algos.core.progress import progress as progress_bar
 from gs_algos.ptq.sites import WHO, Site, WeightRule, weight_sites
 from gs_algos.quant.fast_path import leave_fast_path
 from gs_algos.quant.packed import Packed, PackedFormat
-from gs_algos.quant.packed_embedding import PackedEmbedding
-from gs_algos.quant.packed_linear import PackedLinear
+from gs_algos.quant.packing import format_of, in_rows, matrix_of, packed_like
 from gs_algos.quant.rounding import round_to_nearest
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import PackedWeight
 
+logger = logging.getLogger(__name__)
+
 NAME = "quantize_weights"
+STOPPED = "packing stopped before it"
 
 
 def quantize_weights(
@@ -36,13 +40,16 @@ def quantize_weights(
 ) -> nn.Module:
     """Packs the weights of the live model and returns it: no data, no training. `gs_algos.save` and `load` know it.
 
-    Of a wrapper of torch.compile or DistributedDataParallel the network inside is packed and returned.
+    Packed are `nn.Linear`, `nn.Conv1d` to `nn.Conv3d`, Conv1D of Transformers, and if asked for `nn.Embedding`; what
+    stays float is a row of `plan_weights`, with the reason. Hooks of a layer act on the packed one. Of a wrapper of
+    torch.compile or DistributedDataParallel the network inside is packed and returned.
 
     A layer's float weight is freed before the next one is packed, so the peak is one layer above the float model.
+    Whatever can be refused is refused before the first one.
 
     Args:
-        weights: scheme of every `nn.Linear`, with 1, 2, 4 or 8 bits: `int8@channel`, `int4@group:64:mse`,
-            `int4@group:128:asym`, ...
+        weights: scheme of every linear and convolution, with 1, 2, 4 or 8 bits: `int8@channel`, `int4@group:64:mse`,
+            `int4@group:128:asym`, ... A filter whose channels and taps take several groups is dequantized as it runs.
         embeddings: scheme of every `nn.Embedding`, and of the linears tied to one; None leaves them float.
         rules: (pattern, scheme) or (pattern, None) to leave layers float; as everywhere, last wins:
             `[("lm_head", "int8@group:64"), ("re:.*down_proj", None)]`.
@@ -51,70 +58,144 @@ def quantize_weights(
 
     Raises:
         ValueError: as `weight_sites`; or if a weight has no data, or is NaN or Inf.
+        RuntimeError: if the model is packed already, or is being trained by an algorithm; or if packing fails in the
+            middle, e.g. for want of memory. The layers that were packed by then stay so, and the model's history says
+            which; build the model anew to start over.
     """
     model = network_of(model, WHO)
-    sites: list[Any] = weight_sites(model, weights, embeddings, rules)
-    if any(entry["algorithm"] == NAME for entry in history(model)):
-        raise RuntimeError(f"{WHO}: the model must not be packed yet, got one that is; build it anew")
-    for site in sites:
-        _refuse_values(site)
-    rows = []
-    numbers = range(len(sites))
-    for i in progress_bar(numbers, "packing") if progress else numbers:
-        site, sites[i] = sites[i], None  # a site holds its float layer, which is to be freed
-        rows.append(site_row(site, None if site.scheme is None else pack_site(model, site, device)))
+    _refuse_history(model)
+    with ordinary_tensors(), torch.no_grad():
+        sites = weight_sites(model, weights, embeddings, rules)
+        for site in sites:
+            _refuse_values(site)
+        others = other_weights(model, [site_row(site, None) for site in sites])
+        config = settings_of(weights, embeddings, rules)
+        _pack_all(model, sites, others, config, device, progress)
     leave_fast_path(model)
-    rows += other_weights(model, rows)
-    config = settings_of(weights, embeddings, rules)
-    plan = [row.__dict__ for row in rows]
-    remember(model, {"algorithm": NAME, "stage": "converted", "steps": 0, "config": config, "plan": plan})
     return model
+
+
+def plan_weights(
+    model: nn.Module,
+    weights: str | Scheme = "int4@group:128",
+    *,
+    embeddings: str | Scheme | None = None,
+    rules: Sequence[WeightRule] = (),
+) -> Plan:
+    """The dry run of `quantize_weights` with the same arguments: every weight, its scheme or why it stays float.
+
+    Touches nothing; the model may be on the meta device. It looks at every weight as `quantize_weights` does, since the
+    dtype of the scales depends on the values, so with `:mse` it takes as long.
+
+    Raises:
+        ValueError: as `quantize_weights`.
+        RuntimeError: if the model is packed already, or is being trained by an algorithm.
+    """
+    model = network_of(model, WHO)
+    _refuse_history(model)
+    with ordinary_tensors(), torch.no_grad():
+        sites = weight_sites(model, weights, embeddings, rules)
+        rows, after = [], {}
+        for site in sites:
+            weight: Any = site.layer._parameters.get("weight")
+            if site.scheme is not None and not weight.is_meta:
+                _refuse_values(site)
+            format = None if site.scheme is None else format_of(site.layer, weight, site.scheme)
+            rows.append(site_row(site, format))
+            if format is not None:
+                after[site.names[0]] = format.nbytes
+    rows += other_weights(model, rows)
+    return Plan(NAME, "", tuple(rows), (), totals_of(model, after))
+
+
+def _refuse_history(model: nn.Module) -> None:
+    entries = history(model)
+    if any(entry["algorithm"] == NAME for entry in entries):
+        raise RuntimeError(f"{WHO}: the model must not be packed yet, got one that is; build it anew")
+    if entries and entries[-1]["stage"] == "prepared":
+        before = entries[-1]["algorithm"]
+        raise RuntimeError(f"{WHO}: the model must be trained, got one that {before} prepared; convert it first")
 
 
 def _refuse_values(site: Site) -> None:
     """Raises if the weight of a site cannot be rounded: found before any layer is packed."""
+    if site.scheme is None:
+        return
     weight: Any = site.layer.weight
     if weight.is_meta:
         raise ValueError(f"{WHO}: {site.names[0]}.weight must have data, got a meta tensor; use quantize_checkpoint")
-    if site.scheme is not None and not bool(weight.isfinite().all()):
+    if not bool(weight.isfinite().all()):
         raise ValueError(f"{WHO}: {site.names[0]}.weight must be finite, got NaN or Inf")
+
+
+def _pack_all(
+    model: nn.Module,
+    sites: list[Any],
+    others: Sequence[PlanRow],
+    config: dict[str, Any],
+    device: torch.device | str | None,
+    progress: bool,
+) -> None:
+    """Packs site by site, and remembers what was done, also if it stops in the middle."""
+    rows = [site_row(replace(site, scheme=None, reason=site.reason or STOPPED), None) for site in sites]
+    count = sum(site.scheme is not None for site in sites)
+    numbers = range(len(sites))
+    try:
+        for i in progress_bar(numbers, "packing") if progress else numbers:
+            site, sites[i] = sites[i], None  # a site holds its float layer, which is to be freed
+            if site.scheme is not None:
+                rows[i] = site_row(site, pack_site(model, site, device))
+    except BaseException as error:
+        done = sum(row.action == "pack" for row in rows)
+        if not done:
+            raise
+        where = next(row.site for row in rows if row.reason == STOPPED)
+        text = (
+            f"{WHO}: every layer must be packed, got {type(error).__name__} at {where}: {error}; "
+            f"{done} of {count} layers are packed already: build the model anew to start over"
+        )
+        if isinstance(error, Exception):
+            raise RuntimeError(text) from error
+        logger.warning(text)
+        raise
+    finally:
+        if any(row.action == "pack" for row in rows):
+            plan = [row.__dict__ for row in (*rows, *others)]
+            remember(model, {"algorithm": NAME, "stage": "converted", "steps": 0, "config": config, "plan": plan})
 
 
 def pack_site(model: nn.Module, site: Site, device: torch.device | str | None = None) -> PackedFormat:
     """Replaces the layers of one site by packed ones."""
     assert site.scheme is not None
     weight: Any = site.layer.weight
-    packed = round_to_nearest(weight if device is None else weight.to(device), site.scheme).to(weight.device)
-    install(model, site.names, packed)
+    rows = matrix_of(site.layer, weight if device is None else weight.to(device))
+    packed = round_to_nearest(rows, site.scheme).to(weight.device)
+    install(model, site.names, in_rows(site.layer, packed))
     return PackedFormat.of(packed)
 
 
 def site_row(site: Site, format: PackedFormat | None) -> PlanRow:
     """The line of the plan, and all that `restore` needs."""
+    names = {"names": list(site.names)}
     if site.scheme is None or format is None:
-        return PlanRow(site.names[0], site.kind, "keep", reason=site.reason)
-    settings = {"weight": str(site.scheme), "names": list(site.names), "format": format.to_dict()}
+        return PlanRow(site.names[0], site.kind, "keep", reason=site.reason, settings=names)
+    settings = {"weight": str(site.scheme), **names, "format": format.to_dict()}
     return PlanRow(site.names[0], site.kind, "pack", str(site.scheme), settings=settings)
 
 
 def install(model: nn.Module, names: Iterable[str], weight: PackedWeight) -> None:
     """Puts packed layers in place of the live ones of these names, which then share `weight`; the first owns it."""
+    new: dict[str, Packed] = {}
     owner: Packed | None = None
     for name in names:
         old: Any = get_module(model, name)
-        held = weight if owner is None else owner
-        if tuple(old.weight.shape) != weight.shape:
-            raise ValueError(
-                f"quantize_weights: {name}.weight must be {list(weight.shape)}, got {list(old.weight.shape)}"
-            )
-        dtype = old.weight.dtype
-        new: Packed
-        if isinstance(old, nn.Embedding):
-            new = PackedEmbedding(held, old.padding_idx, dtype)
-        else:
-            new = PackedLinear(held, old.bias, dtype)
-        set_module(model, name, new)
-        owner = owner or new
+        shape = tuple(matrix_of(old, old.weight).shape)
+        if shape != weight.shape:
+            raise ValueError(f"quantize_weights: {name}.weight must be {list(weight.shape)}, got {list(shape)}")
+        new[name] = packed_like(old, weight if owner is None else owner)
+        owner = owner or new[name]
+    for name, layer in new.items():
+        set_module(model, name, layer)
 
 
 def summary(model: nn.Module) -> str:

@@ -78,7 +78,7 @@ def _nbytes(layer: Any, weight: str) -> int:
     """Bytes of a converted weight."""
     grid, n = LevelGrid.parse(weight), layer.weight.shape[0]
     k = layer.weight.numel() // n
-    return PackedFormat(grid.bits, (n, k), k, grid.zero, "float32").empty("meta").nbytes
+    return PackedFormat(grid.bits, (n, k), k, grid.zero, "float32").nbytes
 
 
 def install(model: nn.Module, rows: Sequence[PlanRow], options: SearchOptions) -> nn.Module:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from gs_algos.quant.codes_tensor import Like, Pending, hands_now
 from gs_algos.quant.packed import Packed
-from gs_kernels import PackedWeight, pack_codes, qconv2d, unpack_codes
+from gs_kernels import PackedWeight, dequantize_packed, pack_codes, qconv2d, unpack_codes
 from gs_kernels.qconv2d.window import make_window
 from gs_kernels.qmatmul.ref import ACTIVATIONS
 
@@ -54,7 +54,7 @@ class Convolution(Packed):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight `[O, C / groups, ...]`, made anew at each access."""
-        rows = super().weight
+        rows = dequantize_packed(self.packed, self.dtype)
         if not channels_fastest(self.group_size, self.filter):
             return rows.view(-1, *self.filter)
         return rows.view(-1, *self.filter[1:], self.filter[0]).movedim(-1, 1)

@@ -57,6 +57,10 @@ class PackedFormat:
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "shape": list(self.shape)}
 
+    @property
+    def nbytes(self) -> int:
+        return self.empty("meta").nbytes
+
     def empty(self, device: torch.device | str) -> PackedWeight:
         """A canonical weight of this format, its tensors not yet filled."""
         n, k = self.shape

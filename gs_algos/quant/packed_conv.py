@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from gs_algos.quant.codes_tensor import real
 from gs_algos.quant.convolution import Convolution
-from gs_algos.quant.packed import PackedFormat
+from gs_algos.quant.packed import Packed, PackedFormat
 from gs_kernels import PackedWeight
 
 
@@ -21,7 +21,8 @@ class PackedConv(Convolution):
     The weight is frozen: x gets its gradient, the weight none. Under autocast x is cast first, as `nn.Conv2d` does.
 
     Args:
-        weight: packed, of shape (O, C / groups * taps), rows in the order that `conv_rows` gives.
+        weight: packed, of shape (O, C / groups * taps), rows in the order that `conv_rows` gives; or the packed
+            convolution that this one is tied to.
         geometry: as `geometry_of` gives it, plain JSON values.
         filter: `W.shape[1:]`.
         bias: `[O]`.
@@ -32,7 +33,7 @@ class PackedConv(Convolution):
 
     def __init__(
         self,
-        weight: PackedWeight,
+        weight: PackedWeight | Packed,
         geometry: dict[str, Any],
         filter: Sequence[int],
         bias: Tensor | None = None,

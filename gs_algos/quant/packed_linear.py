@@ -11,7 +11,7 @@ from typing_extensions import Self
 from gs_algos.quant.packed import Packed, PackedFormat
 from gs_algos.quant.rounding import round_to_nearest
 from gs_algos.quant.scheme import Scheme
-from gs_kernels import PackedWeight, qmatmul
+from gs_kernels import PackedWeight, dequantize_packed, qmatmul
 
 
 class PackedLinear(Packed):
@@ -82,3 +82,23 @@ class PackedLinear(Packed):
         return (
             f"{', '.join(f'{k}={v}' for k, v in sizes.items())}, bias={self.bias is not None}, {super().extra_repr()}"
         )
+
+
+class PackedConv1D(PackedLinear):
+    """`y = x @ W + bias` with `W [K, N]`: stands where Conv1D of Transformers stood. Packed are the rows of W^T.
+
+    `nx` is K and `nf` is N, as there.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight `[K, N]`, made anew at each access."""
+        return dequantize_packed(self.packed, self.dtype).t()
+
+    @property
+    def nx(self) -> int:
+        return self.in_features
+
+    @property
+    def nf(self) -> int:
+        return self.out_features

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gs_algos.quant.packed import zero_as
+from gs_algos.quant.packed import PackedFormat, zero_as
 from gs_algos.quant.ranges import search_range
 from gs_algos.quant.scheme import Scheme, n_scales
 from gs_kernels import PackedWeight, PerChannel, PerGroup, PerTensor, choose_qparams, fake_quant, pack_weight, quantize
@@ -80,6 +80,23 @@ def round_to_nearest(weight: Tensor, scheme: str | Scheme) -> PackedWeight:
         zero=torch.cat(zeros) if zeros else parts[0].zero,
         shape=(n, k),
     )
+
+
+@torch.no_grad()
+def packed_format(weight: Tensor, scheme: str | Scheme) -> PackedFormat:
+    """What `round_to_nearest` gives for `weight [N, K]`, but for its values; scales of a meta tensor count as 16 bits.
+
+    Raises:
+        ValueError: as `round_to_nearest`.
+    """
+    scheme = packable(scheme)
+    n, k = weight.shape
+    n_scales(scheme.granularity, (n, k))
+    size = group_size(scheme, k)
+    like = PackedFormat.of(round_to_nearest(torch.ones(1, 1, device="cpu"), replace(scheme, granularity=PerChannel(0))))
+    grids = [] if weight.is_meta else [_grid(rows.float(), scheme) for rows in _chunks(weight.detach(), scheme, size)]
+    dtype = str(_stored_dtype(weight.dtype, grids)).removeprefix("torch.")
+    return replace(like, shape=(n, k), group_size=size, scale_dtype=dtype)
 
 
 def _chunks(weight: Tensor, scheme: Scheme, size: int) -> Iterator[Tensor]:
