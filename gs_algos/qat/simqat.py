@@ -27,6 +27,7 @@ from gs_algos.fx.rewrite import modularize, modularize_again, modularized
 from gs_algos.qat.convert import Parity, convert_model, install_converted, summary_of
 from gs_algos.qat.prepare import JOINS, QuantOptions, install, make_plan, refuse_nonfinite
 from gs_algos.qat.training import QuantizationTraining
+from gs_algos.qat.untrained import Watch
 from gs_algos.quant.layers import FakeQuantized, Folded
 from gs_algos.quant.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
 from gs_algos.quant.scheme import Scheme
@@ -152,6 +153,17 @@ class SimQAT(QuantizationTraining):
         for name, layer in self._layers.items():
             layer.weight_quantizer.initialise(layer.folded_weight().detach())
             logger.debug("calibrated %s", name)
+
+    def watch(self, model: nn.Module) -> None:
+        layers = list(self._layers.values())
+        self._watch = Watch(self.learned_parameters, lambda: [layer.weight for layer in layers])
+
+    def refuse_untrained(self) -> None:
+        if self._watch is not None and self._watch.idle():
+            raise RuntimeError(
+                "SimQAT.step: the learned steps of lsq must be trained, got none that moved while the weights did; "
+                "make the optimizer after apply, or optimizer.add_param_group({'params': algo.learned_parameters()})"
+            )
 
     def move(self) -> None:
         """Takes the sigma of each batch norm; opens the delay gates and freezes the batch norms at their step."""

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +35,7 @@ from gs_algos.qat.slb_convert import packed_layer, summary_of, unfilled_layer
 from gs_algos.qat.slb_norms import calibrate_norms
 from gs_algos.qat.slb_prepare import install, make_plan, start
 from gs_algos.qat.slb_schedule import Schedule
+from gs_algos.qat.slb_watch import SearchWatch
 from gs_algos.qat.training import QuantizationTraining
 from gs_algos.quant.quantizers import Quantizer
 from gs_algos.quant.slb_layers import Searched
@@ -66,6 +68,8 @@ class SLB(QuantizationTraining):
     done: ClassVar[str] = "searched"
     config: SLBConfig
     _layers: dict[str, Searched]
+    _replaced: Sequence[weakref.ref[nn.Parameter]] = ()
+    _search_watch: SearchWatch | None = None
 
     def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:
         """The dry run: every Conv and Linear, its grid and logits, or why it stays float. Touches nothing."""
@@ -91,12 +95,25 @@ class SLB(QuantizationTraining):
         config = self.config
         layers: list[tuple[PlanRow, Any]] = [(row, get_module(model, row.site)) for row in plan.acted()]
         refuse_nonfinite("SLB.apply", ((row.site, layer) for row, layer in layers))
+        self._replaced = [weakref.ref(layer.weight) for row, layer in layers if not row.settings["fused"]]
         weights = {row.site: layer.weight.detach() for row, layer in layers}
         install(model, plan.rows, config.options())
         for row, layer in layers:
             bn: Any = get_module(model, row.settings["bn"]) if row.settings["bn"] else None
             start(layer, weights[row.site].clone(), bn, 1 / config.t0, config.init, config.kappa)
         return model, {}
+
+    def watch(self, model: nn.Module) -> None:
+        self._search_watch = SearchWatch(model, list(self._layers.values()), self._replaced)
+        self._replaced = ()
+
+    def refuse_untrained(self) -> None:
+        if self._search_watch is not None:
+            self._search_watch.refuse(last=self.config.schedule().one_hot(self.steps + 1))
+
+    def _unbind(self) -> None:
+        super()._unbind()
+        self._search_watch = None
 
     def calibrate_norms(self, model: nn.Module, batches: Iterable[Inputs]) -> None:
         """Sets the running statistics of every batch norm to their mean over the batches, with quantized weights.

@@ -51,6 +51,7 @@ class _SearchOptimizer(torch.optim.Optimizer):
                 )
             weight: Any = layer._parameters["weight"]
             self._searches[weight] = layer.search
+            layer.search.owned = True
             weights.append(weight)
         super().add_param_group({**{key: value for key, value in group.items() if key != "layers"}, "params": weights})
 

@@ -93,6 +93,8 @@ def install(model: nn.Module, rows: Sequence[PlanRow], options: SearchOptions) -
             grid, weight.shape, options.horizon, weight.device, options.logits_dtype, options.points, fused
         )
         search.train(layer.training)
+        if not weight.requires_grad:  # what was frozen stays frozen
+            search.logits.requires_grad_(False)
         bn: Any = get_module(model, row.settings["bn"]) if row.settings["bn"] else None
         state = bn is not None and options.state_bn
         tail = tuple(get_module(model, name) for name in row.settings["tail"])

@@ -18,6 +18,7 @@ from gs_algos.core.plan import Plan, PlanRow
 from gs_algos.qat.convert import Parity
 from gs_algos.qat.observe import observe
 from gs_algos.qat.prepare import refuse_nonfinite
+from gs_algos.qat.untrained import Watch
 from gs_algos.quant.quantizers import SMALLEST_SCALE, ActivationQuantizer, Quantizer, merge_pending
 
 
@@ -40,6 +41,7 @@ class QuantizationTraining(Algorithm):
         self.parity: Parity | None = None
         self.process_group = process_group
         self._example: Inputs | None = None
+        self._watch: Watch | None = None
         self._layers: dict[str, Any] = {}
         self._quantizers: dict[str, Quantizer] = {}
 
@@ -57,6 +59,12 @@ class QuantizationTraining(Algorithm):
 
     def calibrated(self) -> None:
         """What calibration sets besides activation ranges."""
+
+    def watch(self, model: nn.Module) -> None:
+        """Begins to watch, behind `apply`, whether an optimizer trains what it added."""
+
+    def refuse_untrained(self) -> None:
+        """Raises RuntimeError if the parameters that `apply` added stand still while the network is trained."""
 
     def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
         network = network_to_train(model, f"{self.who}.apply")
@@ -91,6 +99,7 @@ class QuantizationTraining(Algorithm):
                 }
                 remember(model, self._history)
                 self.move()
+                self.watch(model)
         except BaseException:
             self._unbind()
             raise
@@ -117,14 +126,17 @@ class QuantizationTraining(Algorithm):
         with ordinary_tensors():
             self._observe("calibrate", network, batches, forward_loop)
             self.calibrated()
+        if self._watch is not None:
+            self._watch.start()
 
     def step(self) -> None:
         """Moves ranges and schedules on. Call it after every optimizer step, on every rank.
 
         Raises:
-            RuntimeError: if `apply` was not called.
+            RuntimeError: if `apply` was not called, or no optimizer trains what it added.
         """
         self._require_bound("step")
+        self.refuse_untrained()
         self.steps += 1
         merge_pending(list(self._activations().values()), self.process_group)
         for quantizer in self._quantizers.values():
@@ -175,7 +187,7 @@ class QuantizationTraining(Algorithm):
             self._history = entries[-1]
 
     def _unbind(self) -> None:
-        self._layers, self._quantizers = {}, {}
+        self._layers, self._quantizers, self._watch = {}, {}, None
 
     def _activations(self) -> dict[str, ActivationQuantizer]:
         return {n: q for n, q in self._quantizers.items() if isinstance(q, ActivationQuantizer)}

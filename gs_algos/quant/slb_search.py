@@ -45,6 +45,7 @@ class LevelSearch(nn.Module):
     horizon: Tensor
     trace: Tensor | None
     loaded: float | None = None  # the temperature of a state_dict that no step has followed yet
+    owned: bool = False  # whether a fused optimizer trains the logits
 
     def __init__(
         self,
