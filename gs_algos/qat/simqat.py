@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -30,7 +30,7 @@ from gs_algos.qat.training import QuantizationTraining
 from gs_algos.qat.untrained import Watch
 from gs_algos.quant.layers import FakeQuantized, Folded
 from gs_algos.quant.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
-from gs_algos.quant.scheme import Scheme
+from gs_algos.quant.scheme import Scheme, as_text
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,10 @@ class SimQATConfig(AlgorithmConfig):
         Scheme.parse(self.weight, "weight")
         if self.act is not None:
             Scheme.parse(self.act, "act")
+        for name in ("weight", "act"):
+            if isinstance(getattr(self, name), Scheme):
+                object.__setattr__(self, name, str(getattr(self, name)))
+        object.__setattr__(self, "rules", as_text(self.rules))
         if self.fold_bn not in list(FOLDS):
             raise ValueError(f"SimQAT: fold_bn must be one of {', '.join(map(str, FOLDS))}, got {self.fold_bn!r}")
         if not self.fusion and FOLDS[self.fold_bn] != "none":
@@ -156,7 +160,7 @@ class SimQAT(QuantizationTraining):
 
     def watch(self, model: nn.Module) -> None:
         layers = list(self._layers.values())
-        self._watch = Watch(self.learned_parameters, lambda: [layer.weight for layer in layers])
+        self._watch = Watch(self.learned_parameters, lambda: [cast(nn.Parameter, layer.weight) for layer in layers])
 
     def refuse_untrained(self) -> None:
         if self._watch is not None and self._watch.idle():

@@ -16,6 +16,7 @@ import logging
 import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -46,6 +47,9 @@ logger = logging.getLogger(__name__)
 
 class SLB(QuantizationTraining):
     """Training that searches for low-bit weights. The options are those of `SLBConfig`, given by keyword.
+
+    weight: `int1|int2|int4|int8@channel|tensor[:lsq]`, or `2bit@channel:learned` for `int2@channel:lsq`; `2bit` has no
+    scale, which a batch norm behind each layer replaces.
 
     ```python
     algo = SLB(weight="2bit@channel", total_steps=epochs * len(loader))
@@ -246,9 +250,10 @@ class SLB(QuantizationTraining):
             ValueError: if an option differs from the saved one.
         """
         algo = super().resume(model)
+        given = replace(algo.config, **options)
         for name, value in options.items():
             began = getattr(algo.config, name)
-            if began != value:
+            if began != getattr(given, name):
                 raise ValueError(f"SLB.resume: {name} must be {began!r}, as the search began, got {value!r}")
         return algo
 

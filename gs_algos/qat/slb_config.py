@@ -13,6 +13,7 @@ from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.rules import Rule
 from gs_algos.qat.slb_prepare import SearchOptions
 from gs_algos.qat.slb_schedule import T_FINAL, Schedule
+from gs_algos.quant.scheme import Scheme, as_text
 from gs_algos.quant.slb_grid import LevelGrid
 from gs_algos.quant.slb_pact import parse_act
 
@@ -30,8 +31,9 @@ class SLBConfig(AlgorithmConfig):
     """Options of SLB.
 
     Args:
-        weight: grid of the weights: `1bit`, `2bit`, `4bit`, `8bit`, levels from -1 to 1 that need a batch norm behind
-            the layer; `@tensor` or `@channel` gives them a scale, fixed at the least error, and `:learned` trains it.
+        weight: grid of the weights, as a scheme `int1|int2|int4|int8@tensor|@channel` or in SLB's own words
+            `2bit@channel`: evenly spaced levels from -1 to 1 times a scale, fixed at the least error; `:lsq`, or
+            `:learned`, trains the scale. `1bit`, `2bit`, ... have no scale and need a batch norm behind the layer.
         act: scheme of the activations that a layer reads, as in SimQAT, or with a learned bound `uint4@tensor:pact`.
         total_steps: optimizer steps of the whole training; needed by `apply`.
         steps_per_epoch: the temperature moves once in so many steps; 1 moves it every step.
@@ -73,10 +75,13 @@ class SLBConfig(AlgorithmConfig):
     who: ClassVar[str] = "SLB"
 
     def __post_init__(self) -> None:
-        LevelGrid.parse(self.weight)
+        object.__setattr__(self, "weight", str(LevelGrid.parse(self.weight)))
         if self.ends not in (None, "same"):
-            LevelGrid.parse(self.ends)
+            object.__setattr__(self, "ends", str(LevelGrid.parse(self.ends)))
         parse_act(self.act)
+        if isinstance(self.act, Scheme):
+            object.__setattr__(self, "act", str(self.act))
+        object.__setattr__(self, "rules", as_text(self.rules))
         for name, known in CHOICES.items():
             value = getattr(self, name)
             if value not in known:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from gs_kernels import Granularity, IntFormat, PerChannel, PerGroup, PerTensor
 
@@ -53,6 +54,14 @@ class Scheme:
             return text
         if not isinstance(text, str):
             raise TypeError(f"Scheme: {role} must be text such as 'int8@tensor', got {text!r}")
+        try:
+            return Scheme._read(text, role)
+        except ValueError as error:
+            near = "" if "; use" in str(error) else nearest(text, role)
+            raise ValueError(f"{error}{near and f'; use {near}'}") from None
+
+    @staticmethod
+    def _read(text: str, role: Role) -> Scheme:
         head, at, tail = text.partition("@")
         match = re.fullmatch(r"(u?)int(\d+)", head)
         if not match or not at:
@@ -96,6 +105,46 @@ class Scheme:
         return f"{'' if self.format.signed else 'u'}int{self.bits}@{where}:{self.observer}{number}{flags}{narrow}"
 
 
+# what people write elsewhere -> the word here
+SYNONYMS = {
+    "perchannel": "channel", "axis": "channel", "row": "channel", "output": "channel", "pertensor": "tensor",
+    "layer": "tensor", "whole": "tensor", "pergroup": "group", "block": "group", "groupsize": "group", "g": "group",
+    "symmetric": "sym", "asymmetric": "asym", "affine": "asym", "learned": "lsq", "learnable": "lsq", "max": "minmax",
+    "absmax": "minmax", "average": "ema",
+}  # fmt: skip
+
+
+def nearest(text: str, role: Role) -> str:
+    """What the author of a text that is no scheme will have meant, quoted, or nothing if that is not clear."""
+    plain = re.sub(r"[\s_-]", "", text.lower())
+    both = re.fullmatch(r"w(\d)a(\d+)(?:g(\d+))?", plain)
+    if both:
+        where = f"group:{both[3]}" if both[3] else "channel"
+        act = f"'int{both[2]}@tensor'" if int(both[2]) <= 8 else "None"
+        return f"weight='int{both[1]}@{where}', act={act}"
+    head = re.match(r"(u?)(?:int|i|w|a|q)?(\d)(?:bits?)?(?!\d)", plain)
+    if head is None or "float" in plain or "fp" in plain:
+        return ""
+    known = ("tensor", "channel", "group", *OBSERVERS[role], "lsq", "sym", "asym", "narrow")
+    found: list[str] = []
+    for word, number in re.findall(r"([a-z]+)[:=]?([\d.]*)", plain[head.end() :]):
+        word = SYNONYMS.get(word, word)
+        close = difflib.get_close_matches(word, known, n=1, cutoff=0.65)
+        if not close:
+            return ""
+        numbered = close[0] in DEFAULT_ARGUMENT or close[0] == "group"
+        found.append(close[0] + (f"{':' if close[0] == 'group' else '='}{number}" if number and numbered else ""))
+    shared = [word for word in found if word.partition(":")[0] in ("tensor", "channel", "group")]
+    rest = [word for word in found if word not in shared]
+    shared = ["tensor"] if role == "act" else shared or ["channel"]
+    guess = f"{head[1]}int{head[2]}@" + ":".join([*shared, *rest])
+    try:
+        Scheme._read(guess, role)
+    except ValueError:
+        return ""
+    return repr(guess)
+
+
 def _granularity(words: list[str], text: str, role: Role) -> Granularity:
     """Takes the granularity's words off the front of `words`."""
     kind = words.pop(0)
@@ -129,6 +178,19 @@ def _apply_word(scheme: Scheme, word: str, text: str, role: Role) -> Scheme:
         return replace(scheme, format=replace(scheme.format, narrow=True))
     allowed = ", ".join((*OBSERVERS[role], "lsq", "sym", "asym", "narrow"))
     raise ValueError(f"Scheme: options of {role} are {allowed}, got {word!r} in {text!r}")
+
+
+def as_text(rules: Any) -> Any:
+    """Rules whose schemes are text, as a checkpoint keeps them; whatever is no rule stays as it is."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: str(item) if isinstance(item, Scheme) else item for key, item in value.items()}
+        return value
+
+    if not isinstance(rules, tuple | list):
+        return rules
+    return tuple((*rule[:1], *map(plain, rule[1:])) if isinstance(rule, tuple | list) else rule for rule in rules)
 
 
 def n_scales(granularity: Granularity, shape: Sequence[int]) -> int:

@@ -1,4 +1,4 @@
-"""The grids of SLB as data and as text: `1bit`, `2bit@tensor`, `4bit@channel:learned`; how weights start on them."""
+"""The grids of SLB as data and as text: `int2@channel` or `2bit@channel`, `1bit`; how weights start on them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gs_algos.quant.scheme import Scheme, nearest
+from gs_kernels import PerGroup, PerTensor
 from gs_kernels.pack.layouts import BITS
 
-GRAMMAR = "<1|2|4|8>bit[@tensor|@channel][:learned]"
+GRAMMAR = "int<1|2|4|8>@<tensor|channel>[:lsq] or <1|2|4|8>bit[@tensor|@channel][:learned]"
 RATIOS = 64  # scales tried, as shares of the largest weight, from 1 down to SMALLEST_RATIO
 SMALLEST_RATIO = 0.15
 
 
 @dataclass(frozen=True)
 class LevelGrid:
-    """`2**bits` evenly spaced levels from -1 to 1, times a scale.
+    """`2**bits` evenly spaced levels from -1 to 1, times a scale: of 2 bits -1, -1/3, 1/3 and 1.
 
     Args:
         per: what shares one scale: "none" (there is no scale: a batch norm absorbs it), "tensor" or "channel".
@@ -30,17 +32,21 @@ class LevelGrid:
     learned: bool = False
 
     @staticmethod
-    def parse(text: str | LevelGrid) -> LevelGrid:
-        """Reads the text form.
+    def parse(text: str | LevelGrid | Scheme) -> LevelGrid:
+        """Reads the text form, or that of a `Scheme`: `int2@channel` is `2bit@channel`, `:lsq` is `:learned`.
+
+        The scale always starts at the least squared error, so that `minmax` and `mse` mean the same here.
 
         Raises:
-            ValueError: if the text does not follow the grammar.
+            ValueError: if the text follows neither grammar, or asks for a grid whose levels do not lie evenly around 0.
         """
         if isinstance(text, LevelGrid):
             return text
+        if isinstance(text, Scheme) or (isinstance(text, str) and re.match(r"u?int\d", text)):
+            return _of_scheme(text)
         match = re.fullmatch(r"(\d+)bit(?:@(tensor|channel))?(:learned)?", text) if isinstance(text, str) else None
         if match is None or int(match[1]) not in BITS:
-            raise ValueError(f"SLB: weight must look like {GRAMMAR}, got {text!r}")
+            raise ValueError(f"SLB: weight must look like {GRAMMAR}, got {text!r}{_near(text)}")
         if match[3] and not match[2]:
             raise ValueError(f"SLB: a learned scale needs @tensor or @channel, got {text!r}")
         return LevelGrid(int(match[1]), match[2] or "none", bool(match[3]))
@@ -74,6 +80,42 @@ class LevelGrid:
 
     def n_scales(self, channels: int) -> int:
         return {"none": 0, "tensor": 1, "channel": channels}[self.per]
+
+
+def _of_scheme(text: str | Scheme) -> LevelGrid:
+    try:
+        scheme = Scheme.parse(text, "weight")
+    except ValueError as error:
+        raise ValueError(f"SLB: {str(error).removeprefix('Scheme: ')}") from None
+    bits = min((width for width in BITS if width >= scheme.bits), default=max(BITS))
+    per = "tensor" if isinstance(scheme.granularity, PerTensor) else "channel"
+    grid = LevelGrid(bits, per, scheme.learned)
+    for what, right in (
+        (f"{', '.join(map(str, BITS))} bits", bits == scheme.bits),
+        ("a scale per tensor or channel", not isinstance(scheme.granularity, PerGroup)),
+        ("levels that lie evenly around 0", scheme.symmetric and scheme.format.signed),
+        (f"all {2**bits} levels", not scheme.format.narrow),
+        ("the scale of least error", scheme.observer in ("minmax", "mse")),
+    ):
+        if not right:
+            said = str(text)
+            use = f"int{bits}@{per}{':lsq' if scheme.learned else ''}"
+            raise ValueError(f"SLB: weight must have {what}, got {said!r}; use {use!r}")
+    return grid
+
+
+def _near(text: Any) -> str:
+    """`; use ...` with the grid that was meant, in the words of the author."""
+    if type(text) is int and text in BITS:
+        return f"; use '{text}bit@channel'"
+    guess = nearest(text, "weight") if isinstance(text, str) else ""
+    if not guess.startswith("'"):  # nothing, or options to be given
+        return guess and f"; use {guess}"
+    try:
+        grid = _of_scheme(guess.strip("'"))
+    except ValueError as error:
+        return str(error)[str(error).index("; use") :]
+    return f"; use '{grid}'" if "bit" in text else f"; use {guess}"
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ class PactQuantizer(ActivationQuantizer):
             self.scale.copy_(self.grid()[0])
 
 
-def parse_act(text: str | None) -> tuple[Scheme, bool] | None:
+def parse_act(text: str | Scheme | None) -> tuple[Scheme, bool] | None:
     """(scheme, whether it is PACT) of `uint4@tensor:pact` and of all that `Scheme` reads; None stays None.
 
     Raises:
@@ -62,18 +62,19 @@ def parse_act(text: str | None) -> tuple[Scheme, bool] | None:
     """
     if text is None:
         return None
-    pact = isinstance(text, str) and text.endswith(WORD)
-    scheme = Scheme.parse(f"{text.removesuffix(WORD)}:minmax" if pact else text, "act")
-    if pact and scheme.bits == 1 and scheme.format.signed:
+    if not isinstance(text, str) or not text.endswith(WORD):
+        return Scheme.parse(text, "act"), False
+    scheme = Scheme.parse(f"{text.removesuffix(WORD)}:minmax", "act")
+    if scheme.bits == 1 and scheme.format.signed:
         raise ValueError(
             f"SLB: 1-bit PACT has the levels 0 and alpha, so its grid is unsigned, got {text!r}; use uint1"
         )
-    if pact and text.count(":") > 1:
+    if text.count(":") > 1:
         raise ValueError(f"SLB: :pact finds the range by itself and takes no other word, got {text!r}")
-    return scheme, pact
+    return scheme, True
 
 
-def act_quantizer(text: str | None, device: torch.device) -> ActivationQuantizer | None:
+def act_quantizer(text: str | Scheme | None, device: torch.device) -> ActivationQuantizer | None:
     """The quantizer of an activation option."""
     parsed = parse_act(text)
     if parsed is None:
