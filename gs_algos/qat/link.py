@@ -18,7 +18,7 @@ from gs_algos.fx.exact import COMMUTES, follows, readers, takes_codes
 from gs_algos.fx.graph import SiteGraph
 from gs_algos.fx.ops import op_of_module
 from gs_algos.quant.convolution import Convolution
-from gs_algos.quant.layers import CONVS, quantizes_output
+from gs_algos.quant.layers import CONVS, class_given
 from gs_algos.quant.quantized import QuantizedConv, QuantizedLayer
 from gs_algos.quant.static_quantizer import StaticQuantizer
 
@@ -75,9 +75,10 @@ def _refuse_activation(model: nn.Module, row: PlanRow, name: str) -> str | None:
         return "it has hooks"
     if getattr(act, "approximate", "none") != "none":
         return f"it is approximated by {act.approximate}"
-    kind: Any = next(cls for cls in type(act).__mro__ if cls.__module__.startswith("torch.nn."))
-    if "forward" in act.__dict__ or (type(act).forward is not kind.forward and not quantizes_output(act)):
-        return f"{type(act).__name__} has a forward of its own"
+    own: Any = class_given(act)
+    kind: Any = next(cls for cls in own.__mro__ if cls.__module__.startswith("torch.nn."))
+    if "forward" in act.__dict__ or own.forward is not kind.forward:
+        return f"{own.__name__} has a forward of its own"
     return None
 
 

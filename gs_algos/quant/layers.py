@@ -226,6 +226,6 @@ def give_output_quantizer(module: Any, quantizer: ActivationQuantizer) -> None:
     module.output_quantizer = quantizer
 
 
-def quantizes_output(module: nn.Module) -> bool:
-    """Whether a live module's own forward is unchanged but for what `give_output_quantizer` made of it."""
-    return isinstance(module, _QuantizedOutput)
+def class_given(module: nn.Module) -> type[nn.Module]:
+    """The class that a live module had before `give_output_quantizer`."""
+    return type(module).__bases__[1] if isinstance(module, _QuantizedOutput) else type(module)
