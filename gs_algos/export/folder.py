@@ -133,7 +133,7 @@ def refuse_code(folder: Path, who: str) -> None:
         if not file.is_file():
             continue
         data = read_json(file, who)
-        for key, value in _entries(data) if file in settings else ():
+        for key, value in entries(data) if file in settings else ():
             named = value if key in CODE and value else None
             if key.lstrip("_").removesuffix("_internal") in KERNELS:
                 named = next((v for v in _leaves(value) if isinstance(v, str) and "/" in v), None)
@@ -152,7 +152,7 @@ def refuse_counts(config: dict[str, Any], tensors: int, path: Path, who: str) ->
     Raises:
         ValueError: so.
     """
-    for key, value in _entries(config):
+    for key, value in entries(config):
         if isinstance(value, int | float) and not isinstance(value, bool):
             most = tensors if LAYERS.fullmatch(key) else MANY if COUNTS.fullmatch(key) else None
             if most is not None and not value <= most:
@@ -160,7 +160,7 @@ def refuse_counts(config: dict[str, Any], tensors: int, path: Path, who: str) ->
                 raise ValueError(f"{who}: {key} in {path} must be at most {held}, got {value!r:.24}; it is damaged")
 
 
-def _entries(data: Any) -> Iterator[tuple[str, Any]]:
+def entries(data: Any) -> Iterator[tuple[str, Any]]:
     """Every key of the objects in JSON data with its value, however deep."""
     left = [data]
     while left:
@@ -173,7 +173,7 @@ def _entries(data: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _leaves(data: Any) -> list[Any]:
-    return [data] if not isinstance(data, dict) else [value for _, value in _entries(data)]
+    return [data] if not isinstance(data, dict) else [value for _, value in entries(data)]
 
 
 def _tensors(folder: Path, who: str) -> dict[str, Path]:

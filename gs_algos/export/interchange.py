@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.export.folder import Folder, ShardWriter, opened, read_folder, whole_folder
+from gs_algos.export.foreign import BESIDE, ENTRY, OLD_ENTRY, settings_of
 from gs_algos.export.formats import awq, compressed_tensors, gptq
-from gs_algos.export.formats.base import Format
+from gs_algos.export.formats.base import Format, Reader
 from gs_algos.export.packed_config import METHOD, VERSION, PackedConfig, read_config
-from gs_algos.export.skeleton import skeleton
+from gs_algos.export.skeleton import fit, skeleton
 from gs_algos.export.verify import check_tensors, verify_files
 from gs_algos.quant.packed import PARTS, PackedFormat
 from gs_algos.quant.packing import float_weight
-from gs_kernels import PackedWeight
+from gs_kernels import PackedWeight, unpack_codes
 from gs_kernels.pack.checks import check_packed_values
 from gs_kernels.pack.state import to_tensors
 
@@ -69,7 +70,7 @@ def export_language_model(
     if len(floats) == len(config.layers):
         raise ValueError(f"{who}: {folder.path} must have a packed linear layer that {to} can hold, got none")
     dtype = getattr(torch, str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "float32"))
-    with whole_folder(target, who) as out, _reader(folder, who) as get:
+    with whole_folder(target, who) as out, opened_all(folder, who) as get:
         shards = ShardWriter(out, shard_bytes)
         for name, parts in _grouped(folder.tensors, config.layers).items():
             if parts is None:
@@ -94,44 +95,114 @@ def import_language_model(
 ) -> Exchanged:
     """Reads a compressed-tensors, GPTQ or AWQ folder into the new packed folder `target`, exactly.
 
+    The settings are those of config.json, or of the quantize_config.json or quant_config.json beside it.
+
     Raises:
-        ValueError: if the source is of no such format or is damaged, the target is not empty, or a layer has what
-            ours have not: 3 bits, an act-order, quantized activations.
+        ValueError: if the source is of no such format or is damaged, the target is not empty, a tensor is missing or
+            one too many, the config says what is not used here or what its tensors contradict, or a layer has what ours
+            have not: 3 bits, an act-order, quantized activations.
     """
     who = "import_language_model"
     folder = read_folder(source, who)
-    where = f"{who}: {folder.path / 'config.json'}"
-    settings = folder.config.get("quantization_config")
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if method not in FORMATS:
+    settings = settings_of(folder, who)
+    method = None if settings is None else settings.method
+    if settings is None or not isinstance(method, str) or method not in FORMATS:
+        where = f"{who}: {folder.path / 'config.json'}" if settings is None else settings.where
         advice = "it is packed already" if method == METHOD else "for a float model use quantize"
         raise ValueError(f"{where}: quant_method must be one of {', '.join(FORMATS)}, got {method!r}; {advice}")
-    assert isinstance(settings, dict)
     format = FORMATS[method]
-    reader = format.reader(settings, where)
+    reader = format.reader(settings.entries, settings.where)
     model = skeleton(folder.path, who)
-    ends = f".{format.marker}"
-    layers = [name.removesuffix(ends) for name in folder.tensors if name.endswith(ends)]
-    if not layers:
-        raise ValueError(f"{who}: {folder.path} must hold layers of {method}, got no tensor that ends in {ends}")
+    layers = _foreign_layers(folder, model, format, who)
+    _check_said(model, layers, reader, format, settings.where)
     formats: dict[str, PackedFormat] = {}
-    with whole_folder(target, who) as out, _reader(folder, who) as get:
-        shards = ShardWriter(out, shard_bytes)
-        for name, parts in _grouped(folder.tensors, layers, format.parts).items():
-            if parts is None:
-                if not _idle_bias(name, layers, model, get):
-                    shards.add(name, get(name))
-                continue
-            weight = reader.layer(name, {part: get(f"{name}.{part}") for part in parts})
-            _check_shape(who, model, name, weight)
-            formats[name] = PackedFormat.of(weight)
-            for part, tensor in to_tensors(weight)[0].items():
-                shards.add(f"{name}.{part}", tensor)
-        shards.close()
-        described = {name: format.to_dict() for name, format in formats.items()}
-        about = {"quant_method": METHOD, "version": VERSION, "weights": f"from {method}", "layers": described}
-        _write_config(out, folder, {**about, "tied": {}, "files": shards.hashes})
+    with opened_all(folder, who) as get:
+        idle = _check_floats(folder, model, layers, format, get, who)
+        with whole_folder(target, who) as out:
+            shards = ShardWriter(out, shard_bytes)
+            for name, parts in _grouped(folder.tensors, layers, format.parts).items():
+                if parts is None:
+                    if name not in idle:
+                        shards.add(name, get(name))
+                    continue
+                weight = reader.layer(name, {part: get(f"{name}.{part}") for part in parts})
+                _check_weight(who, layers[name], name, weight)
+                formats[name] = PackedFormat.of(weight)
+                for part, tensor in to_tensors(weight)[0].items():
+                    shards.add(f"{name}.{part}", tensor)
+            shards.close()
+            described = {name: format.to_dict() for name, format in formats.items()}
+            about = {"quant_method": METHOD, "version": VERSION, "weights": f"from {method}", "layers": described}
+            _write_config(out, folder, {**about, "tied": {}, "files": shards.hashes})
     return Exchanged(Path(target), len(formats), (), shards.nbytes)
+
+
+def _foreign_layers(folder: Folder, model: nn.Module, format: Format, who: str) -> dict[str, nn.Linear]:
+    """The linear layers of the model of which the folder has parts of the format.
+
+    Raises:
+        ValueError: if there are none, or there are parts of something else.
+    """
+    modules = dict(model.named_modules())
+    found: dict[str, nn.Linear] = {}
+    for tensor in folder.tensors:
+        name, _, part = tensor.rpartition(".")
+        layer = modules.get(name)
+        if part not in format.parts:
+            continue
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(
+                f"{who}: {name} must be a linear layer of the model in config.json, got {tensor}; "
+                "what Transformers holds in one tensor, as experts, cannot be imported"
+            )
+        found[name] = layer
+    if not found:
+        raise ValueError(
+            f"{who}: {folder.path} must hold layers of {format.method}, got no tensor that ends in .{format.marker}"
+        )
+    return found
+
+
+def _check_said(model: nn.Module, layers: Collection[str], reader: Reader, format: Format, where: str) -> None:
+    """Raises if the config says of a linear layer that it is packed and it is not, or the other way round."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    tied: Any = model.all_tied_weights_keys
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        says = reader.packs(name, layer, layer is head)
+        if says is not None and says[0] != (name in layers) and (says[0] is False or f"{name}.weight" not in tied):
+            want, got = ("packed", f"no {name}.{format.marker}") if says[0] else ("float", f"{name}.{format.marker}")
+            raise ValueError(f"{where}: {name} must be {want} as {says[1]} says, got {got}; the folder is incomplete")
+
+
+def _check_floats(
+    folder: Folder, model: nn.Module, layers: Collection[str], format: Format, get: Any, who: str
+) -> set[str]:
+    """Raises unless what is not packed is what the model needs; the biases of zeros that nobody needs.
+
+    Some packers add those to layers that have none.
+    """
+    plain = {
+        name: facts
+        for name, facts in folder.headers(who).items()
+        if not (name.rpartition(".")[0] in layers and name.rpartition(".")[2] in format.parts)
+    }
+    found = fit(model, plain, layers)
+    idle = {
+        name
+        for name in found.unused
+        if name.rpartition(".")[0] in layers and name.endswith(".bias") and not bool(get(name).any())
+    }
+    replace(found, unused=tuple(name for name in found.unused if name not in idle)).refuse(who, folder.path, model)
+    tied: Any = model.all_tied_weights_keys
+    for target, source in tied.items():
+        if {target, source} <= plain.keys() and not torch.equal(get(target), get(source)):
+            raise ValueError(
+                f"{who}: {target} in {folder.path} must be {source}, to which config.json ties it, got other values; "
+                "set tie_word_embeddings to false, or take one out"
+            )
+    return idle
 
 
 def _floats(model: nn.Module, config: PackedConfig, format: Format) -> set[str]:
@@ -169,24 +240,24 @@ def _packed(format: PackedFormat, tensors: dict[str, Tensor]) -> PackedWeight:
     return PackedWeight(tensors["codes"], tensors["scale"], zero, levels, format.bits, format.shape, format.group_size)
 
 
-def _idle_bias(name: str, layers: list[str], model: nn.Module, get: Any) -> bool:
-    """Whether a tensor is the bias of zeros that some packers add to layers that have none."""
-    layer, _, part = name.rpartition(".")
-    if part != "bias" or layer not in layers or getattr(model.get_submodule(layer), "bias", None) is not None:
-        return False
-    return not bool(get(name).any())
-
-
-def _check_shape(who: str, model: nn.Module, name: str, weight: PackedWeight) -> None:
-    layer = dict(model.named_modules()).get(name)
-    shape = list(layer.weight.shape) if isinstance(layer, nn.Linear) else None
+def _check_weight(who: str, layer: nn.Linear, name: str, weight: PackedWeight) -> None:
+    """Raises unless the weight has the shape of its layer, and a scale for every group that has codes."""
+    shape = list(layer.weight.shape)
     if shape != list(weight.shape):
-        has = f"of shape {shape}" if shape else "a linear layer of the model in config.json"
-        raise ValueError(f"{who}: {name} must be {has}, got a packed weight of {list(weight.shape)}")
+        raise ValueError(f"{who}: {name} must be of shape {shape}, got a packed weight of {list(weight.shape)}")
+    lost = weight.scale == 0
+    if bool(lost.any()):
+        grouped = unpack_codes(weight.codes, weight.bits, weight.shape).unflatten(1, (-1, weight.group_size))
+        zero = weight.zero[..., None] if isinstance(weight.zero, Tensor) else weight.zero
+        if bool(((grouped != zero).any(-1) & lost).any()):
+            raise ValueError(
+                f"{who}: scales of {name} must not be 0 for codes that are not, got {int(lost.sum())} such groups; "
+                "the file is damaged"
+            )
 
 
 @contextmanager
-def _reader(folder: Folder, who: str) -> Iterator[Any]:
+def opened_all(folder: Folder, who: str) -> Iterator[Any]:
     """A function that gives a tensor of the folder by name; files are opened as they are needed."""
     files: dict[Path, Any] = {}
     with ExitStack() as stack:
@@ -202,7 +273,8 @@ def _reader(folder: Folder, who: str) -> Iterator[Any]:
 
 
 def _write_config(out: Path, folder: Folder, entry: dict[str, Any]) -> None:
-    config = {**folder.config, "quantization_config": entry}
-    (out / "config.json").write_text(json.dumps(config, indent=2))
+    config = {key: value for key, value in folder.config.items() if key != OLD_ENTRY}
+    (out / "config.json").write_text(json.dumps({**config, ENTRY: entry}, indent=2))
     for file in folder.companions():
-        shutil.copyfile(file, out / file.name)
+        if file.name not in BESIDE:
+            shutil.copyfile(file, out / file.name)

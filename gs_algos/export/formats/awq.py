@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from gs_algos.export.formats.base import Format
+from gs_algos.export.formats.base import NOTES, Format, refuse_unknown, strings, take
 from gs_algos.quant.packed import PackedFormat
 from gs_kernels import PackedWeight
 from gs_kernels.pack.formats.awq import BITS, from_awq, to_awq
 
 PARTS = ("qweight", "qzeros", "scales")
+USED = ("quant_method", "bits", "group_size", "version", "format", "zero_point", "sym", "modules_to_not_convert")
 
 
 class AwqWriter:
@@ -44,13 +45,37 @@ class AwqWriter:
 
 
 class AwqReader:
+    """Reads 4 bits in the GEMM version, with or without the names that AutoAWQ first gave the settings."""
+
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
-        bits, version = config.get("bits", BITS), str(config.get("version", "gemm")).lower()
-        if bits != BITS or version != "gemm":
+        bits, version = config.get("bits", BITS), config.get("version") or config.get("format") or "gemm"
+        if bits != BITS or str(version).lower() != "gemm":
             raise ValueError(f"{where}: must be of {BITS} bits and version 'gemm', got {bits!r} and {version!r}")
+        refuse_unknown(config, (*USED, *NOTES), where)
+        self.where, self.group_size = where, take(config, "group_size", int, where)
+        self.floats = strings(config.get("modules_to_not_convert"), "modules_to_not_convert", where)
+        zero_point = take(config, "zero_point", bool, where, True)
+        self.symmetric = take(config, "sym", bool, where, not zero_point)
+        if self.symmetric and zero_point and "zero_point" in config:
+            raise ValueError(f"{where}: one of sym and zero_point must be false, got both true; the config is damaged")
+
+    def packs(self, name: str, layer: nn.Module, head: bool) -> tuple[bool, str] | None:
+        for entry in self.floats:
+            if f".{entry}." in f".{name}.":
+                return False, f"{entry} in modules_to_not_convert"
+        return None
 
     def layer(self, name: str, tensors: Mapping[str, Tensor]) -> PackedWeight:
-        return from_awq(tensors, name=name)
+        weight = from_awq(tensors, name=name)
+        size = weight.shape[1] if self.group_size in (-1, 0) else self.group_size
+        if weight.group_size != size:
+            raise ValueError(
+                f"{self.where}: {name} must have groups of {size} as group_size says, got {weight.group_size}"
+            )
+        middle = 2 ** (BITS - 1)
+        if self.symmetric and (isinstance(weight.zero, Tensor) or weight.zero != middle):
+            raise ValueError(f"{self.where}: zero points of {name} must be {middle} without zero_point, got others")
+        return weight
 
 
 FORMAT = Format("awq", "qweight", PARTS, False, AwqWriter, AwqReader)
