@@ -151,7 +151,14 @@ def computed_by(layer: nn.Module, key: str = "weight") -> str:
         made = list(parametrizations[key])  # type: ignore[call-overload]
     else:
         made = [hook for hook in layer._forward_pre_hooks.values() if type(hook).__module__.startswith("torch.nn.")]
-    return " and ".join(type(one).__name__.lstrip("_") for one in made) or "code outside the layer"
+    held = "a buffer" if key in layer._buffers else "code outside the layer"
+    return " and ".join(type(one).__name__.lstrip("_") for one in made) or held
+
+
+def owner_of(model: nn.Module, name: str) -> nn.Module:
+    """The module at a qualified name, or the one that holds the parameter of that name."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return modules[name] if name in modules else modules[parent_name(name)]
 
 
 def parent_name(name: str) -> str:

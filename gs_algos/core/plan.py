@@ -115,6 +115,9 @@ def other_weights(model: nn.Module, rows: Iterable[PlanRow]) -> list[PlanRow]:
         if isinstance(owner, ParametrizationList):  # <layer>.parametrizations.<weight>.original
             owner_name, _, key = owner_name.rpartition(".parametrizations.")
             owner, name = modules[owner_name], f"{owner_name}.{key}" if owner_name else key
+        while isinstance(owner, nn.ParameterList | nn.ParameterDict) and owner_name:
+            owner_name = parent_name(owner_name)
+            owner = modules[owner_name]
         site = owner_name if isinstance(owner, LAYERS) else name
         found.setdefault(site, PlanRow(site, type(owner).__name__, "keep", reason=_why_float(owner, parameter)))
     return list(found.values())
@@ -159,11 +162,13 @@ def _why_float(owner: nn.Module, parameter: nn.Parameter) -> str:
     """Why a parameter that no pattern knows stays float."""
     kind = type(owner).__name__
     if isinstance(owner, LAYERS) and (how := computed_by(owner)):
-        return f"is computed in each forward by {how}; make it a plain weight first"
+        return f"its weight is no parameter but comes from {how}; make it a plain weight first"
     if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
         return "is a table whose rows are looked up, not multiplied"
     if isinstance(owner, nn.MultiheadAttention | ATTENTION_LINEAR):
         return "is multiplied inside nn.MultiheadAttention, not by a layer"
+    if isinstance(owner, nn.modules.conv._ConvTransposeNd):
+        return "is a transposed convolution, which has no quantized form"
     if isinstance(owner, nn.RNNBase | nn.RNNCellBase):
         return f"is multiplied inside nn.{kind}, not by a layer"
     if parameter.dim() == 3:

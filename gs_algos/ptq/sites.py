@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from gs_algos.core.modules import parameter_owners
+from gs_algos.core.algorithm import history
+from gs_algos.core.modules import owner_of, parameter_owners
+from gs_algos.core.plan import PlanRow, other_weights
 from gs_algos.core.rules import RulePattern, resolve
 from gs_algos.quant.packing import CONVS, base_of, is_conv1d, lazy, matrix_of, why_not
 from gs_algos.quant.rounding import group_size, packable
@@ -64,11 +66,13 @@ def weight_sites(
     layers = {name: weight.layer for weight in tied for name in weight.names}
     if embeddings is not None and not any(isinstance(weight.layer, nn.Embedding) for weight in tied):
         raise ValueError(f"{WHO}: embeddings={str(embeddings)!r} needs a nn.Embedding, got a model without one")
-    ruled = resolve(chosen, layers, {"weight": UNTOUCHED}, WHO)
+    others = other_weights(model, [PlanRow(name, "", "keep") for name in layers])  # which a rule may name, too
+    nameable = {row.site: owner_of(model, row.site) for row in others}
+    ruled = resolve(chosen, {**nameable, **layers}, {"weight": UNTOUCHED}, WHO)
     sites = [_site(w, ruled, defaults[nn.Embedding if isinstance(w.layer, nn.Embedding) else nn.Linear]) for w in tied]
     _refuse_groups([site for site in sites if site.scheme is not None])
     if not any(site.scheme is not None for site in sites):
-        why = "; ".join(f"{reason} ({n})" for reason, n in Counter(site.reason for site in sites).items())
+        why = _counted([*(site.reason for site in sites), *(row.reason for row in others)])
         raise ValueError(
             f"{WHO}: at least one layer must be left to pack, got {len(sites)} layers that are all kept: {why}"
         )
@@ -88,6 +92,10 @@ def check_schemes(
     return defaults, [(rule[0], _options(rule[1])) if pair else rule for rule, pair in zip(rules, pairs, strict=True)]
 
 
+def _counted(reasons: Iterable[str]) -> str:
+    return "; ".join(f"{reason} ({n})" for reason, n in Counter(reasons).items())
+
+
 def _tied(model: nn.Module) -> list[_Tied]:
     """Every weight of a linear, convolution or embedding, with all layers that use it."""
     members: dict[Any, list[tuple[str, nn.Module]]] = {}
@@ -100,9 +108,13 @@ def _tied(model: nn.Module) -> list[_Tied]:
                 )
             members.setdefault(_place(module), []).append((name, module))
     if not members:
+        why = _counted(row.reason for row in other_weights(model, []))
+        done = ", ".join(entry["algorithm"] for entry in history(model))
         raise ValueError(
             f"{WHO}: the model must have a nn.Linear or nn.Embedding, got {type(model).__name__} without, "
             "and without a convolution"
+            + (f"; what it has {why}" if why else "")
+            + (f"; {done} quantized its layers already" if done else "")
         )
     owners = parameter_owners(model)
     found = []

@@ -16,6 +16,7 @@ from gs_algos.core.network import network_of, ordinary_tensors
 from gs_algos.core.plan import Plan, PlanRow, other_weights, render_layers, totals_of
 from gs_algos.core.progress import progress as progress_bar
 from gs_algos.ptq.sites import WHO, Site, WeightRule, weight_sites
+from gs_algos.quant.convolution import Convolution
 from gs_algos.quant.fast_path import leave_fast_path
 from gs_algos.quant.packed import Packed, PackedFormat
 from gs_algos.quant.packing import format_of, in_rows, matrix_of, packed_like
@@ -203,7 +204,8 @@ def summary(model: nn.Module) -> str:
     packed = {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
     rows = []
     for name, module in packed.items():
-        shape = "x".join(map(str, module.shape))
+        filter = module.filter if isinstance(module, Convolution) else module.shape[1:]
+        shape = "x".join(map(str, (module.shape[0], *filter)))
         rows.append((name, shape, module.bits, module.group_size, "tied" if module.tied else f"{module.nbytes:,}"))
     kept = sum(p.numel() * p.element_size() for p in model.parameters())
     total = sum(module.nbytes for module in packed.values())

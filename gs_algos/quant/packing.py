@@ -49,7 +49,7 @@ def why_not(layer: nn.Module) -> str:
     kind, cls = type(layer).__name__, type(layer)
     weight = layer._parameters.get("weight")
     if weight is None:
-        return f"its weight is computed in each forward by {computed_by(layer)}; make it a plain weight first"
+        return f"its weight is no parameter but comes from {computed_by(layer)}; make it a plain weight first"
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "is multiplied inside nn.MultiheadAttention, not by a layer"
     if "forward" in layer.__dict__:

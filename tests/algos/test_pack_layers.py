@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import gs_algos
 from gs_algos import PackedConv, PackedLinear, SimQAT, plan_weights, quantize_weights
 from gs_algos.core.algorithm import history
 from gs_algos.ptq import weights as weights_module
 from gs_algos.ptq.weights import summary
+from gs_algos.quant import packed as packed_module
 from gs_algos.quant.packed import Packed
 from gs_algos.quant.packed_linear import PackedConv1D
 from tests.helpers import relative_rms, same_bits
@@ -123,7 +126,25 @@ def test_a_network_of_convolutions_is_saved_and_loaded_exactly(tmp_path: Path):
     model = quantize_weights(convs(), "int8@channel", rules=[("stem", "int4@group:9:asym"), ("cube", "int2@group:4")])
     loaded = gs_algos.load(gs_algos.save(model, tmp_path), Convs).eval()
     assert same_bits(loaded(picture()), model(picture())) and history(loaded) == history(model)
-    assert len([line for line in summary(model).splitlines() if "x" in line]) == 6
+    shapes = [line.split()[1] for line in summary(model).splitlines()[2:-1]]
+    assert shapes == ["8x3x3x3", "8x1x3x3", "16x16x1x1", "16x4x3", "8x16x1x2x2", "5x8"]
+
+
+def test_packed_layers_compute_the_same_in_the_layout_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def build() -> nn.Module:
+        return nn.ModuleDict({"convs": convs(), "gpt": gpt2_block()}).eval()
+
+    model = quantize_weights(build(), "int4@channel", rules=[("convs.cube", "int2@group:4")])
+    gs_algos.save(model, tmp_path)
+    monkeypatch.setattr(packed_module, "KERNEL_DEVICES", ("cpu",))
+    planar: Any = gs_algos.load(tmp_path, build)
+    assert planar["convs"].stem.codes.dtype == torch.int16
+    assert same_bits(planar["gpt"].first.weight, model["gpt"].first.weight)
+    assert all(
+        same_bits(planar["convs"].get_submodule(n).weight, model["convs"].get_submodule(n).weight) for n in CONVS
+    )
+    assert relative_rms(planar["convs"](picture()), model["convs"](picture())) < 1e-5
+    assert relative_rms(planar["gpt"](rows()), model["gpt"](rows())) < 1e-5
 
 
 def test_copies_pickles_casts_and_state_dicts_of_packed_convolutions_hold():
@@ -222,17 +243,39 @@ def with_state_hook() -> nn.Module:
     return layer
 
 
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def of_its_own_bias() -> nn.Module:
+    layer = nn.Linear(8, 8)
+    nn.utils.parametrize.register_parametrization(layer, "bias", Twice())
+    return layer
+
+
+def buffered() -> nn.Module:
+    layer = nn.Linear(8, 8)
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.register_buffer("weight", weight)
+    return layer
+
+
 KEPT = {
     "a forward": (lambda: OwnForward(8, 8), "OwnForward has a forward of its own"),
     "code": (lambda: OwnCode(8, 8), "OwnCode has code of its own: doubled"),
     "parameters": (more_parameters, "Linear has more than a weight and a bias"),
     "replaced forward": (patched, "its forward was replaced on the object"),
     "state hooks": (with_state_hook, "has hooks on its state_dict, which is another one once packed"),
-    "weight_norm": (lambda: nn.utils.weight_norm(nn.Linear(8, 8)), "computed in each forward by WeightNorm"),
-    "spectral_norm": (lambda: nn.utils.spectral_norm(nn.Linear(8, 8)), "computed in each forward by SpectralNorm"),
+    "weight_norm": (lambda: nn.utils.weight_norm(nn.Linear(8, 8)), "comes from WeightNorm"),
+    "spectral_norm": (lambda: nn.utils.spectral_norm(nn.Linear(8, 8)), "comes from SpectralNorm"),
     "parametrization": (
-        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "computed in each forward by WeightNorm"
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "comes from WeightNorm"
     ),
+    "pruned weights": (lambda: prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.5), "comes from L1Unstructured"),
+    "a bias that is computed": (lambda: of_its_own_bias(), "ParametrizedLinear has code of its own: bias"),
+    "a weight in a buffer": (lambda: buffered(), "comes from a buffer"),
     "a double weight": (lambda: nn.Linear(8, 8, dtype=torch.float64), "its weight is float64; only float32"),
     "a complex weight": (lambda: nn.Linear(8, 8, dtype=torch.complex64), "its weight is complex64"),
 }  # fmt: skip
@@ -252,6 +295,9 @@ def test_a_layer_that_does_more_than_its_kind_is_a_line_with_the_reason(name: st
 def test_a_model_whose_layers_are_all_kept_is_refused_with_the_reasons():
     with pytest.raises(ValueError, match=r"got 2 layers that are all kept: OwnForward has a forward of its own \(2\)"):
         quantize_weights(nn.Sequential(OwnForward(4, 4), OwnForward(4, 4)), "int8@channel")
+    words = r"got Sequential without.*what it has is multiplied inside nn\.GRU, not by a layer \(2\)"
+    with pytest.raises(ValueError, match=words):
+        quantize_weights(nn.Sequential(nn.GRU(8, 8)), "int8@channel")
     with pytest.raises(ValueError, match="is the model itself, which cannot be replaced in place"):
         quantize_weights(nn.Linear(4, 4), "int8@channel")
     with pytest.raises(ValueError, match=r"must know its shape, got LazyLinear at 0; run the model once"):
@@ -259,7 +305,7 @@ def test_a_model_whose_layers_are_all_kept_is_refused_with_the_reasons():
 
 
 def test_matrices_outside_of_layers_are_lines_too():
-    model = quantize_weights(Wrapped(nn.GRU(8, 8)), "int8@channel")
+    model = quantize_weights(Wrapped(nn.GRU(8, 8)), "int8@channel", rules=[("first", None)])
     assert reasons(model)["first.weight_ih_l0"] == "is multiplied inside nn.GRU, not by a layer"
 
 
@@ -288,6 +334,8 @@ def test_convolutions_that_share_a_filter_share_the_packed_one():
     want = net(x)
     quantize_weights(net, "int8@channel")
     assert net[1].tied and relative_rms(net(x), want) < 0.02
+    twin = pickle.loads(pickle.dumps(net))
+    assert twin[1].packed.codes is twin[0].codes and same_bits(twin(x), net(x))
 
 
 def test_a_weight_that_another_module_uses_too_stays_float_with_a_line():

@@ -50,18 +50,19 @@ def test_every_matrix_has_a_row_with_what_is_done_or_why_not(algo: Algorithm):
 
 def test_the_reason_of_a_weight_says_where_it_is_multiplied():
     net = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "gru": nn.GRU(8, 8), "pair": nn.Bilinear(2, 3, 4)})
+    net["list"] = nn.ModuleList([nn.ParameterList([torch.ones(2, 2)])])
     net["old"], net["new"] = (
         nn.utils.spectral_norm(nn.Linear(4, 4)),
         nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)),
     )
     reasons = {row.site: row.reason for row in other_weights(net, [])}
     assert reasons.keys() == {
-        "attn.in_proj_weight", "attn.out_proj", "gru.weight_ih_l0", "gru.weight_hh_l0", "pair", "old", "new"
+        "attn.in_proj_weight", "attn.out_proj", "gru.weight_ih_l0", "gru.weight_hh_l0", "pair", "old", "new", "list.0.0"
     }  # fmt: skip
     assert reasons["attn.in_proj_weight"] == "is multiplied inside nn.MultiheadAttention, not by a layer"
     assert reasons["gru.weight_ih_l0"] == "is multiplied inside nn.GRU, not by a layer"
-    assert "computed in each forward by SpectralNorm" in reasons["old"]
-    assert "computed in each forward by Orthogonal" in reasons["new"]
+    assert "comes from SpectralNorm" in reasons["old"]
+    assert "comes from Orthogonal" in reasons["new"]
 
 
 def test_a_row_speaks_of_the_parameters_of_its_module_of_those_tied_to_them_and_of_one_it_names():
