@@ -22,12 +22,13 @@ from gs_algos.export.skeleton import part_names_in
 from gs_algos.export.verify import check_tensors, verify_files
 from gs_algos.ptq.weights import install
 from gs_algos.quant.packed import Packed, PackedFormat
+from gs_algos.quant.packed_conv import PackedConv
 from gs_algos.quant.packed_embedding import PackedEmbedding
-from gs_algos.quant.packed_linear import PackedLinear
+from gs_algos.quant.packed_linear import PackedConv1D, PackedLinear
 from gs_kernels.pack.checks import check_packed, check_packed_values
 
 WHO = "from_pretrained"
-LAYERS = (PackedLinear, PackedEmbedding)  # those that a description can name
+LAYERS = (PackedLinear, PackedConv1D, PackedConv, PackedEmbedding)  # those that a description can name
 
 
 @register_quantization_config(METHOD)

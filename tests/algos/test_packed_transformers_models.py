@@ -175,3 +175,15 @@ def test_encoders_and_decoders_with_one_embedding_are_saved(tmp_path: Path):
     assert torch.equal(outputs(again, decoder_input_ids=IDS), want)
     with pytest.raises(ValueError, match="embed_tokens, which is tied to a layer outside"):
         model.encoder.save_pretrained(tmp_path / "b")
+
+
+def test_layers_of_gpt2_are_saved_and_loaded_packed(tmp_path: Path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=32, n_positions=64, **ends)).eval()
+    quantize_weights(model, **SCHEMES)
+    again = causal(saved(model, tmp_path / "a"))
+    assert type(again.transformer.h[0].attn.c_attn).__name__ == "PackedConv1D"
+    assert torch.equal(outputs(again), outputs(model))
