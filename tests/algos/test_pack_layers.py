@@ -127,7 +127,7 @@ def test_a_network_of_convolutions_is_saved_and_loaded_exactly(tmp_path: Path):
     loaded = gs_algos.load(gs_algos.save(model, tmp_path), Convs).eval()
     assert same_bits(loaded(picture()), model(picture())) and history(loaded) == history(model)
     shapes = [line.split()[1] for line in summary(model).splitlines()[2:-1]]
-    assert shapes == ["8x3x3x3", "8x1x3x3", "16x16x1x1", "16x4x3", "8x16x1x2x2", "5x8"]
+    assert shapes == ["8x3x3x3", "8x1x3x3", "16x8x1x1", "16x4x3", "8x16x1x2x2", "5x8"]
 
 
 def test_packed_layers_compute_the_same_in_the_layout_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -162,7 +162,9 @@ def test_copies_pickles_casts_and_state_dicts_of_packed_convolutions_hold():
 
 
 def test_packed_convolutions_are_exported_and_traced_whole():
-    model, x = quantize_weights(convs(), "int8@channel"), picture()
+    net = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Conv1d(4, 4, 2), nn.Unflatten(2, (1, 1, 5)), nn.Conv3d(4, 2, (1, 1, 2)))
+    model = quantize_weights(net.eval(), "int8@channel", rules=[("1", "int4@group:4")])
+    x = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         exported = torch.export.export(model, (x,)).module()
         compiled = torch.compile(model, backend="eager", fullgraph=True)
