@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gs_algos.core.algorithm import HISTORY
 from gs_kernels.dispatch import INTERPRET
 
 BORDER = 64  # elements before and after; a multiple of 16 bytes in every dtype
@@ -80,3 +82,24 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def _bytes(t: Tensor) -> Tensor:
     return t.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+
+
+class Untouched:
+    """Everything a caller can see of a model, to compare with later."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net, self.state = net, {key: value.clone() for key, value in net.state_dict().items()}
+        self.facts = self._facts()
+
+    def _facts(self) -> list[Any]:
+        modules = [(name, id(m), type(m), m.training, sorted(vars(m))) for name, m in self.net.named_modules()]
+        entries = copy.deepcopy(self.net.__dict__.get(HISTORY))
+        return [modules, [(name, id(p)) for name, p in self.net.named_parameters()], entries]
+
+    def __bool__(self) -> bool:
+        state = self.net.state_dict()
+        return (
+            self._facts() == self.facts
+            and list(state) == list(self.state)
+            and all(torch.equal(state[key].nan_to_num(7), value.nan_to_num(7)) for key, value in self.state.items())
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
@@ -29,6 +30,11 @@ class Restores(Protocol):
     @classmethod
     def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
         """Gives a freshly built float model the structure that a history entry describes; `load` then fills it."""
+        ...
+
+    @classmethod
+    def upgraded(cls, entry: dict[str, Any]) -> dict[str, Any]:
+        """The entry of a file in the words of this version; an earlier one may have written it."""
         ...
 
 
@@ -88,6 +94,11 @@ class Algorithm(ABC):
     def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
         """Gives a freshly built float model the structure that a history entry describes; `load` then fills it."""
 
+    @classmethod
+    def upgraded(cls, entry: dict[str, Any]) -> dict[str, Any]:
+        """The entry of a file in the words of this version; an earlier one may have written it."""
+        return entry
+
 
 def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) of one forward call: a tensor, a tuple of positional inputs, or a mapping of keyword inputs."""
@@ -99,10 +110,18 @@ def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def history(model: nn.Module) -> list[dict[str, Any]]:
-    """What was done to the model, oldest first: algorithm, stage ("prepared" or "converted"), config, plan, steps."""
+    """What was done to the model, oldest first: algorithm, stage ("prepared" or "converted"), config, plan, steps.
+
+    A copy: what is written into it changes nothing of the model.
+    """
     while (key := wrapped_at(model)) is not None:
         model = model.get_submodule(key)
-    return list(getattr(model, HISTORY, []))
+    return copy.deepcopy(getattr(model, HISTORY, []))
+
+
+def live_entry(model: nn.Module) -> dict[str, Any]:
+    """The newest entry of the model's history itself, in which a training counts its steps."""
+    return model.__dict__[HISTORY][-1]
 
 
 def prepared_entry(
@@ -139,14 +158,15 @@ def resumable_entry(model: nn.Module, algorithm: str, who: str) -> dict[str, Any
     return prepared_entry(model, algorithm, f"{who}.resume", must, "load a checkpoint from before convert")
 
 
-def remember(model: nn.Module, entry: dict[str, Any]) -> None:
-    """Appends to the model's history; an entry of the same algorithm that was only prepared is replaced."""
-    entries = history(model)
+def remember(model: nn.Module, entry: dict[str, Any]) -> dict[str, Any]:
+    """Appends a copy to the model's history, and returns it; one of the same algorithm, only prepared, is replaced."""
+    entries = list(getattr(model, HISTORY, []))
     if entries and entries[-1]["algorithm"] == entry["algorithm"] and entries[-1]["stage"] == "prepared":
         entries.pop()
-    model.__dict__[HISTORY] = [*entries, entry]
+    model.__dict__[HISTORY] = [*entries, copy.deepcopy(entry)]
     for listener in listeners:
         listener(model, entry)
+    return live_entry(model)
 
 
 @contextlib.contextmanager

@@ -120,7 +120,8 @@ def _load(folder: Path, build_model: Callable[[], nn.Module]) -> nn.Module:
         raise ValueError(
             f"load: build_model must return the float network, got one that is {history(model)[-1]['stage']}"
         )
-    for entry in index["history"]:
+    for read in index["history"]:
+        entry = restorer(read["algorithm"]).upgraded(read)
         model = _restored(model, entry, folder)
         remember(model, entry)
     _fill(model, state, folder)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,7 @@ from gs_algos.core.algorithm import (
     Inputs,
     evaluating,
     history,
+    live_entry,
     prepared_entry,
     remember,
     resumable_entry,
@@ -144,20 +146,19 @@ class Pruner(Algorithm):
         with all_or_nothing(model):
             sites = self.gate_sites(model, groups) if self.config.select_steps else {}
             prepare(self, model, groups, sites)
-            self._history = {
+            entry = {
                 "algorithm": self.name,
                 "stage": "prepared",
                 "steps": 0,
                 "config": self.config.to_dict(),
-                "plan": [row.__dict__ for row in plan.rows],
+                "plan": [asdict(row) for row in plan.rows],
                 "groups": groups.to_dict(),
                 "gates": sites,
                 "rates": dict(rates),
             }
             self._steps = 0
             self._bind(model, groups, rates)
-            remember(model, self._history)
-            self._history = history(model)[-1]
+            self._history = remember(model, entry)
             if not self.config.select_steps:
                 self._select()
 
@@ -314,7 +315,7 @@ class Pruner(Algorithm):
         model = network_of(model, f"{cls.config_class.who}.resume")
         entry = resumable_entry(model, cls.name, cls.config_class.who)
         algo = cls(cls.config_class.from_dict(entry["config"]))
-        algo._history = entry
+        algo._history = live_entry(model)
         algo._bind(model, Groups.from_dict(entry["groups"]), entry["rates"])
         algo.steps = entry["steps"]
         return algo

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -161,7 +161,7 @@ def _pack_all(
         raise
     finally:
         if any(row.action == "pack" for row in rows):
-            plan = [row.__dict__ for row in (*rows, *others)]
+            plan = [asdict(row) for row in (*rows, *others)]
             remember(model, {"algorithm": NAME, "stage": "converted", "steps": 0, "config": config, "plan": plan})
 
 
@@ -226,6 +226,10 @@ class QuantizedWeights:
             install(model, settings["names"], PackedFormat.from_dict(settings["format"]).empty(device))  # type: ignore[arg-type]
         leave_fast_path(model)
         return model
+
+    @classmethod
+    def upgraded(cls, entry: dict[str, Any]) -> dict[str, Any]:
+        return entry
 
 
 def settings_of(weights: str | Scheme, embeddings: str | Scheme | None, rules: Sequence[WeightRule]) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def _layer_of(layer: Any, row: PlanRow, weight: PackedWeight, bias: Tensor | Non
     options: dict[str, Any] = {
         "weight": weight,
         "scheme": Scheme.parse(row.settings["weight"], "weight"),
-        "bias": None if bias is None else bias.detach(),
+        "bias": None if bias is None else bias.detach().clone(),  # it is rounded, and the trained one stays
         "input": act if getattr(layer, "input_quantizer", None) is not None else None,
         "output": None if output is None else output.scheme,
         "dtype": layer.weight.dtype,

@@ -265,6 +265,24 @@ class SLB(QuantizationTraining):
             install_converted(model, rows, unfilled_layer)
         return model
 
+    @classmethod
+    def upgraded(cls, entry: dict[str, Any]) -> dict[str, Any]:
+        """A row's `fused` said whether a fused optimizer trains the layer, until convert wrote the activation there.
+
+        A convert that was refused did so too, and lost the first: the option of all layers stands in for it.
+        """
+        rows = []
+        for row in entry["plan"]:
+            settings = dict(row["settings"])
+            if "weight" in settings and "fused_optimizer" not in settings:
+                fused = settings.pop("fused", None)
+                told = isinstance(fused, bool)
+                settings["fused_optimizer"] = fused if told else bool(entry["config"].get("fused"))
+                if not told and entry["stage"] == "converted":
+                    settings["fused"] = fused
+            rows.append({**row, "settings": settings})
+        return {**entry, "plan": rows}
+
 
 def _warn_early(layers: Mapping[str, Searched], schedule: Schedule, steps: int) -> None:
     """Says how far mixtures are from what is taken of them, if the codes are not chosen yet."""

@@ -35,7 +35,7 @@ def packed_layer(model: nn.Module, row: PlanRow) -> nn.Module:
         scale = weight.scale * slope[:, None]
         weight = PackedWeight(weight.codes, scale, weight.zero, None, weight.bits, weight.shape, weight.group_size)
     weight = conv_rows(weight, layer.search.shape[1:])
-    new = _around(layer, row, weight, None if bias is None else bias.detach().float())
+    new = _around(layer, row, weight, None if bias is None else bias.detach().float().clone())
     if isinstance(new, QuantizedLayer) and new.input_quantizer is not None and layer.input_quantizer is not None:
         new.input_quantizer.take(layer.input_quantizer)
         round_bias(new)

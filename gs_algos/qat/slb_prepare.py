@@ -87,7 +87,7 @@ def install(model: nn.Module, rows: Sequence[PlanRow], options: SearchOptions) -
         if row.action == "keep":
             continue
         layer: Any = get_module(model, row.site)
-        weight, fused = layer.weight, row.settings["fused"]
+        weight, fused = layer.weight, row.settings["fused_optimizer"]
         grid = LevelGrid.parse(row.settings["weight"])
         search = LevelSearch(
             grid, weight.shape, options.horizon, weight.device, options.logits_dtype, options.points, fused
@@ -168,5 +168,5 @@ def _row(
     logits = f"{grid.planes} logit{'s' if grid.planes > 1 else ''} a weight"
     detail = f"weight {grid}, {logits}" + ("" if act is None else f", act {act}") + (", fused" if fused else "")
     tail = list(found.tail) if bn else []
-    keep = {"weight": str(grid), "act": act, "bn": bn, "tail": tail, "fused": fused}
+    keep = {"weight": str(grid), "act": act, "bn": bn, "tail": tail, "fused_optimizer": fused}
     return PlanRow(site, kind_of(layer), f"search {pattern}", detail, "", keep)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch.distributed as dist
 from torch import nn
 from typing_extensions import Self
 
-from gs_algos.core.algorithm import Algorithm, Inputs, history, prepared_entry, remember, resumable_entry
+from gs_algos.core.algorithm import Algorithm, Inputs, history, live_entry, prepared_entry, remember, resumable_entry
 from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.modules import all_or_nothing
 from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
@@ -89,15 +90,15 @@ class QuantizationTraining(Algorithm):
                 self._example = example_inputs
                 if self._activations():
                     self._observe("apply", model, [example_inputs], provisional=True)
-                self._history = {
+                entry = {
                     "algorithm": self.name,
                     "stage": "prepared",
                     "steps": 0,
                     "config": self.config.to_dict(),
-                    "plan": [row.__dict__ for row in plan.rows],
+                    "plan": [asdict(row) for row in plan.rows],
                     **facts,
                 }
-                remember(model, self._history)
+                self._history = remember(model, entry)
                 self.move()
                 self.watch(model)
         except BaseException:
@@ -153,9 +154,11 @@ class QuantizationTraining(Algorithm):
         if example is None:
             raise RuntimeError(f"{self.who}.convert: a resumed algorithm has no example inputs; give example_inputs")
         own = not set(self._layers.values()).isdisjoint(model.modules())
-        with ordinary_tensors():
-            self.parity = self.converted(model, [PlanRow(**row) for row in entry["plan"]], example)
-        remember(model, {**entry, "stage": "converted", "steps": self.steps})
+        rows = [PlanRow(**row) for row in entry["plan"]]  # of a copy: until it is converted the history stays
+        with ordinary_tensors(), all_or_nothing(model):
+            self.parity = self.converted(model, rows, example)
+            plan = [asdict(row) for row in rows]
+            remember(model, {**entry, "stage": "converted", "steps": self.steps, "plan": plan})
         if own:  # a copy may be converted while the training of the original goes on
             self._unbind()
         return model
@@ -171,6 +174,7 @@ class QuantizationTraining(Algorithm):
         entry = resumable_entry(model, cls.name, cls.config_class.who)
         algo = cls(cls.config_class.from_dict(entry["config"]))
         algo._bind(model)
+        algo._history = live_entry(model)
         algo.steps = entry["steps"]
         return algo
 
@@ -182,9 +186,6 @@ class QuantizationTraining(Algorithm):
         """Remembers the live layers and quantizers that `step` has to visit."""
         self._layers = {name: m for name, m in model.named_modules() if isinstance(m, self.layer_class)}
         self._quantizers = {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}
-        entries = history(model)
-        if entries:
-            self._history = entries[-1]
 
     def _unbind(self) -> None:
         self._layers, self._quantizers, self._watch = {}, {}, None

@@ -16,6 +16,7 @@ from gs_algos.core.registry import algorithm_class
 from gs_algos.quant.scheme import Scheme
 from tests.algos.nets import SmallConvNet, images, train
 from tests.fx.nets import Functional, image
+from tests.helpers import Untouched
 
 NAN, INF = float("nan"), float("inf")
 
@@ -36,26 +37,6 @@ def infinite() -> torch.Tensor:
     x = images()
     x[0, 0, 0, 0] = INF
     return x
-
-
-class Untouched:
-    """Everything a caller can see of a model, to compare with later."""
-
-    def __init__(self, net: nn.Module) -> None:
-        self.net, self.state = net, {key: value.clone() for key, value in net.state_dict().items()}
-        self.facts = self._facts()
-
-    def _facts(self) -> list[Any]:
-        modules = [(name, id(m), type(m), m.training, sorted(vars(m))) for name, m in self.net.named_modules()]
-        return [modules, [(name, id(p)) for name, p in self.net.named_parameters()], history(self.net)]
-
-    def __bool__(self) -> bool:
-        state = self.net.state_dict()
-        return (
-            self._facts() == self.facts
-            and list(state) == list(self.state)
-            and all(torch.equal(state[key].nan_to_num(7), value.nan_to_num(7)) for key, value in self.state.items())
-        )
 
 
 class NoLayers(nn.Module):
