@@ -114,7 +114,7 @@ def test_lists_and_pictures_get_what_the_network_computes(served: tuple[int, str
         want = small()(x[None])[0]
     assert status == 200, answer
     assert torch.allclose(torch.tensor(answer["output"]), want, atol=1e-6)
-    assert answer["class"] == int(want.argmax())
+    assert answer["class"] == max(range(5), key=answer["output"].__getitem__)
     pixels = torch.randint(0, 256, (6, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         want = small()(((pixels / 255 - MEAN[0]) / DEVIATION[0])[None, None])[0]

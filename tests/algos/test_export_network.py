@@ -52,9 +52,13 @@ def small(**schemes: Any) -> nn.Module:
     return trained(net, images(), **schemes)
 
 
-def predicted(path: Path, x: torch.Tensor) -> torch.Tensor:
+def predicted(path: Path, x: torch.Tensor, **entries: str) -> torch.Tensor:
+    """y of a session of ONNX Runtime with these entries `session.<name>` in its options, else as it is by default."""
     ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed; it is in the dev extra")
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    for name, value in entries.items():
+        options.add_session_config_entry(f"session.{name}", value)
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 
 
@@ -107,6 +111,70 @@ def test_onnx_runtime_agrees(schemes: dict[str, Any], tmp_path: Path):
     assert wanted <= operators(path)
 
 
+def fused(**schemes: Any) -> nn.Module:
+    """Layers between ReLUs: ONNX Runtime multiplies integers in all but the last."""
+    torch.manual_seed(2)
+    layers: list[nn.Module] = []
+    for conv in (
+        nn.Conv2d(2, 16, 3, padding=1),
+        nn.Conv2d(16, 16, 3, padding=1, groups=16),
+        nn.Conv2d(16, 16, 3, stride=2, groups=2),
+        nn.Conv2d(16, 8, 1),
+    ):
+        layers += [conv, nn.ReLU()]
+    return trained(nn.Sequential(*layers, nn.Flatten(), nn.Linear(72, 5)), images(16), **schemes)
+
+
+def integer_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The initializers of more than one dimension that are integers."""
+    import onnx
+    from onnx import numpy_helper
+
+    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+    return {name: torch.from_numpy(a.copy()) for name, a in found.items() if a.dtype.kind in "iu" and a.ndim > 1}
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[nn.Module, Path]]:
+    """`fused` networks and their files, by the scheme of their weights."""
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed; it is in the extra onnx")
+    folder, x = tmp_path_factory.mktemp("exports"), images(16)
+    nets = {weight: fused(weight=weight) for weight in ("int8@channel", "int8@channel:asym", "int4@channel")}
+    return {
+        weight: (net, export_onnx(net, x, folder / f"{weight[:4]}{len(weight)}.onnx")) for weight, net in nets.items()
+    }
+
+
+@pytest.mark.parametrize("weight", ["int8@channel", "int8@channel:asym", "int4@channel"])
+def test_no_pair_of_products_can_saturate_16_bits(weight: str, exports: dict[str, tuple[nn.Module, Path]]):
+    weights = integer_weights(exports[weight][1])
+    assert len(weights) == 5
+    for codes in weights.values():
+        # x86 without VNNI adds 255 * (w1 + w2) of int8 weights in int16, and of uint8 weights in int32
+        assert codes.dtype == torch.uint8 or 2 * 255 * int(codes.int().abs().max()) < 2**15
+
+
+@pytest.mark.parametrize("weight", ["int8@channel", "int8@channel:asym", "int4@channel"])
+@pytest.mark.parametrize("entries", [{}, {"x64quantprecision": "1"}, {"qdqisint8allowed": "1"}], ids=str)
+def test_sessions_of_every_kind_agree(weight: str, entries: dict[str, str], exports: dict[str, tuple[nn.Module, Path]]):
+    (net, path), x = exports[weight], images(16)
+    with torch.no_grad():
+        assert relative_rms(predicted(path, x, **entries), net(x)) < 5e-3
+
+
+def test_few_bits_are_spread_so_that_a_bias_is_rounded_finely(exports: dict[str, tuple[nn.Module, Path]]):
+    for codes in integer_weights(exports["int4@channel"][1]).values():
+        assert codes.dtype == torch.int8
+        assert bool((codes % 8 == 0).all())
+        assert int(codes.int().abs().max()) in (56, 64)
+
+
+def test_signed_weights_are_kept_for_those_who_ask(tmp_path: Path):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed; it is in the extra onnx")
+    path = export_onnx(fused(), images(16), tmp_path / "net.onnx", signed_weights=True)
+    assert {codes.dtype for codes in integer_weights(path).values()} == {torch.int8}
+
+
 def test_onnx_rounds_to_a_grid_whose_zero_point_is_no_code(tmp_path: Path):
     pytest.importorskip("onnxscript", reason="onnxscript is not installed; it is in the extra onnx")
     net, x = small(act="int8@tensor:lsq"), images(16)
@@ -142,7 +210,7 @@ def test_the_command_exports_what_the_demo_left(tmp_path: Path, capsys: pytest.C
     (tmp_path / "demo" / "demo.json").write_text(json.dumps({"data": "digits", "model": "lenet5", "image_size": 64}))
     assert run(["export", str(tmp_path / "demo"), str(tmp_path / "net.onnx"), "--to", "onnx"]) == 0
     with torch.no_grad():
-        assert torch.equal(predicted(tmp_path / "net.onnx", x).argmax(1), net(x).argmax(1))
+        assert relative_rms(predicted(tmp_path / "net.onnx", x), net(x)) < 1e-5
 
 
 def test_other_folders_and_missing_libraries_are_named(
