@@ -1,25 +1,40 @@
-"""Chains of tensor operations, and files of C++, compiled once for the CPU.
+"""Chains of tensor operations, compiled once for the CPU.
 
 `torch.compile` compiles again for every size that is 0, 1 or was equal to another in its first call, and takes 30 us or
 more to find the code of a call. So a chain is traced and compiled per variant (rank, dtype, flags), ahead of its first
 use, on an example whose sizes are large and all differ; the code itself checks sizes and strides.
-Without a C++ compiler the chain runs eagerly, which is said once.
+Where compiling fails, for want of a C++ compiler or of a folder, the chain runs eagerly, which is said once.
+
+What `torch.compile` keeps on disk does not say for how wide vectors it was made, so that a CPU with narrower ones would
+read it wrongly, and one with wider ones write behind the ends of tensors. Here the width is part of what is asked for.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
+import subprocess
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gs_kernels.instructions import described
+from gs_kernels.native import say_compiling, say_uncompiled
+
 logger = logging.getLogger(__name__)
 
 Chain = Callable[..., Any]
+
+# of a compiler that is missing, fails or is stopped; of folders; of parts of PyTorch that were half imported then
+FAILURES = (
+    *(RuntimeError, OSError, ImportError, AttributeError, AssertionError, KeyError),
+    *(ValueError, subprocess.SubprocessError),
+)
 
 _ready: dict[tuple[Chain, Hashable, int], Chain] = {}
 _lock = threading.RLock()
@@ -56,42 +71,38 @@ def _compile(chain: Chain, variant: Hashable, example: Callable[[], tuple[Any, .
     logger.info("compiling %s %s for the CPU, once", chain.__name__, variant)
     try:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return _compile_for(chain, example(), options)
-    except (RuntimeError, OSError, ImportError) as error:
-        _say_uncompiled("CPU chains run uncompiled", error)
+            options, mark = {**options, **_width()}, _mark_of(chain, variant)
+            if not mark.exists():
+                say_compiling(chain.__name__, mark.parent.parent)
+            run = _compile_for(chain, example(), options)
+            _leave(mark)
+            return run
+    except FAILURES as error:
+        say_uncompiled("CPU chains run uncompiled", error)
         _usable = False
         return chain
 
 
-def _say_uncompiled(what: str, error: Exception) -> None:
-    reason = str(error).strip().partition("\n")[0]
-    logger.warning("%s, several times slower: compiling failed (%s); install a C++ compiler", what, reason)
+def _width() -> dict[str, Any]:
+    """The option of `torch.compile` that says how wide its vectors are."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    isa = pick_vec_isa()
+    return {"cpp.simdlen": isa.bit_width()} if isa else {}
 
 
-def native(source: Path, functions: Mapping[str, Sequence[Any]], is_right: Callable[[Any], bool]) -> Any:
-    """The void functions of a C++ file, compiled and kept on disk; None, which is said, if that fails or one is wrong.
+def _mark_of(chain: Chain, variant: Hashable) -> Path:
+    """A file that tells that `torch.compile` will find this chain on disk."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    They may use OpenMP, and any instructions that they name themselves by attributes.
+    about = (chain.__module__, chain.__name__, variant, described(), torch.__version__, torch.get_num_threads())
+    return Path(cache_dir()) / "golden_stick" / f"{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.chain"
 
-    Args:
-        functions: the types of their arguments.
-        is_right: whether they compute what they should: a CPU that is emulated may lack instructions that it reports.
-    """
-    file = f"{source.parent.name}/{source.name}"
-    try:
-        from torch._inductor.codecache import CppCodeCache
 
-        library = CppCodeCache.load(source.read_text())
-        for name, argtypes in functions.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = argtypes, None
-    except (RuntimeError, OSError, ImportError) as error:
-        _say_uncompiled(f"{file} is replaced by tensor operations", error)
-        return None
-    if is_right(library):
-        return library
-    logger.warning("the compiled %s computes wrong results; the slower way is taken", file)
-    return None
+def _leave(mark: Path) -> None:
+    with contextlib.suppress(OSError):
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
 
 
 def _compile_for(chain: Chain, args: tuple[Any, ...], options: dict[str, Any]) -> Chain:

@@ -2,7 +2,7 @@
 
 An op lists its implementations fastest first; each can refuse a call with reasons. The first that does not refuse runs.
 The environment variable `GS_BACKEND` forces one by name. This is the only file that reads the environment:
-`GS_TUNING_DIR` is the other variable.
+`GS_TUNING_DIR` is the other variable of ours; `variable` reads those of compilers and PyTorch.
 """
 
 from __future__ import annotations
@@ -63,6 +63,11 @@ def choose(op: str, impls: Sequence[Impl], *args: Any) -> Impl:
             return impl
         refusals += [f"{impl.name} {reason}" for reason in reasons]
     raise UnsupportedError(f"{op}: no implementation can run this call: {'; '.join(refusals)}")
+
+
+def variable(*names: str) -> str:
+    """The first of these environment variables that is set and not empty; "" if none is."""
+    return next((value for name in names if (value := os.environ.get(name, ""))), "")
 
 
 def tuning_dir() -> Path | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from gs_kernels.compiled import native
+from gs_kernels.native import native
 from gs_kernels.qconv2d.window import Window
 
 NEEDS = ("avx512_f", "avx512_bw", "avx512_vl")

@@ -1,8 +1,8 @@
 """Products with a packed weight on the CPU: which way suits a call, and the ways that any call can go.
 
-Up to `ROWS` rows of x (or `FEW_ROWS`), one compiled loop multiplies codes as it unpacks them, in fp32: nothing is
-dequantised in memory. More rows of bf16 go the way of cpu_bf16, where the CPU has its instructions. Elsewhere blocks of
-the weight that fit the cache are dequantised one after the other and multiplied by ATen.
+Up to `ROWS` rows of x (or `FEW_ROWS`), C++ multiplies codes as it unpacks them, in fp32: nothing is dequantised in
+memory. More rows of bf16 go the way of cpu_bf16, where the CPU has its instructions. Elsewhere blocks of the weight
+that fit the cache are dequantised one after the other and multiplied by ATen.
 Small weights, tables of levels and machines without a C++ compiler take plain tensor operations, block by block too.
 
 fp16 is computed in fp32: CPUs multiply it many times slower. bf16 is, where the CPU has no instructions for it.
@@ -19,19 +19,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
-from gs_kernels.compiled import Chain, call
+from gs_kernels.instructions import has
 from gs_kernels.pack.layouts import CANONICAL, PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.qmatmul import cpu_bf16
-from gs_kernels.qmatmul.cpu_chains import ROWS, block_chain, dot_chain, kernel
 from gs_kernels.qmatmul.cpu_lanes import LANES, STEP, Lanes, UnsuitableError, lanes_of
+from gs_kernels.qmatmul.cpu_products import dot, unpack
 from gs_kernels.qmatmul.flat import packed
 from gs_kernels.qmatmul.ref import ACTIVATIONS
 
 logger = logging.getLogger(__name__)
 
+ROWS = 4  # of bf16 x, that multiply as fast in fp32
 COMPILE_FROM = 1 << 18  # elements of a weight; below, plain tensor operations take less than a millisecond
 BLOCK = 1 << 21  # elements of a weight that are dequantised at a time
 # measured, 2 threads, 4096 x 4096: above, a dequantised block and ATen's product take less time
@@ -83,8 +84,8 @@ def worth_compiling(weight: PackedWeight) -> bool:
 @cache
 def computed_in(dtype: torch.dtype) -> torch.dtype:
     """The dtype that a CPU multiplies fast: fp32 for fp16, and for bf16 without instructions for it."""
-    native = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return dtype if dtype == torch.bfloat16 and native else torch.float32
+    able = any(has(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return dtype if dtype == torch.bfloat16 and able else torch.float32
 
 
 def _product(x: Tensor, weight: PackedWeight) -> Tensor:
@@ -107,21 +108,8 @@ def _compiled(x: Tensor, weight: PackedWeight) -> Tensor:
         except UnsuitableError as error:
             logger.debug("qmatmul goes another way: %s", error)
     if m <= FEW_ROWS[x.dtype]:
-        return few_rows(dot_chain, x.float(), weight)
+        return dot(x.float(), lanes_of(weight))[:, : weight.shape[0]]
     return _by_blocks(x, weight)
-
-
-def few_rows(chain: Chain, x: Tensor, weight: PackedWeight, *how: bool) -> Tensor:
-    """`[M, N]` fp32 by `dot_chain` or `int_dot_chain`, 4 rows at a time; how: what the chain asks for besides."""
-    lanes, m = lanes_of(weight), x.shape[0]
-    short = -m % ROWS if m > 1 else 0
-    steps = lanes.steps(pad(x, (0, 0, 0, short)) if short else x)
-    rows = 1 if m == 1 else ROWS
-    run = kernel(chain, lanes.bits, rows, *how)
-    parts = steps.split(rows) if m > ROWS else (steps,)
-    ys = [call(run, lanes.codes, lanes.grid, part, lanes.bits, rows, *how) for part in parts]
-    y = ys[0] if len(ys) == 1 else torch.cat(ys)
-    return y if y.shape == (m, weight.shape[0]) else y[:m, : weight.shape[0]]
 
 
 def _by_blocks(x: Tensor, weight: PackedWeight) -> Tensor:
@@ -136,19 +124,18 @@ def _by_blocks(x: Tensor, weight: PackedWeight) -> Tensor:
     return y[:, : weight.shape[0]]
 
 
-def dequantized(lanes: Lanes, dtype: torch.dtype, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Blocks of the weight and their grids, as `block_chain` makes them: each overwrites the one before.
+def dequantized(lanes: Lanes, dtype: torch.dtype, size: int, as_codes: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks of the weight and their grids, as `unpack` makes them: each overwrites the one before.
 
     About `size` elements at a time, at least two blocks of lanes. Memory taken anew for each would cost more in page
     faults than the passes that fill it.
     """
-    run = kernel(block_chain, lanes.bits, dtype)
     count, *steps = lanes.codes.shape[:3]
     parts = max(1, min(count // 2, count * LANES * lanes.groups * lanes.width // size))
     buffer = torch.empty(*steps, STEP, -(-count // parts), LANES, dtype=dtype)
     for codes, grid in zip(lanes.codes.tensor_split(parts), lanes.grid.tensor_split(parts), strict=True):
         block = buffer.flatten()[: codes.shape[0] * buffer[..., 0, :].numel()].view(*steps, STEP, -1, LANES)
-        call(run, codes, grid, block, lanes.bits)
+        unpack(codes, grid, lanes.bits, block, as_codes)
         yield block, grid
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.compiled import native
+from gs_kernels.instructions import has
+from gs_kernels.native import native
 from gs_kernels.qmatmul.cpu_lanes import LANES, Lanes, UnsuitableError
 
 NEEDS = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_bf16", "avx512_vbmi")
@@ -29,8 +30,7 @@ def suits(m: int) -> bool:
 
 @cache
 def _abilities() -> tuple[bool, bool]:
-    able = torch.cpu.get_capabilities()
-    return all(able.get(name) for name in NEEDS), bool(able.get("amx_bf16"))
+    return all(map(has, NEEDS)), has("amx_bf16")
 
 
 def multiply(x: Tensor, lanes: Lanes) -> Tensor:

@@ -1,7 +1,8 @@
 """Products of 8-bit rows with a packed weight on the CPU, summed as integers.
 
-Up to `FEW_ROWS` rows, one compiled loop, as for float rows. With more, blocks of the weight as int8 and ATen's product
-of int8 matrices, a group at a time.
+Up to `FEW_ROWS` rows, one loop in C++, as for float rows. With more, blocks of the weight, a group at a time: as int8
+and by ATen's product of int8 matrices where the CPU has instructions for it; else as whole numbers in fp32, in
+stretches of K so short that fp32 holds all their sums.
 """
 
 from __future__ import annotations
@@ -12,19 +13,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gs_kernels.compiled import call
+from gs_kernels.instructions import multiplies_int8
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import unpack_codes
-from gs_kernels.qmatmul.cpu import dequantized, few_rows, finish, rows_of, without_autocast, worth_compiling
-from gs_kernels.qmatmul.cpu_chains import OFFSET, add_kernel, int_dot_chain
+from gs_kernels.qmatmul.cpu import dequantized, finish, rows_of, without_autocast, worth_compiling
 from gs_kernels.qmatmul.cpu_lanes import LANES, UnsuitableError, kept, lanes_of
+from gs_kernels.qmatmul.cpu_products import OFFSET, add, int_dot
 from gs_kernels.qmatmul.flat import packed
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref
 
 logger = logging.getLogger(__name__)
 
-FEW_ROWS = 16  # measured, 2 threads, 4096 x 4096
+# measured, 4096 x 4096: above, blocks and ATen's products take less time, where it has instructions for int8, and not
+FEW_ROWS = {True: 16, False: 256}
 BLOCK = 1 << 23  # elements of a weight that are unpacked at a time
+STRETCH = 1 << 10  # of K: so many products of -128 and -128 are 2**24
 LARGEST_GROUP = 1 << 15  # of products of 255 and -128, the sum, zero points taken off, is below 2**31
 
 
@@ -70,9 +73,9 @@ def _product(x: Tensor, shift: int, weight: PackedWeight) -> Tensor | None:
     if beyond or not worth_compiling(weight) or weight.group_size > LARGEST_GROUP or x.numel() == 0:
         return None
     try:
-        if x.numel() // x.shape[-1] <= FEW_ROWS:
-            rows = rows_of(x, torch.int32)
-            return few_rows(int_dot_chain, rows - shift if shift else rows, weight, weight.scale.shape[1] == 1)
+        if x.numel() // x.shape[-1] <= FEW_ROWS[multiplies_int8()]:
+            rows, one = rows_of(x, torch.int16), weight.scale.shape[1] == 1
+            return int_dot(rows - shift if shift else rows, lanes_of(weight), one)[:, : weight.shape[0]]
         return _by_blocks(rows_of(x, torch.int8), shift, weight)
     except UnsuitableError as error:
         logger.debug("qmatmul_int8 runs as its reference: %s", error)
@@ -80,25 +83,38 @@ def _product(x: Tensor, shift: int, weight: PackedWeight) -> Tensor | None:
 
 
 def _by_blocks(x: Tensor, shift: int, weight: PackedWeight) -> Tensor:
-    lanes, add = lanes_of(weight), add_kernel(weight.bits)
+    lanes, as_int8 = lanes_of(weight), multiplies_int8()
+    dtype = torch.int8 if as_int8 else torch.float32
     groups, m = lanes.groups, x.shape[0]
     by_group = lanes.steps(x).view(m, groups, -1).transpose(0, 1).contiguous()  # [groups, M, width]
-    x_sums = by_group.sum(2, dtype=torch.int32).view(groups, m, 1, 1) - shift * weight.group_size
+    x_sums = by_group.sum(2, dtype=torch.int32) - shift * weight.group_size  # [groups, M]
+    by_group = by_group.to(dtype)
     code_sums = kept(weight, "code sums", _code_sums) if shift else None
     per_group = lanes.grid.shape[1] // groups
     ys: list[Tensor] = []
     done = 0
-    for block, grid in dequantized(lanes, torch.int8, BLOCK):
+    for block, grid in dequantized(lanes, dtype, BLOCK if as_int8 else BLOCK // 4, as_codes=not as_int8):
         columns = block.view(groups, lanes.width, -1)
         y = torch.zeros(m, grid.shape[0], LANES)
         for g in range(groups):
-            sums = torch._int_mm(by_group[g], columns[g]).view(y.shape)
+            multiply = torch._int_mm if as_int8 else _whole_product
+            sums = multiply(by_group[g], columns[g]).view(y.shape)
             if code_sums is not None:
                 sums -= shift * code_sums[g, done : done + grid.shape[0]]
-            call(add, y, sums, x_sums[g], grid[:, g * per_group], OFFSET if lanes.bits == 8 else 0)
+            add(y, sums, x_sums[g], grid[:, g * per_group], lanes.bits)
         ys.append(y.flatten(1))
         done += grid.shape[0]
     return torch.cat(ys, 1)[:, : lanes.shape[0]]
+
+
+def _whole_product(x: Tensor, w: Tensor) -> Tensor:
+    """int32 `[M, N]` from the codes of 8 bits x `[M, K]` and w `[K, N]` in fp32, which holds whole numbers to 2**24."""
+    y = None
+    for part, rows in zip(x.split(STRETCH, 1), w.split(STRETCH), strict=True):
+        sums = (part @ rows).int()
+        y = sums if y is None else y.add_(sums)
+    assert y is not None
+    return y
 
 
 def _code_sums(weight: PackedWeight) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.compiled import native
+from gs_kernels.native import native
 from gs_kernels.pack.pack import pack_codes
 from gs_kernels.slb.layout import empty_weight
 from gs_kernels.slb.ref import (

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gs_kernels import PackedWeight, pack_weight, qmatmul, qmatmul_int8, row_sums
+from gs_kernels import PackedWeight, native, pack_weight, qmatmul, qmatmul_int8, row_sums
 from gs_kernels.dispatch import INTERPRET
 from gs_kernels.qmatmul import cpu, cpu_bf16
 from gs_kernels.qmatmul.cpu_lanes import lanes_of
@@ -71,16 +71,15 @@ def test_no_cpp_no_harm(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
     """Without a compiler, and where the compiled code is wrong: said once, and computed another way."""
     w = weight(*WEIGHTS["4 bit"])
 
-    def fail(source: str) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("no g++")
 
-    from torch._inductor.codecache import CppCodeCache
-
     for target, name, broken, said in (
-        (CppCodeCache, "load", fail, "no g++"),
+        (native, "_library", fail, "no g++"),
         (cpu_bf16, "_call", lambda functions, x, lanes: torch.zeros(()), "wrong results"),
     ):
         with monkeypatch.context() as patch:
+            patch.setattr(native, "_said", set())
             patch.setattr(target, name, broken)
             cpu_bf16._library.cache_clear()
             caplog.clear()

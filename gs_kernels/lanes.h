@@ -1,0 +1,197 @@
+// Sixteen lanes of fp32 (F) and of int32 (I): a register of AVX-512, two of AVX2, or four of 16 bytes.
+// Products and sums are not contracted: only `fma` is fused. max and min give their second operand where one is NaN.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+#define LANE_FN static inline __attribute__((always_inline))
+
+namespace {
+namespace lanes {
+
+constexpr int64_t LANES = 16;
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+
+struct F { __m512 v; };
+struct I { __m512i v; };
+
+LANE_FN __mmask16 first(int64_t n) { return n >= LANES ? 0xffff : (__mmask16)((1u << n) - 1); }
+LANE_FN F load(const float* p) { return {_mm512_loadu_ps(p)}; }
+LANE_FN F load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+LANE_FN void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+LANE_FN void store(float* p, F a, int64_t n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+LANE_FN F all(float a) { return {_mm512_set1_ps(a)}; }
+LANE_FN F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
+LANE_FN F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
+LANE_FN F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+LANE_FN F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+LANE_FN F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
+LANE_FN F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
+LANE_FN F round(F a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+LANE_FN F in_fp32(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
+LANE_FN I whole(F a) { return {_mm512_cvttps_epi32(a.v)}; }
+LANE_FN I load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+LANE_FN I load(const int32_t* p, int64_t n) { return {_mm512_maskz_loadu_epi32(first(n), p)}; }
+LANE_FN void store(int32_t* p, I a) { _mm512_storeu_si512(p, a.v); }
+LANE_FN I load(const int8_t* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
+LANE_FN I load(const int8_t* p, int64_t n) { return {_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p))}; }
+LANE_FN I load(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
+LANE_FN void store(int8_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }
+LANE_FN void store(int8_t* p, I a, int64_t n) { _mm_mask_storeu_epi8(p, first(n), _mm512_cvtepi32_epi8(a.v)); }
+LANE_FN void store(uint16_t* p, I a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(a.v)); }
+LANE_FN I all(int32_t a) { return {_mm512_set1_epi32(a)}; }
+LANE_FN I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
+LANE_FN I operator-(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+LANE_FN I operator*(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+LANE_FN I operator&(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
+LANE_FN I operator|(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
+LANE_FN I left(I a, int n) { return {_mm512_slli_epi32(a.v, n)}; }
+LANE_FN I right(I a, int n) { return {_mm512_srli_epi32(a.v, n)}; }
+LANE_FN I pairs(I a, I b) { return {_mm512_madd_epi16(a.v, b.v)}; }
+LANE_FN I bits_of(F a) { return {_mm512_castps_si512(a.v)}; }
+LANE_FN I where_nan(F a, I nan, I b) { return {_mm512_mask_mov_epi32(b.v, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), nan.v)}; }
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+struct F { __m256 a, b; };
+struct I { __m256i a, b; };
+
+LANE_FN F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+LANE_FN void store(float* p, F x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
+LANE_FN F all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+LANE_FN F operator+(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+LANE_FN F operator-(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+LANE_FN F operator*(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+LANE_FN F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+LANE_FN F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+LANE_FN F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+LANE_FN F round(F x) {
+  constexpr int how = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(x.a, how), _mm256_round_ps(x.b, how)};
+}
+LANE_FN F in_fp32(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+LANE_FN I whole(F x) { return {_mm256_cvttps_epi32(x.a), _mm256_cvttps_epi32(x.b)}; }
+LANE_FN I load(const int32_t* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))}; }
+LANE_FN void store(int32_t* p, I x) { _mm256_storeu_si256((__m256i*)p, x.a), _mm256_storeu_si256((__m256i*)(p + 8), x.b); }
+LANE_FN I load(const int8_t* p) {
+  const __m128i x = _mm_loadu_si128((const __m128i*)p);
+  return {_mm256_cvtepi8_epi32(x), _mm256_cvtepi8_epi32(_mm_unpackhi_epi64(x, x))};
+}
+LANE_FN I load(const uint8_t* p) {
+  const __m128i x = _mm_loadu_si128((const __m128i*)p);
+  return {_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(x, x))};
+}
+LANE_FN void store(int8_t* p, I x) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
+  _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+LANE_FN void store(uint16_t* p, I x) {
+  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8));
+}
+LANE_FN I all(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+LANE_FN I operator+(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+LANE_FN I operator-(I x, I y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+LANE_FN I operator*(I x, I y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
+LANE_FN I operator&(I x, I y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
+LANE_FN I operator|(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+LANE_FN I left(I x, int n) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
+LANE_FN I right(I x, int n) { return {_mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)}; }
+LANE_FN I pairs(I x, I y) { return {_mm256_madd_epi16(x.a, y.a), _mm256_madd_epi16(x.b, y.b)}; }
+LANE_FN I bits_of(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+LANE_FN I where_nan(F x, I nan, I y) {
+  const __m256i a = _mm256_castps_si256(_mm256_cmp_ps(x.a, x.a, _CMP_UNORD_Q));
+  const __m256i b = _mm256_castps_si256(_mm256_cmp_ps(x.b, x.b, _CMP_UNORD_Q));
+  return {_mm256_blendv_epi8(y.a, nan.a, a), _mm256_blendv_epi8(y.b, nan.b, b)};
+}
+#define LANES_BY_COPIES
+
+#else
+
+// registers of 16 bytes, as x86-64 and ARM all have them, through the compiler's own vectors
+typedef float f4 __attribute__((vector_size(16)));
+typedef int32_t i4 __attribute__((vector_size(16)));
+typedef uint32_t u4 __attribute__((vector_size(16)));
+struct F { f4 v[4]; };
+struct I { i4 v[4]; };
+
+#define EACH(type, expression) { type y; for (int i = 0; i < 4; ++i) y.v[i] = (expression); return y; }
+#define OF_EACH(type, expression) { type y; for (int i = 0; i < LANES; ++i) y.v[i / 4][i % 4] = (expression); return y; }
+LANE_FN F load(const float* p) { F y; std::memcpy(y.v, p, sizeof(y.v)); return y; }
+LANE_FN void store(float* p, F a) { std::memcpy(p, a.v, sizeof(a.v)); }
+LANE_FN F all(float a) EACH(F, (f4{a, a, a, a}))
+LANE_FN F operator+(F a, F b) EACH(F, a.v[i] + b.v[i])
+LANE_FN F operator-(F a, F b) EACH(F, a.v[i] - b.v[i])
+LANE_FN F operator*(F a, F b) EACH(F, a.v[i] * b.v[i])
+LANE_FN F fma(F a, F b, F c) EACH(F, a.v[i] * b.v[i] + c.v[i])
+LANE_FN F max(F a, F b) EACH(F, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
+LANE_FN F min(F a, F b) EACH(F, a.v[i] < b.v[i] ? a.v[i] : b.v[i])
+LANE_FN F round(F a) {
+  // adding and taking off 1.5 * 2**23 rounds to even; what is larger is whole, or is rounded by itself
+  F y;
+  for (int i = 0; i < 4; ++i) {
+    const f4 v = a.v[i], large = f4{4194304.0f, 4194304.0f, 4194304.0f, 4194304.0f}, magic = large + large + large;
+    y.v[i] = (v + magic) - magic;
+    for (int k = 0; k < 4; ++k) {
+      if (!(v[k] > -large[k] && v[k] < large[k])) y.v[i][k] = std::nearbyintf(v[k]);
+    }
+  }
+  return y;
+}
+LANE_FN F in_fp32(I a) EACH(F, __builtin_convertvector(a.v[i], f4))
+LANE_FN I whole(F a) EACH(I, __builtin_convertvector(a.v[i], i4))
+LANE_FN I load(const int32_t* p) { I y; std::memcpy(y.v, p, sizeof(y.v)); return y; }
+LANE_FN void store(int32_t* p, I a) { std::memcpy(p, a.v, sizeof(a.v)); }
+LANE_FN I load(const int8_t* p) OF_EACH(I, p[i])
+LANE_FN I load(const uint8_t* p) OF_EACH(I, p[i])
+LANE_FN void store(int8_t* p, I a) { for (int i = 0; i < LANES; ++i) p[i] = (int8_t)a.v[i / 4][i % 4]; }
+LANE_FN void store(uint16_t* p, I a) { for (int i = 0; i < LANES; ++i) p[i] = (uint16_t)a.v[i / 4][i % 4]; }
+LANE_FN I all(int32_t a) EACH(I, (i4{a, a, a, a}))
+LANE_FN I operator+(I a, I b) EACH(I, a.v[i] + b.v[i])
+LANE_FN I operator-(I a, I b) EACH(I, a.v[i] - b.v[i])
+LANE_FN I operator*(I a, I b) EACH(I, a.v[i] * b.v[i])
+LANE_FN I operator&(I a, I b) EACH(I, a.v[i] & b.v[i])
+LANE_FN I operator|(I a, I b) EACH(I, a.v[i] | b.v[i])
+LANE_FN I left(I a, int n) EACH(I, (i4)((u4)a.v[i] << n))
+LANE_FN I right(I a, int n) EACH(I, (i4)((u4)a.v[i] >> n))
+LANE_FN I pairs(I a, I b) EACH(I, (a.v[i] << 16 >> 16) * (b.v[i] << 16 >> 16) + (a.v[i] >> 16) * (b.v[i] >> 16))
+LANE_FN I bits_of(F a) { I y; std::memcpy(y.v, a.v, sizeof(y.v)); return y; }
+LANE_FN I where_nan(F a, I nan, I b) EACH(I, a.v[i] != a.v[i] ? nan.v[i] : b.v[i])
+#define LANES_BY_COPIES
+
+#endif
+
+#ifdef LANES_BY_COPIES
+template <class V, class T>
+LANE_FN V load_first(const T* p, int64_t n) {
+  if (n >= LANES) return load(p);
+  T near[LANES] = {};
+  std::memcpy(near, p, n * sizeof(T));
+  return load(near);
+}
+template <class V, class T>
+LANE_FN void store_first(T* p, V a, int64_t n) {
+  if (n >= LANES) return store(p, a);
+  T near[LANES];
+  store(near, a);
+  std::memcpy(p, near, n * sizeof(T));
+}
+LANE_FN F load(const float* p, int64_t n) { return load_first<F>(p, n); }
+LANE_FN I load(const int32_t* p, int64_t n) { return load_first<I>(p, n); }
+LANE_FN I load(const int8_t* p, int64_t n) { return load_first<I>(p, n); }
+LANE_FN void store(float* p, F a, int64_t n) { store_first(p, a, n); }
+LANE_FN void store(int8_t* p, I a, int64_t n) { store_first(p, a, n); }
+#endif
+
+// Codes of a grid: round(v * inverse + fraction) + whole part of the zero point, between two of them; the least of NaN.
+LANE_FN I codes_of(F v, F inverse, F fraction, F whole_zero, F least, F largest) {
+  v = round(v * inverse + fraction) + whole_zero;
+  return whole(min(max(v, least), largest));
+}
+
+}  // namespace lanes
+}  // namespace
