@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import Self
 
-from gs_algos.core.rules import did_you_mean
+from gs_algos.core.rules import did_you_mean, rules_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class AlgorithmConfig:
         """The config of these options; lists, as JSON has them, become tuples."""
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
         if "rules" in options:
-            options["rules"] = tuple(tuple(rule) if isinstance(rule, list) else rule for rule in options["rules"])
+            options["rules"] = rules_of(options["rules"], cls.who)
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:

@@ -40,6 +40,25 @@ def resolve(
     return settings
 
 
+def rules_of(rules: Any, who: str) -> tuple[Any, ...]:
+    """The rules as a tuple of tuples; each is checked where it is resolved.
+
+    Raises:
+        TypeError: if they are no list of rules: a dict, or one rule by itself.
+    """
+    must = f"{who}: rules must be a list of (pattern, options), got"
+    if isinstance(rules, Mapping):
+        raise TypeError(f"{must} a dict; use {list(rules.items())!r}")
+    if not isinstance(rules, tuple | list):
+        raise TypeError(f"{must} {rules!r}; for example [('fc', None)]")
+    single = (
+        len(rules) == 2 and isinstance(rules[0], str | type) and (rules[1] is None or isinstance(rules[1], Mapping))
+    )
+    if single:
+        raise TypeError(f"{must} one rule; use [{tuple(rules)!r}]")
+    return tuple(tuple(rule) if isinstance(rule, list) else rule for rule in rules)
+
+
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """`; did you mean ...?` with the nearest of the words, or nothing if none is near."""
     near = difflib.get_close_matches(word, list(words), n=1)

@@ -30,6 +30,7 @@ from gs_algos.core.algorithm import (
     resumable_entry,
     run,
 )
+from gs_algos.core.batches import InputsOf, checked_batches
 from gs_algos.core.compare import relative_error
 from gs_algos.core.modules import all_or_nothing, get_module
 from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
@@ -166,26 +167,37 @@ class Pruner(Algorithm):
         """Learns from the last gradients in the first phase, keeps the zeros in the second. After every optimizer step.
 
         Raises:
-            RuntimeError: if `apply` was not called, or a weight got a gradient in the first phase.
+            RuntimeError: if `apply` was not called, a weight got a gradient in the first phase, or no channel did.
         """
         model = self._require_bound("step")
         if self.selecting:
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
+                    how = "run the model as a whole, without gradient checkpointing"
                     raise RuntimeError(
                         f"{self.config.who}.step: weights must stand still for {self.config.select_steps} steps, got a "
-                        f"gradient in {name}; run the model as a whole, without gradient checkpointing"
+                        f"gradient in {name}; {how if model.training else 'call model.train() first'}"
                     )
             self._average_gradients()
             self.learn(self._gates.values())
             for gate in self._gates.values():
                 gate.gate.grad = None
+            if self._steps + 1 == self.config.select_steps:
+                self._refuse_unlearned()
         self._steps += 1
         self._history["steps"] = self._steps
         if self._steps == self.config.select_steps:
             self._select()
         elif not self.selecting:
             self._mask()
+
+    def _refuse_unlearned(self) -> None:
+        """Raises if the cut would be decided without anything to decide it by."""
+        if self._gates and not any(bool(gate.gate_square.any()) for gate in self._gates.values()):
+            raise RuntimeError(
+                f"{self.config.who}.step: the first {self.config.select_steps} steps must show how much each channel "
+                "matters, got no gradient in any; run batches through the model in train mode, loss.backward(), step"
+            )
 
     def _average_gradients(self) -> None:
         """Gates are buffers, which DistributedDataParallel does not reduce."""
@@ -230,7 +242,9 @@ class Pruner(Algorithm):
 
         Raises:
             RuntimeError: if the cut is not decided yet.
-            ValueError: if not exactly one of `batches` and `forward_loop` is given.
+            TypeError: if the batches are no iterable.
+            ValueError: if not exactly one of `batches` and `forward_loop` is given, or no batch runs through the model.
+                The statistics are then as they were.
         """
         who = f"{self.config.who}.refresh"
         model = network_of(model, who)
@@ -238,9 +252,15 @@ class Pruner(Algorithm):
             raise RuntimeError(f"{who}: the cut must be decided, got step {self._steps} of {self.config.select_steps}")
         if (batches is None) == (forward_loop is None):
             raise ValueError(f"{who}: give either batches or forward_loop")
+        batches, inputs_of = (
+            checked_batches(who, () if batches is None else batches),
+            InputsOf(who, model, self._example),
+        )
         norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
         flags = {m: m.training for m in model.modules()}
         momenta = {m: m.momentum for m in norms}
+        before = [(b, b.clone()) for m in norms for b in m.buffers(recurse=False)]
+        done = False
         try:
             for norm in norms:
                 norm.reset_running_stats()
@@ -249,9 +269,14 @@ class Pruner(Algorithm):
             with torch.no_grad():
                 if forward_loop is not None:
                     forward_loop(model)
-                for batch in progress(batches or (), "refreshing batch norms"):
-                    run(model, batch, who)
+                for batch in progress(batches, "refreshing batch norms"):
+                    run(model, inputs_of(batch), who)
+            if norms and all(m.num_batches_tracked == 0 for m in norms):
+                raise ValueError(f"{who}: at least one batch must run through the model, got none")
+            done = True
         finally:
+            for own, value in before if not done else ():
+                own.copy_(value)
             for norm, momentum in momenta.items():
                 norm.momentum = momentum
             for module, flag in flags.items():

@@ -10,7 +10,7 @@ follows, the norm of the channel's weights stands for |gamma|; knock-offs are th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.core.algorithm import Inputs
+from gs_algos.core.batches import checked_batches
 from gs_algos.core.modules import get_module
 from gs_algos.pruning.config import PruneConfig
 from gs_algos.pruning.gates import Blend, Freezer, Gated, can_gate, install_gate
@@ -122,12 +123,19 @@ class SCOP(Pruner):
     def fit_knockoffs(self, batches: Iterable[Tensor], steps: int = 500) -> None:
         """Trains a generator on batches of images `[B, C, H, W]`; its images are the knock-offs from now on.
 
+        batches: read several times; of `(x, y)` the images x are taken.
+
         Raises:
+            TypeError: if the batches are no iterable, or one that is read only once.
             ValueError: if there are no batches, or they are not images of one shape.
         """
+        who = "SCOP.fit_knockoffs"
+        if isinstance(checked_batches(who, batches), Iterator):
+            raise TypeError(f"{who}: batches must be read several times, got an iterator; give a list or a DataLoader")
+        batches = _Images(batches)
         first = next(iter(batches), None)
-        if first is None or first.dim() != 4:
-            got = "none" if first is None else list(first.shape)
+        if not isinstance(first, Tensor) or first.dim() != 4:
+            got = "none" if first is None else list(first.shape) if isinstance(first, Tensor) else type(first).__name__
             raise ValueError(f"SCOP.fit_knockoffs: batches must be images [B, C, H, W], got {got}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -166,6 +174,17 @@ class SCOP(Pruner):
 
     def scores(self, model: nn.Module, groups: Groups) -> Tensor:
         return unit_scores(model, groups, beta_scores)
+
+
+class _Images:
+    """The images of batches, without the labels beside them."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            yield batch[0] if isinstance(batch, tuple | list) and batch else batch
 
 
 def beta_scores(model: nn.Module, layer: Layer) -> Tensor | None:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from gs_algos.core.algorithm import Inputs, evaluating, run
+from gs_algos.core.batches import InputsOf, checked_batches
 from gs_algos.core.modules import TRACING
 from gs_algos.core.progress import progress
 from gs_algos.quant.quantizers import ActivationQuantizer, calibrated_range
@@ -20,6 +21,7 @@ def observe(
     batches: Iterable[Inputs] | None,
     forward_loop: Callable[[nn.Module], None] | None = None,
     *,
+    example: Inputs | None = None,
     provisional: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> None:
@@ -27,11 +29,18 @@ def observe(
 
     Args:
         batches, forward_loop: the data; an error leaves all ranges as they were.
+        example: inputs whose form says which part of a batch is meant, see `InputsOf`.
         provisional: the first training batch replaces the ranges.
 
     Raises:
+        TypeError: if the batches are no iterable, or the loop no function.
         ValueError: if the inputs do not run through the model, no batch did, or a quantizer saw NaN or Inf.
     """
+    if forward_loop is not None and not callable(forward_loop):
+        got = type(forward_loop).__name__
+        raise TypeError(f"{who}: forward_loop must be a function of the model, got {got}; give batches=")
+    batches = () if batches is None else checked_batches(who, batches)
+    inputs_of = InputsOf(who, model, example)
     for quantizer in quantizers.values():
         quantizer.start_calibration()
     try:
@@ -39,8 +48,8 @@ def observe(
             if forward_loop is not None:
                 with TRACING:
                     forward_loop(model)
-            for batch in progress(() if batches is None else batches, "calibrating"):
-                run(model, batch, who)
+            for batch in progress(batches, "calibrating"):
+                run(model, inputs_of(batch), who)
         ranges = {name: calibrated_range(q, name, group) for name, q in quantizers.items()}
     finally:
         for quantizer in quantizers.values():

@@ -130,7 +130,7 @@ class SLB(QuantizationTraining):
         """
         self._require_bound("calibrate_norms")
         network = network_of(model, "SLB.calibrate_norms")
-        calibrate_norms("SLB.calibrate_norms", network, batches, self.process_group)
+        calibrate_norms("SLB.calibrate_norms", network, batches, self.process_group, self._example)
 
     def move(self) -> None:
         """Brings every layer to where the schedule is after `steps` steps. Nothing is read back from the device."""

@@ -11,11 +11,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gs_algos.core.algorithm import Inputs, evaluating, run
+from gs_algos.core.batches import InputsOf, checked_batches
 from gs_algos.core.progress import progress
 
 
 def calibrate_norms(
-    who: str, model: nn.Module, batches: Iterable[Inputs], group: dist.ProcessGroup | None = None
+    who: str,
+    model: nn.Module,
+    batches: Iterable[Inputs],
+    group: dist.ProcessGroup | None = None,
+    example: Inputs | None = None,
 ) -> None:
     """Sets running means and variances to the mean of those of the batches, all else in eval mode.
 
@@ -24,11 +29,12 @@ def calibrate_norms(
     Raises:
         ValueError: if there is no batch, or one does not run through the model. The statistics are then as before.
     """
+    batches, inputs_of = checked_batches(who, batches), InputsOf(who, model, example)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     seen = 0
     with _collecting(model, norms):
         for batch in progress(batches, "calibrating batch norms"):
-            run(model, batch, who)
+            run(model, inputs_of(batch), who)
             seen += 1
         if not seen:
             raise ValueError(f"{who}: at least one batch must run through the model, got none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -21,6 +22,8 @@ from gs_algos.qat.observe import observe
 from gs_algos.qat.prepare import refuse_nonfinite
 from gs_algos.qat.untrained import Watch
 from gs_algos.quant.quantizers import SMALLEST_SCALE, ActivationQuantizer, Quantizer, merge_pending
+
+logger = logging.getLogger(__name__)
 
 
 class QuantizationTraining(Algorithm):
@@ -114,7 +117,10 @@ class QuantizationTraining(Algorithm):
     ) -> None:
         """Sets every activation range from data before training: `batches` of inputs, or your own `forward_loop`.
 
+        Of batches such as `(x, y)` the part is taken that has the form of the example inputs, which the log says once.
+
         Raises:
+            TypeError: if the batches are no iterable, or the loop is no function.
             RuntimeError: if `apply` was not called on this model.
             ValueError: if not exactly one of the two is given, it shows the model nothing, or a weight or an activation
                 is not finite. The ranges are then as they were.
@@ -122,6 +128,8 @@ class QuantizationTraining(Algorithm):
         self._require_bound("calibrate")
         if (batches is None) == (forward_loop is None):
             raise ValueError(f"{self.who}.calibrate: give either batches or forward_loop")
+        if not self._activations():
+            logger.warning("%s.calibrate: activations stay float, so no range of theirs is set", self.who)
         network = network_of(model, f"{self.who}.calibrate")
         refuse_nonfinite(f"{self.who}.calibrate", self._layers.items())
         with ordinary_tensors():
@@ -180,7 +188,8 @@ class QuantizationTraining(Algorithm):
 
     def _observe(self, method: str, model: nn.Module, *data: Any, provisional: bool = False) -> None:
         who = f"{self.who}.{method}"
-        observe(who, model, self._activations(), *data, provisional=provisional, group=self.process_group)
+        options: dict[str, Any] = {"example": self._example, "provisional": provisional, "group": self.process_group}
+        observe(who, model, self._activations(), *data, **options)
 
     def _bind(self, model: nn.Module) -> None:
         """Remembers the live layers and quantizers that `step` has to visit."""

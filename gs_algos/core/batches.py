@@ -1,0 +1,131 @@
+"""What a data loader gives, as inputs of a model: labels that come along are left out."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from gs_algos.core.algorithm import Inputs, split_inputs
+from gs_algos.core.network import network_of
+
+logger = logging.getLogger(__name__)
+
+
+def checked_batches(who: str, batches: Any) -> Iterable[Any]:
+    """The batches themselves, if they are several and can be gone through.
+
+    Raises:
+        TypeError: if they are no iterable.
+        ValueError: if they are the inputs of one call.
+    """
+    if isinstance(batches, Tensor | Mapping):
+        got = f"one tensor of shape {tuple(batches.shape)}" if isinstance(batches, Tensor) else "one mapping"
+        raise ValueError(
+            f"{who}: the inputs must run through the model batch by batch, got {got}; give a list, [inputs]"
+        )
+    if callable(batches) and not hasattr(batches, "__iter__"):
+        raise TypeError(f"{who}: batches must be an iterable of inputs, got a function; give forward_loop=")
+    if isinstance(batches, str | bytes) or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise TypeError(
+            f"{who}: batches must be an iterable of inputs, such as a DataLoader, got {type(batches).__name__}"
+        )
+    return batches
+
+
+class InputsOf:
+    """Gives the part of a batch that a model takes: all of it, or what of `(x, y)` has the form of the example inputs.
+
+    A batch whose whole the model would take, though it has another form than the example, is refused: labels must not
+    pass for a mask.
+
+    Args:
+        example: inputs the model is known to take; None if none are known.
+    """
+
+    def __init__(self, who: str, model: nn.Module, example: Inputs | None) -> None:
+        self.who, self.example, self.said = who, example, False
+        try:
+            self.signature: inspect.Signature | None = inspect.signature(network_of(model, who).forward)
+        except (TypeError, ValueError):  # a forward without a signature takes whatever it takes
+            self.signature = None
+
+    def __call__(self, batch: Any) -> Inputs:
+        """
+        Raises:
+            ValueError: if it is not clear which part of the batch is meant.
+        """
+        whole = self._binds(batch)
+        if isinstance(batch, Mapping):
+            return self._of_mapping(batch, whole)
+        if not isinstance(batch, tuple | list) or not batch or self._fits(batch, whole):
+            return batch
+        part, said = self._part(batch)
+        if part is None:
+            return batch
+        if whole and self.example is not None and _same_form(batch[0], split_inputs(self.example)[0][0]):
+            raise ValueError(
+                f"{self.who}: a batch must have the form of the example inputs, got {len(batch)} elements, which "
+                f"forward{self.signature} would take all; give the inputs alone, or a dict of the arguments"
+            )
+        self._say(f"takes {said} of each batch of {len(batch)} elements")
+        return part
+
+    def _of_mapping(self, batch: Mapping[str, Any], whole: bool) -> Inputs:
+        if whole:
+            return batch
+        keys = self.example.keys() if isinstance(self.example, Mapping) else ()
+        if keys and keys <= batch.keys():
+            self._say(f"takes {', '.join(keys)} of each batch and leaves {', '.join(batch.keys() - keys)}")
+            return {key: batch[key] for key in keys}
+        names = ", ".join(map(str, batch))
+        raise ValueError(
+            f"{self.who}: a batch must be inputs of the model, got a mapping of {names} for forward{self.signature}; "
+            f"give the inputs alone, (batch[{next(iter(batch), 'x')!r}] for batch in batches)"
+        )
+
+    def _part(self, batch: Any) -> tuple[Any, str]:
+        """(the part that is meant, in words); None if there is none."""
+        if self.example is None:
+            return (batch[0], "the first element") if self._binds(batch[0]) else (None, "")
+        if _same_form(batch[0], self.example):
+            return batch[0], "the first element"
+        count = len(split_inputs(self.example)[0])
+        if 0 < count < len(batch) and _same_form(batch[:count], self.example):
+            return batch[:count], f"the first {count} elements"
+        return None, ""
+
+    def _fits(self, batch: Any, whole: bool) -> bool:
+        return whole if self.example is None else _same_form(batch, self.example)
+
+    def _binds(self, inputs: Any) -> bool:
+        """Whether the forward has places for these inputs."""
+        args, kwargs = split_inputs(inputs)
+        try:
+            if self.signature is not None:
+                self.signature.bind(*args, **kwargs)
+        except TypeError:
+            return False
+        return True
+
+    def _say(self, what: str) -> None:
+        if not self.said:
+            logger.info("%s: %s", self.who, what)
+            self.said = True
+
+
+def _same_form(a: Any, b: Any) -> bool:
+    """Whether two inputs are alike: tensors of one kind of numbers in the same containers."""
+    a, b = (tuple(x) if isinstance(x, tuple | list) else x for x in (a, b))
+    if isinstance(a, tuple) != isinstance(b, tuple):  # one input, and a tuple of one
+        a, b = (x[0] if isinstance(x, tuple) and len(x) == 1 else x for x in (a, b))
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.is_floating_point() == b.is_floating_point()
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_same_form, a, b))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same_form(a[key], b[key]) for key in a)
+    return type(a) is type(b) and not isinstance(a, Tensor | tuple)
