@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import threading
+import weakref
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -84,6 +85,9 @@ def _move_hooks(old: nn.Module, new: nn.Module) -> None:
         if held is not own:
             held.update(own)
             old.__dict__[key], new.__dict__[key] = type(held)(), held
+        for hook in held.values():
+            if getattr(hook, "with_module", False):  # torch's own wrapper of a hook, which knows its module
+                hook.module = weakref.ref(new)
     if new._is_full_backward_hook is None:
         new._is_full_backward_hook, old._is_full_backward_hook = old._is_full_backward_hook, None
 

@@ -33,6 +33,7 @@ from gs_algos.export.package import new_file
 from gs_algos.quant.convolution import DENSE, Convolution, channels_fastest
 from gs_algos.quant.packed import Packed
 from gs_algos.quant.packed_embedding import PackedEmbedding
+from gs_algos.quant.packed_linear import PackedConv1D
 from gs_algos.quant.static_quantizer import StaticQuantizer
 from gs_kernels import repack, unpack_codes
 from gs_kernels.pack.formats.onnxruntime import to_matmul_nbits
@@ -149,7 +150,8 @@ class _OnnxLayer(nn.Module):
             self._keep(codes=tensors["B"], scale=tensors["scales"], zeros=tensors.get("zero_points"))
         else:
             log.info("%s: ONNX has no packed form of it, its weight becomes floats", name)
-            self._keep(weight=layer.weight.float())
+            dense = layer.weight.float()
+            self._keep(weight=dense.t() if isinstance(layer, PackedConv1D) else dense)
 
     def _keep(self, **tensors: Tensor | None) -> None:
         for part in ("codes", "scale", "zeros", "weight"):

@@ -18,6 +18,7 @@ from torch.nn.utils import prune
 import gs_algos
 from gs_algos import PackedConv, PackedLinear, SimQAT, plan_weights, quantize_weights
 from gs_algos.core.algorithm import history
+from gs_algos.export.onnx_graph import onnx_model
 from gs_algos.ptq import weights as weights_module
 from gs_algos.ptq.weights import summary
 from gs_algos.quant import packed as packed_module
@@ -197,6 +198,11 @@ def test_conv1d_of_transformers_is_packed_as_the_linear_that_it_is(tmp_path: Pat
         assert relative_rms(layer(x), want) < 1e-5
     loaded = gs_algos.load(gs_algos.save(model, tmp_path), gpt2_block)
     assert same_bits(loaded(x), model(x))
+
+
+def test_conv1d_is_exported_as_a_linear_where_onnx_has_no_packed_form_of_it():
+    model = quantize_weights(gpt2_block(), "int4@group:4")
+    assert relative_rms(onnx_model(model)(rows()), model(rows())) < 1e-6
 
 
 def test_a_subclass_that_only_constructs_itself_is_packed_and_its_attributes_stay():

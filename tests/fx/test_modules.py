@@ -46,16 +46,17 @@ def test_hooks_go_to_what_takes_a_modules_place_and_their_handles_still_remove_t
         net[0].register_forward_hook(lambda m, args, y: seen.append("post") or y + 1, always_call=True),
         net[0].register_full_backward_hook(lambda m, dx, dy: seen.append("back")),
         net[0].register_state_dict_post_hook(lambda m, state, prefix, meta: seen.append("state")),
+        net[0].register_load_state_dict_pre_hook(lambda m, *args: seen.append(type(m).__name__)),
     ]
     set_module(net, "0", nn.Identity())
     x = torch.zeros(1, 2, requires_grad=True)
     y = net(x)
     y.sum().backward()
-    net.state_dict()
-    assert y.tolist() == [[1.0, 1.0]] and seen == ["pre", "post", "back", "state"]
+    net.load_state_dict(net.state_dict())
+    assert y.tolist() == [[1.0, 1.0]] and seen == ["pre", "post", "back", "state", "Identity"]
     for handle in handles:
         handle.remove()
-    assert net(x).tolist() == [[0.0, 0.0]] and len(seen) == 4
+    assert net(x).tolist() == [[0.0, 0.0]] and len(seen) == 5
     assert not net[0]._forward_hooks_always_called and not net[0]._forward_pre_hooks_with_kwargs
 
 
