@@ -99,7 +99,7 @@ class SLB(QuantizationTraining):
         config = self.config
         layers: list[tuple[PlanRow, Any]] = [(row, get_module(model, row.site)) for row in plan.acted()]
         refuse_nonfinite("SLB.apply", ((row.site, layer) for row, layer in layers))
-        self._replaced = [weakref.ref(layer.weight) for row, layer in layers if not row.settings["fused"]]
+        self._replaced = [weakref.ref(layer.weight) for row, layer in layers if not row.settings["fused_optimizer"]]
         weights = {row.site: layer.weight.detach() for row, layer in layers}
         install(model, plan.rows, config.options())
         for row, layer in layers:

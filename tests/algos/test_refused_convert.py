@@ -15,6 +15,7 @@ import gs_algos
 from gs_algos import SLB, Prune, SimQAT
 from gs_algos.core.algorithm import Algorithm, history
 from gs_algos.qat import convert
+from gs_algos.qat.slb_optim import SlbSGD
 from tests.helpers import Untouched
 
 
@@ -31,11 +32,16 @@ def data(seed: int = 0) -> torch.Tensor:
 
 
 def learn(net: nn.Module, algo: Algorithm, steps: int) -> None:
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.05)]
+    if isinstance(algo, SLB) and algo.fused_layers():
+        optimizers = [torch.optim.SGD(algo.parameters(net), lr=0.05), SlbSGD(algo.fused_layers(), lr=0.05)]
+        optimizers += [torch.optim.SGD(algo.logits(), lr=0.05)] if algo.logits() else []
     for seed in range(steps):
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         net.train()(data(seed)).square().mean().backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         algo.step()
 
 
