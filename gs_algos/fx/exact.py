@@ -21,11 +21,13 @@ class Follows:
     Args:
         activation: qualified name of the module whose work the layer can do; None: there is none.
         adds: whether the layer can add the other operand of a sum to its output.
+        returned: whether the network returns that sum, which then must be there.
         reason: why an activation or an add that reads the output is not done in the layer's call; "" if all is.
     """
 
     activation: str | None = None
     adds: bool = False
+    returned: bool = False
     reason: str = ""
 
 
@@ -59,7 +61,7 @@ def takes_codes(graph: SiteGraph, site: str, folded: Collection[str], layers: Co
         return False
     while stack:
         node = graph.nodes[stack.pop()]
-        if node.module in layers or (node.op in READ_CODES and not _writes(node)):
+        if node.module in layers or (node.op in READ_CODES and not _writes(node) and not _leaves(graph, node)):
             continue
         if node.module not in folded and node.op not in COMMUTES:
             return False
@@ -82,7 +84,7 @@ def follows(graph: SiteGraph, site: str, folded: Collection[str]) -> Follows:
     if wanted.op == "add":
         if _writes(wanted):
             return Follows(reason="the add is not fused: it writes into an operand")
-        return Follows(adds=True)
+        return Follows(adds=True, returned=_leaves(graph, wanted))
     if wanted.module is None:
         return Follows(reason=f"{what} is not fused: it is a function")
     calls = len(graph.calls(wanted.module))
@@ -95,6 +97,21 @@ def _users(graph: SiteGraph, site: str) -> list[int] | None:
     """The nodes that read the output of a module that is called once; None if that is not known."""
     calls = graph.calls(site)
     return list(calls[0].users) if len(calls) == 1 and graph.rung in EDGES else None
+
+
+def _leaves(graph: SiteGraph, node: Node) -> bool:
+    """Whether what the network returns may be this result, or made of it by what reads no values."""
+    stack, seen = [node], {node.index}
+    while stack:
+        for index in stack.pop().users:
+            user = graph.nodes[index]
+            if user.op == "output":
+                return True
+            opaque = user.op == "other" and user.module is not None  # may return what it is given
+            if (opaque or user.op in (*COMMUTES, *ACTIVATIONS) or _is_max_pool(user)) and index not in seen:
+                seen.add(index)
+                stack.append(user)
+    return False
 
 
 def _writes(node: Node) -> bool:

@@ -23,7 +23,7 @@ from gs_algos.fx.tracers import tensors_of
 from gs_algos.qat.link import activation_of, decide, decide_codes, link, unlink
 from gs_algos.qat.prepare import JOINS
 from gs_algos.quant.codes_tensor import real
-from gs_algos.quant.convolution import Convolution, conv_rows, geometry_of
+from gs_algos.quant.convolution import Convolution, conv_rows, geometry_of, lies_last
 from gs_algos.quant.integer_eval import counts_bias, whole_bias
 from gs_algos.quant.layers import FakeQuantized
 from gs_algos.quant.quantized import (
@@ -154,7 +154,9 @@ def _layer_of(layer: Any, row: PlanRow, weight: PackedWeight, bias: Tensor | Non
     }
     if isinstance(layer, nn.Linear):
         return QuantizedLinear(**options)
-    return QuantizedConv(geometry_of(layer), layer.weight.shape[1:], **options)
+    conv = QuantizedConv(geometry_of(layer), layer.weight.shape[1:], **options)
+    conv.channels_last = lies_last(layer.weight)
+    return conv
 
 
 def install_converted(model: nn.Module, rows: Sequence[PlanRow], make: Make | None = None) -> None:

@@ -1,7 +1,8 @@
 """What a converted layer's call does beside the layer, and in which form it hands its output on.
 
 A plan's rows say what the graph allows (`add_readers`); `decide` what the trained network allows, which a checkpoint
-keeps; `link` makes it so. Whatever could run in a layer's call and does not is a note with its reason.
+keeps; `link` makes it so. What a network returns is a plain tensor. Whatever could run in a layer's call and does not
+is a note with its reason.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from gs_algos.fx.graph import SiteGraph
 from gs_algos.fx.ops import op_of_module
 from gs_algos.quant.convolution import Convolution
 from gs_algos.quant.layers import CONVS, class_given
+from gs_algos.quant.packed import Packed
 from gs_algos.quant.quantized import QuantizedConv, QuantizedLayer
 from gs_algos.quant.static_quantizer import StaticQuantizer
 
@@ -94,14 +96,19 @@ def decide_codes(model: nn.Module, rows: Sequence[PlanRow]) -> None:
         if not isinstance(layer, Convolution):
             continue
         row.settings["hands_codes"] = _can_hand(model, row)
+        found = [get_module(model, site) for site in row.settings.get("readers", ())]
+        row.settings["hands_values"] = bool(found) and all(isinstance(m, Packed) for m in found)
         integer = isinstance(layer, QuantizedConv) and not layer.integer_refusals(layer.packed.device)
         grid = layer.output_quantizer if isinstance(layer, QuantizedConv) else None
         row.settings["hands_own"] = integer and grid is not None and bool(row.settings.get("takes_codes"))
         if row.settings.get("follows", {}).get("adds"):
             rounded = grid is not None or row.settings["tail"]
-            row.settings["defers"] = not rounded and not layer.refusals()
+            returned = row.settings["follows"].get("returned", False)
+            row.settings["defers"] = not rounded and not returned and not layer.refusals()
             if grid is not None:
                 row.settings["notes"].append("the add is not fused: its operands are rounded first")
+            elif returned:
+                row.settings["notes"].append("the add is not fused: the network returns it")
 
 
 def link(model: nn.Module, rows: Sequence[PlanRow]) -> None:
@@ -118,7 +125,7 @@ def link(model: nn.Module, rows: Sequence[PlanRow]) -> None:
             layer.hand_to([get_module(model, site) for site in row.settings["readers"]])  # type: ignore[operator]
         if row.settings.get("hands_own"):
             layer.output_quantizer.hands = True  # type: ignore[union-attr]
-        layer.deferred = bool(row.settings.get("defers"))
+        layer.deferred, layer.hands = bool(row.settings.get("defers")), bool(row.settings.get("hands_values"))
         layer.notes = tuple(row.settings.get("notes", ()))
 
 
@@ -129,10 +136,12 @@ def unlink(model: nn.Module, rows: Sequence[PlanRow], reason: str) -> None:
             module.hands = False
         if isinstance(module, QuantizedLayer):
             module._handed = ()
+        if isinstance(module, Convolution):
+            module.hands = False
     for row in rows:
         if row.settings.get("defers") or row.settings.get("hands_codes") or row.settings.get("hands_own"):
             row.settings["notes"].append(f"hands on floats, at once: {reason}")
-        row.settings.update(hands_codes=False, hands_own=False, defers=False, take_codes=[])
+        row.settings.update(hands_codes=False, hands_own=False, hands_values=False, defers=False, take_codes=[])
     link(model, rows)
 
 

@@ -3,18 +3,22 @@
 Operations that commute with rounding run on the codes, exactly as on floats that are quantized afterwards: rounding
 keeps the order of values, and 0 and 6 are rounded as the values are. A sum waits for what reads it: a layer gets its
 codes in one pass. Every other operation sees the real values.
+
+Layers leave their codes and values with the channels last, which is fastest. The strides that such a tensor shows are
+those that the float network's has, and in that order whatever is no layer of ours sees the values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from gs_algos.quant.sums import Grid, from_codes
+from gs_algos.quant.memory_format import laid, strides_in, suggested
+from gs_algos.quant.sums import Grid, from_codes, is_dense
 
 aten = torch.ops.aten
 Like: TypeAlias = tuple[Any, Any, torch.dtype, torch.device]  # shape, strides, dtype, device
@@ -25,8 +29,6 @@ _MOVES = {
     aten._unsafe_view.default,
     aten._reshape_alias.default,
     aten.clone.default,
-    aten.detach.default,
-    aten.alias.default,
     aten.expand.default,
     aten.permute.default,
     aten.t.default,
@@ -38,6 +40,7 @@ _MOVES = {
     aten.slice.Tensor,
     aten.select.int,
 }
+_ALIASES = {aten.detach.default, aten.alias.default}
 _MEANS = {aten.mean.dim, aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default}
 _ACTIVATES = {
     aten.relu.default: "relu",
@@ -86,20 +89,33 @@ class CodesTensor(_Handed):
         codes: int8, any shape and strides.
         quantizer: the `StaticQuantizer` whose codes they are.
         dtype: of the real values.
+        strides: that the values have for whoever reads them; default: those of the codes.
     """
 
     codes: Tensor
     quantizer: Any
 
     @staticmethod
-    def __new__(cls, codes: Tensor, quantizer: Any, dtype: torch.dtype) -> CodesTensor:
-        return _wrapper(cls, codes.shape, codes.stride(), dtype, codes.device)
+    def __new__(
+        cls, codes: Tensor, quantizer: Any, dtype: torch.dtype, strides: Sequence[int] | None = None
+    ) -> CodesTensor:
+        return _wrapper(cls, codes.shape, codes.stride() if strides is None else strides, dtype, codes.device)
 
-    def __init__(self, codes: Tensor, quantizer: Any, dtype: torch.dtype) -> None:
+    def __init__(self, codes: Tensor, quantizer: Any, dtype: torch.dtype, strides: Sequence[int] | None = None) -> None:
         self.codes, self.quantizer = codes, quantizer
+
+    def lay(self) -> Tensor:
+        """The codes, from now on with the strides of the values."""
+        self.codes = laid(self.codes, self.stride())
+        return self.codes
 
     def dequantize(self) -> Tensor:
         """The values, `(code - zero) * scale`."""
+        self.lay()
+        return self.values()
+
+    def values(self) -> Tensor:
+        """`dequantize`, with the strides of the codes."""
         return from_codes((self.codes, self.quantizer.constants()), None, "none", self.dtype, None)
 
     def codes_on(self, grid: Any) -> Tensor:
@@ -120,20 +136,24 @@ class CodesTensor(_Handed):
         if func is aten.add.Tensor and any(isinstance(t, Pending) for t in args):
             return Pending.__torch_dispatch__(func, types, args, kwargs)
         if x is not None:
+            if func in _ALIASES:
+                return CodesTensor(func(x.codes), x.quantizer, x.dtype, x.stride())
             if func in _MOVES:
-                return CodesTensor(func(x.codes, *args[1:], **kwargs), x.quantizer, x.dtype)
+                return CodesTensor(func(x.lay(), *args[1:], **kwargs), x.quantizer, x.dtype)
             if func in _ON_CODES:
-                return CodesTensor(_ON_CODES[func](x, *args[1:]), x.quantizer, x.dtype)
+                return CodesTensor(_ON_CODES[func](x, *args[1:]), x.quantizer, x.dtype, x.stride())
             if func in _IN_PLACE:
                 x.codes.copy_(_ON_CODES[_IN_PLACE[func]](x, *args[1:]))
                 return x
             if func is aten.max_pool2d_with_indices.default:
                 # a float pool of small integers is exact; ATen pools no int8
                 y, indices = func(x.codes.float(), *args[1:], **kwargs)
-                return CodesTensor(y.to(torch.int8), x.quantizer, x.dtype), indices
+                return CodesTensor(
+                    y.to(torch.int8), x.quantizer, x.dtype, strides_in(y.shape, suggested(x.shape, x.stride()))
+                ), indices
             if func in _MEANS and not kwargs:
                 scale, zero = x.quantizer.constants()[:2]
-                return (func(x.codes.float() - zero, *args[1:]) * scale).to(x.dtype)
+                return (func(x.lay().float() - zero, *args[1:]) * scale).to(x.dtype)
             if func is aten.add.Tensor and not kwargs and _can_add(x, args[1]) and isinstance(args[1], CodesTensor):
                 return Pending(_SumOfCodes(x, args[1]), (x.shape, x.stride(), x.dtype, x.device))
             if func._schema.is_mutable:  # PyTorch would return x as it was
@@ -142,8 +162,7 @@ class CodesTensor(_Handed):
                     " use the operation that returns a new tensor"
                 )
         if func is aten.cat.default and _alike(args[0]):
-            codes = func([t.codes for t in args[0]], *args[1:])
-            return CodesTensor(codes, args[0][0].quantizer, args[0][0].dtype)
+            return _cat(*args)
         return func(*tree_map(real, args), **tree_map(real, kwargs))
 
 
@@ -166,8 +185,20 @@ class Pending(_Handed):
         self._run, self._like, self._residual, self._activation = run, like, residual, activation
         self._made: Tensor | None = None
 
+    @staticmethod
+    def of(made: Tensor, strides: Sequence[int]) -> Pending:
+        """A result that is there, in an order of axes of its own; strides: that it has for whoever reads it."""
+        y = Pending(None, (made.shape, strides, made.dtype, made.device))
+        y._made = made
+        return y
+
     def dequantize(self) -> Tensor:
         """The values; computed once."""
+        self._made = laid(self.values(), self.stride())
+        return self._made
+
+    def values(self) -> Tensor:
+        """The values, with whatever strides they were computed with; computed once."""
         if self._made is None:
             self._made = self._run(self._residual, self._activation, None)
             self._residual = None
@@ -183,18 +214,20 @@ class Pending(_Handed):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Pending({list(self.shape)})"
 
-    def _joined(self, func: Any, args: tuple[Any, ...]) -> tuple[Tensor | None, str] | None:
-        """(residual, activation) with which `func(*args)` is this result; None if it is not."""
+    def _joined(self, func: Any, args: tuple[Any, ...]) -> tuple[Like, Tensor | None, str] | None:
+        """(like, residual, activation) with which `func(*args)` is this result; None if it is not."""
         if self._made is not None or self._activation != "none":
             return None
         if func in (aten.add.Tensor, aten.add_.Tensor):
             other = args[1] if args[0] is self else args[0]
             free = self._run.adds and self._residual is None and _can_add(self, other)
-            return (other, "none") if free else None
+            # a sum has the strides of its first operand
+            like = (self._like[0], args[0].stride(), *self._like[2:])
+            return (like, other, "none") if free and (isinstance(args[0], _Handed) or is_dense(args[0])) else None
         name = _ACTIVATES.get(func, "")
         if name not in self._run.activations or (name == "relu6" and args[1:] != (0.0, 6.0)):
             return None
-        return self._residual, name
+        return self._like, self._residual, name
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -209,10 +242,10 @@ class Pending(_Handed):
                 if joined is None:
                     func(x.dequantize(), *tree_map(real, args[1:]), **tree_map(real, kwargs))
                 else:
-                    x._residual, x._activation = joined[0], joined[1]
+                    x._residual, x._activation = joined[1:]
                 return x
             if joined is not None:
-                return Pending(x._run, x._like, *joined)
+                return Pending(x._run, *joined)
         return func(*tree_map(real, args), **tree_map(real, kwargs))
 
 
@@ -242,6 +275,14 @@ def _can_add(x: Tensor, other: Any) -> bool:
     return alike and not other.requires_grad
 
 
+def _cat(tensors: Sequence[CodesTensor], axis: int = 0) -> CodesTensor:
+    """Codes on one grid, side by side."""
+    codes = torch.cat([t.codes for t in tensors], axis)
+    formats = {suggested(t.shape, t.stride()) for t in tensors}
+    into = formats.pop() if len(formats) == 1 else torch.contiguous_format
+    return CodesTensor(codes, tensors[0].quantizer, tensors[0].dtype, strides_in(codes.shape, into))
+
+
 def _alike(tensors: Any) -> bool:
     """Whether all are codes on one grid."""
     return all(isinstance(t, CodesTensor) and t.quantizer.same_grid(tensors[0].quantizer) for t in tensors)
@@ -257,6 +298,11 @@ def hands_now(x: Tensor) -> bool:
 def real(value: Any) -> Any:
     """The values of a tensor that layers hand on; anything else as it is."""
     return value.dequantize() if isinstance(value, CodesTensor | Pending) else value
+
+
+def values(x: Any) -> Any:
+    """`real` for layers, which read any strides: those that x shows would take a copy."""
+    return x.values() if isinstance(x, CodesTensor | Pending) else x
 
 
 def _relu(x: CodesTensor) -> Tensor:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Self
 
-from gs_algos.quant.codes_tensor import Like, Pending, hands_now
+from gs_algos.quant.codes_tensor import CodesTensor, Like, Pending, hands_now
+from gs_algos.quant.memory_format import CHANNELS_LAST, laid, strides_in, suggested
 from gs_algos.quant.packed import Packed
 from gs_kernels import PackedWeight, dequantize_packed, pack_codes, qconv2d, unpack_codes
 from gs_kernels.qconv2d.window import make_window
@@ -31,12 +33,17 @@ class Convolution(Packed):
 
     A picture with its channels first, as it comes into a network, needs no `.contiguous`: a GPU's kernels read it as it
     lies; a CPU copies it to have the channels last, floats inside ATen's convolution, and on integers its 8-bit codes.
+
+    The result has the strides that the float layer's has: channels-last where the image or the float weight is. It is
+    computed with its channels last, and copied where that is not wanted, unless a layer reads it.
     """
 
     geometry: dict[str, Any]
     filter: tuple[int, ...]
     activation = "none"  # that follows, in the same call
     deferred = False  # whether the add that follows, and an activation behind it, run in the same call
+    hands = False  # whether only layers read the result, which then lies as it was computed
+    channels_last = False  # whether the float layer's weight is: then its result is, whatever the image
     notes: tuple[str, ...] = ()  # what follows and does not
 
     def set_geometry(self, geometry: dict[str, Any], filter: Sequence[int]) -> None:
@@ -57,12 +64,19 @@ class Convolution(Packed):
         rows = dequantize_packed(self.packed, self.dtype)
         if not channels_fastest(self.group_size, self.filter):
             return rows.view(-1, *self.filter)
-        return rows.view(-1, *self.filter[1:], self.filter[0]).movedim(-1, 1)
+        return rows.view(-1, *self.filter[1:], self.filter[0]).movedim(-1, 1).contiguous()
 
     def refusals(self) -> list[str]:
         """Why the packed convolution cannot run; empty if it can."""
         reasons = ["no packed convolution in three dimensions"] if len(self.filter) == 4 else []
         return reasons + ([] if channels_fastest(self.group_size, self.filter) else ["a filter has several scales"])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        # what `.to(memory_format=...)` does to the weight of a float layer, and `.to(device)` does not
+        into = CHANNELS_LAST[4] if self.channels_last else torch.contiguous_format
+        self.channels_last = lies_last(fn(torch.empty((1, 2, 2, 2), device="cpu").to(memory_format=into)))
+        return self
 
     def path(self) -> str:
         refusals = self.refusals()
@@ -73,7 +87,11 @@ class Convolution(Packed):
     def forward(self, input: Tensor) -> Tensor:
         if self.deferred and self._can_wait(input):
             return Pending(_Deferred(self, input), self._like(input))
-        return self.run(input, None, self.activation)
+        y = self.run(input, None, self.activation)
+        strides = self.strides(input, y.shape)
+        if self.hands and type(y) is Tensor and self._can_wait(input):
+            return Pending.of(y, strides)
+        return CodesTensor(y.codes, y.quantizer, y.dtype, strides) if isinstance(y, CodesTensor) else laid(y, strides)
 
     def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         """The layer's result with what follows it: `act(conv(x) + residual)`."""
@@ -109,14 +127,23 @@ class Convolution(Packed):
     def _can_wait(self, x: Tensor) -> bool:
         return len(self.filter) == 3 and x.dim() == 4 and self.geometry["padding_mode"] == "zeros" and hands_now(x)
 
+    def strides(self, x: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+        """The strides of the result for x, which has this shape."""
+        if len(self.filter) == 2:
+            return strides_in(shape, torch.contiguous_format)
+        batched = self._batched(x)
+        about = (x.shape, x.stride()) if batched else ((1, *x.shape), (x.shape[0] * x.stride(0), *x.stride()))
+        into = CHANNELS_LAST[len(self.filter) + 1] if self.channels_last else suggested(*about)
+        return strides_in(shape, into) if batched else strides_in((1, *shape), into)[1:]
+
     def _like(self, x: Tensor) -> Like:
-        """What the result for x looks like: channels-last."""
+        """What the result for x looks like."""
         g, padding = self.geometry, self._padded(x)[1]
         about: dict[str, Any] = {"padding": 0 if padding == "valid" else padding, "groups": g["groups"]}
         about |= {"stride": tuple(g["stride"]), "dilation": tuple(g["dilation"]), "kernel_size": self.kernel_size}
         p, q = make_window("Convolution", **about).output(*x.shape[2:])
-        o = self.shape[0]
-        return (x.shape[0], o, p, q), (o * p * q, 1, q * o, o), x.dtype, x.device
+        shape = (x.shape[0], self.shape[0], p, q)
+        return shape, self.strides(x, shape), x.dtype, x.device
 
     def _convolve_dense(self, x: Tensor, bias: Tensor | None) -> Tensor:
         g, (image, padding) = self.geometry, self._padded(x)
@@ -165,6 +192,11 @@ def conv_rows(weight: PackedWeight, filter: Sequence[int]) -> PackedWeight:
         return weight
     codes = unpack_codes(weight.codes, weight.bits, weight.shape).view(-1, filter[0], math.prod(filter[1:]))
     return replace(weight, codes=pack_codes(codes.transpose(1, 2).flatten(1), weight.bits))
+
+
+def lies_last(weight: Tensor) -> bool:
+    """Whether a float convolution with this weight gives a result with its channels last, whatever the image."""
+    return suggested(weight.shape, weight.stride()) != torch.contiguous_format
 
 
 def geometry_of(conv: nn.Module) -> dict[str, Any]:

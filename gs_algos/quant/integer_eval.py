@@ -70,9 +70,6 @@ class IntegerEval(nn.Module):
             return None
         (steps, scale), (x_scale, _) = weight, quantizer.grid()
         sums = self.product(in_steps(quantizer(x), x_scale), steps)
-        if steps.dim() in (3, 4) and sums.dim() == steps.dim():
-            # channels last, as converted layers give it: that orders the sums of a mean behind them
-            sums = sums.movedim(1, -1).contiguous().movedim(-1, 1)
         slope, bias = (1.0, self.bias) if bn is None else self.epilogue(bn)
         folded, axes = scale * slope, (-1, *[1] * (steps.dim() - 2))
         if bias is not None and counts_bias(self.weight_scheme(), quantizer.scheme):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from gs_algos.quant.codes_tensor import real
+from gs_algos.quant.codes_tensor import values
 from gs_algos.quant.convolution import Convolution
 from gs_algos.quant.packed import Packed, PackedFormat
 from gs_kernels import PackedWeight
@@ -64,7 +64,7 @@ class PackedConv(Convolution):
         return super().forward(x)
 
     def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-        return self.convolve(real(x), self.bias, real(residual), activation)
+        return self.convolve(values(x), self.bias, values(residual), activation)
 
     def extra_repr(self) -> str:
         return f"{(self.shape[0], *self.filter)}, stride={self.geometry['stride']}, {super().extra_repr()}"

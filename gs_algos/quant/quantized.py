@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from gs_algos.quant.codes_tensor import CodesTensor, hands_now, real
+from gs_algos.quant.codes_tensor import CodesTensor, hands_now, real, values
 from gs_algos.quant.convolution import Convolution
 from gs_algos.quant.packed import PARTS, Packed, PackedFormat, zero_as
 from gs_algos.quant.ready import ready
@@ -193,8 +193,8 @@ class QuantizedConv(Convolution, QuantizedLayer):
     def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         if not self.integer_refusals(x.device):
             return self._integer(x, residual, activation)
-        x = real(x) if self.input_quantizer is None else self.input_quantizer(x)
-        return self._finish(self.convolve(real(x), self.bias, real(residual), activation))
+        x = values(x) if self.input_quantizer is None else real(self.input_quantizer(values(x)))
+        return self._finish(self.convolve(x, self.bias, values(residual), activation))
 
     def _integer(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         """`act(conv(qx - zx, qw - zw) * (sx * sw) + bias + residual)`; one cast at the end, or codes that are read."""
@@ -206,10 +206,12 @@ class QuantizedConv(Convolution, QuantizedLayer):
             if hands
             else None
         )
-        rest: Residual = (real(residual), None, None)
+        rest: Residual = (residual, None, None)
         if isinstance(residual, CodesTensor):
             scale, middle = residual.quantizer.constants()[:2]
             rest = (residual.codes, scale, middle)
+        elif residual is not None:
+            rest = (values(residual), None, None)
         run = self._ready_for(x, grid, activation) if hands else None
         if run is not None:
             y = run(self._codes(x)[0], rest)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_algos.quant.codes_tensor import CodesTensor, Pending, hands_now, real
+from gs_algos.quant.codes_tensor import CodesTensor, Pending, hands_now, real, values
 from gs_algos.quant.kept import KeepsDtypes
 from gs_algos.quant.quantizers import Quantizer
 from gs_algos.quant.scheme import Scheme
@@ -39,7 +39,8 @@ class StaticQuantizer(KeepsDtypes):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gives_codes() and hands_now(x):
-            return CodesTensor(self.signed_codes(x)[0], self, x.dtype)
+            strides = x.stride() if isinstance(x, CodesTensor | Pending) else None
+            return CodesTensor(self.signed_codes(x)[0], self, x.dtype, strides)
         return fake_quant(real(x), self.scale, self.zero, qmin=self.scheme.qmin, qmax=self.scheme.qmax)
 
     @torch.no_grad()
@@ -77,7 +78,7 @@ class StaticQuantizer(KeepsDtypes):
         known = x.codes_on(self) if isinstance(x, CodesTensor | Pending) else None
         if known is not None:
             return known, self.signed_zero()
-        codes = self.codes(real(x))
+        codes = self.codes(values(x))
         return (codes if codes.dtype == torch.int8 else (codes ^ 128).view(torch.int8)), self.signed_zero()
 
     def signed_zero(self) -> Tensor:

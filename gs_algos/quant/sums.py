@@ -71,6 +71,11 @@ def sum_chain(
     return level.clamp(low, high).to(torch.int8)
 
 
+def is_dense(t: Tensor) -> bool:
+    """Whether the elements fill their memory, in whatever order of axes."""
+    return _order(t) is not None
+
+
 def _order(codes: Tensor) -> tuple[int] | None:
     """`(elements,)` if they fill their memory, in whatever order of axes; else None."""
     axes = sorted(zip(codes.stride(), codes.shape, strict=True))

@@ -1,0 +1,47 @@
+"""In which order of axes a float convolution gives its result, and tensors with the strides that follow from it.
+
+Packed convolutions compute with their channels last whatever they are given. What reads their result may look at its
+strides (`.view`), so it is handed on in the order of the float layer: that of ATen, channels-last where the image or
+the weight is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def suggested(shape: Sequence[int], strides: Sequence[int]) -> torch.memory_format:
+    """The format that ATen derives from the strides of a tensor, also where they leave two open."""
+    if len(shape) not in CHANNELS_LAST or strides[1] == 0:
+        return torch.contiguous_format
+    least = 0
+    for axis in (1, *range(len(shape) - 1, 1, -1), 0):
+        if shape[axis] == 0 or strides[axis] < least or (axis == 0 and least == strides[1]):
+            return torch.contiguous_format
+        least = strides[axis] * max(shape[axis], 1)
+    return CHANNELS_LAST[len(shape)]
+
+
+def strides_in(shape: Sequence[int], memory_format: torch.memory_format) -> tuple[int, ...]:
+    """The strides of a dense tensor of this shape, as `torch.empty(shape, memory_format=memory_format)` has them."""
+    last = memory_format != torch.contiguous_format
+    order = (1, *range(len(shape) - 1, 1, -1), 0) if last else range(len(shape) - 1, -1, -1)
+    strides, step = [0] * len(shape), 1
+    for axis in order:
+        strides[axis] = step
+        step *= shape[axis] if last else max(shape[axis], 1)
+    return tuple(strides)
+
+
+def laid(y: Tensor, strides: Sequence[int]) -> Tensor:
+    """y with these strides, those of a dense tensor: itself, a view where only axes of size 1 differ, else a copy."""
+    if y.stride() == tuple(strides):
+        return y
+    if all(n == 1 or a == b for n, a, b in zip(y.shape, y.stride(), strides, strict=True)):
+        return y.as_strided(y.shape, strides)
+    return y.new_empty_strided(y.shape, strides).copy_(y)
