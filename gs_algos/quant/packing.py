@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from gs_algos.core.modules import computed_by
-from gs_algos.quant.convolution import conv_rows, geometry_of
+from gs_algos.quant.convolution import conv_rows, geometry_of, lies_last
 from gs_algos.quant.packed import Packed, PackedFormat
 from gs_algos.quant.packed_conv import PackedConv
 from gs_algos.quant.packed_embedding import PackedEmbedding
@@ -119,6 +119,7 @@ def packed_like(layer: Any, weight: PackedWeight | Packed) -> Packed:
         new = PackedEmbedding(weight, layer.padding_idx, dtype)
     elif isinstance(layer, CONVS):
         new = PackedConv(weight, geometry_of(layer), layer.weight.shape[1:], bias, dtype)
+        new.channels_last = lies_last(layer.weight)
     else:
         new = (PackedConv1D if is_conv1d(layer) else PackedLinear)(weight, bias, dtype)
     for key, value in layer.__dict__.items():
