@@ -71,6 +71,10 @@ def network_to_train(model: nn.Module, who: str) -> nn.Module:
             "pass model.module, and wrap what apply returns"
         )
     for name, tensor in itertools.chain(network.named_parameters(), network.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(
+                f"{who}: every module must have its weights, got {name} of a lazy one; run one forward pass first"
+            )
         if tensor.is_inference():
             raise ValueError(
                 f"{who}: parameters and buffers must be ordinary tensors, got {name} made in torch.inference_mode; "
