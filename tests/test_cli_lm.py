@@ -281,7 +281,7 @@ def test_wrong_packed_tensors_are_refused_by_name(
         (["quantize", "SOURCE", "SOURCE"], "must be new or an empty folder"),
         (["quantize", "PACKED", "TMP/out"], "must be a float model, got one with quant_method 'golden-stick'"),
         (
-            ["quantize", "SOURCE", "TMP/out"],
+            ["quantize", "SOURCE", "TMP/out", "--weights", "int4@group:128"],
             "the group must divide the 64 inputs of model.layers.0.self_attn.q_proj",
         ),
         (["quantize", "SOURCE", "TMP/out", "--weights", "int3@channel"], "bits must be one of 1, 2, 4, 8"),

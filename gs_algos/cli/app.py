@@ -30,6 +30,7 @@ DATA_HELP = f"One of {', '.join(DATA)}; a folder goes after a colon, e.g. cifar1
 MODEL_HELP = f"One of {', '.join(MODELS)}."
 ALGORITHM_HELP = f"One of {', '.join(ALGORITHMS)}."
 WEIGHT_HELP = "Scheme of the weights: bits, granularity, observer."
+WEIGHTS_HELP = "Scheme, with 1, 2, 4 or 8 bits. Default: int4 with the largest group of 128, 64, 32 that divides all."
 LANGUAGE_HELP = "A packed folder, a plain Transformers folder, or a GGUF file."
 DTYPE_HELP = "float32, float16 or bfloat16. Default: what the model is stored in."
 DEVICE_HELP = "cpu or cuda. Default: cuda if there is one."
@@ -117,7 +118,7 @@ def info(folder: Annotated[Path, typer.Argument(help="A folder written by gs_alg
 def quantize(
     source: Annotated[Path, typer.Argument(help="A Transformers folder or a GGUF file.")],
     target: Annotated[Path, typer.Argument(help="A new folder for the packed model.")],
-    weights: Annotated[str, typer.Option(help="Scheme of the linears, with 1, 2, 4 or 8 bits.")] = "int4@group:128",
+    weights: Annotated[str, typer.Option(help=WEIGHTS_HELP)] = "",
     embeddings: Annotated[str, typer.Option(help="Scheme of the embeddings. Default: they stay float.")] = "",
     rule: Annotated[list[str] | None, typer.Option(help="PATTERN=SCHEME or PATTERN=none; may be repeated.")] = None,
     dtype: Annotated[str, typer.Option(help="What stays float is cast to it. Default: as it is.")] = "",

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 
 from gs_algos.analysis.perplexity import perplexity
-from gs_algos.export.checkpoint import quantize_checkpoint
+from gs_algos.core.plan import render_layers
+from gs_algos.export.checkpoint import Written, quantize_checkpoint
 from gs_algos.export.language import DTYPES, load_language_model
 from gs_algos.export.library import library
 from gs_algos.ptq.sites import WeightRule
@@ -54,17 +55,32 @@ def run_quantize(
     written = quantize_checkpoint(
         source,
         target,
-        weights,
+        weights or None,
         embeddings=embeddings or None,
         rules=parse_rules(rules),
         dtype=parse_dtype(dtype),
         device=device or None,
     )
-    return (
-        f"{written.folder}: {written.packed} weights packed, {written.kept} kept float; "
-        f"{written.before:,} -> {written.after:,} bytes ({written.before / written.after:.2f} x smaller) "
-        f"in {time.perf_counter() - started:.1f} s"
-    )
+    seconds = time.perf_counter() - started
+    done = f"{written.folder}: {written.packed} weights packed, {written.kept} kept float; "
+    lines = [f"{done}{written.before:,} -> {written.after:,} bytes ({_size(written)}) in {seconds:.1f} s"]
+    totals = written.plan.totals
+    assert totals is not None
+    rows = [
+        (row.site, row.kind, f"{numbers:,}", f"{100 * numbers / totals.numbers:.1f}", row.reason)
+        for row, numbers in written.floats()
+    ]
+    if rows:
+        share = 100 * (totals.numbers - totals.quantized) / totals.numbers
+        lines.append(f"{share:.1f} % of the numbers stay float, biases and norms included:")
+        lines.append(render_layers(("layer", "kind", "numbers", "% of all", "why"), rows))
+    return "\n".join([*lines, *(f"note: {note}" for note in written.notes)])
+
+
+def _size(written: Written) -> str:
+    if written.after > written.before:
+        return f"{written.after / written.before:.2f} x larger"
+    return f"{written.before / written.after:.2f} x smaller"
 
 
 def run_perplexity(

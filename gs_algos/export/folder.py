@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,6 +242,22 @@ def opened(file: Path, who: str) -> Iterator[Any]:
             yield data
     except SafetensorError as error:
         raise ValueError(f"{who}: {file} must be a whole safetensors file, got {error}; it is damaged") from error
+
+
+@contextlib.contextmanager
+def opened_all(folder: Folder, who: str) -> Iterator[Callable[[str], Tensor]]:
+    """A function that gives a tensor of the folder by name; files are opened as they are needed."""
+    files: dict[Path, Any] = {}
+    with contextlib.ExitStack() as stack:
+
+        def get(name: str) -> Tensor:
+            file = folder.tensors[name]
+            if file not in files:
+                files[file] = stack.enter_context(opened(file, who))
+            tensor: Tensor = files[file].get_tensor(name)
+            return tensor
+
+        yield get
 
 
 class ShardWriter:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gs_algos.export.folder import Folder, ShardWriter, opened, read_folder, whole_folder
+from gs_algos.export.folder import Folder, ShardWriter, opened_all, read_folder, whole_folder
 from gs_algos.export.foreign import BESIDE, ENTRY, OLD_ENTRY, settings_of
 from gs_algos.export.formats import awq, compressed_tensors, gptq
 from gs_algos.export.formats.base import Format, Reader
 from gs_algos.export.packed_config import METHOD, VERSION, PackedConfig, read_config
-from gs_algos.export.skeleton import fit, skeleton
+from gs_algos.export.skeleton import check_ties, fit, skeleton
 from gs_algos.export.verify import check_tensors, verify_files
 from gs_algos.quant.packed import PARTS, PackedFormat
 from gs_algos.quant.packing import float_weight
@@ -195,13 +194,7 @@ def _check_floats(
         if name.rpartition(".")[0] in layers and name.endswith(".bias") and not bool(get(name).any())
     }
     replace(found, unused=tuple(name for name in found.unused if name not in idle)).refuse(who, folder.path, model)
-    tied: Any = model.all_tied_weights_keys
-    for target, source in tied.items():
-        if {target, source} <= plain.keys() and not torch.equal(get(target), get(source)):
-            raise ValueError(
-                f"{who}: {target} in {folder.path} must be {source}, to which config.json ties it, got other values; "
-                "set tie_word_embeddings to false, or take one out"
-            )
+    check_ties(model, folder, get, who)
     return idle
 
 
@@ -254,22 +247,6 @@ def _check_weight(who: str, layer: nn.Linear, name: str, weight: PackedWeight) -
                 f"{who}: scales of {name} must not be 0 for codes that are not, got {int(lost.sum())} such groups; "
                 "the file is damaged"
             )
-
-
-@contextmanager
-def opened_all(folder: Folder, who: str) -> Iterator[Any]:
-    """A function that gives a tensor of the folder by name; files are opened as they are needed."""
-    files: dict[Path, Any] = {}
-    with ExitStack() as stack:
-
-        def get(name: str) -> Tensor:
-            file = folder.tensors[name]
-            if file not in files:
-                files[file] = stack.enter_context(opened(file, who))
-            tensor: Tensor = files[file].get_tensor(name)
-            return tensor
-
-        yield get
 
 
 def _write_config(out: Path, folder: Folder, entry: dict[str, Any]) -> None:

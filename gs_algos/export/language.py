@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,33 @@ def load_gguf(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype
             path.parent, dtype=dtype or torch.float32, quantization_config=config, **where
         )
     return model.eval().to(device), tokenizer
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What the header of a GGUF file says. nbytes: of its tensors; kinds: their types that are not floats."""
+
+    nbytes: int
+    kinds: tuple[str, ...]
+
+
+def gguf_skeleton(path: Path) -> tuple[Any, GgufHeader]:
+    """The model of a GGUF file on the meta device, and what its header says: no tensor is read.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    transformers = library("transformers", "gguf", "accelerate")
+    quiet(transformers)
+    with naming(WHO, f"{path} must be a GGUF file that transformers reads: it"):
+        reader = importlib.import_module("gguf").GGUFReader(path)
+        kinds = sorted({tensor.tensor_type.name for tensor in reader.tensors} - {"F64", "F32", "F16", "BF16"})
+        header = GgufHeader(sum(int(tensor.n_bytes) for tensor in reader.tensors), tuple(kinds))
+        counts = {name: field.contents() for name, field in reader.fields.items() if name.endswith(".block_count")}
+        if any(not isinstance(count, int) or count > len(reader.tensors) for count in counts.values()):
+            raise ValueError(f"{counts} blocks of {len(reader.tensors)} tensors")
+        config = transformers.AutoConfig.from_pretrained(
+            path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+        )
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False), header

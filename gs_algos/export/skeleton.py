@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from gs_algos.export.folder import Folder
 from gs_algos.export.library import library
 from gs_algos.quant.packed import PARTS
 
@@ -133,6 +134,23 @@ def part_names_in(model: Any, names: Collection[str]) -> dict[str, str]:
         f"{renamed[weight][0][0].removesuffix('weight')}{name.rpartition('.')[2]}": name
         for name, weight in weights.items()
     }
+
+
+def check_ties(model: Any, folder: Folder, get: Callable[[str], Tensor], who: str) -> None:
+    """Raises if the folder holds two tensors with different values that the config ties: one would be lost.
+
+    Args:
+        get: a tensor of the folder by its name.
+
+    Raises:
+        ValueError: so.
+    """
+    for target, source in model.all_tied_weights_keys.items():
+        if {target, source} <= folder.tensors.keys() and not torch.equal(get(target), get(source)):
+            raise ValueError(
+                f"{who}: {target} in {folder.path} must be {source}, to which config.json ties it, got other values; "
+                "set tie_word_embeddings to false, or take one out"
+            )
 
 
 def _any(patterns: Collection[str], name: str) -> bool:
