@@ -22,7 +22,7 @@ from gs_kernels import PerChannel
 WHO = "quantize_weights"
 UNTOUCHED = ""  # the option of a layer that no rule sets
 SMALLEST_GROUP = 16  # that is worth a suggestion
-FEW = 4  # layers that a suggested rule names
+FEW = 4  # layers that a message names
 WeightRule: TypeAlias = tuple[RulePattern, str | Mapping[str, Any] | None]
 
 

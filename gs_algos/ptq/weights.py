@@ -15,7 +15,7 @@ from gs_algos.core.modules import get_module, set_module
 from gs_algos.core.network import network_of, ordinary_tensors
 from gs_algos.core.plan import Plan, PlanRow, other_weights, render_layers, totals_of
 from gs_algos.core.progress import progress as progress_bar
-from gs_algos.ptq.sites import WHO, Site, WeightRule, weight_sites
+from gs_algos.ptq.sites import FEW, WHO, Site, WeightRule, weight_sites
 from gs_algos.quant.convolution import Convolution
 from gs_algos.quant.fast_path import leave_fast_path
 from gs_algos.quant.packed import Packed, PackedFormat
@@ -65,6 +65,7 @@ def quantize_weights(
     """
     model = network_of(model, WHO)
     _refuse_history(model)
+    _refuse_device(device)
     with ordinary_tensors(), torch.no_grad():
         sites = weight_sites(model, weights, embeddings, rules)
         for site in sites:
@@ -118,6 +119,16 @@ def _refuse_history(model: nn.Module) -> None:
         raise RuntimeError(f"{WHO}: the model must be trained, got one that {before} prepared; convert it first")
 
 
+def _refuse_device(device: torch.device | str | None) -> None:
+    try:
+        there = torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch asserts that it was built for the device
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{WHO}: device must be one that torch can use here, got {device!r}: {reason}") from error
+    if device is not None and there.is_meta:
+        raise ValueError(f"{WHO}: device must hold data, got {device!r}; give None to round where the weights are")
+
+
 def _refuse_values(site: Site) -> None:
     """Raises if the weight of a site cannot be rounded: found before any layer is packed."""
     if site.scheme is None:
@@ -147,13 +158,14 @@ def _pack_all(
             if site.scheme is not None:
                 rows[i] = site_row(site, pack_site(model, site, device))
     except BaseException as error:
-        done = sum(row.action == "pack" for row in rows)
+        done = [row.site for row in rows if row.action == "pack"]
         if not done:
             raise
-        where = next(row.site for row in rows if row.reason == STOPPED)
+        where = next((row.site for row in rows if row.reason == STOPPED), "the end")
+        names = ", ".join(done[:FEW]) + (", ..." if len(done) > FEW else "")
         text = (
             f"{WHO}: every layer must be packed, got {type(error).__name__} at {where}: {error}; "
-            f"{done} of {count} layers are packed already: build the model anew to start over"
+            f"{len(done)} of {count} layers are packed already ({names}): build the model anew to start over"
         )
         if isinstance(error, Exception):
             raise RuntimeError(text) from error

@@ -397,6 +397,14 @@ def test_a_model_in_training_by_an_algorithm_is_refused():
             call(model, "int8@channel")
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "xyz", "meta"])
+def test_a_device_that_cannot_round_is_refused_before_anything_is_touched(device: str):
+    model = convs()
+    with pytest.raises(ValueError, match=rf"quantize_weights: device must .*, got '{device}'"):
+        quantize_weights(model, "int8@channel", device=device)
+    assert type(model.stem) is nn.Conv2d and not history(model)
+
+
 def fail_at(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -> None:
     original, calls = weights_module.round_to_nearest, []
 
@@ -420,7 +428,9 @@ def test_a_failure_at_the_first_layer_leaves_the_model_float(monkeypatch: pytest
 def test_a_failure_in_the_middle_says_which_layers_are_packed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     model = convs()
     fail_at(monkeypatch, 3, MemoryError("no room"))
-    words = r"got MemoryError at point: no room; 2 of 6 layers are packed already: build the model anew"
+    words = (
+        r"got MemoryError at point: no room; 2 of 6 layers are packed already \(stem, depthwise\): build the model anew"
+    )
     with pytest.raises(RuntimeError, match=words):
         quantize_weights(model, "int8@channel")
     monkeypatch.undo()
