@@ -334,6 +334,11 @@ def _record(model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inputs) -
         )
     calls = {row.site: _Call(seen[f"{row.site} x"], seen[f"{row.site} y"]) for row in rows}
     for site, call in calls.items():
+        if call.x.numel() == 0:
+            shape = tuple(call.x.shape)
+            raise ValueError(
+                f"convert: what {site} sees of the example inputs must hold at least one element, got shape {shape}"
+            )
         if not bool(call.x.isfinite().all()):
             raise ValueError(f"convert: what {site} sees of the example inputs must be finite, got NaN or Inf")
     return calls, want

@@ -34,7 +34,8 @@ def observe(
 
     Raises:
         TypeError: if the batches are no iterable, or the loop no function.
-        ValueError: if the inputs do not run through the model, no batch did, or a quantizer saw NaN or Inf.
+        ValueError: if the inputs do not run through the model, no batch did, or a quantizer saw NaN or Inf, or nothing
+            but empty batches.
     """
     if forward_loop is not None and not callable(forward_loop):
         got = type(forward_loop).__name__
@@ -54,6 +55,10 @@ def observe(
     finally:
         for quantizer in quantizers.values():
             quantizer.stop_calibration()
+    for name, extremes in ranges.items():
+        shape = quantizers[name].empty_shape
+        if extremes is None and shape is not None:
+            raise ValueError(f"{who}: what {name} sees must hold at least one element, got shape {shape}")
     if quantizers and all(extremes is None for extremes in ranges.values()):
         raise ValueError(f"{who}: at least one batch must run through the prepared model, got none")
     for name, extremes in ranges.items():

@@ -151,7 +151,7 @@ class _TwoConvFolded(Folded):
         f, ratio = self.factor()
         y = self._folded_conv(x, f)
         sigma, mean = running_sigma(bn), running_mean(bn)
-        if self.training:
+        if self.training and y.numel():
             batch_mean, batch_sigma = self._batch_statistics(x)
             used = torch.where(self.frozen, sigma, batch_sigma)
             mean = torch.where(self.frozen, mean, batch_mean)

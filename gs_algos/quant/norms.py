@@ -54,6 +54,8 @@ class Freezable(Irreplaceable):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
+        if x.numel() == 0:
+            return super().forward(x)  # which leaves the running statistics alone
         wide = x.float()
         var, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
         used_mean = torch.where(self.frozen, running_mean(self), mean)

@@ -167,6 +167,7 @@ class ActivationQuantizer(Quantizer):
         self.pending = torch.full((2,), -math.inf, device=device)
         self.active = True
         self.samples: list[Tensor] | None = None
+        self.empty_shape: tuple[int, ...] | None = None  # of the last batch without elements that calibration saw
 
     @property
     def follows(self) -> bool:
@@ -184,6 +185,8 @@ class ActivationQuantizer(Quantizer):
         if not self.active:
             self._collect(x)
             return x
+        if x.numel() == 0:  # nothing to round or to observe; learnt steps stay in the graph, for DDP waits for them
+            return sum((0.0 * p.sum().to(x.dtype) for p in self.parameters()), x)
         s = self.scheme
         if self.training and self.follows:
             y, x_min, x_max = observe_fake_quant(x, self.scale, self.zero, qmin=s.qmin, qmax=s.qmax)
@@ -199,6 +202,7 @@ class ActivationQuantizer(Quantizer):
     def start_calibration(self) -> None:
         self.active = False
         self.samples = [] if self.wants_samples else None
+        self.empty_shape = None
 
     def stop_calibration(self) -> None:
         """Quantizes again, and forgets what was collected."""
@@ -219,6 +223,9 @@ class ActivationQuantizer(Quantizer):
 
     @torch.no_grad()
     def _collect(self, x: Tensor) -> None:
+        if x.numel() == 0:
+            self.empty_shape = tuple(x.shape)
+            return
         self._note(*minmax(x.detach(), granularity=PerTensor()))
         if self.samples is not None:
             flat = x.detach().flatten().float()

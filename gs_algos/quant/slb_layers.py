@@ -101,6 +101,8 @@ class Searched(IntegerEval):
     def _follow(self, x: Tensor) -> None:
         """Moves the running statistics of the batch norm behind by those of the product with the quantized weight."""
         y = self.product(x, self.search(product_dtype(x), weight_format(x), True), self.bias).float()
+        if y.numel() == 0:
+            return
         bn = self._bn[0]
         axes = [0, *range(2, y.dim())]
         var, mean = torch.var_mean(y, axes, correction=0)

@@ -38,6 +38,8 @@ class PactQuantizer(ActivationQuantizer):
         alpha = self.alpha.clamp(min=SMALLEST_SCALE).to(x.dtype)
         clipped = torch.where(x < alpha, x, alpha)
         clipped = torch.where(clipped > -alpha, clipped, -alpha) if s.format.signed else clipped.relu()
+        if x.numel() == 0:
+            return clipped
         scale, zero = self.grid()
         return fake_quant(clipped, scale, zero, qmin=s.qmin, qmax=s.qmax)
 

@@ -41,6 +41,8 @@ class StaticQuantizer(KeepsDtypes):
         if self.gives_codes() and hands_now(x):
             strides = x.stride() if isinstance(x, CodesTensor | Pending) else None
             return CodesTensor(self.signed_codes(x)[0], self, x.dtype, strides)
+        if x.numel() == 0:
+            return real(x)  # type: ignore[no-any-return]
         return fake_quant(real(x), self.scale, self.zero, qmin=self.scheme.qmin, qmax=self.scheme.qmax)
 
     @torch.no_grad()
@@ -71,6 +73,8 @@ class StaticQuantizer(KeepsDtypes):
 
     def codes(self, x: Tensor) -> Tensor:
         """int8 (or uint8 for an unsigned grid) codes of x, same shape."""
+        if x.numel() == 0:
+            return torch.empty_like(x, dtype=torch.int8 if self.scheme.qmin < 0 else torch.uint8)
         return quantize(x, self.scale, self.zero, qmin=self.scheme.qmin, qmax=self.scheme.qmax)
 
     def signed_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -304,8 +304,7 @@ def test_training_on_what_is_no_float_batch_is_refused(prepared_nets):
     net, _ = prepared_nets["int8@tensor:ema"]
     with pytest.raises(TypeError, match=r"the input must be floating point, got torch\.int64"):
         net(images().long())
-    with pytest.raises(ValueError, match=r"x must hold at least one element, got shape \(0, 1, 12, 12\)"):
-        net.train()(images()[:0])
+    assert net.train()(images()[:0]).shape == (0, 4)  # which a float network takes, too
 
 
 def test_a_scheme_reads_back_as_it_was_written():
