@@ -188,7 +188,9 @@ def run(model: nn.Module, inputs: Inputs, who: str) -> Any:
     try:
         with TRACING:
             return model(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+        hint = "; a tuple is positional inputs: leave labels out" if isinstance(inputs, tuple | list) else ""
+        hint = hint if isinstance(error, TypeError) and "positional arg" in str(error) else ""
         raise ValueError(
-            f"{who}: the inputs must run through the model, got {type(error).__name__}: {error}"
+            f"{who}: the inputs must run through the model, got {type(error).__name__}: {error}{hint}"
         ) from error

@@ -39,9 +39,10 @@ class Budget:
         """
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*(\w+)\s*", text) if isinstance(text, str) else None
         if found is None or found[2] not in KINDS or not 0 < float(found[1]) <= 100:
+            share = isinstance(text, float) and 0 < text < 1
+            example = f"use '{100 * text:g}% flops'" if share else "for example '55% flops'"  # type: ignore[operator]
             raise ValueError(
-                f"budget: must be what may remain, as a percentage of {', '.join(KINDS)}, got {text!r}; "
-                "for example '55% flops'"
+                f"budget: must be what may remain, as a percentage of {', '.join(KINDS)}, got {text!r}; {example}"
             )
         return cls(float(found[1]), found[2])
 

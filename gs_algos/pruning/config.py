@@ -52,4 +52,15 @@ class PruneConfig(AlgorithmConfig):
 def check_rate(who: str, rate: Any) -> None:
     """Raises ValueError unless `rate` is a number in [0, 1)."""
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
-        raise ValueError(f"{who}: rate must be in [0, 1), got {rate!r}")
+        raise ValueError(f"{who}: rate must be in [0, 1), got {rate!r}{_as_share(rate)}")
+
+
+def _as_share(rate: Any) -> str:
+    """`; use ...` with the share that was meant by a number of percents."""
+    text = rate.strip().removesuffix("%") if isinstance(rate, str) else rate
+    try:
+        number = float(text)
+    except (TypeError, ValueError):
+        return ""
+    share = number if isinstance(rate, str) and "%" not in rate and number < 1 else number / 100
+    return f"; use {share:g}" if not isinstance(rate, bool) and 0 < share < 1 and number != 1 else ""

@@ -142,7 +142,7 @@ class Pruner(Algorithm):
             raise RuntimeError(f"{self.config.who}.apply: the model is still prepared by {before}; convert it first")
         plan, groups, rates = make_plan(self.name, self.config, model, example_inputs, self.unknown)
         if not plan.acted():
-            raise ValueError(f"{self.config.who}.apply: at least one group must lose a unit, got none:\n{plan}")
+            raise ValueError(f"{self.config.who}.apply: at least one group must lose a unit, got none{_why(plan)}")
         self._example = example_inputs
         with all_or_nothing(model):
             sites = self.gate_sites(model, groups) if self.config.select_steps else {}
@@ -370,6 +370,14 @@ class Pruner(Algorithm):
                 f"{self.config.who}.{method}: must come between apply and convert; call apply(model, inputs) first"
             )
         return self._model
+
+
+def _why(plan: Plan) -> str:
+    """Why a plan cuts nothing, and what could be done."""
+    if not plan.rows:
+        return "; the network has no layer whose channels nothing else needs"
+    whole = any("stay at this rate" in row.reason for row in plan.rows)
+    return f"{'; give a higher rate, or a smaller round_to' if whole else ''}:\n{plan}"
 
 
 def prepare(algo: Pruner, model: nn.Module, groups: Groups, gates: dict[str, int]) -> None:

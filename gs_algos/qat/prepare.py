@@ -28,6 +28,7 @@ from gs_algos.quant.scheme import Scheme, n_scales
 
 LAYERS = (nn.Linear, *CONVS)
 JOINS = ("add", "cat")
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,13 @@ def refuse_nonfinite(who: str, modules: Iterable[tuple[str, nn.Module]]) -> None
                 raise ValueError(f"{who}: {name}.{key} must be finite, got NaN or Inf")
 
 
+def foreign_dtype(layer: nn.Module) -> str:
+    """Why no grid can be trained for the weight of a layer in its dtype; empty if one can."""
+    found = str(layer.weight.dtype).removeprefix("torch.")  # type: ignore[union-attr]
+    words = f"its weight is {found}, and must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}: call net.float() first"
+    return "" if found in DTYPES else words
+
+
 def keep_row(site: str, layer: nn.Module | None, reason: str) -> PlanRow:
     """The row of a layer that stays float."""
     return PlanRow(site, kind_of(layer), "keep", reason=reason)
@@ -143,6 +151,8 @@ def _layer_row(
     base = next((kind for kind in LAYERS if isinstance(layer, kind)), nn.Module)
     if type(layer).forward is not base.forward:
         return keep_row(site, layer, f"{type(layer).__name__} has a forward of its own")
+    if foreign_dtype(layer):
+        return keep_row(site, layer, foreign_dtype(layer))
     weight = Scheme.parse(settings["weight"], "weight")
     act = None if settings["act"] is None else Scheme.parse(settings["act"], "act")
     try:

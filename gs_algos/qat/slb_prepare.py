@@ -18,7 +18,7 @@ from gs_algos.fx.borrowed import Borrowed
 from gs_algos.fx.capture import capture
 from gs_algos.fx.patterns import Match, match
 from gs_algos.qat.link import add_readers
-from gs_algos.qat.prepare import keep_row, kind_of, refused_rows, role_text
+from gs_algos.qat.prepare import foreign_dtype, keep_row, kind_of, refused_rows, role_text
 from gs_algos.quant.fast_path import leave_fast_path
 from gs_algos.quant.packed import PackedFormat
 from gs_algos.quant.slb_grid import LevelGrid, default_sharpness, fitted_scale, logits_near, random_logits
@@ -150,6 +150,8 @@ def _row(
     base = next((kind for kind in LAYERS if isinstance(layer, kind)), nn.Module)
     if type(layer).forward is not base.forward:
         return keep_row(site, layer, f"{type(layer).__name__} has a forward of its own")
+    if foreign_dtype(layer):
+        return keep_row(site, layer, foreign_dtype(layer))
     if isinstance(layer, Borrowed):
         return keep_row(site, layer, "its weight belongs to another module, which would keep it beside the logits")
     grid, bn, act = LevelGrid.parse(settings["weight"]), found.roles.get("bn"), settings["act"]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any, ClassVar
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from typing_extensions import Self
@@ -161,6 +162,12 @@ class QuantizationTraining(Algorithm):
         example = self._example if example_inputs is None else example_inputs
         if example is None:
             raise RuntimeError(f"{self.who}.convert: a resumed algorithm has no example inputs; give example_inputs")
+        for name, layer in model.named_modules():
+            if isinstance(layer, self.layer_class) and any(p.dtype == torch.float64 for p in layer.parameters()):
+                raise ValueError(
+                    f"{self.who}.convert: layers must be in float32, float16 or bfloat16, got {name} in float64; "
+                    "call net.float() first"
+                )
         own = not set(self._layers.values()).isdisjoint(model.modules())
         rows = [PlanRow(**row) for row in entry["plan"]]  # of a copy: until it is converted the history stays
         with ordinary_tensors(), all_or_nothing(model):
