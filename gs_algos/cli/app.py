@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from gs_algos.cli.compress import run_compress
 from gs_algos.cli.data import DATA, load_data
 from gs_algos.cli.demo import DemoOptions, make_algorithm, pick_device, run_demo
-from gs_algos.cli.describe import describe
 from gs_algos.cli.export import TARGETS, run_export, run_import
+from gs_algos.cli.info import describe_path
 from gs_algos.cli.language import run_generate, run_perplexity, run_quantize
 from gs_algos.cli.models import MODELS, build
 from gs_algos.cli.serve import run_serve
@@ -32,6 +32,7 @@ ALGORITHM_HELP = f"One of {', '.join(ALGORITHMS)}."
 WEIGHT_HELP = "Scheme of the weights: bits, granularity, observer."
 WEIGHTS_HELP = "Scheme, with 1, 2, 4 or 8 bits. Default: int4 with the largest group of 128, 64, 32 that divides all."
 LANGUAGE_HELP = "A packed folder, a plain Transformers folder, or a GGUF file."
+INFO_HELP = "A folder of gs_algos.save, demo, compress, quantize, export or import, a .pt2 package, or a GGUF file."
 DTYPE_HELP = "float32, float16 or bfloat16. Default: what the model is stored in."
 DEVICE_HELP = "cpu or cuda. Default: cuda if there is one."
 ACT_HELP = "Scheme of the activations; none leaves them float."
@@ -109,9 +110,9 @@ def plan(
 
 
 @app.command()
-def info(folder: Annotated[Path, typer.Argument(help="A folder written by gs_algos.save or the demo.")]) -> None:
-    """Describes a saved network from its files alone: algorithms, layers, bits, bytes."""
-    print(describe(folder))
+def info(path: Annotated[Path, typer.Argument(help=INFO_HELP)]) -> None:
+    """Describes a saved network or model from its files alone: algorithms, layers, bits, bytes."""
+    print(describe_path(path))
 
 
 @app.command()
