@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gs_algos.core.algorithm import history
 from gs_algos.core.modules import owner_of, parameter_owners
 from gs_algos.core.plan import PlanRow, other_weights
 from gs_algos.core.rules import RulePattern, resolve
-from gs_algos.quant.packing import CONVS, base_of, is_conv1d, lazy, matrix_of, why_not
+from gs_algos.quant.packing import CONVS, base_of, is_conv1d, matrix_of, why_not
 from gs_algos.quant.rounding import group_size, packable
 from gs_algos.quant.scheme import Scheme, n_scales
 from gs_kernels import PerChannel
@@ -62,6 +63,10 @@ def weight_sites(
             group does not divide a layer, a layer has no shape yet, or nothing is left to pack.
     """
     defaults, chosen = check_schemes(weights, embeddings, rules)
+    for name, module in model.named_modules():
+        if any(map(is_lazy, module._parameters.values())):
+            kind, where = type(module).__name__, name or "the root"
+            raise ValueError(f"{WHO}: every layer must know its shape, got {kind} at {where}; run the model once first")
     tied = _tied(model)
     layers = {name: weight.layer for weight in tied for name in weight.names}
     if embeddings is not None and not any(isinstance(weight.layer, nn.Embedding) for weight in tied):
@@ -101,11 +106,6 @@ def _tied(model: nn.Module) -> list[_Tied]:
     members: dict[Any, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         if base_of(module) is not None:
-            if lazy(module):
-                raise ValueError(
-                    f"{WHO}: every layer must know its shape, got {type(module).__name__} at {name or 'the root'}; "
-                    "run the model once first"
-                )
             members.setdefault(_place(module), []).append((name, module))
     if not members:
         why = _counted(row.reason for row in other_weights(model, []))

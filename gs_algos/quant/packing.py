@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 from gs_algos.core.modules import computed_by
 from gs_algos.quant.convolution import conv_rows, geometry_of, lies_last
@@ -73,11 +72,6 @@ def why_not(layer: nn.Module) -> str:
             f"its weight is {str(weight.dtype).removeprefix('torch.')}; only float32, float16 and bfloat16 are packed"
         )
     return "" if weight.numel() else "its weight has no elements"
-
-
-def lazy(layer: nn.Module) -> bool:
-    """Whether the weight of a layer has no shape before its first forward."""
-    return isinstance(layer._parameters.get("weight"), UninitializedParameter)
 
 
 def matrix_of(layer: nn.Module, weight: Tensor) -> Tensor:

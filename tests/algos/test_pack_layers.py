@@ -310,6 +310,8 @@ def test_a_model_whose_layers_are_all_kept_is_refused_with_the_reasons():
         quantize_weights(nn.Linear(4, 4), "int8@channel")
     with pytest.raises(ValueError, match=r"must know its shape, got LazyLinear at 0; run the model once"):
         quantize_weights(nn.Sequential(nn.LazyLinear(4)), "int8@channel")
+    with pytest.raises(ValueError, match=r"must know its shape, got LazyBatchNorm1d at 1"):
+        plan_weights(nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d()), "int8@channel")
 
 
 def test_matrices_outside_of_layers_are_lines_too():
