@@ -14,6 +14,11 @@ namespace {
 namespace lanes {
 
 constexpr int64_t LANES = 16;
+#ifdef __AVX512F__
+constexpr int WIDE = 8;  // of F or I that fit the registers beside others
+#else
+constexpr int WIDE = 4;
+#endif
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 

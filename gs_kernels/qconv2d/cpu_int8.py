@@ -1,10 +1,12 @@
 """Convolutions of 8-bit images with a packed weight on the CPU, summed as integers.
 
-Three ways, by what was measured. Depthwise, without a residual: C++ of our own (cpu_native.py), if it runs here.
-Where y has many pixels for each channel, and for groups of channels: oneDNN's convolution of uint8 codes, which packs
-the weight for each size of image. Else, what the pixels of some images see is copied side by side, and multiplied by
-ATen's product of int8 matrices. Behind both, one pass makes the result of the sums: C++, or where that does not run
-or know the activation, a compiled chain.
+Ways, by what was measured. Depthwise, without a residual: C++ of our own (cpu_native.py), if it runs here.
+Where the CPU has instructions for products of int8: if y has many pixels for each channel, and for groups of channels,
+oneDNN's convolution of uint8 codes, which packs the weight for each size of image; else, what the pixels of some images
+see is copied side by side, and multiplied by ATen's product of int8 matrices.
+Where it has none: a float convolution of the codes, which is exact as long as no sum can exceed 2**24. Layers that are
+too deep for that take it in parts of their channels.
+Behind all, one pass makes the result of the sums: C++, or where that does not run or know the activation, a chain.
 """
 
 from __future__ import annotations
@@ -15,22 +17,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import conv2d, pad
 
 from gs_kernels.compiled import call, compiled
+from gs_kernels.instructions import multiplies_int8
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import unpack_codes
-from gs_kernels.qconv2d.cpu_native import Depthwise, Finish, finishes, library, suits
+from gs_kernels.qconv2d.cpu_native import Depthwise, Finish, finishes, library, suits, to_steps
 from gs_kernels.qconv2d.dense import empty_image
 from gs_kernels.qconv2d.ref import convolve_int8_ref, finish_int8, into_codes
 from gs_kernels.qconv2d.window import Window
 from gs_kernels.qmatmul.cpu import without_autocast
-from gs_kernels.qmatmul.cpu_int8 import whole_zero
+from gs_kernels.qmatmul.cpu_int8 import product_of_codes, whole_zero
 from gs_kernels.qmatmul.cpu_lanes import UnsuitableError, kept
 from gs_kernels.qmatmul.flat import packed
 
 COPIED = 1 << 23  # bytes of what pixels see and of sums, at a time
 COMPILE_FROM = 1 << 16  # elements of y
+WHOLE = 2.0**24  # fp32 holds all whole numbers up to here
 EAGER_CALLS = 32  # of one layer, after which less is worth the wait for a compiler too
 PIXELS = 64  # for each channel of y, from which on oneDNN is faster: measured, 2 threads
 
@@ -147,6 +151,7 @@ class Int8Convolution:
             self.finish = Finish(library(), *about, out, activation)
             if suits(self.n, self.k, window):
                 self.depthwise = Depthwise(self.finish, self.known.codes, window)
+        self.parts = None if multiplies_int8() or not self.one else exact_parts(self.known.codes, self.shift, window)
         self.packs: dict[tuple[int, ...], Tensor] = {}  # the weight as oneDNN wants it, by the shape of x
         self.calls = 0
 
@@ -158,7 +163,7 @@ class Int8Convolution:
         b, (p, q) = x.shape[0], self.window.output(*x.shape[2:])
         rest, about = residual[0], residual[1:]
         rest = None if rest is None else rest.permute(0, 2, 3, 1).reshape(-1, self.n)
-        direct = suits_onednn(self.known, self.weight, self.window, b * p * q)
+        direct = self.parts is not None or suits_onednn(self.known, self.weight, self.window, b * p * q)
         step = max(1, COPIED // max(1, p * q * (4 * self.n if direct else self.k * self.window.groups + 4 * self.n)))
         if 0 < b <= step:
             return self._rows(x, (rest, *about), direct).view(b, p, q, self.n).permute(0, 3, 1, 2)
@@ -173,7 +178,9 @@ class Int8Convolution:
     def _rows(self, x: Tensor, residual: tuple[Tensor | None, ...], direct: bool) -> Tensor:
         """`[M, O]` of images `[B, C, H, W]`."""
         into: Any = (*residual, *self.out)
-        if direct:
+        if self.parts is not None:
+            sums = fp32_sums(x, self.shift, self.parts, self.window)
+        elif direct:
             sums = onednn_sums(x, self.shift, self.known.codes, self.window, self.packs)
         else:
             seen = [_seen(part, self.shift, self.window) for part in x.permute(0, 2, 3, 1).chunk(self.window.groups, 3)]
@@ -221,7 +228,7 @@ def _padding_code(x_zero: Tensor | None) -> int:
 
 
 def _codes_of(weight: PackedWeight, keep: bool) -> Codes:
-    if not multiplies_exactly():
+    if multiplies_int8() and not multiplies_exactly():
         raise UnsuitableError("products of int8 matrices saturate here")
     return kept(weight, torch.int8, make_codes) if keep else make_codes(weight)
 
@@ -242,7 +249,7 @@ def _has_one_sum(known: Codes, weight: PackedWeight) -> bool:
 def suits_onednn(known: Codes, weight: PackedWeight, window: Window, pixels: int) -> bool:
     """Whether its convolution of so many pixels is the faster way, and gives all sums."""
     many = window.groups > 1 or pixels >= PIXELS * weight.shape[0]
-    return many and _has_one_sum(known, weight) and convolves_exactly()
+    return many and multiplies_int8() and _has_one_sum(known, weight) and convolves_exactly()
 
 
 @cache
@@ -255,6 +262,39 @@ def convolves_exactly() -> bool:
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
     return torch.equal(got.double(), (x.double()[0, :, 0].t() - 3) @ w.double().t())
+
+
+def exact_parts(codes: Tensor, shift: int, window: Window) -> list[Tensor] | None:
+    """The filters in fp32, `[O, C / groups, R, S]`, in as few parts of the channels as have sums below 2**24.
+
+    None if there is no such part, or groups of channels would need several.
+    """
+    filters = codes.view(codes.shape[0], window.r, window.s, -1).permute(0, 3, 1, 2).float()
+    low, high = 128.0 + shift, 127.0 - shift  # the steps of x reach so far on either side of 0
+    above, below = filters.clamp(min=0).sum((2, 3)), filters.clamp(max=0).sum((2, 3)).neg()  # [O, C / groups]
+    most = torch.maximum(high * above + low * below, low * above + high * below).double()
+    channels = filters.shape[1]
+    for count in range(1, channels + 1 if window.groups == 1 else 2):
+        step = -(-channels // count)
+        if max(float(part.sum(1).max()) for part in most.split(step, 1)) <= WHOLE:
+            return [part.contiguous(memory_format=torch.channels_last) for part in filters.split(step, 1)]
+    return None
+
+
+def fp32_sums(x: Tensor, shift: int, parts: list[Tensor], window: Window) -> Tensor:
+    """fp32 `[M, O]`: sums of `codes * (x - shift)`, rounded once, of images `[B, C, H, W]`."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    total: Tensor | None = None
+    pieces = (x,) if len(parts) == 1 else x.split(parts[0].shape[1], 1)
+    for piece, filters in zip(pieces, parts, strict=True):
+        steps = to_steps(piece if len(parts) == 1 else piece.contiguous(memory_format=torch.channels_last), shift)
+        padding = (window.top, window.left)
+        if not window.is_symmetric:
+            steps, padding = pad(steps, window.sides), (0, 0)
+        sums = conv2d(steps, filters, None, window.stride, padding, window.dilation, window.groups)
+        total = sums if len(parts) == 1 else sums.int() if total is None else total.add_(sums.int())
+    assert total is not None
+    return total.permute(0, 2, 3, 1).reshape(-1, total.shape[1]).float()
 
 
 def onednn_sums(x: Tensor, shift: int, codes: Tensor, window: Window, packs: dict[tuple[int, ...], Tensor]) -> Tensor:
@@ -297,9 +337,7 @@ def _seen(x: Tensor, shift: int, window: Window) -> Tensor:
 
 def _multiply(seen: list[Tensor], codes: Tensor) -> Tensor:
     """int32 `[M, O]`, exact."""
-    if codes.shape[1] == 1:  # of which torch 2.13 leaves the result unwritten
-        return torch.cat([a.int() * w.t().int() for a, w in zip(seen, codes.chunk(len(seen)), strict=True)], 1)
-    products = [torch._int_mm(a, w.t()) for a, w in zip(seen, codes.chunk(len(seen)), strict=True)]
+    products = [product_of_codes(a, w) for a, w in zip(seen, codes.chunk(len(seen)), strict=True)]
     return products[0] if len(products) == 1 else torch.cat(products, 1)
 
 

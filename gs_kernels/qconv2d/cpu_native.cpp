@@ -1,15 +1,11 @@
-// Convolutions of 8-bit images on CPUs with AVX-512, channels last: the pass from sums to codes or fp32, and depthwise
-// convolutions, which are one pass from codes to codes. Sums are int32, exact; what follows has the order of finish_int8
-// (ref.py), and is not contracted to fused operations.
-#include <immintrin.h>
-#include <cstdint>
+// Convolutions of 8-bit images on a CPU, channels last: the passes from floats to codes, from codes to whole numbers in
+// fp32, from sums to codes or fp32, and depthwise convolutions, which are one pass from codes to codes. Sums are int32, or
+// whole numbers in fp32, exact; what follows has the order of finish_int8 (ref.py), and is not contracted.
+#include "lanes.h"
 
-#define INLINE __attribute__((target("avx512f,avx512bw,avx512vl"), always_inline)) inline
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl")))
+using namespace lanes;
 
 namespace {
-
-constexpr int64_t LANES = 16;
 
 struct Image {
   int64_t batch, h, w, c, p, q, r, s, stride_h, stride_w, top, left, dilation_h, dilation_w;
@@ -22,29 +18,27 @@ struct After {
   int32_t shift, twice, activation, codes;  // activation: 0 none, 1 relu, 2 relu6; codes: whether y is int8
 };
 
-INLINE __m512 times(__m512 a, __m512 b) { return _mm512_mul_round_ps(a, b, _MM_FROUND_CUR_DIRECTION); }
-INLINE __m512 plus(__m512 a, __m512 b) { return _mm512_add_round_ps(a, b, _MM_FROUND_CUR_DIRECTION); }
 
-INLINE __m512 in_fp32(__m512i sums, const After& after) {
-  return _mm512_cvtepi32_ps(_mm512_mullo_epi32(sums, _mm512_set1_epi32(after.twice)));
-}
-
-// Of sums times `twice`, for 16 channels or those of a mask; the rest: what a residual adds.
-INLINE __m512 finished(__m512 sums, const After& after, int64_t channel, __mmask16 mask = -1, __m512 rest = __m512{}) {
-  __m512 v = times(times(sums, _mm512_set1_ps(0.5f)), _mm512_maskz_loadu_ps(mask, after.scale + channel));
-  v = times(v, _mm512_set1_ps(after.x_scale));
-  if (after.bias) v = plus(v, _mm512_maskz_loadu_ps(mask, after.bias + channel));
-  v = plus(v, rest);
-  if (after.activation) v = _mm512_max_ps(_mm512_setzero_ps(), v);  // of NaN the second: it stays
-  if (after.activation == 2) v = _mm512_min_ps(_mm512_set1_ps(6.0f), v);
+// Of sums times `twice`, for the first n of 16 channels; the rest: what a residual adds.
+LANE_FN F finished(F sums, const After& after, int64_t channel, int64_t n, F rest) {
+  F v = sums * all(0.5f) * load(after.scale + channel, n) * all(after.x_scale);
+  if (after.bias) v = v + load(after.bias + channel, n);
+  v = v + rest;
+  if (after.activation) v = max(all(0.0f), v);  // of NaN the second: it stays
+  if (after.activation == 2) v = min(all(6.0f), v);
   return v;
 }
 
-INLINE __m128i in_codes(__m512 v, const After& after) {
-  v = plus(times(v, _mm512_set1_ps(after.inverse)), _mm512_set1_ps(after.fraction));
-  v = plus(_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT), _mm512_set1_ps(after.whole));
-  v = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-128.0f)), _mm512_set1_ps(127.0f));  // -128 of NaN
-  return _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(v));
+LANE_FN I in_codes(F v, const After& after) {
+  return codes_of(v, all(after.inverse), all(after.fraction), all(after.whole), all(-128.0f), all(127.0f));
+}
+
+LANE_FN void put(F v, const After& after, void* y, int64_t at, int64_t n) {
+  if (after.codes) {
+    store(static_cast<int8_t*>(y) + at, in_codes(v, after), n);
+  } else {
+    store(static_cast<float*>(y) + at, v, n);
+  }
 }
 
 struct Taps {
@@ -54,38 +48,33 @@ struct Taps {
 // VECTORS times 16 neighbours in a row of y, of one pixel after the other, from the one numbered `first`. All see the
 // same taps, and if ALL, all of them: what the zero point takes off their sums is known. x: the image; y: the row.
 template <int VECTORS, bool ALL>
-INLINE void neighbours(
+LANE_FN void neighbours(
     const int8_t* x, const int32_t* weight, void* y, const Image& im, const After& after, int64_t p, int64_t first, Taps taps) {
-  const int64_t units = im.c / LANES, down = im.dilation_h * im.w * im.c, right = im.dilation_w * im.c;
-  const __m512i shift = _mm512_set1_epi32(after.shift);
+  const int64_t units = im.c / LANES, down = im.dilation_h * im.w * im.c, right_step = im.dilation_w * im.c;
+  const I shift = all(after.shift);
   const int8_t* from[VECTORS];
   int64_t channel[VECTORS];
-  __m512i sums[VECTORS];
+  I sums[VECTORS];
   for (int v = 0; v < VECTORS; ++v) {
     const int64_t q = (first + v) / units;
     channel[v] = (first + v) % units * LANES;
     from[v] = x + ((p * im.stride_h - im.top) * im.w + q * im.stride_w - im.left) * im.c + channel[v];
-    sums[v] = ALL ? _mm512_loadu_si512(after.of_zero + channel[v]) : _mm512_setzero_si512();
+    sums[v] = ALL ? load(after.of_zero + channel[v]) : all(0);
   }
   for (int64_t r = taps.r_from; r < taps.r_to; ++r) {
     for (int64_t s = taps.s_from; s < taps.s_to; ++s) {
-      const int64_t at = r * down + s * right;
+      const int64_t at = r * down + s * right_step;
       const int32_t* by = weight + (r * im.s + s) * im.c;
       for (int v = 0; v < VECTORS; ++v) {
-        const __m512i codes = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(from[v] + at)));
-        const __m512i seen = ALL ? codes : _mm512_sub_epi32(codes, shift);
-        sums[v] = _mm512_add_epi32(sums[v], _mm512_mullo_epi32(seen, _mm512_loadu_si512(by + channel[v])));
+        const I codes = load(from[v] + at);
+        // both fit 16 bits, and the upper half of the weight counts for nothing
+        sums[v] = sums[v] + pairs(ALL ? codes : codes - shift, load(by + channel[v]) & all(0xffff));
       }
     }
   }
   for (int v = 0; v < VECTORS; ++v) {
-    const __m512 values = finished(in_fp32(sums[v], after), after, channel[v]);
-    const int64_t at = (first + v) * LANES;
-    if (after.codes) {
-      _mm_storeu_si128((__m128i*)(static_cast<int8_t*>(y) + at), in_codes(values, after));
-    } else {
-      _mm512_storeu_ps(static_cast<float*>(y) + at, values);
-    }
+    const F values = finished(in_fp32(sums[v] * all(after.twice)), after, channel[v], LANES, all(0.0f));
+    put(values, after, y, (first + v) * LANES, LANES);
   }
 }
 
@@ -97,15 +86,15 @@ inline void inside(int64_t start, int64_t dilation, int64_t count, int64_t size,
 
 // Pixels first..last of a row, 16 channels each, which all see the same taps.
 template <bool ALL>
-INLINE void run(
+LANE_FN void run(
     const int8_t* x, const int32_t* weight, void* y, const Image& im, const After& after, int64_t p, int64_t first,
     int64_t last, Taps taps) {
-  constexpr int MANY = 8;
+  constexpr int MANY = WIDE;
   for (; first + MANY <= last; first += MANY) neighbours<MANY, ALL>(x, weight, y, im, after, p, first, taps);
   for (; first < last; ++first) neighbours<1, ALL>(x, weight, y, im, after, p, first, taps);
 }
 
-TARGET void one_row(const int8_t* x, const int32_t* weight, void* y, const Image& im, const After& after, int64_t p) {
+void one_row(const int8_t* x, const int32_t* weight, void* y, const Image& im, const After& after, int64_t p) {
   const int64_t units = im.c / LANES;
   Taps taps;
   inside(p * im.stride_h - im.top, im.dilation_h, im.r, im.h, taps.r_from, taps.r_to);
@@ -137,34 +126,84 @@ struct Residual {
   float scale, zero;
 };
 
-TARGET void finish_row(const Sums& sums, const Residual& residual, void* y, const After& after, int64_t row) {
+void finish_row(const Sums& sums, const Residual& residual, void* y, const After& after, int64_t row) {
   for (int64_t channel = 0; channel < sums.channels; channel += LANES) {
-    const int64_t left = sums.channels - channel, at = row * sums.channels + channel;
-    const __mmask16 mask = left >= LANES ? -1 : (1 << left) - 1;
-    __m512 v, rest = _mm512_setzero_ps();
+    const int64_t n = sums.channels - channel, at = row * sums.channels + channel;
+    F v, rest = all(0.0f);
     if (sums.are_whole) {
-      const __m512i whole = _mm512_maskz_loadu_epi32(mask, static_cast<const int32_t*>(sums.data) + at);
-      v = in_fp32(_mm512_add_epi32(whole, _mm512_maskz_loadu_epi32(mask, after.of_zero + channel)), after);
+      const I whole = load(static_cast<const int32_t*>(sums.data) + at, n) + load(after.of_zero + channel, n);
+      v = in_fp32(whole * all(after.twice));
     } else {
-      v = times(_mm512_maskz_loadu_ps(mask, static_cast<const float*>(sums.data) + at), _mm512_set1_ps(after.twice));
+      v = load(static_cast<const float*>(sums.data) + at, n) * all((float)after.twice);
     }
     if (residual.data && residual.is_codes) {
-      const __m128i codes = _mm_maskz_loadu_epi8(mask, static_cast<const int8_t*>(residual.data) + at);
-      rest = plus(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)), _mm512_set1_ps(-residual.zero));
-      rest = times(rest, _mm512_set1_ps(residual.scale));
+      const F codes = in_fp32(load(static_cast<const int8_t*>(residual.data) + at, n));
+      rest = (codes - all(residual.zero)) * all(residual.scale);
     } else if (residual.data) {
-      rest = _mm512_maskz_loadu_ps(mask, static_cast<const float*>(residual.data) + at);
+      rest = load(static_cast<const float*>(residual.data) + at, n);
     }
-    v = finished(v, after, channel, mask, rest);
-    if (after.codes) {
-      _mm_mask_storeu_epi8(static_cast<int8_t*>(y) + at, mask, in_codes(v, after));
-    } else {
-      _mm512_mask_storeu_ps(static_cast<float*>(y) + at, mask, v);
+    put(finished(v, after, channel, n, rest), after, y, at, n);
+  }
+}
+
+constexpr int64_t PIECE = 1 << 12;  // elements that a thread takes at once
+
+}  // namespace
+
+// y: codes less a number, in fp32.
+extern "C" void to_steps(const int8_t* x, float* y, int64_t count, float shift, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t start = 0; start < count; start += PIECE) {
+    const int64_t end = start + PIECE < count ? start + PIECE : count;
+    for (int64_t i = start; i < end; i += LANES) {
+      const int64_t n = end - i;
+      store(y + i, in_fp32(load(x + i, n)) - all(shift), n);
     }
   }
 }
 
-}  // namespace
+// y: codes of x on a grid, from `least` to `largest`; `moved`: what is added to them to fit int8.
+extern "C" void to_codes(
+    const float* x, int8_t* y, int64_t count, float inverse, float fraction, float whole, float least, float largest,
+    int moved, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t start = 0; start < count; start += PIECE) {
+    const int64_t end = start + PIECE < count ? start + PIECE : count;
+    for (int64_t i = start; i < end; i += LANES) {
+      const int64_t n = end - i;
+      const I codes = codes_of(load(x + i, n), all(inverse), all(fraction), all(whole), all(least), all(largest));
+      store(y + i, codes + all(moved), n);
+    }
+  }
+}
+
+struct Sum {
+  const int8_t *a, *b;  // b may be null
+  float a_scale, a_zero, b_scale, b_zero, inverse, fraction, whole, least, largest;
+  int32_t activation, codes;
+};
+
+// y: the real values of codes, added, activated, and in fp32 or as codes on a grid.
+extern "C" void sum_codes(const Sum* sum, void* y, int64_t count, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t start = 0; start < count; start += PIECE) {
+    const int64_t end = start + PIECE < count ? start + PIECE : count;
+    for (int64_t i = start; i < end; i += LANES) {
+      const int64_t n = end - i;
+      F v = (in_fp32(load(sum->a + i, n)) - all(sum->a_zero)) * all(sum->a_scale);
+      if (sum->b) v = v + (in_fp32(load(sum->b + i, n)) - all(sum->b_zero)) * all(sum->b_scale);
+      if (sum->activation) v = max(all(0.0f), v);
+      if (sum->activation == 2) v = min(all(6.0f), v);
+      if (sum->codes) {
+        const I codes =
+            codes_of(v, all(sum->inverse), all(sum->fraction), all(sum->whole), all(sum->least), all(sum->largest));
+        store(static_cast<int8_t*>(y) + i, codes, n);
+      } else {
+        store(static_cast<float*>(y) + i, v, n);
+      }
+    }
+  }
+}
 
 extern "C" void finish_int8(const Sums* sums, const Residual* residual, void* y, const After* after, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)

@@ -1,4 +1,4 @@
-"""What convolutions of 8-bit images have in C++, for CPUs with AVX-512: `cpu_native.cpp`.
+"""What convolutions of 8-bit images, and passes over codes, have in C++: `cpu_native.cpp`.
 
 oneDNN's depthwise convolution takes a pass in front, to make the codes unsigned, and one behind, from fp32 to codes.
 """
@@ -6,6 +6,7 @@ oneDNN's depthwise convolution takes a pass in front, to make the codes unsigned
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from torch.nn.functional import conv2d
 from gs_kernels.native import native
 from gs_kernels.qconv2d.window import Window
 
-NEEDS = ("avx512_f", "avx512_bw", "avx512_vl")
 ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 LANES = 16  # channels of a depthwise convolution are a multiple of
 PARALLEL_FROM = 1 << 15  # products, or numbers of y, from which a second thread pays: measured
@@ -44,6 +44,15 @@ class _Sums(ctypes.Structure):
 
 class _Residual(ctypes.Structure):
     _fields_ = [("data", pointer), ("is_codes", size), ("scale", single), ("zero", single)]
+
+
+class _Sum(ctypes.Structure):
+    _fields_ = [
+        *((name, pointer) for name in ("a", "b")),
+        *((name, single) for name in ("a_scale", "a_zero", "b_scale", "b_zero")),
+        *((name, single) for name in ("inverse", "fraction", "whole", "least", "largest")),
+        *((name, number) for name in ("activation", "codes")),
+    ]
 
 
 class Finish:
@@ -119,6 +128,53 @@ class Depthwise:
         return y
 
 
+def to_steps(x: Tensor, zero: int) -> Tensor:
+    """int8 codes of any strides that leave no gaps, less their zero point, in fp32 and the same order."""
+    functions = library()
+    if functions is None:
+        return x.float().sub_(zero)
+    y = torch.empty_like(x, dtype=torch.float32)
+    functions.to_steps(x.data_ptr(), y.data_ptr(), x.numel(), zero, _threads(x))
+    return y
+
+
+def to_codes(x: Tensor, grid: Sequence[float], moved: int) -> Tensor | None:
+    """int8 codes of dense fp32 x on one grid, in its order; None if the C++ does not run.
+
+    grid: inverse of the scale, rest and whole part of the zero point, least and largest code.
+    moved: added to them.
+    """
+    functions = library()
+    if functions is None:
+        return None
+    y = torch.empty_like(x, dtype=torch.int8)
+    functions.to_codes(x.data_ptr(), y.data_ptr(), x.numel(), *grid, moved, _threads(x))
+    return y
+
+
+def sum_codes(
+    a: tuple[Tensor, float, float], b: tuple[Tensor, float, float] | None, activation: str, grid: Sequence[float] | None
+) -> Tensor | None:
+    """`act(a + b)` of dense int8 codes in one order, each with scale and zero point: fp32, or codes on a grid.
+
+    grid: as `to_codes` takes it. None if the C++ does not run, or does not know the activation.
+    """
+    functions = library()
+    if functions is None or activation not in ACTIVATIONS:
+        return None
+    codes = a[0]
+    y = torch.empty_like(codes, dtype=torch.float32 if grid is None else torch.int8)
+    other = (None, 1.0, 0.0) if b is None else (b[0].data_ptr(), *b[1:])
+    numbers = (0.0, 0.0, 0.0, 0.0, 0.0) if grid is None else grid
+    about = _Sum(codes.data_ptr(), other[0], *a[1:], *other[1:], *numbers, ACTIVATIONS[activation], grid is not None)
+    functions.sum_codes(about, y.data_ptr(), codes.numel(), _threads(codes))
+    return y
+
+
+def _threads(x: Tensor) -> int:
+    return torch.get_num_threads() if x.numel() >= PARALLEL_FROM else 1
+
+
 def finishes(activation: str, dtype: torch.dtype, codes: bool) -> bool:
     """Whether the C++ is there and ends with this."""
     return activation in ACTIVATIONS and (codes or dtype == torch.float32) and library() is not None
@@ -131,14 +187,14 @@ def suits(channels: int, k: int, window: Window) -> bool:
 
 @cache
 def library() -> Any:
-    """The compiled code; None if this CPU lacks its instructions, or it does not compile or computes something else."""
-    able = torch.cpu.get_capabilities()
-    if not all(able.get(name) for name in NEEDS):
-        return None
+    """The compiled code; None if it does not compile or computes something else."""
     after = ctypes.POINTER(_After)
-    functions = {
+    functions: dict[str, Sequence[Any]] = {
         "finish_int8": [ctypes.POINTER(_Sums), ctypes.POINTER(_Residual), pointer, after, ctypes.c_int],
         "depthwise_int8": [pointer, pointer, pointer, ctypes.POINTER(_Image), after, ctypes.c_int],
+        "to_steps": [pointer, pointer, size, single, ctypes.c_int],
+        "to_codes": [pointer, pointer, size, *[single] * 5, ctypes.c_int, ctypes.c_int],
+        "sum_codes": [ctypes.POINTER(_Sum), pointer, size, ctypes.c_int],
     }
     return native(Path(__file__).with_suffix(".cpp"), functions, _is_right)
 
@@ -154,4 +210,18 @@ def _is_right(functions: Any) -> bool:
     sums = conv2d((x - 5).double(), codes.double().view(16, 1, 3, 3), padding=1, groups=16).permute(0, 2, 3, 1)
     want = (sums.float() * scale * x_scale + bias).relu()
     got = Depthwise(finish, weight, window)(x.to(torch.int8)), finish(sums.float().view(25, 16), None, None, None)
-    return torch.equal(got[0], want) and torch.equal(got[1], want.view(25, 16))
+    y, flat = torch.empty(16 * 25), x.to(torch.int8).flatten()
+    functions.to_steps(flat.data_ptr(), y.data_ptr(), 400, 5.0, 1)
+    back = torch.empty_like(flat)
+    functions.to_codes(y.data_ptr(), back.data_ptr(), 400, 0.5, 0.0, -20.0, -100.0, 90.0, 1, 1)
+    codes = ((flat.float() - 5) * 0.5).round().sub(20).clamp(-100, 90).add(1).to(torch.int8)
+    added = torch.empty(400)
+    about = _Sum(flat.data_ptr(), back.data_ptr(), 0.5, 3.0, 0.25, -2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1, 0)
+    functions.sum_codes(about, added.data_ptr(), 400, 1)
+    return (
+        torch.equal(got[0], want)
+        and torch.equal(got[1], want.view(25, 16))
+        and torch.equal(y, flat.float() - 5)
+        and torch.equal(back, codes)
+        and torch.equal(added, ((flat.float() - 3) * 0.5 + (codes.float() + 2) * 0.25).relu())
+    )

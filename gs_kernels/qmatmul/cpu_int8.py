@@ -107,6 +107,13 @@ def _by_blocks(x: Tensor, shift: int, weight: PackedWeight) -> Tensor:
     return torch.cat(ys, 1)[:, : lanes.shape[0]]
 
 
+def product_of_codes(x: Tensor, w: Tensor) -> Tensor:
+    """int32 `[M, N]`, exact, of int8 x `[M, K]` and w `[N, K]`."""
+    if x.shape[1] == 1:  # of which torch 2.13 leaves the result unwritten
+        return x.int() * w.t().int()
+    return torch._int_mm(x, w.t()) if multiplies_int8() else _whole_product(x.float(), w.t().float())
+
+
 def _whole_product(x: Tensor, w: Tensor) -> Tensor:
     """int32 `[M, N]` from the codes of 8 bits x `[M, K]` and w `[K, N]` in fp32, which holds whole numbers to 2**24."""
     y = None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gs_kernels import PackedWeight, native, pack_weight, qmatmul, qmatmul_int8, row_sums
 from gs_kernels.dispatch import INTERPRET
-from gs_kernels.qmatmul import cpu, cpu_bf16
+from gs_kernels.qmatmul import cpu, cpu_bf16, cpu_int8
 from gs_kernels.qmatmul.cpu_lanes import lanes_of
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref, qmatmul_ref
 from tests.helpers import relative_rms
@@ -113,6 +113,23 @@ def test_sums_of_rows_with_one_scale_are_exact(bits: int, x_zero: float | None):
         want = sums.float() * w.scale.view(-1) * 0.03 + 0.5
         bias, x_scale = torch.full((n,), 0.5), torch.full((1,), 0.03)
         assert torch.equal(qmatmul_int8(x, x_scale, w, bias, **about), want)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_whole_numbers_in_fp32_give_the_same_bits(bits: int, monkeypatch: pytest.MonkeyPatch):
+    """Without instructions for products of int8, in stretches of K: all codes at their ends."""
+    n, k = 33, 2304
+    codes = torch.full((n, k), 2**bits - 1, dtype=torch.uint8)
+    codes[1] = 0
+    w = pack_weight(codes, torch.full((n, 1), 0.01), torch.full((n, 1), 1.0), bits=bits, group_size=k)
+    x = torch.full((6, k), -128, dtype=torch.int8)
+    x[1] = 127
+    about = {"x_zero": torch.tensor([100.0]), "weight_sums": row_sums(w)}
+    want = ((x.long() - 100) @ (codes.long() - 1).T).float() * 0.01
+    monkeypatch.setattr(cpu_int8, "multiplies_int8", lambda: False)
+    for few in (0, 256):
+        monkeypatch.setattr(cpu_int8, "FEW_ROWS", {False: few})
+        assert torch.equal(qmatmul_int8(x, torch.ones(1), w, **about), want)
 
 
 @pytest.mark.parametrize("n", [4, 520])
