@@ -275,8 +275,14 @@ KINDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "another's package": (lambda p: a_package(p / "a.pt2", {}), "must say what it takes, got a package that .* did no"),
     "a newer package": (
-        lambda p: a_package(p / "a.pt2", {"golden_stick": json.dumps({**SAYS, "version": 2})}),
-        "version must be 1, got 2; update golden-stick",
+        lambda p: a_package(p / "a.pt2", {"golden_stick": json.dumps({**SAYS, "version": 3})}),
+        "version must be 1, got 3; update golden-stick",
+    ),
+    "a package of several inputs": (
+        lambda p: a_package(
+            p / "a.pt2", {"golden_stick": json.dumps({"version": 2, "inputs": ["x", "mask"], "outputs": ["y"]})}
+        ),
+        "must take one tensor and give one, got x, mask to y; call it with torch._inductor.aoti_load_package",
     ),
     "a package with another field": (
         lambda p: a_package(p / "a.pt2", {"golden_stick": json.dumps({**SAYS, "layout": "nhwc"})}),

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
-from gs_algos.core.algorithm import evaluating
+from gs_algos.core.algorithm import Inputs, evaluating
 from gs_algos.core.files import whole_file
 from gs_algos.core.modules import set_module
-from gs_algos.core.network import network_of
-from gs_algos.export.package import new_file
+from gs_algos.export.example import exportable, new_file, read_by_torch
 from gs_algos.quant.convolution import DENSE, Convolution, channels_fastest
 from gs_algos.quant.packed import Packed
 from gs_algos.quant.packed_embedding import PackedEmbedding
@@ -48,28 +48,41 @@ log = logging.getLogger(__name__)
 
 
 def export_onnx(
-    model: nn.Module, example: Tensor, path: str | os.PathLike[str], *, signed_weights: bool = False
+    model: nn.Module, example: Inputs, path: str | os.PathLike[str], *, signed_weights: bool = False
 ) -> Path:
-    """Writes the network as the new file `path` for any batch size; input "x", output "y", both fp32.
+    """Writes the network as the new file `path` for any batch size, with fp32 inputs and outputs (or of integers).
+
+    One input is called "x" and one output "y". Several inputs have the names of the network's parameters or those in
+    the dict; several outputs are "y0", "y1", ..., or have the keys of a dict.
 
     Args:
-        example: `[B, ...]` fp32, B at least 2.
+        example: `[B, ...]`, B at least 2; or a tuple of such, or a dict by name. Inputs whose first size is not B, that
+            of the first, keep their sizes.
         signed_weights: keep 8-bit weights int8. ONNX Runtime then multiplies some 2.5 times faster on CPUs with VNNI,
             but on x86 CPUs without it the outputs are wrong, by a tenth and more.
 
     Raises:
-        ValueError: as `export_package`, or if the network has a prepared layer: convert it first.
+        TypeError: if the model is no module.
+        ValueError: if it is prepared for training and not converted, the file is there already or does not end in
+            .onnx, or the example is none of the above or does not run through the network.
+        UnsupportedError: if torch cannot read the network.
         RuntimeError: if onnx or onnxscript is not installed.
     """
     lacking = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if lacking:
         raise RuntimeError(f"{WHO}: needs {', '.join(lacking)}; pip install 'golden-stick-triton[onnx]'")
-    target = new_file(path, ".onnx", example, WHO)
-    copied = onnx_model(network_of(model, WHO), signed_weights)
-    with evaluating(copied), torch.no_grad():
+    target = new_file(path, ".onnx", WHO)
+    network, call = exportable(model, example, WHO)
+    for name, t in zip(call.names, call.tensors, strict=True):
+        if t.is_floating_point() and t.dtype != torch.float32:
+            raise ValueError(f"{WHO}: example must be of float32 or integers, got {name} in {t.dtype}; use .float()")
+    copied = onnx_model(network, signed_weights)
+    args, kwargs = tree_map_only(Tensor, lambda t: t.cpu(), (call.args, call.kwargs))
+    with evaluating(copied), torch.no_grad(), read_by_torch(WHO):
+        traced = torch.export.export(copied, args, kwargs, dynamic_shapes=call.dynamic_shapes)
         program = torch.onnx.export(
-            copied, (example,), input_names=["x"], output_names=["y"], opset_version=OPSET, dynamo=True, verbose=False,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            traced, input_names=call.names, output_names=call.outputs, opset_version=OPSET, dynamo=True, verbose=False,
+            dynamic_shapes=call.dynamic_shapes,
         )  # fmt: skip
     assert program is not None
     with whole_file(target) as draft:

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gs_algos.core.algorithm import evaluating
+from gs_algos.core.algorithm import Inputs, evaluating
 from gs_algos.core.files import whole_file
-from gs_algos.core.network import network_of
+from gs_algos.export.example import Example, exportable, new_file, read_by_torch
 
+WHO = "export_package"
 KEY = "golden_stick"  # of the package's own metadata
 VERSION = 1
+SEVERAL = 2  # version of a package with several inputs or outputs
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class PackageInput:
 
 def export_package(
     model: nn.Module,
-    example: Tensor,
+    example: Inputs,
     path: str | os.PathLike[str],
     *,
     pixels: tuple[Sequence[float], Sequence[float]] | None = None,
@@ -50,19 +52,23 @@ def export_package(
     `torch._inductor.aoti_load_package(path)` loads it. It takes a C++ compiler, and minutes for a large network.
 
     Args:
-        example: `[B, ...]`, B at least 2.
+        example: `[B, ...]`, B at least 2; or a tuple of such, or a dict by name. Inputs whose first size is not B, that
+            of the first, keep their sizes.
         pixels: as `PackageInput`; what serves the package then takes pictures.
 
     Raises:
-        ValueError: if the file is there already or does not end in .pt2, the example has a batch below 2, or pixels
-            are not a mean and a deviation for each channel.
+        TypeError: if the model is no module.
+        ValueError: if it is prepared for training and not converted, the file is there already or does not end in
+            .pt2, the example is none of the above or does not run through the network, or pixels are not a mean and a
+            deviation for each channel of one input.
+        UnsupportedError: if torch cannot read the network.
     """
-    model = network_of(model, "export_package")
-    target = new_file(path, ".pt2", example, "export_package")
-    about = _about(example, pixels)
-    with evaluating(model), torch.no_grad():
-        program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    said = {KEY: json.dumps({"version": VERSION, **asdict(about)})}
+    target = new_file(path, ".pt2", WHO)
+    network, call = exportable(model, example, WHO)
+    about = _about(call, pixels)
+    with evaluating(network), torch.no_grad(), read_by_torch(WHO):
+        program = torch.export.export(network, call.args, call.kwargs, dynamic_shapes=call.dynamic_shapes)
+    said = {KEY: json.dumps(about)}
     with whole_file(target) as draft:
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(draft), inductor_configs={"aot_inductor.metadata": said}
@@ -93,14 +99,20 @@ def read_package(path: str | os.PathLike[str], who: str) -> PackageInput:
     return _read(said, f"{who}: {path}")
 
 
-def _about(example: Tensor, pixels: tuple[Sequence[float], Sequence[float]] | None) -> PackageInput:
-    shape = tuple(example.shape[1:])
+def _about(call: Example, pixels: tuple[Sequence[float], Sequence[float]] | None) -> dict[str, Any]:
+    """What the package says of itself."""
+    if call.names != ("x",) or call.outputs != ("y",):
+        if pixels is not None:
+            got = f"{', '.join(call.names)} to {', '.join(call.outputs)}"
+            raise ValueError(f"{WHO}: pixels go with a network of one input and one output, got {got}; leave them out")
+        return {"version": SEVERAL, "inputs": call.names, "outputs": call.outputs}
+    x = call.tensors[0]
+    shape = tuple(x.shape[1:])
     if pixels is not None and [len(part) for part in pixels] != [shape[0]] * 2:
-        raise ValueError(
-            f"export_package: pixels must be a mean and a deviation for each of {shape[0]} channels, got {pixels}"
-        )
+        raise ValueError(f"{WHO}: pixels must be a mean and a deviation for each of {shape[0]} channels, got {pixels}")
     known = None if pixels is None else (tuple(pixels[0]), tuple(pixels[1]))
-    return PackageInput(shape, str(example.dtype).removeprefix("torch."), example.device.type, known)
+    about = PackageInput(shape, str(x.dtype).removeprefix("torch."), x.device.type, known)
+    return {"version": VERSION, **asdict(about)}
 
 
 def _read(text: Any, where: str) -> PackageInput:
@@ -111,22 +123,11 @@ def _read(text: Any, where: str) -> PackageInput:
             pixels: Any = about.pop("pixels")
             pixels = None if pixels is None else (tuple(pixels[0]), tuple(pixels[1]))
             return PackageInput(**{**about, "shape": tuple(about["shape"])}, pixels=pixels)
+        several = f"{', '.join(about['inputs'])} to {', '.join(about['outputs'])}" if version == SEVERAL else None
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise ValueError(f"{where} must say what it takes, got {text!r:.200}; it is damaged") from error
+    if several is not None:
+        raise ValueError(
+            f"{where} must take one tensor and give one, got {several}; call it with torch._inductor.aoti_load_package"
+        )
     raise ValueError(f"{where}: version must be {VERSION}, got {version!r}; update golden-stick")
-
-
-def new_file(path: str | os.PathLike[str], suffix: str, example: Tensor, who: str) -> Path:
-    """The path, once it is known that an export can be written there and that its batch can vary.
-
-    Raises:
-        ValueError: if not.
-    """
-    target = Path(path)
-    if target.suffix != suffix or target.exists():
-        got = "a file that is there" if target.exists() else target.name
-        raise ValueError(f"{who}: the target must be a new file that ends in {suffix}, got {got}; choose another name")
-    if example.dim() < 2 or example.shape[0] < 2:
-        raise ValueError(f"{who}: example must have a batch of at least 2, got {list(example.shape)}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target
