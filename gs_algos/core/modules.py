@@ -159,6 +159,16 @@ def computed_by(layer: nn.Module, key: str = "weight") -> str:
     return " and ".join(type(one).__name__.lstrip("_") for one in made) or held
 
 
+def own_forward(layer: nn.Module, base: type[nn.Module]) -> str:
+    """Why a layer derived from `base` may compute something else than `base` does; "" if it cannot."""
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the object"
+    for name in ("forward", "_conv_forward", "__call__"):
+        if getattr(type(layer), name, None) is not getattr(base, name, None):
+            return f"{type(layer).__name__} has a {name} of its own"
+    return ""
+
+
 def owner_of(model: nn.Module, name: str) -> nn.Module:
     """The module at a qualified name, or the one that holds the parameter of that name."""
     modules = dict(model.named_modules(remove_duplicate=False))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gs_algos.core.algorithm import Inputs, split_inputs
-from gs_algos.core.modules import get_module
+from gs_algos.core.modules import get_module, own_forward
 from gs_algos.core.plan import Plan, PlanRow, other_weights, totals_of
 from gs_algos.core.rules import Rule, resolve
 from gs_algos.fx.borrowed import Borrowed
@@ -148,8 +148,8 @@ def _row(
     if settings is None or settings["weight"] is None:
         return keep_row(site, layer, "left float by a rule")
     base = next((kind for kind in LAYERS if isinstance(layer, kind)), nn.Module)
-    if type(layer).forward is not base.forward:
-        return keep_row(site, layer, f"{type(layer).__name__} has a forward of its own")
+    if reason := own_forward(layer, base):
+        return keep_row(site, layer, reason)
     if foreign_dtype(layer):
         return keep_row(site, layer, foreign_dtype(layer))
     if isinstance(layer, Borrowed):

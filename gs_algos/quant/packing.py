@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gs_algos.core.modules import computed_by
+from gs_algos.core.modules import computed_by, own_forward
 from gs_algos.quant.convolution import conv_rows, geometry_of, lies_last
 from gs_algos.quant.packed import Packed, PackedFormat
 from gs_algos.quant.packed_conv import PackedConv
@@ -51,13 +51,11 @@ def why_not(layer: nn.Module) -> str:
         return f"its weight is no parameter but comes from {computed_by(layer)}; make it a plain weight first"
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "is multiplied inside nn.MultiheadAttention, not by a layer"
-    if "forward" in layer.__dict__:
-        return "its forward was replaced on the object"
-    if cls.forward is not base.forward:
-        return f"{kind} has a forward of its own"
+    if reason := own_forward(layer, base):
+        return reason
     own = {name for part in cls.__mro__[: cls.__mro__.index(base)] for name in vars(part)}
     code = sorted(name for name in own - CONSTRUCTION if not name.startswith("__"))
-    if code or "__getattr__" in own or "__call__" in own:
+    if code or "__getattr__" in own:
         return f"{kind} has code of its own: {', '.join(code) or 'its attributes'}"
     if {*layer._parameters, *layer._buffers, *layer._modules} - {"weight", "bias"}:
         return f"{kind} has more than a weight and a bias"

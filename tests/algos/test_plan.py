@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gs_algos import SLB, SimQAT
 from gs_algos.core.algorithm import Algorithm
+from gs_algos.core.modules import own_forward
 from gs_algos.core.plan import Plan, PlanRow, other_weights, render_layers, totals_of
 
 
@@ -115,3 +116,20 @@ def test_names_in_other_columns_do_not_keep_lines_apart_but_numbers_do():
 def test_layers_of_one_list_are_lines_of_their_own():
     rows = tuple(PlanRow(f"net.{i}", "Linear", "pack") for i in range(3))
     assert len(str(Plan("x", "", rows)).splitlines()) == 1 + 2 + 3
+
+
+class Standardized(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight - weight.mean(), bias)
+
+
+@pytest.mark.parametrize("algo", [SimQAT(), SLB(weight="2bit@channel", total_steps=1, ends="same")])
+def test_a_layer_that_computes_in_a_way_of_its_own_stays_float(algo: Algorithm):
+    net = nn.Sequential(Standardized(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+    plain = net[1].forward
+    net[1].forward = lambda x: 2 * plain(x)  # as accelerate does it
+    plan = algo.plan(net, torch.randn(2, 3, 8, 8))
+    assert [row.site for row in plan.acted()] == ["2"]
+    assert own_forward(net[0], nn.Conv2d) == "Standardized has a _conv_forward of its own"
+    assert own_forward(net[1], nn.Conv2d) == "its forward was replaced on the object"
+    assert own_forward(net[2], nn.Conv2d) == ""
