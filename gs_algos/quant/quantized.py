@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -32,12 +33,14 @@ from gs_kernels import (
     row_sums,
 )
 from gs_kernels.pack.layouts import BITS
+from gs_kernels.qconv2d.checks import LARGEST_GROUP
 from gs_kernels.qconv2d.cpu_int8 import Int8Convolution
 from gs_kernels.qconv2d.int8 import prepared_qconv2d_int8
 
 Residual: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]  # itself, and scale and zero point of codes
 
 INT_DEVICES = ("cpu",)
+MOST_PARTS = 64  # of a filter whose sums no int32 holds
 INTEGER = "integer: int8 x int8 -> int32"
 HANDING = " -> int8 for the next layer"
 ON_GRID = " -> int8 on its own grid"
@@ -167,14 +170,20 @@ class QuantizedConv(Convolution, QuantizedLayer):
     def arrange(self) -> None:
         super().arrange()
         if "sums" in self._buffers and self.codes is not None and not self.codes.is_meta:
-            self.sums = code_sums(self.packed) if self._shifted() and not self.refusals() else None
+            parts = self._parts()
+            self.sums = code_sums(parts) if self._shifted() and parts and not self.refusals() else None
 
     def integer_refusals(self, device: torch.device) -> list[str]:
         """Why the convolution cannot run on integers; empty if it can."""
         grid = self.input_quantizer
         beyond = grid is not None and not -128 <= grid.whole_zero <= 127
         padding = ["no 8-bit code is the zero point of its activations"] if beyond else []
-        return [*_refusals_of(grid), *padding, *self.refusals(), *_refusals_on(device)]
+        wide = [] if self._parts() else [f"no int32 holds the sums of {self.shape[1]:,} products"]
+        return [*_refusals_of(grid), *padding, *self.refusals(), *wide, *_refusals_on(device)]
+
+    def _parts(self) -> PackedWeight | None:
+        """The weight as its integer sums are taken: wide filters in parts; None if they cannot be parted."""
+        return in_parts(self.packed, LARGEST_GROUP)
 
     def path(self) -> str:
         path = super().path()
@@ -223,14 +232,14 @@ class QuantizedConv(Convolution, QuantizedLayer):
         return CodesTensor(y if (low, high) == (-128, 127) else y.clamp_(low, high), grid, x.dtype)
 
     def _call(self, x: Tensor, grid: StaticQuantizer | None, activation: str, rest: Residual) -> Tensor:
-        quantizer = self.input_quantizer
-        assert quantizer is not None
+        quantizer, parts = self.input_quantizer, self._parts()
+        assert quantizer is not None and parts is not None
         image, about = self.window(x)
         codes, zero = self._codes(image)
         y = qconv2d_int8(
             codes,
             quantizer.scale,
-            self.packed,
+            parts,
             self.bias,
             **about,
             residual=rest[0],
@@ -256,10 +265,12 @@ class QuantizedConv(Convolution, QuantizedLayer):
         tensors = [own[part] for part in self.kept] + [g[part] for g in grids for part in ("scale", "zero")]
 
         def make() -> Int8Convolution | None:
+            parts = self._parts()
+            assert parts is not None
             return prepared_qconv2d_int8(
                 torch.empty(tuple(x.shape), dtype=torch.int8, device=x.device),
                 quantizer.scale,
-                self.packed,
+                parts,
                 self.bias,
                 **self.window(x)[1],
                 x_zero=quantizer.signed_zero() if self._shifted() else None,
@@ -284,6 +295,21 @@ def _refusals_of(quantizer: StaticQuantizer | None) -> list[str]:
 
 def _refusals_on(device: torch.device) -> list[str]:
     return [] if device.type in INT_DEVICES else [f"no integer products for {device.type} yet"]
+
+
+def in_parts(weight: PackedWeight, largest: int) -> PackedWeight | None:
+    """The weight, rows of one scale in equal parts of at most `largest` codes; None if too few divide a row.
+
+    All parts share the scale and the zero point of the row, and their memory.
+    """
+    k = weight.group_size
+    if k <= largest:
+        return weight
+    count = next((n for n in range(-(-k // largest), MOST_PARTS + 1) if k % n == 0), None)
+    if count is None or weight.scale.shape[1] > 1:
+        return None
+    zero = weight.zero.expand(-1, count) if isinstance(weight.zero, Tensor) else weight.zero
+    return replace(weight, scale=weight.scale.expand(-1, count), zero=zero, group_size=k // count)
 
 
 def stored_bits(bits: int) -> int:

@@ -201,9 +201,12 @@ class Int8Convolution:
 
     def _by_groups(self, seen: list[Tensor]) -> Tensor:
         """fp32 `[M, O]`: the sums of all groups of the weight, with their zero points and scales."""
-        known, size, n = self.known, self.weight.group_size, self.n
-        y = torch.zeros(seen[0].shape[0], n)
-        for g in range(self.weight.scale.shape[1]):
+        known, size, n, scale = self.known, self.weight.group_size, self.n, self.weight.scale
+        y, last = torch.zeros(seen[0].shape[0], n), scale.shape[1] - 1
+        # groups that are one scale in memory are parts of one sum, which is rounded once
+        before: Any = 0 if last and scale.stride(1) == 0 else None
+        x_before: Any = 0
+        for g in range(scale.shape[1]):
             parts = [part[:, g * size : (g + 1) * size].contiguous() for part in seen]
             sums = _multiply(parts, known.codes[:, g * size : (g + 1) * size]) * known.twice
             sums = sums - known.sums[:, g] * self.shift
@@ -211,10 +214,16 @@ class Int8Convolution:
             x_sums = x_sums.repeat_interleave(n // self.window.groups, 1)  # [M, O]
             if known.zero2 is not None:
                 sums = sums + known.zero2[:, g].int() * x_sums
+            x_sums = x_sums - self.shift * size
+            if before is not None:
+                before, x_before = sums.long() + before, x_sums.long() + x_before
+                if g < last:
+                    continue
+                sums, x_sums = before, x_before
             real = sums.float() * 0.5
             if known.rest is not None:
-                real = real - known.rest[:, g] * (x_sums - self.shift * size).float()
-            y = y + real * self.weight.scale[:, g].float()
+                real = real - known.rest[:, g] * x_sums.float()
+            y = y + real * scale[:, g].float()
         return y
 
 
