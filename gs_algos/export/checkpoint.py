@@ -212,10 +212,12 @@ class _Transformers:
         self.headers = folder.headers(WHO)
         self.nbytes = nbytes_of(self.headers.values())
         self.model = skeleton(folder.path, WHO)
+        self.fit = fit(self.model, self.headers)
+        replace(self.fit, missing=(), unused=()).refuse(WHO, folder.path, self.model)
 
     def check(self) -> None:
-        """Raises unless the folder holds every tensor of the model and no other, in its shape."""
-        fit(self.model, self.headers).refuse(WHO, self.folder.path, self.model)
+        """Raises unless the folder holds every tensor of the model and no other."""
+        self.fit.refuse(WHO, self.folder.path, self.model)
         with opened_all(self.folder, WHO) as get:
             check_ties(self.model, self.folder, get, WHO)
 

@@ -19,9 +19,9 @@ from gs_algos.export.formats import awq, compressed_tensors, gptq
 from gs_algos.export.formats.base import Format, Reader
 from gs_algos.export.packed_config import METHOD, VERSION, PackedConfig, read_config
 from gs_algos.export.skeleton import check_ties, fit, skeleton
-from gs_algos.export.verify import check_tensors, verify_files
+from gs_algos.export.verify import check_tensors, part_names, verify_files
 from gs_algos.quant.packed import PARTS, PackedFormat
-from gs_algos.quant.packing import float_weight
+from gs_algos.quant.packing import base_of, float_weight, matrix_of
 from gs_kernels import PackedWeight, unpack_codes
 from gs_kernels.pack.checks import check_packed_values
 from gs_kernels.pack.state import to_tensors
@@ -64,6 +64,10 @@ def export_language_model(
     check_tensors(folder, config, who)
     verify_files(folder.path, config.files, who)
     model = skeleton(folder.path, who)
+    held = part_names(config)
+    plain = {name: facts for name, facts in folder.headers(who).items() if name not in held}
+    fit(model, plain, [*config.layers, *config.tied]).refuse(who, folder.path, model)
+    _check_packed_shapes(model, config, where)
     floats = _floats(model, config, format)
     writer = format.writer([f for name, f in config.layers.items() if name not in floats])
     if len(floats) == len(config.layers):
@@ -198,6 +202,19 @@ def _check_floats(
     return idle
 
 
+def _check_packed_shapes(model: nn.Module, config: PackedConfig, where: str) -> None:
+    """Raises unless every packed layer is one of the model, and of its shape."""
+    modules = dict(model.named_modules())
+    for owner, format in config.layers.items():
+        for name in config.names(owner):
+            layer = modules.get(name)
+            if layer is None or base_of(layer) is None:
+                raise ValueError(f"{where}: {name} must be a layer of a {type(model).__name__}, got none such")
+            shape = tuple(matrix_of(layer, layer.weight).shape)  # type: ignore[arg-type]
+            if shape != format.shape:
+                raise ValueError(f"{where}: {name} must be {list(shape)} as the rest says, got {list(format.shape)}")
+
+
 def _floats(model: nn.Module, config: PackedConfig, format: Format) -> set[str]:
     """Packed layers that the format cannot hold."""
     modules = dict(model.named_modules())
@@ -237,7 +254,9 @@ def _check_weight(who: str, layer: nn.Linear, name: str, weight: PackedWeight) -
     """Raises unless the weight has the shape of its layer, and a scale for every group that has codes."""
     shape = list(layer.weight.shape)
     if shape != list(weight.shape):
-        raise ValueError(f"{who}: {name} must be of shape {shape}, got a packed weight of {list(weight.shape)}")
+        raise ValueError(
+            f"{who}: {name} must be of shape {shape} as config.json says, got a packed weight of {list(weight.shape)}"
+        )
     lost = weight.scale == 0
     if bool(lost.any()):
         grouped = unpack_codes(weight.codes, weight.bits, weight.shape).unflatten(1, (-1, weight.group_size))

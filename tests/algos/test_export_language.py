@@ -271,3 +271,13 @@ def test_the_commands_export_and_import(packed: Any, tmp_path: Path, capsys: pyt
     assert run(["generate", str(tmp_path / "back"), "in the", "--max-new-tokens", "2"]) == 0
     assert run(["export", str(source), str(tmp_path / "x"), "--to", "exe"]) == 2
     assert "--to must be one of compressed-tensors, gptq, awq, pt2, onnx, got 'exe'" in capsys.readouterr().err
+
+
+def test_a_packed_folder_with_holes_is_not_exported(packed: Any, tmp_path: Path):
+    def holed(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        config.pop("files")
+        del tensors["model.norm.weight"]
+
+    folder = spoiled(packed("int4@group:32"), tmp_path / "holed", holed)
+    with pytest.raises(ValueError, match=r"must hold model\.norm\.weight"):
+        export_language_model(folder, tmp_path / "out", "awq")

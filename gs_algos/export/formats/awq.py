@@ -13,7 +13,17 @@ from gs_kernels import PackedWeight
 from gs_kernels.pack.formats.awq import BITS, from_awq, to_awq
 
 PARTS = ("qweight", "qzeros", "scales")
-USED = ("quant_method", "bits", "group_size", "version", "format", "zero_point", "sym", "modules_to_not_convert")
+USED = (
+    "quant_method",
+    "bits",
+    "group_size",
+    "version",
+    "format",
+    "checkpoint_format",
+    "zero_point",
+    "sym",
+    "modules_to_not_convert",
+)
 
 
 class AwqWriter:
@@ -48,16 +58,18 @@ class AwqReader:
     """Reads 4 bits in the GEMM version, with or without the names that AutoAWQ first gave the settings."""
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
-        bits, version = config.get("bits", BITS), config.get("version") or config.get("format") or "gemm"
-        if bits != BITS or str(version).lower() != "gemm":
+        bits = config.get("bits", BITS)
+        kinds = {str(config[key]).lower() for key in ("version", "format", "checkpoint_format") if config.get(key)}
+        version = next((kind for kind in sorted(kinds) if kind != "gemm"), "gemm")
+        if config.get("backend") == "llm-awq":
+            version = "llm-awq"
+        if bits != BITS or version != "gemm":
             raise ValueError(f"{where}: must be of {BITS} bits and version 'gemm', got {bits!r} and {version!r}")
         refuse_unknown(config, (*USED, *NOTES), where)
         self.where, self.group_size = where, take(config, "group_size", int, where)
         self.floats = strings(config.get("modules_to_not_convert"), "modules_to_not_convert", where)
-        zero_point = take(config, "zero_point", bool, where, True)
-        self.symmetric = take(config, "sym", bool, where, not zero_point)
-        if self.symmetric and zero_point and "zero_point" in config:
-            raise ValueError(f"{where}: one of sym and zero_point must be false, got both true; the config is damaged")
+        # `sym` says nothing here: Transformers writes true beside zero points
+        self.symmetric = not take(config, "zero_point", bool, where, True)
 
     def packs(self, name: str, layer: nn.Module, head: bool) -> tuple[bool, str] | None:
         for entry in self.floats:
