@@ -134,7 +134,7 @@ def totals_of(model: nn.Module, after: Mapping[str, int]) -> Totals:
     every = {id(parameter): parameter for parameter in parameters.values()}
     taken = {}
     for name, nbytes in after.items():
-        weight = modules[name].weight if name in modules else parameters[name]
+        weight = modules[name]._parameters["weight"] if name in modules else parameters[name]
         taken[id(weight)] = nbytes
     before = {key: parameter.numel() * parameter.element_size() for key, parameter in every.items()}
     return Totals(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Borrowed(nn.Module):
@@ -52,19 +52,33 @@ class BorrowedLinear(Borrowed, nn.Linear):
     """`F.linear` as a layer."""
 
 
+class BorrowedMatmul(Borrowed, nn.Linear):
+    """`x @ matrix + bias` as a layer. Its parameter is the matrix `[K, N]`; its `weight` is that turned around."""
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """`[N, K]`, a view of the parameter."""
+        matrix = self._parameters["weight"]
+        assert matrix is not None
+        return matrix.t()
+
+
 def borrow(op: str, weight: nn.Parameter, bias: nn.Parameter | None, geometry: dict[str, Any]) -> Borrowed:
     """A layer that computes one functional call with these very Parameters.
 
     Args:
-        op: "linear", "conv1d", "conv2d" or "conv3d".
-        weight: `[N, K]`, or `[O, C / groups, ...]`.
+        op: "linear", "matmul", "conv1d", "conv2d" or "conv3d".
+        weight: `[N, K]`, of a matmul `[K, N]`, or `[O, C / groups, ...]`.
         bias: `[N]` or `[O]`.
         geometry: stride, padding, dilation and groups of a conv, as given to the function.
     """
     shape = tuple(weight.shape)
     layer: Borrowed
-    if op == "linear":
+    if op in ("linear", "matmul"):
         layer = BorrowedLinear(shape[1], shape[0], bias=bias is not None, device="meta")
+        if op == "matmul":
+            layer.__class__ = BorrowedMatmul  # type: ignore[assignment]
+            layer.in_features, layer.out_features = shape
     else:
         conv = {"conv1d": BorrowedConv1d, "conv2d": BorrowedConv2d, "conv3d": BorrowedConv3d}[op]
         channels = shape[1] * geometry.get("groups", 1)

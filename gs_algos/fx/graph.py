@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gs_algos.fx.ops import PRODUCTS
+
 
 @dataclass(frozen=True)
 class Node:
@@ -39,3 +41,8 @@ class SiteGraph:
     def calls(self, module: str) -> tuple[Node, ...]:
         """Every call of the leaf module of this qualified name."""
         return tuple(node for node in self.nodes if node.module == module)
+
+    def multiplies(self, node: Node) -> bool:
+        """Whether a node is a matrix product with a parameter, or with what is made of one alone (turned around)."""
+        made = any(self.nodes[i].reads and not self.nodes[i].inputs for i in node.inputs)
+        return (node.op in PRODUCTS and bool(node.reads)) or (node.op in (*PRODUCTS, "linear") and made)

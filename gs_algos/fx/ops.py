@@ -11,7 +11,7 @@ from torch import nn
 CONVS = ("conv1d", "conv2d", "conv3d")
 TRANSPOSED_CONVS = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 ACTIVATIONS = ("relu", "relu6", "hardswish", "silu", "gelu")
-PRODUCTS = ("matmul", "addmm", "mm", "bmm")
+PRODUCTS = ("matmul", "addmm", "mm", "bmm", "einsum")
 NOOPS = ("identity", "contiguous", "clone")  # change no value, in training either: looked through
 CASTS = ("to", "_to_copy", "type_as")  # looked through where the type stays the same
 WEIGHTED = (*CONVS, *TRANSPOSED_CONVS, "linear")  # ops whose second argument is a weight
@@ -29,6 +29,7 @@ _BY_NAME = {
     **{f"{kind}{n}d": "pool" for kind in ("max_pool", "avg_pool") for n in (1, 2, 3)},
     **{f"adaptive_{kind}{n}d": "pool" for kind in ("max_pool", "avg_pool") for n in (1, 2, 3)},
     "iadd": "add",
+    "einsum": "einsum",
     "concat": "cat",
     "concatenate": "cat",
     "hardtanh": "relu6",  # only with limits 0 and 6, see op_of_call

@@ -61,6 +61,28 @@ def record(
     return found
 
 
+def first_calls(
+    modules: dict[str, nn.Module], root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Call]:
+    """Runs `root` on copies of its inputs; the first call of each of the modules that is called, by its name."""
+    found: dict[str, Call] = {}
+    handles = []
+    for name, module in modules.items():
+
+        def enter(unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+            if name not in found:
+                found[name] = Call(unit, tree_map(_clone, args), tree_map(_clone, kwargs))
+
+        if ops.is_hookable(module):
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+    try:
+        root(*tree_map(_clone, args), **tree_map(_clone, kwargs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
 def leaf_draft(module: nn.Module, names: Names) -> Draft:
     """A call of a module of which nothing but its class is known: no edges."""
     name = names.modules[id(module)]

@@ -7,29 +7,28 @@ share the Parameter objects, which stay registered where they were: optimizers a
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from gs_algos.core.modules import TRACING, get_module, set_module
 from gs_algos.fx.borrowed import Borrowed, borrow
 from gs_algos.fx.capture import capture, unwrap
-from gs_algos.fx.graph import SiteGraph
+from gs_algos.fx.graph import Node, SiteGraph
 from gs_algos.fx.preserve import untouched
-from gs_algos.fx.read import Names
-from gs_algos.fx.record import Call, record
+from gs_algos.fx.products import CONVS, products, unflipped
+from gs_algos.fx.record import Call, first_calls
 from gs_algos.fx.tracers import OwnThreadTracer, fixed_arguments, tensors_of
 
 logger = logging.getLogger(__name__)
 
-_CALLS = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d, "linear": F.linear}
-_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_SHAPES = ("view", "reshape")  # between the input of a module, its layer and its output
 
 
 class _Training(nn.Module):
@@ -150,12 +149,17 @@ def _modularize(
     failures: list[str] = []
     root, prefix = unwrap(model)
     scopes = functional_scopes(capture(model, args, kwargs), model)
+    with untouched(model):
+        calls = first_calls({scope: get_module(model, scope) for scope in scopes - {prefix}}, root, args, kwargs)
+    calls[prefix] = Call(root, args, kwargs)
     for scope in sorted(scopes, key=_depth, reverse=True):  # inner modules first
         module = get_module(model, scope)
         try:
-            call = Call(root, args, kwargs) if scope == prefix else _first_call(module, root, args, kwargs, model)
-            new = _rewritten(module, fixed_arguments(module, call.args, call.kwargs))
-            _compare(module, new, call)
+            if scope not in calls:
+                raise ValueError("it is not called as a module")
+            whole = _rewritten(module, fixed_arguments(module, calls[scope].args, calls[scope].kwargs))
+            new: nn.Module = (_layer_alone(module, whole) if scope else None) or whole
+            _compare(module, new, calls[scope])
         except Exception as error:  # noqa: BLE001  a tracer may raise anything; what it says is the reason
             lines = str(error).strip().splitlines() or [type(error).__name__]
             failures.append(f"{scope or type(module).__name__} stays functional: {lines[0]}")
@@ -167,46 +171,44 @@ def _modularize(
 
 
 def functional_scopes(graph: SiteGraph, model: nn.Module) -> set[str]:
-    """Modules of the user's own kind that call a conv or linear function on a parameter; layers that do more, too."""
-    scopes = {node.scope for node in graph.nodes if node.module is None and node.weight and node.op in _CALLS}
+    """Modules of the user's own kind that multiply by a parameter with a function; layers that do more, too."""
+    scopes = {node.scope for node in graph.nodes if node.module is None and (_is_call(node) or graph.multiplies(node))}
     return {scope for scope in scopes if not type(get_module(model, scope)).__module__.startswith("torch.nn.")}
+
+
+def _is_call(node: Node) -> bool:
+    return node.weight is not None and node.op in (*CONVS, "linear")
 
 
 def modularized(model: nn.Module) -> list[tuple[str, dict[str, Any]]]:
     """(qualified name, fixed arguments) of every module that `modularize` made: what `modularize_again` needs."""
-    return [(name, module.fixed) for name, module in model.named_modules() if isinstance(module, Modularized)]
+    made = ((name, module) for name, module in model.named_modules() if isinstance(module, (Modularized, Borrowed)))
+    return [(name, module.__dict__["fixed"]) for name, module in made if "fixed" in module.__dict__]
 
 
 def modularize_again(model: nn.Module, done: Sequence[tuple[str, dict[str, Any]]]) -> nn.Module:
     """Does to a freshly built model what `modularize` did to one of its kind, without inputs to run."""
     for scope, fixed in sorted(done, key=lambda item: _depth(item[0]), reverse=True):
         with TRACING:
-            new = _rewritten(get_module(model, scope), fixed)
+            module = get_module(model, scope)
+            new = _rewritten(module, fixed)
         if scope == "":
             return new
-        set_module(model, scope, new)
+        set_module(model, scope, _layer_alone(module, new) or new)
     return model
 
 
-def release(model: nn.Module, layer: nn.Module) -> None:
+def release(model: nn.Module, layer: nn.Module, keys: Sequence[str] = ("weight", "bias")) -> None:
     """Takes the parameters that a layer has borrowed away from their owners, once the layer has been replaced."""
-    lent = [layer._parameters[key] for key in getattr(layer, "borrowed", ())]
+    lent = [layer._parameters.get(key) for key in getattr(layer, "borrowed", ()) if key in keys]
     for owner in model.modules():
         for key, parameter in owner._parameters.items():
-            if owner is not layer and any(parameter is p for p in lent):
+            if owner is not layer and parameter is not None and any(parameter is p for p in lent):
                 owner._parameters[key] = None
 
 
 def _depth(scope: str) -> int:
     return scope.count(".") + bool(scope)
-
-
-def _first_call(
-    module: nn.Module, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], model: nn.Module
-) -> Call:
-    with untouched(model):
-        found = record(root, args, kwargs, Names(model), lambda unit: unit is module)
-    return next(call for call in found if isinstance(call, Call))
 
 
 def _rewritten(module: nn.Module, fixed: dict[str, Any]) -> Modularized:
@@ -230,6 +232,37 @@ def _rewritten(module: nn.Module, fixed: dict[str, Any]) -> Modularized:
         if node.op == "placeholder" and node.target.removesuffix("_1") in fixed:
             node.target = node.target.removesuffix("_1")  # torch.fx renames an argument whose value it fixes
     return Modularized(module, graph, extra, fixed)
+
+
+def _layer_alone(module: nn.Module, new: Modularized) -> Borrowed | None:
+    """The layer in a rewritten module which is all that the module is, to stand in its place under its own name.
+
+    So are Transformers' Conv1D and FalconLinear, but for reshaping. None if there is more to the module.
+    """
+    layers = list(new._modules.values())
+    one = len(layers) == 1 and isinstance(layers[0], Borrowed) and isinstance(layers[0], nn.Linear)
+    if not one or module._modules or module._buffers or len(inspect.signature(module.forward).parameters) != 1:
+        return None
+    layer: Any = layers[0]
+    own = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
+    if own.keys() != {key for key, parameter in layer._parameters.items() if parameter is not None}:
+        return None
+    call = next(node for node in new.graph.nodes if node.op == "call_module")
+    source, result = call.args[0], next(node for node in new.graph.nodes if node.op == "output").args[0]
+    if _reshaped(source).op != "placeholder" or _reshaped(result) is not call:
+        return None
+    if any(own[key] is not layer._parameters[key] for key in own):
+        return None
+    layer.__dict__.update({key: value for key, value in module.__dict__.items() if key not in layer.__dict__})
+    layer.borrowed, layer.fixed = (), new.fixed
+    return layer
+
+
+def _reshaped(node: Any) -> torch.fx.Node:
+    """What a node gives, before it was reshaped."""
+    while node.op == "call_method" and node.target in _SHAPES:
+        node = node.args[0]
+    return node
 
 
 def _follow_mode(graph: torch.fx.Graph, trained: torch.fx.Graph, extra: dict[str, nn.Module]) -> None:
@@ -267,40 +300,18 @@ def _follow_mode(graph: torch.fx.Graph, trained: torch.fx.Graph, extra: dict[str
 
 def _insert_layers(module: nn.Module, graph: torch.fx.Graph, extra: dict[str, nn.Module]) -> None:
     names: dict[Any, str] = {}
-    for op, node in list(_functional(graph)):
-        given = {**dict(zip(_ARGUMENTS, node.args, strict=False)), **node.kwargs}
-        x, geometry = given.pop("input", None), {k: v for k, v in given.items() if k not in ("weight", "bias")}
-        weight, bias = _parameter(module, given.get("weight")), _parameter(module, given.get("bias"))
-        whole = isinstance(x, torch.fx.Node) and not any(isinstance(leaf, torch.fx.Node) for leaf in geometry.values())
-        if weight is None or (given.get("bias") is not None and bias is None) or not whole or weight.dim() < 2:
-            continue
-        key = (op, id(weight), id(bias), repr(geometry))
+    for found in list(products(module, graph)):
+        key = (found.op, id(found.weight), id(found.bias), repr(found.geometry))
         if key not in names:
-            names[key] = _unused({**module.__dict__, **module._modules, **extra}, f"{given['weight']}_{op}")
-            geometry = {k: tuple(v) if isinstance(v, list) else v for k, v in geometry.items()}
-            extra[names[key]] = borrow(op, weight, bias, geometry)
-        with graph.inserting_before(node):
-            node.replace_all_uses_with(graph.call_module(names[key], (x,)))
-        graph.erase_node(node)
-    for node in list(graph.nodes):
-        if node.op == "get_attr" and not node.users:
+            names[key] = _unused({**module.__dict__, **module._modules, **extra}, f"{found.name}_{found.op}")
+            extra[names[key]] = borrow(found.op, found.weight, found.bias, found.geometry)
+        with graph.inserting_before(found.nodes[0]):
+            found.nodes[0].replace_all_uses_with(graph.call_module(names[key], (found.x,)))
+        for node in found.nodes:
             graph.erase_node(node)
-
-
-def _functional(graph: torch.fx.Graph) -> Iterator[tuple[str, torch.fx.Node]]:
-    for node in graph.nodes:
-        op = next((op for op, function in _CALLS.items() if node.target is function), None)
-        if node.op == "call_function" and op is not None:
-            yield op, node
-
-
-def _parameter(module: nn.Module, node: Any) -> nn.Parameter | None:
-    if not isinstance(node, torch.fx.Node) or node.op != "get_attr":
-        return None
-    found = module
-    for part in str(node.target).split("."):
-        found = getattr(found, part)
-    return found if isinstance(found, nn.Parameter) else None
+    for node in reversed(list(graph.nodes)):  # what only the replaced calls read
+        if not node.users and (node.op == "get_attr" or unflipped(node) is not None):
+            graph.erase_node(node)
 
 
 def _unused(taken: dict[str, Any], name: str) -> str:
@@ -323,7 +334,16 @@ def _compare(module: nn.Module, new: nn.Module, call: Call) -> None:
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+    """Whether two outputs differ by no more than the order of sums makes them, relative to the largest value."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.dtype.is_floating_point:
+        return torch.equal(a, b)
+    tolerance = max(1e-5, 4 * torch.finfo(a.dtype).eps)
+    a, b = a.detach().double(), b.detach().double()
+    finite = b[b.isfinite()]
+    size = float(finite.abs().max()) if finite.numel() else 0.0
+    return torch.allclose(a, b, rtol=1e-5, atol=1e-6 + tolerance * size, equal_nan=True)
 
 
 def _clone(value: Any) -> Any:

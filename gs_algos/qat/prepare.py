@@ -17,8 +17,9 @@ from gs_algos.core.plan import Plan, PlanRow, other_weights, totals_of
 from gs_algos.core.rules import Rule, resolve
 from gs_algos.fx.borrowed import Borrowed
 from gs_algos.fx.capture import capture
+from gs_algos.fx.graph import SiteGraph
 from gs_algos.fx.patterns import Match, Refusal, match
-from gs_algos.fx.rewrite import functional_scopes, try_modularize
+from gs_algos.fx.rewrite import functional_scopes, modularize, modularized, try_modularize
 from gs_algos.qat.link import add_operands, add_readers
 from gs_algos.quant.fast_path import leave_fast_path
 from gs_algos.quant.layers import CONVS, FakeQuantized, give_output_quantizer, swap
@@ -52,12 +53,7 @@ def make_plan(algorithm: str, model: nn.Module, example_inputs: Inputs, options:
         ValueError: if the inputs do not run through the model, or a rule matches nothing or cannot be applied.
     """
     args, kwargs = split_inputs(example_inputs)
-    graph = capture(model, args, kwargs)
-    notes = graph.notes
-    if functional_scopes(graph, model):
-        model, more = _with_layers(model, args, kwargs)
-        graph = capture(model, args, kwargs)
-        notes = (*graph.notes, *more)
+    model, graph, notes = with_layers(model, args, kwargs)
     matches, refusals = match(graph, model)
     sites = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
     settings = resolve(options.rules, sites, {"weight": options.weight, "act": options.act}, algorithm)
@@ -85,13 +81,34 @@ def _nbytes(shape: Sequence[int], weight: str) -> int:
     return empty_codes(shape, Scheme.parse(weight, "weight"), "meta").nbytes
 
 
-def _with_layers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[nn.Module, list[str]]:
-    """A copy of the model with layers in place of functional convs and linears, and why some cannot be replaced."""
+def with_layers(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[nn.Module, SiteGraph, tuple[str, ...]]:
+    """(model, its graph, notes) for a plan. A model with functional calls is copied, and layers made for them.
+
+    The notes say why a tracer failed, and why some calls cannot be replaced.
+    """
+    graph = capture(model, args, kwargs)
+    if not functional_scopes(graph, model):
+        return model, graph, graph.notes
     try:
         twin = copy.deepcopy(model)
     except (RuntimeError, TypeError, AttributeError) as error:
-        return model, [f"functional layers stay float: the model cannot be copied for the plan: {error}"]
-    return try_modularize(twin, args, kwargs)
+        why = f"functional layers stay float: the model cannot be copied for the plan: {error}"
+        return model, graph, (*graph.notes, why)
+    twin, failures = try_modularize(twin, args, kwargs)
+    graph = capture(twin, args, kwargs)
+    return twin, graph, (*graph.notes, *failures)
+
+
+def with_planned_layers(
+    model: nn.Module, plan: Plan, example_inputs: Inputs
+) -> tuple[nn.Module, list[tuple[str, dict[str, Any]]]]:
+    """The live model with the layers that a plan has found in functional calls, and what `modularize_again` needs."""
+    known = modularized(model)
+    if any(row.kind.startswith("F.") for row in plan.acted()):
+        model = modularize(model, *split_inputs(example_inputs))
+    return model, [item for item in modularized(model) if item not in known]
 
 
 def install(model: nn.Module, rows: Sequence[PlanRow], options: QuantOptions) -> nn.Module:

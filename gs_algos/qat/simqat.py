@@ -17,15 +17,15 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gs_algos.core.algorithm import Inputs, split_inputs
+from gs_algos.core.algorithm import Inputs
 from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.modules import get_module
 from gs_algos.core.network import network_of, ordinary_tensors
 from gs_algos.core.plan import Plan, PlanRow
 from gs_algos.core.rules import Rule
-from gs_algos.fx.rewrite import modularize, modularize_again, modularized
+from gs_algos.fx.rewrite import modularize_again
 from gs_algos.qat.convert import Parity, convert_model, install_converted, summary_of
-from gs_algos.qat.prepare import JOINS, QuantOptions, install, make_plan, refuse_nonfinite
+from gs_algos.qat.prepare import JOINS, QuantOptions, install, make_plan, refuse_nonfinite, with_planned_layers
 from gs_algos.qat.training import QuantizationTraining
 from gs_algos.qat.untrained import Watch
 from gs_algos.quant.layers import FakeQuantized, Folded
@@ -133,8 +133,9 @@ class SimQAT(QuantizationTraining):
         """Swaps the planned layers of the live model to fake-quantized ones; `example_inputs` start their ranges.
 
         The object tree, the float parameters and their names stay; quantizer state is added under new names. A module
-        that calls `F.conv2d` or `F.linear` on a parameter becomes a `torch.fx.GraphModule` with a layer there; if that
-        is the model itself, the result is another object with the same parameters.
+        that calls `F.conv2d`, `F.linear` or a matrix product on a parameter becomes a `torch.fx.GraphModule` with a
+        layer there, or the layer if that is all it is (Transformers' Conv1D); if that is the model itself, the result
+        is another object with the same parameters.
 
         Raises:
             RuntimeError: if the model is already prepared or converted.
@@ -144,11 +145,7 @@ class SimQAT(QuantizationTraining):
         return super().apply(model, example_inputs)
 
     def install(self, model: nn.Module, plan: Plan, example_inputs: Inputs) -> tuple[nn.Module, dict[str, Any]]:
-        known = modularized(model)
-        if any(row.kind.startswith("F.") for row in plan.acted()):
-            args, kwargs = split_inputs(example_inputs)
-            model = modularize(model, args, kwargs)
-        new = [item for item in modularized(model) if item not in known]
+        model, new = with_planned_layers(model, plan, example_inputs)
         planned = [row.site for row in plan.acted() if row.kind not in JOINS]
         refuse_nonfinite("SimQAT.apply", ((site, get_module(model, site)) for site in planned))
         return install(model, plan.rows, self.config.options()), {"modularized": new}
@@ -160,7 +157,9 @@ class SimQAT(QuantizationTraining):
 
     def watch(self, model: nn.Module) -> None:
         layers = list(self._layers.values())
-        self._watch = Watch(self.learned_parameters, lambda: [cast(nn.Parameter, layer.weight) for layer in layers])
+        self._watch = Watch(
+            self.learned_parameters, lambda: [cast(nn.Parameter, layer._parameters["weight"]) for layer in layers]
+        )
 
     def refuse_untrained(self) -> None:
         if self._watch is not None and self._watch.idle():

@@ -29,8 +29,9 @@ from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.modules import get_module
 from gs_algos.core.network import network_of, ordinary_tensors
 from gs_algos.core.plan import Plan, PlanRow
+from gs_algos.fx.rewrite import modularize_again
 from gs_algos.qat.convert import Parity, convert_model, install_converted
-from gs_algos.qat.prepare import refuse_nonfinite
+from gs_algos.qat.prepare import refuse_nonfinite, with_planned_layers
 from gs_algos.qat.slb_config import SLBConfig
 from gs_algos.qat.slb_convert import packed_layer, summary_of, unfilled_layer
 from gs_algos.qat.slb_norms import calibrate_norms
@@ -97,15 +98,17 @@ class SLB(QuantizationTraining):
 
     def install(self, model: nn.Module, plan: Plan, example_inputs: Inputs) -> tuple[nn.Module, dict[str, Any]]:
         config = self.config
+        model, new = with_planned_layers(model, plan, example_inputs)
         layers: list[tuple[PlanRow, Any]] = [(row, get_module(model, row.site)) for row in plan.acted()]
         refuse_nonfinite("SLB.apply", ((row.site, layer) for row, layer in layers))
-        self._replaced = [weakref.ref(layer.weight) for row, layer in layers if not row.settings["fused_optimizer"]]
+        given = [layer._parameters["weight"] for row, layer in layers if not row.settings["fused_optimizer"]]
+        self._replaced = [weakref.ref(weight) for weight in given]
         weights = {row.site: layer.weight.detach() for row, layer in layers}
         install(model, plan.rows, config.options())
         for row, layer in layers:
             bn: Any = get_module(model, row.settings["bn"]) if row.settings["bn"] else None
             start(layer, weights[row.site].clone(), bn, 1 / config.t0, config.init, config.kappa)
-        return model, {}
+        return model, {"modularized": new}
 
     def watch(self, model: nn.Module) -> None:
         self._search_watch = SearchWatch(model, list(self._layers.values()), self._replaced)
@@ -260,6 +263,7 @@ class SLB(QuantizationTraining):
     @classmethod
     def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
         rows = [PlanRow(**row) for row in entry["plan"]]
+        model = modularize_again(model, entry.get("modularized", []))
         model = install(model, rows, SLBConfig.from_dict(entry["config"]).options())
         if entry["stage"] == "converted":
             install_converted(model, rows, unfilled_layer)

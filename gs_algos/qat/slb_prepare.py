@@ -14,11 +14,11 @@ from gs_algos.core.algorithm import Inputs, split_inputs
 from gs_algos.core.modules import get_module, own_forward
 from gs_algos.core.plan import Plan, PlanRow, other_weights, totals_of
 from gs_algos.core.rules import Rule, resolve
-from gs_algos.fx.borrowed import Borrowed
-from gs_algos.fx.capture import capture
+from gs_algos.fx.borrowed import Borrowed, BorrowedMatmul
 from gs_algos.fx.patterns import Match, match
+from gs_algos.fx.rewrite import release
 from gs_algos.qat.link import add_readers
-from gs_algos.qat.prepare import foreign_dtype, keep_row, kind_of, refused_rows, role_text
+from gs_algos.qat.prepare import foreign_dtype, keep_row, kind_of, refused_rows, role_text, with_layers
 from gs_algos.quant.fast_path import leave_fast_path
 from gs_algos.quant.packed import PackedFormat
 from gs_algos.quant.slb_grid import LevelGrid, default_sharpness, fitted_scale, logits_near, random_logits
@@ -56,7 +56,7 @@ def make_plan(algorithm: str, model: nn.Module, example_inputs: Inputs, options:
         ValueError: if the inputs do not run through the model, or a rule matches nothing or cannot be applied.
     """
     args, kwargs = split_inputs(example_inputs)
-    graph = capture(model, args, kwargs)
+    model, graph, notes = with_layers(model, args, kwargs)
     matches, refusals = match(graph, model)
     sites = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
     found = {site: m for m in matches if (site := m.roles.get("conv") or m.roles.get("linear", "")) in sites}
@@ -71,7 +71,7 @@ def make_plan(algorithm: str, model: nn.Module, example_inputs: Inputs, options:
     ordered = [rows[name] for name in sites] + [row for row in refused_rows(refusals, {}) if row.site not in sites]
     ordered += other_weights(model, ordered)
     after = {row.site: _nbytes(sites[row.site], row.settings["weight"]) for row in ordered if row.action != "keep"}
-    return Plan(algorithm, graph.rung, tuple(ordered), (*graph.notes, KEYS), totals_of(model, after))
+    return Plan(algorithm, graph.rung, tuple(ordered), (*notes, KEYS), totals_of(model, after))
 
 
 def _nbytes(layer: Any, weight: str) -> int:
@@ -93,11 +93,14 @@ def install(model: nn.Module, rows: Sequence[PlanRow], options: SearchOptions) -
             grid, weight.shape, options.horizon, weight.device, options.logits_dtype, options.points, fused
         )
         search.train(layer.training)
-        if not weight.requires_grad:  # what was frozen stays frozen
+        if not layer._parameters["weight"].requires_grad:  # what was frozen stays frozen
             search.logits.requires_grad_(False)
         bn: Any = get_module(model, row.settings["bn"]) if row.settings["bn"] else None
         state = bn is not None and options.state_bn
         tail = tuple(get_module(model, name) for name in row.settings["tail"])
+        if not fused and isinstance(layer, Borrowed):  # logits take the place of a parameter that another module has
+            release(model, layer, ("weight",))
+            layer.borrowed = tuple(key for key in layer.borrowed if key != "weight")
         swap(layer, search, act_quantizer(row.settings["act"], weight.device), fused, bn, state, tail)
     leave_fast_path(model)
     return model
@@ -152,11 +155,11 @@ def _row(
         return keep_row(site, layer, reason)
     if foreign_dtype(layer):
         return keep_row(site, layer, foreign_dtype(layer))
-    if isinstance(layer, Borrowed):
-        return keep_row(site, layer, "its weight belongs to another module, which would keep it beside the logits")
     grid, bn, act = LevelGrid.parse(settings["weight"]), found.roles.get("bn"), settings["act"]
     parse_act(act)
     fused = bool(settings["fused"])
+    if fused and isinstance(layer, BorrowedMatmul):
+        return keep_row(site, layer, "a fused optimizer writes weights [N, K], and this parameter is [K, N]")
     if fused and grid.learned:
         raise ValueError(f"SLB: {site}: a fused optimizer trains logits alone, got the learned scale of {grid}")
     if grid.per == "none" and bn is None:

@@ -110,16 +110,6 @@ def test_a_transformer_goes_all_the_way(name):
     goes_all_the_way(net, inputs, TRANSFORMERS[name], weight="int8@channel", act="int8@tensor:ema")
 
 
-def test_gpt2_multiplies_with_bare_parameters_and_the_plan_says_so():
-    net, inputs = tiny("GPT2Config")
-    plan = SimQAT().plan(net, inputs)
-    layers = [row for row in plan.rows if row.kind not in ("add", "Embedding")]
-    assert len(layers) == 8 and plan.acted() == ()
-    assert all("Conv1D multiplies by its parameter with a matrix product" in row.reason for row in layers)
-    with pytest.raises(ValueError, match=r"at least one layer must be quantizable, got none:(.|\n)*h\.0\.attn\.c_attn"):
-        SimQAT().apply(net, inputs)
-
-
 @pytest.mark.parametrize("fold", ["none", "one_conv", "two_conv"])
 @pytest.mark.parametrize("net", [Inverted, Dense, ParallelBranches, Opaque])
 def test_a_vision_net_goes_all_the_way(net, fold):

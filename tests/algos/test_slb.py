@@ -283,7 +283,7 @@ def test_plan_says_what_each_layer_becomes_and_touches_nothing():
     assert type(net.stem) is nn.Conv2d and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
-def test_a_weight_that_another_module_owns_stays_float():
+def test_a_weight_that_another_module_owns_becomes_logits_of_the_layer_that_uses_it():
     class Functional(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -294,9 +294,10 @@ def test_a_weight_that_another_module_owns_stays_float():
 
     x = torch.randn(2, 8)
     for net in (Functional(), modularize(Functional(), x)):
-        plan = SLB(weight="2bit@channel").plan(net, x)
-        assert [row.site for row in plan.acted()] == ["fc"] and len(plan.kept()) == 1
-    assert "belongs to another module" in str(plan)
+        algo = SLB(weight="2bit@channel", total_steps=1)
+        assert [row.site for row in algo.plan(net, x).acted()] == ["fc", "w_linear"]
+        names = [name for name, _ in algo.apply(net, x).named_parameters()]
+        assert names == ["fc.bias", "fc.search.logits", "w_linear.search.logits"]
 
 
 def test_float_keys_stay_but_for_the_searched_weights():

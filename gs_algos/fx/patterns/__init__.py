@@ -66,7 +66,9 @@ def _idle(view: View, known: set[str]) -> Iterator[Refusal]:
 
 def _products(view: View) -> Iterator[Refusal]:
     """Matrix products with a parameter that are neither conv nor linear, e.g. the Conv1D of GPT-2."""
-    sites = dict.fromkeys(node.scope for node in view.graph.nodes if node.op in ops.PRODUCTS and node.reads)
+    sites = dict.fromkeys(
+        node.scope for node in view.graph.nodes if node.op in ops.PRODUCTS and view.graph.multiplies(node)
+    )
     for scope in sites:
         kind = type(get_module(view.model, scope)).__name__
         if not isinstance(get_module(view.model, scope), ops.SITES):
