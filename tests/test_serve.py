@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -11,12 +12,14 @@ import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -142,6 +145,41 @@ def test_what_is_no_json_object_is_refused(body: Any, served: tuple[int, str]):
     assert post(served[0], body)[0] in (400, 422)
 
 
+def post_raw(port: int, body: bytes, kind: str) -> tuple[int, dict[str, Any]]:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/predict", body, {"Content-Type": kind})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+JSON = "application/json"
+RAW: dict[str, tuple[bytes, str, int, str]] = {
+    "nested 900 deep": (b'{"input": ' + b"[" * 900 + b"]" * 900 + b"}", JSON, 422, "must be of shape [1, 6, 7]"),
+    "nested 9000 deep": (b'{"input": ' + b"[" * 9000 + b"]" * 9000 + b"}", JSON, 422, "nested"),
+    "another key 900 deep": (b'{"x": ' + b"[" * 900 + b"]" * 900 + b"}", JSON, 422, "got ['x']"),
+    "a long list": (b'{"input": [' + b"0," * 2**20 + b"0]}", JSON, 413, "must be at most"),
+    "nothing": (b"", JSON, 422, "must be JSON such as"),
+    "a list": (b"[1]", JSON, 422, "got JSON's list"),
+    "a key twice": (b'{"input": 1, "input": 2}', JSON, 422, "a key twice"),
+    "a form": (b"input=1", "application/x-www-form-urlencoded", 415, "must be application/json"),
+    "text": (b'{"input": 1}', "text/plain", 415, "must be application/json"),
+    "infinity": (
+        b'{"input": [[[1e999' + b",0" * 6 + b"]" + b",[0,0,0,0,0,0,0]" * 5 + b"]]}",
+        JSON, 422, "must be of finite numbers",
+    ),
+    "a picture 900 deep": (b'{"image": ' + b"[" * 900 + b"]" * 900 + b"}", JSON, 422, "PNG or JPEG, got list"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RAW)
+def test_a_wrong_body_is_answered_with_a_sentence(case: str, served: tuple[int, str]):
+    body, kind, status, words = RAW[case]
+    got, answer = post_raw(served[0], body, kind)
+    assert (got, words in answer["detail"]) == (status, True), answer
+
+
 ROW = [0.0] * 7
 BAD: dict[str, tuple[Any, str]] = {
     "another shape": ({"input": [[ROW] * 5]}, "input must be of shape [1, 6, 7], got [1, 5, 7]"),
@@ -149,6 +187,16 @@ BAD: dict[str, tuple[Any, str]] = {
     "ragged": ({"input": [[ROW] * 5 + [[0.0]]]}, "input must be nested lists of numbers of shape [1, 6, 7]"),
     "words": ({"input": "cat"}, "input must be nested lists of numbers"),
     "NaN": ({"input": [[ROW] * 5 + [[float("nan")] * 7]]}, "input must be of finite numbers"),
+    "more than float32 holds": ({"input": [[ROW] * 5 + [[1e300] * 7]]}, "got NaN, infinity or more than float32 holds"),
+    "a number of 400 digits": ({"input": [[ROW] * 5 + [[10**400] * 7]]}, "input must be nested lists of numbers"),
+    "strings": ({"input": [[ROW] * 5 + [["1"] * 7]]}, "nested lists of numbers of shape [1, 6, 7], got str"),
+    "truths": ({"input": [[ROW] * 5 + [[True] * 7]]}, "nested lists of numbers of shape [1, 6, 7], got bool"),
+    "nothing in a list": (
+        {"input": [[ROW] * 5 + [[None] * 7]]},
+        "nested lists of numbers of shape [1, 6, 7], got NoneType",
+    ),
+    "an empty list": ({"input": []}, "input must be of shape [1, 6, 7], got [0]"),
+    "an object": ({"input": {"a": 1}}, "nested lists of numbers of shape [1, 6, 7], got dict at depth 0"),
     "no key": ({"x": 1}, "the request must be"),
     "two keys": ({"input": 1, "image": "a"}, "got ['image', 'input']"),
     "no base64": ({"image": "cat"}, "image must be the base64 of a PNG or JPEG"),
@@ -170,6 +218,55 @@ def test_a_wrong_request_is_told_what_is_wrong(case: str, package: Path):
         litserve_app.decode(body, about)
     assert refused.value.status_code == 422
     assert words in refused.value.detail
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def headed(width: int, height: int, bits: int = 8, color: int = 2, rest: bytes = b"") -> str:
+    """The base64 of a PNG that has a header and no pixels."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0))
+    data = b"\x89PNG\r\n\x1a\n" + header + rest + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    return base64.b64encode(data).decode()
+
+
+HEADERS: dict[str, tuple[str, bool, str]] = {
+    "another size": (headed(9000, 9000), False, "must be 7x6 pixels, got 9000x9000"),
+    "too large to resize": (headed(9000, 9000), True, "must have at most 25,000,000 pixels, got 9000x9000"),
+    "16 bits": (headed(7, 6, 16, 0), False, "must have 8 bits a channel, got mode I;16"),
+    "an animation": (
+        headed(7, 6, rest=chunk(b"acTL", struct.pack(">II", 3, 0))), False, "must be one picture, got an animation"
+    ),
+    "too long": ("A" * 2**21, False, "image must be at most"),
+    "no pixels": (headed(7, 6), False, "image must be the base64 of a PNG or JPEG, got"),
+    "no width": (headed(0, 6), False, "image must be"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_picture_is_refused_by_its_header(case: str, package: Path):
+    litserve_app = pytest.importorskip("gs_algos.serving.litserve_app", reason="litserve is not installed")
+    text, resize, words = HEADERS[case]
+    with pytest.raises(litserve_app.HTTPException) as refused:
+        litserve_app.decode({"image": text}, read_package(package / "net.pt2", "test"), resize)
+    assert refused.value.status_code == 422
+    assert words in refused.value.detail
+
+
+def test_damaged_pictures_are_refused_whatever_is_damaged(package: Path):
+    litserve_app = pytest.importorskip("gs_algos.serving.litserve_app", reason="litserve is not installed")
+    about, generator = read_package(package / "net.pt2", "test"), torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (6, 7), dtype=torch.uint8, generator=generator)
+    for kind in ("PNG", "JPEG"):
+        whole = base64.b64decode(png(pixels, kind=kind))
+        for trial in range(300):
+            data = bytearray(
+                whole[: int(torch.randint(1, len(whole), (), generator=generator))] if trial % 2 else whole
+            )
+            data[int(torch.randint(0, len(data), (), generator=generator))] ^= 255
+            with contextlib.suppress(litserve_app.HTTPException):  # and nothing else
+                litserve_app.decode({"image": base64.b64encode(data).decode()}, about)
 
 
 def test_a_picture_of_another_size_can_be_resized(package: Path):

@@ -4,7 +4,9 @@
     POST /predict {"image": "<base64 of a PNG or JPEG>"} a picture, normalized as the package says
     -> {"output": [...], "class": 3}                     class: of the largest output, where outputs are a vector
 
-LitServe (extra `serve`) collects requests into batches. What is wrong with a request is answered with status 422.
+LitServe (extra `serve`) collects requests into batches. What is wrong with a request is answered with status 413 (too
+long), 415 (no JSON) or 422, as soon as it is known: its length while it is read, the shape of lists before numbers are
+made of them, and the size of a picture, which its header says, before pixels are.
 """
 
 # no postponed annotations: LitServe looks at that of a request, and with a dict it refuses what is no JSON object
@@ -13,14 +15,18 @@ import argparse
 import base64
 import binascii
 import io
+import json
+import math
 import signal
+import struct
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import litserve
 import numpy as np
 import torch
-from fastapi import HTTPException
+from fastapi import Depends, HTTPException, Request
 from litserve.loops.base import LoopResponseType
 from litserve.loops.simple_loops import BatchedLoop
 from litserve.utils import LitAPIStatus, PickleableHTTPException
@@ -30,7 +36,86 @@ from gs_algos.export.package import PackageInput, read_package
 
 WHO = "serve"
 MODES = {1: "L", 3: "RGB"}
-MAX_PAYLOAD = 32 * 2**20  # bytes of a request
+EIGHT_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # modes of Pillow
+MAX_PAYLOAD = 32 * 2**20  # bytes of a request, at most
+MAX_DRAINED = 2**29  # bytes that are read of a longer one, and dropped: clients write all before they read the answer
+MAX_PIXELS = 25_000_000  # of a picture that is to be resized
+NUMBER_BYTES = 64  # of JSON for each number: its digits, the comma, and spaces of an indented text
+FRAME_BYTES = 2**16  # of JSON beside the numbers or the picture
+PICTURE_BYTES = 2**20  # of a picture beside its pixels: profiles, previews
+EXPECTED = '{"input": [...]} or {"image": "<base64>"}'
+
+
+def most_bytes(about: PackageInput, resize: bool) -> int:
+    """The longest request that can be right."""
+    numbers = NUMBER_BYTES * math.prod(about.shape)
+    picture = 0
+    if about.pixels is not None:  # 16 bits of four channels, in base64
+        picture = MAX_PAYLOAD if resize else (8 * math.prod(about.shape[1:]) + PICTURE_BYTES) * 4 // 3
+    return min(MAX_PAYLOAD, FRAME_BYTES + max(numbers, picture))
+
+
+async def read_request(request: Request) -> dict[str, Any]:
+    """The JSON object of a request, in which lists are of the right shape. `request.app.state` has `about` and `limit`.
+
+    Raises:
+        HTTPException: of status 413, 415 or 422.
+    """
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise HTTPException(415, f"{WHO}: the request must be application/json, got {kind:.60}")
+    limit = request.app.state.limit
+    length, body = 0, bytearray()
+    async for part in request.stream():
+        length += len(part)
+        if length <= limit:
+            body += part
+        elif length > MAX_DRAINED:
+            break
+    if length > limit:
+        got = f"{length:,}{' and more' if length > MAX_DRAINED else ''}"
+        raise HTTPException(413, f"{WHO}: a request of this package must be at most {limit:,} bytes, got {got}")
+    return parse_request(bytes(body), request.app.state.about)
+
+
+def parse_request(body: bytes, about: PackageInput) -> dict[str, Any]:
+    """As `read_request`, of the bytes.
+
+    Raises:
+        HTTPException: of status 422.
+    """
+    try:
+        value = json.loads(body, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise _refusal(f"the request must be {EXPECTED}, got JSON that is nested too deeply") from error
+    except ValueError as error:
+        got = f"{error!s:.200}" if body.strip() else "nothing"
+        raise _refusal(f"the request must be JSON such as {EXPECTED}, got: {got}") from error
+    if not isinstance(value, dict):
+        raise _refusal(f"the request must be {EXPECTED}, got JSON's {type(value).__name__}")
+    if _key(value) == "input":
+        _flat(value["input"], about)
+    elif not isinstance(value["image"], str):
+        raise _refusal(_no_text(value["image"]))
+    return value
+
+
+def _key(request: dict[str, Any]) -> str:
+    keys = sorted(request)
+    if keys not in (["input"], ["image"]):
+        raise _refusal(f"the request must be {EXPECTED}, got {keys!s:.200}")
+    return keys[0]
+
+
+def _no_text(value: Any) -> str:
+    return f"image must be the base64 of a PNG or JPEG, got {type(value).__name__}"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object that has a key twice")
+    return found
 
 
 class OneByOne(BatchedLoop):
@@ -63,7 +148,7 @@ class PackageAPI(litserve.LitAPI):
         self.run = torch._inductor.aoti_load_package(self.package, device_index=-1 if index is None else index)
         self.place = torch.device(device)
 
-    def decode_request(self, request: dict[str, Any], **kwargs: Any) -> Any:
+    def decode_request(self, request: Annotated[dict[str, Any], Depends(read_request)], **kwargs: Any) -> Any:
         return request  # the loop has made a sample of it
 
     def batch(self, inputs: list[Tensor]) -> Tensor:
@@ -87,25 +172,57 @@ def decode(request: dict[str, Any], about: PackageInput, resize: bool = False) -
     Raises:
         HTTPException: of status 422, if it is wrong.
     """
-    keys = sorted(request)
-    if keys == ["input"]:
+    if _key(request) == "input":
         return _numbers(request["input"], about)
-    if keys == ["image"]:
-        return _picture(request["image"], about, resize)
-    raise _refusal(f'the request must be {{"input": [...]}} or {{"image": "<base64>"}}, got {keys}')
+    return _picture(request["image"], about, resize)
 
 
 def _numbers(value: Any, about: PackageInput) -> Tensor:
-    wanted = list(about.shape)
     try:
-        x = torch.from_numpy(np.asarray(value, dtype=np.float64))
+        x = torch.from_numpy(np.array(_flat(value, about), dtype=np.float64)).view(about.shape)
     except (ValueError, TypeError, OverflowError) as error:
-        raise _refusal(f"input must be nested lists of numbers of shape {wanted}, got: {error}") from error
-    if list(x.shape) != wanted:
-        raise _refusal(f"input must be of shape {wanted}, got {list(x.shape)}")
-    if not bool(x.isfinite().all()):
-        raise _refusal("input must be of finite numbers, got NaN or infinity")
-    return x.to(getattr(torch, about.dtype))
+        raise _refusal(f"input must be nested lists of numbers of shape {list(about.shape)}, got: {error}") from error
+    dtype = getattr(torch, about.dtype)
+    if dtype.is_floating_point and not bool(x.to(dtype).isfinite().all()):
+        raise _refusal(f"input must be of finite numbers, got NaN, infinity or more than {about.dtype} holds")
+    if not dtype.is_floating_point and not torch.equal(x.to(dtype).double(), x):
+        raise _refusal(f"input must be of whole numbers that {about.dtype} holds, got others")
+    return x.to(dtype)
+
+
+def _flat(value: Any, about: PackageInput) -> list[Any]:
+    """The numbers of nested lists of the package's shape, in one list.
+
+    Raises:
+        HTTPException: if they are others. It looks no deeper than the shape is, and stops at the first wrong length.
+    """
+    wanted, rows = list(about.shape), [value]
+    must = f"input must be nested lists of numbers of shape {wanted}"
+    for depth, size in enumerate(wanted):
+        if any(not isinstance(row, list) for row in rows):
+            wrong = next(row for row in rows if not isinstance(row, list))
+            raise _refusal(f"{must}, got {type(wrong).__name__} at depth {depth}")
+        if any(len(row) != size for row in rows):
+            got = _shape(value)
+            if len(got) > depth and got[depth] != size:
+                raise _refusal(f"input must be of shape {wanted}, got {got}")
+            raise _refusal(f"{must}, got lists of several lengths")
+        rows = [item for row in rows for item in row]
+    if any(isinstance(item, list) for item in rows):
+        raise _refusal(f"input must be of shape {wanted}, got {_shape(value)}")
+    others = sorted({type(item).__name__ for item in rows if type(item) not in (int, float)})
+    if others:
+        raise _refusal(f"{must}, got {', '.join(others)}")
+    return rows
+
+
+def _shape(value: Any, deepest: int = 16) -> list[int]:
+    """The lengths of the first list, of its first, and so on."""
+    sizes: list[int] = []
+    while isinstance(value, list) and len(sizes) < deepest:
+        sizes.append(len(value))
+        value = value[0] if value else None
+    return sizes
 
 
 def _picture(text: Any, about: PackageInput, resize: bool) -> Tensor:
@@ -115,31 +232,50 @@ def _picture(text: Any, about: PackageInput, resize: bool) -> Tensor:
         raise _refusal(f'the package takes no pictures, as it knows no mean and deviation; send {{"input": [...]}} '
                        f"of shape {list(about.shape)}")  # fmt: skip
     channels, height, width = about.shape
+    if not isinstance(text, str):
+        raise _refusal(_no_text(text))
+    if len(text) > most_bytes(about, resize):
+        raise _refusal(f"image must be at most {most_bytes(about, resize):,} characters, got {len(text):,}")
     try:
         data = base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as opened:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as opened:
+            warnings.simplefilter("ignore")  # of pictures between MAX_PIXELS and what Pillow refuses
+            _check_header(opened, about, resize)
+            if resize:
+                opened.draft(None, (width, height))  # a JPEG can be decoded smaller
             image = opened.convert(MODES[channels])
     except (
-        AttributeError,
-        TypeError,
         ValueError,
         binascii.Error,
         UnidentifiedImageError,
         OSError,
+        EOFError,
         SyntaxError,
+        struct.error,
         Image.DecompressionBombError,
     ) as error:
-        raise _refusal(f"image must be the base64 of a PNG or JPEG, got: {error}") from error
+        raise _refusal(f"image must be the base64 of a PNG or JPEG, got: {error!s:.200}") from error
     if resize:
         image = ImageOps.fit(image, (width, height))
-    if image.size != (width, height):
-        got = f"{image.width}x{image.height}"
-        raise _refusal(
-            f"image must be {width}x{height} pixels, got {got}; resize it, or start the server with --resize"
-        )
     pixels = torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1)
     mean, deviation = (torch.tensor(part).view(-1, 1, 1) for part in about.pixels)
     return ((pixels.float() / 255 - mean) / deviation).to(getattr(torch, about.dtype))
+
+
+def _check_header(image: Any, about: PackageInput, resize: bool) -> None:
+    """Refuses a picture by what its header says."""
+    _, height, width = about.shape
+    got = f"{image.width}x{image.height}"
+    if not resize and image.size != (width, height):
+        raise _refusal(
+            f"image must be {width}x{height} pixels, got {got}; resize it, or start the server with --resize"
+        )
+    if image.width * image.height > MAX_PIXELS:
+        raise _refusal(f"image must have at most {MAX_PIXELS:,} pixels, got {got}; resize it")
+    if image.mode not in EIGHT_BITS:
+        raise _refusal(f"image must have 8 bits a channel, got mode {image.mode}")
+    if image.format == "PNG" and getattr(image, "is_animated", False):
+        raise _refusal("image must be one picture, got an animation")
 
 
 def _refusal(message: str) -> HTTPException:
@@ -155,13 +291,14 @@ def make_server(package: Path, options: argparse.Namespace) -> litserve.LitServe
     about = read_package(package, WHO)
     batching = {"max_batch_size": options.max_batch_size, "batch_timeout": options.batch_timeout}
     api = PackageAPI(str(package), about, options.resize, **batching)
-    return litserve.LitServer(
+    server = litserve.LitServer(
         api,
         accelerator=about.device,
         devices=options.devices,
         workers_per_device=options.workers_per_device,
-        max_payload_size=MAX_PAYLOAD,
     )
+    server.app.state.about, server.app.state.limit = about, most_bytes(about, options.resize)
+    return server
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
