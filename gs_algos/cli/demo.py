@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from gs_algos.cli.train import Recipe, accuracy, predict, train
 from gs_algos.core.algorithm import Algorithm, evaluating
 from gs_algos.core.files import write_atomically
 from gs_algos.core.registry import algorithm_class
+from gs_algos.core.rules import did_you_mean
 
 OPTIONS_FILE = "demo.json"
 SMALL = 10_000  # training images below which epochs are cheap
@@ -61,9 +62,17 @@ class Stage:
 
 
 def make_algorithm(name: str, weight: str, act: str, **more: Any) -> Algorithm:
-    """The algorithm with the options of the command line: "" is its own default, an act of "none" leaves them float."""
+    """The algorithm with the options of the command line: "" is its own default, an act of "none" leaves them float.
+
+    Raises:
+        ValueError: on an unknown name, or an option that the algorithm lacks or cannot read.
+    """
     given = {"weight": weight, "act": act}
     options = {key: None if text == "none" else text for key, text in given.items() if text}
+    cls: Any = algorithm_class(name)
+    known = cls.config_class
+    for key in options.keys() - {field.name for field in fields(known)}:
+        raise ValueError(f"{name}: --{key} is no option of {known.who}, which quantizes nothing; leave it out")
     return algorithm_class(name)(**options, **more)  # type: ignore[call-arg]
 
 
@@ -76,7 +85,8 @@ def run_demo(options: DemoOptions, out: Path, resume: bool, console: Console) ->
     """
     make_algorithm(options.algorithm, options.weight, options.act)  # names that are wrong, before anything is read
     if options.model not in MODELS:
-        raise ValueError(f"model: must be one of {', '.join(MODELS)}, got {options.model!r}")
+        near = did_you_mean(options.model, MODELS)
+        raise ValueError(f"model: must be one of {', '.join(MODELS)}, got {options.model!r}{near}")
     device = pick_device(options.device, "demo")
     data = load_data(options.data, options.image_size).to(device)
     base, tune = _recipes(options, data)
@@ -89,6 +99,10 @@ def run_demo(options: DemoOptions, out: Path, resume: bool, console: Console) ->
         return net.to(device)
 
     net = fresh()
+    if tune.epochs == 0 and getattr(algo.config, "select_steps", False):
+        raise ValueError(f"demo: --epochs must be >= 1 for {options.algorithm}, which has to learn what to cut, got 0")
+    with console.status("planning"):
+        algo.plan(net, data.example())  # what cannot be planned is not worth a float training
     claim_folder(out, options, resume)
     console.print(
         f"{options.model} on {data.name}: {len(data.train_x):,} training and {len(data.test_x):,} test images of "

@@ -189,8 +189,18 @@ def run(model: nn.Module, inputs: Inputs, who: str) -> Any:
         with TRACING:
             return model(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
-        hint = "; a tuple is positional inputs: leave labels out" if isinstance(inputs, tuple | list) else ""
-        hint = hint if isinstance(error, TypeError) and "positional arg" in str(error) else ""
         raise ValueError(
-            f"{who}: the inputs must run through the model, got {type(error).__name__}: {error}{hint}"
+            f"{who}: the inputs must run through the model, got {type(error).__name__}: {error}{hint(inputs, error)}"
         ) from error
+
+
+def hint(inputs: Any, error: Exception) -> str:
+    """`; what to do` about inputs that do not run through a model, if the mistake is a common one."""
+    if isinstance(inputs, tuple | list) and isinstance(error, TypeError) and "positional arg" in str(error):
+        return "; a tuple is positional inputs: leave labels out"
+    known = isinstance(inputs, Tensor | tuple | list | Mapping | str) or hasattr(inputs, "__array__")
+    if not known and hasattr(inputs, "__iter__"):
+        return "; give the inputs of one call, those of next(iter(loader))"
+    if hasattr(inputs, "__array__") and not isinstance(inputs, Tensor):
+        return "; give a tensor, torch.from_numpy(x)"
+    return ""

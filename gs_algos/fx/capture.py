@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from gs_algos.core.algorithm import hint
 from gs_algos.core.modules import TRACING
 from gs_algos.core.network import wrapped_at
 from gs_algos.fx import ops
@@ -115,6 +116,7 @@ def _walk(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names:
     except Exception as error:
         raise ValueError(
             f"capture: example_inputs must run through the model, got {type(error).__name__}: {error}"
+            f"{hint(args if len(args) > 1 else args[0] if args else args, error)}"
         ) from error
     return [leaf_draft(item.module, names) if isinstance(item, Call) else item for item in found]
 

@@ -299,7 +299,12 @@ class Pruner(Algorithm):
         who = f"{self.config.who}.convert"
         model = network_of(model, who)
         entry = prepared_entry(model, self.name, who)
-        if self._require_bound("convert") and self.selecting:
+        if self._model is None:
+            raise RuntimeError(
+                f"{who}: the model must be the one that the algorithm trains, got another, or it is done; "
+                f"use {self.config.who}.resume(model).convert(model, example_inputs)"
+            )
+        if self.selecting:
             raise RuntimeError(f"{who}: the cut must be decided, got step {self._steps} of {self.config.select_steps}")
         example = self._example if example_inputs is None else example_inputs
         if example is None:

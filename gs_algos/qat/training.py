@@ -83,6 +83,8 @@ class QuantizationTraining(Algorithm):
             raise RuntimeError(
                 f"{self.who}.apply: the model must not be {self.done} yet, got one that is {stage}; build it anew"
             )
+        if self._layers:
+            logger.warning("%s.apply: steps are for this model now, no more for the one before", self.who)
         plan = self.plan(model, example_inputs)
         if not plan.acted():
             raise ValueError(f"{self.who}.apply: at least one layer must be quantizable, got none:\n{plan}")
@@ -158,7 +160,11 @@ class QuantizationTraining(Algorithm):
     def convert(self, model: nn.Module, example_inputs: Inputs | None = None) -> nn.Module:
         model = network_of(model, f"{self.who}.convert")
         entry = prepared_entry(model, self.name, f"{self.who}.convert")
-        self._require_bound("convert")
+        if not self._layers:
+            raise RuntimeError(
+                f"{self.who}.convert: the model must be the one that the algorithm trains, got another, or it is done; "
+                f"use {self.who}.resume(model).convert(model, example_inputs)"
+            )
         example = self._example if example_inputs is None else example_inputs
         if example is None:
             raise RuntimeError(f"{self.who}.convert: a resumed algorithm has no example inputs; give example_inputs")

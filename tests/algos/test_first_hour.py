@@ -139,3 +139,27 @@ def test_a_rate_in_percent_is_answered_with_the_share(rate, words):
 def test_a_budget_given_as_a_share_is_answered_with_the_text():
     with pytest.raises(ValueError, match=r"got 0\.5; use '50% flops'"):
         Prune(budget=0.5)
+
+
+@pytest.mark.parametrize("make", [SimQAT, Prune])
+def test_examples_that_are_no_inputs_are_answered_with_what_to_give(make):
+    pairs = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs(), inputs()))
+    for example, words in (
+        (pairs, r"; give the inputs of one call, those of next\(iter\(loader\)\)"),
+        ((inputs(), torch.zeros(4)), "; a tuple is positional inputs: leave labels out"),
+        (inputs().numpy(), r"; give a tensor, torch\.from_numpy\(x\)"),
+    ):
+        with pytest.raises(ValueError, match=f"must run through the model, got .*{words}"):
+            make().plan(net(), example)
+
+
+@pytest.mark.parametrize("make", [SimQAT, Prune])
+def test_an_algorithm_that_went_on_says_how_the_model_before_is_converted(make, caplog):
+    algo = make()
+    first, second = algo.apply(net(), inputs()), algo.apply(net(), inputs())
+    algo.convert(second)
+    with pytest.raises(
+        RuntimeError, match=r"convert: the model must be the one that the algorithm trains, got another"
+    ):
+        algo.convert(first)
+    make.resume(first).convert(first, inputs())
