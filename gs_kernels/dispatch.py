@@ -102,6 +102,11 @@ def cpu_refuses(x: torch.Tensor, *_: object) -> list[str]:
     return [] if x.is_cpu and is_eager(x) else ["needs a CPU tensor outside any tracing"]
 
 
+def takes_cpu(x: torch.Tensor) -> bool:
+    """Whether an op with x would take its CPU path, for callers that go it without the op."""
+    return not INTERPRET and os.environ.get("GS_BACKEND", "cpu") == "cpu" and not cpu_refuses(x)
+
+
 def never(*_: object) -> list[str]:
     return []
 

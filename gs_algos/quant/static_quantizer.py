@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from gs_algos.quant.codes_tensor import CodesTensor, Pending, hands_now, real, v
 from gs_algos.quant.kept import KeepsDtypes
 from gs_algos.quant.quantizers import Quantizer
 from gs_algos.quant.scheme import Scheme
-from gs_algos.quant.sums import Grid
+from gs_algos.quant.sums import Grid, Numbers
 from gs_kernels import fake_quant, quantize
-from gs_kernels.dispatch import is_eager
+from gs_kernels.dispatch import is_eager, takes_cpu
 from gs_kernels.fake_quant.ref import inverse
+from gs_kernels.qconv2d.cpu_native import to_codes
 
 
 class StaticQuantizer(KeepsDtypes):
@@ -82,8 +84,28 @@ class StaticQuantizer(KeepsDtypes):
         known = x.codes_on(self) if isinstance(x, CodesTensor | Pending) else None
         if known is not None:
             return known, self.signed_zero()
+        codes = self._codes_at_once(values(x))
+        if codes is not None:
+            return codes, self.signed_zero()
         codes = self.codes(values(x))
         return (codes if codes.dtype == torch.int8 else (codes ^ 128).view(torch.int8)), self.signed_zero()
+
+    def _codes_at_once(self, x: Tensor) -> Tensor | None:
+        """What `signed_codes` makes of floats, without the checks and the copies of `quantize`; None if it has to."""
+        dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+        if not dense or x.dtype != torch.float32 or x.numel() == 0 or not takes_cpu(x):
+            return None
+        numbers = self.constants()[6]
+        if numbers is None or not math.isfinite(numbers.of_floats[0]):  # the op says what is wrong
+            return None
+        return to_codes(x, numbers.of_floats, numbers.moved)
+
+    def _numbers(self, tensors: tuple[Tensor, ...]) -> Numbers:
+        scale, zero, inverse, whole, rest = map(float, tensors)
+        low, high = self.signed_limits()
+        near = torch.round(self.zero)
+        given = inverse, float(self.zero - near), float(near), float(self.scheme.qmin), float(self.scheme.qmax)
+        return Numbers((scale, zero), (inverse, rest, whole, float(low), float(high)), given, low - self.scheme.qmin)
 
     def signed_zero(self) -> Tensor:
         if self.scheme.format.signed:
@@ -103,7 +125,8 @@ class StaticQuantizer(KeepsDtypes):
             scale, zero = (t.clone() for t in held)
             zero = zero if self.scheme.format.signed else zero - 128
             whole = torch.round(zero)
-            constants = (scale, zero, inverse(scale, zero), whole, zero - whole, self.signed_limits())
+            tensors = (scale, zero, inverse(scale, zero), whole, zero - whole)
+            constants = (*tensors, self.signed_limits(), self._numbers(tensors) if self.zero.is_cpu else None)
         self._constants = (held, stamp, constants)
         return constants
 

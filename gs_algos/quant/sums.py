@@ -6,6 +6,7 @@ network, then they are added, activated and quantized. Compiled for a CPU in fp3
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -13,11 +14,29 @@ from torch import Tensor
 
 from gs_kernels.compiled import call, compiled
 from gs_kernels.dispatch import is_eager
+from gs_kernels.qconv2d.cpu_native import sum_codes
 from gs_kernels.qmatmul.ref import ACTIVATIONS
 
-# of a StaticQuantizer, `[1]` fp32 each but the last: scale, zero point of int8 codes, what `quantize` adds and
-# multiplies (inverse of the scale, whole and rest of the zero point), and the smallest and largest code
-Grid: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[int, int]]
+
+@dataclass(frozen=True)
+class Numbers:
+    """A grid as C++ takes it.
+
+    Args:
+        of_codes: scale and zero point of int8 codes.
+        to_codes: inverse of the scale, rest and whole part of that zero point, the smallest and largest code.
+        of_floats: the same of the codes that `quantize` gives, which those of an unsigned grid are `moved` against.
+    """
+
+    of_codes: tuple[float, float]
+    to_codes: tuple[float, float, float, float, float]
+    of_floats: tuple[float, float, float, float, float]
+    moved: int
+
+
+# of a StaticQuantizer, `[1]` fp32 each but the last two: scale, zero point of int8 codes, what `quantize` adds and
+# multiplies (inverse of the scale, whole and rest of the zero point), the smallest and largest code; all that on a CPU
+Grid: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[int, int], Numbers | None]
 Operand: TypeAlias = tuple[Tensor, Grid]
 COMPILE_FROM = 1 << 11  # elements
 
@@ -30,6 +49,9 @@ def from_codes(a: Operand, b: Operand | None, activation: str, dtype: torch.dtyp
         activation: as `ACTIVATIONS` names it.
     """
     codes, about = a
+    y = _at_once(a, b, activation, dtype, grid)
+    if y is not None:
+        return y
     other = None if b is None else b[0]
     dense = _order(codes)
     if other is not None and (dense is None or other.stride() != codes.stride()):
@@ -44,6 +66,25 @@ def from_codes(a: Operand, b: Operand | None, activation: str, dtype: torch.dtyp
             run = compiled(sum_chain, kinds, lambda: _example(kinds))
         return call(run, *flat).as_strided(codes.shape, codes.stride())  # type: ignore[no-any-return]
     return call(run, *args)  # type: ignore[no-any-return]
+
+
+def _at_once(a: Operand, b: Operand | None, activation: str, dtype: torch.dtype, grid: Grid | None) -> Tensor | None:
+    """In C++; None where that does not run, or some tensor is another than it takes."""
+    codes = a[0]
+    dense = codes.is_contiguous() or (codes.dim() == 4 and codes.is_contiguous(memory_format=torch.channels_last))
+    if not dense or dtype != torch.float32 or codes.numel() == 0 or not codes.is_cpu or not is_eager(codes):
+        return None
+    grids = [part[1][6] for part in (a, b) if part is not None]
+    into = None if grid is None else grid[6]
+    if None in grids or (grid is not None and into is None):
+        return None
+    if b is None:
+        other = None
+    else:
+        assert grids[1] is not None
+        other = (b[0] if b[0].stride() == codes.stride() else torch.empty_like(codes).copy_(b[0]), *grids[1].of_codes)
+    assert grids[0] is not None
+    return sum_codes((codes, *grids[0].of_codes), other, activation, None if into is None else into.to_codes)
 
 
 def sum_chain(
