@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from gs_kernels.instructions import described
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -29,6 +31,12 @@ def device_name(device: str) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return model[1].strip() if model else platform.processor() or platform.machine()
+
+
+def device_text(row: dict[str, Any]) -> str:
+    """The device of a row and, of a CPU, the instruction set that was used; rows of before that was noted have none."""
+    extra = row.get("instructions")
+    return f"{row['device_name']}, {extra}" if extra else str(row["device_name"])
 
 
 def slug(name: str) -> str:
@@ -63,6 +71,7 @@ def environment(device: str) -> dict[str, Any]:
     return {
         "device": torch.device(device).type,
         "device_name": device_name(device),
+        "instructions": described() if torch.device(device).type == "cpu" else None,
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": torch.version.cuda,

@@ -124,7 +124,7 @@ def serving(rows: Rows) -> str:
 
 def products(rows: Rows) -> str:
     """How many times a float product's speed: of qmatmul rows that were timed beside `float_linear`, per device."""
-    keys = ("device_name", "shape", "dtype")
+    keys = ("device_name", "instructions", "shape", "dtype")
     known = [row for row in rows if row["kind"] == "op" and row["op"] == "qmatmul" and "ms_p20" in row]
     ours = last([row for row in known if row["provider"] == "ours"], *keys)
     dense = last([row for row in known if row["provider"] == "float_linear"], *keys)
@@ -135,7 +135,7 @@ def products(rows: Rows) -> str:
             m = rows_of(shape)
             size = f"{shape['n']}x{shape['x'][-1]}"
             dtype = _SHORT.get(row["dtype"], row["dtype"])
-            name = f"{row['device_name']}, {dtype}", size, shape["bits"]
+            name = f"{record.device_text(row)}, {dtype}", size, shape["bits"]
             speedups[name][m] = dense[key]["ms_p20"] / row["ms_p20"]
     sizes = sorted({m for one in speedups.values() for m in one})
     cells = ((*name, *(f"{one[m]:.2f}x" if m in one else "" for m in sizes)) for name, one in sorted(speedups.items()))
@@ -147,16 +147,17 @@ OURS = ("ours", "torch", "compile")  # the first is measured against the others,
 
 def ops(rows: Rows) -> str:
     """Of each call that was timed: ours, and how many times as long the others took."""
-    keys = ("device_name", "op", "shape", "dtype", "direction")
+    keys = ("device_name", "instructions", "op", "shape", "dtype", "direction")
     known = last([row for row in rows if row["kind"] == "op" and "ms_p50" in row], *keys, "provider")
     calls: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = defaultdict(dict)
     for (*key, provider), row in known.items():
         calls[tuple(key)][provider] = row
     lines = []
-    for (device, op, *_), by in sorted(calls.items()):
+    for (_, _, op, *_), by in sorted(calls.items()):
         if "ours" not in by:
             continue
         ours = by["ours"]
+        device = record.device_text(ours)
         ratio = {name: f"{row['ms_p50'] / ours['ms_p50']:.2f}x" for name, row in by.items()}
         others = ", ".join(f"{name} {text}" for name, text in sorted(ratio.items()) if name not in OURS)
         shape = shape_text(ours["shape"]), _SHORT[ours["dtype"]], ours["direction"]
@@ -173,7 +174,7 @@ def models(rows: Rows) -> str:
     groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = defaultdict(dict)
     floats: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in sorted(known, key=lambda row: str(row["time"])):
-        network = row["device_name"], row["network"], tuple(row["input"])
+        network = record.device_text(row), row["network"], tuple(row["input"])
         groups[(*network, row["algorithm"])][row["phase"]] = row
         if row["algorithm"] == "float":
             floats[(*network, row["phase"], row["commit"])] = row
@@ -196,10 +197,11 @@ def models(rows: Rows) -> str:
 
 def convolutions(rows: Rows) -> str:
     """Of all shapes of a network, each once: milliseconds, how many times those of float32, and our slowest shape."""
-    known = last([row for row in rows if row["kind"] == "convolution"], "device_name", "network", "batch", "layer")
+    keys = ("device_name", "instructions", "network", "batch", "layer")
+    known = last([row for row in rows if row["kind"] == "convolution"], *keys)
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in known.values():
-        groups[row["device_name"], row["network"], row["batch"]].append(row)
+        groups[record.device_text(row), row["network"], row["batch"]].append(row)
     lines = []
     for about, members in sorted(groups.items()):
         float32 = sum(row["ms"]["float32"] for row in members)
@@ -243,8 +245,12 @@ def _mb(nbytes: int | None) -> str:
 
 
 def decode(rows: Rows) -> str:
-    known = last([row for row in rows if row["kind"] == "decode"], "device_name", "network", "dtype")
-    lines = ((*key[:2], _SHORT[key[2]], row["per_s"], _mb(row["nbytes"])) for key, row in sorted(known.items()))
+    keys = ("device_name", "instructions", "network", "dtype")
+    known = last([row for row in rows if row["kind"] == "decode"], *keys)
+    lines = (
+        (record.device_text(row), key[2], _SHORT[key[3]], row["per_s"], _mb(row["nbytes"]))
+        for key, row in sorted(known.items())
+    )
     return table(("device", "model", "dtype", "tokens/s", "tensors MB"), lines)
 
 

@@ -7,7 +7,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from bench.record import device_name
+from gs_kernels.instructions import described
 from tests.helpers import DEVICE, poisoned_outputs
+
+
+def pytest_report_header() -> str:
+    """What the suite runs on."""
+    threads = torch.get_num_threads()
+    gpu = f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"CPU: {device_name('cpu')}, {described()}, {threads} threads, torch {torch.__version__}{gpu}"
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from bench import plot, record, tables
+from gs_kernels import instructions
 
 RUN = {"kind": "accuracy", "model": "net", "data": "set", "recipe": "w8", "seed": 0, "time": "1"}
 TOPS = {"float": 90.0, "float_continued": 91.0, "trained": 92.0, "converted": 92.0}
@@ -148,6 +149,14 @@ def test_decoding_is_the_last_rate_of_each_model():
     row = {"kind": "decode", "device_name": "A CPU", "network": "lm", "dtype": "bfloat16", "per_s": 5.0, "nbytes": 1e6}
     rows = [{**row, "time": "2"}, {**row, "per_s": 1.0, "time": "1"}]
     assert tables.decode(rows).splitlines()[2:] == ["| A CPU | lm | bf16 | 5.0 | 1.0 |"]
+
+
+def test_a_cpu_is_named_with_its_instructions_where_a_row_has_them():
+    row = {"kind": "decode", "device_name": "A CPU", "network": "lm", "dtype": "bfloat16", "per_s": 5.0, "nbytes": 1e6}
+    rows = [{**row, "time": "1"}, {**row, "time": "2", "instructions": "AVX2"}]
+    lines = tables.decode(rows).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| A CPU, AVX2", "| A CPU"]
+    assert record.environment("cpu")["instructions"] == instructions.described()
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from gs_kernels import (
     qmatmul_int8,
     row_sums,
 )
+from gs_kernels.instructions import multiplies_int8
 from gs_kernels.pack.layouts import BITS
 from gs_kernels.qconv2d.checks import LARGEST_GROUP
 from gs_kernels.qconv2d.cpu_int8 import Int8Convolution
@@ -42,6 +43,7 @@ Residual: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]  # itse
 INT_DEVICES = ("cpu",)
 MOST_PARTS = 64  # of a filter whose sums no int32 holds
 INTEGER = "integer: int8 x int8 -> int32"
+IN_FP32 = "integer: whole numbers in fp32, for this CPU has no VNNI"
 HANDING = " -> int8 for the next layer"
 ON_GRID = " -> int8 on its own grid"
 
@@ -187,6 +189,8 @@ class QuantizedConv(Convolution, QuantizedLayer):
 
     def path(self) -> str:
         path = super().path()
+        if path.startswith(INTEGER) and self.packed.device.type == "cpu" and not multiplies_int8():
+            path = IN_FP32 + path.removeprefix(INTEGER)
         return path + (HANDING if self._handed else ON_GRID if self._hands_own() else "")
 
     def hand_to(self, readers: Sequence[QuantizedLayer]) -> None:

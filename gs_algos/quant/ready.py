@@ -24,6 +24,13 @@ class _Ready:
 _ready: WeakKeyDictionary[nn.Module, dict[Any, _Ready]] = WeakKeyDictionary()
 
 
+def _same(found: _Ready, tensors: Sequence[Tensor | None]) -> bool:
+    for known, version, t in zip(found.tensors, found.versions, tensors, strict=True):
+        if known is not t or (t is not None and t._version != version):
+            return False
+    return True
+
+
 def ready(
     layer: nn.Module, key: Any, tensors: Sequence[Tensor | None], make: Callable[[], Int8Convolution | None]
 ) -> Int8Convolution | None:
@@ -31,16 +38,16 @@ def ready(
 
     key: what tells apart the calls of one layer. None, as from `make`, if changes cannot be seen.
     """
-    known = _ready.setdefault(layer, {})
+    known = _ready.get(layer)
+    if known is None:
+        known = _ready.setdefault(layer, {})
     found = known.get(key)
-    if found is not None and all(a is b for a, b in zip(found.tensors, tensors, strict=True)):
-        versions = [t._version for t in found.tensors if t is not None]
-        if versions == found.versions:
-            return found.run
+    if found is not None and _same(found, tensors):
+        return found.run
     held = [t for t in tensors if t is not None]
     if any(t.is_inference() for t in held):
         return None
     with torch.inference_mode(False), torch.no_grad():
         run = make()
-    known[key] = _Ready(list(tensors), [t._version for t in held], run)
+    known[key] = _Ready(list(tensors), [0 if t is None else t._version for t in tensors], run)
     return run

@@ -37,7 +37,7 @@ class StaticQuantizer(KeepsDtypes):
         self.hands = False  # whether what it gives are codes: they are read as such
         self.whole_zero = 0  # the zero point of `signed_codes`, a number that is looked at without a tensor
         self.look()
-        self._constants: tuple[tuple[Tensor, ...], list[int], Grid] | None = None
+        self._constants: tuple[Tensor, Tensor, int, int, Grid] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gives_codes() and hands_now(x):
@@ -114,20 +114,24 @@ class StaticQuantizer(KeepsDtypes):
 
     def constants(self) -> Grid:
         """The grid of `signed_codes` as passes over codes take it, made when first asked for."""
-        held = (self.scale, self.zero)
-        tracked = not any(t.is_inference() for t in held)
-        stamp = [t._version for t in held] if tracked else []
-        if tracked and self._constants is not None:
-            known, versions, constants = self._constants
-            if versions == stamp and all(a is b for a, b in zip(known, held, strict=True)):
-                return constants
+        own, held = self._buffers, self._constants
+        scale, zero = own["scale"], own["zero"]
+        assert scale is not None and zero is not None
+        same = held is not None and held[0] is scale and held[1] is zero
+        if held is not None and same and held[2] == scale._version and held[3] == zero._version:
+            return held[4]
+        return self._make_constants(scale, zero)
+
+    def _make_constants(self, given_scale: Tensor, given_zero: Tensor) -> Grid:
         with torch.inference_mode(False), torch.no_grad():
-            scale, zero = (t.clone() for t in held)
+            scale, zero = given_scale.clone(), given_zero.clone()
             zero = zero if self.scheme.format.signed else zero - 128
             whole = torch.round(zero)
             tensors = (scale, zero, inverse(scale, zero), whole, zero - whole)
             constants = (*tensors, self.signed_limits(), self._numbers(tensors) if self.zero.is_cpu else None)
-        self._constants = (held, stamp, constants)
+        tracked = not (given_scale.is_inference() or given_zero.is_inference())
+        stamp = (given_scale._version, given_zero._version) if tracked else None
+        self._constants = None if stamp is None else (given_scale, given_zero, *stamp, constants)
         return constants
 
     def signed_limits(self) -> tuple[int, int]:

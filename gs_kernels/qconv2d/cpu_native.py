@@ -92,14 +92,27 @@ class Finish:
 
     def __call__(self, sums: Tensor, residual: Tensor | None, scale: Tensor | None, zero: Tensor | None) -> Tensor:
         """sums: int32 of the codes of x as they are, or fp32 of those less their zero point."""
-        sums, y = sums.contiguous(), torch.empty(sums.shape, dtype=self.dtype)
-        about = _Sums(sums.data_ptr(), *sums.shape, sums.dtype == torch.int32)
+        y = torch.empty(sums.shape, dtype=self.dtype)
         rest = None if residual is None else residual.contiguous()
+        self._fill(y, sums.contiguous(), sums.shape[1], rest, scale, zero)
+        return y
+
+    def image(self, sums: Tensor, residual: Tensor | None, scale: Tensor | None, zero: Tensor | None) -> Tensor:
+        """The same of images `[B, O, P, Q]`, channels-last."""
+        sums = sums.contiguous(memory_format=torch.channels_last)
+        rest = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+        y = torch.empty_like(sums, dtype=self.dtype)
+        self._fill(y, sums, sums.shape[1], rest, scale, zero)
+        return y
+
+    def _fill(
+        self, y: Tensor, sums: Tensor, channels: int, rest: Tensor | None, scale: Tensor | None, zero: Tensor | None
+    ) -> None:
+        about = _Sums(sums.data_ptr(), sums.numel() // channels, channels, sums.dtype == torch.int32)
         numbers = (1.0 if scale is None else float(scale), 0.0 if zero is None else float(zero))
         adds = _Residual(None, 0, *numbers) if rest is None else _Residual(rest.data_ptr(), scale is not None, *numbers)
         threads = torch.get_num_threads() if y.numel() >= PARALLEL_FROM else 1
         self.functions.finish_int8(about, adds, y.data_ptr(), self.after, threads)
-        return y
 
 
 class Depthwise:

@@ -249,3 +249,26 @@ def test_known_networks_give_the_same_bits_as_without_handing(name: str, algorit
     convs = [m for m in net.modules() if hasattr(m, "notes")]
     fused = [m for m in convs if m.activation != "none"]
     assert [m for m in convs if " + relu" in m.path()] == fused and all(m.path() in algo.summary(net) for m in fused)
+
+
+def test_the_summary_says_that_a_cpu_has_no_instructions_for_int8(monkeypatch):
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    algo = SimQAT(weight="int8@channel", act="int8@tensor")
+    net = algo.convert(algo.apply(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), x), x)
+    for able, words in ((True, "integer: int8 x int8 -> int32 + relu"), (False, "whole numbers in fp32, for this CPU")):
+        monkeypatch.setattr("gs_algos.quant.quantized.multiplies_int8", lambda able=able: able)
+        assert words in algo.summary(net)
+
+
+def test_codes_of_floats_are_those_of_quantize(monkeypatch):
+    """Of signed and unsigned grids, with and without what the op checks and the C++ does at once."""
+    x = torch.linspace(-9, 9, 2 * 3 * 5 * 7).view(2, 3, 5, 7)
+    x[0, 0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    for scheme, zero in (("int8@tensor", 0.0), ("uint8@tensor:asym", 77.25), ("int4@tensor:asym", -3.0)):
+        quantizer = StaticQuantizer(Scheme.parse(scheme, "act"))
+        quantizer.scale.fill_(0.0625)
+        quantizer.zero.fill_(zero)
+        quantizer.look()
+        for image in (x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3), x[:, ::2]):
+            got, want = quantizer.signed_codes(image)[0], quantizer.codes(image)
+            assert torch.equal(got.int() + (0 if want.dtype == torch.int8 else 128), want.int())
