@@ -139,6 +139,18 @@ class Packed(KeepsDtypes):
         """Bytes of the packed weight; 0 for a layer that is tied to another."""
         return 0 if self._lender else self.packed.nbytes
 
+    def keep_rows(self, name: str, value: int) -> None:
+        """Raises unless an attribute is set to what it is: a packed weight has the rows that it has.
+
+        Raises:
+            ValueError: so.
+        """
+        if value != self.shape[0]:
+            raise ValueError(
+                f"{type(self).__name__}: {name} must stay {self.shape[0]}, got {value}; "
+                "resize the float model, then pack it"
+            )
+
     def path(self) -> str:
         """Which arithmetic the layer runs in, and why."""
         return "float x packed codes"

@@ -59,6 +59,10 @@ class PackedEmbedding(Packed):
     def num_embeddings(self) -> int:
         return self.shape[0]
 
+    @num_embeddings.setter
+    def num_embeddings(self, value: int) -> None:  # Transformers sets it when nothing is to be resized
+        self.keep_rows("num_embeddings", value)
+
     @property
     def embedding_dim(self) -> int:
         return self.shape[1]

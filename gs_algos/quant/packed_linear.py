@@ -71,6 +71,10 @@ class PackedLinear(Packed):
     def out_features(self) -> int:
         return self.shape[0]
 
+    @out_features.setter
+    def out_features(self, value: int) -> None:  # Transformers sets it when nothing is to be resized
+        self.keep_rows("out_features", value)
+
     def forward(self, input: Tensor) -> Tensor:
         x, kind = input, input.device.type
         if torch.is_autocast_enabled(kind):

@@ -149,6 +149,17 @@ def test_packed_embeddings_are_not_resized_in_silence():
     assert torch.equal(outputs(model), want)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_resizing_to_the_same_size_is_nothing(tied: bool):
+    model = quantize_weights(tiny_llama(tied), **SCHEMES)
+    want = outputs(model)
+    assert model.resize_token_embeddings(32) is model.model.embed_tokens
+    assert torch.equal(outputs(model), want)
+    for layer, name in ((model.lm_head, "out_features"), (model.model.embed_tokens, "num_embeddings")):
+        with pytest.raises(ValueError, match=f"{name} must stay 32, got 40; resize the float model, then pack it"):
+            setattr(layer, name, 40)
+
+
 def test_names_that_transformers_changes_in_files_are_found_again(tmp_path: Path):
     from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
