@@ -22,7 +22,7 @@ from gs_algos.fx.assemble import assemble, concatenate
 from gs_algos.fx.graph import SiteGraph
 from gs_algos.fx.preserve import untouched
 from gs_algos.fx.read import Draft, Names
-from gs_algos.fx.record import Call, leaf_draft, record
+from gs_algos.fx.record import Call, copied, leaf_draft, record
 from gs_algos.fx.tracers import by_export, by_symbolic_trace
 
 logger = logging.getLogger(__name__)
@@ -94,12 +94,13 @@ def _climb(
 
 
 def _attempt(rung: str, trace: Trace, given: tuple[Any, ...], notes: list[str]) -> list[Draft] | None:
+    root, args, kwargs, names = given
     try:
-        with untouched(given[3].model):
-            return trace(*given)
+        with untouched(names.model):
+            args, kwargs = copied((args, kwargs), names.model)
+            return trace(root, args, kwargs, names)
     except Exception as error:  # a tracer may raise anything; what it says becomes a note
-        lines = str(error).strip().splitlines() or [""]
-        notes.append(f"{rung}: {type(error).__name__}: {lines[0]}".rstrip(": "))
+        notes.append(f"{rung}: {_said(error)}")
         logger.debug("%s failed", rung, exc_info=True)
         return None
 
@@ -155,8 +156,18 @@ def _by_child(call: Call, names: Names, notes: list[str]) -> tuple[list[Draft], 
         drafts = _attempt(f"{inner.prefix}: {rung}", trace, (child, call.args, call.kwargs, inner), notes)
         if drafts is not None:
             return drafts, True
-    deep, drafts = _by_children(child, call.args, call.kwargs, inner, notes)
+    try:
+        deep, drafts = _by_children(child, call.args, call.kwargs, inner, notes)
+    except Exception as error:  # noqa: BLE001  alone, a module may do anything; it is read as one operation then
+        notes.append(f"{inner.prefix}: children: {_said(error)}")
+        return [leaf_draft(child, names)], False
     return drafts, deep
+
+
+def _said(error: Exception) -> str:
+    """An error as a note: its class and its first line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}".rstrip(": ")
 
 
 def _is_lazy(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,7 @@ def record(
     def enter(unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal depth
         if depth == 0:
-            found.append(Call(unit, args, kwargs))
+            found.append(Call(unit, *copied((args, kwargs), module)))
         depth += 1
 
     def leave(*_: Any) -> None:
@@ -54,7 +55,8 @@ def record(
     handles += [unit.register_forward_hook(leave) for unit in units]
     try:
         with _ParameterReads(names, lambda draft: None if depth else found.append(draft)):
-            module(*tree_map(_clone, args), **tree_map(_clone, kwargs))
+            args, kwargs = copied((args, kwargs), module)
+            module(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
@@ -71,12 +73,13 @@ def first_calls(
 
         def enter(unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
             if name not in found:
-                found[name] = Call(unit, tree_map(_clone, args), tree_map(_clone, kwargs))
+                found[name] = Call(unit, *copied((args, kwargs), root))
 
         if ops.is_hookable(module):
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
     try:
-        root(*tree_map(_clone, args), **tree_map(_clone, kwargs))
+        args, kwargs = copied((args, kwargs), root)
+        root(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
@@ -115,6 +118,18 @@ class _ParameterReads(TorchFunctionMode):
             # which module calls the function is not known: the owner of the parameter stands in
             self.report(Draft(op, [], name, parent_name(used or reads[0]), weight=used, reads=reads))
         return func(*args, **kwargs)
+
+
+def copied(arguments: Any, model: nn.Module) -> Any:
+    """The arguments of a call as they are now: a forward may write into tensors, and grow a key-value cache.
+
+    The model's own parameters and modules stay the same objects. What cannot be copied is passed on as it is.
+    """
+    memo: dict[int, Any] = {id(own): own for own in (*model.parameters(), *model.buffers(), *model.modules())}
+    try:
+        return copy.deepcopy(arguments, memo)
+    except Exception:  # noqa: BLE001  any class may refuse, for any reason
+        return tree_map(_clone, arguments)
 
 
 def _clone(value: Any) -> Any:

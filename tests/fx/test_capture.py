@@ -224,3 +224,70 @@ def test_lazy_modules_are_the_users_error():
 def test_a_failing_tracer_prints_nothing(capfd):
     capture(Opaque(), image())
     assert capfd.readouterr() == ("", "")
+
+
+class Cache:
+    """Grows by each call, as the key-value caches of language models do; nothing of torch knows it."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+
+class Remembering(nn.Module):
+    """Adds what it saw before, and gives up if that has another size; its path depends on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x, cache):
+        cache.seen.append(x)
+        return fork(self.fc(x)) if len(cache.seen) == 1 else self.fc(torch.cat(cache.seen)) + x
+
+
+class Cached(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = Remembering(), nn.Linear(6, 3)
+
+    def forward(self, x, cache=None):
+        return fork(self.head(self.first(x, Cache() if cache is None else cache)))
+
+
+def test_what_a_forward_grows_is_as_it_was_for_every_tracer():
+    cache, x = Cache(), torch.randn(2, 6)
+    for kwargs in ({}, {"cache": cache}):
+        graph = capture(Cached(), x, kwargs)
+        assert {node.module for node in graph.nodes if node.module} == {"first.fc", "head"}
+    assert cache.seen == []
+
+
+def test_a_child_that_fails_by_itself_is_a_note():
+    class Once(nn.Module):
+        """Runs only while its parent does."""
+
+        def __init__(self, calls):
+            super().__init__()
+            self.fc, self.calls = nn.Linear(6, 6), calls
+
+        def forward(self, x):
+            if not self.calls():
+                raise RuntimeError("only from my parent")
+            return fork(self.fc(x))
+
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = False
+            self.child, self.head = Once(lambda: self.inside), nn.Linear(6, 3)
+
+        def forward(self, x):
+            self.inside = True
+            try:
+                return fork(self.head(self.child(x)))
+            finally:
+                self.inside = False
+
+    graph = capture(Parent(), torch.randn(2, 6))
+    assert graph.rung == "walk" and [node.module for node in graph.nodes if node.module] == ["child.fc", "head"]
+    assert "child: children: RuntimeError: only from my parent" in graph.notes
