@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +16,7 @@ from gs_algos.cli.compress import run_compress
 from gs_algos.cli.data import DATA, load_data
 from gs_algos.cli.demo import DemoOptions, make_algorithm, pick_device, run_demo
 from gs_algos.cli.export import TARGETS, run_export, run_import
+from gs_algos.cli.imported import import_network, is_imported
 from gs_algos.cli.info import describe_path
 from gs_algos.cli.language import run_generate, run_perplexity, run_quantize
 from gs_algos.cli.models import MODELS, build
@@ -26,8 +25,8 @@ from gs_algos.cli.train import Interrupted
 from gs_algos.cli.tune import LAYER_HELP, LAYERS, ROWS, layers_of, parse_layer, run_tune
 from gs_algos.core.registry import ALGORITHMS
 
-DATA_HELP = f"One of {', '.join(DATA)}; a folder goes after a colon, e.g. cifar10:DIR."
-MODEL_HELP = f"One of {', '.join(MODELS)}."
+DATA_HELP = f"One of {', '.join(DATA)}; a folder goes after a colon, e.g. cifar10:DIR. Or package.module:function."
+MODEL_HELP = f"One of {', '.join(MODELS)}, or package.module:function that builds a network."
 ALGORITHM_HELP = f"One of {', '.join(ALGORITHMS)}."
 WEIGHT_HELP = "Scheme of the weights: bits, granularity, observer."
 WEIGHTS_HELP = "Scheme, with 1, 2, 4 or 8 bits. Default: int4 with the largest group of 128, 64, 32 that divides all."
@@ -96,7 +95,7 @@ def compress(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP} Or package.module:function that builds a network.")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     data: Annotated[str, typer.Option(help=f"What the network is built for. {DATA_HELP}")] = "digits",
     input_shape: Annotated[str, typer.Option(help="Of package.module:function, e.g. 1,3,224,224.")] = "",
     algorithm: Annotated[str, typer.Option(help=ALGORITHM_HELP)] = "simqat",
@@ -105,7 +104,7 @@ def plan(
 ) -> None:
     """Prints what an algorithm would do to every layer of a network, and why not to the others."""
     algo = make_algorithm(algorithm, weight, act)
-    net, example = _imported(model, input_shape) if ":" in model else _built(model, data, input_shape)
+    net, example = _imported(model, input_shape) if is_imported(model) else _built(model, data, input_shape)
     print(algo.plan(net, example))
 
 
@@ -246,15 +245,5 @@ def _imported(path: str, input_shape: str) -> tuple[nn.Module, Tensor]:
         shape = ()
     if not shape or min(shape) < 1:
         raise ValueError(f"{path} needs --input-shape with positive sizes such as 1,3,224,224, got {input_shape!r}")
-    module_name, _, name = path.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        factory = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{path} must name an importable function, got: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
-    net = factory()
-    if not isinstance(net, nn.Module):
-        raise ValueError(f"{path}() must return a torch.nn.Module, got {type(net).__name__}")
+    net = import_network(path)
     return net, torch.randn(shape, generator=torch.Generator().manual_seed(0))

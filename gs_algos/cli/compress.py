@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import gs_algos
 from gs_algos.cli.data import ImageData, batches_per_epoch, load_data, train_batches
-from gs_algos.cli.demo import bar, latency_ms
-from gs_algos.cli.models import build
+from gs_algos.cli.demo import bar, check_fit, latency_ms
+from gs_algos.cli.models import build, check_name
 from gs_algos.cli.recipes import float_recipe, tune_recipe
 from gs_algos.cli.train import Recipe, accuracy, predict, train
 from gs_algos.core.algorithm import Algorithm
@@ -51,6 +51,7 @@ def run_compress(path: Path, out: Path, resume: bool, device: torch.device, cons
         Interrupted: after Ctrl-C; `resume` then continues in the same `out`.
     """
     recipe = read_recipe(path)
+    check_name(recipe.model)
     data = load_data(recipe.data, recipe.image_size).to(device)
     tunes = [_tune(recipe, number, data) for number in range(len(recipe.stage))]
 
@@ -59,7 +60,7 @@ def run_compress(path: Path, out: Path, resume: bool, device: torch.device, cons
         net = build(recipe.model, in_channels=data.channels, num_classes=data.classes, image_size=data.image_size)
         return net.to(device)
 
-    fresh()
+    check_fit(fresh(), recipe.model, data)
     _claim(out, recipe, resume)
     net = _float(recipe, fresh, data, out, resume)
     rows = [measure("float", net, data, sum(t.numel() * t.element_size() for t in net.state_dict().values()))]

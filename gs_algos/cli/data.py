@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gs_algos.cli.imported import NotImportableError, call, is_imported
 from gs_algos.cli.readers import (
     IMAGE_SUFFIXES,
     read_array_pickle,
@@ -96,21 +97,49 @@ def make_data(
 
 
 def load_data(text: str, image_size: int = 64) -> ImageData:
-    """The data set that `text` names: `name` or `name:folder`.
+    """The data set that `text` names: `name`, `name:folder`, or `package.module:function`.
 
     Args:
-        text: e.g. "digits", "fashion-mnist", "mnist:/data/mnist", "cifar10:/data/cifar", "imagefolder:photos".
+        text: e.g. "digits", "fashion-mnist", "mnist:/data/mnist", "cifar10:/data/cifar", "imagefolder:photos". A
+            function returns `((x, y), (x, y))`, to train and to test: images `[N, C, S, S]` uint8, labels `[N]` int64.
         image_size: side to which imagefolder resizes, in pixels; the other sets have their own.
 
     Raises:
         ValueError: if the name is unknown, or a folder or file is missing or malformed; says what to install or pass.
     """
     name, _, folder = text.partition(":")
+    if name not in DATA and is_imported(text):
+        try:
+            return _imported(text, image_size)
+        except NotImportableError as error:
+            raise ValueError(
+                f"data: must be one of {', '.join(DATA)} (a folder goes after a colon), or package.module:function, "
+                f"got {text!r}: {error}"
+            ) from error
     if name not in DATA:
         raise ValueError(
             f"data: must be one of {', '.join(DATA)}, got {name!r}; a folder goes after a colon, e.g. mnist:DIR"
         )
     return DATA[name](Path(folder).expanduser() if folder else None, image_size)
+
+
+def _imported(name: str, image_size: int) -> ImageData:
+    """What a function returns: an ImageData, or pairs of images and labels."""
+    found = call(name, image_size=image_size)
+    if isinstance(found, ImageData):
+        return found
+    must = f"{name}() must return ((x, y), (x, y)), images [N, C, S, S] in uint8 and labels [N] in int64"
+    try:
+        (train_x, train_y), (test_x, test_y) = found
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{must}, got {type(found).__name__}") from error
+    for x, y in ((train_x, train_y), (test_x, test_y)):
+        kinds = [getattr(part, "dtype", type(part).__name__) for part in (x, y)]
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor) or kinds != [torch.uint8, torch.int64]:
+            raise ValueError(f"{must}, got {kinds[0]} and {kinds[1]}")
+        if y.numel() and int(y.min()) < 0:
+            raise ValueError(f"{must}, got the label {int(y.min())}; number classes from 0")
+    return make_data(name, (train_x, train_y), (test_x, test_y), shift=0, flip=False)
 
 
 def _digits(folder: Path | None, image_size: int) -> ImageData:

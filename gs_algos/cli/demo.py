@@ -20,13 +20,12 @@ from torch import Tensor, nn
 
 import gs_algos
 from gs_algos.cli.data import ImageData, batches_per_epoch, load_data
-from gs_algos.cli.models import MODELS, build
+from gs_algos.cli.models import build, check_name
 from gs_algos.cli.recipes import float_recipe, tune_recipe
 from gs_algos.cli.train import Recipe, accuracy, predict, train
-from gs_algos.core.algorithm import Algorithm, evaluating
+from gs_algos.core.algorithm import Algorithm, evaluating, run
 from gs_algos.core.files import write_atomically
 from gs_algos.core.registry import algorithm_class
-from gs_algos.core.rules import did_you_mean
 
 OPTIONS_FILE = "demo.json"
 SMALL = 10_000  # training images below which epochs are cheap
@@ -84,9 +83,7 @@ def run_demo(options: DemoOptions, out: Path, resume: bool, console: Console) ->
         Interrupted: after Ctrl-C; `resume` then continues in the same `out`.
     """
     make_algorithm(options.algorithm, options.weight, options.act)  # names that are wrong, before anything is read
-    if options.model not in MODELS:
-        near = did_you_mean(options.model, MODELS)
-        raise ValueError(f"model: must be one of {', '.join(MODELS)}, got {options.model!r}{near}")
+    check_name(options.model)
     device = pick_device(options.device, "demo")
     data = load_data(options.data, options.image_size).to(device)
     base, tune = _recipes(options, data)
@@ -99,6 +96,7 @@ def run_demo(options: DemoOptions, out: Path, resume: bool, console: Console) ->
         return net.to(device)
 
     net = fresh()
+    check_fit(net, options.model, data)
     if tune.epochs == 0 and getattr(algo.config, "select_steps", False):
         raise ValueError(f"demo: --epochs must be >= 1 for {options.algorithm}, which has to learn what to cut, got 0")
     with console.status("planning"):
@@ -138,6 +136,19 @@ def run_demo(options: DemoOptions, out: Path, resume: bool, console: Console) ->
     console.print(_table(stages))
     console.print(f"saved: golden-stick info {out / 'model'}", soft_wrap=True)
     return stages
+
+
+def check_fit(net: nn.Module, model: str, data: ImageData) -> None:
+    """Raises ValueError if the network does not take the images, or does not tell as many classes."""
+    with evaluating(net):
+        y = run(net, data.example(), model)
+    wanted = [2, data.classes]
+    if not isinstance(y, Tensor) or list(y.shape) != wanted:
+        got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(
+            f"{model}: the network must give logits {wanted} of two images of {data.name}, which has {data.classes} "
+            f"classes, got {got}; a function with a parameter num_classes is given their number"
+        )
 
 
 def pick_device(name: str, who: str) -> torch.device:

@@ -29,6 +29,14 @@ HABITS = {
 }
 
 
+OTHER = Habit(lr=0.05, tune_lr=0.005)  # of a network that is not ours
+
+
+def habit_of(model: str) -> Habit:
+    """How a network is trained, by the name it was asked for."""
+    return HABITS.get(model, OTHER)
+
+
 def batch_size_for(data: ImageData) -> int:
     """128, or less so that a small set still gives some twenty steps per epoch."""
     return max(8, min(128, 2 ** (len(data.train_x) // 20).bit_length() // 2))
@@ -36,13 +44,13 @@ def batch_size_for(data: ImageData) -> int:
 
 def float_recipe(model: str, data: ImageData, epochs: int, seed: int, batch_size: int | None = None) -> Recipe:
     """From a random network: a one-cycle schedule."""
-    habit, batch = HABITS[model], batch_size_for(data) if batch_size is None else batch_size
+    habit, batch = habit_of(model), batch_size_for(data) if batch_size is None else batch_size
     batches_per_epoch(data, batch)
     return Recipe(epochs, habit.lr, habit.optimizer, batch, 0.2, habit.weight_decay, seed=seed)
 
 
 def tune_recipe(model: str, data: ImageData, epochs: int, seed: int, batch_size: int | None = None) -> Recipe:
     """From a trained network: a cosine from a tenth of the rate, on other shuffles than the float run's."""
-    habit, batch = HABITS[model], batch_size_for(data) if batch_size is None else batch_size
+    habit, batch = habit_of(model), batch_size_for(data) if batch_size is None else batch_size
     batches_per_epoch(data, batch)
     return Recipe(epochs, habit.tune_lr, habit.optimizer, batch, 0.0, habit.weight_decay, seed=seed + 1)

@@ -68,8 +68,8 @@ class RunRecipe:
     """A network, data, and the stages that compress it.
 
     Args:
-        model: name of a built-in network.
-        data: name of a data set, with `:folder` where it needs one.
+        model: name of a built-in network, or `package.module:function` that builds one.
+        data: name of a data set, with `:folder` where it needs one, or `package.module:function` that gives one.
         stage: in order.
         float_epochs: of training from random weights; 0 if `weights` is given.
         weights: safetensors file with the float network's tensors.

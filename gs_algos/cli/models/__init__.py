@@ -9,11 +9,13 @@ from collections.abc import Callable
 
 from torch import nn
 
+from gs_algos.cli.imported import import_network, is_imported
 from gs_algos.cli.models.lenet5 import LeNet5
 from gs_algos.cli.models.mlp import MLP
 from gs_algos.cli.models.mobilenetv2 import MobileNetV2
 from gs_algos.cli.models.resnet import resnet18, resnet20, resnet56
 from gs_algos.cli.models.vit import vit_tiny
+from gs_algos.core.rules import did_you_mean
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "lenet5": LeNet5,
@@ -26,12 +28,20 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError if a name can be no network's."""
+    if name not in MODELS and not is_imported(name):
+        near = did_you_mean(name, MODELS)
+        raise ValueError(f"model: must be one of {', '.join(MODELS)}, or package.module:function, got {name!r}{near}")
+
+
 def build(name: str, *, in_channels: int, num_classes: int, image_size: int) -> nn.Module:
-    """A freshly initialised network of MODELS. The caller owns the random seed.
+    """A freshly initialised network of MODELS, or of `package.module:function`. The caller owns the random seed.
 
     Raises:
-        ValueError: if the name is not in MODELS, or the images are too small for the network.
+        ValueError: if it is neither, or the images are too small for the network.
     """
-    if name not in MODELS:
-        raise ValueError(f"model: must be one of {', '.join(MODELS)}, got {name!r}")
+    if is_imported(name):
+        return import_network(name, in_channels=in_channels, num_classes=num_classes, image_size=image_size)
+    check_name(name)
     return MODELS[name](in_channels=in_channels, num_classes=num_classes, image_size=image_size)

@@ -1,0 +1,80 @@
+"""`package.module:function`: networks and data of one's own, named on the command line and in recipes."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+class NotImportableError(ValueError):
+    """A name stands for no function."""
+
+
+def is_imported(name: str) -> bool:
+    """Whether a name means a function that is to be imported."""
+    return ":" in name
+
+
+def import_function(name: str) -> Callable[..., Any]:
+    """The function of `package.module:function`; modules in the current folder are found too.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    module_name, _, attribute = name.partition(":")
+    if module_name.endswith(".py") or "/" in module_name:
+        hint = module_name.removesuffix(".py").replace("/", ".").strip(".")
+        raise NotImportableError(
+            f"{name} must name an importable function, got a file; write {hint}:{attribute or 'function'}"
+        )
+    sys.path.insert(0, os.getcwd())
+    try:
+        function: Any = importlib.import_module(module_name) if module_name else None
+        for part in attribute.split("."):
+            function = getattr(function, part)
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
+        raise NotImportableError(f"{name} must name an importable function, got: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not callable(function):
+        raise NotImportableError(f"{name} must name an importable function, got {type(function).__name__}")
+    return function  # type: ignore[no-any-return]
+
+
+def call(name: str, **known: Any) -> Any:
+    """What the function returns, called with those of the known values that it has parameters for.
+
+    Raises:
+        ValueError: if it needs others too.
+    """
+    function = import_function(name)
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (ValueError, TypeError):  # of a builtin: it has no signature
+        return function()
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    given = {key: value for key, value in known.items() if takes_all or key in {p.name for p in parameters}}
+    fixed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in fixed and p.name not in given]
+    if needed:
+        takes = f"at most {', '.join(known)}" if known else "no arguments"
+        raise ValueError(f"{name} must be a function that needs {takes}, got one that needs {', '.join(needed)}")
+    return function(**given)
+
+
+def import_network(name: str, **sizes: int) -> nn.Module:
+    """The network that `package.module:function` returns. It is given those of the sizes that it has parameters for.
+
+    Raises:
+        ValueError: if there is no such function, it needs more, or it returns something else.
+    """
+    net = call(name, **sizes)
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"{name}() must return a torch.nn.Module, got {type(net).__name__}")
+    return net
