@@ -15,6 +15,7 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -26,9 +27,12 @@ from torch import Tensor, nn
 
 from gs_algos.core.algorithm import STAGES, history, remember
 from gs_algos.core.files import abandoned, remove, sha256, write_atomically, written
+from gs_algos.core.modules import all_or_nothing
 from gs_algos.core.network import network_of, ordinary_tensors
 from gs_algos.core.plan import PlanRow
 from gs_algos.core.registry import restorer
+from gs_algos.core.settings import wrong_setting
+from gs_algos.core.values import refuse_values
 
 FORMAT = "golden-stick"
 VERSION = 1
@@ -36,11 +40,21 @@ INDEX = "golden_stick.json"
 FIELDS = {"format", "version", "history", "tensors", "aliases"}
 TENSOR_FILE = re.compile(r"model-[0-9a-f]{16}\.safetensors")
 DRAFT = re.compile(rf"\.({TENSOR_FILE.pattern}|{re.escape(INDEX)})\.[0-9a-f]{{16}}")
+MOST_STEPS = 2**53  # of a training: a float holds each
 ATTEMPTS = 100  # to read a checkpoint that is replaced while it is read
 T = TypeVar("T")
 Facts: TypeAlias = dict[str, Any]
 # what a restore can trip over if the history is not of the network that build_model makes
-MISFITS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError)
+MISFITS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+)
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
@@ -120,12 +134,26 @@ def _load(folder: Path, build_model: Callable[[], nn.Module]) -> nn.Module:
         raise ValueError(
             f"load: build_model must return the float network, got one that is {history(model)[-1]['stage']}"
         )
-    for read in index["history"]:
-        entry = restorer(read["algorithm"]).upgraded(read)
-        model = _restored(model, entry, folder)
-        remember(model, entry)
-    _fill(model, state, folder)
+    with _as_it_was(model):
+        for read in index["history"]:
+            entry = restorer(read["algorithm"]).upgraded(read)
+            model = _restored(model, entry, folder)
+            remember(model, entry)
+        _fill(model, state, folder)
     return model
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """After an error the model has its modules and its tensors their memory: `build_model` may give one in use."""
+    memory = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
+    with all_or_nothing(model):
+        try:
+            yield
+        except BaseException:
+            for tensor, data in memory:
+                tensor.data = data
+            raise
 
 
 def read_checkpoint(directory: str | os.PathLike[str], read: Callable[[Path, Facts], T]) -> tuple[Facts, T]:
@@ -213,10 +241,14 @@ def _claims(index: dict[str, Any]) -> Iterator[tuple[str, bool]]:
         yield "a history of objects", isinstance(entry, dict)
         yield "an algorithm in every history entry", isinstance(entry.get("algorithm"), str)
         yield f"a stage in every history entry, {' or '.join(STAGES)}", entry.get("stage") in STAGES
-        yield "the steps of every history entry, a number >= 0", type(entry.get("steps")) is int and entry["steps"] >= 0
+        steps = entry.get("steps")
+        yield "the steps of every history entry, a number >= 0", type(steps) is int and 0 <= steps < MOST_STEPS
         yield "the config of every history entry", isinstance(entry.get("config"), dict)
         rows = entry.get("plan")
         yield "the plan of every history entry", isinstance(rows, list) and all(map(PlanRow.fits, rows))
+        for row in rows if isinstance(rows, list) else ():
+            wrong = wrong_setting(row["settings"])
+            yield f"settings of known form in the plan, got {wrong} of {row['site']}", not wrong
 
 
 def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -290,8 +322,12 @@ def _fill(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
                 f"load: {key} must be {tuple(tensor.shape)} {tensor.dtype}, got {tuple(state[key].shape)} "
                 f"{state[key].dtype} in {folder}; build_model must make the same network"
             )
-    with torch.no_grad():
-        model.load_state_dict(state)
+    refuse_values(model, state, f"load: {folder}")
+    try:
+        with torch.no_grad():
+            model.load_state_dict(state)
+    except MISFITS as error:
+        raise ValueError(f"load: {folder} must fit the network that build_model makes, got: {error}") from error
 
 
 def _some(keys: list[str]) -> str:

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from gs_algos.core.modules import swapped_class
+from gs_algos.core.values import FINITE, NOT_NEGATIVE, Rules
 
 BUFFERS = ("gate", "gate_mean", "gate_square")
 Batch = tuple[tuple[Any, ...], dict[str, Any]]  # args and kwargs of a forward
@@ -41,6 +42,9 @@ class Gated(nn.Module):
     def gated(self, y: Tensor, gate: Tensor) -> Tensor:
         """The output of the layer, changed. gate: as y along the channels, 1 elsewhere."""
         raise AssertionError("every gate says what it does to an output")
+
+    def state_rules(self) -> Rules:
+        return {"gate": FINITE, "gate_mean": FINITE, "gate_square": NOT_NEGATIVE}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gated:
         super()._apply(fn, recurse)

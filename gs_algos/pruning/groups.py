@@ -160,6 +160,30 @@ class Groups:
         )
 
 
+def refuse_misfit(groups: Groups, model: nn.Module) -> None:
+    """Raises unless the groups, which were read from a file, are of this model.
+
+    Raises:
+        ValueError: if a number is none, or a tensor, a dimension or a unit is not there.
+    """
+    first = 0
+    for group in groups.groups:
+        numbers = (group.first, group.n, group.channels)
+        if not all(type(n) is int and n >= 0 for n in numbers) or (group.n and group.first != first):
+            raise ValueError(f"Groups: units of a group must follow those of the one before, got {numbers}")
+        first += group.n
+    named = tensors_by_name(model)
+    parts: list[Slice | Layer] = [*groups.slices, *(layer for group in groups.groups for layer in group.layers)]
+    for part in parts:
+        tensor = named.get(part.tensor) if isinstance(part.tensor, str) else None
+        there = tensor is not None and type(part.dim) is int and 0 <= part.dim < tensor.dim()
+        if not there:
+            raise ValueError(f"Groups: a slice must be of a tensor of the model, got {part.tensor!r}, {part.dim!r}")
+    for cut in groups.slices:
+        if tuple(cut.units.shape) != (named[cut.tensor].shape[cut.dim],) or int(cut.units.max()) >= groups.n:
+            raise ValueError(f"Groups: {cut.tensor} must have a known unit for each index of dimension {cut.dim}")
+
+
 def kept_of(keep: Tensor, units: Tensor) -> Tensor:
     """bool `[size]`: which indices stay if the units in `keep` stay."""
     return torch.where(units == FIXED, True, keep[units.clamp(min=0)]) if keep.numel() else units == FIXED

@@ -42,7 +42,7 @@ from gs_algos.pruning.budget import Rates, total_rate
 from gs_algos.pruning.config import PruneConfig
 from gs_algos.pruning.cut import cut, mask, removed, resize, zeros
 from gs_algos.pruning.gates import Freezer, Gated, detach_freezers, remove_gate
-from gs_algos.pruning.groups import Group, Groups
+from gs_algos.pruning.groups import Group, Groups, refuse_misfit
 from gs_algos.pruning.planning import choose, make_plan
 
 logger = logging.getLogger(__name__)
@@ -356,7 +356,9 @@ class Pruner(Algorithm):
             resize(model, entry["shapes"], entry["attributes"])
             return model
         algo = cls(cls.config_class.from_dict(entry["config"]))
-        prepare(algo, model, Groups.from_dict(entry["groups"]), entry["gates"])
+        groups = Groups.from_dict(entry["groups"])
+        refuse_misfit(groups, model)
+        prepare(algo, model, groups, entry["gates"])
         return model
 
     def _bind(self, model: nn.Module, groups: Groups, rates: Rates) -> None:

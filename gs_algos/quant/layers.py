@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gs_algos.core.modules import swapped_class
+from gs_algos.core.values import POSITIVE, Rules
 from gs_algos.quant.integer_eval import IntegerEval, in_steps
 from gs_algos.quant.norms import (
     BroughtAlong,
@@ -95,6 +96,9 @@ class Folded(_FakeQuantConv):
     """A conv that multiplies its weight by f = gamma / sigma before quantizing it; `sigma [O]`: at the last step."""
 
     sigma: Tensor
+
+    def state_rules(self) -> Rules:
+        return {"sigma": POSITIVE}
 
     def batch_norm(self) -> _BatchNorm:
         return self._bn[0]

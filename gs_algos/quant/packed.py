@@ -6,6 +6,7 @@ it stores. A layer that is tied to another (a language model's head to its embed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
@@ -14,11 +15,14 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from gs_algos.core.values import FINITE, Must, Rules
 from gs_algos.quant.kept import KeepsDtypes
 from gs_kernels import PackedWeight, dequantize_packed, pack_codes, repack, unpack_codes
 from gs_kernels.pack.layouts import CANONICAL, PLANAR, codes_shape
 
 PARTS = ("codes", "scale", "zero", "levels")
+BITS = (1, 2, 4, 8)
+SCALE_DTYPES = ("float32", "float16", "bfloat16", "float64")
 KERNEL_DEVICES = ("cuda",)  # where the planar layout is read
 
 
@@ -52,7 +56,28 @@ class PackedFormat:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> PackedFormat:
-        return PackedFormat(**{**data, "shape": tuple(data["shape"])})
+        """The format that plain JSON values say.
+
+        Raises:
+            ValueError: if they are none.
+        """
+        try:
+            made = PackedFormat(**{**data, "shape": tuple(data["shape"])})
+            whole = all(type(n) is int and 0 < n < 2**31 for n in (made.bits, *made.shape, made.group_size))
+            right = (
+                whole
+                and len(made.shape) == 2
+                and made.bits in BITS
+                and made.shape[1] % made.group_size == 0
+                and made.scale_dtype in SCALE_DTYPES
+                and (made.zero is None or (type(made.zero) in (int, float) and math.isfinite(made.zero)))
+                and isinstance(made.levels, bool)
+            )
+        except (TypeError, KeyError):
+            right = False
+        if not right:
+            raise ValueError(f"PackedFormat: it must be the format of a packed weight, got {data!r:.200}")
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "shape": list(self.shape)}
@@ -104,6 +129,29 @@ class Packed(KeepsDtypes):
             own = isinstance(value, Tensor) and not self._lender
             self.register_buffer(part, value if own else None)
         self.arrange()
+
+    def state_rules(self) -> Rules:
+        # the zero point of GPTQ may be one beyond the codes
+        return {
+            "scale": FINITE,
+            "zero": self._zero_rule(-1, 2**self.bits),
+            "levels": FINITE,
+            "codes": self._code_rule(),
+        }
+
+    def _zero_rule(self, low: int, high: int) -> Must:
+        return Must(f"in {low}..{high}", lambda t: (t >= low) & (t <= high))
+
+    def _code_rule(self) -> Must:
+        used = self.shape[1] * self.bits % 8  # bits of a row's last byte
+
+        def holds(codes: Tensor) -> Tensor:
+            right = torch.ones_like(codes, dtype=torch.bool)
+            if used:
+                right[:, -1] = codes[:, -1] >> used == 0
+            return right
+
+        return Must(f"0 behind the last of {self.shape[1]} codes of a row", holds)
 
     @property
     def tied(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from gs_algos.core.values import FINITE, Rules, whole_within
 from gs_algos.quant.codes_tensor import CodesTensor, hands_now, real, values
 from gs_algos.quant.convolution import Convolution
 from gs_algos.quant.packed import PARTS, Packed, PackedFormat, zero_as
@@ -85,6 +86,10 @@ class QuantizedLayer(Packed):
         # grids of other layers: of codes that come in, and of those that go out; in tuples, for they are not children
         self._known: tuple[StaticQuantizer, ...] = ()
         self._handed: tuple[StaticQuantizer, ...] = ()
+
+    def state_rules(self) -> Rules:
+        zero = FINITE if self.scheme.learned else whole_within(0, 2**self.bits - 1)
+        return {**super().state_rules(), "zero": zero, "bias": FINITE}
 
     def integer_refusals(self, device: torch.device) -> list[str]:
         """Why the product cannot run on integers; empty if it can."""

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gs_algos.core.values import FINITE, NOT_NEGATIVE, POSITIVE, Rules, whole_within
 from gs_algos.quant.ranges import clip_ratio, search_range
 from gs_algos.quant.scheme import Scheme, n_scales
 from gs_kernels import PerTensor, choose_qparams, dynamic_fake_quant, fake_quant, minmax, observe_fake_quant
@@ -65,6 +66,11 @@ class Quantizer(nn.Module):
             self.scale.copy_(scale)
             self.zero.copy_(zero)
 
+    def state_rules(self) -> Rules:
+        if self.scheme.learned:  # an optimizer may have moved them anywhere
+            return {"scale": FINITE, "zero": FINITE}
+        return {"scale": POSITIVE, "zero": whole_within(self.scheme.qmin, self.scheme.qmax)}
+
     def grid(self) -> tuple[Tensor, Tensor]:
         """(scale, zero) `[C]` as the forward uses them, detached: a learnt zero point is rounded."""
         zero = self.zero.detach()
@@ -110,6 +116,9 @@ class WeightQuantizer(Quantizer):
         super().__init__(scheme, n_scales(scheme.granularity, weight.shape), weight.device, delayed)
         clipped = scheme.observer in ("percentile", "mse") and not scheme.learned
         self.register_buffer("clip", torch.ones_like(self.scale) if clipped else None)
+
+    def state_rules(self) -> Rules:
+        return {**super().state_rules(), "clip": NOT_NEGATIVE}
 
     def initialise(self, weight: Tensor) -> None:
         """Starts the learnt steps, or the clip ratios, from the values of `weight`."""
@@ -168,6 +177,9 @@ class ActivationQuantizer(Quantizer):
         self.active = True
         self.samples: list[Tensor] | None = None
         self.empty_shape: tuple[int, ...] | None = None  # of the last batch without elements that calibration saw
+
+    def state_rules(self) -> Rules:
+        return {**super().state_rules(), "range": FINITE, "steps": NOT_NEGATIVE}
 
     @property
     def follows(self) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from gs_algos.core.values import FINITE, NOT_NEGATIVE, POSITIVE, Rules, equal_to
 from gs_algos.quant.slb_grid import LevelGrid
 from gs_kernels import PackedWeight, dequantize_packed, slb_pack, slb_weight
 
@@ -73,6 +74,10 @@ class LevelSearch(nn.Module):
         self.register_buffer("horizon", torch.full((1,), horizon, dtype=torch.int64, device=device))
         trace = torch.full((points, 2 + BINS), NOT_YET, device=device) if points else None
         self.register_buffer("trace", trace)
+
+    def state_rules(self) -> Rules:
+        rules = {"logits": FINITE, "levels": equal_to(self.levels), "trace": FINITE, "horizon": NOT_NEGATIVE}
+        return {**rules, "temperature": NOT_NEGATIVE, "scale": FINITE if self.grid.learned else POSITIVE}
 
     @property
     def size(self) -> tuple[int, int]:

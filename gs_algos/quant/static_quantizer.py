@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gs_algos.core.values import FINITE, POSITIVE, Rules, whole_within
 from gs_algos.quant.codes_tensor import CodesTensor, Pending, hands_now, real, values
 from gs_algos.quant.kept import KeepsDtypes
 from gs_algos.quant.quantizers import Quantizer
@@ -54,6 +55,11 @@ class StaticQuantizer(KeepsDtypes):
         self.scale.copy_(scale)
         self.zero.copy_(zero)
         self.look()
+
+    def state_rules(self) -> Rules:
+        if self.scheme.learned:
+            return {"scale": FINITE, "zero": FINITE}
+        return {"scale": POSITIVE, "zero": whole_within(self.scheme.qmin, self.scheme.qmax)}
 
     def look(self) -> None:
         """Notes the zero point. Needed after it was written by hand."""

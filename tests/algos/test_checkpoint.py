@@ -7,6 +7,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 
 import gs_algos
-from gs_algos import SimQAT
+from gs_algos import SCOP, SLB, Prune, SimQAT, quantize_weights
 from gs_algos.core import checkpoint
 from gs_algos.core.algorithm import history
 from tests.algos.nets import SmallConvNet, images, train
+from tests.helpers import Untouched
 
 INDEX = "golden_stick.json"
 
@@ -283,3 +287,126 @@ def test_history_and_steps_come_back(saved):
         SimQAT.resume(net).convert(net)
     with pytest.raises(RuntimeError, match="must be one that was saved while prepared"):
         SimQAT.resume(SmallConvNet())
+
+
+def converted() -> nn.Module:
+    algo = SimQAT(weight="uint8@channel:asym")
+    return algo.convert(algo.apply(SmallConvNet(), images()))
+
+
+def searched() -> nn.Module:
+    return SLB(weight="2bit@channel", total_steps=4).apply(SmallConvNet(), images())
+
+
+def gated() -> nn.Module:
+    return SCOP(rate=0.4, select_steps=2).apply(SmallConvNet(), images())
+
+
+def packed() -> nn.Module:
+    return quantize_weights(SmallConvNet(), "int4@channel:asym", progress=False)
+
+
+NAN, INF = float("nan"), float("inf")
+VALUES: list[tuple[Callable[[], nn.Module], str, Any, str]] = [
+    (prepared, "fc.input_quantizer.scale", NAN, "finite and > 0, got nan"),
+    (prepared, "fc.input_quantizer.scale", 0.0, "finite and > 0, got 0.0"),
+    (prepared, "fc.input_quantizer.zero", 0.25, r"whole, or a half, in -128\.\.127, got 0.25"),
+    (prepared, "fc.input_quantizer.zero", 300.0, r"in -128\.\.127, got 300"),
+    (prepared, "fc.input_quantizer.range", INF, "finite, got inf"),
+    (prepared, "fc.input_quantizer.steps", -3, "finite and >= 0, got -3"),
+    (prepared, "stem.sigma", -1.0, "finite and > 0, got -1"),
+    (prepared, "fc.input_quantizer.scale", torch.float16, r"\(1,\) torch.float32, got \(1,\) torch.float16"),
+    (converted, "fc.scale", NAN, "finite, got nan"),
+    (converted, "fc.zero", 1e6, r"in 0\.\.255, got 1000000"),
+    (converted, "fc.input_quantizer.scale", -1.0, "finite and > 0, got -1"),
+    (converted, "fc.input_quantizer.zero", INF, r"in -128\.\.127, got inf"),
+    (converted, "fc.bias", NAN, "finite, got nan"),
+    (converted, "fc.codes", torch.float32, r"torch.uint8, got .*torch.float32"),
+    (converted, "fc.codes", torch.int8, r"torch.uint8, got .*torch.int8"),
+    (searched, "fc.search.logits", NAN, "finite, got nan"),
+    (searched, "fc.search.temperature", -1.0, "finite and >= 0, got -1"),
+    (searched, "fc.search.levels", 0.3, "what the options say, got 0.3"),
+    (searched, "fc.search.scale", INF, "finite and > 0, got inf"),
+    (gated, "stem.gate", NAN, "finite, got nan"),
+    (gated, "block.conv2.gate_square", -1.0, "finite and >= 0, got -1"),
+    (packed, "fc.scale", NAN, "finite, got nan"),
+    (packed, "fc.zero", 99.0, r"in -1\.\.16, got 99"),
+    (packed, "fc.scale", torch.float64, "torch.float16, got .*float64"),
+]
+
+
+@pytest.fixture(scope="module")
+def nets() -> dict[Any, nn.Module]:
+    return {}
+
+
+@pytest.mark.parametrize("make, key, value, words", VALUES, ids=[f"{v[0].__name__} {v[1]} {v[2]}" for v in VALUES])
+def test_values_that_no_training_gives_are_refused_by_name_though_their_checksum_fits(
+    make, key, value, words, nets, tmp_path
+):
+    if make not in nets:
+        nets[make] = make()
+    gs_algos.save(nets[make], tmp_path)
+    tensors = {name: tensor.clone() for name, tensor in load_file(tensor_file(tmp_path)).items()}
+    if key not in tensors:
+        pytest.skip(f"{key} is a constant here")
+    if isinstance(value, torch.dtype):
+        tensors[key] = tensors[key].to(value)
+    else:
+        tensors[key].view(-1)[-1] = value
+    data = to_bytes(tensors)
+    tensor_file(tmp_path).write_bytes(data)
+    facts = {"file": tensor_file(tmp_path).name, "sha256": hashlib.sha256(data).hexdigest(), "nbytes": len(data)}
+    edit(tmp_path, put("tensors", facts))
+    with pytest.raises(ValueError, match=rf"load: .*{re.escape(key)} must be .*{words}"):
+        gs_algos.load(tmp_path, SmallConvNet)
+
+
+DEEP: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], str]] = {
+    "number as scheme": (prepared, ("plan", 0, "settings", "weight", 3), "got weight=3 of stem"),
+    "text as tail": (prepared, ("plan", 0, "settings", "tail", "x"), "got tail='x' of stem"),
+    "numbers as readers": (prepared, ("plan", 0, "settings", "readers", [1]), r"got readers=\[1\] of stem"),
+    "flag as activation": (prepared, ("plan", 0, "settings", "follows", "activation", True), "got follows="),
+    "text as fused flag": (searched, ("plan", 0, "settings", "fused_optimizer", "yes"), "got fused_optimizer='yes'"),
+    "number as shape": (packed, ("plan", -1, "settings", "format", "shape", 3), "got format="),
+    "huge shape": (
+        packed,
+        ("plan", -1, "settings", "format", "shape", [2**62, 2**62]),
+        "the format of a packed weight",
+    ),
+    "groups of nothing": (packed, ("plan", -1, "settings", "format", "group_size", 0), "format of a packed weight"),
+    "type of scales": (
+        packed,
+        ("plan", -1, "settings", "format", "scale_dtype", "int8"),
+        "the format of a packed weig",
+    ),
+    "steps without end": (prepared, ("steps", 10**30), "the steps of every history entry"),
+    "negative steps": (prepared, ("steps", -1), "the steps of every history entry"),
+    "dimension": (gated, ("groups", "slices", 0, 1, -5), "a slice must be of a tensor of the model"),
+    "tensor": (gated, ("groups", "slices", 0, 0, "conv9.weight"), "a slice must be of a tensor of the model"),
+    "first unit": (gated, ("groups", "groups", 0, "first", "x"), "units of a group must follow"),
+}
+
+
+@pytest.mark.parametrize("make, path, words", DEEP.values(), ids=DEEP)
+def test_what_is_wrong_deep_in_a_history_is_refused_and_a_model_in_use_stays(make, path, words, nets, tmp_path):
+    if make not in nets:
+        nets[make] = make()
+    gs_algos.save(nets[make], tmp_path)
+    edit(tmp_path, put(*FIRST, *path))
+    net = SmallConvNet()
+    before = Untouched(net)
+    with pytest.raises(ValueError, match=words):
+        gs_algos.load(tmp_path, lambda: net)
+    assert before
+
+
+def test_a_model_in_use_keeps_its_tensors_when_a_pruned_checkpoint_does_not_fit(tmp_path):
+    algo = Prune(rate=0.4)
+    gs_algos.save(algo.convert(algo.apply(SmallConvNet(), images())), tmp_path)
+    edit(tmp_path, put(*FIRST, "shapes", "fc.bias", [999]))
+    net = SmallConvNet()
+    before = Untouched(net)
+    with pytest.raises(ValueError, match=r"fc.bias must shrink from \[4\], got \[999\]"):
+        gs_algos.load(tmp_path, lambda: net)
+    assert before
