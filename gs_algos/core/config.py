@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -9,6 +10,26 @@ from typing import Any, ClassVar
 from typing_extensions import Self
 
 from gs_algos.core.rules import did_you_mean, rules_of
+
+
+def signature_of(cls: Any) -> inspect.Signature:
+    """The signature of an algorithm's class with every option as a keyword, as type checkers and editors see it.
+
+    cls: has a `config_class`, whose fields are the options; what else it takes is that of its `__init__`.
+    """
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    own = list(inspect.signature(cls.__init__).parameters.values())
+    if own[-1].kind is not inspect.Parameter.VAR_KEYWORD or not hasattr(cls, "config_class"):
+        return inspect.Signature(own[1:])  # a class that takes no options by keyword, or has none yet
+    own.pop()
+    known = {parameter.name for parameter in own}
+    options = [
+        inspect.Parameter(option.name, keyword, default=option.default, annotation=option.type)
+        for option in fields(cls.config_class)
+        if option.name not in known
+    ]
+    first, rest = [p for p in own[1:] if p.kind is not keyword], [p for p in own[1:] if p.kind is keyword]
+    return inspect.Signature([*first, *options, *rest])
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.rules import Rule
@@ -47,6 +48,17 @@ class PruneConfig(AlgorithmConfig):
         for rule in self.rules:
             if isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[1], dict) and "rate" in rule[1]:
                 check_rate(f"{self.who}: rule {rule[0]}", rule[1]["rate"])
+
+
+class PruneBaseOptions(TypedDict, total=False):
+    """The fields of `PruneConfig` as keywords of every pruning algorithm, for type checkers."""
+
+    rate: float
+    budget: str | None
+    scope: str
+    round_to: int
+    select_steps: int
+    rules: Sequence[Rule]
 
 
 def check_rate(who: str, rate: Any) -> None:

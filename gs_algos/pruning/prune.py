@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from gs_algos.core.modules import get_module
-from gs_algos.pruning.config import PruneConfig
+from gs_algos.pruning.config import PruneBaseOptions, PruneConfig
 from gs_algos.pruning.gates import Gated, Scale, can_gate, install_gate
 from gs_algos.pruning.groups import Group, Groups, Layer
 from gs_algos.pruning.importance import Importance, bn_scale, gamma_of, l1, l2, random_scores, unit_scores
@@ -48,6 +50,13 @@ class PruningConfig(PruneConfig):
             )
 
 
+class PruneOptions(PruneBaseOptions, total=False):
+    """The fields of `PruningConfig` as keywords of `Prune`, for type checkers."""
+
+    importance: str
+    seed: int
+
+
 class Prune(Pruner):
     """Magnitude, batch norm, Taylor and random pruning. The options are those of `PruningConfig`, given by keyword.
 
@@ -62,6 +71,15 @@ class Prune(Pruner):
     name: ClassVar[str] = "prune"
     config_class: ClassVar[type[PruneConfig]] = PruningConfig
     config: PruningConfig
+
+    def __init__(
+        self,
+        config: PruningConfig | None = None,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        **options: Unpack[PruneOptions],
+    ) -> None:
+        super().__init__(config, process_group=process_group, **options)
 
     def unknown(self, model: nn.Module, group: Group) -> str:
         if self.config.importance == "bn" and all(gamma_of(model, layer) is None for layer in group.layers):

@@ -32,6 +32,7 @@ from gs_algos.core.algorithm import (
 )
 from gs_algos.core.batches import InputsOf, checked_batches
 from gs_algos.core.compare import relative_error
+from gs_algos.core.config import signature_of
 from gs_algos.core.modules import all_or_nothing, get_module
 from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
 from gs_algos.core.plan import Plan, render_layers
@@ -56,6 +57,10 @@ class Pruner(Algorithm):
 
     config_class: ClassVar[type[PruneConfig]] = PruneConfig
     config: PruneConfig
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = signature_of(cls)  # type: ignore[attr-defined]
 
     def __init__(
         self, config: PruneConfig | None = None, *, process_group: dist.ProcessGroup | None = None, **options: Any

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from gs_algos.core.algorithm import Inputs
 from gs_algos.core.batches import checked_batches
 from gs_algos.core.modules import get_module
-from gs_algos.pruning.config import PruneConfig
+from gs_algos.pruning.config import PruneBaseOptions, PruneConfig
 from gs_algos.pruning.gates import Blend, Freezer, Gated, can_gate, install_gate
 from gs_algos.pruning.groups import Group, Groups, Layer
 from gs_algos.pruning.importance import output_scale, unit_scores
@@ -64,6 +66,13 @@ class ScopConfig(PruneConfig):
             )
 
 
+class SCOPOptions(PruneBaseOptions, total=False):
+    """The fields of `ScopConfig` as keywords of `SCOP`, but for `knockoffs`, for type checkers."""
+
+    lr: float
+    betas: tuple[float, float]
+
+
 class SCOP(Pruner):
     """Scientific control pruning. The options are those of `ScopConfig`, given by keyword.
 
@@ -85,13 +94,17 @@ class SCOP(Pruner):
     config: ScopConfig
 
     def __init__(
-        self, config: ScopConfig | None = None, *, knockoffs: str | Iterable[Inputs] | None = None, **options: Any
+        self,
+        config: ScopConfig | None = None,
+        *,
+        knockoffs: str | Iterable[Inputs] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        **options: Unpack[SCOPOptions],
     ) -> None:
-        if isinstance(knockoffs, str):
-            options["knockoffs"] = knockoffs
-        elif knockoffs is not None:
-            options["knockoffs"] = "given"
-        super().__init__(config, **options)
+        given: dict[str, Any] = {**options}
+        if knockoffs is not None:
+            given["knockoffs"] = knockoffs if isinstance(knockoffs, str) else "given"
+        super().__init__(config, process_group=process_group, **given)
         source: Given | Permuted | None = None
         if knockoffs is not None and not isinstance(knockoffs, str):
             source = Given(knockoffs)

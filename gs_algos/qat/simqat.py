@@ -11,11 +11,14 @@ pass and a recomputed forward (gradient checkpointing) gives the same numbers.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypedDict, cast
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import Unpack
 
 from gs_algos.core.algorithm import Inputs
 from gs_algos.core.config import AlgorithmConfig
@@ -104,6 +107,18 @@ class SimQATConfig(AlgorithmConfig):
         )
 
 
+class SimQATOptions(TypedDict, total=False):
+    """The fields of `SimQATConfig` as keywords of `SimQAT`, for type checkers."""
+
+    weight: str | Scheme
+    act: str | Scheme | None
+    fold_bn: bool | str
+    fusion: bool
+    quant_delay: int | tuple[int, int]
+    freeze_bn: int | None
+    rules: Sequence[Rule]
+
+
 class SimQAT(QuantizationTraining):
     """Quantization-aware training. The options are those of `SimQATConfig`, given by keyword.
 
@@ -123,6 +138,15 @@ class SimQAT(QuantizationTraining):
     config: SimQATConfig
     _layers: dict[str, FakeQuantized]
     _freezable: list[Tensor]
+
+    def __init__(
+        self,
+        config: SimQATConfig | None = None,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        **options: Unpack[SimQATOptions],
+    ) -> None:
+        super().__init__(config, process_group=process_group, **options)
 
     def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:
         """The dry run: every Conv and Linear, its schemes and batch norm, or why it stays float. Touches nothing."""

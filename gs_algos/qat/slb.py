@@ -20,9 +20,10 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from gs_algos.core.algorithm import Inputs
 from gs_algos.core.config import AlgorithmConfig
@@ -32,7 +33,7 @@ from gs_algos.core.plan import Plan, PlanRow
 from gs_algos.fx.rewrite import modularize_again
 from gs_algos.qat.convert import Parity, convert_model, install_converted
 from gs_algos.qat.prepare import refuse_nonfinite, with_planned_layers
-from gs_algos.qat.slb_config import SLBConfig
+from gs_algos.qat.slb_config import SLBConfig, SLBOptions
 from gs_algos.qat.slb_convert import packed_layer, summary_of, unfilled_layer
 from gs_algos.qat.slb_norms import calibrate_norms
 from gs_algos.qat.slb_prepare import install, make_plan, start
@@ -75,6 +76,15 @@ class SLB(QuantizationTraining):
     _layers: dict[str, Searched]
     _replaced: Sequence[weakref.ref[nn.Parameter]] = ()
     _search_watch: SearchWatch | None = None
+
+    def __init__(
+        self,
+        config: SLBConfig | None = None,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        **options: Unpack[SLBOptions],
+    ) -> None:
+        super().__init__(config, process_group=process_group, **options)
 
     def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:
         """The dry run: every Conv and Linear, its grid and logits, or why it stays float. Touches nothing."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 
@@ -126,3 +126,25 @@ def _whole(value: Any, least: int) -> bool:
 
 def _positive(value: Any) -> bool:
     return isinstance(value, int | float) and 0 < value < math.inf
+
+
+class SLBOptions(TypedDict, total=False):
+    """The fields of `SLBConfig` as keywords of `SLB`, for type checkers."""
+
+    weight: str | LevelGrid
+    act: str | Scheme | None
+    total_steps: int | None
+    steps_per_epoch: int
+    t0: float
+    t_start: float
+    t_end: float
+    t_factor: float | None
+    t_final: float
+    init: str
+    kappa: float | None
+    batch_norm: str
+    ends: str | LevelGrid | None
+    logits: str
+    fused: bool
+    trace: int
+    rules: Sequence[Rule]

@@ -14,7 +14,7 @@ from torch import nn
 from typing_extensions import Self
 
 from gs_algos.core.algorithm import Algorithm, Inputs, history, live_entry, prepared_entry, remember, resumable_entry
-from gs_algos.core.config import AlgorithmConfig
+from gs_algos.core.config import AlgorithmConfig, signature_of
 from gs_algos.core.modules import all_or_nothing
 from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
 from gs_algos.core.plan import Plan, PlanRow
@@ -36,6 +36,10 @@ class QuantizationTraining(Algorithm):
     config_class: ClassVar[type[AlgorithmConfig]]
     layer_class: ClassVar[type[nn.Module]]
     done: ClassVar[str]  # what a model that has been through `apply` is, e.g. "quantized"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = signature_of(cls)  # type: ignore[attr-defined]
 
     def __init__(
         self, config: AlgorithmConfig | None = None, *, process_group: dist.ProcessGroup | None = None, **options: Any
