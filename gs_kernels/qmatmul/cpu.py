@@ -33,7 +33,7 @@ from gs_kernels.qmatmul.ref import ACTIVATIONS
 logger = logging.getLogger(__name__)
 
 ROWS = 4  # of bf16 x, that multiply as fast in fp32
-COMPILE_FROM = 1 << 18  # elements of a weight; below, plain tensor operations take less than a millisecond
+COMPILE_FROM = 1 << 16  # elements of a weight; below, a compiler is not worth the wait
 BLOCK = 1 << 21  # elements of a weight that are dequantised at a time
 # measured, 2 threads, 4096 x 4096: above, a dequantised block and ATen's product take less time
 FEW_ROWS = {torch.bfloat16: 16, torch.float32: 64}
