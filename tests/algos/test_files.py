@@ -304,4 +304,4 @@ def test_a_draft_is_abandoned_once_its_writer_is_gone(tmp_path):
 
 
 def tensor_file(folder: Path) -> Path:
-    return next(folder.glob("model-*.safetensors"))
+    return folder / json.loads((folder / INDEX).read_text())["tensors"]["file"]
