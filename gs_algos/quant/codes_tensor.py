@@ -291,6 +291,7 @@ def _alike(tensors: Any) -> bool:
 def hands_now(x: Tensor) -> bool:
     """Whether x may be handed on as codes, or later: tracers, compilers and gradients see floats, in time."""
     eager = not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    eager = eager and torch._C._functorch.peek_interpreter_stack() is None
     plain = type(x) in (Tensor, torch.nn.Parameter, CodesTensor, Pending)
     return eager and plain and not torch.jit.is_tracing() and not (x.requires_grad and torch.is_grad_enabled())
 

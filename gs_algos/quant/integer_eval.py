@@ -84,7 +84,7 @@ class IntegerEval(nn.Module):
     def _runs_whole(self, x: Tensor, bn: _BatchNorm | None) -> bool:
         quantizer: Any = self.input_quantizer
         learns = self.training or (bn is not None and bn.training) or torch.is_grad_enabled()
-        floats = learns or torch.is_autocast_enabled(x.device.type) or x.dtype != torch.float32
+        floats = learns or x.is_meta or torch.is_autocast_enabled(x.device.type) or x.dtype != torch.float32
         floats = floats or torch.compiler.is_compiling()
         # a batch norm that is sharded apart from its layer is whole only in its own forward
         floats = floats or (bn is not None and hasattr(bn.weight, "full_tensor"))

@@ -246,6 +246,13 @@ class Packed(KeepsDtypes):
         return f"bits={self.bits}, group_size={self.group_size}, {zero}{', tied' if self.tied else ''}"
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast multiplies x in; None if it is off, or does not exist on the device of x (meta)."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
 def zero_as(weight: PackedWeight, constant: bool) -> PackedWeight:
     """The weight with one zero point for all (they are equal) or a tensor of them: the form follows from the scheme.
 

@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from gs_algos.quant.codes_tensor import values
 from gs_algos.quant.convolution import Convolution
-from gs_algos.quant.packed import Packed, PackedFormat
+from gs_algos.quant.packed import Packed, PackedFormat, autocast_dtype
 from gs_kernels import PackedWeight
 
 
@@ -58,10 +58,8 @@ class PackedConv(Convolution):
         return cls(format.empty(device), geometry, filter, offset, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        x, kind = input, input.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
-        return super().forward(x)
+        dtype = autocast_dtype(input)
+        return super().forward(input if dtype is None else input.to(dtype))
 
     def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         return self.convolve(values(x), self.bias, values(residual), activation)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from gs_algos.quant.packed import Packed, PackedFormat
+from gs_algos.quant.packed import Packed, PackedFormat, autocast_dtype
 from gs_algos.quant.rounding import round_to_nearest
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import PackedWeight, dequantize_packed, qmatmul
@@ -76,9 +76,8 @@ class PackedLinear(Packed):
         self.keep_rows("out_features", value)
 
     def forward(self, input: Tensor) -> Tensor:
-        x, kind = input, input.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
+        dtype = autocast_dtype(input)
+        x = input if dtype is None else input.to(dtype)
         return qmatmul(x, self.packed, self.bias)
 
     def extra_repr(self) -> str:

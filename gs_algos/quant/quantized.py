@@ -34,6 +34,7 @@ from gs_kernels import (
     row_sums,
 )
 from gs_kernels.instructions import multiplies_int8
+from gs_kernels.pack.checks import FLOATS, dtype_name
 from gs_kernels.pack.layouts import BITS
 from gs_kernels.qconv2d.checks import LARGEST_GROUP
 from gs_kernels.qconv2d.cpu_int8 import Int8Convolution
@@ -99,6 +100,15 @@ class QuantizedLayer(Packed):
         reasons = self.integer_refusals(self.packed.device)
         return f"{super().path()}: {', '.join(reasons)}" if reasons else INTEGER
 
+    def _on_integers(self, x: Tensor) -> bool:
+        """Whether the product with x runs on integers; one that a gradient has to pass is that of floats."""
+        if x.dtype not in FLOATS:
+            names = "float32 / float16 / bfloat16"
+            raise TypeError(
+                f"{type(self).__name__}: the input must be {names}, got {dtype_name(x.dtype)}; cast it first"
+            )
+        return not (x.requires_grad and torch.is_grad_enabled()) and not self.integer_refusals(x.device)
+
     def _shifted(self) -> bool:
         """Whether 0.0 may have a code other than 0 in x."""
         scheme = None if self.input_quantizer is None else self.input_quantizer.scheme
@@ -138,7 +148,7 @@ class QuantizedLinear(QuantizedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         x = input
-        if not self.integer_refusals(x.device):
+        if self._on_integers(x):
             return self._finish(self._integer(x))
         x = x if self.input_quantizer is None else self.input_quantizer(x)
         return self._finish(qmatmul(x, self.packed, self.bias))
@@ -209,7 +219,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
         return self.output_quantizer is not None and self.output_quantizer.gives_codes()
 
     def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-        if not self.integer_refusals(x.device):
+        if self._on_integers(x):
             return self._integer(x, residual, activation)
         x = values(x) if self.input_quantizer is None else real(self.input_quantizer(values(x)))
         return self._finish(self.convolve(x, self.bias, values(residual), activation))

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gs_algos.core.modules import swapped_class
 from gs_algos.quant.integer_eval import IntegerEval, in_steps
 from gs_algos.quant.norms import BroughtAlong, Irreplaceable, swap_norm, update_running
+from gs_algos.quant.packed import autocast_dtype
 from gs_algos.quant.quantizers import ActivationQuantizer
 from gs_algos.quant.slb_grid import LevelGrid
 from gs_algos.quant.slb_search import LevelSearch, local, rows_of
@@ -151,8 +152,7 @@ class _Hanger(torch.autograd.Function):
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a product with x runs in: autocast's, or that of x."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return autocast_dtype(x) or x.dtype
 
 
 def weight_format(x: Tensor) -> torch.memory_format:

@@ -85,7 +85,8 @@ def qmatmul_int8_ref(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     steps = x.double() if x_zero is None else x.double() - x_zero.double()
-    y = integer_sums(steps, weight) * x_scale.unsqueeze(-1)
+    # one scale for all is no row's: x may be a single row without an axis of rows
+    y = integer_sums(steps, weight) * (x_scale.unsqueeze(-1) if x_scale.shape == x.shape[:-1] else x_scale)
     return ACTIVATIONS[activation](y if bias is None else y + bias.float()).to(dtype)
 
 
