@@ -88,7 +88,7 @@ def register(
         if eager and gradient is not None and _has_tangent(tensors):
             raise NotImplementedError(f"{name}: no forward-mode derivative (jvp); use backward or torch.autograd.grad")
         # anybody else who has to see a call: a tracer, a transform, a subclass of tensors
-        if not eager or torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing():
+        if not eager or torch._C._functorch.peek_interpreter_stack() is not None:
             return op(*args)
         if not any(t.requires_grad for t in tensors):
             return detached(*args)

@@ -99,7 +99,7 @@ class StaticQuantizer(KeepsDtypes):
     def _codes_at_once(self, x: Tensor) -> Tensor | None:
         """What `signed_codes` makes of floats, without the checks and the copies of `quantize`; None if it has to."""
         dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-        if not dense or x.dtype != torch.float32 or x.numel() == 0 or not takes_cpu(x):
+        if not dense or x.dtype != torch.float32 or x.numel() == 0 or not (hands_now(x) and takes_cpu(x)):
             return None
         numbers = self.constants()[6]
         if numbers is None or not math.isfinite(numbers.of_floats[0]):  # the op says what is wrong
