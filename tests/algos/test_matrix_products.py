@@ -88,6 +88,35 @@ def test_a_product_is_a_layer_that_is_packed(product, algorithm, tmp_path):
     assert sorted(packed) == [(3, 4), (4, 6)] and "w" not in net.state_dict()
 
 
+CHAINS = {
+    "low rank": lambda s, x: x @ s.a @ s.b,
+    "low rank with biases": lambda s, x: (x @ s.a + s.c) @ s.b + s.d,
+    "functions": lambda s, x: torch.einsum("bti,io->bto", F.linear(x, s.a.t(), s.c), s.b),
+}
+
+
+class Chain(nn.Module):
+    """`[B, T, 6] -> [B, T, 3]`, products that nothing separates before a layer."""
+
+    def __init__(self, products: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.randn(2, 4))
+        self.c, self.d, self.fc = nn.Parameter(torch.randn(2)), nn.Parameter(torch.randn(4)), nn.Linear(4, 3)
+        self.products = products
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.products(self, x))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("products", CHAINS)
+def test_a_product_of_a_product_is_a_layer(products, algorithm, tmp_path):
+    net = goes_all_the_way(lambda: Chain(CHAINS[products]), ALGORITHMS[algorithm](), tokens(), tmp_path)
+    packed = [module.shape for module in net.modules() if isinstance(module, Packed)]
+    assert sorted(packed) == [(2, 6), (3, 4), (4, 2)]
+
+
 def gpt2() -> nn.Module:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -148,6 +177,26 @@ def test_a_product_that_is_no_linear_stays_float_and_is_a_line(product):
     plan = SimQAT().plan(Net(KEPT[product], False), tokens())
     assert [row.site for row in plan.acted() if row.kind == "Linear"] == ["fc"] and "w" not in plan.acted()
     assert any(row.reason for row in plan.kept())
+
+
+class Matrices(nn.Module):
+    """Matrices of its own, which no layer multiplies by: a masked one and a stack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.masked = nn.Linear(6, 6), nn.Parameter(torch.ones(6, 6))
+        self.experts = nn.Parameter(torch.ones(2, 6, 3))
+        self.register_buffer("mask", torch.eye(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bti,eio->bto", F.linear(self.fc(x), self.masked * self.mask), self.experts)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_every_matrix_that_stays_float_is_a_line_of_its_name(inside):
+    plan = SimQAT().plan(nn.Sequential(Matrices()) if inside else Matrices(), tokens())
+    prefix = "0." if inside else ""
+    assert {row.site for row in plan.kept()} == {f"{prefix}masked", f"{prefix}experts"}
 
 
 def test_a_fused_optimizer_leaves_a_matrix_that_is_turned():

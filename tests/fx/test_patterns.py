@@ -197,7 +197,7 @@ def test_a_product_with_a_parameter_is_reported():
         def forward(self, x):
             return torch.addmm(x.new_zeros(4), x, self.weight)
 
-    assert "Product multiplies by its parameter" in reasons(nn.Sequential(Product()), torch.ones(2, 4))["0"]
+    assert "Product multiplies by its parameter" in reasons(nn.Sequential(Product()), torch.ones(2, 4))["0.weight"]
 
 
 def test_a_fixed_filter_is_no_site():

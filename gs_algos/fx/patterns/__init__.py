@@ -66,10 +66,8 @@ def _idle(view: View, known: set[str]) -> Iterator[Refusal]:
 
 def _products(view: View) -> Iterator[Refusal]:
     """Matrix products with a parameter that are neither conv nor linear, e.g. the Conv1D of GPT-2."""
-    sites = dict.fromkeys(
-        node.scope for node in view.graph.nodes if node.op in ops.PRODUCTS and view.graph.multiplies(node)
-    )
-    for scope in sites:
-        kind = type(get_module(view.model, scope)).__name__
-        if not isinstance(get_module(view.model, scope), ops.SITES):
-            yield Refusal(ORDER[1], scope, f"{kind} multiplies by its parameter with a matrix product, not with linear")
+    nodes = [node for node in view.graph.nodes if node.op in ops.PRODUCTS and view.graph.multiplies(node)]
+    for site, scope in {name: node.scope for node in nodes for name in view.matrices(node)}.items():
+        kind, flat = type(get_module(view.model, scope)).__name__, view.model.get_parameter(site).dim() == 2
+        if flat and not isinstance(get_module(view.model, scope), ops.SITES):  # a plan has its own words for stacks
+            yield Refusal(ORDER[1], site, f"{kind} multiplies by its parameter with a matrix product, not with linear")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -66,6 +67,24 @@ class View:
                 seen.add(source.index)
                 stack += source.inputs
         return bool(node.reads)
+
+    def matrices(self, node: Node) -> list[str]:
+        """The parameters with two or more axes that a product reads, itself or through what is made of them alone."""
+        found, stack = dict.fromkeys(node.reads), [i for i in node.inputs if i not in self._active]
+        while stack:
+            source = self.graph.nodes[stack.pop()]
+            found.update(dict.fromkeys(source.reads))
+            stack += source.inputs
+        return [name for name in found if self.model.get_parameter(name).dim() > 1]
+
+    @cached_property
+    def _active(self) -> set[int]:
+        """Indices of the nodes whose output depends on an input of the model."""
+        active = set[int]()
+        for node in self.graph.nodes:
+            if node.op == "input" or not active.isdisjoint(node.inputs):
+                active.add(node.index)
+        return active
 
     def strangers(self, module: str) -> list[Node]:
         """Nodes that read a parameter of this module but are not a call of it."""
@@ -132,7 +151,9 @@ def site_of(view: View, node: Node) -> tuple[str, str]:
         what = "computes its weight or does more than its class says"
         return node.scope, f"{type(scope).__name__} has a forward of its own, which {what}"
     if node.weight is None:
-        return node.scope, f"functional {node.op} with a computed weight in {type(scope).__name__}"
+        made = view.matrices(node)
+        site = made[0] if made else node.scope
+        return site, f"functional {node.op} with a computed weight in {type(scope).__name__}"
     owner_name, _, _ = node.weight.rpartition(".")
     owner = get_module(view.model, owner_name)
     if isinstance(owner, ops.SITES):
