@@ -1,26 +1,27 @@
 """Inference of a trained layer on whole numbers, so that it gives what its converted form gives, bit for bit.
 
-In eval mode and without gradients, a layer whose input is on a grid multiplies the steps themselves, codes less their
-zero points: in fp32, where sums of whole numbers are exact in any order as long as they stay below 2**24. What follows
-them has the order of `gs_kernels.qconv2d_int8`: scale of the weight, scale of the input, bias. The batch norm behind is
-folded into scale and bias, and gives what the layer so found.
+In eval mode, a layer whose input is on a grid multiplies the steps themselves, codes less their zero points: in fp32,
+where sums of whole numbers are exact in any order as long as they stay below 2**24. What follows them has the order of
+`gs_kernels.qconv2d_int8`: scale of the weight, scale of the input, bias. The batch norm behind is folded into scale and
+bias, and gives what the layer so found.
 
 Where weight and input have 8 bits, a bias is a whole number of the sums' steps, as the int32 biases of integer engines
 are (Jacob et al. 2018, arXiv:1712.05877, section 2.4); wider steps would move it too far.
 
-Training, and inference with gradients, under autocast, in another dtype than fp32 or compiled, stay with fake-quantized
-floats.
+With gradients enabled the values are the same, and the gradients those of the fake-quantized floats beside them.
+Training, and inference under autocast, in another dtype than fp32 or compiled, stay with fake-quantized floats.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gs_algos.quant.norms import BroughtAlong, affine, bring_along, running_mean, running_sigma
+from gs_algos.quant.norms import BroughtAlong, affine, bring_along, hand_over, running_mean, running_sigma, with_values
 from gs_algos.quant.quantizers import ActivationQuantizer
 from gs_algos.quant.scheme import Scheme
 from gs_algos.quant.slb_grid import LevelGrid
@@ -61,7 +62,20 @@ class IntegerEval(nn.Module):
         offset = -running_mean(bn) if self.bias is None else self.bias.float() - running_mean(bn)
         return self.slope(bn), beta + gamma / running_sigma(bn) * offset
 
-    def on_integers(self, x: Tensor) -> Tensor | None:
+    def evaluated(self, x: Tensor, on_floats: Callable[[Tensor], Tensor]) -> Tensor:
+        """The layer's output: by `on_floats`, or on integers with the gradients that `on_floats` has."""
+        if self.training:
+            return on_floats(x)
+        with torch.no_grad():
+            whole = self._on_integers(x)
+        if whole is None:
+            return on_floats(x)
+        if not torch.is_grad_enabled():
+            return whole
+        y = on_floats(x)
+        return hand_over(whole, with_values(y, whole)) if y.requires_grad else whole
+
+    def _on_integers(self, x: Tensor) -> Tensor | None:
         """The layer's output, which brings that of its batch norm along; None where floats are to be multiplied."""
         bn = self._bn[0] if self._bn else None
         weight = self.whole_weight() if self._runs_whole(x, bn) else None
@@ -83,7 +97,7 @@ class IntegerEval(nn.Module):
 
     def _runs_whole(self, x: Tensor, bn: _BatchNorm | None) -> bool:
         quantizer: Any = self.input_quantizer
-        learns = self.training or (bn is not None and bn.training) or torch.is_grad_enabled()
+        learns = self.training or (bn is not None and bn.training)
         floats = learns or x.is_meta or torch.is_autocast_enabled(x.device.type) or x.dtype != torch.float32
         floats = floats or torch.compiler.is_compiling()
         # a batch norm that is sharded apart from its layer is whole only in its own forward

@@ -53,8 +53,7 @@ class FakeQuantized(IntegerEval):
     _conv_forward: Callable[..., Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
-        y = self.on_integers(input)
-        return self.quantized_output(self.on_floats(input) if y is None else y)
+        return self.quantized_output(self.evaluated(input, self.on_floats))
 
     def on_floats(self, x: Tensor) -> Tensor:
         """The layer's output from fake-quantized floats."""

@@ -82,10 +82,10 @@ class Searched(IntegerEval):
         return in_steps(weight, scale.view(-1, *[1] * (weight.dim() - 1))), scale
 
     def forward(self, input: Tensor) -> Tensor:
-        x = input
-        whole = self.on_integers(x)
-        if whole is not None:
-            return whole
+        return self.evaluated(input, self.on_floats)
+
+    def on_floats(self, x: Tensor) -> Tensor:
+        """The layer's output from floats, the weight mixed or chosen."""
         x = self.quantized_input(x)
         late = not x.requires_grad
         parameter = self._parameters.get("weight") if self.fused else self.search.logits

@@ -1,4 +1,4 @@
-"""In eval mode and without gradients a trained layer computes what its converted form will, bit for bit."""
+"""In eval mode a trained layer computes what its converted form will, bit for bit."""
 
 from __future__ import annotations
 
@@ -192,3 +192,19 @@ def test_steps_are_found_again_at_every_scale():
     scale = torch.rand(1000, 1, generator=generator).exp() * 10.0 ** torch.arange(-20, 20).repeat(25)[:, None]
     steps = torch.arange(-255, 256) * 0.5
     assert torch.equal(in_steps(steps * scale, scale), steps.expand(1000, -1))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("searched", [False, True])
+def test_gradients_change_no_value_in_eval_and_are_those_of_rounded_floats(searched: bool, frozen: bool):
+    net = trained(SLB(total_steps=9, **SEARCHED[0]) if searched else SimQAT())
+    want = inferred(net)
+    for parameter in net.parameters():
+        parameter.requires_grad_(not frozen)
+        parameter.grad = None
+    x = images(16, seed=7).requires_grad_()
+    y = net(x)
+    assert torch.equal(y, want)
+    y.square().sum().backward()
+    assert x.grad is not None and bool(x.grad.abs().sum() > 0)
+    assert any(parameter.grad is not None for parameter in net.parameters()) is not frozen

@@ -239,9 +239,9 @@ def test_converting_early_warns_with_the_gap_and_takes_the_largest_logits(caplog
 
 
 OPTIONS = [
-    ({"weight": "3bit"}, "weight must look like <1|2|4|8>bit"),
+    ({"weight": "3bit"}, "weight must look like int<1|2|4|8>@<tensor|channel>[:lsq] or <1|2|4|8>bit"),
     ({"weight": "2bit:learned"}, "a learned scale needs @tensor or @channel"),
-    ({"weight": "int4@channel"}, "weight must look like"),
+    ({"weight": "int4@group:64"}, "weight must have a scale per tensor or channel"),
     ({"t0": 0.0}, "t0 must be a number > 0, got 0.0"),
     ({"t0": float("nan")}, "t0 must be a number > 0, got nan"),
     ({"t_start": 0.7}, r"t_end must be a share of the steps, in [t_start, 1] = [0.7, 1], got 0.6"),
