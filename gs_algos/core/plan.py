@@ -171,7 +171,7 @@ def _why_float(owner: nn.Module, parameter: nn.Parameter) -> str:
         return "is a transposed convolution, which has no quantized form"
     if isinstance(owner, nn.RNNBase | nn.RNNCellBase):
         return f"is multiplied inside nn.{kind}, not by a layer"
-    if parameter.dim() == 3:
+    if parameter.dim() == 3 and parameter.shape[0] > 1:
         return f"is a stack of {parameter.shape[0]} matrices that the forward of {kind} reads itself"
     return f"is read by the forward of {kind} itself, not by a layer"
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import gs_algos
 from gs_algos import SLB, SimQAT
 from gs_algos.core.algorithm import Algorithm
 from gs_algos.core.modules import own_forward
@@ -133,3 +134,16 @@ def test_a_layer_that_computes_in_a_way_of_its_own_stays_float(algo: Algorithm):
     assert own_forward(net[0], nn.Conv2d) == "Standardized has a _conv_forward of its own"
     assert own_forward(net[1], nn.Conv2d) == "its forward was replaced on the object"
     assert own_forward(net[2], nn.Conv2d) == ""
+
+
+def test_position_embeddings_are_no_stack_of_matrices():
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.positions = nn.Linear(4, 4), nn.Parameter(torch.ones(1, 3, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x + self.positions)
+
+    (row,) = gs_algos.plan_weights(Positions(), "int8@channel").kept()
+    assert (row.site, row.reason) == ("positions", "is read by the forward of Positions itself, not by a layer")
