@@ -18,7 +18,7 @@ from gs_algos.core.values import FINITE, Rules, whole_within
 from gs_algos.quant.codes_tensor import CodesTensor, hands_now, real, values
 from gs_algos.quant.convolution import Convolution
 from gs_algos.quant.packed import PARTS, Packed, PackedFormat, zero_as
-from gs_algos.quant.ready import ready
+from gs_algos.quant.ready import Ready, remembered
 from gs_algos.quant.scheme import Scheme
 from gs_algos.quant.slb_grid import LevelGrid
 from gs_algos.quant.static_quantizer import StaticQuantizer
@@ -42,6 +42,7 @@ from gs_kernels.qconv2d.int8 import prepared_qconv2d_int8
 
 Residual: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]  # itself, and scale and zero point of codes
 
+ALONE: Residual = (None, None, None)
 INT_DEVICES = ("cpu",)
 MOST_PARTS = 64  # of a filter whose sums no int32 holds
 INTEGER = "integer: int8 x int8 -> int32"
@@ -118,9 +119,13 @@ class QuantizedLayer(Packed):
         """(int8 codes of x on the grid of the input, their zero point); x may be codes already."""
         quantizer = self.input_quantizer
         assert quantizer is not None
-        if isinstance(x, CodesTensor) and any(x.quantizer is grid for grid in self._known):
-            return x.codes, quantizer.signed_zero()
-        return quantizer.signed_codes(x)
+        return self._known_codes(x), quantizer.signed_zero()
+
+    def _known_codes(self, x: Tensor) -> Tensor:
+        if type(x) is CodesTensor and x.quantizer in self._known:
+            return x.codes
+        codes: Tensor = self._modules["input_quantizer"].int8_codes(x)  # type: ignore[union-attr, operator]
+        return codes
 
     def _finish(self, y: Tensor) -> Tensor:
         return y if self.output_quantizer is None else self.output_quantizer(y)
@@ -224,31 +229,34 @@ class QuantizedConv(Convolution, QuantizedLayer):
         x = values(x) if self.input_quantizer is None else real(self.input_quantizer(values(x)))
         return self._finish(self.convolve(x, self.bias, values(residual), activation))
 
+    def forward(self, input: Tensor) -> Tensor:
+        ready = None if self.deferred else self._ready_for(input, self.activation)
+        if ready is None or ready.grid is None:
+            return super().forward(input)
+        y = _limited(ready.run(self._known_codes(input), ALONE), ready.grid)
+        return CodesTensor(y, ready.grid, input.dtype, ready.strides)
+
     def _integer(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         """`act(conv(qx - zx, qw - zw) * (sx * sw) + bias + residual)`; one cast at the end, or codes that are read."""
-        quantizer = self.input_quantizer
-        assert quantizer is not None
-        hands = hands_now(x)  # a compiler sees floats, which the next layer turns into the same codes
-        grid = (
-            (self._handed[0] if self._handed else self.output_quantizer if self._hands_own() else None)
-            if hands
-            else None
-        )
-        rest: Residual = (residual, None, None)
+        rest = ALONE
         if isinstance(residual, CodesTensor):
             scale, middle = residual.quantizer.constants()[:2]
             rest = (residual.codes, scale, middle)
         elif residual is not None:
             rest = (values(residual), None, None)
-        run = self._ready_for(x, grid, activation) if hands else None
-        if run is not None:
-            y = run(self._codes(x)[0], rest)
+        ready = self._ready_for(x, activation)
+        if ready is not None:
+            grid, y = ready.grid, ready.run(self._known_codes(x), rest)
         else:
+            grid = self._grid() if hands_now(x) else None  # a compiler sees floats, of which the next layer makes codes
             y = self._call(x, grid, activation, rest)
-        if grid is None:
-            return self._finish(y)
-        low, high = grid.signed_limits()
-        return CodesTensor(y if (low, high) == (-128, 127) else y.clamp_(low, high), grid, x.dtype)
+        return self._finish(y) if grid is None else CodesTensor(_limited(y, grid), grid, x.dtype)
+
+    def _grid(self) -> StaticQuantizer | None:
+        """That of the codes that it gives where it hands on any."""
+        if self._handed:
+            return self._handed[0]
+        return self.output_quantizer if self._hands_own() else None
 
     def _call(self, x: Tensor, grid: StaticQuantizer | None, activation: str, rest: Residual) -> Tensor:
         quantizer, parts = self.input_quantizer, self._parts()
@@ -274,35 +282,55 @@ class QuantizedConv(Convolution, QuantizedLayer):
         )
         return self.like_input(y, x)
 
-    def _ready_for(self, x: Tensor, grid: StaticQuantizer | None, activation: str) -> Int8Convolution | None:
-        """A quicker way to make the call, for images of one size; None if there is none."""
-        plain = x.dim() == 4 and len(self.filter) == 3 and self.geometry["padding_mode"] == "zeros"
-        if not plain or x.shape[0] == 0 or torch.is_autocast_enabled("cpu"):
+    def _ready_for(self, x: Tensor, activation: str) -> Ready | None:
+        """A quicker way to make the call, for images like x; None if there is none."""
+        if not hands_now(x) or torch.is_autocast_enabled("cpu"):
             return None
-        quantizer: Any = self.input_quantizer
-        own, grids = self._buffers, [q._buffers for q in (quantizer, grid) if q is not None]
-        tensors = [own[part] for part in self.kept] + [g[part] for g in grids for part in ("scale", "zero")]
+        own = self._modules.get("output_quantizer")
+        hands = own is not None and own.hands
+        parts = (self, self._modules.get("input_quantizer"), own, *self._handed)
+        kind = (activation, x.dtype, x.device, self._handed, hands)
 
-        def make() -> Int8Convolution | None:
-            parts = self._parts()
-            assert parts is not None
-            return prepared_qconv2d_int8(
-                torch.empty(tuple(x.shape), dtype=torch.int8, device=x.device),
-                quantizer.scale,
-                parts,
-                self.bias,
-                **self.window(x)[1],
-                x_zero=quantizer.signed_zero() if self._shifted() else None,
-                activation=activation,
-                out_scale=None if grid is None else grid.scale,
-                out_zero=None if grid is None else grid.signed_zero(),
-                dtype=x.dtype,
-            )
+        def make() -> Ready | None:
+            if x.shape[0] == 0:
+                return None
+            grid = self._grid()
+            run = remembered(self, (*kind, *x.shape[1:]), parts, lambda: self._prepared(x, grid, activation))
+            if run is None:
+                return None
+            shape = (x.shape[0], self.shape[0], *run.window.output(*x.shape[2:]))
+            return Ready(run, grid, self.strides(x, shape))
 
-        return ready(self, (activation, x.dtype, grid is None, *x.shape[1:]), tensors, make)
+        ready: Ready | None = remembered(self, (*kind, x.shape, x.stride(), self.channels_last), parts, make)
+        return ready
+
+    def _prepared(self, x: Tensor, grid: StaticQuantizer | None, activation: str) -> Int8Convolution | None:
+        plain = x.dim() == 4 and len(self.filter) == 3 and self.geometry["padding_mode"] == "zeros"
+        if not plain or self.integer_refusals(x.device):
+            return None
+        quantizer, parts = self.input_quantizer, self._parts()
+        assert quantizer is not None and parts is not None
+        return prepared_qconv2d_int8(
+            torch.empty(tuple(x.shape), dtype=torch.int8, device=x.device),
+            quantizer.scale,
+            parts,
+            self.bias,
+            **self.window(x)[1],
+            x_zero=quantizer.signed_zero() if self._shifted() else None,
+            activation=activation,
+            out_scale=None if grid is None else grid.scale,
+            out_zero=None if grid is None else grid.signed_zero(),
+            dtype=x.dtype,
+        )
 
     def extra_repr(self) -> str:
         return f"{(self.shape[0], *self.filter)}, {self.scheme}, stride={self.geometry['stride']}"
+
+
+def _limited(codes: Tensor, grid: StaticQuantizer) -> Tensor:
+    """int8 codes, of which the grid may have fewer."""
+    low, high = grid.signed_limits()
+    return codes if (low, high) == (-128, 127) else codes.clamp_(low, high)
 
 
 def _refusals_of(quantizer: StaticQuantizer | None) -> list[str]:

@@ -1,53 +1,70 @@
-"""Calls of integer convolutions with all that does not change made once: most of what a small layer takes is that."""
+"""What of an integer convolution's call does not depend on values, made once: most of what a small layer takes is that.
+
+It holds for images of one shape, order and dtype, as long as the tensors that it was made of are there and unchanged.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from gs_algos.quant.static_quantizer import StaticQuantizer
 from gs_kernels.qconv2d.cpu_int8 import Int8Convolution
+
+MOST = 64  # entries that a layer remembers: it may see images of ever new sizes
+_version = attrgetter("_version")
 
 
 @dataclass(frozen=True)
-class _Ready:
-    tensors: list[Tensor | None]
+class Ready:
+    """A layer's call for one kind of image.
+
+    Args:
+        run: the convolution.
+        grid: of the codes that the layer gives; None if it gives floats.
+        strides: of the result.
+    """
+
+    run: Int8Convolution
+    grid: StaticQuantizer | None
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Made:
+    ids: list[int]
+    tensors: list[Tensor]
     versions: list[int]
-    run: Int8Convolution | None
+    what: Any
 
 
 # beside the layers, not in them: a copy of a layer makes its own
-_ready: WeakKeyDictionary[nn.Module, dict[Any, _Ready]] = WeakKeyDictionary()
+_made: WeakKeyDictionary[nn.Module, dict[Any, _Made]] = WeakKeyDictionary()
 
 
-def _same(found: _Ready, tensors: Sequence[Tensor | None]) -> bool:
-    for known, version, t in zip(found.tensors, found.versions, tensors, strict=True):
-        if known is not t or (t is not None and t._version != version):
-            return False
-    return True
+def remembered(layer: nn.Module, key: Any, parts: Sequence[nn.Module | None], make: Callable[[], Any]) -> Any:
+    """What `make` gives, made again when a buffer of these parts is another, or has changed.
 
-
-def ready(
-    layer: nn.Module, key: Any, tensors: Sequence[Tensor | None], make: Callable[[], Int8Convolution | None]
-) -> Int8Convolution | None:
-    """What `make` gives, made again when one of the tensors it depends on is another, or has changed.
-
-    key: what tells apart the calls of one layer. None, as from `make`, if changes cannot be seen.
+    key: what tells apart the things of one layer. None, as from `make`, if changes cannot be seen.
     """
-    known = _ready.get(layer)
-    if known is None:
-        known = _ready.setdefault(layer, {})
-    found = known.get(key)
-    if found is not None and _same(found, tensors):
-        return found.run
-    held = [t for t in tensors if t is not None]
-    if any(t.is_inference() for t in held):
+    things = _made.get(layer)
+    found = None if things is None else things.get(key)
+    ids = [id(t) for part in parts if part is not None for t in part._buffers.values()]
+    if found is not None and found.ids == ids and list(map(_version, found.tensors)) == found.versions:
+        return found.what
+    tensors = [t for part in parts if part is not None for t in part._buffers.values() if t is not None]
+    if any(t.is_inference() for t in tensors):
         return None
     with torch.inference_mode(False), torch.no_grad():
-        run = make()
-    known[key] = _Ready(list(tensors), [0 if t is None else t._version for t in tensors], run)
-    return run
+        what = make()
+    things = _made.setdefault(layer, {})
+    if len(things) >= MOST:
+        things.clear()
+    things[key] = _Made(ids, tensors, [t._version for t in tensors], what)
+    return what

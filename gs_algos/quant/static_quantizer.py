@@ -43,7 +43,7 @@ class StaticQuantizer(KeepsDtypes):
     def forward(self, x: Tensor) -> Tensor:
         if self.gives_codes() and hands_now(x):
             strides = x.stride() if isinstance(x, CodesTensor | Pending) else None
-            return CodesTensor(self.signed_codes(x)[0], self, x.dtype, strides)
+            return CodesTensor(self.int8_codes(x), self, x.dtype, strides)
         if x.numel() == 0:
             return real(x)  # type: ignore[no-any-return]
         return fake_quant(real(x), self.scale, self.zero, qmin=self.scheme.qmin, qmax=self.scheme.qmax)
@@ -87,14 +87,19 @@ class StaticQuantizer(KeepsDtypes):
 
     def signed_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(int8 codes of x, their zero point `[1]`): those of an unsigned grid 128 lower."""
+        return self.int8_codes(x), self.signed_zero()
+
+    def int8_codes(self, x: Tensor) -> Tensor:
+        """The first of `signed_codes`."""
         known = x.codes_on(self) if isinstance(x, CodesTensor | Pending) else None
         if known is not None:
-            return known, self.signed_zero()
-        codes = self._codes_at_once(values(x))
+            return known
+        x = values(x)
+        codes = self._codes_at_once(x)
         if codes is not None:
-            return codes, self.signed_zero()
-        codes = self.codes(values(x))
-        return (codes if codes.dtype == torch.int8 else (codes ^ 128).view(torch.int8)), self.signed_zero()
+            return codes
+        codes = self.codes(x)
+        return codes if codes.dtype == torch.int8 else (codes ^ 128).view(torch.int8)
 
     def _codes_at_once(self, x: Tensor) -> Tensor | None:
         """What `signed_codes` makes of floats, without the checks and the copies of `quantize`; None if it has to."""
