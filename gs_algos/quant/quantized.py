@@ -233,8 +233,8 @@ class QuantizedConv(Convolution, QuantizedLayer):
         ready = None if self.deferred else self._ready_for(input, self.activation)
         if ready is None or ready.grid is None:
             return super().forward(input)
-        y = _limited(ready.run(self._known_codes(input), ALONE), ready.grid)
-        return CodesTensor(y, ready.grid, input.dtype, ready.strides)
+        y = ready.run(self._known_codes(input), ALONE)
+        return CodesTensor(_limited(y, ready.limits), ready.grid, input.dtype, ready.strides)
 
     def _integer(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         """`act(conv(qx - zx, qw - zw) * (sx * sw) + bias + residual)`; one cast at the end, or codes that are read."""
@@ -250,7 +250,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
         else:
             grid = self._grid() if hands_now(x) else None  # a compiler sees floats, of which the next layer makes codes
             y = self._call(x, grid, activation, rest)
-        return self._finish(y) if grid is None else CodesTensor(_limited(y, grid), grid, x.dtype)
+        return self._finish(y) if grid is None else CodesTensor(_limited(y, _limits(grid)), grid, x.dtype)
 
     def _grid(self) -> StaticQuantizer | None:
         """That of the codes that it gives where it hands on any."""
@@ -299,7 +299,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
             if run is None:
                 return None
             shape = (x.shape[0], self.shape[0], *run.window.output(*x.shape[2:]))
-            return Ready(run, grid, self.strides(x, shape))
+            return Ready(run, grid, None if grid is None else _limits(grid), self.strides(x, shape))
 
         ready: Ready | None = remembered(self, (*kind, x.shape, x.stride(), self.channels_last), parts, make)
         return ready
@@ -327,10 +327,14 @@ class QuantizedConv(Convolution, QuantizedLayer):
         return f"{(self.shape[0], *self.filter)}, {self.scheme}, stride={self.geometry['stride']}"
 
 
-def _limited(codes: Tensor, grid: StaticQuantizer) -> Tensor:
-    """int8 codes, of which the grid may have fewer."""
+def _limits(grid: StaticQuantizer) -> tuple[int, int] | None:
+    """The smallest and largest code of a grid that has fewer than int8."""
     low, high = grid.signed_limits()
-    return codes if (low, high) == (-128, 127) else codes.clamp_(low, high)
+    return None if (low, high) == (-128, 127) else (low, high)
+
+
+def _limited(codes: Tensor, limits: tuple[int, int] | None) -> Tensor:
+    return codes if limits is None else codes.clamp_(*limits)
 
 
 def _refusals_of(quantizer: StaticQuantizer | None) -> list[str]:

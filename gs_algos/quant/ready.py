@@ -28,11 +28,13 @@ class Ready:
     Args:
         run: the convolution.
         grid: of the codes that the layer gives; None if it gives floats.
+        limits: the smallest and largest of these codes; None if they are those of int8.
         strides: of the result.
     """
 
     run: Int8Convolution
     grid: StaticQuantizer | None
+    limits: tuple[int, int] | None
     strides: tuple[int, ...]
 
 

@@ -152,6 +152,9 @@ class Int8Convolution:
             if suits(self.n, self.k, window):
                 self.depthwise = Depthwise(self.finish, self.known.codes, window)
         self.parts = None if multiplies_int8() or not self.one else exact_parts(self.known.codes, self.shift, window)
+        # whether all sums are those of one float convolution
+        self.at_once = self.parts is not None and len(self.parts) == 1 and window.is_symmetric
+        self.about = (window.stride, (window.top, window.left), window.dilation, window.groups)
         self.packs: dict[tuple[int, ...], Tensor] = {}  # the weight as oneDNN wants it, by the shape of x
         self.calls = 0
 
@@ -160,10 +163,8 @@ class Int8Convolution:
         self.calls += 1
         if self.depthwise is not None and residual[0] is None:
             return self.depthwise(x).permute(0, 3, 1, 2)
-        if self.parts is not None and self.finish is not None and 0 < x.numel() <= COPIED // 4:
-            y = self._at_once(x, *residual)
-            if y is not None:
-                return y
+        if self.at_once and 0 < x.numel() <= COPIED // 4 and self.finish is not None and self.finish.takes(residual[0]):
+            return self._at_once(x, self.finish, *residual)
         b, (p, q) = x.shape[0], self.window.output(*x.shape[2:])
         rest, about = residual[0], residual[1:]
         rest = None if rest is None else rest.permute(0, 2, 3, 1).reshape(-1, self.n)
@@ -179,15 +180,13 @@ class Int8Convolution:
             place.copy_(self._rows(x[first : first + step], (part, *about), direct).view(place.shape))
         return y
 
-    def _at_once(self, x: Tensor, rest: Tensor | None, scale: Tensor | None, zero: Tensor | None) -> Tensor | None:
-        """y where all sums are one float convolution's; None if it takes another way. A small image feels each call."""
-        finish, parts, window = self.finish, self.parts, self.window
-        assert finish is not None and parts is not None
-        if len(parts) > 1 or not window.is_symmetric or not finish.takes(rest):
-            return None
+    def _at_once(
+        self, x: Tensor, finish: Finish, rest: Tensor | None, scale: Tensor | None, zero: Tensor | None
+    ) -> Tensor:
+        """y from one float convolution. A small image feels each call."""
+        assert self.parts is not None
         steps = to_steps(x.contiguous(memory_format=torch.channels_last), self.shift)
-        sums = conv2d(steps, parts[0], None, window.stride, (window.top, window.left), window.dilation, window.groups)
-        return finish.image(sums, rest, scale, zero)
+        return finish.image(conv2d(steps, self.parts[0], None, *self.about), rest, scale, zero)
 
     def _rows(self, x: Tensor, residual: tuple[Tensor | None, ...], direct: bool) -> Tensor:
         """`[M, O]` of images `[B, C, H, W]`."""

@@ -46,6 +46,9 @@ class _Residual(ctypes.Structure):
     _fields_ = [("data", pointer), ("is_codes", size), ("scale", single), ("zero", single)]
 
 
+NOTHING = _Residual(None, 0, 1.0, 0.0)
+
+
 class _Sum(ctypes.Structure):
     _fields_ = [
         *((name, pointer) for name in ("a", "b")),
@@ -109,8 +112,10 @@ class Finish:
         self, y: Tensor, sums: Tensor, channels: int, rest: Tensor | None, scale: Tensor | None, zero: Tensor | None
     ) -> None:
         about = _Sums(sums.data_ptr(), sums.numel() // channels, channels, sums.dtype == torch.int32)
-        numbers = (1.0 if scale is None else float(scale), 0.0 if zero is None else float(zero))
-        adds = _Residual(None, 0, *numbers) if rest is None else _Residual(rest.data_ptr(), scale is not None, *numbers)
+        adds = NOTHING
+        if rest is not None:
+            numbers = (1.0 if scale is None else float(scale), 0.0 if zero is None else float(zero))
+            adds = _Residual(rest.data_ptr(), scale is not None, *numbers)
         threads = torch.get_num_threads() if y.numel() >= PARALLEL_FROM else 1
         self.functions.finish_int8(about, adds, y.data_ptr(), self.after, threads)
 
