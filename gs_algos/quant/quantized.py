@@ -46,7 +46,7 @@ ALONE: Residual = (None, None, None)
 INT_DEVICES = ("cpu",)
 MOST_PARTS = 64  # of a filter whose sums no int32 holds
 INTEGER = "integer: int8 x int8 -> int32"
-IN_FP32 = "integer: whole numbers in fp32, for this CPU has no VNNI"
+WITHOUT_VNNI = "integer: products of 16 bits or in fp32, for this CPU has no VNNI"
 HANDING = " -> int8 for the next layer"
 ON_GRID = " -> int8 on its own grid"
 
@@ -210,7 +210,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
     def path(self) -> str:
         path = super().path()
         if path.startswith(INTEGER) and self.packed.device.type == "cpu" and not multiplies_int8():
-            path = IN_FP32 + path.removeprefix(INTEGER)
+            path = WITHOUT_VNNI + path.removeprefix(INTEGER)
         return path + (HANDING if self._handed else ON_GRID if self._hands_own() else "")
 
     def hand_to(self, readers: Sequence[QuantizedLayer]) -> None:

@@ -1,6 +1,8 @@
 """Convolutions of 8-bit images with a packed weight on the CPU, summed as integers.
 
-Ways, by what was measured. Depthwise, without a residual: C++ of our own (cpu_native.py), if it runs here.
+Ways, by what was measured. Depthwise, without a residual: C++ of our own (cpu_native.py), if it runs here. So also, of
+all channels, small convolutions, and on a CPU without instructions for products of int8 all: from codes to codes in one
+call, with products of 16 bits. Else:
 Where the CPU has instructions for products of int8: if y has many pixels for each channel, and for groups of channels,
 oneDNN's convolution of uint8 codes, which packs the weight for each size of image; else, what the pixels of some images
 see is copied side by side, and multiplied by ATen's product of int8 matrices.
@@ -12,7 +14,7 @@ Behind all, one pass makes the result of the sums: C++, or where that does not r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from gs_kernels.compiled import call, compiled
 from gs_kernels.instructions import multiplies_int8
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import unpack_codes
-from gs_kernels.qconv2d.cpu_native import Depthwise, Finish, finishes, library, suits, to_steps
+from gs_kernels.qconv2d.cpu_native import Dense, Depthwise, Finish, finishes, library, suits, to_steps
 from gs_kernels.qconv2d.dense import empty_image
 from gs_kernels.qconv2d.ref import convolve_int8_ref, finish_int8, into_codes
 from gs_kernels.qconv2d.window import Window
@@ -36,6 +38,7 @@ COPIED = 1 << 23  # bytes of what pixels see and of sums, at a time
 COMPILE_FROM = 1 << 16  # elements of y
 WHOLE = 2.0**24  # fp32 holds all whole numbers up to here
 EAGER_CALLS = 32  # of one layer, after which less is worth the wait for a compiler too
+DENSE_UP_TO = 1 << 21  # products, up to which C++ of our own is faster than instructions for int8: measured, 1 thread
 PIXELS = 64  # for each channel of y, from which on oneDNN is faster: measured, 2 threads
 
 
@@ -151,10 +154,9 @@ class Int8Convolution:
             self.finish = Finish(library(), *about, out, activation)
             if suits(self.n, self.k, window):
                 self.depthwise = Depthwise(self.finish, self.known.codes, window)
-        self.parts = None if multiplies_int8() or not self.one else exact_parts(self.known.codes, self.shift, window)
-        # whether all sums are those of one float convolution
-        self.at_once = self.parts is not None and len(self.parts) == 1 and window.is_symmetric
-        self.about = (window.stride, (window.top, window.left), window.dilation, window.groups)
+        self.has_dense = self.finish is not None and window.groups == 1
+        in_fp32 = self.one and not self.has_dense and not multiplies_int8()
+        self.parts = exact_parts(self.known.codes, self.shift, window) if in_fp32 else None
         self.packs: dict[tuple[int, ...], Tensor] = {}  # the weight as oneDNN wants it, by the shape of x
         self.calls = 0
 
@@ -163,9 +165,9 @@ class Int8Convolution:
         self.calls += 1
         if self.depthwise is not None and residual[0] is None:
             return self.depthwise(x).permute(0, 3, 1, 2)
-        if self.at_once and 0 < x.numel() <= COPIED // 4 and self.finish is not None and self.finish.takes(residual[0]):
-            return self._at_once(x, self.finish, *residual)
         b, (p, q) = x.shape[0], self.window.output(*x.shape[2:])
+        if self._suits_dense(b * p * q, residual[0]):
+            return self.dense(x, *residual)
         rest, about = residual[0], residual[1:]
         rest = None if rest is None else rest.permute(0, 2, 3, 1).reshape(-1, self.n)
         direct = self.parts is not None or suits_onednn(self.known, self.weight, self.window, b * p * q)
@@ -180,13 +182,14 @@ class Int8Convolution:
             place.copy_(self._rows(x[first : first + step], (part, *about), direct).view(place.shape))
         return y
 
-    def _at_once(
-        self, x: Tensor, finish: Finish, rest: Tensor | None, scale: Tensor | None, zero: Tensor | None
-    ) -> Tensor:
-        """y from one float convolution. A small image feels each call."""
-        assert self.parts is not None
-        steps = to_steps(x.contiguous(memory_format=torch.channels_last), self.shift)
-        return finish.image(conv2d(steps, self.parts[0], None, *self.about), rest, scale, zero)
+    def _suits_dense(self, pixels: int, residual: Tensor | None) -> bool:
+        few = not multiplies_int8() or pixels * self.n * self.k <= DENSE_UP_TO
+        return self.has_dense and few and pixels > 0 and self.finish is not None and self.finish.takes(residual)
+
+    @cached_property
+    def dense(self) -> Dense:
+        assert self.finish is not None
+        return Dense(self.finish, self.known.codes, self.window)
 
     def _rows(self, x: Tensor, residual: tuple[Tensor | None, ...], direct: bool) -> Tensor:
         """`[M, O]` of images `[B, C, H, W]`."""

@@ -1,6 +1,8 @@
 // Convolutions of 8-bit images on a CPU, channels last: the passes from floats to codes, from codes to whole numbers in
 // fp32, from sums to codes or fp32, and depthwise convolutions, which are one pass from codes to codes. Sums are int32, or
 // whole numbers in fp32, exact; what follows has the order of finish_int8 (ref.py), and is not contracted.
+#include <vector>
+
 #include "lanes.h"
 
 using namespace lanes;
@@ -126,23 +128,96 @@ struct Residual {
   float scale, zero;
 };
 
+LANE_FN F added(const Residual& residual, int64_t at, int64_t n) {
+  if (!residual.data) return all(0.0f);
+  if (!residual.is_codes) return load(static_cast<const float*>(residual.data) + at, n);
+  const F codes = in_fp32(load(static_cast<const int8_t*>(residual.data) + at, n));
+  return (codes - all(residual.zero)) * all(residual.scale);
+}
+
 void finish_row(const Sums& sums, const Residual& residual, void* y, const After& after, int64_t row) {
   for (int64_t channel = 0; channel < sums.channels; channel += LANES) {
     const int64_t n = sums.channels - channel, at = row * sums.channels + channel;
-    F v, rest = all(0.0f);
+    F v;
     if (sums.are_whole) {
       const I whole = load(static_cast<const int32_t*>(sums.data) + at, n) + load(after.of_zero + channel, n);
       v = in_fp32(whole * all(after.twice));
     } else {
       v = load(static_cast<const float*>(sums.data) + at, n) * all((float)after.twice);
     }
-    if (residual.data && residual.is_codes) {
-      const F codes = in_fp32(load(static_cast<const int8_t*>(residual.data) + at, n));
-      rest = (codes - all(residual.zero)) * all(residual.scale);
-    } else if (residual.data) {
-      rest = load(static_cast<const float*>(residual.data) + at, n);
+    put(finished(v, after, channel, n, added(residual, at, n)), after, y, at, n);
+  }
+}
+
+// What all pixels of y see of an image: its codes less their zero point in 16 bits, two channels side by side, and zeros
+// around it.
+struct Frame {
+  int64_t h, w, pairs;
+  std::vector<int32_t> data;  // [h, w, pairs]
+
+  explicit Frame(const Image& im)
+      : h((im.p - 1) * im.stride_h + im.dilation_h * (im.r - 1) + 1),
+        w((im.q - 1) * im.stride_w + im.dilation_w * (im.s - 1) + 1),
+        pairs((im.c + 1) / 2),
+        data(h * w * pairs) {}
+
+  void fill(const int8_t* x, const Image& im, int32_t shift) {
+    const int64_t left = im.left < w ? im.left : w, end = im.left + im.w < w ? im.left + im.w : w;
+    for (int64_t i = im.top; i < h && i < im.top + im.h; ++i) {
+      const int8_t* from = x + (i - im.top) * im.w * im.c;
+      int16_t* to = reinterpret_cast<int16_t*>(data.data() + (i * w + left) * pairs);
+      if (im.c % 2 == 0) {
+        for (int64_t k = 0; k < (end - left) * im.c; ++k) to[k] = from[k] - shift;
+      } else {
+        for (int64_t j = 0; j < end - left; ++j) {
+          for (int64_t c = 0; c < im.c; ++c) to[j * 2 * pairs + c] = from[j * im.c + c] - shift;
+        }
+      }
     }
-    put(finished(v, after, channel, n, rest), after, y, at, n);
+  }
+};
+
+// PIXELS neighbours in row p of y from the one numbered q, of 16 channels from `channel` on; weight: theirs.
+template <int PIXELS>
+LANE_FN void dense(
+    const Frame& frame, const int32_t* weight, void* y, const Image& im, const Residual& residual, const After& after,
+    int64_t row, int64_t p, int64_t q, int64_t channel, int64_t channels) {
+  const int64_t step = im.stride_w * frame.pairs, joined = im.dilation_w == 1 ? im.s : 1;  // taps side by side
+  I sums[PIXELS];
+  for (int v = 0; v < PIXELS; ++v) sums[v] = all(0);
+  for (int64_t r = 0; r < im.r; ++r) {
+    for (int64_t s = 0; s < im.s; s += joined) {
+      const int64_t at = (p * im.stride_h + r * im.dilation_h) * frame.w + q * im.stride_w + s * im.dilation_w;
+      const int32_t* from = frame.data.data() + at * frame.pairs;
+      for (int64_t k = 0; k < joined * frame.pairs; ++k, weight += LANES) {
+        const I by = load(weight);
+        for (int v = 0; v < PIXELS; ++v) sums[v] = sums[v] + pairs(all(from[v * step + k]), by);
+      }
+    }
+  }
+  for (int v = 0; v < PIXELS; ++v) {
+    const int64_t at = (row * im.q + q + v) * channels + channel, n = channels - channel;
+    const F values = in_fp32(sums[v] * all(after.twice));
+    put(finished(values, after, channel, n, added(residual, at, n)), after, y, at, n);
+  }
+}
+
+void dense_image(
+    Frame& frame, const int8_t* x, const int32_t* weight, void* y, const Image& im, int64_t channels,
+    const Residual& residual, const After& after, int64_t b, int threads) {
+  frame.fill(x + b * im.h * im.w * im.c, im, after.shift);
+  const int64_t size = im.r * im.s * frame.pairs;
+#pragma omp parallel for collapse(2) num_threads(threads) if (threads > 1)
+  for (int64_t channel = 0; channel < channels; channel += LANES) {
+    for (int64_t p = 0; p < im.p; ++p) {
+      const int32_t* by = weight + channel * size;
+      const int64_t row = b * im.p + p;
+      int64_t q = 0;
+      for (; q + WIDE <= im.q; q += WIDE) {
+        dense<WIDE>(frame, by, y, im, residual, after, row, p, q, channel, channels);
+      }
+      for (; q < im.q; ++q) dense<1>(frame, by, y, im, residual, after, row, p, q, channel, channels);
+    }
   }
 }
 
@@ -219,5 +294,27 @@ extern "C" void depthwise_int8(
   for (int64_t row = 0; row < rows; ++row) {
     const int8_t* from = x + row / im.p * im.h * im.w * im.c;
     one_row(from, weight, static_cast<char*>(y) + row * row_bytes, im, *after, row % im.p);
+  }
+}
+
+// Any numbers of channels. weight: [channels / 16, taps, pairs of channels of x, 16], two of 16 bits each, then zeros.
+extern "C" void dense_int8(
+    const int8_t* x, const int32_t* weight, void* y, const Image* image, int64_t channels, const Residual* residual,
+    const After* after, int threads) {
+  const Image& im = *image;
+  if (threads > 1 && im.batch >= threads) {  // an image a thread
+#pragma omp parallel num_threads(threads)
+    {
+      Frame frame(im);
+#pragma omp for
+      for (int64_t b = 0; b < im.batch; ++b) {
+        dense_image(frame, x, weight, y, im, channels, *residual, *after, b, 1);
+      }
+    }
+  } else {
+    Frame frame(im);
+    for (int64_t b = 0; b < im.batch; ++b) {
+      dense_image(frame, x, weight, y, im, channels, *residual, *after, b, threads);
+    }
   }
 }

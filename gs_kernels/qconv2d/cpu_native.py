@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, pad
 
 from gs_kernels.native import native
 from gs_kernels.qconv2d.window import Window
@@ -58,6 +58,13 @@ class _Sum(ctypes.Structure):
     ]
 
 
+def _adds(rest: Tensor | None, scale: Tensor | None, zero: Tensor | None) -> _Residual:
+    if rest is None:
+        return NOTHING
+    numbers = (1.0 if scale is None else float(scale), 0.0 if zero is None else float(zero))
+    return _Residual(rest.data_ptr(), scale is not None, *numbers)
+
+
 class Finish:
     """`[M, O]` from the sums of one group, as `finish_int8` of ref.py makes it; everything fixed but what it adds up.
 
@@ -95,29 +102,12 @@ class Finish:
 
     def __call__(self, sums: Tensor, residual: Tensor | None, scale: Tensor | None, zero: Tensor | None) -> Tensor:
         """sums: int32 of the codes of x as they are, or fp32 of those less their zero point."""
-        y = torch.empty(sums.shape, dtype=self.dtype)
+        sums, y = sums.contiguous(), torch.empty(sums.shape, dtype=self.dtype)
         rest = None if residual is None else residual.contiguous()
-        self._fill(y, sums.contiguous(), sums.shape[1], rest, scale, zero)
-        return y
-
-    def image(self, sums: Tensor, residual: Tensor | None, scale: Tensor | None, zero: Tensor | None) -> Tensor:
-        """The same of images `[B, O, P, Q]`, channels-last."""
-        sums = sums.contiguous(memory_format=torch.channels_last)
-        rest = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
-        y = torch.empty_like(sums, dtype=self.dtype)
-        self._fill(y, sums, sums.shape[1], rest, scale, zero)
-        return y
-
-    def _fill(
-        self, y: Tensor, sums: Tensor, channels: int, rest: Tensor | None, scale: Tensor | None, zero: Tensor | None
-    ) -> None:
-        about = _Sums(sums.data_ptr(), sums.numel() // channels, channels, sums.dtype == torch.int32)
-        adds = NOTHING
-        if rest is not None:
-            numbers = (1.0 if scale is None else float(scale), 0.0 if zero is None else float(zero))
-            adds = _Residual(rest.data_ptr(), scale is not None, *numbers)
+        about = _Sums(sums.data_ptr(), *sums.shape, sums.dtype == torch.int32)
         threads = torch.get_num_threads() if y.numel() >= PARALLEL_FROM else 1
-        self.functions.finish_int8(about, adds, y.data_ptr(), self.after, threads)
+        self.functions.finish_int8(about, _adds(rest, scale, zero), y.data_ptr(), self.after, threads)
+        return y
 
 
 class Depthwise:
@@ -143,6 +133,36 @@ class Depthwise:
         threads = torch.get_num_threads() if y.numel() * about.taps >= PARALLEL_FROM else 1
         pointers = x.data_ptr(), self.weight.data_ptr(), y.data_ptr()
         self.finish.functions.depthwise_int8(*pointers, image, self.finish.after, threads)
+        return y
+
+
+class Dense:
+    """`qconv2d_int8` of all channels; everything fixed but the image and what is added.
+
+    Args:
+        finish: what follows the sums.
+        codes: int8 `[O, taps * C]`.
+    """
+
+    def __init__(self, finish: Finish, codes: Tensor, window: Window) -> None:
+        self.finish, self.window, self.channels = finish, window, codes.shape[0]
+        rows = codes.view(self.channels, window.taps, -1).to(torch.int16)
+        rows = pad(rows, (0, rows.shape[2] % 2, 0, 0, 0, -self.channels % LANES))
+        pairs = rows.contiguous().view(torch.int32)  # [O, taps, pairs of C]
+        self.weight = pairs.view(-1, LANES, pairs[0].numel()).transpose(1, 2).contiguous()
+
+    def __call__(self, x: Tensor, rest: Tensor | None, scale: Tensor | None, zero: Tensor | None) -> Tensor:
+        """`[B, O, P, Q]`, channels-last, int8 or fp32."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        (b, c, h, w), about, finish = x.shape, self.window, self.finish
+        p, q = about.output(h, w)
+        y = torch.empty((b, self.channels, p, q), dtype=finish.dtype, memory_format=torch.channels_last)
+        steps = about.stride_h, about.stride_w, about.top, about.left, about.dilation_h, about.dilation_w
+        image = _Image(b, h, w, c, p, q, about.r, about.s, *steps)
+        rest = None if rest is None else rest.contiguous(memory_format=torch.channels_last)
+        threads = torch.get_num_threads() if y.numel() * c * about.taps >= 4 * PARALLEL_FROM else 1
+        pointers = x.data_ptr(), self.weight.data_ptr(), y.data_ptr()
+        finish.functions.dense_int8(*pointers, image, self.channels, _adds(rest, scale, zero), finish.after, threads)
         return y
 
 
@@ -210,6 +230,7 @@ def library() -> Any:
     functions: dict[str, Sequence[Any]] = {
         "finish_int8": [ctypes.POINTER(_Sums), ctypes.POINTER(_Residual), pointer, after, ctypes.c_int],
         "depthwise_int8": [pointer, pointer, pointer, ctypes.POINTER(_Image), after, ctypes.c_int],
+        "dense_int8": [*[pointer] * 3, ctypes.POINTER(_Image), size, ctypes.POINTER(_Residual), after, ctypes.c_int],
         "to_steps": [pointer, pointer, size, single, ctypes.c_int],
         "to_codes": [pointer, pointer, size, *[single] * 5, ctypes.c_int, ctypes.c_int],
         "sum_codes": [ctypes.POINTER(_Sum), pointer, size, ctypes.c_int],
@@ -228,6 +249,11 @@ def _is_right(functions: Any) -> bool:
     sums = conv2d((x - 5).double(), codes.double().view(16, 1, 3, 3), padding=1, groups=16).permute(0, 2, 3, 1)
     want = (sums.float() * scale * x_scale + bias).relu()
     got = Depthwise(finish, weight, window)(x.to(torch.int8)), finish(sums.float().view(25, 16), None, None, None)
+    tall = torch.arange(24 * 27).view(24, 9, 3) * 31 % 256 - 128
+    rows = tall.view(24, 27).to(torch.int8)
+    wide = Window(3, 3, top=1, bottom=1, left=1, right=1)
+    all_of = Finish(functions, rows, 1, 5, torch.ones(24), torch.ones(1), None, (None, None, None), "none")
+    mixed = conv2d((x[:, :3] - 5).double(), tall.movedim(2, 1).reshape(24, 3, 3, 3).double(), padding=1).float()
     y, flat = torch.empty(16 * 25), x.to(torch.int8).flatten()
     functions.to_steps(flat.data_ptr(), y.data_ptr(), 400, 5.0, 1)
     back = torch.empty_like(flat)
@@ -239,6 +265,7 @@ def _is_right(functions: Any) -> bool:
     return (
         torch.equal(got[0], want)
         and torch.equal(got[1], want.view(25, 16))
+        and torch.equal(Dense(all_of, rows, wide)(x[:, :3].to(torch.int8), None, None, None), mixed * 0.5)
         and torch.equal(y, flat.float() - 5)
         and torch.equal(back, codes)
         and torch.equal(added, ((flat.float() - 3) * 0.5 + (codes.float() + 2) * 0.25).relu())

@@ -255,7 +255,10 @@ def test_the_summary_says_that_a_cpu_has_no_instructions_for_int8(monkeypatch):
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     algo = SimQAT(weight="int8@channel", act="int8@tensor")
     net = algo.convert(algo.apply(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), x), x)
-    for able, words in ((True, "integer: int8 x int8 -> int32 + relu"), (False, "whole numbers in fp32, for this CPU")):
+    for able, words in (
+        (True, "integer: int8 x int8 -> int32 + relu"),
+        (False, "products of 16 bits or in fp32, for this CPU"),
+    ):
         monkeypatch.setattr("gs_algos.quant.quantized.multiplies_int8", lambda able=able: able)
         assert words in algo.summary(net)
 

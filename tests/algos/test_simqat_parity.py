@@ -11,7 +11,7 @@ from torch import nn
 import gs_algos
 from gs_algos import SimQAT
 from gs_algos.core.modules import get_module
-from gs_algos.quant.quantized import IN_FP32, INTEGER, QuantizedConv, QuantizedLayer, QuantizedLinear
+from gs_algos.quant.quantized import INTEGER, WITHOUT_VNNI, QuantizedConv, QuantizedLayer, QuantizedLinear
 from gs_algos.quant.quantizers import ActivationQuantizer
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import fake_quant
@@ -109,7 +109,9 @@ def test_int8_linear_runs_on_integers_and_says_so():
 def test_convolutions_run_on_integers_and_say_where_they_cannot():
     net, algo = trained()
     net = algo.convert(net)
-    assert isinstance(net.stem, QuantizedConv) and net.stem.path().startswith(INTEGER if multiplies_int8() else IN_FP32)
+    assert isinstance(net.stem, QuantizedConv) and net.stem.path().startswith(
+        INTEGER if multiplies_int8() else WITHOUT_VNNI
+    )
     net, algo = trained(weight="int4@group:9", rules=[("re:.*project.*", {"weight": "int4@channel"}), ("fc", None)])
     net = algo.convert(net)
     assert net.block.conv1.path() == "dequantizes: a filter has several scales + relu"

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import gs_algos
 from gs_algos import SLB
 from gs_algos.qat.slb_optim import SlbAdamW, SlbSGD
-from gs_algos.quant.quantized import IN_FP32, INTEGER
+from gs_algos.quant.quantized import INTEGER, WITHOUT_VNNI
 from gs_algos.quant.scheme import Scheme
 from gs_algos.quant.slb_pact import PactQuantizer
 from tests.algos.nets import SmallConvNet, images, mlp, train
@@ -113,7 +113,7 @@ def test_activations_of_few_bits_train_under_bf16_autocast_and_convert(act):
     algo.convert(net.eval())
     assert algo.parity.layer_error < 1e-5
     summary = algo.summary(net)
-    on_integers = summary.count(INTEGER) + summary.count(IN_FP32)  # the convolutions of a CPU without VNNI
+    on_integers = summary.count(INTEGER) + summary.count(WITHOUT_VNNI)  # the convolutions of a CPU without VNNI
     assert act.partition(":")[0] in summary and on_integers == 5  # every layer
 
 

@@ -58,9 +58,40 @@ def test_depthwise_is_the_reference(window: str, channels: int, bits: int):
 
 
 @pytest.mark.skipif(not HERE, reason="needs a C++ compiler")
-@pytest.mark.parametrize("side", [3, 17], ids=["by matrices", "by oneDNN"])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("inputs, channels, bits", [(1, 16, 8), (3, 24, 4), (16, 37, 8), (24, 1, 2)])
+def test_all_channels_in_one_call_are_the_reference(
+    window: str, inputs: int, channels: int, bits: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cpu_int8, "DENSE_UP_TO", 1 << 40)
+    about: dict[str, Any] = WINDOWS[window]
+    size = about["kernel_size"]
+    taps = size[0] * size[1] if isinstance(size, tuple) else size * size
+    w, x, bias = weight(channels, inputs * taps, bits), image(inputs), torch.linspace(-3, 3, channels)
+    x_scale, grid = torch.tensor([0.05]), {"out_scale": torch.tensor([0.1]), "out_zero": torch.tensor([-100.0])}
+    for activation, zero, out in (("none", None, {}), ("relu", torch.tensor([-7.0]), grid), ("relu6", None, grid)):
+        options = {**about, **out, "x_zero": zero, "activation": activation}
+        want = qconv2d_int8_ref(x, x_scale, w, bias, **options)
+        assert torch.equal(qconv2d_int8(x, x_scale, w, bias, **options), want)
+        last = x.contiguous(memory_format=torch.channels_last)
+        assert torch.equal(qconv2d_int8(last, x_scale, w, bias, **options), want)
+
+
+@pytest.mark.skipif(not HERE, reason="needs a C++ compiler")
+def test_sums_of_the_ends_of_the_range_are_exact_in_one_call():
+    x, zero = torch.full((1, 16384, 1, 2), 127, dtype=torch.int8), torch.tensor([-128.0])
+    w = pack_weight(torch.zeros(2, 16384, dtype=torch.uint8), torch.ones(2, 1), 128.0, bits=8, group_size=16384)
+    y = qconv2d_int8(x, torch.ones(1), w, kernel_size=1, x_zero=zero)
+    assert y.flatten().tolist() == [-255.0 * 128 * 16384] * 4
+
+
+@pytest.mark.skipif(not HERE, reason="needs a C++ compiler")
+@pytest.mark.parametrize("side, in_one_call", [(3, 0), (17, 0), (5, 1 << 40)], ids=["matrices", "oneDNN", "one call"])
 @pytest.mark.parametrize("channels, bits", [(1, 8), (7, 4), (16, 8), (37, 1)])
-def test_what_follows_the_sums_is_the_reference(side: int, channels: int, bits: int, monkeypatch: pytest.MonkeyPatch):
+def test_what_follows_the_sums_is_the_reference(
+    side: int, in_one_call: int, channels: int, bits: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cpu_int8, "DENSE_UP_TO", in_one_call)
     monkeypatch.setattr(cpu_int8, "PIXELS", 4 if side == 17 else 1 << 30)
     generator = torch.Generator().manual_seed(2)
     x = torch.randint(-128, 128, (2, 24, side, side), generator=generator, dtype=torch.int8)
