@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import time
@@ -108,10 +109,12 @@ def run_generate(
     path: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int, dtype: str, device: str
 ) -> str:
     """Streams the continuation of a prompt to stdout; returns a line with the speed."""
-    if max_new_tokens < 1 or temperature < 0:
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise ValueError(
             f"generate: --max-new-tokens must be >= 1 and --temperature >= 0, got {max_new_tokens} and {temperature}"
         )
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"generate: --seed must be within 64 bits, got {seed}")
     model, tokenizer = _loaded(path, dtype, device)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if inputs.input_ids.numel() == 0:

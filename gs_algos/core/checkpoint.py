@@ -26,6 +26,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from gs_algos.core.algorithm import STAGES, history, remember
+from gs_algos.core.arguments import as_path, refuse_file
 from gs_algos.core.files import abandoned, remove, sha256, write_atomically, written
 from gs_algos.core.modules import all_or_nothing
 from gs_algos.core.network import network_of, ordinary_tensors
@@ -62,8 +63,12 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
 
     Raises:
         ValueError: if no algorithm was applied to the model, or a tensor is sharded or has no data.
+        TypeError: if the model is no module or the directory no path.
+        OSError: if a file is where the folder would be, or it cannot be written.
     """
     model = network_of(model, "save")
+    folder = as_path(directory, "save: directory")
+    refuse_file(folder, "save: directory")
     if not history(model):
         raise ValueError("save: the model must have been through an algorithm's apply, got one without history")
     tensors, aliases = _unique_tensors(model)
@@ -77,7 +82,6 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         "aliases": aliases,
     }
     text = json.dumps(index, indent=1).encode()
-    folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with written(folder / name, data):  # nobody deletes it before the JSON names it
@@ -121,8 +125,12 @@ def load(directory: str | os.PathLike[str], build_model: Callable[[], nn.Module]
             "load: build_model must be a function that makes the float network, got the network itself; "
             "give its class or a lambda"
         )
+    if not callable(build_model):
+        raise TypeError(
+            f"load: build_model must be a function that makes the float network, got {build_model!r:.60}; give a lambda"
+        )
     with ordinary_tensors():
-        return _load(Path(directory), build_model)
+        return _load(as_path(directory, "load: directory"), build_model)
 
 
 def _load(folder: Path, build_model: Callable[[], nn.Module]) -> nn.Module:

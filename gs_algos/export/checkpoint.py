@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gs_algos.core.arguments import as_device, as_path
 from gs_algos.core.plan import Plan, PlanRow, other_weights, totals_of
 from gs_algos.core.progress import progress as progress_bar
 from gs_algos.export.folder import Folder, ShardWriter, nbytes_of, opened, opened_all, read_folder, whole_folder
@@ -91,7 +92,9 @@ def quantize_checkpoint(
         ValueError: if the source is not a whole float model in safetensors or GGUF, the target is not empty, or as
             `quantize_weights`.
     """
-    path = Path(source)
+    path = as_path(source, f"{WHO}: the source")
+    if device is not None:
+        as_device(device, WHO)
     gguf = is_gguf(path)
     if weights is not None:
         check_schemes(weights, embeddings, rules)

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gs_algos.core.arguments import as_path, refuse_file_above
 from gs_algos.core.files import being_written, publish_folder, scratch_folder, sha256
 
 INDEX = "model.safetensors.index.json"
@@ -106,7 +107,7 @@ def read_folder(path: str | os.PathLike[str], who: str, *, code: bool = False) -
     Raises:
         ValueError: if it is missing, has no safetensors, a file is missing or damaged, or it names code to run.
     """
-    folder = Path(path)
+    folder = as_path(path, f"{who}: the source")
     if not folder.is_dir():
         raise ValueError(f"{who}: {folder} must be a Transformers folder or a GGUF file, got nothing there")
     config = read_json(folder / "config.json", who)
@@ -325,7 +326,8 @@ def whole_folder(target: str | os.PathLike[str], who: str) -> Iterator[Path]:
         ValueError: if the target is there already and not empty, or another process is writing it.
         OSError: if it cannot be written.
     """
-    path = Path(target)
+    path = as_path(target, f"{who}: the target")
+    refuse_file_above(path, f"{who}: the target")
     todo = "choose another or delete it"
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{who}: {path} must be new or an empty folder, got one with content; {todo}")

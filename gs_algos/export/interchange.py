@@ -128,7 +128,10 @@ def import_language_model(
                     if name not in idle:
                         shards.add(name, get(name))
                     continue
-                weight = reader.layer(name, {part: get(f"{name}.{part}") for part in parts})
+                try:
+                    weight = reader.layer(name, {part: get(f"{name}.{part}") for part in parts})
+                except TypeError as error:  # of a tensor, which is no argument of the caller: the file is wrong
+                    raise ValueError(f"{error}; {folder.path} is damaged") from error
                 _check_weight(who, layers[name], name, weight)
                 formats[name] = PackedFormat.of(weight)
                 for part, tensor in to_tensors(weight)[0].items():

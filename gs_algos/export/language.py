@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from gs_algos.core.arguments import as_device, as_path
 from gs_algos.export.folder import read_folder, read_json
 from gs_algos.export.library import WHO, library, quiet
 from gs_algos.export.packed_config import PackedConfig, read_config
@@ -36,10 +37,12 @@ def load_language_model(
 
     Raises:
         ValueError: if nothing is there, another library packed it, a newer version did, a file is damaged, or a
-            settings file names code to run.
+            settings file names code to run; if the device is not here.
+        TypeError: if the path or the device is none.
         RuntimeError: if transformers (for GGUF files also gguf and accelerate) is not installed.
     """
-    source = Path(path)
+    source = as_path(path, f"{WHO}: path")
+    as_device(device, WHO)
     if is_gguf(source):
         return load_gguf(source, device, dtype)
     transformers = library("transformers")

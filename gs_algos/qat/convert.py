@@ -37,6 +37,7 @@ from gs_algos.quant.quantizers import ActivationQuantizer
 from gs_algos.quant.scheme import Scheme
 from gs_algos.quant.static_quantizer import StaticQuantizer
 from gs_kernels import PackedWeight, quantize
+from gs_kernels.qmatmul.ref import ACTIVATIONS
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +179,12 @@ def install_converted(model: nn.Module, rows: Sequence[PlanRow], make: Make | No
 def _fused(row: PlanRow, layer: nn.Module) -> nn.Module:
     """A converted layer that does the work of the activation behind it too."""
     if isinstance(layer, Convolution) and row.settings.get("fused"):
-        layer.activation = row.settings["fused"][1]
+        activation = row.settings["fused"][1]
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"{row.site}: the activation it takes over must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+            )
+        layer.activation = activation
     return layer
 
 

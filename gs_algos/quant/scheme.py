@@ -63,7 +63,7 @@ class Scheme:
     @staticmethod
     def _read(text: str, role: Role) -> Scheme:
         head, at, tail = text.partition("@")
-        match = re.fullmatch(r"(u?)int(\d+)", head)
+        match = re.fullmatch(r"(u?)int([0-9])", head)
         if not match or not at:
             raise ValueError(f"Scheme: {role} must look like {GRAMMAR}, got {text!r}")
         if not 1 <= int(match[2]) <= 8:
@@ -77,6 +77,7 @@ class Scheme:
             observer=OBSERVERS[role][0],
             argument=DEFAULT_ARGUMENT.get(OBSERVERS[role][0]),
         )
+        _refuse_twice(words, text, role)
         for word in words:
             scheme = _apply_word(scheme, word, text, role)
         if role == "act" and not isinstance(scheme.granularity, PerTensor):
@@ -152,9 +153,17 @@ def _granularity(words: list[str], text: str, role: Role) -> Granularity:
         return PerTensor()
     if kind == "channel":
         return PerChannel(0)
-    if kind == "group" and words and words[0].isdigit():
+    if kind == "group" and words and re.fullmatch("[0-9]+", words[0]):
         return PerGroup(int(words.pop(0)))
     raise ValueError(f"Scheme: {role} granularity must be tensor, channel or group:N, got {text!r}")
+
+
+def _refuse_twice(words: list[str], text: str, role: Role) -> None:
+    """Raises if two words say the same thing, or contradict each other: the last of them would win unseen."""
+    for kind in (OBSERVERS[role], ("sym", "asym"), ("lsq",), ("narrow",)):
+        said = [word for word in words if word.partition("=")[0] in kind]
+        if len(said) > 1:
+            raise ValueError(f"Scheme: {role} must have one of {', '.join(kind)}, got {' and '.join(said)} in {text!r}")
 
 
 def _apply_word(scheme: Scheme, word: str, text: str, role: Role) -> Scheme:

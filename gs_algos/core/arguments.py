@@ -1,0 +1,60 @@
+"""Paths and devices that a caller names: checked where they come in, so that an error names the caller."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import torch
+
+
+def as_path(path: str | os.PathLike[str], who: str) -> Path:
+    """The path.
+
+    who: the caller and its argument, for messages, e.g. "load: directory".
+
+    Raises:
+        TypeError: if it is no path.
+        ValueError: if no file system could have it.
+    """
+    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
+        raise TypeError(f"{who} must be a path, text or os.PathLike, got {path!r:.60}")
+    if "\0" in os.fspath(path):
+        raise ValueError(f"{who} must be a path, which has no NUL character, got {os.fspath(path)!r:.60}")
+    return Path(path)
+
+
+def refuse_file_above(path: Path, who: str) -> None:
+    """Raises ValueError if the path cannot be made, since the nearest thing above it that is there is a file."""
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise ValueError(f"{who} must be in a folder, got {above}, which is a file; choose another place")
+
+
+def refuse_file(path: Path, who: str) -> None:
+    """Raises FileExistsError if the path cannot be a folder, since it or the nearest thing above it is a file."""
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        words = f"{who} must be a folder or a free place in one, got a file in its way; choose another"
+        raise FileExistsError(errno.EEXIST, words, str(there))
+
+
+def as_device(device: torch.device | str, who: str) -> torch.device:
+    """The device, which this machine has and which holds data.
+
+    Raises:
+        TypeError: if it is no device.
+        ValueError: if it names none, one that is not here, or meta.
+    """
+    if not isinstance(device, torch.device | str):
+        raise TypeError(f"{who}: device must be text such as 'cpu' or a torch.device, got {device!r:.60}")
+    usable = "cpu or cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        known = torch.device(device)
+        torch.empty(0, device=known)
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch asserts that it was built for the device
+        raise ValueError(f"{who}: device must be {usable} on this machine, got {str(device)!r}") from error
+    if known.type == "meta":
+        raise ValueError(f"{who}: device must be one that holds data, {usable}, got 'meta'")
+    return known

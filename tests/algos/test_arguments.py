@@ -1,0 +1,147 @@
+"""Paths, devices, schemes and tensors that are none: the error names the caller, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import gs_algos
+from gs_algos import SimQAT
+from gs_algos.cli.app import run
+from gs_algos.export.checkpoint import quantize_checkpoint
+from gs_algos.export.interchange import export_language_model, import_language_model
+from gs_algos.export.language import load_language_model
+from gs_algos.quant.scheme import Scheme
+from tests.language_models import save_folder, tiny_llama
+
+
+def build() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4))
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    x = torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    algo = SimQAT(weight="int8@channel", act="int8@tensor")
+    net = algo.apply(build(), x)
+    net(x)
+    return algo.convert(net.eval())
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_folder(tmp_path_factory.mktemp("arguments") / "llama", tiny_llama(False))
+
+
+TAKERS: dict[str, Callable[[Any], Any]] = {
+    "load: directory": lambda path: gs_algos.load(path, build),
+    "load_language_model: path": load_language_model,
+    "quantize_checkpoint: the source": lambda path: quantize_checkpoint(path, "new"),
+    "export_language_model: the source": lambda path: export_language_model(path, "new", "gptq"),
+    "import_language_model: the source": lambda path: import_language_model(path, "new"),
+}
+
+
+@pytest.mark.parametrize("who", TAKERS)
+@pytest.mark.parametrize("path", [None, 5, b"folder"], ids=str)
+def test_what_is_no_path_is_refused_with_the_name_of_the_caller(who: str, path: Any):
+    with pytest.raises(TypeError, match=f"^{who} must be a path, text or os.PathLike, got "):
+        TAKERS[who](path)
+
+
+@pytest.mark.parametrize("who", TAKERS)
+def test_a_path_with_a_nul_is_refused(who: str):
+    with pytest.raises(ValueError, match=f"^{who} must be a path, which has no NUL character"):
+        TAKERS[who]("a\0b")
+
+
+def test_load_asks_for_a_function(tmp_path: Path, net: nn.Module):
+    gs_algos.save(net, tmp_path)
+    with pytest.raises(TypeError, match=r"^load: build_model must be a function .*, got None"):
+        gs_algos.load(tmp_path, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("below", ["", "sub", "sub/sub"])
+def test_save_leaves_a_file_in_its_way_alone(below: str, tmp_path: Path, net: nn.Module):
+    file = tmp_path / "file"
+    file.write_text("precious")
+    with pytest.raises(FileExistsError, match=r"save: directory must be a folder or a free place in one, got a file"):
+        gs_algos.save(net, file / below)
+    assert file.read_text() == "precious" and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_packed_folder_below_a_file_is_refused(tmp_path: Path, llama: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"^quantize_checkpoint: the target must be in a folder, got .*, which is a"):
+        quantize_checkpoint(llama, tmp_path / "file" / "sub", progress=False)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "vulkan", ""])
+def test_a_device_that_is_not_here_is_refused_before_anything_is_written(device: str, tmp_path: Path, llama: Path):
+    for call in (
+        lambda: load_language_model(llama, device),
+        lambda: quantize_checkpoint(llama, tmp_path / "new", device=device),
+    ):
+        with pytest.raises(ValueError, match=f": device must be .*cpu.*, got '{device}'"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_says_it_in_one_line(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(["quantize", str(llama), str(tmp_path / "new"), "--device", "cuda:99"]) == 2
+    assert capsys.readouterr().err.startswith("golden-stick: quantize_checkpoint: device must be")
+
+
+@pytest.mark.parametrize(
+    "text", ["int8@channel:asym:sym", "int8@channel:minmax:mse", "int8@channel:narrow:narrow", "int8@channel:lsq:lsq"]
+)
+def test_a_scheme_says_everything_once(text: str):
+    with pytest.raises(ValueError, match=f"^Scheme: weight must have one of .* in '{text}'"):
+        Scheme.parse(text, "weight")
+
+
+@pytest.mark.parametrize(
+    "text", ["int08@channel", "int\N{ARABIC-INDIC DIGIT FOUR}@channel", "int4@group:\N{SUPERSCRIPT TWO}"]
+)
+def test_a_scheme_has_plain_digits(text: str):
+    with pytest.raises(ValueError, match=r"^Scheme: weight"):
+        Scheme.parse(text, "weight")
+
+
+@pytest.mark.parametrize("option, value", [("--temperature", "nan"), ("--temperature", "inf"), ("--seed", str(2**70))])
+def test_numbers_that_sampling_cannot_take_are_refused(
+    option: str, value: str, llama: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run(["generate", str(llama), "in", option, value]) == 2
+    assert f"generate: {'--max-new-tokens' if value in ('nan', 'inf') else option}" in capsys.readouterr().err
+
+
+def test_another_dtype_in_an_imported_file_is_damage(tmp_path: Path, llama: Path):
+    quantize_checkpoint(llama, tmp_path / "packed", "int4@group:32", progress=False)
+    for to, part in (("gptq", "qweight"), ("awq", "qzeros"), ("compressed-tensors", "weight_packed")):
+        folder = tmp_path / to
+        export_language_model(tmp_path / "packed", folder, to)
+        tensors = load_file(folder / "model.safetensors")
+        key = f"model.layers.0.self_attn.q_proj.{part}"
+        save_file(tensors | {key: tensors[key].float()}, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=rf"{key} must be int32, got float32; .*{to} is damaged"):
+            import_language_model(folder, tmp_path / "back")
+        assert not (tmp_path / "back").exists()
+
+
+def test_load_refuses_an_activation_that_no_layer_has(tmp_path: Path, net: nn.Module):
+    index = gs_algos.save(net, tmp_path) / "golden_stick.json"
+    facts = json.loads(index.read_text())
+    row = facts["history"][0]["plan"][0]["settings"]
+    assert row["fused"] == ["1", "relu"]
+    row["fused"][1] = "softplus"
+    index.write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=r"0: the activation it takes over must be one of .*relu.*, got 'softplus'"):
+        gs_algos.load(tmp_path, build)
