@@ -40,6 +40,11 @@ def import_function(name: str) -> Callable[..., Any]:
             function = getattr(function, part)
     except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise NotImportableError(f"{name} must name an importable function, got: {error}") from error
+    except SystemExit as stop:  # a script: it would end the command as if all had been done
+        raise NotImportableError(
+            f"{name} must name an importable function, got a module that ends the process; "
+            "put what it runs under if __name__ == '__main__'"
+        ) from stop
     finally:
         sys.path.remove(os.getcwd())
     if not callable(function):
@@ -65,7 +70,10 @@ def call(name: str, **known: Any) -> Any:
     if needed:
         takes = f"at most {', '.join(known)}" if known else "no arguments"
         raise ValueError(f"{name} must be a function that needs {takes}, got one that needs {', '.join(needed)}")
-    return function(**given)
+    try:
+        return function(**given)
+    except SystemExit as stop:
+        raise ValueError(f"{name}() must return, got one that ends the process") from stop
 
 
 def import_network(name: str, **sizes: int) -> nn.Module:

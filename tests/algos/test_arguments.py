@@ -145,3 +145,16 @@ def test_load_refuses_an_activation_that_no_layer_has(tmp_path: Path, net: nn.Mo
     index.write_text(json.dumps(facts))
     with pytest.raises(ValueError, match=r"0: the activation it takes over must be one of .*relu.*, got 'softplus'"):
         gs_algos.load(tmp_path, build)
+
+
+@pytest.mark.parametrize(
+    "text", ["raise SystemExit(0)", "def make():\n    raise SystemExit(0)"], ids=["module", "function"]
+)
+def test_a_network_whose_code_ends_the_process_is_an_error(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    name = "ends_" + ("function" if "def" in text else "module")
+    (tmp_path / f"{name}.py").write_text(text)
+    assert run(["plan", f"{name}:make", "--input-shape", "1,3"]) == 2
+    assert "ends the process" in capsys.readouterr().err
