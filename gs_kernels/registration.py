@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map
 
 from gs_kernels.dispatch import Impl, choose, is_eager
 
@@ -102,6 +103,11 @@ def _has_tangent(tensors: Sequence[torch.Tensor]) -> bool:
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+def _no_view(output: Any) -> Any:
+    """The same memory as no view of another tensor: autograd refuses to change a view in place behind a Function."""
+    return output.detach() if isinstance(output, torch.Tensor) and output._is_view() else output
+
+
 def _function(
     body: Callable[..., Any], gradient: Callable[..., Any], setup_context: Callable[..., None]
 ) -> Callable[..., Any]:
@@ -110,7 +116,7 @@ def _function(
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            output = body(*args)
+            output = tree_map(_no_view, body(*args))
             setup_context(ctx, args, output)
             return output
 

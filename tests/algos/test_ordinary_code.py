@@ -107,3 +107,17 @@ def test_an_input_of_another_kind_is_refused_in_words(net: nn.Module):
     for dtype, name in ((torch.float64, "float64"), (torch.int64, "int64")):
         with pytest.raises(TypeError, match=f"must be float32 / float16 / bfloat16, got {name}; cast"):
             net(drawn(2, 3, 10, 10).to(dtype))
+
+
+@pytest.mark.parametrize("act", [None, "int8@tensor:ema"])
+@pytest.mark.parametrize("rows", [0, 1, 4])
+def test_what_a_converted_layer_gives_may_be_changed_in_place_with_gradients(act, rows):
+    x = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0))
+    algo = SimQAT(act=act)
+    net = algo.convert(algo.apply(nn.Sequential(nn.Linear(8, 8)), x).eval())
+    x = x[:rows].requires_grad_()
+    want = net(x) + 1
+    y = net(x)
+    y += 1
+    y.sum().backward()
+    assert torch.equal(y, want) and x.grad is not None and x.grad.shape == x.shape
