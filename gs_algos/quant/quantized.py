@@ -284,7 +284,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
 
     def _ready_for(self, x: Tensor, activation: str) -> Ready | None:
         """A quicker way to make the call, for images like x; None if there is none."""
-        if not hands_now(x) or torch.is_autocast_enabled("cpu"):
+        if x.dtype not in FLOATS or not hands_now(x) or torch.is_autocast_enabled("cpu"):
             return None
         own = self._modules.get("output_quantizer")
         hands = own is not None and own.hands

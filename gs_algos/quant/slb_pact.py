@@ -66,13 +66,13 @@ def parse_act(text: str | Scheme | None) -> tuple[Scheme, bool] | None:
         return None
     if not isinstance(text, str) or not text.endswith(WORD):
         return Scheme.parse(text, "act"), False
+    if text.count(":") > 1:
+        raise ValueError(f"SLB: :pact finds the range by itself and takes no other word, got {text!r}")
     scheme = Scheme.parse(f"{text.removesuffix(WORD)}:minmax", "act")
     if scheme.bits == 1 and scheme.format.signed:
         raise ValueError(
             f"SLB: 1-bit PACT has the levels 0 and alpha, so its grid is unsigned, got {text!r}; use uint1"
         )
-    if text.count(":") > 1:
-        raise ValueError(f"SLB: :pact finds the range by itself and takes no other word, got {text!r}")
     return scheme, True
 
 
