@@ -3,7 +3,7 @@
 Up to `ROWS` rows of x (or `FEW_ROWS`), C++ multiplies codes as it unpacks them, in fp32: nothing is dequantised in
 memory. More rows of bf16 go the way of cpu_bf16, where the CPU has its instructions. Elsewhere blocks of the weight
 that fit the cache are dequantised one after the other and multiplied by ATen.
-Small weights, tables of levels and machines without a C++ compiler take plain tensor operations, block by block too.
+Tables of levels and machines without a C++ compiler take plain tensor operations, block by block too.
 
 fp16 is computed in fp32: CPUs multiply it many times slower. bf16 is, where the CPU has no instructions for it.
 """
@@ -33,7 +33,6 @@ from gs_kernels.qmatmul.ref import ACTIVATIONS
 logger = logging.getLogger(__name__)
 
 ROWS = 4  # of bf16 x, that multiply as fast in fp32
-COMPILE_FROM = 1 << 16  # elements of a weight; below, a compiler is not worth the wait
 BLOCK = 1 << 21  # elements of a weight that are dequantised at a time
 # measured, 2 threads, 4096 x 4096: above, a dequantised block and ATen's product take less time
 FEW_ROWS = {torch.bfloat16: 16, torch.float32: 64}
@@ -77,10 +76,6 @@ def finish(y: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype) 
     return ACTIVATIONS[activation](y).to(dtype).contiguous()
 
 
-def worth_compiling(weight: PackedWeight) -> bool:
-    return weight.levels is None and weight.shape[0] * weight.shape[1] >= COMPILE_FROM
-
-
 @cache
 def computed_in(dtype: torch.dtype) -> torch.dtype:
     """The dtype that a CPU multiplies fast: fp32 for fp16, and for bf16 without instructions for it."""
@@ -92,7 +87,7 @@ def _product(x: Tensor, weight: PackedWeight) -> Tensor:
     """`[M, N]`, in fp32 or the dtype of x."""
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0])
-    if worth_compiling(weight):
+    if weight.levels is None:
         try:
             return _compiled(x, weight)
         except UnsuitableError as error:

@@ -1,8 +1,8 @@
 """Products of 8-bit rows with a packed weight on the CPU, summed as integers.
 
-Up to `FEW_ROWS` rows, one loop in C++, as for float rows. With more, blocks of the weight, a group at a time: as int8
-and by ATen's product of int8 matrices where the CPU has instructions for it; else as whole numbers in fp32, in
-stretches of K so short that fp32 holds all their sums.
+Up to `FEW_ROWS` rows or `FEW_PRODUCTS` products, one loop in C++, as for float rows. With more, blocks of the weight,
+a group at a time: as int8 and by ATen's product of int8 matrices where the CPU has instructions for it; else as whole
+numbers in fp32, in stretches of K so short that fp32 holds all their sums.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from gs_kernels.instructions import multiplies_int8
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import unpack_codes
-from gs_kernels.qmatmul.cpu import dequantized, finish, rows_of, without_autocast, worth_compiling
+from gs_kernels.qmatmul.cpu import dequantized, finish, rows_of, without_autocast
 from gs_kernels.qmatmul.cpu_lanes import LANES, UnsuitableError, kept, lanes_of
 from gs_kernels.qmatmul.cpu_products import OFFSET, add, int_dot
 from gs_kernels.qmatmul.flat import packed
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 # measured, 4096 x 4096: above, blocks and ATen's products take less time, where it has instructions for int8, and not
 FEW_ROWS = {True: 16, False: 256}
+FEW_PRODUCTS = 1 << 22  # measured, weights up to 512 x 2048, VNNI: above, blocks take less time
 BLOCK = 1 << 23  # elements of a weight that are unpacked at a time
 STRETCH = 1 << 10  # of K: so many products of -128 and -128 are 2**24
 LARGEST_GROUP = 1 << 15  # of products of 255 and -128, the sum, zero points taken off, is below 2**31
@@ -70,10 +71,10 @@ def whole_zero(who: str, x_zero: Tensor | None, must: str = "a whole number") ->
 def _product(x: Tensor, shift: int, weight: PackedWeight) -> Tensor | None:
     """`[M, N]` fp32: the codes of x less their zero point, times the weight; None if it takes the reference."""
     beyond = not -128 <= shift <= 127  # sums might overflow
-    if beyond or not worth_compiling(weight) or weight.group_size > LARGEST_GROUP or x.numel() == 0:
+    if beyond or weight.group_size > LARGEST_GROUP or x.numel() == 0:
         return None
     try:
-        if x.numel() // x.shape[-1] <= FEW_ROWS[multiplies_int8()]:
+        if x.numel() * weight.shape[0] <= FEW_PRODUCTS or x.numel() // x.shape[-1] <= FEW_ROWS[multiplies_int8()]:
             rows, one = rows_of(x, torch.int16), weight.scale.shape[1] == 1
             return int_dot(rows - shift if shift else rows, lanes_of(weight), one)[:, : weight.shape[0]]
         return _by_blocks(rows_of(x, torch.int8), shift, weight)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gs_kernels import PackedWeight, native, pack_weight, qmatmul, qmatmul_int8, row_sums
 from gs_kernels.dispatch import INTERPRET
-from gs_kernels.qmatmul import cpu, cpu_bf16, cpu_int8
+from gs_kernels.qmatmul import cpu, cpu_bf16, cpu_int8, cpu_products
 from gs_kernels.qmatmul.cpu_lanes import lanes_of
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref, qmatmul_ref
 from tests.helpers import relative_rms
@@ -21,7 +21,6 @@ WEIGHTS = {"4 bit": (4, 70, 192, 48, True), "8 bit": (8, 33, 80, 80, False), "1 
 
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "COMPILE_FROM", 0)
     monkeypatch.setattr(cpu, "BLOCK", 1 << 12)
 
 
@@ -88,8 +87,10 @@ def test_no_cpp_no_harm(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
     cpu_bf16._library.cache_clear()
 
 
+@pytest.mark.parametrize("few", [0, cpu_int8.FEW_PRODUCTS])
 @pytest.mark.parametrize("name", ["4 bit", "8 bit"])
-def test_integer_rows(name: str):
+def test_integer_rows(name: str, few: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu_int8, "FEW_PRODUCTS", few)
     w = weight(*WEIGHTS[name])
     x_scale, x_zero, sums = torch.full((1,), 0.03), torch.full((1,), 5.0), row_sums(w)
     for m in (1, 5, 33):
@@ -102,7 +103,7 @@ def test_integer_rows(name: str):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("x_zero", [None, -3.0])
 def test_sums_of_rows_with_one_scale_are_exact(bits: int, x_zero: float | None):
-    n, k = 520, 512  # enough to be compiled
+    n, k = 520, 512
     codes = torch.randint(2**bits, (n, k), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     zero = torch.arange(n).remainder(5).view(-1, 1) + 2 ** (bits - 1) - 2.0
     w = pack_weight(codes, torch.linspace(-0.1, 0.2, n).view(-1, 1), zero, bits=bits, group_size=k)
@@ -113,6 +114,24 @@ def test_sums_of_rows_with_one_scale_are_exact(bits: int, x_zero: float | None):
         want = sums.float() * w.scale.view(-1) * 0.03 + 0.5
         bias, x_scale = torch.full((n,), 0.5), torch.full((1,), 0.03)
         assert torch.equal(qmatmul_int8(x, x_scale, w, bias, **about), want)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_small_weights_are_multiplied_by_the_compiled_loops(bits: int, monkeypatch: pytest.MonkeyPatch):
+    """The last layer of a small network, whatever the number of rows: no reference, nothing dequantised beforehand."""
+    if cpu_products.library() is None:
+        pytest.skip("no C++ compiler")
+    for module, name in ((cpu_int8, "qmatmul_int8_ref"), (cpu, "_plain")):
+        monkeypatch.setattr(module, name, None)
+    n, k = 10, 64
+    codes = torch.randint(2**bits, (n, k), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+    w = pack_weight(codes, torch.linspace(0.1, 0.2, n).view(-1, 1), torch.ones(n, 1), bits=bits, group_size=k)
+    about = {"x_zero": torch.tensor([7.0]), "weight_sums": row_sums(w)}
+    for m in (1, 64, 1030):
+        x = (rows(m, k) * 50).round().clamp(-128, 127).to(torch.int8)
+        want = ((x.long() - 7) @ (codes.long() - 1).T).float() * w.scale.view(-1) * 0.03
+        assert torch.equal(qmatmul_int8(x, torch.full((1,), 0.03), w, **about), want)
+    check_float_rows(w, torch.float32, (1, 64, 1030))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -127,6 +146,7 @@ def test_whole_numbers_in_fp32_give_the_same_bits(bits: int, monkeypatch: pytest
     about = {"x_zero": torch.tensor([100.0]), "weight_sums": row_sums(w)}
     want = ((x.long() - 100) @ (codes.long() - 1).T).float() * 0.01
     monkeypatch.setattr(cpu_int8, "multiplies_int8", lambda: False)
+    monkeypatch.setattr(cpu_int8, "FEW_PRODUCTS", 0)
     for few in (0, 256):
         monkeypatch.setattr(cpu_int8, "FEW_ROWS", {False: few})
         assert torch.equal(qmatmul_int8(x, torch.ones(1), w, **about), want)
