@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import record
+from bench.shapes import NETWORKS, Layer
 from bench.timing import time_cpu
 from gs_kernels import dequantize_packed, pack_weight, qconv2d, quantize
 from gs_kernels.qconv2d.int8 import prepared_qconv2d_int8, qconv2d_int8
-from gs_kernels.qconv2d.networks import NETWORKS, Layer
 
 NO_RESIDUAL = (None, None, None)
 Calls = dict[str, Callable[[], Tensor]]

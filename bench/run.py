@@ -21,7 +21,9 @@ import torch
 
 from bench import record
 from bench.agree import agreement, outputs_of, step
+from bench.peers import absent, peers
 from bench.roofline import copies_beyond_cache, copy_bandwidth, product_peaks
+from bench.shapes import bench_shapes
 from bench.tables import shape_text
 from bench.timing import time_calls
 from gs_kernels.dispatch import INTERPRET
@@ -77,7 +79,7 @@ def providers(
     if "compile" not in without:
         torch.compiler.reset()
         yield "compile", torch.compile(spec.ref, dynamic=False)
-    yield from ((name, run) for name, run in spec.library.items() if name not in without)
+    yield from ((name, run) for name, run in peers(spec.name).items() if name not in without)
 
 
 def measure(
@@ -156,7 +158,7 @@ def jobs(chosen: argparse.Namespace) -> Iterator[Job]:
     for spec in specs():
         if chosen.op not in (None, spec.name):
             continue
-        groups = {g: s for g, s in spec.bench_shapes.items() if chosen.shapes in (None, g)}
+        groups = {g: s for g, s in bench_shapes(spec).items() if chosen.shapes in (None, g)}
         shapes = [(group, shape) for group, shapes in groups.items() for shape in shapes]
         if chosen.quick and shapes:
             dtype = spec_dtypes(spec, chosen.dtype)[0]
@@ -174,7 +176,7 @@ def spec_dtypes(spec: OpSpec, wanted: list[str]) -> list[torch.dtype]:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.partition("\n")[0])
     known = specs()
-    groups = sorted({group for spec in known for group in spec.bench_shapes})
+    groups = sorted({group for spec in known for group in bench_shapes(spec)})
     parser.add_argument("--op", choices=[spec.name for spec in known], help="only this op")
     parser.add_argument("--shapes", choices=groups, metavar="GROUP", help=f"only these shapes: {', '.join(groups)}")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "float16", "bfloat16"], help="default: by device")
@@ -192,7 +194,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     chosen = parser.parse_args(argv)
     if INTERPRET:
         parser.error("times under TRITON_INTERPRET=1 mean nothing; unset it")
-    others = {"torch", "compile"}.union(*({*spec.library, *spec.absent} for spec in known))
+    others = {"torch", "compile"}.union(*({*peers(spec.name), *absent(spec.name)} for spec in known))
     if unknown := set(chosen.without) - others:
         parser.error(f"--without must name {', '.join(sorted(others))}, got {', '.join(sorted(unknown))}")
     if chosen.device == "cuda" and not torch.cuda.is_available():
@@ -216,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{peaks['bfloat16']:.3g} TFLOP/s in bf16, {peaks['int8']:.3g} TOP/s in int8 -> {path}"
     )
     for spec in specs() if not chosen.ours_only else ():
-        for name, why in spec.absent.items() if chosen.op in (None, spec.name) else ():
+        for name, why in absent(spec.name).items() if chosen.op in (None, spec.name) else ():
             print(f"{spec.name}: {name} is not timed: it {why}")
             record.append({"op": spec.name, "provider": name, "why": why}, "absent", device=chosen.device, path=path)
     print(COLUMNS.format(*HEAD))

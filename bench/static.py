@@ -24,6 +24,7 @@ import torch
 from bench import record
 from bench.guard import worse
 from bench.predict import predict_op
+from bench.shapes import bench_shapes
 from bench.steps import step_rows
 from bench.tables import shape_text, table
 from gs_kernels.aot import Launch, launches_of, report
@@ -94,7 +95,7 @@ def _kernel_row(launch: Launch, case: AotCase, card: Card) -> dict[str, Any]:
 
 def op_shapes(spec: OpSpec) -> Iterator[tuple[str, Shape]]:
     """Those that are for a GPU; of a group with more than `MANY`, some from its first to its last."""
-    for group, shapes in spec.bench_shapes.items():
+    for group, shapes in bench_shapes(spec).items():
         step = 1 if len(shapes) <= MANY else len(shapes) // SOME
         yield from ((group, shape) for shape in shapes[::step] if group != "cpu")
 

@@ -72,8 +72,6 @@ class OpSpec:
     keeps_strides: whether results of the shape of the first argument have its strides; else they are contiguous.
     memory_format: in which order of axes they are.
     grad_tol: agreement of each gradient with the one autograd gives through `ref`, relative to its RMS.
-    library: other providers to time, by name; each takes the same arguments.
-    absent: those that are known and cannot run here, each with the reason.
     backward: True when the benchmark also times forward + backward.
     """
 
@@ -88,8 +86,6 @@ class OpSpec:
     keeps_strides: bool = True
     memory_format: torch.memory_format = torch.contiguous_format
     grad_tol: Mapping[torch.dtype, float] = field(default_factory=dict)
-    library: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    absent: Mapping[str, str] = field(default_factory=dict)
     aot: tuple[AotCase, ...] = ()
     backward: bool = False
     backward_cost: Callable[[Shape, torch.dtype], Cost] | None = None

@@ -61,8 +61,10 @@ def rows(monkeypatch, tmp_path):
     # compiling is torch's business and takes seconds
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
-    def result(spec, *flags):
+    def result(spec, *flags, peers=(), absent=()):
         monkeypatch.setattr(run, "specs", lambda: (spec,))
+        monkeypatch.setattr(run, "peers", lambda op: dict(peers))
+        monkeypatch.setattr(run, "absent", lambda op: dict(absent))
         out = tmp_path / "out.jsonl"
         code = run.main(["--device", "cpu", "--seconds", "0.001", "--out", str(out), *flags])
         return code, [json.loads(line) for line in out.read_text().splitlines()]
@@ -71,7 +73,7 @@ def rows(monkeypatch, tmp_path):
 
 
 def test_every_provider_gets_a_row_with_its_times_and_where_they_were_taken(rows):
-    code, written = rows(_spec(library={"mul": _square}), "--quick")
+    code, written = rows(_spec(), "--quick", peers={"mul": _square})
     assert code == 0
     assert [r["kind"] for r in written] == ["roofline"] + ["op"] * 8
     assert [(r["provider"], r["direction"]) for r in written[1:]] == [
@@ -88,7 +90,7 @@ def test_every_provider_gets_a_row_with_its_times_and_where_they_were_taken(rows
 
 
 def test_a_provider_that_disagrees_is_reported_and_not_timed(rows, capsys):
-    code, written = rows(_spec(library={"wrong": _off_by_one}), "--quick")
+    code, written = rows(_spec(), "--quick", peers={"wrong": _off_by_one})
     wrong = [r for r in written if r.get("provider") == "wrong"]
     assert code == 0 and len(wrong) == 2
     assert all(not r["agrees"] and r["mismatch"] == 1.0 and "ms_p50" not in r for r in wrong)
@@ -102,14 +104,14 @@ def test_a_wrong_result_of_our_own_fails_the_run(rows):
 
 
 def test_a_provider_that_fails_does_not_stop_the_others(rows):
-    code, written = rows(_spec(library={"broken": _broken, "good": _square}), "--quick")
+    code, written = rows(_spec(), "--quick", peers={"broken": _broken, "good": _square})
     assert code == 0
     assert {r["error"] for r in written if r.get("provider") == "broken"} == {"RuntimeError: no such backend"}
     assert all("ms_p50" in r for r in written if r.get("provider") == "good")
 
 
 def test_providers_that_cannot_run_here_are_said_once_with_the_reason(rows, capsys):
-    code, written = rows(_spec(absent={"conch": "is not installed"}), "--quick")
+    code, written = rows(_spec(), "--quick", absent={"conch": "is not installed"})
     assert code == 0 and "square: conch is not timed: it is not installed" in capsys.readouterr().out
     (row,) = (r for r in written if r["kind"] == "absent")
     assert (row["op"], row["provider"], row["why"]) == ("square", "conch", "is not installed")
@@ -120,7 +122,7 @@ def test_rows_written_before_an_interruption_stay(rows, monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        rows(_spec(library={"interrupted": interrupt}), "--quick")
+        rows(_spec(), "--quick", peers={"interrupted": interrupt})
     lines = (tmp_path / "out.jsonl").read_text().splitlines()
     assert [json.loads(line).get("provider") for line in lines] == [None, "ours", "torch", "compile"]
 

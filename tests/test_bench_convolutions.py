@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bench import convolutions
+from bench.shapes import NETWORKS, Layer
 from gs_kernels.dispatch import INTERPRET
-from gs_kernels.qconv2d.networks import Layer
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1: the benchmarks refuse to run, nothing to test")
 LAYERS = (Layer(3, 8, 10, 3, 2), Layer(8, 8, 5, 3, 1, 8))
@@ -35,3 +35,24 @@ def test_a_limit_starts_nothing_new_and_says_so(monkeypatch, capsys):
     monkeypatch.setattr(convolutions.record, "append", lambda row, kind, **where: None)
     assert convolutions.main(["--limit", "0"]) == 1
     assert "--limit 0 s reached before resnet18 batch 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, model, count", [("resnet18", "resnet18", 11), ("mobilenet_v2", "mobilenetv2", 30)])
+def test_benchmarks_hold_every_convolution_of_the_networks_they_name(name, model, count):
+    from gs_algos.cli.models import build
+
+    with torch.device("meta"):
+        net, x = build(model, in_channels=3, num_classes=1000, image_size=224).eval(), torch.empty(1, 3, 224, 224)
+    seen = set()
+
+    def note(module, args, output):
+        about = (module.in_channels, module.out_channels, args[0].shape[2], module.kernel_size[0])
+        seen.add((*about, module.stride[0], module.groups))
+
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            assert module.padding[0] == module.kernel_size[0] // 2
+            module.register_forward_hook(note)
+    net(x)
+    assert seen == {(s.c, s.o, s.size, s.kernel, s.stride, s.groups) for s in NETWORKS[name]}
+    assert len(seen) == len(NETWORKS[name]) == count

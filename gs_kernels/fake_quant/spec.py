@@ -18,7 +18,7 @@ from torch import Tensor
 from gs_kernels.fake_quant.codes import dequantize, quantize
 from gs_kernels.fake_quant.op import fake_quant
 from gs_kernels.fake_quant.ref import dequantize_ref, fake_quant_ref, quantize_ref
-from gs_kernels.formats import Granularity, PerChannel, PerGroup, granularity_of
+from gs_kernels.formats import granularity_of
 from gs_kernels.spec import AotCase, Case, Cost, OpSpec, Shape, Tol
 
 EXACT = {torch.float32: Tol(0, 0), torch.float16: Tol(0, 0), torch.bfloat16: Tol(0, 0)}
@@ -77,28 +77,6 @@ def _cost(per_element: Callable[[int], int], flops: int, s: Shape, dtype: torch.
 forward_cost = partial(_cost, lambda itemsize: 2 * itemsize, 7)
 backward_cost = partial(_cost, lambda itemsize: 3 * itemsize, 11)
 codes_cost = partial(_cost, lambda itemsize: itemsize + 1, 5)
-
-
-def _integer_zero(x: Tensor, scale: Tensor, zero: Tensor, *, qmin: int, qmax: int, granularity: Granularity) -> Tensor:
-    """torch's own fake-quant: integer zero points only, no gradient to scale and zero."""
-    scale, zero = scale.detach(), zero.detach().to(torch.int32)
-    if isinstance(granularity, PerGroup):
-        rows = x.view(-1, granularity.size)
-        return torch.fake_quantize_per_channel_affine(rows, scale, zero, 0, qmin, qmax).view(x.shape)
-    if isinstance(granularity, PerChannel):
-        return torch.fake_quantize_per_channel_affine(x, scale, zero, granularity.axis, qmin, qmax)
-    return torch.fake_quantize_per_tensor_affine(x, scale, zero, qmin, qmax)
-
-
-def _learnable(x: Tensor, scale: Tensor, zero: Tensor, *, qmin: int, qmax: int, granularity: Granularity) -> Tensor:
-    """torch's own learned-step fake-quant: fp32 only."""
-    if isinstance(granularity, PerGroup):
-        rows = x.view(-1, granularity.size)
-        return torch._fake_quantize_learnable_per_channel_affine(rows, scale, zero, 0, qmin, qmax, 1.0).view(x.shape)
-    if isinstance(granularity, PerChannel):
-        axis = granularity.axis
-        return torch._fake_quantize_learnable_per_channel_affine(x, scale, zero, axis, qmin, qmax, 1.0)
-    return torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero, qmin, qmax, 1.0)
 
 
 def meta(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -181,7 +159,6 @@ SPECS = (
         grad_tol=GRAD_TOL,
         test_shapes=TEST_SHAPES,
         bench_shapes=BENCH_SHAPES,
-        library={"torch_fake_quantize": _integer_zero, "torch_learnable": _learnable},
         aot=AOT + BACKWARD_AOT,
         backward=True,
         backward_cost=backward_cost,

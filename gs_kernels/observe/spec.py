@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gs_kernels.fake_quant.spec import (
     EXACT,
@@ -20,7 +19,7 @@ from gs_kernels.fake_quant.spec import (
     meta,
     shape,
 )
-from gs_kernels.formats import Granularity, granularity_of
+from gs_kernels.formats import granularity_of
 from gs_kernels.observe.op import dynamic_fake_quant, minmax, observe_fake_quant
 from gs_kernels.observe.qparams import choose_qparams
 from gs_kernels.observe.ref import choose_qparams_ref, dynamic_fake_quant_ref, minmax_ref, observe_fake_quant_ref
@@ -64,12 +63,6 @@ def _minmax_cost(s: Shape, dtype: torch.dtype) -> Cost:
 def _qparams_cost(s: Shape, dtype: torch.dtype) -> Cost:
     n = math.prod(s["x"])
     return Cost(nbytes=16 * n, flops=8 * n)
-
-
-def _aminmax(x: Tensor, *, granularity: Granularity) -> tuple[Tensor, Tensor]:
-    """torch's own, per tensor."""
-    low, high = torch.aminmax(x)
-    return low.float().view(1), high.float().view(1)
 
 
 _X, _ONE = meta(4096, 14336), meta(1, dtype=torch.float32)
@@ -131,7 +124,6 @@ SPECS = (
         tol=EXACT,
         test_shapes=RANGE_SHAPES,
         bench_shapes=BENCH_ACTIVATIONS,
-        library={"torch_aminmax": _aminmax},
         aot=MINMAX_AOT,
     ),
     OpSpec(

@@ -14,9 +14,7 @@ from torch import Tensor
 
 from gs_kernels.qconv2d.gate import INT8, QCONV2D
 from gs_kernels.qconv2d.int8 import qconv2d_int8
-from gs_kernels.qconv2d.networks import BATCHES, NETWORKS, Layer
 from gs_kernels.qconv2d.op import qconv2d
-from gs_kernels.qconv2d.peers import float_conv2d
 from gs_kernels.qconv2d.ref import qconv2d_int8_ref, qconv2d_ref
 from gs_kernels.qconv2d.window import Window, make_window
 from gs_kernels.qmatmul.spec import EXACT, GRAD_TOL, TOL, make_weight
@@ -131,37 +129,19 @@ INT8_SHAPES = (
 )
 
 
-def _bench(layers: tuple[Layer, ...], bits: int, **more: Any) -> tuple[Shape, ...]:
-    return tuple(
-        shape(
-            (batch, layer.c, layer.size, layer.size),
-            layer.o,
-            layer.kernel,
-            bits,
-            stride=layer.stride,
-            padding=layer.kernel // 2,
-            groups=layer.groups,
-            bias=False,
-            **more,
-        )
-        for batch in BATCHES
-        for layer in layers
+# three kinds of layers; the benchmark adds every convolution of whole networks (bench/shapes.py)
+_CPU: tuple[dict[str, Any], ...] = tuple(
+    {"x": (batch, c, size, size), "n": n, "kernel_size": kernel, "stride": stride, "padding": kernel // 2}
+    | {"groups": groups, "bias": False}
+    for batch in (1, 8)
+    for c, n, size, kernel, stride, groups in (
+        (128, 128, 28, 3, 1, 1),
+        (64, 256, 56, 1, 1, 1),
+        (96, 96, 112, 3, 2, 96),
     )
-
-
-CPU = (NETWORKS["resnet18"][4], NETWORKS["resnet50"][3], NETWORKS["mobilenet_v2"][4])
-BENCH_SHAPES = {
-    "cpu": _bench(CPU, 4)[: 2 * len(CPU)],
-    **{f"{name}_w{bits}": _bench(layers, bits) for name, layers in NETWORKS.items() for bits in (4, 2, 1)},
-}
-INT8_BENCH = {
-    "cpu": _bench(CPU, 8, out=True)[: 2 * len(CPU)],
-    **{
-        f"{name}_w{bits}a8": _bench(layers, bits, out=True, x_zero=True)
-        for name, layers in NETWORKS.items()
-        for bits in (8, 4)
-    },
-}
+)
+BENCH_SHAPES = {"cpu": tuple(shape(bits=4, **layer) for layer in _CPU)}
+INT8_BENCH = {"cpu": tuple(shape(bits=8, out=True, **layer) for layer in _CPU)}
 
 SPECS = (
     OpSpec(
@@ -176,7 +156,6 @@ SPECS = (
         grad_tol=GRAD_TOL,
         test_shapes=TEST_SHAPES,
         bench_shapes=BENCH_SHAPES,
-        library={"float_conv2d": float_conv2d},
         aot=QCONV2D,
     ),
     OpSpec(

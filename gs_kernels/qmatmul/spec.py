@@ -19,7 +19,6 @@ from gs_kernels.qmatmul.fp8 import qmatmul_fp8
 from gs_kernels.qmatmul.gate import FP8, INT8, MATMUL, ROWS
 from gs_kernels.qmatmul.int8 import qmatmul_int8, quantize_rows, row_sums
 from gs_kernels.qmatmul.op import qmatmul
-from gs_kernels.qmatmul.peers import absent, float_linear, peers
 from gs_kernels.qmatmul.ref import FP8_MAX, qmatmul_fp8_ref, qmatmul_int8_ref, qmatmul_ref, quantize_rows_ref
 from gs_kernels.spec import Case, Cost, OpSpec, Shape, Tol
 
@@ -174,8 +173,6 @@ SPECS = (
         grad_tol=GRAD_TOL,
         test_shapes=TEST_SHAPES,
         bench_shapes=BENCH_SHAPES,
-        library=peers(),
-        absent=absent(),
         aot=MATMUL,
     ),
     OpSpec(
@@ -200,7 +197,6 @@ SPECS = (
         keeps_strides=False,
         test_shapes=FP8_SHAPES,
         bench_shapes={"w4a8": INT8_BENCH["w4a8"]},
-        library={"float_linear": float_linear},
         aot=FP8,
     ),
     OpSpec(

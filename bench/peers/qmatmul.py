@@ -202,8 +202,8 @@ LIBRARIES: dict[str, Callable[..., Tensor]] = {
 ON_A_GPU = ("gemlite", "conch")
 
 
-def peers() -> dict[str, Callable[..., Tensor]]:
-    """Those that can run here."""
+def providers() -> dict[str, Callable[..., Tensor]]:
+    """Returns those that can run here."""
     found: dict[str, Callable[..., Tensor]] = {"float_linear": float_linear}
     if torch.cuda.is_available():
         found["tinygemm"] = tinygemm
@@ -211,7 +211,7 @@ def peers() -> dict[str, Callable[..., Tensor]]:
 
 
 def absent() -> dict[str, str]:
-    """Those that cannot run here, each with the reason."""
+    """Returns those that cannot run here, each with the reason."""
     reasons = {}
     for name in LIBRARIES:
         if importlib.util.find_spec(name) is None:

@@ -1,8 +1,16 @@
-"""The convolutions of known networks at 224 x 224, for the benchmark: every distinct shape once."""
+"""What the benchmarks time beside the shapes of the specs: the convolutions of known networks at 224 x 224.
+
+Every distinct shape is there once.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from gs_kernels.qconv2d.spec import shape
+from gs_kernels.spec import OpSpec, Shape
 
 
 @dataclass(frozen=True)
@@ -54,3 +62,32 @@ def _mobilenet_v2() -> list[Layer]:
 
 NETWORKS = {"resnet18": _once(_resnet18()), "resnet50": _once(_resnet50()), "mobilenet_v2": _once(_mobilenet_v2())}
 BATCHES = (1, 8, 32, 128)
+
+
+def _convolutions(layers: tuple[Layer, ...], bits: int, **more: Any) -> tuple[Shape, ...]:
+    return tuple(
+        shape(
+            (batch, layer.c, layer.size, layer.size),
+            layer.o,
+            layer.kernel,
+            bits,
+            stride=layer.stride,
+            padding=layer.kernel // 2,
+            groups=layer.groups,
+            bias=False,
+            **more,
+        )
+        for batch in BATCHES
+        for layer in layers
+    )
+
+
+def bench_shapes(spec: OpSpec) -> Mapping[str, tuple[Shape, ...]]:
+    """Returns the shapes to time an op at, by group: those of its spec, and for convolutions those of networks."""
+    known: dict[str, tuple[Shape, ...]] = {}
+    for name, layers in NETWORKS.items():
+        if spec.name == "qconv2d":
+            known |= {f"{name}_w{bits}": _convolutions(layers, bits) for bits in (4, 2, 1)}
+        elif spec.name == "qconv2d_int8":
+            known |= {f"{name}_w{bits}a8": _convolutions(layers, bits, out=True, x_zero=True) for bits in (8, 4)}
+    return {**spec.bench_shapes, **known}
