@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from gs_algos.qat.untrained import FEW, Moves, Watch
+from gs_algos.qat.untrained import FEW, Gradients, Moves, Watch
 from gs_algos.quant.slb_layers import Searched
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,8 @@ class SearchWatch:
             lambda: [layer.search.logits for layer in self.layers], lambda: _beside(model, layers), graded=True
         )
         self.beside = Moves(lambda: _beside(model, layers))
-        self.steps, self.graded = 0, False
+        self.gradients = Gradients(lambda: [p for p in map(_plain, self.fused) if p is not None])
+        self.steps = 0
 
     def __getstate__(self) -> dict[str, object]:
         """Of a copied or pickled algorithm nothing is watched."""
@@ -65,22 +66,28 @@ class SearchWatch:
             "with requires_grad_(False)",
             self.logits.steps,
         )
-        self.logits.over = True
+        self.logits.end()
 
     def _refuse_plain(self, last: bool) -> None:
         """Logits of fused layers have no gradient: only the optimizers that were made for them train them."""
         if any(layer.search.owned for layer in self.fused):
             self.fused = ()
+            self.gradients.stop()
             return
         self.steps += 1
-        self.graded = self.graded or any(layer.weight.grad is not None for layer in self.fused)
+        graded = self.gradients.seen()
         if not last and self.steps < FEW:
             return
-        if self.graded or (not self.beside.replaced() and self.beside.moved()):
+        if graded or (not self.beside.replaced() and self.beside.moved()):
             raise RuntimeError(
                 f"SLB.step: the logits of fused layers must be trained by SlbAdamW or SlbSGD, got neither in "
                 f"{self.steps} steps; make SlbAdamW(algo.fused_layers()) beside the optimizer of algo.parameters(net)"
             )
+
+
+def _plain(layer: Searched) -> nn.Parameter | None:
+    """The weight that a fused layer keeps beside its logits."""
+    return layer._parameters["weight"]
 
 
 def _beside(model: nn.Module, layers: Sequence[Searched]) -> list[nn.Parameter]:

@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gs_algos.quant.slb_search import local
 
@@ -56,6 +57,53 @@ class Moves:
         return self.counted() or not all(torch.equal(a.to(b.device), b) for a, b in zip(self.sums, now, strict=True))
 
 
+class Gradients:
+    """Whether parameters were given gradients since this was made, also where they are dropped before one can look.
+
+    parameters: gives those of now. Frozen ones are passed over.
+    """
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.parameters = parameters
+        self.given = _Given()
+        self.handles: list[RemovableHandle] = []
+        self.start()
+
+    def start(self) -> None:
+        """Begins anew with the parameters of now."""
+        self.stop()
+        self.given = _Given()
+        now = [p for p in self.parameters() if p.requires_grad]
+        self.handles = [p.register_post_accumulate_grad_hook(self.given) for p in now]
+
+    def stop(self) -> None:
+        """Takes the hooks away."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def seen(self) -> bool:
+        """True if a gradient was given, or is there. Reads nothing from the device."""
+        self.given.any = self.given.any or any(p.grad is not None for p in self.parameters() if p.requires_grad)
+        return self.given.any
+
+    def finite(self) -> bool:
+        """False if one that was last given is NaN or Inf, as a gradient scaler has them now and then."""
+        return all(bool(right) for right in self.given.finite.values())
+
+
+class _Given:
+    """What a hook on parameters notes of their gradients. It holds no parameter: they hold it."""
+
+    def __init__(self) -> None:
+        self.any, self.finite = False, dict[int, Tensor]()
+
+    def __call__(self, parameter: Tensor) -> None:
+        self.any = True
+        if parameter.grad is not None:
+            self.finite[id(parameter)] = local(parameter.grad).isfinite().all()
+
+
 class Watch:
     """Follows parameters that were added, until they move, and others that show whether the network is trained at all.
 
@@ -63,7 +111,8 @@ class Watch:
     """
 
     def __init__(self, added: Parameters, others: Parameters, graded: bool = False) -> None:
-        self.added, self.others, self.counts_gradients = Moves(added), Moves(others), graded
+        self.added, self.others = Moves(added), Moves(others)
+        self.gradients = Gradients(added if graded else list)
         self.over = False
         self._begin()
 
@@ -72,13 +121,14 @@ class Watch:
         return {"over": True}
 
     def _begin(self) -> None:
-        self.steps, self.graded, self.found = 0, False, False
+        self.steps, self.found = 0, False
 
     def start(self) -> None:
         """Begins anew from the values of now, as after a calibration that has set them."""
         if not self.over:
             self.added.start()
             self.others.start()
+            self.gradients.start()
             self._begin()
 
     def idle(self, last: bool = False) -> bool:
@@ -91,29 +141,34 @@ class Watch:
         if self.added.replaced() or self.others.replaced():
             self.start()
             return False
-        self.over = not self.added.known or self.added.counted()
-        if self.over:
+        if not self.added.known or self.added.counted():
+            self.end()
             return False
         self.steps += 1
-        if self.counts_gradients:
-            self.graded = self.graded or any(p.grad is not None for p in self.added.now())
+        self.gradients.seen()
         if self.steps in (FEW, MANY) or last:
             self._look(last)
         return self.found
 
+    def end(self) -> None:
+        """Nothing is watched any more."""
+        self.over = True
+        self.gradients.stop()
+
     def _look(self, last: bool) -> None:
         if self.added.moved():
-            self.over = True
+            self.end()
             return
         late = last or self.steps >= MANY
-        unused = self.graded and (late or not self.others.known) and self._finite()
+        unused = self.gradients.seen() and (late or not self.others.known) and self._finite()
         self.found = self.others.moved() or unused
-        self.over = late and not self.found
+        if late and not self.found:
+            self.end()
 
     def _finite(self) -> bool:
         """False where a gradient scaler will have skipped the step."""
         grads = [p.grad for p in (*self.added.now(), *self.others.now()) if p.grad is not None]
-        return all(bool(local(grad).isfinite().all()) for grad in grads)
+        return self.gradients.finite() and all(bool(local(grad).isfinite().all()) for grad in grads)
 
 
 @torch.no_grad()

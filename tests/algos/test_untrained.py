@@ -82,6 +82,55 @@ def test_an_optimizer_of_the_replaced_weights_alone_is_refused():
         train(model, algo, [optimizer], 40)
 
 
+def train_dropping_gradients(model: nn.Module, algo: Algorithm, optimizer: Optimizer, steps: int) -> None:
+    """The network drops its gradients before the algorithm steps, so that nobody sees them there."""
+    for _ in range(steps):
+        model(inputs()).square().mean().backward()
+        optimizer.step()
+        model.zero_grad()
+        algo.step()
+
+
+@pytest.mark.parametrize("make", [sgd, fused_adamw])
+@pytest.mark.parametrize("total_steps, done", [(1, 0), (100, 2)])
+def test_gradients_that_the_network_drops_are_seen_where_nothing_else_moves(make, total_steps, done):
+    model, algo = net(bias=False), SLB(weight="2bit@channel", total_steps=total_steps)
+    optimizer = make(model.parameters())
+    algo.apply(model, inputs())
+    with pytest.raises(RuntimeError, match=r"an optimizer must train the logits.*make it after apply"):
+        train_dropping_gradients(model, algo, optimizer, 8)
+    assert algo.steps == done
+
+
+def test_gradients_of_fused_layers_that_the_network_drops_are_seen():
+    model, algo = net(bias=False), SLB(weight="2bit@channel", total_steps=100, fused=True)
+    optimizer = sgd(model.parameters())
+    algo.apply(model, inputs())
+    with pytest.raises(RuntimeError, match=r"SLB\.step: the logits of fused layers must be"):
+        train_dropping_gradients(model, algo, optimizer, 8)
+
+
+@pytest.mark.parametrize("make", [sgd, fused_adamw])
+def test_a_loop_whose_network_drops_its_gradients_is_no_alarm(make):
+    model, algo = net(bias=False), SLB(weight="2bit@channel", total_steps=100)
+    before = make(model.parameters())
+    algo.apply(model, inputs())
+    train_dropping_gradients(model, algo, make(model.parameters()), 40)
+    assert algo.steps == 40 and len(before.param_groups) == 1
+    logits = model[0].search.logits
+    assert not logits._post_accumulate_grad_hooks  # what watched is gone
+
+
+def test_a_network_that_is_watched_can_be_copied_and_saved_whole(tmp_path):
+    model, algo = net(bias=False), SLB(weight="2bit@channel", total_steps=100)
+    algo.apply(model, inputs())
+    torch.save(model, tmp_path / "net.pt")
+    for twin in (copy.deepcopy(model), torch.load(tmp_path / "net.pt", weights_only=False)):
+        assert torch.equal(twin(inputs()), model(inputs()))
+        twin(inputs()).sum().backward()
+    assert not algo._search_watch.logits.gradients.given.any
+
+
 @pytest.mark.parametrize(
     "bias, late, make", [(True, True, sgd), (False, False, sgd), (True, False, fused_adamw), (False, True, fused_adamw)]
 )
