@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -61,6 +62,15 @@ class BorrowedMatmul(Borrowed, nn.Linear):
         matrix = self._parameters["weight"]
         assert matrix is not None
         return matrix.t()
+
+
+@torch.no_grad()
+def turn(layer: BorrowedMatmul) -> None:
+    """Makes `x @ matrix` a linear in place, with a parameter of its own `[N, K]` for its matrix `[K, N]`."""
+    matrix = layer._parameters["weight"]
+    assert matrix is not None
+    layer.__class__ = BorrowedLinear  # type: ignore[assignment]
+    layer._parameters["weight"] = nn.Parameter(matrix.t().contiguous(), matrix.requires_grad)
 
 
 def borrow(op: str, weight: nn.Parameter, bias: nn.Parameter | None, geometry: dict[str, Any]) -> Borrowed:

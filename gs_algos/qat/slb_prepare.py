@@ -14,7 +14,7 @@ from gs_algos.core.algorithm import Inputs, split_inputs
 from gs_algos.core.modules import get_module, own_forward
 from gs_algos.core.plan import Plan, PlanRow, other_weights, totals_of
 from gs_algos.core.rules import Rule, resolve
-from gs_algos.fx.borrowed import Borrowed, BorrowedMatmul
+from gs_algos.fx.borrowed import Borrowed, BorrowedMatmul, turn
 from gs_algos.fx.patterns import Match, match
 from gs_algos.fx.rewrite import release
 from gs_algos.qat.link import add_readers
@@ -98,9 +98,12 @@ def install(model: nn.Module, rows: Sequence[PlanRow], options: SearchOptions) -
         bn: Any = get_module(model, row.settings["bn"]) if row.settings["bn"] else None
         state = bn is not None and options.state_bn
         tail = tuple(get_module(model, name) for name in row.settings["tail"])
-        if not fused and isinstance(layer, Borrowed):  # logits take the place of a parameter that another module has
+        turned = fused and isinstance(layer, BorrowedMatmul)  # its optimizer writes weights [N, K]
+        if isinstance(layer, Borrowed) and (turned or not fused):  # what takes a parameter's place leaves no owner one
             release(model, layer, ("weight",))
             layer.borrowed = tuple(key for key in layer.borrowed if key != "weight")
+        if turned:
+            turn(layer)
         swap(layer, search, act_quantizer(row.settings["act"], weight.device), fused, bn, state, tail)
     leave_fast_path(model)
     return model
@@ -158,8 +161,6 @@ def _row(
     grid, bn, act = LevelGrid.parse(settings["weight"]), found.roles.get("bn"), settings["act"]
     parse_act(act)
     fused = bool(settings["fused"])
-    if fused and isinstance(layer, BorrowedMatmul):
-        return keep_row(site, layer, "a fused optimizer writes weights [N, K], and this parameter is [K, N]")
     if fused and grid.learned:
         raise ValueError(f"SLB: {site}: a fused optimizer trains logits alone, got the learned scale of {grid}")
     if grid.per == "none" and bn is None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import gs_algos
 from gs_algos import SLB, SimQAT
+from gs_algos.qat.slb_optim import SlbSGD
 from gs_algos.quant.packed import Packed
 
 ALGORITHMS = {
@@ -18,6 +19,7 @@ ALGORITHMS = {
     "integers": lambda: SimQAT(weight="int8@channel", act="int8@tensor:ema"),
     "groups": lambda: SimQAT(weight="int4@group:2", act=None),
     "slb": lambda: SLB(weight="2bit@channel", total_steps=1),
+    "slb, fused": lambda: SLB(weight="2bit@channel", total_steps=1, fused=True),
 }
 PRODUCTS = {
     "linear": (lambda s, x: F.linear(x, s.w, s.b), False),
@@ -64,9 +66,12 @@ def goes_all_the_way(build: Any, algo: Any, inputs: Any, folder: Any) -> nn.Modu
     if isinstance(algo, SimQAT):
         assert set(keys) <= net.state_dict().keys()
         assert all(dict(net.named_parameters())[name] is p for name, p in parameters.items())
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    fused = algo.fused_layers() if isinstance(algo, SLB) else []
+    rest = algo.parameters(net) if isinstance(algo, SLB) and fused else net.parameters()
+    optimizers = [torch.optim.SGD(rest, lr=0.05), *([SlbSGD(fused, lr=0.05)] if fused else [])]
     run(net.train()).square().mean().backward()
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     algo.step()
     with torch.no_grad():
         want = run(net.eval())
@@ -199,8 +204,24 @@ def test_every_matrix_that_stays_float_is_a_line_of_its_name(inside):
     assert {row.site for row in plan.kept()} == {f"{prefix}masked", f"{prefix}experts"}
 
 
-def test_a_fused_optimizer_leaves_a_matrix_that_is_turned():
-    plan = SLB(weight="2bit@channel", fused=True).plan(Net(*PRODUCTS["matmul"]), tokens())
-    assert {row.site: row.reason for row in plan.kept()} == {
-        "w_matmul": "a fused optimizer writes weights [N, K], and this parameter is [K, N]"
-    }
+def test_a_fused_optimizer_trains_a_matrix_that_is_turned():
+    net, algo = Net(*PRODUCTS["matmul"]), SLB(weight="2bit@channel", fused=True, total_steps=100)
+    dense = net.w.detach().clone()
+    net.b.requires_grad_(False)
+    net = algo.apply(net, tokens())
+    layer = net.w_matmul
+    assert not algo.plan(Net(*PRODUCTS["matmul"]), tokens()).kept()
+    assert layer._parameters["weight"].shape == (4, 6) and not net.b.requires_grad
+    before = layer.weight.detach().clone()
+    assert torch.corrcoef(torch.stack([before.flatten(), dense.t().flatten()]))[0, 1] > 0.9
+    net(tokens()).square().mean().backward()
+    SlbSGD(algo.fused_layers(), lr=100.0).step()
+    algo.step()
+    assert not torch.equal(layer.weight, before)
+
+
+def test_a_frozen_matrix_that_is_turned_stays_frozen():
+    net, algo = Net(*PRODUCTS["matmul"]), SLB(weight="2bit@channel", fused=True, total_steps=100)
+    net.w.requires_grad_(False)
+    net = algo.apply(net, tokens())
+    assert not net.w_matmul._parameters["weight"].requires_grad and not net.w_matmul.search.logits.requires_grad
