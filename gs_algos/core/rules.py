@@ -65,8 +65,8 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _checked(rule: Any, options: Iterable[str], who: str) -> Rule:
-    """The rule itself.
+def _checked(rule: Any, options: Mapping[str, Any], who: str) -> Rule:
+    """Returns the rule, checked; `options` are those that it may set, with their defaults.
 
     Raises:
         ValueError: if it is no pair of a pattern and options, its expression is no expression, or an option is unknown.
@@ -75,7 +75,10 @@ def _checked(rule: Any, options: Iterable[str], who: str) -> Rule:
         raise ValueError(f"{who}: a rule must be (pattern, options), got {rule!r}; for example ('fc', None)")
     pattern, values = rule
     if values is not None and not isinstance(values, Mapping):
-        raise ValueError(f"{who}: the options of rule {_text(pattern)} must be a dict or None, got {values!r}")
+        first = next(iter(options), "")
+        kind: Any = (str, int, float) if options.get(first) is None else type(options[first])
+        use = f"; use {{{first!r}: {values!r}}}" if first and isinstance(values, kind) else ""
+        raise ValueError(f"{who}: the options of rule {_text(pattern)} must be a dict or None, got {values!r}{use}")
     for option in sorted(set(values or ()) - set(options)):
         raise ValueError(
             f"{who}: a rule may set {', '.join(options)}, got {option} in rule {_text(pattern)}"

@@ -33,7 +33,7 @@ from gs_algos.qat.training import QuantizationTraining
 from gs_algos.qat.untrained import Watch
 from gs_algos.quant.layers import FakeQuantized, Folded
 from gs_algos.quant.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
-from gs_algos.quant.scheme import Scheme, as_text
+from gs_algos.quant.scheme import Scheme, as_text, check_rules
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,8 @@ class SimQATConfig(AlgorithmConfig):
     """Options of SimQAT.
 
     Args:
-        weight: scheme of the weights (see `Scheme`): `int8@channel`, `int4@group:32:mse`, `int4@channel:lsq`.
+        weight: scheme of the weights, a `Scheme` or its text, which is what the config keeps: `int8@channel`,
+            `int4@group:32:mse`, `int4@channel:lsq`.
         act: scheme of the activations, e.g. `int8@tensor:ema=0.01`; None leaves them float.
         fold_bn: how a batch norm behind a layer is treated in training: `one_conv` (True), `two_conv`, `none` (False).
         fusion: True quantizes an activation where the next layer reads it, behind batch norm and activation function;
@@ -55,8 +56,8 @@ class SimQATConfig(AlgorithmConfig):
         rules: `(pattern, {"weight": ..., "act": ...} | None)`, see `gs_algos.core.rules`; None leaves the layer float.
     """
 
-    weight: str = "int8@channel"
-    act: str | None = "int8@tensor:ema"
+    weight: str | Scheme = "int8@channel"
+    act: str | Scheme | None = "int8@tensor:ema"
     fold_bn: bool | str = True
     fusion: bool = True
     quant_delay: int | tuple[int, int] = 0
@@ -72,6 +73,11 @@ class SimQATConfig(AlgorithmConfig):
         for name in ("weight", "act"):
             if isinstance(getattr(self, name), Scheme):
                 object.__setattr__(self, name, str(getattr(self, name)))
+        readers = {
+            "weight": lambda value: Scheme.parse(value, "weight"),
+            "act": lambda value: Scheme.parse(value, "act"),
+        }
+        check_rules(self.rules, "SimQAT", readers)
         object.__setattr__(self, "rules", as_text(self.rules))
         if self.fold_bn not in list(FOLDS):
             raise ValueError(f"SimQAT: fold_bn must be one of {', '.join(map(str, FOLDS))}, got {self.fold_bn!r}")
@@ -96,8 +102,8 @@ class SimQATConfig(AlgorithmConfig):
     def options(self) -> QuantOptions:
         act_delay, weight_delay = self.delays
         return QuantOptions(
-            weight=self.weight,
-            act=self.act,
+            weight=str(self.weight),
+            act=None if self.act is None else str(self.act),
             fold=FOLDS[self.fold_bn],
             fusion=self.fusion,
             act_delayed=act_delay > 0,

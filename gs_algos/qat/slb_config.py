@@ -13,7 +13,7 @@ from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.rules import Rule
 from gs_algos.qat.slb_prepare import SearchOptions
 from gs_algos.qat.slb_schedule import T_FINAL, Schedule
-from gs_algos.quant.scheme import Scheme, as_text
+from gs_algos.quant.scheme import Scheme, as_text, check_rules
 from gs_algos.quant.slb_grid import LevelGrid
 from gs_algos.quant.slb_pact import parse_act
 
@@ -31,9 +31,10 @@ class SLBConfig(AlgorithmConfig):
     """Options of SLB.
 
     Args:
-        weight: grid of the weights, as a scheme `int1|int2|int4|int8@tensor|@channel` or in SLB's own words
-            `2bit@channel`: evenly spaced levels from -1 to 1 times a scale, fixed at the least error; `:lsq`, or
-            `:learned`, trains the scale. `1bit`, `2bit`, ... have no scale and need a batch norm behind the layer.
+        weight: grid of the weights: a `LevelGrid`, a `Scheme`, or text, which is what the config keeps. As a scheme
+            `int1|int2|int4|int8@tensor|@channel`, or in SLB's own words `2bit@channel`: evenly spaced levels from -1
+            to 1 times a scale, fixed at the least error; `:lsq`, or `:learned`, trains the scale. `1bit`, `2bit`, ...
+            have no scale and need a batch norm behind the layer.
         act: scheme of the activations that a layer reads, as in SimQAT, or with a learned bound `uint4@tensor:pact`.
         total_steps: optimizer steps of the whole training; needed by `apply`.
         steps_per_epoch: the temperature moves once in so many steps; 1 moves it every step.
@@ -54,8 +55,8 @@ class SLBConfig(AlgorithmConfig):
         rules: `(pattern, {"weight": ..., "act": ..., "fused": ...} | None)`; None leaves the layer float.
     """
 
-    weight: str = "4bit@channel"
-    act: str | None = None
+    weight: str | Scheme | LevelGrid = "4bit@channel"
+    act: str | Scheme | None = None
     total_steps: int | None = None
     steps_per_epoch: int = 1
     t0: float = 1.0
@@ -66,7 +67,7 @@ class SLBConfig(AlgorithmConfig):
     init: str = "weights"
     kappa: float | None = None
     batch_norm: str = "plain"
-    ends: str | None = "same"
+    ends: str | Scheme | LevelGrid | None = "same"
     logits: str = "float32"
     fused: bool = False
     trace: int = 50
@@ -81,7 +82,8 @@ class SLBConfig(AlgorithmConfig):
         parse_act(self.act)
         if isinstance(self.act, Scheme):
             object.__setattr__(self, "act", str(self.act))
-        object.__setattr__(self, "rules", as_text(self.rules))
+        check_rules(self.rules, "SLB", {"weight": LevelGrid.parse, "act": parse_act})
+        object.__setattr__(self, "rules", as_text(self.rules, (Scheme, LevelGrid)))
         for name, known in CHOICES.items():
             value = getattr(self, name)
             if value not in known:
@@ -108,9 +110,9 @@ class SLBConfig(AlgorithmConfig):
 
     def options(self) -> SearchOptions:
         return SearchOptions(
-            weight=self.weight,
-            act=self.act,
-            ends=self.ends,
+            weight=str(self.weight),
+            act=None if self.act is None else str(self.act),
+            ends=None if self.ends is None else str(self.ends),
             fused=self.fused,
             state_bn=self.batch_norm == "state",
             rules=self.rules,
@@ -131,7 +133,7 @@ def _positive(value: Any) -> bool:
 class SLBOptions(TypedDict, total=False):
     """The fields of `SLBConfig` as keywords of `SLB`, for type checkers."""
 
-    weight: str | LevelGrid
+    weight: str | Scheme | LevelGrid
     act: str | Scheme | None
     total_steps: int | None
     steps_per_epoch: int
@@ -143,7 +145,7 @@ class SLBOptions(TypedDict, total=False):
     init: str
     kappa: float | None
     batch_norm: str
-    ends: str | LevelGrid | None
+    ends: str | Scheme | LevelGrid | None
     logits: str
     fused: bool
     trace: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -32,28 +32,50 @@ class Scheme:
             the new batch · `percentile` range that holds that share of the values, in percent · `mse` range with the
             least squared error. The last two are fixed by calibration.
         argument: the observer's number, None where it has none.
+        argument: the observer's number; None stands for the usual one, 0.01 of `ema` and 99.99 of `percentile`.
         learned: scale (and, if not symmetric, zero point) become parameters (LSQ, arXiv:1902.08153).
+
+    `str(scheme)` is the text form, which `Scheme.parse` reads back.
+
+    Raises:
+        ValueError: if there is no such observer, or its number is out of range.
+        TypeError: if the format or the granularity is none.
     """
 
     format: IntFormat
     granularity: Granularity
-    symmetric: bool
-    observer: str
+    symmetric: bool = True
+    observer: str = "minmax"
     argument: float | None = None
     learned: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.format, IntFormat):
+            raise TypeError(f"Scheme: format must be an IntFormat such as IntFormat(4), got {self.format!r}")
+        if not isinstance(self.granularity, PerTensor | PerChannel | PerGroup):
+            must = "PerTensor(), PerChannel() or PerGroup(size)"
+            raise TypeError(f"Scheme: granularity must be {must}, got {self.granularity!r}")
+        if self.observer not in OBSERVERS["act"]:
+            raise ValueError(f"Scheme: observer must be one of {', '.join(OBSERVERS['act'])}, got {self.observer!r}")
+        if self.argument is None:
+            object.__setattr__(self, "argument", DEFAULT_ARGUMENT.get(self.observer))
+        _refuse_argument(self.observer, self.argument, repr(self.argument))
 
     @staticmethod
     def parse(text: str | Scheme, role: Role) -> Scheme:
         """Reads the text form; the defaults are symmetric min-max for weights, asymmetric EMA for activations.
 
+        A scheme is given back, if the role can have it.
+
         Raises:
-            ValueError: if the text does not follow the grammar or asks for what the role cannot have.
+            ValueError: if the text does not follow the grammar, or it or the scheme is what the role cannot have.
             TypeError: if it is neither text nor a scheme.
         """
         if isinstance(text, Scheme):
+            text._refuse_role(role)
             return text
         if not isinstance(text, str):
-            raise TypeError(f"Scheme: {role} must be text such as 'int8@tensor', got {text!r}")
+            raise TypeError(f"Scheme: {role} must be text such as 'int8@tensor', got {text!r}{_hint(text, role)}")
         try:
             return Scheme._read(text, role)
         except ValueError as error:
@@ -84,6 +106,19 @@ class Scheme:
             raise ValueError(f"Scheme: activations take one scale per tensor, got {text!r}; use @tensor")
         return scheme
 
+    def _refuse_role(self, role: Role) -> None:
+        """Raises ValueError if a weight, or an activation, cannot be quantized so: the text would not be read back."""
+        fits = self
+        if self.observer not in OBSERVERS[role]:
+            must = f"find its range by {', '.join(OBSERVERS[role])}"
+            fits = replace(fits, observer=OBSERVERS[role][0], argument=None)
+        if role == "act" and not isinstance(self.granularity, PerTensor):
+            must, fits = "have one scale per tensor", replace(fits, granularity=PerTensor())
+        if isinstance(self.granularity, PerChannel) and self.granularity.axis != 0 and role == "weight":
+            must, fits = "have its channels along axis 0, its outputs", replace(fits, granularity=PerChannel(0))
+        if fits != self:
+            raise ValueError(f"Scheme: {role} must {must}, got {self}; use {str(fits)!r}")
+
     @property
     def bits(self) -> int:
         return self.format.bits
@@ -100,7 +135,8 @@ class Scheme:
         where = {PerTensor: "tensor", PerChannel: "channel"}.get(type(self.granularity))
         if isinstance(self.granularity, PerGroup):
             where = f"group:{self.granularity.size}"
-        number = "" if self.argument is None else f"={self.argument:g}"
+        short = "" if self.argument is None else f"{self.argument:g}"
+        number = "" if self.argument is None else f"={short if float(short) == self.argument else repr(self.argument)}"
         flags = (":lsq" if self.learned else "") + (":sym" if self.symmetric else ":asym")
         narrow = ":narrow" if self.format.narrow else ""
         return f"{'' if self.format.signed else 'u'}int{self.bits}@{where}:{self.observer}{number}{flags}{narrow}"
@@ -173,11 +209,7 @@ def _apply_word(scheme: Scheme, word: str, text: str, role: Role) -> Scheme:
             argument = float(number) if number else DEFAULT_ARGUMENT.get(name)
         except ValueError:
             raise ValueError(f"Scheme: the argument of {name} must be a number, got {text!r}") from None
-        upper = {"ema": 1.0, "percentile": 100.0}.get(name)
-        if upper is None and argument is not None:
-            raise ValueError(f"Scheme: {name} takes no argument, got {text!r}")
-        if upper is not None and not 0 < float(argument or 0) <= upper:
-            raise ValueError(f"Scheme: the argument of {name} must be in (0, {upper:g}], got {text!r}")
+        _refuse_argument(name, argument, repr(text))
         return replace(scheme, observer=name, argument=argument)
     if word == "lsq":
         return replace(scheme, learned=True)
@@ -189,13 +221,53 @@ def _apply_word(scheme: Scheme, word: str, text: str, role: Role) -> Scheme:
     raise ValueError(f"Scheme: options of {role} are {allowed}, got {word!r} in {text!r}")
 
 
-def as_text(rules: Any) -> Any:
-    """Rules whose schemes are text, as a checkpoint keeps them; whatever is no rule stays as it is."""
+def _refuse_argument(observer: str, argument: Any, got: str) -> None:
+    """Raises ValueError unless the number of an observer is one that it can have."""
+    upper = {"ema": 1.0, "percentile": 100.0}.get(observer)
+    if upper is None and argument is not None:
+        raise ValueError(f"Scheme: {observer} takes no argument, got {got}")
+    number = isinstance(argument, int | float) and not isinstance(argument, bool)
+    if upper is not None and not (number and 0 < argument <= upper):
+        raise ValueError(f"Scheme: the argument of {observer} must be in (0, {upper:g}], got {got}")
+
+
+def _hint(value: object, role: Role) -> str:
+    """`; use ...` where a grid of SLB was given for a scheme."""
+    from gs_algos.quant.slb_grid import LevelGrid
+
+    use = f"int{value.bits}@{'tensor' if role == 'act' else 'channel'}" if isinstance(value, LevelGrid) else ""
+    return f"; a LevelGrid is for weights of SLB, use {use!r}" if use else ""
+
+
+def check_rules(rules: Any, who: str, readers: Mapping[str, Callable[[Any], object]]) -> None:
+    """Reads the schemes in rules, so that a wrong one is found before there is a model. Only well-formed rules count.
+
+    readers: name of an option -> what reads its value and raises ValueError or TypeError.
+    """
+    for rule in rules if isinstance(rules, tuple | list) else ():
+        pair = isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[1], Mapping)
+        for name, read in readers.items() if pair else ():
+            value = rule[1].get(name)
+            if value is None:
+                continue
+            try:
+                read(value)
+            except (ValueError, TypeError) as error:
+                pattern = rule[0] if isinstance(rule[0], str) else getattr(rule[0], "__name__", repr(rule[0]))
+                told = str(error).removeprefix("Scheme: ").removeprefix(f"{who}: ")
+                raise type(error)(f"{who}: rule {pattern}: {told}") from None
+
+
+def as_text(rules: Any, kinds: tuple[type, ...] = (Scheme,)) -> Any:
+    """Rules whose schemes are text, as a checkpoint keeps them; whatever is no rule stays as it is.
+
+    kinds: the classes whose text stands for them.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {key: str(item) if isinstance(item, Scheme) else item for key, item in value.items()}
-        return value
+            return {key: str(item) if isinstance(item, kinds) else item for key, item in value.items()}
+        return str(value) if isinstance(value, kinds) else value
 
     if not isinstance(rules, tuple | list):
         return rules

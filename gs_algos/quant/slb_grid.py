@@ -14,6 +14,7 @@ from gs_kernels import PerGroup, PerTensor
 from gs_kernels.pack.layouts import BITS
 
 GRAMMAR = "int<1|2|4|8>@<tensor|channel>[:lsq] or <1|2|4|8>bit[@tensor|@channel][:learned]"
+SHARED = ("none", "tensor", "channel")
 RATIOS = 64  # scales tried, as shares of the largest weight, from 1 down to SMALLEST_RATIO
 SMALLEST_RATIO = 0.15
 
@@ -25,11 +26,24 @@ class LevelGrid:
     Args:
         per: what shares one scale: "none" (there is no scale: a batch norm absorbs it), "tensor" or "channel".
         learned: the scale is a parameter.
+
+    `str(grid)` is the text form, which `LevelGrid.parse` reads back.
+
+    Raises:
+        ValueError: if there are no such grids.
     """
 
     bits: int
     per: str = "none"
     learned: bool = False
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or self.bits not in BITS:
+            raise ValueError(f"LevelGrid: bits must be one of {', '.join(map(str, BITS))}, got {self.bits!r}")
+        if self.per not in SHARED:
+            raise ValueError(f"LevelGrid: per must be one of {', '.join(SHARED)}, got {self.per!r}")
+        if self.learned and self.per == "none":
+            raise ValueError("LevelGrid: a learned scale needs per='tensor' or 'channel', got per='none'")
 
     @staticmethod
     def parse(text: str | LevelGrid | Scheme) -> LevelGrid:
