@@ -36,9 +36,9 @@ from gs_algos.quant.packed_embedding import PackedEmbedding
 from gs_algos.quant.packed_linear import PackedConv1D
 from gs_algos.quant.static_quantizer import StaticQuantizer
 from gs_kernels import repack, unpack_codes
+from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.pack.formats.onnxruntime import to_matmul_nbits
 from gs_kernels.pack.layouts import CANONICAL
-from gs_kernels.qmatmul.ref import ACTIVATIONS
 
 WHO = "export_onnx"
 OPSET = 21
@@ -172,7 +172,7 @@ class _OnnxLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.before is None else self.before(x)
-        y = ACTIVATIONS[self.activation](self._product(x))
+        y = ACTIVATIONS[self.activation].function(self._product(x))
         return y if self.after is None else self.after(y)
 
     def _product(self, x: Tensor) -> Tensor:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from gs_kernels import activations
+
 CONVS = ("conv1d", "conv2d", "conv3d")
 TRANSPOSED_CONVS = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-ACTIVATIONS = ("relu", "relu6", "hardswish", "silu", "gelu")
+ACTIVATIONS = tuple(name for name in activations.ACTIVATIONS if name != "none")
 PRODUCTS = ("matmul", "addmm", "mm", "bmm", "einsum")
 NOOPS = ("identity", "contiguous", "clone")  # change no value, in training either: looked through
 CASTS = ("to", "_to_copy", "type_as")  # looked through where the type stays the same

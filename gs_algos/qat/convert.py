@@ -37,7 +37,7 @@ from gs_algos.quant.quantizers import ActivationQuantizer
 from gs_algos.quant.scheme import Scheme
 from gs_algos.quant.static_quantizer import StaticQuantizer
 from gs_kernels import PackedWeight, quantize
-from gs_kernels.qmatmul.ref import ACTIVATIONS
+from gs_kernels.activations import ACTIVATIONS
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from gs_algos.quant.codes_tensor import CodesTensor, Like, Pending, hands_now
 from gs_algos.quant.memory_format import CHANNELS_LAST, laid, strides_in, suggested
 from gs_algos.quant.packed import Packed
 from gs_kernels import PackedWeight, dequantize_packed, pack_codes, qconv2d, unpack_codes
+from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.qconv2d.window import make_window
-from gs_kernels.qmatmul.ref import ACTIVATIONS
 
 DENSE = {2: F.conv1d, 3: F.conv2d, 4: F.conv3d}  # by the axes of a filter
 
@@ -119,7 +119,7 @@ class Convolution(Packed):
         """`act(conv(x, W) + bias + residual)` of floats, x `[B, C, ...]` or, without a residual, `[C, ...]`."""
         if self.refusals():
             y = self._convolve_dense(x, bias)
-            return ACTIVATIONS[activation](y if residual is None else y + residual)
+            return ACTIVATIONS[activation].function(y if residual is None else y + residual)
         image, about = self.window(x)
         into: dict[str, Any] = {"residual": residual, "activation": activation, "keep_dense": True}
         return self.like_input(qconv2d(image, self.packed, bias, **about, **into), x)

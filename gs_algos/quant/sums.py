@@ -12,10 +12,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.compiled import call, compiled
 from gs_kernels.dispatch import is_eager
 from gs_kernels.qconv2d.cpu_native import sum_codes
-from gs_kernels.qmatmul.ref import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def sum_chain(
     y = ((a.float() - a_zero) * a_scale).to(dtype)
     if b is not None and b_scale is not None and b_zero is not None:
         y = y + ((b.float() - b_zero) * b_scale).to(dtype)
-    y = ACTIVATIONS[activation](y)
+    y = ACTIVATIONS[activation].function(y)
     if inverse is None or whole is None or rest is None:
         return y
     level = torch.round(y.float() * inverse + rest) + whole

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
+from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.native import native
 from gs_kernels.qconv2d.window import Window
 
-ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 LANES = 16  # channels of a depthwise convolution are a multiple of
 PARALLEL_FROM = 1 << 15  # products, or numbers of y, from which a second thread pays: measured
 
@@ -95,7 +95,7 @@ class Finish:
         self.of_zero = codes.sum(1, dtype=torch.int32) * -shift
         pointers = self.scale.data_ptr(), None if self.bias is None else self.bias.data_ptr(), self.of_zero.data_ptr()
         singles = float(x_scale), inverse, fraction, whole
-        self.after = _After(*pointers, *singles, shift, twice, ACTIVATIONS[activation], self.dtype == torch.int8)
+        self.after = _After(*pointers, *singles, shift, twice, ACTIVATIONS[activation].cpp, self.dtype == torch.int8)
 
     def takes(self, residual: Tensor | None) -> bool:
         return residual is None or residual.dtype in (torch.int8, torch.float32)
@@ -198,13 +198,15 @@ def sum_codes(
     grid: as `to_codes` takes it. None if the C++ does not run, or does not know the activation.
     """
     functions = library()
-    if functions is None or activation not in ACTIVATIONS:
+    if functions is None or ACTIVATIONS[activation].cpp is None:
         return None
     codes = a[0]
     y = torch.empty_like(codes, dtype=torch.float32 if grid is None else torch.int8)
     other = (None, 1.0, 0.0) if b is None else (b[0].data_ptr(), *b[1:])
     numbers = (0.0, 0.0, 0.0, 0.0, 0.0) if grid is None else grid
-    about = _Sum(codes.data_ptr(), other[0], *a[1:], *other[1:], *numbers, ACTIVATIONS[activation], grid is not None)
+    about = _Sum(
+        codes.data_ptr(), other[0], *a[1:], *other[1:], *numbers, ACTIVATIONS[activation].cpp, grid is not None
+    )
     functions.sum_codes(about, y.data_ptr(), codes.numel(), _threads(codes))
     return y
 
@@ -215,7 +217,7 @@ def _threads(x: Tensor) -> int:
 
 def finishes(activation: str, dtype: torch.dtype, codes: bool) -> bool:
     """Whether the C++ is there and ends with this."""
-    return activation in ACTIVATIONS and (codes or dtype == torch.float32) and library() is not None
+    return ACTIVATIONS[activation].cpp is not None and (codes or dtype == torch.float32) and library() is not None
 
 
 def suits(channels: int, k: int, window: Window) -> bool:

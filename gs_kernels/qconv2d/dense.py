@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, pad, relu6, silu
+from torch.nn.functional import conv2d, pad
 from torch.nn.grad import conv2d_input
 
+from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.qconv2d.window import Window
-from gs_kernels.qmatmul.ref import ACTIVATIONS
-
-# of `ACTIVATIONS`, those that need no second tensor as large as y
-IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu_,
-    "relu6": partial(relu6, inplace=True),
-    "silu": partial(silu, inplace=True),
-}
 
 
 def empty_image(x: Tensor, o: int, window: Window, dtype: torch.dtype) -> Tensor:
@@ -46,7 +36,7 @@ def convolve_dense(
     inside = None if bias is None else bias.to(w.dtype)
     y = conv2d(image, _filters(w, window), inside, window.stride, padding, window.dilation, window.groups)
     y = y if residual is None else y.float().add_(residual)
-    y = IN_PLACE.get(activation, ACTIVATIONS[activation])(y)
+    y = ACTIVATIONS[activation].in_place(y)
     return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.dispatch import implementations
 from gs_kernels.pack.checks import FLOATS, check_tensor
 from gs_kernels.pack.layouts import PackedWeight
@@ -16,7 +17,7 @@ from gs_kernels.qconv2d.cpu import qconv2d_cpu
 from gs_kernels.qconv2d.dense import convolve_dense, convolve_dx, dense_dtype, empty_image
 from gs_kernels.qconv2d.window import Padding, Pair, Window, make_window
 from gs_kernels.qmatmul.flat import NUMBERS, TENSORS, numbers_of, packed, tensors_of
-from gs_kernels.qmatmul.op import planar_refuses, through_activation
+from gs_kernels.qmatmul.op import planar_refuses
 from gs_kernels.registration import SOURCE, register
 
 
@@ -104,7 +105,7 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     parts = (codes, scale, zero_points, ctx.zero, levels)
     if ctx.activation != "none":
         z = _run(x, *parts, bias, residual, *ctx.numbers, "none", ctx.keep, SOURCE)
-        dy = through_activation(z, dy, ctx.activation)
+        dy = ACTIVATIONS[ctx.activation].gradient(z, dy)
     wanted = ctx.needs_input_grad
     dx = _run_dx(dy, *parts, *ctx.numbers, *ctx.size, SOURCE) if wanted[0] else None
     dbias = dy.sum((0, 2, 3), dtype=torch.float32).to(bias.dtype) if wanted[6] else None

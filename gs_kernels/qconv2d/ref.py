@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, unfold
 
+from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.fake_quant.ref import inverse
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed, unpack_codes
 from gs_kernels.qconv2d.window import Padding, Pair, Window, make_window
-from gs_kernels.qmatmul.ref import ACTIVATIONS
 
 # residual, its scale and zero point; inverse of the scale of the result, its zero point: whole steps, and the rest
 Into: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -54,7 +54,7 @@ def qconv2d_ref(
     y = _image(_multiply(dequantize_packed(weight), columns(x.float(), window)), x, window)
     y = y if bias is None else y + bias.float().view(-1, 1, 1)
     y = y if residual is None else y + residual.float()
-    return ACTIVATIONS[activation](y).to(x.dtype)
+    return ACTIVATIONS[activation].function(y).to(x.dtype)
 
 
 def integer_sums(x: Tensor, x_zero: Tensor | None, weight: PackedWeight, window: Window) -> Tensor:
@@ -111,7 +111,7 @@ def finish_int8(
         if residual_scale is not None:
             real = (real if residual_zero is None else real - residual_zero) * residual_scale
         y = y + real
-    y = ACTIVATIONS[activation](y)
+    y = ACTIVATIONS[activation].function(y)
     if out_inverse is None or out_whole is None or out_fraction is None:
         return y.to(dtype)
     level = torch.round(y * out_inverse + out_fraction) + out_whole

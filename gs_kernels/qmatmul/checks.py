@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.pack.checks import FLOATS, check_packed, check_tensor, dtype_name
 from gs_kernels.pack.layouts import PackedWeight
-from gs_kernels.qmatmul.ref import ACTIVATIONS
 
 
 def check_operands(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.instructions import has
 from gs_kernels.pack.layouts import CANONICAL, PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
@@ -28,7 +29,6 @@ from gs_kernels.qmatmul import cpu_bf16
 from gs_kernels.qmatmul.cpu_lanes import LANES, STEP, Lanes, UnsuitableError, lanes_of
 from gs_kernels.qmatmul.cpu_products import dot, unpack
 from gs_kernels.qmatmul.flat import packed
-from gs_kernels.qmatmul.ref import ACTIVATIONS
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def finish(y: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype) 
     """Bias and activation in fp32, one cast; contiguous."""
     if bias is not None:
         y = y.float() + bias.float()
-    return ACTIVATIONS[activation](y).to(dtype).contiguous()
+    return ACTIVATIONS[activation].function(y).to(dtype).contiguous()
 
 
 @cache

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.dispatch import implementations, triton_refuses
 from gs_kernels.pack.checks import FLOATS
 from gs_kernels.pack.layouts import PLANAR, PackedWeight
@@ -14,7 +15,6 @@ from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.qmatmul.checks import check_operands
 from gs_kernels.qmatmul.cpu import qmatmul_cpu
 from gs_kernels.qmatmul.flat import NUMBERS, TENSORS, numbers_of, packed, tensors_of
-from gs_kernels.qmatmul.ref import ACTIVATIONS
 from gs_kernels.registration import SOURCE, register
 
 
@@ -44,7 +44,7 @@ def _qmatmul_ref(
     """Dequantises to the dtype of x, then multiplies as a float layer does: what a compiler sees without a GPU."""
     weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
     y = torch.nn.functional.linear(x, dequantize_packed(weight, x.dtype))
-    return ACTIVATIONS[activation](y if bias is None else (y.float() + bias.float()).to(x.dtype))
+    return ACTIVATIONS[activation].function(y if bias is None else (y.float() + bias.float()).to(x.dtype))
 
 
 def _dx_ref(
@@ -88,27 +88,10 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     parts = (codes, scale, zero_points, ctx.zero, levels)
     if ctx.activation != "none":
         z = _run(x, *parts, bias, *ctx.numbers, "none", SOURCE)
-        dy = through_activation(z, dy, ctx.activation)
+        dy = ACTIVATIONS[ctx.activation].gradient(z, dy)
     dx = _run_dx(dy, *parts, *ctx.numbers, SOURCE) if ctx.needs_input_grad[0] else None
     dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(bias.dtype) if ctx.needs_input_grad[6] else None
     return dx, None, None, None, None, None, dbias, *([None] * 7)
-
-
-def through_activation(z: Tensor, dy: Tensor, activation: str) -> Tensor:
-    """The gradient of what goes into an activation, z, from that of what comes out."""
-    if activation == "relu":
-        return torch.where(z > 0, dy, 0.0)
-    if activation == "relu6":
-        return torch.where((z > 0) & (z < 6), dy, 0.0)
-    if activation == "hardswish":
-        v = z.float()
-        slope = torch.where(v < -3, 0.0, torch.where(v <= 3, v / 3 + 0.5, 1.0))
-        return (dy * slope).to(dy.dtype)
-    if activation == "gelu":
-        return torch.ops.aten.gelu_backward(dy, z)
-    z = z.float()
-    s = torch.sigmoid(z)  # not silu_backward: that has no gradient of its own
-    return (dy * (s * (1 + z * (1 - s)))).to(dy.dtype)
 
 
 def _dx_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.fake_quant.ref import inverse
 from gs_kernels.observe.ref import SCALE_FLOOR, choose_qparams_ref
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed, unpack_codes
 
-
-def _hardswish(y: Tensor) -> Tensor:
-    v = y.float()
-    return (v * (v + 3).clamp(0, 6) * (1 / 6)).to(y.dtype)  # libraries differ in whether they divide
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda y: y,
-    "relu": torch.relu,
-    "relu6": torch.nn.functional.relu6,
-    "hardswish": _hardswish,
-    "gelu": torch.nn.functional.gelu,
-    "silu": torch.nn.functional.silu,
-}
 LEVELS = 127  # of a quantized row on either side of 0
 FP8_MAX = 448.0  # the largest float8_e4m3fn
 
 
 def qmatmul_ref(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
     y = x.float() @ dequantize_packed(weight).T
-    return ACTIVATIONS[activation](y if bias is None else y + bias.float()).to(x.dtype)
+    return ACTIVATIONS[activation].function(y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def quantize_rows_ref(x: Tensor, *, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
@@ -87,7 +72,7 @@ def qmatmul_int8_ref(
     steps = x.double() if x_zero is None else x.double() - x_zero.double()
     # one scale for all is no row's: x may be a single row without an axis of rows
     y = integer_sums(steps, weight) * (x_scale.unsqueeze(-1) if x_scale.shape == x.shape[:-1] else x_scale)
-    return ACTIVATIONS[activation](y if bias is None else y + bias.float()).to(dtype)
+    return ACTIVATIONS[activation].function(y if bias is None else y + bias.float()).to(dtype)
 
 
 def qmatmul_fp8_ref(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:

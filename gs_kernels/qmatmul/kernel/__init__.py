@@ -5,13 +5,13 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
+from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.device import capabilities
 from gs_kernels.dispatch import INTERPRET, is_eager
 from gs_kernels.qmatmul.kernel.dequant import dequantize
 from gs_kernels.qmatmul.kernel.int8 import multiply_int8
 from gs_kernels.qmatmul.kernel.matmul import multiply
 from gs_kernels.qmatmul.kernel.rows import quantize
-from gs_kernels.qmatmul.ref import ACTIVATIONS
 from gs_kernels.qmatmul.tiles import choose_int8_plan, choose_plan
 
 MAX_STRIDE = 1 << 22  # offsets inside a tile of x are 32-bit
@@ -75,7 +75,8 @@ def qmatmul_triton(
         y = x.new_empty(0, n)
     elif plan.dense:
         w = dequantize(parts, bits, n, k, group, x.dtype)
-        y = ACTIVATIONS[activation](torch.nn.functional.linear(rows, w, None if bias is None else bias.to(x.dtype)))
+        y = torch.nn.functional.linear(rows, w, None if bias is None else bias.to(x.dtype))
+        y = ACTIVATIONS[activation].function(y)
     else:
         y = multiply(rows, parts, bias, bits, n, k, group, activation, plan, asm)
     return y.view(*x.shape[:-1], n)
