@@ -84,7 +84,10 @@ def quantize_checkpoint(
     Args:
         weights: as in `quantize_weights`; None chooses `int4` with the largest group of 128, 64 or 32 that divides the
             inputs of every layer, or another divisor of them if there is none.
-        embeddings, rules, device, progress: as in `quantize_weights`.
+        embeddings: as in `quantize_weights`.
+        rules: as in `quantize_weights`.
+        device: as in `quantize_weights`.
+        progress: as in `quantize_weights`.
         dtype: that what stays float is cast to, and that config.json asks for; None keeps both as they are.
         shard_bytes: largest tensor file, and what is held of the result in memory.
 
