@@ -1,8 +1,10 @@
 """Algorithms that compress PyTorch models, behind one interface: plan, apply, train, convert, save, load."""
 
-from gs_algos.core.algorithm import Algorithm
+from gs_algos.core.algorithm import Algorithm, history
 from gs_algos.core.checkpoint import load, save
-from gs_algos.core.plan import Plan
+from gs_algos.core.config import AlgorithmConfig
+from gs_algos.core.plan import Plan, PlanRow, Totals
+from gs_algos.core.registry import register_algorithm
 from gs_algos.export.checkpoint import quantize_checkpoint
 from gs_algos.export.interchange import export_language_model, import_language_model
 from gs_algos.export.language import load_language_model
@@ -31,12 +33,14 @@ __all__ = [
     "SCOP",
     "SLB",
     "Algorithm",
+    "AlgorithmConfig",
     "LevelGrid",
     "PackedConv",
     "PackedEmbedding",
     "PackedLinear",
     "Pipeline",
     "Plan",
+    "PlanRow",
     "Prune",
     "PruningConfig",
     "SLBConfig",
@@ -47,15 +51,18 @@ __all__ = [
     "SlbAdamW",
     "SlbSGD",
     "Stage",
+    "Totals",
     "__version__",
     "export_language_model",
     "export_onnx",
     "export_package",
+    "history",
     "import_language_model",
     "load",
     "load_language_model",
     "plan_weights",
     "quantize_checkpoint",
     "quantize_weights",
+    "register_algorithm",
     "save",
 ]

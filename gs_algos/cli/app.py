@@ -23,11 +23,11 @@ from gs_algos.cli.models import MODELS, build
 from gs_algos.cli.serve import run_serve
 from gs_algos.cli.train import Interrupted
 from gs_algos.cli.tune import LAYER_HELP, LAYERS, ROWS, layers_of, parse_layer, run_tune
-from gs_algos.core.registry import ALGORITHMS
+from gs_algos.core.registry import algorithm_names
 
 DATA_HELP = f"One of {', '.join(DATA)}; a folder goes after a colon, e.g. cifar10:DIR. Or package.module:function."
 MODEL_HELP = f"One of {', '.join(MODELS)}, or package.module:function that builds a network."
-ALGORITHM_HELP = f"One of {', '.join(ALGORITHMS)}."
+ALGORITHM_HELP = f"One of {', '.join(algorithm_names())}."
 WEIGHT_HELP = "Scheme of the weights: bits, granularity, observer."
 WEIGHTS_HELP = "Scheme, with 1, 2, 4 or 8 bits. Default: int4 with the largest group of 128, 64, 32 that divides all."
 LANGUAGE_HELP = "A packed folder, a plain Transformers folder, or a GGUF file."

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,8 @@ def make_algorithm(name: str, weight: str, act: str, **more: Any) -> Algorithm:
     given = {"weight": weight, "act": act}
     options = {key: None if text == "none" else text for key, text in given.items() if text}
     cls: Any = algorithm_class(name)
-    known = cls.config_class
-    for key in options.keys() - {field.name for field in fields(known)}:
-        raise ValueError(f"{name}: --{key} is no option of {known.who}, which quantizes nothing; leave it out")
+    for key in options.keys() - inspect.signature(cls).parameters.keys():
+        raise ValueError(f"{name}: --{key} is no option of {cls.__name__}, which quantizes nothing; leave it out")
     return algorithm_class(name)(**options, **more)  # type: ignore[call-arg]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from typing_extensions import Self
 from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.modules import TRACING
 from gs_algos.core.network import wrapped_at
-from gs_algos.core.plan import Plan
+from gs_algos.core.plan import Plan, PlanRow
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 Loss = TypeVar("Loss", bound=Callable[..., Any])
@@ -78,6 +79,27 @@ class Algorithm(ABC):
     @abstractmethod
     def summary(self, model: nn.Module) -> str:
         """A table of the compressed layers: bits, bytes, and the arithmetic each one runs in."""
+
+    def remember(
+        self, model: nn.Module, stage: str, rows: Iterable[PlanRow] = (), steps: int = 0, **facts: Any
+    ) -> dict[str, Any]:
+        """Writes into the model's history what was done, which `save` keeps and `restore` and `resume` are given.
+
+        Args:
+            model: what `apply` or `convert` gives back.
+            stage: "prepared" after `apply`, "converted" after `convert`.
+            rows: of the plan.
+            steps: optimizer steps since `apply`.
+            facts: what else `restore` needs, as JSON has it.
+
+        Returns:
+            The entry in the history itself. An algorithm that can be resumed counts on in its `steps`.
+        """
+        if stage not in STAGES:
+            raise ValueError(f"{type(self).__name__}.remember: stage must be {' or '.join(STAGES)}, got {stage!r}")
+        plan = [asdict(row) for row in rows]
+        entry = {"algorithm": self.name, "stage": stage, "steps": steps, "config": self.config.to_dict(), "plan": plan}
+        return remember(model, {**entry, **facts})
 
     @classmethod
     def training_options(cls, epochs: int, steps_per_epoch: int) -> dict[str, Any]:

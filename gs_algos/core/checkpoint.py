@@ -31,7 +31,7 @@ from gs_algos.core.files import abandoned, remove, sha256, write_atomically, wri
 from gs_algos.core.modules import all_or_nothing
 from gs_algos.core.network import network_of, ordinary_tensors
 from gs_algos.core.plan import PlanRow
-from gs_algos.core.registry import restorer
+from gs_algos.core.registry import UnknownAlgorithmError, restorer
 from gs_algos.core.settings import wrong_setting
 from gs_algos.core.values import refuse_values
 
@@ -224,8 +224,11 @@ def read_index(directory: str | os.PathLike[str]) -> dict[str, Any]:
     for entry in index["history"]:
         try:
             restorer(entry["algorithm"])
+        except UnknownAlgorithmError as error:
+            way = "update golden-stick, or install or import what has it"
+            raise ValueError(f"load: {path} names an unknown {error}; {way}") from error
         except ValueError as error:
-            raise ValueError(f"load: {path} names an unknown {error}; update golden-stick") from error
+            raise ValueError(f"load: {path} cannot be read, {error}") from error
     return index
 
 
