@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import ParametrizationList
 
 from gs_algos.core.modules import computed_by, parent_name
+from gs_algos.core.table import Table
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # their weights multiply element by element
 ATTENTION_LINEAR = nn.modules.linear.NonDynamicallyQuantizableLinear
@@ -69,7 +70,8 @@ class Totals:
 class Plan:
     """The dry run of an algorithm. `plan.rows` is the data, `plan.totals` what it comes to, `plan.notes` the rest.
 
-    `str(plan)` is a table with the totals below it. A layer that is in many blocks is one line of it, with a count.
+    `str(plan)` is a table with the totals below it, in a notebook one of HTML. A layer that is in many blocks is one
+    line of it, with a count.
     """
 
     algorithm: str
@@ -88,14 +90,20 @@ class Plan:
         return asdict(self)
 
     def __str__(self) -> str:
-        table = render_layers(
+        return self._table()
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+    def _table(self) -> Table:
+        read = f", graph read by {self.rung}" if self.rung else ""
+        totals = [] if self.totals is None else [str(self.totals)]
+        return render_layers(
             ("layer", "kind", "action", "detail", "reason"),
             [(row.site, row.kind, row.action, row.detail, row.reason) for row in self.rows],
+            f"{self.algorithm}: {len(self.acted())} of {len(self.rows)} layers{read}",
+            [*(f"note: {note}" for note in self.notes), *totals],
         )
-        read = f", graph read by {self.rung}" if self.rung else ""
-        head = f"{self.algorithm}: {len(self.acted())} of {len(self.rows)} layers{read}"
-        totals = [] if self.totals is None else [str(self.totals)]
-        return "\n".join([head, table, *(f"note: {note}" for note in self.notes), *totals])
 
 
 def other_weights(model: nn.Module, rows: Iterable[PlanRow]) -> list[PlanRow]:
@@ -176,8 +184,10 @@ def _why_float(owner: nn.Module, parameter: nn.Parameter) -> str:
     return f"is read by the forward of {kind} itself, not by a layer"
 
 
-def render_layers(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """`render` for rows that start with a layer's name: rows that say the same of one layer of many blocks are one.
+def render_layers(
+    header: Sequence[str], rows: Sequence[Sequence[object]], title: str = "", below: Sequence[str] = ()
+) -> Table:
+    """A table whose rows start with a layer's name: rows that say the same of one layer of many blocks are one.
 
     That row has `blocks.0.fc ... blocks.11.fc` as its name and says how many there are. A column `bytes` is of each.
     """
@@ -193,12 +203,12 @@ def render_layers(header: Sequence[str], rows: Sequence[Sequence[object]]) -> st
         last[name], place[name] = rest, len(groups)
         groups.append([cells])
     if len(groups) == len(rows):
-        return render(header, rows)
+        return Table.of(header, rows, title, below)
     names = [group[0][0] if len(group) == 1 else f"{group[0][0]} ... {group[-1][0]}" for group in groups]
     counts = ["" if len(group) == 1 else str(len(group)) for group in groups]
-    header = [f"{title} each" if title == "bytes" else title for title in header]
+    header = [f"{column} each" if column == "bytes" else column for column in header]
     table = [(name, n, *group[0][1:]) for name, n, group in zip(names, counts, groups, strict=True)]
-    return render((header[0], "count", *header[1:]), table)
+    return Table.of((header[0], "count", *header[1:]), table, title, below)
 
 
 _BLOCK = re.compile(r"(?:^|(?<=[._]))\d+(?=\.)")  # the number of a block in a name: layers.3.fc, experts.expert_3.fc
@@ -208,16 +218,3 @@ _NAME = re.compile(r"[\w.]*\.[\w.]*[A-Za-z_][\w.]*")
 def _without_numbers(cell: str) -> str:
     """The text of a cell with the numbers of blocks left out of the names in it."""
     return _NAME.sub(lambda found: _BLOCK.sub("*", found[0]), cell)
-
-
-def render(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A plain text table with aligned columns; columns that are empty everywhere are left out."""
-    cells = [[str(value) for value in row] for row in rows]
-    columns = [i for i in range(len(header)) if not cells or any(row[i] for row in cells)]
-    widths = [max([len(header[i]), *(len(row[i]) for row in cells)]) for i in columns]
-    lines = [
-        [header[i] for i in columns],
-        ["-" * width for width in widths],
-        *([row[i] for i in columns] for row in cells),
-    ]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

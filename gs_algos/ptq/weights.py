@@ -213,8 +213,8 @@ def summary(model: nn.Module) -> str:
         rows.append((name, shape, module.bits, module.group_size, "tied" if module.tied else f"{module.nbytes:,}"))
     kept = sum(p.numel() * p.element_size() for p in model.parameters())
     total = sum(module.nbytes for module in packed.values())
-    table = render_layers(("layer", "shape", "bits", "group", "bytes"), rows)
-    return f"{table}\n{len(packed)} packed layers, {total:,} bytes; {kept:,} bytes of float parameters"
+    totals = f"{len(packed)} packed layers, {total:,} bytes; {kept:,} bytes of float parameters"
+    return render_layers(("layer", "shape", "bits", "group", "bytes"), rows, below=[totals])
 
 
 class QuantizedWeights:
