@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gs_kernels.aot.compile import Launch, record_launches, skip_launches
 from gs_kernels.aot.work import KINDS
-from gs_kernels.registration import IMPLEMENTATIONS, NAMESPACE
+from gs_kernels.registration import NAMESPACE, OPS
 
 # position of an operand, and how many of its last sizes are summed over for each element of the result
 _PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 1), "aten::bmm": (0, 1), "aten::linear": (0, 1)}
@@ -81,9 +81,10 @@ class _Tracer(_Counter):
     ) -> Any:
         if func.namespace != NAMESPACE:
             return super().__torch_dispatch__(func, types, args, kwargs)
-        launcher = next((impl for impl in IMPLEMENTATIONS[func._opname] if impl.name == "triton"), None)
+        op = OPS[func._opname]
+        launcher = next((impl for impl in op.impls if impl.name == "triton"), None)
         if launcher is not None:
-            on_meta = tree_map_only(Tensor, lambda t: t.detach().to("meta"), args[:-1])
+            on_meta = op.unflatten(tree_map_only(Tensor, lambda t: t.detach().to("meta"), args))
             _launch(lambda: launcher.run(*on_meta), self.trace)
         return func(*args, **kwargs or {})
 

@@ -11,7 +11,7 @@ from gs_kernels.fake_quant.cpu import dequantize_cpu, quantize_cpu
 from gs_kernels.fake_quant.ref import dequantize_ref, quantize_ref
 from gs_kernels.fake_quant.rows import like
 from gs_kernels.formats import PER_TENSOR, Granularity, granularity_of
-from gs_kernels.registration import SOURCE, register
+from gs_kernels.registration import register
 
 
 def _quantize_ref(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, axis: int, group: int) -> Tensor:
@@ -30,19 +30,17 @@ def _quantize_fake(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, *_: object
     return torch.empty_like(x, dtype=torch.int8 if qmin < 0 else torch.uint8)
 
 
-def _dequantize_fake(
-    codes: Tensor, scale: Tensor, zero: Tensor, axis: int, group: int, dtype: torch.dtype, source: str
-) -> Tensor:
+def _dequantize_fake(codes: Tensor, scale: Tensor, zero: Tensor, axis: int, group: int, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(codes, dtype=dtype)
 
 
 _quantize = register(
-    "quantize(Tensor x, Tensor scale, Tensor zero, int qmin, int qmax, int axis, int group, str source) -> Tensor",
+    "quantize(Tensor x, Tensor scale, Tensor zero, int qmin, int qmax, int axis, int group) -> Tensor",
     QUANTIZE,
     _quantize_fake,
 )
 _dequantize = register(
-    "dequantize(Tensor codes, Tensor scale, Tensor zero, int axis, int group, ScalarType dtype, str source) -> Tensor",
+    "dequantize(Tensor codes, Tensor scale, Tensor zero, int axis, int group, ScalarType dtype) -> Tensor",
     DEQUANTIZE,
     _dequantize_fake,
 )
@@ -77,7 +75,7 @@ def quantize(
     check_qparams("quantize", x, scale, zero, channels)
     if scale.device.type == "cpu" and is_eager(x, scale, zero):
         check_values("quantize", scale, zero)
-    return _quantize(x.detach(), scale.detach(), zero.detach(), qmin, qmax, axis, group, SOURCE)
+    return _quantize(x.detach(), scale.detach(), zero.detach(), qmin, qmax, axis, group)
 
 
 def dequantize(
@@ -108,4 +106,4 @@ def dequantize(
     check_input("dequantize", codes, (torch.int8, torch.uint8))
     axis, group, channels = check_granularity("dequantize", codes, granularity)
     check_qparams("dequantize", codes, scale, zero, channels)
-    return _dequantize(codes, scale.detach(), zero.detach(), axis, group, dtype, SOURCE)
+    return _dequantize(codes, scale.detach(), zero.detach(), axis, group, dtype)

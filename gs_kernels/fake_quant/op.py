@@ -13,7 +13,7 @@ from gs_kernels.fake_quant.cpu import fake_quant_backward_cpu, fake_quant_cpu
 from gs_kernels.fake_quant.ref import fake_quant_backward_ref, fake_quant_ref
 from gs_kernels.fake_quant.rows import like
 from gs_kernels.formats import PER_TENSOR, Granularity, granularity_of
-from gs_kernels.registration import SOURCE, register
+from gs_kernels.registration import register, save, saved
 
 
 def _fake_quant_ref(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, axis: int, group: int) -> Tensor:
@@ -45,45 +45,50 @@ def _fake_quant_fake(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
 
 
-def _backward_fake(dy: Tensor, x: Tensor, scale: Tensor, zero: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, for_scale, for_zero, _ = rest
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    qmin: int,
+    qmax: int,
+    axis: int,
+    group: int,
+    for_scale: bool,
+    for_zero: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     n = scale.shape[0]
     return torch.empty_like(x), scale.new_empty(n if for_scale else 0), scale.new_empty(n if for_zero else 0)
 
 
 def save_for_gradient(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, grid: tuple[int, int, int, int]) -> None:
     """grid: qmin, qmax, axis, group, as the ops take them."""
-    ctx.save_for_backward(x, scale, zero)
-    ctx.grid = grid
+    save(ctx, x=x, scale=scale, zero=zero, grid=grid)
 
 
-def gradient(ctx: Any, dy: Tensor, for_scale: bool, for_zero: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx, dscale, dzero of what `save_for_gradient` saved; None for those not asked for."""
-    args = (dy, *ctx.saved_tensors, *ctx.grid, for_scale, for_zero, SOURCE)
-    dx, dscale, dzero = _backward(*args)
-    return dx, dscale if for_scale else None, dzero if for_zero else None
+def gradient(ctx: Any, wanted: set[str], dy: Tensor, *_: Tensor) -> dict[str, Tensor | None]:
+    """Gives the gradients of x, scale and zero, of what `save_for_gradient` saved, if they are wanted."""
+    x, scale, zero, grid = saved(ctx)
+    for_scale, for_zero = "scale" in wanted, "zero" in wanted
+    dx, dscale, dzero = _backward(dy, x, scale, zero, *grid, for_scale, for_zero)
+    return {"x": dx, "scale": dscale if for_scale else None, "zero": dzero if for_zero else None}
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, scale, zero, qmin, qmax, axis, group, _ = inputs
-    save_for_gradient(ctx, x, scale, zero, (qmin, qmax, axis, group))
+def _setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+    x, scale, zero, *grid = inputs
+    save_for_gradient(ctx, x, scale, zero, tuple(grid))
 
 
-def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    _, for_scale, for_zero, *_ = ctx.needs_input_grad
-    return *gradient(ctx, dy, for_scale, for_zero), None, None, None, None, None
-
-
-def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
+def _no_second_gradient(ctx: Any, wanted: set[str], *grads: Tensor) -> dict[str, Tensor | None]:
     raise RuntimeError(
         "fake_quant: the straight-through gradient has no gradient of its own; call backward without create_graph=True"
     )
 
 
 _ARGS = "Tensor x, Tensor scale, Tensor zero, int qmin, int qmax, int axis, int group"
-_run = register(f"fake_quant({_ARGS}, str source) -> Tensor", FAKE_QUANT, _fake_quant_fake, _gradient, _setup_context)
+_run = register(f"fake_quant({_ARGS}) -> Tensor", FAKE_QUANT, _fake_quant_fake, gradient, _setup_context)
 _backward = register(
-    f"fake_quant_backward(Tensor dy, {_ARGS}, bool for_scale, bool for_zero, str source) -> (Tensor, Tensor, Tensor)",
+    f"fake_quant_backward(Tensor dy, {_ARGS}, bool for_scale, bool for_zero) -> (Tensor, Tensor, Tensor)",
     BACKWARD,
     _backward_fake,
     _no_second_gradient,
@@ -126,4 +131,4 @@ def fake_quant(
     check_qparams("fake_quant", x, scale, zero, channels)
     if scale.device.type == "cpu" and is_eager(x, scale, zero):
         check_values("fake_quant", scale, zero)
-    return _run(x, scale, zero, qmin, qmax, axis, group, SOURCE)
+    return _run(x, scale, zero, qmin, qmax, axis, group)

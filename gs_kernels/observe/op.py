@@ -14,7 +14,7 @@ from gs_kernels.fake_quant.rows import like
 from gs_kernels.formats import PER_TENSOR, Granularity, granularity_of
 from gs_kernels.observe.cpu import dynamic_fake_quant_cpu, minmax_cpu, observe_fake_quant_cpu
 from gs_kernels.observe.ref import dynamic_fake_quant_ref, minmax_ref, observe_fake_quant_ref
-from gs_kernels.registration import SOURCE, register
+from gs_kernels.registration import register
 
 
 def _minmax_ref(x: Tensor, axis: int, group: int) -> tuple[Tensor, Tensor]:
@@ -42,12 +42,12 @@ def _pair(x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(channels, dtype=torch.float32), x.new_empty(channels, dtype=torch.float32)
 
 
-def _minmax_fake(x: Tensor, axis: int, group: int, source: str) -> tuple[Tensor, Tensor]:
+def _minmax_fake(x: Tensor, axis: int, group: int) -> tuple[Tensor, Tensor]:
     return _pair(x, _channels(x, axis, group))
 
 
 def _dynamic_fake(
-    x: Tensor, qmin: int, qmax: int, symmetric: bool, axis: int, group: int, source: str
+    x: Tensor, qmin: int, qmax: int, symmetric: bool, axis: int, group: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), *_pair(x, _channels(x, axis, group))
 
@@ -61,43 +61,34 @@ DYNAMIC = implementations("dynamic_fake_quant", _dynamic_ref, dynamic_fake_quant
 OBSERVE = implementations("observe_fake_quant", _observe_ref, observe_fake_quant_cpu)
 
 
-def _setup_dynamic(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, qmin, qmax, _, axis, group, _ = inputs
+def _setup_dynamic(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, scale, zero = output
-    save_for_gradient(ctx, x, scale, zero, (qmin, qmax, axis, group))
+    save_for_gradient(ctx, inputs.x, scale, zero, (inputs.qmin, inputs.qmax, inputs.axis, inputs.group))
     ctx.mark_non_differentiable(scale, zero)
 
 
-def _dynamic_gradient(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return gradient(ctx, dy, False, False)[0], None, None, None, None, None, None
+def _dynamic_gradient(ctx: Any, wanted: set[str], dy: Tensor, *_: Tensor) -> dict[str, Tensor | None]:
+    return {"x": gradient(ctx, set(), dy)["x"]}
 
 
-def _setup_observe(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, scale, zero, qmin, qmax, _ = inputs
-    save_for_gradient(ctx, x, scale, zero, (qmin, qmax, -1, 0))
+def _setup_observe(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    save_for_gradient(ctx, inputs.x, inputs.scale, inputs.zero, (inputs.qmin, inputs.qmax, -1, 0))
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _observe_gradient(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    _, for_scale, for_zero, *_ = ctx.needs_input_grad
-    return *gradient(ctx, dy, for_scale, for_zero), None, None, None
-
-
-_minmax = register("minmax(Tensor x, int axis, int group, str source) -> (Tensor, Tensor)", MINMAX, _minmax_fake)
+_minmax = register("minmax(Tensor x, int axis, int group) -> (Tensor, Tensor)", MINMAX, _minmax_fake)
 _dynamic = register(
-    "dynamic_fake_quant(Tensor x, int qmin, int qmax, bool symmetric, int axis, int group, str source)"
-    " -> (Tensor, Tensor, Tensor)",
+    "dynamic_fake_quant(Tensor x, int qmin, int qmax, bool symmetric, int axis, int group) -> (Tensor, Tensor, Tensor)",
     DYNAMIC,
     _dynamic_fake,
     _dynamic_gradient,
     _setup_dynamic,
 )
 _observe = register(
-    "observe_fake_quant(Tensor x, Tensor scale, Tensor zero, int qmin, int qmax, str source)"
-    " -> (Tensor, Tensor, Tensor)",
+    "observe_fake_quant(Tensor x, Tensor scale, Tensor zero, int qmin, int qmax) -> (Tensor, Tensor, Tensor)",
     OBSERVE,
     _observe_fake,
-    _observe_gradient,
+    gradient,
     _setup_observe,
 )
 
@@ -117,7 +108,7 @@ def minmax(x: Tensor, *, granularity: Granularity = PER_TENSOR) -> tuple[Tensor,
     """
     check_input("minmax", x)
     axis, group, _ = check_granularity("minmax", x, granularity)
-    return _minmax(x.detach(), axis, group, SOURCE)
+    return _minmax(x.detach(), axis, group)
 
 
 def dynamic_fake_quant(
@@ -146,7 +137,7 @@ def dynamic_fake_quant(
     check_input("dynamic_fake_quant", x)
     check_grid("dynamic_fake_quant", qmin, qmax)
     axis, group, _ = check_granularity("dynamic_fake_quant", x, granularity)
-    return _dynamic(x, qmin, qmax, symmetric, axis, group, SOURCE)
+    return _dynamic(x, qmin, qmax, symmetric, axis, group)
 
 
 def observe_fake_quant(
@@ -177,4 +168,4 @@ def observe_fake_quant(
     check_qparams("observe_fake_quant", x, scale, zero, 1)
     if scale.device.type == "cpu" and is_eager(x, scale, zero):
         check_values("observe_fake_quant", scale, zero)
-    return _observe(x, scale, zero, qmin, qmax, SOURCE)
+    return _observe(x, scale, zero, qmin, qmax)

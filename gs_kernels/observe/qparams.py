@@ -8,7 +8,7 @@ from torch import Tensor
 from gs_kernels.dispatch import implementations
 from gs_kernels.fake_quant.checks import check_grid
 from gs_kernels.observe.ref import choose_qparams_ref
-from gs_kernels.registration import SOURCE, register
+from gs_kernels.registration import register
 
 
 def qparams_ref(x_min: Tensor, x_max: Tensor, qmin: int, qmax: int, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -21,7 +21,7 @@ def _qparams_fake(x_min: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 QPARAMS = implementations("choose_qparams", qparams_ref)
 _run = register(
-    "choose_qparams(Tensor x_min, Tensor x_max, int qmin, int qmax, bool symmetric, str source) -> (Tensor, Tensor)",
+    "choose_qparams(Tensor x_min, Tensor x_max, int qmin, int qmax, bool symmetric) -> (Tensor, Tensor)",
     QPARAMS,
     _qparams_fake,
 )
@@ -59,4 +59,4 @@ def choose_qparams(x_min: Tensor, x_max: Tensor, *, qmin: int, qmax: int, symmet
             f"choose_qparams: x_min and x_max must have one shape, [C], got {list(x_min.shape)} and {list(x_max.shape)}"
         )
     check_grid("choose_qparams", qmin, qmax)
-    return _run(x_min.detach(), x_max.detach(), qmin, qmax, symmetric, SOURCE)
+    return _run(x_min.detach(), x_max.detach(), qmin, qmax, symmetric)

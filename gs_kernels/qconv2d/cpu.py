@@ -8,37 +8,27 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.qconv2d.dense import convolve_dense
 from gs_kernels.qconv2d.window import Window
 from gs_kernels.qmatmul.cpu import computed_in, without_autocast
 from gs_kernels.qmatmul.cpu_lanes import UnsuitableError, kept
-from gs_kernels.qmatmul.flat import packed
 
 
 def qconv2d_cpu(
     x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero_points: Tensor | None,
-    zero: float,
-    levels: Tensor | None,
+    weight: PackedWeight,
     bias: Tensor | None,
     residual: Tensor | None,
-    bits: int,
-    n: int,
-    k: int,
-    group_size: int,
-    layout: str,
-    window: list[int],
+    window: Window,
     activation: str,
     keep: bool,
 ) -> Tensor:
-    weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
     dtype = computed_in(x.dtype)
     with without_autocast():
         try:
             w = kept(weight, dtype, lambda w: dequantize_packed(w, dtype)) if keep else dequantize_packed(weight, dtype)
         except UnsuitableError:
             w = dequantize_packed(weight, dtype)
-        return convolve_dense(x, w, bias, residual, Window(*window), activation)
+        return convolve_dense(x, w, bias, residual, window, activation)

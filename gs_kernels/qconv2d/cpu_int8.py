@@ -32,7 +32,6 @@ from gs_kernels.qconv2d.window import Window
 from gs_kernels.qmatmul.cpu import without_autocast
 from gs_kernels.qmatmul.cpu_int8 import product_of_codes, whole_zero
 from gs_kernels.qmatmul.cpu_lanes import UnsuitableError, kept
-from gs_kernels.qmatmul.flat import packed
 
 COPIED = 1 << 23  # bytes of what pixels see and of sums, at a time
 COMPILE_FROM = 1 << 16  # elements of y
@@ -83,37 +82,26 @@ def make_codes(weight: PackedWeight) -> Codes:
 def qconv2d_int8_cpu(
     x: Tensor,
     x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    window: Window,
     x_zero: Tensor | None,
     weight_sums: Tensor | None,
-    codes: Tensor,
-    scale: Tensor,
-    zero_points: Tensor | None,
-    zero: float,
-    levels: Tensor | None,
-    bias: Tensor | None,
     residual: Tensor | None,
     residual_scale: Tensor | None,
     residual_zero: Tensor | None,
     out_scale: Tensor | None,
     out_zero: Tensor | None,
-    bits: int,
-    n: int,
-    k: int,
-    group_size: int,
-    layout: str,
-    window: list[int],
     activation: str,
     dtype: torch.dtype,
     keep: bool,
 ) -> Tensor:
-    weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
     into = into_codes(residual, residual_scale, residual_zero, out_scale, out_zero)
-    about = Window(*window)
     with without_autocast():
         try:
-            run = Int8Convolution(weight, about, x_scale, x_zero, bias, into[3:], activation, dtype, keep)
+            run = Int8Convolution(weight, window, x_scale, x_zero, bias, into[3:], activation, dtype, keep)
         except UnsuitableError:
-            return convolve_int8_ref(x, x_scale, x_zero, weight, bias, into, about, activation, dtype)
+            return convolve_int8_ref(x, x_scale, x_zero, weight, bias, into, window, activation, dtype)
         return run(x, into[:3])
 
 

@@ -2,69 +2,78 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from gs_kernels.dispatch import choose, implementations
 from gs_kernels.pack.checks import check_packed
 from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.pack.schema import PACKED_WEIGHT
 from gs_kernels.qconv2d.checks import check_int8, check_operands
 from gs_kernels.qconv2d.cpu_int8 import Int8Convolution, qconv2d_int8_cpu
 from gs_kernels.qconv2d.dense import empty_image
 from gs_kernels.qconv2d.op import conv_refuses
 from gs_kernels.qconv2d.ref import code_sums_ref, convolve_int8_ref, into_codes
-from gs_kernels.qconv2d.window import Padding, Pair, Window, make_window
+from gs_kernels.qconv2d.window import WINDOW, Padding, Pair, Window, make_window
 from gs_kernels.qmatmul.cpu_lanes import UnsuitableError
-from gs_kernels.qmatmul.flat import NUMBERS, TENSORS, numbers_of, packed, tensors_of
-from gs_kernels.registration import SOURCE, register
+from gs_kernels.registration import register
+
+
+def _int8_refuses(x: Tensor, x_scale: Tensor, weight: PackedWeight, *_: object) -> list[str]:
+    return conv_refuses(x, weight)
 
 
 def _int8_ref(
     x: Tensor,
     x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    window: Window,
     x_zero: Tensor | None,
     weight_sums: Tensor | None,
-    codes: Tensor,
-    scale: Tensor,
-    zero_points: Tensor | None,
-    zero: float,
-    levels: Tensor | None,
-    bias: Tensor | None,
     residual: Tensor | None,
     residual_scale: Tensor | None,
     residual_zero: Tensor | None,
     out_scale: Tensor | None,
     out_zero: Tensor | None,
-    bits: int,
-    n: int,
-    k: int,
-    group_size: int,
-    layout: str,
-    window: list[int],
     activation: str,
     dtype: torch.dtype,
     keep: bool,
 ) -> Tensor:
-    weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
     into = into_codes(residual, residual_scale, residual_zero, out_scale, out_zero)
-    return convolve_int8_ref(x, x_scale, x_zero, weight, bias, into, Window(*window), activation, dtype)
+    return convolve_int8_ref(x, x_scale, x_zero, weight, bias, into, window, activation, dtype)
 
 
-INT8 = implementations("qconv2d_int8", _int8_ref, qconv2d_int8_cpu, conv_refuses)
+INT8 = implementations("qconv2d_int8", _int8_ref, qconv2d_int8_cpu, _int8_refuses)
 
 
-def _int8_fake(x: Tensor, *args: Any) -> Tensor:
-    return empty_image(x, args[15], Window(*args[19]), args[21] if args[12] is None else torch.int8)
+def _int8_fake(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    window: Window,
+    x_zero: Tensor | None,
+    weight_sums: Tensor | None,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    residual_zero: Tensor | None,
+    out_scale: Tensor | None,
+    out_zero: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+    keep: bool,
+) -> Tensor:
+    return empty_image(x, weight.shape[0], window, dtype if out_scale is None else torch.int8)
 
 
 _run = register(
-    f"qconv2d_int8(Tensor x, Tensor x_scale, Tensor? x_zero, Tensor? weight_sums, {TENSORS}, Tensor? bias,"
-    " Tensor? residual, Tensor? residual_scale, Tensor? residual_zero, Tensor? out_scale, Tensor? out_zero,"
-    f" {NUMBERS}, int[] window, str activation, ScalarType dtype, bool keep, str source) -> Tensor",
+    "qconv2d_int8(Tensor x, Tensor x_scale, PackedWeight weight, Tensor? bias, Window window, Tensor? x_zero,"
+    " Tensor? weight_sums, Tensor? residual, Tensor? residual_scale, Tensor? residual_zero, Tensor? out_scale,"
+    " Tensor? out_zero, str activation, ScalarType dtype, bool keep) -> Tensor",
     INT8,
     _int8_fake,
+    carried=(PACKED_WEIGHT, WINDOW),
 )
 
 
@@ -96,7 +105,7 @@ def prepared_qconv2d_int8(
     about: dict[str, Tensor | None] = {"x_zero": x_zero, "out_scale": out_scale, "out_zero": out_zero}
     about |= dict.fromkeys(("residual", "residual_scale", "residual_zero", "weight_sums"))
     check_int8(who, x, x_scale, weight, dtype, shape, about)
-    if choose("qconv2d_int8", INT8, x, x_scale, x_zero, None, *tensors_of(weight), *numbers_of(weight)).name != "cpu":
+    if choose("qconv2d_int8", INT8, x, x_scale, weight).name != "cpu":
         return None
     out = into_codes(None, None, None, out_scale, out_zero)[3:]
     try:
@@ -167,6 +176,5 @@ def qconv2d_int8(
     into = {"residual": residual, "residual_scale": residual_scale, "residual_zero": residual_zero}
     into |= {"out_scale": out_scale, "out_zero": out_zero}
     check_int8(who, x, x_scale, weight, dtype, shape, {"x_zero": x_zero, "weight_sums": weight_sums, **into})
-    rest = (activation, dtype, keep_dense)
-    tensors = (x, x_scale, x_zero, weight_sums, *tensors_of(weight), bias, *into.values())
-    return _run(*tensors, *numbers_of(weight), window.numbers, *rest, SOURCE)
+    about = (x_zero, weight_sums, *into.values(), activation, dtype, keep_dense)
+    return _run(x, x_scale, weight, bias, window, *about)

@@ -12,134 +12,106 @@ from gs_kernels.dispatch import implementations
 from gs_kernels.pack.checks import FLOATS, check_tensor
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
+from gs_kernels.pack.schema import PACKED_WEIGHT
 from gs_kernels.qconv2d.checks import check_devices, check_operands
 from gs_kernels.qconv2d.cpu import qconv2d_cpu
 from gs_kernels.qconv2d.dense import convolve_dense, convolve_dx, dense_dtype, empty_image
-from gs_kernels.qconv2d.window import Padding, Pair, Window, make_window
-from gs_kernels.qmatmul.flat import NUMBERS, TENSORS, numbers_of, packed, tensors_of
+from gs_kernels.qconv2d.window import WINDOW, Padding, Pair, Window, make_window
 from gs_kernels.qmatmul.op import planar_refuses
-from gs_kernels.registration import SOURCE, register
+from gs_kernels.registration import register, save, saved
 
 
-def conv_refuses(x: Tensor, *args: Any) -> list[str]:
-    """Why the Triton kernels cannot run a call whose arguments hold, in this order, K, a group size and a layout."""
-    reasons = planar_refuses(x, *args)
-    at = next(i for i, a in enumerate(args) if isinstance(a, str))  # the layout
-    k, group_size = args[at - 2 : at]
-    if group_size % 32 != 0 and group_size != k:
-        reasons.append(f"needs groups of a multiple of 32 elements, or one group, got {group_size}")
+def conv_refuses(x: Tensor, weight: PackedWeight, *_: object) -> list[str]:
+    """Gives the reasons why the Triton kernels cannot run a convolution of x with a weight."""
+    reasons = planar_refuses(x, weight)
+    size = weight.group_size
+    if size % 32 != 0 and size != weight.shape[1]:
+        reasons.append(f"needs groups of a multiple of 32 elements, or one group, got {size}")
     return reasons
 
 
 def _qconv2d_ref(
     x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero_points: Tensor | None,
-    zero: float,
-    levels: Tensor | None,
+    weight: PackedWeight,
     bias: Tensor | None,
     residual: Tensor | None,
-    bits: int,
-    n: int,
-    k: int,
-    group_size: int,
-    layout: str,
-    window: list[int],
+    window: Window,
     activation: str,
     keep: bool,
 ) -> Tensor:
     """Dequantises, then as a float layer does: what a compiler sees without a GPU."""
-    about = Window(*window)
-    weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
-    return convolve_dense(x, dequantize_packed(weight, dense_dtype(x)), bias, residual, about, activation)
+    return convolve_dense(x, dequantize_packed(weight, dense_dtype(x)), bias, residual, window, activation)
 
 
-def _dx_ref(
-    dy: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero_points: Tensor | None,
-    zero: float,
-    levels: Tensor | None,
-    bits: int,
-    n: int,
-    k: int,
-    group_size: int,
-    layout: str,
-    window: list[int],
-    h: int,
-    w: int,
-) -> Tensor:
-    about = Window(*window)
-    weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
-    return convolve_dx(dy, dequantize_packed(weight, dense_dtype(dy)), about, h, w)
+def _dx_ref(dy: Tensor, weight: PackedWeight, window: Window, h: int, w: int) -> Tensor:
+    return convolve_dx(dy, dequantize_packed(weight, dense_dtype(dy)), window, h, w)
 
 
 QCONV2D = implementations("qconv2d", _qconv2d_ref, qconv2d_cpu, conv_refuses)
 DX = implementations("qconv2d_dx", _dx_ref, refuses=conv_refuses)
 
 
-def _qconv2d_fake(x: Tensor, *args: Any) -> Tensor:
-    return empty_image(x, args[8], Window(*args[12]), x.dtype)
+def _qconv2d_fake(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    window: Window,
+    activation: str,
+    keep: bool,
+) -> Tensor:
+    return empty_image(x, weight.shape[0], window, x.dtype)
 
 
-def _dx_fake(dy: Tensor, *args: Any) -> Tensor:
-    window, h, w = args[10:13]
-    about = Window(*window)
-    size = (dy.shape[0], args[7] // about.taps * about.groups, h, w)
+def _dx_fake(dy: Tensor, weight: PackedWeight, window: Window, h: int, w: int) -> Tensor:
+    size = (dy.shape[0], weight.shape[1] // window.taps * window.groups, h, w)
     return torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, scale, zero_points, zero, levels, bias, residual, *numbers, activation, keep, _ = inputs
+def _setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+    x, weight, bias, residual, window, activation, keep = inputs
     # without an activation the gradient needs no x; with one, what went into it is computed again from x
-    known = (None, None) if activation == "none" else (x, residual)
-    ctx.save_for_backward(*known, codes, scale, zero_points, levels, bias)
-    ctx.zero, ctx.numbers, ctx.activation, ctx.keep, ctx.size = zero, numbers, activation, keep, x.shape[2:]
-    ctx.residual_dtype = None if residual is None else residual.dtype
+    known = {"x": None, "residual": None} if activation == "none" else {"x": x, "residual": residual}
+    save(ctx, **known, weight=weight, bias=bias, window=window, activation=activation, keep=keep)
+    ctx.size, ctx.residual_dtype = x.shape[2:], None if residual is None else residual.dtype
 
 
-def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, residual, codes, scale, zero_points, levels, bias = ctx.saved_tensors
-    parts = (codes, scale, zero_points, ctx.zero, levels)
-    if ctx.activation != "none":
-        z = _run(x, *parts, bias, residual, *ctx.numbers, "none", ctx.keep, SOURCE)
-        dy = ACTIVATIONS[ctx.activation].gradient(z, dy)
-    wanted = ctx.needs_input_grad
-    dx = _run_dx(dy, *parts, *ctx.numbers, *ctx.size, SOURCE) if wanted[0] else None
-    dbias = dy.sum((0, 2, 3), dtype=torch.float32).to(bias.dtype) if wanted[6] else None
-    dresidual = dy.to(ctx.residual_dtype) if wanted[7] else None
-    return dx, None, None, None, None, None, dbias, dresidual, *([None] * 9)
+def _gradient(ctx: Any, wanted: set[str], dy: Tensor) -> dict[str, Tensor | None]:
+    x, residual, weight, bias, window, activation, keep = saved(ctx)
+    if activation != "none":
+        dy = ACTIVATIONS[activation].gradient(_run(x, weight, bias, residual, window, "none", keep), dy)
+    return {
+        "x": _run_dx(dy, weight, window, *ctx.size) if "x" in wanted else None,
+        "bias": dy.sum((0, 2, 3), dtype=torch.float32).to(bias.dtype) if "bias" in wanted else None,
+        "residual": dy.to(ctx.residual_dtype) if "residual" in wanted else None,
+    }
 
 
-def _dx_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, codes, scale, zero_points, zero, levels, *numbers, _, _, _ = inputs
-    ctx.save_for_backward(codes, scale, zero_points, levels)
-    ctx.zero, ctx.numbers = zero, numbers
+def _dx_setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+    save(ctx, weight=inputs.weight, window=inputs.window)
 
 
-def _dx_gradient(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
-    codes, scale, zero_points, levels = ctx.saved_tensors
-    parts = (codes, scale, zero_points, ctx.zero, levels, None, None)
-    ddy = _run(ddx, *parts, *ctx.numbers, "none", False, SOURCE)
-    return ddy, *([None] * 14)
+def _dx_gradient(ctx: Any, wanted: set[str], ddx: Tensor) -> dict[str, Tensor | None]:
+    weight, window = saved(ctx)
+    return {"dy": _run(ddx, weight, None, None, window, "none", False)}
 
 
 _run = register(
-    f"qconv2d(Tensor x, {TENSORS}, Tensor? bias, Tensor? residual, {NUMBERS}, int[] window, str activation, bool keep,"
-    " str source) -> Tensor",
+    "qconv2d(Tensor x, PackedWeight weight, Tensor? bias, Tensor? residual, Window window, str activation, bool keep)"
+    " -> Tensor",
     QCONV2D,
     _qconv2d_fake,
     _gradient,
     _setup_context,
+    carried=(PACKED_WEIGHT, WINDOW),
 )
 _run_dx = register(
-    f"qconv2d_dx(Tensor dy, {TENSORS}, {NUMBERS}, int[] window, SymInt h, SymInt w, str source) -> Tensor",
+    "qconv2d_dx(Tensor dy, PackedWeight weight, Window window, SymInt h, SymInt w) -> Tensor",
     DX,
     _dx_fake,
     _dx_gradient,
     _dx_setup_context,
+    carried=(PACKED_WEIGHT, WINDOW),
 )
 
 
@@ -193,5 +165,4 @@ def qconv2d(
     if residual is not None:
         check_tensor(who, "residual", residual, FLOATS, shape)
         check_devices(who, x, {"residual": residual})
-    args = (*tensors_of(weight), bias, residual, *numbers_of(weight), window.numbers, activation, keep_dense, SOURCE)
-    return _run(x, *args)
+    return _run(x, weight, bias, residual, window, activation, keep_dense)

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.pack.layouts import PLANAR
 from gs_kernels.qconv2d.tiles import PROGRAMS, default_plan
 from gs_kernels.qconv2d.window import Window
-from gs_kernels.qmatmul.tune import DTYPE, describe, make_normal, make_parts, tiles_of
+from gs_kernels.qmatmul.tune import DTYPE, describe, make_normal, make_weight, tiles_of
 from gs_kernels.tuning.space import Machine, Problem, Space, Tile
 
 BITS = {16: 4, 8: 8}  # of the weight that is timed: tiles serve weights of all widths
@@ -46,19 +45,17 @@ def _make(problem: Problem, device: str) -> tuple[Any, ...]:
     h = math.isqrt(m)
     size = (1, problem["channels"] * groups, h, -(-m // h))
     x = make_normal(size, torch.int8 if whole else DTYPE, device).contiguous(memory_format=torch.channels_last)
-    return x, make_parts(BITS[problem["x_bits"]], n * groups, k, k, torch.float32 if whole else DTYPE, device)
+    return x, make_weight(BITS[problem["x_bits"]], n * groups, k, k, torch.float32 if whole else DTYPE, device)
 
 
 def _run(problem: Problem, operands: Any, machine: Machine) -> Tensor:
     kernel = importlib.import_module("gs_kernels.qconv2d.kernel")
-    x, parts = operands
-    n, k = problem["n"] * problem["groups"], problem["k"]
-    numbers = (BITS[problem["x_bits"]], n, k, k, PLANAR, window_of(problem).numbers, "none")
+    (x, weight), window = operands, window_of(problem)
     if problem["x_bits"] == 16:
-        y: Tensor = kernel.qconv2d_triton(x, *parts, None, None, *numbers, False)
+        y: Tensor = kernel.qconv2d_triton(x, weight, None, None, window, "none", False)
         return y
     one = torch.ones(1, device=x.device)
-    y = kernel.qconv2d_int8_triton(x, one, None, None, *parts, *[None] * 6, *numbers, DTYPE, False)
+    y = kernel.qconv2d_int8_triton(x, one, weight, None, window, *[None] * 7, "none", DTYPE, False)
     return y
 
 

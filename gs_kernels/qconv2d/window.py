@@ -1,9 +1,11 @@
-"""Which elements of x an element of y sees: the numbers of a convolution, checked, and as an op schema holds them."""
+"""Which elements of x an element of y sees: the numbers of a convolution, checked, and as an op schema carries them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from typing import TypeAlias
+
+from gs_kernels.registration import Carried
 
 Pair: TypeAlias = int | tuple[int, int]
 Padding: TypeAlias = int | tuple[int, int] | str
@@ -24,11 +26,6 @@ class Window:
     dilation_h: int = 1
     dilation_w: int = 1
     groups: int = 1
-
-    @property
-    def numbers(self) -> list[int]:
-        """As `int[] window` of a schema; `Window(*numbers)` is the way back."""
-        return [getattr(self, f.name) for f in fields(self)]
 
     @property
     def taps(self) -> int:
@@ -61,6 +58,13 @@ class Window:
         p = h + self.top + self.bottom - self.dilation_h * (self.r - 1) - 1
         q = w + self.left + self.right - self.dilation_w * (self.s - 1) - 1
         return p // self.stride_h + 1, q // self.stride_w + 1
+
+
+def _flatten(window: Window) -> tuple[list[int]]:
+    return ([getattr(window, f.name) for f in fields(window)],)
+
+
+WINDOW = Carried(Window, "int[] window", _flatten, lambda numbers: Window(*numbers))
 
 
 def make_window(who: str, kernel_size: Pair, stride: Pair, padding: Padding, dilation: Pair, groups: int) -> Window:

@@ -28,7 +28,6 @@ from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.qmatmul import cpu_bf16
 from gs_kernels.qmatmul.cpu_lanes import LANES, STEP, Lanes, UnsuitableError, lanes_of
 from gs_kernels.qmatmul.cpu_products import dot, unpack
-from gs_kernels.qmatmul.flat import packed
 
 logger = logging.getLogger(__name__)
 
@@ -38,25 +37,10 @@ BLOCK = 1 << 21  # elements of a weight that are dequantised at a time
 FEW_ROWS = {torch.bfloat16: 16, torch.float32: 64}
 
 
-def qmatmul_cpu(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero_points: Tensor | None,
-    zero: float,
-    levels: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    n: int,
-    k: int,
-    group_size: int,
-    layout: str,
-    activation: str,
-) -> Tensor:
-    weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
+def qmatmul_cpu(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str) -> Tensor:
     with without_autocast():
         y = _product(rows_of(x, computed_in(x.dtype)), weight)
-    return finish(y, bias, activation, x.dtype).view(*x.shape[:-1], n)
+    return finish(y, bias, activation, x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
 def without_autocast() -> AbstractContextManager[Any]:

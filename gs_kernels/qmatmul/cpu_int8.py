@@ -19,7 +19,6 @@ from gs_kernels.pack.pack import unpack_codes
 from gs_kernels.qmatmul.cpu import dequantized, finish, rows_of, without_autocast
 from gs_kernels.qmatmul.cpu_lanes import LANES, UnsuitableError, kept, lanes_of
 from gs_kernels.qmatmul.cpu_products import OFFSET, add, int_dot
-from gs_kernels.qmatmul.flat import packed
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref
 
 logger = logging.getLogger(__name__)
@@ -35,29 +34,19 @@ LARGEST_GROUP = 1 << 15  # of products of 255 and -128, the sum, zero points tak
 def qmatmul_int8_cpu(
     x: Tensor,
     x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
     x_zero: Tensor | None,
     weight_sums: Tensor | None,
-    codes: Tensor,
-    scale: Tensor,
-    zero_points: Tensor | None,
-    zero: float,
-    levels: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    n: int,
-    k: int,
-    group_size: int,
-    layout: str,
     activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
     with without_autocast():
         y = _product(x, whole_zero("qmatmul_int8", x_zero), weight)
         if y is None:
             return qmatmul_int8_ref(x, x_scale, weight, bias, x_zero=x_zero, activation=activation, dtype=dtype)
     y = y * (x_scale if x_scale.numel() == 1 else x_scale.reshape(-1, 1))
-    return finish(y, bias, activation, dtype).view(*x.shape[:-1], n)
+    return finish(y, bias, activation, dtype).view(*x.shape[:-1], weight.shape[0])
 
 
 def whole_zero(who: str, x_zero: Tensor | None, must: str = "a whole number") -> int:

@@ -2,59 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from gs_kernels.device import capabilities
 from gs_kernels.dispatch import implementations, is_eager
 from gs_kernels.pack.checks import FLOATS
 from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.pack.schema import PACKED_WEIGHT
 from gs_kernels.qmatmul.checks import check_operands
-from gs_kernels.qmatmul.flat import NUMBERS, TENSORS, numbers_of, packed, tensors_of
 from gs_kernels.qmatmul.op import planar_refuses
 from gs_kernels.qmatmul.ref import qmatmul_fp8_ref
-from gs_kernels.registration import SOURCE, register
+from gs_kernels.registration import register
 
 SM = 89  # the first compute capability that multiplies 8-bit floats
 BITS = 4  # at most: whole numbers up to 15 are exact in float8_e4m3
 
 
-def _refuses(x: Tensor, *args: Any) -> list[str]:
-    reasons = planar_refuses(x, *args)
+def _refuses(x: Tensor, weight: PackedWeight, *_: object) -> list[str]:
+    reasons = planar_refuses(x, weight)
     if x.device.type == "cuda" and is_eager(x) and capabilities(x.device.index or 0).sm < SM:
         reasons.append("needs a GPU that multiplies float8_e4m3 (compute capability 8.9)")
     return reasons
 
 
-def _fp8_ref(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero_points: Tensor | None,
-    zero: float,
-    levels: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    n: int,
-    k: int,
-    group_size: int,
-    layout: str,
-    activation: str,
-) -> Tensor:
-    weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
+def _fp8_ref(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str) -> Tensor:
     return qmatmul_fp8_ref(x, weight, bias, activation=activation)
 
 
 FP8 = implementations("qmatmul_fp8", _fp8_ref, refuses=_refuses)
 
 
-def _fp8_fake(x: Tensor, *args: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], args[7])
+def _fp8_fake(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 _run = register(
-    f"qmatmul_fp8(Tensor x, {TENSORS}, Tensor? bias, {NUMBERS}, str activation, str source) -> Tensor", FP8, _fp8_fake
+    "qmatmul_fp8(Tensor x, PackedWeight weight, Tensor? bias, str activation) -> Tensor",
+    FP8,
+    _fp8_fake,
+    carried=(PACKED_WEIGHT,),
 )
 
 
@@ -83,4 +69,4 @@ def qmatmul_fp8(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, 
         raise ValueError("qmatmul_fp8: weight must have an evenly spaced grid, got levels; use qmatmul")
     if weight.bits > BITS:
         raise ValueError(f"qmatmul_fp8: weight must have at most {BITS} bits, got {weight.bits}; use qmatmul_int8")
-    return _run(x.detach(), *tensors_of(weight), bias, *numbers_of(weight), activation, SOURCE)
+    return _run(x.detach(), weight, bias, activation)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from gs_kernels.dispatch import implementations
 from gs_kernels.pack.checks import FLOATS, check_tensor
 from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.pack.schema import PACKED_WEIGHT
 from gs_kernels.qmatmul.checks import check_operands, check_row_scales
 from gs_kernels.qmatmul.cpu_int8 import qmatmul_int8_cpu
-from gs_kernels.qmatmul.flat import NUMBERS, TENSORS, numbers_of, packed, tensors_of
 from gs_kernels.qmatmul.op import planar_refuses
 from gs_kernels.qmatmul.ref import exact_weight, qmatmul_int8_ref, quantize_rows_ref
-from gs_kernels.registration import SOURCE, register
+from gs_kernels.registration import register
 
 
 def _rows_ref(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -23,47 +21,51 @@ def _rows_ref(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return codes.contiguous(), scale.contiguous()
 
 
+def _int8_refuses(x: Tensor, x_scale: Tensor, weight: PackedWeight, *_: object) -> list[str]:
+    return planar_refuses(x, weight)
+
+
 def _int8_ref(
     x: Tensor,
     x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
     x_zero: Tensor | None,
     weight_sums: Tensor | None,
-    codes: Tensor,
-    scale: Tensor,
-    zero_points: Tensor | None,
-    zero: float,
-    levels: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    n: int,
-    k: int,
-    group_size: int,
-    layout: str,
     activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    weight = packed(codes, scale, zero_points, zero, levels, bits, n, k, group_size, layout)
     return qmatmul_int8_ref(x, x_scale, weight, bias, x_zero=x_zero, activation=activation, dtype=dtype)
 
 
 ROWS = implementations("quantize_rows", _rows_ref)
-INT8 = implementations("qmatmul_int8", _int8_ref, qmatmul_int8_cpu, planar_refuses)
+INT8 = implementations("qmatmul_int8", _int8_ref, qmatmul_int8_cpu, _int8_refuses)
 
 
-def _rows_fake(x: Tensor, dtype: torch.dtype, source: str) -> tuple[Tensor, Tensor]:
+def _rows_fake(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-def _int8_fake(x: Tensor, *args: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], args[10], dtype=args[-2])
+def _int8_fake(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    x_zero: Tensor | None,
+    weight_sums: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
 
 
-_quantize = register("quantize_rows(Tensor x, ScalarType dtype, str source) -> (Tensor, Tensor)", ROWS, _rows_fake)
+_quantize = register("quantize_rows(Tensor x, ScalarType dtype) -> (Tensor, Tensor)", ROWS, _rows_fake)
 _run = register(
-    f"qmatmul_int8(Tensor x, Tensor x_scale, Tensor? x_zero, Tensor? weight_sums, {TENSORS}, Tensor? bias, {NUMBERS},"
-    " str activation, ScalarType dtype, str source) -> Tensor",
+    "qmatmul_int8(Tensor x, Tensor x_scale, PackedWeight weight, Tensor? bias, Tensor? x_zero, Tensor? weight_sums,"
+    " str activation, ScalarType dtype) -> Tensor",
     INT8,
     _int8_fake,
+    carried=(PACKED_WEIGHT,),
 )
 
 
@@ -88,7 +90,7 @@ def quantize_rows(x: Tensor, *, dtype: torch.dtype = torch.int8) -> tuple[Tensor
         raise TypeError(f"quantize_rows: dtype must be int8 or float8_e4m3fn, got {dtype}")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"quantize_rows: x must be [..., K] with K >= 1, got {list(x.shape)}")
-    return _quantize(x.detach(), dtype, SOURCE)
+    return _quantize(x.detach(), dtype)
 
 
 def row_sums(weight: PackedWeight) -> Tensor:
@@ -140,5 +142,4 @@ def qmatmul_int8(
         raise ValueError(f"{who}: x_zero and weight_sums must be given together; use weight_sums=row_sums(weight)")
     if weight_sums is not None:
         check_tensor(who, "weight_sums", weight_sums, (torch.float32,), (weight.shape[0],))
-    args = (*tensors_of(weight), bias, *numbers_of(weight), activation, dtype, SOURCE)
-    return _run(x, x_scale, x_zero, weight_sums, *args)
+    return _run(x, x_scale, weight, bias, x_zero, weight_sums, activation, dtype)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gs_kernels.pack.layouts import PLANAR, PackedWeight
 from gs_kernels.qmatmul.tiles import FEW_ROWS, Rule, choose_plan, default_int8_rule, default_rule
 from gs_kernels.tuning.space import Machine, Problem, Space, Tile
 
@@ -31,8 +32,8 @@ INT8_CHOICES = {name: values for name, values in CHOICES.items() if name not in 
 DENSE: Tile = {name: True if name == "dense" else values[0] for name, values in CHOICES.items()}
 
 
-def make_parts(bits: int, n: int, k: int, group: int, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
-    """Codes, scale, zero points, zero and levels of a weight, as launchers take them. Any bits are codes.
+def make_weight(bits: int, n: int, k: int, group: int, dtype: torch.dtype, device: str) -> PackedWeight:
+    """Makes a planar weight `[n, k]` with scales of dtype. Any bits are codes.
 
     Scales are such that a product with a normal x is about normal. On "meta" without memory.
     """
@@ -40,11 +41,12 @@ def make_parts(bits: int, n: int, k: int, group: int, dtype: torch.dtype, device
     zero = 0.5 if bits == 1 else 2.0 ** (bits - 1)
     if device == "meta":
         codes = torch.empty(blocks, dtype=torch.int16, device=device)
-        return codes, torch.empty(n, groups, dtype=dtype, device=device), None, zero, None
+        scale = torch.empty(n, groups, dtype=dtype, device=device)
+        return PackedWeight(codes, scale, zero, None, bits, (n, k), group, PLANAR)
     draw: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     codes = torch.randint(-(1 << 15), 1 << 15, blocks, dtype=torch.int16, **draw)
     scale = torch.rand(n, groups, **draw).add_(1).mul_(2 / (2**bits * k**0.5)).to(dtype)
-    return codes, scale, None, zero, None
+    return PackedWeight(codes, scale, zero, None, bits, (n, k), group, PLANAR)
 
 
 def make_normal(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
@@ -55,10 +57,10 @@ def make_normal(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Tenso
     return (x.mul_(32).clamp_(-127, 127) if dtype == torch.int8 else x).to(dtype)
 
 
-def _make(problem: Problem, device: str) -> tuple[Tensor, tuple[Any, ...]]:
+def _make(problem: Problem, device: str) -> tuple[Tensor, PackedWeight]:
     n, k = problem["n"], problem["k"]
     x = make_normal((problem["m"], k), DTYPE, device)
-    return x, make_parts(problem["bits"], n, k, _group(k), DTYPE, device)
+    return x, make_weight(problem["bits"], n, k, _group(k), DTYPE, device)
 
 
 def _group(k: int) -> int:
@@ -68,10 +70,10 @@ def _group(k: int) -> int:
 def _run(problem: Problem, operands: Any, machine: Machine) -> Tensor:
     """What the op's launcher does, which keeps plans that it has chosen once."""
     kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
-    x, parts = operands
+    x, weight = operands
     m, n, k, bits = (problem[name] for name in ("m", "n", "k", "bits"))
     plan = choose_plan(m, n, k, bits, x_bits=16, levels=False, sm=machine.sm, sm_count=machine.sm_count)
-    group = kernel.grouping(k, _group(k))
+    group, parts = kernel.grouping(k, weight.group_size), kernel.parts_of(weight)
     if plan.dense:
         w = kernel.dequantize(parts, bits, n, k, group, x.dtype)
         return torch.nn.functional.linear(x, w)
@@ -127,21 +129,19 @@ def describe(tile: Tile) -> str:
 def _int8_make(problem: Problem, device: str) -> tuple[Any, ...]:
     """8-bit x with its scale, float x, and a weight: of 8 bits with one group, else of 4."""
     m, n, k, group = (problem[name] for name in ("m", "n", "k", "group"))
-    parts = make_parts(4 if group else 8, n, k, group or k, torch.float32, device)
+    weight = make_weight(4 if group else 8, n, k, group or k, torch.float32, device)
     x_scale = torch.full((m,), 1 / 32, dtype=torch.float32, device=device)
-    return make_normal((m, k), torch.int8, device), x_scale, make_normal((m, k), DTYPE, device), parts
+    return make_normal((m, k), torch.int8, device), x_scale, make_normal((m, k), DTYPE, device), weight
 
 
 def _int8_run(problem: Problem, operands: Any, machine: Machine) -> tuple[Tensor, ...]:
     """The product of codes and, where a GPU knows 8-bit floats and they hold the weight, that of those."""
     kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
-    x8, x_scale, x, parts = operands
-    n, k, group = (problem[name] for name in ("n", "k", "group"))
-    numbers = (None, 4 if group else 8, n, k, group or k, "planar", "none")
-    y = kernel.qmatmul_int8_triton(x8, x_scale, None, None, *parts, *numbers, DTYPE)
-    if machine.sm < FP8_SM or not group:
+    x8, x_scale, x, weight = operands
+    y = kernel.qmatmul_int8_triton(x8, x_scale, weight, None, None, None, "none", DTYPE)
+    if machine.sm < FP8_SM or not problem["group"]:
         return (y,)
-    return y, kernel.qmatmul_fp8_triton(x, *parts, *numbers)
+    return y, kernel.qmatmul_fp8_triton(x, weight, None, "none")
 
 
 def _int8_refuses(problem: Problem) -> str:

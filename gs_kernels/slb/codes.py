@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gs_kernels.dispatch import implementations
 from gs_kernels.pack.layouts import BITS, CANONICAL, codes_shape
-from gs_kernels.registration import SOURCE, register
+from gs_kernels.registration import register
 from gs_kernels.slb.checks import check_logits
 from gs_kernels.slb.cpu import slb_pack_cpu
 from gs_kernels.slb.ref import slb_pack_ref
@@ -19,13 +19,13 @@ def _pack_ref(logits: Tensor, bits: int) -> Tensor:
     return slb_pack_ref(logits, bits=bits)
 
 
-def _pack_fake(logits: Tensor, bits: int, source: str) -> Tensor:
+def _pack_fake(logits: Tensor, bits: int) -> Tensor:
     size = codes_shape(CANONICAL, logits.shape[0], math.prod(logits.shape[2:]), bits)
     return logits.new_empty(size, dtype=torch.uint8)
 
 
 PACK = implementations("slb_pack", _pack_ref, slb_pack_cpu)
-_run = register("slb_pack(Tensor logits, int bits, str source) -> Tensor", PACK, _pack_fake)
+_run = register("slb_pack(Tensor logits, int bits) -> Tensor", PACK, _pack_fake)
 
 
 def slb_pack(logits: Tensor, *, bits: int | None = None) -> Tensor:
@@ -52,7 +52,7 @@ def slb_pack(logits: Tensor, *, bits: int | None = None) -> Tensor:
             f"slb_pack: bits must be one of {', '.join(map(str, BITS))} and hold {count} levels, got bits={bits};"
             f" use bits={fewest}"
         )
-    return _run(logits.detach(), bits or fewest, SOURCE)
+    return _run(logits.detach(), bits or fewest)
 
 
 def slb_codes(logits: Tensor) -> Tensor:
@@ -70,5 +70,5 @@ def slb_codes(logits: Tensor) -> Tensor:
         ValueError, TypeError: as `slb_pack`.
     """
     check_logits("slb_codes", logits)
-    codes = _run(logits.detach(), 8, SOURCE)
+    codes = _run(logits.detach(), 8)
     return codes.view(logits.shape[0], *logits.shape[2:])

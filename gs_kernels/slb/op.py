@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gs_kernels.dispatch import implementations, is_eager
-from gs_kernels.registration import SOURCE, register
+from gs_kernels.registration import register, save, saved
 from gs_kernels.slb.checks import check_levels, check_values, check_weight
 from gs_kernels.slb.cpu import slb_weight_backward_cpu, slb_weight_cpu
 from gs_kernels.slb.layout import empty_weight, format_of
@@ -58,7 +58,6 @@ def _weight_fake(
     hard: bool,
     channels_last: bool,
     dtype: torch.dtype,
-    source: str,
 ) -> Tensor:
     return empty_weight(logits, shape, dtype, channels_last)
 
@@ -72,41 +71,38 @@ def _backward_fake(
     hard: bool,
     for_logits: bool,
     for_scale: bool,
-    source: str,
 ) -> tuple[Tensor, Tensor]:
     da = torch.empty_like(logits, memory_format=torch.contiguous_format) if for_logits else logits.new_empty(0)
     return da, levels.new_empty(logits.shape[0] if for_scale else 0)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
     logits, levels, temperature, scale, _, hard, *_ = inputs
-    ctx.save_for_backward(logits, levels, temperature, scale)
-    ctx.hard = hard
+    save(ctx, logits=logits, levels=levels, temperature=temperature, scale=scale, hard=hard)
 
 
-def _gradient(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, wanted: set[str], dw: Tensor) -> dict[str, Tensor | None]:
+    *tensors, hard = saved(ctx)
     # a hard choice has no gradient, and None rather than zeros: ordinary optimizers then leave the logits alone
-    for_logits = ctx.needs_input_grad[0] and not ctx.hard
-    for_scale = ctx.needs_input_grad[3]
-    da, dscale = _backward(dw, *ctx.saved_tensors, ctx.hard, for_logits, for_scale, SOURCE)
-    return da if for_logits else None, None, None, dscale if for_scale else None, None, None, None, None, None
+    for_logits, for_scale = "logits" in wanted and not hard, "scale" in wanted
+    da, dscale = _backward(dw, *tensors, hard, for_logits, for_scale)
+    return {"logits": da if for_logits else None, "scale": dscale if for_scale else None}
 
 
-def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
+def _no_second_gradient(ctx: Any, wanted: set[str], *grads: Tensor) -> dict[str, Tensor | None]:
     raise RuntimeError("slb_weight: its gradient has no gradient of its own; call backward without create_graph=True")
 
 
 _ARGS = "Tensor logits, Tensor levels, Tensor temperature, Tensor? scale"
 _weight = register(
-    f"slb_weight({_ARGS}, SymInt[] shape, bool hard, bool channels_last, ScalarType dtype, str source) -> Tensor",
+    f"slb_weight({_ARGS}, SymInt[] shape, bool hard, bool channels_last, ScalarType dtype) -> Tensor",
     SLB_WEIGHT,
     _weight_fake,
     _gradient,
     _setup_context,
 )
 _backward = register(
-    f"slb_weight_backward(Tensor dw, {_ARGS}, bool hard, bool for_logits, bool for_scale, str source)"
-    " -> (Tensor, Tensor)",
+    f"slb_weight_backward(Tensor dw, {_ARGS}, bool hard, bool for_logits, bool for_scale) -> (Tensor, Tensor)",
     BACKWARD,
     _backward_fake,
     _no_second_gradient,
@@ -162,4 +158,4 @@ def slb_weight(
     size, dtype, channels_last = check_weight("slb_weight", logits, shape, dtype, memory_format)
     if logits.device.type == "cpu" and is_eager(logits, levels, temperature):
         check_values("slb_weight", levels, temperature)
-    return _weight(logits, levels, temperature, scale, size, hard, channels_last, dtype, SOURCE)
+    return _weight(logits, levels, temperature, scale, size, hard, channels_last, dtype)

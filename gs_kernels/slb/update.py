@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gs_kernels.dispatch import implementations, is_eager
-from gs_kernels.registration import SOURCE, register
+from gs_kernels.registration import register
 from gs_kernels.slb.checks import check_fp32, check_levels, check_rates, check_update, check_values
 from gs_kernels.slb.cpu import slb_adamw__cpu, slb_sgd__cpu
 from gs_kernels.slb.ref import slb_adamw_ref, slb_sgd_ref
@@ -77,14 +77,14 @@ SGD = implementations("slb_sgd_", _sgd_ref, slb_sgd__cpu)
 _adamw = register(
     "slb_adamw_(Tensor(a!) logits, Tensor dw, Tensor levels, Tensor temperature, Tensor(b!) exp_avg,"
     " Tensor(c!) exp_avg_sq, Tensor step, Tensor? scale, Tensor? lr_tensor, Tensor? frozen,"
-    " float lr, float beta1, float beta2, float eps, float weight_decay, str source) -> ()",
+    " float lr, float beta1, float beta2, float eps, float weight_decay) -> ()",
     ADAMW,
     _nothing,
 )
 _sgd = register(
     "slb_sgd_(Tensor(a!) logits, Tensor dw, Tensor levels, Tensor temperature, Tensor(b!)? momentum_buffer,"
     " Tensor? scale, Tensor? lr_tensor, Tensor? frozen,"
-    " float lr, float momentum, float weight_decay, bool nesterov, str source) -> ()",
+    " float lr, float momentum, float weight_decay, bool nesterov) -> ()",
     SGD,
     _nothing,
 )
@@ -140,7 +140,7 @@ def slb_adamw_(
     with torch.no_grad():
         _adamw(
             *(logits, dw, levels, temperature, exp_avg, exp_avg_sq, step, scale, tensor, frozen),
-            *(number, beta1, beta2, eps, weight_decay, SOURCE),
+            *(number, beta1, beta2, eps, weight_decay),
         )
     _written(logits, exp_avg, exp_avg_sq)
 
@@ -194,7 +194,7 @@ def slb_sgd_(
     with torch.no_grad():
         _sgd(
             *(logits, dw, levels, temperature, momentum_buffer, scale, tensor, frozen),
-            *(number, momentum, weight_decay, nesterov, SOURCE),
+            *(number, momentum, weight_decay, nesterov),
         )
     _written(logits, *(() if momentum_buffer is None else (momentum_buffer,)))
 

@@ -10,12 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gs_kernels import code_sums, dequantize_packed, pack_weight, qconv2d, qconv2d_int8, quantize, repack
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.dispatch import INTERPRET
+from gs_kernels.pack.schema import tensors_of
 from gs_kernels.qconv2d import cpu_int8, cpu_native
 from gs_kernels.qconv2d.ref import qconv2d_int8_ref, qconv2d_ref
 from gs_kernels.qconv2d.tiles import choose_plan, depthwise_tile
 from gs_kernels.qconv2d.window import Window
 from gs_kernels.qmatmul import cpu_int8 as products
-from gs_kernels.qmatmul.flat import tensors_of
 from gs_kernels.qmatmul.tiles import Plan
 from tests.helpers import DEVICE, relative_rms, same_bits
 

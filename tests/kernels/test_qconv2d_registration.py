@@ -8,8 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gs_kernels import code_sums, pack_weight, qconv2d, qconv2d_int8
 from gs_kernels.dispatch import INTERPRET
-from gs_kernels.qconv2d.window import Window
-from gs_kernels.qmatmul.flat import numbers_of, tensors_of
+from gs_kernels.pack.schema import flatten
 from tests.helpers import DEVICE, relative_rms
 from tests.kernels.traces import pretend_sm_90, traced_launches
 
@@ -43,18 +42,16 @@ def test_opcheck_of_every_op():
     x, residual = image(2, 8, 5, 6).requires_grad_(), image(2, 6, 3, 3, seed=1).requires_grad_()
     bias = torch.randn(6, generator=torch.Generator().manual_seed(2)).to(DEVICE).requires_grad_()
     points = weight(zero=torch.full((6, 1), 7.5).index_fill_(0, torch.tensor(0), 7), layout="canonical")
-    window = Window(3, 3, 2, 2, 1, 1, 1, 1).numbers
+    window = [3, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1]
     codes, into = codes_of(x.detach()), (residual.detach(), None, None, one(0.1), one(3))
-    eight = (codes, one(), one(5), code_sums(points), *tensors_of(points), bias.detach(), *into)
+    eight = (codes, one(), *flatten(points), bias.detach(), window, one(5), code_sums(points), *into)
     calls = {
         OPS.qconv2d: [
-            (x, *tensors_of(weight()), bias, residual, *numbers_of(weight()), window, "silu", False, ""),
-            (x, *tensors_of(points), None, None, *numbers_of(points), window, "none", True, ""),
+            (x, *flatten(weight()), bias, residual, window, "silu", False, ""),
+            (x, *flatten(points), None, None, window, "none", True, ""),
         ],
-        OPS.qconv2d_dx: [
-            (image(2, 6, 3, 3).requires_grad_(), *tensors_of(points), *numbers_of(points), window, 5, 6, "")
-        ],
-        OPS.qconv2d_int8: [(*eight, *numbers_of(points), window, "relu", torch.bfloat16, False, "")],
+        OPS.qconv2d_dx: [(image(2, 6, 3, 3).requires_grad_(), *flatten(points), window, 5, 6, "")],
+        OPS.qconv2d_int8: [(*eight, "relu", torch.bfloat16, False, "")],
     }
     for op, arguments in calls.items():
         for args in arguments:

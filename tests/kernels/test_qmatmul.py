@@ -290,7 +290,7 @@ interpreted = pytest.mark.skipif(not INTERPRET, reason="only TRITON_INTERPRET=1 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("zero", ["whole", "half", "points"])
 def test_kernels_with_assembly_give_the_bits_of_plain_ones(bits, zero, scale_parts, emulated_assembly):
-    from gs_kernels.qmatmul.flat import tensors_of
+    from gs_kernels.pack.schema import tensors_of
     from gs_kernels.qmatmul.kernel import multiply
 
     middle = float(2 ** (bits - 1))
@@ -304,7 +304,7 @@ def test_kernels_with_assembly_give_the_bits_of_plain_ones(bits, zero, scale_par
 @interpreted
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_8_bit_kernels_with_assembly_give_the_bits_of_plain_ones(bits, emulated_assembly):
-    from gs_kernels.qmatmul.flat import tensors_of
+    from gs_kernels.pack.schema import tensors_of
     from gs_kernels.qmatmul.kernel import multiply_int8
 
     w = weight(n=33, bits=bits, zero=torch.linspace(0, 2**bits - 1, 66).view(33, 2))
@@ -317,7 +317,7 @@ def test_8_bit_kernels_with_assembly_give_the_bits_of_plain_ones(bits, emulated_
 @pytest.mark.skipif(not INTERPRET and not torch.cuda.is_available(), reason="the kernel runs interpreted or on a GPU")
 @pytest.mark.parametrize("split", [1, 3])
 def test_parts_of_k_sum_to_the_whole_and_twice_to_the_same_bits(split):
-    from gs_kernels.qmatmul.flat import tensors_of
+    from gs_kernels.pack.schema import tensors_of
     from gs_kernels.qmatmul.kernel import multiply
 
     w, x, bias = weight(k=640), normal(3, 640, dtype=torch.float16), normal(20)

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gs_kernels import pack_weight, qmatmul, qmatmul_fp8, qmatmul_int8, quantize_rows, row_sums
 from gs_kernels.dispatch import INTERPRET
-from gs_kernels.qmatmul.flat import numbers_of, tensors_of
+from gs_kernels.pack.schema import flatten
 from gs_kernels.qmatmul.ref import qmatmul_ref
 from tests.helpers import DEVICE, relative_rms
 from tests.kernels.traces import pretend_sm_90, traced_launches
@@ -39,14 +39,12 @@ def test_opcheck_of_every_op():
     static = (codes.transpose(0, 1), scale.new_ones(1), scale.new_ones(1), scale.new_ones(6))
     calls = {
         OPS.qmatmul: [
-            (x, *tensors_of(w), b, *numbers_of(w), activation, "")
+            (x, *flatten(w), b, activation, "")
             for w, b, activation in ((weight(), bias, "silu"), (points, None, "none"))
         ],
-        OPS.qmatmul_dx: [(inputs(5, 6).requires_grad_(), *tensors_of(points), *numbers_of(points), "")],
-        OPS.qmatmul_int8: [
-            (*static, *tensors_of(points), bias.detach(), *numbers_of(points), "relu", torch.bfloat16, "")
-        ],
-        OPS.qmatmul_fp8: [(x.detach(), *tensors_of(points), None, *numbers_of(points), "gelu", "")],
+        OPS.qmatmul_dx: [(inputs(5, 6).requires_grad_(), *flatten(points), "")],
+        OPS.qmatmul_int8: [(*static[:2], *flatten(points), bias.detach(), *static[2:], "relu", torch.bfloat16, "")],
+        OPS.qmatmul_fp8: [(x.detach(), *flatten(points), None, "gelu", "")],
         OPS.quantize_rows: [(x.detach().transpose(0, 1), torch.float8_e4m3fn, "")],
     }
     for op, arguments in calls.items():
@@ -119,7 +117,7 @@ def test_traced_for_a_gpu_each_regime_launches_what_it_says_and_writes_only_resu
 
     def backward(dy, codes, scale):
         w = replace(like, codes=codes, scale=scale)
-        return OPS.qmatmul_dx(dy, *tensors_of(w), *numbers_of(w), "")
+        return OPS.qmatmul_dx(dy, *flatten(w), "")
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         parts = torch.empty(32, 96, 32, dtype=torch.int16, device="cuda"), torch.empty(96, 32, device="cuda")

@@ -8,6 +8,8 @@ from torch import Tensor
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.device import capabilities
 from gs_kernels.dispatch import INTERPRET, is_eager
+from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.pack.schema import Tensors, tensors_of
 from gs_kernels.qmatmul.kernel.dequant import dequantize
 from gs_kernels.qmatmul.kernel.int8 import multiply_int8
 from gs_kernels.qmatmul.kernel.matmul import multiply
@@ -58,18 +60,20 @@ def same_strides(scale: Tensor, zero_points: Tensor | None) -> Tensor | None:
     )
 
 
-def qmatmul_triton(
-    x: Tensor, codes: Tensor, scale: Tensor, zero_points: Tensor | None, zero: float, levels: Tensor | None,
-    bias: Tensor | None, bits: int, n: int, k: int, group_size: int, layout: str, activation: str,
-) -> Tensor:
-    rows = rows_of(x)
-    parts = (codes, scale, same_strides(scale, zero_points), zero, levels)
-    group = grouping(k, group_size)
+def parts_of(weight: PackedWeight) -> Tensors:
+    """The tensors of a weight as kernels read them: zero points are laid out as the scales are."""
+    codes, scale, zero_points, zero, levels = tensors_of(weight)
+    return codes, scale, same_strides(scale, zero_points), zero, levels
+
+
+def qmatmul_triton(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str) -> Tensor:
+    rows, parts, bits, (n, k) = rows_of(x), parts_of(weight), weight.bits, weight.shape
+    group = grouping(k, weight.group_size)
     asm, sm, sm_count = device_of(x)
     # sizes that are symbols cannot be hashed
     find = _known_plan if is_eager(x) else choose_plan
     plan = find(
-        rows.shape[0], n, k, bits, x_bits=8 * x.itemsize, levels=levels is not None, sm=sm, sm_count=sm_count
+        rows.shape[0], n, k, bits, x_bits=8 * x.itemsize, levels=weight.levels is not None, sm=sm, sm_count=sm_count
     )
     if rows.shape[0] == 0:
         y = x.new_empty(0, n)
@@ -82,12 +86,9 @@ def qmatmul_triton(
     return y.view(*x.shape[:-1], n)
 
 
-def qmatmul_dx_triton(
-    dy: Tensor, codes: Tensor, scale: Tensor, zero_points: Tensor | None, zero: float, levels: Tensor | None,
-    bits: int, n: int, k: int, group_size: int, layout: str,
-) -> Tensor:
-    parts = (codes, scale, same_strides(scale, zero_points), zero, levels)
-    return dy @ dequantize(parts, bits, n, k, grouping(k, group_size), dy.dtype)
+def qmatmul_dx_triton(dy: Tensor, weight: PackedWeight) -> Tensor:
+    n, k = weight.shape
+    return dy @ dequantize(parts_of(weight), weight.bits, n, k, grouping(k, weight.group_size), dy.dtype)
 
 
 def quantize_rows_triton(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -99,37 +100,33 @@ def quantize_rows_triton(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 
 def qmatmul_int8_triton(
-    x: Tensor, x_scale: Tensor, x_zero: Tensor | None, weight_sums: Tensor | None,
-    codes: Tensor, scale: Tensor, zero_points: Tensor | None, zero: float, levels: Tensor | None,
-    bias: Tensor | None, bits: int, n: int, k: int, group_size: int, layout: str, activation: str, dtype: torch.dtype,
+    x: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None, x_zero: Tensor | None,
+    weight_sums: Tensor | None, activation: str, dtype: torch.dtype,
 ) -> Tensor:
-    rows = rows_of(x)
+    rows, (n, k) = rows_of(x), weight.shape
     if rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], n, dtype=dtype)
-    parts = (codes, scale, same_strides(scale, zero_points), zero, levels)
+    parts = parts_of(weight)
     asm, _, sm_count = device_of(x)
-    group = grouping(k, group_size)
+    group = grouping(k, weight.group_size)
     plan = choose_int8_plan(rows.shape[0], n, k, group, sm_count=sm_count)
     shift = None if x_zero is None or weight_sums is None else x_zero * weight_sums
     y = multiply_int8(
-        rows, x_scale.reshape(-1), None, shift, parts, bias, bits, n, k, group, activation, dtype, plan, asm
+        rows, x_scale.reshape(-1), None, shift, parts, bias, weight.bits, n, k, group, activation, dtype, plan, asm
     )
     return y.view(*x.shape[:-1], n)
 
 
-def qmatmul_fp8_triton(
-    x: Tensor, codes: Tensor, scale: Tensor, zero_points: Tensor | None, zero: float, levels: Tensor | None,
-    bias: Tensor | None, bits: int, n: int, k: int, group_size: int, layout: str, activation: str,
-) -> Tensor:
-    rows = rows_of(x)
+def qmatmul_fp8_triton(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str) -> Tensor:
+    rows, (n, k) = rows_of(x), weight.shape
     m = rows.shape[0]
     if m == 0:
         return x.new_empty(*x.shape[:-1], n)
-    parts = (codes, scale, same_strides(scale, zero_points), zero, levels)
+    parts = parts_of(weight)
     asm, _, sm_count = device_of(x)
-    group = grouping(k, group_size)
+    group = grouping(k, weight.group_size)
     plan = choose_int8_plan(m, n, k, group, sm_count=sm_count)
     sums = x.new_empty(-(-k // 128), m, dtype=torch.float32)
     x8, x_scale = quantize(rows, torch.float8_e4m3fn, sums)
-    y = multiply_int8(x8, x_scale, sums, None, parts, bias, bits, n, k, group, activation, x.dtype, plan, asm)
+    y = multiply_int8(x8, x_scale, sums, None, parts, bias, weight.bits, n, k, group, activation, x.dtype, plan, asm)
     return y.view(*x.shape[:-1], n)
