@@ -243,7 +243,8 @@ def test_a_file_that_is_no_recipe_is_refused(name, text, words, tmp_path):
 
 def test_an_interrupted_command_continues_bit_for_bit(tmp_path, monkeypatch):
     recipe = written(tmp_path, TOML.replace("rate = 0.25", 'rate = 0.25, knockoffs = "generator"'))
-    stop = {"at": 0}
+    stop, fit = {"at": 0}, SCOP.fit_knockoffs
+    monkeypatch.setattr(SCOP, "fit_knockoffs", lambda algo, batches: fit(algo, batches, steps=10))  # seven times
 
     @contextmanager
     def bar(what: str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 from gs_algos import SimQAT
 
 WORLD = 2
+CASES = [
+    (wrapper, act)
+    for act in ("int8@tensor:minmax", "int8@tensor:ema=0.5", "int8@tensor:lsq")
+    for wrapper in ("ddp", "fsdp2")
+]
 
 
-def _worker(rank: int, wrapper: str, act: str, rendezvous: str, results: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
+def _train(rank: int, wrapper: str, act: str) -> dict[str, Any]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     algo = SimQAT(weight="int4@channel:lsq" if "lsq" in act else "int4@channel", act=act)
@@ -42,17 +46,29 @@ def _worker(rank: int, wrapper: str, act: str, rendezvous: str, results: str) ->
         net.unshard()
     state = {k: v.detach().clone() for k, v in net.state_dict().items()}
     state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
-    torch.save({"state": state, "seen": torch.stack(seen)}, f"{results}/{rank}.pt")
+    return {"state": state, "seen": torch.stack(seen)}
+
+
+def _worker(rank: int, rendezvous: str, results: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
+    torch.save({case: _train(rank, *case) for case in CASES}, f"{results}/{rank}.pt")
     dist.barrier()
     # leaves without the process group's destructor, which can wait for ever for a peer that has gone
     os._exit(0)
 
 
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("act", ["int8@tensor:minmax", "int8@tensor:ema=0.5", "int8@tensor:lsq"])
-def test_ranks_agree_on_ranges_and_weights(wrapper, act, tmp_path):
-    mp.spawn(_worker, (wrapper, act, str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=WORLD)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD))
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], dict[str, Any]]]:
+    """What each rank ends with, by case; starting two processes takes longer than all the cases."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_worker, (str(folder / "rendezvous"), str(folder)), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("wrapper, act", CASES)
+def test_ranks_agree_on_ranges_and_weights(wrapper, act, ranks):
+    first, second = (results[wrapper, act] for results in ranks)
     for key, value in first["state"].items():
         assert torch.equal(value, second["state"][key]), key
     if "minmax" in act:

@@ -16,6 +16,7 @@ from gs_algos import SLB
 from gs_algos.qat.slb_optim import SlbAdamW
 
 WORLD, STEPS = 2, 5  # the codes are chosen after step 3
+CASES = [(wrapper, fused) for wrapper in ("ddp", "fsdp2") for fused in (False, True)]
 
 
 def build() -> tuple[nn.Module, SLB]:
@@ -38,9 +39,7 @@ def optimizers(net: nn.Module, algo: SLB) -> list[torch.optim.Optimizer]:
     return [rest, torch.optim.AdamW([*algo.logits()], lr=0.05, weight_decay=0.1)]
 
 
-def _worker(rank: int, wrapper: str, fused: bool, rendezvous: str, results: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
+def _train(rank: int, wrapper: str, fused: bool) -> dict[str, torch.Tensor]:
     net, algo = build_fused() if fused else build()
     wrapped: nn.Module = DistributedDataParallel(net) if wrapper == "ddp" else fully_shard(net)
     each = optimizers(net, algo)
@@ -51,9 +50,13 @@ def _worker(rank: int, wrapper: str, fused: bool, rendezvous: str, results: str)
             optimizer.zero_grad()
         algo.step()
     state = {k: v.detach().clone() for k, v in net.state_dict().items()}
-    torch.save(
-        {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}, f"{results}/{rank}.pt"
-    )
+    return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
+
+
+def _worker(rank: int, rendezvous: str, results: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
+    torch.save({case: _train(rank, *case) for case in CASES}, f"{results}/{rank}.pt")
     dist.barrier()
     # leaves without the process group's destructor, which can wait for ever for a peer that has gone
     os._exit(0)
@@ -80,11 +83,17 @@ def alone(fused: bool) -> dict[str, torch.Tensor]:
     return net.state_dict()
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
-def test_ranks_choose_the_codes_that_one_process_would(wrapper, fused, tmp_path):
-    mp.spawn(_worker, (wrapper, fused, str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=WORLD)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD))
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, bool], dict[str, torch.Tensor]]]:
+    """What each rank ends with, by case; starting two processes takes longer than all the cases."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_worker, (str(folder / "rendezvous"), str(folder)), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("wrapper, fused", CASES)
+def test_ranks_choose_the_codes_that_one_process_would(wrapper, fused, ranks):
+    first, second = (results[wrapper, fused] for results in ranks)
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
     want = alone(fused)

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# vllm.sh [FOLDER [SECONDS]]: SmolLM2-135M, packed, in the CPU build of vLLM: check_vllm.py says what is compared.
+# vllm.sh [--prepare] [FOLDER [SECONDS]]: SmolLM2-135M, packed, in the CPU build of vLLM: check_vllm.py says what is
+# compared.
 # Makes its own virtual environment in FOLDER (3.5 GB; kept, and used again), or in a temporary one. Eight clients ask at
-# once for SECONDS (60).
+# once for SECONDS (60). With --prepare it makes what FOLDER is to hold, and checks nothing.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
+prepare=
+[ "${1:-}" != --prepare ] || { prepare=1; shift; }
 work=${1:-$(mktemp -d)}
 version=0.32.0
 mkdir -p "$work"
@@ -30,6 +33,7 @@ fi
 pip install -q --no-deps "$root"
 ln -sfn "$root/bench" bench # no part of the package, which is the installed one
 export PYTHONPATH=$PWD
+export OMP_NUM_THREADS=1 # threads that wait for a core that others use take it from them; engines choose their own number
 
 if [ ! -d ct ]; then
   step "checkpoints"
@@ -41,9 +45,9 @@ if [ ! -d ct ]; then
   golden-stick quantize float q4 --weights int4@group:64
   golden-stick export q4 ct --to compressed-tensors
 fi
+[ -z "$prepare" ] || exit 0
 
 step "checks"
 export VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 VLLM_LOGGING_LEVEL=ERROR
-export OMP_NUM_THREADS=1 # threads that wait for a core that others use take it from them; engines choose their own number
 python "$root/tests/serving/check_vllm.py" . --seconds "${2:-60}"
 step "done"
