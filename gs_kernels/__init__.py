@@ -13,6 +13,7 @@ from gs_kernels.qconv2d.op import qconv2d
 from gs_kernels.qmatmul.fp8 import qmatmul_fp8
 from gs_kernels.qmatmul.int8 import qmatmul_int8, quantize_rows, row_sums
 from gs_kernels.qmatmul.op import qmatmul
+from gs_kernels.requantize.op import requantize
 from gs_kernels.slb.codes import slb_codes, slb_pack
 from gs_kernels.slb.op import slb_weight
 from gs_kernels.slb.update import slb_adamw_, slb_sgd_
@@ -43,6 +44,7 @@ __all__ = [
     "quantize",
     "quantize_rows",
     "repack",
+    "requantize",
     "row_sums",
     "slb_adamw_",
     "slb_codes",

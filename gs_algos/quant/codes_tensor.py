@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gs_algos.quant.memory_format import laid, strides_in, suggested
-from gs_algos.quant.sums import Grid, from_codes, is_dense
+from gs_kernels.requantize.cpu import is_dense
+from gs_kernels.requantize.grid import Grid
+from gs_kernels.requantize.op import prepared_requantize
 
 aten = torch.ops.aten
 Like: TypeAlias = tuple[Any, Any, torch.dtype, torch.device]  # shape, strides, dtype, device
@@ -116,13 +118,13 @@ class CodesTensor(_Handed):
 
     def values(self) -> Tensor:
         """`dequantize`, with the strides of the codes."""
-        return from_codes((self.codes, self.quantizer.constants()), None, "none", self.dtype, None)
+        return prepared_requantize((self.codes, self.quantizer.constants()), None, "none", self.dtype, None)
 
     def codes_on(self, grid: Any) -> Tensor:
         """int8 codes of the values on another grid."""
         if grid is self.quantizer:
             return self.codes
-        return from_codes((self.codes, self.quantizer.constants()), None, "none", self.dtype, grid.constants())
+        return prepared_requantize((self.codes, self.quantizer.constants()), None, "none", self.dtype, grid.constants())
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"CodesTensor({list(self.shape)}, {self.quantizer.scheme})"
@@ -262,7 +264,7 @@ class _SumOfCodes:
 
     def __call__(self, residual: Tensor | None, activation: str, grid: Any) -> Tensor:
         into: Grid | None = None if grid is None else grid.constants()
-        return from_codes(self.a, self.b, activation, self.dtype, into)
+        return prepared_requantize(self.a, self.b, activation, self.dtype, into)
 
 
 def _wrapper(cls: type, shape: Any, strides: Any, dtype: torch.dtype, device: torch.device) -> Any:

@@ -13,11 +13,10 @@ from gs_algos.quant.codes_tensor import CodesTensor, Pending, hands_now, real, v
 from gs_algos.quant.kept import KeepsDtypes
 from gs_algos.quant.quantizers import Quantizer
 from gs_algos.quant.scheme import Scheme
-from gs_algos.quant.sums import Grid, Numbers
 from gs_kernels import fake_quant, quantize
 from gs_kernels.dispatch import is_eager, takes_cpu
-from gs_kernels.fake_quant.ref import inverse
 from gs_kernels.qconv2d.cpu_native import to_codes
+from gs_kernels.requantize.grid import Grid, make_grid
 
 
 class StaticQuantizer(KeepsDtypes):
@@ -106,22 +105,15 @@ class StaticQuantizer(KeepsDtypes):
         dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
         if not dense or x.dtype != torch.float32 or x.numel() == 0 or not (hands_now(x) and takes_cpu(x)):
             return None
-        numbers = self.constants()[6]
+        numbers = self.constants().numbers
         if numbers is None or not math.isfinite(numbers.of_floats[0]):  # the op says what is wrong
             return None
         return to_codes(x, numbers.of_floats, numbers.moved)
 
-    def _numbers(self, tensors: tuple[Tensor, ...]) -> Numbers:
-        scale, zero, inverse, whole, rest = map(float, tensors)
-        low, high = self.signed_limits()
-        near = torch.round(self.zero)
-        given = inverse, float(self.zero - near), float(near), float(self.scheme.qmin), float(self.scheme.qmax)
-        return Numbers((scale, zero), (inverse, rest, whole, float(low), float(high)), given, low - self.scheme.qmin)
-
     def signed_zero(self) -> Tensor:
         if self.scheme.format.signed:
             return self.zero
-        return self.constants()[1] if is_eager(self.zero) else self.zero - 128
+        return self.constants().zero if is_eager(self.zero) else self.zero - 128
 
     def constants(self) -> Grid:
         """The grid of `signed_codes` as passes over codes take it, made when first asked for."""
@@ -135,11 +127,8 @@ class StaticQuantizer(KeepsDtypes):
 
     def _make_constants(self, given_scale: Tensor, given_zero: Tensor) -> Grid:
         with torch.inference_mode(False), torch.no_grad():
-            scale, zero = given_scale.clone(), given_zero.clone()
-            zero = zero if self.scheme.format.signed else zero - 128
-            whole = torch.round(zero)
-            tensors = (scale, zero, inverse(scale, zero), whole, zero - whole)
-            constants = (*tensors, self.signed_limits(), self._numbers(tensors) if self.zero.is_cpu else None)
+            lower = 0 if self.scheme.format.signed else 128
+            constants = make_grid(given_scale.clone(), given_zero.clone(), self.scheme.qmin, self.scheme.qmax, lower)
         tracked = not (given_scale.is_inference() or given_zero.is_inference())
         stamp = (given_scale._version, given_zero._version) if tracked else None
         self._constants = None if stamp is None else (given_scale, given_zero, *stamp, constants)

@@ -1,0 +1,137 @@
+"""Requantize: implementations, registration, and the public function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gs_kernels.dispatch import implementations, takes_cpu
+from gs_kernels.fake_quant.rows import like
+from gs_kernels.registration import SOURCE, register
+from gs_kernels.requantize.checks import WHO, check_ends, check_grid, check_operand
+from gs_kernels.requantize.cpu import Operand, add_codes, requantize_cpu
+from gs_kernels.requantize.grid import Grid
+from gs_kernels.requantize.ref import requantize_ref
+
+
+def _requantize_ref(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero: Tensor,
+    b: Tensor | None,
+    b_scale: Tensor | None,
+    b_zero: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+    out_scale: Tensor | None,
+    out_zero: Tensor | None,
+    qmin: int,
+    qmax: int,
+) -> Tensor:
+    out = {"out_scale": out_scale, "out_zero": out_zero}
+    y = requantize_ref(
+        a, a_scale, a_zero, b, b_scale, b_zero, **out, qmin=qmin, qmax=qmax, activation=activation, dtype=dtype
+    )
+    return like(y, a)
+
+
+REQUANTIZE = implementations("requantize", _requantize_ref, requantize_cpu)
+
+
+def _requantize_fake(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero: Tensor,
+    b: Tensor | None,
+    b_scale: Tensor | None,
+    b_zero: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+    out_scale: Tensor | None,
+    *_: object,
+) -> Tensor:
+    return torch.empty_like(a, dtype=dtype if out_scale is None else torch.int8)
+
+
+_requantize = register(
+    "requantize(Tensor a, Tensor a_scale, Tensor a_zero, Tensor? b, Tensor? b_scale, Tensor? b_zero, str activation,"
+    " ScalarType dtype, Tensor? out_scale, Tensor? out_zero, int qmin, int qmax, str source) -> Tensor",
+    REQUANTIZE,
+    _requantize_fake,
+)
+
+
+def prepared_requantize(
+    a: Operand, b: Operand | None, activation: str, dtype: torch.dtype, into: Grid | None
+) -> Tensor:
+    """`requantize` for layers, which know their grids: no checks, and on a CPU no number is read from a tensor.
+
+    Args:
+        a, b: int8 codes of one shape, and their grids.
+        into: the grid of the result; None for its values.
+    """
+    if takes_cpu(a[0]):
+        return add_codes(a, b, activation, dtype, into)
+    other = (None, None, None) if b is None else (b[0], *b[1][:2])
+    ends = (None, None, -128, 127) if into is None else (into.scale, into.zero, into.low, into.high)
+    return _requantize(a[0], *a[1][:2], *other, activation, dtype, *ends, SOURCE)  # type: ignore[no-any-return]
+
+
+def requantize(
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero: Tensor,
+    b: Tensor | None = None,
+    b_scale: Tensor | None = None,
+    b_zero: Tensor | None = None,
+    *,
+    out_scale: Tensor | None = None,
+    out_zero: Tensor | None = None,
+    qmin: int = -128,
+    qmax: int = 127,
+    activation: str = "none",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Adds what int8 codes stand for and gives codes of the sum: `clamp(round(f(va + vb) / s) + z, qmin, qmax)`.
+
+    va is `(a - a_zero) * a_scale`, and vb likewise. Both, their sum and f of it are rounded to dtype: they are the
+    floats that a network in dtype adds and activates. Codes are rounded as `quantize` does. Without b the codes of a
+    move to another grid; without out_scale the result is the values. No gradient.
+
+    Args:
+        a: int8 `[...]`. Where its elements leave gaps in memory, and where b has other strides, there is a copy.
+        a_scale, a_zero: `[1]` fp32, the grid of a.
+        b: int8, shape of a; to be added.
+        b_scale, b_zero: `[1]` fp32, the grid of b.
+        out_scale, out_zero: `[1]` fp32, the grid of the result, together or not at all.
+        qmin: smallest code of the result, >= -128.
+        qmax: largest code of the result, <= 127.
+        activation: f: `none`, `relu`, `relu6`, `hardswish`, `gelu` (exact) or `silu`.
+        dtype: fp32 / fp16 / bf16.
+
+    Returns:
+        shape and strides of a: int8 with out_scale, else of dtype.
+
+    Raises:
+        ValueError, TypeError: if codes, grids, shapes or devices do not fit, or activation or dtype are unknown.
+
+    Source: Jacob et al. 2018, arXiv:1712.05877, appendix A.2 (addition).
+    """
+    check_operand("a", a, a_scale, a_zero)
+    if b is not None:
+        check_operand("b", b, b_scale, b_zero)
+        if b.shape != a.shape or b.device != a.device:
+            raise ValueError(
+                f"{WHO}: b must have the shape and device of a, {tuple(a.shape)} on {a.device}, got {tuple(b.shape)} on"
+                f" {b.device}; expand or move it"
+            )
+    elif b_scale is not None or b_zero is not None:
+        raise ValueError(f"{WHO}: b_scale and b_zero must come with b, got no b")
+    if out_scale is not None or out_zero is not None:
+        check_grid("out", a, out_scale, out_zero)
+    check_ends(qmin, qmax, activation, dtype)
+    grids = (t if t is None else t.detach() for t in (a_scale, a_zero, b_scale, b_zero, out_scale, out_zero))
+    a_scale, a_zero, b_scale, b_zero, out_scale, out_zero = grids  # type: ignore[assignment]
+    return _requantize(  # type: ignore[no-any-return]
+        a, a_scale, a_zero, b, b_scale, b_zero, activation, dtype, out_scale, out_zero, qmin, qmax, SOURCE
+    )
