@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gs_kernels.dispatch import implementations, takes_cpu
 from gs_kernels.fake_quant.rows import like
-from gs_kernels.registration import SOURCE, register
+from gs_kernels.registration import register
 from gs_kernels.requantize.checks import WHO, check_ends, check_grid, check_operand
 from gs_kernels.requantize.cpu import Operand, add_codes, requantize_cpu
 from gs_kernels.requantize.grid import Grid
@@ -55,7 +55,7 @@ def _requantize_fake(
 
 _requantize = register(
     "requantize(Tensor a, Tensor a_scale, Tensor a_zero, Tensor? b, Tensor? b_scale, Tensor? b_zero, str activation,"
-    " ScalarType dtype, Tensor? out_scale, Tensor? out_zero, int qmin, int qmax, str source) -> Tensor",
+    " ScalarType dtype, Tensor? out_scale, Tensor? out_zero, int qmin, int qmax) -> Tensor",
     REQUANTIZE,
     _requantize_fake,
 )
@@ -74,7 +74,7 @@ def prepared_requantize(
         return add_codes(a, b, activation, dtype, into)
     other = (None, None, None) if b is None else (b[0], *b[1][:2])
     ends = (None, None, -128, 127) if into is None else (into.scale, into.zero, into.low, into.high)
-    return _requantize(a[0], *a[1][:2], *other, activation, dtype, *ends, SOURCE)  # type: ignore[no-any-return]
+    return _requantize(a[0], *a[1][:2], *other, activation, dtype, *ends)  # type: ignore[no-any-return]
 
 
 def requantize(
@@ -133,5 +133,5 @@ def requantize(
     grids = (t if t is None else t.detach() for t in (a_scale, a_zero, b_scale, b_zero, out_scale, out_zero))
     a_scale, a_zero, b_scale, b_zero, out_scale, out_zero = grids  # type: ignore[assignment]
     return _requantize(  # type: ignore[no-any-return]
-        a, a_scale, a_zero, b, b_scale, b_zero, activation, dtype, out_scale, out_zero, qmin, qmax, SOURCE
+        a, a_scale, a_zero, b, b_scale, b_zero, activation, dtype, out_scale, out_zero, qmin, qmax
     )
