@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
+import pydoc
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -19,16 +22,56 @@ from gs_algos.qat.slb_config import SLBOptions
 
 ROOT = Path(__file__).parent.parent
 OPTIONS: dict[Any, Any] = {SimQAT: SimQATOptions, SLB: SLBOptions, Prune: PruneOptions, SCOP: SCOPOptions}
-SCRIPT = """
-from torch import nn
+WRONG = """
+import gs_algos
 from gs_algos import SCOP, SLB, Prune, SimQAT
 
 SimQAT(wieght="int8")
 SLB(total_steps="many")
 SCOP(rate=0.4, knockofs=1)
 Prune(importance="l2", seed="x")
-SimQAT(weight="int4@channel", act=None, quant_delay=(1, 2), rules=[("fc", None), (nn.Linear, {"act": None})])
-SCOP(knockoffs="permute", rate=0.4).config.betas
+"""
+RIGHT = """
+
+import torch
+from torch import Tensor, nn
+from gs_algos import LevelGrid, Pipeline, Plan, PlanRow, Scheme, SimQATConfig, SlbAdamW, Stage, plan_weights
+from gs_kernels import IntFormat, PackedWeight, PerGroup, fake_quant, pack_weight, qmatmul
+
+net: nn.Module = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+x = torch.randn(4, 8)
+scheme = Scheme(IntFormat(4), PerGroup(4))
+algo = SimQAT(weight=scheme, act=None, quant_delay=(1, 2), rules=[("0", None), (nn.Linear, {"act": None})])
+SimQAT(SimQATConfig(weight=scheme), process_group=None)
+plan: Plan = algo.plan(net, x)
+rows: tuple[PlanRow, ...] = plan.acted()
+quantized: int = plan.totals.quantized if plan.totals is not None else 0
+net = algo.apply(net, {"x": x})
+algo.step()
+net = algo.convert(net)
+text: str = algo.summary(net)
+gs_algos.save(net, "checkpoint")
+again: nn.Module = gs_algos.load("checkpoint", lambda: nn.Sequential(nn.Linear(8, 8)))
+resumed: SimQAT = SimQAT.resume(again)
+names = [entry["algorithm"] for entry in gs_algos.history(net)]
+slb = SLB(weight=LevelGrid(2, "channel"), total_steps=10, ends="int8@channel", fused=True)
+optimizer = SlbAdamW(slb.fused_layers(), lr=0.1)
+scop = SCOP(rate=0.4, knockoffs="permute", select_steps=10)
+betas: tuple[float, float] = scop.config.betas
+
+
+def train(net: nn.Module, stage: Stage) -> None:
+    stage.algorithm.step()
+
+
+net = Pipeline([scop, SimQAT()], folder="out").run(net, x, train)
+net = gs_algos.quantize_weights(net, scheme, rules=[("0", scheme), ("1", None)])
+print(plan_weights(net, "int4@channel").totals)
+gs_algos.export_onnx(net, x, "net.onnx", signed_weights=True)
+gs_algos.quantize_checkpoint("folder", "packed", scheme, embeddings=scheme)
+w: PackedWeight = pack_weight(torch.zeros(4, 8), torch.ones(4, 1), 0, bits=8, group_size=8)
+y: Tensor = qmatmul(x, w)
+z: Tensor = fake_quant(x, torch.ones(4), torch.zeros(4), qmin=-8, qmax=7)
 """
 
 
@@ -62,14 +105,32 @@ def test_a_misspelt_option_is_answered(algorithm):
 
 def test_mypy_sees_the_options_in_a_users_script(tmp_path):
     pytest.importorskip("mypy")
-    (tmp_path / "user.py").write_text(SCRIPT)
+    (tmp_path / "user.py").write_text(WRONG + RIGHT)
     # torch is left out: it takes mypy 10 s, and none of the options is of a type of its own
-    words = ["--follow-imports=silent", "--no-site-packages", "--ignore-missing-imports", "--config-file="]
+    words = ["--follow-imports=silent", "--no-site-packages", "--ignore-missing-imports", "--config-file=", "--strict"]
     command = [sys.executable, "-m", "mypy", *words, "--cache-dir", str(tmp_path / "cache"), str(tmp_path / "user.py")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     errors = [line.partition("user.py:")[2] for line in done.stdout.splitlines() if ": error:" in line]
     assert [error.partition(":")[0] for error in errors] == ["5", "6", "7", "8"], done.stdout + done.stderr
     assert 'did you mean "weight"?' in errors[0] and '"int | None"' in errors[1]
+
+
+@pytest.mark.skipif(shutil.which("pyright") is None, reason="pyright is not installed")
+def test_pyright_sees_the_options_in_a_users_script(tmp_path):
+    (tmp_path / "user.py").write_text(WRONG + RIGHT)
+    settings = {"include": ["user.py"], "typeCheckingMode": "strict", "extraPaths": [str(ROOT)]}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    command = ["pyright", "--outputjson", "-p", str(tmp_path), "--pythonpath", sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = json.loads(done.stdout)["generalDiagnostics"]
+    assert [about["range"]["start"]["line"] for about in found] == [4, 5, 6, 7], found
+    assert 'No parameter named "wieght"' in found[0]["message"] and '"int | None"' in found[1]["message"]
+
+
+@pytest.mark.parametrize("algorithm", OPTIONS, ids=lambda algorithm: algorithm.__name__)
+def test_help_shows_the_options(algorithm):
+    first = pydoc.plain(pydoc.render_doc(algorithm)).splitlines()[3]
+    assert all(f" {field.name}: " in first for field in fields(algorithm.config_class)), first
 
 
 def test_an_editable_install_is_a_path_that_checkers_follow():

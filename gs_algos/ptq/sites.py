@@ -24,7 +24,7 @@ WHO = "quantize_weights"
 UNTOUCHED = ""  # the option of a layer that no rule sets
 SMALLEST_GROUP = 16  # that is worth a suggestion
 FEW = 4  # layers that a message names
-WeightRule: TypeAlias = tuple[RulePattern, str | Mapping[str, Any] | None]
+WeightRule: TypeAlias = tuple[RulePattern, str | Scheme | Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True)
