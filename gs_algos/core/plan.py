@@ -49,7 +49,8 @@ class Totals:
     Args:
         numbers: in all parameters of the model, biases and norms included; a tied one counts once.
         quantized: of them, in weights that the plan quantizes.
-        before, after: bytes of all parameters, and of what takes their place.
+        before: bytes of all parameters.
+        after: bytes of what takes their place.
     """
 
     numbers: int

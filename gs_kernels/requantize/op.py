@@ -100,10 +100,13 @@ def requantize(
 
     Args:
         a: int8 `[...]`. Where its elements leave gaps in memory, and where b has other strides, there is a copy.
-        a_scale, a_zero: `[1]` fp32, the grid of a.
+        a_scale: `[1]` fp32, of the grid of a.
+        a_zero: `[1]` fp32, of the grid of a.
         b: int8, shape of a; to be added.
-        b_scale, b_zero: `[1]` fp32, the grid of b.
-        out_scale, out_zero: `[1]` fp32, the grid of the result, together or not at all.
+        b_scale: `[1]` fp32, of the grid of b.
+        b_zero: `[1]` fp32, of the grid of b.
+        out_scale: `[1]` fp32, of the grid of the result; together with out_zero or not at all.
+        out_zero: `[1]` fp32, of the grid of the result.
         qmin: smallest code of the result, >= -128.
         qmax: largest code of the result, <= 127.
         activation: f: `none`, `relu`, `relu6`, `hardswish`, `gelu` (exact) or `silu`.
