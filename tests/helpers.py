@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -82,6 +86,32 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def _bytes(t: Tensor) -> Tensor:
     return t.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+
+
+def frames(call: Callable[[], Any]) -> tuple[int, int]:
+    """Counts the Python frames of ours that a call runs: how many lie above each other at most, and how many in all.
+
+    The call runs some times before, so that what is made once is made.
+    """
+    ours = tuple(f"{Path(__file__).parents[1] / name}{os.sep}" for name in ("gs_kernels", "gs_algos"))
+    depth = deepest = calls = 0
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal depth, deepest, calls
+        if event in ("call", "return") and frame.f_code.co_filename.startswith(ours):
+            depth += 1 if event == "call" else -1
+            calls += event == "call"
+            deepest = max(deepest, depth)
+
+    for _ in range(3):
+        call()
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return deepest, calls
 
 
 class Untouched:

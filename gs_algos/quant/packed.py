@@ -115,6 +115,7 @@ class Packed(KeepsDtypes):
     scale: Tensor | None
     zero: Tensor | None
     levels: Tensor | None
+    _held: PackedWeight | None = None  # what `packed` gave last: checked once, as long as the buffers are the same
 
     def __init__(self, weight: PackedWeight | Packed, dtype: torch.dtype) -> None:
         super().__init__()
@@ -168,6 +169,21 @@ class Packed(KeepsDtypes):
         """The weight as the ops take it, in the layout that the device reads. Shares memory with the layer."""
         if self._lender:
             return self._lender[0].packed
+        if torch.compiler.is_compiling():
+            return self._made()
+        own, held = self._buffers, self._held
+        if held is not None and held.codes is own["codes"] and held.scale is own["scale"]:
+            zero = own["zero"] if self._zero is None else self._zero
+            numbers = (self.bits, self.shape, self.group_size, layout_of(held.codes))
+            same = (held.bits, held.shape, held.group_size, held.layout) == numbers
+            if same and held.zero is zero and held.levels is own["levels"]:
+                return held
+        held = self._made()
+        # not those of a tracer, which puts its own tensors in the place of buffers for a while
+        self.__dict__["_held"] = held if type(held.codes) is Tensor else None
+        return held
+
+    def _made(self) -> PackedWeight:
         codes, scale = self.codes, self.scale
         assert codes is not None and scale is not None
         zero = self.zero if self._zero is None else self._zero
@@ -212,7 +228,12 @@ class Packed(KeepsDtypes):
         if layout_of(codes) != wanted:
             self.codes = repack(self.packed, wanted).codes
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a file has the tensors, and no second object around them."""
+        return {key: value for key, value in self.__dict__.items() if key != "_held"}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.__dict__["_held"] = None  # whose tensors would outlive a move to another device
         device = None if self.codes is None else self.codes.device
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
         super()._apply(fn, recurse)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gs_kernels.dispatch import PLAIN
 from gs_kernels.pack.layouts import BITS, CANONICAL, LAYOUTS, PackedWeight, codes_dtype, codes_shape
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+CHECKED = "_checked"  # attribute of a weight: its form when it was right; no field, so that a changed copy has none
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -62,12 +65,33 @@ def check_packed_codes(
 def check_packed(who: str, weight: PackedWeight, name: str = "weight") -> None:
     """Raises unless the parts of the weight fit together. Reads no values, so it costs no synchronisation.
 
+    A weight that was right is only compared with what it was then: its tensors may have been changed in place.
+
     Raises:
         TypeError: if a part is of the wrong kind or dtype.
         ValueError: if a shape, a device, the bits, the group size or the layout does not fit.
     """
     if not isinstance(weight, PackedWeight):
         raise TypeError(f"{who}: {name} must be a PackedWeight, got {type(weight).__name__}; use pack_weight")
+    if torch.compiler.is_compiling():
+        _check_parts(who, weight, name)
+    elif weight.__dict__.get(CHECKED) is None or weight.__dict__[CHECKED] != _form(weight):
+        _check_parts(who, weight, name)
+        # the sizes of other tensors may be symbols of a trace
+        if all(type(t) in PLAIN for t in vars(weight).values() if isinstance(t, Tensor)):
+            weight.__dict__[CHECKED] = _form(weight)
+
+
+def _form(weight: PackedWeight) -> tuple[Any, ...]:
+    """Gives what the checks look at that can change: of each tensor its shape, dtype and device."""
+    codes, scale, zero, levels = weight.codes, weight.scale, weight.zero, weight.levels
+    form: tuple[Any, ...] = (codes.shape, codes.dtype, codes.device, scale.shape, scale.dtype, scale.device)
+    if isinstance(zero, Tensor):
+        form += (zero.shape, zero.dtype, zero.device)
+    return form if levels is None else (*form, levels.shape, levels.dtype, levels.device)
+
+
+def _check_parts(who: str, weight: PackedWeight, name: str) -> None:
     check_packed_codes(who, weight.codes, weight.bits, weight.shape, weight.layout, f"{name}.codes")
     n, k = weight.shape
     check_group(f"{who}: {name}", k, weight.group_size)

@@ -84,8 +84,17 @@ def unpack_codes(packed: Tensor, bits: int, shape: tuple[int, int], layout: str 
         TypeError, ValueError: if packed has not the dtype and shape that follow from the rest.
     """
     check_packed_codes("unpack_codes", packed, bits, shape, layout, "packed")
+    return _unpack(packed, bits, shape[1], layout)
+
+
+def codes_of(weight: PackedWeight) -> Tensor:
+    """Gives the codes `[N, K]`, uint8, of a weight that was checked."""
+    return _unpack(weight.codes, weight.bits, weight.shape[1], weight.layout)
+
+
+def _unpack(packed: Tensor, bits: int, k: int, layout: str) -> Tensor:
     codes = _unpack_planar(packed, bits) if layout == PLANAR else _unpack_canonical(packed, bits)
-    return codes if codes.shape[1] == shape[1] else codes[:, : shape[1]].contiguous()
+    return codes if codes.shape[1] == k else codes[:, :k].contiguous()
 
 
 def _unpack_canonical(packed: Tensor, bits: int) -> Tensor:
@@ -205,8 +214,7 @@ def repack(weight: PackedWeight, layout: str) -> PackedWeight:
     check_layout("repack", layout)
     if weight.layout == layout:
         return weight
-    codes = unpack_codes(weight.codes, weight.bits, weight.shape, weight.layout)
-    return replace(weight, codes=pack_codes(codes, weight.bits, layout), layout=layout)
+    return replace(weight, codes=pack_codes(codes_of(weight), weight.bits, layout), layout=layout)
 
 
 def dequantize_packed(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -223,7 +231,7 @@ def dequantize_packed(weight: PackedWeight, dtype: torch.dtype = torch.float32) 
     if dtype not in FLOATS:
         names = " / ".join(map(dtype_name, FLOATS))
         raise TypeError(f"dequantize_packed: dtype must be {names}, got {dtype}")
-    codes = unpack_codes(weight.codes, weight.bits, weight.shape, weight.layout)
+    codes = codes_of(weight)
     scale, zero = weight.scale.detach().float(), weight.zero
     zero = zero.detach().float() if isinstance(zero, Tensor) else torch.full_like(scale, zero)
     on_cpu = codes.device.type == "cpu" and is_eager(codes, scale)

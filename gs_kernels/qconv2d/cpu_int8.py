@@ -24,7 +24,7 @@ from torch.nn.functional import conv2d, pad
 from gs_kernels.compiled import call, compiled
 from gs_kernels.instructions import multiplies_int8
 from gs_kernels.pack.layouts import PackedWeight
-from gs_kernels.pack.pack import unpack_codes
+from gs_kernels.pack.pack import codes_of
 from gs_kernels.qconv2d.cpu_native import Dense, Depthwise, Finish, finishes, library, suits, to_steps
 from gs_kernels.qconv2d.dense import empty_image
 from gs_kernels.qconv2d.ref import convolve_int8_ref, finish_int8, into_codes
@@ -62,7 +62,7 @@ class Codes:
 
 def make_codes(weight: PackedWeight) -> Codes:
     """Raises UnsuitableError if zero points lie so far off the grid that int8 does not hold the rest."""
-    codes = unpack_codes(weight.codes, weight.bits, weight.shape, weight.layout)
+    codes = codes_of(weight)
     size, whole = weight.group_size, weight.bits == 8
     zero = weight.zero.float() if isinstance(weight.zero, Tensor) else torch.full(weight.scale.shape, weight.zero)
     near2 = torch.round(2 * zero)

@@ -39,7 +39,14 @@ FEW_ROWS = {torch.bfloat16: 16, torch.float32: 64}
 
 def qmatmul_cpu(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str) -> Tensor:
     with without_autocast():
-        y = _product(rows_of(x, computed_in(x.dtype)), weight)
+        rows, y = rows_of(x, computed_in(x.dtype)), None
+        if rows.shape[0] and weight.levels is None:
+            try:
+                # the way of few rows without frames in between, which small ones feel
+                y = dot(rows.float(), lanes_of(weight)) if _are_few(rows) else _many(rows, weight)
+            except UnsuitableError as error:
+                logger.debug("qmatmul dequantises in every call: %s", error)
+        y = _plain(rows, weight) if y is None else y[:, : weight.shape[0]]
     return finish(y, bias, activation, x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -67,27 +74,23 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 and able else torch.float32
 
 
-def _product(x: Tensor, weight: PackedWeight) -> Tensor:
-    """`[M, N]`, in fp32 or the dtype of x."""
-    if x.shape[0] == 0:
-        return x.new_empty(0, weight.shape[0])
-    if weight.levels is None:
-        try:
-            return _compiled(x, weight)
-        except UnsuitableError as error:
-            logger.debug("qmatmul dequantises in every call: %s", error)
-    return _plain(x, weight)
-
-
-def _compiled(x: Tensor, weight: PackedWeight) -> Tensor:
+def _are_few(x: Tensor) -> bool:
+    """Whether the codes of the weight are multiplied as they are unpacked, in fp32."""
     m = x.shape[0]
     if m > ROWS and x.dtype == torch.bfloat16 and cpu_bf16.suits(m):
+        return False
+    return m <= FEW_ROWS[x.dtype]
+
+
+def _many(x: Tensor, weight: PackedWeight) -> Tensor:
+    """`[M, N or more]`, in fp32 or the dtype of x."""
+    if x.dtype == torch.bfloat16 and cpu_bf16.suits(x.shape[0]):
         try:
-            return cpu_bf16.multiply(x, lanes_of(weight))[:, : weight.shape[0]]
+            return cpu_bf16.multiply(x, lanes_of(weight))
         except UnsuitableError as error:
             logger.debug("qmatmul goes another way: %s", error)
-    if m <= FEW_ROWS[x.dtype]:
-        return dot(x.float(), lanes_of(weight))[:, : weight.shape[0]]
+            if x.shape[0] <= FEW_ROWS[x.dtype]:
+                return dot(x.float(), lanes_of(weight))
     return _by_blocks(x, weight)
 
 
@@ -100,7 +103,7 @@ def _by_blocks(x: Tensor, weight: PackedWeight) -> Tensor:
         columns = block.view(steps.shape[1], -1)
         torch.mm(steps, columns, out=y[:, done : done + columns.shape[1]])
         done += columns.shape[1]
-    return y[:, : weight.shape[0]]
+    return y
 
 
 def dequantized(lanes: Lanes, dtype: torch.dtype, size: int, as_codes: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
@@ -121,6 +124,8 @@ def dequantized(lanes: Lanes, dtype: torch.dtype, size: int, as_codes: bool = Fa
 def _plain(x: Tensor, weight: PackedWeight) -> Tensor:
     """Dequantises some rows of the weight at a time."""
     n, k = weight.shape
+    if x.shape[0] == 0:
+        return x.new_empty(0, n)
     size = max(1, BLOCK // k)
     ys = [linear(x, dequantize_packed(_slice(weight, i, i + size), x.dtype)) for i in range(0, n, size)]
     return ys[0] if len(ys) == 1 else torch.cat(ys, 1)

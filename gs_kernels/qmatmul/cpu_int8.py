@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from gs_kernels.instructions import multiplies_int8
 from gs_kernels.pack.layouts import PackedWeight
-from gs_kernels.pack.pack import unpack_codes
+from gs_kernels.pack.pack import codes_of
 from gs_kernels.qmatmul.cpu import dequantized, finish, rows_of, without_autocast
 from gs_kernels.qmatmul.cpu_lanes import LANES, UnsuitableError, kept, lanes_of
 from gs_kernels.qmatmul.cpu_products import OFFSET, add, int_dot
@@ -116,7 +116,7 @@ def _whole_product(x: Tensor, w: Tensor) -> Tensor:
 
 def _code_sums(weight: PackedWeight) -> Tensor:
     """int32 `[G, B, 16]`: the sum of each group's codes, those of 8 bits 128 lower."""
-    codes = unpack_codes(weight.codes, weight.bits, weight.shape, weight.layout)
+    codes = codes_of(weight)
     sums = codes.unflatten(1, (-1, weight.group_size)).sum(2, dtype=torch.int32)
     sums -= OFFSET * weight.group_size if weight.bits == 8 else 0
     rows = lanes_of(weight).codes.shape[0] * LANES

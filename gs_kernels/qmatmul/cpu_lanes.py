@@ -11,6 +11,7 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gs_kernels.pack.layouts import CANONICAL, PackedWeight
-from gs_kernels.pack.pack import pack_codes, unpack_codes
+from gs_kernels.pack.pack import codes_of, pack_codes
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Lanes:
     shape: tuple[int, int]
     width: int
 
-    @property
+    @cached_property
     def groups(self) -> int:
         """Groups of the weight itself."""
         return self.codes.shape[1] * self.codes.shape[2] * STEP // self.width
@@ -73,7 +74,7 @@ def make_lanes(weight: PackedWeight) -> Lanes:
     if weight.layout == CANONICAL and width == weight.group_size:
         packed = weight.codes
     else:
-        codes = unpack_codes(weight.codes, weight.bits, weight.shape, weight.layout).view(n, groups, -1)
+        codes = codes_of(weight).view(n, groups, -1)
         packed = pack_codes(pad(codes, (0, width - weight.group_size)).view(n, -1), weight.bits)
     rows = max(_up(n, LANES), 2 * LANES)
     split = pad(packed, (0, 0, 0, rows - n)).view(-1, LANES, groups * halves, width // (STEP * halves), weight.bits)
@@ -99,9 +100,9 @@ def lanes_of(weight: PackedWeight) -> Lanes:
 
 
 T = TypeVar("T")
-Stamp = tuple[Any, ...]
 
-_kept: dict[tuple[int, int, Hashable], tuple[Stamp, Any]] = {}
+# by storage and offset of the codes, and kind: what was true of the weight, owners of its tensors, what was made
+_kept: dict[tuple[int, int, Hashable], tuple[list[Any], list[Any], Any]] = {}
 _said = False
 
 
@@ -113,32 +114,33 @@ def kept(weight: PackedWeight, kind: Hashable, make: Callable[[PackedWeight], T]
     Raises:
         UnsuitableError: if a tensor does not count its changes, as those made in inference mode.
     """
-    tensors = (weight.codes, weight.scale, weight.zero, weight.levels)
-    parts = [t for t in tensors if isinstance(t, Tensor)]
-    if any(t.is_inference() for t in parts):
-        _say_untracked()
-        raise UnsuitableError("a tensor was made in inference mode")
     storage = weight.codes.untyped_storage()
     key = (id(storage), int(weight.codes.storage_offset()), kind)
-    numbers = (weight.bits, weight.shape, weight.group_size, weight.layout)
-    state = [(t._version, t.storage_offset(), t.stride(), t.dtype) for t in parts]
-    owners = [t.untyped_storage() for t in parts]
-    if key in _kept:
-        stamp, made = _kept[key]
-        refs, *rest = stamp
-        if rest == [numbers, state, _number(weight)] and all(r() is o for r, o in zip(refs, owners, strict=True)):
-            return made
+    state: list[Any] = [weight.bits, weight.shape, weight.group_size, weight.layout]
+    owners = []
+    for t in (weight.codes, weight.scale, weight.zero, weight.levels):
+        if not isinstance(t, Tensor):
+            state.append(t)
+        elif t.is_inference():
+            _say_untracked()
+            raise UnsuitableError("a tensor was made in inference mode")
+        else:
+            state += (t._version, t.storage_offset(), t.stride(), t.dtype)
+            owners.append(t.untyped_storage())
+    found = _kept.get(key)
+    if found is not None and found[0] == state:
+        for ref, owner in zip(found[1], owners, strict=True):
+            if ref() is not owner:
+                break
+        else:
+            return found[2]
     # ordinary tensors even in inference mode: compiled code would be compiled again for others
     with torch.inference_mode(False), torch.no_grad():
         made = make(weight)
     # a storage that dies takes its entry along, before another can have its address
     refs = [weakref.ref(storage, lambda _: _kept.pop(key, None)), *map(weakref.ref, owners[1:])]
-    _kept[key] = ((refs, numbers, state, _number(weight)), made)
-    return made
-
-
-def _number(weight: PackedWeight) -> float | None:
-    return None if isinstance(weight.zero, Tensor) else float(weight.zero)
+    _kept[key] = (state, refs, made)
+    return made  # type: ignore[no-any-return]
 
 
 def _say_untracked() -> None:

@@ -44,22 +44,19 @@ def _functions() -> Any:
     return functions
 
 
-def dot(x: Tensor, lanes: Lanes) -> Tensor:
-    """`[M, 16 * B]` fp32: fp32 x `[M, K]` times the weight.
+def dot(x: Tensor, lanes: Lanes, functions: Any = None) -> Tensor:
+    """`[M, 16 * B]` fp32: fp32 x `[M, K]` times the weight. functions: default `library()`.
 
     Raises:
         UnsuitableError: if the C++ does not run here.
     """
-    return _dot(_functions(), x, lanes)
-
-
-def _dot(functions: Any, x: Tensor, lanes: Lanes) -> Tensor:
+    functions = _functions() if functions is None else functions
     steps, y = lanes.steps(x).contiguous(), _result(x, lanes)
     functions.lanes_dot(steps.data_ptr(), x.shape[0], *_weight(lanes), y.data_ptr(), _threads(y, steps))
     return y
 
 
-def int_dot(x: Tensor, lanes: Lanes, one: bool) -> Tensor:
+def int_dot(x: Tensor, lanes: Lanes, one: bool, functions: Any = None) -> Tensor:
     """`[M, 16 * B]` fp32: whole numbers x `[M, K]` int16 times the weight, summed as integers within each group.
 
     one: there is one scale a row, so that all is summed before it is scaled.
@@ -67,10 +64,7 @@ def int_dot(x: Tensor, lanes: Lanes, one: bool) -> Tensor:
     Raises:
         UnsuitableError: if the C++ does not run here.
     """
-    return _int_dot(_functions(), x, lanes, one)
-
-
-def _int_dot(functions: Any, x: Tensor, lanes: Lanes, one: bool) -> Tensor:
+    functions = _functions() if functions is None else functions
     steps, y = lanes.steps(x).contiguous(), _result(x, lanes)
     x_sums = steps.sum((2, 3), dtype=torch.int32)  # [M, G]
     pointers = steps.data_ptr(), x.shape[0], x_sums.data_ptr()
@@ -148,8 +142,8 @@ def _is_right_for(functions: Any, bits: int) -> bool:
     sums = ((x @ steps.view(32, 48).long()).int()).view(7, 3, LANES)
     _add(functions, y, sums, x.sum(1, dtype=torch.int32), grid[:, 1], bits)
     return (
-        torch.equal(_dot(functions, x.float(), lanes), want)
-        and all(torch.equal(_int_dot(functions, x.short(), lanes, one), want) for one in (False, True))
+        torch.equal(dot(x.float(), lanes, functions), want)
+        and all(torch.equal(int_dot(x.short(), lanes, one, functions), want) for one in (False, True))
         and all(torch.equal(block.float(), weight) for block in blocks[:2])
         and torch.equal(blocks[2].float(), steps)
         and torch.equal(in_fp32, steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -243,6 +244,40 @@ def test_autocast_casts_x_as_a_linear_does():
     packed = PackedLinear.from_linear(linear(), "int8@channel")
     with torch.autocast("cpu", torch.bfloat16):
         assert packed(random(2, 32)).dtype == linear()(random(2, 32)).dtype == torch.bfloat16
+
+
+def test_a_layer_follows_every_change_of_its_tensors():
+    layer, x = PackedLinear.from_linear(linear(), "int4@group:16:asym"), random(2, 32)
+    other = PackedLinear.from_linear(linear(), "int4@group:16:asym")
+    assert layer.packed is layer.packed
+    y = layer(x)
+    assert layer.scale is not None and layer.codes is not None
+    layer.scale.mul_(2)  # in place
+    twice = layer(x)
+    layer.scale = layer.scale / 2  # another tensor
+    assert same_bits(layer(x), y) and not same_bits(twice, y)
+    layer.load_state_dict({**other.state_dict(), "scale": twice.new_full(layer.scale.shape, 0.5)}, assign=True)
+    assert torch.equal(layer.packed.scale, torch.full_like(layer.scale, 0.5))
+
+
+def test_a_layer_whose_tensor_was_damaged_after_a_call_is_refused():
+    layer, x = PackedLinear.from_linear(linear(), "int4@group:16"), random(2, 32)
+    layer(x)
+    assert layer.codes is not None
+    layer.codes.data = layer.codes.data[:, :3]
+    with pytest.raises(ValueError, match=r"qmatmul: weight.codes must have shape .* \(truncated"):
+        layer(x)
+
+
+def test_a_copy_and_a_file_hold_a_layer_that_was_called_once():
+    layer, x = PackedLinear.from_linear(linear(), "int4@group:16"), random(2, 32)
+    fresh = len(pickle.dumps(layer))
+    y = layer(x)
+    assert len(pickle.dumps(layer)) == fresh
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert same_bits(other(x), y)
+        other.scale.zero_()
+        assert not same_bits(other(x), y) and same_bits(layer(x), y)
 
 
 @pytest.mark.usefixtures("kernel_devices")

@@ -1,7 +1,9 @@
 """Packed weights: bytes worked out by hand, exact round trips of every width and layout, and what is refused."""
 
+import copy
 import json
 import math
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -297,6 +299,37 @@ def test_weights_whose_parts_do_not_fit_are_refused(change, error, words):
     check_packed("op", weight)
     with pytest.raises(error, match=rf"^op: .*{words}|^op: {words}"):
         check_packed("op", replace(weight, **change))
+
+
+@pytest.mark.parametrize(
+    "part, new, words",
+    [
+        ("codes", torch.zeros(6, 16, dtype=torch.uint8), r"op: weight.codes must have shape .*\(truncated: 96 of 192"),
+        ("codes", torch.zeros(6, 32, dtype=torch.int8), "op: weight.codes must be uint8, got int8"),
+        ("scale", torch.ones(6, 1), r"op: weight.scale must have shape \[6, 4\], got \[6, 1\]"),
+        ("scale", torch.ones(6, 4).double(), "op: weight.scale must be float32 / float16 / bfloat16, got float64"),
+        ("zero", torch.ones(4, 6), r"op: weight.zero must have shape \[6, 4\], got \[4, 6\]"),
+    ],
+)
+def test_a_weight_that_was_right_is_refused_when_a_tensor_of_it_is_no_more(part, new, words):
+    weight = replace(weight_of().to("cpu"), zero=torch.full((6, 4), 7.5))
+    check_packed("op", weight)
+    before = getattr(weight, part).data
+    getattr(weight, part).data = new
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError), match=words):
+            check_packed("op", weight)
+    getattr(weight, part).data = before
+    check_packed("op", weight)
+
+
+def test_a_weight_that_was_right_says_nothing_of_its_copies():
+    weight = weight_of().to("cpu")
+    check_packed("op", weight)
+    for other in (copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
+        check_packed("op", other)
+        with pytest.raises(ValueError, match=r"op: weight\.scale must have shape"):
+            check_packed("op", replace(other, scale=torch.ones(6, 1)))
 
 
 def test_what_is_no_packed_weight_is_refused():
