@@ -176,7 +176,7 @@ def facts(plan: Plan, model: nn.Module) -> dict[str, Any]:
         "rung": plan.rung,
         "layers": len(layers),
         "quantized": len(acted),
-        "folded": sum(row.settings["bn"] is not None for row in acted),
+        "folded": sum(row.settings.bn is not None for row in acted),
         "joins": len(joins),
         "sites": sum(isinstance(module, SITES) for module in model.modules()),
         "kept": dict(reasons.most_common(4)),

@@ -40,11 +40,11 @@ def _layers(plan: list[dict[str, Any]], tensors: dict[str, tuple[tuple[int, ...]
     """One row per planned site; bytes are those of every tensor stored under the layer's name."""
     rows = []
     for row in plan:
-        site, settings = row["site"], row["settings"]
+        site, settings = row["site"], row["settings"] or {}
         own = {key: facts for key, facts in tensors.items() if key == site or key.startswith(f"{site}.")}
         shape = (
             settings.get("shape")
-            or settings.get("format", {}).get("shape")
+            or (settings.get("format") or {}).get("shape")
             or own.get(f"{site}.weight", own.get(site, ((),)))[0]
         )
         nbytes = sum(math.prod(facts[0]) * facts[1] for facts in own.values())

@@ -6,7 +6,6 @@ import contextlib
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import torch
@@ -17,8 +16,10 @@ from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.modules import TRACING
 from gs_algos.core.network import wrapped_at
 from gs_algos.core.plan import Plan, PlanRow
+from gs_algos.core.settings import RowSettings
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+Migration: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
 Loss = TypeVar("Loss", bound=Callable[..., Any])
 HISTORY = "_golden_stick_history"
 STAGES = ("prepared", "converted")
@@ -26,16 +27,18 @@ listeners: list[Callable[[nn.Module, dict[str, Any]], None]] = []  # called with
 
 
 class Restores(Protocol):
-    """What `load` needs of an entry of a model's history."""
+    """What `load` needs of an entry of a model's history.
+
+    row_settings: the classes of the settings in the rows of its plan.
+    migrations: version of a checkpoint -> function that puts an entry of it into the words of the next version.
+    """
+
+    row_settings: ClassVar[tuple[type[RowSettings], ...]]
+    migrations: ClassVar[Mapping[int, Migration]]
 
     @classmethod
     def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
         """Gives a freshly built float model the structure that a history entry describes; `load` then fills it."""
-        ...
-
-    @classmethod
-    def upgraded(cls, entry: dict[str, Any]) -> dict[str, Any]:
-        """The entry of a file in the words of this version; an earlier one may have written it."""
         ...
 
 
@@ -47,6 +50,8 @@ class Algorithm(ABC):
     """
 
     name: ClassVar[str]
+    row_settings: ClassVar[tuple[type[RowSettings], ...]] = ()  # of the rows of its plan; see `Restores`
+    migrations: ClassVar[Mapping[int, Migration]] = {}
     config: AlgorithmConfig
     steps: int  # optimizer steps since apply
 
@@ -97,7 +102,7 @@ class Algorithm(ABC):
         """
         if stage not in STAGES:
             raise ValueError(f"{type(self).__name__}.remember: stage must be {' or '.join(STAGES)}, got {stage!r}")
-        plan = [asdict(row) for row in rows]
+        plan = [row.to_dict() for row in rows]
         entry = {"algorithm": self.name, "stage": stage, "steps": steps, "config": self.config.to_dict(), "plan": plan}
         return remember(model, {**entry, **facts})
 
@@ -115,11 +120,6 @@ class Algorithm(ABC):
     @abstractmethod
     def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
         """Gives a freshly built float model the structure that a history entry describes; `load` then fills it."""
-
-    @classmethod
-    def upgraded(cls, entry: dict[str, Any]) -> dict[str, Any]:
-        """The entry of a file in the words of this version; an earlier one may have written it."""
-        return entry
 
 
 def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

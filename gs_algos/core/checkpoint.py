@@ -4,6 +4,23 @@
 makes a new checkpoint valid: a save that is killed leaves the old one whole, and of two at once the last one counts.
 A tensor file that the JSON does not name and that nobody is writing is deleted by the next save. A reader that finds
 its tensor file gone reads the JSON anew.
+
+    {"format": "golden-stick", "version": 2,
+     "history": [{"algorithm": "simqat", "stage": "prepared", "steps": 1000, "config": {"weight": "int8@channel", ...},
+                  "plan": [{"site": "conv1", "kind": "Conv2d", "action": "quantize Conv2d + BatchNorm2d",
+                            "detail": "...", "reason": "", "settings": {"form": "layer", "weight": "...", ...}},
+                           {"site": "embed", "kind": "Embedding", "action": "keep", "detail": "", "reason": "...",
+                            "settings": null}],
+                  ...}],
+     "tensors": {"file": "model-<16 hexadecimal digits>.safetensors", "sha256": "...", "nbytes": 102400},
+     "aliases": {"head.weight": "embed.weight"}}
+
+`history` has an entry for each algorithm that the network went through, oldest first, with `plan`: one row for each
+layer. What `settings` holds is a frozen dataclass of the algorithm (`Algorithm.row_settings`); `form` says which. Other
+fields of an entry are the algorithm's own. `aliases` are names of tensors that share the memory of another.
+
+Version 1 had the same fields; its `settings` had other names in them, no `form`, and were `{}` for `null`. A file of an
+earlier version is put into the words of this one as it is read (`Algorithm.migrations`), and saved in them.
 """
 
 from __future__ import annotations
@@ -30,13 +47,12 @@ from gs_algos.core.arguments import as_path, refuse_file
 from gs_algos.core.files import abandoned, remove, sha256, write_atomically, written
 from gs_algos.core.modules import all_or_nothing
 from gs_algos.core.network import network_of, ordinary_tensors
-from gs_algos.core.plan import PlanRow
+from gs_algos.core.plan import PlanRow, rows_of, with_settings
 from gs_algos.core.registry import UnknownAlgorithmError, restorer
-from gs_algos.core.settings import wrong_setting
 from gs_algos.core.values import refuse_values
 
 FORMAT = "golden-stick"
-VERSION = 1
+VERSION = 2
 INDEX = "golden_stick.json"
 FIELDS = {"format", "version", "history", "tensors", "aliases"}
 TENSOR_FILE = re.compile(r"model-[0-9a-f]{16}\.safetensors")
@@ -143,8 +159,7 @@ def _load(folder: Path, build_model: Callable[[], nn.Module]) -> nn.Module:
             f"load: build_model must return the float network, got one that is {history(model)[-1]['stage']}"
         )
     with _as_it_was(model):
-        for read in index["history"]:
-            entry = restorer(read["algorithm"]).upgraded(read)
+        for entry in index["history"]:
             model = _restored(model, entry, folder)
             remember(model, entry)
         _fill(model, state, folder)
@@ -194,7 +209,7 @@ def _stamp(folder: Path) -> tuple[int, ...]:
 
 
 def read_index(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON of a checkpoint, checked.
+    """The JSON of a checkpoint, checked, its history in the words of this version; `version` is that of the file.
 
     Raises:
         ValueError: as `load`.
@@ -211,8 +226,8 @@ def read_index(directory: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ValueError(f"load: {path} must be of format {FORMAT!r}, got a foreign file")
     version = index.get("version")
-    if type(version) is not int or version != VERSION:
-        raise ValueError(f"load: the version must be {VERSION}, got {version!r}; update golden-stick")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise ValueError(f"load: the version of {path} must be 1 to {VERSION}, got {version!r}; update golden-stick")
     unknown = sorted(index.keys() - FIELDS)
     if unknown:
         raise ValueError(
@@ -229,7 +244,36 @@ def read_index(directory: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError(f"load: {path} names an unknown {error}; {way}") from error
         except ValueError as error:
             raise ValueError(f"load: {path} cannot be read, {error}") from error
-    return index
+    return {**index, "history": [_in_words_of_now(entry, version, path) for entry in index["history"]]}
+
+
+def _without_empty_settings(entry: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 wrote `{}` for a row without settings."""
+    return with_settings(entry, lambda row: row["settings"] or None)
+
+
+MIGRATIONS = {1: _without_empty_settings}  # of what is the same in all algorithms; theirs follow
+
+
+def _in_words_of_now(entry: dict[str, Any], version: int, path: Path) -> dict[str, Any]:
+    """A history entry of a file, put into the words of this version; its plan is checked.
+
+    Raises:
+        ValueError: if the plan is damaged.
+    """
+    algorithm = restorer(entry["algorithm"])
+    try:
+        for earlier in range(version, VERSION):
+            for migrations in (MIGRATIONS, algorithm.migrations):
+                entry = migrations[earlier](entry) if earlier in migrations else entry
+        plan = [row.to_dict() for row in rows_of(entry["plan"], algorithm.row_settings)]
+    except MISFITS as error:
+        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"load: {path} must have a plan that {entry['algorithm']} of version {version} can have written: {what}; "
+            "the checkpoint is damaged"
+        ) from error
+    return {**entry, "plan": plan}
 
 
 def _claims(index: dict[str, Any]) -> Iterator[tuple[str, bool]]:
@@ -257,9 +301,6 @@ def _claims(index: dict[str, Any]) -> Iterator[tuple[str, bool]]:
         yield "the config of every history entry", isinstance(entry.get("config"), dict)
         rows = entry.get("plan")
         yield "the plan of every history entry", isinstance(rows, list) and all(map(PlanRow.fits, rows))
-        for row in rows if isinstance(rows, list) else ():
-            wrong = wrong_setting(row["settings"])
-            yield f"settings of known form in the plan, got {wrong} of {row['site']}", not wrong
 
 
 def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Generic
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import ParametrizationList
+from typing_extensions import TypeVar
 
 from gs_algos.core.modules import computed_by, parent_name
+from gs_algos.core.settings import RowSettings, settings_of
 from gs_algos.core.table import Table
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # their weights multiply element by element
@@ -19,27 +21,76 @@ ATTENTION_LINEAR = nn.modules.linear.NonDynamicallyQuantizableLinear
 LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)  # one `weight` each
 
 
+TEXTS = ("site", "kind", "action", "detail", "reason")
+S = TypeVar("S", bound=RowSettings | None, default=Any)
+
+
 @dataclass(frozen=True)
-class PlanRow:
-    """One layer. action: what will be done, or `keep` with the reason. settings: what `apply` needs to do it again."""
+class PlanRow(Generic[S]):
+    """One layer.
+
+    Args:
+        action: what will be done, or `keep` with the reason.
+        settings: what `apply` needs to do it, and `load` to do it again; None if that is nothing.
+    """
 
     site: str
     kind: str
     action: str
     detail: str = ""
     reason: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: S = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.settings is not None and not isinstance(self.settings, RowSettings):
+            got = type(self.settings).__name__
+            raise TypeError(
+                f"PlanRow: settings must be a dataclass with gs_algos.core.settings.RowSettings as its base, got {got}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as JSON has it."""
+        settings = None if self.settings is None else self.settings.to_dict()
+        return {**{name: getattr(self, name) for name in TEXTS}, "settings": settings}
 
     @staticmethod
     def fits(data: Any) -> bool:
-        """True if `PlanRow(**data)` is a row: the fields of this class, of their types."""
-        names = [name for name in PlanRow.__dataclass_fields__ if name != "settings"]
+        """True if `data` has the fields of a row; what is in its settings is not looked at."""
         return (
             isinstance(data, dict)
-            and data.keys() == {*names, "settings"}
-            and all(isinstance(data[name], str) for name in names)
-            and isinstance(data["settings"], dict)
+            and data.keys() == {*TEXTS, "settings"}
+            and all(isinstance(data[name], str) for name in TEXTS)
+            and isinstance(data["settings"], dict | None)
         )
+
+
+def rows_of(plan: Iterable[Mapping[str, Any]], forms: tuple[type[RowSettings], ...]) -> list[PlanRow]:
+    """The rows of a plan from a history entry.
+
+    Args:
+        forms: the classes that the algorithm has for the settings of its rows.
+
+    Raises:
+        ValueError: if the settings of a row are of none of them, or a row that acts has none.
+    """
+    rows: list[PlanRow] = []
+    for row in plan:
+        try:
+            settings = settings_of(row["settings"], forms)
+        except ValueError as error:
+            raise ValueError(f"{error} of {row['site']}") from error
+        if settings is None and forms and row["action"] != "keep":
+            raise ValueError(f"settings must be there for what is not kept, got settings=None of {row['site']}")
+        rows.append(PlanRow(**{name: row[name] for name in TEXTS}, settings=settings))
+    return rows
+
+
+def with_settings(entry: Mapping[str, Any], change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """A history entry with other settings in the rows of its plan: what a migration of a checkpoint returns.
+
+    change: gives the new settings of a row, whose `settings` are those of the file.
+    """
+    return {**entry, "plan": [{**row, "settings": change(row)} for row in entry["plan"]]}
 
 
 @dataclass(frozen=True)
@@ -88,7 +139,15 @@ class Plan:
         return tuple(row for row in self.rows if row.action == "keep")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        rows = [row.to_dict() for row in self.rows]
+        totals = None if self.totals is None else asdict(self.totals)
+        return {
+            "algorithm": self.algorithm,
+            "rung": self.rung,
+            "rows": rows,
+            "notes": list(self.notes),
+            "totals": totals,
+        }
 
     def __str__(self) -> str:
         return self._table()
@@ -156,7 +215,7 @@ def totals_of(model: nn.Module, after: Mapping[str, int]) -> Totals:
 
 def _parameters_of(row: PlanRow, model: nn.Module, modules: Mapping[str, nn.Module]) -> list[nn.Parameter]:
     found: list[nn.Parameter] = []
-    for name in {row.site, *row.settings.get("names", ())}:
+    for name in {row.site, *(row.settings.other_names() if row.settings else ())}:
         if name in modules:
             found += modules[name].parameters(recurse=False)
             computed = getattr(modules[name], "parametrizations", None)

@@ -1,61 +1,123 @@
-"""The form of what a plan's rows keep in a checkpoint, by the name of the setting, whichever algorithm wrote it."""
+"""What a row of a plan holds for `apply` and `load`: frozen dataclasses that go through JSON and are checked there.
+
+A class names its fields and their types; `from_dict` takes nothing else, whoever wrote the file.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+
+from typing_extensions import Self
+
+WORDS = {str: "a text", bool: "true or false", int: "a whole number >= 0", float: "a number", type(None): "nothing"}
 
 
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
+@dataclass(frozen=True)
+class Record:
+    """Base of what a plan holds.
+
+    Fields are texts, flags, counts >= 0, numbers, records, tuples of one of these, or any of them `| None`. A class
+    with a `to_dict` and a `from_dict` of its own, as `PackedFormat` has them, may be one too.
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON has them."""
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """The record that `to_dict` gave. A field with a default may be missing: an earlier release may have lacked it.
+
+        Raises:
+            ValueError: if another field is missing, one has another form, or there is one that the class lacks.
+        """
+        return _record(cls, data, cls.__name__, "")
 
 
-def _text_or_none(value: Any) -> bool:
-    return value is None or _text(value)
+@dataclass(frozen=True)
+class RowSettings(Record):
+    """Base of what an algorithm keeps in the rows of its plan.
+
+    form: tells the classes of one algorithm apart in a file.
+    """
+
+    form: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"form": self.form, **super().to_dict()}
+
+    def other_names(self) -> tuple[str, ...]:
+        """The layers besides `row.site` that the row speaks of."""
+        return ()
 
 
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_text, value))
+def settings_of(data: Any, forms: tuple[type[RowSettings], ...]) -> RowSettings | None:
+    """The settings of a row as `to_dict` gave them, of one of the classes of an algorithm; None if there are none.
+
+    Raises:
+        ValueError: as `Record.from_dict`; or if they are of no such class.
+    """
+    if data is None:
+        return None
+    found = data.get("form") if isinstance(data, Mapping) else data
+    known = {cls.form: cls for cls in forms}
+    if not isinstance(found, str) or found not in known:
+        raise ValueError(f"settings must be of the form {' or '.join(known) or 'null'}, got form={found!r:.60}")
+    return known[found].from_dict({key: value for key, value in data.items() if key != "form"})
 
 
-def _flag(value: Any) -> bool:
-    return isinstance(value, bool)
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value.to_dict() if hasattr(value, "to_dict") else value
 
 
-def _count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+def _record(cls: type[Any], data: Any, who: str, path: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{who}: {path or 'a record'} must be an object, got {path or who}={data!r:.60}")
+    hints = get_type_hints(cls)
+    known = {field.name: field for field in fields(cls)}
+    for key in data.keys() - known.keys():
+        raise ValueError(f"{who}: {path or 'a record'} must have no fields but {', '.join(known)}, got {key!r:.60}")
+    values = {}
+    for name, field in known.items():
+        where = f"{path}.{name}" if path else name
+        if name in data:
+            values[name] = _value(hints[name], data[name], who, where)
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"{who}: {where} must be {_words(hints[name])}, got none")
+    return cls(**values)
 
 
-def _counts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_count, value))
+def _value(hint: Any, data: Any, who: str, where: str) -> Any:
+    """The value of one field from what JSON has for it."""
+    words = _words(hint)
+    if get_origin(hint) in (types.UnionType, Union):
+        if data is None and type(None) in get_args(hint):
+            return None
+        (hint,) = [kind for kind in get_args(hint) if kind is not type(None)]
+    if get_origin(hint) is tuple and isinstance(data, list | tuple):
+        return tuple(_value(get_args(hint)[0], item, who, f"{where}[{i}]") for i, item in enumerate(data))
+    if isinstance(hint, type) and issubclass(hint, Record):
+        return _record(hint, data, who, where)
+    if hasattr(hint, "from_dict"):
+        try:
+            return hint.from_dict(data)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{who}: {where} must be {words}, got {where}={data!r:.60}: {error}") from error
+    right = type(data) is hint and not (hint is int and data < 0)
+    if not (right or (hint is float and type(data) is int)):
+        raise ValueError(f"{who}: {where} must be {words}, got {where}={data!r:.60}")
+    return data
 
 
-def _object(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _activation(value: Any) -> bool:
-    """The module that a converted layer takes over and its operation; a flag in searches of an earlier version."""
-    return value is None or _flag(value) or (_texts(value) and len(value) == 2)
-
-
-FORMS: dict[str, Callable[[Any], bool]] = {
-    "weight": _text,
-    **dict.fromkeys(("act", "bn", "fold", "output"), _text_or_none),
-    **dict.fromkeys(("tail", "readers", "take_codes", "notes", "operands", "names", "layers"), _texts),
-    **dict.fromkeys(("takes_codes", "fused_optimizer", "hands_codes", "hands_own", "hands_values", "defers"), _flag),
-    **dict.fromkeys(("units", "channels"), _count),
-    "format": lambda value: _object(value) and _counts(value.get("shape")),
-    "follows": lambda value: _object(value) and not wrong_setting({f"follows.{key}": value[key] for key in value}),
-    "follows.activation": _text_or_none,
-    "follows.reason": _text,
-    **dict.fromkeys(("follows.adds", "follows.returned"), _flag),
-    "fused": _activation,
-    "shape": _counts,
-}
-
-
-def wrong_setting(settings: Mapping[str, Any]) -> str:
-    """The first setting of a row from a file that has another form than its name says; empty if there is none."""
-    wrong = (name for name, value in settings.items() if name in FORMS and not FORMS[name](value))
-    return next((f"{name}={settings[name]!r:.60}" for name in wrong), "")
+def _words(hint: Any) -> str:
+    """What a field holds, for an error."""
+    if get_origin(hint) in (types.UnionType, Union):
+        return " or ".join(_words(kind) for kind in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"a list, each {_words(get_args(hint)[0])}"
+    return WORDS.get(hint, f"a {getattr(hint, '__name__', hint)}")

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Written:
         scheme: of the weights: the one asked for, or the one that was chosen.
         plan: a row for each weight, with the reason for those that stay float, and the totals.
         notes: what else there is to know, each a sentence.
+        numbers: how many each weight of the plan has, by the name in its row.
     """
 
     folder: Path
@@ -57,10 +58,11 @@ class Written:
     scheme: str
     plan: Plan
     notes: tuple[str, ...] = ()
+    numbers: Mapping[str, int] = field(default_factory=dict)
 
     def floats(self) -> list[tuple[PlanRow, int]]:
         """The rows of the plan that stay float, each with how many numbers it has."""
-        return [(row, row.settings["numbers"]) for row in self.plan.kept()]
+        return [(row, self.numbers[row.site]) for row in self.plan.kept()]
 
 
 def quantize_checkpoint(
@@ -139,6 +141,7 @@ def quantize_checkpoint(
         str(Scheme.parse(weights, "weight")),
         done,
         tuple(notes),
+        plan.numbers,
     )
 
 
@@ -195,10 +198,8 @@ class _Planned:
             )
 
     def done(self, rows: Sequence[PlanRow], formats: Mapping[str, PackedFormat]) -> Plan:
-        every = [*rows, *self.others]
-        numbered = [replace(row, settings={**row.settings, "numbers": self.numbers[row.site]}) for row in every]
         totals = totals_of(self.model, {name: format.nbytes for name, format in formats.items()})
-        return Plan(WHO, "", tuple(numbered), (), totals)
+        return Plan(WHO, "", (*rows, *self.others), (), totals)
 
 
 class _Transformers:

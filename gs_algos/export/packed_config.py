@@ -47,8 +47,8 @@ class PackedConfig:
 def to_config(rows: Iterable[PlanRow], settings: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
     """The dictionary for config.json from the rows of a plan; settings: how it came about."""
     packed = [row for row in rows if row.action == "pack"]
-    layers = {row.site: row.settings["format"] for row in packed}
-    tied = {name: row.site for row in packed for name in row.settings["names"][1:]}
+    layers = {row.site: row.settings.format.to_dict() for row in packed}
+    tied = {name: row.site for row in packed for name in row.settings.names[1:]}
     return {
         "quant_method": METHOD,
         "version": VERSION,

@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from gs_algos.core.algorithm import Inputs
 from gs_algos.core.modules import get_module
-from gs_algos.core.plan import Plan, PlanRow
+from gs_algos.core.plan import Plan, PlanRow, with_settings
 from gs_algos.core.rules import resolve
+from gs_algos.core.settings import RowSettings
 from gs_algos.pruning.budget import Budget, Rates, keep_by_layer, keep_globally, latency_cost, meet, static_cost
 from gs_algos.pruning.config import PruneConfig
 from gs_algos.pruning.find import find_groups
 from gs_algos.pruning.groups import Group, Groups
+
+
+@dataclass(frozen=True)
+class GroupPlan(RowSettings):
+    """A group of layers that lose the same units.
+
+    Args:
+        layers: their names, the one that the row is named after first.
+        units: how many there are before the cut.
+        channels: channels of a layer that go with one unit.
+    """
+
+    form: ClassVar[str] = "group"
+
+    layers: tuple[str, ...]
+    units: int
+    channels: int
+
+
+def from_version_1(entry: dict[str, Any]) -> dict[str, Any]:
+    """A history entry of a checkpoint of version 1 in the words of version 2."""
+    return with_settings(entry, lambda row: {"form": GroupPlan.form, **row["settings"]} if row["settings"] else None)
+
 
 # why an algorithm cannot score the units of a group; empty if it can
 Unknown = Callable[[nn.Module, Group], str]
@@ -95,7 +121,7 @@ def _row(model: nn.Module, group: Group, config: PruneConfig, whole: dict[str, s
     kind = type(get_module(model, group.name)).__name__
     coupled = [f"{x.name} x{w}" if w > 1 else x.name for x, w in zip(group.layers, group.widths, strict=True)]
     detail = f"with {', '.join(coupled[1:])}" if len(coupled) > 1 else ""
-    settings = {"layers": [layer.name for layer in group.layers], "units": group.n, "channels": group.channels}
+    settings = GroupPlan(tuple(layer.name for layer in group.layers), group.n, group.channels)
     if not group.n or group.name in whole:
         return PlanRow(group.name, kind, "keep", detail, whole.get(group.name, group.reason))
     if keep is None:

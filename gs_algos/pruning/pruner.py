@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +21,7 @@ from typing_extensions import Self
 from gs_algos.core.algorithm import (
     Algorithm,
     Inputs,
+    Migration,
     evaluating,
     history,
     live_entry,
@@ -35,8 +35,9 @@ from gs_algos.core.compare import relative_error
 from gs_algos.core.config import signature_of
 from gs_algos.core.modules import all_or_nothing, get_module
 from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
-from gs_algos.core.plan import Plan, render_layers
+from gs_algos.core.plan import Plan, render_layers, rows_of
 from gs_algos.core.progress import progress
+from gs_algos.core.settings import RowSettings
 from gs_algos.fx.preserve import untouched
 from gs_algos.fx.tracers import tensors_of
 from gs_algos.pruning.budget import Rates, total_rate
@@ -44,7 +45,7 @@ from gs_algos.pruning.config import PruneConfig
 from gs_algos.pruning.cut import cut, mask, removed, resize, zeros
 from gs_algos.pruning.gates import Freezer, Gated, detach_freezers, remove_gate
 from gs_algos.pruning.groups import Group, Groups, refuse_misfit
-from gs_algos.pruning.planning import choose, make_plan
+from gs_algos.pruning.planning import GroupPlan, choose, from_version_1, make_plan
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.float16: 1e-2, torc
 class Pruner(Algorithm):
     """Base of the pruning algorithms. A subclass says which layers get gates, what a step learns, and the scores."""
 
+    row_settings: ClassVar[tuple[type[RowSettings], ...]] = (GroupPlan,)
+    migrations: ClassVar[Mapping[int, Migration]] = {1: from_version_1}
     config_class: ClassVar[type[PruneConfig]] = PruneConfig
     config: PruneConfig
 
@@ -157,7 +160,7 @@ class Pruner(Algorithm):
                 "stage": "prepared",
                 "steps": 0,
                 "config": self.config.to_dict(),
-                "plan": [asdict(row) for row in plan.rows],
+                "plan": [row.to_dict() for row in plan.rows],
                 "groups": groups.to_dict(),
                 "gates": sites,
                 "rates": dict(rates),
@@ -339,10 +342,10 @@ class Pruner(Algorithm):
         if gone is None:
             gone = removed(Groups.from_dict(entry["groups"]), getattr(model, KEPT).cpu())
         rows = []
-        for row in (row for row in entry["plan"] if row["settings"]):
-            units, layers = row["settings"]["units"], row["settings"]["layers"]
-            left = f"{units - len(gone.get(row['site'], []))} of {units}"
-            rows.append((row["site"], row["kind"], left, ", ".join(layers[1:])))
+        for row in rows_of(entry["plan"], self.row_settings):
+            if isinstance(row.settings, GroupPlan):
+                left = f"{row.settings.units - len(gone.get(row.site, []))} of {row.settings.units}"
+                rows.append((row.site, row.kind, left, ", ".join(row.settings.layers[1:])))
         return render_layers(("group", "kind", "units left", "and with it"), rows)
 
     @classmethod

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from gs_algos.core.algorithm import history, remember
+from gs_algos.core.algorithm import Migration, history, remember
 from gs_algos.core.arguments import as_device
 from gs_algos.core.modules import get_module, set_module
 from gs_algos.core.network import network_of, ordinary_tensors
-from gs_algos.core.plan import Plan, PlanRow, other_weights, render_layers, totals_of
+from gs_algos.core.plan import Plan, PlanRow, other_weights, render_layers, rows_of, totals_of, with_settings
 from gs_algos.core.progress import progress as progress_bar
+from gs_algos.core.settings import RowSettings
 from gs_algos.ptq.sites import FEW, WHO, Site, WeightRule, weight_sites
 from gs_algos.quant.convolution import Convolution
 from gs_algos.quant.fast_path import leave_fast_path
@@ -29,6 +30,31 @@ logger = logging.getLogger(__name__)
 
 NAME = "quantize_weights"
 STOPPED = "packing stopped before it"
+
+
+@dataclass(frozen=True)
+class WeightPlan(RowSettings):
+    """One weight, of one layer or of several that share it.
+
+    Args:
+        names: the layers; the first owns the packed weight.
+        weight: the scheme; None: it stays float.
+        format: of the packed weight.
+    """
+
+    form: ClassVar[str] = "weight"
+
+    names: tuple[str, ...]
+    weight: str | None = None
+    format: PackedFormat | None = None
+
+    def other_names(self) -> tuple[str, ...]:
+        return self.names[1:]
+
+
+def from_version_1(entry: dict[str, Any]) -> dict[str, Any]:
+    """A history entry of a checkpoint of version 1 in the words of version 2."""
+    return with_settings(entry, lambda row: {"form": WeightPlan.form, **row["settings"]} if row["settings"] else None)
 
 
 def quantize_weights(
@@ -165,7 +191,7 @@ def _pack_all(
         raise
     finally:
         if any(row.action == "pack" for row in rows):
-            plan = [asdict(row) for row in (*rows, *others)]
+            plan = [row.to_dict() for row in (*rows, *others)]
             remember(model, {"algorithm": NAME, "stage": "converted", "steps": 0, "config": config, "plan": plan})
 
 
@@ -179,13 +205,12 @@ def pack_site(model: nn.Module, site: Site, device: torch.device | str | None = 
     return PackedFormat.of(packed)
 
 
-def site_row(site: Site, format: PackedFormat | None) -> PlanRow:
+def site_row(site: Site, format: PackedFormat | None) -> PlanRow[WeightPlan]:
     """The line of the plan, and all that `restore` needs."""
-    names = {"names": list(site.names)}
     if site.scheme is None or format is None:
-        return PlanRow(site.names[0], site.kind, "keep", reason=site.reason, settings=names)
-    settings = {"weight": str(site.scheme), **names, "format": format.to_dict()}
-    return PlanRow(site.names[0], site.kind, "pack", str(site.scheme), settings=settings)
+        return PlanRow(site.names[0], site.kind, "keep", reason=site.reason, settings=WeightPlan(site.names))
+    plan = WeightPlan(site.names, str(site.scheme), format)
+    return PlanRow(site.names[0], site.kind, "pack", str(site.scheme), settings=plan)
 
 
 def install(model: nn.Module, names: Iterable[str], weight: PackedWeight) -> None:
@@ -220,20 +245,17 @@ def summary(model: nn.Module) -> str:
 class QuantizedWeights:
     """How `load` gives a freshly built float model the structure that `quantize_weights` gave another."""
 
-    @classmethod
-    def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
-        for row in entry["plan"]:
-            if row["action"] == "keep":
-                continue
-            settings = row["settings"]
-            device = get_module(model, row["site"]).weight.device
-            install(model, settings["names"], PackedFormat.from_dict(settings["format"]).empty(device))  # type: ignore[arg-type]
-        leave_fast_path(model)
-        return model
+    row_settings: ClassVar[tuple[type[RowSettings], ...]] = (WeightPlan,)
+    migrations: ClassVar[Mapping[int, Migration]] = {1: from_version_1}
 
     @classmethod
-    def upgraded(cls, entry: dict[str, Any]) -> dict[str, Any]:
-        return entry
+    def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
+        for row in rows_of(entry["plan"], cls.row_settings):
+            if row.settings is not None and row.settings.format is not None:
+                device: Any = get_module(model, row.site).weight.device
+                install(model, row.settings.names, row.settings.format.empty(device))
+        leave_fast_path(model)
+        return model
 
 
 def settings_of(weights: str | Scheme, embeddings: str | Scheme | None, rules: Sequence[WeightRule]) -> dict[str, Any]:

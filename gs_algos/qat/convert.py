@@ -20,8 +20,8 @@ from gs_algos.core.plan import PlanRow, render_layers
 from gs_algos.fx.fold import after_norm
 from gs_algos.fx.rewrite import release
 from gs_algos.fx.tracers import tensors_of
-from gs_algos.qat.link import activation_of, decide, decide_codes, link, unlink
-from gs_algos.qat.prepare import JOINS
+from gs_algos.qat.layer_plan import LayerPlan, layer_rows
+from gs_algos.qat.link import activation_of, decide, decide_flow, link, unlink
 from gs_algos.quant.codes_tensor import real
 from gs_algos.quant.convolution import Convolution, conv_rows, geometry_of, lies_last
 from gs_algos.quant.integer_eval import counts_bias, whole_bias
@@ -48,7 +48,9 @@ LAYER_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-
 OUTPUT_TOLERANCE = {torch.float32: 5e-2, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
-Make: TypeAlias = Callable[[nn.Module, PlanRow], nn.Module]  # (model, row of the plan) -> the converted layer
+Make: TypeAlias = Callable[
+    [nn.Module, PlanRow[LayerPlan]], nn.Module
+]  # (model, row of the plan) -> the converted layer
 
 
 class _Difference(RuntimeError):
@@ -74,40 +76,43 @@ class _Call:
 
 def convert_model(
     model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inputs, make: Make | None = None
-) -> Parity:
+) -> tuple[Parity, list[PlanRow]]:
     """Replaces every planned layer in the live model; the model is as it was if a comparison fails.
 
     Args:
+        rows: of the plan that the layers were prepared by; they stay as they are.
         make: gives the converted form of one layer, its batch norm folded in; default: `quantized_layer`.
+
+    Returns:
+        How far the converted network is from the trained one, and the rows of the plan it was converted by.
 
     Raises:
         RuntimeError: if a layer was not called on the example inputs, is sharded, or differs once converted.
         ValueError: if the inputs do not run through the model, or a layer sees NaN or Inf.
     """
-    layer_rows = [row for row in rows if row.action != "keep" and row.kind not in JOINS]
-    for row in layer_rows:  # their settings are those of the history, which a checkpoint keeps
-        decide(model, row)
+    rows = [decide(model, row) if isinstance(row.settings, LayerPlan) else row for row in rows]
+    planned = layer_rows(rows)
     with TRACING, evaluating(model):
-        calls, want = _record(model, layer_rows, example_inputs)
-        layers = [get_module(model, row.site) for row in layer_rows]
-        replacements = {row.site: _fused(row, (make or quantized_layer)(model, row)) for row in layer_rows}
-        norms = {row.site: _behind(model, row) for row in layer_rows}
-        errors = {row.site: _layer_error(row, replacements[row.site], norms[row.site], calls) for row in layer_rows}
-        exchange = partial(_exchange, model, rows, replacements, norms, example_inputs, want)
+        calls, want = _record(model, planned, example_inputs)
+        layers = [get_module(model, row.site) for row in planned]
+        replacements = {row.site: _fused(row, (make or quantized_layer)(model, row)) for row in planned}
+        norms = {row.site: _behind(model, row) for row in planned}
+        errors = {row.site: _layer_error(row, replacements[row.site], norms[row.site], calls) for row in planned}
+        exchange = partial(_exchange, model, planned, replacements, norms, example_inputs, want)
         try:
             output_error = exchange(OUTPUT_TOLERANCE)
         except _Difference:
-            own = 4 * _sensitivity(model, layer_rows, example_inputs, want)
+            own = 4 * _sensitivity(model, planned, example_inputs, want)
             output_error = exchange({dtype: max(bound, own) for dtype, bound in OUTPUT_TOLERANCE.items()})
     for layer in layers:
         release(model, layer)
-    decide_codes(model, layer_rows)
-    _link_checked(model, rows, example_inputs)
+    rows = [decide_flow(model, row) if isinstance(row.settings, LayerPlan) else row for row in rows]
+    rows = _linked(model, rows, example_inputs)
     worst = max(errors, key=lambda site: errors[site])
-    return Parity(worst, errors[worst], output_error)
+    return Parity(worst, errors[worst], output_error), rows
 
 
-def quantized_layer(model: nn.Module, row: PlanRow) -> QuantizedLayer:
+def quantized_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> QuantizedLayer:
     """The converted form of one trained layer, batch norm folded in: codes exactly those of the trained forward."""
     layer = _trained(model, row.site)
     if type(layer.weight) not in (Tensor, nn.Parameter):
@@ -118,7 +123,7 @@ def quantized_layer(model: nn.Module, row: PlanRow) -> QuantizedLayer:
     scale, zero = layer.weight_quantizer.qparams(folded)
     codes = quantize(folded, scale, zero, qmin=scheme.qmin, qmax=scheme.qmax, granularity=scheme.granularity)
     bias = layer.bias
-    bn = _batch_norm(model, row)
+    bn = batch_norm_of(model, row)
     if bn is not None:
         slope, bias = layer.epilogue(bn)
         scale, zero = _times_slope(scale, zero, slope)
@@ -142,12 +147,14 @@ def round_bias(layer: QuantizedLayer) -> None:
         layer.bias.copy_(whole_bias(layer.bias, scale[:, 0], quantizer.scale))
 
 
-def _layer_of(layer: Any, row: PlanRow, weight: PackedWeight, bias: Tensor | None, output: Any) -> QuantizedLayer:
+def _layer_of(
+    layer: Any, row: PlanRow[LayerPlan], weight: PackedWeight, bias: Tensor | None, output: Any
+) -> QuantizedLayer:
     """A converted layer around a packed weight; output: the trained output quantizer."""
-    act = None if row.settings["act"] is None else Scheme.parse(row.settings["act"], "act")
+    act = None if row.settings.act is None else Scheme.parse(row.settings.act, "act")
     options: dict[str, Any] = {
         "weight": weight,
-        "scheme": Scheme.parse(row.settings["weight"], "weight"),
+        "scheme": Scheme.parse(row.settings.weight, "weight"),
         "bias": None if bias is None else bias.detach().clone(),  # it is rounded, and the trained one stays
         "input": act if getattr(layer, "input_quantizer", None) is not None else None,
         "output": None if output is None else output.scheme,
@@ -165,21 +172,21 @@ def install_converted(model: nn.Module, rows: Sequence[PlanRow], make: Make | No
 
     make: gives a converted layer whose tensors are still to be filled; default: `unfilled_layer`.
     """
-    layer_rows = [row for row in rows if row.action != "keep" and row.kind not in JOINS]
-    layers = [get_module(model, row.site) for row in layer_rows]
-    replacements = {row.site: _fused(row, (make or unfilled_layer)(model, row)) for row in layer_rows}
-    norms = {row.site: _behind(model, row) for row in layer_rows}
-    with _swapped_in(model, rows, replacements, norms):
+    planned = layer_rows(rows)
+    layers = [get_module(model, row.site) for row in planned]
+    replacements = {row.site: _fused(row, (make or unfilled_layer)(model, row)) for row in planned}
+    norms = {row.site: _behind(model, row) for row in planned}
+    with _swapped_in(model, planned, replacements, norms):
         pass
     for layer in layers:
         release(model, layer)
     link(model, rows)
 
 
-def _fused(row: PlanRow, layer: nn.Module) -> nn.Module:
+def _fused(row: PlanRow[LayerPlan], layer: nn.Module) -> nn.Module:
     """A converted layer that does the work of the activation behind it too."""
-    if isinstance(layer, Convolution) and row.settings.get("fused"):
-        activation = row.settings["fused"][1]
+    activation = row.settings.epilogue.op
+    if isinstance(layer, Convolution) and activation is not None:
         if activation not in ACTIVATIONS:
             raise ValueError(
                 f"{row.site}: the activation it takes over must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
@@ -189,10 +196,10 @@ def _fused(row: PlanRow, layer: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _link_checked(model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inputs) -> None:
-    """Lets layers hand codes on and do adds, and takes it back if that changes the outputs of the example inputs.
+def _linked(model: nn.Module, rows: list[PlanRow], example_inputs: Inputs) -> list[PlanRow]:
+    """Lets layers hand int8 on and do adds, and takes it back if that changes the outputs of the example inputs.
 
-    It does where a forward writes into what a layer still has to read.
+    It does where a forward writes into what a layer still has to read. Returns the rows of what holds then.
     """
     with TRACING, evaluating(model):
         want = [t.clone() for t in _tensors(run(model, example_inputs, "convert"))]
@@ -204,17 +211,17 @@ def _link_checked(model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inp
             error, reason = float("inf"), str(failure).partition("\n")[0]
     dtype = want[0].dtype if want else torch.float32
     if error <= OUTPUT_TOLERANCE.get(dtype, 0.0):
-        return
+        return rows
     logger.warning("convert: layers hand on floats, and adds run apart: %s", reason)
-    unlink(model, rows, reason)
+    return unlink(model, rows, reason)
 
 
-def unfilled_layer(model: nn.Module, row: PlanRow) -> QuantizedLayer:
+def unfilled_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> QuantizedLayer:
     """The converted form of a layer of a freshly prepared model, its tensors still to be filled."""
     layer: Any = _trained(model, row.site)
     shape, device = layer.weight.shape, layer.weight.device
-    weight = empty_codes(shape, Scheme.parse(row.settings["weight"], "weight"), device)
-    offset = layer.bias is not None or row.settings["bn"] is not None
+    weight = empty_codes(shape, Scheme.parse(row.settings.weight, "weight"), device)
+    offset = layer.bias is not None or row.settings.bn is not None
     bias = torch.empty(shape[0], device=device) if offset else None
     return _layer_of(layer, row, weight, bias, _output_quantizer(model, row))
 
@@ -242,27 +249,28 @@ def _trained(model: nn.Module, site: str) -> FakeQuantized:
     return layer
 
 
-def _batch_norm(model: nn.Module, row: PlanRow) -> _BatchNorm | None:
-    bn = None if row.settings["bn"] is None else get_module(model, row.settings["bn"])
+def batch_norm_of(model: nn.Module, row: PlanRow[LayerPlan]) -> _BatchNorm | None:
+    """The batch norm that is folded into a planned layer."""
+    bn = None if row.settings.bn is None else get_module(model, row.settings.bn)
     assert bn is None or isinstance(bn, _BatchNorm)
     return bn
 
 
-def _output_quantizer(model: nn.Module, row: PlanRow) -> Any:
+def _output_quantizer(model: nn.Module, row: PlanRow[LayerPlan]) -> Any:
     """What quantizes the output of the converted layer: the layer's own, or the one of a batch norm that is folded."""
     own = _trained(model, row.site).output_quantizer
-    if own is not None or row.settings["tail"]:
+    if own is not None or row.settings.norm_children:
         return own
-    found = [getattr(m, "output_quantizer", None) for m in (_batch_norm(model, row), activation_of(model, row))]
+    found = [getattr(m, "output_quantizer", None) for m in (batch_norm_of(model, row), activation_of(model, row))]
     return next((quantizer for quantizer in found if quantizer is not None), None)
 
 
-def _behind(model: nn.Module, row: PlanRow) -> nn.Module:
+def _behind(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module:
     """What takes the place of the layer's batch norm: an Identity, or its children that run behind it."""
-    if not row.settings["tail"]:
+    if row.settings.bn is None or not row.settings.norm_children:
         return nn.Identity()
-    module = after_norm(model, row.settings["bn"], row.settings["tail"])
-    quantizer = getattr(_batch_norm(model, row), "output_quantizer", None)
+    module = after_norm(model, row.settings.bn, row.settings.norm_children)
+    quantizer = getattr(batch_norm_of(model, row), "output_quantizer", None)
     if quantizer is not None:
         module.add_module("output_quantizer", quantizer)
     return module.eval()
@@ -277,17 +285,18 @@ def _times_slope(scale: Tensor, zero: Tensor, slope: Tensor) -> tuple[Tensor, Te
 
 @contextlib.contextmanager
 def _swapped_in(
-    model: nn.Module, rows: Sequence[PlanRow], replacements: dict[str, nn.Module], norms: dict[str, nn.Module]
+    model: nn.Module,
+    rows: Sequence[PlanRow[LayerPlan]],
+    replacements: dict[str, nn.Module],
+    norms: dict[str, nn.Module],
 ) -> Iterator[None]:
     """Puts the converted layers, and what stays of their batch norms, in place; an error puts the trained ones back."""
     new: dict[str, nn.Module] = dict(replacements)
     for row in rows:
-        if row.action == "keep":
-            continue
-        if row.kind not in JOINS and row.settings["bn"] is not None:
-            new[row.settings["bn"]] = norms[row.site]
-        if row.settings.get("fused"):
-            new[row.settings["fused"][0]] = nn.Identity()
+        if row.settings.bn is not None:
+            new[row.settings.bn] = norms[row.site]
+        if row.settings.fused_activation is not None:
+            new[row.settings.fused_activation] = nn.Identity()
     frozen: dict[str, nn.Module] = {}
     old = {name: get_module(model, name) for name in new}
     for name, module in new.items():
@@ -311,7 +320,9 @@ def _static(quantizer: ActivationQuantizer) -> StaticQuantizer:
     return static
 
 
-def _record(model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inputs) -> tuple[dict[str, _Call], list[Tensor]]:
+def _record(
+    model: nn.Module, rows: Sequence[PlanRow[LayerPlan]], example_inputs: Inputs
+) -> tuple[dict[str, _Call], list[Tensor]]:
     """One eval forward of the trained model: every planned layer's call, and the network's output tensors."""
     seen: dict[str, Tensor] = {}
     handles = []
@@ -325,7 +336,7 @@ def _record(model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inputs) -
         handles.append(get_module(model, name).register_forward_hook(hook, with_kwargs=True, prepend=True))
 
     for row in rows:
-        behind = (row.settings["fused"] or [row.settings["bn"] or row.site])[0]
+        behind = row.settings.fused_activation or row.settings.bn or row.site
         remember(row.site, f"{row.site} x", 0)
         remember(behind, f"{row.site} y", 1)
     try:
@@ -352,7 +363,7 @@ def _record(model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inputs) -
 
 def _exchange(
     model: nn.Module,
-    rows: Sequence[PlanRow],
+    rows: Sequence[PlanRow[LayerPlan]],
     replacements: dict[str, nn.Module],
     norms: dict[str, nn.Module],
     example_inputs: Inputs,
@@ -366,7 +377,9 @@ def _exchange(
     return error
 
 
-def _sensitivity(model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inputs, want: list[Tensor]) -> float:
+def _sensitivity(
+    model: nn.Module, rows: Sequence[PlanRow[LayerPlan]], example_inputs: Inputs, want: list[Tensor]
+) -> float:
     """How far the trained network's outputs move when the output of every planned layer is off in the last place."""
     generator = torch.Generator().manual_seed(0)
 
@@ -374,7 +387,7 @@ def _sensitivity(model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inpu
         noise = torch.randn(output.shape, generator=generator).to(output)
         return output + output * noise * (4 * torch.finfo(output.dtype).eps)
 
-    modules = [get_module(model, row.settings["bn"] or row.site) for row in rows]
+    modules = [get_module(model, row.settings.bn or row.site) for row in rows]
     handles = [module.register_forward_hook(disturb) for module in modules]
     try:
         return _output_error(_tensors(run(model, example_inputs, "convert")), want)

@@ -1,14 +1,14 @@
 """What a converted layer's call does beside the layer, and in which form it hands its output on.
 
-A plan's rows say what the graph allows (`add_readers`); `decide` what the trained network allows, which a checkpoint
-keeps; `link` makes it so. What a network returns is a plain tensor. Whatever could run in a layer's call and does not
-is a note with its reason.
+A plan's rows say what the graph allows (`with_consumers`); `decide` what the trained network allows, and `decide_flow`
+what the converted one does, each in new rows; `link` makes it so. What a network returns is a plain tensor. Whatever
+could run in a layer's call and does not is a note with its reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -18,6 +18,7 @@ from gs_algos.core.plan import PlanRow
 from gs_algos.fx.exact import COMMUTES, follows, readers, takes_codes
 from gs_algos.fx.graph import SiteGraph
 from gs_algos.fx.ops import op_of_module
+from gs_algos.qat.layer_plan import Epilogue, IntegerFlow, LayerPlan, join_rows, layer_rows
 from gs_algos.quant.convolution import Convolution
 from gs_algos.quant.layers import CONVS, class_given
 from gs_algos.quant.packed import Packed
@@ -25,31 +26,36 @@ from gs_algos.quant.quantized import QuantizedConv, QuantizedLayer
 from gs_algos.quant.static_quantizer import StaticQuantizer
 
 
-def add_readers(graph: SiteGraph, rows: Mapping[str, PlanRow]) -> None:
-    """Says in each quantized layer's settings what follows it, and who reads what it gives."""
-    acted = {site: row for site, row in rows.items() if row.action != "keep"}
-    for site, row in acted.items():
-        tail, bn = row.settings["tail"], row.settings["bn"]
-        found = follows(graph, site, [bn] if bn else [])
-        behind = [name for name in (bn, *tail, found.activation) if name]
-        row.settings["follows"] = asdict(found)
-        row.settings["readers"] = readers(graph, site, behind, acted)
-        row.settings["takes_codes"] = not tail and takes_codes(graph, site, behind, acted)
+def with_consumers(graph: SiteGraph, row: PlanRow, sites: Collection[str]) -> PlanRow:
+    """The row with what follows the layer and who reads what it gives, if it is one of the layers that are planned.
+
+    sites: all of those.
+    """
+    plan = row.settings
+    if not isinstance(plan, LayerPlan):
+        return row
+    found = follows(graph, row.site, [plan.bn] if plan.bn else [])
+    behind = [name for name in (plan.bn, *plan.norm_children, found.activation) if name]
+    accept = not plan.norm_children and takes_codes(graph, row.site, behind, sites)
+    plan = replace(
+        plan,
+        epilogue=Epilogue(found.activation, None, found.adds, found.returned, False, found.reason),
+        consumers=tuple(readers(graph, row.site, behind, sites)),
+        flow=IntegerFlow(consumers_accept=accept),
+    )
+    return replace(row, settings=plan)
 
 
-def add_operands(graph: SiteGraph, rows: Mapping[str, PlanRow], joins: Sequence[PlanRow]) -> None:
-    """Says of each add and concat with one scale which of its operands may give codes, for all that read them."""
-    acted = [site for site, row in rows.items() if row.action != "keep"]
-    for join in joins:
-        if join.action != "keep":
-            operands = join.settings["operands"]
-            join.settings["take_codes"] = [name for name in operands if takes_codes(graph, name, (), acted)]
+def int8_inputs(graph: SiteGraph, operands: Sequence[str], sites: Collection[str]) -> tuple[str, ...]:
+    """Those operands of an add or concat with one scale that may give int8, for all that read them."""
+    return tuple(name for name in operands if takes_codes(graph, name, (), sites))
 
 
-def decide(model: nn.Module, row: PlanRow) -> None:
-    """Whether a trained layer takes over the activation behind it, before it is converted; into the row's settings."""
-    found = row.settings.get("follows", {})
-    name, reason = found.get("activation"), found.get("reason", "")
+def decide(model: nn.Module, row: PlanRow[LayerPlan]) -> PlanRow[LayerPlan]:
+    """The row with the activation that a trained layer takes over, before it is converted."""
+    plan = row.settings
+    name, reason = plan.epilogue.activation, plan.epilogue.reason
+    consumers = plan.consumers
     if not isinstance(get_module(model, row.site), CONVS):
         name, reason = None, ""
     elif name is not None:
@@ -57,17 +63,19 @@ def decide(model: nn.Module, row: PlanRow) -> None:
         if refusal:
             # what reads the output was found behind the activation: it must commute with rounding now
             if op_of_module(get_module(model, name)) not in COMMUTES:
-                row.settings["readers"] = []
+                consumers = ()
             name, reason = None, f"{name} is not fused: {refusal}"
-    row.settings["fused"] = None if name is None else [name, op_of_module(get_module(model, name))]
-    row.settings["notes"] = [reason] if reason else []
+    op = None if name is None else op_of_module(get_module(model, name))
+    epilogue = replace(plan.epilogue, activation=name, op=op)
+    notes = (reason,) if reason else ()
+    return replace(row, settings=replace(plan, epilogue=epilogue, consumers=consumers, notes=notes))
 
 
-def _refuse_activation(model: nn.Module, row: PlanRow, name: str) -> str | None:
+def _refuse_activation(model: nn.Module, row: PlanRow[LayerPlan], name: str) -> str | None:
     act: Any = get_module(model, name)
     layer: Any = get_module(model, row.site)
-    bn: Any = get_module(model, row.settings["bn"]) if row.settings["bn"] else None
-    if row.settings["tail"]:
+    bn: Any = get_module(model, row.settings.bn) if row.settings.bn else None
+    if row.settings.norm_children:
         return "it is part of a batch norm"
     if layer._forward_hooks or (bn is not None and bn._forward_hooks):
         return "what it reads has hooks"
@@ -84,53 +92,58 @@ def _refuse_activation(model: nn.Module, row: PlanRow, name: str) -> str | None:
     return None
 
 
-def activation_of(model: nn.Module, row: PlanRow) -> nn.Module | None:
+def activation_of(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module | None:
     """The module whose work the converted layer does, while it is still there."""
-    return get_module(model, row.settings["fused"][0]) if row.settings.get("fused") else None
+    name = row.settings.fused_activation
+    return None if name is None else get_module(model, name)
 
 
-def decide_codes(model: nn.Module, rows: Sequence[PlanRow]) -> None:
-    """Which converted layers hand on codes, and which wait for an add; into the rows' settings."""
-    for row in rows:
-        layer = get_module(model, row.site)
-        if not isinstance(layer, Convolution):
-            continue
-        row.settings["hands_codes"] = _can_hand(model, row)
-        found = [get_module(model, site) for site in row.settings.get("readers", ())]
-        row.settings["hands_values"] = bool(found) and all(isinstance(m, Packed) for m in found)
-        integer = isinstance(layer, QuantizedConv) and not layer.integer_refusals(layer.packed.device)
-        grid = layer.output_quantizer if isinstance(layer, QuantizedConv) else None
-        row.settings["hands_own"] = integer and grid is not None and bool(row.settings.get("takes_codes"))
-        if row.settings.get("follows", {}).get("adds"):
-            rounded = grid is not None or row.settings["tail"]
-            returned = row.settings["follows"].get("returned", False)
-            row.settings["defers"] = not rounded and not returned and not layer.refusals()
-            if grid is not None:
-                row.settings["notes"].append("the add is not fused: its operands are rounded first")
-            elif returned:
-                row.settings["notes"].append("the add is not fused: the network returns it")
+def decide_flow(model: nn.Module, row: PlanRow[LayerPlan]) -> PlanRow[LayerPlan]:
+    """The row with the form in which a converted layer hands on its output, and whether it waits for an add."""
+    layer, plan = get_module(model, row.site), row.settings
+    if not isinstance(layer, Convolution):
+        return row
+    found = [get_module(model, site) for site in plan.consumers]
+    integer = isinstance(layer, QuantizedConv) and not layer.integer_refusals(layer.packed.device)
+    grid = layer.output_quantizer if isinstance(layer, QuantizedConv) else None
+    flow = replace(
+        plan.flow,
+        to_consumers=_can_hand(layer, found),
+        to_own_grid=integer and grid is not None and plan.flow.consumers_accept,
+        as_it_lies=bool(found) and all(isinstance(m, Packed) for m in found),
+    )
+    epilogue, notes = plan.epilogue, plan.notes
+    if epilogue.adds:
+        rounded = grid is not None or bool(plan.norm_children)
+        epilogue = replace(epilogue, defers_add=not rounded and not epilogue.returned and not layer.refusals())
+        if grid is not None:
+            notes = (*notes, "the add is not fused: its operands are rounded first")
+        elif epilogue.returned:
+            notes = (*notes, "the add is not fused: the network returns it")
+    return replace(row, settings=replace(plan, epilogue=epilogue, flow=flow, notes=notes))
 
 
 def link(model: nn.Module, rows: Sequence[PlanRow]) -> None:
-    """Lets layers hand codes to their readers, give codes on the grids of adds, and wait for the adds behind them."""
-    for row in rows:
-        for name in row.settings.get("take_codes", ()):
+    """Lets layers hand int8 to their consumers, give it on the grids of adds, and wait for the adds behind them."""
+    for join in join_rows(rows):
+        for name in join.settings.int8_inputs:
             quantizer = getattr(get_module(model, name), "output_quantizer", None)
             if isinstance(quantizer, StaticQuantizer):
                 quantizer.hands = True
-        layer = get_module(model, row.site) if row.action != "keep" and "bn" in row.settings else None
+    for row in layer_rows(rows):
+        layer, plan = get_module(model, row.site), row.settings
         if not isinstance(layer, Convolution):
             continue
-        if row.settings.get("hands_codes"):
-            layer.hand_to([get_module(model, site) for site in row.settings["readers"]])  # type: ignore[operator]
-        if row.settings.get("hands_own"):
+        if plan.flow.to_consumers:
+            layer.hand_to([get_module(model, site) for site in plan.consumers])  # type: ignore[operator]
+        if plan.flow.to_own_grid:
             layer.output_quantizer.hands = True  # type: ignore[union-attr]
-        layer.deferred, layer.hands = bool(row.settings.get("defers")), bool(row.settings.get("hands_values"))
-        layer.notes = tuple(row.settings.get("notes", ()))
+        layer.deferred, layer.hands = plan.epilogue.defers_add, plan.flow.as_it_lies
+        layer.notes = plan.notes
 
 
-def unlink(model: nn.Module, rows: Sequence[PlanRow], reason: str) -> None:
-    """Undoes `link` for good: every layer gives floats, at once; reason: for the notes."""
+def unlink(model: nn.Module, rows: Sequence[PlanRow], reason: str) -> list[PlanRow]:
+    """Undoes `link` for good: every layer gives floats, at once. Returns the rows of that; reason: for the notes."""
     for module in model.modules():
         if isinstance(module, StaticQuantizer):
             module.hands = False
@@ -138,20 +151,29 @@ def unlink(model: nn.Module, rows: Sequence[PlanRow], reason: str) -> None:
             module._handed = ()
         if isinstance(module, Convolution):
             module.hands = False
-    for row in rows:
-        if row.settings.get("defers") or row.settings.get("hands_codes") or row.settings.get("hands_own"):
-            row.settings["notes"].append(f"hands on floats, at once: {reason}")
-        row.settings.update(hands_codes=False, hands_own=False, hands_values=False, defers=False, take_codes=[])
-    link(model, rows)
+    new = [_on_floats(row, reason) for row in rows]
+    link(model, new)
+    return new
 
 
-def _can_hand(model: nn.Module, row: PlanRow) -> bool:
+def _on_floats(row: PlanRow, reason: str) -> PlanRow:
+    """The row of a layer or an add that hands on floats."""
+    plan = row.settings
+    if not isinstance(plan, LayerPlan):
+        return replace(row, settings=replace(plan, int8_inputs=())) if plan is not None else row
+    notes, flow = plan.notes, plan.flow
+    if plan.epilogue.defers_add or flow.to_consumers or flow.to_own_grid:
+        notes = (*notes, f"hands on floats, at once: {reason}")
+    flow = IntegerFlow(consumers_accept=flow.consumers_accept)
+    epilogue = replace(plan.epilogue, defers_add=False)
+    return replace(row, settings=replace(plan, epilogue=epilogue, flow=flow, notes=notes))
+
+
+def _can_hand(layer: nn.Module, consumers: Sequence[nn.Module]) -> bool:
     """Whether all that read a converted layer's output turn it into the same codes."""
-    layer = get_module(model, row.site)
-    found = [get_module(model, site) for site in row.settings.get("readers", ())]
-    if not found or not isinstance(layer, QuantizedConv) or layer.output_quantizer is not None:
+    if not consumers or not isinstance(layer, QuantizedConv) or layer.output_quantizer is not None:
         return False
-    if not all(isinstance(m, QuantizedLayer) and not m.integer_refusals(m.packed.device) for m in (layer, *found)):
+    if not all(isinstance(m, QuantizedLayer) and not m.integer_refusals(m.packed.device) for m in (layer, *consumers)):
         return False
-    grids: list[Any] = [m.input_quantizer for m in found]
+    grids: list[Any] = [m.input_quantizer for m in consumers]
     return all(grid.same_grid(grids[0]) for grid in grids)

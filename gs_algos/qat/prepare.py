@@ -20,7 +20,8 @@ from gs_algos.fx.capture import capture
 from gs_algos.fx.graph import SiteGraph
 from gs_algos.fx.patterns import Match, Refusal, match
 from gs_algos.fx.rewrite import functional_scopes, modularize, modularized, try_modularize
-from gs_algos.qat.link import add_operands, add_readers
+from gs_algos.qat.layer_plan import JoinPlan, LayerPlan, join_rows, layer_rows
+from gs_algos.qat.link import int8_inputs, with_consumers
 from gs_algos.quant.fast_path import leave_fast_path
 from gs_algos.quant.layers import CONVS, FakeQuantized, give_output_quantizer, swap
 from gs_algos.quant.quantized import empty_codes
@@ -65,14 +66,15 @@ def make_plan(algorithm: str, model: nn.Module, example_inputs: Inputs, options:
     for name, layer in sites.items():
         if name not in rows:
             rows[name] = keep_row(name, layer, "not called on the example inputs")
-    add_readers(graph, rows)
+    acted = {row.site for row in layer_rows(rows.values())}
+    rows = {name: with_consumers(graph, row, acted) for name, row in rows.items()}
     quantized = {name for found in matches if _acts(found, rows) for name in found.roles.values()}
-    joins = [_join_row(pattern, operands, quantized, options) for pattern, operands in _join_groups(matches)]
-    add_operands(graph, rows, joins)
+    joins = [
+        _join_row(pattern, operands, quantized, options, graph, acted) for pattern, operands in _join_groups(matches)
+    ]
     ordered = [rows[name] for name in sites] + [row for row in refused_rows(refusals, {}) if row.site not in sites]
     ordered += other_weights(model, ordered)
-    weights = {row.site: row.settings for row in ordered if row.action != "keep"}
-    after = {site: _nbytes(settings["shape"], settings["weight"]) for site, settings in weights.items()}
+    after = {row.site: _nbytes(row.settings.shape, row.settings.weight) for row in layer_rows(ordered)}
     return Plan(algorithm, graph.rung, tuple(ordered + joins), notes, totals_of(model, after))
 
 
@@ -113,13 +115,10 @@ def with_planned_layers(
 
 def install(model: nn.Module, rows: Sequence[PlanRow], options: QuantOptions) -> nn.Module:
     """Swaps the layers that the plan's rows name, on the live model."""
-    for row in rows:
-        if row.action == "keep":
-            continue
-        if row.kind in JOINS:
-            _install_join(model, row, options)
-        else:
-            _install_layer(model, row, options)
+    for row in layer_rows(rows):
+        _install_layer(model, row, options)
+    for join in join_rows(rows):
+        _install_join(model, join, options)
     leave_fast_path(model)
     return model
 
@@ -186,7 +185,6 @@ def _layer_row(
             site, layer, "two_conv and freeze_bn need the batch statistics, which SyncBatchNorm keeps to itself"
         )
     pattern = " + ".join(role_text(role, name, model) for role, name in found.roles.items())
-    tail = list(found.tail) if bn else []
     detail = f"weight {weight}" + ("" if act is None else f", act {act}") + (f", fold {fold}" if fold else "")
     return PlanRow(
         site,
@@ -194,14 +192,14 @@ def _layer_row(
         f"quantize {pattern}",
         detail,
         "",
-        {
-            "weight": str(weight),
-            "act": None if act is None else str(act),
-            "bn": bn,
-            "fold": fold,
-            "tail": tail,
-            "shape": list(layer.weight.shape),  # type: ignore[arg-type, union-attr]
-        },
+        LayerPlan(
+            weight=str(weight),
+            act=None if act is None else str(act),
+            bn=bn,
+            norm_children=tuple(found.tail) if bn else (),
+            shape=tuple(layer.weight.shape),  # type: ignore[arg-type, union-attr]
+            fold=fold,
+        ),
     )
 
 
@@ -230,28 +228,37 @@ def _acts(found: Match, rows: Mapping[str, PlanRow]) -> bool:
     return row is not None and row.action != "keep"
 
 
-def _join_row(pattern: str, operands: tuple[str | None, ...], quantized: set[str], options: QuantOptions) -> PlanRow:
+def _join_row(
+    pattern: str,
+    operands: tuple[str | None, ...],
+    quantized: set[str],
+    options: QuantOptions,
+    graph: SiteGraph,
+    acted: set[str],
+) -> PlanRow:
     """An add or concat whose operands can share one scale, or why they cannot. quantized: layers and what follows."""
     site = f"{pattern} of {', '.join(name or 'a function' for name in operands)}"
     if options.act is None:
         return PlanRow(site, pattern, "keep", reason="activations are not quantized")
-    if None in operands:
+    known = tuple(name for name in operands if name is not None)
+    if len(known) < len(operands):
         return PlanRow(site, pattern, "keep", reason="an operand comes from a function: no module to quantize it in")
     if quantized.isdisjoint(operands):
         return PlanRow(site, pattern, "keep", reason="no operand comes from a quantized layer")
     scheme = Scheme.parse(options.act, "act")
     detail = f"act {scheme}, one scale for {len(operands)} operands"
-    return PlanRow(site, pattern, "share scale", detail, "", {"operands": list(operands), "act": str(scheme)})
+    plan = JoinPlan(known, str(scheme), int8_inputs(graph, known, acted))
+    return PlanRow(site, pattern, "share scale", detail, "", plan)
 
 
-def _install_layer(model: nn.Module, row: PlanRow, options: QuantOptions) -> None:
-    layer = get_module(model, row.site)
+def _install_layer(model: nn.Module, row: PlanRow[LayerPlan], options: QuantOptions) -> None:
+    layer, plan = get_module(model, row.site), row.settings
     weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-    quantizer = WeightQuantizer(Scheme.parse(row.settings["weight"], "weight"), weight, options.weight_delayed)
+    quantizer = WeightQuantizer(Scheme.parse(plan.weight, "weight"), weight, options.weight_delayed)
     act = None
-    if row.settings["act"] is not None:
-        act = ActivationQuantizer(Scheme.parse(row.settings["act"], "act"), weight.device, options.act_delayed)
-    bn = None if row.settings["bn"] is None else get_module(model, row.settings["bn"])
+    if plan.act is not None:
+        act = ActivationQuantizer(Scheme.parse(plan.act, "act"), weight.device, options.act_delayed)
+    bn = None if plan.bn is None else get_module(model, plan.bn)
     assert bn is None or isinstance(bn, _BatchNorm)
     swap(
         layer,
@@ -259,17 +266,17 @@ def _install_layer(model: nn.Module, row: PlanRow, options: QuantOptions) -> Non
         input=act if options.fusion else None,
         output=None if options.fusion else act,
         bn=bn,
-        fold=row.settings["fold"] or "none",
+        fold=plan.fold or "none",
         freezable=options.freezable,
-        tail=tuple(get_module(model, name) for name in row.settings["tail"]),
+        tail=tuple(get_module(model, name) for name in plan.norm_children),
     )
     assert isinstance(layer, FakeQuantized)
     quantizer.initialise(layer.folded_weight().detach())
 
 
-def _install_join(model: nn.Module, row: PlanRow, options: QuantOptions) -> None:
-    scheme = Scheme.parse(row.settings["act"], "act")
-    operands = [get_module(model, name) for name in row.settings["operands"]]
+def _install_join(model: nn.Module, row: PlanRow[JoinPlan], options: QuantOptions) -> None:
+    scheme = Scheme.parse(row.settings.act, "act")
+    operands = [get_module(model, name) for name in row.settings.operands]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     shared = ActivationQuantizer(scheme, device, options.act_delayed)
     for operand in operands:

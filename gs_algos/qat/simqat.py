@@ -24,11 +24,12 @@ from gs_algos.core.algorithm import Inputs
 from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.modules import get_module
 from gs_algos.core.network import network_of, ordinary_tensors
-from gs_algos.core.plan import Plan, PlanRow
+from gs_algos.core.plan import Plan, PlanRow, rows_of
 from gs_algos.core.rules import Rule
 from gs_algos.fx.rewrite import modularize_again
 from gs_algos.qat.convert import Parity, convert_model, install_converted, summary_of
-from gs_algos.qat.prepare import JOINS, QuantOptions, install, make_plan, refuse_nonfinite, with_planned_layers
+from gs_algos.qat.layer_plan import layer_rows
+from gs_algos.qat.prepare import QuantOptions, install, make_plan, refuse_nonfinite, with_planned_layers
 from gs_algos.qat.training import QuantizationTraining
 from gs_algos.qat.untrained import Watch
 from gs_algos.quant.layers import FakeQuantized, Folded
@@ -176,7 +177,7 @@ class SimQAT(QuantizationTraining):
 
     def install(self, model: nn.Module, plan: Plan, example_inputs: Inputs) -> tuple[nn.Module, dict[str, Any]]:
         model, new = with_planned_layers(model, plan, example_inputs)
-        planned = [row.site for row in plan.acted() if row.kind not in JOINS]
+        planned = [row.site for row in layer_rows(plan.rows)]
         refuse_nonfinite("SimQAT.apply", ((site, get_module(model, site)) for site in planned))
         return install(model, plan.rows, self.config.options()), {"modularized": new}
 
@@ -223,7 +224,7 @@ class SimQAT(QuantizationTraining):
         """
         return super().convert(model, example_inputs)
 
-    def converted(self, model: nn.Module, rows: list[PlanRow], example_inputs: Inputs) -> Parity:
+    def converted(self, model: nn.Module, rows: list[PlanRow], example_inputs: Inputs) -> tuple[Parity, list[PlanRow]]:
         trained = [(n, m) for n, m in model.named_modules() if isinstance(m, FakeQuantized | Quantizer | _BatchNorm)]
         refuse_nonfinite("SimQAT.convert", trained)
         return convert_model(model, rows, example_inputs)
@@ -239,7 +240,7 @@ class SimQAT(QuantizationTraining):
 
     @classmethod
     def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
-        rows = [PlanRow(**row) for row in entry["plan"]]
+        rows = rows_of(entry["plan"], cls.row_settings)
         model = modularize_again(model, entry["modularized"])
         model = install(model, rows, SimQATConfig.from_dict(entry["config"]).options())
         if entry["stage"] == "converted":

@@ -29,9 +29,10 @@ from gs_algos.core.algorithm import Inputs
 from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.modules import get_module
 from gs_algos.core.network import network_of, ordinary_tensors
-from gs_algos.core.plan import Plan, PlanRow
+from gs_algos.core.plan import Plan, PlanRow, rows_of
 from gs_algos.fx.rewrite import modularize_again
 from gs_algos.qat.convert import Parity, convert_model, install_converted
+from gs_algos.qat.layer_plan import LayerPlan, layer_rows
 from gs_algos.qat.prepare import refuse_nonfinite, with_planned_layers
 from gs_algos.qat.slb_config import SLBConfig, SLBOptions
 from gs_algos.qat.slb_convert import packed_layer, summary_of, unfilled_layer
@@ -109,14 +110,16 @@ class SLB(QuantizationTraining):
     def install(self, model: nn.Module, plan: Plan, example_inputs: Inputs) -> tuple[nn.Module, dict[str, Any]]:
         config = self.config
         model, new = with_planned_layers(model, plan, example_inputs)
-        layers: list[tuple[PlanRow, Any]] = [(row, get_module(model, row.site)) for row in plan.acted()]
+        layers: list[tuple[PlanRow[LayerPlan], Any]] = [
+            (row, get_module(model, row.site)) for row in layer_rows(plan.rows)
+        ]
         refuse_nonfinite("SLB.apply", ((row.site, layer) for row, layer in layers))
-        given = [layer._parameters["weight"] for row, layer in layers if not row.settings["fused_optimizer"]]
+        given = [layer._parameters["weight"] for row, layer in layers if not row.settings.fused_optimizer]
         self._replaced = [weakref.ref(weight) for weight in given]
         weights = {row.site: layer.weight.detach() for row, layer in layers}
         install(model, plan.rows, config.options())
         for row, layer in layers:
-            bn: Any = get_module(model, row.settings["bn"]) if row.settings["bn"] else None
+            bn: Any = get_module(model, row.settings.bn) if row.settings.bn else None
             start(layer, weights[row.site].clone(), bn, 1 / config.t0, config.init, config.kappa)
         return model, {"modularized": new}
 
@@ -192,7 +195,7 @@ class SLB(QuantizationTraining):
         """
         return super().convert(model, example_inputs)
 
-    def converted(self, model: nn.Module, rows: list[PlanRow], example_inputs: Inputs) -> Parity:
+    def converted(self, model: nn.Module, rows: list[PlanRow], example_inputs: Inputs) -> tuple[Parity, list[PlanRow]]:
         searched = {name: m for name, m in model.named_modules() if isinstance(m, Searched)}
         inside = [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm | Quantizer)]
         refuse_nonfinite(
@@ -272,30 +275,12 @@ class SLB(QuantizationTraining):
 
     @classmethod
     def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
-        rows = [PlanRow(**row) for row in entry["plan"]]
+        rows = rows_of(entry["plan"], cls.row_settings)
         model = modularize_again(model, entry.get("modularized", []))
         model = install(model, rows, SLBConfig.from_dict(entry["config"]).options())
         if entry["stage"] == "converted":
             install_converted(model, rows, unfilled_layer)
         return model
-
-    @classmethod
-    def upgraded(cls, entry: dict[str, Any]) -> dict[str, Any]:
-        """A row's `fused` said whether a fused optimizer trains the layer, until convert wrote the activation there.
-
-        A convert that was refused did so too, and lost the first: the option of all layers stands in for it.
-        """
-        rows = []
-        for row in entry["plan"]:
-            settings = dict(row["settings"])
-            if "weight" in settings and "fused_optimizer" not in settings:
-                fused = settings.pop("fused", None)
-                told = isinstance(fused, bool)
-                settings["fused_optimizer"] = fused if told else bool(entry["config"].get("fused"))
-                if not told and entry["stage"] == "converted":
-                    settings["fused"] = fused
-            rows.append({**row, "settings": settings})
-        return {**entry, "plan": rows}
 
 
 def _warn_early(layers: Mapping[str, Searched], schedule: Schedule, steps: int) -> None:

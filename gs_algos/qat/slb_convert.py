@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gs_algos.core.modules import get_module
 from gs_algos.core.plan import PlanRow, render_layers
-from gs_algos.qat.convert import round_bias
+from gs_algos.qat.convert import batch_norm_of, round_bias
+from gs_algos.qat.layer_plan import LayerPlan
 from gs_algos.quant.convolution import conv_rows, geometry_of
 from gs_algos.quant.packed import Packed, PackedFormat
 from gs_algos.quant.packed_conv import PackedConv
@@ -23,13 +23,13 @@ from gs_kernels import PackedWeight
 
 
 @torch.no_grad()
-def packed_layer(model: nn.Module, row: PlanRow) -> nn.Module:
+def packed_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module:
     """The converted form of one trained layer: its chosen codes (those of the largest logits if none are yet)."""
     layer = _searched(model, row)
     if hasattr(layer.search.logits, "full_tensor"):
         raise RuntimeError(f"convert: {row.site} must have whole logits, got sharded ones; unshard the model first")
     weight, bias = layer.search.packed(), layer.bias
-    bn = _batch_norm(model, row)
+    bn = batch_norm_of(model, row)
     if bn is not None:
         slope, bias = layer.epilogue(bn)
         scale = weight.scale * slope[:, None]
@@ -42,11 +42,11 @@ def packed_layer(model: nn.Module, row: PlanRow) -> nn.Module:
     return new.eval()
 
 
-def unfilled_layer(model: nn.Module, row: PlanRow) -> nn.Module:
+def unfilled_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module:
     """A converted layer of the right shapes, its tensors still to be filled."""
     layer = _searched(model, row)
-    grid, device = LevelGrid.parse(row.settings["weight"]), layer.search.codes.device
-    (n, k), bias = layer.search.size, layer.bias is not None or row.settings["bn"] is not None
+    grid, device = LevelGrid.parse(row.settings.weight), layer.search.codes.device
+    (n, k), bias = layer.search.size, layer.bias is not None or row.settings.bn is not None
     weight = PackedFormat(grid.bits, (n, k), k, grid.zero, "float32").empty(device)
     return _around(layer, row, weight, torch.empty(n, device=device) if bias else None)
 
@@ -71,10 +71,10 @@ def _act(layer: Any) -> str:
     return "float" if quantizer is None else quantizer.extra_repr()
 
 
-def _around(layer: Searched, row: PlanRow, weight: PackedWeight, bias: Tensor | None) -> Packed:
+def _around(layer: Searched, row: PlanRow[LayerPlan], weight: PackedWeight, bias: Tensor | None) -> Packed:
     """A converted layer around a packed weight: on integers where what comes in is quantized too."""
     dtype = torch.float32 if layer.bias is None else layer.bias.dtype
-    linear, act = isinstance(layer, nn.Linear), parse_act(row.settings["act"])
+    linear, act = isinstance(layer, nn.Linear), parse_act(row.settings.act)
     if act is not None:
         options: dict[str, Any] = {"scheme": layer.search.grid, "bias": bias, "input": act[0], "dtype": dtype}
         if linear:
@@ -85,14 +85,8 @@ def _around(layer: Searched, row: PlanRow, weight: PackedWeight, bias: Tensor | 
     return PackedConv(weight, geometry_of(layer), layer.search.shape[1:], bias, dtype)
 
 
-def _searched(model: nn.Module, row: PlanRow) -> Searched:
+def _searched(model: nn.Module, row: PlanRow[LayerPlan]) -> Searched:
     layer = get_module(model, row.site)
     if not isinstance(layer, Searched):
         raise RuntimeError(f"convert: {row.site} must be the layer that apply prepared, got {type(layer).__name__}")
     return layer
-
-
-def _batch_norm(model: nn.Module, row: PlanRow) -> _BatchNorm | None:
-    bn = None if row.settings["bn"] is None else get_module(model, row.settings["bn"])
-    assert bn is None or isinstance(bn, _BatchNorm)
-    return bn

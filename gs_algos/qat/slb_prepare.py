@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,8 @@ from gs_algos.core.rules import Rule, resolve
 from gs_algos.fx.borrowed import Borrowed, BorrowedMatmul, turn
 from gs_algos.fx.patterns import Match, match
 from gs_algos.fx.rewrite import release
-from gs_algos.qat.link import add_readers
+from gs_algos.qat.layer_plan import LayerPlan, layer_rows
+from gs_algos.qat.link import with_consumers
 from gs_algos.qat.prepare import foreign_dtype, keep_row, kind_of, refused_rows, role_text, with_layers
 from gs_algos.quant.fast_path import leave_fast_path
 from gs_algos.quant.packed import PackedFormat
@@ -67,44 +69,42 @@ def make_plan(algorithm: str, model: nn.Module, example_inputs: Inputs, options:
             rows[site] = _row(site, sites[site], members, settings[site], model, options)
     for name, layer in sites.items():
         rows.setdefault(name, keep_row(name, layer, "not called on the example inputs"))
-    add_readers(graph, rows)
+    acted = {row.site for row in layer_rows(rows.values())}
+    rows = {name: with_consumers(graph, row, acted) for name, row in rows.items()}
     ordered = [rows[name] for name in sites] + [row for row in refused_rows(refusals, {}) if row.site not in sites]
     ordered += other_weights(model, ordered)
-    after = {row.site: _nbytes(sites[row.site], row.settings["weight"]) for row in ordered if row.action != "keep"}
+    after = {row.site: _nbytes(row.settings.shape, row.settings.weight) for row in layer_rows(ordered)}
     return Plan(algorithm, graph.rung, tuple(ordered), (*notes, KEYS), totals_of(model, after))
 
 
-def _nbytes(layer: Any, weight: str) -> int:
-    """Bytes of a converted weight."""
-    grid, n = LevelGrid.parse(weight), layer.weight.shape[0]
-    k = layer.weight.numel() // n
+def _nbytes(shape: Sequence[int], weight: str) -> int:
+    """Bytes of a converted weight of this shape."""
+    grid, n, k = LevelGrid.parse(weight), shape[0], math.prod(shape[1:])
     return PackedFormat(grid.bits, (n, k), k, grid.zero, "float32").nbytes
 
 
 def install(model: nn.Module, rows: Sequence[PlanRow], options: SearchOptions) -> nn.Module:
     """Swaps the layers that the plan's rows name, on the live model. Their logits are zeros until `start`."""
-    for row in rows:
-        if row.action == "keep":
-            continue
+    for row in layer_rows(rows):
         layer: Any = get_module(model, row.site)
-        weight, fused = layer.weight, row.settings["fused_optimizer"]
-        grid = LevelGrid.parse(row.settings["weight"])
+        plan, weight = row.settings, layer.weight
+        fused, grid = plan.fused_optimizer, LevelGrid.parse(plan.weight)
         search = LevelSearch(
             grid, weight.shape, options.horizon, weight.device, options.logits_dtype, options.points, fused
         )
         search.train(layer.training)
         if not layer._parameters["weight"].requires_grad:  # what was frozen stays frozen
             search.logits.requires_grad_(False)
-        bn: Any = get_module(model, row.settings["bn"]) if row.settings["bn"] else None
+        bn: Any = get_module(model, plan.bn) if plan.bn else None
         state = bn is not None and options.state_bn
-        tail = tuple(get_module(model, name) for name in row.settings["tail"])
+        tail = tuple(get_module(model, name) for name in plan.norm_children)
         turned = fused and isinstance(layer, BorrowedMatmul)  # its optimizer writes weights [N, K]
         if isinstance(layer, Borrowed) and (turned or not fused):  # what takes a parameter's place leaves no owner one
             release(model, layer, ("weight",))
             layer.borrowed = tuple(key for key in layer.borrowed if key != "weight")
         if turned:
             turn(layer)
-        swap(layer, search, act_quantizer(row.settings["act"], weight.device), fused, bn, state, tail)
+        swap(layer, search, act_quantizer(plan.act, weight.device), fused, bn, state, tail)
     leave_fast_path(model)
     return model
 
@@ -173,6 +173,12 @@ def _row(
     pattern = " + ".join(role_text(role, name, model) for role, name in found.roles.items())
     logits = f"{grid.planes} logit{'s' if grid.planes > 1 else ''} a weight"
     detail = f"weight {grid}, {logits}" + ("" if act is None else f", act {act}") + (", fused" if fused else "")
-    tail = list(found.tail) if bn else []
-    keep = {"weight": str(grid), "act": act, "bn": bn, "tail": tail, "fused_optimizer": fused}
-    return PlanRow(site, kind_of(layer), f"search {pattern}", detail, "", keep)
+    plan = LayerPlan(
+        weight=str(grid),
+        act=None if act is None else str(act),
+        bn=bn,
+        norm_children=tuple(found.tail) if bn else (),
+        shape=tuple(layer.weight.shape),  # type: ignore[arg-type, union-attr]
+        fused_optimizer=fused,
+    )
+    return PlanRow(site, kind_of(layer), f"search {pattern}", detail, "", plan)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -13,12 +12,23 @@ import torch.distributed as dist
 from torch import nn
 from typing_extensions import Self
 
-from gs_algos.core.algorithm import Algorithm, Inputs, history, live_entry, prepared_entry, remember, resumable_entry
+from gs_algos.core.algorithm import (
+    Algorithm,
+    Inputs,
+    Migration,
+    history,
+    live_entry,
+    prepared_entry,
+    remember,
+    resumable_entry,
+)
 from gs_algos.core.config import AlgorithmConfig, signature_of
 from gs_algos.core.modules import all_or_nothing
 from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
-from gs_algos.core.plan import Plan, PlanRow
+from gs_algos.core.plan import Plan, PlanRow, rows_of
+from gs_algos.core.settings import RowSettings
 from gs_algos.qat.convert import Parity
+from gs_algos.qat.layer_plan import FORMS, from_version_1
 from gs_algos.qat.observe import observe
 from gs_algos.qat.prepare import refuse_nonfinite
 from gs_algos.qat.untrained import Watch
@@ -33,6 +43,8 @@ class QuantizationTraining(Algorithm):
     parity: how far the last converted network was from the trained one.
     """
 
+    row_settings: ClassVar[tuple[type[RowSettings], ...]] = FORMS
+    migrations: ClassVar[Mapping[int, Migration]] = {1: from_version_1}
     config_class: ClassVar[type[AlgorithmConfig]]
     layer_class: ClassVar[type[nn.Module]]
     done: ClassVar[str]  # what a model that has been through `apply` is, e.g. "quantized"
@@ -63,8 +75,8 @@ class QuantizationTraining(Algorithm):
         """Brings every layer to where the schedules are after `steps` steps. Nothing is read back from the device."""
 
     @abstractmethod
-    def converted(self, model: nn.Module, rows: list[PlanRow], example_inputs: Inputs) -> Parity:
-        """Replaces the trained layers, compared with what takes their place."""
+    def converted(self, model: nn.Module, rows: list[PlanRow], example_inputs: Inputs) -> tuple[Parity, list[PlanRow]]:
+        """Replaces the trained layers, compared with what takes their place; also the rows of the converted network."""
 
     def calibrated(self) -> None:
         """What calibration sets besides activation ranges."""
@@ -105,7 +117,7 @@ class QuantizationTraining(Algorithm):
                     "stage": "prepared",
                     "steps": 0,
                     "config": self.config.to_dict(),
-                    "plan": [asdict(row) for row in plan.rows],
+                    "plan": [row.to_dict() for row in plan.rows],
                     **facts,
                 }
                 self._history = remember(model, entry)
@@ -179,10 +191,10 @@ class QuantizationTraining(Algorithm):
                     "call net.float() first"
                 )
         own = not set(self._layers.values()).isdisjoint(model.modules())
-        rows = [PlanRow(**row) for row in entry["plan"]]  # of a copy: until it is converted the history stays
+        rows = rows_of(entry["plan"], self.row_settings)
         with ordinary_tensors(), all_or_nothing(model):
-            self.parity = self.converted(model, rows, example)
-            plan = [asdict(row) for row in rows]
+            self.parity, rows = self.converted(model, rows, example)
+            plan = [row.to_dict() for row in rows]
             remember(model, {**entry, "stage": "converted", "steps": self.steps, "plan": plan})
         if own:  # a copy may be converted while the training of the original goes on
             self._unbind()

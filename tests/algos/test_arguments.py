@@ -139,9 +139,9 @@ def test_another_dtype_in_an_imported_file_is_damage(tmp_path: Path, llama: Path
 def test_load_refuses_an_activation_that_no_layer_has(tmp_path: Path, net: nn.Module):
     index = gs_algos.save(net, tmp_path) / "golden_stick.json"
     facts = json.loads(index.read_text())
-    row = facts["history"][0]["plan"][0]["settings"]
-    assert row["fused"] == ["1", "relu"]
-    row["fused"][1] = "softplus"
+    epilogue = facts["history"][0]["plan"][0]["settings"]["epilogue"]
+    assert (epilogue["activation"], epilogue["op"]) == ("1", "relu")
+    epilogue["op"] = "softplus"
     index.write_text(json.dumps(facts))
     with pytest.raises(ValueError, match=r"0: the activation it takes over must be one of .*relu.*, got 'softplus'"):
         gs_algos.load(tmp_path, build)

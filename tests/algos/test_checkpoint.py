@@ -104,12 +104,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "bottomless index": (spoil(INDEX, lambda _: b"[" * 200_000), "must be JSON, got .*recursion"),
     "foreign index": (spoil(INDEX, lambda _: b'{"model_type": "bert"}'), "format 'golden-stick', got a foreign file"),
     "list as index": (spoil(INDEX, lambda _: b"[1, 2]"), "got a foreign file"),
-    "newer version": (lambda folder: edit(folder, put("version", 2)), "version must be 1, got 2; update golden-stick"),
+    "newer version": (
+        lambda folder: edit(folder, put("version", 3)),
+        "version of .* must be 1 to 2, got 3; update gold",
+    ),
     "unknown field": (
         lambda folder: edit(folder, put("rotation", "hadamard")),
         "must have no fields but aliases, .*, got 'rotation'; update golden-stick",
     ),
-    "true as version": (lambda folder: edit(folder, put("version", True)), "version must be 1, got True"),
+    "version before the first": (lambda folder: edit(folder, put("version", 0)), "must be 1 to 2, got 0"),
+    "true as version": (lambda folder: edit(folder, put("version", True)), "must be 1 to 2, got True"),
 }
 
 
@@ -150,7 +154,11 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "site of another kind": (put(*FIRST, "plan", 0, "site", 3), "the plan of every history entry"),
     "unknown site": (put(*FIRST, "plan", 0, "site", "conv9"), "got ValueError: get_module: .* got 'conv9'"),
     "norm that is none": (put(*FIRST, "plan", 0, "settings", "bn", "fc"), "must make the network"),
-    "no settings": (put(*FIRST, "plan", 0, "settings", {}), "must make the network .* got KeyError"),
+    "no settings": (put(*FIRST, "plan", 0, "settings", {}), "must be of the form layer or join, got form=None of stem"),
+    "settings of another form": (put(*FIRST, "plan", 0, "settings", {"form": "group"}), "got form='group' of stem"),
+    "null as settings": (put(*FIRST, "plan", 0, "settings", None), "must be there for what is not kept, .* of stem"),
+    "list as settings": (put(*FIRST, "plan", 0, "settings", []), "the plan of every history entry"),
+    "unknown setting": (put(*FIRST, "plan", 0, "settings", "turn", 1), "no fields but weight, .*, got 'turn' of stem"),
     "history twice": (lambda index: index["history"].append(index["history"][0]), "must make the network"),
 }
 
@@ -364,9 +372,14 @@ def test_values_that_no_training_gives_are_refused_by_name_though_their_checksum
 
 DEEP: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], str]] = {
     "number as scheme": (prepared, ("plan", 0, "settings", "weight", 3), "got weight=3 of stem"),
-    "text as tail": (prepared, ("plan", 0, "settings", "tail", "x"), "got tail='x' of stem"),
-    "numbers as readers": (prepared, ("plan", 0, "settings", "readers", [1]), r"got readers=\[1\] of stem"),
-    "flag as activation": (prepared, ("plan", 0, "settings", "follows", "activation", True), "got follows="),
+    "text as children": (prepared, ("plan", 0, "settings", "norm_children", "x"), "got norm_children='x' of stem"),
+    "numbers as consumers": (prepared, ("plan", 0, "settings", "consumers", [1]), r"got consumers\[0\]=1 of stem"),
+    "flag as activation": (
+        prepared,
+        ("plan", 0, "settings", "epilogue", "activation", True),
+        "got epilogue.activation=T",
+    ),
+    "number as form of output": (prepared, ("plan", 0, "settings", "flow", 3), "got flow=3 of stem"),
     "text as fused flag": (searched, ("plan", 0, "settings", "fused_optimizer", "yes"), "got fused_optimizer='yes'"),
     "number as shape": (packed, ("plan", -1, "settings", "format", "shape", 3), "got format="),
     "huge shape": (

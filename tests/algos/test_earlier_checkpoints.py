@@ -6,6 +6,7 @@ exact in fp32 and come out the same in whatever order a CPU adds.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -148,3 +149,78 @@ def test_a_pipeline_that_version_1_left_in_its_second_stage_is_resumed(tmp_path)
         ("prune", "converted"),
         ("simqat", "converted"),
     ]
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """Changes the settings of every row of the first plan that has some."""
+    path = folder / "golden_stick.json"
+    index = json.loads(path.read_text())
+    for row in index["history"][0]["plan"]:
+        if row["settings"]:
+            change(row["settings"])
+    path.write_text(json.dumps(index))
+    return folder
+
+
+def copied(name: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(FOLDER / name, tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["slb-fused", "slb-weights"])
+@pytest.mark.parametrize("refused", [False, True])
+def test_searches_whose_flag_was_called_fused_go_on(name, refused, tmp_path):
+    def as_it_was(settings: dict[str, Any]) -> None:
+        settings["fused"] = settings.pop("fused_optimizer")
+        if refused:  # by convert, which wrote into it
+            settings.update(fused=["relu", "relu"], notes=[])
+
+    net = gs_algos.load(edit(copied(f"{name}-prepared", tmp_path), as_it_was), Blocks)
+    algo = SLB.resume(net)
+    assert len(algo.fused_layers()) == (5 if name == "slb-fused" else 0)
+    x, y = expected(f"{name}-converted")
+    assert torch.equal(outputs(algo.convert(net, x), x), y)
+
+
+@pytest.mark.parametrize("name", ["slb-fused", "slb-weights"])
+def test_a_converted_search_without_that_flag_loads(name, tmp_path):
+    folder = edit(copied(f"{name}-converted", tmp_path), lambda settings: settings.pop("fused_optimizer"))
+    x, y = expected(f"{name}-converted")
+    net = gs_algos.load(folder, Blocks)
+    assert torch.equal(outputs(net, x), y)
+    assert all(row["settings"]["fused_optimizer"] == (name == "slb-fused") for row in history(net)[0]["plan"])
+
+
+DAMAGE: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
+    "no scheme": ("simqat-prepared", lambda s: s.pop("weight", None), "weight must be a text, got none of stem"),
+    "number as norm": ("simqat-converted", lambda s: s.update(bn=3), "bn must be a text or nothing, got bn=3 of stem"),
+    "number as readers": ("simqat-prepared", lambda s: s.update(readers=3), "consumers must be a list, .*=3 of stem"),
+    "text as flag": (
+        "slb-fused-converted",
+        lambda s: s.update(hands_codes="x"),
+        "flow.to_consumers must be true or fal",
+    ),
+    "number as what follows": ("simqat-prepared", lambda s: s.update(follows=[]), r"got follows=\[\] of stem"),
+    "text as fused": ("simqat-converted", lambda s: s.update(fused="relu"), "got fused='relu' of stem"),
+    "unknown setting": (
+        "simqat-prepared",
+        lambda s: s.update(rotation=1),
+        "no fields but weight, .*, got 'rotation' of s",
+    ),
+    "emptied": ("simqat-prepared", dict.clear, "settings must be there for what is not kept, .* of stem"),
+    "no units": ("prune-converted", lambda s: s.pop("units"), "units must be a whole number >= 0, got none of stem"),
+    "text as units": (
+        "scop-prepared",
+        lambda s: s.update(units="4"),
+        "units must be a whole number .* got units='4' of s",
+    ),
+    "no layers": ("prune-prepared", lambda s: s.pop("layers"), "layers must be a list, each a text, got none of stem"),
+    "no format": ("quantized", lambda s: s.update(format={"bits": 4}), "format must be .*got format=.*of embed"),
+}
+
+
+@pytest.mark.parametrize("name, change, words", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_plan_of_version_1_is_one_clear_line(name, change, words, tmp_path):
+    folder = edit(copied(name, tmp_path), change)
+    with pytest.raises(ValueError, match=f"^load: .*golden_stick.json must have a plan that .*{words}") as caught:
+        gs_algos.load(folder, build(name))
+    assert str(caught.value).endswith("; the checkpoint is damaged") and "\n" not in str(caught.value)

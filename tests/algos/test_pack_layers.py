@@ -110,7 +110,7 @@ def test_the_dry_run_has_the_rows_and_the_bytes_of_the_call(options: dict[str, A
     plan = plan_weights(model, "int8@channel", **options)
     assert not history(model) and type(model.stem) is nn.Conv2d
     quantize_weights(model, "int8@channel", **options)
-    assert [row.__dict__ for row in plan.rows] == history(model)[0]["plan"]
+    assert [row.to_dict() for row in plan.rows] == history(model)[0]["plan"]
     floats = sum(p.numel() * p.element_size() for p in model.parameters())
     assert plan.totals is not None
     assert plan.totals.after == floats + sum(m.nbytes for m in model.modules() if isinstance(m, Packed))

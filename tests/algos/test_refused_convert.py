@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from torch import nn
 import gs_algos
 from gs_algos import SLB, Prune, SimQAT
 from gs_algos.core.algorithm import Algorithm, history
+from gs_algos.core.plan import rows_of
 from gs_algos.qat import convert
 from gs_algos.qat.slb_optim import SlbSGD
 from tests.helpers import Untouched
@@ -126,41 +127,20 @@ def test_what_is_written_into_the_history_that_was_read_changes_nothing():
     assert history(net)[0]["plan"][0]["settings"] and history(net)[0]["steps"] == 0
 
 
-def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Changes the settings of every planned layer."""
-    path = folder / "golden_stick.json"
-    index = json.loads(path.read_text())
-    for row in index["history"][0]["plan"]:
-        if row["action"] != "keep":
-            change(row["settings"])
-    path.write_text(json.dumps(index))
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("refused", [False, True])
-def test_searches_that_an_earlier_version_saved_go_on(fused, refused, tmp_path):
-    algo = SLB(weight="2bit@channel", total_steps=1, fused=fused)
-    net = algo.apply(build(), data())
-
-    def as_it_was(settings: dict[str, Any]) -> None:
-        settings["fused"] = settings.pop("fused_optimizer")
-        if refused:  # by convert, which wrote into it
-            settings.update(fused=["2", "silu"], notes=[])
-
-    edit(gs_algos.save(net, tmp_path), as_it_was)
-    loaded = gs_algos.load(tmp_path, build)
-    assert history(loaded) == json.loads(json.dumps(history(net))) or refused
-    resumed = SLB.resume(loaded)
-    assert len(resumed.fused_layers()) == (3 if fused else 0)
-    with torch.no_grad():
-        want = algo.convert(net, data()).eval()(data())
-        assert torch.equal(resumed.convert(loaded, data()).eval()(data()), want)
-
-
-def test_a_converted_search_that_an_earlier_version_saved_loads(tmp_path):
+def test_a_converted_history_says_which_activations_its_layers_took_over():
     algo = SLB(weight="2bit@channel", act="int8@tensor:ema", total_steps=1)
     net = algo.convert(algo.apply(build(), data()))
-    assert [row["settings"]["fused"] for row in history(net)[0]["plan"]] == [["2", "silu"], ["4", "relu"], None]
-    edit(gs_algos.save(net, tmp_path), lambda settings: settings.pop("fused_optimizer"))
-    with torch.no_grad():
-        assert torch.equal(gs_algos.load(tmp_path, build).eval()(data()), net.eval()(data()))
+    epilogues = [row["settings"]["epilogue"] for row in history(net)[0]["plan"]]
+    assert [(e["activation"], e["op"]) for e in epilogues] == [("2", "silu"), ("4", "relu"), (None, None)]
+
+
+@pytest.mark.parametrize("make", ALGORITHMS.values(), ids=ALGORITHMS)
+def test_convert_makes_a_new_plan_and_leaves_the_rows_it_was_given(make):
+    algo = make()
+    net = algo.apply(build(), data())
+    given = history(net)[0]
+    before = copy.deepcopy(given)
+    rows = rows_of(given["plan"], algo.row_settings)
+    _, new = algo.converted(net, rows, data())
+    assert [row.to_dict() for row in rows] == before["plan"] and given == before
+    assert new != rows and [row.site for row in new] == [row.site for row in rows]

@@ -118,9 +118,7 @@ def test_a_prepared_network_is_the_float_network_until_quantization_starts(name,
     algo = SimQAT(quant_delay=9, fold_bn=fold)
     plan = algo.plan(net, x)
     layers = [row for row in plan.acted() if row.kind not in ("add", "cat")]
-    assert (
-        len(layers) == max(NETS[name][2], 1) and sum(row.settings["bn"] is not None for row in layers) == NETS[name][3]
-    )
+    assert len(layers) == max(NETS[name][2], 1) and sum(row.settings.bn is not None for row in layers) == NETS[name][3]
     net = algo.apply(net, x)
     assert relative(output(net, x), output(reference, x)) <= TOLERANCE
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.05) for each in (net, reference)]

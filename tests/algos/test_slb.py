@@ -240,7 +240,7 @@ def test_calibrated_batch_norms_hold_the_mean_over_the_batches():
 
 def test_ends_are_the_layers_that_run_first_and_last_unless_a_rule_is_on_them():
     _, algo = prepared(weight="1bit@channel", ends="8bit@channel", rules=[("fc", {"weight": "4bit@channel"})])
-    grids = {row.site: row.settings["weight"] for row in algo.plan(SmallConvNet(), images()).acted()}
+    grids = {row.site: row.settings.weight for row in algo.plan(SmallConvNet(), images()).acted()}
     assert (grids["stem"], grids["fc"], grids["block.conv1"]) == ("8bit@channel", "4bit@channel", "1bit@channel")
     rows = SLB(weight="1bit@channel", ends=None).plan(SmallConvNet(), images()).kept()
     assert [row.site for row in rows] == ["stem", "fc"]
