@@ -5,6 +5,7 @@ from gs_algos.core.checkpoint import load, save
 from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.plan import Plan, PlanRow, Totals
 from gs_algos.core.registry import register_algorithm
+from gs_algos.core.settings import RowSettings
 from gs_algos.export.checkpoint import quantize_checkpoint
 from gs_algos.export.interchange import export_language_model, import_language_model
 from gs_algos.export.language import load_language_model
@@ -43,6 +44,7 @@ __all__ = [
     "PlanRow",
     "Prune",
     "PruningConfig",
+    "RowSettings",
     "SLBConfig",
     "Scheme",
     "ScopConfig",

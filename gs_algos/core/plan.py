@@ -45,7 +45,7 @@ class PlanRow(Generic[S]):
         if self.settings is not None and not isinstance(self.settings, RowSettings):
             got = type(self.settings).__name__
             raise TypeError(
-                f"PlanRow: settings must be a dataclass with gs_algos.core.settings.RowSettings as its base, got {got}"
+                f"PlanRow: settings must be a frozen dataclass with gs_algos.RowSettings as its base, got {got}"
             )
 
     def to_dict(self) -> dict[str, Any]:

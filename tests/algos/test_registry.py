@@ -27,6 +27,12 @@ print("acme_halves is imported")
 
 
 @dataclass(frozen=True)
+class Halved(gs_algos.RowSettings):
+    form: ClassVar[str] = "halved"
+    factor: float
+
+
+@dataclass(frozen=True)
 class HalvesConfig(gs_algos.AlgorithmConfig):
     factor: float = 0.5
     who: ClassVar[str] = "Halves"
@@ -34,6 +40,8 @@ class HalvesConfig(gs_algos.AlgorithmConfig):
 
 class Halves(gs_algos.Algorithm):
     """Multiplies every weight by a factor after each step."""
+
+    row_settings = (Halved,)
 
     name: ClassVar[str] = "halves"
     config: HalvesConfig
@@ -46,7 +54,7 @@ class Halves(gs_algos.Algorithm):
 
     def _rows(self, model):
         for name, parameter in model.named_parameters():
-            yield gs_algos.PlanRow(name, type(parameter).__name__, "halve", settings={"factor": self.config.factor})
+            yield gs_algos.PlanRow(name, type(parameter).__name__, "halve", settings=Halved(self.config.factor))
 
     def apply(self, model, example_inputs):
         self.model, self.entry = model, self.remember(model, "prepared", self._rows(model))
