@@ -143,7 +143,7 @@ def test_the_changelog_speaks_of_this_version():
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path):
-    pytest.importorskip("mkdocs", reason="mkdocs (extra docs) is not installed; .ci/run builds the site")
+    pytest.importorskip("mkdocs", reason="mkdocs (extra docs) is not installed")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
