@@ -1,4 +1,13 @@
-"""Algorithms that compress PyTorch models, behind one interface: plan, apply, train, convert, save, load."""
+"""Algorithms that compress PyTorch models, behind one interface: plan, apply, train, convert, save, load.
+
+What reads or writes files of other formats is imported when its name is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
 
 from gs_algos.core.algorithm import Algorithm, history
 from gs_algos.core.checkpoint import load, save
@@ -6,13 +15,7 @@ from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.plan import Plan, PlanRow, Totals
 from gs_algos.core.registry import register_algorithm
 from gs_algos.core.settings import RowSettings
-from gs_algos.export.checkpoint import quantize_checkpoint
-from gs_algos.export.interchange import export_language_model, import_language_model
-from gs_algos.export.language import load_language_model
-from gs_algos.export.onnx_graph import export_onnx
-from gs_algos.export.package import export_package
 from gs_algos.export.registration import install as _register_with_transformers
-from gs_algos.pipeline.pipeline import Pipeline, Stage
 from gs_algos.pruning.prune import Prune, PruningConfig
 from gs_algos.pruning.scop import SCOP, ScopConfig
 from gs_algos.ptq.weights import plan_weights, quantize_weights
@@ -26,9 +29,28 @@ from gs_algos.quant.packed_linear import PackedLinear
 from gs_algos.quant.scheme import Scheme
 from gs_algos.quant.slb_grid import LevelGrid
 
+if TYPE_CHECKING:
+    from gs_algos.export.checkpoint import quantize_checkpoint
+    from gs_algos.export.interchange import export_language_model, import_language_model
+    from gs_algos.export.language import load_language_model
+    from gs_algos.export.onnx_graph import export_onnx
+    from gs_algos.export.package import export_package
+    from gs_algos.pipeline.pipeline import Pipeline, Stage
+
 __version__ = "0.1.0"
 
 _register_with_transformers()
+
+_LAZY = {
+    "Pipeline": "gs_algos.pipeline.pipeline",
+    "Stage": "gs_algos.pipeline.pipeline",
+    "export_language_model": "gs_algos.export.interchange",
+    "export_onnx": "gs_algos.export.onnx_graph",
+    "export_package": "gs_algos.export.package",
+    "import_language_model": "gs_algos.export.interchange",
+    "load_language_model": "gs_algos.export.language",
+    "quantize_checkpoint": "gs_algos.export.checkpoint",
+}
 
 __all__ = [
     "SCOP",
@@ -68,3 +90,17 @@ __all__ = [
     "register_algorithm",
     "save",
 ]
+
+if not TYPE_CHECKING:  # a type checker would take every name for one that is there
+
+    def __getattr__(name: str) -> Any:
+        """Imports what is imported when it is first used."""
+        if name not in _LAZY:
+            words = f"module {__name__!r} has no attribute {name!r}"
+            raise AttributeError(words, name=name, obj=sys.modules[__name__])
+        value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

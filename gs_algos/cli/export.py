@@ -45,7 +45,7 @@ def demo_network(folder: Path) -> tuple[nn.Module, ImageData]:
     if not path.is_file():
         raise ValueError(
             f"export: {folder} must be a folder that golden-stick demo wrote, got one without {OPTIONS_FILE}; "
-            "for another network use gs_algos.export.package.export_package or onnx_graph.export_onnx"
+            "for another network use gs_algos.export_package or gs_algos.export_onnx"
         )
     options = read_json(path, "export")
     data = load_data(options["data"], options["image_size"])

@@ -105,7 +105,7 @@ def _of_another_kind(path: Path) -> str:
     if path.is_dir() and (path / OPTIONS_FILE).is_file():
         return f"{wanted}a demo; golden-stick export {path} NET.pt2 --to pt2, and serve that"
     if path.is_dir() and (path / INDEX).is_file():
-        return f"{wanted}a network of gs_algos.save; load it and call gs_algos.export.package.export_package"
+        return f"{wanted}a network of gs_algos.save; load it and call gs_algos.export_package"
     if path.is_file() and path.suffix == ".onnx":
         return f"{wanted}an ONNX file; serve it with ONNX Runtime"
     if path.is_file() and path.suffix == ".gguf" and is_gguf(path):

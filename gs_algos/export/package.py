@@ -93,7 +93,7 @@ def read_package(path: str | os.PathLike[str], who: str) -> PackageInput:
         raise ValueError(f"{who}: {path} must be a whole .pt2 package, got other bytes in {damaged}; export it again")
     if said is None:
         raise ValueError(
-            f"{who}: {path} must say what it takes, got a package that gs_algos.export.package.export_package or "
+            f"{who}: {path} must say what it takes, got a package that gs_algos.export_package or "
             "golden-stick export did not write; export it with one of them"
         )
     return _read(said, f"{who}: {path}")
