@@ -80,7 +80,7 @@ def is_eager(*tensors: torch.Tensor) -> bool:
     """True if these are real tensors outside any tracing: only then may a body call compiled code or look at values."""
     return (
         not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # a trace knows ops, and not what C++ writes into memory
+        and not torch._C._is_tracing()  # a trace knows ops, and not what C++ writes into memory
         and torch._C._len_torch_dispatch_stack() == 0
         and PLAIN.issuperset(map(type, tensors))
     )

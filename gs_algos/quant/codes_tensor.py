@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from gs_algos.quant.memory_format import laid, strides_in, suggested
 from gs_kernels.requantize.cpu import is_dense
@@ -59,6 +58,10 @@ _ACTIVATES = {
 
 class _Handed(Tensor):
     """What leaves PyTorch, a copy or a file is the plain tensor of the values."""
+
+    def dequantize(self) -> Tensor:
+        """The values, with the strides that the tensor shows."""
+        raise AssertionError("every tensor that layers hand on has values")
 
     def numpy(self, **kwargs: Any) -> Any:
         return real(self).numpy(**kwargs)
@@ -165,7 +168,7 @@ class CodesTensor(_Handed):
                 )
         if func is aten.cat.default and _alike(args[0]):
             return _cat(*args)
-        return func(*tree_map(real, args), **tree_map(real, kwargs))
+        return func(*map(real, args), **{key: real(value) for key, value in kwargs.items()})
 
 
 class Pending(_Handed):
@@ -242,13 +245,13 @@ class Pending(_Handed):
             joined = None if kwargs else x._joined(func, args)
             if mutable and x is args[0]:  # the result stands in the place of x, also where another reads it
                 if joined is None:
-                    func(x.dequantize(), *tree_map(real, args[1:]), **tree_map(real, kwargs))
+                    func(x.dequantize(), *map(real, args[1:]), **{key: real(value) for key, value in kwargs.items()})
                 else:
                     x._residual, x._activation = joined[1:]
                 return x
             if joined is not None:
                 return Pending(x._run, *joined)
-        return func(*tree_map(real, args), **tree_map(real, kwargs))
+        return func(*map(real, args), **{key: real(value) for key, value in kwargs.items()})
 
 
 class _SumOfCodes:
@@ -290,17 +293,21 @@ def _alike(tensors: Any) -> bool:
     return all(isinstance(t, CodesTensor) and t.quantizer.same_grid(tensors[0].quantizer) for t in tensors)
 
 
+_HANDABLE = frozenset((Tensor, torch.nn.Parameter, CodesTensor, Pending))
+
+
 def hands_now(x: Tensor) -> bool:
     """Whether x may be handed on as codes, or later: tracers, compilers and gradients see floats, in time."""
     eager = not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
-    eager = eager and torch._C._functorch.peek_interpreter_stack() is None
-    plain = type(x) in (Tensor, torch.nn.Parameter, CodesTensor, Pending)
-    return eager and plain and not torch.jit.is_tracing() and not (x.requires_grad and torch.is_grad_enabled())
+    eager = eager and torch._C._functorch.peek_interpreter_stack() is None and not torch._C._is_tracing()
+    return eager and type(x) in _HANDABLE and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def real(value: Any) -> Any:
-    """The values of a tensor that layers hand on; anything else as it is."""
-    return value.dequantize() if isinstance(value, CodesTensor | Pending) else value
+    """The values of a tensor that layers hand on, also in a list of an operation's arguments; else what is given."""
+    if isinstance(value, _Handed):
+        return value.dequantize()
+    return type(value)(map(real, value)) if type(value) in (list, tuple) else value
 
 
 def values(x: Any) -> Any:

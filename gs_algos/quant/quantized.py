@@ -39,6 +39,8 @@ from gs_kernels.pack.layouts import BITS
 from gs_kernels.qconv2d.checks import LARGEST_GROUP
 from gs_kernels.qconv2d.cpu_int8 import Int8Convolution
 from gs_kernels.qconv2d.int8 import prepared_qconv2d_int8
+from gs_kernels.qmatmul.cpu_int8 import Int8Product
+from gs_kernels.qmatmul.int8 import prepared_qmatmul_int8
 
 Residual: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]  # itself, and scale and zero point of codes
 
@@ -153,6 +155,10 @@ class QuantizedLinear(QuantizedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         x = input
+        run = self._ready_for(x)
+        if run is not None:
+            y = run(self._known_codes(x), self._modules["input_quantizer"]._buffers["scale"])  # type: ignore[union-attr, arg-type]
+            return self._finish(y)
         if self._on_integers(x):
             return self._finish(self._integer(x))
         x = x if self.input_quantizer is None else self.input_quantizer(x)
@@ -172,6 +178,28 @@ class QuantizedLinear(QuantizedLayer):
             weight_sums=self.row_sums,
             dtype=x.dtype,
         )
+
+    def _ready_for(self, x: Tensor) -> Int8Product | None:
+        """A quicker way to make the product with rows like those of x; None if there is none."""
+        if not may_prepare(x):
+            return None
+
+        def make() -> Int8Product | None:
+            quantizer = self.input_quantizer
+            if quantizer is None or self.integer_refusals(x.device):
+                return None
+            return prepared_qmatmul_int8(
+                torch.empty(tuple(x.shape), dtype=torch.int8, device=x.device),
+                quantizer.scale,
+                self.packed,
+                self.bias,
+                x_zero=quantizer.signed_zero() if self._shifted() else None,
+                dtype=x.dtype,
+            )
+
+        parts = (self, self._modules.get("input_quantizer"))
+        ready: Int8Product | None = remembered(self, (x.dtype, x.device, x.shape[-1:]), parts, make)
+        return ready
 
 
 class QuantizedConv(Convolution, QuantizedLayer):
@@ -284,7 +312,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
 
     def _ready_for(self, x: Tensor, activation: str) -> Ready | None:
         """A quicker way to make the call, for images like x; None if there is none."""
-        if x.dtype not in FLOATS or not hands_now(x) or torch.is_autocast_enabled("cpu"):
+        if not may_prepare(x):
             return None
         own = self._modules.get("output_quantizer")
         hands = own is not None and own.hands
@@ -325,6 +353,11 @@ class QuantizedConv(Convolution, QuantizedLayer):
 
     def extra_repr(self) -> str:
         return f"{(self.shape[0], *self.filter)}, {self.scheme}, stride={self.geometry['stride']}"
+
+
+def may_prepare(x: Tensor) -> bool:
+    """Whether a call with x may be made with what was prepared for others: outside tracers, gradients and autocast."""
+    return x.dtype in FLOATS and hands_now(x) and not torch.is_autocast_enabled("cpu")
 
 
 def _limits(grid: StaticQuantizer) -> tuple[int, int] | None:

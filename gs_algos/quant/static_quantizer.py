@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -136,6 +137,10 @@ class StaticQuantizer(KeepsDtypes):
 
     def signed_limits(self) -> tuple[int, int]:
         """The smallest and largest of `signed_codes`."""
+        return self._signed_limits
+
+    @cached_property
+    def _signed_limits(self) -> tuple[int, int]:
         shift = 0 if self.scheme.format.signed else 128
         return self.scheme.qmin - shift, self.scheme.qmax - shift
 

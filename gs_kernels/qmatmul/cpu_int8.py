@@ -8,6 +8,7 @@ numbers in fp32, in stretches of K so short that fp32 holds all their sums.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,8 @@ from gs_kernels.instructions import multiplies_int8
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import codes_of
 from gs_kernels.qmatmul.cpu import dequantized, finish, rows_of, without_autocast
-from gs_kernels.qmatmul.cpu_lanes import LANES, UnsuitableError, kept, lanes_of
-from gs_kernels.qmatmul.cpu_products import OFFSET, add, int_dot
+from gs_kernels.qmatmul.cpu_lanes import LANES, Lanes, UnsuitableError, kept, lanes_of
+from gs_kernels.qmatmul.cpu_products import OFFSET, add, int_dot, library
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref
 
 logger = logging.getLogger(__name__)
@@ -41,12 +42,50 @@ def qmatmul_int8_cpu(
     activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    with without_autocast():
-        y = _product(x, whole_zero("qmatmul_int8", x_zero), weight)
-        if y is None:
-            return qmatmul_int8_ref(x, x_scale, weight, bias, x_zero=x_zero, activation=activation, dtype=dtype)
-    y = y * (x_scale if x_scale.numel() == 1 else x_scale.reshape(-1, 1))
-    return finish(y, bias, activation, dtype).view(*x.shape[:-1], weight.shape[0])
+    return Int8Product(weight, bias, x_zero, activation, dtype)(x, x_scale)
+
+
+class Int8Product:
+    """`qmatmul_int8` on a CPU with everything fixed but x and its scale: what can be made once, is.
+
+    Where C++ does not run, or sums might overflow, it computes as the reference does.
+    """
+
+    def __init__(
+        self, weight: PackedWeight, bias: Tensor | None, x_zero: Tensor | None, activation: str, dtype: torch.dtype
+    ) -> None:
+        self.weight, self.bias, self.x_zero, self.activation, self.dtype = weight, bias, x_zero, activation, dtype
+        self.shift = whole_zero("qmatmul_int8", x_zero)
+        self.lanes: Lanes | None = None
+        if -128 <= self.shift <= 127 and weight.group_size <= LARGEST_GROUP:
+            self.lanes = self._lanes()
+
+    def _lanes(self) -> Lanes | None:
+        if library() is None:  # the log says why
+            return None
+        try:
+            return lanes_of(self.weight)
+        except UnsuitableError as error:
+            logger.debug("qmatmul_int8 runs as its reference: %s", error)
+            return None
+
+    def __call__(self, x: Tensor, x_scale: Tensor) -> Tensor:
+        """x and x_scale: as `qmatmul_int8` takes them."""
+        with without_autocast():
+            if self.lanes is None or x.numel() == 0:
+                about: dict[str, Any] = {"x_zero": self.x_zero, "activation": self.activation, "dtype": self.dtype}
+                return qmatmul_int8_ref(x, x_scale, self.weight, self.bias, **about)
+            y = self._product(x, self.lanes)
+        y = y * (x_scale if x_scale.numel() == 1 else x_scale.reshape(-1, 1))
+        return finish(y, self.bias, self.activation, self.dtype).view(*x.shape[:-1], self.weight.shape[0])
+
+    def _product(self, x: Tensor, lanes: Lanes) -> Tensor:
+        """`[M, N]` fp32: the codes of x less their zero point, times the weight."""
+        n, k = self.weight.shape
+        if x.numel() * n <= FEW_PRODUCTS or x.numel() // k <= FEW_ROWS[multiplies_int8()]:
+            rows, one = rows_of(x, torch.int16), self.weight.scale.shape[1] == 1
+            return int_dot(rows - self.shift if self.shift else rows, lanes, one)[:, :n]
+        return _by_blocks(rows_of(x, torch.int8), self.shift, self.weight, lanes)
 
 
 def whole_zero(who: str, x_zero: Tensor | None, must: str = "a whole number") -> int:
@@ -57,23 +96,8 @@ def whole_zero(who: str, x_zero: Tensor | None, must: str = "a whole number") ->
     return int(value)
 
 
-def _product(x: Tensor, shift: int, weight: PackedWeight) -> Tensor | None:
-    """`[M, N]` fp32: the codes of x less their zero point, times the weight; None if it takes the reference."""
-    beyond = not -128 <= shift <= 127  # sums might overflow
-    if beyond or weight.group_size > LARGEST_GROUP or x.numel() == 0:
-        return None
-    try:
-        if x.numel() * weight.shape[0] <= FEW_PRODUCTS or x.numel() // x.shape[-1] <= FEW_ROWS[multiplies_int8()]:
-            rows, one = rows_of(x, torch.int16), weight.scale.shape[1] == 1
-            return int_dot(rows - shift if shift else rows, lanes_of(weight), one)[:, : weight.shape[0]]
-        return _by_blocks(rows_of(x, torch.int8), shift, weight)
-    except UnsuitableError as error:
-        logger.debug("qmatmul_int8 runs as its reference: %s", error)
-        return None
-
-
-def _by_blocks(x: Tensor, shift: int, weight: PackedWeight) -> Tensor:
-    lanes, as_int8 = lanes_of(weight), multiplies_int8()
+def _by_blocks(x: Tensor, shift: int, weight: PackedWeight, lanes: Lanes) -> Tensor:
+    as_int8 = multiplies_int8()
     dtype = torch.int8 if as_int8 else torch.float32
     groups, m = lanes.groups, x.shape[0]
     by_group = lanes.steps(x).view(m, groups, -1).transpose(0, 1).contiguous()  # [groups, M, width]

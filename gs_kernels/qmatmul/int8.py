@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gs_kernels.dispatch import implementations
+from gs_kernels.dispatch import choose, implementations
 from gs_kernels.pack.checks import FLOATS, check_tensor
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.schema import PACKED_WEIGHT
 from gs_kernels.qmatmul.checks import check_operands, check_row_scales
-from gs_kernels.qmatmul.cpu_int8 import qmatmul_int8_cpu
+from gs_kernels.qmatmul.cpu_int8 import Int8Product, qmatmul_int8_cpu
 from gs_kernels.qmatmul.op import planar_refuses
 from gs_kernels.qmatmul.ref import exact_weight, qmatmul_int8_ref, quantize_rows_ref
 from gs_kernels.registration import register
@@ -132,14 +132,47 @@ def qmatmul_int8(
             dtype is none of the above.
     """
     who = "qmatmul_int8"
+    _check(who, x, x_scale, weight, bias, x_zero, activation, dtype)
+    if (x_zero is None) != (weight_sums is None):
+        raise ValueError(f"{who}: x_zero and weight_sums must be given together; use weight_sums=row_sums(weight)")
+    if weight_sums is not None:
+        check_tensor(who, "weight_sums", weight_sums, (torch.float32,), (weight.shape[0],))
+    return _run(x, x_scale, weight, bias, x_zero, weight_sums, activation, dtype)
+
+
+def _check(
+    who: str,
+    x: Tensor,
+    x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    x_zero: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+) -> None:
     check_operands(who, x, (torch.int8,), weight, bias, activation)
     check_row_scales(who, x, x_scale, x_zero)
     if weight.levels is not None:
         raise ValueError(f"{who}: weight must have an evenly spaced grid, got levels; use qmatmul")
     if dtype not in FLOATS:
         raise TypeError(f"{who}: dtype must be float32 / float16 / bfloat16, got {dtype}")
-    if (x_zero is None) != (weight_sums is None):
-        raise ValueError(f"{who}: x_zero and weight_sums must be given together; use weight_sums=row_sums(weight)")
-    if weight_sums is not None:
-        check_tensor(who, "weight_sums", weight_sums, (torch.float32,), (weight.shape[0],))
-    return _run(x, x_scale, weight, bias, x_zero, weight_sums, activation, dtype)
+
+
+def prepared_qmatmul_int8(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    *,
+    x_zero: Tensor | None,
+    dtype: torch.dtype,
+    activation: str = "none",
+) -> Int8Product | None:
+    """Makes `qmatmul_int8` once for all rows like x; None where another implementation than the CPU's would run.
+
+    Takes and refuses what `qmatmul_int8` does. The tensors must not change while the product is used.
+    """
+    _check("qmatmul_int8", x, x_scale, weight, bias, x_zero, activation, dtype)
+    if choose("qmatmul_int8", INT8, x, x_scale, weight).name != "cpu":
+        return None
+    return Int8Product(weight, bias, x_zero, activation, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,35 @@ def test_layers_hand_codes_and_nothing_changes(act: str, tmp_path: Path):
     loaded = gs_algos.load(gs_algos.save(net, tmp_path), build).eval()
     assert loaded.b._handed and same_bits(loaded(image(7)), y)
     assert same_bits(copy.deepcopy(net)(image(7)), y)
+
+
+@torch.no_grad()
+def test_a_linear_called_often_sees_changes_and_refuses_other_widths():
+    fc, x = converted()[0].fc, torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    last = fc(x)
+    assert same_bits(fc(x), last) and same_bits(fc(x[:1]), last[:1]) and same_bits(fc(x[None]), last[None])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same_bits(fc(x), last)
+    for buffer in (fc.scale, fc.bias, fc.input_quantizer.scale, fc.codes):
+        buffer.mul_(2)
+        before, last = last, fc(x)
+        assert same_bits(last, copy.deepcopy(fc)(x)) and not torch.equal(last, before)
+    with pytest.raises(ValueError, match=r"qmatmul_int8: the last axis of x must be K=16 of the weight"):
+        fc(x[:, :8])
+
+
+@torch.no_grad()
+def test_a_linear_is_a_few_python_calls():
+    """What small layers take is mostly calls: checks and choices are made once, not in each of them (118 before)."""
+    fc, x = converted()[0].fc, torch.ones(1, 16)
+    fc(x)
+    calls = []
+    sys.setprofile(lambda frame, event, arg: calls.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        fc(x)
+    finally:
+        sys.setprofile(None)
+    assert len(calls) < 60, calls
 
 
 def test_a_compiler_sees_floats_and_gives_the_same():
