@@ -25,6 +25,8 @@ FINITE = Must("finite", torch.isfinite)
 POSITIVE = Must("finite and > 0", lambda t: t.isfinite() & (t > 0))
 NOT_NEGATIVE = Must("finite and >= 0", lambda t: t.isfinite() & (t >= 0))
 
+NOT_ZERO = Must("finite and not 0", lambda t: t.isfinite() & (t != 0))
+
 
 def whole_within(low: float, high: float) -> Must:
     """A whole number, or a half as grids of two levels have it, from low to high."""

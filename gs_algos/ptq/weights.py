@@ -22,7 +22,7 @@ from gs_algos.quant.convolution import Convolution
 from gs_algos.quant.fast_path import leave_fast_path
 from gs_algos.quant.packed import Packed, PackedFormat
 from gs_algos.quant.packing import format_of, in_rows, matrix_of, packed_like
-from gs_algos.quant.rounding import round_to_nearest
+from gs_algos.quant.rounding import round_to_nearest, signs_of
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import PackedWeight
 
@@ -254,6 +254,8 @@ class QuantizedWeights:
             if row.settings is not None and row.settings.format is not None:
                 device: Any = get_module(model, row.site).weight.device
                 install(model, row.settings.names, row.settings.format.empty(device))
+                owner: Any = get_module(model, row.settings.names[0])
+                owner.signs = signs_of(Scheme.parse(row.settings.weight, "weight"))
         leave_fast_path(model)
         return model
 

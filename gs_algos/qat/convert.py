@@ -220,10 +220,14 @@ def unfilled_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> QuantizedLayer:
     """The converted form of a layer of a freshly prepared model, its tensors still to be filled."""
     layer: Any = _trained(model, row.site)
     shape, device = layer.weight.shape, layer.weight.device
-    weight = empty_codes(shape, Scheme.parse(row.settings.weight, "weight"), device)
+    scheme = Scheme.parse(row.settings.weight, "weight")
+    weight = empty_codes(shape, scheme, device)
     offset = layer.bias is not None or row.settings.bn is not None
     bias = torch.empty(shape[0], device=device) if offset else None
-    return _layer_of(layer, row, weight, bias, _output_quantizer(model, row))
+    new = _layer_of(layer, row, weight, bias, _output_quantizer(model, row))
+    if not scheme.learned and row.settings.bn is None:  # a batch norm's gamma may turn them around
+        new.signs = "positive"
+    return new
 
 
 def summary_of(model: nn.Module) -> str:

@@ -48,7 +48,10 @@ def unfilled_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module:
     grid, device = LevelGrid.parse(row.settings.weight), layer.search.codes.device
     (n, k), bias = layer.search.size, layer.bias is not None or row.settings.bn is not None
     weight = PackedFormat(grid.bits, (n, k), k, grid.zero, "float32").empty(device)
-    return _around(layer, row, weight, torch.empty(n, device=device) if bias else None)
+    new = _around(layer, row, weight, torch.empty(n, device=device) if bias else None)
+    if not grid.learned and row.settings.bn is None:  # a batch norm's gamma may turn them around
+        new.signs = "positive"
+    return new
 
 
 def summary_of(model: nn.Module) -> str:

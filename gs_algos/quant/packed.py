@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from gs_algos.core.values import FINITE, Must, Rules
+from gs_algos.core.values import FINITE, NOT_NEGATIVE, NOT_ZERO, POSITIVE, Must, Rules
 from gs_algos.quant.kept import KeepsDtypes
 from gs_kernels import PackedWeight, dequantize_packed, pack_codes, repack, unpack_codes
 from gs_kernels.pack.layouts import CANONICAL, PLANAR, codes_shape
 
 PARTS = ("codes", "scale", "zero", "levels")
+SIGNS = {"any": FINITE, "positive": POSITIVE, "not negative": NOT_NEGATIVE, "not zero": NOT_ZERO}
 BITS = (1, 2, 4, 8)
 SCALE_DTYPES = ("float32", "float16", "bfloat16", "float64")
 KERNEL_DEVICES = ("cuda",)  # where the planar layout is read
@@ -111,6 +112,7 @@ class Packed(KeepsDtypes):
     """
 
     kept: ClassVar[tuple[str, ...]] = PARTS
+    signs: str = "any"  # that its scales can have, a key of SIGNS, where whoever made them knows
     codes: Tensor | None
     scale: Tensor | None
     zero: Tensor | None
@@ -134,7 +136,7 @@ class Packed(KeepsDtypes):
     def state_rules(self) -> Rules:
         # the zero point of GPTQ may be one beyond the codes
         return {
-            "scale": FINITE,
+            "scale": SIGNS[self.signs],
             "zero": self._zero_rule(-1, 2**self.bits),
             "levels": FINITE,
             "codes": self._code_rule(),

@@ -137,6 +137,13 @@ def _one_more_below(scheme: Scheme) -> bool:
     return scheme.symmetric and scheme.qmin < -scheme.qmax and scheme.bits <= FEW_BITS
 
 
+def signs_of(scheme: Scheme) -> str:
+    """The signs that scales of `round_to_nearest` can have, for `Packed.signs`."""
+    if scheme.bits == 1 and scheme.symmetric:
+        return "not negative"  # rows of zeros have a scale of 0
+    return "not zero" if _one_more_below(scheme) else "positive"
+
+
 def _symmetric_grid(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     extreme = rows.gather(1, rows.abs().argmax(1, keepdim=True)).squeeze(1)
     sign = torch.where(extreme > 0, -1.0, 1.0)

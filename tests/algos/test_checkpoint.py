@@ -314,6 +314,47 @@ def packed() -> nn.Module:
     return quantize_weights(SmallConvNet(), "int4@channel:asym", progress=False)
 
 
+def packed_symmetric() -> nn.Module:
+    return quantize_weights(SmallConvNet(), "int4@channel", progress=False)
+
+
+def packed_bits() -> nn.Module:
+    return quantize_weights(SmallConvNet(), "int1@channel", progress=False)
+
+
+def searched_done() -> nn.Module:
+    algo = SLB(weight="int2@channel", total_steps=1)
+    net = algo.apply(SmallConvNet(), images())
+    algo.step()
+    return algo.convert(net.eval())
+
+
+@pytest.mark.parametrize(
+    "scheme", ["int1@channel", "int2@channel", "int4@channel", "int8@channel", "int4@channel:asym"]
+)
+@pytest.mark.parametrize("fill", [0.0, 3.0, -2.0])
+def test_scales_that_rounding_gives_are_taken(scheme, fill, tmp_path):
+    net = SmallConvNet()
+    nn.init.constant_(net.fc.weight, fill)
+    net = quantize_weights(net, scheme, progress=False)
+    again = gs_algos.load(gs_algos.save(net, tmp_path), SmallConvNet)
+    assert torch.equal(again.fc.weight, net.fc.weight)
+
+
+@pytest.mark.parametrize("gamma", [-1.5, 0.0])
+def test_scales_that_a_batch_norm_turns_around_are_taken(gamma, tmp_path):
+    for algo in (SimQAT(), SLB(weight="int2@channel", total_steps=1)):
+        net = SmallConvNet()
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.constant_(module.weight, gamma)
+        net = algo.apply(net, images())
+        algo.step()
+        net = algo.convert(net.eval())
+        again = gs_algos.load(gs_algos.save(net, tmp_path / algo.name), SmallConvNet).eval()
+        assert torch.equal(again(images()), net(images()))
+
+
 NAN, INF = float("nan"), float("inf")
 VALUES: list[tuple[Callable[[], nn.Module], str, Any, str]] = [
     (prepared, "fc.input_quantizer.scale", NAN, "finite and > 0, got nan"),
@@ -324,7 +365,9 @@ VALUES: list[tuple[Callable[[], nn.Module], str, Any, str]] = [
     (prepared, "fc.input_quantizer.steps", -3, "finite and >= 0, got -3"),
     (prepared, "stem.sigma", -1.0, "finite and > 0, got -1"),
     (prepared, "fc.input_quantizer.scale", torch.float16, r"\(1,\) torch.float32, got \(1,\) torch.float16"),
-    (converted, "fc.scale", NAN, "finite, got nan"),
+    (converted, "fc.scale", NAN, "finite and > 0, got nan"),
+    (converted, "fc.scale", -0.5, "finite and > 0, got -0.5"),
+    (converted, "fc.scale", 0.0, "finite and > 0, got 0"),
     (converted, "fc.zero", 1e6, r"in 0\.\.255, got 1000000"),
     (converted, "fc.input_quantizer.scale", -1.0, "finite and > 0, got -1"),
     (converted, "fc.input_quantizer.zero", INF, r"in -128\.\.127, got inf"),
@@ -337,7 +380,11 @@ VALUES: list[tuple[Callable[[], nn.Module], str, Any, str]] = [
     (searched, "fc.search.scale", INF, "finite and > 0, got inf"),
     (gated, "stem.gate", NAN, "finite, got nan"),
     (gated, "block.conv2.gate_square", -1.0, "finite and >= 0, got -1"),
-    (packed, "fc.scale", NAN, "finite, got nan"),
+    (packed, "fc.scale", NAN, "finite and > 0, got nan"),
+    (packed, "fc.scale", -1.0, "finite and > 0, got -1"),
+    (packed_symmetric, "fc.scale", 0.0, "finite and not 0, got 0"),
+    (packed_bits, "fc.scale", -1.0, "finite and >= 0, got -1"),
+    (searched_done, "fc.scale", -1.0, "finite and > 0, got -1"),
     (packed, "fc.zero", 99.0, r"in -1\.\.16, got 99"),
     (packed, "fc.scale", torch.float64, "torch.float16, got .*float64"),
 ]
