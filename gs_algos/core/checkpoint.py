@@ -42,11 +42,11 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from gs_algos.core.algorithm import STAGES, history, remember
+from gs_algos.core.algorithm import HISTORY, STAGES, history, remember
 from gs_algos.core.arguments import as_path, refuse_file
 from gs_algos.core.files import abandoned, remove, sha256, write_atomically, written
 from gs_algos.core.modules import all_or_nothing
-from gs_algos.core.network import network_of, ordinary_tensors
+from gs_algos.core.network import names_inside, network_of, ordinary_tensors, plain_names, without_wrappers, wrapped_at
 from gs_algos.core.plan import PlanRow, rows_of, with_settings
 from gs_algos.core.registry import UnknownAlgorithmError, restorer
 from gs_algos.core.values import refuse_values
@@ -93,7 +93,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     index = {
         "format": FORMAT,
         "version": VERSION,
-        "history": history(model),
+        "history": plain_names(history(model)),
         "tensors": {"file": name, "sha256": hashlib.sha256(data).hexdigest(), "nbytes": len(data)},
         "aliases": aliases,
     }
@@ -151,19 +151,22 @@ def load(directory: str | os.PathLike[str], build_model: Callable[[], nn.Module]
 
 def _load(folder: Path, build_model: Callable[[], nn.Module]) -> nn.Module:
     index, state = read_checkpoint(folder, _read_tensors)
-    model = build_model()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"load: build_model must return a nn.Module, got {model!r:.60}")
+    built = build_model()
+    if not isinstance(built, nn.Module):
+        raise TypeError(f"load: build_model must return a nn.Module, got {built!r:.60}")
+    model = network = network_of(built, "load")
     if history(model):
         raise ValueError(
             f"load: build_model must return the float network, got one that is {history(model)[-1]['stage']}"
         )
-    with _as_it_was(model):
-        for entry in index["history"]:
+    with without_wrappers(network), _as_it_was(network):
+        for entry in plain_names(index["history"]):
             model = _restored(model, entry, folder)
             remember(model, entry)
-        _fill(model, state, folder)
-    return model
+        _fill(model, {plain_names(key): tensor for key, tensor in state.items()}, folder)
+    if any(wrapped_at(module) for module in model.modules()):
+        model.__dict__[HISTORY] = names_inside(history(model), model)
+    return built if model is network else model
 
 
 @contextmanager
@@ -308,7 +311,7 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
-    for key, tensor in model.state_dict().items():
+    for key, tensor in ((plain_names(name), tensor) for name, tensor in model.state_dict().items()):
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
             raise ValueError(
                 f"save: {key} must be a plain tensor with data, got {type(tensor).__name__}; unshard it first"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
+COMPILED = re.compile(r"\b_orig_mod\.|\._orig_mod$")  # in names of modules and tensors
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -44,6 +47,51 @@ def wrapped_at(module: nn.Module) -> str | None:
     if isinstance(module, PARALLEL):
         return "module"
     return "_orig_mod" if type(module).__name__ == "OptimizedModule" else None  # what torch.compile returns
+
+
+def plain_names(value: Any) -> Any:
+    """Plain values (dicts, lists, text) with all names in them as they are without wrappers of torch.compile inside."""
+    if isinstance(value, str):
+        return COMPILED.sub("", value)
+    if isinstance(value, dict):
+        return {plain_names(key): plain_names(item) for key, item in value.items()}
+    return [plain_names(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def names_inside(value: Any, model: nn.Module) -> Any:
+    """The reverse of `plain_names`: names as they are in a model, in which torch.compile wraps some modules."""
+    if isinstance(value, str):
+        for name, module in model.named_modules():
+            if name and wrapped_at(module) == "_orig_mod" and f"{value}.".startswith(f"{name}."):
+                value = f"{name}._orig_mod{value[len(name) :]}"
+        return value
+    if isinstance(value, dict):
+        return {names_inside(key, model): names_inside(item, model) for key, item in value.items()}
+    return [names_inside(item, model) for item in value] if isinstance(value, list | tuple) else value
+
+
+def is_compiled(model: nn.Module, name: str) -> bool:
+    """Whether the module of this name is what torch.compile wraps. The wrapper would go on calling it, if replaced."""
+    parent, _, key = name.rpartition(".")
+    return key == "_orig_mod" and wrapped_at(model.get_submodule(parent)) == key
+
+
+@contextlib.contextmanager
+def without_wrappers(model: nn.Module) -> Iterator[None]:
+    """Inside, what torch.compile wraps below the root stands in the place of its wrapper; then the wrapper is back."""
+    taken: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is not None and type(child).__name__ == "OptimizedModule":
+                taken.append((parent, key, child, child.get_submodule("_orig_mod")))
+    for parent, key, _, inner in taken:
+        parent._modules[key] = inner
+    try:
+        yield
+    finally:
+        for parent, key, wrapper, inner in taken:
+            if parent._modules.get(key) is inner:
+                parent._modules[key] = wrapper
 
 
 @contextlib.contextmanager

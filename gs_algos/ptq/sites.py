@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from gs_algos.core.algorithm import history
 from gs_algos.core.modules import owner_of, parameter_owners
+from gs_algos.core.network import is_compiled
 from gs_algos.core.plan import PlanRow, other_weights
 from gs_algos.core.rules import RulePattern, resolve
 from gs_algos.quant.packing import CONVS, base_of, is_conv1d, matrix_of, why_not
@@ -144,7 +145,7 @@ def _why_kept(model: nn.Module, layers: Sequence[tuple[str, nn.Module]], owners:
             return "is the model itself, which cannot be replaced in place; put it into a nn.Sequential"
         if reason := why_not(layer):
             return reason if name == first else f"its weight is also that of {name}: {reason}"
-        if _compiled(model, name):
+        if is_compiled(model, name):
             return "is wrapped by torch.compile, which calls the float layer; compile after packing"
         used = {full.rpartition(".")[0] for full in owners.get(id(layer._parameters["weight"]), ())}
         if others := sorted(used - names):
@@ -152,11 +153,6 @@ def _why_kept(model: nn.Module, layers: Sequence[tuple[str, nn.Module]], owners:
     if len({_reading(layer) for _, layer in layers}) > 1:
         return f"its weight is shared by layers that read it in different ways: {', '.join(sorted(names))}"
     return ""
-
-
-def _compiled(model: nn.Module, name: str) -> bool:
-    parent, _, key = name.rpartition(".")
-    return key == "_orig_mod" and type(model.get_submodule(parent)).__name__ == "OptimizedModule"
 
 
 def _reading(layer: nn.Module) -> str:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gs_algos.core.algorithm import Inputs, split_inputs
 from gs_algos.core.modules import get_module, own_forward
+from gs_algos.core.network import is_compiled
 from gs_algos.core.plan import Plan, PlanRow, other_weights, totals_of
 from gs_algos.core.rules import Rule, resolve
 from gs_algos.fx.borrowed import Borrowed, BorrowedMatmul, turn
@@ -153,6 +154,8 @@ def _row(
 ) -> PlanRow:
     if settings is None or settings["weight"] is None:
         return keep_row(site, layer, "left float by a rule")
+    if is_compiled(model, site):
+        return keep_row(site, layer, "is wrapped by torch.compile, which calls the float layer; compile after convert")
     base = next((kind for kind in LAYERS if isinstance(layer, kind)), nn.Module)
     if reason := own_forward(layer, base):
         return keep_row(site, layer, reason)

@@ -152,3 +152,62 @@ def test_a_network_that_cannot_be_trained_is_refused_by_apply(make):
         make().apply(net, vectors())
     with pytest.raises(ValueError, match=r"must have data, got 0\.weight on the meta device; give the network its"):
         make().apply(built().to("meta"), vectors())
+
+
+class Parts(nn.Module):
+    """`[B, 16] -> [B, 4]`; a part of it, or one layer, may be in torch.compile."""
+
+    def __init__(self, wrap: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8)), nn.Linear(8, 4)
+        if wrap == "part":
+            self.body = compiled(self.body)
+        elif wrap == "layer":
+            self.body[2] = compiled(self.body[2])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("name", ["simqat", "slb", "prune"])
+def test_a_part_that_is_compiled_is_saved_under_the_names_of_the_network(name, tmp_path):
+    algo = ALGORITHMS[name]()
+    net = algo.apply(Parts("part"), vectors())
+    gs_algos.save(net, tmp_path / "prepared")
+    assert "_orig_mod" not in (tmp_path / "prepared" / "golden_stick.json").read_text()
+    for wrap in ("", "part"):  # goes on where nothing is compiled, and where it is
+        again = gs_algos.load(tmp_path / "prepared", lambda wrap=wrap: Parts(wrap))
+        assert ("body._orig_mod" in dict(again.named_modules())) == (wrap == "part")
+        resumed = type(algo).resume(again)
+        trained(again, resumed)
+        again = resumed.convert(again, vectors())
+        gs_algos.save(again, tmp_path / f"converted {wrap}")
+        loaded = gs_algos.load(tmp_path / f"converted {wrap}", Parts)
+        assert torch.equal(loaded.eval()(vectors()), again.eval()(vectors()))
+
+
+def test_packed_weights_of_a_compiled_part_fit_the_plain_network(tmp_path):
+    net = quantize_weights(Parts("part"), "int8@channel", progress=False)
+    gs_algos.save(net, tmp_path)
+    assert torch.equal(gs_algos.load(tmp_path, Parts)(vectors()), net(vectors()))
+
+
+def test_a_builder_may_compile_the_whole(tmp_path):
+    net = quantize_weights(Parts(), "int8@channel", progress=False)
+    gs_algos.save(net, tmp_path)
+    again = gs_algos.load(tmp_path, lambda: compiled(Parts()))
+    assert type(again).__name__ == "OptimizedModule"
+    assert torch.equal(again(vectors()), net(vectors()))
+
+
+@pytest.mark.parametrize("name", ["simqat", "slb"])
+def test_a_layer_that_torch_compile_calls_stays_float_and_is_a_line(name, tmp_path):
+    algo = ALGORITHMS[name]()
+    row = next(row for row in algo.plan(Parts("layer"), vectors()).kept())
+    assert row.site == "body.2._orig_mod" and "is wrapped by torch.compile" in row.reason
+    net = algo.apply(Parts("layer"), vectors())
+    trained(net, algo)
+    net = algo.convert(net, vectors())
+    gs_algos.save(net, tmp_path)
+    assert torch.equal(gs_algos.load(tmp_path, Parts).eval()(vectors()), net.eval()(vectors()))
