@@ -204,16 +204,42 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+class InputsError(ValueError):
+    """Inputs do not run through a model. text: what is wrong, without who says so."""
+
+    def __init__(self, who: str, text: str) -> None:
+        super().__init__(f"{who}: {text}")
+        self.text = text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self).removesuffix(f": {self.text}"), self.text)
+
+
+@contextlib.contextmanager
+def asked_by(who: str) -> Iterator[None]:
+    """An `InputsError` inside says who was called by the user: who, e.g. "SimQAT.apply"."""
+    try:
+        yield
+    except InputsError as error:
+        raise InputsError(who, error.text) from error.__cause__
+
+
 def run(model: nn.Module, inputs: Inputs, who: str) -> Any:
-    """`model(inputs)`; an error becomes a ValueError that says whose inputs they were."""
+    """`model(inputs)`; an error becomes an InputsError that says whose inputs they were."""
     args, kwargs = split_inputs(inputs)
     try:
         with TRACING:
             return model(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
-        raise ValueError(
-            f"{who}: the inputs must run through the model, got {type(error).__name__}: {error}{hint(inputs, error)}"
+        raise InputsError(
+            who, f"the inputs must run through the model, got {said(error)}{hint(inputs, error)}"
         ) from error
+
+
+def said(error: BaseException) -> str:
+    """An error as a message has it: its class and the first line of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def hint(inputs: Any, error: Exception) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from gs_algos.core.algorithm import hint
+from gs_algos.core.algorithm import InputsError, hint, said
 from gs_algos.core.modules import TRACING
 from gs_algos.core.network import wrapped_at
 from gs_algos.fx import ops
@@ -52,8 +52,8 @@ def capture(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, Any
     kwargs = dict(example_kwargs or {})
     lazy = [name for name, module in model.named_modules() if _is_lazy(module)]
     if lazy:
-        raise ValueError(
-            f"capture: every module must have its weights, got lazy {lazy[0]!r}; run one forward pass first"
+        raise InputsError(
+            "capture", f"every module must have its weights, got lazy {lazy[0]!r}; run one forward pass first"
         )
     root, prefix = unwrap(model)
     names = Names(model, prefix)
@@ -100,7 +100,7 @@ def _attempt(rung: str, trace: Trace, given: tuple[Any, ...], notes: list[str]) 
             args, kwargs = copied((args, kwargs), names.model)
             return trace(root, args, kwargs, names)
     except Exception as error:  # a tracer may raise anything; what it says becomes a note
-        notes.append(f"{rung}: {_said(error)}")
+        notes.append(f"{rung}: {said(error)}")
         logger.debug("%s failed", rung, exc_info=True)
         return None
 
@@ -115,9 +115,10 @@ def _walk(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names:
         with untouched(names.model):
             found = record(root, args, kwargs, names, lambda module: ops.is_plain(module) or not module._modules)
     except Exception as error:
-        raise ValueError(
-            f"capture: example_inputs must run through the model, got {type(error).__name__}: {error}"
-            f"{hint(args if len(args) > 1 else args[0] if args else args, error)}"
+        raise InputsError(
+            "capture",
+            f"example_inputs must run through the model, got {said(error)}"
+            f"{hint(args if len(args) > 1 else args[0] if args else args, error)}",
         ) from error
     return [leaf_draft(item.module, names) if isinstance(item, Call) else item for item in found]
 
@@ -159,15 +160,9 @@ def _by_child(call: Call, names: Names, notes: list[str]) -> tuple[list[Draft], 
     try:
         deep, drafts = _by_children(child, call.args, call.kwargs, inner, notes)
     except Exception as error:  # noqa: BLE001  alone, a module may do anything; it is read as one operation then
-        notes.append(f"{inner.prefix}: children: {_said(error)}")
+        notes.append(f"{inner.prefix}: children: {said(error)}")
         return [leaf_draft(child, names)], False
     return drafts, deep
-
-
-def _said(error: Exception) -> str:
-    """An error as a note: its class and its first line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}".rstrip(": ")
 
 
 def _is_lazy(module: nn.Module) -> bool:

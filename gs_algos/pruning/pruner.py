@@ -22,6 +22,7 @@ from gs_algos.core.algorithm import (
     Algorithm,
     Inputs,
     Migration,
+    asked_by,
     evaluating,
     history,
     live_entry,
@@ -126,7 +127,7 @@ class Pruner(Algorithm):
         Raises:
             ValueError: if the inputs do not run through the model, a rule matches nothing, or no cut meets the budget.
         """
-        with ordinary_tensors():
+        with ordinary_tensors(), asked_by(f"{self.config.who}.plan"):
             network = network_of(model, f"{self.config.who}.plan")
             return make_plan(self.name, self.config, network, example_inputs, self.unknown)[0]
 
@@ -140,7 +141,7 @@ class Pruner(Algorithm):
             ValueError: as `plan`, or if no group can lose a unit. The model is then as it was.
         """
         network = network_to_train(model, f"{self.config.who}.apply")
-        with ordinary_tensors():
+        with ordinary_tensors(), asked_by(f"{self.config.who}.apply"):
             self._apply(network, example_inputs)
         return model
 

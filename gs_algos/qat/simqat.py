@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Unpack
 
-from gs_algos.core.algorithm import Inputs
+from gs_algos.core.algorithm import Inputs, asked_by
 from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.modules import get_module
 from gs_algos.core.network import network_of, ordinary_tensors
@@ -157,7 +157,7 @@ class SimQAT(QuantizationTraining):
 
     def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:
         """The dry run: every Conv and Linear, its schemes and batch norm, or why it stays float. Touches nothing."""
-        with ordinary_tensors():
+        with ordinary_tensors(), asked_by("SimQAT.plan"):
             return make_plan(self.name, network_of(model, "SimQAT.plan"), example_inputs, self.config.options())
 
     def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self, Unpack
 
-from gs_algos.core.algorithm import Inputs
+from gs_algos.core.algorithm import Inputs, asked_by
 from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.modules import get_module
 from gs_algos.core.network import network_of, ordinary_tensors
@@ -89,7 +89,7 @@ class SLB(QuantizationTraining):
 
     def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:
         """The dry run: every Conv and Linear, its grid and logits, or why it stays float. Touches nothing."""
-        with ordinary_tensors():
+        with ordinary_tensors(), asked_by("SLB.plan"):
             return make_plan(self.name, network_of(model, "SLB.plan"), example_inputs, self.config.options())
 
     def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:

@@ -16,6 +16,7 @@ from gs_algos.core.algorithm import (
     Algorithm,
     Inputs,
     Migration,
+    asked_by,
     history,
     live_entry,
     prepared_entry,
@@ -89,7 +90,7 @@ class QuantizationTraining(Algorithm):
 
     def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
         network = network_to_train(model, f"{self.who}.apply")
-        with ordinary_tensors():
+        with ordinary_tensors(), asked_by(f"{self.who}.apply"):
             prepared = self._apply(network, example_inputs)
         return model if prepared is network else prepared
 
@@ -192,7 +193,7 @@ class QuantizationTraining(Algorithm):
                 )
         own = not set(self._layers.values()).isdisjoint(model.modules())
         rows = rows_of(entry["plan"], self.row_settings)
-        with ordinary_tensors(), all_or_nothing(model):
+        with ordinary_tensors(), asked_by(f"{self.who}.convert"), all_or_nothing(model):
             self.parity, rows = self.converted(model, rows, example)
             plan = [row.to_dict() for row in rows]
             remember(model, {**entry, "stage": "converted", "steps": self.steps, "plan": plan})
