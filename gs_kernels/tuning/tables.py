@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import torch
 
 from gs_kernels.device import capabilities
 from gs_kernels.dispatch import tuning_dir
+from gs_kernels.files import write_whole
 from gs_kernels.tuning.space import Problem, Space, Tile, find_space, spaces
 
 FORMAT = 1
@@ -94,10 +94,7 @@ def write_table(path: Path, table: Table) -> None:
     ops = {op: [{"problem": e.problem, "tile": e.tile, "us": e.us} for e in es] for op, es in table.ops.items()}
     head = {"format": FORMAT, "gpu": table.gpu, "sm": table.sm, "sm_count": table.sm_count}
     data = {**head, "made_with": table.made_with, "ops": ops}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps(data, indent=1) + "\n")
-    os.replace(draft, path)
+    write_whole(path, (json.dumps(data, indent=1) + "\n").encode())
 
 
 def file_name(gpu: str) -> str:

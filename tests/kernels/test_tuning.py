@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import os
+import time
 from collections import Counter
 
 import pytest
@@ -60,6 +62,26 @@ def test_what_is_written_is_read_back_and_nothing_else_is_left(tmp_path):
     write_table(path, wanted)
     assert read_table(path) == wanted
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_killed_writers_left_goes_and_what_one_writes_now_stays(tmp_path):
+    path = tmp_path / "gpu.json"
+    left, live, other = (tmp_path / f".{name}.json.{'0' * 15}{i}" for i, name in enumerate(("gpu", "gpu", "b")))
+    for draft, age in ((left, 7200), (live, 10), (other, 7200)):
+        draft.write_text("half")
+        os.utime(draft, times=(time.time() - age,) * 2)
+    write_table(path, table(entry(1)))
+    assert sorted(tmp_path.iterdir()) == sorted([path, live, other])
+
+
+def test_a_table_that_cannot_be_written_leaves_the_old_one_and_names_it(tmp_path, monkeypatch):
+    path = tmp_path / "gpu.json"
+    write_table(path, table(entry(1)))
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left on device; what was there is as before") as caught:
+        write_table(path, table(entry(2)))
+    assert caught.value.filename == str(path) and list(tmp_path.iterdir()) == [path]
+    assert read_table(path) == table(entry(1))
 
 
 @pytest.mark.parametrize(
