@@ -40,6 +40,15 @@ def floats():
 def one():
     return torch.zeros(3)
 
+def keyed():
+    return {}["layers"]
+
+def silent():
+    assert False
+
+def torn():
+    raise TypeError("first line\\nsecond line")
+
 constant = 7
 """
 RECIPE = """
@@ -106,6 +115,10 @@ def test_the_demo_takes_them_too_and_export_finds_the_network_again(mine: str, c
         ("grey", "pictures", "MINE:grey: the inputs must run through the model, got RuntimeError"),
         ("deep", "pictures", "needs at most in_channels, num_classes, image_size, got one that needs depth"),
         ("number", "pictures", "MINE:number() must return a torch.nn.Module, got int"),
+        ("keyed", "pictures", "MINE:keyed() must return, got KeyError: 'layers'; --debug shows where"),
+        ("silent", "pictures", "MINE:silent() must return, got AssertionError; --debug shows where"),
+        ("torn", "pictures", "MINE:torn() must return, got TypeError: first line; --debug shows where"),
+        ("small", "keyed", "MINE:keyed() must return, got KeyError: 'layers'; --debug shows where"),
         ("constant", "pictures", "MINE:constant must name an importable function, got int"),
         ("missing", "pictures", "must name an importable function, got: module 'MINE' has no attribute 'missing'"),
         ("small", "floats", "images [N, C, S, S] in uint8 and labels [N] in int64, got torch.float32 and torch.int64"),
@@ -153,3 +166,20 @@ def test_plan_and_compress_read_a_name_in_one_way(mine: str, capsys: pytest.Capt
         f"{mine}:deep must be a function that needs no arguments, got one that needs depth" in capsys.readouterr().err
     )
     assert run(["plan", f"{mine}:small", "--input-shape", "2,3,8,8"]) == 0
+
+
+def test_plan_says_what_a_function_raised_and_debug_shows_where(mine: str, capsys: pytest.CaptureFixture[str]):
+    assert run(["plan", f"{mine}:keyed", "--input-shape", "2,3,8,8"]) == 2
+    said = capsys.readouterr().err
+    assert said == f"golden-stick: {mine}:keyed() must return, got KeyError: 'layers'; --debug shows where\n"
+    with pytest.raises(ValueError, match="KeyError") as caught:
+        run(["--debug", "plan", f"{mine}:keyed", "--input-shape", "2,3,8,8"])
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_module_that_cannot_be_imported_is_one_line(mine: str, capsys: pytest.CaptureFixture[str]):
+    Path(f"{mine}_b.py").write_text("import os\nROOT = os.environ['NO_SUCH_VARIABLE_OF_MINE']\n")
+    assert run(["plan", f"{mine}_b:net", "--input-shape", "2,3,8,8"]) == 2
+    said = capsys.readouterr().err
+    assert f"{mine}_b:net must name an importable function, got KeyError: 'NO_SUCH_VARIABLE_OF_MINE'" in said
+    assert said.count("\n") == 1

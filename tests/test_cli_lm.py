@@ -289,7 +289,8 @@ def test_wrong_packed_tensors_are_refused_by_name(
         (["quantize", "SOURCE", "TMP/out", "--rule", "lm_head"], "--rule must be PATTERN=SCHEME"),
         (["quantize", "SOURCE", "TMP/out", "--dtype", "int8"], "--dtype must be one of float32, float16, bfloat16"),
         (["perplexity", "PACKED", "--text", "TMP/none"], "--text must be a file"),
-        (["perplexity", "PACKED", "--text", "TEXT", "--max-tokens", "8"], "context must be in 2..64, got 1024"),
+        (["perplexity", "PACKED", "--text", "TEXT", "--context", "1024"], "context must be in 2..64, got 1024"),
+        (["perplexity", "PACKED", "--text", "TEXT", "--max-tokens", "8"], "must fill a window of 64 tokens, got 8"),
         (
             ["perplexity", "PACKED", "--text", "TEXT", "--max-tokens", "8", "--context", "16"],
             "the text must fill a window of 16 tokens, got 8",
@@ -388,6 +389,25 @@ def test_perplexity_counts_each_predicted_token_once(context: int, stride: int |
     result = perplexity(model, torch.tensor(ids), context, stride)
     assert result.value == pytest.approx(math.exp(mean), rel=1e-6)
     assert result.tokens == len(predicted)
+
+
+class Positions:
+    """A config of Transformers that knows how many positions there are."""
+
+    def __init__(self, count: object) -> None:
+        self.max_position_embeddings = count
+
+
+@pytest.mark.parametrize(("count", "context"), [(None, 1024), (6, 6), (5000, 1024), (1024, 1024)])
+def test_a_window_is_as_long_as_the_model_can_read_if_nobody_says(count: int | None, context: int):
+    model = Bigram()
+    if count is not None:
+        model.config = Positions(count)  # type: ignore[assignment]
+    result = perplexity(model, torch.arange(1030) % 7)
+    assert (result.context, result.windows) == (context, 1030 // context)
+    model.config = Positions(6)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"perplexity: context must be in 2\.\.6, got 7"):
+        perplexity(model, torch.arange(1030) % 7, 7)
 
 
 def test_perplexity_of_nan_is_refused():

@@ -12,20 +12,22 @@ from torch import Tensor, nn
 from gs_algos.core.algorithm import evaluating
 from gs_algos.core.progress import progress as progress_bar
 
+CONTEXT = 1024  # tokens of a window, if nobody says how many
 ROWS = 256  # tokens whose probabilities are computed at a time: a vocabulary of 100,000 is 100 MB of fp32
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """value: the perplexity. tokens: how many were predicted, in how many windows."""
+    """value: the perplexity. tokens: how many were predicted, in how many windows of how many tokens (context)."""
 
     value: float
     tokens: int
     windows: int
+    context: int
 
 
 def perplexity(
-    model: nn.Module, ids: Tensor, context: int = 1024, stride: int | None = None, progress: bool = True
+    model: nn.Module, ids: Tensor, context: int | None = None, stride: int | None = None, progress: bool = True
 ) -> Perplexity:
     """The perplexity of a text in windows of one length; what does not fill a last window is left out.
 
@@ -35,17 +37,19 @@ def perplexity(
     Args:
         model: called with `ids [1, context]`; returns logits `[1, context, vocabulary]`, or an object with `logits`.
         ids: `[T]` int64, the tokens of the text.
-        context: tokens of a window, >= 2.
+        context: tokens of a window, >= 2; default: 1024, or as many positions as the model has if those are fewer.
         stride: tokens from one window's start to the next; default: context. Smaller gives every token more context,
             and takes longer.
 
     Raises:
         ValueError: if the text is shorter than a window, the window or stride does not fit, or a probability is NaN.
     """
+    longest = _positions(model)
+    context = min(CONTEXT, longest or CONTEXT) if context is None else context
     stride = context if stride is None else stride
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", context)
-    if not 2 <= context <= longest:
-        raise ValueError(f"perplexity: context must be in 2..{longest}, got {context}")
+    if context < 2 or context > (longest or context):
+        most = f"in 2..{longest}" if longest else "at least 2"
+        raise ValueError(f"perplexity: context must be {most}, got {context}")
     if not 1 <= stride <= context:
         raise ValueError(f"perplexity: stride must be in 1..{context} (context), got {stride}")
     if ids.dim() != 1 or len(ids) < context:
@@ -64,7 +68,16 @@ def perplexity(
     if math.isnan(total):
         raise ValueError("perplexity: the model must give probabilities, got NaN")
     mean = total / tokens
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, tokens, len(starts))
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, tokens, len(starts), context)
+
+
+def _positions(model: nn.Module) -> int | None:
+    """How many positions a model of Transformers has; None if that is unknown."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):  # of a model that takes pictures too, the part that takes text
+        config = config.get_text_config()
+    found = getattr(config, "max_position_embeddings", None)
+    return found if type(found) is int and found > 0 else None
 
 
 def _surprise(output: Any, window: Tensor, scored: int) -> float:

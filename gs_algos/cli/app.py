@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,7 @@ from gs_algos.cli.models import MODELS, build
 from gs_algos.cli.serve import run_serve
 from gs_algos.cli.train import Interrupted
 from gs_algos.cli.tune import LAYER_HELP, LAYERS, ROWS, layers_of, parse_layer, run_tune
+from gs_algos.core.arguments import memory_bytes
 from gs_algos.core.registry import algorithm_names
 
 DATA_HELP = f"One of {', '.join(DATA)}; a folder goes after a colon, e.g. cifar10:DIR. Or package.module:function."
@@ -176,7 +178,7 @@ def generate(
 def perplexity(
     model: Annotated[Path, typer.Argument(help=LANGUAGE_HELP)],
     text: Annotated[Path, typer.Option(help="A text file, UTF-8.")],
-    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    context: Annotated[int | None, typer.Option(help="Tokens of a window. Default: 1024, or all positions.")] = None,
     stride: Annotated[int | None, typer.Option(help="From one window to the next. Default: a window.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Read so much of the text. Default: all.")] = None,
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "",
@@ -219,7 +221,7 @@ def run(arguments: list[str] | None = None) -> int:
     except Interrupted as stop:
         print(f"{stop}; continue with --resume", file=sys.stderr)
         return 130
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
         if "--debug" in arguments:
             raise
         print(f"golden-stick: {error}", file=sys.stderr)
@@ -244,6 +246,14 @@ def _imported(path: str, input_shape: str) -> tuple[nn.Module, Tensor]:
     except ValueError:
         shape = ()
     if not shape or min(shape) < 1:
-        raise ValueError(f"{path} needs --input-shape with positive sizes such as 1,3,224,224, got {input_shape!r}")
+        raise ValueError(
+            f"{path} needs --input-shape with positive sizes such as 1,3,224,224, got {input_shape[:60]!r}"
+        )
+    nbytes, most = 4 * math.prod(shape), memory_bytes()
+    if nbytes > most:
+        raise ValueError(
+            f"{path} needs --input-shape of a tensor that fits into memory, {most:,} bytes, got {input_shape[:60]!r} "
+            "of more"
+        )
     net = import_network(path)
     return net, torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -21,6 +21,8 @@ from gs_algos.cli.readers import (
 )
 
 FASHION_MNIST_DIR = Path("/usr/share/datasets/fashion-mnist")
+RESIZED = "imagefolder"
+IMAGE_SIZE = 64  # pixels of a side, if nobody says how many
 IDX_FILES = (
     "train-images-idx3-ubyte",
     "train-labels-idx1-ubyte",
@@ -96,7 +98,7 @@ def make_data(
     return ImageData(name, *train, *test, classes, shift, flip, tuple(mean.tolist()), tuple(std.tolist()))
 
 
-def load_data(text: str, image_size: int = 64) -> ImageData:
+def load_data(text: str, image_size: int = IMAGE_SIZE) -> ImageData:
     """The data set that `text` names: `name`, `name:folder`, or `package.module:function`.
 
     Args:
@@ -106,8 +108,11 @@ def load_data(text: str, image_size: int = 64) -> ImageData:
 
     Raises:
         ValueError: if the name is unknown, or a folder or file is missing or malformed; says what to install or pass.
+            If image_size is neither 64 nor that of a set which has its own.
     """
     name, _, folder = text.partition(":")
+    if image_size < 1:
+        raise ValueError(f"data: image_size must be at least 1, got {image_size}")
     if name not in DATA and is_imported(text):
         try:
             return _imported(text, image_size)
@@ -120,7 +125,13 @@ def load_data(text: str, image_size: int = 64) -> ImageData:
         raise ValueError(
             f"data: must be one of {', '.join(DATA)}, got {name!r}; a folder goes after a colon, e.g. mnist:DIR"
         )
-    return DATA[name](Path(folder).expanduser() if folder else None, image_size)
+    found = DATA[name](Path(folder).expanduser() if folder else None, image_size)
+    if image_size not in (IMAGE_SIZE, found.image_size):
+        raise ValueError(
+            f"data: image_size goes with {RESIZED}, got {image_size} for {name}, whose images have {found.image_size} "
+            "pixels a side; leave it out"
+        )
+    return found
 
 
 def _imported(name: str, image_size: int) -> ImageData:

@@ -25,6 +25,7 @@ from gs_algos.cli.models import build, check_name
 from gs_algos.cli.recipes import float_recipe, tune_recipe
 from gs_algos.cli.train import Recipe, accuracy, predict, train
 from gs_algos.core.algorithm import Algorithm, evaluating, run
+from gs_algos.core.arguments import as_seed
 from gs_algos.core.files import write_atomically
 from gs_algos.core.registry import algorithm_class
 
@@ -82,6 +83,9 @@ def run_demo(options: DemoOptions, out: Path, resume: bool, console: Console) ->
         ValueError: on unknown names, missing data, or an `out` that is not this demo's.
         Interrupted: after Ctrl-C; `resume` then continues in the same `out`.
     """
+    as_seed(options.seed, "demo: --seed")
+    if options.image_size < 1:
+        raise ValueError(f"demo: --image-size must be at least 1, got {options.image_size}")
     make_algorithm(options.algorithm, options.weight, options.act)  # names that are wrong, before anything is read
     check_name(options.model)
     device = pick_device(options.device, "demo")

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from gs_algos.core.algorithm import said
+
 
 class NotImportableError(ValueError):
     """A name stands for no function."""
@@ -38,8 +40,10 @@ def import_function(name: str) -> Callable[..., Any]:
         function: Any = importlib.import_module(module_name) if module_name else None
         for part in attribute.split("."):
             function = getattr(function, part)
-    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise NotImportableError(f"{name} must name an importable function, got: {error}") from error
+    except Exception as error:  # what a module does when it is imported may raise anything
+        raise NotImportableError(f"{name} must name an importable function, got {said(error)}") from error
     except SystemExit as stop:  # a script: it would end the command as if all had been done
         raise NotImportableError(
             f"{name} must name an importable function, got a module that ends the process; "
@@ -74,6 +78,8 @@ def call(name: str, **known: Any) -> Any:
         return function(**given)
     except SystemExit as stop:
         raise ValueError(f"{name}() must return, got one that ends the process") from stop
+    except Exception as error:  # the caller's own code may raise anything
+        raise ValueError(f"{name}() must return, got {said(error)}; --debug shows where") from error
 
 
 def import_network(name: str, **sizes: int) -> nn.Module:

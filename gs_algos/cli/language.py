@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from gs_algos.analysis.perplexity import perplexity
+from gs_algos.core.arguments import as_seed
 from gs_algos.core.plan import render_layers
 from gs_algos.export.checkpoint import Written, quantize_checkpoint
 from gs_algos.export.language import DTYPES, load_language_model
@@ -85,7 +86,7 @@ def _size(written: Written) -> str:
 
 
 def run_perplexity(
-    path: Path, text: Path, context: int, stride: int | None, max_tokens: int | None, dtype: str, device: str
+    path: Path, text: Path, context: int | None, stride: int | None, max_tokens: int | None, dtype: str, device: str
 ) -> str:
     """The perplexity of a text file as a line."""
     if not text.is_file():
@@ -101,7 +102,7 @@ def run_perplexity(
     seconds = time.perf_counter() - started
     return (
         f"perplexity {result.value:.4f} over {result.tokens:,} tokens of {text} "
-        f"({result.windows} windows of {context}), {seconds:.1f} s"
+        f"({result.windows} windows of {result.context}), {seconds:.1f} s"
     )
 
 
@@ -113,8 +114,7 @@ def run_generate(
         raise ValueError(
             f"generate: --max-new-tokens must be >= 1 and --temperature >= 0, got {max_new_tokens} and {temperature}"
         )
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"generate: --seed must be within 64 bits, got {seed}")
+    as_seed(seed, "generate: --seed")
     model, tokenizer = _loaded(path, dtype, device)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if inputs.input_ids.numel() == 0:

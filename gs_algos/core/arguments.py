@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -16,13 +17,52 @@ def as_path(path: str | os.PathLike[str], who: str) -> Path:
 
     Raises:
         TypeError: if it is no path.
-        ValueError: if no file system could have it.
+        ValueError: if no file system could have it, or that of this machine cannot.
     """
     if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
         raise TypeError(f"{who} must be a path, text or os.PathLike, got {path!r:.60}")
     if "\0" in os.fspath(path):
         raise ValueError(f"{who} must be a path, which has no NUL character, got {os.fspath(path)!r:.60}")
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL):
+            text = os.fspath(path)
+            raise ValueError(
+                f"{who} must be a path that this file system can have, got {text!r:.60} of {len(text):,} characters: "
+                f"{error.strerror}"
+            ) from error
+    except ValueError as error:  # what the system's encoding has no bytes for
+        raise ValueError(f"{who} must be a path, got {os.fspath(path)!r:.60}: {error}") from error
     return Path(path)
+
+
+def refuse_unwritable(path: Path, who: str) -> None:
+    """Raises PermissionError if the nearest folder above the path that is there may not be written to."""
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"{who} must be in a folder that can be written to, got", str(above))
+
+
+def as_seed(seed: int, who: str) -> int:
+    """The seed, from which others are made by multiplying and adding.
+
+    who: the caller and its argument, for messages, e.g. "demo: --seed".
+
+    Raises:
+        ValueError: if it is no whole number of 32 bits.
+    """
+    if type(seed) is not int or not -(2**31) <= seed < 2**32:
+        raise ValueError(f"{who} must be within 32 bits, got {seed!r:.60}")
+    return seed
+
+
+def memory_bytes() -> int:
+    """Bytes of memory that this machine has; of a system that does not say, as many as can be addressed."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return sys.maxsize
 
 
 def refuse_file_above(path: Path, who: str) -> None:

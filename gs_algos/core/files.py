@@ -38,6 +38,17 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
+def naming_target(target: Path) -> Iterator[None]:
+    """An OSError inside is one about the target, whatever draft of it could not be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename == str(target):
+            raise
+        raise OSError(error.errno, f"{error.strerror or error}; nothing was written", str(target)) from error
+
+
+@contextlib.contextmanager
 def written(path: Path, data: bytes) -> Iterator[None]:
     """As `write_atomically`; inside the `with` block the new file counts as being written (see `abandoned`)."""
     clear_abandoned(path)
@@ -67,12 +78,18 @@ def written(path: Path, data: bytes) -> Iterator[None]:
 
 @contextlib.contextmanager
 def scratch_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside the target to write into. It is gone afterwards, unless the caller has renamed it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """A new folder beside the target to write into. It is gone afterwards, unless the caller has renamed it.
+
+    Raises:
+        OSError: if there can be none, with the target's path.
+    """
+    with naming_target(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     clear_abandoned(target)
     while True:
         folder = _beside(target)
-        folder.mkdir()
+        with naming_target(target):
+            folder.mkdir()
         handle = None if WINDOWS else os.open(folder, os.O_RDONLY)
         if handle is None or _is_ours(handle, folder):
             break
@@ -114,7 +131,7 @@ def whole_file(target: Path) -> Iterator[Path]:
 
     The target comes last, so that what it names is there. After an error nothing is there.
     """
-    with scratch_folder(target) as folder:
+    with scratch_folder(target) as folder, naming_target(target):
         yield folder / target.name
         files = sorted(folder.iterdir(), key=lambda file: file.name == target.name)
         for file in files:

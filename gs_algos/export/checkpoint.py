@@ -21,7 +21,7 @@ from gs_algos.core.progress import progress as progress_bar
 from gs_algos.export.folder import Folder, ShardWriter, nbytes_of, opened, opened_all, read_folder, whole_folder
 from gs_algos.export.foreign import settings_of as settings_of_folder
 from gs_algos.export.formats import awq, compressed_tensors, gptq
-from gs_algos.export.language import gguf_skeleton, is_gguf, load_gguf
+from gs_algos.export.language import gguf_skeleton, is_gguf, load_gguf, refuse_dtype
 from gs_algos.export.packed_config import FOREIGN, to_config
 from gs_algos.export.skeleton import check_ties, fit, skeleton
 from gs_algos.ptq.sites import SMALLEST_GROUP, Site, WeightRule, check_schemes, weight_sites
@@ -100,6 +100,7 @@ def quantize_checkpoint(
     path = as_path(source, f"{WHO}: the source")
     if device is not None:
         as_device(device, WHO)
+    refuse_dtype(dtype, WHO)
     gguf = is_gguf(path)
     if weights is not None:
         check_schemes(weights, embeddings, rules)

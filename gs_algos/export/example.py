@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten_with_path, tree_leaves, tree_map_only
 
 from gs_algos.core.algorithm import Inputs, evaluating, history, run, split_inputs
-from gs_algos.core.arguments import as_path, refuse_file_above
+from gs_algos.core.arguments import as_path, refuse_file_above, refuse_unwritable
 from gs_algos.core.network import network_of
 from gs_algos.quant.quantizers import Quantizer
 from gs_kernels import UnsupportedError
@@ -51,6 +51,7 @@ def new_file(path: str | os.PathLike[str], suffix: str, who: str) -> Path:
 
     Raises:
         ValueError: if it does not end in `suffix`, something is there, or its folder is none.
+        PermissionError: if its folder cannot be written to.
     """
     target = as_path(path, f"{who}: the target")
     if target.suffix != suffix or os.path.lexists(target):
@@ -58,6 +59,7 @@ def new_file(path: str | os.PathLike[str], suffix: str, who: str) -> Path:
         got = there if os.path.lexists(target) else target.name
         raise ValueError(f"{who}: the target must be a new file that ends in {suffix}, got {got}; choose another name")
     refuse_file_above(target, f"{who}: the target")
+    refuse_unwritable(target, f"{who}: the target")
     return target
 
 

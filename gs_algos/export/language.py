@@ -37,12 +37,13 @@ def load_language_model(
 
     Raises:
         ValueError: if nothing is there, another library packed it, a newer version did, a file is damaged, or a
-            settings file names code to run; if the device is not here.
-        TypeError: if the path or the device is none.
+            settings file names code to run; if the device is not here, or a model does not compute in the dtype.
+        TypeError: if the path, the device or the dtype is none.
         RuntimeError: if transformers (for GGUF files also gguf and accelerate) is not installed.
     """
     source = as_path(path, f"{WHO}: path")
     as_device(device, WHO)
+    refuse_dtype(dtype, WHO)
     if is_gguf(source):
         return load_gguf(source, device, dtype)
     transformers = library("transformers")
@@ -74,6 +75,20 @@ def load_language_model(
     with naming(WHO, f"the tokenizer of {source}, its {TOKENIZER} and tokenizer_config.json,"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **whole)
     return model.eval().to(device), tokenizer
+
+
+def refuse_dtype(dtype: torch.dtype | None, who: str) -> None:
+    """Raises unless the dtype is one that a model computes in, or None.
+
+    Raises:
+        TypeError: if it is no dtype.
+        ValueError: if it is another one.
+    """
+    names = ", ".join(f"torch.{name}" for name in DTYPES)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{who}: dtype must be None or one of {names}, got {dtype!r:.60}")
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ValueError(f"{who}: dtype must be None or one of {names}, got {dtype}")
 
 
 def _check_tokenizer(folder: Path) -> None:

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,6 +21,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from gs_algos.core.algorithm import Algorithm, Inputs
+from gs_algos.core.arguments import as_path, refuse_file
 from gs_algos.core.checkpoint import load, save
 from gs_algos.core.files import write_atomically
 
@@ -83,7 +84,10 @@ class Pipeline:
     ```
     """
 
-    def __init__(self, algorithms: Sequence[Algorithm], folder: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, algorithms: Iterable[Algorithm], folder: str | os.PathLike[str] | None = None) -> None:
+        if isinstance(algorithms, Algorithm | str) or not isinstance(algorithms, Iterable):
+            raise TypeError(f"Pipeline: algorithms must be a list such as [SCOP(), SimQAT()], got {algorithms!r:.60}")
+        algorithms = list(algorithms)
         if not algorithms:
             raise ValueError("Pipeline: at least one algorithm must be given, got none")
         for algorithm in algorithms:
@@ -91,8 +95,10 @@ class Pipeline:
                 raise TypeError(f"Pipeline: every stage must be an algorithm such as SimQAT(), got {algorithm!r:.60}")
         if len({id(algorithm) for algorithm in algorithms}) < len(algorithms):
             raise ValueError("Pipeline: every stage must be an object of its own, got one twice")
-        self.algorithms = list(algorithms)
-        self.folder = None if folder is None else Path(folder)
+        self.algorithms = algorithms
+        self.folder = None if folder is None else as_path(folder, "Pipeline: folder")
+        if self.folder is not None:
+            refuse_file(self.folder, "Pipeline: folder")
 
     def run(self, model: nn.Module, example_inputs: Inputs, train: Train, after: After | None = None) -> nn.Module:
         """Every stage from the first. An older run in the folder is started anew.

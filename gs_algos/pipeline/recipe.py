@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gs_algos.core.algorithm import Algorithm
+from gs_algos.core.arguments import as_seed
 from gs_algos.core.registry import algorithm_class
 from gs_algos.core.rules import did_you_mean
 
@@ -90,6 +91,11 @@ class RunRecipe:
             raise ValueError("stage must be at least one table, got none; write [[stage]]")
         if self.float_epochs < 0:
             raise ValueError(f"float_epochs must be >= 0, got {self.float_epochs}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be >= 1, got {self.image_size}")
+        as_seed(self.seed, "seed")
 
 
 def read_recipe(path: str | os.PathLike[str]) -> RunRecipe:

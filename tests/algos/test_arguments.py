@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ from torch import nn
 import gs_algos
 from gs_algos import SimQAT
 from gs_algos.cli.app import run
+from gs_algos.core.files import whole_file
 from gs_algos.export.checkpoint import quantize_checkpoint
 from gs_algos.export.interchange import export_language_model, import_language_model
 from gs_algos.export.language import load_language_model
+from gs_algos.export.onnx_graph import export_onnx
+from gs_algos.export.package import export_package
+from gs_algos.pipeline.pipeline import Pipeline
 from gs_algos.quant.scheme import Scheme
 from tests.language_models import save_folder, tiny_llama
 
@@ -158,3 +163,83 @@ def test_a_network_whose_code_ends_the_process_is_an_error(
     (tmp_path / f"{name}.py").write_text(text)
     assert run(["plan", f"{name}:make", "--input-shape", "1,3"]) == 2
     assert "ends the process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("who", TAKERS)
+@pytest.mark.parametrize("path", ["a" * 5000, "b/" * 4000 + "c"], ids=["name", "path"])
+def test_a_path_that_is_too_long_is_refused_without_repeating_it(who: str, path: str):
+    with pytest.raises(ValueError, match=f"^{who} must be a path that this file system can have, got ") as caught:
+        TAKERS[who](path)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("dtype, kind", [("floaty", TypeError), (5, TypeError), (torch.int8, ValueError)], ids=str)
+def test_a_dtype_that_no_model_computes_in_is_refused(dtype: Any, kind: type[Exception], llama: Path, tmp_path: Path):
+    with pytest.raises(kind, match=r"^load_language_model: dtype must be None or one of torch.float32, "):
+        load_language_model(llama, dtype=dtype)
+    with pytest.raises(kind, match=r"^quantize_checkpoint: dtype must be None or one of torch.float32, "):
+        quantize_checkpoint(llama, tmp_path / "new", dtype=dtype)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("given", [5, None, "simqat", SimQAT()], ids=lambda given: type(given).__name__)
+def test_a_pipeline_wants_a_list(given: Any):
+    with pytest.raises(TypeError, match=r"^Pipeline: algorithms must be a list such as \[SCOP\(\), SimQAT\(\)\], got "):
+        Pipeline(given)
+
+
+def test_a_pipeline_takes_what_can_be_gone_through_once(tmp_path: Path):
+    assert len(Pipeline(algo for algo in (SimQAT(), SimQAT())).algorithms) == 2
+    with pytest.raises(TypeError, match=r"^Pipeline: folder must be a path"):
+        Pipeline([SimQAT()], folder=5)  # type: ignore[arg-type]
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="Pipeline: folder must be a folder or a free place in one"):
+        Pipeline([SimQAT()], folder=tmp_path / "file")
+
+
+class _NoRoom:
+    """Stands for os.access: nothing may be written."""
+
+    def __init__(self, real: Callable[..., bool]) -> None:
+        self.real = real
+
+    def __call__(self, path: Any, mode: int, **options: Any) -> bool:
+        return not mode & os.W_OK and self.real(path, mode, **options)
+
+
+@pytest.mark.parametrize("export, name", [(export_onnx, "net.onnx"), (export_package, "net.pt2")])
+def test_an_export_that_cannot_be_written_is_refused_before_the_work(
+    export: Any, name: str, tmp_path: Path, net: nn.Module, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(os, "access", _NoRoom(os.access))  # the suite may run as root, whom no mode stops
+    with pytest.raises(PermissionError, match=r"the target must be in a folder that can be written to, got") as caught:
+        export(net, torch.randn(2, 1, 6, 6), tmp_path / "sub" / name)
+    assert str(tmp_path) in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_a_draft_that_cannot_be_written_is_an_error_of_its_target(tmp_path: Path):
+    target = tmp_path / "net.onnx"
+    with pytest.raises(OSError, match="nothing was written") as caught, whole_file(target) as draft:
+        (draft.parent / "sub" / "file").write_text("x")
+    assert caught.value.filename == str(target) and not list(tmp_path.iterdir())
+
+
+LINES: dict[str, tuple[list[str], str]] = {
+    "seed": (["demo", "--seed", str(2**70)], f"demo: --seed must be within 32 bits, got {2**70}"),
+    "seed below": (["demo", "--seed", str(-(2**40))], "demo: --seed must be within 32 bits"),
+    "image size": (["demo", "--image-size", "0"], "demo: --image-size must be at least 1, got 0"),
+    "other size": (["demo", "--image-size", "9"], "image_size goes with imagefolder, got 9 for digits, whose images"),
+    "shape": (["plan", "tests.algos.nets:mlp", "--input-shape", "99999999,99999999"], "that fits into memory"),
+    "huge": (["plan", "tests.algos.nets:mlp", "--input-shape", "9" * 4000], "needs --input-shape"),
+}
+
+
+@pytest.mark.parametrize("arguments, words", LINES.values(), ids=LINES)
+def test_a_number_that_cannot_be_is_one_line(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    more = ["--out", str(tmp_path / "out")] if arguments[0] == "demo" else []
+    assert run([*arguments, *more]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1 and len(said) < 400
+    assert not (tmp_path / "out").exists()
