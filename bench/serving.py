@@ -18,7 +18,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,8 +45,11 @@ class Answer:
 
 
 @contextmanager
-def served(folder: str, *options: str) -> Iterator[Any]:
+def served(folder: str, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[Any]:
     """A client of the OpenAI API of a vLLM server, which ends behind the block.
+
+    Args:
+        environment: the server's, that of this process if None.
 
     Raises:
         RuntimeError: if it does not start, with the end of what it printed.
@@ -59,8 +62,8 @@ def served(folder: str, *options: str) -> Iterator[Any]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model", *options]
     with tempfile.TemporaryFile("w+") as log:
-        environment = {**SETTINGS, **os.environ}
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        given = {**SETTINGS, **(os.environ if environment is None else environment)}
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=given)
         try:
             _wait(server, f"http://127.0.0.1:{port}/health", log)
             yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=600)

@@ -11,6 +11,7 @@ work=${1:-$(mktemp -d)}
 version=0.32.0
 mkdir -p "$work"
 cd "$work"
+unset PYTHONDONTWRITEBYTECODE # seven processes import vLLM: half of that is compiling Python, if nothing is kept
 step() { echo "vllm.sh: $1 (${SECONDS}s)"; }
 
 platform=$(python3 -c 'import platform, sys; print(platform.system(), platform.machine(), sys.version_info >= (3, 11))')
