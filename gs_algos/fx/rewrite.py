@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from gs_algos.core.modules import TRACING, get_module, set_module
-from gs_algos.fx.borrowed import Borrowed, borrow
+from gs_algos.fx.borrowed import Borrowed, BorrowedLinear, borrow
 from gs_algos.fx.capture import capture, unwrap
 from gs_algos.fx.graph import Node, SiteGraph
 from gs_algos.fx.preserve import untouched
@@ -256,6 +256,18 @@ def _layer_alone(module: nn.Module, new: Modularized) -> Borrowed | None:
     layer.__dict__.update({key: value for key, value in module.__dict__.items() if key not in layer.__dict__})
     layer.borrowed, layer.fixed = (), new.fixed
     return layer
+
+
+def multiplies_alone(layer: nn.Module) -> bool:
+    """Whether all that a layer with a forward of its own computes is `x @ weight^T + bias`, as its trace shows."""
+    if "forward" in layer.__dict__:
+        return False
+    try:
+        with TRACING:
+            alone = _layer_alone(layer, _rewritten(layer, {}))
+    except Exception:  # noqa: BLE001  a tracer may raise anything: such a layer computes something else
+        return False
+    return isinstance(alone, BorrowedLinear)
 
 
 def _reshaped(node: Any) -> torch.fx.Node:

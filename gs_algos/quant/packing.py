@@ -1,7 +1,7 @@
 """Which float layers can be packed, how their weights lie as rows, and the packed layer that takes the place of each.
 
-Layers of torch.nn, of subclasses that only construct themselves in another way, and Conv1D of Transformers, which GPT-2
-is made of: `y = x @ W + bias`, W `[K, N]`.
+Layers of torch.nn, of subclasses that only construct themselves in another way or write the product of a linear as
+`x @ W.T + bias` (FalconLinear), and Conv1D of Transformers, which GPT-2 is made of: `y = x @ W + bias`, W `[K, N]`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.core.modules import computed_by, own_forward
+from gs_algos.fx.rewrite import multiplies_alone
 from gs_algos.quant.convolution import conv_rows, geometry_of, lies_last
 from gs_algos.quant.packed import Packed, PackedFormat
 from gs_algos.quant.packed_conv import PackedConv
@@ -51,10 +52,13 @@ def why_not(layer: nn.Module) -> str:
         return f"its weight is no parameter but comes from {computed_by(layer)}; make it a plain weight first"
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "is multiplied inside nn.MultiheadAttention, not by a layer"
-    if reason := own_forward(layer, base):
-        return reason
+    reason, alone = own_forward(layer, base), False
+    if reason:
+        alone = base is nn.Linear and multiplies_alone(layer)
+        if not alone:
+            return reason
     own = {name for part in cls.__mro__[: cls.__mro__.index(base)] for name in vars(part)}
-    code = sorted(name for name in own - CONSTRUCTION if not name.startswith("__"))
+    code = sorted(name for name in own - CONSTRUCTION - ({"forward"} if alone else set()) if not name.startswith("__"))
     if code or "__getattr__" in own:
         return f"{kind} has code of its own: {', '.join(code) or 'its attributes'}"
     if {*layer._parameters, *layer._buffers, *layer._modules} - {"weight", "bias"}:
