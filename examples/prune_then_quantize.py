@@ -50,6 +50,7 @@ def main(float_epochs: int = 15, epochs: int = 6, folder: str = "digits-pruned-i
     scop = SCOP(rate=0.5, round_to=8, select_steps=max(1, epochs // 3) * batches)
     pipeline = Pipeline([scop, SimQAT()], folder)
     inputs = x[:8]
+    print(pipeline.plan(net, inputs))  # what each stage would do to the network as it is; touches nothing
     if Path(folder, "pipeline.json").is_file():
         net = pipeline.resume(build, inputs, lambda net, stage: fit(net, epochs, stage))
     else:

@@ -24,6 +24,7 @@ from gs_algos.core.algorithm import Algorithm, Inputs
 from gs_algos.core.arguments import as_path, refuse_file
 from gs_algos.core.checkpoint import load, save
 from gs_algos.core.files import write_atomically
+from gs_algos.core.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,16 @@ class Stage:
         save(net, self.folder / "prepared")
 
 
+class Plans(tuple[Plan, ...]):
+    """The plan of each stage, in order. `str(plans)` shows one below the other, a notebook too."""
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self))
+
+    def _repr_html_(self) -> str:
+        return "\n".join(plan._repr_html_() for plan in self)
+
+
 Train: TypeAlias = Callable[[nn.Module, Stage], None]
 After: TypeAlias = Callable[[nn.Module, Stage], None]
 
@@ -99,6 +110,23 @@ class Pipeline:
         self.folder = None if folder is None else as_path(folder, "Pipeline: folder")
         if self.folder is not None:
             refuse_file(self.folder, "Pipeline: folder")
+
+    def plan(self, model: nn.Module, example_inputs: Inputs) -> Plans:
+        """The dry run of every stage on the network as it is now. Touches nothing.
+
+        A rule that matches nothing, or inputs that do not run, are found before the first stage is trained. A later
+        stage will meet what the earlier ones leave: fewer channels, so fewer bytes than its plan says here.
+
+        Raises:
+            ValueError: what the plan of a stage raises, with the stage in front.
+        """
+        plans = []
+        for number, algorithm in enumerate(self.algorithms, 1):
+            try:
+                plans.append(algorithm.plan(model, example_inputs))
+            except ValueError as error:
+                raise ValueError(f"Pipeline.plan: stage {number}: {error}") from error
+        return Plans(plans)
 
     def run(self, model: nn.Module, example_inputs: Inputs, train: Train, after: After | None = None) -> nn.Module:
         """Every stage from the first. An older run in the folder is started anew.

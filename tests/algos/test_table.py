@@ -94,6 +94,19 @@ def test_summaries_are_text_that_a_notebook_shows_as_a_table():
     assert Reader(packed._repr_html_()).rows["tfoot"] == [[packed.splitlines()[-1]]]
 
 
+def test_the_plans_of_a_pipeline_are_shown_one_below_the_other():
+    net = Blocks()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    plans = gs_algos.Pipeline([gs_algos.Prune(), gs_algos.SimQAT()]).plan(net, x())
+    assert [plan.algorithm for plan in plans] == ["prune", "simqat"]
+    assert str(plans).splitlines()[0].startswith("prune: ") and "\n\nsimqat: " in str(plans)
+    assert [plans._repr_html_().count(tag) for tag in ("<caption", "</table>")] == [2, 2]
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    late = gs_algos.Pipeline([gs_algos.Prune(), gs_algos.SimQAT(rules=[("nowhere", None)])])
+    with pytest.raises(ValueError, match=r"^Pipeline.plan: stage 2: .*every rule must match a layer, got nowhere"):
+        late.plan(net, x())
+
+
 def test_a_table_is_copied_and_pickled_with_its_cells():
     table = Table.of(("a", "b"), [(1, "<")], "t", ["z"])
     for other in (copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
