@@ -24,7 +24,7 @@ class Transposed(nn.Linear):
 class Flat(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         y = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight.t())
-        return y.view((*x.size()[:-1], self.out_features))
+        return y.view(x.size()[:-1] + (self.out_features,))  # noqa: RUF005  as Transformers writes it
 
 
 class Halved(nn.Linear):
@@ -59,9 +59,10 @@ def vectors() -> Tensor:
     return torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(
-    "build", [lambda: Transposed(16, 16), lambda: Transposed(16, 16, bias=False), lambda: Flat(16, 16)]
-)
+BUILDS = [lambda: Transposed(16, 16), lambda: Transposed(16, 16, bias=False), lambda: Flat(16, 16)]
+
+
+@pytest.mark.parametrize("build", BUILDS, ids=["matmul", "matmul without bias", "addmm"])
 def test_a_product_written_out_is_packed_saved_and_loaded(build: Any, tmp_path: Path):
     plain = net(nn.Linear(16, 16, bias=build().bias is not None))
     model = net(build())
