@@ -127,7 +127,7 @@ def quantized_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> QuantizedLayer
     if bn is not None:
         slope, bias = layer.epilogue(bn)
         scale, zero = _times_slope(scale, zero, slope)
-    output = _output_quantizer(model, row)
+    output = output_quantizer_of(model, row)
     weight = conv_rows(packed_codes(codes, scale, zero, scheme), codes.shape[1:])
     new = _layer_of(layer, row, weight, bias, output)
     if new.input_quantizer is not None and layer.input_quantizer is not None:
@@ -224,7 +224,7 @@ def unfilled_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> QuantizedLayer:
     weight = empty_codes(shape, scheme, device)
     offset = layer.bias is not None or row.settings.bn is not None
     bias = torch.empty(shape[0], device=device) if offset else None
-    new = _layer_of(layer, row, weight, bias, _output_quantizer(model, row))
+    new = _layer_of(layer, row, weight, bias, output_quantizer_of(model, row))
     if not scheme.learned and row.settings.bn is None:  # a batch norm's gamma may turn them around
         new.signs = "positive"
     return new
@@ -260,9 +260,9 @@ def batch_norm_of(model: nn.Module, row: PlanRow[LayerPlan]) -> _BatchNorm | Non
     return bn
 
 
-def _output_quantizer(model: nn.Module, row: PlanRow[LayerPlan]) -> Any:
+def output_quantizer_of(model: nn.Module, row: PlanRow[LayerPlan]) -> Any:
     """What quantizes the output of the converted layer: the layer's own, or the one of a batch norm that is folded."""
-    own = _trained(model, row.site).output_quantizer
+    own = getattr(get_module(model, row.site), "output_quantizer", None)
     if own is not None or row.settings.norm_children:
         return own
     found = [getattr(m, "output_quantizer", None) for m in (batch_norm_of(model, row), activation_of(model, row))]

@@ -29,7 +29,8 @@ from gs_algos.core.rules import Rule
 from gs_algos.fx.rewrite import modularize_again
 from gs_algos.qat.convert import Parity, convert_model, install_converted, summary_of
 from gs_algos.qat.layer_plan import layer_rows
-from gs_algos.qat.prepare import QuantOptions, install, make_plan, refuse_nonfinite, with_planned_layers
+from gs_algos.qat.planning import make_plan, with_planned_layers
+from gs_algos.qat.prepare import QuantOptions, install, refuse_nonfinite
 from gs_algos.qat.training import QuantizationTraining
 from gs_algos.qat.untrained import Watch
 from gs_algos.quant.layers import FakeQuantized, Folded

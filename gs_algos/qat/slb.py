@@ -33,11 +33,12 @@ from gs_algos.core.plan import Plan, PlanRow, rows_of
 from gs_algos.fx.rewrite import modularize_again
 from gs_algos.qat.convert import Parity, convert_model, install_converted
 from gs_algos.qat.layer_plan import LayerPlan, layer_rows
-from gs_algos.qat.prepare import refuse_nonfinite, with_planned_layers
+from gs_algos.qat.planning import make_plan, with_planned_layers
+from gs_algos.qat.prepare import refuse_nonfinite
 from gs_algos.qat.slb_config import SLBConfig, SLBOptions
 from gs_algos.qat.slb_convert import packed_layer, summary_of, unfilled_layer
 from gs_algos.qat.slb_norms import calibrate_norms
-from gs_algos.qat.slb_prepare import install, make_plan, start
+from gs_algos.qat.slb_prepare import install, start
 from gs_algos.qat.slb_schedule import Schedule
 from gs_algos.qat.slb_watch import SearchWatch
 from gs_algos.qat.training import QuantizationTraining

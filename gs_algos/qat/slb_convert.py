@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gs_algos.core.modules import get_module
 from gs_algos.core.plan import PlanRow, render_layers
-from gs_algos.qat.convert import batch_norm_of, round_bias
+from gs_algos.qat.convert import batch_norm_of, output_quantizer_of, round_bias
 from gs_algos.qat.layer_plan import LayerPlan
 from gs_algos.quant.convolution import conv_rows, geometry_of
 from gs_algos.quant.packed import Packed, PackedFormat
@@ -35,10 +35,13 @@ def packed_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module:
         scale = weight.scale * slope[:, None]
         weight = PackedWeight(weight.codes, scale, weight.zero, None, weight.bits, weight.shape, weight.group_size)
     weight = conv_rows(weight, layer.search.shape[1:])
-    new = _around(layer, row, weight, None if bias is None else bias.detach().float().clone())
+    output = output_quantizer_of(model, row)
+    new = _around(layer, row, weight, None if bias is None else bias.detach().float().clone(), output)
     if isinstance(new, QuantizedLayer) and new.input_quantizer is not None and layer.input_quantizer is not None:
         new.input_quantizer.take(layer.input_quantizer)
         round_bias(new)
+    if isinstance(new, QuantizedLayer) and new.output_quantizer is not None:
+        new.output_quantizer.take(output)
     return new.eval()
 
 
@@ -48,7 +51,7 @@ def unfilled_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module:
     grid, device = LevelGrid.parse(row.settings.weight), layer.search.codes.device
     (n, k), bias = layer.search.size, layer.bias is not None or row.settings.bn is not None
     weight = PackedFormat(grid.bits, (n, k), k, grid.zero, "float32").empty(device)
-    new = _around(layer, row, weight, torch.empty(n, device=device) if bias else None)
+    new = _around(layer, row, weight, torch.empty(n, device=device) if bias else None, output_quantizer_of(model, row))
     if not grid.learned and row.settings.bn is None:  # a batch norm's gamma may turn them around
         new.signs = "positive"
     return new
@@ -74,12 +77,16 @@ def _act(layer: Any) -> str:
     return "float" if quantizer is None else quantizer.extra_repr()
 
 
-def _around(layer: Searched, row: PlanRow[LayerPlan], weight: PackedWeight, bias: Tensor | None) -> Packed:
-    """A converted layer around a packed weight: on integers where what comes in is quantized too."""
+def _around(layer: Searched, row: PlanRow[LayerPlan], weight: PackedWeight, bias: Tensor | None, output: Any) -> Packed:
+    """A converted layer around a packed weight: on integers where what comes in is quantized too.
+
+    output: the trained quantizer of what it gives, if an add or a concat shares one.
+    """
     dtype = torch.float32 if layer.bias is None else layer.bias.dtype
     linear, act = isinstance(layer, nn.Linear), parse_act(row.settings.act)
-    if act is not None:
-        options: dict[str, Any] = {"scheme": layer.search.grid, "bias": bias, "input": act[0], "dtype": dtype}
+    if act is not None or output is not None:
+        options: dict[str, Any] = {"scheme": layer.search.grid, "bias": bias, "dtype": dtype}
+        options |= {"input": None if act is None else act[0], "output": None if output is None else output.scheme}
         if linear:
             return QuantizedLinear(weight, **options)
         return QuantizedConv(geometry_of(layer), layer.search.shape[1:], weight, **options)

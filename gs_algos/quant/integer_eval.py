@@ -33,12 +33,19 @@ class IntegerEval(nn.Module):
     """What a fake-quantized or searched layer needs to run on integers. Mixed in front of the layer's own class."""
 
     input_quantizer: ActivationQuantizer | None
+    output_quantizer: ActivationQuantizer | None
     bias: Tensor | None
     _bn: tuple[_BatchNorm, ...] = ()  # in a tuple: a module attribute would register the batch norm a second time
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """What the layer does with a weight `[O, ...]` and a bias."""
         raise AssertionError("every IntegerEval layer has a product")
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        return x if self.input_quantizer is None else self.input_quantizer(x)
+
+    def quantized_output(self, y: Tensor) -> Tensor:
+        return y if self.output_quantizer is None else self.output_quantizer(y)
 
     def weight_scheme(self) -> Scheme | LevelGrid:
         """The grid of the weight."""

@@ -48,7 +48,6 @@ class FakeQuantized(IntegerEval):
 
     prefix = "FakeQuant"
     weight_quantizer: WeightQuantizer
-    output_quantizer: ActivationQuantizer | None
     weight: Tensor
     _conv_forward: Callable[..., Tensor]
 
@@ -58,12 +57,6 @@ class FakeQuantized(IntegerEval):
     def on_floats(self, x: Tensor) -> Tensor:
         """The layer's output from fake-quantized floats."""
         return self.product(self.quantized_input(x), self.weight_quantizer(self.weight), self.bias)
-
-    def quantized_input(self, x: Tensor) -> Tensor:
-        return x if self.input_quantizer is None else self.input_quantizer(x)
-
-    def quantized_output(self, y: Tensor) -> Tensor:
-        return y if self.output_quantizer is None else self.output_quantizer(y)
 
     def folded_weight(self) -> Tensor:
         """The float tensor whose quantized form the layer multiplies with, in eval mode."""
@@ -224,7 +217,7 @@ def swap(
 
 def give_output_quantizer(module: Any, quantizer: ActivationQuantizer) -> None:
     """Makes a live module quantize its output, whatever it is."""
-    if not isinstance(module, FakeQuantized):
+    if not isinstance(module, IntegerEval):
         module.__class__ = swapped_class(_QuantizedOutput, type(module))
     module.output_quantizer = quantizer
 

@@ -1,8 +1,8 @@
 """Live layers whose weight is being searched: the class of a `nn.Linear` or `nn.Conv*d` is swapped in place.
 
-A swapped layer has a child `search` (slb_search.py) in place of its parameter `weight`, and may have a child
-`input_quantizer`. With a fused optimizer it keeps the parameter `weight` as well: the mixture, written after each step;
-its gradient is what the optimizer reads.
+A swapped layer has a child `search` (slb_search.py) in place of its parameter `weight`, and may have the children
+`input_quantizer` and `output_quantizer`. With a fused optimizer it keeps the parameter `weight` as well: the mixture,
+written after each step; its gradient is what the optimizer reads.
 """
 
 from __future__ import annotations
@@ -63,9 +63,6 @@ class Searched(IntegerEval):
             return kept
         return self.search(product_dtype(x), weight_format(x), not self.training)
 
-    def quantized_input(self, x: Tensor) -> Tensor:
-        return x if self.input_quantizer is None else self.input_quantizer(x)
-
     def idle(self) -> bool:
         """Whether the trained parameter takes no part in the product, though DDP waits for its gradient."""
         return self.search.one_hot and self.training and torch.is_grad_enabled()
@@ -82,7 +79,7 @@ class Searched(IntegerEval):
         return in_steps(weight, scale.view(-1, *[1] * (weight.dim() - 1))), scale
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.evaluated(input, self.on_floats)
+        return self.quantized_output(self.evaluated(input, self.on_floats))
 
     def on_floats(self, x: Tensor) -> Tensor:
         """The layer's output from floats, the weight mixed or chosen."""
@@ -178,6 +175,7 @@ def swap(
         del layer._parameters["weight"]
     layer.__class__ = swapped_class(_SearchedLinear if isinstance(layer, nn.Linear) else _SearchedConv, type(layer))
     layer.search, layer.input_quantizer, layer._follows = search, input, state
+    layer.output_quantizer = None  # until an add or a concat shares one
     if bn is None:
         return
     layer._bn = (bn,)
