@@ -105,6 +105,14 @@ def test_the_commands_of_a_page_exist(page: Path):
         assert others or set(options_in(words)) <= known, (name, words)
 
 
+def test_every_command_is_on_the_page_of_commands():
+    typer = pytest.importorskip("typer", reason="typer (extra cli) is not installed")
+    from gs_algos.cli.app import app
+
+    listed = {name for name, *_ in commands_in(ROOT / "docs" / "commands.md", "golden-stick", "[a-z]+")}
+    assert listed == set(typer.main.get_command(app).commands)
+
+
 @every_page
 def test_the_modules_that_a_page_runs_know_its_options(page: Path, capsys: pytest.CaptureFixture[str]):
     for name, *words in commands_in(page, "python -m", r"(?:bench|gs_)[\w.]+"):
