@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gs_algos.core.values import FINITE, NOT_NEGATIVE, NOT_ZERO, POSITIVE, Must, Rules
+from gs_algos.quant.fast_path import OffFastPath
 from gs_algos.quant.kept import KeepsDtypes
 from gs_kernels import PackedWeight, dequantize_packed, pack_codes, repack, unpack_codes
 from gs_kernels.pack.layouts import CANONICAL, PLANAR, codes_shape
@@ -103,7 +104,7 @@ class PackedFormat:
         )
 
 
-class Packed(KeepsDtypes):
+class Packed(KeepsDtypes, OffFastPath):
     """A frozen packed weight `[N, K]` as a module.
 
     Args:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gs_algos.core.values import FINITE, NOT_NEGATIVE, POSITIVE, Rules, whole_within
+from gs_algos.quant.fast_path import OffFastPath
 from gs_algos.quant.ranges import clip_ratio, search_range
 from gs_algos.quant.scheme import Scheme, n_scales
 from gs_kernels import PerTensor, choose_qparams, dynamic_fake_quant, fake_quant, minmax, observe_fake_quant
@@ -35,7 +36,7 @@ def round_straight_through(value: Tensor) -> Tensor:
     return value + (value.round() - value).detach()
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, OffFastPath):
     """What both kinds share: fp32 state whatever dtype the model is cast to, the delay gate, and learnt steps.
 
     State: `scale [C]`, `zero [C]` fp32, real = (q - zero) * scale; parameters where the scheme says `lsq`.

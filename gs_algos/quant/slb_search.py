@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from gs_algos.core.values import FINITE, NOT_NEGATIVE, POSITIVE, Rules, equal_to
+from gs_algos.quant.fast_path import OffFastPath
 from gs_algos.quant.slb_grid import LevelGrid
 from gs_kernels import PackedWeight, dequantize_packed, slb_pack, slb_weight
 
@@ -25,7 +26,7 @@ BINS = 10  # of the histogram of the largest probability, over [0, 1]
 SAMPLES = 2**16  # weights of a layer that the histogram looks at
 
 
-class LevelSearch(nn.Module):
+class LevelSearch(nn.Module, OffFastPath):
     """Chooses one of the grid's levels for each element of a weight, by gradient descent on logits.
 
     Called with the dtype and memory format that the layer wants, it gives the weight: the mixture

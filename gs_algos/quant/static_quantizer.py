@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gs_algos.core.values import FINITE, POSITIVE, Rules, whole_within
 from gs_algos.quant.codes_tensor import CodesTensor, Pending, hands_now, real, values
+from gs_algos.quant.fast_path import OffFastPath
 from gs_algos.quant.kept import KeepsDtypes
 from gs_algos.quant.quantizers import Quantizer
 from gs_algos.quant.scheme import Scheme
@@ -20,7 +21,7 @@ from gs_kernels.qconv2d.cpu_native import to_codes
 from gs_kernels.requantize.grid import Grid, make_grid
 
 
-class StaticQuantizer(KeepsDtypes):
+class StaticQuantizer(KeepsDtypes, OffFastPath):
     """The frozen grid of one activation: scale `[1]`, zero `[1]` fp32, real = (q - zero) * scale.
 
     A learnt zero point may lie beyond the codes: then none of them stands for 0.0.

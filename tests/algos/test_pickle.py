@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gs_algos import SCOP, SLB, Prune, SimQAT, quantize_weights
+from gs_algos import SCOP, SLB, Prune, SimQAT, SlbSGD, quantize_weights
 from gs_algos.core.algorithm import Algorithm, history
 from gs_algos.fx.rewrite import Modularized
 from gs_algos.pruning.gates import Freezer
@@ -58,6 +58,16 @@ STATES: dict[str, tuple[Callable[[], Algorithm], Callable[[], nn.Module], int]] 
 }
 
 
+def prepared(make: Callable[[], Algorithm], build: Callable[[], nn.Module]) -> tuple[nn.Module, Algorithm]:
+    """A network with its algorithm; fused layers have an optimizer, without which no step is taken."""
+    torch.manual_seed(0)
+    algo = make()
+    net = algo.apply(build(), images())
+    if isinstance(algo, SLB) and algo.fused_layers():
+        SlbSGD(algo.fused_layers(), lr=0.1)
+    return net, algo
+
+
 def outputs(net: nn.Module) -> Tensor:
     with torch.no_grad():
         return net.eval()(images())
@@ -74,9 +84,7 @@ def learn(net: nn.Module, algo: Algorithm) -> None:
 @pytest.mark.parametrize("state", STATES.values(), ids=STATES)
 def test_prepared_and_converted_networks_are_copied_twice_and_stay_what_they_are(state, copied):
     make, build, steps = state
-    torch.manual_seed(0)
-    algo = make()
-    net = algo.apply(build(), images())
+    net, algo = prepared(make, build)
     for stage in ("prepared", "converted"):
         if stage == "converted":
             for _ in range(steps):
@@ -91,9 +99,7 @@ def test_prepared_and_converted_networks_are_copied_twice_and_stay_what_they_are
 @pytest.mark.parametrize("state", STATES.values(), ids=STATES)
 def test_a_training_goes_on_in_another_process_as_it_would_have_here(state):
     make, build, steps = state
-    torch.manual_seed(0)
-    algo = make()
-    net = algo.apply(build(), images())
+    net, algo = prepared(make, build)
     there, algo_there = pickle.loads(pickle.dumps((net, algo)))
     for each, its in ((net, algo), (there, algo_there)):
         torch.manual_seed(1)
