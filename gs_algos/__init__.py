@@ -9,7 +9,7 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from gs_algos.core.algorithm import Algorithm, history
+from gs_algos.core.algorithm import Algorithm, Calibrates, history
 from gs_algos.core.checkpoint import load, save
 from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.plan import Plan, PlanRow, Totals
@@ -57,6 +57,7 @@ __all__ = [
     "SLB",
     "Algorithm",
     "AlgorithmConfig",
+    "Calibrates",
     "LevelGrid",
     "PackedConv",
     "PackedEmbedding",

@@ -6,7 +6,7 @@ import contextlib
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +42,35 @@ class Restores(Protocol):
         ...
 
 
+@runtime_checkable
+class Calibrates(Protocol):
+    """An algorithm that can set ranges from data between `apply` and the training: `isinstance(algo, Calibrates)`.
+
+    SimQAT and SLB do, and so does any algorithm with such a method. For one that does not there is nothing to call.
+    """
+
+    def calibrate(
+        self,
+        model: nn.Module,
+        batches: Iterable[Inputs] | None = None,
+        forward_loop: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        """Sets ranges from `batches` of inputs, or from what your own `forward_loop(model)` shows the model.
+
+        Raises:
+            RuntimeError: if `apply` was not called on this model.
+            ValueError: if not exactly one of the two is given, or the model sees nothing, or what is not finite. The
+                ranges are then as they were.
+        """
+        ...
+
+
 class Algorithm(ABC):
     """One way to compress a model.
 
     `plan(model, inputs)` says what would happen · `apply(model, inputs)` prepares the live model · `step()` after each
     optimizer step · `convert(model)` gives the compressed network, checked against the trained one · `summary(model)`.
+    One that `Calibrates` also has `calibrate(model, batches)`, between `apply` and the first step.
     """
 
     name: ClassVar[str]

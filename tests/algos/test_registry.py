@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 import textwrap
@@ -278,3 +279,10 @@ def test_another_class_of_a_registered_name_is_refused(monkeypatch):
     other.__module__ = "theirs"
     with pytest.raises(ValueError, match=r"name must be free, got 'halves', which is that of mine.Halves"):
         gs_algos.register_algorithm(other)
+
+
+def test_a_loop_for_any_algorithm_sees_which_ones_calibrate(site):
+    algorithms = {name: algorithm_class(name)() for name in ("simqat", "slb", "prune", "scop", "halves")}
+    assert [name for name, algo in algorithms.items() if isinstance(algo, gs_algos.Calibrates)] == ["simqat", "slb"]
+    ways = {inspect.signature(cls.calibrate) for cls in (gs_algos.Calibrates, SimQAT, gs_algos.SLB)}
+    assert len(ways) == 1
