@@ -85,6 +85,18 @@ def matmul_int8(bits: int, m: int, *, group: int, **bounds: Any) -> AotCase:
     return AotCase(f"w{bits}a8-m{m}-g{group}", run, elements=128 * 128, **({"max_regs": 255} | bounds))
 
 
+def reduce(m: int, **bounds: Any) -> AotCase:
+    """Adds four parts of a product of 8-bit rows, and what follows the sum."""
+
+    def run() -> Any:
+        kernel = importlib.import_module("gs_kernels.qmatmul.kernel.reduce")
+        x_scale, bias = _meta(m, dtype=torch.float32), _meta(N, dtype=torch.float32)
+        parts = _meta(4, m, N, dtype=torch.float32)
+        return kernel.reduce_parts(_meta(m, N), parts, bias, "relu", x_scale=x_scale, stride_xs=1, shift=bias)
+
+    return AotCase(f"reduce-m{m}", run, elements=512, **bounds)
+
+
 def quantize_rows(k: int, **bounds: Any) -> AotCase:
     def run() -> Any:
         kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
@@ -120,6 +132,8 @@ INT8 = (
     matmul_int8(8, 256, group=K, mma="IGMMA", max_instructions=2.5, max_shared_stores=4, targets=HOPPER),
     matmul_int8(4, 256, group=32, max_shared_stores=16, targets=("sm_90", "sm_100")),
     matmul_int8(8, 256, group=K, targets=("sm_80", "gfx942")),
+    reduce(1, max_regs=40, max_instructions=24, targets=("sm_80", "sm_90", "gfx942")),
+    reduce(16, max_regs=40, max_instructions=30, wide_loads=False, targets=("sm_90", "gfx942")),
 )
 # sums of x by block are many narrow loads, from a cache
 FP8 = (matmul_fp8(4, 256, mma="QGMMA", max_instructions=7.5, max_shared_stores=4, wide_loads=False, targets=HOPPER),)

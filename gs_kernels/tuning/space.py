@@ -80,9 +80,6 @@ FIXED: dict[str, str] = {
     "_dequantize_kernel": "copies: a block of 128 K-values, which is how weights are stored, and bytes are its bound",
     "_depthwise_kernel": "each product is a load: a tile is as many pixels as registers hold of its channels",
     "_reduce_kernel": "adds parts of y, which are at most as many bytes as the weight",
-    "_finish_kernel": "adds parts of y, which are at most as many bytes as the weight",
-    "_sum_kernel": "adds parts of y, which are at most as many bytes as the weight",
-    "_sum_int8_kernel": "adds parts of y, which are at most as many bytes as the weight",
 }
 
 

@@ -1,4 +1,4 @@
-"""Float images times a packed weight, as a matrix product that gathers its right operand; and the sum of its parts."""
+"""Float images times a packed weight, as a matrix product that gathers its right operand."""
 
 import torch
 import triton
@@ -7,8 +7,9 @@ from torch import Tensor
 
 from gs_kernels.dispatch import launch
 from gs_kernels.pack.kernel import dequantize_block, weight_unit
-from gs_kernels.qconv2d.kernel.parts import finish, in_units, load_seen, pixels, place_tile, taps_inside
+from gs_kernels.qconv2d.kernel.parts import load_seen, place_tile, taps_inside
 from gs_kernels.qconv2d.window import Window
+from gs_kernels.qmatmul.kernel.reduce import epilogue, in_units, reduce_parts, strides_of, unit_of
 from gs_kernels.qmatmul.tiles import Plan
 
 
@@ -68,43 +69,12 @@ def _qconv2d_kernel(
     if SPLIT_K > 1:
         y_ptr += tl.program_id(1).to(tl.int64) * M * N
     else:
-        y = finish(
-            y, cols, mask_n, image, p, q, mask, stride_rb, stride_rc, stride_rh, stride_rw,
-            None, bias_ptr, residual_ptr, None, None, None, None, ACTIVATION, UNIT_N,
+        y = epilogue(
+            y, offs_m, cols, offs_m < M, mask_n, image, p, q, None, stride_rb, stride_rc, stride_rh, stride_rw,
+            None, None, bias_ptr, residual_ptr, None, None, None, None, ACTIVATION, UNIT_N,
         )
     offs_y = offs_m.to(tl.int64)[:, None] * N + cols[None, :]
     tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _sum_kernel(
-    y_ptr,
-    parts_ptr, bias_ptr, residual_ptr,
-    M, N, P, Q,
-    stride_rb, stride_rc, stride_rh, stride_rw,
-    ACTIVATION: tl.constexpr, SPLIT_K: tl.constexpr, UNIT_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):
-    """The sum of the parts `[SPLIT_K, M, O]` in their order, whatever order they were made in, and what follows it."""
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    N = in_units(N, UNIT_N)
-    mask_n = offs_n < N
-    mask = (offs_m < M)[:, None] & mask_n[None, :]
-    offs = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in tl.static_range(SPLIT_K):
-        acc += tl.load(parts_ptr + offs, mask=mask, other=0.0)
-        parts_ptr += tl.cast(M, tl.int64) * N
-    image, p, q = pixels(offs_m, M, P, Q)
-    y = finish(
-        acc, offs_n, mask_n, image, p, q, mask, stride_rb, stride_rc, stride_rh, stride_rw,
-        None, bias_ptr, residual_ptr, None, None, None, None, ACTIVATION, UNIT_N,
-    )
-    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-SUM_M, SUM_N = 4, 128
 
 
 def window_flags(window: Window) -> dict[str, int]:
@@ -114,16 +84,6 @@ def window_flags(window: Window) -> dict[str, int]:
         "TOP": window.top, "LEFT": window.left,
         "DILATION_H": window.dilation_h, "DILATION_W": window.dilation_w, "PADDED": any(window.sides),
     }
-
-
-def unit_of(image: Tensor | None, channels: int = 8) -> int:
-    """8 if pixels of an image are a multiple of 8 elements apart, and so many channels a multiple of 8, else 1."""
-    strides = () if image is None else image.stride()
-    return 8 if channels % 8 == 0 and all(n % 8 == 0 for axis, n in enumerate(strides) if axis != 1) else 1
-
-
-def strides_of(t: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if t is None else tuple(t.stride())
 
 
 def convolve(
@@ -149,9 +109,4 @@ def convolve(
         num_warps=plan.warps, num_stages=plan.stages,
     )
     if split > 1:
-        launch(
-            _sum_kernel, (-(-m // SUM_M), -(-o // SUM_N)),
-            y, sums, bias, residual, m, o, p, q, *strides_of(residual),
-            ACTIVATION=activation, SPLIT_K=split,
-            UNIT_N=unit_of(residual, o), BLOCK_M=SUM_M, BLOCK_N=SUM_N, num_warps=4,
-        )
+        reduce_parts(y, sums, bias, activation, into=(residual, None, None, None, None))

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from gs_kernels.dispatch import launch
 from gs_kernels.pack.kernel import load_grid
-from gs_kernels.qconv2d.kernel.conv import strides_of, unit_of, window_flags
-from gs_kernels.qconv2d.kernel.parts import finish, in_units, is_inside, pixels, split_zero
+from gs_kernels.qconv2d.kernel.conv import window_flags
+from gs_kernels.qconv2d.kernel.parts import is_inside, split_zero
 from gs_kernels.qconv2d.tiles import depthwise_tile
 from gs_kernels.qconv2d.window import Window
+from gs_kernels.qmatmul.kernel.reduce import epilogue, in_units, pixels, strides_of, unit_of
 
 
 @triton.jit
@@ -77,10 +78,10 @@ def _depthwise_kernel(
         else:
             acc += x.to(tl.float32) * ((code.to(tl.float32) - zero) * scale)[None, :]
 
-    y = finish(
-        acc, offs_o, offs_o < N, image, p, q, mask, stride_rb, stride_rc, stride_rh, stride_rw,
-        x_scale_ptr, bias_ptr, residual_ptr, residual_scale_ptr, residual_zero_ptr, out_scale_ptr, out_zero_ptr,
-        ACTIVATION, UNIT_N,
+    y = epilogue(
+        acc, offs_m, offs_o, offs_m < M, offs_o < N, image, p, q, None, stride_rb, stride_rc, stride_rh, stride_rw,
+        x_scale_ptr, None, bias_ptr, residual_ptr, residual_scale_ptr, residual_zero_ptr,
+        out_scale_ptr, out_zero_ptr, ACTIVATION, UNIT_N,
     )
     tl.store(y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_o[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 

@@ -7,18 +7,10 @@ from torch import Tensor
 
 from gs_kernels.dispatch import launch
 from gs_kernels.pack.kernel import code_block, code_factor, code_middle
-from gs_kernels.qconv2d.kernel.conv import SUM_M, SUM_N, strides_of, unit_of, window_flags
-from gs_kernels.qconv2d.kernel.parts import (
-    finish,
-    in_units,
-    is_half_steps,
-    load_seen,
-    pixels,
-    place_tile,
-    real_sums,
-    taps_inside,
-)
+from gs_kernels.qconv2d.kernel.conv import window_flags
+from gs_kernels.qconv2d.kernel.parts import is_half_steps, load_seen, place_tile, real_sums, taps_inside
 from gs_kernels.qconv2d.window import Window
+from gs_kernels.qmatmul.kernel.reduce import epilogue, in_units, reduce_parts, strides_of, unit_of
 from gs_kernels.qmatmul.tiles import Plan
 
 
@@ -119,47 +111,12 @@ def _qconv2d_int8_kernel(
                 _twice(part, FACTOR), x_sums, code_sums_ptr, x_zero, K, scale_ptr, zero_ptr, offs_s, offs_n,
                 ZERO, MIDDLE2,
             )
-        y = finish(
-            tl.trans(acc), cols, mask_n, image, p, q, mask, stride_rb, stride_rc, stride_rh, stride_rw,
-            x_scale_ptr, bias_ptr, residual_ptr, residual_scale_ptr, residual_zero_ptr, out_scale_ptr, out_zero_ptr,
-            ACTIVATION, UNIT_N,
+        y = epilogue(
+            tl.trans(acc), offs_m, cols, offs_m < M, mask_n, image, p, q,
+            None, stride_rb, stride_rc, stride_rh, stride_rw, x_scale_ptr, None, bias_ptr,
+            residual_ptr, residual_scale_ptr, residual_zero_ptr, out_scale_ptr, out_zero_ptr, ACTIVATION, UNIT_N,
         )
         tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _sum_int8_kernel(
-    y_ptr,
-    parts_ptr, x_scale_ptr, x_zero_ptr, code_sums_ptr, scale_ptr, bias_ptr,
-    residual_ptr, residual_scale_ptr, residual_zero_ptr, out_scale_ptr, out_zero_ptr,
-    M, N, P, Q, K,
-    stride_sn, stride_rb, stride_rc, stride_rh, stride_rw,
-    ZERO: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT_K: tl.constexpr, UNIT_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):
-    """The sum of the parts `[SPLIT_K, M, O]`, and what follows it."""
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    N = in_units(N, UNIT_N)
-    mask_n = offs_n < N
-    mask = (offs_m < M)[:, None] & mask_n[None, :]
-    offs = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for _ in tl.static_range(SPLIT_K):
-        sums += tl.load(parts_ptr + offs, mask=mask, other=0)
-        parts_ptr += tl.cast(M, tl.int64) * N
-    cols, offs_n = offs_n, tl.minimum(offs_n, N - 1)
-    if x_zero_ptr is not None:
-        x_zero = tl.load(x_zero_ptr).to(tl.int32)
-        sums -= (x_zero * (2 * tl.load(code_sums_ptr + offs_n) - int(2 * ZERO) * K))[None, :]
-    y = sums.to(tl.float32) * 0.5 * tl.load(scale_ptr + offs_n * stride_sn).to(tl.float32)[None, :]
-    image, p, q = pixels(offs_m, M, P, Q)
-    y = finish(
-        y, cols, mask_n, image, p, q, mask, stride_rb, stride_rc, stride_rh, stride_rw,
-        x_scale_ptr, bias_ptr, residual_ptr, residual_scale_ptr, residual_zero_ptr, out_scale_ptr, out_zero_ptr,
-        ACTIVATION, UNIT_N,
-    )
-    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def can_split(scale: Tensor, zero_points: Tensor | None, zero: float) -> bool:
@@ -197,10 +154,7 @@ def convolve_int8(
         num_warps=plan.warps, num_stages=plan.stages,
     )
     if split > 1:
-        launch(
-            _sum_int8_kernel, (-(-m // SUM_M), -(-o // SUM_N)),
-            y, sums, x_scale, x_zero, code_sums, scale, bias, *into, m, o, p, q, k,
-            scale.stride(0), *strides_of(into[0]),
-            ZERO=zero, ACTIVATION=activation, SPLIT_K=split,
-            UNIT_N=unit_of(into[0], o), BLOCK_M=SUM_M, BLOCK_N=SUM_N, num_warps=4,
+        reduce_parts(
+            y, sums, bias, activation,
+            weight=(scale, zero, k), x_zero=x_zero, code_sums=code_sums, x_scale=x_scale, into=into,
         )

@@ -1,25 +1,12 @@
-"""What kernels of convolutions share: where pixels are, tiles of what they see, and what follows a sum."""
+"""What kernels of convolutions share: where pixels are, tiles of what they see, and sums of codes."""
 
 import triton
 import triton.language as tl
 from triton import constexpr_function
 
-from gs_kernels.lang import activate, clamp, inverse, round_half_even, steps
+from gs_kernels.lang import round_half_even
 from gs_kernels.pack.kernel import load_grid
-
-
-@triton.jit
-def pixels(offs_m, M, P, Q):
-    """Image, row and column of pixels of y; those behind the last are the last: read, not stored."""
-    rows = tl.minimum(offs_m, M - 1)
-    inside = rows % (P * Q)
-    return rows // (P * Q), inside // Q, inside % Q
-
-
-@triton.jit
-def in_units(n, UNIT: tl.constexpr):
-    """n, a multiple of UNIT, so that the compiler sees that: without help it only looks for multiples of 16."""
-    return n // UNIT * UNIT
+from gs_kernels.qmatmul.kernel.reduce import in_units, pixels
 
 
 @triton.jit
@@ -120,39 +107,6 @@ def load_seen(
     else:
         x = tl.load(ptrs)
     return x
-
-
-@triton.jit
-def finish(
-    y, cols, mask_n, image, p, q, mask, stride_rb, stride_rc, stride_rh, stride_rw,
-    x_scale_ptr, bias_ptr, residual_ptr, residual_scale_ptr, residual_zero_ptr, out_scale_ptr, out_zero_ptr,
-    ACTIVATION: tl.constexpr, UNIT: tl.constexpr,
-):
-    """From sums `[BLOCK_M, BLOCK_N]` to the result, in the order of `finish_int8` of the reference."""
-    if x_scale_ptr is not None:
-        y = y * tl.load(x_scale_ptr)
-    if bias_ptr is not None:
-        y = y + tl.load(bias_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    if residual_ptr is not None:
-        rows = image.to(tl.int64) * in_units(stride_rb, UNIT)
-        rows += p * in_units(stride_rh, UNIT) + q * in_units(stride_rw, UNIT)
-        residual = tl.load(residual_ptr + rows[:, None] + (cols * stride_rc)[None, :], mask=mask, other=0.0)
-        residual = residual.to(tl.float32)
-        if residual_zero_ptr is not None:
-            residual = residual - tl.load(residual_zero_ptr)
-        if residual_scale_ptr is not None:
-            residual = residual * tl.load(residual_scale_ptr)
-        y = y + residual
-    y = activate(y, ACTIVATION)
-    if out_scale_ptr is not None:
-        scale = tl.load(out_scale_ptr)
-        if out_zero_ptr is None:
-            zero = scale * 0.0
-        else:
-            zero = tl.load(out_zero_ptr)
-        _, level = steps(y, inverse(scale, zero), zero, -128, 127)
-        y = tl.where(level == level, clamp(level, -128.0, 127.0), -128.0)
-    return y
 
 
 @constexpr_function

@@ -6,8 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gs_kernels.dispatch import launch
-from gs_kernels.lang import activate
 from gs_kernels.pack.kernel import code_block, code_factor, code_middle, load_grid
+from gs_kernels.qmatmul.kernel.reduce import epilogue, reduce_parts
 from gs_kernels.qmatmul.tiles import Plan
 
 
@@ -105,43 +105,12 @@ def _qmatmul_int8_kernel(
     if SPLIT_K > 1:
         y_ptr += tl.program_id(1).to(tl.int64) * M * N
     else:
-        y = _finish(y, offs_m, offs_n, M, N, x_scale_ptr, shift_ptr, bias_ptr, stride_xs, ACTIVATION)
+        y = epilogue(
+            y, offs_m, offs_n, offs_m < M, offs_n < N, None, None, None, stride_xs, 0, 0, 0, 0,
+            x_scale_ptr, shift_ptr, bias_ptr, None, None, None, None, None, ACTIVATION, 1,
+        )
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _finish(acc, offs_m, offs_n, M, N, x_scale_ptr, shift_ptr, bias_ptr, stride_xs, ACTIVATION: tl.constexpr):
-    """activation((acc - shift) * x_scale + bias), `[BLOCK_M, BLOCK_N]`; shift is zero point of x times row sum of W."""
-    if shift_ptr is not None:
-        acc -= tl.load(shift_ptr + offs_n, mask=offs_n < N, other=0.0)[None, :]
-    acc *= tl.load(x_scale_ptr + offs_m * stride_xs, mask=offs_m < M, other=0.0)[:, None]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    return activate(acc, ACTIVATION)
-
-
-@triton.jit
-def _finish_kernel(
-    y_ptr,
-    parts_ptr, x_scale_ptr, shift_ptr, bias_ptr,
-    M, N,
-    stride_xs,
-    ACTIVATION: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):
-    """The sum of the parts `[SPLIT_K, M, N]` in their order, and what follows it."""
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0).to(tl.int64)
-    offs_m = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    offs = offs_m[:, None] * N + offs_n[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in tl.static_range(SPLIT_K):
-        acc += tl.load(parts_ptr + offs, mask=mask, other=0.0)
-        parts_ptr += M.to(tl.int64) * N
-    y = _finish(acc, offs_m, offs_n, M, N, x_scale_ptr, shift_ptr, bias_ptr, stride_xs, ACTIVATION)
-    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def multiply_int8(
@@ -171,9 +140,5 @@ def multiply_int8(
         num_warps=plan.warps, num_stages=plan.stages,
     )
     if split > 1:
-        grid = (-(-m // 4) * -(-n // 128),)
-        launch(
-            _finish_kernel, grid, y, sums, x_scale, shift, bias, m, n, stride_xs,
-            ACTIVATION=activation, SPLIT_K=split, BLOCK_M=4, BLOCK_N=128, num_warps=4,
-        )
+        reduce_parts(y, sums, bias, activation, x_scale=x_scale, stride_xs=stride_xs, shift=shift)
     return y

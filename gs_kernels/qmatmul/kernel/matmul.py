@@ -1,4 +1,4 @@
-"""Float rows times a packed weight, and the sum of the parts that split-K leaves."""
+"""Float rows times a packed weight."""
 
 import torch
 import triton
@@ -6,8 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gs_kernels.dispatch import launch
-from gs_kernels.lang import activate
 from gs_kernels.pack.kernel import dequantize_block, weight_unit
+from gs_kernels.qmatmul.kernel.reduce import epilogue, reduce_parts
 from gs_kernels.qmatmul.tiles import Plan
 
 
@@ -77,29 +77,11 @@ def _qmatmul_kernel(
     if SPLIT_K > 1:
         y_ptr += tl.program_id(1).to(tl.int64) * M * N
     else:
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-        acc = activate(acc, ACTIVATION)
+        acc = epilogue(
+            acc, offs_m, offs_n, offs_m < M, offs_n < N, None, None, None, None, 0, 0, 0, 0,
+            None, None, bias_ptr, None, None, None, None, None, ACTIVATION, 1,
+        )
     tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _reduce_kernel(
-    y_ptr,
-    parts_ptr, bias_ptr,
-    MN, N,
-    ACTIVATION: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr,
-):
-    """The sum of the parts `[SPLIT_K, M, N]` in their order, whatever order they were made in; bias and activation."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < MN
-    acc = tl.load(parts_ptr + offs, mask=mask, other=0.0)
-    for _ in tl.static_range(SPLIT_K - 1):
-        parts_ptr += MN
-        acc += tl.load(parts_ptr + offs, mask=mask, other=0.0)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs % N, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offs, activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def multiply(
@@ -125,14 +107,3 @@ def multiply(
     if split > 1:
         reduce_parts(y, sums, bias, activation)
     return y
-
-
-REDUCE_BLOCK = 512
-
-
-def reduce_parts(y: Tensor, parts: Tensor, bias: Tensor | None, activation: str) -> None:
-    size = y.shape[0] * y.shape[1]
-    launch(
-        _reduce_kernel, (-(-size // REDUCE_BLOCK),), y, parts, bias, size, y.shape[1],
-        ACTIVATION=activation, SPLIT_K=parts.shape[0], BLOCK=REDUCE_BLOCK, num_warps=4,
-    )
