@@ -25,6 +25,7 @@ from torch import Tensor
 
 from gs_kernels.instructions import described
 from gs_kernels.native import say_compiling, say_uncompiled
+from gs_kernels.runtime.torch_private import inductor_cache_dir, standalone_compiler, vector_bits
 
 logger = logging.getLogger(__name__)
 
@@ -85,18 +86,16 @@ def _compile(chain: Chain, variant: Hashable, example: Callable[[], tuple[Any, .
 
 def _width() -> dict[str, Any]:
     """The option of `torch.compile` that says how wide its vectors are."""
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-
-    isa = pick_vec_isa()
-    return {"cpp.simdlen": isa.bit_width()} if isa else {}
+    bits = vector_bits()
+    return {"cpp.simdlen": bits} if bits else {}
 
 
 def _mark_of(chain: Chain, variant: Hashable) -> Path:
     """A file that tells that `torch.compile` will find this chain on disk."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
     about = (chain.__module__, chain.__name__, variant, described(), torch.__version__, torch.get_num_threads())
-    return Path(cache_dir()) / "golden_stick" / f"{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.chain"
+    return (
+        Path(inductor_cache_dir()) / "golden_stick" / f"{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.chain"
+    )
 
 
 def _leave(mark: Path) -> None:
@@ -106,11 +105,9 @@ def _leave(mark: Path) -> None:
 
 
 def _compile_for(chain: Chain, args: tuple[Any, ...], options: dict[str, Any]) -> Chain:
-    from torch._guards import TracingContext, tracing
-    from torch._inductor import standalone_compile  # importing it takes a second
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch.fx.experimental.proxy_tensor import make_fx
 
+    standalone_compile, TracingContext, tracing = standalone_compiler()
     places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
     kind: type = tuple
 
@@ -126,7 +123,7 @@ def _compile_for(chain: Chain, args: tuple[Any, ...], options: dict[str, Any]) -
     graph = make_fx(of_tensors, tracing_mode="symbolic")(*(args[i] for i in places))
     inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     # the cache of PyTorch keeps loops for one width of vectors and compiles them for any: 8 at a time stored as 16
-    options = {"cpp.simdlen": pick_vec_isa().bit_width(), **options}
+    options = {"cpp.simdlen": vector_bits(), **options}
     # sizes are symbols of the trace, which a chain that returns nothing does not show in its results
     with tracing(TracingContext(inputs[0].fake_mode)):
         code = standalone_compile(

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
+from gs_kernels.runtime.torch_private import is_eager
+
 logger = logging.getLogger(__name__)
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))  # types of tensors that nobody overrides
 
 _said: set[tuple[str, str]] = set()
 
@@ -74,16 +74,6 @@ def tuning_dir() -> Path | None:
     """The folder of the user's own tables of tiles, `GS_TUNING_DIR`."""
     folder = os.environ.get("GS_TUNING_DIR")
     return Path(folder) if folder else None
-
-
-def is_eager(*tensors: torch.Tensor) -> bool:
-    """True if these are real tensors outside any tracing: only then may a body call compiled code or look at values."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()  # a trace knows ops, and not what C++ writes into memory
-        and torch._C._len_torch_dispatch_stack() == 0
-        and PLAIN.issuperset(map(type, tensors))
-    )
 
 
 @cache

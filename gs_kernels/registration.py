@@ -32,11 +32,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensorMode
-from torch.autograd import forward_ad
-from torch.utils._pytree import tree_map
 
-from gs_kernels.dispatch import Impl, choose, is_eager
+from gs_kernels.dispatch import Impl, choose
+from gs_kernels.runtime.torch_private import (
+    FunctionalTensorMode,
+    is_eager,
+    is_view,
+    keeps_triton_ops,
+    transform_of,
+    tree_map,
+    wants_tangents,
+)
 
 NAMESPACE = "gs_kernels"
 
@@ -133,9 +139,9 @@ class Op:
                 if isinstance(t := getattr(args[place], part), Tensor):
                     tensors.append(t)
         eager = is_eager(*tensors)
-        if eager and forward_ad._current_level >= 0 and self.gradient is not None:
+        if eager and wants_tangents() and self.gradient is not None:
             self._refuse_tangents(tensors)
-        if not eager or torch._C._functorch.peek_interpreter_stack() is not None:
+        if not eager or transform_of() is not None:
             return self.op(*self.flatten(args), SOURCE)
         for t in tensors:
             if t.requires_grad:
@@ -145,7 +151,7 @@ class Op:
 
     def _refuse_tangents(self, tensors: Sequence[Tensor]) -> None:
         """Raises if a forward-mode derivative is wanted: torch takes it for 0 where there is no formula."""
-        if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
             raise NotImplementedError(
                 f"{self.name}: no forward-mode derivative (jvp); use backward or torch.autograd.grad"
             )
@@ -168,9 +174,7 @@ class Op:
         return choose(self.name, self.impls, *args).run(*args)
 
     def _decompose(self, mode: Any, op: Any, types: Any, args: Any, kwargs: dict[str, Any] | None) -> Any:
-        from torch.export._trace import custom_triton_ops_decomposition_disabled
-
-        if custom_triton_ops_decomposition_disabled():
+        if keeps_triton_ops():
             return mode.__torch_dispatch__(op, types, args, kwargs)
         with mode:
             return self._compute(*args)
@@ -231,7 +235,7 @@ def saved(ctx: Any) -> list[Any]:
 
 def _no_view(output: Any) -> Any:
     """The same memory as no view of another tensor: autograd refuses to change a view in place behind a Function."""
-    return output.detach() if isinstance(output, Tensor) and output._is_view() else output
+    return output.detach() if isinstance(output, Tensor) and is_view(output) else output
 
 
 def _function(op: Op) -> Callable[..., Any]:

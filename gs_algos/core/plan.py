@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Generic
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import ParametrizationList
 from typing_extensions import TypeVar
 
 from gs_algos.core.modules import computed_by, parent_name
 from gs_algos.core.settings import RowSettings, settings_of
 from gs_algos.core.table import Table
+from gs_kernels.runtime.torch_private import _NormBase
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # their weights multiply element by element
 ATTENTION_LINEAR = nn.modules.linear.NonDynamicallyQuantizableLinear

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import MappingKey, SequenceKey, tree_flatten_with_path, tree_leaves, tree_map_only
 
 from gs_algos.core.algorithm import Inputs, evaluating, history, run, split_inputs
 from gs_algos.core.arguments import as_path, refuse_file_above, refuse_unwritable
 from gs_algos.core.network import network_of
 from gs_algos.quant.quantizers import Quantizer
 from gs_kernels import UnsupportedError
+from gs_kernels.runtime.torch_private import MappingKey, SequenceKey, tree_flatten_with_path, tree_leaves, tree_map_only
 
 TAKEN = "a tensor, a tuple of tensors for its positional inputs, or a dict of tensors by name"
 

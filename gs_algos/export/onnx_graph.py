@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
 
 from gs_algos.core.algorithm import Inputs, evaluating
 from gs_algos.core.files import whole_file
@@ -39,6 +38,7 @@ from gs_kernels import repack, unpack_codes
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.pack.formats.onnxruntime import to_matmul_nbits
 from gs_kernels.pack.layouts import CANONICAL
+from gs_kernels.runtime.torch_private import tree_map_only
 
 WHO = "export_onnx"
 OPSET = 21

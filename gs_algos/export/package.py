@@ -16,6 +16,7 @@ from torch import nn
 from gs_algos.core.algorithm import Inputs, evaluating
 from gs_algos.core.files import whole_file
 from gs_algos.export.example import Example, exportable, new_file, read_by_torch
+from gs_kernels.runtime.torch_private import compile_package
 
 WHO = "export_package"
 KEY = "golden_stick"  # of the package's own metadata
@@ -70,9 +71,7 @@ def export_package(
         program = torch.export.export(network, call.args, call.kwargs, dynamic_shapes=call.dynamic_shapes)
     said = {KEY: json.dumps(about)}
     with whole_file(target) as draft:
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(draft), inductor_configs={"aot_inductor.metadata": said}
-        )
+        compile_package(program, str(draft), said)
     return target
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gs_algos.core.modules import get_module
 from gs_algos.fx import ops
 from gs_algos.fx.graph import Node
 from gs_algos.fx.read import Draft, Names, join
+from gs_kernels.runtime.torch_private import _BatchNorm
 
 
 def assemble(drafts: list[Draft], names: Names) -> tuple[Node, ...]:

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from gs_algos.core.modules import get_module, set_module
 from gs_algos.fx.capture import capture
 from gs_algos.fx.patterns import Refusal, match
+from gs_kernels.runtime.torch_private import _BatchNorm, _ConvNd, _ConvTransposeNd
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from gs_algos.core.modules import parent_name
 from gs_algos.fx import ops
 from gs_algos.fx.read import Draft, Names
+from gs_kernels.runtime.torch_private import tree_leaves, tree_map
 
 
 @dataclass(frozen=True)

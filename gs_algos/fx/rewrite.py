@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from gs_algos.core.modules import TRACING, get_module, set_module
 from gs_algos.fx.borrowed import Borrowed, BorrowedLinear, borrow
@@ -25,6 +24,7 @@ from gs_algos.fx.preserve import untouched
 from gs_algos.fx.products import CONVS, products, unflipped
 from gs_algos.fx.record import Call, first_calls
 from gs_algos.fx.tracers import OwnThreadTracer, fixed_arguments, tensors_of
+from gs_kernels.runtime.torch_private import tree_map
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from gs_algos.fx import ops
 from gs_algos.fx.read import Constant, Draft, Names, Reader
+from gs_kernels.runtime.torch_private import tree_map
 
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 

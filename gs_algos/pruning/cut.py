@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from gs_algos.core.modules import get_module, parent_name
 from gs_algos.pruning.groups import Groups, kept_of, tensors_by_name
+from gs_kernels.runtime.torch_private import _ConvNd, _ConvTransposeNd, _NormBase
 
 
 @dataclass(frozen=True)

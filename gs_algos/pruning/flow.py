@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gs_algos.core.algorithm import Inputs, run
@@ -24,6 +22,7 @@ from gs_algos.core.modules import canonical_names, parameter_owners
 from gs_algos.fx.preserve import untouched
 from gs_algos.fx.tracers import tensors_of
 from gs_algos.pruning.labels import Atoms, Value
+from gs_kernels.runtime.torch_private import TorchDispatchMode, tree_leaves
 
 Rule = Callable[["Flow", "Call"], list[Value]]
 

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from gs_algos.core.modules import swapped_class
 from gs_algos.core.values import FINITE, NOT_NEGATIVE, Rules
+from gs_kernels.runtime.torch_private import _ConvNd, _NormBase
 
 BUFFERS = ("gate", "gate_mean", "gate_square")
 Batch = tuple[tuple[Any, ...], dict[str, Any]]  # args and kwargs of a forward

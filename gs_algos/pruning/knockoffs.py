@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from gs_algos.core.algorithm import Inputs, split_inputs
 from gs_algos.core.progress import progress
 from gs_algos.pruning.gates import Batch
+from gs_kernels.runtime.torch_private import tree_flatten, tree_map, tree_unflatten
 
 
 class Permuted:

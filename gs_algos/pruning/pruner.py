@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from typing_extensions import Self
 
 from gs_algos.core.algorithm import (
@@ -47,6 +46,7 @@ from gs_algos.pruning.cut import cut, mask, removed, resize, zeros
 from gs_algos.pruning.gates import Freezer, Gated, detach_freezers, remove_gate
 from gs_algos.pruning.groups import Group, Groups, refuse_misfit
 from gs_algos.pruning.planning import GroupPlan, choose, from_version_1, make_plan
+from gs_kernels.runtime.torch_private import _NormBase
 
 logger = logging.getLogger(__name__)
 

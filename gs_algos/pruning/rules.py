@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from gs_algos.pruning.combine import combine
 from gs_algos.pruning.flow import Box, Call, Flow, Rule
 from gs_algos.pruning.labels import NOTHING, Value, compact, varying
 from gs_algos.pruning.products import attention, convolution, embedding, linear, product
+from gs_kernels.runtime.torch_private import tree_leaves
 
 POINTWISE = (
     *("hardswish", "_to_copy", "copy", "native_dropout", "_fused_dropout", "_prelu_kernel", "log_sigmoid_forward"),

@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gs_algos.core.algorithm import Inputs, evaluating, run
 from gs_algos.core.compare import relative_error
@@ -38,6 +37,7 @@ from gs_algos.quant.scheme import Scheme
 from gs_algos.quant.static_quantizer import StaticQuantizer
 from gs_kernels import PackedWeight, quantize
 from gs_kernels.activations import ACTIVATIONS
+from gs_kernels.runtime.torch_private import _BatchNorm
 
 logger = logging.getLogger(__name__)
 

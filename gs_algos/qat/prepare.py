@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gs_algos.core.modules import get_module
 from gs_algos.core.plan import PlanRow
@@ -19,6 +18,7 @@ from gs_algos.quant.layers import FakeQuantized, give_output_quantizer, swap
 from gs_algos.quant.quantized import empty_codes
 from gs_algos.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from gs_algos.quant.scheme import Scheme, n_scales
+from gs_kernels.runtime.torch_private import _BatchNorm
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from typing import Any, ClassVar, TypedDict, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Unpack
 
 from gs_algos.core.algorithm import Inputs, asked_by
@@ -36,6 +35,7 @@ from gs_algos.qat.untrained import Watch
 from gs_algos.quant.layers import FakeQuantized, Folded
 from gs_algos.quant.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
 from gs_algos.quant.scheme import Scheme, as_text, check_rules
+from gs_kernels.runtime.torch_private import _BatchNorm
 
 logger = logging.getLogger(__name__)
 

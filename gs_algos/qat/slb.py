@@ -22,7 +22,6 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self, Unpack
 
 from gs_algos.core.algorithm import Inputs, asked_by
@@ -45,6 +44,7 @@ from gs_algos.qat.training import QuantizationTraining
 from gs_algos.quant.quantizers import Quantizer
 from gs_algos.quant.slb_layers import Searched
 from gs_algos.quant.slb_search import NOT_YET
+from gs_kernels.runtime.torch_private import _BatchNorm, foreach_add_, foreach_zero_
 
 logger = logging.getLogger(__name__)
 
@@ -159,8 +159,8 @@ class SLB(QuantizationTraining):
                 layer.search.choose()
         elif searching:
             temperatures = [layer.search.temperature for layer in searching]
-            torch._foreach_zero_(temperatures)
-            torch._foreach_add_(temperatures, schedule.temperature(self.steps))
+            foreach_zero_(temperatures)
+            foreach_add_(temperatures, schedule.temperature(self.steps))
         for layer in searching:
             layer.refresh()
         point = schedule.point(self.steps, self.config.trace)

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gs_algos.core.algorithm import Inputs, evaluating, run
 from gs_algos.core.batches import InputsOf, checked_batches
 from gs_algos.core.progress import progress
+from gs_kernels.runtime.torch_private import _BatchNorm
 
 
 def calibrate_norms(

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gs_algos.core.modules import get_module
 from gs_algos.core.plan import PlanRow
@@ -26,6 +25,7 @@ from gs_algos.quant.slb_grid import LevelGrid, default_sharpness, fitted_scale, 
 from gs_algos.quant.slb_layers import Searched, swap
 from gs_algos.quant.slb_pact import act_quantizer, parse_act
 from gs_algos.quant.slb_search import LevelSearch
+from gs_kernels.runtime.torch_private import _BatchNorm
 
 KEYS = "each searched `weight` becomes `search.logits` (a fused layer keeps both): make the optimizer after apply"
 UNTOUCHED = object()  # what an option is if no rule sets it

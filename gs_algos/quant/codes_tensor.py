@@ -20,6 +20,7 @@ from gs_algos.quant.memory_format import laid, strides_in, suggested
 from gs_kernels.requantize.cpu import is_dense
 from gs_kernels.requantize.grid import Grid
 from gs_kernels.requantize.op import prepared_requantize
+from gs_kernels.runtime.torch_private import PLAIN, is_eager, make_wrapper, transform_of
 
 aten = torch.ops.aten
 Like: TypeAlias = tuple[Any, Any, torch.dtype, torch.device]  # shape, strides, dtype, device
@@ -271,7 +272,7 @@ class _SumOfCodes:
 
 
 def _wrapper(cls: type, shape: Any, strides: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    return Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=device, storage_offset=0)  # type: ignore[arg-type]
+    return make_wrapper(cls, shape, strides, dtype, device)
 
 
 def _can_add(x: Tensor, other: Any) -> bool:
@@ -293,14 +294,14 @@ def _alike(tensors: Any) -> bool:
     return all(isinstance(t, CodesTensor) and t.quantizer.same_grid(tensors[0].quantizer) for t in tensors)
 
 
-_HANDABLE = frozenset((Tensor, torch.nn.Parameter, CodesTensor, Pending))
+_HANDED = PLAIN | {CodesTensor, Pending}
 
 
 def hands_now(x: Tensor) -> bool:
     """Whether x may be handed on as codes, or later: tracers, compilers and gradients see floats, in time."""
-    eager = not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
-    eager = eager and torch._C._functorch.peek_interpreter_stack() is None and not torch._C._is_tracing()
-    return eager and type(x) in _HANDABLE and not (x.requires_grad and torch.is_grad_enabled())
+    if not is_eager(x, plain=_HANDED) or transform_of() is not None:
+        return False
+    return not (x.requires_grad and torch.is_grad_enabled())
 
 
 def real(value: Any) -> Any:

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gs_algos.quant.norms import BroughtAlong, affine, bring_along, hand_over, running_mean, running_sigma, with_values
 from gs_algos.quant.quantizers import ActivationQuantizer
 from gs_algos.quant.scheme import Scheme
 from gs_algos.quant.slb_grid import LevelGrid
+from gs_kernels.runtime.torch_private import _BatchNorm
 
 WHOLE = 2**24  # fp32 holds every whole number up to here
 

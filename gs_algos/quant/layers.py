@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gs_algos.core.modules import swapped_class
 from gs_algos.core.values import POSITIVE, Rules
@@ -38,6 +37,7 @@ from gs_algos.quant.norms import (
 )
 from gs_algos.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from gs_algos.quant.scheme import Scheme
+from gs_kernels.runtime.torch_private import _BatchNorm
 
 SMALLEST_FACTOR = 1e-6  # a zero gamma (zero-initialised residual branches) must not divide by zero
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gs_algos.core.modules import swapped_class
+from gs_kernels.runtime.torch_private import _BatchNorm
 
 _normed = WeakTensorKeyDictionary()  # of an input: the batch norm, the input's version (None: not counted), the output
 

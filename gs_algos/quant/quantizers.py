@@ -20,6 +20,7 @@ from gs_algos.quant.fast_path import OffFastPath
 from gs_algos.quant.ranges import clip_ratio, search_range
 from gs_algos.quant.scheme import Scheme, n_scales
 from gs_kernels import PerTensor, choose_qparams, dynamic_fake_quant, fake_quant, minmax, observe_fake_quant
+from gs_kernels.runtime.torch_private import foreach_add_, foreach_copy_
 
 STATE = ("scale", "zero", "clip", "range")  # fp32 whatever the model is cast to
 WIDEST = torch.finfo(torch.float32).max / 2  # end of a range that is still followed: its double is finite
@@ -283,11 +284,11 @@ def _merge(quantizers: list[ActivationQuantizer], pending: Tensor) -> None:
         moved = old + (pending - old) * float(scheme.argument or 0.0)
     new = torch.where(seen, torch.where(first, pending, moved), old)
     scale, zero = quantizers[0]._qparams(-new[:, 0], new[:, 1])
-    torch._foreach_copy_([q.range for q in quantizers], list(new.unbind(0)))
-    torch._foreach_copy_([q.scale for q in quantizers], list(scale[:, None].unbind(0)))
-    torch._foreach_copy_([q.zero for q in quantizers], list(zero[:, None].unbind(0)))
-    torch._foreach_add_([q.steps for q in quantizers], list(seen.long().unbind(0)))
-    torch._foreach_copy_([q.pending for q in quantizers], [pending.new_full((2,), -math.inf)] * len(quantizers))
+    foreach_copy_([q.range for q in quantizers], list(new.unbind(0)))
+    foreach_copy_([q.scale for q in quantizers], list(scale[:, None].unbind(0)))
+    foreach_copy_([q.zero for q in quantizers], list(zero[:, None].unbind(0)))
+    foreach_add_([q.steps for q in quantizers], list(seen.long().unbind(0)))
+    foreach_copy_([q.pending for q in quantizers], [pending.new_full((2,), -math.inf)] * len(quantizers))
 
 
 @torch.no_grad()

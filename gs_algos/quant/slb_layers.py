@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gs_algos.core.modules import swapped_class
 from gs_algos.quant.integer_eval import IntegerEval, in_steps
@@ -22,6 +21,7 @@ from gs_algos.quant.packed import autocast_dtype
 from gs_algos.quant.quantizers import ActivationQuantizer
 from gs_algos.quant.slb_grid import LevelGrid
 from gs_algos.quant.slb_search import LevelSearch, local, rows_of
+from gs_kernels.runtime.torch_private import _BatchNorm
 
 
 class Searched(IntegerEval):

@@ -16,9 +16,10 @@ from gs_algos.quant.kept import KeepsDtypes
 from gs_algos.quant.quantizers import Quantizer
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import fake_quant, quantize
-from gs_kernels.dispatch import is_eager, takes_cpu
+from gs_kernels.dispatch import takes_cpu
 from gs_kernels.qconv2d.cpu_native import to_codes
 from gs_kernels.requantize.grid import Grid, make_grid
+from gs_kernels.runtime.torch_private import is_eager
 
 
 class StaticQuantizer(KeepsDtypes, OffFastPath):

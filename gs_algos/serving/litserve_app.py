@@ -33,6 +33,7 @@ from litserve.utils import LitAPIStatus, PickleableHTTPException
 from torch import Tensor
 
 from gs_algos.export.package import PackageInput, read_package
+from gs_kernels.runtime.torch_private import load_package
 
 WHO = "serve"
 MODES = {1: "L", 3: "RGB"}
@@ -145,7 +146,7 @@ class PackageAPI(litserve.LitAPI):
 
     def setup(self, device: str) -> None:
         index = torch.device(device).index
-        self.run = torch._inductor.aoti_load_package(self.package, device_index=-1 if index is None else index)
+        self.run = load_package(self.package, -1 if index is None else index)
         self.place = torch.device(device)
 
     def decode_request(self, request: Annotated[dict[str, Any], Depends(read_request)], **kwargs: Any) -> Any:

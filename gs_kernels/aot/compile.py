@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch._library.triton import set_wrap_triton_enabled
-
 from gs_kernels.aot.targets import Target, find_target
 from gs_kernels.dispatch import INTERPRET
+from gs_kernels.runtime.torch_private import triton_launches_directly
 
 
 class _StubDriver:
@@ -94,7 +93,7 @@ def _intercept(target: str, note: Callable[[Launch], None]) -> Iterator[None]:
     driver.set_active(stub)
     JITFunction.run = compile_only
     try:
-        with set_wrap_triton_enabled(False):
+        with triton_launches_directly():
             yield
     finally:
         JITFunction.run = launch

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gs_kernels.aot.compile import Launch, record_launches, skip_launches
 from gs_kernels.aot.work import KINDS
 from gs_kernels.registration import NAMESPACE, OPS
+from gs_kernels.runtime.torch_private import TorchDispatchMode, tree_leaves, tree_map_only
 
 # position of an operand, and how many of its last sizes are summed over for each element of the result
 _PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 1), "aten::bmm": (0, 1), "aten::linear": (0, 1)}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gs_kernels.dispatch import implementations, is_eager
+from gs_kernels.dispatch import implementations
 from gs_kernels.fake_quant.checks import check_codes, check_granularity, check_input, check_qparams, check_values
 from gs_kernels.fake_quant.cpu import dequantize_cpu, quantize_cpu
 from gs_kernels.fake_quant.ref import dequantize_ref, quantize_ref
 from gs_kernels.fake_quant.rows import like
 from gs_kernels.formats import PER_TENSOR, Granularity, granularity_of
 from gs_kernels.registration import register
+from gs_kernels.runtime.torch_private import is_eager
 
 
 def _quantize_ref(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, axis: int, group: int) -> Tensor:

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from gs_kernels.dispatch import is_eager
+from gs_kernels.runtime.torch_private import is_eager
 
 BY_TENSOR, BY_ROW, BY_COL, BY_CYCLE = 0, 1, 2, 3
 

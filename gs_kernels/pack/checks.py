@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.dispatch import PLAIN
 from gs_kernels.pack.layouts import BITS, CANONICAL, LAYOUTS, PackedWeight, codes_dtype, codes_shape
+from gs_kernels.runtime.torch_private import PLAIN
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 CHECKED = "_checked"  # attribute of a weight: its form when it was right; no field, so that a changed copy has none

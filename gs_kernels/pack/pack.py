@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from gs_kernels.compiled import call, compiled
-from gs_kernels.dispatch import is_eager
 from gs_kernels.fake_quant.cpu import COMPILE_FROM, EXAMPLES, dequantize_cpu
 from gs_kernels.pack.checks import (
     FLOATS,
@@ -20,6 +19,7 @@ from gs_kernels.pack.checks import (
     dtype_name,
 )
 from gs_kernels.pack.layouts import BLOCK_K, CANONICAL, PLANAR, PackedWeight
+from gs_kernels.runtime.torch_private import is_eager
 
 
 def pack_codes(codes: Tensor, bits: int, layout: str = CANONICAL) -> Tensor:

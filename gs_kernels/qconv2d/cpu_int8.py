@@ -32,6 +32,7 @@ from gs_kernels.qconv2d.window import Window
 from gs_kernels.qmatmul.cpu import without_autocast
 from gs_kernels.qmatmul.cpu_int8 import product_of_codes, whole_zero
 from gs_kernels.qmatmul.cpu_lanes import UnsuitableError, kept
+from gs_kernels.runtime.torch_private import int_mm
 
 COPIED = 1 << 23  # bytes of what pixels see and of sums, at a time
 COMPILE_FROM = 1 << 16  # elements of y
@@ -251,7 +252,7 @@ def multiplies_exactly() -> bool:
     """Whether ATen's product of int8 matrices is exact at the ends of the range: without VNNI, pairs can saturate."""
     ends = torch.tensor([-128, 127], dtype=torch.int8)
     a, b = ends.repeat(32, 64), ends.repeat_interleave(64).repeat(16, 1)
-    return torch.equal(torch._int_mm(a, b.t()), (a.long() @ b.long().t()).int())
+    return torch.equal(int_mm(a, b.t()), (a.long() @ b.long().t()).int())
 
 
 def _has_one_sum(known: Codes, weight: PackedWeight) -> bool:

@@ -21,6 +21,7 @@ from gs_kernels.qmatmul.cpu import dequantized, finish, rows_of, without_autocas
 from gs_kernels.qmatmul.cpu_lanes import LANES, Lanes, UnsuitableError, kept, lanes_of
 from gs_kernels.qmatmul.cpu_products import OFFSET, add, int_dot, library
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref
+from gs_kernels.runtime.torch_private import int_mm
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def _by_blocks(x: Tensor, shift: int, weight: PackedWeight, lanes: Lanes) -> Ten
         columns = block.view(groups, lanes.width, -1)
         y = torch.zeros(m, grid.shape[0], LANES)
         for g in range(groups):
-            multiply = torch._int_mm if as_int8 else _whole_product
+            multiply = int_mm if as_int8 else _whole_product
             sums = multiply(by_group[g], columns[g]).view(y.shape)
             if code_sums is not None:
                 sums -= shift * code_sums[g, done : done + grid.shape[0]]
@@ -125,7 +126,7 @@ def product_of_codes(x: Tensor, w: Tensor) -> Tensor:
     """int32 `[M, N]`, exact, of int8 x `[M, K]` and w `[N, K]`."""
     if x.shape[1] == 1:  # of which torch 2.13 leaves the result unwritten
         return x.int() * w.t().int()
-    return torch._int_mm(x, w.t()) if multiplies_int8() else _whole_product(x.float(), w.t().float())
+    return int_mm(x, w.t()) if multiplies_int8() else _whole_product(x.float(), w.t().float())
 
 
 def _whole_product(x: Tensor, w: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from gs_kernels.device import capabilities
-from gs_kernels.dispatch import implementations, is_eager
+from gs_kernels.dispatch import implementations
 from gs_kernels.pack.checks import FLOATS
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.schema import PACKED_WEIGHT
@@ -13,6 +13,7 @@ from gs_kernels.qmatmul.checks import check_operands
 from gs_kernels.qmatmul.op import planar_refuses
 from gs_kernels.qmatmul.ref import qmatmul_fp8_ref
 from gs_kernels.registration import register
+from gs_kernels.runtime.torch_private import is_eager
 
 SM = 89  # the first compute capability that multiplies 8-bit floats
 BITS = 4  # at most: whole numbers up to 15 are exact in float8_e4m3

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from gs_kernels.activations import ACTIVATIONS
-from gs_kernels.dispatch import is_eager
 from gs_kernels.fake_quant.checks import FLOATS, check_input, check_qparams, check_values
+from gs_kernels.runtime.torch_private import is_eager
 
 WHO = "requantize"
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.dispatch import implementations, is_eager
+from gs_kernels.dispatch import implementations
 from gs_kernels.registration import register
+from gs_kernels.runtime.torch_private import is_eager
 from gs_kernels.slb.checks import check_fp32, check_levels, check_rates, check_update, check_values
 from gs_kernels.slb.cpu import slb_adamw__cpu, slb_sgd__cpu
 from gs_kernels.slb.ref import slb_adamw_ref, slb_sgd_ref

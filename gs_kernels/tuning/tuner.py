@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from gs_kernels.device import capabilities
+from gs_kernels.runtime.torch_private import tree_leaves
 from gs_kernels.tuning.cards import CARDS, Card, card_of
 from gs_kernels.tuning.space import Machine, Problem, Space, Tile, find_space
 from gs_kernels.tuning.static import Predict, Predicted, Progress, Ranking, Static

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from gs_algos.fx.graph import Node
 from gs_algos.fx.ops import ACTIVATIONS
@@ -24,6 +23,7 @@ from gs_algos.fx.patterns.base import (
     refuse_pre_hooks,
     site_of,
 )
+from gs_kernels.runtime.torch_private import _NormBase
 
 Guard = Callable[[View, Node], "str | None"]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.device import capabilities
-from gs_kernels.dispatch import INTERPRET, is_eager
+from gs_kernels.dispatch import INTERPRET
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.schema import Tensors, tensors_of
 from gs_kernels.qmatmul.kernel.dequant import dequantize
@@ -15,6 +15,7 @@ from gs_kernels.qmatmul.kernel.int8 import multiply_int8
 from gs_kernels.qmatmul.kernel.matmul import multiply
 from gs_kernels.qmatmul.kernel.rows import quantize
 from gs_kernels.qmatmul.tiles import choose_int8_plan, choose_plan
+from gs_kernels.runtime.torch_private import is_eager
 
 MAX_STRIDE = 1 << 22  # offsets inside a tile of x are 32-bit
 

@@ -1,0 +1,1 @@
+"""What every op is made of, and knows of PyTorch."""

@@ -1,0 +1,149 @@
+"""Every name of PyTorch with an underscore that gs_kernels and gs_algos use, checked with torch 2.11, 2.13 and 2.14.
+
+Nothing else may import one (tests/kernels/test_torch_private.py): what a new version of PyTorch moves or drops is
+mended here. Names of operators (`aten._unsafe_view`), which files and graphs hold, are no such names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import (
+    MappingKey,
+    SequenceKey,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
+)
+
+__all__ = [
+    "PLAIN",
+    "FunctionalTensorMode",
+    "MappingKey",
+    "SequenceKey",
+    "TorchDispatchMode",
+    "_BatchNorm",
+    "_ConvNd",
+    "_ConvTransposeNd",
+    "_NormBase",
+    "compile_package",
+    "foreach_add_",
+    "foreach_copy_",
+    "foreach_zero_",
+    "inductor_cache_dir",
+    "int_mm",
+    "is_eager",
+    "is_view",
+    "keeps_triton_ops",
+    "load_package",
+    "make_wrapper",
+    "standalone_compiler",
+    "transform_of",
+    "tree_flatten",
+    "tree_flatten_with_path",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+    "tree_unflatten",
+    "triton_launches_directly",
+    "vector_bits",
+    "wants_tangents",
+]
+
+PLAIN = frozenset((Tensor, torch.nn.Parameter))  # types of tensors that nobody overrides
+
+# C functions, called as they are: a Python function around one would be a frame more in every call
+transform_of: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack  # of torch.func; None outside of any
+int_mm: Callable[[Tensor, Tensor], Tensor] = torch._int_mm  # int32 from int8
+foreach_add_: Callable[..., Any] = torch._foreach_add_
+foreach_copy_: Callable[..., Any] = torch._foreach_copy_
+foreach_zero_: Callable[..., Any] = torch._foreach_zero_
+
+
+def is_eager(*tensors: Tensor, plain: frozenset[type] = PLAIN) -> bool:
+    """True if these are real tensors outside any tracing: only then may a body call compiled code or look at values.
+
+    plain: the types of tensors that count as such.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()  # a trace knows ops, and not what C++ writes into memory
+        and torch._C._len_torch_dispatch_stack() == 0
+        and plain.issuperset(map(type, tensors))
+    )
+
+
+def wants_tangents() -> bool:
+    """Returns whether forward-mode differentiation is under way."""
+    return forward_ad._current_level >= 0
+
+
+def is_view(t: Tensor) -> bool:
+    """Returns whether autograd takes t for a view of another tensor."""
+    return t._is_view()
+
+
+def make_wrapper(cls: type, shape: Any, strides: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Makes a tensor of a subclass that has no memory of its own."""
+    made: Any = Tensor._make_wrapper_subclass  # its stub knows no strides
+    return made(cls, shape, strides=strides, dtype=dtype, device=device, storage_offset=0)
+
+
+def keeps_triton_ops() -> bool:
+    """Returns whether `torch.export` wants an op of ours as one node, and not what it does."""
+    from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+    return bool(custom_triton_ops_decomposition_disabled())
+
+
+def triton_launches_directly() -> AbstractContextManager[None]:
+    """Returns a context in which `torch.library.wrap_triton` launches a kernel at once, under tracing too."""
+    from torch._library.triton import set_wrap_triton_enabled
+
+    return set_wrap_triton_enabled(False)
+
+
+def vector_bits() -> int | None:
+    """Returns how wide the vectors are that inductor compiles for on this CPU; None if it knows of none."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    isa = pick_vec_isa()
+    return isa.bit_width() if isa else None
+
+
+def inductor_cache_dir() -> str:
+    """Returns the folder in which inductor keeps what it compiled."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir()
+
+
+def standalone_compiler() -> tuple[Any, Any, Any]:
+    """Returns inductor's `standalone_compile`, and the `TracingContext` and `tracing` that it is called under."""
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import standalone_compile  # importing it takes a second
+
+    return standalone_compile, TracingContext, tracing
+
+
+def compile_package(program: Any, path: str, metadata: dict[str, str]) -> None:
+    """Compiles an exported program to a .pt2 package that holds the metadata."""
+    configs = {"aot_inductor.metadata": metadata}
+    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
+
+
+def load_package(path: str, device_index: int) -> Any:
+    """Loads a .pt2 package, which then is a function; device_index: -1 for that of the package."""
+    return torch._inductor.aoti_load_package(path, device_index=device_index)
