@@ -179,16 +179,24 @@ def decode(request: dict[str, Any], about: PackageInput, resize: bool = False) -
 
 
 def _numbers(value: Any, about: PackageInput) -> Tensor:
+    dtype = getattr(torch, about.dtype)
+    if not dtype.is_floating_point:
+        return _whole_numbers(_flat(value, about), about, dtype)
     try:
         x = torch.from_numpy(np.array(_flat(value, about), dtype=np.float64)).view(about.shape)
     except (ValueError, TypeError, OverflowError) as error:
         raise _refusal(f"input must be nested lists of numbers of shape {list(about.shape)}, got: {error}") from error
-    dtype = getattr(torch, about.dtype)
-    if dtype.is_floating_point and not bool(x.to(dtype).isfinite().all()):
+    if not bool(x.to(dtype).isfinite().all()):
         raise _refusal(f"input must be of finite numbers, got NaN, infinity or more than {about.dtype} holds")
-    if not dtype.is_floating_point and not torch.equal(x.to(dtype).double(), x):
-        raise _refusal(f"input must be of whole numbers that {about.dtype} holds, got others")
     return x.to(dtype)
+
+
+def _whole_numbers(values: list[Any], about: PackageInput, dtype: torch.dtype) -> Tensor:
+    """Exactly these numbers: not by way of a float, which has no more than 53 bits."""
+    low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    if not all(low <= v <= high and v == int(v) for v in values):  # NaN is in no range
+        raise _refusal(f"input must be of whole numbers that {about.dtype} holds, got others")
+    return torch.tensor([int(v) for v in values], dtype=dtype).view(about.shape)
 
 
 def _flat(value: Any, about: PackageInput) -> list[Any]:
@@ -255,7 +263,8 @@ def _picture(text: Any, about: PackageInput, resize: bool) -> Tensor:
         struct.error,
         Image.DecompressionBombError,
     ) as error:
-        raise _refusal(f"image must be the base64 of a PNG or JPEG, got: {error!s:.200}") from error
+        got = "other bytes" if isinstance(error, UnidentifiedImageError) else f"{error!s:.200}"
+        raise _refusal(f"image must be the base64 of a PNG or JPEG, got: {got}") from error
     if resize:
         image = ImageOps.fit(image, (width, height))
     pixels = torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1)
