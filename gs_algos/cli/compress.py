@@ -61,8 +61,9 @@ def run_compress(path: Path, out: Path, resume: bool, device: torch.device, cons
         return net.to(device)
 
     check_fit(fresh(), recipe.model, data)
+    given = None if recipe.weights is None else _given(recipe, fresh())  # before an earlier run in `out` gives way
     _claim(out, recipe, resume)
-    net = _float(recipe, fresh, data, out, resume)
+    net = _float(recipe, fresh(), data, out, resume) if given is None else given
     rows = [measure("float", net, data, sum(t.numel() * t.element_size() for t in net.state_dict().values()))]
     steps = [batches_per_epoch(data, tune.batch_size) for tune in tunes]
     pairs = zip(recipe.stage, steps, strict=True)
@@ -138,14 +139,17 @@ def _tune(recipe: RunRecipe, number: int, data: ImageData) -> Recipe:
     return tune if stage.lr is None else replace(tune, lr=stage.lr)
 
 
-def _float(recipe: RunRecipe, fresh: Callable[[], nn.Module], data: ImageData, out: Path, resume: bool) -> nn.Module:
-    """The float network: trained here, or read from the recipe's file."""
-    net = fresh()
-    if recipe.weights is None:
-        base = float_recipe(recipe.model, data, recipe.float_epochs, recipe.seed, recipe.batch_size)
-        with bar(f"float, {base.epochs} epochs") as on_step:
-            train(net, data, base, state=out / "float.state.safetensors", resume=resume, on_step=on_step)
-        return net
+def _float(recipe: RunRecipe, net: nn.Module, data: ImageData, out: Path, resume: bool) -> nn.Module:
+    """The float network, trained here."""
+    base = float_recipe(recipe.model, data, recipe.float_epochs, recipe.seed, recipe.batch_size)
+    with bar(f"float, {base.epochs} epochs") as on_step:
+        train(net, data, base, state=out / "float.state.safetensors", resume=resume, on_step=on_step)
+    return net
+
+
+def _given(recipe: RunRecipe, net: nn.Module) -> nn.Module:
+    """The float network with the tensors of the recipe's file."""
+    assert recipe.weights is not None
     try:
         net.load_state_dict(load_file(recipe.weights))
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -21,6 +21,7 @@ options = { weight = "int8@channel", rules = [["fc", "none"]] }
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import types
@@ -31,9 +32,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gs_algos.core.algorithm import Algorithm
-from gs_algos.core.arguments import as_seed
+from gs_algos.core.arguments import as_path, as_seed
 from gs_algos.core.registry import algorithm_class
 from gs_algos.core.rules import did_you_mean
+from gs_algos.qat.training import QuantizationTraining
 
 T = TypeVar("T")
 NONE = "none"  # TOML has no null: this word stands for it in options
@@ -62,6 +64,8 @@ class StageRecipe:
             raise ValueError(f"epochs must be >= 0, got {self.epochs}")
         if self.select_epochs is not None and not 0 < self.select_epochs <= self.epochs:
             raise ValueError(f"select_epochs must be in 1..epochs, got {self.select_epochs} of {self.epochs}")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be finite and > 0, got {self.lr}")
 
 
 @dataclass(frozen=True)
@@ -105,18 +109,41 @@ def read_recipe(path: str | os.PathLike[str]) -> RunRecipe:
         ValueError: if the file cannot be read, a key is unknown, missing or of another type, or an algorithm refuses
             its options.
     """
-    file = Path(path)
+    file = as_path(path, "recipe: the file")
     try:
         data = _reader(file)(file.read_bytes())
+    except RecursionError as error:
+        raise ValueError(f"recipe: {file} must be a readable {file.suffix} file, got one nested too deeply") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"recipe: {file} must be a readable {file.suffix or 'text'} file, got {error}") from error
     recipe = typed(RunRecipe, data, str(file))
     for number, stage in enumerate(recipe.stage, 1):
         try:
-            make_algorithm(stage, 1)
+            _check_options(stage, make_algorithm(stage, 1))
         except (ValueError, TypeError) as error:
             raise ValueError(f"recipe: {file}: stage {number}: {error}") from error
+    names = [stage.algorithm for stage in recipe.stage]
+    quantizers = [name for name in names if issubclass(algorithm_class(name), QuantizationTraining)]
+    twice = [name for name in quantizers if quantizers.count(name) > 1]
+    if twice:
+        raise ValueError(
+            f"recipe: {file}: {twice[0]} must be in one stage, since it quantizes what is float, got it in "
+            f"{names.count(twice[0])}"
+        )
     return recipe
+
+
+def _check_options(stage: StageRecipe, algorithm: Algorithm) -> None:
+    """Raises ValueError if a stage cannot be trained as it says, which it would show after the stages before it."""
+    config: Any = algorithm.config
+    if stage.epochs == 0 and getattr(config, "select_steps", False):
+        raise ValueError(f"epochs must be >= 1 for {stage.algorithm}, which has to learn what to cut, got 0")
+    for rule in getattr(config, "rules", ()):
+        pair = isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str)
+        if not pair or not (rule[1] is None or isinstance(rule[1], str | Mapping)):
+            raise ValueError(f"every rule must be [pattern, options], such as ['fc', 'none'], got {rule!r:.60}")
+    if getattr(config, "fused", False):
+        raise ValueError(f"{stage.algorithm}: fused needs an optimizer of its own, got fused=true; leave it out")
 
 
 def make_algorithm(stage: StageRecipe, steps_per_epoch: int) -> Algorithm:
@@ -185,12 +212,21 @@ def _without_none(value: Any) -> Any:
 def _reader(file: Path) -> Callable[[bytes], Any]:
     """The parser for a file's suffix. Every error it raises is a ValueError."""
     if file.suffix == ".json":
-        return json.loads
+        return lambda data: json.loads(data, object_pairs_hook=_object)
     if file.suffix == ".toml":
         return lambda data: _toml().loads(data.decode())
     if file.suffix in (".yaml", ".yml"):
         return _yaml
     raise ValueError(f"a name that ends in {file.suffix or 'nothing'}; use .toml, .yaml or .json")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of a key that is there twice one value would be lost in silence."""
+    keys = [key for key, _ in pairs]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the key {twice!r} twice")
+    return dict(pairs)
 
 
 def _toml() -> Any:
