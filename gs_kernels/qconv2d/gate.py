@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gs_kernels.pack.layouts import PLANAR, PackedWeight
 from gs_kernels.qconv2d.tiles import choose_plan, depthwise_tile
 from gs_kernels.qconv2d.window import make_window
 from gs_kernels.qmatmul.tiles import Plan
@@ -54,18 +55,19 @@ def conv(
         asm, sm, sm_count = kernels.device_of(x)
         scale = _meta(o, k // group if group else 1, dtype=torch.float32)
         zero = 0.5 if bits == 1 else 2.0 ** (bits - 1)
-        parts = (_meta(-(-k // 128), o, 8 * bits, dtype=torch.int16), scale, None, zero, None)
+        packed = _meta(-(-k // 128), o, 8 * bits, dtype=torch.int16)
+        weight = PackedWeight(packed, scale, zero, None, bits, (o, k), group or k, PLANAR)
         bias, one = _meta(o, dtype=torch.float32), _meta(1, dtype=torch.float32)
         into = (y, one, one, one, one) if whole else (y, None, None, None, None)
         codes = (one, one if x_zero else None) if whole else (None, None)
         sums = _meta(*scale.shape, dtype=torch.int32) if x_zero else None
-        rest = (bits, k, kernels.grouping(k, group or k), window, "relu", plan_for(sm, sm_count), asm)
+        rest = (window, "relu", plan_for(sm, sm_count), asm)
         if c == groups:
-            kernels.convolve_depthwise(y, x, *codes, parts, bias, into, bits, k, window, "relu")
+            kernels.convolve_depthwise(y, x, *codes, weight, bias, into, window, "relu")
         elif whole:
-            kernels.convolve_int8(y, x, *codes, sums, parts, bias, into, *rest)
+            kernels.convolve_int8(y, x, *codes, sums, weight, bias, into, *rest)
         else:
-            kernels.convolve(y, x, parts, bias, y, *rest)
+            kernels.convolve(y, x, weight, bias, y, *rest)
 
     elements = math.prod(depthwise_tile(o)[:2]) if c == groups else 128 * plan_for(90, 132).block_n
     name = f"w{bits}-{c}to{o}-{size}-k{kernel}s{stride}g{groups}-b{batch}{'-zero' if x_zero else ''}"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gs_kernels.pack.layouts import PLANAR, PackedWeight
 from gs_kernels.qmatmul.tiles import choose_int8_plan, choose_plan, rows_tile
 from gs_kernels.spec import AotCase
 
@@ -23,11 +24,11 @@ def _meta(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(sizes, dtype=dtype, device="meta")
 
 
-def _parts(bits: int, group: int, points: bool, dtype: torch.dtype) -> tuple[Any, ...]:
-    """What op schemas hold of a weight: codes, scale, zero points, zero, levels."""
+def _weight(bits: int, group: int, points: bool, dtype: torch.dtype) -> PackedWeight:
     scale = _meta(N, K // group, dtype=dtype)
     zero = 0.5 if bits == 1 else 2.0 ** (bits - 1)
-    return _meta(K // 128, N, 8 * bits, dtype=torch.int16), scale, scale if points else None, zero, None
+    codes = _meta(K // 128, N, 8 * bits, dtype=torch.int16)
+    return PackedWeight(codes, scale, scale if points else zero, None, bits, (N, K), group, PLANAR)
 
 
 def _launcher(bits: int, m: int, group: int, points: bool, dtype: torch.dtype) -> Callable[[], Any]:
@@ -36,8 +37,8 @@ def _launcher(bits: int, m: int, group: int, points: bool, dtype: torch.dtype) -
         x = _meta(m, K, dtype=dtype)
         asm, sm, sm_count = kernel.device_of(x)
         plan = choose_plan(m, N, K, bits, x_bits=8 * x.itemsize, levels=False, sm=sm, sm_count=sm_count)
-        parts = _parts(bits, group, points, dtype)
-        return kernel.multiply(x, parts, None, bits, N, K, group, "none", replace(plan, split_k=1), asm)
+        weight = _weight(bits, group, points, dtype)
+        return kernel.multiply(x, weight, None, "none", replace(plan, split_k=1), asm)
 
     return run
 
@@ -54,7 +55,7 @@ def matmul(
 def dequantize(bits: int, **bounds: Any) -> AotCase:
     def run() -> Any:
         kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
-        return kernel.dequantize(_parts(bits, 128, True, torch.bfloat16), bits, N, K, 128, torch.bfloat16)
+        return kernel.dequantize(_weight(bits, 128, True, torch.bfloat16), torch.bfloat16)
 
     return AotCase(f"dequantize-w{bits}", run, elements=128 * 32, **bounds)
 
@@ -64,9 +65,8 @@ def matmul_fp8(bits: int, m: int, **bounds: Any) -> AotCase:
         kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
         plan = replace(choose_int8_plan(m, N, K, 128, sm_count=132), split_k=1)
         x8, sums = _meta(m, K, dtype=torch.float8_e4m3fn), _meta(K // 128, m, dtype=torch.float32)
-        x_scale, parts = _meta(m, dtype=torch.float32), _parts(bits, 128, False, torch.bfloat16)
-        rest = (bits, N, K, 128, "none", torch.bfloat16, plan, True)
-        return kernel.multiply_int8(x8, x_scale, sums, None, parts, None, *rest)
+        x_scale, weight = _meta(m, dtype=torch.float32), _weight(bits, 128, False, torch.bfloat16)
+        return kernel.multiply_int8(x8, x_scale, sums, None, weight, None, "none", torch.bfloat16, plan, True)
 
     return AotCase(f"w{bits}f8-m{m}", run, elements=128 * 128, **({"max_regs": 255} | bounds))
 
@@ -76,11 +76,9 @@ def matmul_int8(bits: int, m: int, *, group: int, **bounds: Any) -> AotCase:
         kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
         asm, _, sm_count = kernel.device_of(_meta(1))
         plan = replace(choose_int8_plan(m, N, K, group, sm_count=sm_count), split_k=1)
-        parts, x = _parts(bits, group, False, torch.float32), _meta(m, K, dtype=torch.int8)
+        weight, x = _weight(bits, group, False, torch.float32), _meta(m, K, dtype=torch.int8)
         x_scale = _meta(m, dtype=torch.float32)
-        return kernel.multiply_int8(
-            x, x_scale, None, None, parts, None, bits, N, K, group, "none", torch.bfloat16, plan, asm
-        )
+        return kernel.multiply_int8(x, x_scale, None, None, weight, None, "none", torch.bfloat16, plan, asm)
 
     return AotCase(f"w{bits}a8-m{m}-g{group}", run, elements=128 * 128, **({"max_regs": 255} | bounds))
 

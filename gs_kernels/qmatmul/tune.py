@@ -73,11 +73,10 @@ def _run(problem: Problem, operands: Any, machine: Machine) -> Tensor:
     x, weight = operands
     m, n, k, bits = (problem[name] for name in ("m", "n", "k", "bits"))
     plan = choose_plan(m, n, k, bits, x_bits=16, levels=False, sm=machine.sm, sm_count=machine.sm_count)
-    group, parts = kernel.grouping(k, weight.group_size), kernel.parts_of(weight)
     if plan.dense:
-        w = kernel.dequantize(parts, bits, n, k, group, x.dtype)
+        w = kernel.dequantize(weight, x.dtype)
         return torch.nn.functional.linear(x, w)
-    y: Tensor = kernel.multiply(x, parts, None, bits, n, k, group, "none", plan, torch.version.hip is None)
+    y: Tensor = kernel.multiply(x, weight, None, "none", plan, torch.version.hip is None)
     return y
 
 

@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gs_kernels import code_sums, dequantize_packed, pack_weight, qconv2d, qconv2d_int8, quantize, repack
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.dispatch import INTERPRET
-from gs_kernels.pack.schema import tensors_of
 from gs_kernels.qconv2d import cpu_int8, cpu_native
 from gs_kernels.qconv2d.ref import qconv2d_int8_ref, qconv2d_ref
 from gs_kernels.qconv2d.tiles import choose_plan, depthwise_tile
@@ -376,12 +375,12 @@ def test_8_bit_kernels_with_assembly_give_the_bits_of_plain_ones(bits, emulated_
     x, into = eight_bits(1, 16, 4, 4).contiguous(memory_format=torch.channels_last), (None,) * 5
     window, y = Window(3, 3, top=1, bottom=1, left=1, right=1), torch.empty(1, 33, 4, 4)
     y = y.contiguous(memory_format=torch.channels_last)
-    for zero, group in ((None, 144), (torch.linspace(0, 2**bits - 1, 33).view(33, 1), 144)):
+    for zero in (None, torch.linspace(0, 2**bits - 1, 33).view(33, 1)):
         w = weight(o=33, k=144, bits=bits, zero=zero)
-        head, tail = (x, number(0.1), number(7), code_sums(w), tensors_of(w), None, into), (window, "none", Plan())
+        head, tail = (x, number(0.1), number(7), code_sums(w), w, None, into), (window, "none", Plan())
 
-        def run(out, asm, w=w, head=head, tail=tail, group=group):
-            convolve_int8(out, *head, bits, 144, 256, *tail, asm)
+        def run(out, asm, head=head, tail=tail):
+            convolve_int8(out, *head, *tail, asm)
 
         plain, asm = both_forms(run, y)
         assert same_bits(plain, asm)
@@ -394,14 +393,14 @@ def test_parts_of_k_sum_to_the_whole(split):
     from gs_kernels.qconv2d.kernel import convolve, convolve_int8
 
     w, window = weight(o=20, k=576, bits=2, zero=1.5), Window(3, 3)
-    plan, rest = Plan(block_m=16, block_n=64, split_k=split), (2, 576, 640, window, "relu")
+    plan, rest = Plan(block_m=16, block_n=64, split_k=split), (window, "relu")
     y, residual = torch.empty(1, 20, 2, 2), normal(1, 20, 2, 2, seed=4)
     y, about = y.contiguous(memory_format=torch.channels_last), {"kernel_size": 3, "activation": "relu"}
     x, codes = normal(1, 64, 4, 4), eight_bits(1, 64, 4, 4)
-    convolve(y, x, tensors_of(w), None, residual, *rest, plan, False)
+    convolve(y, x, w, None, residual, *rest, plan, False)
     torch.testing.assert_close(y, qconv2d_ref(x, w, residual=residual, **about), rtol=1e-5, atol=1e-4)
     into = (residual, None, None, None, None)
-    convolve_int8(y, codes, number(0.1), number(3), code_sums(w), tensors_of(w), None, into, *rest, plan, False)
+    convolve_int8(y, codes, number(0.1), number(3), code_sums(w), w, None, into, *rest, plan, False)
     wanted = qconv2d_int8_ref(codes, number(0.1), w, residual=residual, x_zero=number(3), **about)
     assert torch.equal(y, wanted)
 

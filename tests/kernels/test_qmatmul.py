@@ -290,26 +290,24 @@ interpreted = pytest.mark.skipif(not INTERPRET, reason="only TRITON_INTERPRET=1 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("zero", ["whole", "half", "points"])
 def test_kernels_with_assembly_give_the_bits_of_plain_ones(bits, zero, scale_parts, emulated_assembly):
-    from gs_kernels.pack.schema import tensors_of
     from gs_kernels.qmatmul.kernel import multiply
 
     middle = float(2 ** (bits - 1))
     points = {"whole": middle, "half": middle - 0.5, "points": torch.linspace(0, 2**bits - 1, 66).view(33, 2)}[zero]
     w = weight(n=33, bits=bits, zero=points, dtype=torch.float16)
     plan, x = Plan(scale_parts=scale_parts), normal(5, 256, dtype=torch.float16)
-    plain, asm = (multiply(x, tensors_of(w), None, bits, 33, 256, 128, "none", plan, asm) for asm in (False, True))
+    plain, asm = (multiply(x, w, None, "none", plan, asm) for asm in (False, True))
     assert same_bits(plain, asm)
 
 
 @interpreted
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_8_bit_kernels_with_assembly_give_the_bits_of_plain_ones(bits, emulated_assembly):
-    from gs_kernels.pack.schema import tensors_of
     from gs_kernels.qmatmul.kernel import multiply_int8
 
     w = weight(n=33, bits=bits, zero=torch.linspace(0, 2**bits - 1, 66).view(33, 2))
     codes, scale = quantize_rows(normal(5, 256))
-    rest = (None, None, tensors_of(w), None, bits, 33, 256, 128, "none", torch.float32, Plan())
+    rest = (None, None, w, None, "none", torch.float32, Plan())
     plain, asm = (multiply_int8(codes, scale, *rest, asm) for asm in (False, True))
     assert same_bits(plain, asm)
 
@@ -317,12 +315,11 @@ def test_8_bit_kernels_with_assembly_give_the_bits_of_plain_ones(bits, emulated_
 @pytest.mark.skipif(not INTERPRET and not torch.cuda.is_available(), reason="the kernel runs interpreted or on a GPU")
 @pytest.mark.parametrize("split", [1, 3])
 def test_parts_of_k_sum_to_the_whole_and_twice_to_the_same_bits(split):
-    from gs_kernels.pack.schema import tensors_of
     from gs_kernels.qmatmul.kernel import multiply
 
     w, x, bias = weight(k=640), normal(3, 640, dtype=torch.float16), normal(20)
     plan, asm = Plan(split_k=split, scale_parts=True), not INTERPRET
-    once, twice = (multiply(x, tensors_of(w), bias, 4, 20, 640, 128, "relu", plan, asm) for _ in range(2))
+    once, twice = (multiply(x, w, bias, "relu", plan, asm) for _ in range(2))
     assert same_bits(once, twice)
     wanted = qmatmul_ref(x, w, bias, activation="relu")
     torch.testing.assert_close(once, wanted, rtol=2e-3, atol=0.1)

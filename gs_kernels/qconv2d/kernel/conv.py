@@ -7,8 +7,10 @@ from torch import Tensor
 
 from gs_kernels.dispatch import launch
 from gs_kernels.pack.kernel import dequantize_block, weight_unit
+from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.qconv2d.kernel.parts import load_seen, place_tile, taps_inside
 from gs_kernels.qconv2d.window import Window
+from gs_kernels.qmatmul.kernel.dequant import grouping, parts_of
 from gs_kernels.qmatmul.kernel.reduce import epilogue, in_units, reduce_parts, strides_of, unit_of
 from gs_kernels.qmatmul.tiles import Plan
 
@@ -87,11 +89,12 @@ def window_flags(window: Window) -> dict[str, int]:
 
 
 def convolve(
-    y: Tensor, x: Tensor, parts: tuple[Tensor, Tensor, Tensor | None, float, Tensor | None], bias: Tensor | None,
-    residual: Tensor | None, bits: int, k: int, group: int, window: Window, activation: str, plan: Plan, asm: bool,
+    y: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None,
+    window: Window, activation: str, plan: Plan, asm: bool,
 ) -> None:
     """Writes y `[B, O, P, Q]`, channels-last, by the plan's tiles."""
-    codes, scale, zero_points, zero, levels = parts
+    codes, scale, zero_points, zero, levels = parts_of(weight)
+    k, group = weight.shape[1], grouping(weight.shape[1], weight.group_size)
     b, o, p, q = y.shape
     m, og = b * p * q, o // window.groups
     split = plan.parts(-(-k // 128))
@@ -103,7 +106,7 @@ def convolve(
         m, og, *x.shape[2:], p, q,
         *x.stride(), *scale.stride(), *strides_of(residual),
         K=k, CG=k // window.taps, GROUPS=window.groups, **window_flags(window),
-        BITS=bits, GROUP=group, ZERO=zero, ASM=asm, ACTIVATION=activation,
+        BITS=weight.bits, GROUP=group, ZERO=zero, ASM=asm, ACTIVATION=activation,
         SPLIT_K=split, SCALE_PARTS=plan.scale_parts and group % 128 == 0,
         UNIT=unit_of(x), UNIT_N=unit_of(residual, og), BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
         num_warps=plan.warps, num_stages=plan.stages,

@@ -6,10 +6,12 @@ from torch import Tensor
 
 from gs_kernels.dispatch import launch
 from gs_kernels.pack.kernel import load_grid
+from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.qconv2d.kernel.conv import window_flags
 from gs_kernels.qconv2d.kernel.parts import is_inside, split_zero
 from gs_kernels.qconv2d.tiles import depthwise_tile
 from gs_kernels.qconv2d.window import Window
+from gs_kernels.qmatmul.kernel.dequant import parts_of
 from gs_kernels.qmatmul.kernel.reduce import epilogue, in_units, pixels, strides_of, unit_of
 
 
@@ -88,11 +90,11 @@ def _depthwise_kernel(
 
 def convolve_depthwise(
     y: Tensor, x: Tensor, x_scale: Tensor | None, x_zero: Tensor | None,
-    parts: tuple[Tensor, Tensor, Tensor | None, float, Tensor | None], bias: Tensor | None,
-    into: tuple[Tensor | None, ...], bits: int, k: int, window: Window, activation: str,
+    weight: PackedWeight, bias: Tensor | None, into: tuple[Tensor | None, ...], window: Window, activation: str,
 ) -> None:
     """Writes y `[B, O, P, Q]`, channels-last. into: residual, its scale and zero point, scale and zero point of y."""
-    codes, scale, zero_points, zero, levels = parts
+    codes, scale, zero_points, zero, levels = parts_of(weight)
+    k = weight.shape[1]
     b, o, p, q = y.shape
     m = b * p * q
     block_m, block_n, warps = depthwise_tile(o)
@@ -102,6 +104,6 @@ def convolve_depthwise(
         y, x, x_scale, x_zero, codes, scale, zero_points, levels, bias, *into,
         m, o, o // window.groups, *x.shape[2:], p, q,
         *x.stride(), *scale.stride(), *strides_of(into[0]),
-        K=k, **flags, BITS=bits, GROUP=k // scale.shape[1], ZERO=zero, ACTIVATION=activation,
+        K=k, **flags, BITS=weight.bits, GROUP=k // scale.shape[1], ZERO=zero, ACTIVATION=activation,
         UNIT=unit_of(x), UNIT_N=unit_of(into[0], o), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
     )

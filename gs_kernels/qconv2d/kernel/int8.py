@@ -7,9 +7,11 @@ from torch import Tensor
 
 from gs_kernels.dispatch import launch
 from gs_kernels.pack.kernel import code_block, code_factor, code_middle
+from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.qconv2d.kernel.conv import window_flags
 from gs_kernels.qconv2d.kernel.parts import is_half_steps, load_seen, place_tile, real_sums, taps_inside
 from gs_kernels.qconv2d.window import Window
+from gs_kernels.qmatmul.kernel.dequant import grouping, parts_of
 from gs_kernels.qmatmul.kernel.reduce import epilogue, in_units, reduce_parts, strides_of, unit_of
 from gs_kernels.qmatmul.tiles import Plan
 
@@ -119,22 +121,22 @@ def _qconv2d_int8_kernel(
         tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def can_split(scale: Tensor, zero_points: Tensor | None, zero: float) -> bool:
+def can_split(weight: PackedWeight) -> bool:
     """Whether sums over parts of K add up to the sum of all as integers do: one group, zero points in half steps."""
-    return scale.shape[1] == 1 and zero_points is None and is_half_steps(zero)
+    return weight.scale.shape[1] == 1 and not isinstance(weight.zero, Tensor) and is_half_steps(float(weight.zero))
 
 
 def convolve_int8(
     y: Tensor, x: Tensor, x_scale: Tensor, x_zero: Tensor | None, code_sums: Tensor | None,
-    parts: tuple[Tensor, Tensor, Tensor | None, float, Tensor | None], bias: Tensor | None,
-    into: tuple[Tensor | None, ...], bits: int, k: int, group: int, window: Window, activation: str, plan: Plan,
-    asm: bool,
+    weight: PackedWeight, bias: Tensor | None, into: tuple[Tensor | None, ...],
+    window: Window, activation: str, plan: Plan, asm: bool,
 ) -> None:
     """Writes y `[B, O, P, Q]`, channels-last, by the plan's tiles.
 
     into: residual, its scale and zero point, scale and zero point of y.
     """
-    codes, scale, zero_points, zero, _ = parts
+    codes, scale, zero_points, zero, _ = parts_of(weight)
+    k, group = weight.shape[1], grouping(weight.shape[1], weight.group_size)
     b, o, p, q = y.shape
     m, og = b * p * q, o // window.groups
     split = plan.parts(-(-k // 128))
@@ -149,7 +151,7 @@ def convolve_int8(
         m, og, *x.shape[2:], p, q,
         *x.stride(), *scale.stride(), *strides_of(into[0]),
         K=k, CG=k // window.taps, GROUPS=window.groups, **window_flags(window),
-        BITS=bits, GROUP=0 if scale.shape[1] == 1 else group, ZERO=zero, ASM=asm, ACTIVATION=activation,
+        BITS=weight.bits, GROUP=0 if scale.shape[1] == 1 else group, ZERO=zero, ASM=asm, ACTIVATION=activation,
         SPLIT_K=split, UNIT=unit_of(x), UNIT_N=unit_of(into[0], og), BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
         num_warps=plan.warps, num_stages=plan.stages,
     )

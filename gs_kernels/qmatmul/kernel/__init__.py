@@ -9,8 +9,7 @@ from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.device import capabilities
 from gs_kernels.dispatch import INTERPRET
 from gs_kernels.pack.layouts import PackedWeight
-from gs_kernels.pack.schema import Tensors, tensors_of
-from gs_kernels.qmatmul.kernel.dequant import dequantize
+from gs_kernels.qmatmul.kernel.dequant import dequantize, grouping
 from gs_kernels.qmatmul.kernel.int8 import multiply_int8
 from gs_kernels.qmatmul.kernel.matmul import multiply
 from gs_kernels.qmatmul.kernel.rows import quantize
@@ -47,49 +46,28 @@ def rows_of(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 and rows.stride(0) <= MAX_STRIDE else rows.contiguous()
 
 
-def grouping(k: int, group_size: int) -> int:
-    """The group size that kernels know: with one group, any that covers the row."""
-    return -(-k // 128) * 128 if group_size == k else group_size
-
-
-def same_strides(scale: Tensor, zero_points: Tensor | None) -> Tensor | None:
-    """The zero points, a copy of them if they are not laid out as the scales are."""
-    if zero_points is None or zero_points.stride() == scale.stride():
-        return zero_points
-    return torch.empty_strided(scale.shape, scale.stride(), dtype=zero_points.dtype, device=scale.device).copy_(
-        zero_points
-    )
-
-
-def parts_of(weight: PackedWeight) -> Tensors:
-    """The tensors of a weight as kernels read them: zero points are laid out as the scales are."""
-    codes, scale, zero_points, zero, levels = tensors_of(weight)
-    return codes, scale, same_strides(scale, zero_points), zero, levels
-
-
 def qmatmul_triton(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str) -> Tensor:
-    rows, parts, bits, (n, k) = rows_of(x), parts_of(weight), weight.bits, weight.shape
-    group = grouping(k, weight.group_size)
+    rows, (n, k) = rows_of(x), weight.shape
     asm, sm, sm_count = device_of(x)
     # sizes that are symbols cannot be hashed
     find = _known_plan if is_eager(x) else choose_plan
     plan = find(
-        rows.shape[0], n, k, bits, x_bits=8 * x.itemsize, levels=weight.levels is not None, sm=sm, sm_count=sm_count
+        rows.shape[0], n, k, weight.bits,
+        x_bits=8 * x.itemsize, levels=weight.levels is not None, sm=sm, sm_count=sm_count,
     )
     if rows.shape[0] == 0:
         y = x.new_empty(0, n)
     elif plan.dense:
-        w = dequantize(parts, bits, n, k, group, x.dtype)
+        w = dequantize(weight, x.dtype)
         y = torch.nn.functional.linear(rows, w, None if bias is None else bias.to(x.dtype))
         y = ACTIVATIONS[activation].function(y)
     else:
-        y = multiply(rows, parts, bias, bits, n, k, group, activation, plan, asm)
+        y = multiply(rows, weight, bias, activation, plan, asm)
     return y.view(*x.shape[:-1], n)
 
 
 def qmatmul_dx_triton(dy: Tensor, weight: PackedWeight) -> Tensor:
-    n, k = weight.shape
-    return dy @ dequantize(parts_of(weight), weight.bits, n, k, grouping(k, weight.group_size), dy.dtype)
+    return dy @ dequantize(weight, dy.dtype)
 
 
 def quantize_rows_triton(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -107,14 +85,10 @@ def qmatmul_int8_triton(
     rows, (n, k) = rows_of(x), weight.shape
     if rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], n, dtype=dtype)
-    parts = parts_of(weight)
     asm, _, sm_count = device_of(x)
-    group = grouping(k, weight.group_size)
-    plan = choose_int8_plan(rows.shape[0], n, k, group, sm_count=sm_count)
+    plan = choose_int8_plan(rows.shape[0], n, k, grouping(k, weight.group_size), sm_count=sm_count)
     shift = None if x_zero is None or weight_sums is None else x_zero * weight_sums
-    y = multiply_int8(
-        rows, x_scale.reshape(-1), None, shift, parts, bias, weight.bits, n, k, group, activation, dtype, plan, asm
-    )
+    y = multiply_int8(rows, x_scale.reshape(-1), None, shift, weight, bias, activation, dtype, plan, asm)
     return y.view(*x.shape[:-1], n)
 
 
@@ -123,11 +97,9 @@ def qmatmul_fp8_triton(x: Tensor, weight: PackedWeight, bias: Tensor | None, act
     m = rows.shape[0]
     if m == 0:
         return x.new_empty(*x.shape[:-1], n)
-    parts = parts_of(weight)
     asm, _, sm_count = device_of(x)
-    group = grouping(k, weight.group_size)
-    plan = choose_int8_plan(m, n, k, group, sm_count=sm_count)
+    plan = choose_int8_plan(m, n, k, grouping(k, weight.group_size), sm_count=sm_count)
     sums = x.new_empty(-(-k // 128), m, dtype=torch.float32)
     x8, x_scale = quantize(rows, torch.float8_e4m3fn, sums)
-    y = multiply_int8(x8, x_scale, sums, None, parts, bias, weight.bits, n, k, group, activation, x.dtype, plan, asm)
+    y = multiply_int8(x8, x_scale, sums, None, weight, bias, activation, x.dtype, plan, asm)
     return y.view(*x.shape[:-1], n)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from gs_kernels.dispatch import launch
 from gs_kernels.pack.kernel import dequantize_block
+from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.pack.schema import Tensors, tensors_of
 
 BLOCK_N = 32
 
@@ -35,16 +37,34 @@ def _dequantize_kernel(
     tl.store(w_ptr + offs_n[:, None] * K + offs_k[None, :], w.to(w_ptr.dtype.element_ty), mask=mask)
 
 
-def dequantize(
-    parts: tuple[Tensor, Tensor, Tensor | None, float, Tensor | None],
-    bits: int, n: int, k: int, group: int, dtype: torch.dtype,
-) -> Tensor:
-    """`[N, K]` of dtype."""
-    codes, scale, zero_points, zero, levels = parts
+def grouping(k: int, group_size: int) -> int:
+    """The group size that kernels know: with one group, any that covers the row."""
+    return -(-k // 128) * 128 if group_size == k else group_size
+
+
+def same_strides(scale: Tensor, zero_points: Tensor | None) -> Tensor | None:
+    """The zero points, a copy of them if they are not laid out as the scales are."""
+    if zero_points is None or zero_points.stride() == scale.stride():
+        return zero_points
+    return torch.empty_strided(scale.shape, scale.stride(), dtype=zero_points.dtype, device=scale.device).copy_(
+        zero_points
+    )
+
+
+def parts_of(weight: PackedWeight) -> Tensors:
+    """The tensors of a weight as kernels read them: zero points are laid out as the scales are."""
+    codes, scale, zero_points, zero, levels = tensors_of(weight)
+    return codes, scale, same_strides(scale, zero_points), zero, levels
+
+
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Gives the real values `[N, K]` of a weight, in dtype."""
+    codes, scale, zero_points, zero, levels = parts_of(weight)
+    n, k = weight.shape
     w = codes.new_empty(n, k, dtype=dtype)
     launch(
         _dequantize_kernel, (-(-k // 128), -(-n // BLOCK_N)),
         w, codes, scale, zero_points, levels, n, k, scale.shape[1], *scale.stride(),
-        BITS=bits, GROUP=group, ZERO=zero, BLOCK_N=BLOCK_N, num_warps=4,
+        BITS=weight.bits, GROUP=grouping(k, weight.group_size), ZERO=zero, BLOCK_N=BLOCK_N, num_warps=4,
     )
     return w

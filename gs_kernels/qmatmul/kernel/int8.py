@@ -7,6 +7,8 @@ from torch import Tensor
 
 from gs_kernels.dispatch import launch
 from gs_kernels.pack.kernel import code_block, code_factor, code_middle, load_grid
+from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.qmatmul.kernel.dequant import grouping, parts_of
 from gs_kernels.qmatmul.kernel.reduce import epilogue, reduce_parts
 from gs_kernels.qmatmul.tiles import Plan
 
@@ -115,16 +117,15 @@ def _qmatmul_int8_kernel(
 
 def multiply_int8(
     x: Tensor, x_scale: Tensor, x_sums: Tensor | None, shift: Tensor | None,
-    parts: tuple[Tensor, Tensor, Tensor | None, float, Tensor | None], bias: Tensor | None,
-    bits: int, n: int, k: int, group: int, activation: str, dtype: torch.dtype, plan: Plan, asm: bool,
+    weight: PackedWeight, bias: Tensor | None, activation: str, dtype: torch.dtype, plan: Plan, asm: bool,
 ) -> Tensor:
     """`[M, N]` of dtype from x `[M, K]`, contiguous along K, and its scales, `[M]` or `[1]`, by the plan's tiles.
 
     x_sums: of each 128 codes of a row of x, `[ceil(K / 128), M]`, fp32 for fp8, if they are known.
     """
-    codes, scale, zero_points, zero, _ = parts
-    m, blocks = x.shape[0], -(-k // 128)
-    group = 0 if scale.shape[1] == 1 else group
+    codes, scale, zero_points, zero, _ = parts_of(weight)
+    (n, k), m = weight.shape, x.shape[0]
+    blocks, group = -(-k // 128), 0 if scale.shape[1] == 1 else grouping(k, weight.group_size)
     y = x.new_empty(m, n, dtype=dtype)
     split = plan.parts(blocks)
     sums = y if split == 1 else x.new_empty(split, m, n, dtype=torch.float32)
@@ -135,7 +136,7 @@ def multiply_int8(
         sums, x, x_scale, x_sums, codes, scale, zero_points, shift, bias,
         m, n, k,
         x.stride(0), stride_xs, *scale.stride(),
-        BITS=bits, GROUP=group, ZERO=zero, ASM=asm, ACTIVATION=activation,
+        BITS=weight.bits, GROUP=group, ZERO=zero, ASM=asm, ACTIVATION=activation,
         EVEN_K=k % 128 == 0, SPLIT_K=split, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
         num_warps=plan.warps, num_stages=plan.stages,
     )

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from gs_kernels.dispatch import launch
 from gs_kernels.pack.kernel import dequantize_block, weight_unit
+from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.qmatmul.kernel.dequant import grouping, parts_of
 from gs_kernels.qmatmul.kernel.reduce import epilogue, reduce_parts
 from gs_kernels.qmatmul.tiles import Plan
 
@@ -85,12 +87,12 @@ def _qmatmul_kernel(
 
 
 def multiply(
-    x: Tensor, parts: tuple[Tensor, Tensor, Tensor | None, float, Tensor | None], bias: Tensor | None,
-    bits: int, n: int, k: int, group: int, activation: str, plan: Plan, asm: bool,
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str, plan: Plan, asm: bool,
 ) -> Tensor:
     """`[M, N]` from x `[M, K]`, contiguous along K, by the plan's tiles."""
-    codes, scale, zero_points, zero, levels = parts
-    m, blocks = x.shape[0], -(-k // 128)
+    codes, scale, zero_points, zero, levels = parts_of(weight)
+    n, k = weight.shape
+    group, m, blocks = grouping(k, weight.group_size), x.shape[0], -(-k // 128)
     y = x.new_empty(m, n)
     split = plan.parts(blocks)
     sums = y if split == 1 else x.new_empty(split, m, n, dtype=torch.float32)
@@ -100,7 +102,7 @@ def multiply(
         sums, x, codes, scale, zero_points, levels, bias,
         m, n, k, scale.shape[1],
         x.stride(0), *scale.stride(),
-        BITS=bits, GROUP=group, ZERO=zero, ASM=asm, ACTIVATION=activation,
+        BITS=weight.bits, GROUP=group, ZERO=zero, ASM=asm, ACTIVATION=activation,
         EVEN_K=k % 128 == 0, SPLIT_K=split, SCALE_PARTS=plan.scale_parts and group % 128 == 0,
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=plan.warps, num_stages=plan.stages,
     )
