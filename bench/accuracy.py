@@ -27,13 +27,13 @@ import gs_algos
 from bench import record
 from bench.memory import nbytes_of, peak_bytes
 from gs_algos.cli.compress import train_compressed
-from gs_algos.cli.data import ImageData, batches_per_epoch, load_data
 from gs_algos.cli.demo import latency_ms
-from gs_algos.cli.models import MODELS, build
-from gs_algos.cli.recipes import float_recipe, tune_recipe
-from gs_algos.cli.train import Interrupted, Recipe, accuracy, predict, train
 from gs_algos.core.algorithm import evaluating
 from gs_algos.core.registry import algorithm_class
+from gs_algos.demo.data import ImageData, batches_per_epoch, load_data
+from gs_algos.demo.models import MODELS, build
+from gs_algos.demo.train import Interrupted, Recipe, accuracy, predict, train
+from gs_algos.demo.training_defaults import float_recipe, tune_recipe
 
 CALIBRATED = 512  # images
 

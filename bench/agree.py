@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.spec import Case, Tol
+from gs_kernels.runtime.opspec import Case, Tol
 
 NEARLY = 1e-3  # share of elements that may differ (another rounding of ties) in a provider that is still timed
 NEARLY_GRAD = NEARLY**0.5  # where an element differs its gradient may flip: a share s gives an RMS error of sqrt(s)

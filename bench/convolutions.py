@@ -23,7 +23,7 @@ from bench import record
 from bench.shapes import NETWORKS, Layer
 from bench.timing import time_cpu
 from gs_kernels import dequantize_packed, pack_weight, qconv2d, quantize
-from gs_kernels.qconv2d.int8 import prepared_qconv2d_int8, qconv2d_int8
+from gs_kernels.qconv2d.op_int8 import prepared_qconv2d_int8, qconv2d_int8
 
 NO_RESIDUAL = (None, None, None)
 Calls = dict[str, Callable[[], Tensor]]

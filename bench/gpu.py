@@ -28,7 +28,7 @@ import torch
 
 from bench import record
 from bench.agree import outputs_of, step
-from gs_kernels.spec import specs
+from gs_kernels.runtime.opspec import specs
 from gs_kernels.tuning.tables import SHIPPED
 
 ROOT = Path(__file__).parent.parent

@@ -29,10 +29,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench import record
-from gs_algos.analysis.perplexity import perplexity
-from gs_algos.export.checkpoint import quantize_checkpoint
-from gs_algos.export.language import load_language_model
-from gs_algos.export.skeleton import skeleton
+from gs_algos.llm.load import load_language_model
+from gs_algos.llm.perplexity import perplexity
+from gs_algos.llm.quantize_checkpoint import quantize_checkpoint
+from gs_algos.llm.skeleton import skeleton
 
 FLOAT, PACKED = "float", "golden-stick"
 PROMPT = "In the beginning God created"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gs_kernels.spec import OpSpec, specs
+from gs_kernels.runtime.opspec import OpSpec, specs
 
 SPECS = [pytest.param(spec, id=spec.name) for spec in specs()]
 

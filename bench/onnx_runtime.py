@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 import gs_algos
 from bench import accuracy, record
-from gs_algos.cli.data import ImageData, load_data
-from gs_algos.cli.train import Interrupted, Recipe, predict, train
-from gs_algos.cli.train import accuracy as top1
-from gs_algos.export.onnx_graph import export_onnx
-from gs_algos.quant.packed import Packed
+from gs_algos.demo.data import ImageData, load_data
+from gs_algos.demo.train import Interrupted, Recipe, predict, train
+from gs_algos.demo.train import accuracy as top1
+from gs_algos.export.onnx import export_onnx
+from gs_algos.quant.packed.module import Packed
 
 PACKED = {"QuantizeLinear", "DequantizeLinear", "MatMulNBits"}
 BIAS_ROUNDING = "WeightBiasQuantization"

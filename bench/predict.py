@@ -1,6 +1,6 @@
 """`python -m bench.predict FILE...`: how far measured rows are from what the cost model says they take at least.
 
-Of rows that `bench.run` wrote on a GPU that `gs_kernels.tuning.cards` describes. A ratio below 1 is an error of the
+Of rows that `bench.run` wrote on a GPU that `gs_kernels.tuning.gpu_specs` describes. A ratio below 1 is an error of the
 model, or a call that did not do its work; one far above 1 is time that bytes, products and instructions do not explain.
 """
 
@@ -20,9 +20,9 @@ import torch
 from bench.record import read_rows
 from bench.tables import shape_text
 from gs_kernels.aot.trace import traced
-from gs_kernels.spec import OpSpec, Shape, specs
-from gs_kernels.tuning.cards import Card, card_of
-from gs_kernels.tuning.cost import Prediction, predict_trace
+from gs_kernels.runtime.opspec import OpSpec, Shape, specs
+from gs_kernels.tuning.cost_model import Prediction, predict_trace
+from gs_kernels.tuning.gpu_specs import Card, card_of
 
 COLUMNS = "{:22} {:28} {:>5} {:>9} {:>9} {:>9} {:>9}  {}"
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from gs_kernels.instructions import described
+from gs_kernels.runtime.instructions import described
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -26,8 +26,8 @@ from bench.roofline import copies_beyond_cache, copy_bandwidth, product_peaks
 from bench.shapes import bench_shapes
 from bench.tables import shape_text
 from bench.timing import time_calls
-from gs_kernels.dispatch import INTERPRET
-from gs_kernels.spec import Case, OpSpec, Shape, map_tensors, specs
+from gs_kernels.runtime.dispatch import INTERPRET
+from gs_kernels.runtime.opspec import Case, OpSpec, Shape, map_tensors, specs
 
 QUICK_S = 150.0  # after which --quick starts nothing new: with the last it takes less than three minutes
 FAILURES = (RuntimeError, ValueError, TypeError, AssertionError)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gs_kernels.qconv2d.spec import shape
-from gs_kernels.spec import OpSpec, Shape
+from gs_kernels.runtime.opspec import OpSpec, Shape
 
 
 @dataclass(frozen=True)

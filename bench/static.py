@@ -3,7 +3,7 @@
 Nothing here is timed. Three tables go to `bench/results/static/`, as JSON lines and as one page to read:
 
 - `kernels.jsonl`: registers, shared memory, instructions, bytes and occupancy of every launch of the ahead-of-time gate
-  on sm_80, sm_90 and sm_100, and what it takes at least on the card of that kind, by `gs_kernels.tuning.cost`.
+  on sm_80, sm_90 and sm_100, and what it takes at least on the card of that kind, by `gs_kernels.tuning.cost_model`.
 - `steps.jsonl`: launches, calls of torch's own ops and bytes kept for backward of one training step.
 - `ops.jsonl`: what every op takes at least on an H100 at the shapes that benchmarks time.
 
@@ -28,20 +28,21 @@ from bench.shapes import bench_shapes
 from bench.steps import step_rows
 from bench.tables import shape_text, table
 from gs_kernels.aot import Launch, launches_of, report
+from gs_kernels.aot.ir_cost import work_of
 from gs_kernels.aot.trace import traced
-from gs_kernels.aot.work import work_of
-from gs_kernels.dispatch import INTERPRET
-from gs_kernels.spec import AotCase, OpSpec, Shape, specs
-from gs_kernels.tuning.cards import CARDS, Card
-from gs_kernels.tuning.cost import Prediction, estimate, predict_call
+from gs_kernels.runtime.dispatch import INTERPRET
+from gs_kernels.runtime.opspec import AotCase, OpSpec, Shape, specs
+from gs_kernels.tuning.cost_model import Prediction, estimate, predict_call
+from gs_kernels.tuning.gpu_specs import CARDS, Card
 
 FOLDER = record.RESULTS / "static"
 MANY, SOME = 30, 6  # shapes of a group
 HEAD = """# Static figures: nothing here was timed
 
 Written by `python -m bench.static`, with torch {torch} and triton {triton}. "at least" is what the cost model
-(`gs_kernels/tuning/cost.py`) gives on the card of that kind, by its data sheet: the launch, then the slowest of bytes,
-matrix products and instructions. A run on a GPU takes longer; by how much, `python -m bench.predict` says of its rows.
+(`gs_kernels/tuning/cost_model.py`) gives on the card of that kind, by its data sheet: the launch, then the slowest of
+bytes, matrix products and instructions. A run on a GPU takes longer; by how much,
+`python -m bench.predict` says of its rows.
 """
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos import SLB, SimQAT
-from gs_algos.qat.slb_optim import SlbSGD
+from gs_algos.qat.slb.optim import SlbSGD
 from gs_kernels.aot.trace import traced
 
 TARGET = "sm_90"

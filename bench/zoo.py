@@ -1,8 +1,8 @@
 """`python -m bench.zoo`: one network of each installed family goes through plan, apply, a training step and convert.
 
-Families: torchvision's classifiers, timm's files, and the tiny Transformers of tests/fx/architectures.py, with random
-weights. A row says how many layers were quantized and why the others were not, how far the converted network is from
-the trained one, or which stage failed. torchvision's C++ operators (boxes, not layers) are not needed: where its wheel
+Families: torchvision's classifiers, timm's files, and the tiny Transformers of tests/nets/transformers_models.py, with
+random weights. A row says how many layers were quantized and why the others were not, how far the converted network is
+from the trained one, or which stage failed. torchvision's C++ operators (boxes, not layers) are not needed: where its wheel
 does not fit the installed torch, empty declarations stand for them.
 """
 
@@ -31,7 +31,7 @@ from bench import record
 from gs_algos import SimQAT
 from gs_algos.core.plan import Plan
 from gs_algos.fx.ops import SITES
-from tests.fx.architectures import ARCHITECTURES, tiny
+from tests.nets.transformers_models import ARCHITECTURES, tiny
 
 # words in the names of small networks, smallest first
 SMALL = [

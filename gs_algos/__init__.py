@@ -15,26 +15,26 @@ from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.plan import Plan, PlanRow, Totals
 from gs_algos.core.registry import register_algorithm
 from gs_algos.core.settings import RowSettings
-from gs_algos.export.registration import install as _register_with_transformers
+from gs_algos.llm.registration import install as _register_with_transformers
 from gs_algos.pruning.prune import Prune, PruningConfig
 from gs_algos.pruning.scop import SCOP, ScopConfig
 from gs_algos.ptq.weights import plan_weights, quantize_weights
 from gs_algos.qat.simqat import SimQAT, SimQATConfig
-from gs_algos.qat.slb import SLB
-from gs_algos.qat.slb_config import SLBConfig
-from gs_algos.qat.slb_optim import SlbAdamW, SlbSGD
-from gs_algos.quant.packed_conv import PackedConv
-from gs_algos.quant.packed_embedding import PackedEmbedding
-from gs_algos.quant.packed_linear import PackedLinear
+from gs_algos.qat.slb.algorithm import SLB
+from gs_algos.qat.slb.config import SLBConfig
+from gs_algos.qat.slb.optim import SlbAdamW, SlbSGD
+from gs_algos.quant.level_grid import LevelGrid
+from gs_algos.quant.packed.conv import PackedConv
+from gs_algos.quant.packed.embedding import PackedEmbedding
+from gs_algos.quant.packed.linear import PackedLinear
 from gs_algos.quant.scheme import Scheme
-from gs_algos.quant.slb_grid import LevelGrid
 
 if TYPE_CHECKING:
-    from gs_algos.export.checkpoint import quantize_checkpoint
-    from gs_algos.export.interchange import export_language_model, import_language_model
-    from gs_algos.export.language import load_language_model
-    from gs_algos.export.onnx_graph import export_onnx
-    from gs_algos.export.package import export_package
+    from gs_algos.export.onnx import export_onnx
+    from gs_algos.export.torch_package import export_package
+    from gs_algos.llm.interchange import export_language_model, import_language_model
+    from gs_algos.llm.load import load_language_model
+    from gs_algos.llm.quantize_checkpoint import quantize_checkpoint
     from gs_algos.pipeline.pipeline import Pipeline, Stage
 
 __version__ = "0.1.0"
@@ -44,12 +44,12 @@ _register_with_transformers()
 _LAZY = {
     "Pipeline": "gs_algos.pipeline.pipeline",
     "Stage": "gs_algos.pipeline.pipeline",
-    "export_language_model": "gs_algos.export.interchange",
-    "export_onnx": "gs_algos.export.onnx_graph",
-    "export_package": "gs_algos.export.package",
-    "import_language_model": "gs_algos.export.interchange",
-    "load_language_model": "gs_algos.export.language",
-    "quantize_checkpoint": "gs_algos.export.checkpoint",
+    "export_language_model": "gs_algos.llm.interchange",
+    "export_onnx": "gs_algos.export.onnx",
+    "export_package": "gs_algos.export.torch_package",
+    "import_language_model": "gs_algos.llm.interchange",
+    "load_language_model": "gs_algos.llm.load",
+    "quantize_checkpoint": "gs_algos.llm.quantize_checkpoint",
 }
 
 __all__ = [

@@ -1,22 +1,22 @@
 """Functions on tensors that quantize: the public ops, and nothing else. Importing it loads no triton, asks no GPU."""
 
-from gs_kernels.dispatch import UnsupportedError
-from gs_kernels.fake_quant.codes import dequantize, quantize
 from gs_kernels.fake_quant.op import fake_quant
+from gs_kernels.fake_quant.quantize import dequantize, quantize
 from gs_kernels.formats import Granularity, IntFormat, PerChannel, PerGroup, PerTensor
 from gs_kernels.observe.op import dynamic_fake_quant, minmax, observe_fake_quant
 from gs_kernels.observe.qparams import choose_qparams
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed, pack_codes, pack_weight, repack, unpack_codes
-from gs_kernels.qconv2d.int8 import code_sums, qconv2d_int8
 from gs_kernels.qconv2d.op import qconv2d
-from gs_kernels.qmatmul.fp8 import qmatmul_fp8
-from gs_kernels.qmatmul.int8 import qmatmul_int8, quantize_rows, row_sums
+from gs_kernels.qconv2d.op_int8 import code_sums, qconv2d_int8
 from gs_kernels.qmatmul.op import qmatmul
+from gs_kernels.qmatmul.op_fp8 import qmatmul_fp8
+from gs_kernels.qmatmul.op_int8 import qmatmul_int8, quantize_rows, row_sums
 from gs_kernels.requantize.op import requantize
-from gs_kernels.slb.codes import slb_codes, slb_pack
+from gs_kernels.runtime.dispatch import UnsupportedError
 from gs_kernels.slb.op import slb_weight
-from gs_kernels.slb.update import slb_adamw_, slb_sgd_
+from gs_kernels.slb.optimizer_step import slb_adamw_, slb_sgd_
+from gs_kernels.slb.pack_codes import slb_codes, slb_pack
 
 __all__ = [
     "Granularity",

@@ -1,7 +1,7 @@
 """The activations that products and convolutions apply to their result: one table, by name.
 
-A new one is an entry here, a branch of `activate` in gs_kernels/lang.py and, if C++ is to have it, a number in
-gs_kernels/qconv2d/cpu_native.cpp; tests compare all of them.
+A new one is an entry here, a branch of `activate` in gs_kernels/triton_lib.py and, if C++ is to have it, a number in
+gs_kernels/qconv2d/cpu/direct_int8.cpp; tests compare all of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Activation:
         function: y of z, in the dtype of z.
         gradient: dz of z and dy, in the dtype of dy; it can be differentiated again.
         in_place: y of z, written over z where that can be done without a second tensor; else as `function`.
-        cpp: the number it has in gs_kernels/qconv2d/cpu_native.cpp; None if that does not have it.
+        cpp: the number it has in gs_kernels/qconv2d/cpu/direct_int8.cpp; None if that does not have it.
     """
 
     function: Callable[[Tensor], Tensor]

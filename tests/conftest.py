@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.record import device_name
-from gs_kernels.instructions import described
+from gs_kernels.runtime.instructions import described
 from tests.helpers import DEVICE, poisoned_outputs
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.core.algorithm import HISTORY
-from gs_kernels.dispatch import INTERPRET
+from gs_kernels.runtime.dispatch import INTERPRET
 
 BORDER = 64  # elements before and after; a multiple of 16 bytes in every dtype
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRET else "cpu")

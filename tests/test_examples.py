@@ -59,7 +59,7 @@ def test_a_network_is_pruned_then_quantized_and_the_run_goes_on_where_it_was(mai
 
 def test_a_language_model_is_packed_and_goes_on_with_a_text(main, tmp_path):
     pytest.importorskip("transformers")
-    from tests.language_models import save_folder, tiny_llama
+    from tests.nets.language_models import save_folder, tiny_llama
 
     save_folder(tmp_path / "float", tiny_llama())
     text = main("pack_llm.py", "float", "packed", "in the beginning", 32)

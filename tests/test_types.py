@@ -18,7 +18,7 @@ from gs_algos import SCOP, SLB, Prune, SimQAT
 from gs_algos.pruning.prune import PruneOptions
 from gs_algos.pruning.scop import SCOPOptions
 from gs_algos.qat.simqat import SimQATOptions
-from gs_algos.qat.slb_config import SLBOptions
+from gs_algos.qat.slb.config import SLBOptions
 
 ROOT = Path(__file__).parent.parent
 OPTIONS: dict[Any, Any] = {SimQAT: SimQATOptions, SLB: SLBOptions, Prune: PruneOptions, SCOP: SCOPOptions}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gs_algos.export.language import load_language_model
+from gs_algos.llm.load import load_language_model
 
 PROMPT = "In the beginning God created"
 TOKENS = 64

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gs_algos.cli.models import build
+from gs_algos.demo.models import build
 
 
 class Residual(nn.Module):

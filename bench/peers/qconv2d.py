@@ -10,7 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.qconv2d.dense import convolve_dense
-from gs_kernels.qconv2d.window import make_window
+from gs_kernels.qconv2d.geometry import make_window
 
 _kept: Any = WeakIdKeyDictionary()
 

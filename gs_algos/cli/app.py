@@ -14,18 +14,18 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from gs_algos.cli.compress import run_compress
-from gs_algos.cli.data import DATA, load_data
 from gs_algos.cli.demo import DemoOptions, make_algorithm, pick_device, run_demo
 from gs_algos.cli.export import TARGETS, run_export, run_import
-from gs_algos.cli.imported import import_network, is_imported
 from gs_algos.cli.info import describe_path
 from gs_algos.cli.language import run_generate, run_perplexity, run_quantize
-from gs_algos.cli.models import MODELS, build
 from gs_algos.cli.serve import run_serve
-from gs_algos.cli.train import Interrupted
 from gs_algos.cli.tune import LAYER_HELP, LAYERS, ROWS, layers_of, parse_layer, run_tune
 from gs_algos.core.arguments import memory_bytes
 from gs_algos.core.registry import algorithm_names
+from gs_algos.demo.data import DATA, load_data
+from gs_algos.demo.imported import import_network, is_imported
+from gs_algos.demo.models import MODELS, build
+from gs_algos.demo.train import Interrupted
 
 DATA_HELP = f"One of {', '.join(DATA)}; a folder goes after a colon, e.g. cifar10:DIR. Or package.module:function."
 MODEL_HELP = f"One of {', '.join(MODELS)}, or package.module:function that builds a network."

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import gs_algos
-from gs_algos.cli.data import ImageData, batches_per_epoch, load_data, train_batches
 from gs_algos.cli.demo import bar, check_fit, latency_ms
-from gs_algos.cli.models import build, check_name
-from gs_algos.cli.recipes import float_recipe, tune_recipe
-from gs_algos.cli.train import Recipe, accuracy, predict, train
 from gs_algos.core.algorithm import Algorithm
 from gs_algos.core.files import write_atomically
+from gs_algos.demo.data import ImageData, batches_per_epoch, load_data, train_batches
+from gs_algos.demo.models import build, check_name
+from gs_algos.demo.train import Recipe, accuracy, predict, train
+from gs_algos.demo.training_defaults import float_recipe, tune_recipe
 from gs_algos.pipeline.pipeline import Pipeline, Stage
 from gs_algos.pipeline.recipe import RunRecipe, make_algorithm, read_recipe
 from gs_algos.pruning.pruner import Pruner

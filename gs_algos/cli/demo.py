@@ -20,14 +20,14 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 import gs_algos
-from gs_algos.cli.data import ImageData, batches_per_epoch, load_data
-from gs_algos.cli.models import build, check_name
-from gs_algos.cli.recipes import float_recipe, tune_recipe
-from gs_algos.cli.train import Recipe, accuracy, predict, train
 from gs_algos.core.algorithm import Algorithm, evaluating, run
 from gs_algos.core.arguments import as_seed
 from gs_algos.core.files import write_atomically
 from gs_algos.core.registry import algorithm_class
+from gs_algos.demo.data import ImageData, batches_per_epoch, load_data
+from gs_algos.demo.models import build, check_name
+from gs_algos.demo.train import Recipe, accuracy, predict, train
+from gs_algos.demo.training_defaults import float_recipe, tune_recipe
 
 OPTIONS_FILE = "demo.json"
 SMALL = 10_000  # training images below which epochs are cheap

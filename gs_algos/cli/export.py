@@ -7,11 +7,11 @@ from pathlib import Path
 from torch import nn
 
 from gs_algos import load
-from gs_algos.cli.data import ImageData, load_data
 from gs_algos.cli.demo import OPTIONS_FILE
-from gs_algos.cli.models import build
-from gs_algos.export.folder import read_json
-from gs_algos.export.interchange import FORMATS, Exchanged, export_language_model, import_language_model
+from gs_algos.demo.data import ImageData, load_data
+from gs_algos.demo.models import build
+from gs_algos.llm.folder import read_json
+from gs_algos.llm.interchange import FORMATS, Exchanged, export_language_model, import_language_model
 
 NETWORKS = ("pt2", "onnx")
 TARGETS = (*FORMATS, *NETWORKS)
@@ -25,11 +25,11 @@ def run_export(source: Path, target: Path, to: str) -> str:
         return _said(export_language_model(source, target, to))
     net, data = demo_network(source)
     if to == "pt2":
-        from gs_algos.export.package import export_package
+        from gs_algos.export.torch_package import export_package
 
         export_package(net, data.example(), target, pixels=(data.mean, data.std))
     else:
-        from gs_algos.export.onnx_graph import export_onnx
+        from gs_algos.export.onnx import export_onnx
 
         export_onnx(net, data.example(), target)
     return f"{target}: {target.stat().st_size:,} bytes"

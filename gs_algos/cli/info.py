@@ -12,14 +12,14 @@ from gs_algos.cli.demo import OPTIONS_FILE
 from gs_algos.cli.describe import describe
 from gs_algos.core.checkpoint import INDEX
 from gs_algos.core.plan import render_layers
-from gs_algos.export.folder import Folder, nbytes_of, read_folder, read_json
-from gs_algos.export.foreign import settings_of
-from gs_algos.export.language import gguf_skeleton, is_gguf
-from gs_algos.export.package import read_package
-from gs_algos.export.packed_config import METHOD, read_config
-from gs_algos.export.verify import part_names
+from gs_algos.export.torch_package import read_package
+from gs_algos.llm.folder import Folder, nbytes_of, read_folder, read_json
+from gs_algos.llm.foreign import settings_of
+from gs_algos.llm.load import gguf_skeleton, is_gguf
+from gs_algos.llm.packed_config import METHOD, read_config
+from gs_algos.llm.verify import part_names
 from gs_algos.pipeline.pipeline import INDEX as PIPELINE_FILE
-from gs_algos.quant.packed import PackedFormat
+from gs_algos.quant.packed.module import PackedFormat
 
 WHO = "info"
 RUNS = {OPTIONS_FILE: "demo", RECIPE_FILE: "compress", PIPELINE_FILE: "Pipeline"}  # file -> what writes it

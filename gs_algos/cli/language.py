@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from gs_algos.analysis.perplexity import perplexity
 from gs_algos.core.arguments import as_seed
 from gs_algos.core.plan import render_layers
-from gs_algos.export.checkpoint import Written, quantize_checkpoint
-from gs_algos.export.language import DTYPES, load_language_model
-from gs_algos.export.library import library
+from gs_algos.llm.libraries import library
+from gs_algos.llm.load import DTYPES, load_language_model
+from gs_algos.llm.perplexity import perplexity
+from gs_algos.llm.quantize_checkpoint import Written, quantize_checkpoint
 from gs_algos.ptq.sites import WeightRule
 
 RULE = re.compile(r"(?P<pattern>.+)=(?P<scheme>none|u?int\d.*)")

@@ -16,9 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as Lines
 from torch import Tensor, nn
 
-from gs_kernels.device import capabilities
-from gs_kernels.dispatch import tuning_dir
-from gs_kernels.tuning.cards import CARDS, find_card
+from gs_kernels.runtime.device import capabilities
+from gs_kernels.runtime.dispatch import tuning_dir
+from gs_kernels.tuning.gpu_specs import CARDS, find_card
 from gs_kernels.tuning.space import Problem, find_space
 from gs_kernels.tuning.static import Static
 from gs_kernels.tuning.tables import file_name

@@ -128,7 +128,7 @@ def parameter_owners(model: nn.Module) -> dict[int, tuple[str, ...]]:
     """`id(parameter) -> its qualified names`, one name per owning module: more than one means tied weights.
 
     A module registered twice owns its parameters once. A parametrised weight is listed as its `original`. A parameter
-    that one layer borrows from one owner (gs_algos/fx/borrowed.py) counts as the borrower's alone.
+    that one layer borrows from one owner (gs_algos/fx/modularize/shared_parameters.py) counts as the borrower's alone.
     """
     owners: dict[int, tuple[str, ...]] = {}
     borrowers: dict[int, list[str]] = {}

@@ -19,13 +19,13 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from gs_algos.core.algorithm import Algorithm, Restores
-from gs_algos.core.rules import did_you_mean
+from gs_algos.core.layer_rules import did_you_mean
 
 ALGORITHMS = {
     "prune": "gs_algos.pruning.prune:Prune",
     "scop": "gs_algos.pruning.scop:SCOP",
     "simqat": "gs_algos.qat.simqat:SimQAT",
-    "slb": "gs_algos.qat.slb:SLB",
+    "slb": "gs_algos.qat.slb.algorithm:SLB",
 }
 # functions that leave an entry in a model's history: `load` must know how to restore it, and nothing else
 FUNCTIONS = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gs_algos.core.algorithm import Inputs, evaluating, history, run, split_inputs
 from gs_algos.core.arguments import as_path, refuse_file_above, refuse_unwritable
 from gs_algos.core.network import network_of
-from gs_algos.quant.quantizers import Quantizer
+from gs_algos.quant.fake_quant.quantizers import Quantizer
 from gs_kernels import UnsupportedError
 from gs_kernels.runtime.torch_private import MappingKey, SequenceKey, tree_flatten_with_path, tree_leaves, tree_map_only
 

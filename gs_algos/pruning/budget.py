@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.core.algorithm import Inputs, split_inputs
-from gs_algos.fx.preserve import untouched
+from gs_algos.core.untouched import untouched
+from gs_algos.pruning.channel_groups.groups import Group, Groups
 from gs_algos.pruning.cut import cut
-from gs_algos.pruning.groups import Group, Groups
 
 KINDS = ("channels", "params", "flops", "latency")
 ROUNDS = {"channels": 30, "params": 30, "flops": 30, "latency": 7}  # halvings of the search for a rate

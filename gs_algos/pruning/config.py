@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypedDict
 
 from gs_algos.core.config import AlgorithmConfig
-from gs_algos.core.rules import Rule
+from gs_algos.core.layer_rules import Rule
 from gs_algos.pruning.budget import Budget
 
 
@@ -22,8 +22,8 @@ class PruneConfig(AlgorithmConfig):
         scope: `layer` cuts every group at the same rate, `global` takes the lowest scores of the whole network.
         round_to: every layer keeps a multiple of this many channels, or all; 8 or 16 suit hardware.
         select_steps: optimizer steps before the cut is decided.
-        rules: `(pattern, {"rate": ...} | None)`, see `gs_algos.core.rules`; None leaves a layer, and what is coupled
-            with it, whole.
+        rules: `(pattern, {"rate": ...} | None)`, see `gs_algos.core.layer_rules`; None leaves a layer, and what is
+            coupled with it, whole.
     """
 
     rate: float = 0.5

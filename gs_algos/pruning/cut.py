@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.core.modules import get_module, parent_name
-from gs_algos.pruning.groups import Groups, kept_of, tensors_by_name
+from gs_algos.pruning.channel_groups.groups import Groups, kept_of, tensors_by_name
 from gs_kernels.runtime.torch_private import _ConvNd, _ConvTransposeNd, _NormBase
 
 

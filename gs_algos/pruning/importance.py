@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.core.modules import get_module
-from gs_algos.pruning.groups import FIXED, Groups, Layer, tensors_by_name
+from gs_algos.pruning.channel_groups.groups import FIXED, Groups, Layer, tensors_by_name
 
 # (live model, layer of a group) -> [size] fp32, or None if this layer has nothing to say
 Importance = Callable[[nn.Module, Layer], "Tensor | None"]

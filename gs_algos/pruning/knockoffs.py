@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gs_algos.core.algorithm import Inputs, split_inputs
 from gs_algos.core.progress import progress
-from gs_algos.pruning.gates import Batch
+from gs_algos.pruning.channel_gates import Batch
 from gs_kernels.runtime.torch_private import tree_flatten, tree_map, tree_unflatten
 
 

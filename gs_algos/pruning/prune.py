@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from gs_algos.core.modules import get_module
+from gs_algos.pruning.channel_gates import Gated, Scale, can_gate, install_gate
+from gs_algos.pruning.channel_groups.groups import Group, Groups, Layer
 from gs_algos.pruning.config import PruneBaseOptions, PruneConfig
-from gs_algos.pruning.gates import Gated, Scale, can_gate, install_gate
-from gs_algos.pruning.groups import Group, Groups, Layer
 from gs_algos.pruning.importance import Importance, bn_scale, gamma_of, l1, l2, random_scores, unit_scores
 from gs_algos.pruning.pruner import Pruner
 

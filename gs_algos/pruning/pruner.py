@@ -38,13 +38,13 @@ from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
 from gs_algos.core.plan import Plan, render_layers, rows_of
 from gs_algos.core.progress import progress
 from gs_algos.core.settings import RowSettings
-from gs_algos.fx.preserve import untouched
-from gs_algos.fx.tracers import tensors_of
+from gs_algos.core.untouched import untouched
+from gs_algos.fx.capture.tracers import tensors_of
 from gs_algos.pruning.budget import Rates, total_rate
+from gs_algos.pruning.channel_gates import Freezer, Gated, detach_freezers, remove_gate
+from gs_algos.pruning.channel_groups.groups import Group, Groups, refuse_misfit
 from gs_algos.pruning.config import PruneConfig
 from gs_algos.pruning.cut import cut, mask, removed, resize, zeros
-from gs_algos.pruning.gates import Freezer, Gated, detach_freezers, remove_gate
-from gs_algos.pruning.groups import Group, Groups, refuse_misfit
 from gs_algos.pruning.planning import GroupPlan, choose, from_version_1, make_plan
 from gs_kernels.runtime.torch_private import _NormBase
 

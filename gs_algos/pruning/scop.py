@@ -22,9 +22,9 @@ from typing_extensions import Unpack
 from gs_algos.core.algorithm import Inputs
 from gs_algos.core.batches import checked_batches
 from gs_algos.core.modules import get_module
+from gs_algos.pruning.channel_gates import Blend, Freezer, Gated, can_gate, install_gate
+from gs_algos.pruning.channel_groups.groups import Group, Groups, Layer
 from gs_algos.pruning.config import PruneBaseOptions, PruneConfig
-from gs_algos.pruning.gates import Blend, Freezer, Gated, can_gate, install_gate
-from gs_algos.pruning.groups import Group, Groups, Layer
 from gs_algos.pruning.importance import output_scale, unit_scores
 from gs_algos.pruning.knockoffs import Doubling, Given, KnockoffGenerator, Permuted, first_half
 from gs_algos.pruning.pruner import Pruner

@@ -18,11 +18,11 @@ from gs_algos.core.plan import Plan, PlanRow, other_weights, render_layers, rows
 from gs_algos.core.progress import progress as progress_bar
 from gs_algos.core.settings import RowSettings
 from gs_algos.ptq.sites import FEW, WHO, Site, WeightRule, weight_sites
-from gs_algos.quant.convolution import Convolution
 from gs_algos.quant.fast_path import leave_fast_path
-from gs_algos.quant.packed import Packed, PackedFormat
-from gs_algos.quant.packing import format_of, in_rows, matrix_of, packed_like
-from gs_algos.quant.rounding import round_to_nearest, signs_of
+from gs_algos.quant.packed.conv_base import Convolution
+from gs_algos.quant.packed.module import Packed, PackedFormat
+from gs_algos.quant.packed.packable import format_of, in_rows, matrix_of, packed_like
+from gs_algos.quant.packed.round_to_nearest import round_to_nearest, signs_of
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import PackedWeight
 

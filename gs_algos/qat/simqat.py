@@ -21,19 +21,19 @@ from typing_extensions import Unpack
 
 from gs_algos.core.algorithm import Inputs, asked_by
 from gs_algos.core.config import AlgorithmConfig
+from gs_algos.core.layer_rules import Rule
 from gs_algos.core.modules import get_module
 from gs_algos.core.network import network_of, ordinary_tensors
 from gs_algos.core.plan import Plan, PlanRow, rows_of
-from gs_algos.core.rules import Rule
-from gs_algos.fx.rewrite import modularize_again
-from gs_algos.qat.convert import Parity, convert_model, install_converted, summary_of
-from gs_algos.qat.layer_plan import layer_rows
-from gs_algos.qat.planning import make_plan, with_planned_layers
-from gs_algos.qat.prepare import QuantOptions, install, refuse_nonfinite
+from gs_algos.fx.modularize.functional_calls import modularize_again
 from gs_algos.qat.training import QuantizationTraining
 from gs_algos.qat.untrained import Watch
-from gs_algos.quant.layers import FakeQuantized, Folded
-from gs_algos.quant.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
+from gs_algos.quant.fake_quant.layers import FakeQuantized, Folded
+from gs_algos.quant.fake_quant.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
+from gs_algos.quant.network.convert import Parity, convert_model, install_converted, summary_of
+from gs_algos.quant.network.layer_plan import layer_rows
+from gs_algos.quant.network.planning import make_plan, with_planned_layers
+from gs_algos.quant.network.prepare import QuantOptions, install, refuse_nonfinite
 from gs_algos.quant.scheme import Scheme, as_text, check_rules
 from gs_kernels.runtime.torch_private import _BatchNorm
 
@@ -55,7 +55,8 @@ class SimQATConfig(AlgorithmConfig):
             False right behind each conv or linear, whose batch norm then stays a float layer.
         quant_delay: optimizer steps before quantization starts; one number, or (activation, weight).
         freeze_bn: optimizer steps after which batch norm statistics stand still; None for never.
-        rules: `(pattern, {"weight": ..., "act": ...} | None)`, see `gs_algos.core.rules`; None leaves the layer float.
+        rules: `(pattern, {"weight": ..., "act": ...} | None)`, see `gs_algos.core.layer_rules`; None leaves the layer
+            float.
     """
 
     weight: str | Scheme = "int8@channel"

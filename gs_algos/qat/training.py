@@ -28,12 +28,12 @@ from gs_algos.core.modules import all_or_nothing
 from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
 from gs_algos.core.plan import Plan, PlanRow, rows_of
 from gs_algos.core.settings import RowSettings
-from gs_algos.qat.convert import Parity
-from gs_algos.qat.layer_plan import FORMS, from_version_1
-from gs_algos.qat.observe import observe
-from gs_algos.qat.prepare import refuse_nonfinite
 from gs_algos.qat.untrained import Watch
-from gs_algos.quant.quantizers import SMALLEST_SCALE, ActivationQuantizer, Quantizer, merge_pending
+from gs_algos.quant.fake_quant.quantizers import SMALLEST_SCALE, ActivationQuantizer, Quantizer, merge_pending
+from gs_algos.quant.network.convert import Parity
+from gs_algos.quant.network.layer_plan import FORMS, from_version_1
+from gs_algos.quant.network.observe import observe
+from gs_algos.quant.network.prepare import refuse_nonfinite
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gs_algos.quant.slb_search import local
+from gs_algos.qat.slb.search import local
 
 Parameters: TypeAlias = Callable[[], Sequence[nn.Parameter]]  # those of now: FSDP2 puts others in their place
 FEW = 3  # steps after which the values are looked at

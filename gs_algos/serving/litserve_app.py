@@ -32,7 +32,7 @@ from litserve.loops.simple_loops import BatchedLoop
 from litserve.utils import LitAPIStatus, PickleableHTTPException
 from torch import Tensor
 
-from gs_algos.export.package import PackageInput, read_package
+from gs_algos.export.torch_package import PackageInput, read_package
 from gs_kernels.runtime.torch_private import load_package
 
 WHO = "serve"

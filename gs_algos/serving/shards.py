@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from gs_algos.quant.packed import PackedFormat
+from gs_algos.quant.packed.module import PackedFormat
 
 WHO = "golden-stick in vLLM"
 PARALLEL = range(1, 65)  # the sizes of tensor parallelism among which an error looks for those that fit

@@ -14,8 +14,8 @@ from vllm.model_executor.kernels.linear import MPLinearKernel, MPLinearLayerConf
 from vllm.platforms import PlatformEnum
 from vllm.scalar_type import scalar_types
 
-from gs_algos.quant.packed import PARTS, PackedFormat
-from gs_algos.serving.parameters import from_words, keep, kept
+from gs_algos.quant.packed.module import PARTS, PackedFormat
+from gs_algos.serving.engine_parameters import from_words, keep, kept
 from gs_kernels import PackedWeight, qmatmul
 from gs_kernels.pack.checks import FLOATS
 

@@ -31,12 +31,12 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 
-from gs_algos.export.folder import read_folder
-from gs_algos.export.packed_config import METHOD, PackedConfig, read_config
-from gs_algos.export.verify import check_tensors, verify_files
-from gs_algos.quant.packed import PARTS, PackedFormat, tensors_of
-from gs_algos.quant.packed_embedding import rows_of
-from gs_algos.serving.parameters import keep, kept
+from gs_algos.llm.folder import read_folder
+from gs_algos.llm.packed_config import METHOD, PackedConfig, read_config
+from gs_algos.llm.verify import check_tensors, verify_files
+from gs_algos.quant.packed.embedding import rows_of
+from gs_algos.quant.packed.module import PARTS, PackedFormat, tensors_of
+from gs_algos.serving.engine_parameters import keep, kept
 from gs_algos.serving.shards import WHO, shard, stacked
 from gs_algos.serving.vllm_kernel import CAPABILITY
 from gs_kernels import PackedWeight, dequantize_packed, qmatmul

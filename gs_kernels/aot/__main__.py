@@ -7,8 +7,8 @@ import sys
 from collections import Counter
 
 from gs_kernels.aot import TARGETS, Report, check, reports
-from gs_kernels.dispatch import INTERPRET
-from gs_kernels.spec import specs
+from gs_kernels.runtime.dispatch import INTERPRET
+from gs_kernels.runtime.opspec import specs
 
 COLUMNS = "{:34} {:7} {:34} {:>4} {:>5} {:>7} {:>15} {:>15} {:>8} {:>5} {:>5} {:>7} {:>14}  {}"
 MEASURES = ("regs", "spill", "shared", "loads", "stores", "mma", "ins", "loop", "ins/el", "occupancy")

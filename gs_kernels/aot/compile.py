@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gs_kernels.aot.targets import Target, find_target
-from gs_kernels.dispatch import INTERPRET
+from gs_kernels.runtime.dispatch import INTERPRET
 from gs_kernels.runtime.torch_private import triton_launches_directly
 
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gs_kernels.aot.assembly import parse_gcn, parse_ptx
 from gs_kernels.aot.compile import Launch, record_launches
-from gs_kernels.aot.machine import Code, Instruction
+from gs_kernels.aot.isa_text import parse_gcn, parse_ptx
+from gs_kernels.aot.machine_code import Code, Instruction
 from gs_kernels.aot.sass import read_cubin
 from gs_kernels.aot.targets import Occupancy, find_target, occupancy
-from gs_kernels.spec import AotCase
+from gs_kernels.runtime.opspec import AotCase
 
 
 @dataclass(frozen=True)

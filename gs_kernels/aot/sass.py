@@ -9,7 +9,7 @@ import tempfile
 from bisect import bisect_left
 from functools import lru_cache
 
-from gs_kernels.aot.machine import Code, Instruction
+from gs_kernels.aot.machine_code import Code, Instruction
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 _MMA = re.compile(r"[HQI]GMMA|[HIQD]MMA|UTC\w*MMA")

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from gs_kernels.aot.compile import Launch, record_launches, skip_launches
-from gs_kernels.aot.work import KINDS
-from gs_kernels.registration import NAMESPACE, OPS
+from gs_kernels.aot.ir_cost import KINDS
+from gs_kernels.runtime.torch_op import NAMESPACE, OPS
 from gs_kernels.runtime.torch_private import TorchDispatchMode, tree_leaves, tree_map_only
 
 # position of an operand, and how many of its last sizes are summed over for each element of the result

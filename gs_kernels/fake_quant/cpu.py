@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.compiled import Chain, call, compiled
 from gs_kernels.fake_quant.ref import inverse
-from gs_kernels.fake_quant.rows import BY_COL, BY_ROW, BY_TENSOR, Rows, like, readable, same_layout
+from gs_kernels.fake_quant.strided_rows import BY_COL, BY_ROW, BY_TENSOR, Rows, like, readable, same_layout
+from gs_kernels.runtime.inductor import Chain, call, compiled
 from gs_kernels.runtime.torch_private import is_eager
 
 COMPILE_FROM = 1 << 16  # elements; below, an eager chain costs less than the wait for a compiler could win back

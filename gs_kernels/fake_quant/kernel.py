@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gs_kernels.dispatch import launch
-from gs_kernels.fake_quant.rows import BY_COL, BY_CYCLE, BY_TENSOR, Rows, like, readable, same_layout
+from gs_kernels.fake_quant.strided_rows import BY_COL, BY_CYCLE, BY_TENSOR, Rows, like, readable, same_layout
 from gs_kernels.fake_quant.tiles import Tile, choose_tile
-from gs_kernels.lang import BY_COL as COL
-from gs_kernels.lang import BY_TENSOR as TENSOR
-from gs_kernels.lang import clamp, inverse, load_channel, reduce_range, row_starts, steps, tile
+from gs_kernels.runtime.dispatch import launch
+from gs_kernels.triton_lib import BY_COL as COL
+from gs_kernels.triton_lib import BY_TENSOR as TENSOR
+from gs_kernels.triton_lib import clamp, inverse, load_channel, reduce_range, row_starts, steps, tile
 
 
 @triton.jit

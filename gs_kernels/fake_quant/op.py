@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.dispatch import implementations
 from gs_kernels.fake_quant.checks import check_granularity, check_grid, check_input, check_qparams, check_values
 from gs_kernels.fake_quant.cpu import fake_quant_backward_cpu, fake_quant_cpu
 from gs_kernels.fake_quant.ref import fake_quant_backward_ref, fake_quant_ref
-from gs_kernels.fake_quant.rows import like
+from gs_kernels.fake_quant.strided_rows import like
 from gs_kernels.formats import PER_TENSOR, Granularity, granularity_of
-from gs_kernels.registration import register, save, saved
+from gs_kernels.runtime.dispatch import implementations
+from gs_kernels.runtime.torch_op import register, save, saved
 from gs_kernels.runtime.torch_private import is_eager
 
 

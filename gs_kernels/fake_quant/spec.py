@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.fake_quant.codes import dequantize, quantize
 from gs_kernels.fake_quant.op import fake_quant
+from gs_kernels.fake_quant.quantize import dequantize, quantize
 from gs_kernels.fake_quant.ref import dequantize_ref, fake_quant_ref, quantize_ref
 from gs_kernels.formats import granularity_of
-from gs_kernels.spec import AotCase, Case, Cost, OpSpec, Shape, Tol
+from gs_kernels.runtime.opspec import AotCase, Case, Cost, OpSpec, Shape, Tol
 
 EXACT = {torch.float32: Tol(0, 0), torch.float16: Tol(0, 0), torch.bfloat16: Tol(0, 0)}
 # autograd multiplies dy by s * (1 / s), which is not exactly 1, and rounds that to the dtype of x

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gs_kernels.fake_quant.rows import BY_COL, BY_TENSOR, Rows
+from gs_kernels.fake_quant.strided_rows import BY_COL, BY_TENSOR, Rows
 from gs_kernels.tuning.tables import tuned
 
 ELEMENTS = 4096  # of a tile: 16 per thread, two 16-byte loads in bf16

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.fake_quant.rows import BY_COL, BY_CYCLE, BY_ROW, BY_TENSOR
+from gs_kernels.fake_quant.strided_rows import BY_COL, BY_CYCLE, BY_ROW, BY_TENSOR
 from gs_kernels.fake_quant.tiles import ELEMENTS, WARPS
 from gs_kernels.tuning.space import Machine, Problem, Space, Tile
 

@@ -5,14 +5,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gs_kernels.dispatch import launch
 from gs_kernels.fake_quant.kernel import addressing, fake_quant_triton, flags, forward
-from gs_kernels.fake_quant.rows import BY_COL, BY_CYCLE, BY_TENSOR, Rows, like, readable
+from gs_kernels.fake_quant.strided_rows import BY_COL, BY_CYCLE, BY_TENSOR, Rows, like, readable
 from gs_kernels.fake_quant.tiles import Tile, choose_tile, power_of_two
-from gs_kernels.lang import BY_COL as COL
-from gs_kernels.lang import BY_TENSOR as TENSOR
-from gs_kernels.lang import clamp, inverse, qparams, reduce_range, row_starts, steps, tile
 from gs_kernels.observe.ref import symmetric_zero
+from gs_kernels.runtime.dispatch import launch
+from gs_kernels.triton_lib import BY_COL as COL
+from gs_kernels.triton_lib import BY_TENSOR as TENSOR
+from gs_kernels.triton_lib import clamp, inverse, qparams, reduce_range, row_starts, steps, tile
 
 ROW_MAX = 16384  # elements of a row that one program holds: 32 per thread of 16 warps
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gs_kernels.dispatch import implementations
 from gs_kernels.fake_quant.checks import check_grid
 from gs_kernels.observe.ref import choose_qparams_ref
-from gs_kernels.registration import register
+from gs_kernels.runtime.dispatch import implementations
+from gs_kernels.runtime.torch_op import register
 
 
 def qparams_ref(x_min: Tensor, x_max: Tensor, qmin: int, qmax: int, symmetric: bool) -> tuple[Tensor, Tensor]:

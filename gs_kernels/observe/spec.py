@@ -23,7 +23,7 @@ from gs_kernels.formats import granularity_of
 from gs_kernels.observe.op import dynamic_fake_quant, minmax, observe_fake_quant
 from gs_kernels.observe.qparams import choose_qparams
 from gs_kernels.observe.ref import choose_qparams_ref, dynamic_fake_quant_ref, minmax_ref, observe_fake_quant_ref
-from gs_kernels.spec import AotCase, Case, Cost, OpSpec, Shape
+from gs_kernels.runtime.opspec import AotCase, Case, Cost, OpSpec, Shape
 
 
 def _make_minmax(s: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Case:

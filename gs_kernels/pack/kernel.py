@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton import constexpr_function
 
-from gs_kernels.lang import round_half_even
+from gs_kernels.triton_lib import round_half_even
 
 
 @constexpr_function

@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gs_kernels.compiled import call, compiled
 from gs_kernels.fake_quant.cpu import COMPILE_FROM, EXAMPLES, dequantize_cpu
 from gs_kernels.pack.checks import (
     FLOATS,
@@ -19,6 +18,7 @@ from gs_kernels.pack.checks import (
     dtype_name,
 )
 from gs_kernels.pack.layouts import BLOCK_K, CANONICAL, PLANAR, PackedWeight
+from gs_kernels.runtime.inductor import call, compiled
 from gs_kernels.runtime.torch_private import is_eager
 
 

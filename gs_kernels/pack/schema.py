@@ -7,7 +7,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from gs_kernels.pack.layouts import PackedWeight
-from gs_kernels.registration import Carried
+from gs_kernels.runtime.torch_op import Carried
 
 SCHEMA = (
     "Tensor codes, Tensor scale, Tensor? zero_points, float zero, Tensor? levels,"

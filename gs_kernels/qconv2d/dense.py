@@ -8,7 +8,7 @@ from torch.nn.functional import conv2d, pad
 from torch.nn.grad import conv2d_input
 
 from gs_kernels.activations import ACTIVATIONS
-from gs_kernels.qconv2d.window import Window
+from gs_kernels.qconv2d.geometry import Window
 
 
 def empty_image(x: Tensor, o: int, window: Window, dtype: torch.dtype) -> Tensor:

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from gs_kernels.activations import ACTIVATIONS
-from gs_kernels.dispatch import implementations
 from gs_kernels.pack.checks import FLOATS, check_tensor
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.pack.schema import PACKED_WEIGHT
 from gs_kernels.qconv2d.checks import check_devices, check_operands
-from gs_kernels.qconv2d.cpu import qconv2d_cpu
+from gs_kernels.qconv2d.cpu.float import qconv2d_cpu
 from gs_kernels.qconv2d.dense import convolve_dense, convolve_dx, dense_dtype, empty_image
-from gs_kernels.qconv2d.window import WINDOW, Padding, Pair, Window, make_window
+from gs_kernels.qconv2d.geometry import WINDOW, Padding, Pair, Window, make_window
 from gs_kernels.qmatmul.op import planar_refuses
-from gs_kernels.registration import register, save, saved
+from gs_kernels.runtime.dispatch import implementations
+from gs_kernels.runtime.torch_op import register, save, saved
 
 
 def conv_refuses(x: Tensor, weight: PackedWeight, *_: object) -> list[str]:

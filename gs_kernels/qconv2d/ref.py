@@ -15,7 +15,7 @@ from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.fake_quant.ref import inverse
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed, unpack_codes
-from gs_kernels.qconv2d.window import Padding, Pair, Window, make_window
+from gs_kernels.qconv2d.geometry import Padding, Pair, Window, make_window
 
 # residual, its scale and zero point; inverse of the scale of the result, its zero point: whole steps, and the rest
 Into: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.qconv2d.gate import INT8, QCONV2D
-from gs_kernels.qconv2d.int8 import qconv2d_int8
+from gs_kernels.qconv2d.aot_cases import INT8, QCONV2D
+from gs_kernels.qconv2d.geometry import Window, make_window
 from gs_kernels.qconv2d.op import qconv2d
+from gs_kernels.qconv2d.op_int8 import qconv2d_int8
 from gs_kernels.qconv2d.ref import qconv2d_int8_ref, qconv2d_ref
-from gs_kernels.qconv2d.window import Window, make_window
 from gs_kernels.qmatmul.spec import EXACT, GRAD_TOL, TOL, make_weight
-from gs_kernels.spec import Case, Cost, OpSpec, Shape
+from gs_kernels.runtime.opspec import Case, Cost, OpSpec, Shape
 
 WINDOW = ("kernel_size", "stride", "padding", "dilation", "groups")
 

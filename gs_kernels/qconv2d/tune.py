@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gs_kernels.qconv2d.geometry import Window
 from gs_kernels.qconv2d.tiles import PROGRAMS, default_plan
-from gs_kernels.qconv2d.window import Window
 from gs_kernels.qmatmul.tune import DTYPE, describe, make_normal, make_weight, tiles_of
 from gs_kernels.tuning.space import Machine, Problem, Space, Tile
 

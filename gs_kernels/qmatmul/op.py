@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from gs_kernels.activations import ACTIVATIONS
-from gs_kernels.dispatch import implementations, triton_refuses
 from gs_kernels.pack.checks import FLOATS
 from gs_kernels.pack.layouts import PLANAR, PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.pack.schema import PACKED_WEIGHT
 from gs_kernels.qmatmul.checks import check_operands
-from gs_kernels.qmatmul.cpu import qmatmul_cpu
-from gs_kernels.registration import register, save, saved
+from gs_kernels.qmatmul.cpu.select import qmatmul_cpu
+from gs_kernels.runtime.dispatch import implementations, triton_refuses
+from gs_kernels.runtime.torch_op import register, save, saved
 
 
 def planar_refuses(x: Tensor, weight: PackedWeight, *_: object) -> list[str]:

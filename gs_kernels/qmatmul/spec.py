@@ -15,12 +15,12 @@ from torch import Tensor
 
 from gs_kernels.pack.layouts import PLANAR, PackedWeight
 from gs_kernels.pack.pack import pack_weight
-from gs_kernels.qmatmul.fp8 import qmatmul_fp8
-from gs_kernels.qmatmul.gate import FP8, INT8, MATMUL, ROWS
-from gs_kernels.qmatmul.int8 import qmatmul_int8, quantize_rows, row_sums
+from gs_kernels.qmatmul.aot_cases import FP8, INT8, MATMUL, ROWS
 from gs_kernels.qmatmul.op import qmatmul
+from gs_kernels.qmatmul.op_fp8 import qmatmul_fp8
+from gs_kernels.qmatmul.op_int8 import qmatmul_int8, quantize_rows, row_sums
 from gs_kernels.qmatmul.ref import FP8_MAX, qmatmul_fp8_ref, qmatmul_int8_ref, qmatmul_ref, quantize_rows_ref
-from gs_kernels.spec import Case, Cost, OpSpec, Shape, Tol
+from gs_kernels.runtime.opspec import Case, Cost, OpSpec, Shape, Tol
 
 # y is about 1. fp16 weights are each off by up to 2**-12 of themselves, rounded once, and their scale once more; a sum
 # of K of them, signs at random, is off by as much, and y is rounded once. bf16: 8 times that. Bounds are 5 sigma

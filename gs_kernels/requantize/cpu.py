@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from gs_kernels.activations import ACTIVATIONS
-from gs_kernels.compiled import call, compiled
-from gs_kernels.qconv2d.cpu_native import sum_codes
+from gs_kernels.qconv2d.cpu.direct_int8 import sum_codes
 from gs_kernels.requantize.grid import Grid, make_grid
+from gs_kernels.runtime.inductor import call, compiled
 
 Operand: TypeAlias = tuple[Tensor, Grid]
 COMPILE_FROM = 1 << 11  # elements

@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gs_kernels.dispatch import launch
-from gs_kernels.fake_quant.rows import same_layout
+from gs_kernels.fake_quant.strided_rows import same_layout
 from gs_kernels.fake_quant.tiles import ELEMENTS, SOME_WARPS, WARPS, power_of_two
-from gs_kernels.lang import SCALE_MAX, activate, clamp, inverse, steps
 from gs_kernels.requantize.cpu import is_dense
+from gs_kernels.runtime.dispatch import launch
+from gs_kernels.triton_lib import SCALE_MAX, activate, clamp, inverse, steps
 
 ROUNDED = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gs_kernels.dispatch import implementations, takes_cpu
-from gs_kernels.fake_quant.rows import like
-from gs_kernels.registration import register
+from gs_kernels.fake_quant.strided_rows import like
 from gs_kernels.requantize.checks import WHO, check_ends, check_grid, check_operand
 from gs_kernels.requantize.cpu import Operand, add_codes, requantize_cpu
 from gs_kernels.requantize.grid import Grid
 from gs_kernels.requantize.ref import requantize_ref
+from gs_kernels.runtime.dispatch import implementations, takes_cpu
+from gs_kernels.runtime.torch_op import register
 
 
 def _requantize_ref(

@@ -14,7 +14,7 @@ import torch
 from gs_kernels.fake_quant.spec import EXACT, launcher, meta
 from gs_kernels.requantize.op import requantize
 from gs_kernels.requantize.ref import requantize_ref
-from gs_kernels.spec import AotCase, Case, Cost, OpSpec, Shape
+from gs_kernels.runtime.opspec import AotCase, Case, Cost, OpSpec, Shape
 
 
 def shape(x: tuple[int, ...], **more: Any) -> Shape:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gs_kernels.pack.checks import FLOATS, check_tensor, dtype_name
-from gs_kernels.slb.layout import CHANNELS_LAST
+from gs_kernels.slb.memory_format import CHANNELS_LAST
 from gs_kernels.slb.ref import TAU_MIN
 
 LEVELS_MAX = 256

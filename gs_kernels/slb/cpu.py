@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.native import native
 from gs_kernels.pack.pack import pack_codes
-from gs_kernels.slb.layout import empty_weight
+from gs_kernels.runtime.cpp import native
+from gs_kernels.slb.memory_format import empty_weight
 from gs_kernels.slb.ref import (
     TAU_MAX,
     TAU_MIN,

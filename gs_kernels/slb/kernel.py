@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gs_kernels.dispatch import launch
 from gs_kernels.pack.layouts import CANONICAL, codes_shape
-from gs_kernels.slb.layout import empty_weight, filter_size, readable
+from gs_kernels.runtime.dispatch import launch
+from gs_kernels.slb.memory_format import empty_weight, filter_size, readable
 from gs_kernels.slb.tiles import UPDATE_CHUNK, Tile, choose_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)

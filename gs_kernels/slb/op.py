@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.dispatch import implementations
-from gs_kernels.registration import register, save, saved
+from gs_kernels.runtime.dispatch import implementations
+from gs_kernels.runtime.torch_op import register, save, saved
 from gs_kernels.runtime.torch_private import is_eager
 from gs_kernels.slb.checks import check_levels, check_values, check_weight
 from gs_kernels.slb.cpu import slb_weight_backward_cpu, slb_weight_cpu
-from gs_kernels.slb.layout import empty_weight, format_of
+from gs_kernels.slb.memory_format import empty_weight, format_of
 from gs_kernels.slb.ref import slb_weight_backward_ref, slb_weight_ref
 
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from gs_kernels.fake_quant.spec import EXACT, launcher, meta
-from gs_kernels.slb.codes import slb_codes, slb_pack
-from gs_kernels.slb.layout import CHANNELS_LAST
+from gs_kernels.runtime.opspec import AotCase, Case, Cost, OpSpec, Shape, Tol
+from gs_kernels.slb.memory_format import CHANNELS_LAST
 from gs_kernels.slb.op import slb_weight
+from gs_kernels.slb.optimizer_step import slb_adamw_, slb_sgd_
+from gs_kernels.slb.pack_codes import slb_codes, slb_pack
 from gs_kernels.slb.ref import slb_adamw_ref, slb_codes_ref, slb_pack_ref, slb_sgd_ref, slb_weight_ref
 from gs_kernels.slb.tiles import choose_tile
-from gs_kernels.slb.update import slb_adamw_, slb_sgd_
-from gs_kernels.spec import AotCase, Case, Cost, OpSpec, Shape, Tol
 
 # exp2 of a GPU, or another order of a sum, may end on the neighbour after the one rounding to 16 bits
 MIXED = {torch.float32: Tol(1e-5, 2e-6), torch.float16: Tol(1e-3, 2e-6), torch.bfloat16: Tol(8e-3, 2e-6)}

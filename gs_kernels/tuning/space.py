@@ -1,7 +1,7 @@
 """What the tuner knows of a kernel: declared in `SPACES` of `tune.py` in the kernel's own folder, and nowhere else.
 
-A folder of `gs_kernels.spec.OPS` with such a file is found from there; pruning, ranking, timing, tables and their
-checks come with the declaration. Kernels without a choice of tiles are listed in `FIXED`, each with the reason.
+A folder of `gs_kernels.runtime.opspec.OPS` with such a file is found from there; pruning, ranking, timing, tables and
+their checks come with the declaration. Kernels without a choice of tiles are listed in `FIXED`, each with the reason.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
-from gs_kernels.spec import OPS
+from gs_kernels.runtime.opspec import OPS
 
 Problem: TypeAlias = dict[str, int]
 Tile: TypeAlias = dict[str, Any]

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from gs_kernels.aot.ir_cost import work_of
 from gs_kernels.aot.report import Report, report
 from gs_kernels.aot.trace import trace_launcher
-from gs_kernels.aot.work import work_of
-from gs_kernels.tuning.cards import Card
-from gs_kernels.tuning.cost import estimate, predict_call
+from gs_kernels.tuning.cost_model import estimate, predict_call
+from gs_kernels.tuning.gpu_specs import Card
 from gs_kernels.tuning.space import Machine, Problem, Space, Tile, find_space
 from gs_kernels.tuning.tables import forced
 

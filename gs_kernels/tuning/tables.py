@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from gs_kernels.device import capabilities
-from gs_kernels.dispatch import tuning_dir
-from gs_kernels.files import write_whole
+from gs_kernels.runtime.device import capabilities
+from gs_kernels.runtime.dispatch import tuning_dir
+from gs_kernels.runtime.files import write_whole
 from gs_kernels.tuning.space import Problem, Space, Tile, find_space, spaces
 
 FORMAT = 1

@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 import torch
 
-from gs_algos.fx.capture import capture
+from gs_algos.fx.capture.ladder import capture
 from gs_algos.fx.ops import SITES
 from gs_algos.fx.patterns import match
-from tests.fx.architectures import ARCHITECTURES, tiny
+from tests.nets.transformers_models import ARCHITECTURES, tiny
 
 FOLDED = {"ResNetConfig": 6, "RegNetConfig": 17, "MobileNetV2Config": 52}
 REFUSED = {

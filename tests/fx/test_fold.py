@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from gs_algos.fx.fold import fold_bn, fold_model
-from tests.fx.nets import (
+from gs_algos.fx.fold_batch_norm import fold_bn, fold_model
+from tests.nets.graphs import (
     Chain,
     ConvCalledTwice,
     ConvIsAlsoOutput,
@@ -107,7 +107,7 @@ def test_lower_rungs_fold_what_they_see(net):
 def test_a_trap_is_left_alone(net, channels, reason, caplog):
     net, x = trained(net), image(channels)
     before, want = copy.deepcopy(net.state_dict()), net(x)
-    with caplog.at_level(logging.INFO, "gs_algos.fx.fold"):
+    with caplog.at_level(logging.INFO, "gs_algos.fx.fold_batch_norm"):
         fold_model(net, x)
     after, y = net.state_dict(), net(x)
     assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)

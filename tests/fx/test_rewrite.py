@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gs_algos.fx.borrowed import Borrowed
-from gs_algos.fx.rewrite import modularize
-from tests.fx.nets import Functional, FunctionalMLP, fork, image, roles
+from gs_algos.fx.modularize.functional_calls import modularize
+from gs_algos.fx.modularize.shared_parameters import Borrowed
+from tests.nets.graphs import Functional, FunctionalMLP, fork, image, roles
 
 
 def vector() -> torch.Tensor:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_algos.export.checkpoint import quantize_checkpoint
-from gs_algos.export.interchange import export_language_model, import_language_model
-from gs_algos.export.language import load_language_model
-from gs_algos.quant.packed import Packed
+from gs_algos.llm.interchange import export_language_model, import_language_model
+from gs_algos.llm.load import load_language_model
+from gs_algos.llm.quantize_checkpoint import quantize_checkpoint
+from gs_algos.quant.packed.module import Packed
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # not above it: other packages bring a module `tests`
 from language_models import save_folder, tiny_llama

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gs_kernels.spec import map_tensors, specs
+from gs_kernels.runtime.opspec import map_tensors, specs
 from tests.helpers import gradients, tensors
 
 PROT_NONE = 0  # of sys/mman.h

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gs_kernels.dispatch import INTERPRET
-from gs_kernels.spec import AotCase, specs
+from gs_kernels.runtime.dispatch import INTERPRET
+from gs_kernels.runtime.opspec import AotCase, specs
 
 if INTERPRET:
     pytest.skip("TRITON_INTERPRET=1: kernels cannot be compiled in this process", allow_module_level=True)
@@ -18,7 +18,7 @@ tl = pytest.importorskip("triton.language", reason="Triton is not installed: the
 
 from gs_kernels import aot  # noqa: E402
 from gs_kernels.aot import __main__ as command  # noqa: E402
-from gs_kernels.aot.assembly import classify_gcn  # noqa: E402
+from gs_kernels.aot.isa_text import classify_gcn  # noqa: E402
 from gs_kernels.aot.sass import classify, find_cuobjdump, parse  # noqa: E402
 
 CASES = [

@@ -10,8 +10,8 @@ from functools import partial
 import pytest
 import torch
 
-from gs_kernels.dispatch import INTERPRET
-from gs_kernels.spec import Case, OpSpec, Shape, map_tensors, specs
+from gs_kernels.runtime.dispatch import INTERPRET
+from gs_kernels.runtime.opspec import Case, OpSpec, Shape, map_tensors, specs
 from tests.helpers import fenced, gradients, relative_rms, same_bits, tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gs_kernels import PerChannel, PerGroup, PerTensor, dequantize, fake_quant, quantize
-from gs_kernels.dispatch import INTERPRET
+from gs_kernels.runtime.dispatch import INTERPRET
 from tests.helpers import relative_rms, same_bits
 
 NAN, INF = float("nan"), float("inf")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gs_kernels.dispatch import INTERPRET
+from gs_kernels.runtime.dispatch import INTERPRET
 
 ROOT = Path(__file__).parents[2]
 STRAY = """

@@ -27,7 +27,7 @@ from gs_kernels import (
 )
 from gs_kernels.pack.checks import check_packed, check_packed_values
 from gs_kernels.pack.layouts import BITS, LAYOUTS, codes_shape
-from gs_kernels.pack.state import from_tensors, to_tensors
+from gs_kernels.pack.serialize import from_tensors, to_tensors
 from tests.helpers import DEVICE, fenced, same_bits
 
 NAN, INF = float("nan"), float("inf")

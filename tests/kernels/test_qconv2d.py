@@ -9,13 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gs_kernels import code_sums, dequantize_packed, pack_weight, qconv2d, qconv2d_int8, quantize, repack
 from gs_kernels.activations import ACTIVATIONS
-from gs_kernels.dispatch import INTERPRET
-from gs_kernels.qconv2d import cpu_int8, cpu_native
+from gs_kernels.qconv2d.cpu import direct_int8, int8
+from gs_kernels.qconv2d.geometry import Window
 from gs_kernels.qconv2d.ref import qconv2d_int8_ref, qconv2d_ref
 from gs_kernels.qconv2d.tiles import choose_plan, depthwise_tile
-from gs_kernels.qconv2d.window import Window
-from gs_kernels.qmatmul import cpu_int8 as products
+from gs_kernels.qmatmul.cpu import int8 as products
 from gs_kernels.qmatmul.tiles import Plan
+from gs_kernels.runtime.dispatch import INTERPRET
 from tests.helpers import DEVICE, relative_rms, same_bits
 
 
@@ -193,10 +193,10 @@ def test_large_images_in_parts_are_exact_either_way(images, channels, size, o, m
     about = {"kernel_size": 3, "padding": 1, "x_zero": number(-128), "activation": "relu", "residual_zero": number(3)}
     about |= {"residual": eight_bits(images, o, size, size, seed=1), "residual_scale": number(0.02)}
     about |= {"out_scale": number(0.03), "out_zero": number(-128)}
-    monkeypatch.setattr(cpu_int8, "COPIED", 1)  # one image at a time
-    known = cpu_int8.make_codes(w)
-    direct = cpu_int8.suits_onednn(known, w, Window(3, 3), images * size * size)
-    assert direct == (o == 16 and cpu_int8.multiplies_int8())
+    monkeypatch.setattr(int8, "COPIED", 1)  # one image at a time
+    known = int8.make_codes(w)
+    direct = int8.suits_onednn(known, w, Window(3, 3), images * size * size)
+    assert direct == (o == 16 and int8.multiplies_int8())
     got, wanted = (f(x, number(0.02), w, normal(o), **about) for f in (qconv2d_int8, qconv2d_int8_ref))
     assert torch.equal(got, wanted) and wanted.float().std() > 10
 
@@ -204,7 +204,7 @@ def test_large_images_in_parts_are_exact_either_way(images, channels, size, o, m
 @pytest.fixture
 def without_int8(monkeypatch):
     """A CPU that has no instructions for products of int8."""
-    monkeypatch.setattr(cpu_int8, "multiplies_int8", lambda: False)
+    monkeypatch.setattr(int8, "multiplies_int8", lambda: False)
     monkeypatch.setattr(products, "multiplies_int8", lambda: False)
 
 
@@ -222,8 +222,8 @@ def test_whole_numbers_in_fp32_give_the_same_bits(channels, o, bits, about, with
     if channels == 1024:
         w = pack_weight(torch.full((o, k), 255, dtype=torch.uint8), torch.full((o, 1), 1e-6), bits=8, group_size=k)
         x = torch.full_like(x, 127)
-        known = cpu_int8.make_codes(w)
-        assert len(cpu_int8.exact_parts(known.codes, -128, Window(3, 3))) > 1
+        known = int8.make_codes(w)
+        assert len(int8.exact_parts(known.codes, -128, Window(3, 3))) > 1
     for zero in (None, number(-128), number(77)):
         options = {"kernel_size": 3, "x_zero": zero, **about}
         got, wanted = (f(x, number(0.02), w, normal(o), **options) for f in (qconv2d_int8, qconv2d_int8_ref))
@@ -232,8 +232,8 @@ def test_whole_numbers_in_fp32_give_the_same_bits(channels, o, bits, about, with
 
 @pytest.mark.skipif(DEVICE.type == "cuda" or INTERPRET, reason="the ways of the CPU path")
 def test_without_a_compiler_fp32_gives_the_same_bits(without_int8, monkeypatch):
-    monkeypatch.setattr(cpu_native, "library", lambda: None)
-    monkeypatch.setattr(cpu_int8, "finishes", lambda *_: False)
+    monkeypatch.setattr(direct_int8, "library", lambda: None)
+    monkeypatch.setattr(int8, "finishes", lambda *_: False)
     w, x = weight(o=24, k=144, bits=8), eight_bits(2, 16, 9, 7)
     about = {"kernel_size": 3, "padding": 1, "x_zero": number(-128), "out_scale": number(0.03)}
     got, wanted = (f(x, number(0.02), w, normal(24), **about) for f in (qconv2d_int8, qconv2d_int8_ref))

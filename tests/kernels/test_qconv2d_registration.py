@@ -7,8 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gs_kernels import code_sums, pack_weight, qconv2d, qconv2d_int8
-from gs_kernels.dispatch import INTERPRET
 from gs_kernels.pack.schema import flatten
+from gs_kernels.runtime.dispatch import INTERPRET
 from tests.helpers import DEVICE, relative_rms
 from tests.kernels.traces import pretend_sm_90, traced_launches
 

@@ -19,9 +19,9 @@ from gs_kernels import (
     row_sums,
 )
 from gs_kernels.activations import ACTIVATIONS
-from gs_kernels.dispatch import INTERPRET
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref, qmatmul_ref
 from gs_kernels.qmatmul.tiles import Plan, choose_int8_plan, choose_plan
+from gs_kernels.runtime.dispatch import INTERPRET
 from tests.helpers import DEVICE, relative_rms, same_bits
 from tests.kernels import ptx
 

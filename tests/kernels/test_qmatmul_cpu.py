@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gs_kernels import PackedWeight, native, pack_weight, qmatmul, qmatmul_int8, row_sums
-from gs_kernels.dispatch import INTERPRET
-from gs_kernels.qmatmul import cpu, cpu_bf16, cpu_int8, cpu_products
-from gs_kernels.qmatmul.cpu_lanes import lanes_of
+from gs_kernels import PackedWeight, pack_weight, qmatmul, qmatmul_int8, row_sums
+from gs_kernels.qmatmul.cpu import avx512_bf16, int8, products, select
+from gs_kernels.qmatmul.cpu.interleaved import lanes_of
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref, qmatmul_ref
+from gs_kernels.runtime import cpp
+from gs_kernels.runtime.dispatch import INTERPRET
 from tests.helpers import relative_rms
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="compiled for the CPU")
@@ -21,7 +22,7 @@ WEIGHTS = {"4 bit": (4, 70, 192, 48, True), "8 bit": (8, 33, 80, 80, False), "1 
 
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "BLOCK", 1 << 12)
+    monkeypatch.setattr(select, "BLOCK", 1 << 12)
 
 
 def weight(bits: int, n: int, k: int, group: int, fractions: bool) -> PackedWeight:
@@ -38,8 +39,8 @@ def rows(m: int, k: int) -> Tensor:
 
 @pytest.mark.parametrize(("name", "dtype"), [*((name, torch.float32) for name in WEIGHTS), ("4 bit", torch.bfloat16)])
 def test_float_rows(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cpu_bf16, "suits", lambda m: False)
-    check_float_rows(weight(*WEIGHTS[name]), dtype, (1, 3, 4, 9, 1 + cpu.FEW_ROWS[dtype]))
+    monkeypatch.setattr(avx512_bf16, "suits", lambda m: False)
+    check_float_rows(weight(*WEIGHTS[name]), dtype, (1, 3, 4, 9, 1 + select.FEW_ROWS[dtype]))
 
 
 def check_float_rows(w: PackedWeight, dtype: torch.dtype, ms: tuple[int, ...]) -> None:
@@ -49,20 +50,22 @@ def check_float_rows(w: PackedWeight, dtype: torch.dtype, ms: tuple[int, ...]) -
         assert got.shape == want.shape and relative_rms(got.float(), want) < (1e-6 if dtype == torch.float32 else 6e-3)
 
 
-needs_bf16 = pytest.mark.skipif(not cpu_bf16.suits(8), reason="needs AVX-512 dot products of bf16, and no matrix unit")
+needs_bf16 = pytest.mark.skipif(
+    not avx512_bf16.suits(8), reason="needs AVX-512 dot products of bf16, and no matrix unit"
+)
 
 
 @needs_bf16
 @pytest.mark.parametrize("of", [*WEIGHTS.values(), (2, 100, 1320, 264, True)], ids=lambda of: f"{of[0]} bit")
 def test_bf16_rows_in_cpp(of: tuple[int, int, int, int, bool], monkeypatch: pytest.MonkeyPatch):
     """Tiles of all sizes, more than a chunk of rows, K of more than a stretch: each against products in fp32."""
-    monkeypatch.setattr(cpu, "_by_blocks", None)
+    monkeypatch.setattr(select, "_by_blocks", None)
     w = weight(*of)
     dense = qmatmul_ref(torch.eye(w.shape[1]), w).to(torch.bfloat16).float()
     check_float_rows(w, torch.bfloat16, (5, 12, 13, 1030))
     for m in (*range(1, 14), 1030):
         x = rows(m, w.shape[1]).to(torch.bfloat16)
-        assert relative_rms(cpu_bf16.multiply(x, lanes_of(w))[:, : w.shape[0]], x.float() @ dense) < 1e-6
+        assert relative_rms(avx512_bf16.multiply(x, lanes_of(w))[:, : w.shape[0]], x.float() @ dense) < 1e-6
 
 
 @needs_bf16
@@ -74,23 +77,23 @@ def test_no_cpp_no_harm(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
         raise RuntimeError("no g++")
 
     for target, name, broken, said in (
-        (native, "_library", fail, "no g++"),
-        (cpu_bf16, "_call", lambda functions, x, lanes: torch.zeros(()), "wrong results"),
+        (cpp, "_library", fail, "no g++"),
+        (avx512_bf16, "_call", lambda functions, x, lanes: torch.zeros(()), "wrong results"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(native, "_said", set())
+            patch.setattr(cpp, "_said", set())
             patch.setattr(target, name, broken)
-            cpu_bf16._library.cache_clear()
+            avx512_bf16._library.cache_clear()
             caplog.clear()
             check_float_rows(w, torch.bfloat16, (9, 20))
         assert [said in record.message for record in caplog.records if record.levelname == "WARNING"] == [True]
-    cpu_bf16._library.cache_clear()
+    avx512_bf16._library.cache_clear()
 
 
-@pytest.mark.parametrize("few", [0, cpu_int8.FEW_PRODUCTS])
+@pytest.mark.parametrize("few", [0, int8.FEW_PRODUCTS])
 @pytest.mark.parametrize("name", ["4 bit", "8 bit"])
 def test_integer_rows(name: str, few: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cpu_int8, "FEW_PRODUCTS", few)
+    monkeypatch.setattr(int8, "FEW_PRODUCTS", few)
     w = weight(*WEIGHTS[name])
     x_scale, x_zero, sums = torch.full((1,), 0.03), torch.full((1,), 5.0), row_sums(w)
     for m in (1, 5, 33):
@@ -119,9 +122,9 @@ def test_sums_of_rows_with_one_scale_are_exact(bits: int, x_zero: float | None):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_small_weights_are_multiplied_by_the_compiled_loops(bits: int, monkeypatch: pytest.MonkeyPatch):
     """The last layer of a small network, whatever the number of rows: no reference, nothing dequantised beforehand."""
-    if cpu_products.library() is None:
+    if products.library() is None:
         pytest.skip("no C++ compiler")
-    for module, name in ((cpu_int8, "qmatmul_int8_ref"), (cpu, "_plain")):
+    for module, name in ((int8, "qmatmul_int8_ref"), (select, "_plain")):
         monkeypatch.setattr(module, name, None)
     n, k = 10, 64
     codes = torch.randint(2**bits, (n, k), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
@@ -145,10 +148,10 @@ def test_whole_numbers_in_fp32_give_the_same_bits(bits: int, monkeypatch: pytest
     x[1] = 127
     about = {"x_zero": torch.tensor([100.0]), "weight_sums": row_sums(w)}
     want = ((x.long() - 100) @ (codes.long() - 1).T).float() * 0.01
-    monkeypatch.setattr(cpu_int8, "multiplies_int8", lambda: False)
-    monkeypatch.setattr(cpu_int8, "FEW_PRODUCTS", 0)
+    monkeypatch.setattr(int8, "multiplies_int8", lambda: False)
+    monkeypatch.setattr(int8, "FEW_PRODUCTS", 0)
     for few in (0, 256):
-        monkeypatch.setattr(cpu_int8, "FEW_ROWS", {False: few})
+        monkeypatch.setattr(int8, "FEW_ROWS", {False: few})
         assert torch.equal(qmatmul_int8(x, torch.ones(1), w, **about), want)
 
 

@@ -9,9 +9,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gs_kernels import pack_weight, qmatmul, qmatmul_fp8, qmatmul_int8, quantize_rows, row_sums
-from gs_kernels.dispatch import INTERPRET
 from gs_kernels.pack.schema import flatten
 from gs_kernels.qmatmul.ref import qmatmul_ref
+from gs_kernels.runtime.dispatch import INTERPRET
 from tests.helpers import DEVICE, relative_rms
 from tests.kernels.traces import pretend_sm_90, traced_launches
 

@@ -5,10 +5,10 @@ import torch
 
 from gs_kernels import dequantize, fake_quant, quantize, requantize
 from gs_kernels.activations import ACTIVATIONS
-from gs_kernels.dispatch import INTERPRET
 from gs_kernels.requantize import cpu
 from gs_kernels.requantize.ref import requantize_ref
 from gs_kernels.requantize.spec import make, shape
+from gs_kernels.runtime.dispatch import INTERPRET
 from tests.helpers import DEVICE
 
 

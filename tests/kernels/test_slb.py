@@ -17,7 +17,7 @@ from gs_kernels import (
     slb_weight,
     unpack_codes,
 )
-from gs_kernels.dispatch import INTERPRET
+from gs_kernels.runtime.dispatch import INTERPRET
 from gs_kernels.slb.ref import slb_adamw_ref, slb_weight_backward_ref, slb_weight_ref
 from tests.helpers import relative_rms, same_bits
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gs_kernels import slb_adamw_, slb_pack, slb_sgd_, slb_weight
-from gs_kernels.dispatch import INTERPRET
+from gs_kernels.runtime.dispatch import INTERPRET
 from gs_kernels.slb import cpu
 from gs_kernels.slb.ref import slb_adamw_ref, slb_pack_ref, slb_sgd_ref, slb_weight_backward_ref, slb_weight_ref
 from tests.helpers import relative_rms, same_bits

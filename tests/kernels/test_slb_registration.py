@@ -9,7 +9,7 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gs_kernels import slb_adamw_, slb_pack, slb_sgd_, slb_weight
-from gs_kernels.dispatch import INTERPRET
+from gs_kernels.runtime.dispatch import INTERPRET
 from tests.helpers import DEVICE, relative_rms, same_bits
 
 if INTERPRET:

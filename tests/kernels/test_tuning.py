@@ -10,12 +10,12 @@ from collections import Counter
 import pytest
 import torch
 
-from gs_kernels.dispatch import INTERPRET
 from gs_kernels.fake_quant import tiles as fake_quant_tiles
-from gs_kernels.fake_quant.rows import BY_COL, BY_ROW, Rows
+from gs_kernels.fake_quant.strided_rows import BY_COL, BY_ROW, Rows
 from gs_kernels.qconv2d.tiles import choose_plan as choose_conv_plan
 from gs_kernels.qmatmul.tiles import DENSE as DENSE_PLAN
 from gs_kernels.qmatmul.tiles import choose_int8_plan, choose_plan
+from gs_kernels.runtime.dispatch import INTERPRET
 from gs_kernels.slb import tiles as slb_tiles
 from gs_kernels.tuning import tables
 from gs_kernels.tuning.space import Machine, find_space, spaces
@@ -235,9 +235,9 @@ if INTERPRET:
 pytest.importorskip("triton", reason="Triton is not installed: there are no kernels to compile")
 
 from gs_kernels.aot import launches_of  # noqa: E402
-from gs_kernels.spec import specs  # noqa: E402
+from gs_kernels.runtime.opspec import specs  # noqa: E402
 from gs_kernels.tuning import tuner  # noqa: E402
-from gs_kernels.tuning.cards import CARDS  # noqa: E402
+from gs_kernels.tuning.gpu_specs import CARDS  # noqa: E402
 from gs_kernels.tuning.space import FIXED  # noqa: E402
 from gs_kernels.tuning.static import Ranked, Ranking, Static  # noqa: E402
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from gs_kernels.dispatch import INTERPRET
+from gs_kernels.runtime.dispatch import INTERPRET
 
 if INTERPRET:
     pytest.skip("TRITON_INTERPRET=1: kernels cannot be compiled in this process", allow_module_level=True)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gs_kernels.dispatch import INTERPRET
-from gs_kernels.spec import specs
+from gs_kernels.runtime.dispatch import INTERPRET
+from gs_kernels.runtime.opspec import specs
 
 if INTERPRET:
     pytest.skip("TRITON_INTERPRET=1: kernels cannot be compiled in this process", allow_module_level=True)
@@ -16,10 +16,10 @@ triton = pytest.importorskip("triton", reason="Triton is not installed: there ar
 tl = pytest.importorskip("triton.language", reason="Triton is not installed: there are no kernels to compile")
 
 from gs_kernels.aot import record_launches, report  # noqa: E402
+from gs_kernels.aot.ir_cost import work_of  # noqa: E402
 from gs_kernels.aot.trace import traced  # noqa: E402
-from gs_kernels.aot.work import work_of  # noqa: E402
-from gs_kernels.tuning.cards import CARDS, card_of, find_card  # noqa: E402
-from gs_kernels.tuning.cost import estimate, predict_trace  # noqa: E402
+from gs_kernels.tuning.cost_model import estimate, predict_trace  # noqa: E402
+from gs_kernels.tuning.gpu_specs import CARDS, card_of, find_card  # noqa: E402
 
 H100 = CARDS["h100"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gs_algos.export.language import DTYPES, load_language_model
+from gs_algos.llm.load import DTYPES, load_language_model
 
 
 def save_float(model: Any, tokenizer: Any, folder: str, heads: list[int] | None) -> None:

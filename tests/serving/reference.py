@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from bench.serving import PROMPTS
-from gs_algos.export.language import load_language_model
+from gs_algos.llm.load import load_language_model
 
 TOKENS = 24
 

@@ -161,4 +161,7 @@ def site_of(view: View, node: Node) -> tuple[str, str]:
             owner_name,
             f"its weight is used by a function in {node.scope or 'the root'!r}, not by the module",
         )
-    return node.weight, f"functional {node.op} on a parameter; gs_algos.fx.rewrite.modularize turns it into a module"
+    return (
+        node.weight,
+        f"functional {node.op} on a parameter; gs_algos.fx.modularize turns it into a module",
+    )

@@ -4,15 +4,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gs_kernels.dispatch import launch
 from gs_kernels.pack.kernel import load_grid
 from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.qconv2d.geometry import Window
 from gs_kernels.qconv2d.kernel.conv import window_flags
-from gs_kernels.qconv2d.kernel.parts import is_inside, split_zero
+from gs_kernels.qconv2d.kernel.im2col import is_inside, split_zero
 from gs_kernels.qconv2d.tiles import depthwise_tile
-from gs_kernels.qconv2d.window import Window
-from gs_kernels.qmatmul.kernel.dequant import parts_of
+from gs_kernels.qmatmul.kernel.dequantize import parts_of
 from gs_kernels.qmatmul.kernel.reduce import epilogue, in_units, pixels, strides_of, unit_of
+from gs_kernels.runtime.dispatch import launch
 
 
 @triton.jit

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from gs_kernels.activations import ACTIVATIONS
-from gs_kernels.device import capabilities
-from gs_kernels.dispatch import INTERPRET
 from gs_kernels.pack.layouts import PackedWeight
-from gs_kernels.qmatmul.kernel.dequant import dequantize, grouping
+from gs_kernels.qmatmul.kernel.dequantize import dequantize, grouping
 from gs_kernels.qmatmul.kernel.int8 import multiply_int8
 from gs_kernels.qmatmul.kernel.matmul import multiply
-from gs_kernels.qmatmul.kernel.rows import quantize
+from gs_kernels.qmatmul.kernel.quantize_rows import quantize
 from gs_kernels.qmatmul.tiles import choose_int8_plan, choose_plan
+from gs_kernels.runtime.device import capabilities
+from gs_kernels.runtime.dispatch import INTERPRET
 from gs_kernels.runtime.torch_private import is_eager
 
 MAX_STRIDE = 1 << 22  # offsets inside a tile of x are 32-bit

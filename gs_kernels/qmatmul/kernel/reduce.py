@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gs_kernels.dispatch import launch
 from gs_kernels.fake_quant.tiles import power_of_two
-from gs_kernels.lang import activate, clamp, inverse, steps
+from gs_kernels.runtime.dispatch import launch
+from gs_kernels.triton_lib import activate, clamp, inverse, steps
 
 
 @triton.jit

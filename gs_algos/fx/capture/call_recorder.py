@@ -1,0 +1,136 @@
+"""What runs, by running it: calls of chosen modules in order, and functions that read parameters outside of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from gs_algos.core.modules import parent_name
+from gs_algos.fx import ops
+from gs_algos.fx.capture.graph_reader import Draft, Names
+from gs_kernels.runtime.torch_private import tree_leaves, tree_map
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module with the arguments it got."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def record(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    names: Names,
+    is_unit: Callable[[nn.Module], bool],
+) -> list[Call | Draft]:
+    """Runs `module` on copies of its inputs and lists, in order, the outermost calls of units inside it.
+
+    Functions that read a parameter outside every unit come as drafts without edges.
+    """
+    found: list[Call | Draft] = []
+    depth = 0
+
+    def enter(unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal depth
+        if depth == 0:
+            found.append(Call(unit, *copied((args, kwargs), module)))
+        depth += 1
+
+    def leave(*_: Any) -> None:
+        nonlocal depth
+        depth -= 1
+
+    units = [child for child in module.modules() if child is not module and is_unit(child) and ops.is_hookable(child)]
+    handles = [unit.register_forward_pre_hook(enter, with_kwargs=True, prepend=True) for unit in units]
+    handles += [unit.register_forward_hook(leave) for unit in units]
+    try:
+        with _ParameterReads(names, lambda draft: None if depth else found.append(draft)):
+            args, kwargs = copied((args, kwargs), module)
+            module(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def first_calls(
+    modules: dict[str, nn.Module], root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Call]:
+    """Runs `root` on copies of its inputs; the first call of each of the modules that is called, by its name."""
+    found: dict[str, Call] = {}
+    handles = []
+    for name, module in modules.items():
+
+        def enter(unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+            if name not in found:
+                found[name] = Call(unit, *copied((args, kwargs), root))
+
+        if ops.is_hookable(module):
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+    try:
+        args, kwargs = copied((args, kwargs), root)
+        root(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def leaf_draft(module: nn.Module, names: Names) -> Draft:
+    """A call of a module of which nothing but its class is known: no edges."""
+    name = names.modules[id(module)]
+    op = ops.op_of_module(module)
+    reads = tuple(names.owners[id(found)][0] for found in module.parameters())
+    known = ops.is_plain(module) or op == "other"
+    weight = names.weight_of(name)
+    return Draft(op, [], type(module).__name__, name, None, name if known else None, weight, reads)
+
+
+class _ParameterReads(TorchFunctionMode):
+    """Reports every torch function that is given a parameter of the model."""
+
+    def __init__(self, names: Names, report: Callable[[Draft], None]) -> None:
+        super().__init__()
+        self.names = names
+        self.report = report
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = ops.bare_name(func)
+        owners = self.names.owners
+        reads = tuple(owners[id(leaf)][0] for leaf in tree_leaves((args, kwargs)) if id(leaf) in owners)
+        if reads and not name.startswith("__"):  # properties such as .shape come as `__get__`
+            op = ops.op_of_call(name, args, kwargs)
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            used = owners[id(weight)][0] if op in ops.WEIGHTED and id(weight) in owners else None
+            # which module calls the function is not known: the owner of the parameter stands in
+            self.report(Draft(op, [], name, parent_name(used or reads[0]), weight=used, reads=reads))
+        return func(*args, **kwargs)
+
+
+def copied(arguments: Any, model: nn.Module) -> Any:
+    """The arguments of a call as they are now: a forward may write into tensors, and grow a key-value cache.
+
+    The model's own parameters and modules stay the same objects. What cannot be copied is passed on as it is.
+    """
+    memo: dict[int, Any] = {id(own): own for own in (*model.parameters(), *model.buffers(), *model.modules())}
+    try:
+        return copy.deepcopy(arguments, memo)
+    except Exception:  # noqa: BLE001  any class may refuse, for any reason
+        return tree_map(_clone, arguments)
+
+
+def _clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,279 @@
+"""Packed language models to and from the checkpoint formats of other libraries, one layer in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gs_algos.llm.folder import Folder, ShardWriter, opened_all, read_folder, whole_folder
+from gs_algos.llm.foreign import BESIDE, ENTRY, OLD_ENTRY, settings_of
+from gs_algos.llm.formats import awq, compressed_tensors, gptq
+from gs_algos.llm.formats.base import Format, Reader
+from gs_algos.llm.packed_config import METHOD, VERSION, PackedConfig, read_config
+from gs_algos.llm.skeleton import check_ties, fit, skeleton
+from gs_algos.llm.verify import check_tensors, part_names, verify_files
+from gs_algos.quant.packed.module import PARTS, PackedFormat
+from gs_algos.quant.packed.packable import base_of, float_weight, matrix_of
+from gs_kernels import PackedWeight, unpack_codes
+from gs_kernels.pack.checks import check_packed_values
+from gs_kernels.pack.serialize import to_tensors
+
+FORMATS: dict[str, Format] = {f.method: f for f in (compressed_tensors.FORMAT, gptq.FORMAT, awq.FORMAT)}
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """What was written. layers: packed ones; floats: packed layers that the format has no place for, now floats."""
+
+    folder: Path
+    layers: int
+    floats: tuple[str, ...]
+    nbytes: int
+
+
+def export_language_model(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], to: str, *, shard_bytes: int = 2**31
+) -> Exchanged:
+    """Writes a packed folder as the new folder `target` in the format `to`: the same codes, scales and zero points.
+
+    Embeddings, layers tied to one, and for gptq and awq the output head become floats in the dtype of config.json.
+
+    Args:
+        to: "compressed-tensors", "gptq" or "awq".
+        shard_bytes: largest tensor file.
+
+    Raises:
+        ValueError: if the source is no packed folder or is damaged, the target is not empty, or a layer has bits,
+            groups or zero points that the format cannot hold.
+    """
+    who = "export_language_model"
+    if to not in FORMATS:
+        raise ValueError(f"{who}: to must be one of {', '.join(FORMATS)}, got {to!r}")
+    format = FORMATS[to]
+    folder = read_folder(source, who)
+    where = f"{who}: {folder.path / 'config.json'}"
+    config = read_config(folder.config.get("quantization_config"), where)
+    check_tensors(folder, config, who)
+    verify_files(folder.path, config.files, who)
+    model = skeleton(folder.path, who)
+    held = part_names(config)
+    plain = {name: facts for name, facts in folder.headers(who).items() if name not in held}
+    fit(model, plain, [*config.layers, *config.tied]).refuse(who, folder.path, model)
+    _check_packed_shapes(model, config, where)
+    floats = _floats(model, config, format)
+    writer = format.writer([f for name, f in config.layers.items() if name not in floats])
+    if len(floats) == len(config.layers):
+        raise ValueError(f"{who}: {folder.path} must have a packed linear layer that {to} can hold, got none")
+    dtype = getattr(torch, str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "float32"))
+    with whole_folder(target, who) as out, opened_all(folder, who) as get:
+        shards = ShardWriter(out, shard_bytes)
+        for name, parts in _grouped(folder.tensors, config.layers).items():
+            if parts is None:
+                shards.add(name, get(name))
+                continue
+            weight = _packed(config.layers[name], {part: get(f"{name}.{part}") for part in parts})
+            check_packed_values(who, weight, name)
+            if name in floats:
+                shards.add(f"{name}.weight", float_weight(model.get_submodule(name), weight, dtype))
+                continue
+            for part, tensor in writer.layer(name, weight).items():
+                shards.add(f"{name}.{part}", tensor)
+        shards.close()
+        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        kept = [name for name in linears if name not in config.layers or name in floats]
+        _write_config(out, folder, writer.config(kept))
+    return Exchanged(Path(target), len(config.layers) - len(floats), tuple(sorted(floats)), shards.nbytes)
+
+
+def import_language_model(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], *, shard_bytes: int = 2**31
+) -> Exchanged:
+    """Reads a compressed-tensors, GPTQ or AWQ folder into the new packed folder `target`, exactly.
+
+    The settings are those of config.json, or of the quantize_config.json or quant_config.json beside it.
+
+    Raises:
+        ValueError: if the source is of no such format or is damaged, the target is not empty, a tensor is missing or
+            one too many, the config says what is not used here or what its tensors contradict, or a layer has what ours
+            have not: 3 bits, an act-order, quantized activations.
+    """
+    who = "import_language_model"
+    folder = read_folder(source, who)
+    settings = settings_of(folder, who)
+    method = None if settings is None else settings.method
+    if settings is None or not isinstance(method, str) or method not in FORMATS:
+        where = f"{who}: {folder.path / 'config.json'}" if settings is None else settings.where
+        advice = "it is packed already" if method == METHOD else "for a float model use quantize"
+        raise ValueError(f"{where}: quant_method must be one of {', '.join(FORMATS)}, got {method!r}; {advice}")
+    format = FORMATS[method]
+    reader = format.reader(settings.entries, settings.where)
+    model = skeleton(folder.path, who)
+    layers = _foreign_layers(folder, model, format, who)
+    _check_said(model, layers, reader, format, settings.where)
+    formats: dict[str, PackedFormat] = {}
+    with opened_all(folder, who) as get:
+        idle = _check_floats(folder, model, layers, format, get, who)
+        with whole_folder(target, who) as out:
+            shards = ShardWriter(out, shard_bytes)
+            for name, parts in _grouped(folder.tensors, layers, format.parts).items():
+                if parts is None:
+                    if name not in idle:
+                        shards.add(name, get(name))
+                    continue
+                try:
+                    weight = reader.layer(name, {part: get(f"{name}.{part}") for part in parts})
+                except TypeError as error:  # of a tensor, which is no argument of the caller: the file is wrong
+                    raise ValueError(f"{error}; {folder.path} is damaged") from error
+                _check_weight(who, layers[name], name, weight)
+                formats[name] = PackedFormat.of(weight)
+                for part, tensor in to_tensors(weight)[0].items():
+                    shards.add(f"{name}.{part}", tensor)
+            shards.close()
+            described = {name: format.to_dict() for name, format in formats.items()}
+            about = {"quant_method": METHOD, "version": VERSION, "weights": f"from {method}", "layers": described}
+            _write_config(out, folder, {**about, "tied": {}, "files": shards.hashes})
+    return Exchanged(Path(target), len(formats), (), shards.nbytes)
+
+
+def _foreign_layers(folder: Folder, model: nn.Module, format: Format, who: str) -> dict[str, nn.Linear]:
+    """The linear layers of the model of which the folder has parts of the format.
+
+    Raises:
+        ValueError: if there are none, or there are parts of something else.
+    """
+    modules = dict(model.named_modules())
+    found: dict[str, nn.Linear] = {}
+    for tensor in folder.tensors:
+        name, _, part = tensor.rpartition(".")
+        layer = modules.get(name)
+        if part not in format.parts:
+            continue
+        if not isinstance(layer, nn.Linear):
+            raise ValueError(
+                f"{who}: {name} must be a linear layer of the model in config.json, got {tensor}; "
+                "what Transformers holds in one tensor, as experts, cannot be imported"
+            )
+        found[name] = layer
+    if not found:
+        raise ValueError(
+            f"{who}: {folder.path} must hold layers of {format.method}, got no tensor that ends in .{format.marker}"
+        )
+    return found
+
+
+def _check_said(model: nn.Module, layers: Collection[str], reader: Reader, format: Format, where: str) -> None:
+    """Raises if the config says of a linear layer that it is packed and it is not, or the other way round."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    tied: Any = model.all_tied_weights_keys
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
+        says = reader.packs(name, layer, layer is head)
+        if says is not None and says[0] != (name in layers) and (says[0] is False or f"{name}.weight" not in tied):
+            want, got = ("packed", f"no {name}.{format.marker}") if says[0] else ("float", f"{name}.{format.marker}")
+            raise ValueError(f"{where}: {name} must be {want} as {says[1]} says, got {got}; the folder is incomplete")
+
+
+def _check_floats(
+    folder: Folder, model: nn.Module, layers: Collection[str], format: Format, get: Any, who: str
+) -> set[str]:
+    """Raises unless what is not packed is what the model needs; the biases of zeros that nobody needs.
+
+    Some packers add those to layers that have none.
+    """
+    plain = {
+        name: facts
+        for name, facts in folder.headers(who).items()
+        if not (name.rpartition(".")[0] in layers and name.rpartition(".")[2] in format.parts)
+    }
+    found = fit(model, plain, layers)
+    idle = {
+        name
+        for name in found.unused
+        if name.rpartition(".")[0] in layers and name.endswith(".bias") and not bool(get(name).any())
+    }
+    replace(found, unused=tuple(name for name in found.unused if name not in idle)).refuse(who, folder.path, model)
+    check_ties(model, folder, get, who)
+    return idle
+
+
+def _check_packed_shapes(model: nn.Module, config: PackedConfig, where: str) -> None:
+    """Raises unless every packed layer is one of the model, and of its shape."""
+    modules = dict(model.named_modules())
+    for owner, format in config.layers.items():
+        for name in config.names(owner):
+            layer = modules.get(name)
+            if layer is None or base_of(layer) is None:
+                raise ValueError(f"{where}: {name} must be a layer of a {type(model).__name__}, got none such")
+            shape = tuple(matrix_of(layer, layer.weight).shape)  # type: ignore[arg-type]
+            if shape != format.shape:
+                raise ValueError(f"{where}: {name} must be {list(shape)} as the rest says, got {list(format.shape)}")
+
+
+def _floats(model: nn.Module, config: PackedConfig, format: Format) -> set[str]:
+    """Packed layers that the format cannot hold."""
+    modules = dict(model.named_modules())
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    shared = set(config.tied.values())
+    return {
+        name
+        for name in config.layers
+        if not isinstance(modules.get(name), nn.Linear)
+        or name in shared
+        or (modules[name] is head and not format.heads)
+    }
+
+
+def _grouped(tensors: Any, layers: Any, known: tuple[str, ...] = PARTS) -> dict[str, list[str] | None]:
+    """In the order of the files: layer -> its parts, and for every other tensor its name -> None."""
+    owners = set(layers)
+    found: dict[str, list[str] | None] = {}
+    for name in tensors:
+        layer, _, part = name.rpartition(".")
+        if layer in owners and part in known:
+            parts = found.setdefault(layer, [])
+            assert parts is not None
+            parts.append(part)
+        else:
+            found[name] = None
+    return found
+
+
+def _packed(format: PackedFormat, tensors: dict[str, Tensor]) -> PackedWeight:
+    zero: Any = tensors["zero"] if format.zero is None else format.zero
+    levels = tensors.get("levels")
+    return PackedWeight(tensors["codes"], tensors["scale"], zero, levels, format.bits, format.shape, format.group_size)
+
+
+def _check_weight(who: str, layer: nn.Linear, name: str, weight: PackedWeight) -> None:
+    """Raises unless the weight has the shape of its layer, and a scale for every group that has codes."""
+    shape = list(layer.weight.shape)
+    if shape != list(weight.shape):
+        raise ValueError(
+            f"{who}: {name} must be of shape {shape} as config.json says, got a packed weight of {list(weight.shape)}"
+        )
+    lost = weight.scale == 0
+    if bool(lost.any()):
+        grouped = unpack_codes(weight.codes, weight.bits, weight.shape).unflatten(1, (-1, weight.group_size))
+        zero = weight.zero[..., None] if isinstance(weight.zero, Tensor) else weight.zero
+        if bool(((grouped != zero).any(-1) & lost).any()):
+            raise ValueError(
+                f"{who}: scales of {name} must not be 0 for codes that are not, got {int(lost.sum())} such groups; "
+                "the file is damaged"
+            )
+
+
+def _write_config(out: Path, folder: Folder, entry: dict[str, Any]) -> None:
+    config = {key: value for key, value in folder.config.items() if key != OLD_ENTRY}
+    (out / "config.json").write_text(json.dumps({**config, ENTRY: entry}, indent=2))
+    for file in folder.companions():
+        if file.name not in BESIDE:
+            shutil.copyfile(file, out / file.name)

@@ -1,0 +1,197 @@
+"""The language model that a config.json describes, without data, and how the tensors of a folder fit it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gs_algos.llm.folder import Folder
+from gs_algos.llm.libraries import library
+from gs_algos.quant.packed.module import PARTS
+
+OLD = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")  # once stored, now computed
+OURS = ("from_pretrained: ", "quantization_config: ")  # how what is said by this package begins
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Where a folder and its model differ. All empty: every tensor of the model is there, and no other.
+
+    Args:
+        missing: tensors of the model that the folder has not, by the model's names.
+        unused: tensors of the folder that the model has not, by the folder's names.
+        wrong: (name, what the model has, what the folder has) of those whose shapes or kinds differ.
+    """
+
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+    wrong: tuple[tuple[str, str, str], ...]
+
+    def refuse(self, who: str, path: Path, model: nn.Module) -> None:
+        """Raises for the first difference.
+
+        Raises:
+            ValueError: so.
+        """
+        kind = type(model).__name__
+        if self.missing:
+            more = f" ({len(self.missing)} such tensors)" if len(self.missing) > 1 else ""
+            raise ValueError(
+                f"{who}: {path} must hold {self.missing[0]}, which the {kind} of config.json needs, got no such "
+                f"tensor{more}; the folder is incomplete"
+            )
+        for name, want, got in self.wrong:
+            raise ValueError(f"{who}: {name} in {path} must be {want} as config.json says, got {got}; one is damaged")
+        if self.unused:
+            more = f" ({len(self.unused)} such tensors)" if len(self.unused) > 1 else ""
+            raise ValueError(
+                f"{who}: {path} must hold what a {kind} uses, got {self.unused[0]} too{more}; "
+                "what is left out would be lost, so take it out first or mend config.json"
+            )
+
+
+@contextmanager
+def naming(who: str, what: str) -> Iterator[None]:
+    """Whatever Transformers or tokenizers raise inside becomes a ValueError that names the file.
+
+    Raises:
+        ValueError: so.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(OURS):
+            raise
+        text = " ".join(str(error).split())
+        raise ValueError(f"{who}: {what} must be whole, got {type(error).__name__}: {text:.300}") from error
+
+
+def skeleton(path: Path, who: str = "skeleton") -> nn.Module:
+    """The causal language model that config.json describes, on the meta device.
+
+    Raises:
+        ValueError: if Transformers does not make one of it.
+    """
+    transformers = library("transformers")
+    with naming(who, f"{path / 'config.json'} of a model that transformers knows"):
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model
+
+
+def fit(
+    model: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]], packed: Collection[str] = (), tied: bool = True
+) -> Fit:
+    """How the tensors (name -> dtype, shape) that are no part of a packed layer fit the model.
+
+    Args:
+        packed: layers whose weight is not among the tensors, and need not be.
+        tied: whether a tensor may be missing whose partner is there.
+    """
+    state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    layers = {f"{name}.weight" for name in packed}
+    found: set[str] = set()
+    unused, wrong = [], []
+    for name, (keys, whole) in _renamed(model, tensors).items():
+        known = [key for key in keys if key in state]
+        found.update(known)
+        dtype, shape = tensors[name]
+        if not known:
+            unused.append(name)
+        elif whole and state[known[0]] != shape:
+            wrong.append((name, str(list(state[known[0]])), str(list(shape))))
+        elif whole and dtype not in FLOATS and model.state_dict()[known[0]].is_floating_point():
+            wrong.append((name, f"of {', '.join(FLOATS)}", dtype))
+    missing = set(state) - found - layers
+    holes = _holes(model, state, tensors)
+    if tied:
+        for target, source in model.all_tied_weights_keys.items():
+            if {target, source} & (found | layers):
+                missing -= {target, source}
+    ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    optional = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return Fit(
+        (*(name for name in state if name in missing and not _any(ignored, name)), *holes),
+        tuple(name for name in unused if not _any((*optional, *OLD), name)),
+        tuple(wrong),
+    )
+
+
+def part_names_in(model: Any, names: Collection[str]) -> dict[str, str]:
+    """name in the float model -> name in the folder, of the parts of packed weights: they are renamed as weights."""
+    weights = {name: f"{name.rpartition('.')[0]}.weight" for name in names if name.rpartition(".")[2] in PARTS}
+    renamed = _renamed(model, weights.values())
+    return {
+        f"{renamed[weight][0][0].removesuffix('weight')}{name.rpartition('.')[2]}": name
+        for name, weight in weights.items()
+    }
+
+
+def check_ties(model: Any, folder: Folder, get: Callable[[str], Tensor], who: str) -> None:
+    """Raises if the folder holds two tensors with different values that the config ties: one would be lost.
+
+    Args:
+        get: a tensor of the folder by its name.
+
+    Raises:
+        ValueError: so.
+    """
+    for target, source in model.all_tied_weights_keys.items():
+        if {target, source} <= folder.tensors.keys() and not torch.equal(get(target), get(source)):
+            raise ValueError(
+                f"{who}: {target} in {folder.path} must be {source}, to which config.json ties it, got other values; "
+                "set tie_word_embeddings to false, or take one out"
+            )
+
+
+def _any(patterns: Collection[str], name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _holes(model: Any, state: Mapping[str, tuple[int, ...]], names: Collection[str]) -> list[str]:
+    """Tensors of single experts that are not there though others are, of those that become one with others."""
+    there = set(names)
+    lost: dict[str, None] = {}
+    for name, (keys, whole) in _renamed(model, names).items():
+        match = None if whole or keys[0] not in state else re.search(r"\.experts\.(\d+)\.", name)
+        for i in range(state[keys[0]][0]) if match is not None else ():
+            assert match is not None
+            sibling = f"{name[: match.start(1)]}{i}{name[match.end(1) :]}"
+            if sibling not in there:
+                lost[sibling] = None
+    return list(lost)
+
+
+def _renamed(model: Any, names: Collection[str]) -> dict[str, tuple[list[str], bool]]:
+    """name in the folder -> names in the model, and whether the tensor becomes that one whole and unchanged.
+
+    Transformers renames tensors of older folders, and puts some together or takes them apart, as experts.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    conversions = get_model_conversion_mapping(model)
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    renamings: list[Any] = [entry for entry in conversions if not isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    found: dict[str, tuple[list[str], bool]] = {}
+    for name in names:
+        key, source = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        keys = [key]
+        if source is not None:
+            converter = next(entry for entry in converters if source in entry.source_patterns)
+            first, *others = converter.target_patterns
+            keys += [key.replace(first, other, 1) for other in others]
+        if key not in state and name in state:
+            keys, source = [name], None
+        found[name] = (keys, source is None)
+    return found

@@ -1,0 +1,102 @@
+"""From searched layers to packed layers: the codes, their scales, and the batch norm behind them folded in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gs_algos.core.modules import get_module
+from gs_algos.core.plan import PlanRow, render_layers
+from gs_algos.qat.slb.layers import Searched
+from gs_algos.qat.slb.pact import parse_act
+from gs_algos.quant.integer.layers import QuantizedConv, QuantizedLayer, QuantizedLinear
+from gs_algos.quant.level_grid import LevelGrid
+from gs_algos.quant.network.convert import batch_norm_of, output_quantizer_of, round_bias
+from gs_algos.quant.network.layer_plan import LayerPlan
+from gs_algos.quant.packed.conv import PackedConv
+from gs_algos.quant.packed.conv_base import conv_rows, geometry_of
+from gs_algos.quant.packed.linear import PackedLinear
+from gs_algos.quant.packed.module import Packed, PackedFormat
+from gs_kernels import PackedWeight
+
+
+@torch.no_grad()
+def packed_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module:
+    """The converted form of one trained layer: its chosen codes (those of the largest logits if none are yet)."""
+    layer = _searched(model, row)
+    if hasattr(layer.search.logits, "full_tensor"):
+        raise RuntimeError(f"convert: {row.site} must have whole logits, got sharded ones; unshard the model first")
+    weight, bias = layer.search.packed(), layer.bias
+    bn = batch_norm_of(model, row)
+    if bn is not None:
+        slope, bias = layer.epilogue(bn)
+        scale = weight.scale * slope[:, None]
+        weight = PackedWeight(weight.codes, scale, weight.zero, None, weight.bits, weight.shape, weight.group_size)
+    weight = conv_rows(weight, layer.search.shape[1:])
+    output = output_quantizer_of(model, row)
+    new = _around(layer, row, weight, None if bias is None else bias.detach().float().clone(), output)
+    if isinstance(new, QuantizedLayer) and new.input_quantizer is not None and layer.input_quantizer is not None:
+        new.input_quantizer.take(layer.input_quantizer)
+        round_bias(new)
+    if isinstance(new, QuantizedLayer) and new.output_quantizer is not None:
+        new.output_quantizer.take(output)
+    return new.eval()
+
+
+def unfilled_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module:
+    """A converted layer of the right shapes, its tensors still to be filled."""
+    layer = _searched(model, row)
+    grid, device = LevelGrid.parse(row.settings.weight), layer.search.codes.device
+    (n, k), bias = layer.search.size, layer.bias is not None or row.settings.bn is not None
+    weight = PackedFormat(grid.bits, (n, k), k, grid.zero, "float32").empty(device)
+    new = _around(layer, row, weight, torch.empty(n, device=device) if bias else None, output_quantizer_of(model, row))
+    if not grid.learned and row.settings.bn is None:  # a batch norm's gamma may turn them around
+        new.signs = "positive"
+    return new
+
+
+def summary_of(model: nn.Module) -> str:
+    """A table of the searched or packed layers of a model: codes, bytes, how far the search is, and the arithmetic."""
+    rows: list[tuple[Any, ...]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, Searched):
+            search = module.search
+            state = "one-hot" if search.one_hot else f"searching, gap {search.gap().item():.3f}"
+            nbytes = search.logits.numel() * search.logits.element_size()
+            rows.append((name, search.grid, _act(module), f"{nbytes:,} of logits", state, ""))
+        elif isinstance(module, Packed):
+            notes = "; ".join(getattr(module, "notes", ()))
+            rows.append((name, f"{module.bits}bit", _act(module), f"{module.nbytes:,}", module.path(), notes))
+    return render_layers(("layer", "weight", "activation", "bytes", "runs as", "why no more"), rows)
+
+
+def _act(layer: Any) -> str:
+    quantizer = getattr(layer, "input_quantizer", None)
+    return "float" if quantizer is None else quantizer.extra_repr()
+
+
+def _around(layer: Searched, row: PlanRow[LayerPlan], weight: PackedWeight, bias: Tensor | None, output: Any) -> Packed:
+    """A converted layer around a packed weight: on integers where what comes in is quantized too.
+
+    output: the trained quantizer of what it gives, if an add or a concat shares one.
+    """
+    dtype = torch.float32 if layer.bias is None else layer.bias.dtype
+    linear, act = isinstance(layer, nn.Linear), parse_act(row.settings.act)
+    if act is not None or output is not None:
+        options: dict[str, Any] = {"scheme": layer.search.grid, "bias": bias, "dtype": dtype}
+        options |= {"input": None if act is None else act[0], "output": None if output is None else output.scheme}
+        if linear:
+            return QuantizedLinear(weight, **options)
+        return QuantizedConv(geometry_of(layer), layer.search.shape[1:], weight, **options)
+    if linear:
+        return PackedLinear(weight, bias, dtype)
+    return PackedConv(weight, geometry_of(layer), layer.search.shape[1:], bias, dtype)
+
+
+def _searched(model: nn.Module, row: PlanRow[LayerPlan]) -> Searched:
+    layer = get_module(model, row.site)
+    if not isinstance(layer, Searched):
+        raise RuntimeError(f"convert: {row.site} must be the layer that apply prepared, got {type(layer).__name__}")
+    return layer

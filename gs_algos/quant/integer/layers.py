@@ -1,0 +1,425 @@
+"""Converted layers: packed integer codes and scales, no float weight. What a trained fake-quantized layer becomes.
+
+They run in integer arithmetic where they can (int8 codes on both sides, int32 accumulation), else they multiply floats
+with their packed codes. `path()` says which and why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gs_algos.core.values import FINITE, Rules, whole_within
+from gs_algos.quant.integer.prepared_call import Ready, remembered
+from gs_algos.quant.integer.quantized_tensor import CodesTensor, hands_now, real, values
+from gs_algos.quant.integer.static_quantizer import StaticQuantizer
+from gs_algos.quant.level_grid import LevelGrid
+from gs_algos.quant.packed.conv_base import Convolution
+from gs_algos.quant.packed.module import PARTS, Packed, PackedFormat, zero_as
+from gs_algos.quant.scheme import Scheme
+from gs_kernels import (
+    PackedWeight,
+    PerGroup,
+    choose_qparams,
+    code_sums,
+    pack_weight,
+    qconv2d_int8,
+    qmatmul,
+    qmatmul_int8,
+    row_sums,
+)
+from gs_kernels.pack.checks import FLOATS, dtype_name
+from gs_kernels.pack.layouts import BITS
+from gs_kernels.qconv2d.checks import LARGEST_GROUP
+from gs_kernels.qconv2d.cpu.int8 import Int8Convolution
+from gs_kernels.qconv2d.op_int8 import prepared_qconv2d_int8
+from gs_kernels.qmatmul.cpu.int8 import Int8Product
+from gs_kernels.qmatmul.op_int8 import prepared_qmatmul_int8
+from gs_kernels.runtime.instructions import multiplies_int8
+
+Residual: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]  # itself, and scale and zero point of codes
+
+ALONE: Residual = (None, None, None)
+INT_DEVICES = ("cpu",)
+MOST_PARTS = 64  # of a filter whose sums no int32 holds
+INTEGER = "integer: int8 x int8 -> int32"
+WITHOUT_VNNI = "integer: products of 16 bits or in fp32, for this CPU has no VNNI"
+HANDING = " -> int8 for the next layer"
+ON_GRID = " -> int8 on its own grid"
+
+
+class QuantizedLayer(Packed):
+    """A weight as integers, packed: weight = (codes - zero) * scale; and the grids of what goes in and comes out.
+
+    Rows of a weight `[O, ...]` are flattened. Scales (and zero points, of an asymmetric grid) are `[O, groups]` fp32,
+    whatever the granularity; bias `[O]` fp32. A scale is negative where a batch norm with negative gamma was folded in.
+    Codes of 3, 5, 6 and 7 bits take the bytes of 4 and 8.
+
+    Args:
+        weight: as `packed_codes` gives it.
+        scheme: that the weight was trained with.
+        bias: `[O]`.
+        input, output: schemes of the activations in front of and behind the product.
+        dtype: that the float layer had.
+    """
+
+    kept = (*PARTS, "bias")
+    bias: Tensor | None
+    input_quantizer: StaticQuantizer | None
+    output_quantizer: StaticQuantizer | None
+
+    def __init__(
+        self,
+        weight: PackedWeight,
+        scheme: Scheme | LevelGrid,
+        bias: Tensor | None = None,
+        input: Scheme | None = None,
+        output: Scheme | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(weight, dtype)
+        self.scheme = scheme
+        self.register_buffer("bias", None if bias is None else bias.float())
+        self.input_quantizer = None if input is None else StaticQuantizer(input, weight.device)
+        self.output_quantizer = None if output is None else StaticQuantizer(output, weight.device)
+        # grids of other layers: of codes that come in, and of those that go out; in tuples, for they are not children
+        self._known: tuple[StaticQuantizer, ...] = ()
+        self._handed: tuple[StaticQuantizer, ...] = ()
+
+    def state_rules(self) -> Rules:
+        zero = FINITE if self.scheme.learned else whole_within(0, 2**self.bits - 1)
+        return {**super().state_rules(), "zero": zero, "bias": FINITE}
+
+    def integer_refusals(self, device: torch.device) -> list[str]:
+        """Why the product cannot run on integers; empty if it can."""
+        raise AssertionError("every QuantizedLayer knows")
+
+    def path(self) -> str:
+        reasons = self.integer_refusals(self.packed.device)
+        return f"{super().path()}: {', '.join(reasons)}" if reasons else INTEGER
+
+    def _on_integers(self, x: Tensor) -> bool:
+        """Whether the product with x runs on integers; one that a gradient has to pass is that of floats."""
+        if x.dtype not in FLOATS:
+            names = "float32 / float16 / bfloat16"
+            raise TypeError(
+                f"{type(self).__name__}: the input must be {names}, got {dtype_name(x.dtype)}; cast it first"
+            )
+        return not (x.requires_grad and torch.is_grad_enabled()) and not self.integer_refusals(x.device)
+
+    def _shifted(self) -> bool:
+        """Whether 0.0 may have a code other than 0 in x."""
+        scheme = None if self.input_quantizer is None else self.input_quantizer.scheme
+        return scheme is not None and not (scheme.symmetric and scheme.format.signed)
+
+    def _codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(int8 codes of x on the grid of the input, their zero point); x may be codes already."""
+        quantizer = self.input_quantizer
+        assert quantizer is not None
+        return self._known_codes(x), quantizer.signed_zero()
+
+    def _known_codes(self, x: Tensor) -> Tensor:
+        if type(x) is CodesTensor and x.quantizer in self._known:
+            return x.codes
+        codes: Tensor = self._modules["input_quantizer"].int8_codes(x)  # type: ignore[union-attr, operator]
+        return codes
+
+    def _finish(self, y: Tensor) -> Tensor:
+        return y if self.output_quantizer is None else self.output_quantizer(y)
+
+
+class QuantizedLinear(QuantizedLayer):
+    """`y = x @ weight^T + bias` on codes: int8 x int8 -> int32 where it can, else floats times packed codes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.out_features, self.in_features = self.shape
+        # what the zero point of x is multiplied with; follows from the codes, so it is not saved
+        self.register_buffer("row_sums", None, persistent=False)
+        self.arrange()
+
+    def arrange(self) -> None:
+        super().arrange()
+        if "row_sums" in self._buffers and self.codes is not None and not self.codes.is_meta:
+            self.row_sums = row_sums(self.packed) if self._shifted() else None
+
+    def integer_refusals(self, device: torch.device) -> list[str]:
+        """Why the product cannot run on integers; empty if it can."""
+        grouped = ["scales are per group"] if self.group_size != self.in_features else []
+        return [*_refusals_of(self.input_quantizer), *grouped, *_refusals_on(device)]
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
+        run = self._ready_for(x)
+        if run is not None:
+            y = run(self._known_codes(x), self._modules["input_quantizer"]._buffers["scale"])  # type: ignore[union-attr, arg-type]
+            return self._finish(y)
+        if self._on_integers(x):
+            return self._finish(self._integer(x))
+        x = x if self.input_quantizer is None else self.input_quantizer(x)
+        return self._finish(qmatmul(x, self.packed, self.bias))
+
+    def _integer(self, x: Tensor) -> Tensor:
+        """`((qx - zx) @ (qw - zw)^T) * (sx * sw) + bias`; sums in int32, one cast at the end."""
+        quantizer = self.input_quantizer
+        assert quantizer is not None
+        codes, zero = self._codes(x)
+        return qmatmul_int8(
+            codes,
+            quantizer.scale,
+            self.packed,
+            self.bias,
+            x_zero=zero if self._shifted() else None,
+            weight_sums=self.row_sums,
+            dtype=x.dtype,
+        )
+
+    def _ready_for(self, x: Tensor) -> Int8Product | None:
+        """A quicker way to make the product with rows like those of x; None if there is none."""
+        if not may_prepare(x):
+            return None
+
+        def make() -> Int8Product | None:
+            quantizer = self.input_quantizer
+            if quantizer is None or self.integer_refusals(x.device):
+                return None
+            return prepared_qmatmul_int8(
+                torch.empty(tuple(x.shape), dtype=torch.int8, device=x.device),
+                quantizer.scale,
+                self.packed,
+                self.bias,
+                x_zero=quantizer.signed_zero() if self._shifted() else None,
+                dtype=x.dtype,
+            )
+
+        parts = (self, self._modules.get("input_quantizer"))
+        ready: Int8Product | None = remembered(self, (x.dtype, x.device, x.shape[-1:]), parts, make)
+        return ready
+
+
+class QuantizedConv(Convolution, QuantizedLayer):
+    """`y = conv(x, weight) + bias` with the geometry of the layer it replaces, on codes as `QuantizedLinear`.
+
+    Args:
+        geometry: as `geometry_of` gives it.
+        filter: the weight's shape behind its first axis.
+    """
+
+    def __init__(self, geometry: dict[str, Any], filter: Sequence[int], *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.set_geometry(geometry, filter)
+        # what the zero point of x is multiplied with; follows from the codes, so it is not saved
+        self.register_buffer("sums", None, persistent=False)
+        self.arrange()
+
+    def arrange(self) -> None:
+        super().arrange()
+        if "sums" in self._buffers and self.codes is not None and not self.codes.is_meta:
+            parts = self._parts()
+            self.sums = code_sums(parts) if self._shifted() and parts and not self.refusals() else None
+
+    def integer_refusals(self, device: torch.device) -> list[str]:
+        """Why the convolution cannot run on integers; empty if it can."""
+        grid = self.input_quantizer
+        beyond = grid is not None and not -128 <= grid.whole_zero <= 127
+        padding = ["no 8-bit code is the zero point of its activations"] if beyond else []
+        wide = [] if self._parts() else [f"no int32 holds the sums of {self.shape[1]:,} products"]
+        return [*_refusals_of(grid), *padding, *self.refusals(), *wide, *_refusals_on(device)]
+
+    def _parts(self) -> PackedWeight | None:
+        """The weight as its integer sums are taken: wide filters in parts; None if they cannot be parted."""
+        return in_parts(self.packed, LARGEST_GROUP)
+
+    def path(self) -> str:
+        path = super().path()
+        if path.startswith(INTEGER) and self.packed.device.type == "cpu" and not multiplies_int8():
+            path = WITHOUT_VNNI + path.removeprefix(INTEGER)
+        return path + (HANDING if self._handed else ON_GRID if self._hands_own() else "")
+
+    def hand_to(self, readers: Sequence[QuantizedLayer]) -> None:
+        """From now on gives codes on the grid that all readers have; they read codes, everything else sees floats."""
+        grids = [reader.input_quantizer for reader in readers if reader.input_quantizer is not None]
+        self._handed = (grids[0],)
+        for reader in readers:
+            reader._known = (*reader._known, grids[0])
+
+    def _hands_own(self) -> bool:
+        return self.output_quantizer is not None and self.output_quantizer.gives_codes()
+
+    def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        if self._on_integers(x):
+            return self._integer(x, residual, activation)
+        x = values(x) if self.input_quantizer is None else real(self.input_quantizer(values(x)))
+        return self._finish(self.convolve(x, self.bias, values(residual), activation))
+
+    def forward(self, input: Tensor) -> Tensor:
+        ready = None if self.deferred else self._ready_for(input, self.activation)
+        if ready is None or ready.grid is None:
+            return super().forward(input)
+        y = ready.run(self._known_codes(input), ALONE)
+        return CodesTensor(_limited(y, ready.limits), ready.grid, input.dtype, ready.strides)
+
+    def _integer(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        """`act(conv(qx - zx, qw - zw) * (sx * sw) + bias + residual)`; one cast at the end, or codes that are read."""
+        rest = ALONE
+        if isinstance(residual, CodesTensor):
+            scale, middle = residual.quantizer.constants()[:2]
+            rest = (residual.codes, scale, middle)
+        elif residual is not None:
+            rest = (values(residual), None, None)
+        ready = self._ready_for(x, activation)
+        if ready is not None:
+            grid, y = ready.grid, ready.run(self._known_codes(x), rest)
+        else:
+            grid = self._grid() if hands_now(x) else None  # a compiler sees floats, of which the next layer makes codes
+            y = self._call(x, grid, activation, rest)
+        return self._finish(y) if grid is None else CodesTensor(_limited(y, _limits(grid)), grid, x.dtype)
+
+    def _grid(self) -> StaticQuantizer | None:
+        """That of the codes that it gives where it hands on any."""
+        if self._handed:
+            return self._handed[0]
+        return self.output_quantizer if self._hands_own() else None
+
+    def _call(self, x: Tensor, grid: StaticQuantizer | None, activation: str, rest: Residual) -> Tensor:
+        quantizer, parts = self.input_quantizer, self._parts()
+        assert quantizer is not None and parts is not None
+        image, about = self.window(x)
+        codes, zero = self._codes(image)
+        y = qconv2d_int8(
+            codes,
+            quantizer.scale,
+            parts,
+            self.bias,
+            **about,
+            residual=rest[0],
+            residual_scale=rest[1],
+            residual_zero=rest[2],
+            x_zero=zero if self._shifted() else None,
+            weight_sums=self.sums,
+            activation=activation,
+            out_scale=None if grid is None else grid.scale,
+            out_zero=None if grid is None else grid.signed_zero(),
+            dtype=x.dtype,
+            keep_dense=True,
+        )
+        return self.like_input(y, x)
+
+    def _ready_for(self, x: Tensor, activation: str) -> Ready | None:
+        """A quicker way to make the call, for images like x; None if there is none."""
+        if not may_prepare(x):
+            return None
+        own = self._modules.get("output_quantizer")
+        hands = own is not None and own.hands
+        parts = (self, self._modules.get("input_quantizer"), own, *self._handed)
+        kind = (activation, x.dtype, x.device, self._handed, hands)
+
+        def make() -> Ready | None:
+            if x.shape[0] == 0:
+                return None
+            grid = self._grid()
+            run = remembered(self, (*kind, *x.shape[1:]), parts, lambda: self._prepared(x, grid, activation))
+            if run is None:
+                return None
+            shape = (x.shape[0], self.shape[0], *run.window.output(*x.shape[2:]))
+            return Ready(run, grid, None if grid is None else _limits(grid), self.strides(x, shape))
+
+        ready: Ready | None = remembered(self, (*kind, x.shape, x.stride(), self.channels_last), parts, make)
+        return ready
+
+    def _prepared(self, x: Tensor, grid: StaticQuantizer | None, activation: str) -> Int8Convolution | None:
+        plain = x.dim() == 4 and len(self.filter) == 3 and self.geometry["padding_mode"] == "zeros"
+        if not plain or self.integer_refusals(x.device):
+            return None
+        quantizer, parts = self.input_quantizer, self._parts()
+        assert quantizer is not None and parts is not None
+        return prepared_qconv2d_int8(
+            torch.empty(tuple(x.shape), dtype=torch.int8, device=x.device),
+            quantizer.scale,
+            parts,
+            self.bias,
+            **self.window(x)[1],
+            x_zero=quantizer.signed_zero() if self._shifted() else None,
+            activation=activation,
+            out_scale=None if grid is None else grid.scale,
+            out_zero=None if grid is None else grid.signed_zero(),
+            dtype=x.dtype,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{(self.shape[0], *self.filter)}, {self.scheme}, stride={self.geometry['stride']}"
+
+
+def may_prepare(x: Tensor) -> bool:
+    """Whether a call with x may be made with what was prepared for others: outside tracers, gradients and autocast."""
+    return x.dtype in FLOATS and hands_now(x) and not torch.is_autocast_enabled("cpu")
+
+
+def _limits(grid: StaticQuantizer) -> tuple[int, int] | None:
+    """The smallest and largest code of a grid that has fewer than int8."""
+    low, high = grid.signed_limits()
+    return None if (low, high) == (-128, 127) else (low, high)
+
+
+def _limited(codes: Tensor, limits: tuple[int, int] | None) -> Tensor:
+    return codes if limits is None else codes.clamp_(*limits)
+
+
+def _refusals_of(quantizer: StaticQuantizer | None) -> list[str]:
+    if quantizer is None:
+        return ["activations are not quantized"]
+    one_bit = quantizer.scheme.bits == 1 and quantizer.scheme.symmetric
+    return ["the activation grid has no level for 0"] if one_bit else []
+
+
+def _refusals_on(device: torch.device) -> list[str]:
+    return [] if device.type in INT_DEVICES else [f"no integer products for {device.type} yet"]
+
+
+def in_parts(weight: PackedWeight, largest: int) -> PackedWeight | None:
+    """The weight, rows of one scale in equal parts of at most `largest` codes; None if too few divide a row.
+
+    All parts share the scale and the zero point of the row, and their memory.
+    """
+    k = weight.group_size
+    if k <= largest:
+        return weight
+    count = next((n for n in range(-(-k // largest), MOST_PARTS + 1) if k % n == 0), None)
+    if count is None or weight.scale.shape[1] > 1:
+        return None
+    zero = weight.zero.expand(-1, count) if isinstance(weight.zero, Tensor) else weight.zero
+    return replace(weight, scale=weight.scale.expand(-1, count), zero=zero, group_size=k // count)
+
+
+def stored_bits(bits: int) -> int:
+    """The width that codes of so many bits are packed at: the next of 1, 2, 4 and 8."""
+    return min(width for width in BITS if width >= bits)
+
+
+def packed_codes(codes: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> PackedWeight:
+    """The codes `[O, ...]` of a scheme as a packed weight, exactly.
+
+    Args:
+        codes: int8, or uint8 of an unsigned grid.
+        scale, zero: `[C]` fp32; C is 1, O, or O * groups.
+    """
+    rows = codes.flatten(1)
+    size = rows.shape[1] // max(1, scale.numel() // rows.shape[0])
+    weight = pack_weight(rows, scale, zero, bits=stored_bits(scheme.bits), group_size=size)
+    return zero_as(weight, constant=scheme.symmetric)
+
+
+def empty_codes(shape: Sequence[int], scheme: Scheme, device: torch.device | str) -> PackedWeight:
+    """A packed weight of the form that `packed_codes` gives for a weight `shape [O, ...]`; values are to be filled."""
+    n, k = shape[0], math.prod(shape[1:])
+    size = scheme.granularity.size if isinstance(scheme.granularity, PerGroup) else k
+    some = torch.ones(1)
+    _, zero = choose_qparams(-some, some, qmin=scheme.qmin, qmax=scheme.qmax, symmetric=True)
+    shift = 2 ** (stored_bits(scheme.bits) - 1) if scheme.format.signed else 0
+    constant = float(zero) + shift if scheme.symmetric else None
+    return PackedFormat(stored_bits(scheme.bits), (n, k), size, constant, "float32").empty(device)

@@ -1,0 +1,157 @@
+"""The frozen grid of an activation: what a trained quantizer becomes in a converted network."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gs_algos.core.values import FINITE, POSITIVE, Rules, whole_within
+from gs_algos.quant.fake_quant.quantizers import Quantizer
+from gs_algos.quant.fast_path import OffFastPath
+from gs_algos.quant.fixed_dtype import KeepsDtypes
+from gs_algos.quant.integer.quantized_tensor import CodesTensor, Pending, hands_now, real, values
+from gs_algos.quant.scheme import Scheme
+from gs_kernels import fake_quant, quantize
+from gs_kernels.qconv2d.cpu.direct_int8 import to_codes
+from gs_kernels.requantize.grid import Grid, make_grid
+from gs_kernels.runtime.dispatch import takes_cpu
+from gs_kernels.runtime.torch_private import is_eager
+
+
+class StaticQuantizer(KeepsDtypes, OffFastPath):
+    """The frozen grid of one activation: scale `[1]`, zero `[1]` fp32, real = (q - zero) * scale.
+
+    A learnt zero point may lie beyond the codes: then none of them stands for 0.0.
+    """
+
+    kept = ("scale", "zero")
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, scheme: Scheme, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.register_buffer("scale", torch.ones(1, device=device))
+        self.register_buffer("zero", torch.zeros(1, device=device))
+        self.hands = False  # whether what it gives are codes: they are read as such
+        self.whole_zero = 0  # the zero point of `signed_codes`, a number that is looked at without a tensor
+        self.look()
+        self._constants: tuple[Tensor, Tensor, int, int, Grid] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gives_codes() and hands_now(x):
+            strides = x.stride() if isinstance(x, CodesTensor | Pending) else None
+            return CodesTensor(self.int8_codes(x), self, x.dtype, strides)
+        if x.numel() == 0:
+            return real(x)  # type: ignore[no-any-return]
+        return fake_quant(real(x), self.scale, self.zero, qmin=self.scheme.qmin, qmax=self.scheme.qmax)
+
+    @torch.no_grad()
+    def take(self, quantizer: Quantizer) -> None:
+        """Copies the grid of a trained quantizer."""
+        scale, zero = quantizer.grid()
+        self.scale.copy_(scale)
+        self.zero.copy_(zero)
+        self.look()
+
+    def state_rules(self) -> Rules:
+        if self.scheme.learned:
+            return {"scale": FINITE, "zero": FINITE}
+        return {"scale": POSITIVE, "zero": whole_within(self.scheme.qmin, self.scheme.qmax)}
+
+    def look(self) -> None:
+        """Notes the zero point. Needed after it was written by hand."""
+        if not self.zero.is_meta:
+            self.whole_zero = round(float(self.zero)) - (0 if self.scheme.format.signed else 128)
+
+    def holds_zero(self) -> bool:
+        """Whether a code stands for 0.0."""
+        low, high = self.signed_limits()
+        return low <= self.whole_zero <= high
+
+    def gives_codes(self) -> bool:
+        """Whether it hands on codes: what commutes with rounding must find 0.0 among them."""
+        return self.hands and self.holds_zero()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.look()
+
+    def codes(self, x: Tensor) -> Tensor:
+        """int8 (or uint8 for an unsigned grid) codes of x, same shape."""
+        if x.numel() == 0:
+            return torch.empty_like(x, dtype=torch.int8 if self.scheme.qmin < 0 else torch.uint8)
+        return quantize(x, self.scale, self.zero, qmin=self.scheme.qmin, qmax=self.scheme.qmax)
+
+    def signed_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(int8 codes of x, their zero point `[1]`): those of an unsigned grid 128 lower."""
+        return self.int8_codes(x), self.signed_zero()
+
+    def int8_codes(self, x: Tensor) -> Tensor:
+        """The first of `signed_codes`."""
+        known = x.codes_on(self) if isinstance(x, CodesTensor | Pending) else None
+        if known is not None:
+            return known
+        x = values(x)
+        codes = self._codes_at_once(x)
+        if codes is not None:
+            return codes
+        codes = self.codes(x)
+        return codes if codes.dtype == torch.int8 else (codes ^ 128).view(torch.int8)
+
+    def _codes_at_once(self, x: Tensor) -> Tensor | None:
+        """What `signed_codes` makes of floats, without the checks and the copies of `quantize`; None if it has to."""
+        dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+        if not dense or x.dtype != torch.float32 or x.numel() == 0 or not (hands_now(x) and takes_cpu(x)):
+            return None
+        numbers = self.constants().numbers
+        if numbers is None or not math.isfinite(numbers.of_floats[0]):  # the op says what is wrong
+            return None
+        return to_codes(x, numbers.of_floats, numbers.moved)
+
+    def signed_zero(self) -> Tensor:
+        if self.scheme.format.signed:
+            return self.zero
+        return self.constants().zero if is_eager(self.zero) else self.zero - 128
+
+    def constants(self) -> Grid:
+        """The grid of `signed_codes` as passes over codes take it, made when first asked for."""
+        own, held = self._buffers, self._constants
+        scale, zero = own["scale"], own["zero"]
+        assert scale is not None and zero is not None
+        same = held is not None and held[0] is scale and held[1] is zero
+        if held is not None and same and held[2] == scale._version and held[3] == zero._version:
+            return held[4]
+        return self._make_constants(scale, zero)
+
+    def _make_constants(self, given_scale: Tensor, given_zero: Tensor) -> Grid:
+        with torch.inference_mode(False), torch.no_grad():
+            lower = 0 if self.scheme.format.signed else 128
+            constants = make_grid(given_scale.clone(), given_zero.clone(), self.scheme.qmin, self.scheme.qmax, lower)
+        tracked = not (given_scale.is_inference() or given_zero.is_inference())
+        stamp = (given_scale._version, given_zero._version) if tracked else None
+        self._constants = None if stamp is None else (given_scale, given_zero, *stamp, constants)
+        return constants
+
+    def signed_limits(self) -> tuple[int, int]:
+        """The smallest and largest of `signed_codes`."""
+        return self._signed_limits
+
+    @cached_property
+    def _signed_limits(self) -> tuple[int, int]:
+        shift = 0 if self.scheme.format.signed else 128
+        return self.scheme.qmin - shift, self.scheme.qmax - shift
+
+    def same_grid(self, other: StaticQuantizer) -> bool:
+        """Whether both give every value the same code. Reads values."""
+        if self is other:
+            return True
+        limits = self.signed_limits() == other.signed_limits()
+        return limits and torch.equal(self.scale, other.scale) and torch.equal(self.signed_zero(), other.signed_zero())
+
+    def extra_repr(self) -> str:
+        return str(self.scheme)

@@ -1,0 +1,212 @@
+"""What convolutions with a packed weight share: the order of a row, the geometry, and the call of the kernel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Self
+
+from gs_algos.quant.integer.quantized_tensor import CodesTensor, Like, Pending, hands_now
+from gs_algos.quant.memory_format import CHANNELS_LAST, laid, strides_in, suggested
+from gs_algos.quant.packed.module import Packed
+from gs_kernels import PackedWeight, dequantize_packed, pack_codes, qconv2d, unpack_codes
+from gs_kernels.activations import ACTIVATIONS
+from gs_kernels.qconv2d.geometry import make_window
+
+DENSE = {2: F.conv1d, 3: F.conv2d, 4: F.conv3d}  # by the axes of a filter
+
+
+class Convolution(Packed):
+    """A packed weight `[O, K]` whose rows are filters, channels fastest: K is in the order (taps, C / groups).
+
+    Filters with several scales in a row keep the order (C / groups, taps) of the float layer, in which they were
+    trained, and are dequantized in each forward, as those of three dimensions are.
+
+    A CPU keeps beside the packed weight what it convolves with, once a forward has made it: the weight in the dtype of
+    x, or int8 codes. A GPU reads the packed weight.
+
+    A picture with its channels first, as it comes into a network, needs no `.contiguous`: a GPU's kernels read it as it
+    lies; a CPU copies it to have the channels last, floats inside ATen's convolution, and on integers its 8-bit codes.
+
+    The result has the strides that the float layer's has: channels-last where the image or the float weight is. It is
+    computed with its channels last, and copied where that is not wanted, unless a layer reads it.
+    """
+
+    geometry: dict[str, Any]
+    filter: tuple[int, ...]
+    activation = "none"  # that follows, in the same call
+    deferred = False  # whether the add that follows, and an activation behind it, run in the same call
+    hands = False  # whether only layers read the result, which then lies as it was computed
+    channels_last = False  # whether the float layer's weight is: then its result is, whatever the image
+    notes: tuple[str, ...] = ()  # what follows and does not
+
+    def set_geometry(self, geometry: dict[str, Any], filter: Sequence[int]) -> None:
+        """geometry: as `geometry_of` gives it; filter: the float weight's shape behind its first axis."""
+        if math.prod(filter) != self.shape[1]:
+            who = type(self).__name__
+            raise ValueError(f"{who}: filter must have the {self.shape[1]} elements of a row, got {list(filter)}")
+        self.geometry, self.filter = geometry, tuple(filter)
+        # what a forward may read of a conv: padding as TensorFlow has it, lengths of a mask
+        self.out_channels, self.in_channels = self.shape[0], self.filter[0] * geometry["groups"]
+        self.kernel_size, self.groups = self.filter[1:], geometry["groups"]
+        for key in ("stride", "padding", "dilation"):
+            setattr(self, key, geometry[key] if isinstance(geometry[key], str) else tuple(geometry[key]))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight `[O, C / groups, ...]`, made anew at each access."""
+        rows = dequantize_packed(self.packed, self.dtype)
+        if not channels_fastest(self.group_size, self.filter):
+            return rows.view(-1, *self.filter)
+        return rows.view(-1, *self.filter[1:], self.filter[0]).movedim(-1, 1).contiguous()
+
+    def refusals(self) -> list[str]:
+        """Why the packed convolution cannot run; empty if it can."""
+        reasons = ["no packed convolution in three dimensions"] if len(self.filter) == 4 else []
+        return reasons + ([] if channels_fastest(self.group_size, self.filter) else ["a filter has several scales"])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        # what `.to(memory_format=...)` does to the weight of a float layer, and `.to(device)` does not
+        into = CHANNELS_LAST[4] if self.channels_last else torch.contiguous_format
+        self.channels_last = lies_last(fn(torch.empty((1, 2, 2, 2), device="cpu").to(memory_format=into)))
+        return self
+
+    def path(self) -> str:
+        refusals = self.refusals()
+        path = f"dequantizes: {', '.join(refusals)}" if refusals else super().path()
+        fused = self.activation if self.activation != "none" else "add" if self.deferred else ""
+        return f"{path} + {fused}" if fused else path
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.deferred and self._can_wait(input):
+            return Pending(_Deferred(self, input), self._like(input))
+        y = self.run(input, None, self.activation)
+        strides = self.strides(input, y.shape)
+        if self.hands and type(y) is Tensor and self._can_wait(input):
+            return Pending.of(y, strides)
+        return CodesTensor(y.codes, y.quantizer, y.dtype, strides) if isinstance(y, CodesTensor) else laid(y, strides)
+
+    def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        """The layer's result with what follows it: `act(conv(x) + residual)`."""
+        raise AssertionError("every convolution does")
+
+    def window(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """x `[B, C, H, W]`, padded if not by zeros, and the geometry as `qconv2d` takes it; `like_input` undoes it."""
+        g = self.geometry
+        x, padding = self._padded(x if self._batched(x) else x.unsqueeze(0))
+        padding = 0 if padding == "valid" else padding
+        about: dict[str, Any] = {"stride": tuple(g["stride"]), "padding": padding, "dilation": tuple(g["dilation"])}
+        about |= {"kernel_size": tuple(self.kernel_size), "groups": g["groups"]}
+        if len(self.filter) == 2:
+            flat = {"stride": 1, "padding": 0, "dilation": 1, "kernel_size": 1}
+            about |= {key: (flat[key], *about[key]) for key in flat if isinstance(about[key], tuple)}
+            x = x.unsqueeze(2)
+        return x, about
+
+    def like_input(self, y: Tensor, x: Tensor) -> Tensor:
+        """y `[B, O, P, Q]` with the axes that the layer's input x has."""
+        y = y.squeeze(2) if len(self.filter) == 2 else y
+        return y if self._batched(x) else y.squeeze(0)
+
+    def convolve(self, x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
+        """`act(conv(x, W) + bias + residual)` of floats, x `[B, C, ...]` or, without a residual, `[C, ...]`."""
+        if self.refusals():
+            y = self._convolve_dense(x, bias)
+            return ACTIVATIONS[activation].function(y if residual is None else y + residual)
+        image, about = self.window(x)
+        into: dict[str, Any] = {"residual": residual, "activation": activation, "keep_dense": True}
+        return self.like_input(qconv2d(image, self.packed, bias, **about, **into), x)
+
+    def _can_wait(self, x: Tensor) -> bool:
+        return len(self.filter) == 3 and x.dim() == 4 and self.geometry["padding_mode"] == "zeros" and hands_now(x)
+
+    def strides(self, x: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+        """The strides of the result for x, which has this shape."""
+        if len(self.filter) == 2:
+            return strides_in(shape, torch.contiguous_format)
+        batched = self._batched(x)
+        about = (x.shape, x.stride()) if batched else ((1, *x.shape), (x.shape[0] * x.stride(0), *x.stride()))
+        into = CHANNELS_LAST[len(self.filter) + 1] if self.channels_last else suggested(*about)
+        return strides_in(shape, into) if batched else strides_in((1, *shape), into)[1:]
+
+    def _like(self, x: Tensor) -> Like:
+        """What the result for x looks like."""
+        g, padding = self.geometry, self._padded(x)[1]
+        about: dict[str, Any] = {"padding": 0 if padding == "valid" else padding, "groups": g["groups"]}
+        about |= {"stride": tuple(g["stride"]), "dilation": tuple(g["dilation"]), "kernel_size": self.kernel_size}
+        p, q = make_window("Convolution", **about).output(*x.shape[2:])
+        shape = (x.shape[0], self.shape[0], p, q)
+        return shape, self.strides(x, shape), x.dtype, x.device
+
+    def _convolve_dense(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        g, (image, padding) = self.geometry, self._padded(x)
+        offset = None if bias is None else bias.to(x.dtype)
+        conv = DENSE[len(self.filter)]
+        return conv(image, self.weight.to(x.dtype), offset, g["stride"], padding, g["dilation"], g["groups"])
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
+        """x, padded if not by zeros, and the padding that is left to do."""
+        g = self.geometry
+        if g["padding_mode"] != "zeros":
+            return F.pad(x, g["pad"], mode=g["padding_mode"]).to(x.dtype), 0  # autocast pads in fp32
+        return x, g["padding"] if isinstance(g["padding"], str) else tuple(g["padding"])
+
+    def _batched(self, x: Tensor) -> bool:
+        return x.dim() == len(self.filter) + 1
+
+
+class _Deferred:
+    """A convolution that waits for the other operand of the add behind it."""
+
+    adds = True
+    activations = tuple(ACTIVATIONS)
+    to_grid = False
+
+    def __init__(self, layer: Convolution, x: Tensor) -> None:
+        self.layer, self.x = layer, x
+
+    def __call__(self, residual: Tensor | None, activation: str, grid: Any) -> Tensor:
+        return self.layer.run(self.x, residual, activation)
+
+
+def channels_fastest(group_size: int, filter: Sequence[int]) -> bool:
+    """Whether the rows of filters are kept with their channels fastest: one scale a row, or one tap."""
+    k = math.prod(filter)
+    return group_size == k or k == filter[0]
+
+
+@torch.no_grad()
+def conv_rows(weight: PackedWeight, filter: Sequence[int]) -> PackedWeight:
+    """A canonical weight with rows in the order of the float layer, (C / groups, taps), as `Convolution` keeps it.
+
+    filter: the float weight's shape behind its first axis; the rows of a linear, (K,), stay as they are.
+    """
+    if not channels_fastest(weight.group_size, filter) or filter[0] in (1, math.prod(filter)):
+        return weight
+    codes = unpack_codes(weight.codes, weight.bits, weight.shape).view(-1, filter[0], math.prod(filter[1:]))
+    return replace(weight, codes=pack_codes(codes.transpose(1, 2).flatten(1), weight.bits))
+
+
+def lies_last(weight: Tensor) -> bool:
+    """Whether a float convolution with this weight gives a result with its channels last, whatever the image."""
+    return suggested(weight.shape, weight.stride()) != torch.contiguous_format
+
+
+def geometry_of(conv: nn.Module) -> dict[str, Any]:
+    """stride, padding, dilation, groups of a `nn.Conv*d`, as plain JSON values."""
+    padding = conv.padding if isinstance(conv.padding, str) else list(conv.padding)  # type: ignore[arg-type]
+    return {
+        "stride": list(conv.stride),  # type: ignore[arg-type]
+        "padding": padding,
+        "dilation": list(conv.dilation),  # type: ignore[arg-type]
+        "groups": conv.groups,
+        "padding_mode": conv.padding_mode,
+        "pad": list(conv._reversed_padding_repeated_twice),  # type: ignore[arg-type]
+    }

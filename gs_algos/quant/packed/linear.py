@@ -1,0 +1,107 @@
+"""A linear layer whose weight is packed codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from gs_algos.quant.packed.module import Packed, PackedFormat, autocast_dtype
+from gs_algos.quant.packed.round_to_nearest import round_to_nearest
+from gs_algos.quant.scheme import Scheme
+from gs_kernels import PackedWeight, dequantize_packed, qmatmul
+
+
+class PackedLinear(Packed):
+    """`y = x @ W^T + bias` with a packed `W [out_features, in_features]`: stands where a `nn.Linear` stood.
+
+    The weight is frozen: x gets its gradient, the weight none. The bias is a parameter that does not require one.
+    Under autocast x is cast first, as `nn.Linear` does.
+
+    Args:
+        weight: packed, or the packed layer that this one is tied to.
+        bias: `[out_features]`.
+        dtype: of `.weight`; default: that of the bias, or fp32.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self, weight: PackedWeight | Packed, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(weight, dtype or (torch.float32 if bias is None else bias.dtype))
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, weight: str | Scheme = "int4@group:128") -> Self:
+        """The layer with its weight rounded to nearest, e.g. `from_linear(layer, "int4@group:64:mse")`.
+
+        Raises:
+            ValueError: if the scheme cannot be packed, its group does not divide in_features, or one is not finite.
+        """
+        return cls.from_packed(round_to_nearest(linear.weight, weight), linear.bias, linear.weight.dtype)
+
+    @classmethod
+    def from_packed(
+        cls, weight: PackedWeight | Packed, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """The layer around a weight that is packed already; it is not copied."""
+        return cls(weight, bias, dtype)
+
+    @classmethod
+    def empty(
+        cls,
+        format: PackedFormat,
+        bias: bool,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """The layer with tensors of the right shapes that are still to be filled; device may be "meta"."""
+        return cls(
+            format.empty(device), torch.empty(format.shape[0], dtype=dtype, device=device) if bias else None, dtype
+        )
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[0]
+
+    @out_features.setter
+    def out_features(self, value: int) -> None:  # Transformers sets it when nothing is to be resized
+        self.keep_rows("out_features", value)
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = autocast_dtype(input)
+        x = input if dtype is None else input.to(dtype)
+        return qmatmul(x, self.packed, self.bias)
+
+    def extra_repr(self) -> str:
+        sizes: dict[str, Any] = {"in_features": self.in_features, "out_features": self.out_features}
+        return (
+            f"{', '.join(f'{k}={v}' for k, v in sizes.items())}, bias={self.bias is not None}, {super().extra_repr()}"
+        )
+
+
+class PackedConv1D(PackedLinear):
+    """`y = x @ W + bias` with `W [K, N]`: stands where Conv1D of Transformers stood. Packed are the rows of W^T.
+
+    `nx` is K and `nf` is N, as there.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight `[K, N]`, made anew at each access."""
+        return dequantize_packed(self.packed, self.dtype).t()
+
+    @property
+    def nx(self) -> int:
+        return self.in_features
+
+    @property
+    def nf(self) -> int:
+        return self.out_features

@@ -1,0 +1,300 @@
+"""What layers with a packed weight share: its tensors as buffers, canonical in every state_dict, planar on a GPU.
+
+The tensors keep their dtypes whatever the layer is cast to: `.to(dtype)` changes what the layer computes in, never what
+it stores. A layer that is tied to another (a language model's head to its embedding) has no tensors of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from gs_algos.core.values import FINITE, NOT_NEGATIVE, NOT_ZERO, POSITIVE, Must, Rules
+from gs_algos.quant.fast_path import OffFastPath
+from gs_algos.quant.fixed_dtype import KeepsDtypes
+from gs_kernels import PackedWeight, dequantize_packed, pack_codes, repack, unpack_codes
+from gs_kernels.pack.layouts import CANONICAL, PLANAR, codes_shape
+
+PARTS = ("codes", "scale", "zero", "levels")
+SIGNS = {"any": FINITE, "positive": POSITIVE, "not negative": NOT_NEGATIVE, "not zero": NOT_ZERO}
+BITS = (1, 2, 4, 8)
+SCALE_DTYPES = ("float32", "float16", "bfloat16", "float64")
+KERNEL_DEVICES = ("cuda",)  # where the planar layout is read
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """Everything about a packed weight but its values, as plain JSON values.
+
+    Args:
+        zero: the zero point of all groups, or None if each has its own.
+        scale_dtype: of the scales and zero points, e.g. "float16".
+        levels: whether there is a table of levels.
+    """
+
+    bits: int
+    shape: tuple[int, int]
+    group_size: int
+    zero: float | None
+    scale_dtype: str
+    levels: bool = False
+
+    @staticmethod
+    def of(weight: PackedWeight) -> PackedFormat:
+        return PackedFormat(
+            bits=weight.bits,
+            shape=weight.shape,
+            group_size=weight.group_size,
+            zero=None if isinstance(weight.zero, Tensor) else float(weight.zero),
+            scale_dtype=str(weight.scale.dtype).removeprefix("torch."),
+            levels=weight.levels is not None,
+        )
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> PackedFormat:
+        """The format that plain JSON values say.
+
+        Raises:
+            ValueError: if they are none.
+        """
+        try:
+            made = PackedFormat(**{**data, "shape": tuple(data["shape"])})
+            whole = all(type(n) is int and 0 < n < 2**31 for n in (made.bits, *made.shape, made.group_size))
+            right = (
+                whole
+                and len(made.shape) == 2
+                and made.bits in BITS
+                and made.shape[1] % made.group_size == 0
+                and made.scale_dtype in SCALE_DTYPES
+                and (made.zero is None or (type(made.zero) in (int, float) and math.isfinite(made.zero)))
+                and isinstance(made.levels, bool)
+            )
+        except (TypeError, KeyError):
+            right = False
+        if not right:
+            raise ValueError(f"PackedFormat: it must be the format of a packed weight, got {data!r:.200}")
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "shape": list(self.shape)}
+
+    @property
+    def nbytes(self) -> int:
+        return self.empty("meta").nbytes
+
+    def empty(self, device: torch.device | str) -> PackedWeight:
+        """A canonical weight of this format, its tensors not yet filled."""
+        n, k = self.shape
+        grouped = (n, k // self.group_size)
+        dtype = getattr(torch, self.scale_dtype)
+        return PackedWeight(
+            codes=torch.empty(codes_shape(CANONICAL, n, k, self.bits), dtype=torch.uint8, device=device),
+            scale=torch.empty(grouped, dtype=dtype, device=device),
+            zero=torch.empty(grouped, dtype=dtype, device=device) if self.zero is None else self.zero,
+            levels=torch.empty(2**self.bits, device=device) if self.levels else None,
+            bits=self.bits,
+            shape=self.shape,
+            group_size=self.group_size,
+        )
+
+
+class Packed(KeepsDtypes, OffFastPath):
+    """A frozen packed weight `[N, K]` as a module.
+
+    Args:
+        weight: the tensors to hold, in either layout; or another packed layer, whose weight this one then uses too.
+        dtype: that the float layer had: of `.weight`, and of what an embedding returns.
+    """
+
+    kept: ClassVar[tuple[str, ...]] = PARTS
+    signs: str = "any"  # that its scales can have, a key of SIGNS, where whoever made them knows
+    codes: Tensor | None
+    scale: Tensor | None
+    zero: Tensor | None
+    levels: Tensor | None
+    _held: PackedWeight | None = None  # what `packed` gave last: checked once, as long as the buffers are the same
+
+    def __init__(self, weight: PackedWeight | Packed, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        # in a tuple: a module attribute would register the other layer a second time
+        self._lender = (weight,) if isinstance(weight, Packed) else ()
+        held = weight.packed if isinstance(weight, Packed) else weight
+        self.bits, self.shape, self.group_size = held.bits, held.shape, held.group_size
+        self._zero = None if isinstance(held.zero, Tensor) else float(held.zero)
+        for part in PARTS:
+            value = getattr(held, part)
+            own = isinstance(value, Tensor) and not self._lender
+            self.register_buffer(part, value if own else None)
+        self.arrange()
+
+    def state_rules(self) -> Rules:
+        # the zero point of GPTQ may be one beyond the codes
+        return {
+            "scale": SIGNS[self.signs],
+            "zero": self._zero_rule(-1, 2**self.bits),
+            "levels": FINITE,
+            "codes": self._code_rule(),
+        }
+
+    def _zero_rule(self, low: int, high: int) -> Must:
+        return Must(f"in {low}..{high}", lambda t: (t >= low) & (t <= high))
+
+    def _code_rule(self) -> Must:
+        used = self.shape[1] * self.bits % 8  # bits of a row's last byte
+
+        def holds(codes: Tensor) -> Tensor:
+            right = torch.ones_like(codes, dtype=torch.bool)
+            if used:
+                right[:, -1] = codes[:, -1] >> used == 0
+            return right
+
+        return Must(f"0 behind the last of {self.shape[1]} codes of a row", holds)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the weight belongs to another layer."""
+        return bool(self._lender)
+
+    @property
+    def owner(self) -> Packed:
+        """The layer whose weight this one uses: itself, if it is not tied."""
+        return self._lender[0].owner if self._lender else self
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight as the ops take it, in the layout that the device reads. Shares memory with the layer."""
+        if self._lender:
+            return self._lender[0].packed
+        if torch.compiler.is_compiling():
+            return self._made()
+        own, held = self._buffers, self._held
+        if held is not None and held.codes is own["codes"] and held.scale is own["scale"]:
+            zero = own["zero"] if self._zero is None else self._zero
+            numbers = (self.bits, self.shape, self.group_size, layout_of(held.codes))
+            same = (held.bits, held.shape, held.group_size, held.layout) == numbers
+            if same and held.zero is zero and held.levels is own["levels"]:
+                return held
+        held = self._made()
+        # not those of a tracer, which puts its own tensors in the place of buffers for a while
+        self.__dict__["_held"] = held if type(held.codes) is Tensor else None
+        return held
+
+    def _made(self) -> PackedWeight:
+        codes, scale = self.codes, self.scale
+        assert codes is not None and scale is not None
+        zero = self.zero if self._zero is None else self._zero
+        assert zero is not None
+        return PackedWeight(codes, scale, zero, self.levels, self.bits, self.shape, self.group_size, layout_of(codes))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight `[N, K]`. Made anew at each access: as large as the float weight, no parameter.
+
+        For looking at values; nothing that is written into it is kept. Multiply with the layer itself instead.
+        """
+        return dequantize_packed(self.packed, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight; 0 for a layer that is tied to another."""
+        return 0 if self._lender else self.packed.nbytes
+
+    def keep_rows(self, name: str, value: int) -> None:
+        """Raises unless an attribute is set to what it is: a packed weight has the rows that it has.
+
+        Raises:
+            ValueError: so.
+        """
+        if value != self.shape[0]:
+            raise ValueError(
+                f"{type(self).__name__}: {name} must stay {self.shape[0]}, got {value}; "
+                "resize the float model, then pack it"
+            )
+
+    def path(self) -> str:
+        """Which arithmetic the layer runs in, and why."""
+        return "float x packed codes"
+
+    def arrange(self) -> None:
+        """Gives the codes the layout that their device reads best. Needed after tensors were assigned by hand."""
+        codes = self.codes
+        if codes is None or codes.is_meta:
+            return
+        wanted = PLANAR if codes.device.type in KERNEL_DEVICES else CANONICAL
+        if layout_of(codes) != wanted:
+            self.codes = repack(self.packed, wanted).codes
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a file has the tensors, and no second object around them."""
+        return {key: value for key, value in self.__dict__.items() if key != "_held"}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.__dict__["_held"] = None  # whose tensors would outlive a move to another device
+        device = None if self.codes is None else self.codes.device
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
+        super()._apply(fn, recurse)
+        self.arrange()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.codes is not None:
+            destination[prefix + "codes"] = repack(self.packed, CANONICAL).codes
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        given = {part: state_dict.get(prefix + part) for part in PARTS}
+        for part in ("scale", "zero", "levels"):
+            own, new = self._buffers[part], given[part]
+            if own is not None and isinstance(new, Tensor) and new.dtype != own.dtype and new.is_floating_point():
+                self._buffers[part] = torch.empty_like(own, dtype=new.dtype)  # a cast would change the values
+        new = given["codes"]
+        planar = self.codes is not None and layout_of(self.codes) == PLANAR
+        canonical = (torch.uint8, codes_shape(CANONICAL, *self.shape, self.bits))
+        if planar and isinstance(new, Tensor) and (new.dtype, tuple(new.shape)) == canonical:
+            codes = unpack_codes(new, self.bits, self.shape)
+            state_dict = {**state_dict, prefix + "codes": pack_codes(codes, self.bits, PLANAR)}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        self.arrange()
+
+    def extra_repr(self) -> str:
+        zero = "zero per group" if self._zero is None else f"zero={self._zero:g}"
+        return f"bits={self.bits}, group_size={self.group_size}, {zero}{', tied' if self.tied else ''}"
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast multiplies x in; None if it is off, or does not exist on the device of x (meta)."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+def zero_as(weight: PackedWeight, constant: bool) -> PackedWeight:
+    """The weight with one zero point for all (they are equal) or a tensor of them: the form follows from the scheme.
+
+    Values decide nothing about the form, so that a layer that is yet to be filled can be built without them.
+    """
+    zero = weight.zero
+    if constant and isinstance(zero, Tensor):
+        return replace(weight, zero=float(zero.flatten()[0]))
+    if not constant and not isinstance(zero, Tensor):
+        return replace(weight, zero=torch.full_like(weight.scale, zero))
+    return weight
+
+
+def tensors_of(weight: PackedWeight) -> dict[str, Tensor]:
+    """The tensors of a packed weight under the names that they have in a state_dict."""
+    return {part: value for part in PARTS if isinstance(value := getattr(weight, part), Tensor)}
+
+
+def layout_of(codes: Tensor) -> str:
+    """The layout of packed codes, which their dtype says."""
+    return PLANAR if codes.dtype == torch.int16 else CANONICAL

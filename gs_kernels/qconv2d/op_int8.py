@@ -1,0 +1,180 @@
+"""The convolution of an image of 8-bit codes with a packed weight: implementations, registration, public functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gs_kernels.pack.checks import check_packed
+from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.pack.schema import PACKED_WEIGHT
+from gs_kernels.qconv2d.checks import check_int8, check_operands
+from gs_kernels.qconv2d.cpu.int8 import Int8Convolution, qconv2d_int8_cpu
+from gs_kernels.qconv2d.dense import empty_image
+from gs_kernels.qconv2d.geometry import WINDOW, Padding, Pair, Window, make_window
+from gs_kernels.qconv2d.op import conv_refuses
+from gs_kernels.qconv2d.ref import code_sums_ref, convolve_int8_ref, into_codes
+from gs_kernels.qmatmul.cpu.interleaved import UnsuitableError
+from gs_kernels.runtime.dispatch import choose, implementations
+from gs_kernels.runtime.torch_op import register
+
+
+def _int8_refuses(x: Tensor, x_scale: Tensor, weight: PackedWeight, *_: object) -> list[str]:
+    return conv_refuses(x, weight)
+
+
+def _int8_ref(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    window: Window,
+    x_zero: Tensor | None,
+    weight_sums: Tensor | None,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    residual_zero: Tensor | None,
+    out_scale: Tensor | None,
+    out_zero: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+    keep: bool,
+) -> Tensor:
+    into = into_codes(residual, residual_scale, residual_zero, out_scale, out_zero)
+    return convolve_int8_ref(x, x_scale, x_zero, weight, bias, into, window, activation, dtype)
+
+
+INT8 = implementations("qconv2d_int8", _int8_ref, qconv2d_int8_cpu, _int8_refuses)
+
+
+def _int8_fake(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    window: Window,
+    x_zero: Tensor | None,
+    weight_sums: Tensor | None,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    residual_zero: Tensor | None,
+    out_scale: Tensor | None,
+    out_zero: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+    keep: bool,
+) -> Tensor:
+    return empty_image(x, weight.shape[0], window, dtype if out_scale is None else torch.int8)
+
+
+_run = register(
+    "qconv2d_int8(Tensor x, Tensor x_scale, PackedWeight weight, Tensor? bias, Window window, Tensor? x_zero,"
+    " Tensor? weight_sums, Tensor? residual, Tensor? residual_scale, Tensor? residual_zero, Tensor? out_scale,"
+    " Tensor? out_zero, str activation, ScalarType dtype, bool keep) -> Tensor",
+    INT8,
+    _int8_fake,
+    carried=(PACKED_WEIGHT, WINDOW),
+)
+
+
+def prepared_qconv2d_int8(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    *,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    groups: int,
+    x_zero: Tensor | None,
+    activation: str,
+    out_scale: Tensor | None,
+    out_zero: Tensor | None,
+    dtype: torch.dtype,
+) -> Int8Convolution | None:
+    """`qconv2d_int8(x, ...)` for many images like x: looks at all but image and residual once, which a small one feels.
+
+    The result is called with an image and `(residual, residual_scale, residual_zero)`; nothing looks at their shapes,
+    and at changes of the other tensors, any more. None where calls cannot be had cheaper: not on a CPU, for one.
+    """
+    who = "prepared_qconv2d_int8"
+    window = make_window(who, kernel_size, stride, padding, dilation, groups)
+    shape = check_operands(who, x, (torch.int8,), weight, bias, activation, window)
+    about: dict[str, Tensor | None] = {"x_zero": x_zero, "out_scale": out_scale, "out_zero": out_zero}
+    about |= dict.fromkeys(("residual", "residual_scale", "residual_zero", "weight_sums"))
+    check_int8(who, x, x_scale, weight, dtype, shape, about)
+    if choose("qconv2d_int8", INT8, x, x_scale, weight).name != "cpu":
+        return None
+    out = into_codes(None, None, None, out_scale, out_zero)[3:]
+    try:
+        return Int8Convolution(weight, window, x_scale, x_zero, bias, out, activation, dtype, keep=True)
+    except UnsuitableError:
+        return None
+
+
+def code_sums(weight: PackedWeight) -> Tensor:
+    """`[O, G]` int32: the sum of the codes of each group, which `qconv2d_int8` needs when x has a zero point."""
+    check_packed("code_sums", weight)
+    return code_sums_ref(weight)
+
+
+def qconv2d_int8(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    kernel_size: Pair,
+    stride: Pair = 1,
+    padding: Padding = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    x_zero: Tensor | None = None,
+    weight_sums: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    residual_zero: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_zero: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    keep_dense: bool = False,
+) -> Tensor:
+    """`act(conv2d((x - x_zero) * x_scale, W) + bias + residual)` with integer codes on both sides. No gradient.
+
+    Codes are multiplied and summed as integers, exactly, within each group of the weight; the rest follows in fp32 in a
+    fixed order: scale of the weight, x_scale, bias, residual, activation, and one cast or, with out_scale, the codes
+    `clamp(round(y / out_scale) + out_zero, -128, 127)`, rounded as `quantize` does: layers follow each other without
+    floats in between. Padding is with x_zero: with real zeros.
+    Codes 0..255 of an unsigned grid are given 128 lower, and so is their zero point; they come out that way too.
+
+    Args:
+        x: `[B, C, H, W]` int8, any strides; see `qconv2d`, also for those that are not named here. A CPU copies what is
+            not channels-last: a byte an element.
+        x_scale: `[1]` fp32.
+        weight: `[O, K]`, without levels, groups of at most 16384 elements.
+        x_zero: `[1]` fp32 of an integer in -128..127, the code that stands for 0.0; a CPU looks. None is 0.
+        weight_sums: `[O, G]` int32, `code_sums(weight)`, to make it once per weight: else a call with x_zero does.
+        residual: the shape of y: fp32 / fp16 / bf16, or int8 with residual_scale.
+        residual_scale: `[1]` fp32.
+        residual_zero: `[1]` fp32. None is 0.
+        out_scale: `[1]` fp32 of an int8 result.
+        out_zero: `[1]` fp32. None is 0.
+        dtype: of the result without out_scale: fp32 / fp16 / bf16.
+
+    Returns:
+        `[B, O, P, Q]`, int8 with out_scale, else dtype, channels-last.
+
+    Raises:
+        TypeError, ValueError: if shapes, dtypes or devices do not fit together, or an argument is none of the above.
+    """
+    who = "qconv2d_int8"
+    window = make_window(who, kernel_size, stride, padding, dilation, groups)
+    shape = check_operands(who, x, (torch.int8,), weight, bias, activation, window)
+    into = {"residual": residual, "residual_scale": residual_scale, "residual_zero": residual_zero}
+    into |= {"out_scale": out_scale, "out_zero": out_zero}
+    check_int8(who, x, x_scale, weight, dtype, shape, {"x_zero": x_zero, "weight_sums": weight_sums, **into})
+    about = (x_zero, weight_sums, *into.values(), activation, dtype, keep_dense)
+    return _run(x, x_scale, weight, bias, window, *about)

@@ -1,0 +1,138 @@
+"""Launches of the packed matrix products for the AOT gate, with the bounds that their machine code has to keep."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gs_kernels.pack.layouts import PLANAR, PackedWeight
+from gs_kernels.qmatmul.tiles import choose_int8_plan, choose_plan, rows_tile
+from gs_kernels.runtime.opspec import AotCase
+
+N, K = 14336, 4096
+ALL = ("sm_80", "sm_90", "sm_100", "gfx942")
+ELSEWHERE = ("sm_80", "sm_100", "gfx942")
+HOPPER = ("sm_90",)
+
+
+def _meta(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(sizes, dtype=dtype, device="meta")
+
+
+def _weight(bits: int, group: int, points: bool, dtype: torch.dtype) -> PackedWeight:
+    scale = _meta(N, K // group, dtype=dtype)
+    zero = 0.5 if bits == 1 else 2.0 ** (bits - 1)
+    codes = _meta(K // 128, N, 8 * bits, dtype=torch.int16)
+    return PackedWeight(codes, scale, scale if points else zero, None, bits, (N, K), group, PLANAR)
+
+
+def _launcher(bits: int, m: int, group: int, points: bool, dtype: torch.dtype) -> Callable[[], Any]:
+    def run() -> Any:
+        kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
+        x = _meta(m, K, dtype=dtype)
+        asm, sm, sm_count = kernel.device_of(x)
+        plan = choose_plan(m, N, K, bits, x_bits=8 * x.itemsize, levels=False, sm=sm, sm_count=sm_count)
+        weight = _weight(bits, group, points, dtype)
+        return kernel.multiply(x, weight, None, "none", replace(plan, split_k=1), asm)
+
+    return run
+
+
+def matmul(
+    bits: int, m: int, *, group: int = 128, points: bool = False, dtype: torch.dtype = torch.bfloat16, **bounds: Any
+) -> AotCase:
+    name = f"w{bits}-m{m}-g{group}{'-points' if points else ''}-{str(dtype).removeprefix('torch.')}"
+    block_n = choose_plan(m, N, K, bits, x_bits=8 * dtype.itemsize, levels=False, sm=90, sm_count=132).block_n
+    launch = _launcher(bits, m, group, points, dtype)
+    return AotCase(name, launch, elements=128 * block_n, **({"max_regs": 255} | bounds))
+
+
+def dequantize(bits: int, **bounds: Any) -> AotCase:
+    def run() -> Any:
+        kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
+        return kernel.dequantize(_weight(bits, 128, True, torch.bfloat16), torch.bfloat16)
+
+    return AotCase(f"dequantize-w{bits}", run, elements=128 * 32, **bounds)
+
+
+def matmul_fp8(bits: int, m: int, **bounds: Any) -> AotCase:
+    def run() -> Any:
+        kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
+        plan = replace(choose_int8_plan(m, N, K, 128, sm_count=132), split_k=1)
+        x8, sums = _meta(m, K, dtype=torch.float8_e4m3fn), _meta(K // 128, m, dtype=torch.float32)
+        x_scale, weight = _meta(m, dtype=torch.float32), _weight(bits, 128, False, torch.bfloat16)
+        return kernel.multiply_int8(x8, x_scale, sums, None, weight, None, "none", torch.bfloat16, plan, True)
+
+    return AotCase(f"w{bits}f8-m{m}", run, elements=128 * 128, **({"max_regs": 255} | bounds))
+
+
+def matmul_int8(bits: int, m: int, *, group: int, **bounds: Any) -> AotCase:
+    def run() -> Any:
+        kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
+        asm, _, sm_count = kernel.device_of(_meta(1))
+        plan = replace(choose_int8_plan(m, N, K, group, sm_count=sm_count), split_k=1)
+        weight, x = _weight(bits, group, False, torch.float32), _meta(m, K, dtype=torch.int8)
+        x_scale = _meta(m, dtype=torch.float32)
+        return kernel.multiply_int8(x, x_scale, None, None, weight, None, "none", torch.bfloat16, plan, asm)
+
+    return AotCase(f"w{bits}a8-m{m}-g{group}", run, elements=128 * 128, **({"max_regs": 255} | bounds))
+
+
+def reduce(m: int, **bounds: Any) -> AotCase:
+    """Adds four parts of a product of 8-bit rows, and what follows the sum."""
+
+    def run() -> Any:
+        kernel = importlib.import_module("gs_kernels.qmatmul.kernel.reduce")
+        x_scale, bias = _meta(m, dtype=torch.float32), _meta(N, dtype=torch.float32)
+        parts = _meta(4, m, N, dtype=torch.float32)
+        return kernel.reduce_parts(_meta(m, N), parts, bias, "relu", x_scale=x_scale, stride_xs=1, shift=bias)
+
+    return AotCase(f"reduce-m{m}", run, elements=512, **bounds)
+
+
+def quantize_rows(k: int, **bounds: Any) -> AotCase:
+    def run() -> Any:
+        kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
+        return kernel.quantize(_meta(2048, k), torch.int8)
+
+    block_m, block_k, _ = rows_tile(2048, k)
+    return AotCase(f"k{k}", run, elements=block_m * block_k, **bounds)
+
+
+# few rows: what one weight may cost before an H100 issues instructions for longer than it reads is 4.4 at 4 bits, 2.2
+# at 2 and 1.1 at 1. More rows: weights stay in registers between their bytes and the product, which is not waited for
+FEW: dict[str, Any] = {"mma": "HGMMA", "max_regs": 168, "max_shared_stores": 4, "targets": HOPPER}
+MORE: dict[str, Any] = {"mma": "HGMMA", "max_shared_stores": 4, "overlapped": True, "targets": HOPPER}
+
+MATMUL = (
+    matmul(4, 16, max_instructions=2.4, **FEW),
+    matmul(2, 16, max_instructions=2.2, **FEW),
+    matmul(1, 16, max_instructions=2.1, **FEW),
+    matmul(8, 16, max_instructions=2.7, **FEW),
+    matmul(4, 64, max_instructions=2.7, **MORE),
+    matmul(4, 256, max_instructions=3.6, **MORE),
+    matmul(4, 256, dtype=torch.float16, max_instructions=4.0, **MORE),
+    matmul(2, 256, max_instructions=3.6, **MORE),
+    matmul(1, 256, max_instructions=3.8, **MORE),
+    matmul(4, 256, group=64, points=True, max_instructions=6, **MORE),
+    matmul(4, 16, targets=ELSEWHERE),
+    matmul(4, 256, targets=ELSEWHERE),
+    matmul(4, 16, dtype=torch.float32, targets=HOPPER),
+    dequantize(4, targets=HOPPER),
+)
+INT8 = (
+    matmul_int8(4, 16, group=128, mma="IGMMA", max_instructions=2.0, max_shared_stores=4, targets=HOPPER),
+    matmul_int8(8, 256, group=K, mma="IGMMA", max_instructions=2.5, max_shared_stores=4, targets=HOPPER),
+    matmul_int8(4, 256, group=32, max_shared_stores=16, targets=("sm_90", "sm_100")),
+    matmul_int8(8, 256, group=K, targets=("sm_80", "gfx942")),
+    reduce(1, max_regs=40, max_instructions=24, targets=("sm_80", "sm_90", "gfx942")),
+    reduce(16, max_regs=40, max_instructions=30, wide_loads=False, targets=("sm_90", "gfx942")),
+)
+# sums of x by block are many narrow loads, from a cache
+FP8 = (matmul_fp8(4, 256, mma="QGMMA", max_instructions=7.5, max_shared_stores=4, wide_loads=False, targets=HOPPER),)
+ROWS = (quantize_rows(4096, max_instructions=26, targets=HOPPER), quantize_rows(14336, targets=("sm_80", "gfx942")))

@@ -1,0 +1,140 @@
+"""Products with a packed weight on the CPU: which way suits a call, and the ways that any call can go.
+
+Up to `ROWS` rows of x (or `FEW_ROWS`), C++ multiplies codes as it unpacks them, in fp32: nothing is dequantised in
+memory. More rows of bf16 go the way of cpu_bf16, where the CPU has its instructions. Elsewhere blocks of the weight
+that fit the cache are dequantised one after the other and multiplied by ATen.
+Tables of levels and machines without a C++ compiler take plain tensor operations, block by block too.
+
+fp16 is computed in fp32: CPUs multiply it many times slower. bf16 is, where the CPU has no instructions for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from gs_kernels.activations import ACTIVATIONS
+from gs_kernels.pack.layouts import CANONICAL, PackedWeight
+from gs_kernels.pack.pack import dequantize_packed
+from gs_kernels.qmatmul.cpu import avx512_bf16
+from gs_kernels.qmatmul.cpu.interleaved import LANES, STEP, Lanes, UnsuitableError, lanes_of
+from gs_kernels.qmatmul.cpu.products import dot, unpack
+from gs_kernels.runtime.instructions import has
+
+logger = logging.getLogger(__name__)
+
+ROWS = 4  # of bf16 x, that multiply as fast in fp32
+BLOCK = 1 << 21  # elements of a weight that are dequantised at a time
+# measured, 2 threads, 4096 x 4096: above, a dequantised block and ATen's product take less time
+FEW_ROWS = {torch.bfloat16: 16, torch.float32: 64}
+
+
+def qmatmul_cpu(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str) -> Tensor:
+    with without_autocast():
+        rows, y = rows_of(x, computed_in(x.dtype)), None
+        if rows.shape[0] and weight.levels is None:
+            try:
+                # the way of few rows without frames in between, which small ones feel
+                y = dot(rows.float(), lanes_of(weight)) if _are_few(rows) else _many(rows, weight)
+            except UnsuitableError as error:
+                logger.debug("qmatmul dequantises in every call: %s", error)
+        y = _plain(rows, weight) if y is None else y[:, : weight.shape[0]]
+    return finish(y, bias, activation, x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def without_autocast() -> AbstractContextManager[Any]:
+    """No autocast inside: it would change dtypes."""
+    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
+
+
+def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as `[M, K]`, contiguous."""
+    return x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
+
+
+def finish(y: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype) -> Tensor:
+    """Bias and activation in fp32, one cast; contiguous."""
+    if bias is not None:
+        y = y.float() + bias.float()
+    return ACTIVATIONS[activation].function(y).to(dtype).contiguous()
+
+
+@cache
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a CPU multiplies fast: fp32 for fp16, and for bf16 without instructions for it."""
+    able = any(has(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return dtype if dtype == torch.bfloat16 and able else torch.float32
+
+
+def _are_few(x: Tensor) -> bool:
+    """Whether the codes of the weight are multiplied as they are unpacked, in fp32."""
+    m = x.shape[0]
+    if m > ROWS and x.dtype == torch.bfloat16 and avx512_bf16.suits(m):
+        return False
+    return m <= FEW_ROWS[x.dtype]
+
+
+def _many(x: Tensor, weight: PackedWeight) -> Tensor:
+    """`[M, N or more]`, in fp32 or the dtype of x."""
+    if x.dtype == torch.bfloat16 and avx512_bf16.suits(x.shape[0]):
+        try:
+            return avx512_bf16.multiply(x, lanes_of(weight))
+        except UnsuitableError as error:
+            logger.debug("qmatmul goes another way: %s", error)
+            if x.shape[0] <= FEW_ROWS[x.dtype]:
+                return dot(x.float(), lanes_of(weight))
+    return _by_blocks(x, weight)
+
+
+def _by_blocks(x: Tensor, weight: PackedWeight) -> Tensor:
+    lanes = lanes_of(weight)
+    steps = lanes.steps(x).flatten(1)
+    y = x.new_empty(x.shape[0], lanes.codes.shape[0] * LANES)
+    done = 0
+    for block, _ in dequantized(lanes, x.dtype, BLOCK):
+        columns = block.view(steps.shape[1], -1)
+        torch.mm(steps, columns, out=y[:, done : done + columns.shape[1]])
+        done += columns.shape[1]
+    return y
+
+
+def dequantized(lanes: Lanes, dtype: torch.dtype, size: int, as_codes: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks of the weight and their grids, as `unpack` makes them: each overwrites the one before.
+
+    About `size` elements at a time, at least two blocks of lanes. Memory taken anew for each would cost more in page
+    faults than the passes that fill it.
+    """
+    count, *steps = lanes.codes.shape[:3]
+    parts = max(1, min(count // 2, count * LANES * lanes.groups * lanes.width // size))
+    buffer = torch.empty(*steps, STEP, -(-count // parts), LANES, dtype=dtype)
+    for codes, grid in zip(lanes.codes.tensor_split(parts), lanes.grid.tensor_split(parts), strict=True):
+        block = buffer.flatten()[: codes.shape[0] * buffer[..., 0, :].numel()].view(*steps, STEP, -1, LANES)
+        unpack(codes, grid, lanes.bits, block, as_codes)
+        yield block, grid
+
+
+def _plain(x: Tensor, weight: PackedWeight) -> Tensor:
+    """Dequantises some rows of the weight at a time."""
+    n, k = weight.shape
+    if x.shape[0] == 0:
+        return x.new_empty(0, n)
+    size = max(1, BLOCK // k)
+    ys = [linear(x, dequantize_packed(_slice(weight, i, i + size), x.dtype)) for i in range(0, n, size)]
+    return ys[0] if len(ys) == 1 else torch.cat(ys, 1)
+
+
+def _slice(weight: PackedWeight, start: int, stop: int) -> PackedWeight:
+    if start == 0 and stop >= weight.shape[0]:
+        return weight
+    codes = weight.codes[start:stop] if weight.layout == CANONICAL else weight.codes[:, start:stop]
+    zero = weight.zero[start:stop] if isinstance(weight.zero, Tensor) else weight.zero
+    scale = weight.scale[start:stop]
+    return replace(weight, codes=codes, scale=scale, zero=zero, shape=(scale.shape[0], weight.shape[1]))

@@ -1,0 +1,70 @@
+"""A packed weight back to real values: for products with so many rows that doing it once is cheapest."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gs_kernels.pack.kernel import dequantize_block
+from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.pack.schema import Tensors, tensors_of
+from gs_kernels.runtime.dispatch import launch
+
+BLOCK_N = 32
+
+
+@triton.jit
+def _dequantize_kernel(
+    w_ptr,
+    codes_ptr, scale_ptr, zero_ptr, levels_ptr,
+    N, K, G,
+    stride_sn, stride_sg,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """`[BLOCK_N, 128]` of the weight: in fp32, by plain shifts, since the store of the result takes longer."""
+    WIDTH: tl.constexpr = 8 * BITS
+    block = tl.program_id(0).to(tl.int64)
+    first_n = tl.program_id(1).to(tl.int64) * BLOCK_N
+    cols = tl.minimum(tl.arange(0, BLOCK_N), (N - 1 - first_n).to(tl.int32))
+    words = tl.load(codes_ptr + (block * N + first_n) * WIDTH + cols[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])
+    offs_s = (first_n + cols) * stride_sn
+    grid = (scale_ptr, zero_ptr, levels_ptr, offs_s, stride_sg, (block * 128).to(tl.int32), G)
+    w, _ = dequantize_block(words, grid, BITS, GROUP, ZERO, tl.float32, False, True)
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    offs_k = block * 128 + tl.arange(0, 128)
+    mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
+    tl.store(w_ptr + offs_n[:, None] * K + offs_k[None, :], w.to(w_ptr.dtype.element_ty), mask=mask)
+
+
+def grouping(k: int, group_size: int) -> int:
+    """The group size that kernels know: with one group, any that covers the row."""
+    return -(-k // 128) * 128 if group_size == k else group_size
+
+
+def same_strides(scale: Tensor, zero_points: Tensor | None) -> Tensor | None:
+    """The zero points, a copy of them if they are not laid out as the scales are."""
+    if zero_points is None or zero_points.stride() == scale.stride():
+        return zero_points
+    return torch.empty_strided(scale.shape, scale.stride(), dtype=zero_points.dtype, device=scale.device).copy_(
+        zero_points
+    )
+
+
+def parts_of(weight: PackedWeight) -> Tensors:
+    """The tensors of a weight as kernels read them: zero points are laid out as the scales are."""
+    codes, scale, zero_points, zero, levels = tensors_of(weight)
+    return codes, scale, same_strides(scale, zero_points), zero, levels
+
+
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Gives the real values `[N, K]` of a weight, in dtype."""
+    codes, scale, zero_points, zero, levels = parts_of(weight)
+    n, k = weight.shape
+    w = codes.new_empty(n, k, dtype=dtype)
+    launch(
+        _dequantize_kernel, (-(-k // 128), -(-n // BLOCK_N)),
+        w, codes, scale, zero_points, levels, n, k, scale.shape[1], *scale.stride(),
+        BITS=weight.bits, GROUP=grouping(k, weight.group_size), ZERO=zero, BLOCK_N=BLOCK_N, num_warps=4,
+    )
+    return w

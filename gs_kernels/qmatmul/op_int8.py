@@ -1,0 +1,178 @@
+"""Products of 8-bit rows with a packed weight, and the rows: implementations, registration, public functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gs_kernels.pack.checks import FLOATS, check_tensor
+from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.pack.schema import PACKED_WEIGHT
+from gs_kernels.qmatmul.checks import check_operands, check_row_scales
+from gs_kernels.qmatmul.cpu.int8 import Int8Product, qmatmul_int8_cpu
+from gs_kernels.qmatmul.op import planar_refuses
+from gs_kernels.qmatmul.ref import exact_weight, qmatmul_int8_ref, quantize_rows_ref
+from gs_kernels.runtime.dispatch import choose, implementations
+from gs_kernels.runtime.torch_op import register
+
+
+def _rows_ref(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    codes, scale = quantize_rows_ref(x, dtype=dtype)
+    return codes.contiguous(), scale.contiguous()
+
+
+def _int8_refuses(x: Tensor, x_scale: Tensor, weight: PackedWeight, *_: object) -> list[str]:
+    return planar_refuses(x, weight)
+
+
+def _int8_ref(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    x_zero: Tensor | None,
+    weight_sums: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    return qmatmul_int8_ref(x, x_scale, weight, bias, x_zero=x_zero, activation=activation, dtype=dtype)
+
+
+ROWS = implementations("quantize_rows", _rows_ref)
+INT8 = implementations("qmatmul_int8", _int8_ref, qmatmul_int8_cpu, _int8_refuses)
+
+
+def _rows_fake(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _int8_fake(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    x_zero: Tensor | None,
+    weight_sums: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
+
+
+_quantize = register("quantize_rows(Tensor x, ScalarType dtype) -> (Tensor, Tensor)", ROWS, _rows_fake)
+_run = register(
+    "qmatmul_int8(Tensor x, Tensor x_scale, PackedWeight weight, Tensor? bias, Tensor? x_zero, Tensor? weight_sums,"
+    " str activation, ScalarType dtype) -> Tensor",
+    INT8,
+    _int8_fake,
+    carried=(PACKED_WEIGHT,),
+)
+
+
+def quantize_rows(x: Tensor, *, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """Each row to 8 bits with a scale of its own: `codes = round(x / scale)`, `scale = max |x| / 127` (fp8: 448).
+
+    int8 codes are -127..127, those of a symmetric dynamic fake-quant per row. One pass over x. No gradient.
+
+    Args:
+        x: `[..., K]` fp32 / fp16 / bf16, any strides.
+        dtype: int8, or float8_e4m3fn for GPUs that multiply it (compute capability 8.9 and above).
+
+    Returns:
+        codes `[..., K]` of dtype, contiguous; scale `[...]` fp32: 1 for a row of zeros, NaN or Inf if x is.
+
+    Raises:
+        TypeError, ValueError: if a dtype is none of the above, or x has no rows to speak of.
+    """
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+        raise TypeError(f"quantize_rows: x must be a float32 / float16 / bfloat16 tensor, got {getattr(x, 'dtype', x)}")
+    if dtype not in (torch.int8, torch.float8_e4m3fn):
+        raise TypeError(f"quantize_rows: dtype must be int8 or float8_e4m3fn, got {dtype}")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"quantize_rows: x must be [..., K] with K >= 1, got {list(x.shape)}")
+    return _quantize(x.detach(), dtype)
+
+
+def row_sums(weight: PackedWeight) -> Tensor:
+    """`[N]` fp32: the sum of each row's real values, which `qmatmul_int8` needs when x has a zero point."""
+    return exact_weight(weight).sum(1).float()
+
+
+def qmatmul_int8(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    x_zero: Tensor | None = None,
+    weight_sums: Tensor | None = None,
+    activation: str = "none",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`act((x - x_zero) * x_scale @ W^T + bias)` with integer codes on both sides. No gradient.
+
+    Codes are multiplied and summed as integers, exactly, within each group of the weight; scales, zero points, bias and
+    activation follow in fp32, and one cast. On a CPU the zero points, too, are part of the exact sums.
+
+    Args:
+        x: `[..., K]` int8, e.g. of `quantize_rows`.
+        x_scale: fp32, one per row of x, `x.shape[:-1]`, or `[1]` for all.
+        weight: `[N, K]`, without levels.
+        bias: `[N]` fp32 / fp16 / bf16.
+        x_zero: `[1]` fp32 of an integer, the code that stands for 0.0; a CPU looks. None is 0. Needs `weight_sums`.
+        weight_sums: `[N]` fp32, `row_sums(weight)`: made once per weight, not once per call.
+        activation: `none`, `relu`, `relu6`, `hardswish`, `gelu` (exact) or `silu`.
+        dtype: of the result: fp32 / fp16 / bf16.
+
+    Returns:
+        `[..., N]`, contiguous.
+
+    Raises:
+        TypeError, ValueError: if shapes, dtypes or devices do not fit together, the weight has levels, or activation or
+            dtype is none of the above.
+    """
+    who = "qmatmul_int8"
+    _check(who, x, x_scale, weight, bias, x_zero, activation, dtype)
+    if (x_zero is None) != (weight_sums is None):
+        raise ValueError(f"{who}: x_zero and weight_sums must be given together; use weight_sums=row_sums(weight)")
+    if weight_sums is not None:
+        check_tensor(who, "weight_sums", weight_sums, (torch.float32,), (weight.shape[0],))
+    return _run(x, x_scale, weight, bias, x_zero, weight_sums, activation, dtype)
+
+
+def _check(
+    who: str,
+    x: Tensor,
+    x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    x_zero: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+) -> None:
+    check_operands(who, x, (torch.int8,), weight, bias, activation)
+    check_row_scales(who, x, x_scale, x_zero)
+    if weight.levels is not None:
+        raise ValueError(f"{who}: weight must have an evenly spaced grid, got levels; use qmatmul")
+    if dtype not in FLOATS:
+        raise TypeError(f"{who}: dtype must be float32 / float16 / bfloat16, got {dtype}")
+
+
+def prepared_qmatmul_int8(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    *,
+    x_zero: Tensor | None,
+    dtype: torch.dtype,
+    activation: str = "none",
+) -> Int8Product | None:
+    """Makes `qmatmul_int8` once for all rows like x; None where another implementation than the CPU's would run.
+
+    Takes and refuses what `qmatmul_int8` does. The tensors must not change while the product is used.
+    """
+    _check("qmatmul_int8", x, x_scale, weight, bias, x_zero, activation, dtype)
+    if choose("qmatmul_int8", INT8, x, x_scale, weight).name != "cpu":
+        return None
+    return Int8Product(weight, bias, x_zero, activation, dtype)

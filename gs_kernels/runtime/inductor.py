@@ -1,0 +1,146 @@
+"""Chains of tensor operations, compiled once for the CPU.
+
+`torch.compile` compiles again for every size that is 0, 1 or was equal to another in its first call, and takes 30 us or
+more to find the code of a call. So a chain is traced and compiled per variant (rank, dtype, flags), ahead of its first
+use, on an example whose sizes are large and all differ; the code itself checks sizes and strides.
+Where compiling fails, for want of a C++ compiler or of a folder, the chain runs eagerly, which is said once.
+
+What `torch.compile` keeps on disk does not say for how wide vectors it was made, so that a CPU with narrower ones would
+read it wrongly, and one with wider ones write behind the ends of tensors. Here the width is part of what is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import subprocess
+import threading
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gs_kernels.runtime.cpp import say_compiling, say_uncompiled
+from gs_kernels.runtime.instructions import described
+from gs_kernels.runtime.torch_private import inductor_cache_dir, standalone_compiler, vector_bits
+
+logger = logging.getLogger(__name__)
+
+Chain = Callable[..., Any]
+
+# of a compiler that is missing, fails or is stopped; of folders; of parts of PyTorch that were half imported then
+FAILURES = (
+    *(RuntimeError, OSError, ImportError, AttributeError, AssertionError, KeyError),
+    *(ValueError, subprocess.SubprocessError),
+)
+
+_ready: dict[tuple[Chain, Hashable, int], Chain] = {}
+_lock = threading.RLock()
+_usable = True
+
+
+def compiled(
+    chain: Chain,
+    variant: Hashable,
+    example: Callable[[], tuple[Any, ...]],
+    options: dict[str, str | int | bool | Callable[..., Any]] | None = None,
+) -> Chain:
+    """`chain`, compiled when first asked for; or as it is if it cannot be compiled here.
+
+    Args:
+        chain: of tensors and constants; returns a tensor, a tuple of tensors or None.
+        variant: what tells apart calls that need code of their own, all constants among it; tensor sizes of one
+            variant are all above 1.
+        example: makes the arguments of one such call.
+        options: of the compiler, as `torch.compile` takes them; the same in every call for one chain.
+    """
+    key = (chain, variant, torch.get_num_threads())  # the code starts as many threads
+    if key not in _ready:
+        with _lock:
+            if key not in _ready:
+                _ready[key] = _compile(chain, variant, example, options or {})
+    return _ready[key]
+
+
+def _compile(chain: Chain, variant: Hashable, example: Callable[[], tuple[Any, ...]], options: dict[str, Any]) -> Chain:
+    global _usable
+    if not _usable:
+        return chain
+    logger.info("compiling %s %s for the CPU, once", chain.__name__, variant)
+    try:
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            options, mark = {**options, **_width()}, _mark_of(chain, variant)
+            if not mark.exists():
+                say_compiling(chain.__name__, mark.parent.parent)
+            run = _compile_for(chain, example(), options)
+            _leave(mark)
+            return run
+    except FAILURES as error:
+        say_uncompiled("CPU chains run uncompiled", error)
+        _usable = False
+        return chain
+
+
+def _width() -> dict[str, Any]:
+    """The option of `torch.compile` that says how wide its vectors are."""
+    bits = vector_bits()
+    return {"cpp.simdlen": bits} if bits else {}
+
+
+def _mark_of(chain: Chain, variant: Hashable) -> Path:
+    """A file that tells that `torch.compile` will find this chain on disk."""
+    about = (chain.__module__, chain.__name__, variant, described(), torch.__version__, torch.get_num_threads())
+    return (
+        Path(inductor_cache_dir()) / "golden_stick" / f"{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.chain"
+    )
+
+
+def _leave(mark: Path) -> None:
+    with contextlib.suppress(OSError):
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+
+def _compile_for(chain: Chain, args: tuple[Any, ...], options: dict[str, Any]) -> Chain:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    standalone_compile, TracingContext, tracing = standalone_compiler()
+    places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+    kind: type = tuple
+
+    def of_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
+        nonlocal kind
+        whole = list(args)
+        for i, t in zip(places, tensors, strict=True):
+            whole[i] = t
+        result = chain(*whole)
+        kind = type(result)
+        return result if kind is tuple else () if result is None else (result,)
+
+    graph = make_fx(of_tensors, tracing_mode="symbolic")(*(args[i] for i in places))
+    inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    # the cache of PyTorch keeps loops for one width of vectors and compiles them for any: 8 at a time stored as 16
+    options = {"cpp.simdlen": vector_bits(), **options}
+    # sizes are symbols of the trace, which a chain that returns nothing does not show in its results
+    with tracing(TracingContext(inputs[0].fake_mode)):
+        code = standalone_compile(
+            graph, inputs, dynamic_shapes="from_tracing_context", options={"config_patches": options}
+        )
+
+    def run(*args: Any) -> Any:
+        results = code(*[args[i] for i in places])
+        return tuple(results) if kind is tuple else results[0] if results else None
+
+    return run
+
+
+def call(chain: Chain, *args: Any) -> Any:
+    """Runs a chain without gradients and autocast."""
+    if torch.is_autocast_enabled("cpu"):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return chain(*args)
+    with torch.no_grad():
+        return chain(*args)

@@ -1,0 +1,62 @@
+"""Which instruction sets of this CPU are used: those that it has, less those that the user forbids.
+
+`ATEN_CPU_CAPABILITY` and `ONEDNN_MAX_CPU_ISA` forbid them to PyTorch and to oneDNN, e.g. `avx2` and `AVX2`; code of
+this library obeys both. A newer CPU so plays an older one, in one process from its start.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from gs_kernels.runtime.dispatch import variable
+
+# what oneDNN may be limited to, from old to new; another text limits nothing
+ONEDNN = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16")
+NEEDS = {"avx2": "AVX2", "fma3": "AVX2", "avx512_vnni": "AVX512_CORE_VNNI", "avx512_bf16": "AVX512_CORE_BF16"}
+LEVELS = {"AVX2": 1, "AVX512": 2}  # of ATen; less is the smallest set of the architecture
+
+
+@cache
+def has(name: str) -> bool:
+    """Whether instructions, e.g. `avx512_vnni`, are there and not forbidden; names as `torch.cpu.get_capabilities`."""
+    if not torch.cpu.get_capabilities().get(name):
+        return False
+    needed = NEEDS.get(name, "AVX512_CORE" if name.startswith("avx512") else None)
+    if name.startswith(("avx512", "amx")):
+        return _level() >= LEVELS["AVX512"] and _allows(needed or ONEDNN[-1])
+    return needed is None or (_level() >= LEVELS["AVX2"] and _allows(needed))
+
+
+@cache
+def _level() -> int:
+    return LEVELS.get(torch.backends.cpu.get_cpu_capability(), 0)
+
+
+def _allows(isa: str) -> bool:
+    limit = variable("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA").upper()
+    return limit not in ONEDNN or ONEDNN.index(isa) <= ONEDNN.index(limit)
+
+
+def multiplies_int8() -> bool:
+    """Whether ATen and oneDNN multiply int8 faster than fp32: with VNNI. Without it `torch._int_mm` is a plain loop."""
+    return has("avx512_vnni")
+
+
+def vectors() -> str:
+    """The widest vectors that code of this library is compiled for: "avx512", "avx2", or "": what every CPU has."""
+    if all(has(name) for name in ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "fma3")):
+        return "avx512"
+    return "avx2" if has("avx2") and has("fma3") and has("f16c") else ""
+
+
+def described() -> str:
+    """For people, e.g. "AVX-512 VNNI" or "AVX2"."""
+    if vectors() == "avx512":
+        extra = [text for name, text in (("avx512_vnni", "VNNI"), ("avx512_bf16", "BF16")) if has(name)]
+        return " ".join(["AVX-512", *extra, *(["AMX"] if has("amx_int8") or has("amx_bf16") else [])])
+    if vectors() == "avx2":
+        return "AVX2"
+    arm = [text for name, text in (("sve", "SVE"), ("bf16", "BF16"), ("i8mm", "I8MM")) if has(name)]
+    return " ".join(arm) or torch.backends.cpu.get_cpu_capability()

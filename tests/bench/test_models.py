@@ -1,0 +1,125 @@
+"""Whole networks: every phase gets a row with time and memory, and a network that fails does not stop the others."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from bench.memory import nbytes_of, peak_bytes
+from bench.models import __main__ as command
+from bench.models import decode
+from bench.models.networks import NETWORKS, LlamaBlock, Network, resnet
+from tests.nets.language_models import save_folder, tiny_llama
+
+
+def _tiny(quick):
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+def _broken(quick):
+    raise ValueError("no such network")
+
+
+@pytest.fixture
+def rows(monkeypatch, tmp_path):
+    networks = {"tiny": Network(_tiny, lambda quick: (3, 8, 8), 2), "broken": Network(_broken, lambda quick: (1,), 2)}
+    monkeypatch.setattr(command, "NETWORKS", networks)
+
+    def run(*flags):
+        out = tmp_path / "rows.jsonl"
+        code = command.main(["--device", "cpu", "--quick", "--seconds", "0.001", "--out", str(out), *flags])
+        return code, [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+
+    return run
+
+
+def test_a_network_is_trained_converted_and_timed_beside_float(rows, capsys):
+    code, written = rows("--network", "tiny", "--algorithm", "float", "simqat-w4a8")
+    assert code == 0
+    phases = [(row["algorithm"], row["phase"], row["batch"]) for row in written]
+    assert phases == [
+        (algorithm, phase, batch)
+        for algorithm in ("float", "simqat-w4a8")
+        for phase, batch in (("train", 4), ("latency", 1), ("throughput", 4))
+    ]
+    for row in written:
+        assert row["kind"] == "model" and 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
+    assert written[3]["saved_bytes"] > written[0]["saved_bytes"] > 0
+    assert all(row["peak_bytes"] > 0 for row in written)
+    assert written[5]["nbytes"] < written[2]["nbytes"]
+    assert written[5]["per_s"] == pytest.approx(4e3 / written[5]["ms_p50"], rel=0.02)
+    assert "simqat-w4a8" in capsys.readouterr().out
+
+
+def test_the_bfloat16_network_predicts_with_half_the_bytes(rows):
+    code, written = rows("--network", "tiny", "--algorithm", "float", "bfloat16")
+    assert code == 0
+    assert [row["phase"] for row in written[3:]] == ["latency", "throughput"]
+    assert written[3]["nbytes"] < 0.6 * written[1]["nbytes"]
+
+
+def test_a_network_that_fails_is_a_row_and_the_run_goes_on_and_fails(rows):
+    code, written = rows("--network", "broken", "tiny", "--algorithm", "float")
+    assert code == 1
+    assert written[0]["error"] == "ValueError: no such network"
+    assert [row["phase"] for row in written[1:]] == ["train", "latency", "throughput"]
+
+
+def test_a_limit_starts_nothing_new_and_says_so(rows, capsys):
+    assert rows("--network", "tiny", "--limit", "-1") == (1, [])
+    assert "reached before tiny float" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("depth, millions", [(18, 11.69), (50, 25.56)])
+def test_resnets_have_the_parameters_of_the_paper(depth, millions):
+    with torch.device("meta"):
+        net = resnet(depth)
+        y = net(torch.empty(2, 3, 224, 224))
+    assert y.shape == (2, 1000)
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+def test_the_llama_block_is_causal_and_keeps_its_shape():
+    block = LlamaBlock(32, 4, 2, 48)
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    y, changed = block(x), block(torch.cat([x[:, :4], -x[:, 4:]], 1))
+    assert y.shape == x.shape
+    torch.testing.assert_close(y[:, :4], changed[:, :4])
+    assert not torch.allclose(y[:, 4], changed[:, 4])
+
+
+def test_every_network_takes_the_inputs_that_are_made_for_it():
+    for network in NETWORKS.values():
+        with torch.device("meta"):
+            net = network.build(True)
+        x = network.inputs(2, True, "cpu").to("meta")
+        assert net(x).shape[0] == 2
+
+
+def test_shared_parameters_count_once():
+    layer = nn.Linear(4, 4, bias=False)
+    assert nbytes_of(nn.Sequential(layer, layer)) == 64
+
+
+def test_decoding_gives_a_rate_and_the_bytes_of_the_model(monkeypatch, tmp_path):
+    monkeypatch.setattr(decode, "TOKENS", 4)
+    model = tiny_llama()
+    folder = save_folder(tmp_path / "tiny", model)
+    (row,) = decode.decode_rows(folder, "cpu", 0.0)
+    assert row["network"] == "tiny" and row["per_s"] > 0
+    assert row["nbytes"] >= 2 * sum(p.numel() for p in model.parameters())
+
+
+def test_the_peak_is_what_is_alive_at_once():
+    x = torch.ones(1 << 18)
+
+    def call() -> None:
+        a = x + 1
+        b = a * 2
+        del a
+        (b + b).sum()
+
+    assert 2 * x.nbytes <= peak_bytes("cpu", call) < 2.1 * x.nbytes

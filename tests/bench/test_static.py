@@ -1,0 +1,156 @@
+"""Figures that need no GPU are no worse than those kept, the guard sees what is, and predictions meet measured rows."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from gs_kernels.runtime.dispatch import INTERPRET
+
+if INTERPRET:
+    pytest.skip("TRITON_INTERPRET=1: kernels cannot be compiled in this process", allow_module_level=True)
+pytest.importorskip("triton", reason="Triton is not installed: there are no kernels to compile")
+
+from bench import guard, predict, record, static
+from gs_kernels.tuning.cost_model import Prediction
+from gs_kernels.tuning.gpu_specs import CARDS
+
+ROW = {
+    "case": "op/case",
+    "kernel": "_kernel",
+    "target": "sm_90",
+    "registers": 64,
+    "instructions": 1000,
+    "loop_instructions": 0,
+    "spills": 0,
+    "nbytes": 4096,
+    "warps_per_sm": 32,
+    "torch": "2.13.0",
+    "triton": "3.9.0",
+}
+
+
+def test_no_kernel_and_no_training_step_is_worse_than_what_is_kept():
+    # the other targets take minutes: `python -m bench.static --check`
+    assert static.check(static.FOLDER, [CARDS["h100"]]) == []
+
+
+def test_the_page_is_that_of_the_rows():
+    made = {name: record.read_rows(static.FOLDER / f"{name}.jsonl") for name in ("kernels", "steps", "ops")}
+    assert {(row["torch"], row["triton"]) for rows in made.values() for row in rows}
+    text = (static.FOLDER / "README.md").read_text()
+    assert "nothing here was timed" in text
+    made_with = {key: made["kernels"][0][key] for key in ("torch", "triton")}
+    assert static.page(**made, made_with=made_with) == text
+
+
+@pytest.mark.parametrize(
+    "change, fact",
+    [
+        ({"registers": 73}, "registers must be at most 72, got 73, was 64"),
+        ({"instructions": 1031}, "instructions must be at most 1030, got 1031"),
+        ({"spills": 1}, "spills must be at most 0, got 1"),
+        ({"nbytes": 4097}, "nbytes must be at most 4096, got 4097"),
+        ({"warps_per_sm": 24}, "warps_per_sm must be at least 32, got 24"),
+    ],
+)
+def test_a_figure_that_grew_is_named_with_the_command_that_accepts_it(change, fact):
+    (found,) = guard.worse([ROW], [{**ROW, **change}])
+    assert found == f"op/case _kernel sm_90: {fact}{found[found.index(fact) + len(fact) :]}"
+    assert found.endswith("accept it with `python -m bench.static`")
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"registers": 72}, {"instructions": 1030}, {"instructions": 10, "warps_per_sm": 64}]
+)
+def test_what_is_better_or_within_the_slack_is_fine(change):
+    assert guard.worse([ROW], [{**ROW, **change}]) == []
+
+
+def test_a_row_that_is_gone_is_named_a_new_one_is_fine_and_other_versions_say_nothing():
+    new = {**ROW, "case": "op/new"}
+    (found,) = guard.worse([ROW], [new])
+    assert "op/case _kernel sm_90: is kept, and is no longer there" in found
+    assert guard.worse([ROW], [{**ROW, "spills": 9, "triton": "3.6.0"}]) == []
+
+
+def test_the_command_checks_writes_and_says_which_figures_are_worse(monkeypatch, tmp_path, capsys):
+    slow = {name: ROW[name] for name in ROW if name not in guard.VERSIONS}
+    times = {"us": 1.0, "bound": "bytes", "shared_bytes": 0, "limiter": "warps", "per_element": 2.0}
+    monkeypatch.setattr(static, "kernel_rows", lambda *cards: iter([{**slow, **times}]))
+    step = {"network": "n", "algorithm": "a", "launches": 3, "calls": 9, "saved_bytes": 10}
+    monkeypatch.setattr(static, "step_rows", lambda: iter([step]))
+    shutil.copy(static.FOLDER / "ops.jsonl", tmp_path)
+    where = ["--folder", str(tmp_path)]
+    assert static.main(where) == 0
+    assert "| op/case | sm_90 | 64 |" in (tmp_path / "README.md").read_text()
+    assert static.main(["--check", *where]) == 0
+    step["launches"] = 4
+    assert static.main(["--check", *where]) == 1
+    assert "n a: launches must be at most 3, got 4, was 3" in capsys.readouterr().out
+
+
+MEASURED = {
+    "kind": "op",
+    "op": "fake_quant",
+    "shape": {
+        "x": [8192, 8192],
+        "axis": 0,
+        "group": 0,
+        "qmin": -8,
+        "qmax": 7,
+        "zero": "none",
+        "learned": True,
+    },
+    "dtype": "bfloat16",
+    "direction": "fwd",
+    "provider": "ours",
+    "device_name": "NVIDIA H100 80GB HBM3",
+    "ms_p20": 0.2,
+}
+
+
+def test_measured_rows_are_compared_with_their_predictions(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    others = [{"provider": "torch"}, {"device_name": "AMD EPYC"}, {"kind": "roofline"}]
+    rows = [MEASURED, {**MEASURED, "ms_p20": 0.1}, *({**MEASURED, **other} for other in others)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"cut')
+    slow, fast = predict.compare(record.read_rows(path))
+    # 4 bytes an element and the scales, at 3.35 TB/s
+    least = CARDS["h100"].launch_us + (4 * 8192 * 8192 + 8 * 8192) / 3350e3
+    assert slow.least_us == fast.least_us == pytest.approx(least)
+    assert slow.ratio == pytest.approx(2 * fast.ratio) == pytest.approx(200 / least)
+    assert predict.main([str(path)]) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.startswith("fake_quant") and f"{200 / least:.2f}x" in line and "(bytes)" in line
+
+
+def test_a_backward_pass_is_predicted_with_its_forward():
+    forward, both = predict.compare([MEASURED, {**MEASURED, "direction": "f+b"}])
+    assert both.least_us > 2 * forward.least_us
+
+
+def test_files_without_rows_of_a_described_gpu_are_said(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({**MEASURED, "device_name": "AMD EPYC"}) + "\n")
+    assert predict.main([str(path)]) == 2
+    assert "needs rows of bench.run from a GPU that is described" in capsys.readouterr().err
+
+
+def test_a_broken_line_that_is_not_the_last_is_an_error(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"cut\n{}\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl:1 must be a JSON object"):
+        record.read_rows(path)
+
+
+def test_ops_get_a_row_per_shape_with_what_a_float_product_takes(monkeypatch):
+    monkeypatch.setattr(static, "predict_op", lambda *args: [Prediction(2.0, 3.0, 1.0, 1.0, 1.0)] * 2)
+    rows = list(static.op_rows(op="qmatmul"))
+    assert {row["us"] for row in rows} == {10.0} and {row["bound"] for row in rows} == {"bytes"}
+    (large,) = (
+        row for row in rows if row["shape"]["x"] == (4096, 8192) and row["shape"]["n"] == 8192 and row["group"] == "w4"
+    )
+    assert large["float_us"] == pytest.approx(2 + 2 * 4096 * 8192 * 8192 / 989.4e6, rel=1e-3)
+    assert dataclasses.asdict(CARDS["h100"])["name"] == large["card"]

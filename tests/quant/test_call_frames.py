@@ -1,0 +1,67 @@
+"""How many Python frames of ours lie between a user's call and the arithmetic: what small layers feel most.
+
+Bounds, not figures: a call that gets cheaper stays right. They hold where C++ compiles.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from gs_algos import PackedLinear, SimQAT
+from gs_kernels import pack_weight, qconv2d, qmatmul, qmatmul_int8
+from gs_kernels.qconv2d.cpu import direct_int8
+from gs_kernels.qmatmul.cpu import products
+from gs_kernels.runtime.dispatch import INTERPRET
+from tests.helpers import frames
+
+if INTERPRET or products.library() is None or direct_int8.library() is None:
+    pytest.skip("the CPU's own way is not taken here: interpreted, or no C++ compiler", allow_module_level=True)
+
+
+def normal(*sizes):
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(0))
+
+
+def weight(n, k):
+    return pack_weight(torch.ones(n, k, dtype=torch.uint8), torch.ones(n, 1), bits=4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", ["int4@channel", "int4@group:8:asym", "int8@channel"])
+def test_a_small_packed_linear_is_at_most_6_frames_deep_and_40_calls(scheme):
+    layer, x = PackedLinear.from_linear(nn.Linear(16, 16), scheme), normal(2, 16)
+    deepest, calls = frames(lambda: layer(x))
+    assert deepest <= 6 and calls <= 40
+
+
+def test_ops_with_a_packed_weight_check_it_once():
+    w, filters, x, image = weight(16, 16), weight(8, 72), normal(2, 16), normal(1, 8, 6, 6)
+    codes, one = x.to(torch.int8), torch.ones(1)
+    calls = {
+        "qmatmul": (lambda: qmatmul(x, w), 6, 32),
+        "qmatmul_int8": (lambda: qmatmul_int8(codes, one, w), 6, 35),
+        "qconv2d": (lambda: qconv2d(image, filters, kernel_size=3, padding=1, keep_dense=True), 6, 48),
+    }
+    for name, (call, deep, many) in calls.items():
+        deepest, count = frames(call)
+        assert deepest <= deep and count <= many, (name, deepest, count)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.conv(x)).mean((2, 3)))
+
+
+@torch.no_grad()
+def test_a_converted_conv_relu_and_linear_take_at_most_120_calls():
+    net, x = Net(), normal(2, 3, 8, 8)
+    algo = SimQAT()
+    net = algo.apply(net, x)
+    net.train()(x)
+    net = algo.convert(net.eval(), x).eval()
+    deepest, calls = frames(lambda: net(x))
+    assert deepest <= 10 and calls <= 120
