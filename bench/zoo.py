@@ -2,8 +2,8 @@
 
 Families: torchvision's classifiers, timm's files, and the tiny Transformers of tests/nets/transformers_models.py, with
 random weights. A row says how many layers were quantized and why the others were not, how far the converted network is
-from the trained one, or which stage failed. torchvision's C++ operators (boxes, not layers) are not needed: where its wheel
-does not fit the installed torch, empty declarations stand for them.
+from the trained one, or which stage failed. torchvision's C++ operators (boxes, not layers) are not needed: where its
+wheel does not fit the installed torch, empty declarations stand for them.
 """
 
 from __future__ import annotations

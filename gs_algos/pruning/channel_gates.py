@@ -1,8 +1,8 @@
 """Live layers with one number per output channel to train, while the rest of the network stands still.
 
 The class of a layer is swapped, as in gs_algos/quant/fake_quant/layers.py. It gains three fp32 buffers: `gate [O]`, a
-leaf that collects a gradient, and `gate_mean`, `gate_square` for what is known of that gradient. Buffers, not parameters,
-so that the user's optimizer does not see them.
+leaf that collects a gradient, and `gate_mean`, `gate_square` for what is known of that gradient. Buffers, not
+parameters, so that the user's optimizer does not see them.
 """
 
 from __future__ import annotations
