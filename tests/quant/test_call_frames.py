@@ -39,7 +39,7 @@ def test_ops_with_a_packed_weight_check_it_once():
     codes, one = x.to(torch.int8), torch.ones(1)
     calls = {
         "qmatmul": (lambda: qmatmul(x, w), 6, 32),
-        "qmatmul_int8": (lambda: qmatmul_int8(codes, one, w), 6, 35),
+        "qmatmul_int8": (lambda: qmatmul_int8(codes, one, w), 7, 38),  # one more, to what layers keep prepared
         "qconv2d": (lambda: qconv2d(image, filters, kernel_size=3, padding=1, keep_dense=True), 6, 48),
     }
     for name, (call, deep, many) in calls.items():
@@ -57,11 +57,11 @@ class Net(nn.Module):
 
 
 @torch.no_grad()
-def test_a_converted_conv_relu_and_linear_take_at_most_120_calls():
+def test_a_converted_conv_relu_and_linear_take_at_most_100_calls():
     net, x = Net(), normal(2, 3, 8, 8)
     algo = SimQAT()
     net = algo.apply(net, x)
     net.train()(x)
     net = algo.convert(net.eval(), x).eval()
     deepest, calls = frames(lambda: net(x))
-    assert deepest <= 10 and calls <= 120
+    assert deepest <= 10 and calls <= 100
