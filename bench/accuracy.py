@@ -32,8 +32,8 @@ from gs_algos.core.algorithm import evaluating
 from gs_algos.core.registry import algorithm_class
 from gs_algos.demo.data import ImageData, batches_per_epoch, load_data
 from gs_algos.demo.models import MODELS, build
-from gs_algos.demo.train import Interrupted, Recipe, accuracy, predict, train
-from gs_algos.demo.training_defaults import float_recipe, tune_recipe
+from gs_algos.demo.train import Interrupted, TrainConfig, accuracy, predict, train
+from gs_algos.demo.training_defaults import float_training, tuning_training
 
 CALIBRATED = 512  # images
 
@@ -133,8 +133,8 @@ class Stages:
         self.args, self.data = args, data
         set_name = args.data.partition(":")[0] + (f"-{args.train_images}" if args.train_images else "")
         self.stem = f"{args.model}-{set_name}-s{args.seed}"
-        base = float_recipe(args.model, data, args.float_epochs, args.seed, args.batch_size)
-        tune = tune_recipe(args.model, data, args.epochs, args.seed, args.batch_size)
+        base = float_training(args.model, data, args.float_epochs, args.seed, args.batch_size)
+        tune = tuning_training(args.model, data, args.epochs, args.seed, args.batch_size)
         self.base, self.tune = (replace(recipe, amp=args.float_amp) for recipe in (base, tune))
         far = SETTINGS[args.recipe].far
         self.compressed = replace(self.tune, lr=self.base.lr if far else self.tune.lr, amp=args.amp)
@@ -148,7 +148,9 @@ class Stages:
         net = build(self.args.model, in_channels=data.channels, num_classes=data.classes, image_size=data.image_size)
         return net.to(data.train_x.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
-    def train(self, name: str, net: nn.Module, recipe: Recipe, algorithm: gs_algos.Algorithm | None = None) -> Tensor:
+    def train(
+        self, name: str, net: nn.Module, recipe: TrainConfig, algorithm: gs_algos.Algorithm | None = None
+    ) -> Tensor:
         """Trains the network; its logits over the test set."""
         path = self.args.state / f"{self.stem}-{name}.safetensors"
         if algorithm is None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import gs_algos
 from bench import accuracy, record
 from gs_algos.demo.data import ImageData, load_data
-from gs_algos.demo.train import Interrupted, Recipe, predict, train
+from gs_algos.demo.train import Interrupted, TrainConfig, predict, train
 from gs_algos.demo.train import accuracy as top1
 from gs_algos.export.onnx import export_onnx
 from gs_algos.quant.packed.module import Packed
@@ -65,7 +65,7 @@ def mlp(args: argparse.Namespace, data: ImageData) -> nn.Module:
     net = nn.Sequential(
         nn.Flatten(), nn.Linear(inputs, 448), nn.ReLU(), nn.Linear(448, 224), nn.ReLU(), nn.Linear(224, data.classes)
     ).to(data.train_x.device)
-    train(net, data, Recipe(MLP_EPOCHS, 1e-3, "adamw", args.batch_size, warmup=0.2, seed=args.seed))
+    train(net, data, TrainConfig(MLP_EPOCHS, 1e-3, "adamw", args.batch_size, warmup=0.2, seed=args.seed))
     return gs_algos.quantize_weights(net.eval(), MLP_WEIGHTS, progress=False)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from gs_algos.core.algorithm import Algorithm, Calibrates, history
@@ -16,8 +17,8 @@ from gs_algos.core.plan import Plan, PlanRow, Totals
 from gs_algos.core.registry import register_algorithm
 from gs_algos.core.settings import RowSettings
 from gs_algos.llm.registration import install as _register_with_transformers
-from gs_algos.pruning.prune import Prune, PruningConfig
-from gs_algos.pruning.scop import SCOP, ScopConfig
+from gs_algos.pruning.prune import Prune, PruneConfig
+from gs_algos.pruning.scop import SCOP, SCOPConfig
 from gs_algos.ptq.weights import plan_weights, quantize_weights
 from gs_algos.qat.simqat import SimQAT, SimQATConfig
 from gs_algos.qat.slb.algorithm import SLB
@@ -66,11 +67,11 @@ __all__ = [
     "Plan",
     "PlanRow",
     "Prune",
-    "PruningConfig",
+    "PruneConfig",
     "RowSettings",
+    "SCOPConfig",
     "SLBConfig",
     "Scheme",
-    "ScopConfig",
     "SimQAT",
     "SimQATConfig",
     "SlbAdamW",
@@ -92,10 +93,19 @@ __all__ = [
     "save",
 ]
 
+_RENAMED = {"PruningConfig": "PruneConfig", "ScopConfig": "SCOPConfig"}
+
 if not TYPE_CHECKING:  # a type checker would take every name for one that is there
 
     def __getattr__(name: str) -> Any:
         """Imports what is imported when it is first used."""
+        if name in _RENAMED:
+            warnings.warn(
+                f"gs_algos.{name} is now {_RENAMED[name]}; the old name goes with the next minor version",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            return globals()[_RENAMED[name]]
         if name not in _LAZY:
             words = f"module {__name__!r} has no attribute {name!r}"
             raise AttributeError(words, name=name, obj=sys.modules[__name__])

@@ -10,7 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.qconv2d.dense import convolve_dense
-from gs_kernels.qconv2d.geometry import make_window
+from gs_kernels.qconv2d.geometry import make_geometry
 
 _kept: Any = WeakIdKeyDictionary()
 
@@ -28,4 +28,4 @@ def float_conv2d(
     if weight.codes not in _kept or _kept[weight.codes].dtype != x.dtype:
         _kept[weight.codes] = dequantize_packed(weight, x.dtype)
     about = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | window
-    return convolve_dense(x, _kept[weight.codes], bias, residual, make_window("float_conv2d", **about), activation)
+    return convolve_dense(x, _kept[weight.codes], bias, residual, make_geometry("float_conv2d", **about), activation)

@@ -21,10 +21,10 @@ from gs_algos.core.algorithm import Algorithm
 from gs_algos.core.files import write_atomically
 from gs_algos.demo.data import ImageData, batches_per_epoch, load_data, train_batches
 from gs_algos.demo.models import build, check_name
-from gs_algos.demo.train import Recipe, accuracy, predict, train
-from gs_algos.demo.training_defaults import float_recipe, tune_recipe
+from gs_algos.demo.train import TrainConfig, accuracy, predict, train
+from gs_algos.demo.training_defaults import float_training, tuning_training
 from gs_algos.pipeline.pipeline import Pipeline, Stage
-from gs_algos.pipeline.recipe import RunRecipe, make_algorithm, read_recipe
+from gs_algos.pipeline.recipe import Recipe, make_algorithm, read_recipe
 from gs_algos.pruning.pruner import Pruner
 from gs_algos.pruning.scop import SCOP
 
@@ -94,7 +94,7 @@ def run_compress(path: Path, out: Path, resume: bool, device: torch.device, cons
 def train_compressed(
     net: nn.Module,
     data: ImageData,
-    recipe: Recipe,
+    recipe: TrainConfig,
     algorithm: Algorithm,
     state: Path | None = None,
     resume: bool = False,
@@ -133,21 +133,21 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
-def _tune(recipe: RunRecipe, number: int, data: ImageData) -> Recipe:
+def _tune(recipe: Recipe, number: int, data: ImageData) -> TrainConfig:
     stage = recipe.stage[number]
-    tune = tune_recipe(recipe.model, data, stage.epochs, recipe.seed + number, recipe.batch_size)
+    tune = tuning_training(recipe.model, data, stage.epochs, recipe.seed + number, recipe.batch_size)
     return tune if stage.lr is None else replace(tune, lr=stage.lr)
 
 
-def _float(recipe: RunRecipe, net: nn.Module, data: ImageData, out: Path, resume: bool) -> nn.Module:
+def _float(recipe: Recipe, net: nn.Module, data: ImageData, out: Path, resume: bool) -> nn.Module:
     """The float network, trained here."""
-    base = float_recipe(recipe.model, data, recipe.float_epochs, recipe.seed, recipe.batch_size)
+    base = float_training(recipe.model, data, recipe.float_epochs, recipe.seed, recipe.batch_size)
     with bar(f"float, {base.epochs} epochs") as on_step:
         train(net, data, base, state=out / "float.state.safetensors", resume=resume, on_step=on_step)
     return net
 
 
-def _given(recipe: RunRecipe, net: nn.Module) -> nn.Module:
+def _given(recipe: Recipe, net: nn.Module) -> nn.Module:
     """The float network with the tensors of the recipe's file."""
     assert recipe.weights is not None
     try:
@@ -158,7 +158,7 @@ def _given(recipe: RunRecipe, net: nn.Module) -> nn.Module:
     return net
 
 
-def _claim(out: Path, recipe: RunRecipe, resume: bool) -> None:
+def _claim(out: Path, recipe: Recipe, resume: bool) -> None:
     """Makes `out` this recipe's: refuses a foreign folder, and on resume another recipe's; else starts it anew."""
     path, ours = out / RECIPE_FILE, json.loads(json.dumps(asdict(recipe)))
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not path.is_file())):

@@ -26,8 +26,8 @@ from gs_algos.core.files import write_atomically
 from gs_algos.core.registry import algorithm_class
 from gs_algos.demo.data import ImageData, batches_per_epoch, load_data
 from gs_algos.demo.models import build, check_name
-from gs_algos.demo.train import Recipe, accuracy, predict, train
-from gs_algos.demo.training_defaults import float_recipe, tune_recipe
+from gs_algos.demo.train import TrainConfig, accuracy, predict, train
+from gs_algos.demo.training_defaults import float_training, tuning_training
 
 OPTIONS_FILE = "demo.json"
 SMALL = 10_000  # training images below which epochs are cheap
@@ -169,12 +169,12 @@ def pick_device(name: str, who: str) -> torch.device:
     return torch.device(name)
 
 
-def _recipes(options: DemoOptions, data: ImageData) -> tuple[Recipe, Recipe]:
+def _recipes(options: DemoOptions, data: ImageData) -> tuple[TrainConfig, TrainConfig]:
     small = len(data.train_x) < SMALL
     float_epochs = options.float_epochs if options.float_epochs is not None else (30 if small else 5)
     epochs = options.epochs if options.epochs is not None else (10 if small else 2)
-    base = float_recipe(options.model, data, float_epochs, options.seed, options.batch_size)
-    return base, tune_recipe(options.model, data, epochs, options.seed, options.batch_size)
+    base = float_training(options.model, data, float_epochs, options.seed, options.batch_size)
+    return base, tuning_training(options.model, data, epochs, options.seed, options.batch_size)
 
 
 def claim_folder(out: Path, options: DemoOptions, resume: bool) -> None:

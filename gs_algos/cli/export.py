@@ -11,7 +11,7 @@ from gs_algos.cli.demo import OPTIONS_FILE
 from gs_algos.demo.data import ImageData, load_data
 from gs_algos.demo.models import build
 from gs_algos.llm.folder import read_json
-from gs_algos.llm.interchange import FORMATS, Exchanged, export_language_model, import_language_model
+from gs_algos.llm.interchange import FORMATS, InterchangeResult, export_language_model, import_language_model
 
 NETWORKS = ("pt2", "onnx")
 TARGETS = (*FORMATS, *NETWORKS)
@@ -58,6 +58,6 @@ def run_import(source: Path, target: Path) -> str:
     return _said(import_language_model(source, target))
 
 
-def _said(done: Exchanged) -> str:
+def _said(done: InterchangeResult) -> str:
     floats = f", now float: {', '.join(done.floats)}" if done.floats else ""
     return f"{done.folder}: {done.layers} packed layers, {done.nbytes:,} bytes{floats}"

@@ -17,7 +17,7 @@ from gs_algos.core.plan import render_layers
 from gs_algos.llm.libraries import library
 from gs_algos.llm.load import DTYPES, load_language_model
 from gs_algos.llm.perplexity import perplexity
-from gs_algos.llm.quantize_checkpoint import Written, quantize_checkpoint
+from gs_algos.llm.quantize_checkpoint import QuantizeResult, quantize_checkpoint
 from gs_algos.ptq.sites import WeightRule
 
 RULE = re.compile(r"(?P<pattern>.+)=(?P<scheme>none|u?int\d.*)")
@@ -79,7 +79,7 @@ def run_quantize(
     return "\n".join([*lines, *(f"note: {note}" for note in written.notes)])
 
 
-def _size(written: Written) -> str:
+def _size(written: QuantizeResult) -> str:
     if written.after > written.before:
         return f"{written.after / written.before:.2f} x larger"
     return f"{written.before / written.after:.2f} x smaller"

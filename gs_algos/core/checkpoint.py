@@ -62,7 +62,7 @@ ATTEMPTS = 100  # to read a checkpoint that is replaced while it is read
 T = TypeVar("T")
 Facts: TypeAlias = dict[str, Any]
 # what a restore can trip over if the history is not of the network that build_model makes
-MISFITS = (
+LOAD_ERRORS = (
     ValueError,
     TypeError,
     LookupError,
@@ -270,7 +270,7 @@ def _in_words_of_now(entry: dict[str, Any], version: int, path: Path) -> dict[st
             for migrations in (MIGRATIONS, algorithm.migrations):
                 entry = migrations[earlier](entry) if earlier in migrations else entry
         plan = [row.to_dict() for row in rows_of(entry["plan"], algorithm.row_settings)]
-    except MISFITS as error:
+    except LOAD_ERRORS as error:
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(
             f"load: {path} must have a plan that {entry['algorithm']} of version {version} can have written: {what}; "
@@ -357,7 +357,7 @@ def _read_tensors(folder: Path, index: dict[str, Any]) -> dict[str, Tensor]:
 def _restored(model: nn.Module, entry: dict[str, Any], folder: Path) -> nn.Module:
     try:
         return restorer(entry["algorithm"]).restore(model, entry)
-    except MISFITS as error:
+    except LOAD_ERRORS as error:
         raise ValueError(
             f"load: build_model must make the network that {folder} was saved from, got {type(error).__name__}: {error}"
         ) from error
@@ -381,7 +381,7 @@ def _fill(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
     try:
         with torch.no_grad():
             model.load_state_dict(state)
-    except MISFITS as error:
+    except LOAD_ERRORS as error:
         raise ValueError(f"load: {folder} must fit the network that build_model makes, got: {error}") from error
 
 

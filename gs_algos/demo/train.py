@@ -33,7 +33,7 @@ SAVE_EVERY = 30.0  # seconds of training between two states, at ends of epochs
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainConfig:
     """How to train.
 
     Args:
@@ -57,11 +57,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.epochs < 0:
-            raise ValueError(f"Recipe: epochs must be >= 0, got {self.epochs}")
+            raise ValueError(f"TrainConfig: epochs must be >= 0, got {self.epochs}")
         if self.optimizer not in ("sgd", "adamw"):
-            raise ValueError(f"Recipe: optimizer must be sgd or adamw, got {self.optimizer!r}")
+            raise ValueError(f"TrainConfig: optimizer must be sgd or adamw, got {self.optimizer!r}")
         if not 0 <= self.warmup < 1:
-            raise ValueError(f"Recipe: warmup must be in [0, 1), got {self.warmup}")
+            raise ValueError(f"TrainConfig: warmup must be in [0, 1), got {self.warmup}")
 
 
 class Interrupted(RuntimeError):
@@ -71,7 +71,7 @@ class Interrupted(RuntimeError):
 def train(
     model: nn.Module,
     data: ImageData,
-    recipe: Recipe,
+    recipe: TrainConfig,
     *,
     algorithm: Algorithm | None = None,
     state: Path | None = None,
@@ -134,7 +134,7 @@ def train(
     return time.perf_counter() - started
 
 
-def lr_at(recipe: Recipe, step: int, total: int) -> float:
+def lr_at(recipe: TrainConfig, step: int, total: int) -> float:
     """The learning rate of step `step` of `total`: a linear rise over the warm-up share, then half a cosine to 0."""
     rise = recipe.warmup * total
     if step < rise:
@@ -142,7 +142,7 @@ def lr_at(recipe: Recipe, step: int, total: int) -> float:
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / (total - rise)))
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, recipe: TrainConfig) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
@@ -175,7 +175,7 @@ def interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def save_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, done: int, seconds: float
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: TrainConfig, done: int, seconds: float
 ) -> None:
     """Model, optimizer and position in one safetensors file, whose header holds the position and recipe as JSON."""
     tensors = {f"model.{key}": tensor for key, tensor in model.state_dict().items()}
@@ -189,7 +189,7 @@ def save_state(
 
 
 def load_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, algorithm: Algorithm | None
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: TrainConfig, algorithm: Algorithm | None
 ) -> tuple[int, float]:
     """Fills model, optimizer and the algorithm's step count from a `save_state` file: (steps, seconds) so far."""
     header, tensors = read_state(path)

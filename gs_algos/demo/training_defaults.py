@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gs_algos.demo.data import ImageData, batches_per_epoch
-from gs_algos.demo.train import Recipe
+from gs_algos.demo.train import TrainConfig
 
 
 @dataclass(frozen=True)
-class Habit:
+class TrainingDefaults:
     """lr: of the float run, for batches of 128. tune_lr: of the run that starts from a trained network."""
 
     lr: float
@@ -19,20 +19,20 @@ class Habit:
 
 
 HABITS = {
-    "lenet5": Habit(lr=0.05, tune_lr=0.005),
-    "resnet20": Habit(lr=0.15, tune_lr=0.01),
-    "resnet56": Habit(lr=0.15, tune_lr=0.01),
-    "resnet18": Habit(lr=0.1, tune_lr=0.01),
-    "mobilenetv2": Habit(lr=0.1, tune_lr=0.01),
-    "mlp": Habit(lr=0.1, tune_lr=0.01),
-    "vit-tiny": Habit(lr=1e-3, tune_lr=1e-4, optimizer="adamw", weight_decay=0.05),
+    "lenet5": TrainingDefaults(lr=0.05, tune_lr=0.005),
+    "resnet20": TrainingDefaults(lr=0.15, tune_lr=0.01),
+    "resnet56": TrainingDefaults(lr=0.15, tune_lr=0.01),
+    "resnet18": TrainingDefaults(lr=0.1, tune_lr=0.01),
+    "mobilenetv2": TrainingDefaults(lr=0.1, tune_lr=0.01),
+    "mlp": TrainingDefaults(lr=0.1, tune_lr=0.01),
+    "vit-tiny": TrainingDefaults(lr=1e-3, tune_lr=1e-4, optimizer="adamw", weight_decay=0.05),
 }
 
 
-OTHER = Habit(lr=0.05, tune_lr=0.005)  # of a network that is not ours
+OTHER = TrainingDefaults(lr=0.05, tune_lr=0.005)  # of a network that is not ours
 
 
-def habit_of(model: str) -> Habit:
+def habit_of(model: str) -> TrainingDefaults:
     """How a network is trained, by the name it was asked for."""
     return HABITS.get(model, OTHER)
 
@@ -42,15 +42,15 @@ def batch_size_for(data: ImageData) -> int:
     return max(8, min(128, 2 ** (len(data.train_x) // 20).bit_length() // 2))
 
 
-def float_recipe(model: str, data: ImageData, epochs: int, seed: int, batch_size: int | None = None) -> Recipe:
+def float_training(model: str, data: ImageData, epochs: int, seed: int, batch_size: int | None = None) -> TrainConfig:
     """From a random network: a one-cycle schedule."""
     habit, batch = habit_of(model), batch_size_for(data) if batch_size is None else batch_size
     batches_per_epoch(data, batch)
-    return Recipe(epochs, habit.lr, habit.optimizer, batch, 0.2, habit.weight_decay, seed=seed)
+    return TrainConfig(epochs, habit.lr, habit.optimizer, batch, 0.2, habit.weight_decay, seed=seed)
 
 
-def tune_recipe(model: str, data: ImageData, epochs: int, seed: int, batch_size: int | None = None) -> Recipe:
+def tuning_training(model: str, data: ImageData, epochs: int, seed: int, batch_size: int | None = None) -> TrainConfig:
     """From a trained network: a cosine from a tenth of the rate, on other shuffles than the float run's."""
     habit, batch = habit_of(model), batch_size_for(data) if batch_size is None else batch_size
     batches_per_epoch(data, batch)
-    return Recipe(epochs, habit.tune_lr, habit.optimizer, batch, 0.0, habit.weight_decay, seed=seed + 1)
+    return TrainConfig(epochs, habit.tune_lr, habit.optimizer, batch, 0.0, habit.weight_decay, seed=seed + 1)

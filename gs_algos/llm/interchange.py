@@ -30,7 +30,7 @@ FORMATS: dict[str, Format] = {f.method: f for f in (compressed_tensors.FORMAT, g
 
 
 @dataclass(frozen=True)
-class Exchanged:
+class InterchangeResult:
     """What was written. layers: packed ones; floats: packed layers that the format has no place for, now floats."""
 
     folder: Path
@@ -41,7 +41,7 @@ class Exchanged:
 
 def export_language_model(
     source: str | os.PathLike[str], target: str | os.PathLike[str], to: str, *, shard_bytes: int = 2**31
-) -> Exchanged:
+) -> InterchangeResult:
     """Writes a packed folder as the new folder `target` in the format `to`: the same codes, scales and zero points.
 
     Embeddings, layers tied to one, and for gptq and awq the output head become floats in the dtype of config.json.
@@ -90,12 +90,12 @@ def export_language_model(
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         kept = [name for name in linears if name not in config.layers or name in floats]
         _write_config(out, folder, writer.config(kept))
-    return Exchanged(Path(target), len(config.layers) - len(floats), tuple(sorted(floats)), shards.nbytes)
+    return InterchangeResult(Path(target), len(config.layers) - len(floats), tuple(sorted(floats)), shards.nbytes)
 
 
 def import_language_model(
     source: str | os.PathLike[str], target: str | os.PathLike[str], *, shard_bytes: int = 2**31
-) -> Exchanged:
+) -> InterchangeResult:
     """Reads a compressed-tensors, GPTQ or AWQ folder into the new packed folder `target`, exactly.
 
     The settings are those of config.json, or of the quantize_config.json or quant_config.json beside it.
@@ -140,7 +140,7 @@ def import_language_model(
             described = {name: format.to_dict() for name, format in formats.items()}
             about = {"quant_method": METHOD, "version": VERSION, "weights": f"from {method}", "layers": described}
             _write_config(out, folder, {**about, "tied": {}, "files": shards.hashes})
-    return Exchanged(Path(target), len(formats), (), shards.nbytes)
+    return InterchangeResult(Path(target), len(formats), (), shards.nbytes)
 
 
 def _foreign_layers(folder: Folder, model: nn.Module, format: Format, who: str) -> dict[str, nn.Linear]:

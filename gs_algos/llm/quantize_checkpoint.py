@@ -38,7 +38,7 @@ FOREIGN_PARTS = {*gptq.PARTS, *awq.PARTS, *compressed_tensors.PARTS, "codes"}
 
 
 @dataclass(frozen=True)
-class Written:
+class QuantizeResult:
     """What `quantize_checkpoint` wrote.
 
     Args:
@@ -76,7 +76,7 @@ def quantize_checkpoint(
     device: torch.device | str | None = None,
     progress: bool = True,
     shard_bytes: int = 2**31,
-) -> Written:
+) -> QuantizeResult:
     """Packs a Transformers folder or a GGUF file into the new folder `target`, as `quantize_weights` packs a model.
 
     A Transformers folder is read tensor by tensor, so it may be larger than memory; a GGUF file is loaded whole. What
@@ -133,7 +133,7 @@ def quantize_checkpoint(
         (out / "config.json").write_text(json.dumps(config, indent=2))
         origin.write_companions(out)
     done = plan.done(rows, formats)
-    return Written(
+    return QuantizeResult(
         Path(target),
         len(formats),
         len(done.kept()),

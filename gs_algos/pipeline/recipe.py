@@ -69,7 +69,7 @@ class StageRecipe:
 
 
 @dataclass(frozen=True)
-class RunRecipe:
+class Recipe:
     """A network, data, and the stages that compress it.
 
     Args:
@@ -102,7 +102,7 @@ class RunRecipe:
         as_seed(self.seed, "seed")
 
 
-def read_recipe(path: str | os.PathLike[str]) -> RunRecipe:
+def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     """The recipe in a .toml, .yaml, .yml or .json file.
 
     Raises:
@@ -116,7 +116,7 @@ def read_recipe(path: str | os.PathLike[str]) -> RunRecipe:
         raise ValueError(f"recipe: {file} must be a readable {file.suffix} file, got one nested too deeply") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"recipe: {file} must be a readable {file.suffix or 'text'} file, got {error}") from error
-    recipe = typed(RunRecipe, data, str(file))
+    recipe = typed(Recipe, data, str(file))
     for number, stage in enumerate(recipe.stage, 1):
         try:
             _check_options(stage, make_algorithm(stage, 1))

@@ -12,7 +12,7 @@ from gs_algos.pruning.budget import Budget
 
 
 @dataclass(frozen=True)
-class PruneConfig(AlgorithmConfig):
+class PruningConfig(AlgorithmConfig):
     """Options of every pruning algorithm.
 
     Args:
@@ -51,7 +51,7 @@ class PruneConfig(AlgorithmConfig):
 
 
 class PruneBaseOptions(TypedDict, total=False):
-    """The fields of `PruneConfig` as keywords of every pruning algorithm, for type checkers."""
+    """The fields of `PruningConfig` as keywords of every pruning algorithm, for type checkers."""
 
     rate: float
     budget: str | None

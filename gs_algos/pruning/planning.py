@@ -17,7 +17,7 @@ from gs_algos.core.settings import RowSettings
 from gs_algos.pruning.budget import Budget, Rates, keep_by_layer, keep_globally, latency_cost, meet, static_cost
 from gs_algos.pruning.channel_groups.find import find_groups
 from gs_algos.pruning.channel_groups.groups import Group, Groups
-from gs_algos.pruning.config import PruneConfig
+from gs_algos.pruning.config import PruningConfig
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ Unknown = Callable[[nn.Module, Group], str]
 
 
 def make_plan(
-    name: str, config: PruneConfig, model: nn.Module, example_inputs: Inputs, unknown: Unknown
+    name: str, config: PruningConfig, model: nn.Module, example_inputs: Inputs, unknown: Unknown
 ) -> tuple[Plan, Groups, Rates]:
     """The plan, the groups behind it, and the rate of each group that is cut (None: by the scores of all).
 
@@ -64,7 +64,7 @@ def make_plan(
     return Plan(name, "running it", tuple(rows), groups.notes), groups, rates
 
 
-def choose(config: PruneConfig, groups: Groups, scores: Tensor, rates: Rates, model: nn.Module) -> Tensor:
+def choose(config: PruningConfig, groups: Groups, scores: Tensor, rates: Rates, model: nn.Module) -> Tensor:
     """bool `[units]`: which stay, for these scores. Units without a score (NaN) are the last to go.
 
     Raises:
@@ -78,13 +78,13 @@ def choose(config: PruneConfig, groups: Groups, scores: Tensor, rates: Rates, mo
     return meet(budget, lambda rate: _keep(config, groups, scores, rates, rate), cost)
 
 
-def _keep(config: PruneConfig, groups: Groups, scores: Tensor, rates: Rates, rate: float) -> Tensor:
+def _keep(config: PruningConfig, groups: Groups, scores: Tensor, rates: Rates, rate: float) -> Tensor:
     every = {group.name: rates.get(group.name, 0.0) for group in groups.prunable()}
     keep = keep_by_layer if config.scope == "layer" else keep_globally
     return keep(groups, scores, every, rate, config.round_to)
 
 
-def _rates(config: PruneConfig, model: nn.Module, groups: Groups, whole: dict[str, str]) -> Rates:
+def _rates(config: PruningConfig, model: nn.Module, groups: Groups, whole: dict[str, str]) -> Rates:
     """group -> its own rate, or None for the common one. Groups that stay whole are not in it, but in `whole`."""
     sites = {layer.name: get_module(model, layer.name) for g in groups.groups for layer in g.layers}
     settings = resolve(config.rules, sites, {"rate": None}, config.who)
@@ -101,7 +101,7 @@ def _rates(config: PruneConfig, model: nn.Module, groups: Groups, whole: dict[st
     return rates
 
 
-def _with_budget(config: PruneConfig, model: nn.Module, groups: Groups, rates: Rates, inputs: Inputs) -> Rates:
+def _with_budget(config: PruningConfig, model: nn.Module, groups: Groups, rates: Rates, inputs: Inputs) -> Rates:
     """The rates with a budget resolved as far as it can be without scores."""
     if config.budget is None:
         return rates
@@ -117,7 +117,7 @@ def _with_budget(config: PruneConfig, model: nn.Module, groups: Groups, rates: R
     return {name: gone[name] for name in rates}
 
 
-def _row(model: nn.Module, group: Group, config: PruneConfig, whole: dict[str, str], keep: Tensor | None) -> PlanRow:
+def _row(model: nn.Module, group: Group, config: PruningConfig, whole: dict[str, str], keep: Tensor | None) -> PlanRow:
     kind = type(get_module(model, group.name)).__name__
     coupled = [f"{x.name} x{w}" if w > 1 else x.name for x, w in zip(group.layers, group.widths, strict=True)]
     detail = f"with {', '.join(coupled[1:])}" if len(coupled) > 1 else ""

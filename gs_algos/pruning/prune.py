@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 from gs_algos.core.modules import get_module
 from gs_algos.pruning.channel_gates import Gated, Scale, can_gate, install_gate
 from gs_algos.pruning.channel_groups.groups import Group, Groups, Layer
-from gs_algos.pruning.config import PruneBaseOptions, PruneConfig
+from gs_algos.pruning.config import PruneBaseOptions, PruningConfig
 from gs_algos.pruning.importance import Importance, bn_scale, gamma_of, l1, l2, random_scores, unit_scores
 from gs_algos.pruning.pruner import Pruner
 
@@ -27,8 +27,8 @@ IMPORTANCES = ("l1", "l2", "bn", "taylor", "random")
 
 
 @dataclass(frozen=True)
-class PruningConfig(PruneConfig):
-    """Options of Prune, beside those of `PruneConfig`.
+class PruneConfig(PruningConfig):
+    """Options of Prune, beside those of `PruningConfig`.
 
     Args:
         importance: l1, l2, bn, taylor or random.
@@ -51,14 +51,14 @@ class PruningConfig(PruneConfig):
 
 
 class PruneOptions(PruneBaseOptions, total=False):
-    """The fields of `PruningConfig` as keywords of `Prune`, for type checkers."""
+    """The fields of `PruneConfig` as keywords of `Prune`, for type checkers."""
 
     importance: str
     seed: int
 
 
 class Prune(Pruner):
-    """Magnitude, batch norm, Taylor and random pruning. The options are those of `PruningConfig`, given by keyword.
+    """Magnitude, batch norm, Taylor and random pruning. The options are those of `PruneConfig`, given by keyword.
 
     ```python
     algo = Prune(rate=0.45, importance="l2", round_to=8)
@@ -69,12 +69,12 @@ class Prune(Pruner):
     """
 
     name: ClassVar[str] = "prune"
-    config_class: ClassVar[type[PruneConfig]] = PruningConfig
-    config: PruningConfig
+    config_class: ClassVar[type[PruningConfig]] = PruneConfig
+    config: PruneConfig
 
     def __init__(
         self,
-        config: PruningConfig | None = None,
+        config: PruneConfig | None = None,
         *,
         process_group: dist.ProcessGroup | None = None,
         **options: Unpack[PruneOptions],

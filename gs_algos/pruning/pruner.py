@@ -43,7 +43,7 @@ from gs_algos.fx.capture.tracers import tensors_of
 from gs_algos.pruning.budget import Rates, total_rate
 from gs_algos.pruning.channel_gates import Freezer, Gated, detach_freezers, remove_gate
 from gs_algos.pruning.channel_groups.groups import Group, Groups, refuse_misfit
-from gs_algos.pruning.config import PruneConfig
+from gs_algos.pruning.config import PruningConfig
 from gs_algos.pruning.cut import cut, mask, removed, resize, zeros
 from gs_algos.pruning.planning import GroupPlan, choose, from_version_1, make_plan
 from gs_kernels.runtime.torch_private import _NormBase
@@ -59,15 +59,15 @@ class Pruner(Algorithm):
 
     row_settings: ClassVar[tuple[type[RowSettings], ...]] = (GroupPlan,)
     migrations: ClassVar[Mapping[int, Migration]] = {1: from_version_1}
-    config_class: ClassVar[type[PruneConfig]] = PruneConfig
-    config: PruneConfig
+    config_class: ClassVar[type[PruningConfig]] = PruningConfig
+    config: PruningConfig
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.__signature__ = signature_of(cls)  # type: ignore[attr-defined]
 
     def __init__(
-        self, config: PruneConfig | None = None, *, process_group: dist.ProcessGroup | None = None, **options: Any
+        self, config: PruningConfig | None = None, *, process_group: dist.ProcessGroup | None = None, **options: Any
     ) -> None:
         self.config = self.config_class.choose(config, options)
         self.process_group = process_group

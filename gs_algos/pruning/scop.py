@@ -24,7 +24,7 @@ from gs_algos.core.batches import checked_batches
 from gs_algos.core.modules import get_module
 from gs_algos.pruning.channel_gates import Blend, Freezer, Gated, can_gate, install_gate
 from gs_algos.pruning.channel_groups.groups import Group, Groups, Layer
-from gs_algos.pruning.config import PruneBaseOptions, PruneConfig
+from gs_algos.pruning.config import PruneBaseOptions, PruningConfig
 from gs_algos.pruning.importance import output_scale, unit_scores
 from gs_algos.pruning.knockoffs import Doubling, Given, KnockoffGenerator, Permuted, first_half
 from gs_algos.pruning.pruner import Pruner
@@ -33,8 +33,8 @@ SOURCES = ("permute", "generator", "given")
 
 
 @dataclass(frozen=True)
-class ScopConfig(PruneConfig):
-    """Options of SCOP, beside those of `PruneConfig`.
+class SCOPConfig(PruningConfig):
+    """Options of SCOP, beside those of `PruningConfig`.
 
     Args:
         select_steps: optimizer steps in which beta is trained.
@@ -67,14 +67,14 @@ class ScopConfig(PruneConfig):
 
 
 class SCOPOptions(PruneBaseOptions, total=False):
-    """The fields of `ScopConfig` as keywords of `SCOP`, but for `knockoffs`, for type checkers."""
+    """The fields of `SCOPConfig` as keywords of `SCOP`, but for `knockoffs`, for type checkers."""
 
     lr: float
     betas: tuple[float, float]
 
 
 class SCOP(Pruner):
-    """Scientific control pruning. The options are those of `ScopConfig`, given by keyword.
+    """Scientific control pruning. The options are those of `SCOPConfig`, given by keyword.
 
     ```python
     algo = SCOP(rate=0.45, select_steps=2000)
@@ -90,12 +90,12 @@ class SCOP(Pruner):
     """
 
     name: ClassVar[str] = "scop"
-    config_class: ClassVar[type[PruneConfig]] = ScopConfig
-    config: ScopConfig
+    config_class: ClassVar[type[PruningConfig]] = SCOPConfig
+    config: SCOPConfig
 
     def __init__(
         self,
-        config: ScopConfig | None = None,
+        config: SCOPConfig | None = None,
         *,
         knockoffs: str | Iterable[Inputs] | None = None,
         process_group: dist.ProcessGroup | None = None,

@@ -29,7 +29,7 @@ from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
 from gs_algos.core.plan import Plan, PlanRow, rows_of
 from gs_algos.core.settings import RowSettings
 from gs_algos.qat.untrained import Watch
-from gs_algos.quant.fake_quant.quantizers import SMALLEST_SCALE, ActivationQuantizer, Quantizer, merge_pending
+from gs_algos.quant.fake_quant.quantizers import SMALLEST_SCALE, ActivationQuantizer, Quantizer, update_ranges
 from gs_algos.quant.network.convert import Parity
 from gs_algos.quant.network.layer_plan import FORMS, from_version_1
 from gs_algos.quant.network.observe import observe
@@ -167,7 +167,7 @@ class QuantizationTraining(Algorithm):
         self._require_bound("step")
         self.refuse_untrained()
         self.steps += 1
-        merge_pending(list(self._activations().values()), self.process_group)
+        update_ranges(list(self._activations().values()), self.process_group)
         for quantizer in self._quantizers.values():
             if quantizer.scheme.learned:
                 quantizer.scale.data.clamp_(min=SMALLEST_SCALE)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 
-class KeepsDtypes(nn.Module):
+class FixedDtypeBuffers(nn.Module):
     """`.to(dtype)`, `.half()` and the like pass over the buffers named in `kept`; devices are followed."""
 
     kept: ClassVar[tuple[str, ...]] = ()

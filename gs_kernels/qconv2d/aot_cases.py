@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gs_kernels.pack.layouts import PLANAR, PackedWeight
-from gs_kernels.qconv2d.geometry import make_window
+from gs_kernels.qconv2d.geometry import make_geometry
 from gs_kernels.qconv2d.tiles import choose_plan, depthwise_tile
 from gs_kernels.qmatmul.tiles import Plan
 from gs_kernels.runtime.opspec import AotCase
@@ -40,7 +40,7 @@ def conv(
     **bounds: Any,
 ) -> AotCase:
     """A layer of a network, its weight with one scale per channel; of int8 x, with codes as residual and result."""
-    window = make_window("gate", kernel, stride, kernel // 2, 1, groups)
+    window = make_geometry("gate", kernel, stride, kernel // 2, 1, groups)
     k, whole = kernel * kernel * c // groups, dtype == torch.int8
     p, q = window.output(size, size)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.pack.checks import FLOATS, check_packed, check_tensor, dtype_name
 from gs_kernels.pack.layouts import PackedWeight
-from gs_kernels.qconv2d.geometry import Window
+from gs_kernels.qconv2d.geometry import ConvGeometry
 
 LARGEST_GROUP = 1 << 14  # of products of 255 and 255 in half steps, the sum is below 2**31
 
@@ -20,7 +20,7 @@ def check_operands(
     weight: PackedWeight,
     bias: Tensor | None,
     activation: str,
-    window: Window,
+    window: ConvGeometry,
 ) -> tuple[int, ...]:
     """The shape of y."""
     if not isinstance(x, Tensor):

@@ -8,10 +8,10 @@ from torch.nn.functional import conv2d, pad
 from torch.nn.grad import conv2d_input
 
 from gs_kernels.activations import ACTIVATIONS
-from gs_kernels.qconv2d.geometry import Window
+from gs_kernels.qconv2d.geometry import ConvGeometry
 
 
-def empty_image(x: Tensor, o: int, window: Window, dtype: torch.dtype) -> Tensor:
+def empty_image(x: Tensor, o: int, window: ConvGeometry, dtype: torch.dtype) -> Tensor:
     """y, not yet written, channels-last."""
     size = (x.shape[0], o, *window.output(*x.shape[2:]))
     return torch.empty(size, dtype=dtype, device=x.device, memory_format=torch.channels_last)
@@ -22,12 +22,12 @@ def dense_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype == torch.float16 and x.device.type == "cpu" else x.dtype
 
 
-def _filters(w: Tensor, window: Window) -> Tensor:
+def _filters(w: Tensor, window: ConvGeometry) -> Tensor:
     return w.view(w.shape[0], window.r, window.s, -1).permute(0, 3, 1, 2)
 
 
 def convolve_dense(
-    x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None, window: Window, activation: str
+    x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None, window: ConvGeometry, activation: str
 ) -> Tensor:
     """`[B, O, P, Q]`, channels-last, of the dtype of x, computed in that of w."""
     image, padding = x.to(w.dtype), (window.top, window.left)
@@ -40,7 +40,7 @@ def convolve_dense(
     return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
-def convolve_dx(dy: Tensor, w: Tensor, window: Window, height: int, width: int) -> Tensor:
+def convolve_dx(dy: Tensor, w: Tensor, window: ConvGeometry, height: int, width: int) -> Tensor:
     """`[B, C, H, W]`, channels-last, of the dtype of dy, computed in that of w."""
     channels = w.shape[1] // window.taps * window.groups
     size = [dy.shape[0], channels, height + window.top + window.bottom, width + window.left + window.right]

@@ -12,7 +12,7 @@ Padding: TypeAlias = int | tuple[int, int] | str
 
 
 @dataclass(frozen=True)
-class Window:
+class ConvGeometry:
     """Filter `[R, S]`, strides, padding at each side, dilation (of H, then of W), and groups of channels."""
 
     r: int
@@ -60,14 +60,16 @@ class Window:
         return p // self.stride_h + 1, q // self.stride_w + 1
 
 
-def _flatten(window: Window) -> tuple[list[int]]:
+def _flatten(window: ConvGeometry) -> tuple[list[int]]:
     return ([getattr(window, f.name) for f in fields(window)],)
 
 
-WINDOW = Carried(Window, "int[] window", _flatten, lambda numbers: Window(*numbers))
+WINDOW = Carried(ConvGeometry, "int[] window", _flatten, lambda numbers: ConvGeometry(*numbers))
 
 
-def make_window(who: str, kernel_size: Pair, stride: Pair, padding: Padding, dilation: Pair, groups: int) -> Window:
+def make_geometry(
+    who: str, kernel_size: Pair, stride: Pair, padding: Padding, dilation: Pair, groups: int
+) -> ConvGeometry:
     """The window of arguments as `torch.nn.Conv2d` takes them.
 
     Raises:
@@ -92,7 +94,7 @@ def make_window(who: str, kernel_size: Pair, stride: Pair, padding: Padding, dil
     else:
         top, left = _pair(who, "padding", padding, 0)
         bottom, right = top, left
-    return Window(r, s, stride_h, stride_w, top, bottom, left, right, dilation_h, dilation_w, groups)
+    return ConvGeometry(r, s, stride_h, stride_w, top, bottom, left, right, dilation_h, dilation_w, groups)
 
 
 def _pair(who: str, name: str, value: Pair, least: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from gs_kernels.pack.schema import PACKED_WEIGHT
 from gs_kernels.qconv2d.checks import check_devices, check_operands
 from gs_kernels.qconv2d.cpu.float import qconv2d_cpu
 from gs_kernels.qconv2d.dense import convolve_dense, convolve_dx, dense_dtype, empty_image
-from gs_kernels.qconv2d.geometry import WINDOW, Padding, Pair, Window, make_window
+from gs_kernels.qconv2d.geometry import WINDOW, ConvGeometry, Padding, Pair, make_geometry
 from gs_kernels.qmatmul.op import planar_refuses
 from gs_kernels.runtime.dispatch import implementations
 from gs_kernels.runtime.torch_op import register, save, saved
@@ -35,7 +35,7 @@ def _qconv2d_ref(
     weight: PackedWeight,
     bias: Tensor | None,
     residual: Tensor | None,
-    window: Window,
+    window: ConvGeometry,
     activation: str,
     keep: bool,
 ) -> Tensor:
@@ -43,7 +43,7 @@ def _qconv2d_ref(
     return convolve_dense(x, dequantize_packed(weight, dense_dtype(x)), bias, residual, window, activation)
 
 
-def _dx_ref(dy: Tensor, weight: PackedWeight, window: Window, h: int, w: int) -> Tensor:
+def _dx_ref(dy: Tensor, weight: PackedWeight, window: ConvGeometry, h: int, w: int) -> Tensor:
     return convolve_dx(dy, dequantize_packed(weight, dense_dtype(dy)), window, h, w)
 
 
@@ -56,14 +56,14 @@ def _qconv2d_fake(
     weight: PackedWeight,
     bias: Tensor | None,
     residual: Tensor | None,
-    window: Window,
+    window: ConvGeometry,
     activation: str,
     keep: bool,
 ) -> Tensor:
     return empty_image(x, weight.shape[0], window, x.dtype)
 
 
-def _dx_fake(dy: Tensor, weight: PackedWeight, window: Window, h: int, w: int) -> Tensor:
+def _dx_fake(dy: Tensor, weight: PackedWeight, window: ConvGeometry, h: int, w: int) -> Tensor:
     size = (dy.shape[0], weight.shape[1] // window.taps * window.groups, h, w)
     return torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
 
@@ -97,8 +97,8 @@ def _dx_gradient(ctx: Any, wanted: set[str], ddx: Tensor) -> dict[str, Tensor | 
 
 
 _run = register(
-    "qconv2d(Tensor x, PackedWeight weight, Tensor? bias, Tensor? residual, Window window, str activation, bool keep)"
-    " -> Tensor",
+    "qconv2d(Tensor x, PackedWeight weight, Tensor? bias, Tensor? residual, ConvGeometry window, str activation,"
+    " bool keep) -> Tensor",
     QCONV2D,
     _qconv2d_fake,
     _gradient,
@@ -106,7 +106,7 @@ _run = register(
     carried=(PACKED_WEIGHT, WINDOW),
 )
 _run_dx = register(
-    "qconv2d_dx(Tensor dy, PackedWeight weight, Window window, SymInt h, SymInt w) -> Tensor",
+    "qconv2d_dx(Tensor dy, PackedWeight weight, ConvGeometry window, SymInt h, SymInt w) -> Tensor",
     DX,
     _dx_fake,
     _dx_gradient,
@@ -160,7 +160,7 @@ def qconv2d(
         TypeError, ValueError: if shapes, dtypes or devices do not fit together, or an argument is none of the above.
     """
     who = "qconv2d"
-    window = make_window(who, kernel_size, stride, padding, dilation, groups)
+    window = make_geometry(who, kernel_size, stride, padding, dilation, groups)
     shape = check_operands(who, x, FLOATS, weight, bias, activation, window)
     if residual is not None:
         check_tensor(who, "residual", residual, FLOATS, shape)

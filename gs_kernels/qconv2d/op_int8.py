@@ -11,7 +11,7 @@ from gs_kernels.pack.schema import PACKED_WEIGHT
 from gs_kernels.qconv2d.checks import check_int8, check_operands
 from gs_kernels.qconv2d.cpu.int8 import Int8Convolution, qconv2d_int8_cpu
 from gs_kernels.qconv2d.dense import empty_image
-from gs_kernels.qconv2d.geometry import WINDOW, Padding, Pair, Window, make_window
+from gs_kernels.qconv2d.geometry import WINDOW, ConvGeometry, Padding, Pair, make_geometry
 from gs_kernels.qconv2d.op import conv_refuses
 from gs_kernels.qconv2d.ref import code_sums_ref, convolve_int8_ref, into_codes
 from gs_kernels.qmatmul.cpu.interleaved import UnsuitableError
@@ -28,7 +28,7 @@ def _int8_ref(
     x_scale: Tensor,
     weight: PackedWeight,
     bias: Tensor | None,
-    window: Window,
+    window: ConvGeometry,
     x_zero: Tensor | None,
     weight_sums: Tensor | None,
     residual: Tensor | None,
@@ -52,7 +52,7 @@ def _int8_fake(
     x_scale: Tensor,
     weight: PackedWeight,
     bias: Tensor | None,
-    window: Window,
+    window: ConvGeometry,
     x_zero: Tensor | None,
     weight_sums: Tensor | None,
     residual: Tensor | None,
@@ -68,7 +68,7 @@ def _int8_fake(
 
 
 _run = register(
-    "qconv2d_int8(Tensor x, Tensor x_scale, PackedWeight weight, Tensor? bias, Window window, Tensor? x_zero,"
+    "qconv2d_int8(Tensor x, Tensor x_scale, PackedWeight weight, Tensor? bias, ConvGeometry window, Tensor? x_zero,"
     " Tensor? weight_sums, Tensor? residual, Tensor? residual_scale, Tensor? residual_zero, Tensor? out_scale,"
     " Tensor? out_zero, str activation, ScalarType dtype, bool keep) -> Tensor",
     INT8,
@@ -100,7 +100,7 @@ def prepared_qconv2d_int8(
     and at changes of the other tensors, any more. None where calls cannot be had cheaper: not on a CPU, for one.
     """
     who = "prepared_qconv2d_int8"
-    window = make_window(who, kernel_size, stride, padding, dilation, groups)
+    window = make_geometry(who, kernel_size, stride, padding, dilation, groups)
     shape = check_operands(who, x, (torch.int8,), weight, bias, activation, window)
     about: dict[str, Tensor | None] = {"x_zero": x_zero, "out_scale": out_scale, "out_zero": out_zero}
     about |= dict.fromkeys(("residual", "residual_scale", "residual_zero", "weight_sums"))
@@ -171,7 +171,7 @@ def qconv2d_int8(
         TypeError, ValueError: if shapes, dtypes or devices do not fit together, or an argument is none of the above.
     """
     who = "qconv2d_int8"
-    window = make_window(who, kernel_size, stride, padding, dilation, groups)
+    window = make_geometry(who, kernel_size, stride, padding, dilation, groups)
     shape = check_operands(who, x, (torch.int8,), weight, bias, activation, window)
     into = {"residual": residual, "residual_scale": residual_scale, "residual_zero": residual_zero}
     into |= {"out_scale": out_scale, "out_zero": out_zero}

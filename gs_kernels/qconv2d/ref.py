@@ -15,13 +15,15 @@ from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.fake_quant.ref import inverse
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed, unpack_codes
-from gs_kernels.qconv2d.geometry import Padding, Pair, Window, make_window
+from gs_kernels.qconv2d.geometry import ConvGeometry, Padding, Pair, make_geometry
 
 # residual, its scale and zero point; inverse of the scale of the result, its zero point: whole steps, and the rest
-Into: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+RequantParams: TypeAlias = tuple[
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+]
 
 
-def columns(x: Tensor, window: Window) -> Tensor:
+def columns(x: Tensor, window: ConvGeometry) -> Tensor:
     """`[B, groups, K, P * Q]`: what each pixel of y sees, in the order of a row of W."""
     x = pad(x, window.sides)
     seen = unfold(x, (window.r, window.s), window.dilation, 0, window.stride)
@@ -33,7 +35,7 @@ def _multiply(w: Tensor, seen: Tensor) -> Tensor:
     return (w.view(seen.shape[1], -1, w.shape[1]) @ seen).flatten(1, 2)
 
 
-def _image(y: Tensor, x: Tensor, window: Window) -> Tensor:
+def _image(y: Tensor, x: Tensor, window: ConvGeometry) -> Tensor:
     return y.unflatten(2, window.output(*x.shape[2:])).contiguous(memory_format=torch.channels_last)
 
 
@@ -50,14 +52,14 @@ def qconv2d_ref(
     activation: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
-    window = make_window("qconv2d_ref", kernel_size, stride, padding, dilation, groups)
+    window = make_geometry("qconv2d_ref", kernel_size, stride, padding, dilation, groups)
     y = _image(_multiply(dequantize_packed(weight), columns(x.float(), window)), x, window)
     y = y if bias is None else y + bias.float().view(-1, 1, 1)
     y = y if residual is None else y + residual.float()
     return ACTIVATIONS[activation].function(y).to(x.dtype)
 
 
-def integer_sums(x: Tensor, x_zero: Tensor | None, weight: PackedWeight, window: Window) -> Tensor:
+def integer_sums(x: Tensor, x_zero: Tensor | None, weight: PackedWeight, window: ConvGeometry) -> Tensor:
     """`[B, O, P, Q]` fp32: the sum over groups of `scale * sum((code - zero) * (x - x_zero))`, each sum exact.
 
     fp64 holds every integer and half that can occur, so that products and sums are those of int64. A group's sum is
@@ -86,7 +88,7 @@ def into_codes(
     residual_zero: Tensor | None,
     out_scale: Tensor | None,
     out_zero: Tensor | None,
-) -> Into:
+) -> RequantParams:
     """What `finish_int8` needs of those arguments of the op."""
     if out_scale is None:
         return residual, residual_scale, residual_zero, None, None, None
@@ -96,7 +98,7 @@ def into_codes(
 
 
 def finish_int8(
-    y: Tensor, x_scale: Tensor, bias: Tensor | None, into: Into, activation: str, dtype: torch.dtype
+    y: Tensor, x_scale: Tensor, bias: Tensor | None, into: RequantParams, activation: str, dtype: torch.dtype
 ) -> Tensor:
     """From the sums of `integer_sums`, `[..., O]`, to the result: everything in fp32, in this order.
 
@@ -124,8 +126,8 @@ def convolve_int8_ref(
     x_zero: Tensor | None,
     weight: PackedWeight,
     bias: Tensor | None,
-    into: Into,
-    window: Window,
+    into: RequantParams,
+    window: ConvGeometry,
     activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -155,7 +157,7 @@ def qconv2d_int8_ref(
     out_zero: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    window = make_window("qconv2d_int8_ref", kernel_size, stride, padding, dilation, groups)
+    window = make_geometry("qconv2d_int8_ref", kernel_size, stride, padding, dilation, groups)
     into = into_codes(residual, residual_scale, residual_zero, out_scale, out_zero)
     return convolve_int8_ref(x, x_scale, x_zero, weight, bias, into, window, activation, dtype)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gs_kernels.qconv2d.aot_cases import INT8, QCONV2D
-from gs_kernels.qconv2d.geometry import Window, make_window
+from gs_kernels.qconv2d.geometry import ConvGeometry, make_geometry
 from gs_kernels.qconv2d.op import qconv2d
 from gs_kernels.qconv2d.op_int8 import qconv2d_int8
 from gs_kernels.qconv2d.ref import qconv2d_int8_ref, qconv2d_ref
@@ -30,8 +30,8 @@ def shape(x: tuple[int, ...], n: int, kernel_size: Any, bits: int, group: int = 
     return about | {"x_zero": False, "out": False, "axis": -1} | more
 
 
-def _window(s: Shape) -> Window:
-    return make_window("spec", **{name: s[name] for name in WINDOW})
+def _window(s: Shape) -> ConvGeometry:
+    return make_geometry("spec", **{name: s[name] for name in WINDOW})
 
 
 def _sizes(s: Shape) -> tuple[int, int, tuple[int, ...]]:

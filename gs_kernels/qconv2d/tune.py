@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.qconv2d.geometry import Window
+from gs_kernels.qconv2d.geometry import ConvGeometry
 from gs_kernels.qconv2d.tiles import PROGRAMS, default_plan
 from gs_kernels.qmatmul.tune import DTYPE, describe, make_normal, make_weight, tiles_of
 from gs_kernels.tuning.space import Machine, Problem, Space, Tile
@@ -29,13 +29,13 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 DENSE: Tile = {name: True if name == "dense" else values[0] for name, values in CHOICES.items()}
 
 
-def window_of(problem: Problem) -> Window:
+def window_of(problem: Problem) -> ConvGeometry:
     """A filter of K / channels taps, as square as they allow, with stride 1, that keeps the size of an image."""
     taps = problem["k"] // problem["channels"]
     r = next(n for n in range(math.isqrt(taps), 0, -1) if taps % n == 0)
     s = taps // r
     top, left = (r - 1) // 2, (s - 1) // 2
-    return Window(r, s, top=top, bottom=r - 1 - top, left=left, right=s - 1 - left, groups=problem["groups"])
+    return ConvGeometry(r, s, top=top, bottom=r - 1 - top, left=left, right=s - 1 - left, groups=problem["groups"])
 
 
 def _make(problem: Problem, device: str) -> tuple[Any, ...]:

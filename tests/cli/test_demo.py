@@ -23,8 +23,8 @@ from gs_algos.cli.app import run
 from gs_algos.cli.demo import DemoOptions, claim_folder
 from gs_algos.demo.data import ImageData, make_data
 from gs_algos.demo.models import build
-from gs_algos.demo.train import Interrupted, Recipe, accuracy, interrupts, lr_at, predict, read_state, train
-from gs_algos.demo.training_defaults import HABITS, float_recipe, tune_recipe
+from gs_algos.demo.train import Interrupted, TrainConfig, accuracy, interrupts, lr_at, predict, read_state, train
+from gs_algos.demo.training_defaults import HABITS, float_training, tuning_training
 
 DEMO = ["demo", "--model", "lenet5", "--float-epochs", "2", "--epochs", "1", "--device", "cpu"]
 
@@ -61,7 +61,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_an_interrupted_run_continues_bit_for_bit(tmp_path, optimizer, step):
     # 5 steps an epoch: 7 is inside the second, 9 its last but one
-    recipe = Recipe(epochs=2, lr=0.05, optimizer=optimizer, batch_size=12, warmup=0.3, label_smoothing=0.1)
+    recipe = TrainConfig(epochs=2, lr=0.05, optimizer=optimizer, batch_size=12, warmup=0.3, label_smoothing=0.1)
     whole, parts = net("lenet5"), net("lenet5")
     train(whole, images(), recipe)
     path = tmp_path / "state.safetensors"
@@ -74,7 +74,7 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path, optimizer, step):
 
 
 def test_an_interrupted_quantized_run_continues_bit_for_bit(tmp_path):
-    recipe, path = Recipe(epochs=2, lr=0.01, batch_size=12), tmp_path / "state.safetensors"
+    recipe, path = TrainConfig(epochs=2, lr=0.01, batch_size=12), tmp_path / "state.safetensors"
     results = []
     for interrupted in (False, True):
         algo = gs_algos.SimQAT(weight="int4@channel:lsq", quant_delay=(2, 6), fold_bn="two_conv", freeze_bn=8)
@@ -91,7 +91,7 @@ def test_an_interrupted_quantized_run_continues_bit_for_bit(tmp_path):
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
-    recipe, path = Recipe(epochs=1, lr=0.05, batch_size=20), tmp_path / "state.safetensors"
+    recipe, path = TrainConfig(epochs=1, lr=0.05, batch_size=20), tmp_path / "state.safetensors"
     model = net("lenet5")
     train(model, images(), recipe, state=path)
     again, steps = net("lenet5"), []
@@ -112,7 +112,7 @@ def test_a_second_interrupt_stops_at_once_and_the_handler_is_put_back():
 
 
 def test_a_state_of_another_recipe_or_network_or_a_broken_one_is_refused(tmp_path):
-    recipe, path = Recipe(epochs=1, lr=0.05, batch_size=20), tmp_path / "state.safetensors"
+    recipe, path = TrainConfig(epochs=1, lr=0.05, batch_size=20), tmp_path / "state.safetensors"
     train(net("lenet5"), images(), recipe, state=path)
     with pytest.raises(ValueError, match=r"same recipe, it was written with lr=0\.05, got 0\.1"):
         train(net("lenet5"), images(), replace(recipe, lr=0.1), state=path, resume=True)
@@ -130,7 +130,7 @@ def test_a_foreign_safetensors_file_is_no_training_state(tmp_path):
 
 
 def test_the_learning_rate_rises_then_falls_as_half_a_cosine():
-    recipe = Recipe(epochs=1, lr=0.5, warmup=0.25)
+    recipe = TrainConfig(epochs=1, lr=0.5, warmup=0.25)
     rates = [lr_at(recipe, step, 40) for step in range(40)]
     assert rates[0] == 0.5 / 25
     assert rates[10] == 0.5 == max(rates)
@@ -149,22 +149,22 @@ def test_the_learning_rate_rises_then_falls_as_half_a_cosine():
 )
 def test_an_impossible_recipe_is_refused(change, words):
     with pytest.raises(ValueError, match=words):
-        replace(Recipe(epochs=1, lr=0.1), **change)
+        replace(TrainConfig(epochs=1, lr=0.1), **change)
 
 
 def test_training_learns_the_digits():
     data = gs_algos.demo.data.load_data("digits")
     torch.manual_seed(0)
     model = build("resnet20", in_channels=1, num_classes=10, image_size=8)
-    train(model, data, float_recipe("resnet20", data, epochs=4, seed=0))
+    train(model, data, float_training("resnet20", data, epochs=4, seed=0))
     assert accuracy(predict(model, data), data) > 90
 
 
 def test_every_network_has_a_recipe_and_tuning_sees_other_shuffles():
     data = images()
     assert HABITS.keys() == gs_algos.demo.models.MODELS.keys()
-    assert float_recipe("vit-tiny", data, 3, 5).optimizer == "adamw"
-    assert tune_recipe("resnet20", data, 3, 5).seed == 6
+    assert float_training("vit-tiny", data, 3, 5).optimizer == "adamw"
+    assert tuning_training("resnet20", data, 3, 5).seed == 6
 
 
 def test_the_demo_prints_every_stage_and_saves_what_info_describes(tmp_path, capsys):

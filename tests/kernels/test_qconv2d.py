@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gs_kernels import code_sums, dequantize_packed, pack_weight, qconv2d, qconv2d_int8, quantize, repack
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.qconv2d.cpu import direct_int8, int8
-from gs_kernels.qconv2d.geometry import Window
+from gs_kernels.qconv2d.geometry import ConvGeometry
 from gs_kernels.qconv2d.ref import qconv2d_int8_ref, qconv2d_ref
 from gs_kernels.qconv2d.tiles import choose_plan, depthwise_tile
 from gs_kernels.qmatmul.cpu import int8 as products
@@ -195,7 +195,7 @@ def test_large_images_in_parts_are_exact_either_way(images, channels, size, o, m
     about |= {"out_scale": number(0.03), "out_zero": number(-128)}
     monkeypatch.setattr(int8, "COPIED", 1)  # one image at a time
     known = int8.make_codes(w)
-    direct = int8.suits_onednn(known, w, Window(3, 3), images * size * size)
+    direct = int8.suits_onednn(known, w, ConvGeometry(3, 3), images * size * size)
     assert direct == (o == 16 and int8.multiplies_int8())
     got, wanted = (f(x, number(0.02), w, normal(o), **about) for f in (qconv2d_int8, qconv2d_int8_ref))
     assert torch.equal(got, wanted) and wanted.float().std() > 10
@@ -223,7 +223,7 @@ def test_whole_numbers_in_fp32_give_the_same_bits(channels, o, bits, about, with
         w = pack_weight(torch.full((o, k), 255, dtype=torch.uint8), torch.full((o, 1), 1e-6), bits=8, group_size=k)
         x = torch.full_like(x, 127)
         known = int8.make_codes(w)
-        assert len(int8.exact_parts(known.codes, -128, Window(3, 3))) > 1
+        assert len(int8.exact_parts(known.codes, -128, ConvGeometry(3, 3))) > 1
     for zero in (None, number(-128), number(77)):
         options = {"kernel_size": 3, "x_zero": zero, **about}
         got, wanted = (f(x, number(0.02), w, normal(o), **options) for f in (qconv2d_int8, qconv2d_int8_ref))
@@ -373,7 +373,7 @@ def test_8_bit_kernels_with_assembly_give_the_bits_of_plain_ones(bits, emulated_
     from gs_kernels.qconv2d.kernel import convolve_int8
 
     x, into = eight_bits(1, 16, 4, 4).contiguous(memory_format=torch.channels_last), (None,) * 5
-    window, y = Window(3, 3, top=1, bottom=1, left=1, right=1), torch.empty(1, 33, 4, 4)
+    window, y = ConvGeometry(3, 3, top=1, bottom=1, left=1, right=1), torch.empty(1, 33, 4, 4)
     y = y.contiguous(memory_format=torch.channels_last)
     for zero in (None, torch.linspace(0, 2**bits - 1, 33).view(33, 1)):
         w = weight(o=33, k=144, bits=bits, zero=zero)
@@ -392,7 +392,7 @@ def test_8_bit_kernels_with_assembly_give_the_bits_of_plain_ones(bits, emulated_
 def test_parts_of_k_sum_to_the_whole(split):
     from gs_kernels.qconv2d.kernel import convolve, convolve_int8
 
-    w, window = weight(o=20, k=576, bits=2, zero=1.5), Window(3, 3)
+    w, window = weight(o=20, k=576, bits=2, zero=1.5), ConvGeometry(3, 3)
     plan, rest = Plan(block_m=16, block_n=64, split_k=split), (window, "relu")
     y, residual = torch.empty(1, 20, 2, 2), normal(1, 20, 2, 2, seed=4)
     y, about = y.contiguous(memory_format=torch.channels_last), {"kernel_size": 3, "activation": "relu"}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gs_kernels import PackedWeight, pack_weight, qmatmul, qmatmul_int8, row_sums
 from gs_kernels.qmatmul.cpu import avx512_bf16, int8, products, select
-from gs_kernels.qmatmul.cpu.interleaved import lanes_of
+from gs_kernels.qmatmul.cpu.interleaved import interleaved
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref, qmatmul_ref
 from gs_kernels.runtime import cpp
 from gs_kernels.runtime.dispatch import INTERPRET
@@ -65,7 +65,7 @@ def test_bf16_rows_in_cpp(of: tuple[int, int, int, int, bool], monkeypatch: pyte
     check_float_rows(w, torch.bfloat16, (5, 12, 13, 1030))
     for m in (*range(1, 14), 1030):
         x = rows(m, w.shape[1]).to(torch.bfloat16)
-        assert relative_rms(avx512_bf16.multiply(x, lanes_of(w))[:, : w.shape[0]], x.float() @ dense) < 1e-6
+        assert relative_rms(avx512_bf16.multiply(x, interleaved(w))[:, : w.shape[0]], x.float() @ dense) < 1e-6
 
 
 @needs_bf16

@@ -19,7 +19,7 @@ from gs_algos.cli import compress
 from gs_algos.cli.app import run as command
 from gs_algos.core.algorithm import history
 from gs_algos.pipeline.pipeline import Pipeline, Stage
-from gs_algos.pipeline.recipe import RunRecipe, StageRecipe, make_algorithm, read_recipe
+from gs_algos.pipeline.recipe import Recipe, StageRecipe, make_algorithm, read_recipe
 from tests.nets.convolutional import SmallConvNet, images
 
 
@@ -194,7 +194,7 @@ def written(folder: Path, text: str, name: str = "run.toml") -> Path:
 
 
 def test_toml_yaml_and_json_say_the_same(tmp_path):
-    want = RunRecipe("lenet5", "digits", STAGES, float_epochs=1)
+    want = Recipe("lenet5", "digits", STAGES, float_epochs=1)
     assert read_recipe(written(tmp_path, TOML)) == want
     assert read_recipe(written(tmp_path, YAML, "run.yaml")) == want
     stages = [{k: v for k, v in stage.__dict__.items() if v is not None} for stage in STAGES]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import gs_algos
 from gs_algos import SLB, SimQAT
 from gs_algos.export.onnx import onnx_model
-from gs_algos.quant.integer.quantized_tensor import CodesTensor
+from gs_algos.quant.integer.quantized_tensor import QuantizedTensor
 from gs_algos.quant.integer.static_quantizer import StaticQuantizer
 from gs_algos.quant.packed.conv_base import Convolution
 from gs_algos.quant.scheme import Scheme
@@ -188,7 +188,7 @@ def test_what_leaves_pytorch_is_a_plain_tensor(leaves: str):
     """Codes and waiting results, as a hook sees them, in the hands of other libraries."""
     quantizer = StaticQuantizer(Scheme.parse("int8@tensor", "act"))
     codes = torch.arange(-4, 4, dtype=torch.int8).view(2, 4)
-    handed = CodesTensor(codes, quantizer, torch.float32)
+    handed = QuantizedTensor(codes, quantizer, torch.float32)
     for tensor, want in ((handed, codes.float()), (handed + handed, 2 * codes.float())):
         assert type(tensor) is not Tensor
         if leaves == "tolist":

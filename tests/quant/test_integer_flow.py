@@ -17,7 +17,7 @@ import gs_algos
 from gs_algos import SLB, SimQAT
 from gs_algos.demo import models
 from gs_algos.quant.integer.layers import QuantizedConv
-from gs_algos.quant.integer.quantized_tensor import CodesTensor, Pending
+from gs_algos.quant.integer.quantized_tensor import DeferredOutput, QuantizedTensor
 from gs_algos.quant.integer.static_quantizer import StaticQuantizer
 from gs_algos.quant.network.integer_flow import unlink
 from gs_algos.quant.packed.conv_base import Convolution
@@ -83,8 +83,8 @@ def test_layers_hand_codes_and_nothing_changes(act: str, tmp_path: Path):
         hook = lambda _, args, y, name=name: seen.update({name: (type(args[0]), type(y))})  # noqa: E731
         net.get_submodule(name).register_forward_hook(hook)
     y = net(image(7))
-    assert seen["b"] == (CodesTensor, CodesTensor)
-    assert seen["c"] == seen["d"] == (CodesTensor, CodesTensor) and seen["e"][0] is Pending
+    assert seen["b"] == (QuantizedTensor, QuantizedTensor)
+    assert seen["c"] == seen["d"] == (QuantizedTensor, QuantizedTensor) and seen["e"][0] is DeferredOutput
     assert type(y) is Tensor and same_bits(y, unlinked(net)(image(7)))
     assert algo.summary(net).count("-> int8 for the next layer") == 3
     loaded = gs_algos.load(gs_algos.save(net, tmp_path), build).eval()
@@ -174,12 +174,12 @@ FLOATS = {
 @pytest.mark.parametrize("name", [*ANYTHING, *FLOATS])
 def test_operations_on_codes_are_those_on_what_they_stand_for(name: str):
     x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1)) * 3
-    codes = CodesTensor(GRID.codes(x), GRID, torch.float32)
+    codes = QuantizedTensor(GRID.codes(x), GRID, torch.float32)
     assert codes.dtype == torch.float32 and torch.equal(codes.dequantize(), GRID(x))
     y = {**ANYTHING, **FLOATS}[name](codes)
-    assert isinstance(y, CodesTensor) == (name in ANYTHING)
+    assert isinstance(y, QuantizedTensor) == (name in ANYTHING)
     if name in ANYTHING:
-        assert torch.equal(y.codes, GRID.codes(ANYTHING[name](x.clone()))) and "CodesTensor" in repr(y)
+        assert torch.equal(y.codes, GRID.codes(ANYTHING[name](x.clone()))) and "QuantizedTensor" in repr(y)
     else:
         torch.testing.assert_close(y, FLOATS[name](GRID(x)))
 
@@ -189,14 +189,14 @@ def test_operations_on_codes_are_those_on_what_they_stand_for(name: str):
 def test_a_relu_of_codes_whose_zero_point_none_of_them_is_rounds_as_the_value(scheme: str, zero: int):
     far = grid(scheme, 0.05, zero)
     x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1)) * 3 + (8 if zero < 0 else -8)
-    y = F.relu(CodesTensor(far.signed_codes(x)[0], far, torch.float32))
+    y = F.relu(QuantizedTensor(far.signed_codes(x)[0], far, torch.float32))
     assert torch.equal(y.codes, far.signed_codes(F.relu(x))[0])
     far.hands = True
     assert not far.gives_codes() and type(far(x)) is Tensor
 
 
 def test_writing_into_codes_is_refused_and_not_lost():
-    codes = CodesTensor(GRID.codes(torch.randn(2, 3, 6, 6)), GRID, torch.float32)
+    codes = QuantizedTensor(GRID.codes(torch.randn(2, 3, 6, 6)), GRID, torch.float32)
     before = codes.codes.clone()
     with pytest.raises(RuntimeError, match=r"add_.* must not write into 8-bit codes"):
         codes += 1
@@ -225,9 +225,9 @@ READS = {
 def test_a_sum_of_codes_is_that_of_floats_and_gives_their_codes(other: str, size: tuple[int, ...], read: str):
     a, b = drawn(1, *size), drawn(2, *size).contiguous(memory_format=torch.channels_last)
     want = READS[read](GRID(a) + OTHERS[other](b))
-    x, y = CodesTensor(GRID.codes(a), GRID, a.dtype), OTHERS[other].signed_codes(b)[0]
-    total = x + CodesTensor(y, OTHERS[other], b.dtype)
-    assert type(total) is Pending and "Pending" in repr(total)
+    x, y = QuantizedTensor(GRID.codes(a), GRID, a.dtype), OTHERS[other].signed_codes(b)[0]
+    total = x + QuantizedTensor(y, OTHERS[other], b.dtype)
+    assert type(total) is DeferredOutput and "DeferredOutput" in repr(total)
     got = READS[read](total)
     for into in OTHERS.values():
         assert torch.equal(into.signed_codes(got)[0], into.signed_codes(want)[0])
@@ -237,19 +237,19 @@ def test_a_sum_of_codes_is_that_of_floats_and_gives_their_codes(other: str, size
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_sum_in_16_bits_is_rounded_as_there(dtype: torch.dtype):
     a, b = drawn(1, 2, 16, 9, 9).to(dtype), drawn(2, 2, 16, 9, 9).to(dtype)
-    total = CodesTensor(GRID.codes(a), GRID, dtype) + CodesTensor(GRID.codes(b), GRID, dtype)
+    total = QuantizedTensor(GRID.codes(a), GRID, dtype) + QuantizedTensor(GRID.codes(b), GRID, dtype)
     want, into = GRID(a) + GRID(b), OTHERS["of 4 bits"]
     assert torch.equal(into.codes(total), into.codes(want)) and torch.equal(total + 0, want) and total.dtype == dtype
 
 
 def test_codes_change_their_grid_as_floats_do():
-    x = CodesTensor(GRID.codes(drawn(3, 2, 16, 9, 9)), GRID, torch.float32)
+    x = QuantizedTensor(GRID.codes(drawn(3, 2, 16, 9, 9)), GRID, torch.float32)
     for into in OTHERS.values():
         assert torch.equal(into.signed_codes(x)[0], into.signed_codes(x.dequantize())[0])
         into.hands = True
         y = into(x)
         into.hands = False
-        assert type(y) is CodesTensor and torch.equal(y.dequantize(), into(x.dequantize()))
+        assert type(y) is QuantizedTensor and torch.equal(y.dequantize(), into(x.dequantize()))
 
 
 @pytest.mark.parametrize("name", ["resnet20", "mobilenetv2"])

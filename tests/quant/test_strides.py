@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gs_algos import SLB, SimQAT
-from gs_algos.quant.integer.quantized_tensor import CodesTensor, Pending
+from gs_algos.quant.integer.quantized_tensor import DeferredOutput, QuantizedTensor
 from gs_algos.quant.memory_format import laid, strides_in, suggested
 from tests.helpers import relative_rms
 
@@ -167,7 +167,7 @@ def test_a_sum_that_the_network_returns_is_a_plain_tensor(act: str | None, behin
 def test_what_lies_in_another_order_is_laid_out_for_whoever_reads_it_and_not_for_layers():
     x = drawn(2, 3, 4, 4)
     last = x.contiguous(memory_format=torch.channels_last)
-    waiting = Pending.of(last, x.stride())
+    waiting = DeferredOutput.of(last, x.stride())
     assert waiting.stride() == x.stride() and waiting.values() is last
     assert torch.equal(waiting.view(2, -1), x.view(2, -1)) and waiting.values().stride() == x.stride()
     waiting.view(-1)[:3] = 7.0
@@ -192,7 +192,7 @@ def test_codes_of_another_order_concatenate_and_pool_as_their_values_do():
     algo = SimQAT()
     grid = algo.convert(algo.apply(nn.Sequential(nn.Conv2d(3, 2, 1)), x).eval())[0].input_quantizer
     last = x.contiguous(memory_format=torch.channels_last)
-    codes = CodesTensor(grid.signed_codes(last)[0], grid, x.dtype, x.stride())
+    codes = QuantizedTensor(grid.signed_codes(last)[0], grid, x.dtype, x.stride())
     want = grid(x)
     for read in (
         lambda t: t.flatten(1),

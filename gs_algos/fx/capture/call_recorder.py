@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from gs_algos.core.modules import parent_name
 from gs_algos.fx import ops
-from gs_algos.fx.capture.graph_reader import Draft, Names
+from gs_algos.fx.capture.graph_reader import ModuleNames, NodeDraft
 from gs_kernels.runtime.torch_private import tree_leaves, tree_map
 
 
@@ -30,14 +30,14 @@ def record(
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    names: Names,
+    names: ModuleNames,
     is_unit: Callable[[nn.Module], bool],
-) -> list[Call | Draft]:
+) -> list[Call | NodeDraft]:
     """Runs `module` on copies of its inputs and lists, in order, the outermost calls of units inside it.
 
     Functions that read a parameter outside every unit come as drafts without edges.
     """
-    found: list[Call | Draft] = []
+    found: list[Call | NodeDraft] = []
     depth = 0
 
     def enter(unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -86,20 +86,20 @@ def first_calls(
     return found
 
 
-def leaf_draft(module: nn.Module, names: Names) -> Draft:
+def leaf_draft(module: nn.Module, names: ModuleNames) -> NodeDraft:
     """A call of a module of which nothing but its class is known: no edges."""
     name = names.modules[id(module)]
     op = ops.op_of_module(module)
     reads = tuple(names.owners[id(found)][0] for found in module.parameters())
     known = ops.is_plain(module) or op == "other"
     weight = names.weight_of(name)
-    return Draft(op, [], type(module).__name__, name, None, name if known else None, weight, reads)
+    return NodeDraft(op, [], type(module).__name__, name, None, name if known else None, weight, reads)
 
 
 class _ParameterReads(TorchFunctionMode):
     """Reports every torch function that is given a parameter of the model."""
 
-    def __init__(self, names: Names, report: Callable[[Draft], None]) -> None:
+    def __init__(self, names: ModuleNames, report: Callable[[NodeDraft], None]) -> None:
         super().__init__()
         self.names = names
         self.report = report
@@ -116,7 +116,7 @@ class _ParameterReads(TorchFunctionMode):
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
             used = owners[id(weight)][0] if op in ops.WEIGHTED and id(weight) in owners else None
             # which module calls the function is not known: the owner of the parameter stands in
-            self.report(Draft(op, [], name, parent_name(used or reads[0]), weight=used, reads=reads))
+            self.report(NodeDraft(op, [], name, parent_name(used or reads[0]), weight=used, reads=reads))
         return func(*args, **kwargs)
 
 

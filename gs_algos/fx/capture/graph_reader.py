@@ -19,7 +19,7 @@ from gs_algos.fx import ops
 
 
 @dataclass
-class Draft:
+class NodeDraft:
     """A node under construction; indices are positions in the list of drafts."""
 
     op: str
@@ -44,7 +44,7 @@ class Constant:
     name: str | None = None
 
 
-class Names:
+class ModuleNames:
     """Names as a tracer gives them -> canonical names in the live model. `prefix` is where the traced module hangs."""
 
     def __init__(self, model: nn.Module, prefix: str = "") -> None:
@@ -76,25 +76,25 @@ def join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-class Reader:
+class FxGraphReader:
     """Turns one fx graph into `drafts`. `strip` is the wrapper's attribute that holds the traced module, if any."""
 
-    def __init__(self, names: Names, strip: str = "") -> None:
+    def __init__(self, names: ModuleNames, strip: str = "") -> None:
         self.names = names
         self.strip = strip
-        self.drafts: list[Draft] = []
+        self.drafts: list[NodeDraft] = []
 
-    def read(self, graph: torch.fx.Graph, owner: nn.Module, constants: dict[str, Constant]) -> list[Draft]:
+    def read(self, graph: torch.fx.Graph, owner: nn.Module, constants: dict[str, Constant]) -> list[NodeDraft]:
         """Reads a whole graph. constants: placeholder name -> parameter or buffer, where it is not an input."""
 
         def placeholder(node: torch.fx.Node) -> Any:
-            return constants.get(node.name) or self._add(Draft("input", [], node.name))
+            return constants.get(node.name) or self._add(NodeDraft("input", [], node.name))
 
         result = self._region(graph, owner, placeholder)
-        self._add(Draft("output", list(_drafts(result)), "output"))
+        self._add(NodeDraft("output", list(_drafts(result)), "output"))
         return self.drafts
 
-    def _add(self, draft: Draft) -> Edge:
+    def _add(self, draft: NodeDraft) -> Edge:
         self.drafts.append(draft)
         return Edge(len(self.drafts) - 1)
 
@@ -138,10 +138,10 @@ class Reader:
         looked_through = draft.op in ops.NOOPS or (name in ops.CASTS and _same_type(node))
         return args[0] if looked_through and args else self._add(draft)
 
-    def _draft(self, node: torch.fx.Node, name: str, args: Any, kwargs: Any) -> Draft:
+    def _draft(self, node: torch.fx.Node, name: str, args: Any, kwargs: Any) -> NodeDraft:
         stack = node.meta.get("nn_module_stack") or {}
         scope = self.names.scope(self._live([path for path, _ in stack.values()][-1] if stack else self.strip))
-        draft = Draft("other", list(_drafts((args, kwargs))), str(node.target), scope, tuple(stack))
+        draft = NodeDraft("other", list(_drafts((args, kwargs))), str(node.target), scope, tuple(stack))
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
             draft.shape = tuple(int(size) for size in value.shape)
@@ -158,7 +158,7 @@ class Reader:
             draft.weight = weight.name if isinstance(weight, Constant) else None
         return draft
 
-    def _leaf(self, draft: Draft, module: nn.Module) -> None:
+    def _leaf(self, draft: NodeDraft, module: nn.Module) -> None:
         """A call that the tracer did not look into: its class says what it is."""
         draft.scope = self.names.modules[id(module)]
         draft.op = ops.op_of_module(module)

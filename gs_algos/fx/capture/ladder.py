@@ -20,14 +20,14 @@ from gs_algos.core.network import wrapped_at
 from gs_algos.core.untouched import untouched
 from gs_algos.fx import ops
 from gs_algos.fx.capture.call_recorder import Call, copied, leaf_draft, record
-from gs_algos.fx.capture.graph_reader import Draft, Names
+from gs_algos.fx.capture.graph_reader import ModuleNames, NodeDraft
 from gs_algos.fx.capture.node_builder import assemble, concatenate
 from gs_algos.fx.capture.tracers import by_export, by_symbolic_trace
 from gs_algos.fx.graph import SiteGraph
 
 logger = logging.getLogger(__name__)
 
-Trace = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Names], list[Draft]]
+Trace = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], ModuleNames], list[NodeDraft]]
 _TRACERS: tuple[tuple[str, Trace], ...] = (("export", by_export), ("symbolic_trace", by_symbolic_trace))
 
 
@@ -56,7 +56,7 @@ def capture(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, Any
             "capture", f"every module must have its weights, got lazy {lazy[0]!r}; run one forward pass first"
         )
     root, prefix = unwrap(model)
-    names = Names(model, prefix)
+    names = ModuleNames(model, prefix)
     notes: list[str] = []
     with TRACING, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracers warn of their own deprecations
@@ -76,10 +76,10 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 def _climb(
-    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names, notes: list[str]
-) -> tuple[str, list[Draft]]:
+    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: ModuleNames, notes: list[str]
+) -> tuple[str, list[NodeDraft]]:
     """Tries each rung in turn; returns the first that holds, and its drafts."""
-    walked: list[Draft] | None = None
+    walked: list[NodeDraft] | None = None
     for rung, trace in _TRACERS:
         drafts = _attempt(rung, trace, (root, args, kwargs, names), notes)
         if drafts is not None:
@@ -93,7 +93,7 @@ def _climb(
     return "walk", walked or []
 
 
-def _attempt(rung: str, trace: Trace, given: tuple[Any, ...], notes: list[str]) -> list[Draft] | None:
+def _attempt(rung: str, trace: Trace, given: tuple[Any, ...], notes: list[str]) -> list[NodeDraft] | None:
     root, args, kwargs, names = given
     try:
         with untouched(names.model):
@@ -105,7 +105,7 @@ def _attempt(rung: str, trace: Trace, given: tuple[Any, ...], notes: list[str]) 
         return None
 
 
-def _walk(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names) -> list[Draft]:
+def _walk(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: ModuleNames) -> list[NodeDraft]:
     """Runs the model and lists its leaf calls.
 
     Raises:
@@ -124,8 +124,8 @@ def _walk(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names:
 
 
 def _by_children(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names, notes: list[str]
-) -> tuple[bool, list[Draft]]:
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: ModuleNames, notes: list[str]
+) -> tuple[bool, list[NodeDraft]]:
     """Traces each outermost module that runs inside `module`, going down where that fails; True if any was traced.
 
     A child called twice gives its nodes twice, so that nothing in it counts as called once.
@@ -133,10 +133,10 @@ def _by_children(
     with untouched(names.model):
         found = record(module, args, kwargs, names, lambda _: True)
     traced = False
-    known: dict[int, list[Draft]] = {}
-    parts: list[list[Draft]] = []
+    known: dict[int, list[NodeDraft]] = {}
+    parts: list[list[NodeDraft]] = []
     for item in found:
-        if isinstance(item, Draft):
+        if isinstance(item, NodeDraft):
             parts.append([item])
             continue
         child = item.module
@@ -147,7 +147,7 @@ def _by_children(
     return traced, concatenate(parts)
 
 
-def _by_child(call: Call, names: Names, notes: list[str]) -> tuple[list[Draft], bool]:
+def _by_child(call: Call, names: ModuleNames, notes: list[str]) -> tuple[list[NodeDraft], bool]:
     child = call.module
     if ops.is_plain(child) or not child._modules:
         return [leaf_draft(child, names)], False

@@ -6,12 +6,12 @@ from torch import nn
 
 from gs_algos.core.modules import get_module
 from gs_algos.fx import ops
-from gs_algos.fx.capture.graph_reader import Draft, Names, join
+from gs_algos.fx.capture.graph_reader import ModuleNames, NodeDraft, join
 from gs_algos.fx.graph import Node
 from gs_kernels.runtime.torch_private import _BatchNorm
 
 
-def assemble(drafts: list[Draft], names: Names) -> tuple[Node, ...]:
+def assemble(drafts: list[NodeDraft], names: ModuleNames) -> tuple[Node, ...]:
     """The nodes of one graph, in execution order. Drafts of several graphs may be joined first (see `concatenate`)."""
     calls: dict[tuple[str, ...], list[int]] = {}
     for i, draft in enumerate(drafts):
@@ -48,9 +48,9 @@ def assemble(drafts: list[Draft], names: Names) -> tuple[Node, ...]:
     )
 
 
-def concatenate(parts: list[list[Draft]]) -> list[Draft]:
+def concatenate(parts: list[list[NodeDraft]]) -> list[NodeDraft]:
     """Drafts of several graphs one after the other; calls of different parts stay apart."""
-    joined: list[Draft] = []
+    joined: list[NodeDraft] = []
     for number, part in enumerate(parts):
         offset = len(joined)
         for draft in part:
@@ -60,7 +60,7 @@ def concatenate(parts: list[list[Draft]]) -> list[Draft]:
     return joined
 
 
-def _collapse(drafts: list[Draft], members: list[int], names: Names, home: list[int]) -> None:
+def _collapse(drafts: list[NodeDraft], members: list[int], names: ModuleNames, home: list[int]) -> None:
     """One draft for one call of a plain module, e.g. `pad` and `conv2d` of a Conv2d with circular padding."""
     last, inside = drafts[members[-1]], set(members)
     sources = [j for i in members for j in drafts[i].inputs if j not in inside]
@@ -72,7 +72,7 @@ def _collapse(drafts: list[Draft], members: list[int], names: Names, home: list[
         home[i] = members[-1]
 
 
-def _is_one_op(draft: Draft, module: nn.Module) -> bool:
+def _is_one_op(draft: NodeDraft, module: nn.Module) -> bool:
     """True for a module with its own forward that is one activation, F.linear or F.batch_norm on its own parameters.
 
     A batch norm may have children that run behind it (timm's BatchNormAct2d): they are nodes of their own.

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from gs_algos.fx import ops
-from gs_algos.fx.capture.graph_reader import Constant, Draft, Names, Reader
+from gs_algos.fx.capture.graph_reader import Constant, FxGraphReader, ModuleNames, NodeDraft
 from gs_kernels.runtime.torch_private import tree_map
 
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def by_export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names) -> list[Draft]:
+def by_export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: ModuleNames) -> list[NodeDraft]:
     """Drafts of `module(*args, **kwargs)` by torch.export; raises whatever the tracer raises."""
     flat = _FlatOutput(module)
     # torch.export prints the half-made graph to stderr when it fails; the reason is kept as a note instead
@@ -33,10 +33,12 @@ def by_export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     }
     for placeholder, path in signature.inputs_to_parameters.items():
         constants[placeholder] = Constant(names.parameter(path.removeprefix("traced.")))
-    return Reader(names, strip="traced").read(program.graph_module.graph, program.graph_module, constants)
+    return FxGraphReader(names, strip="traced").read(program.graph_module.graph, program.graph_module, constants)
 
 
-def by_symbolic_trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Names) -> list[Draft]:
+def by_symbolic_trace(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: ModuleNames
+) -> list[NodeDraft]:
     """Drafts by torch.fx; arguments that are not tensors are fixed at their example values.
 
     Tries first to look into modules that have their own forward, then to treat every known layer as a leaf.
@@ -47,7 +49,7 @@ def by_symbolic_trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     except Exception:  # noqa: BLE001  a tracer may raise anything; the second attempt's error is the one that is told
         graph = _trace(module, _CoarseTracer(), fixed)
     _find_shapes(graph, module, args, kwargs)
-    return Reader(names).read(graph, module, {})
+    return FxGraphReader(names).read(graph, module, {})
 
 
 def fixed_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

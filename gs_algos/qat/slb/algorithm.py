@@ -33,7 +33,7 @@ from gs_algos.fx.modularize.functional_calls import modularize_again
 from gs_algos.qat.slb.batch_norm import calibrate_norms
 from gs_algos.qat.slb.config import SLBConfig, SLBOptions
 from gs_algos.qat.slb.convert import packed_layer, summary_of, unfilled_layer
-from gs_algos.qat.slb.layers import Searched
+from gs_algos.qat.slb.layers import SearchedLayer
 from gs_algos.qat.slb.prepare import install, start
 from gs_algos.qat.slb.schedule import Schedule
 from gs_algos.qat.slb.search import NOT_YET
@@ -72,10 +72,10 @@ class SLB(QuantizationTraining):
 
     name: ClassVar[str] = "slb"
     config_class: ClassVar[type[AlgorithmConfig]] = SLBConfig
-    layer_class: ClassVar[type[nn.Module]] = Searched
+    layer_class: ClassVar[type[nn.Module]] = SearchedLayer
     done: ClassVar[str] = "searched"
     config: SLBConfig
-    _layers: dict[str, Searched]
+    _layers: dict[str, SearchedLayer]
     _replaced: Sequence[weakref.ref[nn.Parameter]] = ()
     _search_watch: SearchWatch | None = None
 
@@ -197,7 +197,7 @@ class SLB(QuantizationTraining):
         return super().convert(model, example_inputs)
 
     def converted(self, model: nn.Module, rows: list[PlanRow], example_inputs: Inputs) -> tuple[Parity, list[PlanRow]]:
-        searched = {name: m for name, m in model.named_modules() if isinstance(m, Searched)}
+        searched = {name: m for name, m in model.named_modules() if isinstance(m, SearchedLayer)}
         inside = [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm | Quantizer)]
         refuse_nonfinite(
             "SLB.convert", [*searched.items(), *((f"{n}.search", m.search) for n, m in searched.items()), *inside]
@@ -227,7 +227,7 @@ class SLB(QuantizationTraining):
         }
         return [p for p in network_of(model, "SLB.parameters").parameters() if id(p) not in apart]
 
-    def fused_layers(self) -> list[Searched]:
+    def fused_layers(self) -> list[SearchedLayer]:
         """The layers that `SlbAdamW` or `SlbSGD` trains."""
         self._require_bound("fused_layers")
         return [layer for layer in self._layers.values() if layer.fused]
@@ -284,7 +284,7 @@ class SLB(QuantizationTraining):
         return model
 
 
-def _warn_early(layers: Mapping[str, Searched], schedule: Schedule, steps: int) -> None:
+def _warn_early(layers: Mapping[str, SearchedLayer], schedule: Schedule, steps: int) -> None:
     """Says how far mixtures are from what is taken of them, if the codes are not chosen yet."""
     gaps = {name: layer.search.gap().item() for name, layer in layers.items() if not layer.search.one_hot}
     if gaps:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gs_algos.core.modules import get_module
 from gs_algos.core.plan import PlanRow, render_layers
-from gs_algos.qat.slb.layers import Searched
+from gs_algos.qat.slb.layers import SearchedLayer
 from gs_algos.qat.slb.pact import parse_act
 from gs_algos.quant.integer.layers import QuantizedConv, QuantizedLayer, QuantizedLinear
 from gs_algos.quant.level_grid import LevelGrid
@@ -61,7 +61,7 @@ def summary_of(model: nn.Module) -> str:
     """A table of the searched or packed layers of a model: codes, bytes, how far the search is, and the arithmetic."""
     rows: list[tuple[Any, ...]] = []
     for name, module in model.named_modules():
-        if isinstance(module, Searched):
+        if isinstance(module, SearchedLayer):
             search = module.search
             state = "one-hot" if search.one_hot else f"searching, gap {search.gap().item():.3f}"
             nbytes = search.logits.numel() * search.logits.element_size()
@@ -77,7 +77,9 @@ def _act(layer: Any) -> str:
     return "float" if quantizer is None else quantizer.extra_repr()
 
 
-def _around(layer: Searched, row: PlanRow[LayerPlan], weight: PackedWeight, bias: Tensor | None, output: Any) -> Packed:
+def _around(
+    layer: SearchedLayer, row: PlanRow[LayerPlan], weight: PackedWeight, bias: Tensor | None, output: Any
+) -> Packed:
     """A converted layer around a packed weight: on integers where what comes in is quantized too.
 
     output: the trained quantizer of what it gives, if an add or a concat shares one.
@@ -95,8 +97,8 @@ def _around(layer: Searched, row: PlanRow[LayerPlan], weight: PackedWeight, bias
     return PackedConv(weight, geometry_of(layer), layer.search.shape[1:], bias, dtype)
 
 
-def _searched(model: nn.Module, row: PlanRow[LayerPlan]) -> Searched:
+def _searched(model: nn.Module, row: PlanRow[LayerPlan]) -> SearchedLayer:
     layer = get_module(model, row.site)
-    if not isinstance(layer, Searched):
+    if not isinstance(layer, SearchedLayer):
         raise RuntimeError(f"convert: {row.site} must be the layer that apply prepared, got {type(layer).__name__}")
     return layer

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from gs_algos.core.modules import swapped_class
 from gs_algos.qat.slb.search import LevelSearch, local, rows_of
-from gs_algos.quant.fake_quant.batch_norm import BroughtAlong, Irreplaceable, swap_norm, update_running
+from gs_algos.quant.fake_quant.batch_norm import CoupledBatchNorm, PrecomputedBatchNorm, swap_norm, update_running
 from gs_algos.quant.fake_quant.integer_inference import IntegerEval, in_steps
 from gs_algos.quant.fake_quant.quantizers import ActivationQuantizer
 from gs_algos.quant.level_grid import LevelGrid
@@ -24,7 +24,7 @@ from gs_algos.quant.packed.module import autocast_dtype
 from gs_kernels.runtime.torch_private import _BatchNorm
 
 
-class Searched(IntegerEval):
+class SearchedLayer(IntegerEval):
     """What every swapped layer shares. The class is mixed in front of the layer's own."""
 
     prefix = "Searched"
@@ -108,17 +108,17 @@ class Searched(IntegerEval):
         update_running(bn, mean, var, y.numel() // y.shape[1], never)
 
 
-class _SearchedLinear(Searched):
+class _SearchedLinear(SearchedLayer):
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
 
 
-class _SearchedConv(Searched):
+class _SearchedConv(SearchedLayer):
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self._conv_forward(x, weight, bias)
 
 
-class _StateNorm(Irreplaceable):
+class _StateNorm(CoupledBatchNorm):
     """State batch norm (Yang et al. 2020, arXiv:2009.08695, section 3.3): training normalizes what the mixture gives,
     and the running statistics, which inference reads, are those of the quantized weight; gamma and beta are shared.
 
@@ -126,7 +126,7 @@ class _StateNorm(Irreplaceable):
     """
 
     prefix = "State"
-    _layer: tuple[Searched]
+    _layer: tuple[SearchedLayer]
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self._layer[0]
@@ -183,4 +183,4 @@ def swap(
         swap_norm(bn, _StateNorm, tail)
         bn._layer = (layer,)  # type: ignore[assignment]
     if input is not None:
-        swap_norm(bn, BroughtAlong, tail)
+        swap_norm(bn, PrecomputedBatchNorm, tail)

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from gs_algos.qat.slb.layers import Searched
+from gs_algos.qat.slb.layers import SearchedLayer
 from gs_algos.qat.slb.search import LevelSearch, local, rows_of
 from gs_kernels import slb_adamw_, slb_sgd_
 
@@ -32,7 +32,7 @@ class _SearchOptimizer(torch.optim.Optimizer):
     FSDP2: fully_shard first, then the optimizer. DDP: in either order.
     """
 
-    def __init__(self, layers: Iterable[Searched] | Sequence[dict[str, Any]], defaults: dict[str, Any]) -> None:
+    def __init__(self, layers: Iterable[SearchedLayer] | Sequence[dict[str, Any]], defaults: dict[str, Any]) -> None:
         self._searches: dict[nn.Parameter, LevelSearch] = {}
         items: list[Any] = list(layers)
         groups = items if items and isinstance(items[0], dict) else [{"layers": items}]
@@ -45,7 +45,7 @@ class _SearchOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{who}: a group must have layers, got {', '.join(group) or 'nothing'}")
         weights = []
         for layer in group["layers"]:
-            if not isinstance(layer, Searched) or not layer.fused:
+            if not isinstance(layer, SearchedLayer) or not layer.fused:
                 raise ValueError(
                     f"{who}: layers must be those of SLB.fused_layers(), got {type(layer).__name__}; use fused=True"
                 )
@@ -92,7 +92,7 @@ class SlbAdamW(_SearchOptimizer):
 
     def __init__(
         self,
-        layers: Iterable[Searched] | Sequence[dict[str, Any]],
+        layers: Iterable[SearchedLayer] | Sequence[dict[str, Any]],
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -123,7 +123,7 @@ class SlbSGD(_SearchOptimizer):
 
     def __init__(
         self,
-        layers: Iterable[Searched] | Sequence[dict[str, Any]],
+        layers: Iterable[SearchedLayer] | Sequence[dict[str, Any]],
         lr: float | Tensor = 1e-3,
         momentum: float = 0.0,
         weight_decay: float = 0.0,

@@ -15,7 +15,7 @@ from gs_algos.core.modules import get_module
 from gs_algos.core.plan import PlanRow
 from gs_algos.fx.modularize.functional_calls import release
 from gs_algos.fx.modularize.shared_parameters import Borrowed, BorrowedMatmul, turn
-from gs_algos.qat.slb.layers import Searched, swap
+from gs_algos.qat.slb.layers import SearchedLayer, swap
 from gs_algos.qat.slb.pact import act_quantizer, parse_act
 from gs_algos.qat.slb.search import LevelSearch
 from gs_algos.quant.fast_path import leave_fast_path
@@ -118,7 +118,9 @@ def install(model: nn.Module, rows: Sequence[PlanRow], options: SearchOptions) -
 
 
 @torch.no_grad()
-def start(layer: Searched, weight: Tensor, bn: _BatchNorm | None, tau: float, init: str, kappa: float | None) -> None:
+def start(
+    layer: SearchedLayer, weight: Tensor, bn: _BatchNorm | None, tau: float, init: str, kappa: float | None
+) -> None:
     """Sets scale and logits of a swapped layer from its float weight, or at random, and its first temperature.
 
     A grid without a scale leaves the size of the weight to the batch norm behind: bias and statistics follow.

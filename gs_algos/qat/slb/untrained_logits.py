@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from gs_algos.qat.slb.layers import Searched
+from gs_algos.qat.slb.layers import SearchedLayer
 from gs_algos.qat.untrained import FEW, Gradients, Moves, Watch
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ class SearchWatch:
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[Searched], replaced: Sequence[weakref.ref[nn.Parameter]]
+        self, model: nn.Module, layers: Sequence[SearchedLayer], replaced: Sequence[weakref.ref[nn.Parameter]]
     ) -> None:
         self.layers = tuple(layer for layer in layers if not layer.fused)
         self.fused = tuple(layer for layer in layers if layer.fused)
@@ -85,12 +85,12 @@ class SearchWatch:
             )
 
 
-def _plain(layer: Searched) -> nn.Parameter | None:
+def _plain(layer: SearchedLayer) -> nn.Parameter | None:
     """The weight that a fused layer keeps beside its logits."""
     return layer._parameters["weight"]
 
 
-def _beside(model: nn.Module, layers: Sequence[Searched]) -> list[nn.Parameter]:
+def _beside(model: nn.Module, layers: Sequence[SearchedLayer]) -> list[nn.Parameter]:
     """The parameters of a network that are neither logits nor weights of fused layers."""
     apart = {id(p) for layer in layers for p in (layer.search.logits, layer._parameters.get("weight"))}
     return [p for p in model.parameters() if id(p) not in apart]

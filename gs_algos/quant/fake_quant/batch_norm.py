@@ -12,7 +12,7 @@ from gs_kernels.runtime.torch_private import _BatchNorm
 _normed = WeakTensorKeyDictionary()  # of an input: the batch norm, the input's version (None: not counted), the output
 
 
-class Tailed(_BatchNorm):
+class WithChildren(_BatchNorm):
     """A batch norm that may have children which run behind it (timm's BatchNormAct2d: an activation)."""
 
     _tail: tuple[nn.Module, ...]  # in a tuple: they are registered already
@@ -23,7 +23,7 @@ class Tailed(_BatchNorm):
         return y
 
 
-class Irreplaceable(Tailed):
+class CoupledBatchNorm(WithChildren):
     """A batch norm that shares its work with the layer in front."""
 
     @property
@@ -36,16 +36,16 @@ class Irreplaceable(Tailed):
         )
 
 
-class PassedOver(Irreplaceable):
+class BypassedBatchNorm(CoupledBatchNorm):
     """The batch norm of a two-conv fold: its work is done in the conv; it keeps its parameters and statistics."""
 
-    prefix = "PassedOver"
+    prefix = "BypassedBatchNorm"
 
     def forward(self, x: Tensor) -> Tensor:
         return self._behind(x)
 
 
-class Freezable(Irreplaceable):
+class Freezable(CoupledBatchNorm):
     """A batch norm that uses its running statistics once `frozen` (bool [1]) is set, without recompiling."""
 
     prefix = "Freezable"
@@ -67,14 +67,14 @@ class Freezable(Irreplaceable):
         return self._behind(y.to(x.dtype))
 
 
-class BroughtAlong(Tailed):
+class PrecomputedBatchNorm(WithChildren):
     """A batch norm whose output the layer in front may have made too, in a way of its own: the input brings it along.
 
     What has changed the input in place since, a hook for one, undoes that. And one that takes its place, as
     `SyncBatchNorm.convert_sync_batchnorm` makes it, still has the input it expects.
     """
 
-    prefix = "BroughtAlong"
+    prefix = "PrecomputedBatchNorm"
 
     def forward(self, x: Tensor) -> Tensor:
         found = None if torch.compiler.is_compiling() else _normed.pop(x, None)
@@ -86,7 +86,7 @@ class BroughtAlong(Tailed):
         return self._behind(with_values(nn.functional.batch_norm(x, *own, False, 0.0, self.eps), found[2]))
 
 
-def bring_along(y: Tensor, bn: BroughtAlong, normed: Tensor) -> Tensor:
+def attach_normalized(y: Tensor, bn: PrecomputedBatchNorm, normed: Tensor) -> Tensor:
     """y, the input of a batch norm, with what the batch norm shall give."""
     _normed[y] = (bn, _version(y), normed)
     return y
@@ -95,7 +95,7 @@ def bring_along(y: Tensor, bn: BroughtAlong, normed: Tensor) -> Tensor:
 def hand_over(y: Tensor, new: Tensor) -> Tensor:
     """new, with what y was to bring along."""
     found = _normed.pop(y, None)
-    return new if found is None else bring_along(new, found[0], found[2])
+    return new if found is None else attach_normalized(new, found[0], found[2])
 
 
 def with_values(y: Tensor, values: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def _version(t: Tensor) -> int | None:
     return None if t.is_inference() else t._version
 
 
-def swap_norm(bn: _BatchNorm, mixin: type[Tailed], tail: tuple[nn.Module, ...]) -> None:
+def swap_norm(bn: _BatchNorm, mixin: type[WithChildren], tail: tuple[nn.Module, ...]) -> None:
     """Turns a live batch norm into one of the above; tail: its children that run behind it."""
     bn.__class__ = swapped_class(mixin, type(bn))
     bn._tail = tail  # type: ignore[assignment]

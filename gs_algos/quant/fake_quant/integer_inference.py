@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.quant.fake_quant.batch_norm import (
-    BroughtAlong,
+    PrecomputedBatchNorm,
     affine,
-    bring_along,
+    attach_normalized,
     hand_over,
     running_mean,
     running_sigma,
@@ -103,12 +103,12 @@ class IntegerEval(nn.Module):
         folded, axes = scale * slope, (-1, *[1] * (steps.dim() - 2))
         if bias is not None and counts_bias(self.weight_scheme(), quantizer.scheme):
             bias = whole_bias(bias, folded, x_scale)
-        if not isinstance(bn, BroughtAlong):
+        if not isinstance(bn, PrecomputedBatchNorm):
             return from_sums_(sums, folded, x_scale, bias, axes)
         y = from_sums_(sums.clone(), folded, x_scale, bias, axes)
         raw = from_sums_(sums, self.unfolded(scale), x_scale, self.bias, axes)
         # a tensor of inference mode does not tell that a hook changed it
-        return raw if raw.is_inference() and self._forward_hooks else bring_along(raw, bn, y)
+        return raw if raw.is_inference() and self._forward_hooks else attach_normalized(raw, bn, y)
 
     def _runs_whole(self, x: Tensor, bn: _BatchNorm | None) -> bool:
         quantizer: Any = self.input_quantizer

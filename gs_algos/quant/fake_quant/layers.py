@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from gs_algos.core.modules import swapped_class
 from gs_algos.core.values import POSITIVE, Rules
 from gs_algos.quant.fake_quant.batch_norm import (
-    BroughtAlong,
+    BypassedBatchNorm,
     Freezable,
-    PassedOver,
+    PrecomputedBatchNorm,
     affine,
     per_channel,
     running_mean,
@@ -210,9 +210,9 @@ def swap(
     if fold == "two_conv" or freezable:
         holder = layer if fold == "two_conv" else bn
         holder.register_buffer("frozen", torch.zeros(1, dtype=torch.bool, device=running_mean(bn).device))
-        swap_norm(bn, PassedOver if fold == "two_conv" else Freezable, tail)
+        swap_norm(bn, BypassedBatchNorm if fold == "two_conv" else Freezable, tail)
     if fold != "two_conv" and input is not None:
-        swap_norm(bn, BroughtAlong, tail)
+        swap_norm(bn, PrecomputedBatchNorm, tail)
 
 
 def give_output_quantizer(module: Any, quantizer: ActivationQuantizer) -> None:

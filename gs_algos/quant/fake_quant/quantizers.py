@@ -1,7 +1,7 @@
 """Modules that fake-quantize one tensor: a weight, whose range is read in each forward, or an activation.
 
 An activation quantizer uses the range of the previous steps and collects the extremes of this one in `pending`, in the
-same pass. `merge_pending` moves them into the range, for all quantizers of a network at once, between two steps. So the
+same pass. `update_ranges` moves them into the range, for all quantizers of a network at once, between two steps. So the
 forward has no host sync, can be run twice (gradient checkpointing) with the same result, and a step has one collective.
 """
 
@@ -225,7 +225,7 @@ class ActivationQuantizer(Quantizer):
         self.pending.fill_(-math.inf)
 
     @torch.no_grad()
-    def take_range(self, extremes: Tensor, provisional: bool) -> None:
+    def set_initial_range(self, extremes: Tensor, provisional: bool) -> None:
         """Starts from a range, (-min, max) `[2]`; a provisional one is replaced by the first training batch."""
         self.range.copy_(extremes)
         self.set_range(-extremes[:1], extremes[1:])
@@ -253,7 +253,7 @@ class ActivationQuantizer(Quantizer):
 
 
 @torch.no_grad()
-def merge_pending(quantizers: Sequence[ActivationQuantizer], group: dist.ProcessGroup | None = None) -> None:
+def update_ranges(quantizers: Sequence[ActivationQuantizer], group: dist.ProcessGroup | None = None) -> None:
     """Moves what the quantizers have seen since the last call into their ranges: one collective, no host sync.
 
     Every rank must call it the same number of times. The first batch replaces the start range; then `minmax` keeps the
@@ -273,7 +273,7 @@ def merge_pending(quantizers: Sequence[ActivationQuantizer], group: dist.Process
 
 
 def _merge(quantizers: list[ActivationQuantizer], pending: Tensor) -> None:
-    """`merge_pending` for quantizers of one scheme; pending `[Q, 2]` is the same on every rank."""
+    """`update_ranges` for quantizers of one scheme; pending `[Q, 2]` is the same on every rank."""
     scheme = quantizers[0].scheme
     old = torch.stack([q.range for q in quantizers])  # [Q, 2]
     first = torch.stack([q.steps for q in quantizers]) == 0  # [Q, 1]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gs_algos.core.values import FINITE, Rules, whole_within
 from gs_algos.quant.integer.prepared_call import Ready, remembered
-from gs_algos.quant.integer.quantized_tensor import CodesTensor, hands_now, real, values
+from gs_algos.quant.integer.quantized_tensor import QuantizedTensor, may_return_int8, real, values
 from gs_algos.quant.integer.static_quantizer import StaticQuantizer
 from gs_algos.quant.level_grid import LevelGrid
 from gs_algos.quant.packed.conv_base import Convolution
@@ -124,7 +124,7 @@ class QuantizedLayer(Packed):
         return self._known_codes(x), quantizer.signed_zero()
 
     def _known_codes(self, x: Tensor) -> Tensor:
-        if type(x) is CodesTensor and x.quantizer in self._known:
+        if type(x) is QuantizedTensor and x.quantizer in self._known:
             return x.codes
         codes: Tensor = self._modules["input_quantizer"].int8_codes(x)  # type: ignore[union-attr, operator]
         return codes
@@ -262,12 +262,12 @@ class QuantizedConv(Convolution, QuantizedLayer):
         if ready is None or ready.grid is None:
             return super().forward(input)
         y = ready.run(self._known_codes(input), ALONE)
-        return CodesTensor(_limited(y, ready.limits), ready.grid, input.dtype, ready.strides)
+        return QuantizedTensor(_limited(y, ready.limits), ready.grid, input.dtype, ready.strides)
 
     def _integer(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         """`act(conv(qx - zx, qw - zw) * (sx * sw) + bias + residual)`; one cast at the end, or codes that are read."""
         rest = ALONE
-        if isinstance(residual, CodesTensor):
+        if isinstance(residual, QuantizedTensor):
             scale, middle = residual.quantizer.constants()[:2]
             rest = (residual.codes, scale, middle)
         elif residual is not None:
@@ -276,9 +276,11 @@ class QuantizedConv(Convolution, QuantizedLayer):
         if ready is not None:
             grid, y = ready.grid, ready.run(self._known_codes(x), rest)
         else:
-            grid = self._grid() if hands_now(x) else None  # a compiler sees floats, of which the next layer makes codes
+            grid = (
+                self._grid() if may_return_int8(x) else None
+            )  # a compiler sees floats, of which the next layer makes codes
             y = self._call(x, grid, activation, rest)
-        return self._finish(y) if grid is None else CodesTensor(_limited(y, _limits(grid)), grid, x.dtype)
+        return self._finish(y) if grid is None else QuantizedTensor(_limited(y, _limits(grid)), grid, x.dtype)
 
     def _grid(self) -> StaticQuantizer | None:
         """That of the codes that it gives where it hands on any."""
@@ -357,7 +359,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
 
 def may_prepare(x: Tensor) -> bool:
     """Whether a call with x may be made with what was prepared for others: outside tracers, gradients and autocast."""
-    return x.dtype in FLOATS and hands_now(x) and not torch.is_autocast_enabled("cpu")
+    return x.dtype in FLOATS and may_return_int8(x) and not torch.is_autocast_enabled("cpu")
 
 
 def _limits(grid: StaticQuantizer) -> tuple[int, int] | None:

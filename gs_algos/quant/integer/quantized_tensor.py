@@ -88,7 +88,7 @@ class _Handed(Tensor):
         return real(self).__reduce_ex__(protocol)
 
 
-class CodesTensor(_Handed):
+class QuantizedTensor(_Handed):
     """Reads as a float tensor; holds int8 `codes` of the grid of `quantizer`, those of an unsigned grid 128 lower.
 
     Args:
@@ -104,7 +104,7 @@ class CodesTensor(_Handed):
     @staticmethod
     def __new__(
         cls, codes: Tensor, quantizer: Any, dtype: torch.dtype, strides: Sequence[int] | None = None
-    ) -> CodesTensor:
+    ) -> QuantizedTensor:
         return _wrapper(cls, codes.shape, codes.stride() if strides is None else strides, dtype, codes.device)
 
     def __init__(self, codes: Tensor, quantizer: Any, dtype: torch.dtype, strides: Sequence[int] | None = None) -> None:
@@ -131,48 +131,48 @@ class CodesTensor(_Handed):
         return prepared_requantize((self.codes, self.quantizer.constants()), None, "none", self.dtype, grid.constants())
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"CodesTensor({list(self.shape)}, {self.quantizer.scheme})"
+        return f"QuantizedTensor({list(self.shape)}, {self.quantizer.scheme})"
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        x = args[0] if args and isinstance(args[0], CodesTensor) else None
-        if func is aten.add.Tensor and any(isinstance(t, Pending) for t in args):
-            return Pending.__torch_dispatch__(func, types, args, kwargs)
+        x = args[0] if args and isinstance(args[0], QuantizedTensor) else None
+        if func is aten.add.Tensor and any(isinstance(t, DeferredOutput) for t in args):
+            return DeferredOutput.__torch_dispatch__(func, types, args, kwargs)
         if x is not None:
             if func in _ALIASES:
-                return CodesTensor(func(x.codes), x.quantizer, x.dtype, x.stride())
+                return QuantizedTensor(func(x.codes), x.quantizer, x.dtype, x.stride())
             if func in _MOVES:
-                return CodesTensor(func(x.lay(), *args[1:], **kwargs), x.quantizer, x.dtype)
+                return QuantizedTensor(func(x.lay(), *args[1:], **kwargs), x.quantizer, x.dtype)
             if func in _ON_CODES:
-                return CodesTensor(_ON_CODES[func](x, *args[1:]), x.quantizer, x.dtype, x.stride())
+                return QuantizedTensor(_ON_CODES[func](x, *args[1:]), x.quantizer, x.dtype, x.stride())
             if func in _IN_PLACE:
                 x.codes.copy_(_ON_CODES[_IN_PLACE[func]](x, *args[1:]))
                 return x
             if func is aten.max_pool2d_with_indices.default:
                 # a float pool of small integers is exact; ATen pools no int8
                 y, indices = func(x.codes.float(), *args[1:], **kwargs)
-                return CodesTensor(
+                return QuantizedTensor(
                     y.to(torch.int8), x.quantizer, x.dtype, strides_in(y.shape, suggested(x.shape, x.stride()))
                 ), indices
             if func in _MEANS and not kwargs:
                 scale, zero = x.quantizer.constants()[:2]
                 return (func(x.lay().float() - zero, *args[1:]) * scale).to(x.dtype)
-            if func is aten.add.Tensor and not kwargs and _can_add(x, args[1]) and isinstance(args[1], CodesTensor):
-                return Pending(_SumOfCodes(x, args[1]), (x.shape, x.stride(), x.dtype, x.device))
+            if func is aten.add.Tensor and not kwargs and _can_add(x, args[1]) and isinstance(args[1], QuantizedTensor):
+                return DeferredOutput(_SumOfCodes(x, args[1]), (x.shape, x.stride(), x.dtype, x.device))
             if func._schema.is_mutable:  # PyTorch would return x as it was
                 raise RuntimeError(
-                    f"CodesTensor: {func} must not write into 8-bit codes, got it outside the traced forward (a hook?);"
-                    " use the operation that returns a new tensor"
+                    f"QuantizedTensor: {func} must not write into 8-bit codes, got it outside the traced forward "
+                    "(a hook?); use the operation that returns a new tensor"
                 )
         if func is aten.cat.default and _alike(args[0]):
             return _cat(*args)
         return func(*map(real, args), **{key: real(value) for key, value in kwargs.items()})
 
 
-class Pending(_Handed):
+class DeferredOutput(_Handed):
     """A result that is computed when something reads it: by then an add or an activation may have joined it.
 
     Args:
@@ -184,7 +184,7 @@ class Pending(_Handed):
     """
 
     @staticmethod
-    def __new__(cls, run: Any, like: Like, residual: Tensor | None = None, activation: str = "none") -> Pending:
+    def __new__(cls, run: Any, like: Like, residual: Tensor | None = None, activation: str = "none") -> DeferredOutput:
         return _wrapper(cls, *like)
 
     def __init__(self, run: Any, like: Like, residual: Tensor | None = None, activation: str = "none") -> None:
@@ -192,9 +192,9 @@ class Pending(_Handed):
         self._made: Tensor | None = None
 
     @staticmethod
-    def of(made: Tensor, strides: Sequence[int]) -> Pending:
+    def of(made: Tensor, strides: Sequence[int]) -> DeferredOutput:
         """A result that is there, in an order of axes of its own; strides: that it has for whoever reads it."""
-        y = Pending(None, (made.shape, strides, made.dtype, made.device))
+        y = DeferredOutput(None, (made.shape, strides, made.dtype, made.device))
         y._made = made
         return y
 
@@ -218,7 +218,7 @@ class Pending(_Handed):
         return codes
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"Pending({list(self.shape)})"
+        return f"DeferredOutput({list(self.shape)})"
 
     def _joined(self, func: Any, args: tuple[Any, ...]) -> tuple[Like, Tensor | None, str] | None:
         """(like, residual, activation) with which `func(*args)` is this result; None if it is not."""
@@ -241,8 +241,8 @@ class Pending(_Handed):
     ) -> Any:
         kwargs = kwargs or {}
         mutable = func._schema.is_mutable
-        x = args[0] if isinstance(args[0], Pending) or mutable or len(args) < 2 else args[1]
-        if isinstance(x, Pending):
+        x = args[0] if isinstance(args[0], DeferredOutput) or mutable or len(args) < 2 else args[1]
+        if isinstance(x, DeferredOutput):
             joined = None if kwargs else x._joined(func, args)
             if mutable and x is args[0]:  # the result stands in the place of x, also where another reads it
                 if joined is None:
@@ -251,7 +251,7 @@ class Pending(_Handed):
                     x._residual, x._activation = joined[1:]
                 return x
             if joined is not None:
-                return Pending(x._run, *joined)
+                return DeferredOutput(x._run, *joined)
         return func(*map(real, args), **{key: real(value) for key, value in kwargs.items()})
 
 
@@ -262,7 +262,7 @@ class _SumOfCodes:
     activations = ("relu", "relu6")
     to_grid = True
 
-    def __init__(self, a: CodesTensor, b: CodesTensor) -> None:
+    def __init__(self, a: QuantizedTensor, b: QuantizedTensor) -> None:
         self.a, self.b = ((t.codes, t.quantizer.constants()) for t in (a, b))
         self.dtype = a.dtype
 
@@ -281,23 +281,23 @@ def _can_add(x: Tensor, other: Any) -> bool:
     return alike and not other.requires_grad
 
 
-def _cat(tensors: Sequence[CodesTensor], axis: int = 0) -> CodesTensor:
+def _cat(tensors: Sequence[QuantizedTensor], axis: int = 0) -> QuantizedTensor:
     """Codes on one grid, side by side."""
     codes = torch.cat([t.codes for t in tensors], axis)
     formats = {suggested(t.shape, t.stride()) for t in tensors}
     into = formats.pop() if len(formats) == 1 else torch.contiguous_format
-    return CodesTensor(codes, tensors[0].quantizer, tensors[0].dtype, strides_in(codes.shape, into))
+    return QuantizedTensor(codes, tensors[0].quantizer, tensors[0].dtype, strides_in(codes.shape, into))
 
 
 def _alike(tensors: Any) -> bool:
     """Whether all are codes on one grid."""
-    return all(isinstance(t, CodesTensor) and t.quantizer.same_grid(tensors[0].quantizer) for t in tensors)
+    return all(isinstance(t, QuantizedTensor) and t.quantizer.same_grid(tensors[0].quantizer) for t in tensors)
 
 
-_HANDED = PLAIN | {CodesTensor, Pending}
+_HANDED = PLAIN | {QuantizedTensor, DeferredOutput}
 
 
-def hands_now(x: Tensor) -> bool:
+def may_return_int8(x: Tensor) -> bool:
     """Whether x may be handed on as codes, or later: tracers, compilers and gradients see floats, in time."""
     if not is_eager(x, plain=_HANDED) or transform_of() is not None:
         return False
@@ -313,15 +313,15 @@ def real(value: Any) -> Any:
 
 def values(x: Any) -> Any:
     """`real` for layers, which read any strides: those that x shows would take a copy."""
-    return x.values() if isinstance(x, CodesTensor | Pending) else x
+    return x.values() if isinstance(x, QuantizedTensor | DeferredOutput) else x
 
 
-def _relu(x: CodesTensor) -> Tensor:
+def _relu(x: QuantizedTensor) -> Tensor:
     low, high = x.quantizer.signed_limits()
     return torch.maximum(x.codes, x.quantizer.signed_zero().clamp(low, high).to(torch.int8))
 
 
-def _hardtanh(x: CodesTensor, low: float = -1.0, high: float = 1.0) -> Tensor:
+def _hardtanh(x: QuantizedTensor, low: float = -1.0, high: float = 1.0) -> Tensor:
     ends = x.quantizer.signed_codes(torch.tensor([low, high], dtype=torch.float32, device=x.codes.device))[0]
     return torch.clamp(x.codes, ends[:1], ends[1:])
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from gs_algos.core.values import FINITE, POSITIVE, Rules, whole_within
 from gs_algos.quant.fake_quant.quantizers import Quantizer
 from gs_algos.quant.fast_path import OffFastPath
-from gs_algos.quant.fixed_dtype import KeepsDtypes
-from gs_algos.quant.integer.quantized_tensor import CodesTensor, Pending, hands_now, real, values
+from gs_algos.quant.fixed_dtype import FixedDtypeBuffers
+from gs_algos.quant.integer.quantized_tensor import DeferredOutput, QuantizedTensor, may_return_int8, real, values
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import fake_quant, quantize
 from gs_kernels.qconv2d.cpu.direct_int8 import to_codes
@@ -22,7 +22,7 @@ from gs_kernels.runtime.dispatch import takes_cpu
 from gs_kernels.runtime.torch_private import is_eager
 
 
-class StaticQuantizer(KeepsDtypes, OffFastPath):
+class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
     """The frozen grid of one activation: scale `[1]`, zero `[1]` fp32, real = (q - zero) * scale.
 
     A learnt zero point may lie beyond the codes: then none of them stands for 0.0.
@@ -43,9 +43,9 @@ class StaticQuantizer(KeepsDtypes, OffFastPath):
         self._constants: tuple[Tensor, Tensor, int, int, Grid] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gives_codes() and hands_now(x):
-            strides = x.stride() if isinstance(x, CodesTensor | Pending) else None
-            return CodesTensor(self.int8_codes(x), self, x.dtype, strides)
+        if self.gives_codes() and may_return_int8(x):
+            strides = x.stride() if isinstance(x, QuantizedTensor | DeferredOutput) else None
+            return QuantizedTensor(self.int8_codes(x), self, x.dtype, strides)
         if x.numel() == 0:
             return real(x)  # type: ignore[no-any-return]
         return fake_quant(real(x), self.scale, self.zero, qmin=self.scheme.qmin, qmax=self.scheme.qmax)
@@ -93,7 +93,7 @@ class StaticQuantizer(KeepsDtypes, OffFastPath):
 
     def int8_codes(self, x: Tensor) -> Tensor:
         """The first of `signed_codes`."""
-        known = x.codes_on(self) if isinstance(x, CodesTensor | Pending) else None
+        known = x.codes_on(self) if isinstance(x, QuantizedTensor | DeferredOutput) else None
         if known is not None:
             return known
         x = values(x)
@@ -106,7 +106,7 @@ class StaticQuantizer(KeepsDtypes, OffFastPath):
     def _codes_at_once(self, x: Tensor) -> Tensor | None:
         """What `signed_codes` makes of floats, without the checks and the copies of `quantize`; None if it has to."""
         dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-        if not dense or x.dtype != torch.float32 or x.numel() == 0 or not (hands_now(x) and takes_cpu(x)):
+        if not dense or x.dtype != torch.float32 or x.numel() == 0 or not (may_return_int8(x) and takes_cpu(x)):
             return None
         numbers = self.constants().numbers
         if numbers is None or not math.isfinite(numbers.of_floats[0]):  # the op says what is wrong

@@ -63,4 +63,4 @@ def observe(
         raise ValueError(f"{who}: at least one batch must run through the prepared model, got none")
     for name, extremes in ranges.items():
         if extremes is not None:
-            quantizers[name].take_range(extremes, provisional)
+            quantizers[name].set_initial_range(extremes, provisional)

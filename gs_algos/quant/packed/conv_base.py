@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
-from gs_algos.quant.integer.quantized_tensor import CodesTensor, Like, Pending, hands_now
+from gs_algos.quant.integer.quantized_tensor import DeferredOutput, Like, QuantizedTensor, may_return_int8
 from gs_algos.quant.memory_format import CHANNELS_LAST, laid, strides_in, suggested
 from gs_algos.quant.packed.module import Packed
 from gs_kernels import PackedWeight, dequantize_packed, pack_codes, qconv2d, unpack_codes
 from gs_kernels.activations import ACTIVATIONS
-from gs_kernels.qconv2d.geometry import make_window
+from gs_kernels.qconv2d.geometry import make_geometry
 
 DENSE = {2: F.conv1d, 3: F.conv2d, 4: F.conv3d}  # by the axes of a filter
 
@@ -86,12 +86,16 @@ class Convolution(Packed):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.deferred and self._can_wait(input):
-            return Pending(_Deferred(self, input), self._like(input))
+            return DeferredOutput(_Deferred(self, input), self._like(input))
         y = self.run(input, None, self.activation)
         strides = self.strides(input, y.shape)
         if self.hands and type(y) is Tensor and self._can_wait(input):
-            return Pending.of(y, strides)
-        return CodesTensor(y.codes, y.quantizer, y.dtype, strides) if isinstance(y, CodesTensor) else laid(y, strides)
+            return DeferredOutput.of(y, strides)
+        return (
+            QuantizedTensor(y.codes, y.quantizer, y.dtype, strides)
+            if isinstance(y, QuantizedTensor)
+            else laid(y, strides)
+        )
 
     def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         """The layer's result with what follows it: `act(conv(x) + residual)`."""
@@ -125,7 +129,9 @@ class Convolution(Packed):
         return self.like_input(qconv2d(image, self.packed, bias, **about, **into), x)
 
     def _can_wait(self, x: Tensor) -> bool:
-        return len(self.filter) == 3 and x.dim() == 4 and self.geometry["padding_mode"] == "zeros" and hands_now(x)
+        return (
+            len(self.filter) == 3 and x.dim() == 4 and self.geometry["padding_mode"] == "zeros" and may_return_int8(x)
+        )
 
     def strides(self, x: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
         """The strides of the result for x, which has this shape."""
@@ -141,7 +147,7 @@ class Convolution(Packed):
         g, padding = self.geometry, self._padded(x)[1]
         about: dict[str, Any] = {"padding": 0 if padding == "valid" else padding, "groups": g["groups"]}
         about |= {"stride": tuple(g["stride"]), "dilation": tuple(g["dilation"]), "kernel_size": self.kernel_size}
-        p, q = make_window("Convolution", **about).output(*x.shape[2:])
+        p, q = make_geometry("Convolution", **about).output(*x.shape[2:])
         shape = (x.shape[0], self.shape[0], p, q)
         return shape, self.strides(x, shape), x.dtype, x.device
 

@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from gs_algos.core.values import FINITE, NOT_NEGATIVE, NOT_ZERO, POSITIVE, Must, Rules
 from gs_algos.quant.fast_path import OffFastPath
-from gs_algos.quant.fixed_dtype import KeepsDtypes
+from gs_algos.quant.fixed_dtype import FixedDtypeBuffers
 from gs_kernels import PackedWeight, dequantize_packed, pack_codes, repack, unpack_codes
 from gs_kernels.pack.layouts import CANONICAL, PLANAR, codes_shape
 
@@ -104,7 +104,7 @@ class PackedFormat:
         )
 
 
-class Packed(KeepsDtypes, OffFastPath):
+class Packed(FixedDtypeBuffers, OffFastPath):
     """A frozen packed weight `[N, K]` as a module.
 
     Args:

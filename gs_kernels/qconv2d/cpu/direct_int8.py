@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
 from gs_kernels.activations import ACTIVATIONS
-from gs_kernels.qconv2d.geometry import Window
+from gs_kernels.qconv2d.geometry import ConvGeometry
 from gs_kernels.runtime.cpp import native
 
 LANES = 16  # channels of a depthwise convolution are a multiple of
@@ -118,7 +118,7 @@ class Depthwise:
         codes: int8 `[C, taps]`.
     """
 
-    def __init__(self, finish: Finish, codes: Tensor, window: Window) -> None:
+    def __init__(self, finish: Finish, codes: Tensor, window: ConvGeometry) -> None:
         self.finish, self.window = finish, window
         self.weight = codes.t().contiguous().to(torch.int32)
 
@@ -144,7 +144,7 @@ class Dense:
         codes: int8 `[O, taps * C]`.
     """
 
-    def __init__(self, finish: Finish, codes: Tensor, window: Window) -> None:
+    def __init__(self, finish: Finish, codes: Tensor, window: ConvGeometry) -> None:
         self.finish, self.window, self.channels = finish, window, codes.shape[0]
         rows = codes.view(self.channels, window.taps, -1).to(torch.int16)
         rows = pad(rows, (0, rows.shape[2] % 2, 0, 0, 0, -self.channels % LANES))
@@ -220,7 +220,7 @@ def finishes(activation: str, dtype: torch.dtype, codes: bool) -> bool:
     return ACTIVATIONS[activation].cpp is not None and (codes or dtype == torch.float32) and library() is not None
 
 
-def suits(channels: int, k: int, window: Window) -> bool:
+def suits(channels: int, k: int, window: ConvGeometry) -> bool:
     """Whether the C++ does such a convolution, if it `finishes` it."""
     return window.groups == channels and k == window.taps and channels % LANES == 0
 
@@ -244,7 +244,7 @@ def _is_right(functions: Any) -> bool:
     """One small depthwise convolution, and the end of another."""
     x = (torch.arange(16 * 25) * 37 % 256 - 128).view(1, 16, 5, 5)
     codes = torch.arange(16 * 9) * 29 % 256 - 128
-    window = Window(3, 3, top=1, bottom=1, left=1, right=1, groups=16)
+    window = ConvGeometry(3, 3, top=1, bottom=1, left=1, right=1, groups=16)
     scale, bias, x_scale = torch.linspace(1e-3, 2e-3, 16), torch.linspace(-1, 1, 16), torch.tensor([0.3])
     weight = codes.to(torch.int8).view(16, 9)
     finish = Finish(functions, weight, 2, 5, scale, x_scale, bias, (None, None, None), "relu")
@@ -253,7 +253,7 @@ def _is_right(functions: Any) -> bool:
     got = Depthwise(finish, weight, window)(x.to(torch.int8)), finish(sums.float().view(25, 16), None, None, None)
     tall = torch.arange(24 * 27).view(24, 9, 3) * 31 % 256 - 128
     rows = tall.view(24, 27).to(torch.int8)
-    wide = Window(3, 3, top=1, bottom=1, left=1, right=1)
+    wide = ConvGeometry(3, 3, top=1, bottom=1, left=1, right=1)
     all_of = Finish(functions, rows, 1, 5, torch.ones(24), torch.ones(1), None, (None, None, None), "none")
     mixed = conv2d((x[:, :3] - 5).double(), tall.movedim(2, 1).reshape(24, 3, 3, 3).double(), padding=1).float()
     y, flat = torch.empty(16 * 25), x.to(torch.int8).flatten()

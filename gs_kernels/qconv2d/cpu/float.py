@@ -11,7 +11,7 @@ from torch import Tensor
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.qconv2d.dense import convolve_dense
-from gs_kernels.qconv2d.geometry import Window
+from gs_kernels.qconv2d.geometry import ConvGeometry
 from gs_kernels.qmatmul.cpu.interleaved import UnsuitableError, kept
 from gs_kernels.qmatmul.cpu.select import computed_in, without_autocast
 
@@ -21,7 +21,7 @@ def qconv2d_cpu(
     weight: PackedWeight,
     bias: Tensor | None,
     residual: Tensor | None,
-    window: Window,
+    window: ConvGeometry,
     activation: str,
     keep: bool,
 ) -> Tensor:

@@ -25,7 +25,7 @@ from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import codes_of
 from gs_kernels.qconv2d.cpu.direct_int8 import Dense, Depthwise, Finish, finishes, library, suits, to_steps
 from gs_kernels.qconv2d.dense import empty_image
-from gs_kernels.qconv2d.geometry import Window
+from gs_kernels.qconv2d.geometry import ConvGeometry
 from gs_kernels.qconv2d.ref import convolve_int8_ref, finish_int8, into_codes
 from gs_kernels.qmatmul.cpu.int8 import product_of_codes, whole_zero
 from gs_kernels.qmatmul.cpu.interleaved import UnsuitableError, kept
@@ -85,7 +85,7 @@ def qconv2d_int8_cpu(
     x_scale: Tensor,
     weight: PackedWeight,
     bias: Tensor | None,
-    window: Window,
+    window: ConvGeometry,
     x_zero: Tensor | None,
     weight_sums: Tensor | None,
     residual: Tensor | None,
@@ -120,7 +120,7 @@ class Int8Convolution:
     def __init__(
         self,
         weight: PackedWeight,
-        window: Window,
+        window: ConvGeometry,
         x_scale: Tensor,
         x_zero: Tensor | None,
         bias: Tensor | None,
@@ -260,7 +260,7 @@ def _has_one_sum(known: Codes, weight: PackedWeight) -> bool:
     return weight.scale.shape[1] == 1 and known.zero2 is None and known.rest is None
 
 
-def suits_onednn(known: Codes, weight: PackedWeight, window: Window, pixels: int) -> bool:
+def suits_onednn(known: Codes, weight: PackedWeight, window: ConvGeometry, pixels: int) -> bool:
     """Whether its convolution of so many pixels is the faster way, and gives all sums."""
     many = window.groups > 1 or pixels >= PIXELS * weight.shape[0]
     return many and multiplies_int8() and _has_one_sum(known, weight) and convolves_exactly()
@@ -272,13 +272,13 @@ def convolves_exactly() -> bool:
     x = torch.tensor([-128, 127], dtype=torch.int8).repeat(64).view(1, 64, 1, 2)
     w = torch.tensor([127, -128], dtype=torch.int8).repeat_interleave(64).view(2, 64)
     try:
-        got = onednn_sums(x, 3, w, Window(1, 1), {})
+        got = onednn_sums(x, 3, w, ConvGeometry(1, 1), {})
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
     return torch.equal(got.double(), (x.double()[0, :, 0].t() - 3) @ w.double().t())
 
 
-def exact_parts(codes: Tensor, shift: int, window: Window) -> list[Tensor] | None:
+def exact_parts(codes: Tensor, shift: int, window: ConvGeometry) -> list[Tensor] | None:
     """The filters in fp32, `[O, C / groups, R, S]`, in as few parts of the channels as have sums below 2**24.
 
     None if there is no such part, or groups of channels would need several.
@@ -295,7 +295,7 @@ def exact_parts(codes: Tensor, shift: int, window: Window) -> list[Tensor] | Non
     return None
 
 
-def fp32_sums(x: Tensor, shift: int, parts: list[Tensor], window: Window) -> Tensor:
+def fp32_sums(x: Tensor, shift: int, parts: list[Tensor], window: ConvGeometry) -> Tensor:
     """fp32 `[M, O]`: sums of `codes * (x - shift)`, rounded once, of images `[B, C, H, W]`."""
     x = x.contiguous(memory_format=torch.channels_last)
     total: Tensor | None = None
@@ -311,7 +311,9 @@ def fp32_sums(x: Tensor, shift: int, parts: list[Tensor], window: Window) -> Ten
     return total.permute(0, 2, 3, 1).reshape(-1, total.shape[1]).float()
 
 
-def onednn_sums(x: Tensor, shift: int, codes: Tensor, window: Window, packs: dict[tuple[int, ...], Tensor]) -> Tensor:
+def onednn_sums(
+    x: Tensor, shift: int, codes: Tensor, window: ConvGeometry, packs: dict[tuple[int, ...], Tensor]
+) -> Tensor:
     """fp32 `[M, O]`: sums of `codes * (x - shift)`, rounded once, of images `[B, C, H, W]`.
 
     packs: the weight as oneDNN packed it for an image of a shape; for one shape at a time.
@@ -335,7 +337,7 @@ def onednn_sums(x: Tensor, shift: int, codes: Tensor, window: Window, packs: dic
     return y.permute(0, 2, 3, 1).reshape(-1, o)
 
 
-def _seen(x: Tensor, shift: int, window: Window) -> Tensor:
+def _seen(x: Tensor, shift: int, window: ConvGeometry) -> Tensor:
     """`[M, K]` of images `[B, H, W, C / groups]`, rows contiguous: a view if y is a product of x as it is."""
     b, h, w, c = x.shape
     p, q = window.output(h, w)

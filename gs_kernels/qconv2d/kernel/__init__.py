@@ -5,7 +5,7 @@ from torch import Tensor
 
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.qconv2d.dense import convolve_dense, convolve_dx, empty_image
-from gs_kernels.qconv2d.geometry import Window
+from gs_kernels.qconv2d.geometry import ConvGeometry
 from gs_kernels.qconv2d.kernel.conv import convolve
 from gs_kernels.qconv2d.kernel.depthwise import convolve_depthwise
 from gs_kernels.qconv2d.kernel.int8 import can_split, convolve_int8
@@ -18,8 +18,8 @@ NOTHING = (None, None, None, None)
 
 
 def qconv2d_triton(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None, window: Window, activation: str,
-    keep: bool,
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None, window: ConvGeometry,
+    activation: str, keep: bool,
 ) -> Tensor:
     n, k = weight.shape
     asm, sm, sm_count = device_of(x)
@@ -40,12 +40,12 @@ def qconv2d_triton(
     return y
 
 
-def qconv2d_dx_triton(dy: Tensor, weight: PackedWeight, window: Window, h: int, w: int) -> Tensor:
+def qconv2d_dx_triton(dy: Tensor, weight: PackedWeight, window: ConvGeometry, h: int, w: int) -> Tensor:
     return convolve_dx(dy, dequantize(weight, dy.dtype), window, h, w)
 
 
 def qconv2d_int8_triton(
-    x: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None, window: Window,
+    x: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None, window: ConvGeometry,
     x_zero: Tensor | None, weight_sums: Tensor | None,
     residual: Tensor | None, residual_scale: Tensor | None, residual_zero: Tensor | None,
     out_scale: Tensor | None, out_zero: Tensor | None,

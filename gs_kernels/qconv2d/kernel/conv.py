@@ -7,8 +7,8 @@ from torch import Tensor
 
 from gs_kernels.pack.kernel import dequantize_block, weight_unit
 from gs_kernels.pack.layouts import PackedWeight
-from gs_kernels.qconv2d.geometry import Window
-from gs_kernels.qconv2d.kernel.im2col import load_seen, place_tile, taps_inside
+from gs_kernels.qconv2d.geometry import ConvGeometry
+from gs_kernels.qconv2d.kernel.im2col import load_im2col, place_tile, taps_inside
 from gs_kernels.qmatmul.kernel.dequantize import grouping, parts_of
 from gs_kernels.qmatmul.kernel.reduce import epilogue, in_units, reduce_parts, strides_of, unit_of
 from gs_kernels.qmatmul.tiles import Plan
@@ -52,7 +52,7 @@ def _qconv2d_kernel(
     for turn in range(tl.maximum(tl.minimum(TURNS, BLOCKS - first), 1)):
         k = (first + turn) * 128
         words = tl.load(codes_ptr + offs_w)
-        x = load_seen(
+        x = load_im2col(
             x_ptr + offs_x, first_h, first_w, bits, k, H, W, stride_xc, stride_xh, stride_xw, None,
             K, CG, S, DILATION_H, DILATION_W, PADDED, UNIT,
         )
@@ -79,7 +79,7 @@ def _qconv2d_kernel(
     tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def window_flags(window: Window) -> dict[str, int]:
+def window_flags(window: ConvGeometry) -> dict[str, int]:
     """The constants of a window that every kernel takes."""
     return {
         "S": window.s, "STRIDE_H": window.stride_h, "STRIDE_W": window.stride_w,
@@ -90,7 +90,7 @@ def window_flags(window: Window) -> dict[str, int]:
 
 def convolve(
     y: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None,
-    window: Window, activation: str, plan: Plan, asm: bool,
+    window: ConvGeometry, activation: str, plan: Plan, asm: bool,
 ) -> None:
     """Writes y `[B, O, P, Q]`, channels-last, by the plan's tiles."""
     codes, scale, zero_points, zero, levels = parts_of(weight)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gs_kernels.pack.kernel import load_grid
 from gs_kernels.pack.layouts import PackedWeight
-from gs_kernels.qconv2d.geometry import Window
+from gs_kernels.qconv2d.geometry import ConvGeometry
 from gs_kernels.qconv2d.kernel.conv import window_flags
 from gs_kernels.qconv2d.kernel.im2col import is_inside, split_zero
 from gs_kernels.qconv2d.tiles import depthwise_tile
@@ -90,7 +90,7 @@ def _depthwise_kernel(
 
 def convolve_depthwise(
     y: Tensor, x: Tensor, x_scale: Tensor | None, x_zero: Tensor | None,
-    weight: PackedWeight, bias: Tensor | None, into: tuple[Tensor | None, ...], window: Window, activation: str,
+    weight: PackedWeight, bias: Tensor | None, into: tuple[Tensor | None, ...], window: ConvGeometry, activation: str,
 ) -> None:
     """Writes y `[B, O, P, Q]`, channels-last. into: residual, its scale and zero point, scale and zero point of y."""
     codes, scale, zero_points, zero, levels = parts_of(weight)

@@ -59,7 +59,7 @@ def taps_inside(
 
 
 @triton.jit
-def load_seen(
+def load_im2col(
     x_ptr, first_h, first_w, bits, k, H, W, stride_xc, stride_xh, stride_xw, outside_ptr,
     K: tl.constexpr, CG: tl.constexpr, S: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     PADDED: tl.constexpr, UNIT: tl.constexpr,

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from gs_kernels.pack.kernel import code_block, code_factor, code_middle
 from gs_kernels.pack.layouts import PackedWeight
-from gs_kernels.qconv2d.geometry import Window
+from gs_kernels.qconv2d.geometry import ConvGeometry
 from gs_kernels.qconv2d.kernel.conv import window_flags
-from gs_kernels.qconv2d.kernel.im2col import is_half_steps, load_seen, place_tile, real_sums, taps_inside
+from gs_kernels.qconv2d.kernel.im2col import is_half_steps, load_im2col, place_tile, real_sums, taps_inside
 from gs_kernels.qmatmul.kernel.dequantize import grouping, parts_of
 from gs_kernels.qmatmul.kernel.reduce import epilogue, in_units, reduce_parts, strides_of, unit_of
 from gs_kernels.qmatmul.tiles import Plan
@@ -72,7 +72,7 @@ def _qconv2d_int8_kernel(
     for turn in range(tl.maximum(tl.minimum(TURNS, BLOCKS - first), 1)):
         k = (first + turn) * 128
         words = tl.load(codes_ptr + offs_w)
-        x = load_seen(
+        x = load_im2col(
             x_ptr + offs_x, first_h, first_w, bits, k, H, W, stride_xc, stride_xh, stride_xw, outside_ptr,
             K, CG, S, DILATION_H, DILATION_W, PADDED, UNIT,
         )
@@ -129,7 +129,7 @@ def can_split(weight: PackedWeight) -> bool:
 def convolve_int8(
     y: Tensor, x: Tensor, x_scale: Tensor, x_zero: Tensor | None, code_sums: Tensor | None,
     weight: PackedWeight, bias: Tensor | None, into: tuple[Tensor | None, ...],
-    window: Window, activation: str, plan: Plan, asm: bool,
+    window: ConvGeometry, activation: str, plan: Plan, asm: bool,
 ) -> None:
     """Writes y `[B, O, P, Q]`, channels-last, by the plan's tiles.
 

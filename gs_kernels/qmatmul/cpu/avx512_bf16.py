@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.qmatmul.cpu.interleaved import LANES, Lanes, UnsuitableError
+from gs_kernels.qmatmul.cpu.interleaved import LANES, InterleavedWeight, UnsuitableError
 from gs_kernels.runtime.cpp import native
 from gs_kernels.runtime.instructions import has
 
@@ -33,7 +33,7 @@ def _abilities() -> tuple[bool, bool]:
     return all(map(has, NEEDS)), has("amx_bf16")
 
 
-def multiply(x: Tensor, lanes: Lanes) -> Tensor:
+def multiply(x: Tensor, lanes: InterleavedWeight) -> Tensor:
     """`[M, 16 * B]` fp32: bf16 x `[M, K]` times the weight, each of its elements rounded once to bf16.
 
     Raises:
@@ -45,7 +45,7 @@ def multiply(x: Tensor, lanes: Lanes) -> Tensor:
     return _call(functions, x, lanes)
 
 
-def _call(functions: Any, x: Tensor, lanes: Lanes) -> Tensor:
+def _call(functions: Any, x: Tensor, lanes: InterleavedWeight) -> Tensor:
     steps = lanes.steps(x).contiguous()
     y = torch.empty(x.shape[0], lanes.codes.shape[0] * LANES)
     pointers = steps.data_ptr(), x.shape[0], lanes.codes.data_ptr(), lanes.grid.data_ptr()
@@ -67,4 +67,4 @@ def _is_right(functions: Any) -> bool:
     x = (torch.arange(5 * 64) % 7 - 3).view(5, 64).to(torch.bfloat16)
     fields = torch.stack((codes & 15, codes >> 4), -1).view(3, 8, 4, LANES, 2)  # [block, step, byte, row, code]
     weight = fields.permute(0, 3, 1, 2, 4).reshape(3 * LANES, 64).float().sub(3).mul(0.5)
-    return torch.equal(_call(functions, x, Lanes(codes, grid, 4, (48, 64), 32)), x.float() @ weight.T)
+    return torch.equal(_call(functions, x, InterleavedWeight(codes, grid, 4, (48, 64), 32)), x.float() @ weight.T)

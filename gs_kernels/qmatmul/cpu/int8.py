@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import codes_of
-from gs_kernels.qmatmul.cpu.interleaved import LANES, Lanes, UnsuitableError, kept, lanes_of
+from gs_kernels.qmatmul.cpu.interleaved import LANES, InterleavedWeight, UnsuitableError, interleaved, kept
 from gs_kernels.qmatmul.cpu.products import OFFSET, add, int_dot, library
 from gs_kernels.qmatmul.cpu.select import dequantized, finish, rows_of, without_autocast
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref
@@ -57,15 +57,15 @@ class Int8Product:
     ) -> None:
         self.weight, self.bias, self.x_zero, self.activation, self.dtype = weight, bias, x_zero, activation, dtype
         self.shift = whole_zero("qmatmul_int8", x_zero)
-        self.lanes: Lanes | None = None
+        self.lanes: InterleavedWeight | None = None
         if -128 <= self.shift <= 127 and weight.group_size <= LARGEST_GROUP:
             self.lanes = self._lanes()
 
-    def _lanes(self) -> Lanes | None:
+    def _lanes(self) -> InterleavedWeight | None:
         if library() is None:  # the log says why
             return None
         try:
-            return lanes_of(self.weight)
+            return interleaved(self.weight)
         except UnsuitableError as error:
             logger.debug("qmatmul_int8 runs as its reference: %s", error)
             return None
@@ -80,7 +80,7 @@ class Int8Product:
         y = y * (x_scale if x_scale.numel() == 1 else x_scale.reshape(-1, 1))
         return finish(y, self.bias, self.activation, self.dtype).view(*x.shape[:-1], self.weight.shape[0])
 
-    def _product(self, x: Tensor, lanes: Lanes) -> Tensor:
+    def _product(self, x: Tensor, lanes: InterleavedWeight) -> Tensor:
         """`[M, N]` fp32: the codes of x less their zero point, times the weight."""
         n, k = self.weight.shape
         if x.numel() * n <= FEW_PRODUCTS or x.numel() // k <= FEW_ROWS[multiplies_int8()]:
@@ -97,7 +97,7 @@ def whole_zero(who: str, x_zero: Tensor | None, must: str = "a whole number") ->
     return int(value)
 
 
-def _by_blocks(x: Tensor, shift: int, weight: PackedWeight, lanes: Lanes) -> Tensor:
+def _by_blocks(x: Tensor, shift: int, weight: PackedWeight, lanes: InterleavedWeight) -> Tensor:
     as_int8 = multiplies_int8()
     dtype = torch.int8 if as_int8 else torch.float32
     groups, m = lanes.groups, x.shape[0]
@@ -144,5 +144,5 @@ def _code_sums(weight: PackedWeight) -> Tensor:
     codes = codes_of(weight)
     sums = codes.unflatten(1, (-1, weight.group_size)).sum(2, dtype=torch.int32)
     sums -= OFFSET * weight.group_size if weight.bits == 8 else 0
-    rows = lanes_of(weight).codes.shape[0] * LANES
+    rows = interleaved(weight).codes.shape[0] * LANES
     return pad(sums, (0, 0, 0, rows - sums.shape[0])).view(-1, LANES, sums.shape[1]).permute(2, 0, 1).contiguous()

@@ -32,7 +32,7 @@ class UnsuitableError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Lanes:
+class InterleavedWeight:
     """Rows in blocks of 16, groups of codes in steps of 8; at least two of each, which compiled code relies on.
 
     Args:
@@ -66,7 +66,7 @@ class Lanes:
         return x.view(x.shape[0], *self.codes.shape[1:3], STEP)
 
 
-def make_lanes(weight: PackedWeight) -> Lanes:
+def make_lanes(weight: PackedWeight) -> InterleavedWeight:
     n, k = weight.shape
     groups = k // weight.group_size
     halves = 2 if groups == 1 else 1
@@ -83,14 +83,14 @@ def make_lanes(weight: PackedWeight) -> Lanes:
     zero = weight.zero.detach().float() if isinstance(weight.zero, Tensor) else torch.full_like(scale, weight.zero)
     grid = pad(torch.stack((scale, zero), 1), (0, 0, 0, 0, 0, rows - n)).view(-1, LANES, 2, groups)
     grid = grid.permute(0, 3, 2, 1).flatten(2).repeat(1, halves, 1)
-    return Lanes(codes, grid.contiguous(), weight.bits, weight.shape, width)
+    return InterleavedWeight(codes, grid.contiguous(), weight.bits, weight.shape, width)
 
 
 def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def lanes_of(weight: PackedWeight) -> Lanes:
+def interleaved(weight: PackedWeight) -> InterleavedWeight:
     """The lanes of a weight, made when first asked for; see `kept`.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.qmatmul.cpu.interleaved import LANES, STEP, Lanes, UnsuitableError
+from gs_kernels.qmatmul.cpu.interleaved import LANES, STEP, InterleavedWeight, UnsuitableError
 from gs_kernels.runtime.cpp import native
 
 OFFSET = 128  # of 8-bit codes, to fit int8
@@ -44,7 +44,7 @@ def _functions() -> Any:
     return functions
 
 
-def dot(x: Tensor, lanes: Lanes, functions: Any = None) -> Tensor:
+def dot(x: Tensor, lanes: InterleavedWeight, functions: Any = None) -> Tensor:
     """`[M, 16 * B]` fp32: fp32 x `[M, K]` times the weight. functions: default `library()`.
 
     Raises:
@@ -56,7 +56,7 @@ def dot(x: Tensor, lanes: Lanes, functions: Any = None) -> Tensor:
     return y
 
 
-def int_dot(x: Tensor, lanes: Lanes, one: bool, functions: Any = None) -> Tensor:
+def int_dot(x: Tensor, lanes: InterleavedWeight, one: bool, functions: Any = None) -> Tensor:
     """`[M, 16 * B]` fp32: whole numbers x `[M, K]` int16 times the weight, summed as integers within each group.
 
     one: there is one scale a row, so that all is summed before it is scaled.
@@ -104,11 +104,11 @@ def _add(functions: Any, y: Tensor, sums: Tensor, x_sums: Tensor, grid: Tensor, 
     functions.lanes_add(*pointers, grid.stride(0), *y.shape[:2], OFFSET if bits == 8 else 0, threads)
 
 
-def _result(x: Tensor, lanes: Lanes) -> Tensor:
+def _result(x: Tensor, lanes: InterleavedWeight) -> Tensor:
     return torch.empty(x.shape[0], lanes.codes.shape[0] * LANES)
 
 
-def _weight(lanes: Lanes) -> tuple[int, ...]:
+def _weight(lanes: InterleavedWeight) -> tuple[int, ...]:
     return lanes.codes.data_ptr(), lanes.grid.data_ptr(), *lanes.codes.shape[:3], lanes.bits
 
 
@@ -125,7 +125,7 @@ def _is_right_for(functions: Any, bits: int) -> bool:
     codes = torch.arange(3 * 2 * 2 * bits * LANES, dtype=torch.int32).mul(37).to(torch.uint8).view(3, 2, 2, -1)
     zero = 2.0 ** (bits - 1)
     grid = torch.tensor([0.5, zero]).repeat_interleave(LANES).repeat(3, 2, 1)
-    lanes = Lanes(codes, grid, bits, (48, 32), 16)
+    lanes = InterleavedWeight(codes, grid, bits, (48, 32), 16)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
     fields = (codes.view(3, 2, 2, bits, LANES, 1) >> shifts) & (2**bits - 1)  # [block, group, step, byte, row, code]
     weight = (fields.permute(1, 2, 3, 5, 0, 4).contiguous().view(2, 2, STEP, 3, LANES).float() - zero) * 0.5

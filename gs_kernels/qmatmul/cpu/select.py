@@ -25,7 +25,7 @@ from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.pack.layouts import CANONICAL, PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.qmatmul.cpu import avx512_bf16
-from gs_kernels.qmatmul.cpu.interleaved import LANES, STEP, Lanes, UnsuitableError, lanes_of
+from gs_kernels.qmatmul.cpu.interleaved import LANES, STEP, InterleavedWeight, UnsuitableError, interleaved
 from gs_kernels.qmatmul.cpu.products import dot, unpack
 from gs_kernels.runtime.instructions import has
 
@@ -43,7 +43,7 @@ def qmatmul_cpu(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation
         if rows.shape[0] and weight.levels is None:
             try:
                 # the way of few rows without frames in between, which small ones feel
-                y = dot(rows.float(), lanes_of(weight)) if _are_few(rows) else _many(rows, weight)
+                y = dot(rows.float(), interleaved(weight)) if _are_few(rows) else _many(rows, weight)
             except UnsuitableError as error:
                 logger.debug("qmatmul dequantises in every call: %s", error)
         y = _plain(rows, weight) if y is None else y[:, : weight.shape[0]]
@@ -86,16 +86,16 @@ def _many(x: Tensor, weight: PackedWeight) -> Tensor:
     """`[M, N or more]`, in fp32 or the dtype of x."""
     if x.dtype == torch.bfloat16 and avx512_bf16.suits(x.shape[0]):
         try:
-            return avx512_bf16.multiply(x, lanes_of(weight))
+            return avx512_bf16.multiply(x, interleaved(weight))
         except UnsuitableError as error:
             logger.debug("qmatmul goes another way: %s", error)
             if x.shape[0] <= FEW_ROWS[x.dtype]:
-                return dot(x.float(), lanes_of(weight))
+                return dot(x.float(), interleaved(weight))
     return _by_blocks(x, weight)
 
 
 def _by_blocks(x: Tensor, weight: PackedWeight) -> Tensor:
-    lanes = lanes_of(weight)
+    lanes = interleaved(weight)
     steps = lanes.steps(x).flatten(1)
     y = x.new_empty(x.shape[0], lanes.codes.shape[0] * LANES)
     done = 0
@@ -106,7 +106,9 @@ def _by_blocks(x: Tensor, weight: PackedWeight) -> Tensor:
     return y
 
 
-def dequantized(lanes: Lanes, dtype: torch.dtype, size: int, as_codes: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+def dequantized(
+    lanes: InterleavedWeight, dtype: torch.dtype, size: int, as_codes: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Blocks of the weight and their grids, as `unpack` makes them: each overwrites the one before.
 
     About `size` elements at a time, at least two blocks of lanes. Memory taken anew for each would cost more in page
