@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gs_kernels.pack.checks import check_packed
+from gs_kernels.pack.derived import UnsuitableError
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.schema import PACKED_WEIGHT
 from gs_kernels.qconv2d.checks import check_int8, check_operands
@@ -14,7 +15,6 @@ from gs_kernels.qconv2d.dense import empty_image
 from gs_kernels.qconv2d.geometry import WINDOW, ConvGeometry, Padding, Pair, make_geometry
 from gs_kernels.qconv2d.op import conv_refuses
 from gs_kernels.qconv2d.ref import code_sums_ref, convolve_int8_ref, into_codes
-from gs_kernels.qmatmul.cpu.interleaved import UnsuitableError
 from gs_kernels.runtime.dispatch import choose, implementations
 from gs_kernels.runtime.torch_op import register
 

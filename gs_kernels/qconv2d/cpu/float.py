@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from gs_kernels.pack.derived import UnsuitableError, derived
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.qconv2d.dense import convolve_dense
 from gs_kernels.qconv2d.geometry import ConvGeometry
-from gs_kernels.qmatmul.cpu.interleaved import UnsuitableError, kept
 from gs_kernels.qmatmul.cpu.select import computed_in, without_autocast
 
 
@@ -26,9 +26,13 @@ def qconv2d_cpu(
     keep: bool,
 ) -> Tensor:
     dtype = computed_in(x.dtype)
+
+    def dequantize(weight: PackedWeight) -> Tensor:
+        return dequantize_packed(weight, dtype)
+
     with without_autocast():
         try:
-            w = kept(weight, dtype, lambda w: dequantize_packed(w, dtype)) if keep else dequantize_packed(weight, dtype)
+            w = derived(weight, dtype, dequantize) if keep else dequantize(weight)
         except UnsuitableError:
-            w = dequantize_packed(weight, dtype)
+            w = dequantize(weight)
         return convolve_dense(x, w, bias, residual, window, activation)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
+from gs_kernels.pack.derived import UnsuitableError, derived
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import codes_of
 from gs_kernels.qconv2d.cpu.direct_int8 import Dense, Depthwise, Finish, finishes, library, suits, to_steps
@@ -28,7 +29,6 @@ from gs_kernels.qconv2d.dense import empty_image
 from gs_kernels.qconv2d.geometry import ConvGeometry
 from gs_kernels.qconv2d.ref import convolve_int8_ref, finish_int8, into_codes
 from gs_kernels.qmatmul.cpu.int8 import product_of_codes, whole_zero
-from gs_kernels.qmatmul.cpu.interleaved import UnsuitableError, kept
 from gs_kernels.qmatmul.cpu.select import without_autocast
 from gs_kernels.runtime.inductor import call, compiled
 from gs_kernels.runtime.instructions import multiplies_int8
@@ -244,7 +244,7 @@ def _padding_code(x_zero: Tensor | None) -> int:
 def _codes_of(weight: PackedWeight, keep: bool) -> Codes:
     if multiplies_int8() and not multiplies_exactly():
         raise UnsuitableError("products of int8 matrices saturate here")
-    return kept(weight, torch.int8, make_codes) if keep else make_codes(weight)
+    return derived(weight, torch.int8, make_codes) if keep else make_codes(weight)
 
 
 @cache

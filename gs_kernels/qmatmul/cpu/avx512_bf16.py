@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.qmatmul.cpu.interleaved import LANES, InterleavedWeight, UnsuitableError
+from gs_kernels.pack.derived import UnsuitableError
+from gs_kernels.qmatmul.cpu.interleaved import LANES, InterleavedWeight
 from gs_kernels.runtime.cpp import native
 from gs_kernels.runtime.instructions import has
 

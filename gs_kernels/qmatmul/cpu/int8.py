@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gs_kernels.pack.derived import UnsuitableError, derived
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import codes_of
-from gs_kernels.qmatmul.cpu.interleaved import LANES, InterleavedWeight, UnsuitableError, interleaved, kept
+from gs_kernels.qmatmul.cpu.interleaved import LANES, InterleavedWeight, interleaved
 from gs_kernels.qmatmul.cpu.products import OFFSET, add, int_dot, library
 from gs_kernels.qmatmul.cpu.select import dequantized, finish, rows_of, without_autocast
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref
@@ -104,7 +105,7 @@ def _by_blocks(x: Tensor, shift: int, weight: PackedWeight, lanes: InterleavedWe
     by_group = lanes.steps(x).view(m, groups, -1).transpose(0, 1).contiguous()  # [groups, M, width]
     x_sums = by_group.sum(2, dtype=torch.int32) - shift * weight.group_size  # [groups, M]
     by_group = by_group.to(dtype)
-    code_sums = kept(weight, "code sums", _code_sums) if shift else None
+    code_sums = derived(weight, "code sums", _code_sums) if shift else None
     per_group = lanes.grid.shape[1] // groups
     ys: list[Tensor] = []
     done = 0

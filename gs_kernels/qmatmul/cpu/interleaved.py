@@ -1,39 +1,30 @@
-"""A packed weight as a CPU reads it fastest: a byte of each of 16 rows side by side, a row to a lane of a register.
+"""Interleaves the rows of a packed weight for CPUs: bytes of 16 rows lie side by side, one row to a lane of a register.
 
 A kernel then multiplies 16 codes with one element of x at once, whatever the width of a code and the size of a group,
-and never sums across lanes. The codes take the bytes of the canonical form; they are made when a weight is first used,
-kept while its codes live, and made again when one of its tensors has changed.
+and never sums across lanes. The codes take the bytes of the canonical form. The form is built when a weight is first
+used, and cached (pack/derived.py).
 """
 
 from __future__ import annotations
 
-import logging
-import weakref
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gs_kernels.pack.derived import derived
 from gs_kernels.pack.layouts import CANONICAL, PackedWeight
 from gs_kernels.pack.pack import codes_of, pack_codes
-
-logger = logging.getLogger(__name__)
 
 LANES = 16
 STEP = 8  # codes of a row that a kernel takes at once: whole bytes, whatever their width
 
 
-class UnsuitableError(RuntimeError):
-    """Products with lanes cannot run here: plain tensor operations will."""
-
-
 @dataclass(frozen=True)
 class InterleavedWeight:
-    """Rows in blocks of 16, groups of codes in steps of 8; at least two of each, which compiled code relies on.
+    """Holds rows in blocks of 16, groups of codes in steps of 8; at least two of each, which compiled code relies on.
 
     Args:
         codes: uint8 `[B, G, S, bits * 16]`: byte r of step s of group g of row `16 * b + l` is at `16 * r + l`.
@@ -51,7 +42,7 @@ class InterleavedWeight:
 
     @cached_property
     def groups(self) -> int:
-        """Groups of the weight itself."""
+        """Counts the groups of the weight itself."""
         return self.codes.shape[1] * self.codes.shape[2] * STEP // self.width
 
     @property
@@ -59,14 +50,15 @@ class InterleavedWeight:
         return self.codes.numel() + 4 * self.grid.numel()
 
     def steps(self, x: Tensor) -> Tensor:
-        """Rows `[M, K]` of x as `[M, G, S, 8]`, 0 where codes are padded."""
+        """Reshapes rows x `[M, K]` to `[M, G, S, 8]`, 0 where codes are padded."""
         x = x.view(x.shape[0], self.groups, -1)
         if x.shape[2] != self.width:
             x = pad(x, (0, self.width - x.shape[2]))
         return x.view(x.shape[0], *self.codes.shape[1:3], STEP)
 
 
-def make_lanes(weight: PackedWeight) -> InterleavedWeight:
+def interleave(weight: PackedWeight) -> InterleavedWeight:
+    """Builds the row-interleaved form of a weight `[N, K]`."""
     n, k = weight.shape
     groups = k // weight.group_size
     halves = 2 if groups == 1 else 1
@@ -91,63 +83,9 @@ def _up(n: int, multiple: int) -> int:
 
 
 def interleaved(weight: PackedWeight) -> InterleavedWeight:
-    """The lanes of a weight, made when first asked for; see `kept`.
+    """Returns the row-interleaved form of a weight, built by the first call; see `derived`.
 
     Raises:
-        UnsuitableError: as `kept`.
+        UnsuitableError: as `derived`.
     """
-    return kept(weight, "lanes", make_lanes)
-
-
-T = TypeVar("T")
-
-# by storage and offset of the codes, and kind: what was true of the weight, owners of its tensors, what was made
-_kept: dict[tuple[int, int, Hashable], tuple[list[Any], list[Any], Any]] = {}
-_said = False
-
-
-def kept(weight: PackedWeight, kind: Hashable, make: Callable[[PackedWeight], T]) -> T:
-    """What `make` makes of a weight, kept by kind while the codes live, and made again when a tensor has changed.
-
-    Changes of its tensors through `.data` or numpy are not seen: do not make them.
-
-    Raises:
-        UnsuitableError: if a tensor does not count its changes, as those made in inference mode.
-    """
-    storage = weight.codes.untyped_storage()
-    key = (id(storage), int(weight.codes.storage_offset()), kind)
-    state: list[Any] = [weight.bits, weight.shape, weight.group_size, weight.layout]
-    owners = []
-    for t in (weight.codes, weight.scale, weight.zero, weight.levels):
-        if not isinstance(t, Tensor):
-            state.append(t)
-        elif t.is_inference():
-            _say_untracked()
-            raise UnsuitableError("a tensor was made in inference mode")
-        else:
-            state += (t._version, t.storage_offset(), t.stride(), t.dtype)
-            owners.append(t.untyped_storage())
-    found = _kept.get(key)
-    if found is not None and found[0] == state:
-        for ref, owner in zip(found[1], owners, strict=True):
-            if ref() is not owner:
-                break
-        else:
-            return found[2]
-    # ordinary tensors even in inference mode: compiled code would be compiled again for others
-    with torch.inference_mode(False), torch.no_grad():
-        made = make(weight)
-    # a storage that dies takes its entry along, before another can have its address
-    refs = [weakref.ref(storage, lambda _: _kept.pop(key, None)), *map(weakref.ref, owners[1:])]
-    _kept[key] = (state, refs, made)
-    return made  # type: ignore[no-any-return]
-
-
-def _say_untracked() -> None:
-    global _said
-    if not _said:
-        _said = True
-        logger.info(
-            "qmatmul dequantises a weight in every call: its tensors were made in inference mode and do not tell when"
-            " they change; load it outside"
-        )
+    return derived(weight, "row-interleaved", interleave)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.qmatmul.cpu.interleaved import LANES, STEP, InterleavedWeight, UnsuitableError
+from gs_kernels.pack.derived import UnsuitableError
+from gs_kernels.qmatmul.cpu.interleaved import LANES, STEP, InterleavedWeight
 from gs_kernels.runtime.cpp import native
 
 OFFSET = 128  # of 8-bit codes, to fit int8

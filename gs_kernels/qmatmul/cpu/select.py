@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from gs_kernels.activations import ACTIVATIONS
+from gs_kernels.pack.derived import UnsuitableError
 from gs_kernels.pack.layouts import CANONICAL, PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.qmatmul.cpu import avx512_bf16
-from gs_kernels.qmatmul.cpu.interleaved import LANES, STEP, InterleavedWeight, UnsuitableError, interleaved
+from gs_kernels.qmatmul.cpu.interleaved import LANES, STEP, InterleavedWeight, interleaved
 from gs_kernels.qmatmul.cpu.products import dot, unpack
 from gs_kernels.runtime.instructions import has
 
