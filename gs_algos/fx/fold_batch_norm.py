@@ -81,15 +81,15 @@ def fold_model(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, 
                 layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
             else:
                 layer.bias.copy_(bias)
-        set_module(model, bn_name, after_norm(model, bn_name, found.tail))
+        set_module(model, bn_name, after_norm(model, bn_name, found.norm_children))
     return model
 
 
-def after_norm(model: nn.Module, bn: str, tail: Sequence[str]) -> nn.Module:
-    """What takes the place of a folded batch norm: an Identity, or the children in `Match.tail` by their own names."""
-    if not tail:
+def after_norm(model: nn.Module, bn: str, norm_children: Sequence[str]) -> nn.Module:
+    """Makes what replaces a folded batch norm: an Identity, or the modules in `Match.norm_children` by their names."""
+    if not norm_children:
         return nn.Identity()
-    children = ((name.removeprefix(f"{bn}.").replace(".", "_"), get_module(model, name)) for name in tail)
+    children = ((name.removeprefix(f"{bn}.").replace(".", "_"), get_module(model, name)) for name in norm_children)
     return nn.Sequential(OrderedDict(children))
 
 

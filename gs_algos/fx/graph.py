@@ -30,13 +30,13 @@ class Node:
 class SiteGraph:
     """The nodes of one forward pass, and how they were found.
 
-    Rungs: "export" and "symbolic_trace" know every edge; "children" knows the edges inside each traced child;
-    "walk" knows no edge, only which leaf modules ran, in what order and how often.
+    The tracers "export" and "symbolic_trace" see every edge; "children" sees the edges inside each traced child; "walk"
+    sees no edge, only which leaf modules ran, in what order and how often.
     """
 
-    rung: str
+    tracer: str
     nodes: tuple[Node, ...]
-    notes: tuple[str, ...]  # why each higher rung failed, first line of the tracer's own words
+    notes: tuple[str, ...]  # why each tracer that was tried before failed, the first line of its own words
 
     def calls(self, module: str) -> tuple[Node, ...]:
         """Every call of the leaf module of this qualified name."""

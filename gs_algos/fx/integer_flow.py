@@ -1,4 +1,4 @@
-"""What follows a layer in a site graph: who may read its output as codes, and what its own call can do as well."""
+"""Finds the consumers of a layer's output in a site graph, and the operations that its epilogue can compute."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from gs_algos.fx.ops import ACTIVATIONS
 
 # commute with rounding to a grid; dropout: in eval mode
 COMMUTES = ("relu", "relu6", "identity", "dropout", "flatten", "contiguous", "clone", "cat")
-READ_CODES = ("add", "pool")  # are computed from codes as they are from floats
-EDGES = ("export", "symbolic_trace")  # rungs that know every edge
+COMPUTED_FROM_CODES = ("add", "pool")  # are computed from codes as they are from floats
+EDGES = ("export", "symbolic_trace")  # tracers that see every edge
 
 
 @dataclass(frozen=True)
-class Follows:
-    """What runs behind a layer and nothing else reads: an activation module, or an add; and why there is no more.
+class PossibleEpilogue:
+    """The activation module or the add that a layer can compute in its own call, and why there is no more.
 
     Args:
         activation: qualified name of the module whose work the layer can do; None: there is none.
@@ -31,27 +31,27 @@ class Follows:
     reason: str = ""
 
 
-def readers(graph: SiteGraph, site: str, folded: Collection[str], layers: Collection[str]) -> list[str]:
-    """The sites of `layers` that read the output of `site`, in execution order; none if anything else reads it too.
+def consumers(graph: SiteGraph, site: str, folded: Collection[str], layers: Collection[str]) -> list[str]:
+    """Lists those of `layers` that read the output of `site`, in execution order; none if anything else reads it too.
 
     Between them may lie what is folded into the site (its batch norm), ReLUs, max pools, reshapes, and concats.
     """
-    found: dict[int, str] = {}
+    sites: dict[int, str] = {}
     stack = _users(graph, site)
     if stack is None:
         return []
     while stack:
         node = graph.nodes[stack.pop()]
         if node.module is not None and node.module in layers and len(graph.calls(node.module)) == 1:
-            found[node.index] = node.module
+            sites[node.index] = node.module
         elif node.module in folded or node.op in COMMUTES or _is_max_pool(node):
             stack += node.users
         else:
             return []
-    return [found[index] for index in sorted(found)]
+    return [sites[index] for index in sorted(sites)]
 
 
-def takes_codes(graph: SiteGraph, site: str, folded: Collection[str], layers: Collection[str]) -> bool:
+def consumers_accept_codes(graph: SiteGraph, site: str, folded: Collection[str], layers: Collection[str]) -> bool:
     """Whether everything that reads the output of `site`, which is on a grid, can be computed from its codes.
 
     Those are layers, adds that write into nothing, pools, and what commutes with rounding.
@@ -61,7 +61,7 @@ def takes_codes(graph: SiteGraph, site: str, folded: Collection[str], layers: Co
         return False
     while stack:
         node = graph.nodes[stack.pop()]
-        if node.module in layers or (node.op in READ_CODES and not _writes(node) and not _leaves(graph, node)):
+        if node.module in layers or (node.op in COMPUTED_FROM_CODES and not _writes(node) and not _leaves(graph, node)):
             continue
         if node.module not in folded and node.op not in COMMUTES:
             return False
@@ -69,34 +69,34 @@ def takes_codes(graph: SiteGraph, site: str, folded: Collection[str], layers: Co
     return True
 
 
-def follows(graph: SiteGraph, site: str, folded: Collection[str]) -> Follows:
-    """What of the operations behind a layer, and its folded batch norm, the layer can do in its own call."""
+def possible_epilogue(graph: SiteGraph, site: str, folded: Collection[str]) -> PossibleEpilogue:
+    """Finds which operation behind a layer, and behind its folded batch norm, the layer can do in its own call."""
     users = _users(graph, site)
     while users is not None and len(users) == 1 and graph.nodes[users[0]].module in folded:
         users = list(graph.nodes[users[0]].users)
     nodes = [graph.nodes[i] for i in users or ()]
-    wanted = next((node for node in nodes if node.op in (*ACTIVATIONS, "add")), None)
-    if wanted is None:
-        return Follows()
-    what = wanted.module or wanted.op
+    epilogue = next((node for node in nodes if node.op in (*ACTIVATIONS, "add")), None)
+    if epilogue is None:
+        return PossibleEpilogue()
+    what = epilogue.module or epilogue.op
     if len(nodes) > 1:
-        return Follows(reason=f"{what} is not fused: {len(nodes)} operations read the output")
-    if wanted.op == "add":
-        if _writes(wanted):
-            return Follows(reason="the add is not fused: it writes into an operand")
-        return Follows(adds=True, returned=_leaves(graph, wanted))
-    if wanted.module is None:
-        return Follows(reason=f"{what} is not fused: it is a function")
-    calls = len(graph.calls(wanted.module))
+        return PossibleEpilogue(reason=f"{what} is not fused: {len(nodes)} operations read the output")
+    if epilogue.op == "add":
+        if _writes(epilogue):
+            return PossibleEpilogue(reason="the add is not fused: it writes into an operand")
+        return PossibleEpilogue(adds=True, returned=_leaves(graph, epilogue))
+    if epilogue.module is None:
+        return PossibleEpilogue(reason=f"{what} is not fused: it is a function")
+    calls = len(graph.calls(epilogue.module))
     if calls > 1:
-        return Follows(reason=f"{what} is not fused: it is called {calls} times")
-    return Follows(activation=wanted.module)
+        return PossibleEpilogue(reason=f"{what} is not fused: it is called {calls} times")
+    return PossibleEpilogue(activation=epilogue.module)
 
 
 def _users(graph: SiteGraph, site: str) -> list[int] | None:
-    """The nodes that read the output of a module that is called once; None if that is not known."""
+    """Returns the nodes that read the output of a module which is called once; None if they are not known."""
     calls = graph.calls(site)
-    return list(calls[0].users) if len(calls) == 1 and graph.rung in EDGES else None
+    return list(calls[0].users) if len(calls) == 1 and graph.tracer in EDGES else None
 
 
 def _leaves(graph: SiteGraph, node: Node) -> bool:

@@ -17,7 +17,7 @@ from tests.nets.convolutional import SmallConvNet, images, train
 
 
 class Branching(nn.Module):
-    """Which path it takes depends on data: torch.export gives up on it, and other rungs are tried."""
+    """Which path it takes depends on data: torch.export gives up on it, and other tracers are tried."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,5 +73,5 @@ def test_a_model_that_runs_in_another_thread_is_not_traced():
             return self.fc(x)
 
     graph = capture(Interrupted(), x)
-    assert graph.rung == "symbolic_trace" and [node.module for node in graph.nodes if node.module] == ["fc"]
+    assert graph.tracer == "symbolic_trace" and [node.module for node in graph.nodes if node.module] == ["fc"]
     assert answers and all(torch.equal(y, other(torch.ones(6))) for y in answers)

@@ -30,7 +30,7 @@ def test_every_layer_is_accounted_for_and_nothing_is_touched(name):
     seed = torch.get_rng_state()
     graph = capture(model, (), inputs)
     matches, refusals = match(graph, model)
-    assert graph.rung == "export", graph.notes
+    assert graph.tracer == "export", graph.notes
 
     found = [m.roles.get("conv") or m.roles.get("linear") for m in matches] + [r.site for r in refusals]
     counted = Counter(site for site in found if site)

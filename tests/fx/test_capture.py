@@ -1,4 +1,4 @@
-"""The ladder: each rung reads what the one above cannot, names live modules, and leaves the model as it was."""
+"""The tracers of `capture`: each reads what the one before cannot, names live modules, and leaves the model alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def of_module(graph: SiteGraph, name: str) -> Node:
 def test_export_gives_canonical_ops_edges_and_live_names():
     net = Chain(conv=nn.Conv2d(3, 4, 3), bn=nn.BatchNorm2d(4), act=nn.ReLU6(inplace=True), flat=nn.Flatten())
     graph = capture(net, image())
-    assert graph.rung == "export" and graph.notes == ()
+    assert graph.tracer == "export" and graph.notes == ()
     assert ops_of(graph) == ["input", "conv2d", "batch_norm", "relu6", "flatten", "output"]
     conv = of_module(graph, "conv")
     assert (conv.inputs, conv.users, conv.weight, conv.shape) == ((0,), (2,), "conv.weight", (2, 4, 6, 6))
@@ -102,14 +102,15 @@ def test_wrappers_are_looked_into(wrap):
 
 def test_what_export_cannot_follow_is_read_by_symbolic_trace():
     graph = capture(UnknownToExport(), image())
-    assert graph.rung == "symbolic_trace" and graph.notes[0].startswith("export: ")
+    assert graph.tracer == "symbolic_trace" and graph.notes[0].startswith("export: ")
     assert of_module(graph, "bn").inputs == (of_module(graph, "conv").index,)
     assert of_module(graph, "fc").shape == (2, 5)
 
 
 def test_what_no_tracer_can_follow_is_read_child_by_child():
     graph = capture(Opaque(), image())
-    assert graph.rung == "children" and [note.partition(":")[0] for note in graph.notes] == ["export", "symbolic_trace"]
+    assert graph.tracer == "children"
+    assert [note.partition(":")[0] for note in graph.notes] == ["export", "symbolic_trace"]
     assert of_module(graph, "body.1").inputs == (of_module(graph, "body.0").index,)
     assert of_module(graph, "head").inputs == () and of_module(graph, "head").users == ()
 
@@ -124,7 +125,7 @@ def test_a_child_called_twice_gives_its_nodes_twice():
 
 def test_the_last_rung_knows_which_leaves_ran_in_order():
     graph = capture(FlatOpaque(), image())
-    assert graph.rung == "walk" and len(graph.notes) == 3
+    assert graph.tracer == "walk" and len(graph.notes) == 3
     assert [(node.op, node.module) for node in graph.nodes] == [
         ("conv2d", "conv"),
         ("batch_norm", "bn"),
@@ -159,7 +160,7 @@ def test_keyword_inputs_and_structured_outputs():
             return {"y": y * scale, "more": [y, (None, "text")]}
 
     graph = capture(Net(), torch.ones(2, 4), {"scale": torch.ones(2, 4)})
-    assert graph.rung == "export" and len(graph.nodes[-1].inputs) == 2
+    assert graph.tracer == "export" and len(graph.nodes[-1].inputs) == 2
 
 
 class Restless(nn.Module):
@@ -289,5 +290,5 @@ def test_a_child_that_fails_by_itself_is_a_note():
                 self.inside = False
 
     graph = capture(Parent(), torch.randn(2, 6))
-    assert graph.rung == "walk" and [node.module for node in graph.nodes if node.module] == ["child.fc", "head"]
+    assert graph.tracer == "walk" and [node.module for node in graph.nodes if node.module] == ["child.fc", "head"]
     assert "child: children: RuntimeError: only from my parent" in graph.notes

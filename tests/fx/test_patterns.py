@@ -215,7 +215,7 @@ def test_a_fixed_filter_is_no_site():
 def test_a_norm_with_an_activation_inside_names_what_stays_of_it():
     net = Chain(conv=nn.Conv2d(3, 4, 3), bn=NormAct(4))
     (kept,) = match(capture(net, image()), net)[0]
-    assert kept.roles == {"conv": "conv", "bn": "bn", "act": "bn.act"} and kept.tail == ("bn.act",)
+    assert kept.roles == {"conv": "conv", "bn": "bn", "act": "bn.act"} and kept.norm_children == ("bn.act",)
 
 
 class Joins(nn.Module):

@@ -1,7 +1,7 @@
-"""From a model and example inputs to a site graph, by a ladder of tracers; the model is not touched.
+"""Captures a model as a site graph with the first of several tracers that can read it; the model is not touched.
 
-Rungs, best first: torch.export; torch.fx.symbolic_trace; each child on its own; which leaf modules ran in what order.
-What a tracer cannot do is a note in the graph, never an exception.
+Tracers, best first: torch.export; torch.fx.symbolic_trace; each child on its own; which leaf modules ran in what order.
+What a tracer cannot read becomes a note in the graph, never an exception.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def capture(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, Any
     notes: list[str] = []
     with TRACING, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracers warn of their own deprecations
-        rung, drafts = _climb(root, args, kwargs, names, notes)
-    graph = SiteGraph(rung, assemble(drafts, names), tuple(notes))
-    logger.info("graph of %s read by %s, %d nodes", type(root).__name__, rung, len(graph.nodes))
+        tracer, drafts = _first_that_works(root, args, kwargs, names, notes)
+    graph = SiteGraph(tracer, assemble(drafts, names), tuple(notes))
+    logger.info("graph of %s read by %s, %d nodes", type(root).__name__, tracer, len(graph.nodes))
     return graph
 
 
@@ -75,15 +75,15 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, str]:
     return root, prefix
 
 
-def _climb(
+def _first_that_works(
     root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: ModuleNames, notes: list[str]
 ) -> tuple[str, list[NodeDraft]]:
-    """Tries each rung in turn; returns the first that holds, and its drafts."""
+    """Tries each tracer in turn, and returns the name of the first that works, with its drafts."""
     walked: list[NodeDraft] | None = None
-    for rung, trace in _TRACERS:
-        drafts = _attempt(rung, trace, (root, args, kwargs, names), notes)
+    for tracer, trace in _TRACERS:
+        drafts = _attempt(tracer, trace, (root, args, kwargs, names), notes)
         if drafts is not None:
-            return rung, drafts
+            return tracer, drafts
         if walked is None:  # the first failure may be the inputs' fault, which only running them can tell
             walked = _walk(root, args, kwargs, names)
     traced, drafts = _by_children(root, args, kwargs, names, notes)
@@ -93,15 +93,15 @@ def _climb(
     return "walk", walked or []
 
 
-def _attempt(rung: str, trace: Trace, given: tuple[Any, ...], notes: list[str]) -> list[NodeDraft] | None:
+def _attempt(tracer: str, trace: Trace, given: tuple[Any, ...], notes: list[str]) -> list[NodeDraft] | None:
     root, args, kwargs, names = given
     try:
         with untouched(names.model):
             args, kwargs = copied((args, kwargs), names.model)
             return trace(root, args, kwargs, names)
     except Exception as error:  # a tracer may raise anything; what it says becomes a note
-        notes.append(f"{rung}: {said(error)}")
-        logger.debug("%s failed", rung, exc_info=True)
+        notes.append(f"{tracer}: {said(error)}")
+        logger.debug("%s failed", tracer, exc_info=True)
         return None
 
 
@@ -153,8 +153,8 @@ def _by_child(call: Call, names: ModuleNames, notes: list[str]) -> tuple[list[No
         return [leaf_draft(child, names)], False
     inner = copy.copy(names)
     inner.prefix = names.modules[id(child)]
-    for rung, trace in _TRACERS:
-        drafts = _attempt(f"{inner.prefix}: {rung}", trace, (child, call.args, call.kwargs, inner), notes)
+    for tracer, trace in _TRACERS:
+        drafts = _attempt(f"{inner.prefix}: {tracer}", trace, (child, call.args, call.kwargs, inner), notes)
         if drafts is not None:
             return drafts, True
     try:

@@ -24,7 +24,7 @@ ORDER = ("conv_bn_act", "linear_act", "add", "cat")
 def match(graph: SiteGraph, model: nn.Module) -> tuple[list[Match], list[Refusal]]:
     """Every match and every refusal of every pattern; `model` is the one that `capture` read.
 
-    Who folds a batch norm away keeps `Match.tail`, the children behind it (timm's BatchNormAct2d).
+    Whoever folds a batch norm away must keep `Match.norm_children`, which run behind it (timm's BatchNormAct2d).
     """
     view = View(graph, model)
     found: list[Match | Refusal] = []
@@ -43,7 +43,7 @@ def _unknown_norms(view: View, known: set[str]) -> Iterator[Refusal]:
     """Batch norms whose producer the graph does not know."""
     for node in view.graph.nodes:
         if node.op == "batch_norm" and node.module and node.module not in known and not node.inputs:
-            reason = f"what feeds it is not known: the graph was read by {view.graph.rung}, without edges here"
+            reason = f"what feeds it is not known: the graph was read by {view.graph.tracer}, without edges here"
             yield Refusal(ORDER[0], node.module, reason)
 
 
@@ -54,7 +54,7 @@ def _idle(view: View, known: set[str]) -> Iterator[Refusal]:
         if not isinstance(module, ops.SITES) or name in known:
             continue
         inside = next((leaf for leaf in opaque if name.startswith(f"{leaf}.")), None)
-        readers = view.strangers(name)
+        readers = view.foreign_readers(name)
         if inside:
             reason = f"runs inside {inside!r}, which was read as one operation"
         elif readers:

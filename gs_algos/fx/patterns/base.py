@@ -1,4 +1,4 @@
-"""What a pattern finds, what it refuses, and the facts about a graph and its model that guards ask for."""
+"""Defines matches and refusals of patterns, and the guards that decide between them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Match:
     roles: dict[str, str]  # role -> qualified module name, e.g. {"conv": "conv1", "bn": "bn1"}; a function is "F.relu"
     nodes: tuple[int, ...]
     operands: tuple[str | None, ...] = ()  # of add and cat: the module that produces each operand; None: no such module
-    tail: tuple[str, ...] = ()  # children of the batch norm that run behind it: they stay when it is folded away
+    norm_children: tuple[str, ...] = ()  # modules in the batch norm that run behind it: folding keeps them
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class View:
                 active.add(node.index)
         return active
 
-    def strangers(self, module: str) -> list[Node]:
+    def foreign_readers(self, module: str) -> list[Node]:
         """Nodes that read a parameter of this module but are not a call of it."""
         own = get_module(self.model, module)._parameters.values()
         first = [self.owners[id(parameter)][0] for parameter in own if parameter is not None]
@@ -124,8 +124,8 @@ def refuse_parameters(view: View, node: Node) -> str | None:
         others = [name for name in names if name != f"{node.module}.{key}"]
         if others:
             return f"{key} is tied to {', '.join(others)}"
-    strangers = view.strangers(node.module or "")
-    return f"its parameters are also read by {view.describe(strangers[0])}" if strangers else None
+    foreign = view.foreign_readers(node.module or "")
+    return f"its parameters are also read by {view.describe(foreign[0])}" if foreign else None
 
 
 def refuse_hooks(view: View, node: Node) -> str | None:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from gs_algos.fx import ops
 from gs_algos.fx.patterns.base import Match, Refusal, View
-from gs_algos.fx.patterns.chain import Chain, find
+from gs_algos.fx.patterns.layer_pattern import LayerPattern, find
 
-CHAIN = Chain(name="conv_bn_act", role="conv", layers=ops.CONVS, refused=ops.TRANSPOSED_CONVS)
+PATTERN = LayerPattern(name="conv_bn_act", role="conv", layers=ops.CONVS, refused=ops.TRANSPOSED_CONVS)
 
 
 def search(view: View) -> Iterator[Match | Refusal]:
-    yield from find(CHAIN, view)
+    yield from find(PATTERN, view)

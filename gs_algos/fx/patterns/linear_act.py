@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gs_algos.fx.patterns.base import Match, Refusal, View
-from gs_algos.fx.patterns.chain import Chain, find
+from gs_algos.fx.patterns.layer_pattern import LayerPattern, find
 
-CHAIN = Chain(name="linear_act", role="linear", layers=("linear",))
+PATTERN = LayerPattern(name="linear_act", role="linear", layers=("linear",))
 
 
 def search(view: View) -> Iterator[Match | Refusal]:
-    yield from find(CHAIN, view)
+    yield from find(PATTERN, view)

@@ -165,11 +165,11 @@ def swap(
     fused: bool = False,
     bn: _BatchNorm | None = None,
     state: bool = False,
-    tail: tuple[nn.Module, ...] = (),
+    norm_children: tuple[nn.Module, ...] = (),
 ) -> None:
     """Turns a live Linear or Conv into one whose weight is searched, and its batch norm into what that needs.
 
-    bn: the batch norm behind; state: it becomes a state batch norm; tail: its children that run behind it.
+    bn: the batch norm behind; state: it becomes a state batch norm; norm_children: its children that run behind it.
     """
     if not fused:
         del layer._parameters["weight"]
@@ -180,7 +180,7 @@ def swap(
         return
     layer._bn = (bn,)
     if state:
-        swap_norm(bn, _StateNorm, tail)
+        swap_norm(bn, _StateNorm, norm_children)
         bn._layer = (layer,)  # type: ignore[assignment]
     if input is not None:
-        swap_norm(bn, PrecomputedBatchNorm, tail)
+        swap_norm(bn, PrecomputedBatchNorm, norm_children)

@@ -104,14 +104,14 @@ def install(model: nn.Module, rows: Sequence[PlanRow], options: SearchOptions) -
             search.logits.requires_grad_(False)
         bn: Any = get_module(model, plan.bn) if plan.bn else None
         state = bn is not None and options.state_bn
-        tail = tuple(get_module(model, name) for name in plan.norm_children)
+        norm_children = tuple(get_module(model, name) for name in plan.norm_children)
         turned = fused and isinstance(layer, BorrowedMatmul)  # its optimizer writes weights [N, K]
         if isinstance(layer, Borrowed) and (turned or not fused):  # what takes a parameter's place leaves no owner one
             release(model, layer, ("weight",))
             layer.borrowed = tuple(key for key in layer.borrowed if key != "weight")
         if turned:
             turn(layer)
-        swap(layer, search, act_quantizer(plan.act, weight.device), fused, bn, state, tail)
+        swap(layer, search, act_quantizer(plan.act, weight.device), fused, bn, state, norm_children)
     install_joins(model, rows)
     leave_fast_path(model)
     return model

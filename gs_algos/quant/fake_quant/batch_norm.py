@@ -15,10 +15,10 @@ _normed = WeakTensorKeyDictionary()  # of an input: the batch norm, the input's 
 class WithChildren(_BatchNorm):
     """A batch norm that may have children which run behind it (timm's BatchNormAct2d: an activation)."""
 
-    _tail: tuple[nn.Module, ...]  # in a tuple: they are registered already
+    _norm_children: tuple[nn.Module, ...]  # in a tuple: they are registered already
 
     def _behind(self, y: Tensor) -> Tensor:
-        for child in self._tail:
+        for child in self._norm_children:
             y = child(y)
         return y
 
@@ -107,10 +107,10 @@ def _version(t: Tensor) -> int | None:
     return None if t.is_inference() else t._version
 
 
-def swap_norm(bn: _BatchNorm, mixin: type[WithChildren], tail: tuple[nn.Module, ...]) -> None:
-    """Turns a live batch norm into one of the above; tail: its children that run behind it."""
+def swap_norm(bn: _BatchNorm, mixin: type[WithChildren], norm_children: tuple[nn.Module, ...]) -> None:
+    """Turns a live batch norm into one of the above; norm_children: its children that run behind it."""
     bn.__class__ = swapped_class(mixin, type(bn))
-    bn._tail = tail  # type: ignore[assignment]
+    bn._norm_children = norm_children  # type: ignore[assignment]
 
 
 def per_channel(values: Tensor, y: Tensor) -> Tensor:

@@ -192,11 +192,11 @@ def swap(
     bn: _BatchNorm | None = None,
     fold: str = "none",
     freezable: bool = False,
-    tail: tuple[nn.Module, ...] = (),
+    norm_children: tuple[nn.Module, ...] = (),
 ) -> None:
     """Turns a live Linear or Conv into its fake-quantized class, and its batch norm into what the fold mode needs.
 
-    tail: the children of the batch norm that run behind it.
+    norm_children: the children of the batch norm that run behind it.
     """
     mixin: type[nn.Module] = _FakeQuantLinear if isinstance(layer, nn.Linear) else _FakeQuantConv
     if bn is not None and fold != "none":
@@ -210,9 +210,9 @@ def swap(
     if fold == "two_conv" or freezable:
         holder = layer if fold == "two_conv" else bn
         holder.register_buffer("frozen", torch.zeros(1, dtype=torch.bool, device=running_mean(bn).device))
-        swap_norm(bn, BypassedBatchNorm if fold == "two_conv" else Freezable, tail)
+        swap_norm(bn, BypassedBatchNorm if fold == "two_conv" else Freezable, norm_children)
     if fold != "two_conv" and input is not None:
-        swap_norm(bn, PrecomputedBatchNorm, tail)
+        swap_norm(bn, PrecomputedBatchNorm, norm_children)
 
 
 def give_output_quantizer(module: Any, quantizer: ActivationQuantizer) -> None:

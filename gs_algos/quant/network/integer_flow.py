@@ -16,7 +16,7 @@ from torch import nn
 from gs_algos.core.modules import get_module
 from gs_algos.core.plan import PlanRow
 from gs_algos.fx.graph import SiteGraph
-from gs_algos.fx.integer_flow import COMMUTES, follows, readers, takes_codes
+from gs_algos.fx.integer_flow import COMMUTES, consumers, consumers_accept_codes, possible_epilogue
 from gs_algos.fx.ops import op_of_module
 from gs_algos.quant.fake_quant.layers import CONVS, class_given
 from gs_algos.quant.integer.layers import QuantizedConv, QuantizedLayer
@@ -34,13 +34,13 @@ def with_consumers(graph: SiteGraph, row: PlanRow, sites: Collection[str]) -> Pl
     plan = row.settings
     if not isinstance(plan, LayerPlan):
         return row
-    found = follows(graph, row.site, [plan.bn] if plan.bn else [])
+    found = possible_epilogue(graph, row.site, [plan.bn] if plan.bn else [])
     behind = [name for name in (plan.bn, *plan.norm_children, found.activation) if name]
-    accept = not plan.norm_children and takes_codes(graph, row.site, behind, sites)
+    accept = not plan.norm_children and consumers_accept_codes(graph, row.site, behind, sites)
     plan = replace(
         plan,
         epilogue=Epilogue(found.activation, None, found.adds, found.returned, False, found.reason),
-        consumers=tuple(readers(graph, row.site, behind, sites)),
+        consumers=tuple(consumers(graph, row.site, behind, sites)),
         flow=IntegerFlow(consumers_accept=accept),
     )
     return replace(row, settings=plan)
@@ -48,7 +48,7 @@ def with_consumers(graph: SiteGraph, row: PlanRow, sites: Collection[str]) -> Pl
 
 def int8_inputs(graph: SiteGraph, operands: Sequence[str], sites: Collection[str]) -> tuple[str, ...]:
     """Those operands of an add or concat with one scale that may give int8, for all that read them."""
-    return tuple(name for name in operands if takes_codes(graph, name, (), sites))
+    return tuple(name for name in operands if consumers_accept_codes(graph, name, (), sites))
 
 
 def decide(model: nn.Module, row: PlanRow[LayerPlan]) -> PlanRow[LayerPlan]:

@@ -121,7 +121,7 @@ def make_plan(algorithm: str, model: nn.Module, example_inputs: Inputs, options:
     ordered = [rows[name] for name in sites] + [row for row in refused_rows(refusals, {}) if row.site not in sites]
     ordered += other_weights(model, ordered)
     after = {row.site: options.nbytes(row.settings) for row in layer_rows(ordered)}
-    return Plan(algorithm, graph.rung, tuple(ordered + joins), (*notes, *options.notes), totals_of(model, after))
+    return Plan(algorithm, graph.tracer, tuple(ordered + joins), (*notes, *options.notes), totals_of(model, after))
 
 
 def with_layers(
@@ -203,7 +203,7 @@ def _layer_row(
     except Refused as refusal:
         return keep_row(site, layer, str(refusal))
     shape: Any = layer.weight.shape  # type: ignore[union-attr]
-    plan = replace(plan, shape=tuple(shape), norm_children=tuple(found.tail) if plan.bn else ())
+    plan = replace(plan, shape=tuple(shape), norm_children=tuple(found.norm_children) if plan.bn else ())
     pattern = " + ".join(_role_text(role, name, model) for role, name in found.roles.items())
     return PlanRow(site, kind_of(layer), f"{options.verb} {pattern}", detail, "", plan)
 

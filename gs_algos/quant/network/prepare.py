@@ -102,7 +102,7 @@ def _install_layer(model: nn.Module, row: PlanRow[LayerPlan], options: QuantOpti
         bn=bn,
         fold=plan.fold or "none",
         freezable=options.freezable,
-        tail=tuple(get_module(model, name) for name in plan.norm_children),
+        norm_children=tuple(get_module(model, name) for name in plan.norm_children),
     )
     assert isinstance(layer, FakeQuantized)
     quantizer.initialise(layer.folded_weight().detach())

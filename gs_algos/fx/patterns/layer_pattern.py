@@ -1,4 +1,4 @@
-"""A layer, then optionally a batch norm, then optionally an activation: the matcher behind conv_bn_act and linear_act.
+"""Matches a layer, then optionally a batch norm and an activation; conv_bn_act and linear_act are such patterns.
 
 Two kinds of guards. One on the layer itself refuses the site. One on the batch norm refuses only the fold: the refusal
 names the batch norm, and the layer is still a match, without the roles `bn` and `act`.
@@ -29,8 +29,8 @@ Guard = Callable[[View, Node], "str | None"]
 
 
 @dataclass(frozen=True)
-class Chain:
-    """One pattern as data."""
+class LayerPattern:
+    """Says which ops make up one pattern, and which guards refuse it."""
 
     name: str
     role: str  # what the layer is called in Match.roles
@@ -46,58 +46,58 @@ class Chain:
     )  # on the batch norm
 
 
-def find(chain: Chain, view: View) -> Iterator[Match | Refusal]:
+def find(pattern: LayerPattern, view: View) -> Iterator[Match | Refusal]:
     """Every site of the pattern, each once, in execution order; then batch norms that cannot be folded."""
     seen: set[str] = set()
     for node in view.graph.nodes:
-        if node.op not in (*chain.layers, *chain.refused) or (node.module is None and not view.learned(node)):
+        if node.op not in (*pattern.layers, *pattern.refused) or (node.module is None and not view.learned(node)):
             continue
         site, reason = (node.module, None) if node.module is not None else site_of(view, node)
         if site in seen:
             continue
         seen.add(site)
-        reason = reason or _refuse_layer(chain, view, node)
+        reason = reason or _refuse_layer(pattern, view, node)
         if reason:
-            yield Refusal(chain.name, site, reason)
+            yield Refusal(pattern.name, site, reason)
         else:
-            yield from _chain(chain, view, node)
+            yield from _match(pattern, view, node)
 
 
-def _refuse_layer(chain: Chain, view: View, node: Node) -> str | None:
+def _refuse_layer(pattern: LayerPattern, view: View, node: Node) -> str | None:
     if node.module == "":
         return "the model itself is the layer; put it in a Sequential, so that it has a name"
-    if node.op in chain.refused:
+    if node.op in pattern.refused:
         return f"{type(view.module(node)).__name__} is not supported yet"
-    return next((reason for guard in chain.guards if (reason := guard(view, node))), None)
+    return next((reason for guard in pattern.guards if (reason := guard(view, node))), None)
 
 
-def _chain(chain: Chain, view: View, layer: Node) -> Iterator[Match | Refusal]:
+def _match(pattern: LayerPattern, view: View, layer: Node) -> Iterator[Match | Refusal]:
     assert layer.module is not None
-    roles, nodes = {chain.role: layer.module}, [layer.index]
-    tail: tuple[str, ...] = ()
+    roles, nodes = {pattern.role: layer.module}, [layer.index]
+    norm_children: tuple[str, ...] = ()
     norms = [view.graph.nodes[i] for i in layer.users if view.graph.nodes[i].op == "batch_norm"]
     norms = [norm for norm in norms if norm.inputs[:1] == (layer.index,)]
     follower = view.only_user(layer)
     if norms:
-        reason = _refuse_fold(chain, view, layer, norms)
+        reason = _refuse_fold(pattern, view, layer, norms)
         if reason:
             for norm in norms:
-                yield Refusal(chain.name, norm.module or norm.scope, reason)
-            yield Match(chain.name, roles, tuple(nodes))
+                yield Refusal(pattern.name, norm.module or norm.scope, reason)
+            yield Match(pattern.name, roles, tuple(nodes))
             return
         assert norms[0].module is not None
         roles["bn"] = norms[0].module
         behind = _behind(view, norms[0])
         nodes += [norms[0].index, *(node.index for node in behind)]
-        tail = tuple(node.module or "" for node in behind)
+        norm_children = tuple(node.module or "" for node in behind)
         follower = behind[-1] if behind else view.only_user(norms[0])
-    if follower is not None and follower.op in chain.acts:
+    if follower is not None and follower.op in pattern.acts:
         roles["act"] = f"F.{follower.op}" if follower.module is None else follower.module
         nodes += [] if follower.index in nodes else [follower.index]
-    yield Match(chain.name, roles, tuple(nodes), tail=tail)
+    yield Match(pattern.name, roles, tuple(nodes), norm_children=norm_children)
 
 
-def _refuse_fold(chain: Chain, view: View, layer: Node, norms: list[Node]) -> str | None:
+def _refuse_fold(pattern: LayerPattern, view: View, layer: Node, norms: list[Node]) -> str | None:
     """Why the batch norm behind a layer cannot be folded into it; None if it can."""
     norm = norms[0]
     if len(norms) > 1:
@@ -108,7 +108,7 @@ def _refuse_fold(chain: Chain, view: View, layer: Node, norms: list[Node]) -> st
         return f"the output of {layer.module} has {len(layer.users)} readers ({readers})"
     if norm.module is None:
         return f"{norm.scope or 'the root'!r} does more than a batch norm, or calls it as a function"
-    for guard in chain.fold_guards:
+    for guard in pattern.fold_guards:
         if reason := guard(view, norm):
             return f"{norm.module} {reason}"
     if reason := refuse_hooks(view, layer):
