@@ -177,13 +177,13 @@ class SimQAT(QuantizationTraining):
         """
         return super().apply(model, example_inputs)
 
-    def install(self, model: nn.Module, plan: Plan, example_inputs: Inputs) -> tuple[nn.Module, dict[str, Any]]:
+    def swap_layers(self, model: nn.Module, plan: Plan, example_inputs: Inputs) -> tuple[nn.Module, dict[str, Any]]:
         model, new = with_planned_layers(model, plan, example_inputs)
         planned = [row.site for row in layer_rows(plan.rows)]
         refuse_nonfinite("SimQAT.apply", ((site, get_module(model, site)) for site in planned))
         return install(model, plan.rows, self.config.options()), {"modularized": new}
 
-    def calibrated(self) -> None:
+    def after_calibration(self) -> None:
         for name, layer in self._layers.items():
             layer.weight_quantizer.initialise(layer.folded_weight().detach())
             logger.debug("calibrated %s", name)
@@ -201,7 +201,7 @@ class SimQAT(QuantizationTraining):
                 "make the optimizer after apply, or optimizer.add_param_group({'params': algo.learned_parameters()})"
             )
 
-    def move(self) -> None:
+    def advance_schedule(self) -> None:
         """Takes the sigma of each batch norm; opens the delay gates and freezes the batch norms at their step."""
         for layer in self._layers.values():
             if isinstance(layer, Folded):
@@ -226,7 +226,7 @@ class SimQAT(QuantizationTraining):
         """
         return super().convert(model, example_inputs)
 
-    def converted(self, model: nn.Module, rows: list[PlanRow], example_inputs: Inputs) -> tuple[Parity, list[PlanRow]]:
+    def convert_layers(self, model: nn.Module, rows: list[PlanRow], example_inputs: Inputs) -> tuple[Parity, list[PlanRow]]:
         trained = [(n, m) for n, m in model.named_modules() if isinstance(m, FakeQuantized | Quantizer | _BatchNorm)]
         refuse_nonfinite("SimQAT.convert", trained)
         return convert_model(model, rows, example_inputs)

@@ -68,18 +68,18 @@ class QuantizationTraining(Algorithm):
         self._quantizers: dict[str, Quantizer] = {}
 
     @abstractmethod
-    def install(self, model: nn.Module, plan: Plan, example_inputs: Inputs) -> tuple[nn.Module, dict[str, Any]]:
+    def swap_layers(self, model: nn.Module, plan: Plan, example_inputs: Inputs) -> tuple[nn.Module, dict[str, Any]]:
         """Swaps the planned layers of a live model; what a checkpoint must know beside the plan."""
 
     @abstractmethod
-    def move(self) -> None:
+    def advance_schedule(self) -> None:
         """Brings every layer to where the schedules are after `steps` steps. Nothing is read back from the device."""
 
     @abstractmethod
-    def converted(self, model: nn.Module, rows: list[PlanRow], example_inputs: Inputs) -> tuple[Parity, list[PlanRow]]:
+    def convert_layers(self, model: nn.Module, rows: list[PlanRow], example_inputs: Inputs) -> tuple[Parity, list[PlanRow]]:
         """Replaces the trained layers, compared with what takes their place; also the rows of the converted network."""
 
-    def calibrated(self) -> None:
+    def after_calibration(self) -> None:
         """What calibration sets besides activation ranges."""
 
     def watch(self, model: nn.Module) -> None:
@@ -107,7 +107,7 @@ class QuantizationTraining(Algorithm):
             raise ValueError(f"{self.who}.apply: at least one layer must be quantizable, got none:\n{plan}")
         try:
             with all_or_nothing(model):
-                model, facts = self.install(model, plan, example_inputs)
+                model, facts = self.swap_layers(model, plan, example_inputs)
                 self.steps = 0
                 self._bind(model)
                 self._example = example_inputs
@@ -122,7 +122,7 @@ class QuantizationTraining(Algorithm):
                     **facts,
                 }
                 self._history = remember(model, entry)
-                self.move()
+                self.advance_schedule()
                 self.watch(model)
         except BaseException:
             self._unbind()
@@ -154,7 +154,7 @@ class QuantizationTraining(Algorithm):
         refuse_nonfinite(f"{self.who}.calibrate", self._layers.items())
         with ordinary_tensors():
             self._observe("calibrate", network, batches, forward_loop)
-            self.calibrated()
+            self.after_calibration()
         if self._watch is not None:
             self._watch.start()
 
@@ -171,7 +171,7 @@ class QuantizationTraining(Algorithm):
         for quantizer in self._quantizers.values():
             if quantizer.scheme.learned:
                 quantizer.scale.data.clamp_(min=SMALLEST_SCALE)
-        self.move()
+        self.advance_schedule()
         self._history["steps"] = self.steps
 
     def convert(self, model: nn.Module, example_inputs: Inputs | None = None) -> nn.Module:
@@ -194,7 +194,7 @@ class QuantizationTraining(Algorithm):
         own = not set(self._layers.values()).isdisjoint(model.modules())
         rows = rows_of(entry["plan"], self.row_settings)
         with ordinary_tensors(), asked_by(f"{self.who}.convert"), all_or_nothing(model):
-            self.parity, rows = self.converted(model, rows, example)
+            self.parity, rows = self.convert_layers(model, rows, example)
             plan = [row.to_dict() for row in rows]
             remember(model, {**entry, "stage": "converted", "steps": self.steps, "plan": plan})
         if own:  # a copy may be converted while the training of the original goes on

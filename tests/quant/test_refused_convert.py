@@ -141,6 +141,6 @@ def test_convert_makes_a_new_plan_and_leaves_the_rows_it_was_given(make):
     given = history(net)[0]
     before = copy.deepcopy(given)
     rows = rows_of(given["plan"], algo.row_settings)
-    _, new = algo.converted(net, rows, data())
+    _, new = algo.convert_layers(net, rows, data())
     assert [row.to_dict() for row in rows] == before["plan"] and given == before
     assert new != rows and [row.site for row in new] == [row.site for row in rows]

@@ -108,7 +108,7 @@ class SLB(QuantizationTraining):
             raise ValueError("SLB.apply: total_steps must be the optimizer steps of the whole training, got None")
         return super().apply(model, example_inputs)
 
-    def install(self, model: nn.Module, plan: Plan, example_inputs: Inputs) -> tuple[nn.Module, dict[str, Any]]:
+    def swap_layers(self, model: nn.Module, plan: Plan, example_inputs: Inputs) -> tuple[nn.Module, dict[str, Any]]:
         config = self.config
         model, new = with_planned_layers(model, plan, example_inputs)
         layers: list[tuple[PlanRow[LayerPlan], Any]] = [
@@ -149,14 +149,14 @@ class SLB(QuantizationTraining):
         network = network_of(model, "SLB.calibrate_norms")
         calibrate_norms("SLB.calibrate_norms", network, batches, self.process_group, self._example)
 
-    def move(self) -> None:
+    def advance_schedule(self) -> None:
         """Brings every layer to where the schedule is after `steps` steps. Nothing is read back from the device."""
         schedule, layers = self.config.schedule(), list(self._layers.values())
         self._refuse_loaded(schedule)
         searching = [layer for layer in layers if not layer.search.one_hot]
         if schedule.one_hot(self.steps):
             for layer in searching:
-                layer.search.choose()
+                layer.search.harden()
         elif searching:
             temperatures = [layer.search.temperature for layer in searching]
             foreach_zero_(temperatures)
@@ -196,7 +196,7 @@ class SLB(QuantizationTraining):
         """
         return super().convert(model, example_inputs)
 
-    def converted(self, model: nn.Module, rows: list[PlanRow], example_inputs: Inputs) -> tuple[Parity, list[PlanRow]]:
+    def convert_layers(self, model: nn.Module, rows: list[PlanRow], example_inputs: Inputs) -> tuple[Parity, list[PlanRow]]:
         searched = {name: m for name, m in model.named_modules() if isinstance(m, SearchedLayer)}
         inside = [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm | Quantizer)]
         refuse_nonfinite(
@@ -212,7 +212,7 @@ class SLB(QuantizationTraining):
     def gaps(self) -> dict[str, float]:
         """`||W_c - W_q|| / ||W_q||` of each layer: 0 once its codes are chosen. Reads from the device."""
         self._require_bound("gaps")
-        return {name: layer.search.gap().item() for name, layer in self._layers.items()}
+        return {name: layer.search.discretization_gap().item() for name, layer in self._layers.items()}
 
     def logits(self) -> list[nn.Parameter]:
         """The logits of every layer that is not fused, for a parameter group of their own."""
@@ -286,7 +286,7 @@ class SLB(QuantizationTraining):
 
 def _warn_early(layers: Mapping[str, SearchedLayer], schedule: Schedule, steps: int) -> None:
     """Says how far mixtures are from what is taken of them, if the codes are not chosen yet."""
-    gaps = {name: layer.search.gap().item() for name, layer in layers.items() if not layer.search.one_hot}
+    gaps = {name: layer.search.discretization_gap().item() for name, layer in layers.items() if not layer.search.one_hot}
     if gaps:
         worst = max(gaps, key=lambda name: gaps[name])
         logger.warning(

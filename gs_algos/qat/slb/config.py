@@ -116,7 +116,7 @@ class SLBConfig(AlgorithmConfig):
             fused=self.fused,
             state_bn=self.batch_norm == "state",
             rules=self.rules,
-            horizon=self.total_steps or 0,
+            total_steps=self.total_steps or 0,
             points=self.trace,
             logits_dtype=getattr(torch, self.logits),
         )

@@ -63,7 +63,7 @@ def summary_of(model: nn.Module) -> str:
     for name, module in model.named_modules():
         if isinstance(module, SearchedLayer):
             search = module.search
-            state = "one-hot" if search.one_hot else f"searching, gap {search.gap().item():.3f}"
+            state = "one-hot" if search.one_hot else f"searching, gap {search.discretization_gap().item():.3f}"
             nbytes = search.logits.numel() * search.logits.element_size()
             rows.append((name, search.grid, _act(module), f"{nbytes:,} of logits", state, ""))
         elif isinstance(module, Packed):

@@ -38,7 +38,7 @@ class SearchOptions(PlanOptions):
     ends: str | None
     fused: bool
     state_bn: bool
-    horizon: int = 0
+    total_steps: int = 0
     points: int = 0
     logits_dtype: torch.dtype = torch.float32
 
@@ -97,7 +97,7 @@ def install(model: nn.Module, rows: Sequence[PlanRow], options: SearchOptions) -
         plan, weight = row.settings, layer.weight
         fused, grid = plan.fused_optimizer, LevelGrid.parse(plan.weight)
         search = LevelSearch(
-            grid, weight.shape, options.horizon, weight.device, options.logits_dtype, options.points, fused
+            grid, weight.shape, options.total_steps, weight.device, options.logits_dtype, options.points, fused
         )
         search.train(layer.training)
         if not layer._parameters["weight"].requires_grad:  # what was frozen stays frozen

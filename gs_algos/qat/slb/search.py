@@ -31,11 +31,11 @@ class LevelSearch(nn.Module, OffFastPath):
 
     Called with the dtype and memory format that the layer wants, it gives the weight: the mixture
     `sum_i softmax(logits / temperature)_i * level_i * scale`, or with `quantized` the level of the largest logit.
-    Once `choose` has been called it gives the chosen codes' values, whatever happens to the logits.
+    Once `harden` has been called it gives the chosen codes' values, whatever happens to the logits.
 
     Args:
         shape: of the weight, output channels first.
-        horizon: optimizer steps of the whole schedule; a state_dict of another schedule is refused.
+        total_steps: optimizer steps of the whole schedule; a state_dict of another schedule is refused.
         points: rows of the trace, 0 for none.
         fused: the logits are trained by a fused optimizer, so autograd leaves them alone.
     """
@@ -53,7 +53,7 @@ class LevelSearch(nn.Module, OffFastPath):
         self,
         grid: LevelGrid,
         shape: Sequence[int],
-        horizon: int,
+        total_steps: int,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         points: int = 0,
@@ -72,7 +72,7 @@ class LevelSearch(nn.Module, OffFastPath):
         self.register_buffer("levels", grid.levels(device))
         self.register_buffer("temperature", torch.ones(1, device=device))
         self.register_buffer("codes", torch.zeros(o, -(-r * grid.bits // 8), dtype=torch.uint8, device=device))
-        self.register_buffer("horizon", torch.full((1,), horizon, dtype=torch.int64, device=device))
+        self.register_buffer("horizon", torch.full((1,), total_steps, dtype=torch.int64, device=device))
         trace = torch.full((points, 2 + BINS), NOT_YET, device=device) if points else None
         self.register_buffer("trace", trace)
 
@@ -124,7 +124,7 @@ class LevelSearch(nn.Module, OffFastPath):
         return (values * self.scales()[:, None]).to(dtype).view(self.shape)  # type: ignore[index]
 
     def packed(self, scaled: bool = True) -> PackedWeight:
-        """The chosen codes with their scales, `(code - zero) * scale`; before `choose`, those of the largest logits."""
+        """The chosen codes with their scales, `(code - zero) * scale`; before `harden`, those of the largest logits."""
         codes = self.codes if self.one_hot else slb_pack(whole(self.logits), bits=self.grid.bits)
         scale = codes.new_full((self.shape[0], 1), self.grid.step, dtype=torch.float32)
         if scaled and self.scale is not None:
@@ -132,7 +132,7 @@ class LevelSearch(nn.Module, OffFastPath):
         return PackedWeight(codes, scale, self.grid.zero, None, self.grid.bits, self.size, self.size[1])
 
     @torch.no_grad()
-    def choose(self) -> None:
+    def harden(self) -> None:
         """Takes the code of the largest logit, the lowest of equals, for good. Under FSDP2 every rank must call it."""
         if not self.one_hot:
             self.codes.copy_(self.packed(scaled=False).codes)
@@ -141,7 +141,7 @@ class LevelSearch(nn.Module, OffFastPath):
             self.logits.grad = None
 
     @torch.no_grad()
-    def gap(self) -> Tensor:
+    def discretization_gap(self) -> Tensor:
         """`||W_c - W_q|| / ||W_q||`, `[1]` fp32: how far the mixture is from what `convert` would take."""
         if self.one_hot:
             return torch.zeros_like(self.temperature)
@@ -171,7 +171,7 @@ class LevelSearch(nn.Module, OffFastPath):
         confidence = self.confidence()
         bins = (confidence * BINS).long().clamp(max=BINS - 1)
         shares = torch.zeros_like(self.trace[0, 2:]).index_add_(0, bins, torch.ones_like(confidence))
-        self.trace[point] = torch.cat([self.gap(), confidence.mean()[None], shares / confidence.numel()])
+        self.trace[point] = torch.cat([self.discretization_gap(), confidence.mean()[None], shares / confidence.numel()])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = {name: getattr(self, name) for name in FP32}
