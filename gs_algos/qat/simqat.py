@@ -27,7 +27,7 @@ from gs_algos.core.network import network_of, ordinary_tensors
 from gs_algos.core.plan import Plan, PlanRow, rows_of
 from gs_algos.fx.modularize.functional_calls import modularize_again
 from gs_algos.qat.training import QuantizationTraining
-from gs_algos.qat.untrained import Watch
+from gs_algos.qat.untrained import TrainingWatch
 from gs_algos.quant.fake_quant.layers import FakeQuantized, Folded
 from gs_algos.quant.fake_quant.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
 from gs_algos.quant.network.convert import Parity, convert_model, install_converted, summary_of
@@ -190,12 +190,12 @@ class SimQAT(QuantizationTraining):
 
     def watch(self, model: nn.Module) -> None:
         layers = list(self._layers.values())
-        self._watch = Watch(
+        self._watch = TrainingWatch(
             self.learned_parameters, lambda: [cast(nn.Parameter, layer._parameters["weight"]) for layer in layers]
         )
 
     def refuse_untrained(self) -> None:
-        if self._watch is not None and self._watch.idle():
+        if self._watch is not None and self._watch.untrained():
             raise RuntimeError(
                 "SimQAT.step: the learned steps of lsq must be trained, got none that moved while the weights did; "
                 "make the optimizer after apply, or optimizer.add_param_group({'params': algo.learned_parameters()})"

@@ -28,7 +28,7 @@ from gs_algos.core.modules import all_or_nothing
 from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
 from gs_algos.core.plan import Plan, PlanRow, rows_of
 from gs_algos.core.settings import RowSettings
-from gs_algos.qat.untrained import Watch
+from gs_algos.qat.untrained import TrainingWatch
 from gs_algos.quant.fake_quant.quantizers import SMALLEST_SCALE, ActivationQuantizer, Quantizer, update_ranges
 from gs_algos.quant.network.convert import Parity
 from gs_algos.quant.network.layer_plan import FORMS, from_version_1
@@ -63,7 +63,7 @@ class QuantizationTraining(Algorithm):
         self.parity: Parity | None = None
         self.process_group = process_group
         self._example: Inputs | None = None
-        self._watch: Watch | None = None
+        self._watch: TrainingWatch | None = None
         self._layers: dict[str, Any] = {}
         self._quantizers: dict[str, Quantizer] = {}
 

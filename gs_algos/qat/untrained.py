@@ -1,8 +1,8 @@
-"""Notices that no optimizer trains the parameters which `apply` added.
+"""Detects that no optimizer trains the parameters which `apply` added.
 
-In most loops the count that a tensor keeps of its changes shows after one step that they move, which reads nothing from
-the device. Fused optimizers, and those that write through `.data`, are not counted: where nothing seems to have moved
-for a few steps, sums of the values are compared, once.
+In most loops a tensor's version counter shows after one step that a parameter changes, which reads nothing from the
+device. Fused optimizers, and those that write through `.data`, do not count versions: where no parameter seems to have
+changed for a few steps, sums of the values are compared, once.
 """
 
 from __future__ import annotations
@@ -17,83 +17,84 @@ from torch.utils.hooks import RemovableHandle
 
 from gs_algos.qat.slb.search import local
 
-Parameters: TypeAlias = Callable[[], Sequence[nn.Parameter]]  # those of now: FSDP2 puts others in their place
-FEW = 3  # steps after which the values are looked at
-MANY = 32  # and again, if nothing at all had moved: a gradient scaler skips its first steps
+GetParameters: TypeAlias = Callable[[], Sequence[nn.Parameter]]  # the current ones: FSDP2 replaces parameters
+FIRST_CHECK = 3  # steps after which the values are compared
+LAST_CHECK = 32  # and again, if no parameter at all had changed: a gradient scaler skips its first steps
 
 
-class Moves:
-    """Whether one of some parameters has changed since this was made.
+class ChangeDetector:
+    """Tells whether any of some parameters has changed since `start`, which the constructor calls.
 
-    parameters: gives those of now. Frozen ones (`requires_grad=False`) are passed over.
+    get_parameters: returns the current ones. Frozen ones (`requires_grad=False`) are passed over.
     """
 
-    def __init__(self, parameters: Parameters) -> None:
-        self.parameters = parameters
+    def __init__(self, get_parameters: GetParameters) -> None:
+        self.get_parameters = get_parameters
         self.start()
 
     def start(self) -> None:
-        """Begins anew from the values of now."""
-        now = self.now()
-        self.known = [weakref.ref(p) for p in now]
-        self.versions = [p._version for p in now]
-        self.sums = _sums(now)
+        """Takes the current values as those to compare with."""
+        parameters = self.trainable()
+        self.watched = [weakref.ref(p) for p in parameters]
+        self.versions = [p._version for p in parameters]
+        self.sums = _sums(parameters)
 
-    def now(self) -> list[nn.Parameter]:
-        return [p for p in self.parameters() if p.requires_grad]
+    def trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.get_parameters() if p.requires_grad]
 
     def replaced(self) -> bool:
-        """Whether they are other objects by now."""
-        now = self.now()
-        return len(now) != len(self.known) or any(ref() is not p for ref, p in zip(self.known, now, strict=True))
+        """Returns whether the parameters are other objects than at `start`."""
+        now = self.trainable()
+        return len(now) != len(self.watched) or any(ref() is not p for ref, p in zip(self.watched, now, strict=True))
 
-    def counted(self) -> bool:
-        """True if a change was counted; nothing is read from the device."""
-        return self.versions != [p._version for p in self.now()]
+    def version_changed(self) -> bool:
+        """Returns whether a version counter has moved; reads nothing from the device."""
+        return self.versions != [p._version for p in self.trainable()]
 
-    def moved(self) -> bool:
-        """True if a value has changed; reads from the device if no change was counted."""
-        now = _sums(self.now())
-        return self.counted() or not all(torch.equal(a.to(b.device), b) for a, b in zip(self.sums, now, strict=True))
+    def changed(self) -> bool:
+        """Returns whether a value has changed; reads from the device if no version counter has moved."""
+        sums = zip(self.sums, _sums(self.trainable()), strict=True)
+        return self.version_changed() or not all(torch.equal(old.to(new.device), new) for old, new in sums)
 
 
-class Gradients:
-    """Whether parameters were given gradients since this was made, also where they are dropped before one can look.
+class GradientDetector:
+    """Tells whether parameters received gradients since `start`, also if those are dropped before one can look.
 
-    parameters: gives those of now. Frozen ones are passed over.
+    get_parameters: returns the current ones. Frozen ones are passed over.
     """
 
-    def __init__(self, parameters: Parameters) -> None:
-        self.parameters = parameters
-        self.given = _Given()
+    def __init__(self, get_parameters: GetParameters) -> None:
+        self.get_parameters = get_parameters
+        self.received = _ReceivedGradients()
         self.handles: list[RemovableHandle] = []
         self.start()
 
     def start(self) -> None:
-        """Begins anew with the parameters of now."""
+        """Begins anew with hooks on the current parameters."""
         self.stop()
-        self.given = _Given()
-        now = [p for p in self.parameters() if p.requires_grad]
-        self.handles = [p.register_post_accumulate_grad_hook(self.given) for p in now]
+        self.received = _ReceivedGradients()
+        trainable = [p for p in self.get_parameters() if p.requires_grad]
+        self.handles = [p.register_post_accumulate_grad_hook(self.received) for p in trainable]
 
     def stop(self) -> None:
-        """Takes the hooks away."""
+        """Removes the hooks."""
         for handle in self.handles:
             handle.remove()
         self.handles = []
 
-    def seen(self) -> bool:
-        """True if a gradient was given, or is there. Reads nothing from the device."""
-        self.given.any = self.given.any or any(p.grad is not None for p in self.parameters() if p.requires_grad)
-        return self.given.any
+    def any_received(self) -> bool:
+        """Returns whether a gradient came, or is there now. Reads nothing from the device."""
+        trainable = (p for p in self.get_parameters() if p.requires_grad)
+        self.received.any = self.received.any or any(p.grad is not None for p in trainable)
+        return self.received.any
 
-    def finite(self) -> bool:
-        """False if one that was last given is NaN or Inf, as a gradient scaler has them now and then."""
-        return all(bool(right) for right in self.given.finite.values())
+    def all_finite(self) -> bool:
+        """Returns False if a parameter's last gradient is NaN or Inf, as under a gradient scaler now and then."""
+        return all(bool(finite) for finite in self.received.finite.values())
 
 
-class _Given:
-    """What a hook on parameters notes of their gradients. It holds no parameter: they hold it."""
+class _ReceivedGradients:
+    """A hook that notes the gradients of parameters. It holds no parameter: they hold it."""
 
     def __init__(self) -> None:
         self.any, self.finite = False, dict[int, Tensor]()
@@ -104,76 +105,76 @@ class _Given:
             self.finite[id(parameter)] = local(parameter.grad).isfinite().all()
 
 
-class Watch:
-    """Follows parameters that were added, until they move, and others that show whether the network is trained at all.
+class TrainingWatch:
+    """Watches added parameters until one changes, and other parameters that show whether the network trains at all.
 
-    graded: gradients that nothing makes use of show it too, where the others stand still.
+    use_gradients: gradients that arrive at the added parameters count as training too, if the others stand still.
     """
 
-    def __init__(self, added: Parameters, others: Parameters, graded: bool = False) -> None:
-        self.added, self.others = Moves(added), Moves(others)
-        self.gradients = Gradients(added if graded else list)
-        self.over = False
-        self._begin()
+    def __init__(self, added: GetParameters, others: GetParameters, use_gradients: bool = False) -> None:
+        self.added, self.others = ChangeDetector(added), ChangeDetector(others)
+        self.gradients = GradientDetector(added if use_gradients else list)
+        self.ended = False
+        self._reset()
 
     def __getstate__(self) -> dict[str, bool]:
-        """Of a copied or pickled algorithm nothing is watched."""
-        return {"over": True}
+        """A copied or pickled algorithm watches nothing."""
+        return {"ended": True}
 
-    def _begin(self) -> None:
-        self.steps, self.found = 0, False
+    def _reset(self) -> None:
+        self.steps, self.found_untrained = 0, False
 
     def start(self) -> None:
-        """Begins anew from the values of now, as after a calibration that has set them."""
-        if not self.over:
+        """Begins anew from the current values, as after a calibration that has set them."""
+        if not self.ended:
             self.added.start()
             self.others.start()
             self.gradients.start()
-            self._begin()
+            self._reset()
 
-    def idle(self, last: bool = False) -> bool:
-        """Whether the added parameters stand still while the network is trained. Call it once after each step.
+    def untrained(self, last: bool = False) -> bool:
+        """Returns whether the added parameters stand still while the network trains. Call it once after each step.
 
         last: no later step could tell.
         """
-        if self.over:
+        if self.ended:
             return False
         if self.added.replaced() or self.others.replaced():
             self.start()
             return False
-        if not self.added.known or self.added.counted():
+        if not self.added.watched or self.added.version_changed():
             self.end()
             return False
         self.steps += 1
-        self.gradients.seen()
-        if self.steps in (FEW, MANY) or last:
-            self._look(last)
-        return self.found
+        self.gradients.any_received()
+        if self.steps in (FIRST_CHECK, LAST_CHECK) or last:
+            self._compare_values(last)
+        return self.found_untrained
 
     def end(self) -> None:
-        """Nothing is watched any more."""
-        self.over = True
+        """Stops watching for good."""
+        self.ended = True
         self.gradients.stop()
 
-    def _look(self, last: bool) -> None:
-        if self.added.moved():
+    def _compare_values(self, last: bool) -> None:
+        if self.added.changed():
             self.end()
             return
-        late = last or self.steps >= MANY
-        unused = self.gradients.seen() and (late or not self.others.known) and self._finite()
-        self.found = self.others.moved() or unused
-        if late and not self.found:
+        late = last or self.steps >= LAST_CHECK
+        unused = self.gradients.any_received() and (late or not self.others.watched) and self._all_finite()
+        self.found_untrained = self.others.changed() or unused
+        if late and not self.found_untrained:
             self.end()
 
-    def _finite(self) -> bool:
-        """False where a gradient scaler will have skipped the step."""
-        grads = [p.grad for p in (*self.added.now(), *self.others.now()) if p.grad is not None]
-        return self.gradients.finite() and all(bool(local(grad).isfinite().all()) for grad in grads)
+    def _all_finite(self) -> bool:
+        """Returns False where a gradient scaler will have skipped the step."""
+        grads = [p.grad for p in (*self.added.trainable(), *self.others.trainable()) if p.grad is not None]
+        return self.gradients.all_finite() and all(bool(local(grad).isfinite().all()) for grad in grads)
 
 
 @torch.no_grad()
 def _sums(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Numbers that change with the values of a parameter, `[2]` on its device, in the widest float there is."""
+    """Sums up each parameter and its magnitudes, `[2]` on its device, in the widest float that the device has."""
     sums = []
     for p in parameters:
         wide = torch.float64 if p.device.type in ("cpu", "cuda") else torch.float32

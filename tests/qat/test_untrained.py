@@ -128,7 +128,7 @@ def test_a_network_that_is_watched_can_be_copied_and_saved_whole(tmp_path):
     for twin in (copy.deepcopy(model), torch.load(tmp_path / "net.pt", weights_only=False)):
         assert torch.equal(twin(inputs()), model(inputs()))
         twin(inputs()).sum().backward()
-    assert not algo._search_watch.logits.gradients.given.any
+    assert not algo._logits_watch.logits.gradients.received.any
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from gs_algos.qat.slb.layers import SearchedLayer
 from gs_algos.qat.slb.prepare import install, start
 from gs_algos.qat.slb.schedule import Schedule
 from gs_algos.qat.slb.search import NOT_YET
-from gs_algos.qat.slb.untrained_logits import SearchWatch
+from gs_algos.qat.slb.untrained_logits import LogitsWatch
 from gs_algos.qat.training import QuantizationTraining
 from gs_algos.quant.fake_quant.quantizers import Quantizer
 from gs_algos.quant.network.convert import Parity, convert_model, install_converted
@@ -77,7 +77,7 @@ class SLB(QuantizationTraining):
     config: SLBConfig
     _layers: dict[str, SearchedLayer]
     _replaced: Sequence[weakref.ref[nn.Parameter]] = ()
-    _search_watch: SearchWatch | None = None
+    _logits_watch: LogitsWatch | None = None
 
     def __init__(
         self,
@@ -125,16 +125,16 @@ class SLB(QuantizationTraining):
         return model, {"modularized": new}
 
     def watch(self, model: nn.Module) -> None:
-        self._search_watch = SearchWatch(model, list(self._layers.values()), self._replaced)
+        self._logits_watch = LogitsWatch(model, list(self._layers.values()), self._replaced)
         self._replaced = ()
 
     def refuse_untrained(self) -> None:
-        if self._search_watch is not None:
-            self._search_watch.refuse(last=self.config.schedule().one_hot(self.steps + 1))
+        if self._logits_watch is not None:
+            self._logits_watch.refuse_untrained(last=self.config.schedule().one_hot(self.steps + 1))
 
     def _unbind(self) -> None:
         super()._unbind()
-        self._search_watch = None
+        self._logits_watch = None
 
     def calibrate_norms(self, model: nn.Module, batches: Iterable[Inputs]) -> None:
         """Sets the running statistics of every batch norm to their mean over the batches, with quantized weights.
