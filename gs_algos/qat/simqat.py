@@ -226,7 +226,9 @@ class SimQAT(QuantizationTraining):
         """
         return super().convert(model, example_inputs)
 
-    def convert_layers(self, model: nn.Module, rows: list[PlanRow], example_inputs: Inputs) -> tuple[Parity, list[PlanRow]]:
+    def convert_layers(
+        self, model: nn.Module, rows: list[PlanRow], example_inputs: Inputs
+    ) -> tuple[Parity, list[PlanRow]]:
         trained = [(n, m) for n, m in model.named_modules() if isinstance(m, FakeQuantized | Quantizer | _BatchNorm)]
         refuse_nonfinite("SimQAT.convert", trained)
         return convert_model(model, rows, example_inputs)

@@ -76,7 +76,9 @@ class QuantizationTraining(Algorithm):
         """Brings every layer to where the schedules are after `steps` steps. Nothing is read back from the device."""
 
     @abstractmethod
-    def convert_layers(self, model: nn.Module, rows: list[PlanRow], example_inputs: Inputs) -> tuple[Parity, list[PlanRow]]:
+    def convert_layers(
+        self, model: nn.Module, rows: list[PlanRow], example_inputs: Inputs
+    ) -> tuple[Parity, list[PlanRow]]:
         """Replaces the trained layers, compared with what takes their place; also the rows of the converted network."""
 
     def after_calibration(self) -> None:

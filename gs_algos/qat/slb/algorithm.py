@@ -196,7 +196,9 @@ class SLB(QuantizationTraining):
         """
         return super().convert(model, example_inputs)
 
-    def convert_layers(self, model: nn.Module, rows: list[PlanRow], example_inputs: Inputs) -> tuple[Parity, list[PlanRow]]:
+    def convert_layers(
+        self, model: nn.Module, rows: list[PlanRow], example_inputs: Inputs
+    ) -> tuple[Parity, list[PlanRow]]:
         searched = {name: m for name, m in model.named_modules() if isinstance(m, SearchedLayer)}
         inside = [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm | Quantizer)]
         refuse_nonfinite(
@@ -286,7 +288,8 @@ class SLB(QuantizationTraining):
 
 def _warn_early(layers: Mapping[str, SearchedLayer], schedule: Schedule, steps: int) -> None:
     """Says how far mixtures are from what is taken of them, if the codes are not chosen yet."""
-    gaps = {name: layer.search.discretization_gap().item() for name, layer in layers.items() if not layer.search.one_hot}
+    searching = {name: layer.search for name, layer in layers.items() if not layer.search.one_hot}
+    gaps = {name: search.discretization_gap().item() for name, search in searching.items()}
     if gaps:
         worst = max(gaps, key=lambda name: gaps[name])
         logger.warning(
