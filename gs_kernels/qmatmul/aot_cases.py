@@ -84,13 +84,13 @@ def matmul_int8(bits: int, m: int, *, group: int, **bounds: Any) -> AotCase:
 
 
 def reduce(m: int, **bounds: Any) -> AotCase:
-    """Adds four parts of a product of 8-bit rows, and what follows the sum."""
+    """Adds four partial sums of a product of 8-bit rows, then the epilogue."""
 
     def run() -> Any:
         kernel = importlib.import_module("gs_kernels.qmatmul.kernel.reduce")
         x_scale, bias = _meta(m, dtype=torch.float32), _meta(N, dtype=torch.float32)
-        parts = _meta(4, m, N, dtype=torch.float32)
-        return kernel.reduce_parts(_meta(m, N), parts, bias, "relu", x_scale=x_scale, stride_xs=1, shift=bias)
+        partials = _meta(4, m, N, dtype=torch.float32)
+        return kernel.reduce_partials(_meta(m, N), partials, bias, "relu", x_scale=x_scale, stride_xs=1, shift=bias)
 
     return AotCase(f"reduce-m{m}", run, elements=512, **bounds)
 

@@ -10,7 +10,7 @@ from gs_kernels.tuning.tables import LAST, tuned
 
 @dataclass(frozen=True)
 class Plan:
-    """dense: dequantise once and multiply as a float layer does; the rest is then of no use.
+    """Says how a product is tiled. dense: dequantise once and multiply as a float layer does; the rest is then unused.
 
     scale_parts: scales on the product of a block, where groups allow, not on the weights.
     split_k: at most so many programs share one tile of y.
@@ -24,8 +24,8 @@ class Plan:
     warps: int = 4
     stages: int = 4
 
-    def parts(self, blocks: int) -> int:
-        """Into how many parts `blocks` blocks along K go, none of them empty."""
+    def partials(self, blocks: int) -> int:
+        """Counts the partial sums that `blocks` blocks along K are split into, none of them empty."""
         turns = -(-blocks // self.split_k)
         return -(-blocks // turns)
 

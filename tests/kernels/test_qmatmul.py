@@ -200,8 +200,8 @@ def test_an_unknown_gpu_takes_the_rules_below_it():
 def test_no_part_of_a_split_is_empty():
     for blocks in range(1, 80):
         for wanted in range(1, 40):
-            parts = Plan(split_k=wanted).parts(blocks)
-            assert 1 <= parts <= min(wanted, blocks) and (parts - 1) * -(-blocks // parts) < blocks
+            partials = Plan(split_k=wanted).partials(blocks)
+            assert 1 <= partials <= min(wanted, blocks) and (partials - 1) * -(-blocks // partials) < blocks
     assert choose_int8_plan(1, 64, 128, 128, sm_count=132).split_k == 1
 
 

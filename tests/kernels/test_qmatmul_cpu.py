@@ -39,7 +39,7 @@ def rows(m: int, k: int) -> Tensor:
 
 @pytest.mark.parametrize(("name", "dtype"), [*((name, torch.float32) for name in WEIGHTS), ("4 bit", torch.bfloat16)])
 def test_float_rows(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(avx512_bf16, "suits", lambda m: False)
+    monkeypatch.setattr(avx512_bf16, "supports", lambda m: False)
     check_float_rows(weight(*WEIGHTS[name]), dtype, (1, 3, 4, 9, 1 + select.FEW_ROWS[dtype]))
 
 
@@ -51,7 +51,7 @@ def check_float_rows(w: PackedWeight, dtype: torch.dtype, ms: tuple[int, ...]) -
 
 
 needs_bf16 = pytest.mark.skipif(
-    not avx512_bf16.suits(8), reason="needs AVX-512 dot products of bf16, and no matrix unit"
+    not avx512_bf16.supports(8), reason="needs AVX-512 dot products of bf16, and no matrix unit"
 )
 
 
@@ -78,16 +78,16 @@ def test_no_cpp_no_harm(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
 
     for target, name, broken, said in (
         (cpp, "_library", fail, "no g++"),
-        (avx512_bf16, "_call", lambda functions, x, lanes: torch.zeros(()), "wrong results"),
+        (avx512_bf16, "_call", lambda functions, x, weight: torch.zeros(()), "wrong results"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(cpp, "_said", set())
             patch.setattr(target, name, broken)
-            avx512_bf16._library.cache_clear()
+            avx512_bf16.kernels.cache_clear()
             caplog.clear()
             check_float_rows(w, torch.bfloat16, (9, 20))
         assert [said in record.message for record in caplog.records if record.levelname == "WARNING"] == [True]
-    avx512_bf16._library.cache_clear()
+    avx512_bf16.kernels.cache_clear()
 
 
 @pytest.mark.parametrize("few", [0, int8.FEW_PRODUCTS])
@@ -122,7 +122,7 @@ def test_sums_of_rows_with_one_scale_are_exact(bits: int, x_zero: float | None):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_small_weights_are_multiplied_by_the_compiled_loops(bits: int, monkeypatch: pytest.MonkeyPatch):
     """The last layer of a small network, whatever the number of rows: no reference, nothing dequantised beforehand."""
-    if products.library() is None:
+    if products.kernels() is None:
         pytest.skip("no C++ compiler")
     for module, name in ((int8, "qmatmul_int8_ref"), (select, "_plain")):
         monkeypatch.setattr(module, name, None)

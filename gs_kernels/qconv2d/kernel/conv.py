@@ -9,8 +9,8 @@ from gs_kernels.pack.kernel import dequantize_block, weight_unit
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.qconv2d.geometry import ConvGeometry
 from gs_kernels.qconv2d.kernel.im2col import load_im2col, place_tile, taps_inside
-from gs_kernels.qmatmul.kernel.dequantize import grouping, parts_of
-from gs_kernels.qmatmul.kernel.reduce import epilogue, in_units, reduce_parts, strides_of, unit_of
+from gs_kernels.qmatmul.kernel.dequantize import grouping, kernel_tensors
+from gs_kernels.qmatmul.kernel.reduce import epilogue, in_units, reduce_partials, strides_of, unit_of
 from gs_kernels.qmatmul.tiles import Plan
 from gs_kernels.runtime.dispatch import launch
 
@@ -93,11 +93,11 @@ def convolve(
     window: ConvGeometry, activation: str, plan: Plan, asm: bool,
 ) -> None:
     """Writes y `[B, O, P, Q]`, channels-last, by the plan's tiles."""
-    codes, scale, zero_points, zero, levels = parts_of(weight)
+    codes, scale, zero_points, zero, levels = kernel_tensors(weight)
     k, group = weight.shape[1], grouping(weight.shape[1], weight.group_size)
     b, o, p, q = y.shape
     m, og = b * p * q, o // window.groups
-    split = plan.parts(-(-k // 128))
+    split = plan.partials(-(-k // 128))
     sums = y if split == 1 else x.new_empty(split, m, o, dtype=torch.float32)
     tiles = -(-m // plan.block_m) * window.groups * -(-og // plan.block_n)
     launch(
@@ -112,4 +112,4 @@ def convolve(
         num_warps=plan.warps, num_stages=plan.stages,
     )
     if split > 1:
-        reduce_parts(y, sums, bias, activation, into=(residual, None, None, None, None))
+        reduce_partials(y, sums, bias, activation, requant=(residual, None, None, None, None))

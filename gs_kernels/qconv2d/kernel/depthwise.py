@@ -10,7 +10,7 @@ from gs_kernels.qconv2d.geometry import ConvGeometry
 from gs_kernels.qconv2d.kernel.conv import window_flags
 from gs_kernels.qconv2d.kernel.im2col import is_inside, split_zero
 from gs_kernels.qconv2d.tiles import depthwise_tile
-from gs_kernels.qmatmul.kernel.dequantize import parts_of
+from gs_kernels.qmatmul.kernel.dequantize import kernel_tensors
 from gs_kernels.qmatmul.kernel.reduce import epilogue, in_units, pixels, strides_of, unit_of
 from gs_kernels.runtime.dispatch import launch
 
@@ -93,7 +93,7 @@ def convolve_depthwise(
     weight: PackedWeight, bias: Tensor | None, into: tuple[Tensor | None, ...], window: ConvGeometry, activation: str,
 ) -> None:
     """Writes y `[B, O, P, Q]`, channels-last. into: residual, its scale and zero point, scale and zero point of y."""
-    codes, scale, zero_points, zero, levels = parts_of(weight)
+    codes, scale, zero_points, zero, levels = kernel_tensors(weight)
     k = weight.shape[1]
     b, o, p, q = y.shape
     m = b * p * q

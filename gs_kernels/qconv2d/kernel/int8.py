@@ -10,8 +10,8 @@ from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.qconv2d.geometry import ConvGeometry
 from gs_kernels.qconv2d.kernel.conv import window_flags
 from gs_kernels.qconv2d.kernel.im2col import is_half_steps, load_im2col, place_tile, real_sums, taps_inside
-from gs_kernels.qmatmul.kernel.dequantize import grouping, parts_of
-from gs_kernels.qmatmul.kernel.reduce import epilogue, in_units, reduce_parts, strides_of, unit_of
+from gs_kernels.qmatmul.kernel.dequantize import grouping, kernel_tensors
+from gs_kernels.qmatmul.kernel.reduce import epilogue, in_units, reduce_partials, strides_of, unit_of
 from gs_kernels.qmatmul.tiles import Plan
 from gs_kernels.runtime.dispatch import launch
 
@@ -135,11 +135,11 @@ def convolve_int8(
 
     into: residual, its scale and zero point, scale and zero point of y.
     """
-    codes, scale, zero_points, zero, _ = parts_of(weight)
+    codes, scale, zero_points, zero, _ = kernel_tensors(weight)
     k, group = weight.shape[1], grouping(weight.shape[1], weight.group_size)
     b, o, p, q = y.shape
     m, og = b * p * q, o // window.groups
-    split = plan.parts(-(-k // 128))
+    split = plan.partials(-(-k // 128))
     sums = y if split == 1 else x.new_empty(split, m, o, dtype=torch.int32)
     tiles = -(-m // plan.block_m) * window.groups * -(-og // plan.block_n)
     outside = None
@@ -156,7 +156,7 @@ def convolve_int8(
         num_warps=plan.warps, num_stages=plan.stages,
     )
     if split > 1:
-        reduce_parts(
+        reduce_partials(
             y, sums, bias, activation,
-            weight=(scale, zero, k), x_zero=x_zero, code_sums=code_sums, x_scale=x_scale, into=into,
+            weight=(scale, zero, k), x_zero=x_zero, code_sums=code_sums, x_scale=x_scale, requant=into,
         )

@@ -1,4 +1,4 @@
-// y = x W^T of bf16 rows x with the lanes of a packed weight (interleaved.py), by AVX-512's dot products of bf16 pairs.
+// y = x W^T of bf16 rows x with a row-interleaved weight (interleaved.py), by AVX-512's dot products of bf16 pairs.
 //
 // A thread takes PANEL blocks of 16 rows of the weight at a time. It dequantises a stretch of K, in fp32 and rounded
 // once to bf16, into a panel that stays in its cache: pairs of neighbours along K, a row to a 32-bit lane. Tiles of up

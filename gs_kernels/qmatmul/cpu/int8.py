@@ -1,4 +1,4 @@
-"""Products of 8-bit rows with a packed weight on the CPU, summed as integers.
+"""Multiplies 8-bit rows with a packed weight on the CPU, summed as integers.
 
 Up to `FEW_ROWS` rows or `FEW_PRODUCTS` products, one loop in C++, as for float rows. With more, blocks of the weight,
 a group at a time: as int8 and by ATen's product of int8 matrices where the CPU has instructions for it; else as whole
@@ -18,8 +18,8 @@ from gs_kernels.pack.derived import UnsuitableError, derived
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import codes_of
 from gs_kernels.qmatmul.cpu.interleaved import LANES, InterleavedWeight, interleaved
-from gs_kernels.qmatmul.cpu.products import OFFSET, add, int_dot, library
-from gs_kernels.qmatmul.cpu.select import dequantized, finish, rows_of, without_autocast
+from gs_kernels.qmatmul.cpu.products import OFFSET, add, int_dot, kernels
+from gs_kernels.qmatmul.cpu.select import dequantized, epilogue, rows_of, without_autocast
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref
 from gs_kernels.runtime.instructions import multiplies_int8
 from gs_kernels.runtime.torch_private import int_mm
@@ -48,7 +48,7 @@ def qmatmul_int8_cpu(
 
 
 class Int8Product:
-    """`qmatmul_int8` on a CPU with everything fixed but x and its scale: what can be made once, is.
+    """Computes `qmatmul_int8` on a CPU with everything fixed but x and its scale, which is prepared once.
 
     Where C++ does not run, or sums might overflow, it computes as the reference does.
     """
@@ -58,12 +58,12 @@ class Int8Product:
     ) -> None:
         self.weight, self.bias, self.x_zero, self.activation, self.dtype = weight, bias, x_zero, activation, dtype
         self.shift = whole_zero("qmatmul_int8", x_zero)
-        self.lanes: InterleavedWeight | None = None
+        self.interleaved: InterleavedWeight | None = None
         if -128 <= self.shift <= 127 and weight.group_size <= LARGEST_GROUP:
-            self.lanes = self._lanes()
+            self.interleaved = self._interleave()
 
-    def _lanes(self) -> InterleavedWeight | None:
-        if library() is None:  # the log says why
+    def _interleave(self) -> InterleavedWeight | None:
+        if kernels() is None:  # the log says why
             return None
         try:
             return interleaved(self.weight)
@@ -74,64 +74,64 @@ class Int8Product:
     def __call__(self, x: Tensor, x_scale: Tensor) -> Tensor:
         """x and x_scale: as `qmatmul_int8` takes them."""
         with without_autocast():
-            if self.lanes is None or x.numel() == 0:
-                about: dict[str, Any] = {"x_zero": self.x_zero, "activation": self.activation, "dtype": self.dtype}
-                return qmatmul_int8_ref(x, x_scale, self.weight, self.bias, **about)
-            y = self._product(x, self.lanes)
+            if self.interleaved is None or x.numel() == 0:
+                options: dict[str, Any] = {"x_zero": self.x_zero, "activation": self.activation, "dtype": self.dtype}
+                return qmatmul_int8_ref(x, x_scale, self.weight, self.bias, **options)
+            y = self._product(x, self.interleaved)
         y = y * (x_scale if x_scale.numel() == 1 else x_scale.reshape(-1, 1))
-        return finish(y, self.bias, self.activation, self.dtype).view(*x.shape[:-1], self.weight.shape[0])
+        return epilogue(y, self.bias, self.activation, self.dtype).view(*x.shape[:-1], self.weight.shape[0])
 
-    def _product(self, x: Tensor, lanes: InterleavedWeight) -> Tensor:
-        """`[M, N]` fp32: the codes of x less their zero point, times the weight."""
+    def _product(self, x: Tensor, interleaved_weight: InterleavedWeight) -> Tensor:
+        """Multiplies the codes of x, less their zero point, with the weight; returns fp32 `[M, N]`."""
         n, k = self.weight.shape
         if x.numel() * n <= FEW_PRODUCTS or x.numel() // k <= FEW_ROWS[multiplies_int8()]:
             rows, one = rows_of(x, torch.int16), self.weight.scale.shape[1] == 1
-            return int_dot(rows - self.shift if self.shift else rows, lanes, one)[:, :n]
-        return _by_blocks(rows_of(x, torch.int8), self.shift, self.weight, lanes)
+            return int_dot(rows - self.shift if self.shift else rows, interleaved_weight, one)[:, :n]
+        return _by_blocks(rows_of(x, torch.int8), self.shift, self.weight, interleaved_weight)
 
 
 def whole_zero(who: str, x_zero: Tensor | None, must: str = "a whole number") -> int:
-    """The zero point of x: the code that stands for 0.0, or that would if the grid reached so far."""
+    """Returns the zero point of x: the code that stands for 0.0, or that would if the grid reached so far."""
     value = 0.0 if x_zero is None else float(x_zero)
     if not value.is_integer():
         raise ValueError(f"{who}: x_zero must be {must}, got {value}")
     return int(value)
 
 
-def _by_blocks(x: Tensor, shift: int, weight: PackedWeight, lanes: InterleavedWeight) -> Tensor:
+def _by_blocks(x: Tensor, shift: int, weight: PackedWeight, interleaved_weight: InterleavedWeight) -> Tensor:
     as_int8 = multiplies_int8()
     dtype = torch.int8 if as_int8 else torch.float32
-    groups, m = lanes.groups, x.shape[0]
-    by_group = lanes.steps(x).view(m, groups, -1).transpose(0, 1).contiguous()  # [groups, M, width]
+    groups, m = interleaved_weight.groups, x.shape[0]
+    by_group = interleaved_weight.steps(x).view(m, groups, -1).transpose(0, 1).contiguous()  # [groups, M, width]
     x_sums = by_group.sum(2, dtype=torch.int32) - shift * weight.group_size  # [groups, M]
     by_group = by_group.to(dtype)
     code_sums = derived(weight, "code sums", _code_sums) if shift else None
-    per_group = lanes.grid.shape[1] // groups
+    per_group = interleaved_weight.grid.shape[1] // groups
     ys: list[Tensor] = []
     done = 0
-    for block, grid in dequantized(lanes, dtype, BLOCK if as_int8 else BLOCK // 4, as_codes=not as_int8):
-        columns = block.view(groups, lanes.width, -1)
+    for block, grid in dequantized(interleaved_weight, dtype, BLOCK if as_int8 else BLOCK // 4, as_codes=not as_int8):
+        columns = block.view(groups, interleaved_weight.width, -1)
         y = torch.zeros(m, grid.shape[0], LANES)
         for g in range(groups):
             multiply = int_mm if as_int8 else _whole_product
             sums = multiply(by_group[g], columns[g]).view(y.shape)
             if code_sums is not None:
                 sums -= shift * code_sums[g, done : done + grid.shape[0]]
-            add(y, sums, x_sums[g], grid[:, g * per_group], lanes.bits)
+            add(y, sums, x_sums[g], grid[:, g * per_group], interleaved_weight.bits)
         ys.append(y.flatten(1))
         done += grid.shape[0]
-    return torch.cat(ys, 1)[:, : lanes.shape[0]]
+    return torch.cat(ys, 1)[:, : interleaved_weight.shape[0]]
 
 
 def product_of_codes(x: Tensor, w: Tensor) -> Tensor:
-    """int32 `[M, N]`, exact, of int8 x `[M, K]` and w `[N, K]`."""
+    """Multiplies int8 x `[M, K]` and w `[N, K]` to int32 `[M, N]`, exactly."""
     if x.shape[1] == 1:  # of which torch 2.13 leaves the result unwritten
         return x.int() * w.t().int()
     return int_mm(x, w.t()) if multiplies_int8() else _whole_product(x.float(), w.t().float())
 
 
 def _whole_product(x: Tensor, w: Tensor) -> Tensor:
-    """int32 `[M, N]` from the codes of 8 bits x `[M, K]` and w `[K, N]` in fp32, which holds whole numbers to 2**24."""
+    """Multiplies 8-bit codes x `[M, K]` and w `[K, N]` in fp32, which is exact to 2**24, to int32 `[M, N]`."""
     y = None
     for part, rows in zip(x.split(STRETCH, 1), w.split(STRETCH), strict=True):
         sums = (part @ rows).int()
@@ -141,7 +141,7 @@ def _whole_product(x: Tensor, w: Tensor) -> Tensor:
 
 
 def _code_sums(weight: PackedWeight) -> Tensor:
-    """int32 `[G, B, 16]`: the sum of each group's codes, those of 8 bits 128 lower."""
+    """Sums each group's codes, those of 8 bits 128 lower, to int32 `[G, B, 16]`."""
     codes = codes_of(weight)
     sums = codes.unflatten(1, (-1, weight.group_size)).sum(2, dtype=torch.int32)
     sums -= OFFSET * weight.group_size if weight.bits == 8 else 0

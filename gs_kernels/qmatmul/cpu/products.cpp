@@ -1,5 +1,5 @@
-// Products with the lanes of a packed weight (interleaved.py) that unpack codes as they multiply: few rows of x in fp32 or
-// int32; blocks of the weight, dequantised; and the end of products of int8 matrices.
+// Multiplies with a row-interleaved weight (interleaved.py) and unpacks codes on the way: few rows of x in fp32 or int32;
+// dequantises blocks of the weight; adds one group of a product of int8 matrices.
 #include "simd.h"
 
 using namespace lanes;
@@ -34,26 +34,26 @@ LANE_FN I pair(const uint8_t* codes, int p) {
 template <int BITS, int M>
 LANE_FN void dot_block(const float* x, int64_t apart, const Weight& w, int64_t block, float* y, int64_t wide) {
   const uint8_t* codes = w.codes + block * w.groups * w.steps * BITS * LANES;
-  constexpr int CHAINS = M == 1 ? 4 : M == 2 ? 2 : 1;  // of sums: one waits for each product
+  constexpr int ACCUMULATORS = M == 1 ? 4 : M == 2 ? 2 : 1;  // of sums: one waits for each product
   F total[M];
   for (int m = 0; m < M; ++m) total[m] = all(0.0f);
   for (int64_t g = 0; g < w.groups; ++g) {
     const float* grid = w.grid + (block * w.groups + g) * 2 * LANES;
     const F scale = load(grid), zero = load(grid + LANES);
-    F part[M][CHAINS];
+    F part[M][ACCUMULATORS];
     for (int m = 0; m < M; ++m)
-      for (int c = 0; c < CHAINS; ++c) part[m][c] = all(0.0f);
+      for (int c = 0; c < ACCUMULATORS; ++c) part[m][c] = all(0.0f);
     for (int64_t s = 0; s < w.steps; ++s, codes += BITS * LANES, x += STEP) {
 #pragma GCC unroll 8
       for (int j = 0; j < STEP; ++j) {
         // the zero point is taken off each code: nothing large cancels
         const F real = in_fp32(field<BITS>(codes, j)) - zero;
 #pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) part[m][j % CHAINS] = fma(real, all(x[m * apart + j]), part[m][j % CHAINS]);
+        for (int m = 0; m < M; ++m) part[m][j % ACCUMULATORS] = fma(real, all(x[m * apart + j]), part[m][j % ACCUMULATORS]);
       }
     }
     for (int m = 0; m < M; ++m) {
-      for (int c = 1; c < CHAINS; ++c) part[m][0] = part[m][0] + part[m][c];
+      for (int c = 1; c < ACCUMULATORS; ++c) part[m][0] = part[m][0] + part[m][c];
       total[m] = fma(part[m][0], scale, total[m]);
     }
   }
@@ -64,8 +64,8 @@ LANE_FN void dot_block(const float* x, int64_t apart, const Weight& w, int64_t b
 LANE_FN F real_sums(I sums, int32_t x_sums, const float* grid, int32_t offset) {
   const F zero = load(grid + LANES);
   const F near = min(max(round(zero), all(-256.0f)), all(256.0f));  // more would overflow; the rest goes as fractions
-  const I steps = sums - (whole(near) - all(offset)) * all(x_sums);
-  return (in_fp32(steps) - (zero - near) * all((float)x_sums)) * load(grid);
+  const I centered = sums - (whole(near) - all(offset)) * all(x_sums);
+  return (in_fp32(centered) - (zero - near) * all((float)x_sums)) * load(grid);
 }
 
 // The same of whole numbers: x int16 `[groups, steps, 8]`, x_sums `[M, groups]`. one: all groups have one scale.
@@ -75,8 +75,8 @@ LANE_FN void int_dot_block(
   const uint8_t* codes = w.codes + block * w.groups * w.steps * BITS * LANES;
   F total[M];
   I part[M];
-  int32_t seen[M];
-  for (int m = 0; m < M; ++m) total[m] = all(0.0f), part[m] = all(0), seen[m] = 0;
+  int32_t x_sum[M];
+  for (int m = 0; m < M; ++m) total[m] = all(0.0f), part[m] = all(0), x_sum[m] = 0;
   for (int64_t g = 0; g < w.groups; ++g) {
     for (int64_t s = 0; s < w.steps; ++s, codes += BITS * LANES, x += STEP) {
 #pragma GCC unroll 4
@@ -90,11 +90,11 @@ LANE_FN void int_dot_block(
         }
       }
     }
-    for (int m = 0; m < M; ++m) seen[m] += x_sums[m * w.groups + g];
+    for (int m = 0; m < M; ++m) x_sum[m] += x_sums[m * w.groups + g];
     if (one && g + 1 < w.groups) continue;
     for (int m = 0; m < M; ++m) {
-      total[m] = total[m] + real_sums(part[m], seen[m], w.grid + (block * w.groups + g) * 2 * LANES, 0);
-      part[m] = all(0), seen[m] = 0;
+      total[m] = total[m] + real_sums(part[m], x_sum[m], w.grid + (block * w.groups + g) * 2 * LANES, 0);
+      part[m] = all(0), x_sum[m] = 0;
     }
   }
   for (int m = 0; m < M; ++m) store(y + m * wide + block * LANES, total[m]);
@@ -168,7 +168,7 @@ void unpack(const Weight& w, void* out, int kind, int threads) {
 }  // namespace
 
 // y `[m, 16 * blocks]`: x `[m, groups, steps, 8]` times the weight, in fp32. bits: 1, 2, 4 or 8.
-extern "C" void lanes_dot(
+extern "C" void interleaved_dot(
     const float* x, int64_t m, const uint8_t* codes, const float* grid, int64_t blocks, int64_t groups, int64_t steps,
     int bits, float* y, int threads) {
   const Weight w{codes, grid, blocks, groups, steps};
@@ -176,7 +176,7 @@ extern "C" void lanes_dot(
   run(x, m, w, y, threads);
 }
 
-extern "C" void lanes_int_dot(
+extern "C" void interleaved_int_dot(
     const int16_t* x, int64_t m, const int32_t* x_sums, const uint8_t* codes, const float* grid, int64_t blocks,
     int64_t groups, int64_t steps, int bits, int one, float* y, int threads) {
   const Weight w{codes, grid, blocks, groups, steps};
@@ -184,7 +184,7 @@ extern "C" void lanes_int_dot(
   run(x, m, x_sums, w, one, y, threads);
 }
 
-extern "C" void lanes_unpack(
+extern "C" void interleaved_unpack(
     const uint8_t* codes, const float* grid, int64_t blocks, int64_t groups, int64_t steps, int bits, void* out, int kind,
     int threads) {
   const Weight w{codes, grid, blocks, groups, steps};
@@ -194,7 +194,7 @@ extern "C" void lanes_unpack(
 
 // Adds one group to y `[m, blocks, 16]`: from int32 sums of products `[m, blocks, 16]`, sums of x `[m]`, and the group's
 // grid, `apart` floats from block to block.
-extern "C" void lanes_add(
+extern "C" void interleaved_add(
     float* y, const int32_t* sums, const int32_t* x_sums, const float* grid, int64_t apart, int64_t m, int64_t blocks,
     int offset, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)

@@ -1,6 +1,6 @@
-"""Calls of `products.cpp`: products with the lanes of a packed weight, and blocks of it dequantised.
+"""Calls `products.cpp`: multiplies with a row-interleaved weight, or dequantises blocks of it.
 
-Inside: `codes [B, G, S, bits * 16]`, `grid [B, G, 32]` and the steps of x `[M, G, S, 8]`; see cpu_lanes.
+It takes `codes [B, G, S, bits * 16]`, `grid [B, G, 32]` and the steps of x, `[M, G, S, 8]`, as interleaved.py has them.
 """
 
 from __future__ import annotations
@@ -25,40 +25,40 @@ PARALLEL_FROM = 1 << 15  # products, from which a second thread pays
 size, number, pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
 WEIGHT = (pointer, pointer, size, size, size, number)  # codes, grid, blocks, groups, steps, bits
 FUNCTIONS = {
-    "lanes_dot": (pointer, size, *WEIGHT, pointer, number),
-    "lanes_int_dot": (pointer, size, pointer, *WEIGHT, number, pointer, number),
-    "lanes_unpack": (*WEIGHT, pointer, number, number),
-    "lanes_add": (pointer, pointer, pointer, pointer, size, size, size, number, number),
+    "interleaved_dot": (pointer, size, *WEIGHT, pointer, number),
+    "interleaved_int_dot": (pointer, size, pointer, *WEIGHT, number, pointer, number),
+    "interleaved_unpack": (*WEIGHT, pointer, number, number),
+    "interleaved_add": (pointer, pointer, pointer, pointer, size, size, size, number, number),
 }
 
 
 @cache
-def library() -> Any:
-    """The compiled functions; None if they do not compile or compute something else."""
-    return native(Path(__file__).with_suffix(".cpp"), FUNCTIONS, _is_right)
+def kernels() -> Any:
+    """Returns the compiled functions, or None if they do not compile or fail the self-test."""
+    return native(Path(__file__).with_suffix(".cpp"), FUNCTIONS, self_test)
 
 
 def _functions() -> Any:
-    functions = library()
+    functions = kernels()
     if functions is None:
         raise UnsuitableError("products.cpp does not run")  # the log says why
     return functions
 
 
-def dot(x: Tensor, lanes: InterleavedWeight, functions: Any = None) -> Tensor:
-    """`[M, 16 * B]` fp32: fp32 x `[M, K]` times the weight. functions: default `library()`.
+def dot(x: Tensor, weight: InterleavedWeight, functions: Any = None) -> Tensor:
+    """Multiplies fp32 x `[M, K]` with the weight; returns fp32 `[M, 16 * B]`. functions: default `kernels()`.
 
     Raises:
         UnsuitableError: if the C++ does not run here.
     """
     functions = _functions() if functions is None else functions
-    steps, y = lanes.steps(x).contiguous(), _result(x, lanes)
-    functions.lanes_dot(steps.data_ptr(), x.shape[0], *_weight(lanes), y.data_ptr(), _threads(y, steps))
+    steps, y = weight.steps(x).contiguous(), _result(x, weight)
+    functions.interleaved_dot(steps.data_ptr(), x.shape[0], *_arguments(weight), y.data_ptr(), _threads(y, steps))
     return y
 
 
-def int_dot(x: Tensor, lanes: InterleavedWeight, one: bool, functions: Any = None) -> Tensor:
-    """`[M, 16 * B]` fp32: whole numbers x `[M, K]` int16 times the weight, summed as integers within each group.
+def int_dot(x: Tensor, weight: InterleavedWeight, one: bool, functions: Any = None) -> Tensor:
+    """Multiplies int16 x `[M, K]` with the weight, summed as integers within each group; returns fp32 `[M, 16 * B]`.
 
     one: there is one scale a row, so that all is summed before it is scaled.
 
@@ -66,10 +66,10 @@ def int_dot(x: Tensor, lanes: InterleavedWeight, one: bool, functions: Any = Non
         UnsuitableError: if the C++ does not run here.
     """
     functions = _functions() if functions is None else functions
-    steps, y = lanes.steps(x).contiguous(), _result(x, lanes)
+    steps, y = weight.steps(x).contiguous(), _result(x, weight)
     x_sums = steps.sum((2, 3), dtype=torch.int32)  # [M, G]
     pointers = steps.data_ptr(), x.shape[0], x_sums.data_ptr()
-    functions.lanes_int_dot(*pointers, *_weight(lanes), one, y.data_ptr(), _threads(y, steps))
+    functions.interleaved_int_dot(*pointers, *_arguments(weight), one, y.data_ptr(), _threads(y, steps))
     return y
 
 
@@ -87,7 +87,9 @@ def unpack(codes: Tensor, grid: Tensor, bits: int, out: Tensor, as_codes: bool =
 def _unpack(functions: Any, codes: Tensor, grid: Tensor, bits: int, out: Tensor, as_codes: bool = False) -> None:
     kind = CODES if as_codes else KINDS[out.dtype]
     threads = torch.get_num_threads() if out.numel() >= PARALLEL_FROM else 1
-    functions.lanes_unpack(codes.data_ptr(), grid.data_ptr(), *codes.shape[:3], bits, out.data_ptr(), kind, threads)
+    functions.interleaved_unpack(
+        codes.data_ptr(), grid.data_ptr(), *codes.shape[:3], bits, out.data_ptr(), kind, threads
+    )
 
 
 def add(y: Tensor, sums: Tensor, x_sums: Tensor, grid: Tensor, bits: int) -> None:
@@ -102,31 +104,31 @@ def add(y: Tensor, sums: Tensor, x_sums: Tensor, grid: Tensor, bits: int) -> Non
 def _add(functions: Any, y: Tensor, sums: Tensor, x_sums: Tensor, grid: Tensor, bits: int) -> None:
     pointers = (t.data_ptr() for t in (y, sums, x_sums, grid))
     threads = torch.get_num_threads() if y.numel() >= PARALLEL_FROM else 1
-    functions.lanes_add(*pointers, grid.stride(0), *y.shape[:2], OFFSET if bits == 8 else 0, threads)
+    functions.interleaved_add(*pointers, grid.stride(0), *y.shape[:2], OFFSET if bits == 8 else 0, threads)
 
 
-def _result(x: Tensor, lanes: InterleavedWeight) -> Tensor:
-    return torch.empty(x.shape[0], lanes.codes.shape[0] * LANES)
+def _result(x: Tensor, weight: InterleavedWeight) -> Tensor:
+    return torch.empty(x.shape[0], weight.codes.shape[0] * LANES)
 
 
-def _weight(lanes: InterleavedWeight) -> tuple[int, ...]:
-    return lanes.codes.data_ptr(), lanes.grid.data_ptr(), *lanes.codes.shape[:3], lanes.bits
+def _arguments(weight: InterleavedWeight) -> tuple[int, ...]:
+    return weight.codes.data_ptr(), weight.grid.data_ptr(), *weight.codes.shape[:3], weight.bits
 
 
 def _threads(y: Tensor, steps: Tensor) -> int:
     return torch.get_num_threads() if y.shape[1] * steps.numel() >= PARALLEL_FROM else 1
 
 
-def _is_right(functions: Any) -> bool:
-    """One small weight of each width, exact in fp32 and in bf16."""
-    return all(_is_right_for(functions, bits) for bits in (1, 2, 4, 8))
+def self_test(functions: Any) -> bool:
+    """Checks one small weight of each width, exact in fp32 and in bf16."""
+    return all(_self_test_of(functions, bits) for bits in (1, 2, 4, 8))
 
 
-def _is_right_for(functions: Any, bits: int) -> bool:
+def _self_test_of(functions: Any, bits: int) -> bool:
     codes = torch.arange(3 * 2 * 2 * bits * LANES, dtype=torch.int32).mul(37).to(torch.uint8).view(3, 2, 2, -1)
     zero = 2.0 ** (bits - 1)
     grid = torch.tensor([0.5, zero]).repeat_interleave(LANES).repeat(3, 2, 1)
-    lanes = InterleavedWeight(codes, grid, bits, (48, 32), 16)
+    interleaved = InterleavedWeight(codes, grid, bits, (48, 32), 16)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
     fields = (codes.view(3, 2, 2, bits, LANES, 1) >> shifts) & (2**bits - 1)  # [block, group, step, byte, row, code]
     weight = (fields.permute(1, 2, 3, 5, 0, 4).contiguous().view(2, 2, STEP, 3, LANES).float() - zero) * 0.5
@@ -136,17 +138,17 @@ def _is_right_for(functions: Any, bits: int) -> bool:
     blocks = [torch.empty(2, 2, STEP, 3, LANES, dtype=dtype) for dtype in KINDS]
     for block in blocks:
         _unpack(functions, codes, grid, bits, block)
-    steps = weight * 2 + zero - (OFFSET if bits == 8 else 0)
-    in_fp32 = torch.empty_like(steps)
+    centered = weight * 2 + zero - (OFFSET if bits == 8 else 0)
+    in_fp32 = torch.empty_like(centered)
     _unpack(functions, codes, grid, bits, in_fp32, as_codes=True)
     y = torch.zeros(7, 3, LANES)
-    sums = ((x @ steps.view(32, 48).long()).int()).view(7, 3, LANES)
+    sums = ((x @ centered.view(32, 48).long()).int()).view(7, 3, LANES)
     _add(functions, y, sums, x.sum(1, dtype=torch.int32), grid[:, 1], bits)
     return (
-        torch.equal(dot(x.float(), lanes, functions), want)
-        and all(torch.equal(int_dot(x.short(), lanes, one, functions), want) for one in (False, True))
+        torch.equal(dot(x.float(), interleaved, functions), want)
+        and all(torch.equal(int_dot(x.short(), interleaved, one, functions), want) for one in (False, True))
         and all(torch.equal(block.float(), weight) for block in blocks[:2])
-        and torch.equal(blocks[2].float(), steps)
-        and torch.equal(in_fp32, steps)
+        and torch.equal(blocks[2].float(), centered)
+        and torch.equal(in_fp32, centered)
         and torch.equal(y.view(7, 48), want)
     )

@@ -1,8 +1,8 @@
-"""Products with a packed weight on the CPU: which way suits a call, and the ways that any call can go.
+"""Multiplies with a packed weight on the CPU: chooses the way for a call, and holds those that any call can go.
 
 Up to `ROWS` rows of x (or `FEW_ROWS`), C++ multiplies codes as it unpacks them, in fp32: nothing is dequantised in
-memory. More rows of bf16 go the way of cpu_bf16, where the CPU has its instructions. Elsewhere blocks of the weight
-that fit the cache are dequantised one after the other and multiplied by ATen.
+memory. More rows of bf16 go to avx512_bf16.py, where the CPU has its instructions. Elsewhere blocks of the weight that
+fit the cache are dequantised one after the other and multiplied by ATen.
 Tables of levels and machines without a C++ compiler take plain tensor operations, block by block too.
 
 fp16 is computed in fp32: CPUs multiply it many times slower. bf16 is, where the CPU has no instructions for it.
@@ -48,21 +48,21 @@ def qmatmul_cpu(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation
             except UnsuitableError as error:
                 logger.debug("qmatmul dequantises in every call: %s", error)
         y = _plain(rows, weight) if y is None else y[:, : weight.shape[0]]
-    return finish(y, bias, activation, x.dtype).view(*x.shape[:-1], weight.shape[0])
+    return epilogue(y, bias, activation, x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
 def without_autocast() -> AbstractContextManager[Any]:
-    """No autocast inside: it would change dtypes."""
+    """Returns a context without autocast, which would change dtypes."""
     return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
 
 
 def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x as `[M, K]`, contiguous."""
+    """Reshapes x to `[M, K]`, contiguous."""
     return x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
 
 
-def finish(y: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype) -> Tensor:
-    """Bias and activation in fp32, one cast; contiguous."""
+def epilogue(y: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype) -> Tensor:
+    """Adds bias and applies the activation in fp32, then casts once; contiguous."""
     if bias is not None:
         y = y.float() + bias.float()
     return ACTIVATIONS[activation].function(y).to(dtype).contiguous()
@@ -70,7 +70,7 @@ def finish(y: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype) 
 
 @cache
 def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a CPU multiplies fast: fp32 for fp16, and for bf16 without instructions for it."""
+    """Returns the dtype that a CPU multiplies fast: fp32 for fp16, and for bf16 without instructions for it."""
     able = any(has(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return dtype if dtype == torch.bfloat16 and able else torch.float32
 
@@ -78,14 +78,14 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
 def _are_few(x: Tensor) -> bool:
     """Whether the codes of the weight are multiplied as they are unpacked, in fp32."""
     m = x.shape[0]
-    if m > ROWS and x.dtype == torch.bfloat16 and avx512_bf16.suits(m):
+    if m > ROWS and x.dtype == torch.bfloat16 and avx512_bf16.supports(m):
         return False
     return m <= FEW_ROWS[x.dtype]
 
 
 def _many(x: Tensor, weight: PackedWeight) -> Tensor:
-    """`[M, N or more]`, in fp32 or the dtype of x."""
-    if x.dtype == torch.bfloat16 and avx512_bf16.suits(x.shape[0]):
+    """Multiplies many rows x; returns `[M, N or more]`, in fp32 or the dtype of x."""
+    if x.dtype == torch.bfloat16 and avx512_bf16.supports(x.shape[0]):
         try:
             return avx512_bf16.multiply(x, interleaved(weight))
         except UnsuitableError as error:
@@ -96,11 +96,11 @@ def _many(x: Tensor, weight: PackedWeight) -> Tensor:
 
 
 def _by_blocks(x: Tensor, weight: PackedWeight) -> Tensor:
-    lanes = interleaved(weight)
-    steps = lanes.steps(x).flatten(1)
-    y = x.new_empty(x.shape[0], lanes.codes.shape[0] * LANES)
+    blocks = interleaved(weight)
+    steps = blocks.steps(x).flatten(1)
+    y = x.new_empty(x.shape[0], blocks.codes.shape[0] * LANES)
     done = 0
-    for block, _ in dequantized(lanes, x.dtype, BLOCK):
+    for block, _ in dequantized(blocks, x.dtype, BLOCK):
         columns = block.view(steps.shape[1], -1)
         torch.mm(steps, columns, out=y[:, done : done + columns.shape[1]])
         done += columns.shape[1]
@@ -108,19 +108,19 @@ def _by_blocks(x: Tensor, weight: PackedWeight) -> Tensor:
 
 
 def dequantized(
-    lanes: InterleavedWeight, dtype: torch.dtype, size: int, as_codes: bool = False
+    weight: InterleavedWeight, dtype: torch.dtype, size: int, as_codes: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Blocks of the weight and their grids, as `unpack` makes them: each overwrites the one before.
+    """Yields blocks of the weight and their grids, as `unpack` makes them: each overwrites the one before.
 
-    About `size` elements at a time, at least two blocks of lanes. Memory taken anew for each would cost more in page
+    About `size` elements at a time, at least two blocks of rows. Memory taken anew for each would cost more in page
     faults than the passes that fill it.
     """
-    count, *steps = lanes.codes.shape[:3]
-    parts = max(1, min(count // 2, count * LANES * lanes.groups * lanes.width // size))
-    buffer = torch.empty(*steps, STEP, -(-count // parts), LANES, dtype=dtype)
-    for codes, grid in zip(lanes.codes.tensor_split(parts), lanes.grid.tensor_split(parts), strict=True):
+    count, *steps = weight.codes.shape[:3]
+    pieces = max(1, min(count // 2, count * LANES * weight.groups * weight.width // size))
+    buffer = torch.empty(*steps, STEP, -(-count // pieces), LANES, dtype=dtype)
+    for codes, grid in zip(weight.codes.tensor_split(pieces), weight.grid.tensor_split(pieces), strict=True):
         block = buffer.flatten()[: codes.shape[0] * buffer[..., 0, :].numel()].view(*steps, STEP, -1, LANES)
-        unpack(codes, grid, lanes.bits, block, as_codes)
+        unpack(codes, grid, weight.bits, block, as_codes)
         yield block, grid
 
 

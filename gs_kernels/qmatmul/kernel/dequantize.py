@@ -51,7 +51,7 @@ def same_strides(scale: Tensor, zero_points: Tensor | None) -> Tensor | None:
     )
 
 
-def parts_of(weight: PackedWeight) -> Tensors:
+def kernel_tensors(weight: PackedWeight) -> Tensors:
     """The tensors of a weight as kernels read them: zero points are laid out as the scales are."""
     codes, scale, zero_points, zero, levels = tensors_of(weight)
     return codes, scale, same_strides(scale, zero_points), zero, levels
@@ -59,7 +59,7 @@ def parts_of(weight: PackedWeight) -> Tensors:
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Gives the real values `[N, K]` of a weight, in dtype."""
-    codes, scale, zero_points, zero, levels = parts_of(weight)
+    codes, scale, zero_points, zero, levels = kernel_tensors(weight)
     n, k = weight.shape
     w = codes.new_empty(n, k, dtype=dtype)
     launch(

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from gs_kernels.pack.kernel import code_block, code_factor, code_middle, load_grid
 from gs_kernels.pack.layouts import PackedWeight
-from gs_kernels.qmatmul.kernel.dequantize import grouping, parts_of
-from gs_kernels.qmatmul.kernel.reduce import epilogue, reduce_parts
+from gs_kernels.qmatmul.kernel.dequantize import grouping, kernel_tensors
+from gs_kernels.qmatmul.kernel.reduce import epilogue, reduce_partials
 from gs_kernels.qmatmul.tiles import Plan
 from gs_kernels.runtime.dispatch import launch
 
@@ -123,11 +123,11 @@ def multiply_int8(
 
     x_sums: of each 128 codes of a row of x, `[ceil(K / 128), M]`, fp32 for fp8, if they are known.
     """
-    codes, scale, zero_points, zero, _ = parts_of(weight)
+    codes, scale, zero_points, zero, _ = kernel_tensors(weight)
     (n, k), m = weight.shape, x.shape[0]
     blocks, group = -(-k // 128), 0 if scale.shape[1] == 1 else grouping(k, weight.group_size)
     y = x.new_empty(m, n, dtype=dtype)
-    split = plan.parts(blocks)
+    split = plan.partials(blocks)
     sums = y if split == 1 else x.new_empty(split, m, n, dtype=torch.float32)
     stride_xs = 1 if x_scale.shape[0] == m else 0
     tiles = -(-m // plan.block_m) * -(-n // plan.block_n)
@@ -141,5 +141,5 @@ def multiply_int8(
         num_warps=plan.warps, num_stages=plan.stages,
     )
     if split > 1:
-        reduce_parts(y, sums, bias, activation, x_scale=x_scale, stride_xs=stride_xs, shift=shift)
+        reduce_partials(y, sums, bias, activation, x_scale=x_scale, stride_xs=stride_xs, shift=shift)
     return y

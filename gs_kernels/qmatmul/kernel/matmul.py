@@ -7,8 +7,8 @@ from torch import Tensor
 
 from gs_kernels.pack.kernel import dequantize_block, weight_unit
 from gs_kernels.pack.layouts import PackedWeight
-from gs_kernels.qmatmul.kernel.dequantize import grouping, parts_of
-from gs_kernels.qmatmul.kernel.reduce import epilogue, reduce_parts
+from gs_kernels.qmatmul.kernel.dequantize import grouping, kernel_tensors
+from gs_kernels.qmatmul.kernel.reduce import epilogue, reduce_partials
 from gs_kernels.qmatmul.tiles import Plan
 from gs_kernels.runtime.dispatch import launch
 
@@ -90,11 +90,11 @@ def multiply(
     x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str, plan: Plan, asm: bool,
 ) -> Tensor:
     """`[M, N]` from x `[M, K]`, contiguous along K, by the plan's tiles."""
-    codes, scale, zero_points, zero, levels = parts_of(weight)
+    codes, scale, zero_points, zero, levels = kernel_tensors(weight)
     n, k = weight.shape
     group, m, blocks = grouping(k, weight.group_size), x.shape[0], -(-k // 128)
     y = x.new_empty(m, n)
-    split = plan.parts(blocks)
+    split = plan.partials(blocks)
     sums = y if split == 1 else x.new_empty(split, m, n, dtype=torch.float32)
     tiles = -(-m // plan.block_m) * -(-n // plan.block_n)
     launch(
@@ -107,5 +107,5 @@ def multiply(
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=plan.warps, num_stages=plan.stages,
     )
     if split > 1:
-        reduce_parts(y, sums, bias, activation)
+        reduce_partials(y, sums, bias, activation)
     return y

@@ -1,4 +1,4 @@
-"""What follows a sum over K, and the kernel that first adds the parts of it which split-K leaves.
+"""Applies what follows a sum over K, and first adds the partial sums that split-K leaves.
 
 One of each serves products and convolutions, of floats and of 8-bit codes: what a caller does not give is compiled out.
 """
@@ -14,13 +14,13 @@ from gs_kernels.triton_lib import activate, clamp, inverse, steps
 
 @triton.jit
 def in_units(n, UNIT: tl.constexpr):
-    """n, a multiple of UNIT, so that the compiler sees that: without help it only looks for multiples of 16."""
+    """Tells the compiler that n is a multiple of UNIT: without help it only looks for multiples of 16."""
     return n // UNIT * UNIT
 
 
 @triton.jit
 def pixels(offs_m, M, P, Q):
-    """Image, row and column of pixels of y; those behind the last are the last: read, not stored."""
+    """Returns image, row and column of pixels of y; those behind the last are the last: read, not stored."""
     rows = tl.minimum(offs_m, M - 1)
     inside = rows % (P * Q)
     return rows // (P * Q), inside // Q, inside % Q
@@ -33,7 +33,7 @@ def epilogue(
     x_scale_ptr, shift_ptr, bias_ptr, residual_ptr, residual_scale_ptr, residual_zero_ptr, out_scale_ptr, out_zero_ptr,
     ACTIVATION: tl.constexpr, UNIT: tl.constexpr,
 ):
-    """From sums `[BLOCK_M, BLOCK_N]` to the result: `f((y - shift) * x_scale + bias + residual)`, or codes of it.
+    """Makes the result of sums `[BLOCK_M, BLOCK_N]`: `f((y - shift) * x_scale + bias + residual)`, or codes of it.
 
     The order is that of the references. Everything of which the pointer is None is left out.
 
@@ -77,16 +77,16 @@ def epilogue(
 @triton.jit
 def _reduce_kernel(
     y_ptr,
-    parts_ptr, scale_ptr, x_zero_ptr, code_sums_ptr, x_scale_ptr, shift_ptr, bias_ptr,
+    partials_ptr, scale_ptr, x_zero_ptr, code_sums_ptr, x_scale_ptr, shift_ptr, bias_ptr,
     residual_ptr, residual_scale_ptr, residual_zero_ptr, out_scale_ptr, out_zero_ptr,
     M, N, P, Q, K,
     stride_sn, stride_xs, stride_rb, stride_rc, stride_rh, stride_rw,
     ZERO: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT_K: tl.constexpr, UNIT_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """The sum of the parts `[SPLIT_K, M, N]` in their order, whatever order they were made in, and what follows it.
+    """Adds the partials `[SPLIT_K, M, N]` in their order, whatever order they were made in, then the epilogue.
 
-    scale_ptr: of a weight, whose zero point is ZERO, if parts are int32: twice the sums of `(code - zero) * x`.
+    scale_ptr: of a weight, whose zero point is ZERO, if partials are int32: twice the sums of `(code - zero) * x`.
     """
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -95,10 +95,10 @@ def _reduce_kernel(
     mask_n = offs_n < N
     mask = mask_m[:, None] & mask_n[None, :]
     offs = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-    y = tl.load(parts_ptr + offs, mask=mask, other=0)
+    y = tl.load(partials_ptr + offs, mask=mask, other=0)
     for _ in tl.static_range(SPLIT_K - 1):
-        parts_ptr += tl.cast(M, tl.int64) * N
-        y += tl.load(parts_ptr + offs, mask=mask, other=0)
+        partials_ptr += tl.cast(M, tl.int64) * N
+        y += tl.load(partials_ptr + offs, mask=mask, other=0)
     if scale_ptr is not None:
         exist = tl.minimum(offs_n, N - 1)
         if x_zero_ptr is not None:
@@ -127,35 +127,35 @@ def strides_of(t: Tensor | None) -> tuple[int, ...]:
 
 
 def unit_of(image: Tensor | None, channels: int = 8) -> int:
-    """8 if pixels of an image are a multiple of 8 elements apart, and so many channels a multiple of 8, else 1."""
+    """Returns 8 if pixels of an image are a multiple of 8 elements apart, and channels are a multiple of 8, else 1."""
     strides = () if image is None else image.stride()
     return 8 if channels % 8 == 0 and all(n % 8 == 0 for axis, n in enumerate(strides) if axis != 1) else 1
 
 
-def reduce_parts(
-    y: Tensor, parts: Tensor, bias: Tensor | None, activation: str, *,
+def reduce_partials(
+    y: Tensor, partials: Tensor, bias: Tensor | None, activation: str, *,
     weight: tuple[Tensor, float, int] | None = None, x_zero: Tensor | None = None, code_sums: Tensor | None = None,
     x_scale: Tensor | None = None, stride_xs: int | None = None, shift: Tensor | None = None,
-    into: tuple[Tensor | None, ...] = NOTHING,
+    requant: tuple[Tensor | None, ...] = NOTHING,
 ) -> None:
-    """Writes y `[M, N]`, or `[B, N, P, Q]` channels-last, from the parts `[SPLIT_K, M, N]` of its sums.
+    """Writes y `[M, N]`, or `[B, N, P, Q]` channels-last, from the partial sums `[SPLIT_K, M, N]`.
 
     Args:
-        weight: scale, zero point and K of the weight that int32 parts still have to be scaled by.
+        weight: scale, zero point and K of the weight that int32 partials still have to be scaled by.
         x_zero, code_sums: of an image of codes with a zero point.
         x_scale, stride_xs: as `epilogue` takes them; shift: too.
-        into: residual, its scale and zero point, scale and zero point of y.
+        requant: residual, its scale and zero point, scale and zero point of y.
     """
-    split, m, n = parts.shape
+    split, m, n = partials.shape
     p, q = (1, 1) if y.dim() == 2 else y.shape[2:]
     scale, zero, k = (None, 0.0, 0) if weight is None else weight
     block_m = power_of_two(m, 4)
     block_n = ELEMENTS // block_m
     launch(
         _reduce_kernel, (-(-m // block_m), -(-n // block_n)),
-        y, parts, scale, x_zero, code_sums, x_scale, shift, bias, *into,
+        y, partials, scale, x_zero, code_sums, x_scale, shift, bias, *requant,
         m, n, p, q, k,
-        0 if scale is None else scale.stride(0), stride_xs, *strides_of(into[0]),
-        ZERO=zero, ACTIVATION=activation, SPLIT_K=split, UNIT_N=unit_of(into[0], n),
+        0 if scale is None else scale.stride(0), stride_xs, *strides_of(requant[0]),
+        ZERO=zero, ACTIVATION=activation, SPLIT_K=split, UNIT_N=unit_of(requant[0], n),
         BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
     )
