@@ -273,8 +273,9 @@ class Packed(FixedDtypeBuffers, OffFastPath):
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast multiplies x in; None if it is off, or does not exist on the device of x (meta)."""
     kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else None
+    # Dynamo of PyTorch 2.11 cannot trace the question whether a device has autocast: those it compiles for do
+    exists = kind != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind))
+    return torch.get_autocast_dtype(kind) if exists and torch.is_autocast_enabled(kind) else None
 
 
 def zero_as(weight: PackedWeight, constant: bool) -> PackedWeight:
