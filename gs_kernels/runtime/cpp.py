@@ -1,8 +1,8 @@
-"""Files of C++, compiled once per kind of CPU, kept on disk and loaded as plain functions on pointers.
+"""Compiles C++ files for this CPU, keeps the libraries on disk and loads them as functions on pointers, by ctypes.
 
-They are compiled for the instruction sets of `instructions.vectors()`, which a file in the folder is named by, so that
-machines of several kinds may share a folder. It is `golden_stick` in `TORCHINDUCTOR_CACHE_DIR` where that is set, else
-in the user's folder of caches or of temporary files; where none can be written, one of this process alone.
+A library is compiled for the instruction sets of `instructions.vectors()`, which its file name tells, so that machines
+of several kinds may share the cache folder: `golden_stick` in `TORCHINDUCTOR_CACHE_DIR` if that is set, else in the
+user's cache folder or in the temporary folder. Where none can be written, each process compiles into one of its own.
 """
 
 from __future__ import annotations
@@ -37,17 +37,24 @@ VECTORS = {
 COMPILERS = ("g++", "c++", "clang++")
 
 _lock = threading.RLock()
-_said: set[str] = set()
+_logged: set[str] = set()
 
 
-def native(source: Path, functions: Mapping[str, Sequence[Any]], is_right: Callable[[Any], bool]) -> Any:
-    """Compiles a C++ file and returns its void functions, or None, which is said once, if that fails or one is wrong.
+def load_cpp(
+    source: Path,
+    functions: Mapping[str, Sequence[Any]],
+    self_test: Callable[[Any], bool],
+    structs: Sequence[type[ctypes.Structure]] = (),
+) -> Any:
+    """Compiles a C++ file and returns its functions, or None (with one warning) if compilation or a check fails.
 
-    They may use OpenMP, `simd.h`, and any instructions that they name themselves by attributes.
+    The functions return void. They may use OpenMP, `simd.h`, and any instructions that they enable by attributes.
 
     Args:
-        functions: the types of their arguments.
-        is_right: whether they compute what they should: a CPU that is emulated may lack instructions that it reports.
+        functions: the argument types of each.
+        self_test: whether they compute what they should: an emulated CPU may lack instructions that it reports.
+        structs: what their arguments point to. For each, `_Name` or `Name`, the file exports its size:
+            `extern "C" const int64_t sizeof_Name = sizeof(Name);`.
     """
     file = f"{source.parent.name}/{source.name}"
     try:
@@ -57,35 +64,49 @@ def native(source: Path, functions: Mapping[str, Sequence[Any]], is_right: Calla
             function = getattr(library, name)
             function.argtypes, function.restype = argtypes, None
     except (RuntimeError, OSError, AttributeError) as error:
-        say_uncompiled(f"{file} is replaced by tensor operations", error)
+        log_uncompiled(f"{file} is replaced by tensor operations", error)
         return None
-    if is_right(library):
+    for struct in structs:
+        name = struct.__name__.lstrip("_")
+        size = _exported_size(library, name)
+        if size != ctypes.sizeof(struct):
+            text = "%s is replaced by tensor operations: its struct %s has %s bytes, and has %d bytes in Python"
+            logger.warning(text, file, name, size, ctypes.sizeof(struct))
+            return None
+    if self_test(library):
         return library
     logger.warning("the compiled %s computes wrong results; the slower way is taken", file)
     return None
 
 
-def say_uncompiled(what: str, error: BaseException) -> None:
-    """Says, as a warning once in a process, that something runs slower than it could."""
+def _exported_size(library: ctypes.CDLL, name: str) -> int | str:
+    try:
+        return ctypes.c_int64.in_dll(library, f"sizeof_{name}").value
+    except ValueError:
+        return "none exported"
+
+
+def log_uncompiled(what: str, error: BaseException) -> None:
+    """Warns that something runs slower than it could; after the first time in a process, as INFO."""
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    level = logging.INFO if "uncompiled" in _said else logging.WARNING
-    _said.add("uncompiled")
+    level = logging.INFO if "uncompiled" in _logged else logging.WARNING
+    _logged.add("uncompiled")
     text = "%s, several times slower: compiling failed (%s); install a C++ compiler"
     logger.log(level, text, what, reason)
 
 
-def say_compiling(what: str, folder: Path | str) -> None:
-    """Says, once in a process, why a call takes seconds, and that it does not the next time."""
-    if "compiling" not in _said:
-        _said.add("compiling")
+def log_compiling(what: str, folder: Path | str) -> None:
+    """Warns, once in a process, that a call takes seconds because it compiles, and the next one will not."""
+    if "compiling" not in _logged:
+        _logged.add("compiling")
         logger.warning("compiling for this CPU, once: %s; kept in %s", what, folder)
 
 
 def _library(source: Path, file: str) -> ctypes.CDLL:
-    """Raises OSError or RuntimeError, with the reason, if there is none."""
+    """Loads the library from a cache folder, or compiles it; raises OSError or RuntimeError if neither works."""
     flags = (*FLAGS, *VECTORS[vectors()])
-    about = (source.read_bytes(), HEADER.read_bytes(), " ".join(flags).encode(), platform.machine().encode())
-    name = f"{source.parent.name}_{source.stem}_{hashlib.sha256(b'|'.join(about)).hexdigest()[:16]}.so"
+    inputs = (source.read_bytes(), HEADER.read_bytes(), " ".join(flags).encode(), platform.machine().encode())
+    name = f"{source.parent.name}_{source.stem}_{hashlib.sha256(b'|'.join(inputs)).hexdigest()[:16]}.so"
     folders = _folders()
     for folder in folders:
         if (folder / name).is_file() and _is_ours(folder):
@@ -94,7 +115,7 @@ def _library(source: Path, file: str) -> ctypes.CDLL:
             except OSError as error:  # of another system, or where nothing may be executed
                 logger.info("%s is compiled again: %s", file, error)
     with _writable(folders) as place:
-        say_compiling(file, place)
+        log_compiling(file, place)
         try:
             return _load(_compile(source, flags, place / name), place)
         except OSError as error:
@@ -115,7 +136,7 @@ def _load(path: Path, place: Path) -> ctypes.CDLL:
 
 
 def _folders() -> list[Path]:
-    """Where compiled code may be kept, the best first."""
+    """Lists the folders in which compiled code may be kept, the best first."""
     given = variable("TORCHINDUCTOR_CACHE_DIR")
     temporary = Path(tempfile.gettempdir())
     # PyTorch itself sets the variable to its default, in the middle of a process
@@ -129,16 +150,16 @@ def _folders() -> list[Path]:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether nobody else, but for the administrator, may put code there; so also if there is no such folder."""
+    """Returns whether only this user and the administrator may put code there; True if there is no such folder."""
     if not folder.exists() or not hasattr(os, "getuid"):
         return True
-    about = folder.stat()
-    return about.st_uid in (0, os.getuid()) and not about.st_mode & 0o022
+    status = folder.stat()
+    return status.st_uid in (0, os.getuid()) and not status.st_mode & 0o022
 
 
 @contextmanager
 def _writable(folders: Sequence[Path]) -> Iterator[Path]:
-    """The first of the folders that can be written, or one that is gone afterwards: what was loaded stays loaded."""
+    """Yields the first folder that can be written, or a temporary one: what was loaded from it stays loaded."""
     reasons = []
     for folder in folders:
         try:
@@ -152,8 +173,8 @@ def _writable(folders: Sequence[Path]) -> Iterator[Path]:
         else:
             yield folder
             return
-    if "unwritable" not in _said:
-        _said.add("unwritable")
+    if "unwritable" not in _logged:
+        _logged.add("unwritable")
         text = "compiled code cannot be kept, so every process compiles anew: %s; set TORCHINDUCTOR_CACHE_DIR"
         logger.warning(text, "; ".join(reasons))
     with tempfile.TemporaryDirectory(prefix="golden_stick_") as place:
@@ -161,7 +182,7 @@ def _writable(folders: Sequence[Path]) -> Iterator[Path]:
 
 
 def _compile(source: Path, flags: Sequence[str], target: Path) -> Path:
-    """Writes the target at once, so that no other process loads a part of it."""
+    """Compiles to a draft and renames it, so that no other process loads half a library."""
     compiler = _compiler()
     handle, part = tempfile.mkstemp(prefix=target.stem, suffix=".part", dir=target.parent)
     os.close(handle)
@@ -179,10 +200,10 @@ def _compile(source: Path, flags: Sequence[str], target: Path) -> Path:
 
 
 def _compiler() -> list[str]:
-    found = _which()
-    if found is None:
+    compiler = _which()
+    if compiler is None:
         raise RuntimeError(f"none of {variable('CXX') or ', '.join(COMPILERS)} is in PATH")
-    return found
+    return compiler
 
 
 def _which() -> list[str] | None:

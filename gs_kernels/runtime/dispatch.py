@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-_said: set[tuple[str, str]] = set()
+_logged: set[tuple[str, str]] = set()
 
 
 class UnsupportedError(RuntimeError):
@@ -57,8 +57,8 @@ def choose(op: str, impls: Sequence[Impl], *args: Any) -> Impl:
     for impl in impls:
         reasons = impl.refuses(*args)
         if not reasons:
-            if refusals and (op, impl.name) not in _said:
-                _said.add((op, impl.name))
+            if refusals and (op, impl.name) not in _logged:
+                _logged.add((op, impl.name))
                 logger.info("%s runs as '%s': %s", op, impl.name, "; ".join(refusals))
             return impl
         refusals += [f"{impl.name} {reason}" for reason in reasons]

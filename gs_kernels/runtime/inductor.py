@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.runtime.cpp import say_compiling, say_uncompiled
+from gs_kernels.runtime.cpp import log_compiling, log_uncompiled
 from gs_kernels.runtime.instructions import described
 from gs_kernels.runtime.torch_private import inductor_cache_dir, standalone_compiler, vector_bits
 
@@ -74,12 +74,12 @@ def _compile(chain: Chain, variant: Hashable, example: Callable[[], tuple[Any, .
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
             options, mark = {**options, **_width()}, _mark_of(chain, variant)
             if not mark.exists():
-                say_compiling(chain.__name__, mark.parent.parent)
+                log_compiling(chain.__name__, mark.parent.parent)
             run = _compile_for(chain, example(), options)
             _leave(mark)
             return run
     except FAILURES as error:
-        say_uncompiled("CPU chains run uncompiled", error)
+        log_uncompiled("CPU chains run uncompiled", error)
         _usable = False
         return chain
 

@@ -289,3 +289,9 @@ extern "C" void slb_sgd(const Logits* logits, const Array* dw, const Array* mome
     });
   });
 }
+
+// Compared with the structs of Python by `load_cpp`.
+extern "C" const int64_t sizeof_Array = sizeof(Array);
+extern "C" const int64_t sizeof_Logits = sizeof(Logits);
+extern "C" const int64_t sizeof_AdamW = sizeof(AdamW);
+extern "C" const int64_t sizeof_SGD = sizeof(SGD);

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gs_kernels.pack.pack import pack_codes
-from gs_kernels.runtime.cpp import native
+from gs_kernels.runtime.cpp import load_cpp
 from gs_kernels.slb.memory_format import empty_weight
 from gs_kernels.slb.ref import (
     TAU_MAX,
@@ -65,13 +65,13 @@ FUNCTIONS: dict[str, Sequence[Any]] = {
 
 
 @cache
-def library() -> Any:
-    """The compiled functions; None if they do not compile or compute something else."""
-    return native(Path(__file__).with_suffix(".cpp"), FUNCTIONS, _is_right)
+def kernels() -> Any:
+    """Returns the functions of `cpu.cpp`, or None if it does not compile or fails its self-test."""
+    return load_cpp(Path(__file__).with_suffix(".cpp"), FUNCTIONS, _self_test, (_Array, _Logits, _AdamW, _SGD))
 
 
-def _is_right(functions: Any) -> bool:
-    """One small weight."""
+def _self_test(functions: Any) -> bool:
+    """Compares one small weight with the reference."""
     logits, levels = torch.linspace(-3, 2, 3 * 5 * 20).cos().view(3, 5, 20), torch.linspace(-1, 1, 5)
     w, tau = torch.empty(3, 20), torch.full((1,), 0.3)
     functions.slb_weight(_logits(logits, levels, tau, None), _array(w), False)
@@ -129,7 +129,7 @@ def slb_weight_cpu(
     channels_last: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    functions = library()
+    functions = kernels()
     if functions is None:
         w = slb_weight_ref(logits, levels, temperature, scale, hard=hard, shape=shape, dtype=dtype)
     else:
@@ -148,7 +148,7 @@ def slb_weight_backward_cpu(
     for_logits: bool,
     for_scale: bool,
 ) -> tuple[Tensor, Tensor]:
-    functions = library()
+    functions = kernels()
     if hard or functions is None:
         found = slb_weight_backward_ref(dw, logits, levels, temperature, scale, hard=hard)
         da = found[0].contiguous() if for_logits else logits.new_empty(0)
@@ -163,7 +163,7 @@ def slb_weight_backward_cpu(
 
 
 def slb_pack_cpu(logits: Tensor, bits: int) -> Tensor:
-    functions = library()
+    functions = kernels()
     if functions is None:
         return slb_pack_ref(logits, bits=bits)
     a, unused = _known(logits), torch.zeros(max(2, logits.shape[1]))
@@ -194,7 +194,7 @@ def slb_adamw__cpu(
     lr, t = lr if lr_tensor is None else lr_tensor.item(), step.item()
     if not t >= 1:
         raise ValueError(f"slb_adamw_: step must be the number of this step, 1 for the first, got {t}; count it before")
-    state, functions = (logits, exp_avg, exp_avg_sq), library()
+    state, functions = (logits, exp_avg, exp_avg_sq), kernels()
     if functions is None:
         kwargs: dict[str, Any] = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
         _assign(state, slb_adamw_ref(logits, dw, levels, temperature, exp_avg, exp_avg_sq, step, scale, **kwargs))
@@ -224,7 +224,7 @@ def slb_sgd__cpu(
     if frozen is not None and frozen.item():
         return
     lr = lr if lr_tensor is None else lr_tensor.item()
-    state, functions = (logits,) if momentum_buffer is None else (logits, momentum_buffer), library()
+    state, functions = (logits,) if momentum_buffer is None else (logits, momentum_buffer), kernels()
     if functions is None:
         kwargs: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         _assign(state, slb_sgd_ref(logits, dw, levels, temperature, momentum_buffer, scale, **kwargs))

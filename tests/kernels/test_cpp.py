@@ -6,15 +6,17 @@ import ctypes
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from gs_kernels.qconv2d.cpu import direct_int8
 from gs_kernels.runtime import cpp, inductor, instructions
 from gs_kernels.runtime.dispatch import INTERPRET
+from gs_kernels.slb import cpu as slb
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="compiled for the CPU")
 CODE = 'extern "C" void twice(float* x, int threads) { *x = 2 * *x; }\n'
@@ -28,9 +30,13 @@ assert (got - want).norm() < 0.02 * want.norm(), (got, want)
 """
 
 
+class Pair(ctypes.Structure):
+    _fields_ = [("a", ctypes.c_int64), ("b", ctypes.c_int64)]
+
+
 @pytest.fixture(autouse=True)
-def said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpp, "_said", set())
+def nothing_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpp, "_logged", set())
 
 
 def doubled(functions: Any) -> float:
@@ -39,8 +45,8 @@ def doubled(functions: Any) -> float:
     return x.value
 
 
-def load(source: Path, is_right: Callable[[Any], bool] = lambda _: True) -> Any:
-    return cpp.native(source, {"twice": (ctypes.c_void_p, ctypes.c_int)}, is_right)
+def load(source: Path, self_test: Callable[[Any], bool] = lambda _: True, structs: Sequence[Any] = ()) -> Any:
+    return cpp.load_cpp(source, {"twice": (ctypes.c_void_p, ctypes.c_int)}, self_test, structs)
 
 
 @pytest.fixture
@@ -114,6 +120,32 @@ def test_what_cannot_run_is_said_and_replaced(what: str, source: Path, tmp_path:
     said = [r.message for r in caplog.records if "several times slower" in r.message]
     assert len(said) == 1 and "install a C++ compiler" in said[0]
     assert not list(tmp_path.rglob("*.so")) and not list(tmp_path.rglob("*.part"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("exported", ["the size", "a larger size", "nothing"])
+def test_a_struct_whose_size_python_has_wrong_is_logged_and_the_code_replaced(
+    exported: str, source: Path, tmp_path: Path, monkeypatch, caplog
+):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kept"))
+    size = {"the size": 16, "a larger size": 24}.get(exported)
+    source.write_text(CODE + (f'extern "C" const long long sizeof_Pair = {size};\n' if size else ""))
+
+    def self_test(functions: Any) -> bool:
+        assert exported == "the size", "called with a struct that the code reads otherwise"
+        return doubled(functions) == 42
+
+    assert (load(source, self_test, [Pair]) is None) == (exported != "the size")
+    logged = [r.message for r in caplog.records if r.levelname == "WARNING" and "Pair" in r.message]
+    assert len(logged) == (exported != "the size")
+    assert all("has 16 bytes in Python" in text and str(size or "none") in text for text in logged)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kernels", [direct_int8.library, slb.kernels])
+def test_every_struct_of_the_code_of_this_package_has_the_size_that_python_gives_it(kernels: Any, caplog):
+    assert kernels.__wrapped__() is not None
+    assert "bytes in Python" not in caplog.text
 
 
 def test_a_layer_runs_without_a_compiler(tmp_path: Path):

@@ -81,7 +81,7 @@ def test_no_cpp_no_harm(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
         (avx512_bf16, "_call", lambda functions, x, weight: torch.zeros(()), "wrong results"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(cpp, "_said", set())
+            patch.setattr(cpp, "_logged", set())
             patch.setattr(target, name, broken)
             avx512_bf16.kernels.cache_clear()
             caplog.clear()

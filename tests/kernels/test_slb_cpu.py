@@ -22,8 +22,8 @@ def grid(levels, tau=1.0):
 def library(request, monkeypatch):
     """What CPUs run with a C++ compiler, and without."""
     if request.param == "reference":
-        monkeypatch.setattr(cpu, "library", lambda: None)
-    elif cpu.library() is None:
+        monkeypatch.setattr(cpu, "kernels", lambda: None)
+    elif cpu.kernels() is None:
         pytest.skip("needs a C++ compiler")
 
 
@@ -41,7 +41,7 @@ def test_weights_are_right_to_the_last_bits_down_to_where_they_vanish(library):
 
 def test_exponentials_are_right_to_the_last_bits():
     """Far below 0 the weight of levels 0 and 1 is the exponential itself, here to the base of 2."""
-    if cpu.library() is None:
+    if cpu.kernels() is None:
         pytest.skip("needs a C++ compiler")
     tau = torch.tensor([1.4426950408889634])
     assert (1 / tau.double()).float() * 1.4426950408889634 == 1.0  # so the exponent is the logit, exactly
@@ -124,11 +124,11 @@ def test_threads_change_no_bit(monkeypatch):
 
 
 def test_code_that_computes_something_else_is_not_used(monkeypatch, caplog):
-    monkeypatch.setattr(cpu, "_is_right", lambda functions: False)
-    cpu.library.cache_clear()
+    monkeypatch.setattr(cpu, "_self_test", lambda functions: False)
+    cpu.kernels.cache_clear()
     try:
         logits = torch.randn(3, 4, 20, generator=torch.Generator().manual_seed(0))
         assert torch.equal(slb_weight(logits, *grid(4)), slb_weight_ref(logits, *grid(4)))
         assert "slb/cpu.cpp" in caplog.text
     finally:
-        cpu.library.cache_clear()
+        cpu.kernels.cache_clear()

@@ -318,3 +318,10 @@ extern "C" void dense_int8(
     }
   }
 }
+
+// Compared with the structs of Python by `load_cpp`.
+extern "C" const int64_t sizeof_Image = sizeof(Image);
+extern "C" const int64_t sizeof_After = sizeof(After);
+extern "C" const int64_t sizeof_Sums = sizeof(Sums);
+extern "C" const int64_t sizeof_Residual = sizeof(Residual);
+extern "C" const int64_t sizeof_Sum = sizeof(Sum);

@@ -17,7 +17,7 @@ from torch.nn.functional import conv2d, pad
 
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.qconv2d.geometry import ConvGeometry
-from gs_kernels.runtime.cpp import native
+from gs_kernels.runtime.cpp import load_cpp
 
 LANES = 16  # channels of a depthwise convolution are a multiple of
 PARALLEL_FROM = 1 << 15  # products, or numbers of y, from which a second thread pays: measured
@@ -56,6 +56,9 @@ class _Sum(ctypes.Structure):
         *((name, single) for name in ("inverse", "fraction", "whole", "least", "largest")),
         *((name, number) for name in ("activation", "codes")),
     ]
+
+
+STRUCTS = (_Image, _After, _Sums, _Residual, _Sum)
 
 
 def _adds(rest: Tensor | None, scale: Tensor | None, zero: Tensor | None) -> _Residual:
@@ -237,7 +240,7 @@ def library() -> Any:
         "to_codes": [pointer, pointer, size, *[single] * 5, ctypes.c_int, ctypes.c_int],
         "sum_codes": [ctypes.POINTER(_Sum), pointer, size, ctypes.c_int],
     }
-    return native(Path(__file__).with_suffix(".cpp"), functions, _is_right)
+    return load_cpp(Path(__file__).with_suffix(".cpp"), functions, _is_right, STRUCTS)
 
 
 def _is_right(functions: Any) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gs_kernels.pack.derived import UnsuitableError
 from gs_kernels.qmatmul.cpu.interleaved import LANES, InterleavedWeight
-from gs_kernels.runtime.cpp import native
+from gs_kernels.runtime.cpp import load_cpp
 from gs_kernels.runtime.instructions import has
 
 REQUIRED_ISA = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_bf16", "avx512_vbmi")
@@ -58,7 +58,7 @@ def _call(functions: Any, x: Tensor, weight: InterleavedWeight) -> Tensor:
 def kernels() -> Any:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     argtypes = [pointer, size, pointer, pointer, size, size, size, ctypes.c_int, pointer, ctypes.c_int]
-    return native(Path(__file__).with_suffix(".cpp"), {"qmatmul_bf16": argtypes}, self_test)
+    return load_cpp(Path(__file__).with_suffix(".cpp"), {"qmatmul_bf16": argtypes}, self_test)
 
 
 def self_test(functions: Any) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gs_kernels.pack.derived import UnsuitableError
 from gs_kernels.qmatmul.cpu.interleaved import LANES, STEP, InterleavedWeight
-from gs_kernels.runtime.cpp import native
+from gs_kernels.runtime.cpp import load_cpp
 
 OFFSET = 128  # of 8-bit codes, to fit int8
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -35,7 +35,7 @@ FUNCTIONS = {
 @cache
 def kernels() -> Any:
     """Returns the compiled functions, or None if they do not compile or fail the self-test."""
-    return native(Path(__file__).with_suffix(".cpp"), FUNCTIONS, self_test)
+    return load_cpp(Path(__file__).with_suffix(".cpp"), FUNCTIONS, self_test)
 
 
 def _functions() -> Any:
