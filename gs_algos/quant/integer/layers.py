@@ -35,11 +35,13 @@ from gs_kernels import (
 )
 from gs_kernels.pack.checks import FLOATS, dtype_name
 from gs_kernels.pack.layouts import BITS
-from gs_kernels.qconv2d.checks import LARGEST_GROUP
-from gs_kernels.qconv2d.cpu.int8 import Int8Convolution
-from gs_kernels.qconv2d.op_int8 import prepared_qconv2d_int8
-from gs_kernels.qmatmul.cpu.int8 import Int8Product
-from gs_kernels.qmatmul.op_int8 import prepared_qmatmul_int8
+from gs_kernels.prepared import (
+    LARGEST_GROUP,
+    Int8Convolution,
+    Int8Product,
+    prepared_qconv2d_int8,
+    prepared_qmatmul_int8,
+)
 from gs_kernels.runtime.instructions import multiplies_int8
 
 Residual: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]  # itself, and scale and zero point of codes

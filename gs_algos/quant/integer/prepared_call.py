@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.quant.integer.static_quantizer import StaticQuantizer
-from gs_kernels.qconv2d.cpu.int8 import Int8Convolution
+from gs_kernels.prepared import Int8Convolution
 
 MOST = 64  # entries that a layer remembers: it may see images of ever new sizes
 _version = attrgetter("_version")

@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from gs_algos.quant.memory_format import laid, strides_in, suggested
-from gs_kernels.requantize.cpu import is_dense
-from gs_kernels.requantize.grid import Grid
-from gs_kernels.requantize.op import prepared_requantize
+from gs_kernels.prepared import Grid, is_dense, prepared_requantize
 from gs_kernels.runtime.torch_private import PLAIN, is_eager, make_wrapper, transform_of
 
 aten = torch.ops.aten

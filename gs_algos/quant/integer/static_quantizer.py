@@ -16,8 +16,7 @@ from gs_algos.quant.fixed_dtype import FixedDtypeBuffers
 from gs_algos.quant.integer.quantized_tensor import DeferredOutput, QuantizedTensor, may_return_int8, real, values
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import fake_quant, quantize
-from gs_kernels.qconv2d.cpu.direct_int8 import to_codes
-from gs_kernels.requantize.grid import Grid, make_grid
+from gs_kernels.prepared import Grid, make_grid, to_codes
 from gs_kernels.runtime.dispatch import takes_cpu
 from gs_kernels.runtime.torch_private import is_eager
 

@@ -1,0 +1,30 @@
+"""What a layer makes once and calls often: the parts of an op's call that do not depend on the values of x.
+
+Beside `gs_kernels` itself, its `activations`, `pack`, `runtime` and `tuning`, this is what `gs_algos` may import.
+The public ops check every argument in each call and then do the same.
+"""
+
+from gs_kernels.qconv2d.checks import LARGEST_GROUP
+from gs_kernels.qconv2d.cpu.direct_int8 import to_codes
+from gs_kernels.qconv2d.cpu.int8 import Int8Convolution
+from gs_kernels.qconv2d.geometry import make_geometry
+from gs_kernels.qconv2d.op_int8 import prepared_qconv2d_int8
+from gs_kernels.qmatmul.cpu.int8 import Int8Product
+from gs_kernels.qmatmul.op_int8 import prepared_qmatmul_int8
+from gs_kernels.requantize.cpu import is_dense
+from gs_kernels.requantize.grid import Grid, make_grid
+from gs_kernels.requantize.op import prepared_requantize
+
+__all__ = [
+    "LARGEST_GROUP",
+    "Grid",
+    "Int8Convolution",
+    "Int8Product",
+    "is_dense",
+    "make_geometry",
+    "make_grid",
+    "prepared_qconv2d_int8",
+    "prepared_qmatmul_int8",
+    "prepared_requantize",
+    "to_codes",
+]
