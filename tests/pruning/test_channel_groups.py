@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -252,6 +253,61 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
 def test_what_cannot_be_followed_is_refused_with_the_reason(net, words):
     groups = find_groups(net, torch.randn(3, 6))
     assert groups.prunable() == () and words in groups.groups[0].reason, str(groups)
+
+
+class InPlace(nn.Module):
+    """A conv whose output, or whose weight, is changed in place in front of the next one."""
+
+    def __init__(self, change: Callable[[Tensor], Any], weight: Callable[[Tensor], Any] = lambda w: w) -> None:
+        super().__init__()
+        self.a, self.bn, self.b = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)
+        self.change, self.weight = change, weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.a.weight.clone()
+        self.weight(w)
+        y = F.relu(self.bn(F.conv2d(x, w, self.a.bias))).clone()
+        self.change(y)
+        return self.b(y)
+
+
+CHANGED = {  # each chooses the same units for the cut that is tried, so that only the rule tells
+    "filled slice": InPlace(lambda y: y[:, :1].fill_(0)),
+    "half of what there is": InPlace(lambda y: y[:, : y.shape[1] // 2].fill_(0)),
+    "scaled slice": InPlace(lambda y: y[:, :1].mul_(2)),
+    "assigned slice": InPlace(lambda y: operator.setitem(y, (slice(None), slice(1)), 3)),
+    "one channel": InPlace(lambda y: y.select(1, 0).add_(1)),
+    "slice of a view": InPlace(lambda y: y.flatten(2)[:, :1].relu_()),
+    "through data": InPlace(lambda y: y.data[:, :1].zero_()),
+    "slice of a weight": InPlace(lambda y: y, lambda w: w[:1].zero_()),
+}
+
+
+@pytest.mark.parametrize("net", CHANGED.values(), ids=CHANGED)
+def test_channels_that_are_told_from_others_in_place_stay_whole(net):
+    group = find_groups(randomised(net), pictures(8), prove=False).groups[0]
+    assert group.name == "a" and not group.n and "has some of its channels changed in place by" in group.reason
+
+
+UNIFORM = {
+    "all channels": lambda y: y[:, :].mul_(2),
+    "some rows": lambda y: y[:, :, :2].fill_(0),
+    "one of the batch": lambda y: y[0].zero_(),
+    "a view of all": lambda y: y.flatten(2).add_(1),
+    "the whole": lambda y: y.relu_(),
+}
+
+
+@pytest.mark.parametrize("change", UNIFORM.values(), ids=UNIFORM)
+def test_a_change_in_place_that_is_the_same_for_every_channel_cuts_none_off(change):
+    net, x = randomised(InPlace(change)), pictures(8)
+    groups = find_groups(net, x)
+    assert groups.groups[0].name == "a" and groups.groups[0].n == 8
+    masked, sliced = copy.deepcopy(net), copy.deepcopy(net)
+    keep = some_gone(groups)
+    mask(masked, groups, keep)
+    cut(sliced, groups, keep)
+    torch.testing.assert_close(outputs(sliced, x), outputs(masked, x))
 
 
 def test_one_refusal_leaves_the_other_groups():

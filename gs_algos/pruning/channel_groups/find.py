@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gs_algos.core.algorithm import Inputs
 from gs_algos.core.modules import get_module, parent_name
 from gs_algos.pruning.channel_groups.groups import FIXED, Attribute, Group, Groups, Layer, Slice
+from gs_algos.pruning.channel_groups.in_place import freeze_partial_writes
 from gs_algos.pruning.channel_groups.labels import Axis, components
 from gs_algos.pruning.channel_groups.op_rules import rule_of
 from gs_algos.pruning.channel_groups.trace import Box, Flow, follow
@@ -34,7 +35,7 @@ def find_groups(model: nn.Module, example_inputs: Inputs, prove: bool = True) ->
         ValueError: if the inputs do not run through the model.
     """
     flow = Flow(model)
-    follow(flow, example_inputs, False, rule_of)
+    follow(flow, example_inputs, False, rule_of, freeze_partial_writes)
     notes = _idle(flow, example_inputs)
     groups = resolve(flow, notes)
     while prove and (bad := failures(model, groups, example_inputs)):
@@ -48,7 +49,7 @@ def _idle(flow: Flow, example_inputs: Inputs) -> tuple[str, ...]:
         return ()
     notes: tuple[str, ...] = ()
     try:
-        follow(flow, example_inputs, True, rule_of)
+        follow(flow, example_inputs, True, rule_of, freeze_partial_writes)
     except ValueError as error:
         notes = (f"a training pass could not be read: {error}",)
     idle = [name for name, p in flow.model.named_parameters() if id(p) not in flow.ran]

@@ -16,7 +16,7 @@ from gs_kernels.runtime.torch_private import tree_leaves
 
 POINTWISE = (
     *("hardswish", "_to_copy", "copy", "native_dropout", "_fused_dropout", "_prelu_kernel", "log_sigmoid_forward"),
-    *("lift_fresh", "bernoulli", "uniform", "fill"),
+    *("lift_fresh", "bernoulli", "uniform", "fill", "zero"),
     *(f"{kind}_like" for kind in ("ones", "zeros", "empty", "full", "rand", "randn")),
 )
 RESHAPES = ("view", "_unsafe_view", "reshape", "_reshape_alias")

@@ -45,6 +45,15 @@ class Call:
                 return default if given is None else given
         return default
 
+    def written(self) -> list[Tensor]:
+        """The tensors among its arguments that the operation changes in place."""
+        changed: list[Tensor] = []
+        for i, argument in enumerate(self.func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = self.args[i] if i < len(self.args) else self.kwargs.get(argument.name)
+                changed += [t for t in tree_leaves(given) if isinstance(t, Tensor)]
+        return changed
+
 
 @dataclass(frozen=True)
 class Box:
@@ -113,8 +122,18 @@ class Flow:
         return f"{call.op} in {self.scope}" if self.scope else call.op
 
 
-def follow(flow: Flow, inputs: Inputs, training: bool, rules: Callable[[Call], Rule | None]) -> None:
+def follow(
+    flow: Flow,
+    inputs: Inputs,
+    training: bool,
+    rules: Callable[[Call], Rule | None],
+    before: Callable[[Flow, Call], None],
+) -> None:
     """Adds one forward pass to the flow. The model is as it was afterwards.
+
+    Args:
+        rules: gives the rule of an operation.
+        before: is called with every operation, before its rule.
 
     Raises:
         ValueError: if the inputs do not run through the model.
@@ -122,7 +141,7 @@ def follow(flow: Flow, inputs: Inputs, training: bool, rules: Callable[[Call], R
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused path is one opaque operation
     try:
-        with untouched(flow.model, training), _scopes(flow), _Follower(flow, rules):
+        with untouched(flow.model, training), _scopes(flow), _Follower(flow, rules, before):
             outputs = run(flow.model, inputs, "prune")
         for tensor in tensors_of(outputs):
             for labels in flow.value(tensor).fields:
@@ -133,10 +152,9 @@ def follow(flow: Flow, inputs: Inputs, training: bool, rules: Callable[[Call], R
 
 
 class _Follower(TorchDispatchMode):
-    def __init__(self, flow: Flow, rules: Callable[[Call], Rule | None]) -> None:
+    def __init__(self, flow: Flow, rules: Callable[[Call], Rule | None], before: Callable[[Flow, Call], None]) -> None:
         super().__init__()
-        self.flow = flow
-        self.rules = rules
+        self.flow, self.rules, self.before = flow, rules, before
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -147,6 +165,7 @@ class _Follower(TorchDispatchMode):
         space, _, name = func._schema.name.partition("::")
         op = name if space == "aten" else f"{space}::{name}"
         call = Call(op.rstrip("_"), func, args, kwargs, outputs)
+        self.before(self.flow, call)
         given = [self.flow.value(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if not any(value.fields for value in given):
             return returned
