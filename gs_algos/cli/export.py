@@ -22,7 +22,7 @@ def run_export(source: Path, target: Path, to: str) -> str:
     if to not in TARGETS:
         raise ValueError(f"export: --to must be one of {', '.join(TARGETS)}, got {to!r}")
     if to not in NETWORKS:
-        return _said(export_language_model(source, target, to))
+        return _described(export_language_model(source, target, to))
     net, data = demo_network(source)
     if to == "pt2":
         from gs_algos.export.torch_package import export_package
@@ -55,9 +55,9 @@ def demo_network(folder: Path) -> tuple[nn.Module, ImageData]:
 
 def run_import(source: Path, target: Path) -> str:
     """Imports and says what came of it."""
-    return _said(import_language_model(source, target))
+    return _described(import_language_model(source, target))
 
 
-def _said(done: InterchangeResult) -> str:
+def _described(done: InterchangeResult) -> str:
     floats = f", now float: {', '.join(done.floats)}" if done.floats else ""
     return f"{done.folder}: {done.layers} packed layers, {done.nbytes:,} bytes{floats}"

@@ -78,8 +78,8 @@ def _language_model(folder: Folder) -> str:
         numbers = sum(math.prod(shape) for _, shape in headers.values())
         return f"{head}\nfloat, {numbers:,} numbers of {_kinds(headers)}; golden-stick quantize packs it"
     if settings.method != METHOD:
-        said = ", ".join(f"{key}={value}" for key, value in _plain(settings.entries))
-        return f"{head}\nquantized by another library, {said:.400}; golden-stick import makes a packed folder of it"
+        options = ", ".join(f"{key}={value}" for key, value in _plain(settings.entries))
+        return f"{head}\nquantized by another library, {options:.400}; golden-stick import makes a packed folder of it"
     packed = read_config(settings.entries, settings.where)
     parts = part_names(packed)
     floats = {name: facts for name, facts in headers.items() if name not in parts}
@@ -114,9 +114,9 @@ def _plain(entries: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _package(path: Path) -> str:
-    about = read_package(path, WHO)
-    shape = "x".join(["batch", *map(str, about.shape)])
-    return f"{path}: a .pt2 package, {path.stat().st_size:,} bytes; takes {shape} {about.dtype} on {about.device}"
+    accepts = read_package(path, WHO)
+    shape = "x".join(["batch", *map(str, accepts.shape)])
+    return f"{path}: a .pt2 package, {path.stat().st_size:,} bytes; takes {shape} {accepts.dtype} on {accepts.device}"
 
 
 def _gguf(path: Path) -> str:

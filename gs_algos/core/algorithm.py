@@ -256,12 +256,12 @@ def run(model: nn.Module, inputs: Inputs, who: str) -> Any:
             return model(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
         raise InputsError(
-            who, f"the inputs must run through the model, got {said(error)}{hint(inputs, error)}"
+            who, f"the inputs must run through the model, got {describe_error(error)}{hint(inputs, error)}"
         ) from error
 
 
-def said(error: BaseException) -> str:
-    """An error as a message has it: its class and the first line of what it says."""
+def describe_error(error: BaseException) -> str:
+    """Returns the class of an error and the first line of its text, for the message of another one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

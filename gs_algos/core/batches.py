@@ -47,7 +47,7 @@ class InputsOf:
     """
 
     def __init__(self, who: str, model: nn.Module, example: Inputs | None) -> None:
-        self.who, self.example, self.said = who, example, False
+        self.who, self.example, self.logged = who, example, False
         try:
             self.signature: inspect.Signature | None = inspect.signature(network_of(model, who).forward)
         except (TypeError, ValueError):  # a forward without a signature takes whatever it takes
@@ -63,7 +63,7 @@ class InputsOf:
             return self._of_mapping(batch, whole)
         if not isinstance(batch, tuple | list) or not batch or self._fits(batch, whole):
             return batch
-        part, said = self._part(batch)
+        part, words = self._part(batch)
         if part is None:
             return batch
         if whole and self.example is not None and _same_form(batch[0], split_inputs(self.example)[0][0]):
@@ -71,7 +71,7 @@ class InputsOf:
                 f"{self.who}: a batch must have the form of the example inputs, got {len(batch)} elements, which "
                 f"forward{self.signature} would take all; give the inputs alone, or a dict of the arguments"
             )
-        self._say(f"takes {said} of each batch of {len(batch)} elements")
+        self._say(f"takes {words} of each batch of {len(batch)} elements")
         return part
 
     def _of_mapping(self, batch: Mapping[str, Any], whole: bool) -> Inputs:
@@ -112,9 +112,9 @@ class InputsOf:
         return True
 
     def _say(self, what: str) -> None:
-        if not self.said:
+        if not self.logged:
             logger.info("%s: %s", self.who, what)
-            self.said = True
+            self.logged = True
 
 
 def _same_form(a: Any, b: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from gs_algos.core.algorithm import said
+from gs_algos.core.algorithm import describe_error
 
 
 class NotImportableError(ValueError):
@@ -43,7 +43,7 @@ def import_function(name: str) -> Callable[..., Any]:
     except (ImportError, AttributeError, SyntaxError) as error:
         raise NotImportableError(f"{name} must name an importable function, got: {error}") from error
     except Exception as error:  # what a module does when it is imported may raise anything
-        raise NotImportableError(f"{name} must name an importable function, got {said(error)}") from error
+        raise NotImportableError(f"{name} must name an importable function, got {describe_error(error)}") from error
     except SystemExit as stop:  # a script: it would end the command as if all had been done
         raise NotImportableError(
             f"{name} must name an importable function, got a module that ends the process; "
@@ -79,7 +79,7 @@ def call(name: str, **known: Any) -> Any:
     except SystemExit as stop:
         raise ValueError(f"{name}() must return, got one that ends the process") from stop
     except Exception as error:  # the caller's own code may raise anything
-        raise ValueError(f"{name}() must return, got {said(error)}; --debug shows where") from error
+        raise ValueError(f"{name}() must return, got {describe_error(error)}; --debug shows where") from error
 
 
 def import_network(name: str, **sizes: int) -> nn.Module:

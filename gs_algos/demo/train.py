@@ -1,4 +1,4 @@
-"""A plain training loop that can be stopped at any step and continued as if it had not been.
+"""Trains a network in a plain loop that can be stopped at any step and continued as if it had not been.
 
 Everything that decides the next step is in the model, the optimizer and the position (epoch, batch): the learning rate
 is a function of the position, and so are the order and the augmentation of the images (`train_batches`).
@@ -34,7 +34,7 @@ SAVE_EVERY = 30.0  # seconds of training between two states, at ends of epochs
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train.
+    """Says how a network is trained.
 
     Args:
         lr: the largest learning rate.
@@ -71,7 +71,7 @@ class Interrupted(RuntimeError):
 def train(
     model: nn.Module,
     data: ImageData,
-    recipe: TrainConfig,
+    training: TrainConfig,
     *,
     algorithm: Algorithm | None = None,
     state: Path | None = None,
@@ -90,18 +90,18 @@ def train(
         on_step: called with (steps done, steps in all, loss of this step, still on the device).
 
     Raises:
-        ValueError: if `state` was written by another recipe or for another network, or is damaged.
+        ValueError: if `state` was written with another TrainConfig or for another network, or is damaged.
         Interrupted: after Ctrl-C (SIGINT); a second one stops at once, without saving.
     """
-    optimizer = make_optimizer(model, recipe)
-    per_epoch = batches_per_epoch(data, recipe.batch_size)
-    total = recipe.epochs * per_epoch
+    optimizer = make_optimizer(model, training)
+    per_epoch = batches_per_epoch(data, training.batch_size)
+    total = training.epochs * per_epoch
     done, before = 0, 0.0
     if resume and state is not None and state.is_file():
-        done, before = load_state(state, model, optimizer, recipe, algorithm)
+        done, before = load_state(state, model, optimizer, training, algorithm)
     saved = time.perf_counter()
     started = saved - before
-    loss_fn = torch.nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+    loss_fn = torch.nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
     loss_fn = loss_fn if algorithm is None else algorithm.loss(loss_fn)
     forward = torch.compile(model) if compiled else model
     device = data.train_x.device.type
@@ -109,11 +109,11 @@ def train(
     with interrupts() as interrupted:
         while done < total:
             epoch, start = divmod(done, per_epoch)
-            for x, target in train_batches(data, recipe.batch_size, recipe.seed, epoch, start):
+            for x, target in train_batches(data, training.batch_size, training.seed, epoch, start):
                 for group in optimizer.param_groups:
-                    group["lr"] = lr_at(recipe, done, total)
+                    group["lr"] = lr_at(training, done, total)
                 optimizer.zero_grad()
-                with torch.autocast(device, torch.bfloat16, enabled=recipe.amp):
+                with torch.autocast(device, torch.bfloat16, enabled=training.amp):
                     loss = loss_fn(forward(x), target)
                 loss.backward()
                 optimizer.step()
@@ -127,31 +127,31 @@ def train(
             saves = done == total or interrupted() or time.perf_counter() > saved + SAVE_EVERY
             if state is not None and saves:
                 saved = time.perf_counter()
-                save_state(state, model, optimizer, recipe, done, time.perf_counter() - started)
+                save_state(state, model, optimizer, training, done, time.perf_counter() - started)
             if interrupted() and done < total:
                 kept = "nothing is saved" if state is None else f"saved in {state}"
                 raise Interrupted(f"train: stopped after {done} of {total} steps; {kept}")
     return time.perf_counter() - started
 
 
-def lr_at(recipe: TrainConfig, step: int, total: int) -> float:
-    """The learning rate of step `step` of `total`: a linear rise over the warm-up share, then half a cosine to 0."""
-    rise = recipe.warmup * total
+def lr_at(training: TrainConfig, step: int, total: int) -> float:
+    """Returns the learning rate of a step: a linear rise over the warm-up share of `total`, then half a cosine to 0."""
+    rise = training.warmup * total
     if step < rise:
-        return recipe.lr * (1 + 24 * step / rise) / 25
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / (total - rise)))
+        return training.lr * (1 + 24 * step / rise) / 25
+    return training.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / (total - rise)))
 
 
-def make_optimizer(model: nn.Module, recipe: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, training: TrainConfig) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": training.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, recipe.lr)
-    return torch.optim.SGD(groups, recipe.lr, momentum=0.9, nesterov=True)
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(groups, training.lr)
+    return torch.optim.SGD(groups, training.lr, momentum=0.9, nesterov=True)
 
 
 @contextmanager
@@ -175,13 +175,13 @@ def interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def save_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: TrainConfig, done: int, seconds: float
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, training: TrainConfig, done: int, seconds: float
 ) -> None:
-    """Model, optimizer and position in one safetensors file, whose header holds the position and recipe as JSON."""
+    """Writes model and optimizer into one safetensors file, whose header has position and TrainConfig as JSON."""
     tensors = {f"model.{key}": tensor for key, tensor in model.state_dict().items()}
     for index, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{slot}": value for slot, value in slots.items() if isinstance(value, Tensor)}
-    header = {"format": FORMAT, "version": VERSION, "recipe": json.dumps(asdict(recipe)), "steps": str(done)}
+    header = {"format": FORMAT, "version": VERSION, "recipe": json.dumps(asdict(training)), "steps": str(done)}
     header["seconds"] = f"{seconds:.1f}"
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
@@ -189,14 +189,14 @@ def save_state(
 
 
 def load_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: TrainConfig, algorithm: Algorithm | None
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, training: TrainConfig, algorithm: Algorithm | None
 ) -> tuple[int, float]:
     """Fills model, optimizer and the algorithm's step count from a `save_state` file: (steps, seconds) so far."""
     header, tensors = read_state(path)
-    theirs, ours = json.loads(header["recipe"]), asdict(recipe)
+    theirs, ours = json.loads(header["recipe"]), asdict(training)
     differs = [f"{key}={theirs.get(key)!r}, got {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]
     if differs:
-        raise ValueError(f"train: {path} must be of the same recipe, it was written with {'; '.join(differs)}")
+        raise ValueError(f"train: {path} must be of the same TrainConfig, it was written with {'; '.join(differs)}")
     slots: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         kind, _, rest = key.partition(".")
@@ -212,7 +212,7 @@ def load_state(
 
 
 def read_state(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """(header, tensors) of a `save_state` file.
+    """Reads (header, tensors) from a file of `save_state`.
 
     Raises:
         ValueError: if it is not one, or is damaged.

@@ -66,17 +66,17 @@ def export_package(
     """
     target = new_file(path, ".pt2", WHO)
     network, call = exportable(model, example, WHO)
-    about = _about(call, pixels)
+    metadata = _metadata_of(call, pixels)
     with evaluating(network), torch.no_grad(), read_by_torch(WHO):
         program = torch.export.export(network, call.args, call.kwargs, dynamic_shapes=call.dynamic_shapes)
-    said = {KEY: json.dumps(about)}
+    archive_metadata = {KEY: json.dumps(metadata)}
     with whole_file(target) as draft:
-        compile_package(program, str(draft), said)
+        compile_package(program, str(draft), archive_metadata)
     return target
 
 
 def read_package(path: str | os.PathLike[str], who: str) -> PackageInput:
-    """What the package takes, without running anything of it.
+    """Reads which input a package takes, without running anything of it.
 
     Raises:
         ValueError: if the file is no package that `export_package` of this version wrote, or is damaged.
@@ -85,21 +85,21 @@ def read_package(path: str | os.PathLike[str], who: str) -> PackageInput:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
             names = [name for name in archive.namelist() if name.endswith("_metadata.json")]
-            said = json.loads(archive.read(names[0])).get(KEY) if names else None
+            archive_metadata = json.loads(archive.read(names[0])).get(KEY) if names else None
     except (OSError, zipfile.BadZipFile, ValueError, AttributeError) as error:
         raise ValueError(f"{who}: {path} must be a whole .pt2 package, got {error}; export it again") from error
     if damaged is not None:
         raise ValueError(f"{who}: {path} must be a whole .pt2 package, got other bytes in {damaged}; export it again")
-    if said is None:
+    if archive_metadata is None:
         raise ValueError(
             f"{who}: {path} must say what it takes, got a package that gs_algos.export_package or "
             "golden-stick export did not write; export it with one of them"
         )
-    return _read(said, f"{who}: {path}")
+    return _read(archive_metadata, f"{who}: {path}")
 
 
-def _about(call: Example, pixels: tuple[Sequence[float], Sequence[float]] | None) -> dict[str, Any]:
-    """What the package says of itself."""
+def _metadata_of(call: Example, pixels: tuple[Sequence[float], Sequence[float]] | None) -> dict[str, Any]:
+    """Makes what the package says of its inputs and outputs."""
     if call.names != ("x",) or call.outputs != ("y",):
         if pixels is not None:
             got = f"{', '.join(call.names)} to {', '.join(call.outputs)}"
@@ -109,20 +109,20 @@ def _about(call: Example, pixels: tuple[Sequence[float], Sequence[float]] | None
     shape = tuple(x.shape[1:])
     if pixels is not None and [len(part) for part in pixels] != [shape[0]] * 2:
         raise ValueError(f"{WHO}: pixels must be a mean and a deviation for each of {shape[0]} channels, got {pixels}")
-    known = None if pixels is None else (tuple(pixels[0]), tuple(pixels[1]))
-    about = PackageInput(shape, str(x.dtype).removeprefix("torch."), x.device.type, known)
-    return {"version": VERSION, **asdict(about)}
+    scaling = None if pixels is None else (tuple(pixels[0]), tuple(pixels[1]))
+    accepted = PackageInput(shape, str(x.dtype).removeprefix("torch."), x.device.type, scaling)
+    return {"version": VERSION, **asdict(accepted)}
 
 
 def _read(text: Any, where: str) -> PackageInput:
     try:
-        about = json.loads(text)
-        version = about.pop("version")
+        metadata = json.loads(text)
+        version = metadata.pop("version")
         if version == VERSION:
-            pixels: Any = about.pop("pixels")
+            pixels: Any = metadata.pop("pixels")
             pixels = None if pixels is None else (tuple(pixels[0]), tuple(pixels[1]))
-            return PackageInput(**{**about, "shape": tuple(about["shape"])}, pixels=pixels)
-        several = f"{', '.join(about['inputs'])} to {', '.join(about['outputs'])}" if version == SEVERAL else None
+            return PackageInput(**{**metadata, "shape": tuple(metadata["shape"])}, pixels=pixels)
+        several = f"{', '.join(metadata['inputs'])} to {', '.join(metadata['outputs'])}" if version == SEVERAL else None
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise ValueError(f"{where} must say what it takes, got {text!r:.200}; it is damaged") from error
     if several is not None:

@@ -25,23 +25,23 @@ class Settings:
 
 
 def settings_of(folder: Folder, who: str) -> Settings | None:
-    """What config.json and the files beside it say, which must agree; None if nothing does.
+    """Reads the quantization settings in config.json and the files beside it, which must agree; None if there are none.
 
     Raises:
         ValueError: if they contradict each other, are damaged, or only a part of the model is quantized.
     """
     path = folder.path / "config.json"
-    said: list[tuple[str, Path, dict[str, Any]]] = []
+    places: list[tuple[str, Path, dict[str, Any]]] = []
     for key in (ENTRY, OLD_ENTRY):
         value = folder.config.get(key)
         if value is not None:
             if not isinstance(value, dict):
                 raise ValueError(f"{who}: {key} in {path} must be an object, got {value!r:.80}; it is damaged")
-            said.append((key, path, value if key == ENTRY else {"quant_method": "compressed-tensors", **value}))
+            places.append((key, path, value if key == ENTRY else {"quant_method": "compressed-tensors", **value}))
     for file, method in BESIDE.items():
         if (folder.path / file).is_file():
-            said.append((file, folder.path / file, {"quant_method": method, **read_json(folder.path / file, who)}))
-    if not said:
+            places.append((file, folder.path / file, {"quant_method": method, **read_json(folder.path / file, who)}))
+    if not places:
         inside = next((key for key, value in entries(folder.config) if key in (ENTRY, OLD_ENTRY) and value), None)
         if inside is not None:
             raise ValueError(
@@ -50,16 +50,17 @@ def settings_of(folder: Folder, who: str) -> Settings | None:
             )
         return None
     merged: dict[str, Any] = {}
-    for name, place, value in said:
+    first, first_path, _ = places[0]
+    for name, place, value in places:
         plain = {ALIASES.get(key, key): entry for key, entry in value.items()}
         for key in plain.keys() & merged.keys() - {*NOTES}:
             if _text(plain[key]) != _text(merged[key]):
                 raise ValueError(
-                    f"{who}: {key} must be the same in {said[0][0]} of {said[0][1]} and in {place}, "
+                    f"{who}: {key} must be the same in {first} of {first_path} and in {place}, "
                     f"got {merged[key]!r:.40} and {plain[key]!r:.40} in {name}; delete what is wrong"
                 )
         merged = {**plain, **merged}
-    where = " and ".join(str(file) for file in dict.fromkeys(file for _, file, _ in said))
+    where = " and ".join(str(file) for file in dict.fromkeys(file for _, file, _ in places))
     return Settings(merged.get("quant_method"), merged, f"{who}: {where}")
 
 

@@ -138,8 +138,9 @@ def import_language_model(
                     shards.add(f"{name}.{part}", tensor)
             shards.close()
             described = {name: format.to_dict() for name, format in formats.items()}
-            about = {"quant_method": METHOD, "version": VERSION, "weights": f"from {method}", "layers": described}
-            _write_config(out, folder, {**about, "tied": {}, "files": shards.hashes})
+            quantization = {"quant_method": METHOD, "version": VERSION, "weights": f"from {method}"}
+            quantization["layers"] = described
+            _write_config(out, folder, {**quantization, "tied": {}, "files": shards.hashes})
     return InterchangeResult(Path(target), len(formats), (), shards.nbytes)
 
 

@@ -56,10 +56,10 @@ class GoldenStickQuantizer(HfQuantizer):
             check_tensors(held, config, WHO, part_names_in(model, held.tensors))
             verify_files(folder, config.files, WHO)
         # what is saved from this model has files of its own, and the names of this model
-        about = self.quantization_config.__dict__
-        about.pop("files", None)
-        about["layers"] = {name: format.to_dict() for name, format in config.layers.items()}
-        about["tied"] = config.tied
+        quantization = self.quantization_config.__dict__
+        quantization.pop("files", None)
+        quantization["layers"] = {name: format.to_dict() for name, format in config.layers.items()}
+        quantization["tied"] = config.tied
         for owner, format in config.layers.items():
             install(model, config.names(owner), format.empty("meta"))
         _untie(model)
@@ -109,13 +109,13 @@ def describe(model: nn.Module, entry: dict[str, Any]) -> None:
     """
     from transformers.modeling_utils import PreTrainedModel
 
-    said: set[int] = set()
+    written: set[int] = set()
     copies: dict[int, Any] = {}
     for part in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
-        if id(part.config) in said or not any(_ours(module) for module in part.modules()):
+        if id(part.config) in written or not any(_ours(module) for module in part.modules()):
             continue
         try:
-            about = _about(part, entry)
+            quantization = _quantization_of(part, entry)
         except ValueError as error:
             part.hf_quantizer = Unsaved(str(error))  # type: ignore[assignment]
             continue
@@ -125,8 +125,8 @@ def describe(model: nn.Module, entry: dict[str, Any]) -> None:
             for module in part.modules():
                 held = module.__dict__.get("config")
                 module.__dict__.update({} if id(held) not in copies else {"config": copies[id(held)]})
-        part.config.quantization_config = GoldenStickConfig(**about)
-        said.add(id(part.config))
+        part.config.quantization_config = GoldenStickConfig(**quantization)
+        written.add(id(part.config))
         _untie(part)
 
 
@@ -134,7 +134,7 @@ def _ours(module: nn.Module) -> bool:
     return type(module).__module__.startswith("gs_algos.")
 
 
-def _about(model: nn.Module, entry: dict[str, Any]) -> dict[str, Any]:
+def _quantization_of(model: nn.Module, entry: dict[str, Any]) -> dict[str, Any]:
     """The `quantization_config` of a live model.
 
     Raises:

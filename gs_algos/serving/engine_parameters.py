@@ -1,4 +1,4 @@
-"""A packed weight as the parameters of an engine's layer, and back."""
+"""Sets a packed weight as the parameters of an engine's layer, and gets it back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gs_kernels.pack.formats.compressed_tensors import from_compressed_tensors
 from gs_kernels.pack.layouts import PLANAR
 
 
-def keep(layer: nn.Module, names: Mapping[str, str], weight: PackedWeight, name: str) -> str:
+def set_weight(layer: nn.Module, names: Mapping[str, str], weight: PackedWeight, name: str) -> str:
     """Replaces the layer's parameters by the weight's tensors, after checks; returns the layout, that of the device.
 
     Args:
@@ -32,8 +32,8 @@ def keep(layer: nn.Module, names: Mapping[str, str], weight: PackedWeight, name:
     return weight.layout
 
 
-def kept(layer: nn.Module, names: Mapping[str, str], format: PackedFormat, layout: str) -> PackedWeight:
-    """The weight whose tensors are the layer's parameters."""
+def get_weight(layer: nn.Module, names: Mapping[str, str], format: PackedFormat, layout: str) -> PackedWeight:
+    """Returns the packed weight whose tensors are the layer's parameters."""
     return PackedWeight(
         codes=getattr(layer, names["codes"]),
         scale=getattr(layer, names["scale"]),
@@ -49,7 +49,7 @@ def kept(layer: nn.Module, names: Mapping[str, str], format: PackedFormat, layou
 def from_words(
     words: Tensor, scale: Tensor, zeros: Tensor | None, *, bits: int, parts: list[int], columns: int, group_size: int
 ) -> PackedWeight:
-    """The weight of the int32 words that engines hold of compressed-tensors, GPTQ and AWQ checkpoints. Exact.
+    """Makes a packed weight, exactly, of the int32 words that engines load from compressed-tensors, GPTQ or AWQ.
 
     Args:
         words: `[N, ceil(K * bits / 32)]`, packed along K.

@@ -1,4 +1,4 @@
-"""A `.pt2` package behind HTTP: `python -m gs_algos.serving.litserve_app NET.pt2`, which `golden-stick serve` starts.
+"""Serves a `.pt2` package over HTTP; `golden-stick serve` starts `python -m gs_algos.serving.litserve_app NET.pt2`.
 
     POST /predict {"input": [[[0.1, ...], ...], ...]}    what the network takes, without the batch
     POST /predict {"image": "<base64 of a PNG or JPEG>"} a picture, normalized as the package says
@@ -47,17 +47,19 @@ PICTURE_BYTES = 2**20  # of a picture beside its pixels: profiles, previews
 EXPECTED = '{"input": [...]} or {"image": "<base64>"}'
 
 
-def most_bytes(about: PackageInput, resize: bool) -> int:
-    """The longest request that can be right."""
-    numbers = NUMBER_BYTES * math.prod(about.shape)
+def most_bytes(package_input: PackageInput, resize: bool) -> int:
+    """Returns the length in bytes of the longest request that can be right."""
+    numbers = NUMBER_BYTES * math.prod(package_input.shape)
     picture = 0
-    if about.pixels is not None:  # 16 bits of four channels, in base64
-        picture = MAX_PAYLOAD if resize else (8 * math.prod(about.shape[1:]) + PICTURE_BYTES) * 4 // 3
+    if package_input.pixels is not None:  # 16 bits of four channels, in base64
+        picture = MAX_PAYLOAD if resize else (8 * math.prod(package_input.shape[1:]) + PICTURE_BYTES) * 4 // 3
     return min(MAX_PAYLOAD, FRAME_BYTES + max(numbers, picture))
 
 
 async def read_request(request: Request) -> dict[str, Any]:
-    """The JSON object of a request, in which lists are of the right shape. `request.app.state` has `about` and `limit`.
+    """Reads the JSON object of a request, and refuses lists of another shape than the package takes.
+
+    `request.app.state` has `package_input` and `limit`.
 
     Raises:
         HTTPException: of status 413, 415 or 422.
@@ -76,11 +78,11 @@ async def read_request(request: Request) -> dict[str, Any]:
     if length > limit:
         got = f"{length:,}{' and more' if length > MAX_DRAINED else ''}"
         raise HTTPException(413, f"{WHO}: a request of this package must be at most {limit:,} bytes, got {got}")
-    return parse_request(bytes(body), request.app.state.about)
+    return parse_request(bytes(body), request.app.state.package_input)
 
 
-def parse_request(body: bytes, about: PackageInput) -> dict[str, Any]:
-    """As `read_request`, of the bytes.
+def parse_request(body: bytes, package_input: PackageInput) -> dict[str, Any]:
+    """Parses the bytes of a request, as `read_request` does.
 
     Raises:
         HTTPException: of status 422.
@@ -95,7 +97,7 @@ def parse_request(body: bytes, about: PackageInput) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _refusal(f"the request must be {EXPECTED}, got JSON's {type(value).__name__}")
     if _key(value) == "input":
-        _flat(value["input"], about)
+        _flat(value["input"], package_input)
     elif not isinstance(value["image"], str):
         raise _refusal(_no_text(value["image"]))
     return value
@@ -120,7 +122,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class OneByOne(BatchedLoop):
-    """Reads each request by itself: one that is wrong is answered at once, and is no part of the batch.
+    """Decodes each request by itself: one that is wrong is answered at once, and is no part of the batch.
 
     In LitServe's own loop every request of the batch would get the answer to the wrong one.
     """
@@ -130,7 +132,7 @@ class OneByOne(BatchedLoop):
         samples = []
         for queue, uid, request in requests:
             try:
-                samples.append((queue, uid, decode(request, lit_api.about, lit_api.resize)))
+                samples.append((queue, uid, decode(request, lit_api.package_input, lit_api.resize)))
             except HTTPException as error:
                 answer = PickleableHTTPException.from_exception(error)
                 self.put_response(transport, queue, uid, answer, LitAPIStatus.ERROR, LoopResponseType.REGULAR)
@@ -138,11 +140,11 @@ class OneByOne(BatchedLoop):
 
 
 class PackageAPI(litserve.LitAPI):
-    """One sample a request, any number of them a call of the network."""
+    """Serves a package: one sample a request, any number of samples in one call of the network."""
 
-    def __init__(self, package: str, about: PackageInput, resize: bool, **batching: Any) -> None:
+    def __init__(self, package: str, package_input: PackageInput, resize: bool, **batching: Any) -> None:
         super().__init__(loop=OneByOne(), **batching)
-        self.package, self.about, self.resize = package, about, resize
+        self.package, self.package_input, self.resize = package, package_input, resize
 
     def setup(self, device: str) -> None:
         index = torch.device(device).index
@@ -167,45 +169,47 @@ class PackageAPI(litserve.LitAPI):
         return {**answer, "class": int(output.argmax())} if output.dim() == 1 else answer
 
 
-def decode(request: dict[str, Any], about: PackageInput, resize: bool = False) -> Tensor:
-    """The sample of a request, in the shape and dtype that the package takes.
+def decode(request: dict[str, Any], package_input: PackageInput, resize: bool = False) -> Tensor:
+    """Makes the sample of a request, in the shape and dtype that the package takes.
 
     Raises:
         HTTPException: of status 422, if it is wrong.
     """
     if _key(request) == "input":
-        return _numbers(request["input"], about)
-    return _picture(request["image"], about, resize)
+        return _numbers(request["input"], package_input)
+    return _picture(request["image"], package_input, resize)
 
 
-def _numbers(value: Any, about: PackageInput) -> Tensor:
-    dtype = getattr(torch, about.dtype)
+def _numbers(value: Any, package_input: PackageInput) -> Tensor:
+    dtype = getattr(torch, package_input.dtype)
     if not dtype.is_floating_point:
-        return _whole_numbers(_flat(value, about), about, dtype)
+        return _whole_numbers(_flat(value, package_input), package_input, dtype)
     try:
-        x = torch.from_numpy(np.array(_flat(value, about), dtype=np.float64)).view(about.shape)
+        x = torch.from_numpy(np.array(_flat(value, package_input), dtype=np.float64)).view(package_input.shape)
     except (ValueError, TypeError, OverflowError) as error:
-        raise _refusal(f"input must be nested lists of numbers of shape {list(about.shape)}, got: {error}") from error
+        raise _refusal(
+            f"input must be nested lists of numbers of shape {list(package_input.shape)}, got: {error}"
+        ) from error
     if not bool(x.to(dtype).isfinite().all()):
-        raise _refusal(f"input must be of finite numbers, got NaN, infinity or more than {about.dtype} holds")
+        raise _refusal(f"input must be of finite numbers, got NaN, infinity or more than {package_input.dtype} holds")
     return x.to(dtype)
 
 
-def _whole_numbers(values: list[Any], about: PackageInput, dtype: torch.dtype) -> Tensor:
-    """Exactly these numbers: not by way of a float, which has no more than 53 bits."""
+def _whole_numbers(values: list[Any], package_input: PackageInput, dtype: torch.dtype) -> Tensor:
+    """Makes a tensor of exactly these numbers: not by way of a float, which has no more than 53 bits."""
     low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
     if not all(low <= v <= high and v == int(v) for v in values):  # NaN is in no range
-        raise _refusal(f"input must be of whole numbers that {about.dtype} holds, got others")
-    return torch.tensor([int(v) for v in values], dtype=dtype).view(about.shape)
+        raise _refusal(f"input must be of whole numbers that {package_input.dtype} holds, got others")
+    return torch.tensor([int(v) for v in values], dtype=dtype).view(package_input.shape)
 
 
-def _flat(value: Any, about: PackageInput) -> list[Any]:
-    """The numbers of nested lists of the package's shape, in one list.
+def _flat(value: Any, package_input: PackageInput) -> list[Any]:
+    """Flattens nested lists of the package's shape into one list of numbers.
 
     Raises:
         HTTPException: if they are others. It looks no deeper than the shape is, and stops at the first wrong length.
     """
-    wanted, rows = list(about.shape), [value]
+    wanted, rows = list(package_input.shape), [value]
     must = f"input must be nested lists of numbers of shape {wanted}"
     for depth, size in enumerate(wanted):
         if any(not isinstance(row, list) for row in rows):
@@ -234,22 +238,22 @@ def _shape(value: Any, deepest: int = 16) -> list[int]:
     return sizes
 
 
-def _picture(text: Any, about: PackageInput, resize: bool) -> Tensor:
+def _picture(text: Any, package_input: PackageInput, resize: bool) -> Tensor:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    if about.pixels is None or len(about.shape) != 3 or about.shape[0] not in MODES:
+    if package_input.pixels is None or len(package_input.shape) != 3 or package_input.shape[0] not in MODES:
         raise _refusal(f'the package takes no pictures, as it knows no mean and deviation; send {{"input": [...]}} '
-                       f"of shape {list(about.shape)}")  # fmt: skip
-    channels, height, width = about.shape
+                       f"of shape {list(package_input.shape)}")  # fmt: skip
+    channels, height, width = package_input.shape
     if not isinstance(text, str):
         raise _refusal(_no_text(text))
-    if len(text) > most_bytes(about, resize):
-        raise _refusal(f"image must be at most {most_bytes(about, resize):,} characters, got {len(text):,}")
+    if len(text) > most_bytes(package_input, resize):
+        raise _refusal(f"image must be at most {most_bytes(package_input, resize):,} characters, got {len(text):,}")
     try:
         data = base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
         with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as opened:
             warnings.simplefilter("ignore")  # of pictures between MAX_PIXELS and what Pillow refuses
-            _check_header(opened, about, resize)
+            _check_header(opened, package_input, resize)
             if resize:
                 opened.draft(None, (width, height))  # a JPEG can be decoded smaller
             image = opened.convert(MODES[channels])
@@ -268,13 +272,13 @@ def _picture(text: Any, about: PackageInput, resize: bool) -> Tensor:
     if resize:
         image = ImageOps.fit(image, (width, height))
     pixels = torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1)
-    mean, deviation = (torch.tensor(part).view(-1, 1, 1) for part in about.pixels)
-    return ((pixels.float() / 255 - mean) / deviation).to(getattr(torch, about.dtype))
+    mean, deviation = (torch.tensor(part).view(-1, 1, 1) for part in package_input.pixels)
+    return ((pixels.float() / 255 - mean) / deviation).to(getattr(torch, package_input.dtype))
 
 
-def _check_header(image: Any, about: PackageInput, resize: bool) -> None:
+def _check_header(image: Any, package_input: PackageInput, resize: bool) -> None:
     """Refuses a picture by what its header says."""
-    _, height, width = about.shape
+    _, height, width = package_input.shape
     got = f"{image.width}x{image.height}"
     if not resize and image.size != (width, height):
         raise _refusal(
@@ -293,21 +297,21 @@ def _refusal(message: str) -> HTTPException:
 
 
 def make_server(package: Path, options: argparse.Namespace) -> litserve.LitServer:
-    """The server of a package, which is read but not yet loaded.
+    """Makes the server of a package, whose file is read but not yet loaded.
 
     Raises:
         ValueError: as `read_package`.
     """
-    about = read_package(package, WHO)
+    package_input = read_package(package, WHO)
     batching = {"max_batch_size": options.max_batch_size, "batch_timeout": options.batch_timeout}
-    api = PackageAPI(str(package), about, options.resize, **batching)
+    api = PackageAPI(str(package), package_input, options.resize, **batching)
     server = litserve.LitServer(
         api,
-        accelerator=about.device,
+        accelerator=package_input.device,
         devices=options.devices,
         workers_per_device=options.workers_per_device,
     )
-    server.app.state.about, server.app.state.limit = about, most_bytes(about, options.resize)
+    server.app.state.package_input, server.app.state.limit = package_input, most_bytes(package_input, options.resize)
     return server
 
 

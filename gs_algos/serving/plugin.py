@@ -1,10 +1,10 @@
-"""What vLLM calls in each of its processes, through the entry point `vllm.general_plugins`."""
+"""Registers golden-stick with vLLM, which calls this in each of its processes (entry point `vllm.general_plugins`)."""
 
 from __future__ import annotations
 
 
 def register() -> None:
-    """Teaches vLLM our checkpoints, and offers our kernels for others'. Calling it again is fine."""
+    """Registers our checkpoint format, and our kernels for other formats. May be called again."""
     from gs_algos.serving import vllm_kernel, vllm_quantization
 
     vllm_quantization.register()

@@ -1,4 +1,4 @@
-"""Which part of a packed weight an engine holds: layers that it stacks into one, cut between processes.
+"""Computes the format of the part of a packed weight that an engine holds: layers stacked into one, cut for processes.
 
 An engine multiplies some layers at once (q, k and v; gate and up): their rows are stacked, which the packing allows at
 any row. Tensor parallelism cuts rows (N) anywhere, and columns (K) between groups.
@@ -16,7 +16,7 @@ PARALLEL = range(1, 65)  # the sizes of tensor parallelism among which an error 
 
 
 def stacked(layers: Mapping[str, PackedFormat], names: Sequence[str]) -> PackedFormat | None:
-    """The format of the layers `names` stacked into one, or None if none of them is packed.
+    """Returns the format of the layers `names` stacked into one, or None if none of them is packed.
 
     Raises:
         ValueError: if they cannot be one weight: some are float, or their bits, groups, zero points or dtypes differ.
@@ -37,7 +37,7 @@ def stacked(layers: Mapping[str, PackedFormat], names: Sequence[str]) -> PackedF
 
 
 def shard(format: PackedFormat, name: str, rows: int, columns: int) -> PackedFormat:
-    """The format of the part `[rows, columns]` that one process holds of a weight.
+    """Returns the format of the part `[rows, columns]` that one process holds of a weight.
 
     A weight with one scale a row keeps it in every part.
 

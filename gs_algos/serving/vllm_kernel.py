@@ -1,4 +1,4 @@
-"""Our products for checkpoints of other libraries in vLLM: compressed-tensors, GPTQ and AWQ, at 2, 4 and 8 bits.
+"""Multiplies, in vLLM, weights of other libraries' checkpoints: compressed-tensors, GPTQ and AWQ, at 2, 4 and 8 bits.
 
 vLLM asks the kernels of its list, in order, which can multiply a layer; ours is the last. `VLLM_DISABLED_KERNELS`
 takes others out, so that ours is used (`CPUWNA16LinearKernel` on a CPU), or ours (`GoldenStickLinearKernel`).
@@ -15,7 +15,7 @@ from vllm.platforms import PlatformEnum
 from vllm.scalar_type import scalar_types
 
 from gs_algos.quant.packed.module import PARTS, PackedFormat
-from gs_algos.serving.engine_parameters import from_words, keep, kept
+from gs_algos.serving.engine_parameters import from_words, get_weight, set_weight
 from gs_kernels import PackedWeight, qmatmul
 from gs_kernels.pack.checks import FLOATS
 
@@ -26,7 +26,7 @@ PLATFORMS = (PlatformEnum.CPU, PlatformEnum.CUDA, PlatformEnum.ROCM)
 
 
 class GoldenStickLinearKernel(MPLinearKernel):
-    """The product of a linear layer whose weight vLLM loaded as int32 words."""
+    """Multiplies by the weight of a linear layer that vLLM loaded as int32 words."""
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -34,16 +34,16 @@ class GoldenStickLinearKernel(MPLinearKernel):
 
     @classmethod
     def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
-        """Whether it can, and if not why."""
+        """Says whether our kernel can multiply this layer, and if not why."""
         reason = _refusal(c)
         return reason is None, reason
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Makes the words a packed weight, in place of what was loaded."""
+        """Replaces the int32 words that were loaded by a packed weight."""
         weight = self._loaded(layer)
         self.names = dict(zip(PARTS, (self.w_q_name, self.w_s_name, self.w_zp_name), strict=False))
         self.format = PackedFormat.of(weight)
-        self.layout = keep(layer, self.names, weight, self.w_q_name)
+        self.layout = set_weight(layer, self.names, weight, self.w_q_name)
         if self.w_zp_name and self.format.zero is not None:
             setattr(layer, self.w_zp_name, None)  # symmetric, or the same everywhere
 
@@ -63,11 +63,11 @@ class GoldenStickLinearKernel(MPLinearKernel):
         )
 
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return qmatmul(x, kept(layer, self.names, self.format, self.layout), bias)
+        return qmatmul(x, get_weight(layer, self.names, self.format, self.layout), bias)
 
 
 def _refusal(c: MPLinearLayerConfig) -> str | None:
-    """Why a layer cannot be multiplied."""
+    """Says why our kernel cannot multiply a layer; None if it can."""
     bits = (ASYMMETRIC if c.zero_points else SYMMETRIC).get(c.weight_type)
     columns, rows = c.partition_weight_shape
     if bits is None:

@@ -1,4 +1,4 @@
-"""Our packed checkpoints in vLLM: `quant_method: golden-stick` of config.json, linear layers, embeddings and heads.
+"""Loads our packed checkpoints in vLLM (`quant_method: golden-stick`): linear layers, embeddings and heads.
 
 vLLM builds each layer with the parameters that its method creates, fills them by name from the checkpoint, cutting them
 for tensor parallelism, and calls `process_weights_after_loading`. Its classes have to be at module level: they are
@@ -36,7 +36,7 @@ from gs_algos.llm.packed_config import METHOD, PackedConfig, read_config
 from gs_algos.llm.verify import check_tensors, verify_files
 from gs_algos.quant.packed.embedding import rows_of
 from gs_algos.quant.packed.module import PARTS, PackedFormat, tensors_of
-from gs_algos.serving.engine_parameters import keep, kept
+from gs_algos.serving.engine_parameters import get_weight, set_weight
 from gs_algos.serving.shards import WHO, shard, stacked
 from gs_algos.serving.vllm_kernel import CAPABILITY
 from gs_kernels import PackedWeight, dequantize_packed, qmatmul
@@ -79,7 +79,7 @@ class GoldenStickVllmConfig(QuantizationConfig):
             verify_files(folder.path, self.config.files, WHO)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Names of layers as vLLM's model has them."""
+        """Renames layers to the names that vLLM's model has."""
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
         owners = hf_to_vllm_mapper.apply_dict(self.tied)
         self.tied = {name: hf_to_vllm_mapper.apply_list([owner])[0] for name, owner in owners.items()}
@@ -97,7 +97,7 @@ class GoldenStickVllmConfig(QuantizationConfig):
         return None
 
     def _table_of(self, layer: VocabParallelEmbedding) -> str:
-        """The packed table of an embedding whose model does not tell its name, as vLLM's Llama; "" if there is none."""
+        """Finds the packed table of an embedding whose model, as vLLM's Llama, gives no name; "" if there is none."""
         sizes = (layer.org_vocab_size, layer.embedding_dim)
         found = [name for name, format in self.layers.items() if format.shape == sizes and "lm_head" not in name]
         if len(found) > 1:
@@ -191,7 +191,7 @@ class GoldenStickLinearMethod(LinearMethodBase):
         weight = self.weight(layer)
         if weight.levels is not None:
             weight = replace(weight, levels=self._one_table(weight.levels))
-        self.layout = keep(layer, NAMES, weight, self.names[0])
+        self.layout = set_weight(layer, NAMES, weight, self.names[0])
 
     def _one_table(self, tables: Tensor) -> Tensor:
         if tables.dim() > 1 and bool((tables != tables[0]).any()):
@@ -199,8 +199,8 @@ class GoldenStickLinearMethod(LinearMethodBase):
         return tables if tables.dim() == 1 else tables[0].clone()
 
     def weight(self, layer: nn.Module) -> PackedWeight:
-        """The packed weight of the layer's parameters."""
-        return kept(layer, NAMES, self.shard, self.layout)
+        """Returns the packed weight whose tensors are the layer's parameters."""
+        return get_weight(layer, NAMES, self.shard, self.layout)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return qmatmul(x, self.weight(layer), bias)

@@ -24,7 +24,7 @@ from gs_algos.cli.demo import DemoOptions, claim_folder
 from gs_algos.demo.data import ImageData, make_data
 from gs_algos.demo.models import build
 from gs_algos.demo.train import Interrupted, TrainConfig, accuracy, interrupts, lr_at, predict, read_state, train
-from gs_algos.demo.training_defaults import HABITS, float_training, tuning_training
+from gs_algos.demo.training_defaults import DEFAULTS, float_training, tuning_training
 
 DEMO = ["demo", "--model", "lenet5", "--float-epochs", "2", "--epochs", "1", "--device", "cpu"]
 
@@ -114,7 +114,7 @@ def test_a_second_interrupt_stops_at_once_and_the_handler_is_put_back():
 def test_a_state_of_another_recipe_or_network_or_a_broken_one_is_refused(tmp_path):
     recipe, path = TrainConfig(epochs=1, lr=0.05, batch_size=20), tmp_path / "state.safetensors"
     train(net("lenet5"), images(), recipe, state=path)
-    with pytest.raises(ValueError, match=r"same recipe, it was written with lr=0\.05, got 0\.1"):
+    with pytest.raises(ValueError, match=r"same TrainConfig, it was written with lr=0\.05, got 0\.1"):
         train(net("lenet5"), images(), replace(recipe, lr=0.1), state=path, resume=True)
     with pytest.raises(ValueError, match="same network"):
         train(net("resnet20"), images(), recipe, state=path, resume=True)
@@ -162,7 +162,7 @@ def test_training_learns_the_digits():
 
 def test_every_network_has_a_recipe_and_tuning_sees_other_shuffles():
     data = images()
-    assert HABITS.keys() == gs_algos.demo.models.MODELS.keys()
+    assert DEFAULTS.keys() == gs_algos.demo.models.MODELS.keys()
     assert float_training("vit-tiny", data, 3, 5).optimizer == "adamw"
     assert tuning_training("resnet20", data, 3, 5).seed == 6
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gs_algos.quant.packed.module import PARTS, PackedFormat
-from gs_algos.serving.engine_parameters import from_words, keep, kept
+from gs_algos.serving.engine_parameters import from_words, get_weight, set_weight
 from gs_kernels import PackedWeight, dequantize_packed, pack_weight
 from gs_kernels.pack.formats.compressed_tensors import to_compressed_tensors
 
@@ -42,8 +42,8 @@ def test_words_become_a_weight_and_parameters(bits: int, group: int, symmetric: 
     zero = torch.arange(48 * 128 // group).view(48, -1) % 2**bits
     weight = packed(bits, group, 2.0 ** (bits - 1) if symmetric else zero.float())
     loaded, layer = words(weight), nn.Module()
-    layout = keep(layer, NAMES, loaded, "up")
-    again = kept(layer, NAMES, PackedFormat.of(loaded), layout)
+    layout = set_weight(layer, NAMES, loaded, "up")
+    again = get_weight(layer, NAMES, PackedFormat.of(loaded), layout)
     assert torch.equal(dequantize_packed(again, torch.float32), dequantize_packed(weight, torch.float32))
     assert len(list(layer.parameters())) == (2 if symmetric else 3)
     assert not any(parameter.requires_grad for parameter in layer.parameters())
@@ -52,7 +52,9 @@ def test_words_become_a_weight_and_parameters(bits: int, group: int, symmetric: 
 def test_a_damaged_scale_is_refused():
     weight = packed(4, 32, 8.0)
     with pytest.raises(ValueError, match=r"up.scale must be finite, got nan at \[0, 0\]"):
-        keep(nn.Module(), NAMES, replace(weight, scale=weight.scale.index_fill(0, torch.tensor(0), torch.nan)), "up")
+        set_weight(
+            nn.Module(), NAMES, replace(weight, scale=weight.scale.index_fill(0, torch.tensor(0), torch.nan)), "up"
+        )
 
 
 def test_layers_that_end_within_a_word_of_zero_points_are_refused():

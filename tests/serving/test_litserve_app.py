@@ -212,10 +212,10 @@ BAD: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_a_wrong_request_is_told_what_is_wrong(case: str, package: Path):
     litserve_app = pytest.importorskip("gs_algos.serving.litserve_app", reason="litserve is not installed")
-    about = read_package(package / "net.pt2", "test")
+    package_input = read_package(package / "net.pt2", "test")
     body, words = BAD[case]
     with pytest.raises(litserve_app.HTTPException) as refused:
-        litserve_app.decode(body, about)
+        litserve_app.decode(body, package_input)
     assert refused.value.status_code == 422
     assert words in refused.value.detail
 
@@ -256,7 +256,7 @@ def test_a_picture_is_refused_by_its_header(case: str, package: Path):
 
 def test_damaged_pictures_are_refused_whatever_is_damaged(package: Path):
     litserve_app = pytest.importorskip("gs_algos.serving.litserve_app", reason="litserve is not installed")
-    about, generator = read_package(package / "net.pt2", "test"), torch.Generator().manual_seed(0)
+    package_input, generator = read_package(package / "net.pt2", "test"), torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (6, 7), dtype=torch.uint8, generator=generator)
     for kind in ("PNG", "JPEG"):
         whole = base64.b64decode(png(pixels, kind=kind))
@@ -266,14 +266,14 @@ def test_damaged_pictures_are_refused_whatever_is_damaged(package: Path):
             )
             data[int(torch.randint(0, len(data), (), generator=generator))] ^= 255
             with contextlib.suppress(litserve_app.HTTPException):  # and nothing else
-                litserve_app.decode({"image": base64.b64encode(data).decode()}, about)
+                litserve_app.decode({"image": base64.b64encode(data).decode()}, package_input)
 
 
 def test_a_picture_of_another_size_can_be_resized(package: Path):
     litserve_app = pytest.importorskip("gs_algos.serving.litserve_app", reason="litserve is not installed")
-    about = read_package(package / "net.pt2", "test")
+    package_input = read_package(package / "net.pt2", "test")
     grey = png(torch.full((60, 90), 128, dtype=torch.uint8), kind="JPEG")
-    x = litserve_app.decode({"image": grey}, about, resize=True)
+    x = litserve_app.decode({"image": grey}, package_input, resize=True)
     assert x.shape == (1, 6, 7)
     assert torch.allclose(x, torch.full_like(x, (128 / 255 - MEAN[0]) / DEVIATION[0]), atol=0.02)
 

@@ -38,7 +38,7 @@ def test_others_are_refused(value):
 
 @pytest.mark.parametrize("data", [b"", b"GIF89a" + b"0" * 40, b"\x89PNG\r\n\x1a\n"])
 def test_bytes_that_are_no_picture_are_named_so(data):
-    about = PackageInput((3, 2, 2), "float32", "cpu", ((0.5,) * 3, (0.2,) * 3))
+    package_input = PackageInput((3, 2, 2), "float32", "cpu", ((0.5,) * 3, (0.2,) * 3))
     with pytest.raises(HTTPException) as caught:
-        decode({"image": base64.b64encode(data).decode()}, about)
+        decode({"image": base64.b64encode(data).decode()}, package_input)
     assert caught.value.detail == "serve: image must be the base64 of a PNG or JPEG, got: other bytes"

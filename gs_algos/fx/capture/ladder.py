@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from gs_algos.core.algorithm import InputsError, hint, said
+from gs_algos.core.algorithm import InputsError, describe_error, hint
 from gs_algos.core.modules import TRACING
 from gs_algos.core.network import wrapped_at
 from gs_algos.core.untouched import untouched
@@ -100,7 +100,7 @@ def _attempt(tracer: str, trace: Trace, given: tuple[Any, ...], notes: list[str]
             args, kwargs = copied((args, kwargs), names.model)
             return trace(root, args, kwargs, names)
     except Exception as error:  # a tracer may raise anything; what it says becomes a note
-        notes.append(f"{tracer}: {said(error)}")
+        notes.append(f"{tracer}: {describe_error(error)}")
         logger.debug("%s failed", tracer, exc_info=True)
         return None
 
@@ -117,7 +117,7 @@ def _walk(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names:
     except Exception as error:
         raise InputsError(
             "capture",
-            f"example_inputs must run through the model, got {said(error)}"
+            f"example_inputs must run through the model, got {describe_error(error)}"
             f"{hint(args if len(args) > 1 else args[0] if args else args, error)}",
         ) from error
     return [leaf_draft(item.module, names) if isinstance(item, Call) else item for item in found]
@@ -160,7 +160,7 @@ def _by_child(call: Call, names: ModuleNames, notes: list[str]) -> tuple[list[No
     try:
         deep, drafts = _by_children(child, call.args, call.kwargs, inner, notes)
     except Exception as error:  # noqa: BLE001  alone, a module may do anything; it is read as one operation then
-        notes.append(f"{inner.prefix}: children: {said(error)}")
+        notes.append(f"{inner.prefix}: children: {describe_error(error)}")
         return [leaf_draft(child, names)], False
     return drafts, deep
 
