@@ -1,8 +1,8 @@
-"""Files and folders that appear whole or not at all, beside other processes that write and read the same ones.
+"""Writes files and folders that appear whole or not at all, beside other processes that write and read the same ones.
 
-What is being written has a name of its own beside its target: a dot, the target's name, 16 random hexadecimal digits.
-Its writer holds a lock on it (`flock`, which ends with the process), so that the next writer of the same target can
-tell what a killed one left and delete it. Where a file system has no such locks, and on Windows, an hour tells.
+What is being written has a name of its own beside its target (see `gs_kernels.runtime.files`). Its writer holds a lock
+on it (`flock`, which ends with the process), so that the next writer of the same target can tell what a killed one left
+and delete it. Where a file system has no such locks, and on Windows, an hour tells.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
-import secrets
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+from gs_kernels.runtime.files import drafts_of, is_old, new_draft, nothing_changed
 
 try:
     import fcntl
@@ -24,7 +24,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 WINDOWS = os.name == "nt"
-OLD = 3600  # seconds after which something that cannot be locked has no writer any more
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -53,23 +52,22 @@ def written(path: Path, data: bytes) -> Iterator[None]:
     """As `write_atomically`; inside the `with` block the new file counts as being written (see `abandoned`)."""
     clear_abandoned(path)
     file: IO[bytes] | None = None
-    try:
-        file = _new_file(path)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-        if WINDOWS:  # which renames no open file
-            file.close()
-        with _synced(path.parent):
-            _replace(file.name, path)
-    except BaseException as error:
-        if file is not None:
-            with contextlib.suppress(OSError):  # it tries once more to write
+    with nothing_changed(path):
+        try:
+            file = _new_file(path)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            if WINDOWS:  # which renames no open file
                 file.close()
-            Path(file.name).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, f"{error.strerror or error}; what was there is as before", str(path)) from error
-        raise
+            with _synced(path.parent):
+                _replace(file.name, path)
+        except BaseException:
+            if file is not None:
+                with contextlib.suppress(OSError):  # it tries once more to write
+                    file.close()
+                Path(file.name).unlink(missing_ok=True)
+            raise
     try:
         yield
     finally:
@@ -87,7 +85,7 @@ def scratch_folder(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
     clear_abandoned(target)
     while True:
-        folder = _beside(target)
+        folder = new_draft(target)
         with naming_target(target):
             folder.mkdir()
         handle = None if WINDOWS else os.open(folder, os.O_RDONLY)
@@ -144,12 +142,12 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 def being_written(target: Path) -> bool:
     """Whether another process, or another thread, is writing the target at this moment."""
-    return any(not abandoned(path) for path in _drafts(target))
+    return any(not abandoned(path) for path in drafts_of(target))
 
 
 def clear_abandoned(target: Path) -> None:
     """Deletes what writers of the target left that were killed."""
-    for path in _drafts(target):
+    for path in drafts_of(target):
         if abandoned(path):
             remove(path)
 
@@ -159,12 +157,12 @@ def abandoned(path: Path) -> bool:
     try:
         handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     except OSError:
-        return _is_old(path)
+        return is_old(path)
     try:
         free = _lock(handle, wait=False)
     finally:
         os.close(handle)
-    return _is_old(path) if free is None else free
+    return is_old(path) if free is None else free
 
 
 def remove(path: Path) -> None:
@@ -215,23 +213,10 @@ def _replace(source: str, target: Path) -> None:
             return
 
 
-def _beside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-
-
-def _drafts(target: Path) -> list[Path]:
-    """What was or is being written for a target, by any process."""
-    form = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{16}")
-    try:
-        return [target.with_name(name) for name in os.listdir(target.parent) if form.fullmatch(name)]
-    except OSError:  # of a folder that is not there, or in which one may write but not look
-        return []
-
-
 def _new_file(target: Path) -> IO[bytes]:
     """A new draft of a file, locked. Another writer may take it for abandoned until then, so it is looked at again."""
     while True:
-        path = _beside(target)
+        path = new_draft(target)
         file = open(path, "xb")  # noqa: SIM115
         if _is_ours(file.fileno(), path):
             return file
@@ -258,12 +243,3 @@ def _lock(handle: int, wait: bool) -> bool | None:
     except OSError:
         return None
     return True
-
-
-def _is_old(path: Path) -> bool:
-    """Whether a file, or the newest one in a folder, is older than an hour by the clock that dates its neighbours."""
-    try:
-        newest = max(part.stat().st_mtime for part in (path, *(path.iterdir() if path.is_dir() else ())))
-        return path.parent.stat().st_mtime - newest > OLD
-    except OSError:
-        return False
