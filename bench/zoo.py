@@ -173,7 +173,7 @@ def facts(plan: Plan, model: nn.Module) -> dict[str, Any]:
         re.sub(r"'[^']*'|\b[\w]+(\.\w+)+\b|\d+", "*", row.reason) for row in layers if row.action == "keep"
     )
     return {
-        "rung": plan.rung,
+        "rung": plan.tracer,
         "layers": len(layers),
         "quantized": len(acted),
         "folded": sum(row.settings.bn is not None for row in acted),

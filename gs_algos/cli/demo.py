@@ -122,7 +122,7 @@ def run_demo(options: DemoOptions, out: Path, resume: bool, console: Console) ->
     with console.status("preparing"):
         plan = algo.plan(net, data.example())
         net = algo.apply(net, data.example())
-    read = f", graph read by {plan.rung}" if plan.rung else ""
+    read = f", graph read by {plan.tracer}" if plan.tracer else ""
     console.print(f"{options.algorithm}: {len(plan.acted())} of {len(plan.rows)} sites{read}")
     with bar(f"{options.algorithm}, {tune.epochs} epochs") as on_step:
         state = out / f"{options.algorithm}.state.safetensors"

@@ -1,4 +1,4 @@
-"""Per-layer rules: which settings a layer gets. Global, then type, then regular expression, then name; last wins."""
+"""Rules that set options layer by layer: global, then by type, by regular expression, by name; the last one wins."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rule: TypeAlias = tuple[RulePattern, Mapping[str, Any] | None]
 def resolve(
     rules: Sequence[Rule], sites: Mapping[str, nn.Module | None], defaults: Mapping[str, Any], who: str
 ) -> dict[str, dict[str, Any] | None]:
-    """Settings of every site: the defaults, overridden rule by rule. None means that a rule leaves the site alone.
+    """Returns the settings of every site: the defaults, overridden rule by rule; None where a rule leaves it alone.
 
     A pattern is a module class or `type:Conv2d`, `re:<expression>` (matched against the whole name), or the exact name
     of a layer or of a block that holds it.
@@ -41,7 +41,7 @@ def resolve(
 
 
 def rules_of(rules: Any, who: str) -> tuple[Any, ...]:
-    """The rules as a tuple of tuples; each is checked where it is resolved.
+    """Returns the rules as a tuple of tuples; `resolve` checks each.
 
     Raises:
         TypeError: if they are no list of rules: a dict, or one rule by itself.
@@ -60,13 +60,13 @@ def rules_of(rules: Any, who: str) -> tuple[Any, ...]:
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """`; did you mean ...?` with the nearest of the words, or nothing if none is near."""
+    """Returns `; did you mean ...?` with the nearest of the words, or "" if none is near."""
     near = difflib.get_close_matches(word, list(words), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def _checked(rule: Any, options: Mapping[str, Any], who: str) -> Rule:
-    """Returns the rule, checked; `options` are those that it may set, with their defaults.
+    """Checks and returns a rule; `options` are those that it may set, with their defaults.
 
     Raises:
         ValueError: if it is no pair of a pattern and options, its expression is no expression, or an option is unknown.
@@ -93,12 +93,12 @@ def _checked(rule: Any, options: Mapping[str, Any], who: str) -> Rule:
 
 
 def _text(pattern: RulePattern) -> str:
-    """The pattern as a person would write it."""
+    """Returns the pattern as a person would write it."""
     return pattern if isinstance(pattern, str) else f"type:{pattern.__name__}"
 
 
 def _matchable(sites: Mapping[str, nn.Module | None]) -> list[str]:
-    """Names and types that a rule could have meant: layers, the blocks that hold them, their classes."""
+    """Lists what a rule could have meant: layers, the blocks that hold them, their classes."""
     blocks = {name[:i] for name in sites for i, letter in enumerate(name) if letter == "."}
     return [*sites, *sorted(blocks), *sorted({f"type:{type(module).__name__}" for module in sites.values()})]
 

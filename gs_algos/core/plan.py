@@ -1,8 +1,9 @@
-"""What an algorithm is going to do to a model, layer by layer, before anything is touched."""
+"""Plans: what an algorithm is going to do to a model, layer by layer, before anything is touched."""
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Generic
@@ -27,7 +28,7 @@ S = TypeVar("S", bound=RowSettings | None, default=Any)
 
 @dataclass(frozen=True)
 class PlanRow(Generic[S]):
-    """One layer.
+    """Says what is done to one layer.
 
     Args:
         action: what will be done, or `keep` with the reason.
@@ -49,13 +50,13 @@ class PlanRow(Generic[S]):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as JSON has it."""
+        """Returns the row as JSON has it."""
         settings = None if self.settings is None else self.settings.to_dict()
         return {**{name: getattr(self, name) for name in TEXTS}, "settings": settings}
 
     @staticmethod
     def fits(data: Any) -> bool:
-        """True if `data` has the fields of a row; what is in its settings is not looked at."""
+        """Returns whether `data` has the fields of a row; its settings are not checked."""
         return (
             isinstance(data, dict)
             and data.keys() == {*TEXTS, "settings"}
@@ -65,7 +66,7 @@ class PlanRow(Generic[S]):
 
 
 def rows_of(plan: Iterable[Mapping[str, Any]], forms: tuple[type[RowSettings], ...]) -> list[PlanRow]:
-    """The rows of a plan from a history entry.
+    """Reads the rows of a plan from a history entry.
 
     Args:
         forms: the classes that the algorithm has for the settings of its rows.
@@ -86,7 +87,7 @@ def rows_of(plan: Iterable[Mapping[str, Any]], forms: tuple[type[RowSettings], .
 
 
 def with_settings(entry: Mapping[str, Any], change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
-    """A history entry with other settings in the rows of its plan: what a migration of a checkpoint returns.
+    """Returns a history entry with other settings in the rows of its plan, as a migration of a checkpoint does.
 
     change: gives the new settings of a row, whose `settings` are those of the file.
     """
@@ -95,11 +96,11 @@ def with_settings(entry: Mapping[str, Any], change: Callable[[dict[str, Any]], A
 
 @dataclass(frozen=True)
 class Totals:
-    """What a plan comes to.
+    """Counts the numbers and bytes of a model before and after a plan.
 
     Args:
-        numbers: in all parameters of the model, biases and norms included; a tied one counts once.
-        quantized: of them, in weights that the plan quantizes.
+        numbers: elements of all parameters, biases and norms included; a tied one counts once.
+        quantized: those of them in weights that the plan quantizes.
         before: bytes of all parameters.
         after: bytes of what takes their place.
     """
@@ -120,17 +121,28 @@ class Totals:
 
 @dataclass(frozen=True)
 class Plan:
-    """The dry run of an algorithm. `plan.rows` is the data, `plan.totals` what it comes to, `plan.notes` the rest.
+    """Says what an algorithm is going to do: a row for each layer, the totals, and notes.
 
     `str(plan)` is a table with the totals below it, in a notebook one of HTML. A layer that is in many blocks is one
     line of it, with a count.
+
+    Args:
+        tracer: what read the graph of the network, or "" if nothing did.
     """
 
     algorithm: str
-    rung: str
+    tracer: str
     rows: tuple[PlanRow, ...]
     notes: tuple[str, ...] = ()
     totals: Totals | None = None
+
+    @property
+    def rung(self) -> str:
+        """Deprecated: the old name of `tracer`."""
+        warnings.warn(
+            "Plan.rung is now Plan.tracer; the old name goes with the next minor version", DeprecationWarning, 2
+        )
+        return self.tracer
 
     def acted(self) -> tuple[PlanRow, ...]:
         return tuple(row for row in self.rows if row.action != "keep")
@@ -143,7 +155,7 @@ class Plan:
         totals = None if self.totals is None else asdict(self.totals)
         return {
             "algorithm": self.algorithm,
-            "rung": self.rung,
+            "tracer": self.tracer,
             "rows": rows,
             "notes": list(self.notes),
             "totals": totals,
@@ -156,7 +168,7 @@ class Plan:
         return self._table()._repr_html_()
 
     def _table(self) -> Table:
-        read = f", graph read by {self.rung}" if self.rung else ""
+        read = f", graph read by {self.tracer}" if self.tracer else ""
         totals = [] if self.totals is None else [str(self.totals)]
         return render_layers(
             ("layer", "kind", "action", "detail", "reason"),
@@ -167,7 +179,7 @@ class Plan:
 
 
 def other_weights(model: nn.Module, rows: Iterable[PlanRow]) -> list[PlanRow]:
-    """A `keep` row for every parameter with two or more axes that no row speaks of, with the reason why it stays float.
+    """Returns a `keep` row, with the reason, for every parameter with two or more axes that no row speaks of.
 
     A row speaks of the parameters that the module of its name holds itself, or of the parameter of that name. Weights
     of norms get no row: they multiply element by element.
@@ -192,7 +204,7 @@ def other_weights(model: nn.Module, rows: Iterable[PlanRow]) -> list[PlanRow]:
 
 
 def totals_of(model: nn.Module, after: Mapping[str, int]) -> Totals:
-    """The totals of a plan.
+    """Counts the totals of a plan.
 
     Args:
         after: name of a layer, or of a parameter, that is quantized -> bytes that its weight takes then.

@@ -1,4 +1,4 @@
-"""What a row of a plan holds for `apply` and `load`: frozen dataclasses that go through JSON and are checked there.
+"""Frozen dataclasses that hold what `apply` and `load` need of a plan's row: written as JSON, checked when read.
 
 A class names its fields and their types; `from_dict` takes nothing else, whoever wrote the file.
 """
@@ -17,19 +17,19 @@ WORDS = {str: "a text", bool: "true or false", int: "a whole number >= 0", float
 
 @dataclass(frozen=True)
 class Record:
-    """Base of what a plan holds.
+    """Base of the dataclasses in a plan.
 
     Fields are texts, flags, counts >= 0, numbers, records, tuples of one of these, or any of them `| None`. A class
     with a `to_dict` and a `from_dict` of its own, as `PackedFormat` has them, may be one too.
     """
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON has them."""
+        """Returns the fields as JSON has them."""
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
-        """The record that `to_dict` gave. A field with a default may be missing: an earlier release may have lacked it.
+        """Reads what `to_dict` gave. A field with a default may be missing: an earlier release may have lacked it.
 
         Raises:
             ValueError: if another field is missing, one has another form, or there is one that the class lacks.
@@ -50,23 +50,23 @@ class RowSettings(Record):
         return {"form": self.form, **super().to_dict()}
 
     def other_names(self) -> tuple[str, ...]:
-        """The layers besides `row.site` that the row speaks of."""
+        """Returns the layers besides `row.site` that the row speaks of."""
         return ()
 
 
 def settings_of(data: Any, forms: tuple[type[RowSettings], ...]) -> RowSettings | None:
-    """The settings of a row as `to_dict` gave them, of one of the classes of an algorithm; None if there are none.
+    """Reads the settings of a row, of one of the classes of an algorithm; None stays None.
 
     Raises:
         ValueError: as `Record.from_dict`; or if they are of no such class.
     """
     if data is None:
         return None
-    found = data.get("form") if isinstance(data, Mapping) else data
-    known = {cls.form: cls for cls in forms}
-    if not isinstance(found, str) or found not in known:
-        raise ValueError(f"settings must be of the form {' or '.join(known) or 'null'}, got form={found!r:.60}")
-    return known[found].from_dict({key: value for key, value in data.items() if key != "form"})
+    form = data.get("form") if isinstance(data, Mapping) else data
+    classes = {cls.form: cls for cls in forms}
+    if not isinstance(form, str) or form not in classes:
+        raise ValueError(f"settings must be of the form {' or '.join(classes) or 'null'}, got form={form!r:.60}")
+    return classes[form].from_dict({key: value for key, value in data.items() if key != "form"})
 
 
 def _plain(value: Any) -> Any:
@@ -93,7 +93,7 @@ def _record(cls: type[Any], data: Any, who: str, path: str) -> Any:
 
 
 def _value(hint: Any, data: Any, who: str, where: str) -> Any:
-    """The value of one field from what JSON has for it."""
+    """Reads the value of one field."""
     words = _words(hint)
     if get_origin(hint) in (types.UnionType, Union):
         if data is None and type(None) in get_args(hint):
@@ -115,7 +115,7 @@ def _value(hint: Any, data: Any, who: str, where: str) -> Any:
 
 
 def _words(hint: Any) -> str:
-    """What a field holds, for an error."""
+    """Describes what a field holds, for an error."""
     if get_origin(hint) in (types.UnionType, Union):
         return " or ".join(_words(kind) for kind in get_args(hint))
     if get_origin(hint) is tuple:

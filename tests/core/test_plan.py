@@ -147,3 +147,9 @@ def test_position_embeddings_are_no_stack_of_matrices():
 
     (row,) = gs_algos.plan_weights(Positions(), "int8@channel").kept()
     assert (row.site, row.reason) == ("positions", "is read by the forward of Positions itself, not by a layer")
+
+
+def test_the_old_name_of_the_tracer_works_with_a_warning():
+    plan = Plan("x", "export", ())
+    with pytest.warns(DeprecationWarning, match=r"Plan\.rung is now Plan\.tracer"):
+        assert plan.rung == plan.tracer == "export"
