@@ -20,7 +20,7 @@ from gs_algos.llm.formats.base import Format, Reader
 from gs_algos.llm.packed_config import METHOD, VERSION, PackedConfig, read_config
 from gs_algos.llm.skeleton import check_ties, fit, skeleton
 from gs_algos.llm.verify import check_tensors, part_names, verify_files
-from gs_algos.quant.packed.module import PARTS, PackedFormat
+from gs_algos.quant.packed.module import WEIGHT_TENSORS, PackedFormat
 from gs_algos.quant.packed.packable import base_of, float_weight, matrix_of
 from gs_kernels import PackedWeight, unpack_codes
 from gs_kernels.pack.checks import check_packed_values
@@ -233,7 +233,7 @@ def _floats(model: nn.Module, config: PackedConfig, format: Format) -> set[str]:
     }
 
 
-def _grouped(tensors: Any, layers: Any, known: tuple[str, ...] = PARTS) -> dict[str, list[str] | None]:
+def _grouped(tensors: Any, layers: Any, known: tuple[str, ...] = WEIGHT_TENSORS) -> dict[str, list[str] | None]:
     """In the order of the files: layer -> its parts, and for every other tensor its name -> None."""
     owners = set(layers)
     found: dict[str, list[str] | None] = {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gs_algos.llm.folder import Folder
 from gs_algos.llm.libraries import library
-from gs_algos.quant.packed.module import PARTS
+from gs_algos.quant.packed.module import WEIGHT_TENSORS
 
 OLD = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")  # once stored, now computed
 OURS = ("from_pretrained: ", "quantization_config: ")  # how what is said by this package begins
@@ -128,7 +128,7 @@ def fit(
 
 def part_names_in(model: Any, names: Collection[str]) -> dict[str, str]:
     """name in the float model -> name in the folder, of the parts of packed weights: they are renamed as weights."""
-    weights = {name: f"{name.rpartition('.')[0]}.weight" for name in names if name.rpartition(".")[2] in PARTS}
+    weights = {name: f"{name.rpartition('.')[0]}.weight" for name in names if name.rpartition(".")[2] in WEIGHT_TENSORS}
     renamed = _renamed(model, weights.values())
     return {
         f"{renamed[weight][0][0].removesuffix('weight')}{name.rpartition('.')[2]}": name

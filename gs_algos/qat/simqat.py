@@ -30,10 +30,10 @@ from gs_algos.qat.training import QuantizationTraining
 from gs_algos.qat.untrained import TrainingWatch
 from gs_algos.quant.fake_quant.layers import FakeQuantized, Folded
 from gs_algos.quant.fake_quant.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
-from gs_algos.quant.network.convert import Parity, convert_model, install_converted, summary_of
+from gs_algos.quant.network.convert import Parity, convert_model, summary_of, swap_converted_layers
 from gs_algos.quant.network.layer_plan import layer_rows
 from gs_algos.quant.network.planning import make_plan, with_planned_layers
-from gs_algos.quant.network.prepare import QuantOptions, install, refuse_nonfinite
+from gs_algos.quant.network.prepare import QuantOptions, refuse_nonfinite, swap_layers
 from gs_algos.quant.scheme import Scheme, as_text, check_rules
 from gs_kernels.runtime.torch_private import _BatchNorm
 
@@ -181,7 +181,7 @@ class SimQAT(QuantizationTraining):
         model, new = with_planned_layers(model, plan, example_inputs)
         planned = [row.site for row in layer_rows(plan.rows)]
         refuse_nonfinite("SimQAT.apply", ((site, get_module(model, site)) for site in planned))
-        return install(model, plan.rows, self.config.options()), {"modularized": new}
+        return swap_layers(model, plan.rows, self.config.options()), {"modularized": new}
 
     def after_calibration(self) -> None:
         for name, layer in self._layers.items():
@@ -246,9 +246,9 @@ class SimQAT(QuantizationTraining):
     def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
         rows = rows_of(entry["plan"], cls.row_settings)
         model = modularize_again(model, entry["modularized"])
-        model = install(model, rows, SimQATConfig.from_dict(entry["config"]).options())
+        model = swap_layers(model, rows, SimQATConfig.from_dict(entry["config"]).options())
         if entry["stage"] == "converted":
-            install_converted(model, rows)
+            swap_converted_layers(model, rows)
         return model
 
     def _bind(self, model: nn.Module) -> None:

@@ -10,13 +10,13 @@ from typing_extensions import Self
 
 
 class FixedDtypeBuffers(nn.Module):
-    """`.to(dtype)`, `.half()` and the like pass over the buffers named in `kept`; devices are followed."""
+    """`.to(dtype)`, `.half()` and the like pass over the buffers named in `fixed_dtype`; devices are followed."""
 
-    kept: ClassVar[tuple[str, ...]] = ()
+    fixed_dtype: ClassVar[tuple[str, ...]] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        aside = {name: self._buffers[name] for name in self.kept}
-        self._buffers.update(dict.fromkeys(self.kept))
+        aside = {name: self._buffers[name] for name in self.fixed_dtype}
+        self._buffers.update(dict.fromkeys(self.fixed_dtype))
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             for name, tensor in aside.items():

@@ -14,7 +14,7 @@ from vllm.model_executor.kernels.linear import MPLinearKernel, MPLinearLayerConf
 from vllm.platforms import PlatformEnum
 from vllm.scalar_type import scalar_types
 
-from gs_algos.quant.packed.module import PARTS, PackedFormat
+from gs_algos.quant.packed.module import WEIGHT_TENSORS, PackedFormat
 from gs_algos.serving.engine_parameters import from_words, get_weight, set_weight
 from gs_kernels import PackedWeight, qmatmul
 from gs_kernels.pack.checks import FLOATS
@@ -41,7 +41,7 @@ class GoldenStickLinearKernel(MPLinearKernel):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Replaces the int32 words that were loaded by a packed weight."""
         weight = self._loaded(layer)
-        self.names = dict(zip(PARTS, (self.w_q_name, self.w_s_name, self.w_zp_name), strict=False))
+        self.names = dict(zip(WEIGHT_TENSORS, (self.w_q_name, self.w_s_name, self.w_zp_name), strict=False))
         self.format = PackedFormat.of(weight)
         self.layout = set_weight(layer, self.names, weight, self.w_q_name)
         if self.w_zp_name and self.format.zero is not None:

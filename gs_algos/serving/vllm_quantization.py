@@ -35,14 +35,14 @@ from gs_algos.llm.folder import read_folder
 from gs_algos.llm.packed_config import METHOD, PackedConfig, read_config
 from gs_algos.llm.verify import check_tensors, verify_files
 from gs_algos.quant.packed.embedding import rows_of
-from gs_algos.quant.packed.module import PARTS, PackedFormat, tensors_of
+from gs_algos.quant.packed.module import WEIGHT_TENSORS, PackedFormat, tensors_of
 from gs_algos.serving.engine_parameters import get_weight, set_weight
 from gs_algos.serving.shards import WHO, shard, stacked
 from gs_algos.serving.vllm_kernel import CAPABILITY
 from gs_kernels import PackedWeight, dequantize_packed, qmatmul
 from gs_kernels.pack.layouts import CANONICAL
 
-NAMES = {part: part for part in PARTS}  # of the parameters
+NAMES = {part: part for part in WEIGHT_TENSORS}  # of the parameters
 
 
 class GoldenStickVllmConfig(QuantizationConfig):

@@ -180,7 +180,7 @@ def test_onnx_rounds_to_a_grid_whose_zero_point_is_no_code(tmp_path: Path):
     net, x = small(act="int8@tensor:lsq"), images(16)
     grid = net[3].input_quantizer
     grid.zero.fill_(-146)
-    grid.look()
+    grid.refresh_zero_point()
     path = export_onnx(net, x, tmp_path / "net.onnx")
     with torch.no_grad():
         assert relative_rms(predicted(path, x), net(x)) < 1e-3

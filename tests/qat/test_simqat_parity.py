@@ -213,7 +213,7 @@ def test_convolutions_whose_learnt_zero_point_no_code_is_multiply_floats(tmp_pat
     torch.testing.assert_close(net(images(16, seed=7)), want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
     assert net.stem.path().startswith("float x packed codes: no 8-bit code is the zero point of its activations")
     assert net.fc.path() == "integer: int8 x int8 -> int32"  # nothing pads it
-    assert not any(isinstance(m, QuantizedConv) and (m._handed or m._hands_own()) for m in net.modules())
+    assert not any(isinstance(m, QuantizedConv) and (m._consumer_grids or m._emits_own_grid()) for m in net.modules())
     gs_algos.save(net, tmp_path)
     again = gs_algos.load(tmp_path, SmallConvNet).eval()
     assert again.stem.path() == net.stem.path()

@@ -115,11 +115,11 @@ def test_an_export_to_onnx_keeps_what_is_fused(act: str | None):
 @pytest.mark.parametrize("act", [None, "slb"])
 def test_adds_run_in_the_call_of_the_layer_or_say_why_not(act: str | None, tmp_path: Path):
     net, algo, want = converted(Sums, act)
-    assert {name for name, m in net.named_modules() if getattr(m, "deferred", False)} == {"b", "d", "late"}
+    assert {name for name, m in net.named_modules() if getattr(m, "defers_add", False)} == {"b", "d", "late"}
     assert relative_rms(net(image(1)) + 0, want) < 1e-5
     assert "the add is not fused: it writes into an operand" in algo.summary(net)
     loaded = gs_algos.load(gs_algos.save(net, tmp_path), lambda: Sums().eval()).eval()
-    assert loaded.b.deferred and same_bits(loaded(image(1)) + 0, net(image(1)) + 0)
+    assert loaded.b.defers_add and same_bits(loaded(image(1)) + 0, net(image(1)) + 0)
     x = image(1).requires_grad_()
     net(x).sum().backward()  # nothing waits where a gradient is asked for
     assert x.grad is not None and bool(x.grad.abs().sum() > 0)
@@ -155,7 +155,7 @@ class Overwrites(nn.Module):
 
 def test_what_would_read_an_overwritten_input_is_found_and_runs_at_once(caplog: pytest.LogCaptureFixture):
     net, algo, want = converted(Overwrites, None)
-    assert not net.conv.deferred and "adds run apart: outputs would change" in caplog.text
+    assert not net.conv.defers_add and "adds run apart: outputs would change" in caplog.text
     assert relative_rms(net(image(1)), want) < 1e-5
     assert "hands on floats, at once: outputs would change" in algo.summary(net)
 

@@ -19,7 +19,7 @@ from gs_algos.demo import models
 from gs_algos.quant.integer.layers import QuantizedConv
 from gs_algos.quant.integer.quantized_tensor import DeferredOutput, QuantizedTensor
 from gs_algos.quant.integer.static_quantizer import StaticQuantizer
-from gs_algos.quant.network.integer_flow import unlink
+from gs_algos.quant.network.integer_flow import disable_int8_flow
 from gs_algos.quant.packed.conv_base import Convolution
 from gs_algos.quant.scheme import Scheme
 from tests.helpers import same_bits
@@ -66,17 +66,17 @@ def converted(**options: Any) -> tuple[nn.Module, SimQAT]:
 
 def unlinked(net: nn.Module) -> nn.Module:
     net = copy.deepcopy(net)
-    unlink(net, (), "")
+    disable_int8_flow(net, (), "")
     for module in net.modules():
         if isinstance(module, Convolution):
-            module.deferred = False
+            module.defers_add = False
     return net
 
 
 @pytest.mark.parametrize("act", ["int8@tensor:ema", "uint8@tensor:ema", "int4@tensor:ema", "int8@tensor:ema:sym"])
 def test_layers_hand_codes_and_nothing_changes(act: str, tmp_path: Path):
     net, algo = converted(act=act)
-    handing = {name for name, m in net.named_modules() if isinstance(m, QuantizedConv) and m._handed}
+    handing = {name for name, m in net.named_modules() if isinstance(m, QuantizedConv) and m._consumer_grids}
     assert handing == {"a", "b", "e"}  # c and d, which are added, have a grid of their own
     seen = {}
     for name in "abcde":
@@ -88,7 +88,7 @@ def test_layers_hand_codes_and_nothing_changes(act: str, tmp_path: Path):
     assert type(y) is Tensor and same_bits(y, unlinked(net)(image(7)))
     assert algo.summary(net).count("-> int8 for the next layer") == 3
     loaded = gs_algos.load(gs_algos.save(net, tmp_path), build).eval()
-    assert loaded.b._handed and same_bits(loaded(image(7)), y)
+    assert loaded.b._consumer_grids and same_bits(loaded(image(7)), y)
     assert same_bits(copy.deepcopy(net)(image(7)), y)
 
 
@@ -132,7 +132,7 @@ def test_a_compiler_sees_floats_and_gives_the_same():
 def test_grids_that_differ_stay_apart():
     algo = SimQAT(weight="int8@channel", act="int8@tensor:ema", rules=[("d", {"act": "int4@tensor:ema"})])
     net = algo.convert(algo.apply(build(), image()))
-    assert not net.b._handed and net.a._handed
+    assert not net.b._consumer_grids and net.a._consumer_grids
     net(image(7))
 
 
@@ -140,7 +140,7 @@ def grid(scheme: str, scale: float, zero: float) -> StaticQuantizer:
     made = StaticQuantizer(Scheme.parse(scheme, "act"))
     made.scale.fill_(scale)
     made.zero.fill_(zero)
-    made.look()
+    made.refresh_zero_point()
     return made
 
 
@@ -191,8 +191,8 @@ def test_a_relu_of_codes_whose_zero_point_none_of_them_is_rounds_as_the_value(sc
     x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1)) * 3 + (8 if zero < 0 else -8)
     y = F.relu(QuantizedTensor(far.signed_codes(x)[0], far, torch.float32))
     assert torch.equal(y.codes, far.signed_codes(F.relu(x))[0])
-    far.hands = True
-    assert not far.gives_codes() and type(far(x)) is Tensor
+    far.emits_int8 = True
+    assert not far.returns_int8() and type(far(x)) is Tensor
 
 
 def test_writing_into_codes_is_refused_and_not_lost():
@@ -246,9 +246,9 @@ def test_codes_change_their_grid_as_floats_do():
     x = QuantizedTensor(GRID.codes(drawn(3, 2, 16, 9, 9)), GRID, torch.float32)
     for into in OTHERS.values():
         assert torch.equal(into.signed_codes(x)[0], into.signed_codes(x.dequantize())[0])
-        into.hands = True
+        into.emits_int8 = True
         y = into(x)
-        into.hands = False
+        into.emits_int8 = False
         assert type(y) is QuantizedTensor and torch.equal(y.dequantize(), into(x.dequantize()))
 
 
@@ -301,7 +301,7 @@ def test_codes_of_floats_are_those_of_quantize(monkeypatch):
         quantizer = StaticQuantizer(Scheme.parse(scheme, "act"))
         quantizer.scale.fill_(0.0625)
         quantizer.zero.fill_(zero)
-        quantizer.look()
+        quantizer.refresh_zero_point()
         for image in (x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3), x[:, ::2]):
             got, want = quantizer.signed_codes(image)[0], quantizer.codes(image)
             assert torch.equal(got.int() + (0 if want.dtype == torch.int8 else 128), want.int())

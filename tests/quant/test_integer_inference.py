@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gs_algos import SLB, SimQAT
 from gs_algos.quant.fake_quant import batch_norm
-from gs_algos.quant.fake_quant.integer_inference import in_steps, whole_bias
+from gs_algos.quant.fake_quant.integer_inference import centered_codes, rounded_bias
 from tests.nets.convolutional import SmallConvNet, images, train
 
 SEARCHED = (
@@ -183,7 +183,7 @@ def test_copies_and_what_a_spawned_process_gets_compute_the_same(algo: Any):
 def test_a_bias_is_a_whole_number_of_steps_where_fp32_counts_them():
     scale, x_scale = torch.tensor([0.3, 0.3, 1e-12, 0.0]), torch.tensor([0.05])
     bias = torch.tensor([1.0, -0.001, 1.0, 2.0])
-    got = whole_bias(bias, scale, x_scale)
+    got = rounded_bias(bias, scale, x_scale)
     assert torch.equal(got[:2], torch.tensor([67.0, 0.0]) * (scale[:2] * x_scale)) and torch.equal(got[2:], bias[2:])
 
 
@@ -191,7 +191,7 @@ def test_steps_are_found_again_at_every_scale():
     generator = torch.Generator().manual_seed(0)
     scale = torch.rand(1000, 1, generator=generator).exp() * 10.0 ** torch.arange(-20, 20).repeat(25)[:, None]
     steps = torch.arange(-255, 256) * 0.5
-    assert torch.equal(in_steps(steps * scale, scale), steps.expand(1000, -1))
+    assert torch.equal(centered_codes(steps * scale, scale), steps.expand(1000, -1))
 
 
 @pytest.mark.parametrize("frozen", [False, True])

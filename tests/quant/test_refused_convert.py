@@ -68,7 +68,7 @@ def interrupted(algo: Algorithm, net: nn.Module, monkeypatch: pytest.MonkeyPatch
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert, "link", stop)
+    monkeypatch.setattr(convert, "enable_int8_flow", stop)
     with pytest.raises(KeyboardInterrupt):
         algo.convert(net, data())
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import gs_algos
 from gs_algos import SLB, SimQAT
-from gs_algos.quant.integer.layers import QuantizedConv, in_parts
+from gs_algos.quant.integer.layers import QuantizedConv, split_rows
 from gs_kernels import pack_weight, qconv2d_int8
 from gs_kernels.qconv2d.checks import LARGEST_GROUP
 from tests.helpers import relative_rms, same_bits
@@ -59,7 +59,7 @@ def test_parts_of_a_filter_are_one_sum_that_is_rounded_once():
     codes = torch.randint(-128, 128, (3, k), generator=generator, dtype=torch.int8)
     weight = pack_weight(codes, torch.tensor([0.5, 1.0, -0.25]), torch.zeros(3), bits=8, group_size=k)
     x = torch.randint(-128, 128, (2, k, 1, 1), generator=generator, dtype=torch.int8)
-    parts = in_parts(weight, LARGEST_GROUP)
+    parts = split_rows(weight, LARGEST_GROUP)
     assert parts is not None and parts.group_size == LARGEST_GROUP
     assert parts.scale.untyped_storage().data_ptr() == weight.scale.untyped_storage().data_ptr()
     got = qconv2d_int8(x, torch.ones(1), parts, kernel_size=1)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from gs_algos.quant.packed.module import PARTS, PackedFormat
+from gs_algos.quant.packed.module import WEIGHT_TENSORS, PackedFormat
 from gs_algos.serving.engine_parameters import from_words, get_weight, set_weight
 from gs_kernels import PackedWeight, dequantize_packed, pack_weight
 from gs_kernels.pack.formats.compressed_tensors import to_compressed_tensors
 
-NAMES = {part: f"weight_{part}" for part in PARTS}
+NAMES = {part: f"weight_{part}" for part in WEIGHT_TENSORS}
 
 
 def packed(bits: int, group: int, zero: torch.Tensor | float) -> PackedWeight:

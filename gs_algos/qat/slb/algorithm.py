@@ -40,7 +40,7 @@ from gs_algos.qat.slb.search import NOT_YET
 from gs_algos.qat.slb.untrained_logits import LogitsWatch
 from gs_algos.qat.training import QuantizationTraining
 from gs_algos.quant.fake_quant.quantizers import Quantizer
-from gs_algos.quant.network.convert import Parity, convert_model, install_converted
+from gs_algos.quant.network.convert import Parity, convert_model, swap_converted_layers
 from gs_algos.quant.network.layer_plan import LayerPlan, layer_rows
 from gs_algos.quant.network.planning import make_plan, with_planned_layers
 from gs_algos.quant.network.prepare import refuse_nonfinite
@@ -282,7 +282,7 @@ class SLB(QuantizationTraining):
         model = modularize_again(model, entry.get("modularized", []))
         model = install(model, rows, SLBConfig.from_dict(entry["config"]).options())
         if entry["stage"] == "converted":
-            install_converted(model, rows, unfilled_layer)
+            swap_converted_layers(model, rows, unfilled_layer)
         return model
 
 

@@ -38,10 +38,10 @@ def packed_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module:
     output = output_quantizer_of(model, row)
     new = _around(layer, row, weight, None if bias is None else bias.detach().float().clone(), output)
     if isinstance(new, QuantizedLayer) and new.input_quantizer is not None and layer.input_quantizer is not None:
-        new.input_quantizer.take(layer.input_quantizer)
+        new.input_quantizer.copy_from(layer.input_quantizer)
         round_bias(new)
     if isinstance(new, QuantizedLayer) and new.output_quantizer is not None:
-        new.output_quantizer.take(output)
+        new.output_quantizer.copy_from(output)
     return new.eval()
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from gs_algos.core.modules import swapped_class
 from gs_algos.qat.slb.search import LevelSearch, local, rows_of
 from gs_algos.quant.fake_quant.batch_norm import CoupledBatchNorm, PrecomputedBatchNorm, swap_norm, update_running
-from gs_algos.quant.fake_quant.integer_inference import IntegerEval, in_steps
+from gs_algos.quant.fake_quant.integer_inference import IntegerEval, centered_codes
 from gs_algos.quant.fake_quant.quantizers import ActivationQuantizer
 from gs_algos.quant.level_grid import LevelGrid
 from gs_algos.quant.packed.module import autocast_dtype
@@ -70,13 +70,13 @@ class SearchedLayer(IntegerEval):
     def weight_scheme(self) -> LevelGrid:
         return self.search.grid
 
-    def whole_weight(self) -> tuple[Tensor, Tensor] | None:
+    def centered_weight(self) -> tuple[Tensor, Tensor] | None:
         if hasattr(self.search.logits, "full_tensor"):
             return None
         weight = self.search(quantized=True)
         scale = weight.new_full((weight.shape[0],), self.search.grid.step)
         scale = scale if self.search.scale is None else scale * self.search.scale.detach()
-        return in_steps(weight, scale.view(-1, *[1] * (weight.dim() - 1))), scale
+        return centered_codes(weight, scale.view(-1, *[1] * (weight.dim() - 1))), scale
 
     def forward(self, input: Tensor) -> Tensor:
         return self.quantized_output(self.evaluated(input, self.on_floats))

@@ -28,7 +28,7 @@ class PactQuantizer(ActivationQuantizer):
         self.alpha = nn.Parameter(torch.ones(1, device=device))
 
     @property
-    def follows(self) -> bool:
+    def updates_range(self) -> bool:
         return False
 
     def forward(self, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from gs_algos.quant.fast_path import leave_fast_path
 from gs_algos.quant.level_grid import LevelGrid, default_sharpness, fitted_scale, logits_near, random_logits
 from gs_algos.quant.network.layer_plan import LayerPlan, layer_rows
 from gs_algos.quant.network.planning import PlanOptions, Refused
-from gs_algos.quant.network.prepare import install_joins
+from gs_algos.quant.network.prepare import add_join_quantizers
 from gs_algos.quant.packed.module import PackedFormat
 from gs_algos.quant.scheme import Scheme
 from gs_kernels.runtime.torch_private import _BatchNorm
@@ -112,7 +112,7 @@ def install(model: nn.Module, rows: Sequence[PlanRow], options: SearchOptions) -
         if turned:
             turn(layer)
         swap(layer, search, act_quantizer(plan.act, weight.device), fused, bn, state, norm_children)
-    install_joins(model, rows)
+    add_join_quantizers(model, rows)
     leave_fast_path(model)
     return model
 

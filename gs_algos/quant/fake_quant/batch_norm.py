@@ -92,7 +92,7 @@ def attach_normalized(y: Tensor, bn: PrecomputedBatchNorm, normed: Tensor) -> Te
     return y
 
 
-def hand_over(y: Tensor, new: Tensor) -> Tensor:
+def move_normalized(y: Tensor, new: Tensor) -> Tensor:
     """new, with what y was to bring along."""
     found = _normed.pop(y, None)
     return new if found is None else attach_normalized(new, found[0], found[2])

@@ -24,7 +24,7 @@ from gs_algos.quant.fake_quant.batch_norm import (
     PrecomputedBatchNorm,
     affine,
     attach_normalized,
-    hand_over,
+    move_normalized,
     running_mean,
     running_sigma,
     with_values,
@@ -59,7 +59,7 @@ class IntegerEval(nn.Module):
         """The grid of the weight."""
         raise AssertionError("every IntegerEval layer has a weight")
 
-    def whole_weight(self) -> tuple[Tensor, Tensor] | None:
+    def centered_weight(self) -> tuple[Tensor, Tensor] | None:
         """The weight in steps of its grid `[O, ...]`, and its scales `[O]` fp32; None if a row has several, or none."""
         raise AssertionError("every IntegerEval layer has a weight")
 
@@ -88,21 +88,21 @@ class IntegerEval(nn.Module):
         if not torch.is_grad_enabled():
             return whole
         y = on_floats(x)
-        return hand_over(whole, with_values(y, whole)) if y.requires_grad else whole
+        return move_normalized(whole, with_values(y, whole)) if y.requires_grad else whole
 
     def _on_integers(self, x: Tensor) -> Tensor | None:
         """The layer's output, which brings that of its batch norm along; None where floats are to be multiplied."""
         bn = self._bn[0] if self._bn else None
-        weight = self.whole_weight() if self._runs_whole(x, bn) else None
+        weight = self.centered_weight() if self._runs_on_integers(x, bn) else None
         quantizer = self.input_quantizer
         if weight is None or quantizer is None:
             return None
         (steps, scale), (x_scale, _) = weight, quantizer.grid()
-        sums = self.product(in_steps(quantizer(x), x_scale), steps)
+        sums = self.product(centered_codes(quantizer(x), x_scale), steps)
         slope, bias = (1.0, self.bias) if bn is None else self.epilogue(bn)
         folded, axes = scale * slope, (-1, *[1] * (steps.dim() - 2))
-        if bias is not None and counts_bias(self.weight_scheme(), quantizer.scheme):
-            bias = whole_bias(bias, folded, x_scale)
+        if bias is not None and rounds_bias(self.weight_scheme(), quantizer.scheme):
+            bias = rounded_bias(bias, folded, x_scale)
         if not isinstance(bn, PrecomputedBatchNorm):
             return from_sums_(sums, folded, x_scale, bias, axes)
         y = from_sums_(sums.clone(), folded, x_scale, bias, axes)
@@ -110,7 +110,7 @@ class IntegerEval(nn.Module):
         # a tensor of inference mode does not tell that a hook changed it
         return raw if raw.is_inference() and self._forward_hooks else attach_normalized(raw, bn, y)
 
-    def _runs_whole(self, x: Tensor, bn: _BatchNorm | None) -> bool:
+    def _runs_on_integers(self, x: Tensor, bn: _BatchNorm | None) -> bool:
         quantizer: Any = self.input_quantizer
         learns = self.training or (bn is not None and bn.training)
         floats = learns or x.is_meta or torch.is_autocast_enabled(x.device.type) or x.dtype != torch.float32
@@ -126,17 +126,17 @@ def from_sums_(sums: Tensor, scale: Tensor, x_scale: Tensor, bias: Tensor | None
     return sums if bias is None else sums.add_(bias.float().view(axes))
 
 
-def in_steps(values: Tensor, scale: Tensor) -> Tensor:
+def centered_codes(values: Tensor, scale: Tensor) -> Tensor:
     """values / scale of what is on a grid, to the half steps that zero points come in. NaN stays NaN."""
     return (values / (0.5 * scale)).round_().mul_(0.5)
 
 
-def counts_bias(weight: Scheme | LevelGrid, x: Scheme) -> bool:
+def rounds_bias(weight: Scheme | LevelGrid, x: Scheme) -> bool:
     """Whether the bias of a layer with these grids is a whole number of steps."""
     return weight.bits == x.bits == 8
 
 
-def whole_bias(bias: Tensor, scale: Tensor, x_scale: Tensor) -> Tensor:
+def rounded_bias(bias: Tensor, scale: Tensor, x_scale: Tensor) -> Tensor:
     """The bias `[O]` fp32 to whole steps of the sums, `scale * x_scale`; as it is where fp32 does not count them."""
     step = scale * x_scale
     count = torch.round(bias.float() / step)

@@ -34,7 +34,7 @@ from gs_algos.quant.fake_quant.batch_norm import (
     swap_norm,
     update_running,
 )
-from gs_algos.quant.fake_quant.integer_inference import IntegerEval, in_steps
+from gs_algos.quant.fake_quant.integer_inference import IntegerEval, centered_codes
 from gs_algos.quant.fake_quant.quantizers import ActivationQuantizer, WeightQuantizer
 from gs_algos.quant.scheme import Scheme
 from gs_kernels.runtime.torch_private import _BatchNorm
@@ -65,13 +65,13 @@ class FakeQuantized(IntegerEval):
     def weight_scheme(self) -> Scheme:
         return self.weight_quantizer.scheme
 
-    def whole_weight(self) -> tuple[Tensor, Tensor] | None:
+    def centered_weight(self) -> tuple[Tensor, Tensor] | None:
         quantizer, rows = self.weight_quantizer, self.weight.shape[0]
         if quantizer.gate is not None or quantizer.scale.numel() not in (1, rows):
             return None
         weight = self.folded_weight()
         scale = quantizer.qparams(weight)[0].expand(rows)
-        return in_steps(quantizer(weight), scale.view(-1, *[1] * (weight.dim() - 1))), scale
+        return centered_codes(quantizer(weight), scale.view(-1, *[1] * (weight.dim() - 1))), scale
 
 
 class _FakeQuantLinear(FakeQuantized):
@@ -184,7 +184,7 @@ def scaled_rows(weight: Tensor, f: Tensor) -> Tensor:
     return weight * f.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))
 
 
-def swap(
+def swap_layer(
     layer: Any,
     weight: WeightQuantizer,
     input: ActivationQuantizer | None,

@@ -184,7 +184,7 @@ class ActivationQuantizer(Quantizer):
         return {**super().state_rules(), "range": FINITE, "steps": NOT_NEGATIVE}
 
     @property
-    def follows(self) -> bool:
+    def updates_range(self) -> bool:
         """True if the range moves with the data in training; other ranges come from calibration alone."""
         return self.scheme.observer in ("ema", "minmax") and not self.scheme.learned
 
@@ -202,15 +202,15 @@ class ActivationQuantizer(Quantizer):
         if x.numel() == 0:  # nothing to round or to observe; learnt steps stay in the graph, for DDP waits for them
             return sum((0.0 * p.sum().to(x.dtype) for p in self.parameters()), x)
         s = self.scheme
-        if self.training and self.follows:
+        if self.training and self.updates_range:
             y, x_min, x_max = observe_fake_quant(x, self.scale, self.zero, qmin=s.qmin, qmax=s.qmax)
-            self._note(x_min, x_max)
+            self._observe(x_min, x_max)
         else:
             scale, zero = self._learnt(x.numel()) if s.learned else (self.scale, self.zero)
             y = fake_quant(x, scale, zero, qmin=s.qmin, qmax=s.qmax)
         return self._gated(y, x)
 
-    def _note(self, x_min: Tensor, x_max: Tensor) -> None:
+    def _observe(self, x_min: Tensor, x_max: Tensor) -> None:
         self.pending.copy_(torch.maximum(self.pending, torch.cat([-x_min, x_max])))
 
     def start_calibration(self) -> None:
@@ -240,7 +240,7 @@ class ActivationQuantizer(Quantizer):
         if x.numel() == 0:
             self.empty_shape = tuple(x.shape)
             return
-        self._note(*minmax(x.detach(), granularity=PerTensor()))
+        self._observe(*minmax(x.detach(), granularity=PerTensor()))
         if self.samples is not None:
             flat = x.detach().flatten().float()
             self.samples.append(flat[:: max(1, flat.numel() // 16384)].clone())
@@ -260,7 +260,7 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer], group: dist.Process
     extremes, and `ema` moves by its argument towards the new ones. What is NaN or beyond WIDEST, as a batch whose step
     a gradient scaler skips may be, moves nothing.
     """
-    quantizers = [q for q in quantizers if q.follows]
+    quantizers = [q for q in quantizers if q.updates_range]
     if not quantizers:
         return
     pending = torch.stack([q.pending for q in quantizers])  # [Q, 2]

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from gs_algos.core.values import FINITE, Rules, whole_within
-from gs_algos.quant.integer.prepared_call import Ready, remembered
-from gs_algos.quant.integer.quantized_tensor import QuantizedTensor, may_return_int8, real, values
+from gs_algos.quant.integer.prepared_call import PreparedConv, cached
+from gs_algos.quant.integer.quantized_tensor import QuantizedTensor, dequantized, may_return_int8, values
 from gs_algos.quant.integer.static_quantizer import StaticQuantizer
 from gs_algos.quant.level_grid import LevelGrid
 from gs_algos.quant.packed.conv_base import Convolution
-from gs_algos.quant.packed.module import PARTS, Packed, PackedFormat, zero_as
+from gs_algos.quant.packed.module import WEIGHT_TENSORS, Packed, PackedFormat, zero_as
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import (
     PackedWeight,
@@ -46,13 +46,13 @@ from gs_kernels.runtime.instructions import multiplies_int8
 
 Residual: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]  # itself, and scale and zero point of codes
 
-ALONE: Residual = (None, None, None)
+NO_RESIDUAL: Residual = (None, None, None)
 INT_DEVICES = ("cpu",)
-MOST_PARTS = 64  # of a filter whose sums no int32 holds
+MAX_PARTS = 64  # of a filter whose sums no int32 holds
 INTEGER = "integer: int8 x int8 -> int32"
 WITHOUT_VNNI = "integer: products of 16 bits or in fp32, for this CPU has no VNNI"
-HANDING = " -> int8 for the next layer"
-ON_GRID = " -> int8 on its own grid"
+TO_CONSUMERS = " -> int8 for the next layer"
+TO_OWN_GRID = " -> int8 on its own grid"
 
 
 class QuantizedLayer(Packed):
@@ -70,7 +70,7 @@ class QuantizedLayer(Packed):
         dtype: that the float layer had.
     """
 
-    kept = (*PARTS, "bias")
+    fixed_dtype = (*WEIGHT_TENSORS, "bias")
     bias: Tensor | None
     input_quantizer: StaticQuantizer | None
     output_quantizer: StaticQuantizer | None
@@ -90,8 +90,8 @@ class QuantizedLayer(Packed):
         self.input_quantizer = None if input is None else StaticQuantizer(input, weight.device)
         self.output_quantizer = None if output is None else StaticQuantizer(output, weight.device)
         # grids of other layers: of codes that come in, and of those that go out; in tuples, for they are not children
-        self._known: tuple[StaticQuantizer, ...] = ()
-        self._handed: tuple[StaticQuantizer, ...] = ()
+        self._producer_grids: tuple[StaticQuantizer, ...] = ()
+        self._consumer_grids: tuple[StaticQuantizer, ...] = ()
 
     def state_rules(self) -> Rules:
         zero = FINITE if self.scheme.learned else whole_within(0, 2**self.bits - 1)
@@ -119,19 +119,19 @@ class QuantizedLayer(Packed):
         scheme = None if self.input_quantizer is None else self.input_quantizer.scheme
         return scheme is not None and not (scheme.symmetric and scheme.format.signed)
 
-    def _codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _codes_and_zero(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(int8 codes of x on the grid of the input, their zero point); x may be codes already."""
         quantizer = self.input_quantizer
         assert quantizer is not None
-        return self._known_codes(x), quantizer.signed_zero()
+        return self._int8_codes(x), quantizer.signed_zero()
 
-    def _known_codes(self, x: Tensor) -> Tensor:
-        if type(x) is QuantizedTensor and x.quantizer in self._known:
+    def _int8_codes(self, x: Tensor) -> Tensor:
+        if type(x) is QuantizedTensor and x.quantizer in self._producer_grids:
             return x.codes
         codes: Tensor = self._modules["input_quantizer"].int8_codes(x)  # type: ignore[union-attr, operator]
         return codes
 
-    def _finish(self, y: Tensor) -> Tensor:
+    def _quantize_output(self, y: Tensor) -> Tensor:
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
 
@@ -157,20 +157,20 @@ class QuantizedLinear(QuantizedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         x = input
-        run = self._ready_for(x)
+        run = self._prepared_call(x)
         if run is not None:
-            y = run(self._known_codes(x), self._modules["input_quantizer"]._buffers["scale"])  # type: ignore[union-attr, arg-type]
-            return self._finish(y)
+            y = run(self._int8_codes(x), self._modules["input_quantizer"]._buffers["scale"])  # type: ignore[union-attr, arg-type]
+            return self._quantize_output(y)
         if self._on_integers(x):
-            return self._finish(self._integer(x))
+            return self._quantize_output(self._integer(x))
         x = x if self.input_quantizer is None else self.input_quantizer(x)
-        return self._finish(qmatmul(x, self.packed, self.bias))
+        return self._quantize_output(qmatmul(x, self.packed, self.bias))
 
     def _integer(self, x: Tensor) -> Tensor:
         """`((qx - zx) @ (qw - zw)^T) * (sx * sw) + bias`; sums in int32, one cast at the end."""
         quantizer = self.input_quantizer
         assert quantizer is not None
-        codes, zero = self._codes(x)
+        codes, zero = self._codes_and_zero(x)
         return qmatmul_int8(
             codes,
             quantizer.scale,
@@ -181,7 +181,7 @@ class QuantizedLinear(QuantizedLayer):
             dtype=x.dtype,
         )
 
-    def _ready_for(self, x: Tensor) -> Int8Product | None:
+    def _prepared_call(self, x: Tensor) -> Int8Product | None:
         """A quicker way to make the product with rows like those of x; None if there is none."""
         if not may_prepare(x):
             return None
@@ -200,7 +200,7 @@ class QuantizedLinear(QuantizedLayer):
             )
 
         parts = (self, self._modules.get("input_quantizer"))
-        ready: Int8Product | None = remembered(self, (x.dtype, x.device, x.shape[-1:]), parts, make)
+        ready: Int8Product | None = cached(self, (x.dtype, x.device, x.shape[-1:]), parts, make)
         return ready
 
 
@@ -222,7 +222,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
     def arrange(self) -> None:
         super().arrange()
         if "sums" in self._buffers and self.codes is not None and not self.codes.is_meta:
-            parts = self._parts()
+            parts = self._split_weight()
             self.sums = code_sums(parts) if self._shifted() and parts and not self.refusals() else None
 
     def integer_refusals(self, device: torch.device) -> list[str]:
@@ -230,71 +230,71 @@ class QuantizedConv(Convolution, QuantizedLayer):
         grid = self.input_quantizer
         beyond = grid is not None and not -128 <= grid.whole_zero <= 127
         padding = ["no 8-bit code is the zero point of its activations"] if beyond else []
-        wide = [] if self._parts() else [f"no int32 holds the sums of {self.shape[1]:,} products"]
+        wide = [] if self._split_weight() else [f"no int32 holds the sums of {self.shape[1]:,} products"]
         return [*_refusals_of(grid), *padding, *self.refusals(), *wide, *_refusals_on(device)]
 
-    def _parts(self) -> PackedWeight | None:
+    def _split_weight(self) -> PackedWeight | None:
         """The weight as its integer sums are taken: wide filters in parts; None if they cannot be parted."""
-        return in_parts(self.packed, LARGEST_GROUP)
+        return split_rows(self.packed, LARGEST_GROUP)
 
     def path(self) -> str:
         path = super().path()
         if path.startswith(INTEGER) and self.packed.device.type == "cpu" and not multiplies_int8():
             path = WITHOUT_VNNI + path.removeprefix(INTEGER)
-        return path + (HANDING if self._handed else ON_GRID if self._hands_own() else "")
+        return path + (TO_CONSUMERS if self._consumer_grids else TO_OWN_GRID if self._emits_own_grid() else "")
 
-    def hand_to(self, readers: Sequence[QuantizedLayer]) -> None:
+    def emit_int8_to(self, readers: Sequence[QuantizedLayer]) -> None:
         """From now on gives codes on the grid that all readers have; they read codes, everything else sees floats."""
         grids = [reader.input_quantizer for reader in readers if reader.input_quantizer is not None]
-        self._handed = (grids[0],)
+        self._consumer_grids = (grids[0],)
         for reader in readers:
-            reader._known = (*reader._known, grids[0])
+            reader._producer_grids = (*reader._producer_grids, grids[0])
 
-    def _hands_own(self) -> bool:
-        return self.output_quantizer is not None and self.output_quantizer.gives_codes()
+    def _emits_own_grid(self) -> bool:
+        return self.output_quantizer is not None and self.output_quantizer.returns_int8()
 
     def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         if self._on_integers(x):
             return self._integer(x, residual, activation)
-        x = values(x) if self.input_quantizer is None else real(self.input_quantizer(values(x)))
-        return self._finish(self.convolve(x, self.bias, values(residual), activation))
+        x = values(x) if self.input_quantizer is None else dequantized(self.input_quantizer(values(x)))
+        return self._quantize_output(self.convolve(x, self.bias, values(residual), activation))
 
     def forward(self, input: Tensor) -> Tensor:
-        ready = None if self.deferred else self._ready_for(input, self.activation)
+        ready = None if self.defers_add else self._prepared_call(input, self.activation)
         if ready is None or ready.grid is None:
             return super().forward(input)
-        y = ready.run(self._known_codes(input), ALONE)
+        y = ready.run(self._int8_codes(input), NO_RESIDUAL)
         return QuantizedTensor(_limited(y, ready.limits), ready.grid, input.dtype, ready.strides)
 
     def _integer(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         """`act(conv(qx - zx, qw - zw) * (sx * sw) + bias + residual)`; one cast at the end, or codes that are read."""
-        rest = ALONE
+        rest = NO_RESIDUAL
         if isinstance(residual, QuantizedTensor):
             scale, middle = residual.quantizer.constants()[:2]
             rest = (residual.codes, scale, middle)
         elif residual is not None:
             rest = (values(residual), None, None)
-        ready = self._ready_for(x, activation)
+        ready = self._prepared_call(x, activation)
         if ready is not None:
-            grid, y = ready.grid, ready.run(self._known_codes(x), rest)
+            grid, y = ready.grid, ready.run(self._int8_codes(x), rest)
         else:
             grid = (
                 self._grid() if may_return_int8(x) else None
             )  # a compiler sees floats, of which the next layer makes codes
             y = self._call(x, grid, activation, rest)
-        return self._finish(y) if grid is None else QuantizedTensor(_limited(y, _limits(grid)), grid, x.dtype)
+        return self._quantize_output(y) if grid is None else QuantizedTensor(_limited(y, _limits(grid)), grid, x.dtype)
 
     def _grid(self) -> StaticQuantizer | None:
         """That of the codes that it gives where it hands on any."""
-        if self._handed:
-            return self._handed[0]
-        return self.output_quantizer if self._hands_own() else None
+        if self._consumer_grids:
+            return self._consumer_grids[0]
+        return self.output_quantizer if self._emits_own_grid() else None
 
     def _call(self, x: Tensor, grid: StaticQuantizer | None, activation: str, rest: Residual) -> Tensor:
-        quantizer, parts = self.input_quantizer, self._parts()
+        quantizer, parts = self.input_quantizer, self._split_weight()
         assert quantizer is not None and parts is not None
         image, about = self.window(x)
-        codes, zero = self._codes(image)
+        codes, zero = self._codes_and_zero(image)
         y = qconv2d_int8(
             codes,
             quantizer.scale,
@@ -314,33 +314,33 @@ class QuantizedConv(Convolution, QuantizedLayer):
         )
         return self.like_input(y, x)
 
-    def _ready_for(self, x: Tensor, activation: str) -> Ready | None:
+    def _prepared_call(self, x: Tensor, activation: str) -> PreparedConv | None:
         """A quicker way to make the call, for images like x; None if there is none."""
         if not may_prepare(x):
             return None
         own = self._modules.get("output_quantizer")
-        hands = own is not None and own.hands
-        parts = (self, self._modules.get("input_quantizer"), own, *self._handed)
-        kind = (activation, x.dtype, x.device, self._handed, hands)
+        emits = own is not None and own.emits_int8
+        parts = (self, self._modules.get("input_quantizer"), own, *self._consumer_grids)
+        kind = (activation, x.dtype, x.device, self._consumer_grids, emits)
 
-        def make() -> Ready | None:
+        def make() -> PreparedConv | None:
             if x.shape[0] == 0:
                 return None
             grid = self._grid()
-            run = remembered(self, (*kind, *x.shape[1:]), parts, lambda: self._prepared(x, grid, activation))
+            run = cached(self, (*kind, *x.shape[1:]), parts, lambda: self._prepared(x, grid, activation))
             if run is None:
                 return None
             shape = (x.shape[0], self.shape[0], *run.window.output(*x.shape[2:]))
-            return Ready(run, grid, None if grid is None else _limits(grid), self.strides(x, shape))
+            return PreparedConv(run, grid, None if grid is None else _limits(grid), self.strides(x, shape))
 
-        ready: Ready | None = remembered(self, (*kind, x.shape, x.stride(), self.channels_last), parts, make)
+        ready: PreparedConv | None = cached(self, (*kind, x.shape, x.stride(), self.channels_last), parts, make)
         return ready
 
     def _prepared(self, x: Tensor, grid: StaticQuantizer | None, activation: str) -> Int8Convolution | None:
         plain = x.dim() == 4 and len(self.filter) == 3 and self.geometry["padding_mode"] == "zeros"
         if not plain or self.integer_refusals(x.device):
             return None
-        quantizer, parts = self.input_quantizer, self._parts()
+        quantizer, parts = self.input_quantizer, self._split_weight()
         assert quantizer is not None and parts is not None
         return prepared_qconv2d_int8(
             torch.empty(tuple(x.shape), dtype=torch.int8, device=x.device),
@@ -385,7 +385,7 @@ def _refusals_on(device: torch.device) -> list[str]:
     return [] if device.type in INT_DEVICES else [f"no integer products for {device.type} yet"]
 
 
-def in_parts(weight: PackedWeight, largest: int) -> PackedWeight | None:
+def split_rows(weight: PackedWeight, largest: int) -> PackedWeight | None:
     """The weight, rows of one scale in equal parts of at most `largest` codes; None if too few divide a row.
 
     All parts share the scale and the zero point of the row, and their memory.
@@ -393,7 +393,7 @@ def in_parts(weight: PackedWeight, largest: int) -> PackedWeight | None:
     k = weight.group_size
     if k <= largest:
         return weight
-    count = next((n for n in range(-(-k // largest), MOST_PARTS + 1) if k % n == 0), None)
+    count = next((n for n in range(-(-k // largest), MAX_PARTS + 1) if k % n == 0), None)
     if count is None or weight.scale.shape[1] > 1:
         return None
     zero = weight.zero.expand(-1, count) if isinstance(weight.zero, Tensor) else weight.zero

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from gs_algos.quant.integer.static_quantizer import StaticQuantizer
 from gs_kernels.prepared import Int8Convolution
 
-MOST = 64  # entries that a layer remembers: it may see images of ever new sizes
+MAX_ENTRIES = 64  # entries that a layer remembers: it may see images of ever new sizes
 _version = attrgetter("_version")
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedConv:
     """A layer's call for one kind of image.
 
     Args:
@@ -39,7 +39,7 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class _Made:
+class _Entry:
     ids: list[int]
     tensors: list[Tensor]
     versions: list[int]
@@ -47,15 +47,15 @@ class _Made:
 
 
 # beside the layers, not in them: a copy of a layer makes its own
-_made: WeakKeyDictionary[nn.Module, dict[Any, _Made]] = WeakKeyDictionary()
+_cache: WeakKeyDictionary[nn.Module, dict[Any, _Entry]] = WeakKeyDictionary()
 
 
-def remembered(layer: nn.Module, key: Any, parts: Sequence[nn.Module | None], make: Callable[[], Any]) -> Any:
+def cached(layer: nn.Module, key: Any, parts: Sequence[nn.Module | None], make: Callable[[], Any]) -> Any:
     """What `make` gives, made again when a buffer of these parts is another, or has changed.
 
     key: what tells apart the things of one layer. None, as from `make`, if changes cannot be seen.
     """
-    things = _made.get(layer)
+    things = _cache.get(layer)
     found = None if things is None else things.get(key)
     ids = [id(t) for part in parts if part is not None for t in part._buffers.values()]
     if found is not None and found.ids == ids and list(map(_version, found.tensors)) == found.versions:
@@ -65,8 +65,8 @@ def remembered(layer: nn.Module, key: Any, parts: Sequence[nn.Module | None], ma
         return None
     with torch.inference_mode(False), torch.no_grad():
         what = make()
-    things = _made.setdefault(layer, {})
-    if len(things) >= MOST:
+    things = _cache.setdefault(layer, {})
+    if len(things) >= MAX_ENTRIES:
         things.clear()
-    things[key] = _Made(ids, tensors, [t._version for t in tensors], what)
+    things[key] = _Entry(ids, tensors, [t._version for t in tensors], what)
     return what

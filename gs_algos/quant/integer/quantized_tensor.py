@@ -55,7 +55,7 @@ _ACTIVATES = {
 }
 
 
-class _Handed(Tensor):
+class _VirtualTensor(Tensor):
     """What leaves PyTorch, a copy or a file is the plain tensor of the values."""
 
     def dequantize(self) -> Tensor:
@@ -63,10 +63,10 @@ class _Handed(Tensor):
         raise AssertionError("every tensor that layers hand on has values")
 
     def numpy(self, **kwargs: Any) -> Any:
-        return real(self).numpy(**kwargs)
+        return dequantized(self).numpy(**kwargs)
 
     def tolist(self) -> Any:
-        return real(self).tolist()
+        return dequantized(self).tolist()
 
     def data_ptr(self) -> int:
         raise RuntimeError(
@@ -74,19 +74,19 @@ class _Handed(Tensor):
         )
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return real(self).__array__(*args, **kwargs)
+        return dequantized(self).__array__(*args, **kwargs)
 
     def __dlpack__(self, **kwargs: Any) -> Any:
-        return real(self).__dlpack__(**kwargs)
+        return dequantized(self).__dlpack__(**kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return real(self).clone()  # type: ignore[no-any-return]
+        return dequantized(self).clone()  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return real(self).__reduce_ex__(protocol)
+        return dequantized(self).__reduce_ex__(protocol)
 
 
-class QuantizedTensor(_Handed):
+class QuantizedTensor(_VirtualTensor):
     """Reads as a float tensor; holds int8 `codes` of the grid of `quantizer`, those of an unsigned grid 128 lower.
 
     Args:
@@ -167,10 +167,10 @@ class QuantizedTensor(_Handed):
                 )
         if func is aten.cat.default and _alike(args[0]):
             return _cat(*args)
-        return func(*map(real, args), **{key: real(value) for key, value in kwargs.items()})
+        return func(*map(dequantized, args), **{key: dequantized(value) for key, value in kwargs.items()})
 
 
-class DeferredOutput(_Handed):
+class DeferredOutput(_VirtualTensor):
     """A result that is computed when something reads it: by then an add or an activation may have joined it.
 
     Args:
@@ -227,7 +227,9 @@ class DeferredOutput(_Handed):
             free = self._run.adds and self._residual is None and _can_add(self, other)
             # a sum has the strides of its first operand
             like = (self._like[0], args[0].stride(), *self._like[2:])
-            return (like, other, "none") if free and (isinstance(args[0], _Handed) or is_dense(args[0])) else None
+            return (
+                (like, other, "none") if free and (isinstance(args[0], _VirtualTensor) or is_dense(args[0])) else None
+            )
         name = _ACTIVATES.get(func, "")
         if name not in self._run.activations or (name == "relu6" and args[1:] != (0.0, 6.0)):
             return None
@@ -244,13 +246,17 @@ class DeferredOutput(_Handed):
             joined = None if kwargs else x._joined(func, args)
             if mutable and x is args[0]:  # the result stands in the place of x, also where another reads it
                 if joined is None:
-                    func(x.dequantize(), *map(real, args[1:]), **{key: real(value) for key, value in kwargs.items()})
+                    func(
+                        x.dequantize(),
+                        *map(dequantized, args[1:]),
+                        **{key: dequantized(value) for key, value in kwargs.items()},
+                    )
                 else:
                     x._residual, x._activation = joined[1:]
                 return x
             if joined is not None:
                 return DeferredOutput(x._run, *joined)
-        return func(*map(real, args), **{key: real(value) for key, value in kwargs.items()})
+        return func(*map(dequantized, args), **{key: dequantized(value) for key, value in kwargs.items()})
 
 
 class _SumOfCodes:
@@ -292,25 +298,25 @@ def _alike(tensors: Any) -> bool:
     return all(isinstance(t, QuantizedTensor) and t.quantizer.same_grid(tensors[0].quantizer) for t in tensors)
 
 
-_HANDED = PLAIN | {QuantizedTensor, DeferredOutput}
+_EAGER_TYPES = PLAIN | {QuantizedTensor, DeferredOutput}
 
 
 def may_return_int8(x: Tensor) -> bool:
     """Whether x may be handed on as codes, or later: tracers, compilers and gradients see floats, in time."""
-    if not is_eager(x, plain=_HANDED) or transform_of() is not None:
+    if not is_eager(x, plain=_EAGER_TYPES) or transform_of() is not None:
         return False
     return not (x.requires_grad and torch.is_grad_enabled())
 
 
-def real(value: Any) -> Any:
+def dequantized(value: Any) -> Any:
     """The values of a tensor that layers hand on, also in a list of an operation's arguments; else what is given."""
-    if isinstance(value, _Handed):
+    if isinstance(value, _VirtualTensor):
         return value.dequantize()
-    return type(value)(map(real, value)) if type(value) in (list, tuple) else value
+    return type(value)(map(dequantized, value)) if type(value) in (list, tuple) else value
 
 
 def values(x: Any) -> Any:
-    """`real` for layers, which read any strides: those that x shows would take a copy."""
+    """`dequantized` for layers, which read any strides: those that x shows would take a copy."""
     return x.values() if isinstance(x, QuantizedTensor | DeferredOutput) else x
 
 

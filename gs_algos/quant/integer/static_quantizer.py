@@ -13,7 +13,13 @@ from gs_algos.core.values import FINITE, POSITIVE, Rules, whole_within
 from gs_algos.quant.fake_quant.quantizers import Quantizer
 from gs_algos.quant.fast_path import OffFastPath
 from gs_algos.quant.fixed_dtype import FixedDtypeBuffers
-from gs_algos.quant.integer.quantized_tensor import DeferredOutput, QuantizedTensor, may_return_int8, real, values
+from gs_algos.quant.integer.quantized_tensor import (
+    DeferredOutput,
+    QuantizedTensor,
+    dequantized,
+    may_return_int8,
+    values,
+)
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import fake_quant, quantize
 from gs_kernels.prepared import Grid, make_grid, to_codes
@@ -27,7 +33,7 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
     A learnt zero point may lie beyond the codes: then none of them stands for 0.0.
     """
 
-    kept = ("scale", "zero")
+    fixed_dtype = ("scale", "zero")
     scale: Tensor
     zero: Tensor
 
@@ -36,33 +42,33 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
         self.scheme = scheme
         self.register_buffer("scale", torch.ones(1, device=device))
         self.register_buffer("zero", torch.zeros(1, device=device))
-        self.hands = False  # whether what it gives are codes: they are read as such
+        self.emits_int8 = False  # whether what it gives are codes: they are read as such
         self.whole_zero = 0  # the zero point of `signed_codes`, a number that is looked at without a tensor
-        self.look()
+        self.refresh_zero_point()
         self._constants: tuple[Tensor, Tensor, int, int, Grid] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gives_codes() and may_return_int8(x):
+        if self.returns_int8() and may_return_int8(x):
             strides = x.stride() if isinstance(x, QuantizedTensor | DeferredOutput) else None
             return QuantizedTensor(self.int8_codes(x), self, x.dtype, strides)
         if x.numel() == 0:
-            return real(x)  # type: ignore[no-any-return]
-        return fake_quant(real(x), self.scale, self.zero, qmin=self.scheme.qmin, qmax=self.scheme.qmax)
+            return dequantized(x)  # type: ignore[no-any-return]
+        return fake_quant(dequantized(x), self.scale, self.zero, qmin=self.scheme.qmin, qmax=self.scheme.qmax)
 
     @torch.no_grad()
-    def take(self, quantizer: Quantizer) -> None:
+    def copy_from(self, quantizer: Quantizer) -> None:
         """Copies the grid of a trained quantizer."""
         scale, zero = quantizer.grid()
         self.scale.copy_(scale)
         self.zero.copy_(zero)
-        self.look()
+        self.refresh_zero_point()
 
     def state_rules(self) -> Rules:
         if self.scheme.learned:
             return {"scale": FINITE, "zero": FINITE}
         return {"scale": POSITIVE, "zero": whole_within(self.scheme.qmin, self.scheme.qmax)}
 
-    def look(self) -> None:
+    def refresh_zero_point(self) -> None:
         """Notes the zero point. Needed after it was written by hand."""
         if not self.zero.is_meta:
             self.whole_zero = round(float(self.zero)) - (0 if self.scheme.format.signed else 128)
@@ -72,13 +78,13 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
         low, high = self.signed_limits()
         return low <= self.whole_zero <= high
 
-    def gives_codes(self) -> bool:
+    def returns_int8(self) -> bool:
         """Whether it hands on codes: what commutes with rounding must find 0.0 among them."""
-        return self.hands and self.holds_zero()
+        return self.emits_int8 and self.holds_zero()
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self.look()
+        self.refresh_zero_point()
 
     def codes(self, x: Tensor) -> Tensor:
         """int8 (or uint8 for an unsigned grid) codes of x, same shape."""

@@ -19,7 +19,7 @@ from gs_algos.core.plan import PlanRow, render_layers
 from gs_algos.fx.capture.tracers import tensors_of
 from gs_algos.fx.fold_batch_norm import after_norm
 from gs_algos.fx.modularize.functional_calls import release
-from gs_algos.quant.fake_quant.integer_inference import counts_bias, whole_bias
+from gs_algos.quant.fake_quant.integer_inference import rounded_bias, rounds_bias
 from gs_algos.quant.fake_quant.layers import FakeQuantized
 from gs_algos.quant.fake_quant.quantizers import ActivationQuantizer
 from gs_algos.quant.integer.layers import (
@@ -29,11 +29,17 @@ from gs_algos.quant.integer.layers import (
     empty_codes,
     packed_codes,
 )
-from gs_algos.quant.integer.quantized_tensor import real
+from gs_algos.quant.integer.quantized_tensor import dequantized
 from gs_algos.quant.integer.static_quantizer import StaticQuantizer
-from gs_algos.quant.network.integer_flow import activation_of, decide, decide_flow, link, unlink
+from gs_algos.quant.network.integer_flow import (
+    activation_of,
+    choose_epilogue,
+    choose_int8_flow,
+    disable_int8_flow,
+    enable_int8_flow,
+)
 from gs_algos.quant.network.layer_plan import LayerPlan, layer_rows
-from gs_algos.quant.packed.conv_base import Convolution, conv_rows, geometry_of, lies_last
+from gs_algos.quant.packed.conv_base import Convolution, conv_rows, geometry_of, is_channels_last
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import PackedWeight, quantize
 from gs_kernels.activations import ACTIVATIONS
@@ -48,12 +54,12 @@ LAYER_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-
 OUTPUT_TOLERANCE = {torch.float32: 5e-2, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
-Make: TypeAlias = Callable[
+MakeLayer: TypeAlias = Callable[
     [nn.Module, PlanRow[LayerPlan]], nn.Module
 ]  # (model, row of the plan) -> the converted layer
 
 
-class _Difference(RuntimeError):
+class _ParityError(RuntimeError):
     """A converted layer or network that does not give the trained output."""
 
 
@@ -75,7 +81,7 @@ class _Call:
 
 
 def convert_model(
-    model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inputs, make: Make | None = None
+    model: nn.Module, rows: Sequence[PlanRow], example_inputs: Inputs, make: MakeLayer | None = None
 ) -> tuple[Parity, list[PlanRow]]:
     """Replaces every planned layer in the live model; the model is as it was if a comparison fails.
 
@@ -90,24 +96,24 @@ def convert_model(
         RuntimeError: if a layer was not called on the example inputs, is sharded, or differs once converted.
         ValueError: if the inputs do not run through the model, or a layer sees NaN or Inf.
     """
-    rows = [decide(model, row) if isinstance(row.settings, LayerPlan) else row for row in rows]
+    rows = [choose_epilogue(model, row) if isinstance(row.settings, LayerPlan) else row for row in rows]
     planned = layer_rows(rows)
     with TRACING, evaluating(model):
-        calls, want = _record(model, planned, example_inputs)
+        calls, want = _record_calls(model, planned, example_inputs)
         layers = [get_module(model, row.site) for row in planned]
-        replacements = {row.site: _fused(row, (make or quantized_layer)(model, row)) for row in planned}
-        norms = {row.site: _behind(model, row) for row in planned}
+        replacements = {row.site: _with_activation(row, (make or quantized_layer)(model, row)) for row in planned}
+        norms = {row.site: _norm_replacement(model, row) for row in planned}
         errors = {row.site: _layer_error(row, replacements[row.site], norms[row.site], calls) for row in planned}
-        exchange = partial(_exchange, model, planned, replacements, norms, example_inputs, want)
+        swap_and_compare = partial(_swap_and_compare, model, planned, replacements, norms, example_inputs, want)
         try:
-            output_error = exchange(OUTPUT_TOLERANCE)
-        except _Difference:
+            output_error = swap_and_compare(OUTPUT_TOLERANCE)
+        except _ParityError:
             own = 4 * _sensitivity(model, planned, example_inputs, want)
-            output_error = exchange({dtype: max(bound, own) for dtype, bound in OUTPUT_TOLERANCE.items()})
+            output_error = swap_and_compare({dtype: max(bound, own) for dtype, bound in OUTPUT_TOLERANCE.items()})
     for layer in layers:
         release(model, layer)
-    rows = [decide_flow(model, row) if isinstance(row.settings, LayerPlan) else row for row in rows]
-    rows = _linked(model, rows, example_inputs)
+    rows = [choose_int8_flow(model, row) if isinstance(row.settings, LayerPlan) else row for row in rows]
+    rows = _with_int8_flow(model, rows, example_inputs)
     worst = max(errors, key=lambda site: errors[site])
     return Parity(worst, errors[worst], output_error), rows
 
@@ -131,10 +137,10 @@ def quantized_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> QuantizedLayer
     weight = conv_rows(packed_codes(codes, scale, zero, scheme), codes.shape[1:])
     new = _layer_of(layer, row, weight, bias, output)
     if new.input_quantizer is not None and layer.input_quantizer is not None:
-        new.input_quantizer.take(layer.input_quantizer)
+        new.input_quantizer.copy_from(layer.input_quantizer)
         round_bias(new)
     if new.output_quantizer is not None:
-        new.output_quantizer.take(output)
+        new.output_quantizer.copy_from(output)
     return new.eval()
 
 
@@ -143,8 +149,8 @@ def round_bias(layer: QuantizedLayer) -> None:
     scale, quantizer = layer.packed.scale, layer.input_quantizer
     if layer.bias is None or quantizer is None or scale.shape[1] > 1:
         return
-    if counts_bias(layer.scheme, quantizer.scheme):
-        layer.bias.copy_(whole_bias(layer.bias, scale[:, 0], quantizer.scale))
+    if rounds_bias(layer.scheme, quantizer.scheme):
+        layer.bias.copy_(rounded_bias(layer.bias, scale[:, 0], quantizer.scale))
 
 
 def _layer_of(
@@ -163,27 +169,27 @@ def _layer_of(
     if isinstance(layer, nn.Linear):
         return QuantizedLinear(**options)
     conv = QuantizedConv(geometry_of(layer), layer.weight.shape[1:], **options)
-    conv.channels_last = lies_last(layer.weight)
+    conv.channels_last = is_channels_last(layer.weight)
     return conv
 
 
-def install_converted(model: nn.Module, rows: Sequence[PlanRow], make: Make | None = None) -> None:
+def swap_converted_layers(model: nn.Module, rows: Sequence[PlanRow], make: MakeLayer | None = None) -> None:
     """Gives a freshly prepared model the structure of a converted one; the tensors are loaded afterwards.
 
     make: gives a converted layer whose tensors are still to be filled; default: `unfilled_layer`.
     """
     planned = layer_rows(rows)
     layers = [get_module(model, row.site) for row in planned]
-    replacements = {row.site: _fused(row, (make or unfilled_layer)(model, row)) for row in planned}
-    norms = {row.site: _behind(model, row) for row in planned}
+    replacements = {row.site: _with_activation(row, (make or unfilled_layer)(model, row)) for row in planned}
+    norms = {row.site: _norm_replacement(model, row) for row in planned}
     with _swapped_in(model, planned, replacements, norms):
         pass
     for layer in layers:
         release(model, layer)
-    link(model, rows)
+    enable_int8_flow(model, rows)
 
 
-def _fused(row: PlanRow[LayerPlan], layer: nn.Module) -> nn.Module:
+def _with_activation(row: PlanRow[LayerPlan], layer: nn.Module) -> nn.Module:
     """A converted layer that does the work of the activation behind it too."""
     activation = row.settings.epilogue.op
     if isinstance(layer, Convolution) and activation is not None:
@@ -196,16 +202,16 @@ def _fused(row: PlanRow[LayerPlan], layer: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _linked(model: nn.Module, rows: list[PlanRow], example_inputs: Inputs) -> list[PlanRow]:
+def _with_int8_flow(model: nn.Module, rows: list[PlanRow], example_inputs: Inputs) -> list[PlanRow]:
     """Lets layers hand int8 on and do adds, and takes it back if that changes the outputs of the example inputs.
 
     It does where a forward writes into what a layer still has to read. Returns the rows of what holds then.
     """
     with TRACING, evaluating(model):
         want = [t.clone() for t in _tensors(run(model, example_inputs, "convert"))]
-        link(model, rows)
+        enable_int8_flow(model, rows)
         try:
-            got = [real(t) for t in _tensors(run(model, example_inputs, "convert"))]
+            got = [dequantized(t) for t in _tensors(run(model, example_inputs, "convert"))]
             error, reason = _output_error(got, want), "outputs would change"
         except (RuntimeError, ValueError, TypeError) as failure:
             error, reason = float("inf"), str(failure).partition("\n")[0]
@@ -213,7 +219,7 @@ def _linked(model: nn.Module, rows: list[PlanRow], example_inputs: Inputs) -> li
     if error <= OUTPUT_TOLERANCE.get(dtype, 0.0):
         return rows
     logger.warning("convert: layers hand on floats, and adds run apart: %s", reason)
-    return unlink(model, rows, reason)
+    return disable_int8_flow(model, rows, reason)
 
 
 def unfilled_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> QuantizedLayer:
@@ -269,7 +275,7 @@ def output_quantizer_of(model: nn.Module, row: PlanRow[LayerPlan]) -> Any:
     return next((quantizer for quantizer in found if quantizer is not None), None)
 
 
-def _behind(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module:
+def _norm_replacement(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module:
     """What takes the place of the layer's batch norm: an Identity, or its children that run behind it."""
     if row.settings.bn is None or not row.settings.norm_children:
         return nn.Identity()
@@ -308,7 +314,7 @@ def _swapped_in(
     for name, module in list(model.named_modules()):
         if isinstance(module, ActivationQuantizer):
             frozen[name] = module
-            set_module(model, name, _static(module))
+            set_module(model, name, _frozen(module))
     try:
         yield
     except BaseException:
@@ -317,14 +323,14 @@ def _swapped_in(
         raise
 
 
-def _static(quantizer: ActivationQuantizer) -> StaticQuantizer:
+def _frozen(quantizer: ActivationQuantizer) -> StaticQuantizer:
     """The frozen form of an activation quantizer that sits in a module of its own (the operands of an add)."""
     static = StaticQuantizer(quantizer.scheme, quantizer.scale.device)
-    static.take(quantizer)
+    static.copy_from(quantizer)
     return static
 
 
-def _record(
+def _record_calls(
     model: nn.Module, rows: Sequence[PlanRow[LayerPlan]], example_inputs: Inputs
 ) -> tuple[dict[str, _Call], list[Tensor]]:
     """One eval forward of the trained model: every planned layer's call, and the network's output tensors."""
@@ -365,7 +371,7 @@ def _record(
     return calls, want
 
 
-def _exchange(
+def _swap_and_compare(
     model: nn.Module,
     rows: Sequence[PlanRow[LayerPlan]],
     replacements: dict[str, nn.Module],
@@ -377,7 +383,7 @@ def _exchange(
     """Puts the converted layers in place; how far the network's outputs are from `want`. Puts them back if too far."""
     with _swapped_in(model, rows, replacements, norms):
         error = _output_error(_tensors(run(model, example_inputs, "convert")), want)
-        _refuse_difference("the network", error, tolerance, want[0].dtype if want else torch.float32)
+        _check_parity("the network", error, tolerance, want[0].dtype if want else torch.float32)
     return error
 
 
@@ -411,14 +417,14 @@ def _layer_error(row: PlanRow, new: nn.Module, behind: nn.Module, calls: dict[st
     quantizers = [m for m in behind.modules() if isinstance(m, ActivationQuantizer | StaticQuantizer)]
     exact = getattr(new, "output_quantizer", None) is None and not quantizers
     tolerance = LAYER_TOLERANCE if exact else OUTPUT_TOLERANCE
-    _refuse_difference(row.site, error, tolerance, call.y.dtype)
+    _check_parity(row.site, error, tolerance, call.y.dtype)
     return error
 
 
-def _refuse_difference(what: str, error: float, tolerance: dict[torch.dtype, float], dtype: torch.dtype) -> None:
+def _check_parity(what: str, error: float, tolerance: dict[torch.dtype, float], dtype: torch.dtype) -> None:
     bound = tolerance.get(dtype, 0.0)
     if not error <= bound:
-        raise _Difference(
+        raise _ParityError(
             f"convert: {what} must give the trained output within {bound:g} relative RMS, got {error:.3g}"
         )
 

@@ -1,8 +1,8 @@
-"""What a converted layer's call does beside the layer, and in which form it hands its output on.
+"""Decides what a converted layer does in its own call, an activation or an add, and when it hands int8 on.
 
-A plan's rows say what the graph allows (`with_consumers`); `decide` what the trained network allows, and `decide_flow`
-what the converted one does, each in new rows; `link` makes it so. What a network returns is a plain tensor. Whatever
-could run in a layer's call and does not is a note with its reason.
+Plans are made in steps, each in new rows: `with_consumers` notes what the graph allows, `choose_epilogue` what the
+trained network allows, `choose_int8_flow` what the converted one does; `enable_int8_flow` sets the layers accordingly.
+A network's outputs are plain tensors. What could run in a layer's call and does not is a note with its reason.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def int8_inputs(graph: SiteGraph, operands: Sequence[str], sites: Collection[str
     return tuple(name for name in operands if consumers_accept_codes(graph, name, (), sites))
 
 
-def decide(model: nn.Module, row: PlanRow[LayerPlan]) -> PlanRow[LayerPlan]:
+def choose_epilogue(model: nn.Module, row: PlanRow[LayerPlan]) -> PlanRow[LayerPlan]:
     """The row with the activation that a trained layer takes over, before it is converted."""
     plan = row.settings
     name, reason = plan.epilogue.activation, plan.epilogue.reason
@@ -98,7 +98,7 @@ def activation_of(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module | None
     return None if name is None else get_module(model, name)
 
 
-def decide_flow(model: nn.Module, row: PlanRow[LayerPlan]) -> PlanRow[LayerPlan]:
+def choose_int8_flow(model: nn.Module, row: PlanRow[LayerPlan]) -> PlanRow[LayerPlan]:
     """The row with the form in which a converted layer hands on its output, and whether it waits for an add."""
     layer, plan = get_module(model, row.site), row.settings
     if not isinstance(layer, Convolution):
@@ -108,7 +108,7 @@ def decide_flow(model: nn.Module, row: PlanRow[LayerPlan]) -> PlanRow[LayerPlan]
     grid = layer.output_quantizer if isinstance(layer, QuantizedConv) else None
     flow = replace(
         plan.flow,
-        to_consumers=_can_hand(layer, found),
+        to_consumers=_can_emit_int8(layer, found),
         to_own_grid=integer and grid is not None and plan.flow.consumers_accept,
         as_it_lies=bool(found) and all(isinstance(m, Packed) for m in found),
     )
@@ -123,36 +123,39 @@ def decide_flow(model: nn.Module, row: PlanRow[LayerPlan]) -> PlanRow[LayerPlan]
     return replace(row, settings=replace(plan, epilogue=epilogue, flow=flow, notes=notes))
 
 
-def link(model: nn.Module, rows: Sequence[PlanRow]) -> None:
+def enable_int8_flow(model: nn.Module, rows: Sequence[PlanRow]) -> None:
     """Lets layers hand int8 to their consumers, give it on the grids of adds, and wait for the adds behind them."""
     for join in join_rows(rows):
         for name in join.settings.int8_inputs:
             quantizer = getattr(get_module(model, name), "output_quantizer", None)
             if isinstance(quantizer, StaticQuantizer):
-                quantizer.hands = True
+                quantizer.emits_int8 = True
     for row in layer_rows(rows):
         layer, plan = get_module(model, row.site), row.settings
         if not isinstance(layer, Convolution):
             continue
         if plan.flow.to_consumers:
-            layer.hand_to([get_module(model, site) for site in plan.consumers])  # type: ignore[operator]
+            layer.emit_int8_to([get_module(model, site) for site in plan.consumers])  # type: ignore[operator]
         if plan.flow.to_own_grid:
-            layer.output_quantizer.hands = True  # type: ignore[union-attr]
-        layer.deferred, layer.hands = plan.epilogue.defers_add, plan.flow.as_it_lies
+            layer.output_quantizer.emits_int8 = True  # type: ignore[union-attr]
+        layer.defers_add, layer.output_as_it_lies = plan.epilogue.defers_add, plan.flow.as_it_lies
         layer.notes = plan.notes
 
 
-def unlink(model: nn.Module, rows: Sequence[PlanRow], reason: str) -> list[PlanRow]:
-    """Undoes `link` for good: every layer gives floats, at once. Returns the rows of that; reason: for the notes."""
+def disable_int8_flow(model: nn.Module, rows: Sequence[PlanRow], reason: str) -> list[PlanRow]:
+    """Undoes `enable_int8_flow` for good: every layer gives floats, at once. Returns the rows that say so.
+
+    reason: why, for the notes of the rows.
+    """
     for module in model.modules():
         if isinstance(module, StaticQuantizer):
-            module.hands = False
+            module.emits_int8 = False
         if isinstance(module, QuantizedLayer):
-            module._handed = ()
+            module._consumer_grids = ()
         if isinstance(module, Convolution):
-            module.hands = False
+            module.output_as_it_lies = False
     new = [_on_floats(row, reason) for row in rows]
-    link(model, new)
+    enable_int8_flow(model, new)
     return new
 
 
@@ -169,7 +172,7 @@ def _on_floats(row: PlanRow, reason: str) -> PlanRow:
     return replace(row, settings=replace(plan, epilogue=epilogue, flow=flow, notes=notes))
 
 
-def _can_hand(layer: nn.Module, consumers: Sequence[nn.Module]) -> bool:
+def _can_emit_int8(layer: nn.Module, consumers: Sequence[nn.Module]) -> bool:
     """Whether all that read a converted layer's output turn it into the same codes."""
     if not consumers or not isinstance(layer, QuantizedConv) or layer.output_quantizer is not None:
         return False

@@ -11,7 +11,7 @@ from torch import nn
 
 from gs_algos.core.modules import get_module
 from gs_algos.core.plan import PlanRow
-from gs_algos.quant.fake_quant.layers import FakeQuantized, give_output_quantizer, swap
+from gs_algos.quant.fake_quant.layers import FakeQuantized, give_output_quantizer, swap_layer
 from gs_algos.quant.fake_quant.quantizers import ActivationQuantizer, WeightQuantizer
 from gs_algos.quant.fast_path import leave_fast_path
 from gs_algos.quant.integer.layers import empty_codes
@@ -23,7 +23,7 @@ from gs_kernels.runtime.torch_private import _BatchNorm
 
 @dataclass(frozen=True)
 class QuantOptions(PlanOptions):
-    """What SimQAT asks of `make_plan` and `install`; see `SimQATConfig` for the meaning."""
+    """What SimQAT asks of `make_plan` and `swap_layers`; see `SimQATConfig` for the meaning."""
 
     fold: str
     fusion: bool
@@ -58,16 +58,16 @@ class QuantOptions(PlanOptions):
         return empty_codes(plan.shape, Scheme.parse(plan.weight, "weight"), "meta").nbytes
 
 
-def install(model: nn.Module, rows: Sequence[PlanRow], options: QuantOptions) -> nn.Module:
+def swap_layers(model: nn.Module, rows: Sequence[PlanRow], options: QuantOptions) -> nn.Module:
     """Swaps the layers that the plan's rows name, on the live model."""
     for row in layer_rows(rows):
-        _install_layer(model, row, options)
-    install_joins(model, rows, options.act_delayed)
+        _swap_layer(model, row, options)
+    add_join_quantizers(model, rows, options.act_delayed)
     leave_fast_path(model)
     return model
 
 
-def install_joins(model: nn.Module, rows: Sequence[PlanRow], delayed: bool = False) -> None:
+def add_join_quantizers(model: nn.Module, rows: Sequence[PlanRow], delayed: bool = False) -> None:
     """Gives the operands of each add and concat that the rows name one quantizer for what they give."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for row in join_rows(rows):
@@ -85,7 +85,7 @@ def refuse_nonfinite(who: str, modules: Iterable[tuple[str, nn.Module]]) -> None
                 raise ValueError(f"{who}: {name}.{key} must be finite, got NaN or Inf")
 
 
-def _install_layer(model: nn.Module, row: PlanRow[LayerPlan], options: QuantOptions) -> None:
+def _swap_layer(model: nn.Module, row: PlanRow[LayerPlan], options: QuantOptions) -> None:
     layer, plan = get_module(model, row.site), row.settings
     weight: torch.Tensor = layer.weight  # type: ignore[assignment]
     quantizer = WeightQuantizer(Scheme.parse(plan.weight, "weight"), weight, options.weight_delayed)
@@ -94,7 +94,7 @@ def _install_layer(model: nn.Module, row: PlanRow[LayerPlan], options: QuantOpti
         act = ActivationQuantizer(Scheme.parse(plan.act, "act"), weight.device, options.act_delayed)
     bn = None if plan.bn is None else get_module(model, plan.bn)
     assert bn is None or isinstance(bn, _BatchNorm)
-    swap(
+    swap_layer(
         layer,
         quantizer,
         input=act if options.fusion else None,

@@ -41,8 +41,8 @@ class Convolution(Packed):
     geometry: dict[str, Any]
     filter: tuple[int, ...]
     activation = "none"  # that follows, in the same call
-    deferred = False  # whether the add that follows, and an activation behind it, run in the same call
-    hands = False  # whether only layers read the result, which then lies as it was computed
+    defers_add = False  # whether the add that follows, and an activation behind it, run in the same call
+    output_as_it_lies = False  # whether only layers read the result, which then lies as it was computed
     channels_last = False  # whether the float layer's weight is: then its result is, whatever the image
     notes: tuple[str, ...] = ()  # what follows and does not
 
@@ -75,21 +75,21 @@ class Convolution(Packed):
         super()._apply(fn, recurse)
         # what `.to(memory_format=...)` does to the weight of a float layer, and `.to(device)` does not
         into = CHANNELS_LAST[4] if self.channels_last else torch.contiguous_format
-        self.channels_last = lies_last(fn(torch.empty((1, 2, 2, 2), device="cpu").to(memory_format=into)))
+        self.channels_last = is_channels_last(fn(torch.empty((1, 2, 2, 2), device="cpu").to(memory_format=into)))
         return self
 
     def path(self) -> str:
         refusals = self.refusals()
         path = f"dequantizes: {', '.join(refusals)}" if refusals else super().path()
-        fused = self.activation if self.activation != "none" else "add" if self.deferred else ""
+        fused = self.activation if self.activation != "none" else "add" if self.defers_add else ""
         return f"{path} + {fused}" if fused else path
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.deferred and self._can_wait(input):
-            return DeferredOutput(_Deferred(self, input), self._like(input))
+        if self.defers_add and self._can_wait(input):
+            return DeferredOutput(_DeferredConv(self, input), self._like(input))
         y = self.run(input, None, self.activation)
         strides = self.strides(input, y.shape)
-        if self.hands and type(y) is Tensor and self._can_wait(input):
+        if self.output_as_it_lies and type(y) is Tensor and self._can_wait(input):
             return DeferredOutput.of(y, strides)
         return (
             QuantizedTensor(y.codes, y.quantizer, y.dtype, strides)
@@ -168,7 +168,7 @@ class Convolution(Packed):
         return x.dim() == len(self.filter) + 1
 
 
-class _Deferred:
+class _DeferredConv:
     """A convolution that waits for the other operand of the add behind it."""
 
     adds = True
@@ -200,7 +200,7 @@ def conv_rows(weight: PackedWeight, filter: Sequence[int]) -> PackedWeight:
     return replace(weight, codes=pack_codes(codes.transpose(1, 2).flatten(1), weight.bits))
 
 
-def lies_last(weight: Tensor) -> bool:
+def is_channels_last(weight: Tensor) -> bool:
     """Whether a float convolution with this weight gives a result with its channels last, whatever the image."""
     return suggested(weight.shape, weight.stride()) != torch.contiguous_format
 

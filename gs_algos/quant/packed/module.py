@@ -21,7 +21,7 @@ from gs_algos.quant.fixed_dtype import FixedDtypeBuffers
 from gs_kernels import PackedWeight, dequantize_packed, pack_codes, repack, unpack_codes
 from gs_kernels.pack.layouts import CANONICAL, PLANAR, codes_shape
 
-PARTS = ("codes", "scale", "zero", "levels")
+WEIGHT_TENSORS = ("codes", "scale", "zero", "levels")
 SIGNS = {"any": FINITE, "positive": POSITIVE, "not negative": NOT_NEGATIVE, "not zero": NOT_ZERO}
 BITS = (1, 2, 4, 8)
 SCALE_DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -112,25 +112,25 @@ class Packed(FixedDtypeBuffers, OffFastPath):
         dtype: that the float layer had: of `.weight`, and of what an embedding returns.
     """
 
-    kept: ClassVar[tuple[str, ...]] = PARTS
+    fixed_dtype: ClassVar[tuple[str, ...]] = WEIGHT_TENSORS
     signs: str = "any"  # that its scales can have, a key of SIGNS, where whoever made them knows
     codes: Tensor | None
     scale: Tensor | None
     zero: Tensor | None
     levels: Tensor | None
-    _held: PackedWeight | None = None  # what `packed` gave last: checked once, as long as the buffers are the same
+    _packed_cache: PackedWeight | None = None  # what `packed` gave last, while the buffers are the same
 
     def __init__(self, weight: PackedWeight | Packed, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
         # in a tuple: a module attribute would register the other layer a second time
-        self._lender = (weight,) if isinstance(weight, Packed) else ()
+        self._tied_to = (weight,) if isinstance(weight, Packed) else ()
         held = weight.packed if isinstance(weight, Packed) else weight
         self.bits, self.shape, self.group_size = held.bits, held.shape, held.group_size
         self._zero = None if isinstance(held.zero, Tensor) else float(held.zero)
-        for part in PARTS:
+        for part in WEIGHT_TENSORS:
             value = getattr(held, part)
-            own = isinstance(value, Tensor) and not self._lender
+            own = isinstance(value, Tensor) and not self._tied_to
             self.register_buffer(part, value if own else None)
         self.arrange()
 
@@ -160,33 +160,33 @@ class Packed(FixedDtypeBuffers, OffFastPath):
     @property
     def tied(self) -> bool:
         """Whether the weight belongs to another layer."""
-        return bool(self._lender)
+        return bool(self._tied_to)
 
     @property
     def owner(self) -> Packed:
         """The layer whose weight this one uses: itself, if it is not tied."""
-        return self._lender[0].owner if self._lender else self
+        return self._tied_to[0].owner if self._tied_to else self
 
     @property
     def packed(self) -> PackedWeight:
         """The weight as the ops take it, in the layout that the device reads. Shares memory with the layer."""
-        if self._lender:
-            return self._lender[0].packed
+        if self._tied_to:
+            return self._tied_to[0].packed
         if torch.compiler.is_compiling():
-            return self._made()
-        own, held = self._buffers, self._held
+            return self._make_packed()
+        own, held = self._buffers, self._packed_cache
         if held is not None and held.codes is own["codes"] and held.scale is own["scale"]:
             zero = own["zero"] if self._zero is None else self._zero
             numbers = (self.bits, self.shape, self.group_size, layout_of(held.codes))
             same = (held.bits, held.shape, held.group_size, held.layout) == numbers
             if same and held.zero is zero and held.levels is own["levels"]:
                 return held
-        held = self._made()
+        held = self._make_packed()
         # not those of a tracer, which puts its own tensors in the place of buffers for a while
-        self.__dict__["_held"] = held if type(held.codes) is Tensor else None
+        self.__dict__["_packed_cache"] = held if type(held.codes) is Tensor else None
         return held
 
-    def _made(self) -> PackedWeight:
+    def _make_packed(self) -> PackedWeight:
         codes, scale = self.codes, self.scale
         assert codes is not None and scale is not None
         zero = self.zero if self._zero is None else self._zero
@@ -204,7 +204,7 @@ class Packed(FixedDtypeBuffers, OffFastPath):
     @property
     def nbytes(self) -> int:
         """Bytes of the packed weight; 0 for a layer that is tied to another."""
-        return 0 if self._lender else self.packed.nbytes
+        return 0 if self._tied_to else self.packed.nbytes
 
     def keep_rows(self, name: str, value: int) -> None:
         """Raises unless an attribute is set to what it is: a packed weight has the rows that it has.
@@ -233,10 +233,10 @@ class Packed(FixedDtypeBuffers, OffFastPath):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a file has the tensors, and no second object around them."""
-        return {key: value for key, value in self.__dict__.items() if key != "_held"}
+        return {key: value for key, value in self.__dict__.items() if key != "_packed_cache"}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.__dict__["_held"] = None  # whose tensors would outlive a move to another device
+        self.__dict__["_packed_cache"] = None  # whose tensors would outlive a move to another device
         device = None if self.codes is None else self.codes.device
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
         super()._apply(fn, recurse)
@@ -251,7 +251,7 @@ class Packed(FixedDtypeBuffers, OffFastPath):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        given = {part: state_dict.get(prefix + part) for part in PARTS}
+        given = {part: state_dict.get(prefix + part) for part in WEIGHT_TENSORS}
         for part in ("scale", "zero", "levels"):
             own, new = self._buffers[part], given[part]
             if own is not None and isinstance(new, Tensor) and new.dtype != own.dtype and new.is_floating_point():
@@ -293,7 +293,7 @@ def zero_as(weight: PackedWeight, constant: bool) -> PackedWeight:
 
 def tensors_of(weight: PackedWeight) -> dict[str, Tensor]:
     """The tensors of a packed weight under the names that they have in a state_dict."""
-    return {part: value for part in PARTS if isinstance(value := getattr(weight, part), Tensor)}
+    return {part: value for part in WEIGHT_TENSORS if isinstance(value := getattr(weight, part), Tensor)}
 
 
 def layout_of(codes: Tensor) -> str:

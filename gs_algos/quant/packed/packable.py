@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gs_algos.core.modules import computed_by, own_forward
 from gs_algos.fx.modularize.functional_calls import multiplies_alone
 from gs_algos.quant.packed.conv import PackedConv
-from gs_algos.quant.packed.conv_base import conv_rows, geometry_of, lies_last
+from gs_algos.quant.packed.conv_base import conv_rows, geometry_of, is_channels_last
 from gs_algos.quant.packed.embedding import PackedEmbedding
 from gs_algos.quant.packed.linear import PackedConv1D, PackedLinear
 from gs_algos.quant.packed.module import Packed, PackedFormat
@@ -115,7 +115,7 @@ def packed_like(layer: Any, weight: PackedWeight | Packed) -> Packed:
         new = PackedEmbedding(weight, layer.padding_idx, dtype)
     elif isinstance(layer, CONVS):
         new = PackedConv(weight, geometry_of(layer), layer.weight.shape[1:], bias, dtype)
-        new.channels_last = lies_last(layer.weight)
+        new.channels_last = is_channels_last(layer.weight)
     else:
         new = (PackedConv1D if is_conv1d(layer) else PackedLinear)(weight, bias, dtype)
     for key, value in layer.__dict__.items():
