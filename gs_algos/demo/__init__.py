@@ -1,0 +1,1 @@
+"""Holds the data sets, networks and training loop that the command line, the benchmark and the tests share."""

@@ -1,0 +1,1 @@
+"""Writes networks as ONNX files and as packages of torch.export."""

@@ -1,0 +1,1 @@
+"""Quantizes language models in folders of Transformers, loads them, and exchanges them with other libraries."""

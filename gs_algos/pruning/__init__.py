@@ -1,0 +1,1 @@
+"""Removes channels from networks, by importance (Prune) or by a comparison with knockoffs (SCOP)."""

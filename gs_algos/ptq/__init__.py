@@ -1,0 +1,1 @@
+"""Quantizes weights after training, without data: every float layer becomes a packed one."""

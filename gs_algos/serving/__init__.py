@@ -1,0 +1,1 @@
+"""Serves packed models: by HTTP with LitServe, and inside vLLM."""

@@ -1,0 +1,1 @@
+"""Finds which channels of which tensors must be removed together."""

@@ -1,0 +1,1 @@
+"""Quantizes whole networks: plans them, prepares them, calibrates them and converts them to integers."""
