@@ -57,7 +57,9 @@ def fake_quant_ref(
 ) -> Tensor:
     rows, shape = spread(x, granularity)
     s, z = scale.view(shape), zero.view(shape)
-    q = _steps(rows, s, z).clamp(qmin, qmax)
+    r = _steps(rows, s, z)
+    # a gradient of one on the ends of the grid too, where that of clamp is another since PyTorch 2.14
+    q = torch.where(r < qmin, float(qmin), torch.where(r > qmax, float(qmax), r))
     return ((q - z) * s).to(x.dtype).view(x.shape)
 
 

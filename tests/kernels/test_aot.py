@@ -21,8 +21,24 @@ from gs_kernels.aot import __main__ as command  # noqa: E402
 from gs_kernels.aot.isa_text import classify_gcn  # noqa: E402
 from gs_kernels.aot.sass import classify, find_cuobjdump, parse  # noqa: E402
 
+OTHER_COMPILERS = {  # the bounds are those of Triton 3.9
+    "3.6": {"slb_weight-4bit-bf16-sm_100": "takes 168 registers"},
+    "3.8": {
+        "qmatmul_int8-w4a8-m256-g32-sm_90": "stores to shared memory 24 times a turn",
+        "qmatmul_fp8-w4f8-m256-sm_90": "spills 20 times",
+    },
+}
+
+
+def _case(case: AotCase, target: str, name: str):
+    version = ".".join(triton.__version__.split(".")[:2])
+    cost = OTHER_COMPILERS.get(version, {}).get(name)
+    known = pytest.mark.xfail(cost is not None, reason=f"compiled by Triton {version} it {cost}", strict=True)
+    return pytest.param(case, target, id=name, marks=known)
+
+
 CASES = [
-    pytest.param(case, target, id=f"{spec.name}-{case.name}-{target}")
+    _case(case, target, f"{spec.name}-{case.name}-{target}")
     for spec in specs()
     for case in spec.aot
     for target in case.targets

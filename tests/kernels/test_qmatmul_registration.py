@@ -103,7 +103,7 @@ def test_an_exported_layer_is_one_node_and_its_package_runs_in_a_process_that_ne
     assert done.returncode == 0, done.stderr
 
 
-ALLOCATION = {"detach", "new_empty", "view"}
+ALLOCATION = {"alias", "detach", "new_empty", "view"}
 
 
 def test_traced_for_a_gpu_each_regime_launches_what_it_says_and_writes_only_results(monkeypatch):
