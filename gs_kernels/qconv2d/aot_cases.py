@@ -40,14 +40,14 @@ def conv(
     **bounds: Any,
 ) -> AotCase:
     """A layer of a network, its weight with one scale per channel; of int8 x, with codes as residual and result."""
-    window = make_geometry("gate", kernel, stride, kernel // 2, 1, groups)
+    geometry = make_geometry("gate", kernel, stride, kernel // 2, 1, groups)
     k, whole = kernel * kernel * c // groups, dtype == torch.int8
-    p, q = window.output(size, size)
+    p, q = geometry.output(size, size)
 
     def plan_for(sm: int, sm_count: int) -> Plan:
-        about: dict[str, Any] = {"x_bits": 8 * dtype.itemsize, "levels": False, "sm": sm, "sm_count": sm_count}
-        about |= {"channels": c // groups, "int8_group": group, "splits": False}
-        return choose_plan(batch * p * q, o // groups, k, groups, **about)
+        options: dict[str, Any] = {"x_bits": 8 * dtype.itemsize, "levels": False, "sm": sm, "sm_count": sm_count}
+        options |= {"channels": c // groups, "int8_group": group, "splits": False}
+        return choose_plan(batch * p * q, o // groups, k, groups, **options)
 
     def run() -> None:
         kernels = importlib.import_module("gs_kernels.qconv2d.kernel")
@@ -58,14 +58,14 @@ def conv(
         packed = _meta(-(-k // 128), o, 8 * bits, dtype=torch.int16)
         weight = PackedWeight(packed, scale, zero, None, bits, (o, k), group or k, PLANAR)
         bias, one = _meta(o, dtype=torch.float32), _meta(1, dtype=torch.float32)
-        into = (y, one, one, one, one) if whole else (y, None, None, None, None)
+        requant = (y, one, one, one, one) if whole else (y, None, None, None, None)
         codes = (one, one if x_zero else None) if whole else (None, None)
         sums = _meta(*scale.shape, dtype=torch.int32) if x_zero else None
-        rest = (window, "relu", plan_for(sm, sm_count), asm)
+        rest = (geometry, "relu", plan_for(sm, sm_count), asm)
         if c == groups:
-            kernels.convolve_depthwise(y, x, *codes, weight, bias, into, window, "relu")
+            kernels.convolve_depthwise(y, x, *codes, weight, bias, requant, geometry, "relu")
         elif whole:
-            kernels.convolve_int8(y, x, *codes, sums, weight, bias, into, *rest)
+            kernels.convolve_int8(y, x, *codes, sums, weight, bias, requant, *rest)
         else:
             kernels.convolve(y, x, weight, bias, y, *rest)
 

@@ -1,4 +1,4 @@
-"""What convolutions with a packed weight demand of their arguments. Looks at metadata only."""
+"""Checks the arguments of convolutions with a packed weight. Looks at metadata only."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def check_operands(
     weight: PackedWeight,
     bias: Tensor | None,
     activation: str,
-    window: ConvGeometry,
+    geometry: ConvGeometry,
 ) -> tuple[int, ...]:
-    """The shape of y."""
+    """Raises unless x, weight, bias, activation and geometry fit together; returns the shape of y, (B, O, P, Q)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{who}: x must be a tensor, got {type(x).__name__}")
     if x.dtype not in dtypes:
@@ -33,19 +33,19 @@ def check_operands(
         raise ValueError(f"{who}: x must be [B, C, H, W], got {list(x.shape)}; add axes of size 1")
     b, c, h, w = x.shape
     o, k = weight.shape
-    groups = window.groups
+    groups = geometry.groups
     if c % groups != 0 or o % groups != 0:
         raise ValueError(f"{who}: groups must divide the channels of x and y, got groups={groups}, C={c}, O={o}")
-    if window.taps * (c // groups) != k:
+    if geometry.taps * (c // groups) != k:
         raise ValueError(
             f"{who}: K of the weight [{o}, {k}] must be kernel height * width * C / groups ="
-            f" {window.r} * {window.s} * {c // groups}, got K={k}; check kernel_size, groups and the channels of x"
+            f" {geometry.r} * {geometry.s} * {c // groups}, got K={k}; check kernel_size, groups and the channels of x"
         )
-    p, q = window.output(h, w)
+    p, q = geometry.output(h, w)
     if p < 1 or q < 1:
         raise ValueError(
             f"{who}: x with its padding must be at least as large as the dilated kernel, got {h} x {w},"
-            f" padding {window.sides}, kernel {window.r} x {window.s}, dilation {window.dilation}"
+            f" padding {geometry.sides}, kernel {geometry.r} x {geometry.s}, dilation {geometry.dilation}"
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"{who}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
@@ -68,10 +68,10 @@ def check_int8(
     weight: PackedWeight,
     dtype: torch.dtype,
     shape: tuple[int, ...],
-    about: dict[str, Tensor | None],
+    tensors: dict[str, Tensor | None],
 ) -> None:
-    """What the integer op has beside `check_operands`. about: its other tensors, by name."""
-    residual = about["residual"]
+    """Raises unless what the integer op takes beside `check_operands` is right. tensors: its other tensors, by name."""
+    residual = tensors["residual"]
     if weight.levels is not None:
         raise ValueError(f"{who}: weight must have an evenly spaced grid, got levels; use qconv2d")
     if weight.group_size > LARGEST_GROUP:
@@ -80,21 +80,21 @@ def check_int8(
         raise TypeError(f"{who}: dtype must be float32 / float16 / bfloat16, got {dtype}; out_scale gives int8")
     check_tensor(who, "x_scale", x_scale, (torch.float32,), (1,))
     for name in ("x_zero", "residual_scale", "residual_zero", "out_scale", "out_zero"):
-        t = about[name]
+        t = tensors[name]
         if t is not None:
             check_tensor(who, name, t, (torch.float32,), (1,))
-    weight_sums = about["weight_sums"]
-    if weight_sums is not None:
-        check_tensor(who, "weight_sums", weight_sums, (torch.int32,), tuple(weight.scale.shape))
+    code_sums = tensors["code_sums"]
+    if code_sums is not None:
+        check_tensor(who, "code_sums", code_sums, (torch.int32,), tuple(weight.scale.shape))
     if residual is not None:
         check_tensor(who, "residual", residual, (*FLOATS, torch.int8), shape)
-    if (residual is not None and residual.dtype == torch.int8) != (about["residual_scale"] is not None):
+    if (residual is not None and residual.dtype == torch.int8) != (tensors["residual_scale"] is not None):
         raise ValueError(
             f"{who}: an int8 residual and residual_scale must be given together, got residual"
             f" {None if residual is None else dtype_name(residual.dtype)} and"
-            f" {'a' if about['residual_scale'] is not None else 'no'} residual_scale"
+            f" {'a' if tensors['residual_scale'] is not None else 'no'} residual_scale"
         )
     for zero, scale in (("residual_zero", "residual_scale"), ("out_zero", "out_scale")):
-        if about[zero] is not None and about[scale] is None:
+        if tensors[zero] is not None and tensors[scale] is None:
             raise ValueError(f"{who}: {zero} needs {scale}, got None; give both")
-    check_devices(who, x, {"x_scale": x_scale, **about})
+    check_devices(who, x, {"x_scale": x_scale, **tensors})

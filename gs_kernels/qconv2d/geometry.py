@@ -1,4 +1,4 @@
-"""Which elements of x an element of y sees: the numbers of a convolution, checked, and as an op schema carries them."""
+"""Describes a convolution: filter, stride, padding, dilation and groups, checked, and as an op schema carries them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Padding: TypeAlias = int | tuple[int, int] | str
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """Filter `[R, S]`, strides, padding at each side, dilation (of H, then of W), and groups of channels."""
+    """Holds the filter `[R, S]`, strides, padding at each side, dilation (of H, then of W), and groups of channels."""
 
     r: int
     s: int
@@ -41,7 +41,7 @@ class ConvGeometry:
 
     @property
     def sides(self) -> tuple[int, int, int, int]:
-        """As `torch.nn.functional.pad` takes them."""
+        """Returns the padding as `torch.nn.functional.pad` takes it."""
         return self.left, self.right, self.top, self.bottom
 
     @property
@@ -54,23 +54,24 @@ class ConvGeometry:
         return self.taps == 1 and self.stride == (1, 1) and not any(self.sides)
 
     def output(self, h: int, w: int) -> tuple[int, int]:
-        """P and Q of y from H and W of x."""
+        """Computes P and Q of y from H and W of x."""
         p = h + self.top + self.bottom - self.dilation_h * (self.r - 1) - 1
         q = w + self.left + self.right - self.dilation_w * (self.s - 1) - 1
         return p // self.stride_h + 1, q // self.stride_w + 1
 
 
-def _flatten(window: ConvGeometry) -> tuple[list[int]]:
-    return ([getattr(window, f.name) for f in fields(window)],)
+def _flatten(geometry: ConvGeometry) -> tuple[list[int]]:
+    return ([getattr(geometry, f.name) for f in fields(geometry)],)
 
 
-WINDOW = Carried(ConvGeometry, "int[] window", _flatten, lambda numbers: ConvGeometry(*numbers))
+# "window" stays: files of torch.export name the arguments of ops
+GEOMETRY = Carried(ConvGeometry, "int[] window", _flatten, lambda numbers: ConvGeometry(*numbers))
 
 
 def make_geometry(
     who: str, kernel_size: Pair, stride: Pair, padding: Padding, dilation: Pair, groups: int
 ) -> ConvGeometry:
-    """The window of arguments as `torch.nn.Conv2d` takes them.
+    """Checks arguments as `torch.nn.Conv2d` takes them and returns their geometry.
 
     Raises:
         TypeError, ValueError: if one is no integer or pair of integers, or too small, or a padding is not supported.

@@ -1,4 +1,4 @@
-"""The convolution of a float image with a packed weight, and its gradient: implementations, registration, function."""
+"""Convolves float images with a packed weight, and the gradient: implementations, registration, public function."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gs_kernels.pack.schema import PACKED_WEIGHT
 from gs_kernels.qconv2d.checks import check_devices, check_operands
 from gs_kernels.qconv2d.cpu.float import qconv2d_cpu
 from gs_kernels.qconv2d.dense import convolve_dense, convolve_dx, dense_dtype, empty_image
-from gs_kernels.qconv2d.geometry import WINDOW, ConvGeometry, Padding, Pair, make_geometry
+from gs_kernels.qconv2d.geometry import GEOMETRY, ConvGeometry, Padding, Pair, make_geometry
 from gs_kernels.qmatmul.op import planar_refuses
 from gs_kernels.runtime.dispatch import implementations
 from gs_kernels.runtime.torch_op import register, save, saved
@@ -35,16 +35,16 @@ def _qconv2d_ref(
     weight: PackedWeight,
     bias: Tensor | None,
     residual: Tensor | None,
-    window: ConvGeometry,
+    geometry: ConvGeometry,
     activation: str,
     keep: bool,
 ) -> Tensor:
-    """Dequantises, then as a float layer does: what a compiler sees without a GPU."""
-    return convolve_dense(x, dequantize_packed(weight, dense_dtype(x)), bias, residual, window, activation)
+    """Dequantises, then convolves as a float layer does: what a compiler sees without a GPU."""
+    return convolve_dense(x, dequantize_packed(weight, dense_dtype(x)), bias, residual, geometry, activation)
 
 
-def _dx_ref(dy: Tensor, weight: PackedWeight, window: ConvGeometry, h: int, w: int) -> Tensor:
-    return convolve_dx(dy, dequantize_packed(weight, dense_dtype(dy)), window, h, w)
+def _dx_ref(dy: Tensor, weight: PackedWeight, geometry: ConvGeometry, h: int, w: int) -> Tensor:
+    return convolve_dx(dy, dequantize_packed(weight, dense_dtype(dy)), geometry, h, w)
 
 
 QCONV2D = implementations("qconv2d", _qconv2d_ref, qconv2d_cpu, conv_refuses)
@@ -56,62 +56,62 @@ def _qconv2d_fake(
     weight: PackedWeight,
     bias: Tensor | None,
     residual: Tensor | None,
-    window: ConvGeometry,
+    geometry: ConvGeometry,
     activation: str,
     keep: bool,
 ) -> Tensor:
-    return empty_image(x, weight.shape[0], window, x.dtype)
+    return empty_image(x, weight.shape[0], geometry, x.dtype)
 
 
-def _dx_fake(dy: Tensor, weight: PackedWeight, window: ConvGeometry, h: int, w: int) -> Tensor:
-    size = (dy.shape[0], weight.shape[1] // window.taps * window.groups, h, w)
+def _dx_fake(dy: Tensor, weight: PackedWeight, geometry: ConvGeometry, h: int, w: int) -> Tensor:
+    size = (dy.shape[0], weight.shape[1] // geometry.taps * geometry.groups, h, w)
     return torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-    x, weight, bias, residual, window, activation, keep = inputs
+    x, weight, bias, residual, geometry, activation, keep = inputs
     # without an activation the gradient needs no x; with one, what went into it is computed again from x
-    known = {"x": None, "residual": None} if activation == "none" else {"x": x, "residual": residual}
-    save(ctx, **known, weight=weight, bias=bias, window=window, activation=activation, keep=keep)
+    operands = {"x": None, "residual": None} if activation == "none" else {"x": x, "residual": residual}
+    save(ctx, **operands, weight=weight, bias=bias, geometry=geometry, activation=activation, keep=keep)
     ctx.size, ctx.residual_dtype = x.shape[2:], None if residual is None else residual.dtype
 
 
 def _gradient(ctx: Any, wanted: set[str], dy: Tensor) -> dict[str, Tensor | None]:
-    x, residual, weight, bias, window, activation, keep = saved(ctx)
+    x, residual, weight, bias, geometry, activation, keep = saved(ctx)
     if activation != "none":
-        dy = ACTIVATIONS[activation].gradient(_run(x, weight, bias, residual, window, "none", keep), dy)
+        dy = ACTIVATIONS[activation].gradient(_run(x, weight, bias, residual, geometry, "none", keep), dy)
     return {
-        "x": _run_dx(dy, weight, window, *ctx.size) if "x" in wanted else None,
+        "x": _run_dx(dy, weight, geometry, *ctx.size) if "x" in wanted else None,
         "bias": dy.sum((0, 2, 3), dtype=torch.float32).to(bias.dtype) if "bias" in wanted else None,
         "residual": dy.to(ctx.residual_dtype) if "residual" in wanted else None,
     }
 
 
 def _dx_setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-    save(ctx, weight=inputs.weight, window=inputs.window)
+    save(ctx, weight=inputs.weight, geometry=inputs.geometry)
 
 
 def _dx_gradient(ctx: Any, wanted: set[str], ddx: Tensor) -> dict[str, Tensor | None]:
-    weight, window = saved(ctx)
-    return {"dy": _run(ddx, weight, None, None, window, "none", False)}
+    weight, geometry = saved(ctx)
+    return {"dy": _run(ddx, weight, None, None, geometry, "none", False)}
 
 
 _run = register(
-    "qconv2d(Tensor x, PackedWeight weight, Tensor? bias, Tensor? residual, ConvGeometry window, str activation,"
+    "qconv2d(Tensor x, PackedWeight weight, Tensor? bias, Tensor? residual, ConvGeometry geometry, str activation,"
     " bool keep) -> Tensor",
     QCONV2D,
     _qconv2d_fake,
     _gradient,
     _setup_context,
-    carried=(PACKED_WEIGHT, WINDOW),
+    carried=(PACKED_WEIGHT, GEOMETRY),
 )
 _run_dx = register(
-    "qconv2d_dx(Tensor dy, PackedWeight weight, ConvGeometry window, SymInt h, SymInt w) -> Tensor",
+    "qconv2d_dx(Tensor dy, PackedWeight weight, ConvGeometry geometry, SymInt h, SymInt w) -> Tensor",
     DX,
     _dx_fake,
     _dx_gradient,
     _dx_setup_context,
-    carried=(PACKED_WEIGHT, WINDOW),
+    carried=(PACKED_WEIGHT, GEOMETRY),
 )
 
 
@@ -151,7 +151,7 @@ def qconv2d(
         residual: fp32 / fp16 / bf16, the shape of y, any strides.
         keep_dense: on a CPU, dequantise the weight in the first call only and keep that while its codes live, which
             takes the memory of a float layer and saves up to two thirds of the time with few pixels. Changes of its
-            tensors through `.data` or numpy are then not seen. A GPU never does.
+            tensors through `.data` or numpy then go unnoticed. A GPU never does.
 
     Returns:
         `[B, O, P, Q]`, dtype of x, channels-last.
@@ -160,9 +160,9 @@ def qconv2d(
         TypeError, ValueError: if shapes, dtypes or devices do not fit together, or an argument is none of the above.
     """
     who = "qconv2d"
-    window = make_geometry(who, kernel_size, stride, padding, dilation, groups)
-    shape = check_operands(who, x, FLOATS, weight, bias, activation, window)
+    geometry = make_geometry(who, kernel_size, stride, padding, dilation, groups)
+    shape = check_operands(who, x, FLOATS, weight, bias, activation, geometry)
     if residual is not None:
         check_tensor(who, "residual", residual, FLOATS, shape)
         check_devices(who, x, {"residual": residual})
-    return _run(x, weight, bias, residual, window, activation, keep_dense)
+    return _run(x, weight, bias, residual, geometry, activation, keep_dense)

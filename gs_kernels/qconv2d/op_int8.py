@@ -1,6 +1,8 @@
-"""The convolution of an image of 8-bit codes with a packed weight: implementations, registration, public functions."""
+"""Convolves images of 8-bit codes with a packed weight: implementations, registration, public functions."""
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 from torch import Tensor
@@ -12,9 +14,9 @@ from gs_kernels.pack.schema import PACKED_WEIGHT
 from gs_kernels.qconv2d.checks import check_int8, check_operands
 from gs_kernels.qconv2d.cpu.int8 import Int8Convolution, qconv2d_int8_cpu
 from gs_kernels.qconv2d.dense import empty_image
-from gs_kernels.qconv2d.geometry import WINDOW, ConvGeometry, Padding, Pair, make_geometry
+from gs_kernels.qconv2d.geometry import GEOMETRY, ConvGeometry, Padding, Pair, make_geometry
 from gs_kernels.qconv2d.op import conv_refuses
-from gs_kernels.qconv2d.ref import code_sums_ref, convolve_int8_ref, into_codes
+from gs_kernels.qconv2d.ref import code_sums_ref, convolve_int8_ref, requant_params
 from gs_kernels.runtime.dispatch import choose, implementations
 from gs_kernels.runtime.torch_op import register
 
@@ -28,9 +30,9 @@ def _int8_ref(
     x_scale: Tensor,
     weight: PackedWeight,
     bias: Tensor | None,
-    window: ConvGeometry,
+    geometry: ConvGeometry,
     x_zero: Tensor | None,
-    weight_sums: Tensor | None,
+    code_sums: Tensor | None,
     residual: Tensor | None,
     residual_scale: Tensor | None,
     residual_zero: Tensor | None,
@@ -40,8 +42,8 @@ def _int8_ref(
     dtype: torch.dtype,
     keep: bool,
 ) -> Tensor:
-    into = into_codes(residual, residual_scale, residual_zero, out_scale, out_zero)
-    return convolve_int8_ref(x, x_scale, x_zero, weight, bias, into, window, activation, dtype)
+    requant = requant_params(residual, residual_scale, residual_zero, out_scale, out_zero)
+    return convolve_int8_ref(x, x_scale, x_zero, weight, bias, requant, geometry, activation, dtype)
 
 
 INT8 = implementations("qconv2d_int8", _int8_ref, qconv2d_int8_cpu, _int8_refuses)
@@ -52,9 +54,9 @@ def _int8_fake(
     x_scale: Tensor,
     weight: PackedWeight,
     bias: Tensor | None,
-    window: ConvGeometry,
+    geometry: ConvGeometry,
     x_zero: Tensor | None,
-    weight_sums: Tensor | None,
+    code_sums: Tensor | None,
     residual: Tensor | None,
     residual_scale: Tensor | None,
     residual_zero: Tensor | None,
@@ -64,16 +66,17 @@ def _int8_fake(
     dtype: torch.dtype,
     keep: bool,
 ) -> Tensor:
-    return empty_image(x, weight.shape[0], window, dtype if out_scale is None else torch.int8)
+    return empty_image(x, weight.shape[0], geometry, dtype if out_scale is None else torch.int8)
 
 
+# "weight_sums" stays there: files of torch.export name the arguments of ops
 _run = register(
-    "qconv2d_int8(Tensor x, Tensor x_scale, PackedWeight weight, Tensor? bias, ConvGeometry window, Tensor? x_zero,"
+    "qconv2d_int8(Tensor x, Tensor x_scale, PackedWeight weight, Tensor? bias, ConvGeometry geometry, Tensor? x_zero,"
     " Tensor? weight_sums, Tensor? residual, Tensor? residual_scale, Tensor? residual_zero, Tensor? out_scale,"
     " Tensor? out_zero, str activation, ScalarType dtype, bool keep) -> Tensor",
     INT8,
     _int8_fake,
-    carried=(PACKED_WEIGHT, WINDOW),
+    carried=(PACKED_WEIGHT, GEOMETRY),
 )
 
 
@@ -100,16 +103,16 @@ def prepared_qconv2d_int8(
     and at changes of the other tensors, any more. None where calls cannot be had cheaper: not on a CPU, for one.
     """
     who = "prepared_qconv2d_int8"
-    window = make_geometry(who, kernel_size, stride, padding, dilation, groups)
-    shape = check_operands(who, x, (torch.int8,), weight, bias, activation, window)
-    about: dict[str, Tensor | None] = {"x_zero": x_zero, "out_scale": out_scale, "out_zero": out_zero}
-    about |= dict.fromkeys(("residual", "residual_scale", "residual_zero", "weight_sums"))
-    check_int8(who, x, x_scale, weight, dtype, shape, about)
+    geometry = make_geometry(who, kernel_size, stride, padding, dilation, groups)
+    shape = check_operands(who, x, (torch.int8,), weight, bias, activation, geometry)
+    tensors: dict[str, Tensor | None] = {"x_zero": x_zero, "out_scale": out_scale, "out_zero": out_zero}
+    tensors |= dict.fromkeys(("residual", "residual_scale", "residual_zero", "code_sums"))
+    check_int8(who, x, x_scale, weight, dtype, shape, tensors)
     if choose("qconv2d_int8", INT8, x, x_scale, weight).name != "cpu":
         return None
-    out = into_codes(None, None, None, out_scale, out_zero)[3:]
+    out = requant_params(None, None, None, out_scale, out_zero)[3:]
     try:
-        return Int8Convolution(weight, window, x_scale, x_zero, bias, out, activation, dtype, keep=True)
+        return Int8Convolution(weight, geometry, x_scale, x_zero, bias, out, activation, dtype, keep=True)
     except UnsuitableError:
         return None
 
@@ -132,7 +135,7 @@ def qconv2d_int8(
     dilation: Pair = 1,
     groups: int = 1,
     x_zero: Tensor | None = None,
-    weight_sums: Tensor | None = None,
+    code_sums: Tensor | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
     residual_scale: Tensor | None = None,
@@ -141,6 +144,7 @@ def qconv2d_int8(
     out_zero: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     keep_dense: bool = False,
+    weight_sums: Tensor | None = None,
 ) -> Tensor:
     """`act(conv2d((x - x_zero) * x_scale, W) + bias + residual)` with integer codes on both sides. No gradient.
 
@@ -156,13 +160,14 @@ def qconv2d_int8(
         x_scale: `[1]` fp32.
         weight: `[O, K]`, without levels, groups of at most 16384 elements.
         x_zero: `[1]` fp32 of an integer in -128..127, the code that stands for 0.0; a CPU looks. None is 0.
-        weight_sums: `[O, G]` int32, `code_sums(weight)`, to make it once per weight: else a call with x_zero does.
+        code_sums: `[O, G]` int32, `code_sums(weight)`, to make it once per weight: else a call with x_zero does.
         residual: the shape of y: fp32 / fp16 / bf16, or int8 with residual_scale.
         residual_scale: `[1]` fp32.
         residual_zero: `[1]` fp32. None is 0.
         out_scale: `[1]` fp32 of an int8 result.
         out_zero: `[1]` fp32. None is 0.
         dtype: of the result without out_scale: fp32 / fp16 / bf16.
+        weight_sums: deprecated, the old name of code_sums.
 
     Returns:
         `[B, O, P, Q]`, int8 with out_scale, else dtype, channels-last.
@@ -171,10 +176,15 @@ def qconv2d_int8(
         TypeError, ValueError: if shapes, dtypes or devices do not fit together, or an argument is none of the above.
     """
     who = "qconv2d_int8"
-    window = make_geometry(who, kernel_size, stride, padding, dilation, groups)
-    shape = check_operands(who, x, (torch.int8,), weight, bias, activation, window)
-    into = {"residual": residual, "residual_scale": residual_scale, "residual_zero": residual_zero}
-    into |= {"out_scale": out_scale, "out_zero": out_zero}
-    check_int8(who, x, x_scale, weight, dtype, shape, {"x_zero": x_zero, "weight_sums": weight_sums, **into})
-    about = (x_zero, weight_sums, *into.values(), activation, dtype, keep_dense)
-    return _run(x, x_scale, weight, bias, window, *about)
+    if weight_sums is not None:
+        warnings.warn(f"{who}: weight_sums is now code_sums", DeprecationWarning, stacklevel=2)
+        if code_sums is not None:
+            raise TypeError(f"{who}: one of code_sums and weight_sums must be given, got both; use code_sums")
+        code_sums = weight_sums
+    geometry = make_geometry(who, kernel_size, stride, padding, dilation, groups)
+    shape = check_operands(who, x, (torch.int8,), weight, bias, activation, geometry)
+    requant = {"residual": residual, "residual_scale": residual_scale, "residual_zero": residual_zero}
+    requant |= {"out_scale": out_scale, "out_zero": out_zero}
+    check_int8(who, x, x_scale, weight, dtype, shape, {"x_zero": x_zero, "code_sums": code_sums, **requant})
+    settings = (activation, dtype, keep_dense)
+    return _run(x, x_scale, weight, bias, geometry, x_zero, code_sums, *requant.values(), *settings)

@@ -1,4 +1,4 @@
-"""What convolutions with a packed weight compute, in the shortest torch that says it: the oracle of every other.
+"""Computes convolutions with a packed weight in the shortest torch that says it: the oracle of every other.
 
 `W [O, K]` has its K in the order (R, S, C / groups), channels fastest.
 """
@@ -23,20 +23,20 @@ RequantParams: TypeAlias = tuple[
 ]
 
 
-def columns(x: Tensor, window: ConvGeometry) -> Tensor:
-    """`[B, groups, K, P * Q]`: what each pixel of y sees, in the order of a row of W."""
-    x = pad(x, window.sides)
-    seen = unfold(x, (window.r, window.s), window.dilation, 0, window.stride)
-    return seen.view(x.shape[0], window.groups, -1, window.taps, seen.shape[2]).transpose(2, 3).flatten(2, 3)
+def im2col(x: Tensor, geometry: ConvGeometry) -> Tensor:
+    """Copies the inputs of each pixel of y side by side: `[B, groups, K, P * Q]`, in the order of a row of W."""
+    x = pad(x, geometry.sides)
+    patches = unfold(x, (geometry.r, geometry.s), geometry.dilation, 0, geometry.stride)
+    return patches.view(x.shape[0], geometry.groups, -1, geometry.taps, patches.shape[2]).transpose(2, 3).flatten(2, 3)
 
 
-def _multiply(w: Tensor, seen: Tensor) -> Tensor:
-    """`[B, O, P * Q]` from w `[O, K]` and `columns`."""
-    return (w.view(seen.shape[1], -1, w.shape[1]) @ seen).flatten(1, 2)
+def _multiply(w: Tensor, patches: Tensor) -> Tensor:
+    """Multiplies w `[O, K]` with patches as `im2col` gives them: `[B, O, P * Q]`."""
+    return (w.view(patches.shape[1], -1, w.shape[1]) @ patches).flatten(1, 2)
 
 
-def _image(y: Tensor, x: Tensor, window: ConvGeometry) -> Tensor:
-    return y.unflatten(2, window.output(*x.shape[2:])).contiguous(memory_format=torch.channels_last)
+def _image(y: Tensor, x: Tensor, geometry: ConvGeometry) -> Tensor:
+    return y.unflatten(2, geometry.output(*x.shape[2:])).contiguous(memory_format=torch.channels_last)
 
 
 def qconv2d_ref(
@@ -52,44 +52,44 @@ def qconv2d_ref(
     activation: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
-    window = make_geometry("qconv2d_ref", kernel_size, stride, padding, dilation, groups)
-    y = _image(_multiply(dequantize_packed(weight), columns(x.float(), window)), x, window)
+    geometry = make_geometry("qconv2d_ref", kernel_size, stride, padding, dilation, groups)
+    y = _image(_multiply(dequantize_packed(weight), im2col(x.float(), geometry)), x, geometry)
     y = y if bias is None else y + bias.float().view(-1, 1, 1)
     y = y if residual is None else y + residual.float()
     return ACTIVATIONS[activation].function(y).to(x.dtype)
 
 
-def integer_sums(x: Tensor, x_zero: Tensor | None, weight: PackedWeight, window: ConvGeometry) -> Tensor:
-    """`[B, O, P, Q]` fp32: the sum over groups of `scale * sum((code - zero) * (x - x_zero))`, each sum exact.
+def integer_sums(x: Tensor, x_zero: Tensor | None, weight: PackedWeight, geometry: ConvGeometry) -> Tensor:
+    """Returns `[B, O, P, Q]` fp32: the sum over groups of `scale * sum((code - zero) * (x - x_zero))`, each sum exact.
 
     fp64 holds every integer and half that can occur, so that products and sums are those of int64. A group's sum is
     rounded to fp32 once; zero points go in before, to half steps, and what is left of them after. Groups add in order.
     """
-    steps = x.double() if x_zero is None else x.double() - x_zero.double()
-    seen = columns(steps, window)
+    centered = x.double() if x_zero is None else x.double() - x_zero.double()
+    patches = im2col(centered, geometry)
     codes = unpack_codes(weight.codes, weight.bits, weight.shape, weight.layout).double()
     zero = (
         weight.zero.float() if isinstance(weight.zero, Tensor) else torch.full_like(weight.scale.float(), weight.zero)
     )
     near, size = torch.round(2 * zero) / 2, weight.group_size
-    y = torch.zeros(x.shape[0], weight.shape[0], seen.shape[3], device=x.device)
+    y = torch.zeros(x.shape[0], weight.shape[0], patches.shape[3], device=x.device)
     for g in range(weight.scale.shape[1]):
-        part = seen[:, :, g * size : (g + 1) * size]
+        part = patches[:, :, g * size : (g + 1) * size]
         sums = _multiply(codes[:, g * size : (g + 1) * size] - near[:, g, None].double(), part).float()
         fraction = (zero - near)[:, g, None]
-        x_sums = part.sum(2).float().repeat_interleave(weight.shape[0] // window.groups, 1)  # [B, O, P * Q]
+        x_sums = part.sum(2).float().repeat_interleave(weight.shape[0] // geometry.groups, 1)  # [B, O, P * Q]
         y = y + (sums - fraction * x_sums) * weight.scale[:, g, None].float()
-    return _image(y, x, window)
+    return _image(y, x, geometry)
 
 
-def into_codes(
+def requant_params(
     residual: Tensor | None,
     residual_scale: Tensor | None,
     residual_zero: Tensor | None,
     out_scale: Tensor | None,
     out_zero: Tensor | None,
 ) -> RequantParams:
-    """What `finish_int8` needs of those arguments of the op."""
+    """Turns those arguments of the op into what `int8_epilogue` needs."""
     if out_scale is None:
         return residual, residual_scale, residual_zero, None, None, None
     zero = torch.zeros_like(out_scale) if out_zero is None else out_zero
@@ -97,14 +97,14 @@ def into_codes(
     return residual, residual_scale, residual_zero, inverse(out_scale, zero), whole, zero - whole
 
 
-def finish_int8(
-    y: Tensor, x_scale: Tensor, bias: Tensor | None, into: RequantParams, activation: str, dtype: torch.dtype
+def int8_epilogue(
+    y: Tensor, x_scale: Tensor, bias: Tensor | None, requant: RequantParams, activation: str, dtype: torch.dtype
 ) -> Tensor:
-    """From the sums of `integer_sums`, `[..., O]`, to the result: everything in fp32, in this order.
+    """Makes the result of the sums of `integer_sums`, `[..., O]`: everything in fp32, in this order.
 
     Codes are those of `quantize_ref`, in a form that compilers keep in registers.
     """
-    residual, residual_scale, residual_zero, out_inverse, out_whole, out_fraction = into
+    residual, residual_scale, residual_zero, out_inverse, out_whole, out_fraction = requant
     y = y * x_scale
     if bias is not None:
         y = y + bias.float()
@@ -126,14 +126,14 @@ def convolve_int8_ref(
     x_zero: Tensor | None,
     weight: PackedWeight,
     bias: Tensor | None,
-    into: RequantParams,
-    window: ConvGeometry,
+    requant: RequantParams,
+    geometry: ConvGeometry,
     activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    y = integer_sums(x, x_zero, weight, window).permute(0, 2, 3, 1)
-    rows = (None if into[0] is None else into[0].permute(0, 2, 3, 1), *into[1:])
-    return finish_int8(y, x_scale, bias, rows, activation, dtype).contiguous().permute(0, 3, 1, 2)
+    y = integer_sums(x, x_zero, weight, geometry).permute(0, 2, 3, 1)
+    rows = (None if requant[0] is None else requant[0].permute(0, 2, 3, 1), *requant[1:])
+    return int8_epilogue(y, x_scale, bias, rows, activation, dtype).contiguous().permute(0, 3, 1, 2)
 
 
 def qconv2d_int8_ref(
@@ -148,7 +148,7 @@ def qconv2d_int8_ref(
     dilation: Pair = 1,
     groups: int = 1,
     x_zero: Tensor | None = None,
-    weight_sums: Tensor | None = None,
+    code_sums: Tensor | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
     residual_scale: Tensor | None = None,
@@ -157,9 +157,9 @@ def qconv2d_int8_ref(
     out_zero: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    window = make_geometry("qconv2d_int8_ref", kernel_size, stride, padding, dilation, groups)
-    into = into_codes(residual, residual_scale, residual_zero, out_scale, out_zero)
-    return convolve_int8_ref(x, x_scale, x_zero, weight, bias, into, window, activation, dtype)
+    geometry = make_geometry("qconv2d_int8_ref", kernel_size, stride, padding, dilation, groups)
+    requant = requant_params(residual, residual_scale, residual_zero, out_scale, out_zero)
+    return convolve_int8_ref(x, x_scale, x_zero, weight, bias, requant, geometry, activation, dtype)
 
 
 def code_sums_ref(weight: PackedWeight) -> Tensor:

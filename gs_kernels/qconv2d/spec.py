@@ -1,6 +1,6 @@
 """What tests, the AOT gate and the benchmarks know of convolutions with packed weights.
 
-A shape is `x` (B, C, H, W), `n` (channels of y), the window as `torch.nn.Conv2d` has it, `bits`, `group`, `zero` and
+A shape is `x` (B, C, H, W), `n` (channels of y), the geometry as `torch.nn.Conv2d` has it, `bits`, `group`, `zero` and
 `activation` as for products (gs_kernels/qmatmul/spec.py), `residual`: None, "float" or, for 8-bit images, "int8",
 `x_zero`: whether x has a zero point, and `out`: whether y is codes.
 """
@@ -20,7 +20,7 @@ from gs_kernels.qconv2d.ref import qconv2d_int8_ref, qconv2d_ref
 from gs_kernels.qmatmul.spec import EXACT, GRAD_TOL, TOL, make_weight
 from gs_kernels.runtime.opspec import Case, Cost, OpSpec, Shape
 
-WINDOW = ("kernel_size", "stride", "padding", "dilation", "groups")
+GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups")
 
 
 def shape(x: tuple[int, ...], n: int, kernel_size: Any, bits: int, group: int = 0, **more: Any) -> Shape:
@@ -30,15 +30,15 @@ def shape(x: tuple[int, ...], n: int, kernel_size: Any, bits: int, group: int = 
     return about | {"x_zero": False, "out": False, "axis": -1} | more
 
 
-def _window(s: Shape) -> ConvGeometry:
-    return make_geometry("spec", **{name: s[name] for name in WINDOW})
+def _geometry(s: Shape) -> ConvGeometry:
+    return make_geometry("spec", **{name: s[name] for name in GEOMETRY})
 
 
 def _sizes(s: Shape) -> tuple[int, int, tuple[int, ...]]:
     """K, group size and the shape of y."""
-    window = _window(s)
-    k = window.taps * s["x"][1] // s["groups"]
-    return k, s["group"] or k, (s["x"][0], s["n"], *window.output(*s["x"][2:]))
+    geometry = _geometry(s)
+    k = geometry.taps * s["x"][1] // s["groups"]
+    return k, s["group"] or k, (s["x"][0], s["n"], *geometry.output(*s["x"][2:]))
 
 
 def _weight(s: Shape, device: torch.device, generator: torch.Generator, dtype: torch.dtype) -> Any:
@@ -54,7 +54,7 @@ def make(s: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Ge
     draw: dict[str, Any] = {"generator": generator, "device": device}
     x = _image(torch.randn(s["x"], **draw).to(dtype))
     weight = _weight(s, device, generator, dtype)
-    kwargs = {name: s[name] for name in (*WINDOW, "activation")}
+    kwargs = {name: s[name] for name in (*GEOMETRY, "activation")}
     if s["residual"]:
         kwargs["residual"] = _image(torch.randn(_sizes(s)[2], **draw).to(dtype))
     if not s["bias"]:
@@ -73,7 +73,7 @@ def make_int8(s: Shape, dtype: torch.dtype, device: torch.device, generator: tor
         return _image(torch.randint(-128, 128, size, dtype=torch.int8, **draw))
 
     x, weight = codes(s["x"]), _weight(s, device, generator, torch.float32)
-    kwargs: dict[str, Any] = {name: s[name] for name in (*WINDOW, "activation")} | {"dtype": dtype}
+    kwargs: dict[str, Any] = {name: s[name] for name in (*GEOMETRY, "activation")} | {"dtype": dtype}
     if s["x_zero"]:
         kwargs["x_zero"] = number(-128, 127, whole=True)
     if s["residual"] == "int8":
@@ -91,10 +91,10 @@ def _cost(s: Shape, x_bytes: int, y_bytes: int, scale_bytes: int) -> Cost:
     k, group, (b, o, p, q) = _sizes(s)
     batch, c, h, w = s["x"]
     weight = o * k * s["bits"] // 8 + o * (k // group) * scale_bytes
-    seen = h * w if _window(s).taps > 1 else p * q  # strides leave pixels out
+    pixels_read = h * w if _geometry(s).taps > 1 else p * q  # strides leave pixels out
     outputs = b * o * p * q
     residual = outputs * y_bytes if s["residual"] else 0
-    return Cost(nbytes=weight + batch * c * seen * x_bytes + outputs * y_bytes + residual, flops=2 * outputs * k)
+    return Cost(nbytes=weight + batch * c * pixels_read * x_bytes + outputs * y_bytes + residual, flops=2 * outputs * k)
 
 
 def cost(s: Shape, dtype: torch.dtype) -> Cost:

@@ -44,7 +44,7 @@ def choose_plan(
         sm_count: number of processors.
         int8_group: of 8-bit x, elements per scale, 0 for one group. Groups that end inside a block take products of
             their own: registers hold only few pixels.
-        splits: whether sums over parts of K add up to the same.
+        splits: whether partial sums over K add up to the same.
     """
     tile = None
     if x_bits < 32 and not levels and int8_group == 0 and channels % 8 == 0:

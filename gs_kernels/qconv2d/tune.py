@@ -29,7 +29,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 DENSE: Tile = {name: True if name == "dense" else values[0] for name, values in CHOICES.items()}
 
 
-def window_of(problem: Problem) -> ConvGeometry:
+def geometry_of(problem: Problem) -> ConvGeometry:
     """A filter of K / channels taps, as square as they allow, with stride 1, that keeps the size of an image."""
     taps = problem["k"] // problem["channels"]
     r = next(n for n in range(math.isqrt(taps), 0, -1) if taps % n == 0)
@@ -50,12 +50,12 @@ def _make(problem: Problem, device: str) -> tuple[Any, ...]:
 
 def _run(problem: Problem, operands: Any, machine: Machine) -> Tensor:
     kernel = importlib.import_module("gs_kernels.qconv2d.kernel")
-    (x, weight), window = operands, window_of(problem)
+    (x, weight), geometry = operands, geometry_of(problem)
     if problem["x_bits"] == 16:
-        y: Tensor = kernel.qconv2d_triton(x, weight, None, None, window, "none", False)
+        y: Tensor = kernel.qconv2d_triton(x, weight, None, None, geometry, "none", False)
         return y
     one = torch.ones(1, device=x.device)
-    y = kernel.qconv2d_int8_triton(x, one, weight, None, window, *[None] * 7, "none", DTYPE, False)
+    y = kernel.qconv2d_int8_triton(x, one, weight, None, geometry, *[None] * 7, "none", DTYPE, False)
     return y
 
 
@@ -78,10 +78,10 @@ def _candidates(problem: Problem) -> Iterator[Tile]:
 
 def _default(problem: Problem, machine: Machine) -> Tile:
     m, n, groups = (problem[name] for name in ("m", "n", "groups"))
-    about = {"channels": problem["channels"], "x_bits": problem["x_bits"], "int8_group": 0}
-    plan = default_plan(m, n, groups, sm=machine.sm, sm_count=machine.sm_count, **about)
-    known = {"programs": PROGRAMS, **asdict(plan)}
-    return {name: known[name] for name in CHOICES}
+    options = {"channels": problem["channels"], "x_bits": problem["x_bits"], "int8_group": 0}
+    plan = default_plan(m, n, groups, sm=machine.sm, sm_count=machine.sm_count, **options)
+    fields = {"programs": PROGRAMS, **asdict(plan)}
+    return {name: fields[name] for name in CHOICES}
 
 
 def _reference(problem: Problem, machine: Machine) -> Tile:

@@ -142,7 +142,7 @@ def test_a_struct_whose_size_python_has_wrong_is_logged_and_the_code_replaced(
 
 
 @needs_compiler
-@pytest.mark.parametrize("kernels", [direct_int8.library, slb.kernels])
+@pytest.mark.parametrize("kernels", [direct_int8.kernels, slb.kernels])
 def test_every_struct_of_the_code_of_this_package_has_the_size_that_python_gives_it(kernels: Any, caplog):
     assert kernels.__wrapped__() is not None
     assert "bytes in Python" not in caplog.text

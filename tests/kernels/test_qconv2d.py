@@ -44,7 +44,7 @@ def filters(w, r, s):
     return dequantize_packed(w).view(w.shape[0], r, s, -1).permute(0, 3, 1, 2)
 
 
-WINDOWS = {
+GEOMETRIES = {
     "square": {"kernel_size": 3, "stride": 2, "padding": 1},
     "wide": {"kernel_size": (1, 5), "padding": (0, 2), "dilation": (1, 2)},
     "groups": {"kernel_size": (3, 2), "stride": (1, 2), "groups": 4},
@@ -54,9 +54,9 @@ WINDOWS = {
 }
 
 
-@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("name", GEOMETRIES)
 def test_the_reference_is_the_float_convolution_of_the_real_weight_with_channels_fastest(name):
-    about = WINDOWS[name]
+    about = GEOMETRIES[name]
     r, s = about["kernel_size"] if isinstance(about["kernel_size"], tuple) else (about["kernel_size"],) * 2
     w, x, bias = weight(k=r * s * 8 // about.get("groups", 1)), normal(2, 8, 9, 11), normal(20, seed=1)
     w = replace_rows(w, 16 if about.get("groups") else 20)
@@ -167,8 +167,24 @@ def test_a_canonical_weight_gives_what_a_planar_one_gives():
 def test_sums_of_codes_may_be_made_beforehand():
     w, x = weight(bits=4, group=24, zero=torch.linspace(0, 15, 60).view(20, 3)), eight_bits(2, 8, 5, 4)
     about = {"kernel_size": 3, "padding": 1, "x_zero": number(-9)}
-    given = qconv2d_int8(x, number(0.1), w, weight_sums=code_sums(w), **about)
+    given = qconv2d_int8(x, number(0.1), w, code_sums=code_sums(w), **about)
     assert torch.equal(given, qconv2d_int8(x, number(0.1), w, **about))
+
+
+def test_the_old_name_of_code_sums_is_deprecated():
+    w, x = weight(), eight_bits(1, 8, 5, 4)
+    about = {"kernel_size": 3, "x_zero": number(-9)}
+    with pytest.warns(DeprecationWarning, match="weight_sums is now code_sums"):
+        old = qconv2d_int8(x, number(0.1), w, weight_sums=code_sums(w), **about)
+    assert torch.equal(old, qconv2d_int8(x, number(0.1), w, code_sums=code_sums(w), **about))
+    renamed = pytest.warns(DeprecationWarning, match="weight_sums is now code_sums")
+    with renamed, pytest.raises(TypeError, match="got both; use code_sums"):
+        qconv2d_int8(x, number(0.1), w, weight_sums=code_sums(w), code_sums=code_sums(w), **about)
+
+
+def test_arguments_of_the_ops_keep_the_names_that_exported_files_hold():
+    names = {argument.name for argument in torch.ops.gs_kernels.qconv2d_int8.default._schema.arguments}
+    assert {"window", "weight_sums"} <= names
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda" or INTERPRET, reason="only the CPU path keeps weights")
@@ -194,8 +210,8 @@ def test_large_images_in_parts_are_exact_either_way(images, channels, size, o, m
     about |= {"residual": eight_bits(images, o, size, size, seed=1), "residual_scale": number(0.02)}
     about |= {"out_scale": number(0.03), "out_zero": number(-128)}
     monkeypatch.setattr(int8, "COPIED", 1)  # one image at a time
-    known = int8.make_codes(w)
-    direct = int8.suits_onednn(known, w, ConvGeometry(3, 3), images * size * size)
+    known = int8.make_int8_weight(w)
+    direct = int8.prefers_onednn(known, w, ConvGeometry(3, 3), images * size * size)
     assert direct == (o == 16 and int8.multiplies_int8())
     got, wanted = (f(x, number(0.02), w, normal(o), **about) for f in (qconv2d_int8, qconv2d_int8_ref))
     assert torch.equal(got, wanted) and wanted.float().std() > 10
@@ -222,8 +238,8 @@ def test_whole_numbers_in_fp32_give_the_same_bits(channels, o, bits, about, with
     if channels == 1024:
         w = pack_weight(torch.full((o, k), 255, dtype=torch.uint8), torch.full((o, 1), 1e-6), bits=8, group_size=k)
         x = torch.full_like(x, 127)
-        known = int8.make_codes(w)
-        assert len(int8.exact_parts(known.codes, -128, ConvGeometry(3, 3))) > 1
+        known = int8.make_int8_weight(w)
+        assert len(int8.exact_chunks(known.codes, -128, ConvGeometry(3, 3))) > 1
     for zero in (None, number(-128), number(77)):
         options = {"kernel_size": 3, "x_zero": zero, **about}
         got, wanted = (f(x, number(0.02), w, normal(o), **options) for f in (qconv2d_int8, qconv2d_int8_ref))
@@ -232,8 +248,8 @@ def test_whole_numbers_in_fp32_give_the_same_bits(channels, o, bits, about, with
 
 @pytest.mark.skipif(DEVICE.type == "cuda" or INTERPRET, reason="the ways of the CPU path")
 def test_without_a_compiler_fp32_gives_the_same_bits(without_int8, monkeypatch):
-    monkeypatch.setattr(direct_int8, "library", lambda: None)
-    monkeypatch.setattr(int8, "finishes", lambda *_: False)
+    monkeypatch.setattr(direct_int8, "kernels", lambda: None)
+    monkeypatch.setattr(int8, "supports_epilogue", lambda *_: False)
     w, x = weight(o=24, k=144, bits=8), eight_bits(2, 16, 9, 7)
     about = {"kernel_size": 3, "padding": 1, "x_zero": number(-128), "out_scale": number(0.03)}
     got, wanted = (f(x, number(0.02), w, normal(24), **about) for f in (qconv2d_int8, qconv2d_int8_ref))
@@ -269,8 +285,8 @@ CALLS = {
         x, w, residual=normal(2, 20, 5, 4), **GOOD
     ),
     r"x_scale must have shape \[1\], got \[2\]": lambda w, x: qconv2d_int8(x.to(torch.int8), normal(2), w, **GOOD),
-    r"weight_sums must have shape \[20, 1\], got \[20\]": lambda w, x: qconv2d_int8(
-        x.to(torch.int8), number(1), w, weight_sums=torch.ones(20, dtype=torch.int32, device=DEVICE), **GOOD
+    r"code_sums must have shape \[20, 1\], got \[20\]": lambda w, x: qconv2d_int8(
+        x.to(torch.int8), number(1), w, code_sums=torch.ones(20, dtype=torch.int32, device=DEVICE), **GOOD
     ),
     r"an int8 residual and residual_scale must be given together": lambda w, x: qconv2d_int8(
         x.to(torch.int8), number(1), w, residual=eight_bits(2, 20, 3, 2), **GOOD
@@ -372,12 +388,12 @@ def both_forms(run, y):
 def test_8_bit_kernels_with_assembly_give_the_bits_of_plain_ones(bits, emulated_assembly):
     from gs_kernels.qconv2d.kernel import convolve_int8
 
-    x, into = eight_bits(1, 16, 4, 4).contiguous(memory_format=torch.channels_last), (None,) * 5
-    window, y = ConvGeometry(3, 3, top=1, bottom=1, left=1, right=1), torch.empty(1, 33, 4, 4)
+    x, requant = eight_bits(1, 16, 4, 4).contiguous(memory_format=torch.channels_last), (None,) * 5
+    geometry, y = ConvGeometry(3, 3, top=1, bottom=1, left=1, right=1), torch.empty(1, 33, 4, 4)
     y = y.contiguous(memory_format=torch.channels_last)
     for zero in (None, torch.linspace(0, 2**bits - 1, 33).view(33, 1)):
         w = weight(o=33, k=144, bits=bits, zero=zero)
-        head, tail = (x, number(0.1), number(7), code_sums(w), w, None, into), (window, "none", Plan())
+        head, tail = (x, number(0.1), number(7), code_sums(w), w, None, requant), (geometry, "none", Plan())
 
         def run(out, asm, head=head, tail=tail):
             convolve_int8(out, *head, *tail, asm)
@@ -392,15 +408,15 @@ def test_8_bit_kernels_with_assembly_give_the_bits_of_plain_ones(bits, emulated_
 def test_parts_of_k_sum_to_the_whole(split):
     from gs_kernels.qconv2d.kernel import convolve, convolve_int8
 
-    w, window = weight(o=20, k=576, bits=2, zero=1.5), ConvGeometry(3, 3)
-    plan, rest = Plan(block_m=16, block_n=64, split_k=split), (window, "relu")
+    w, geometry = weight(o=20, k=576, bits=2, zero=1.5), ConvGeometry(3, 3)
+    plan, rest = Plan(block_m=16, block_n=64, split_k=split), (geometry, "relu")
     y, residual = torch.empty(1, 20, 2, 2), normal(1, 20, 2, 2, seed=4)
     y, about = y.contiguous(memory_format=torch.channels_last), {"kernel_size": 3, "activation": "relu"}
     x, codes = normal(1, 64, 4, 4), eight_bits(1, 64, 4, 4)
     convolve(y, x, w, None, residual, *rest, plan, False)
     torch.testing.assert_close(y, qconv2d_ref(x, w, residual=residual, **about), rtol=1e-5, atol=1e-4)
-    into = (residual, None, None, None, None)
-    convolve_int8(y, codes, number(0.1), number(3), code_sums(w), w, None, into, *rest, plan, False)
+    requant = (residual, None, None, None, None)
+    convolve_int8(y, codes, number(0.1), number(3), code_sums(w), w, None, requant, *rest, plan, False)
     wanted = qconv2d_int8_ref(codes, number(0.1), w, residual=residual, x_zero=number(3), **about)
     assert torch.equal(y, wanted)
 

@@ -15,8 +15,8 @@ from tests.helpers import relative_rms
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter runs Triton's kernels instead")
 
-HERE = direct_int8.library() is not None
-WINDOWS: dict[str, dict[str, Any]] = {
+HERE = direct_int8.kernels() is not None
+GEOMETRIES: dict[str, dict[str, Any]] = {
     "padded": {"kernel_size": 3, "padding": 1},
     "strided": {"kernel_size": (5, 3), "padding": (2, 0), "stride": (2, 3)},
     "dilated": {"kernel_size": 3, "padding": 4, "dilation": (2, 3)},
@@ -38,10 +38,10 @@ def image(channels: int, batch: int = 2) -> torch.Tensor:
 
 
 @pytest.mark.skipif(not HERE, reason="needs a C++ compiler")
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("channels, bits", [(16, 8), (80, 8), (144, 4), (32, 1)])
-def test_depthwise_is_the_reference(window: str, channels: int, bits: int):
-    about: dict[str, Any] = {**WINDOWS[window], "groups": channels}
+def test_depthwise_is_the_reference(geometry: str, channels: int, bits: int):
+    about: dict[str, Any] = {**GEOMETRIES[geometry], "groups": channels}
     size = about["kernel_size"]
     taps = size[0] * size[1] if isinstance(size, tuple) else size * size
     w, x, bias = weight(channels, taps, bits), image(channels), torch.linspace(-3, 3, channels)
@@ -58,13 +58,13 @@ def test_depthwise_is_the_reference(window: str, channels: int, bits: int):
 
 
 @pytest.mark.skipif(not HERE, reason="needs a C++ compiler")
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("inputs, channels, bits", [(1, 16, 8), (3, 24, 4), (16, 37, 8), (24, 1, 2)])
 def test_all_channels_in_one_call_are_the_reference(
-    window: str, inputs: int, channels: int, bits: int, monkeypatch: pytest.MonkeyPatch
+    geometry: str, inputs: int, channels: int, bits: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(int8, "DENSE_UP_TO", 1 << 40)
-    about: dict[str, Any] = WINDOWS[window]
+    about: dict[str, Any] = GEOMETRIES[geometry]
     size = about["kernel_size"]
     taps = size[0] * size[1] if isinstance(size, tuple) else size * size
     w, x, bias = weight(channels, inputs * taps, bits), image(inputs), torch.linspace(-3, 3, channels)
@@ -131,8 +131,8 @@ def test_what_it_cannot_do_goes_another_way():
 
 
 def test_code_that_computes_something_else_is_not_used(monkeypatch, caplog):
-    monkeypatch.setattr(direct_int8, "_is_right", lambda functions: False)
-    direct_int8.library.cache_clear()
+    monkeypatch.setattr(direct_int8, "self_test", lambda functions: False)
+    direct_int8.kernels.cache_clear()
     try:
         w, x = weight(32, 9, 8), image(32)
         about = {"kernel_size": 3, "padding": 1, "groups": 32}
@@ -140,4 +140,4 @@ def test_code_that_computes_something_else_is_not_used(monkeypatch, caplog):
         assert torch.equal(got, qconv2d_int8_ref(x, torch.ones(1), w, **about))
         assert not HERE or "direct_int8.cpp computes wrong results" in caplog.text
     finally:
-        direct_int8.library.cache_clear()
+        direct_int8.kernels.cache_clear()

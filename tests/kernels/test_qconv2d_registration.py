@@ -42,15 +42,15 @@ def test_opcheck_of_every_op():
     x, residual = image(2, 8, 5, 6).requires_grad_(), image(2, 6, 3, 3, seed=1).requires_grad_()
     bias = torch.randn(6, generator=torch.Generator().manual_seed(2)).to(DEVICE).requires_grad_()
     points = weight(zero=torch.full((6, 1), 7.5).index_fill_(0, torch.tensor(0), 7), layout="canonical")
-    window = [3, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1]
-    codes, into = codes_of(x.detach()), (residual.detach(), None, None, one(0.1), one(3))
-    eight = (codes, one(), *flatten(points), bias.detach(), window, one(5), code_sums(points), *into)
+    geometry = [3, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1]
+    codes, requant = codes_of(x.detach()), (residual.detach(), None, None, one(0.1), one(3))
+    eight = (codes, one(), *flatten(points), bias.detach(), geometry, one(5), code_sums(points), *requant)
     calls = {
         OPS.qconv2d: [
-            (x, *flatten(weight()), bias, residual, window, "silu", False, ""),
-            (x, *flatten(points), None, None, window, "none", True, ""),
+            (x, *flatten(weight()), bias, residual, geometry, "silu", False, ""),
+            (x, *flatten(points), None, None, geometry, "none", True, ""),
         ],
-        OPS.qconv2d_dx: [(image(2, 6, 3, 3).requires_grad_(), *flatten(points), window, 5, 6, "")],
+        OPS.qconv2d_dx: [(image(2, 6, 3, 3).requires_grad_(), *flatten(points), geometry, 5, 6, "")],
         OPS.qconv2d_int8: [(*eight, "relu", torch.bfloat16, False, "")],
     }
     for op, arguments in calls.items():
@@ -128,7 +128,7 @@ def test_traced_for_a_gpu_8_bit_images_stay_8_bit(monkeypatch):
     def forward(x, residual, scale, codes, w_scale, sums):
         w, about = replace(like, codes=codes, scale=w_scale), {"kernel_size": 3, "padding": 1, "x_zero": scale}
         return qconv2d_int8(
-            x, scale, w, weight_sums=sums, residual=residual, residual_scale=scale, out_scale=scale, **about
+            x, scale, w, code_sums=sums, residual=residual, residual_scale=scale, out_scale=scale, **about
         )
 
     with FakeTensorMode(allow_non_fake_inputs=True):

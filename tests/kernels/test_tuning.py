@@ -301,7 +301,7 @@ def test_a_convolution_is_that_of_the_problem_whatever_its_filter():
     space = spaces()["qconv2d"]
     problem = {"m": 200, "n": 16, "k": 6 * 32, "groups": 2, "channels": 32, "x_bits": 16}
     x, weight = space.make(problem, "cpu")
-    about = space.run.__globals__["window_of"](problem)
+    about = space.run.__globals__["geometry_of"](problem)
     assert (about.r, about.s, about.groups) == (2, 3, 2) and about.output(*x.shape[2:]) == tuple(x.shape[2:])
     assert x.shape[1] == 64 and 200 <= x.shape[2] * x.shape[3] < 215 and weight.codes.shape == (2, 32, 32)
 

@@ -14,7 +14,7 @@ from gs_kernels.qmatmul.cpu import products
 from gs_kernels.runtime.dispatch import INTERPRET
 from tests.helpers import frames
 
-if INTERPRET or products.kernels() is None or direct_int8.library() is None:
+if INTERPRET or products.kernels() is None or direct_int8.kernels() is None:
     pytest.skip("the CPU's own way is not taken here: interpreted, or no C++ compiler", allow_module_level=True)
 
 

@@ -305,7 +305,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
             residual_scale=rest[1],
             residual_zero=rest[2],
             x_zero=zero if self._shifted() else None,
-            weight_sums=self.sums,
+            code_sums=self.sums,
             activation=activation,
             out_scale=None if grid is None else grid.scale,
             out_zero=None if grid is None else grid.signed_zero(),
@@ -330,7 +330,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
             run = cached(self, (*kind, *x.shape[1:]), parts, lambda: self._prepared(x, grid, activation))
             if run is None:
                 return None
-            shape = (x.shape[0], self.shape[0], *run.window.output(*x.shape[2:]))
+            shape = (x.shape[0], self.shape[0], *run.geometry.output(*x.shape[2:]))
             return PreparedConv(run, grid, None if grid is None else _limits(grid), self.strides(x, shape))
 
         ready: PreparedConv | None = cached(self, (*kind, x.shape, x.stride(), self.channels_last), parts, make)

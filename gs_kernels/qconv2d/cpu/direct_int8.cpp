@@ -1,6 +1,6 @@
 // Convolutions of 8-bit images on a CPU, channels last: the passes from floats to codes, from codes to whole numbers in
 // fp32, from sums to codes or fp32, and depthwise convolutions, which are one pass from codes to codes. Sums are int32, or
-// whole numbers in fp32, exact; what follows has the order of finish_int8 (ref.py), and is not contracted.
+// whole numbers in fp32, exact; what follows has the order of int8_epilogue (ref.py), and is not contracted.
 #include <vector>
 
 #include "simd.h"
@@ -13,7 +13,7 @@ struct Image {
   int64_t batch, h, w, c, p, q, r, s, stride_h, stride_w, top, left, dilation_h, dilation_w;
 };
 
-struct After {
+struct Epilogue {
   const float *scale, *bias;  // [C]; bias may be null
   const int32_t* of_zero;     // [C]: the sum of all weights times the zero point of x, negative
   float x_scale, inverse, fraction, whole;
@@ -22,7 +22,7 @@ struct After {
 
 
 // Of sums times `twice`, for the first n of 16 channels; the rest: what a residual adds.
-LANE_FN F finished(F sums, const After& after, int64_t channel, int64_t n, F rest) {
+LANE_FN F apply(F sums, const Epilogue& after, int64_t channel, int64_t n, F rest) {
   F v = sums * all(0.5f) * load(after.scale + channel, n) * all(after.x_scale);
   if (after.bias) v = v + load(after.bias + channel, n);
   v = v + rest;
@@ -31,11 +31,11 @@ LANE_FN F finished(F sums, const After& after, int64_t channel, int64_t n, F res
   return v;
 }
 
-LANE_FN I in_codes(F v, const After& after) {
+LANE_FN I in_codes(F v, const Epilogue& after) {
   return codes_of(v, all(after.inverse), all(after.fraction), all(after.whole), all(-128.0f), all(127.0f));
 }
 
-LANE_FN void put(F v, const After& after, void* y, int64_t at, int64_t n) {
+LANE_FN void put(F v, const Epilogue& after, void* y, int64_t at, int64_t n) {
   if (after.codes) {
     store(static_cast<int8_t*>(y) + at, in_codes(v, after), n);
   } else {
@@ -44,14 +44,14 @@ LANE_FN void put(F v, const After& after, void* y, int64_t at, int64_t n) {
 }
 
 struct Taps {
-  int64_t r_from, r_to, s_from, s_to;  // those that see the image
+  int64_t r_from, r_to, s_from, s_to;  // those that lie in the image
 };
 
 // VECTORS times 16 neighbours in a row of y, of one pixel after the other, from the one numbered `first`. All see the
 // same taps, and if ALL, all of them: what the zero point takes off their sums is known. x: the image; y: the row.
 template <int VECTORS, bool ALL>
 LANE_FN void neighbours(
-    const int8_t* x, const int32_t* weight, void* y, const Image& im, const After& after, int64_t p, int64_t first, Taps taps) {
+    const int8_t* x, const int32_t* weight, void* y, const Image& im, const Epilogue& after, int64_t p, int64_t first, Taps taps) {
   const int64_t units = im.c / LANES, down = im.dilation_h * im.w * im.c, right_step = im.dilation_w * im.c;
   const I shift = all(after.shift);
   const int8_t* from[VECTORS];
@@ -75,7 +75,7 @@ LANE_FN void neighbours(
     }
   }
   for (int v = 0; v < VECTORS; ++v) {
-    const F values = finished(in_fp32(sums[v] * all(after.twice)), after, channel[v], LANES, all(0.0f));
+    const F values = apply(in_fp32(sums[v] * all(after.twice)), after, channel[v], LANES, all(0.0f));
     put(values, after, y, (first + v) * LANES, LANES);
   }
 }
@@ -89,14 +89,14 @@ inline void inside(int64_t start, int64_t dilation, int64_t count, int64_t size,
 // Pixels first..last of a row, 16 channels each, which all see the same taps.
 template <bool ALL>
 LANE_FN void run(
-    const int8_t* x, const int32_t* weight, void* y, const Image& im, const After& after, int64_t p, int64_t first,
+    const int8_t* x, const int32_t* weight, void* y, const Image& im, const Epilogue& after, int64_t p, int64_t first,
     int64_t last, Taps taps) {
   constexpr int MANY = WIDE;
   for (; first + MANY <= last; first += MANY) neighbours<MANY, ALL>(x, weight, y, im, after, p, first, taps);
   for (; first < last; ++first) neighbours<1, ALL>(x, weight, y, im, after, p, first, taps);
 }
 
-void one_row(const int8_t* x, const int32_t* weight, void* y, const Image& im, const After& after, int64_t p) {
+void one_row(const int8_t* x, const int32_t* weight, void* y, const Image& im, const Epilogue& after, int64_t p) {
   const int64_t units = im.c / LANES;
   Taps taps;
   inside(p * im.stride_h - im.top, im.dilation_h, im.r, im.h, taps.r_from, taps.r_to);
@@ -135,7 +135,7 @@ LANE_FN F added(const Residual& residual, int64_t at, int64_t n) {
   return (codes - all(residual.zero)) * all(residual.scale);
 }
 
-void finish_row(const Sums& sums, const Residual& residual, void* y, const After& after, int64_t row) {
+void epilogue_row(const Sums& sums, const Residual& residual, void* y, const Epilogue& after, int64_t row) {
   for (int64_t channel = 0; channel < sums.channels; channel += LANES) {
     const int64_t n = sums.channels - channel, at = row * sums.channels + channel;
     F v;
@@ -145,11 +145,11 @@ void finish_row(const Sums& sums, const Residual& residual, void* y, const After
     } else {
       v = load(static_cast<const float*>(sums.data) + at, n) * all((float)after.twice);
     }
-    put(finished(v, after, channel, n, added(residual, at, n)), after, y, at, n);
+    put(apply(v, after, channel, n, added(residual, at, n)), after, y, at, n);
   }
 }
 
-// What all pixels of y see of an image: its codes less their zero point in 16 bits, two channels side by side, and zeros
+// The inputs of all pixels of y: its codes less their zero point in 16 bits, two channels side by side, and zeros
 // around it.
 struct Frame {
   int64_t h, w, pairs;
@@ -180,7 +180,7 @@ struct Frame {
 // PIXELS neighbours in row p of y from the one numbered q, of 16 channels from `channel` on; weight: theirs.
 template <int PIXELS>
 LANE_FN void dense(
-    const Frame& frame, const int32_t* weight, void* y, const Image& im, const Residual& residual, const After& after,
+    const Frame& frame, const int32_t* weight, void* y, const Image& im, const Residual& residual, const Epilogue& after,
     int64_t row, int64_t p, int64_t q, int64_t channel, int64_t channels) {
   const int64_t step = im.stride_w * frame.pairs, joined = im.dilation_w == 1 ? im.s : 1;  // taps side by side
   I sums[PIXELS];
@@ -198,13 +198,13 @@ LANE_FN void dense(
   for (int v = 0; v < PIXELS; ++v) {
     const int64_t at = (row * im.q + q + v) * channels + channel, n = channels - channel;
     const F values = in_fp32(sums[v] * all(after.twice));
-    put(finished(values, after, channel, n, added(residual, at, n)), after, y, at, n);
+    put(apply(values, after, channel, n, added(residual, at, n)), after, y, at, n);
   }
 }
 
 void dense_image(
     Frame& frame, const int8_t* x, const int32_t* weight, void* y, const Image& im, int64_t channels,
-    const Residual& residual, const After& after, int64_t b, int threads) {
+    const Residual& residual, const Epilogue& after, int64_t b, int threads) {
   frame.fill(x + b * im.h * im.w * im.c, im, after.shift);
   const int64_t size = im.r * im.s * frame.pairs;
 #pragma omp parallel for collapse(2) num_threads(threads) if (threads > 1)
@@ -226,7 +226,7 @@ constexpr int64_t PIECE = 1 << 12;  // elements that a thread takes at once
 }  // namespace
 
 // y: codes less a number, in fp32.
-extern "C" void to_steps(const int8_t* x, float* y, int64_t count, float shift, int threads) {
+extern "C" void center_codes(const int8_t* x, float* y, int64_t count, float shift, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t start = 0; start < count; start += PIECE) {
     const int64_t end = start + PIECE < count ? start + PIECE : count;
@@ -280,14 +280,14 @@ extern "C" void sum_codes(const Sum* sum, void* y, int64_t count, int threads) {
   }
 }
 
-extern "C" void finish_int8(const Sums* sums, const Residual* residual, void* y, const After* after, int threads) {
+extern "C" void int8_epilogue(const Sums* sums, const Residual* residual, void* y, const Epilogue* after, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t row = 0; row < sums->rows; ++row) finish_row(*sums, *residual, y, *after, row);
+  for (int64_t row = 0; row < sums->rows; ++row) epilogue_row(*sums, *residual, y, *after, row);
 }
 
 // The number of channels is a multiple of 16.
 extern "C" void depthwise_int8(
-    const int8_t* x, const int32_t* weight, void* y, const Image* image, const After* after, int threads) {
+    const int8_t* x, const int32_t* weight, void* y, const Image* image, const Epilogue* after, int threads) {
   const Image& im = *image;
   const int64_t rows = im.batch * im.p, row_bytes = im.q * im.c * (after->codes ? 1 : sizeof(float));
 #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -300,7 +300,7 @@ extern "C" void depthwise_int8(
 // Any numbers of channels. weight: [channels / 16, taps, pairs of channels of x, 16], two of 16 bits each, then zeros.
 extern "C" void dense_int8(
     const int8_t* x, const int32_t* weight, void* y, const Image* image, int64_t channels, const Residual* residual,
-    const After* after, int threads) {
+    const Epilogue* after, int threads) {
   const Image& im = *image;
   if (threads > 1 && im.batch >= threads) {  // an image a thread
 #pragma omp parallel num_threads(threads)
@@ -321,7 +321,7 @@ extern "C" void dense_int8(
 
 // Compared with the structs of Python by `load_cpp`.
 extern "C" const int64_t sizeof_Image = sizeof(Image);
-extern "C" const int64_t sizeof_After = sizeof(After);
+extern "C" const int64_t sizeof_Epilogue = sizeof(Epilogue);
 extern "C" const int64_t sizeof_Sums = sizeof(Sums);
 extern "C" const int64_t sizeof_Residual = sizeof(Residual);
 extern "C" const int64_t sizeof_Sum = sizeof(Sum);

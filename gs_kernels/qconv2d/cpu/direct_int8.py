@@ -1,4 +1,4 @@
-"""What convolutions of 8-bit images, and passes over codes, have in C++: `direct_int8.cpp`.
+"""Calls `direct_int8.cpp`: direct convolutions of 8-bit images, their epilogue, and passes over codes.
 
 oneDNN's depthwise convolution takes a pass in front, to make the codes unsigned, and one behind, from fp32 to codes.
 """
@@ -30,7 +30,7 @@ class _Image(ctypes.Structure):
     _fields_ = [(name, size) for name in IMAGE]
 
 
-class _After(ctypes.Structure):
+class _Epilogue(ctypes.Structure):
     _fields_ = [
         *((name, pointer) for name in ("scale", "bias", "of_zero")),
         *((name, single) for name in ("x_scale", "inverse", "fraction", "whole")),
@@ -58,7 +58,12 @@ class _Sum(ctypes.Structure):
     ]
 
 
-STRUCTS = (_Image, _After, _Sums, _Residual, _Sum)
+STRUCTS = (_Image, _Epilogue, _Sums, _Residual, _Sum)
+
+
+def _filter_of(geometry: ConvGeometry) -> tuple[int, ...]:
+    """Returns what `_Image` has behind its sizes."""
+    return geometry.r, geometry.s, *geometry.stride, geometry.top, geometry.left, *geometry.dilation
 
 
 def _adds(rest: Tensor | None, scale: Tensor | None, zero: Tensor | None) -> _Residual:
@@ -68,12 +73,12 @@ def _adds(rest: Tensor | None, scale: Tensor | None, zero: Tensor | None) -> _Re
     return _Residual(rest.data_ptr(), scale is not None, *numbers)
 
 
-class Finish:
-    """`[M, O]` from the sums of one group, as `finish_int8` of ref.py makes it; everything fixed but what it adds up.
+class Int8Epilogue:
+    """Makes `[M, O]` of the sums of one group, as `int8_epilogue` of ref.py; everything fixed but what it adds up.
 
     Args:
-        functions: `library()`.
-        codes, twice: int8 `[O, K]` and a number, as `cpu_int8.Codes` holds them; shift: the zero point of x.
+        functions: `kernels()`.
+        codes, twice: int8 `[O, K]` and a number, as `int8.Int8Weight` holds them; shift: the zero point of x.
         scale: `[O]`.
         bias: `[O]`.
         out: as `Int8Convolution` takes it.
@@ -98,94 +103,95 @@ class Finish:
         self.of_zero = codes.sum(1, dtype=torch.int32) * -shift
         pointers = self.scale.data_ptr(), None if self.bias is None else self.bias.data_ptr(), self.of_zero.data_ptr()
         singles = float(x_scale), inverse, fraction, whole
-        self.after = _After(*pointers, *singles, shift, twice, ACTIVATIONS[activation].cpp, self.dtype == torch.int8)
+        numbers = shift, twice, ACTIVATIONS[activation].cpp, self.dtype == torch.int8
+        self.params = _Epilogue(*pointers, *singles, *numbers)
 
-    def takes(self, residual: Tensor | None) -> bool:
+    def accepts(self, residual: Tensor | None) -> bool:
         return residual is None or residual.dtype in (torch.int8, torch.float32)
 
     def __call__(self, sums: Tensor, residual: Tensor | None, scale: Tensor | None, zero: Tensor | None) -> Tensor:
         """sums: int32 of the codes of x as they are, or fp32 of those less their zero point."""
         sums, y = sums.contiguous(), torch.empty(sums.shape, dtype=self.dtype)
         rest = None if residual is None else residual.contiguous()
-        about = _Sums(sums.data_ptr(), *sums.shape, sums.dtype == torch.int32)
+        operand = _Sums(sums.data_ptr(), *sums.shape, sums.dtype == torch.int32)
         threads = torch.get_num_threads() if y.numel() >= PARALLEL_FROM else 1
-        self.functions.finish_int8(about, _adds(rest, scale, zero), y.data_ptr(), self.after, threads)
+        self.functions.int8_epilogue(operand, _adds(rest, scale, zero), y.data_ptr(), self.params, threads)
         return y
 
 
 class Depthwise:
-    """`qconv2d_int8` of images with as many channels as y, without a residual; everything fixed but the image.
+    """Computes `qconv2d_int8` of images with as many channels as y, without a residual; all fixed but the image.
 
     Args:
-        finish: what follows the sums.
+        epilogue: what follows the sums.
         codes: int8 `[C, taps]`.
     """
 
-    def __init__(self, finish: Finish, codes: Tensor, window: ConvGeometry) -> None:
-        self.finish, self.window = finish, window
+    def __init__(self, epilogue: Int8Epilogue, codes: Tensor, geometry: ConvGeometry) -> None:
+        self.epilogue, self.geometry, self.filter = epilogue, geometry, _filter_of(geometry)
         self.weight = codes.t().contiguous().to(torch.int32)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """`[B, P, Q, C]`, contiguous, int8 or fp32."""
+        """Returns `[B, P, Q, C]`, contiguous, int8 or fp32."""
         x = x.permute(0, 2, 3, 1).contiguous()
-        (b, h, w, c), about = x.shape, self.window
-        p, q = about.output(h, w)
-        y = torch.empty(b, p, q, c, dtype=self.finish.dtype)
-        steps = about.stride_h, about.stride_w, about.top, about.left, about.dilation_h, about.dilation_w
-        image = _Image(b, h, w, c, p, q, about.r, about.s, *steps)
-        threads = torch.get_num_threads() if y.numel() * about.taps >= PARALLEL_FROM else 1
+        (b, h, w, c), geometry = x.shape, self.geometry
+        p, q = geometry.output(h, w)
+        y = torch.empty(b, p, q, c, dtype=self.epilogue.dtype)
+        image = _Image(b, h, w, c, p, q, *self.filter)
+        threads = torch.get_num_threads() if y.numel() * geometry.taps >= PARALLEL_FROM else 1
         pointers = x.data_ptr(), self.weight.data_ptr(), y.data_ptr()
-        self.finish.functions.depthwise_int8(*pointers, image, self.finish.after, threads)
+        self.epilogue.functions.depthwise_int8(*pointers, image, self.epilogue.params, threads)
         return y
 
 
 class Dense:
-    """`qconv2d_int8` of all channels; everything fixed but the image and what is added.
+    """Computes `qconv2d_int8` of all channels; everything fixed but the image and what is added.
 
     Args:
-        finish: what follows the sums.
+        epilogue: what follows the sums.
         codes: int8 `[O, taps * C]`.
     """
 
-    def __init__(self, finish: Finish, codes: Tensor, window: ConvGeometry) -> None:
-        self.finish, self.window, self.channels = finish, window, codes.shape[0]
-        rows = codes.view(self.channels, window.taps, -1).to(torch.int16)
+    def __init__(self, epilogue: Int8Epilogue, codes: Tensor, geometry: ConvGeometry) -> None:
+        self.epilogue, self.geometry, self.filter = epilogue, geometry, _filter_of(geometry)
+        self.channels = codes.shape[0]
+        rows = codes.view(self.channels, geometry.taps, -1).to(torch.int16)
         rows = pad(rows, (0, rows.shape[2] % 2, 0, 0, 0, -self.channels % LANES))
         pairs = rows.contiguous().view(torch.int32)  # [O, taps, pairs of C]
         self.weight = pairs.view(-1, LANES, pairs[0].numel()).transpose(1, 2).contiguous()
 
     def __call__(self, x: Tensor, rest: Tensor | None, scale: Tensor | None, zero: Tensor | None) -> Tensor:
-        """`[B, O, P, Q]`, channels-last, int8 or fp32."""
+        """Returns `[B, O, P, Q]`, channels-last, int8 or fp32."""
         x = x.contiguous(memory_format=torch.channels_last)
-        (b, c, h, w), about, finish = x.shape, self.window, self.finish
-        p, q = about.output(h, w)
-        y = torch.empty((b, self.channels, p, q), dtype=finish.dtype, memory_format=torch.channels_last)
-        steps = about.stride_h, about.stride_w, about.top, about.left, about.dilation_h, about.dilation_w
-        image = _Image(b, h, w, c, p, q, about.r, about.s, *steps)
+        (b, c, h, w), geometry, epilogue = x.shape, self.geometry, self.epilogue
+        p, q = geometry.output(h, w)
+        y = torch.empty((b, self.channels, p, q), dtype=epilogue.dtype, memory_format=torch.channels_last)
+        image = _Image(b, h, w, c, p, q, *self.filter)
         rest = None if rest is None else rest.contiguous(memory_format=torch.channels_last)
-        threads = torch.get_num_threads() if y.numel() * c * about.taps >= 4 * PARALLEL_FROM else 1
+        threads = torch.get_num_threads() if y.numel() * c * geometry.taps >= 4 * PARALLEL_FROM else 1
         pointers = x.data_ptr(), self.weight.data_ptr(), y.data_ptr()
-        finish.functions.dense_int8(*pointers, image, self.channels, _adds(rest, scale, zero), finish.after, threads)
+        added = _adds(rest, scale, zero)
+        epilogue.functions.dense_int8(*pointers, image, self.channels, added, epilogue.params, threads)
         return y
 
 
-def to_steps(x: Tensor, zero: int) -> Tensor:
-    """int8 codes of any strides that leave no gaps, less their zero point, in fp32 and the same order."""
-    functions = library()
+def center_codes(x: Tensor, zero: int) -> Tensor:
+    """Subtracts their zero point from int8 codes of any strides that leave no gaps: fp32 in the same order."""
+    functions = kernels()
     if functions is None:
         return x.float().sub_(zero)
     y = torch.empty_like(x, dtype=torch.float32)
-    functions.to_steps(x.data_ptr(), y.data_ptr(), x.numel(), zero, _threads(x))
+    functions.center_codes(x.data_ptr(), y.data_ptr(), x.numel(), zero, _threads(x))
     return y
 
 
 def to_codes(x: Tensor, grid: Sequence[float], moved: int) -> Tensor | None:
-    """int8 codes of dense fp32 x on one grid, in its order; None if the C++ does not run.
+    """Quantizes dense fp32 x on one grid to int8 codes, in its order; None if the C++ does not run.
 
     grid: inverse of the scale, rest and whole part of the zero point, least and largest code.
     moved: added to them.
     """
-    functions = library()
+    functions = kernels()
     if functions is None:
         return None
     y = torch.empty_like(x, dtype=torch.int8)
@@ -196,21 +202,21 @@ def to_codes(x: Tensor, grid: Sequence[float], moved: int) -> Tensor | None:
 def sum_codes(
     a: tuple[Tensor, float, float], b: tuple[Tensor, float, float] | None, activation: str, grid: Sequence[float] | None
 ) -> Tensor | None:
-    """`act(a + b)` of dense int8 codes in one order, each with scale and zero point: fp32, or codes on a grid.
+    """Computes `act(a + b)` of dense int8 codes in one order, each with scale and zero point: fp32, or codes.
 
     grid: as `to_codes` takes it. None if the C++ does not run, or does not know the activation.
     """
-    functions = library()
+    functions = kernels()
     if functions is None or ACTIVATIONS[activation].cpp is None:
         return None
     codes = a[0]
     y = torch.empty_like(codes, dtype=torch.float32 if grid is None else torch.int8)
     other = (None, 1.0, 0.0) if b is None else (b[0].data_ptr(), *b[1:])
     numbers = (0.0, 0.0, 0.0, 0.0, 0.0) if grid is None else grid
-    about = _Sum(
+    params = _Sum(
         codes.data_ptr(), other[0], *a[1:], *other[1:], *numbers, ACTIVATIONS[activation].cpp, grid is not None
     )
-    functions.sum_codes(about, y.data_ptr(), codes.numel(), _threads(codes))
+    functions.sum_codes(params, y.data_ptr(), codes.numel(), _threads(codes))
     return y
 
 
@@ -218,55 +224,55 @@ def _threads(x: Tensor) -> int:
     return torch.get_num_threads() if x.numel() >= PARALLEL_FROM else 1
 
 
-def finishes(activation: str, dtype: torch.dtype, codes: bool) -> bool:
-    """Whether the C++ is there and ends with this."""
-    return ACTIVATIONS[activation].cpp is not None and (codes or dtype == torch.float32) and library() is not None
+def supports_epilogue(activation: str, dtype: torch.dtype, codes: bool) -> bool:
+    """Whether the C++ runs here and has this activation and result."""
+    return ACTIVATIONS[activation].cpp is not None and (codes or dtype == torch.float32) and kernels() is not None
 
 
-def suits(channels: int, k: int, window: ConvGeometry) -> bool:
-    """Whether the C++ does such a convolution, if it `finishes` it."""
-    return window.groups == channels and k == window.taps and channels % LANES == 0
+def supports_depthwise(channels: int, k: int, geometry: ConvGeometry) -> bool:
+    """Whether the C++ does such a depthwise convolution, if it supports its epilogue."""
+    return geometry.groups == channels and k == geometry.taps and channels % LANES == 0
 
 
 @cache
-def library() -> Any:
-    """The compiled code; None if it does not compile or computes something else."""
-    after = ctypes.POINTER(_After)
+def kernels() -> Any:
+    """Returns the compiled functions, or None if they do not compile or fail the self-test."""
+    params = ctypes.POINTER(_Epilogue)
     functions: dict[str, Sequence[Any]] = {
-        "finish_int8": [ctypes.POINTER(_Sums), ctypes.POINTER(_Residual), pointer, after, ctypes.c_int],
-        "depthwise_int8": [pointer, pointer, pointer, ctypes.POINTER(_Image), after, ctypes.c_int],
-        "dense_int8": [*[pointer] * 3, ctypes.POINTER(_Image), size, ctypes.POINTER(_Residual), after, ctypes.c_int],
-        "to_steps": [pointer, pointer, size, single, ctypes.c_int],
+        "int8_epilogue": [ctypes.POINTER(_Sums), ctypes.POINTER(_Residual), pointer, params, ctypes.c_int],
+        "depthwise_int8": [pointer, pointer, pointer, ctypes.POINTER(_Image), params, ctypes.c_int],
+        "dense_int8": [*[pointer] * 3, ctypes.POINTER(_Image), size, ctypes.POINTER(_Residual), params, ctypes.c_int],
+        "center_codes": [pointer, pointer, size, single, ctypes.c_int],
         "to_codes": [pointer, pointer, size, *[single] * 5, ctypes.c_int, ctypes.c_int],
         "sum_codes": [ctypes.POINTER(_Sum), pointer, size, ctypes.c_int],
     }
-    return load_cpp(Path(__file__).with_suffix(".cpp"), functions, _is_right, STRUCTS)
+    return load_cpp(Path(__file__).with_suffix(".cpp"), functions, self_test, STRUCTS)
 
 
-def _is_right(functions: Any) -> bool:
-    """One small depthwise convolution, and the end of another."""
+def self_test(functions: Any) -> bool:
+    """Checks one small convolution of each kind, the epilogue, and the passes over codes."""
     x = (torch.arange(16 * 25) * 37 % 256 - 128).view(1, 16, 5, 5)
     codes = torch.arange(16 * 9) * 29 % 256 - 128
-    window = ConvGeometry(3, 3, top=1, bottom=1, left=1, right=1, groups=16)
+    geometry = ConvGeometry(3, 3, top=1, bottom=1, left=1, right=1, groups=16)
     scale, bias, x_scale = torch.linspace(1e-3, 2e-3, 16), torch.linspace(-1, 1, 16), torch.tensor([0.3])
     weight = codes.to(torch.int8).view(16, 9)
-    finish = Finish(functions, weight, 2, 5, scale, x_scale, bias, (None, None, None), "relu")
+    epilogue = Int8Epilogue(functions, weight, 2, 5, scale, x_scale, bias, (None, None, None), "relu")
     sums = conv2d((x - 5).double(), codes.double().view(16, 1, 3, 3), padding=1, groups=16).permute(0, 2, 3, 1)
     want = (sums.float() * scale * x_scale + bias).relu()
-    got = Depthwise(finish, weight, window)(x.to(torch.int8)), finish(sums.float().view(25, 16), None, None, None)
+    got = Depthwise(epilogue, weight, geometry)(x.to(torch.int8)), epilogue(sums.float().view(25, 16), None, None, None)
     tall = torch.arange(24 * 27).view(24, 9, 3) * 31 % 256 - 128
     rows = tall.view(24, 27).to(torch.int8)
     wide = ConvGeometry(3, 3, top=1, bottom=1, left=1, right=1)
-    all_of = Finish(functions, rows, 1, 5, torch.ones(24), torch.ones(1), None, (None, None, None), "none")
+    all_of = Int8Epilogue(functions, rows, 1, 5, torch.ones(24), torch.ones(1), None, (None, None, None), "none")
     mixed = conv2d((x[:, :3] - 5).double(), tall.movedim(2, 1).reshape(24, 3, 3, 3).double(), padding=1).float()
     y, flat = torch.empty(16 * 25), x.to(torch.int8).flatten()
-    functions.to_steps(flat.data_ptr(), y.data_ptr(), 400, 5.0, 1)
+    functions.center_codes(flat.data_ptr(), y.data_ptr(), 400, 5.0, 1)
     back = torch.empty_like(flat)
     functions.to_codes(y.data_ptr(), back.data_ptr(), 400, 0.5, 0.0, -20.0, -100.0, 90.0, 1, 1)
     codes = ((flat.float() - 5) * 0.5).round().sub(20).clamp(-100, 90).add(1).to(torch.int8)
     added = torch.empty(400)
-    about = _Sum(flat.data_ptr(), back.data_ptr(), 0.5, 3.0, 0.25, -2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1, 0)
-    functions.sum_codes(about, added.data_ptr(), 400, 1)
+    params = _Sum(flat.data_ptr(), back.data_ptr(), 0.5, 3.0, 0.25, -2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1, 0)
+    functions.sum_codes(params, added.data_ptr(), 400, 1)
     return (
         torch.equal(got[0], want)
         and torch.equal(got[1], want.view(25, 16))

@@ -21,7 +21,7 @@ def qconv2d_cpu(
     weight: PackedWeight,
     bias: Tensor | None,
     residual: Tensor | None,
-    window: ConvGeometry,
+    geometry: ConvGeometry,
     activation: str,
     keep: bool,
 ) -> Tensor:
@@ -35,4 +35,4 @@ def qconv2d_cpu(
             w = derived(weight, dtype, dequantize) if keep else dequantize(weight)
         except UnsuitableError:
             w = dequantize(weight)
-        return convolve_dense(x, w, bias, residual, window, activation)
+        return convolve_dense(x, w, bias, residual, geometry, activation)

@@ -1,4 +1,4 @@
-"""Float images times a packed weight, as a matrix product that gathers its right operand."""
+"""Multiplies float images with a packed weight, as a matrix product that gathers its right operand."""
 
 import torch
 import triton
@@ -28,7 +28,7 @@ def _qconv2d_kernel(
     SPLIT_K: tl.constexpr, SCALE_PARTS: tl.constexpr,
     UNIT: tl.constexpr, UNIT_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """A tile of y, `[pixels, channels]`; with SPLIT_K, of the sum over part of K, fp32 `[SPLIT_K, M, O]`.
+    """Computes a tile of y, `[pixels, channels]`; with SPLIT_K, a partial sum over K, fp32 `[SPLIT_K, M, O]`.
 
     y^T = W x^T, for the reasons that gs_kernels/qmatmul/kernel/matmul.py gives: this is its loop, with another x.
     """
@@ -79,33 +79,33 @@ def _qconv2d_kernel(
     tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def window_flags(window: ConvGeometry) -> dict[str, int]:
-    """The constants of a window that every kernel takes."""
+def geometry_flags(geometry: ConvGeometry) -> dict[str, int]:
+    """Returns the constants of a geometry that every kernel takes."""
     return {
-        "S": window.s, "STRIDE_H": window.stride_h, "STRIDE_W": window.stride_w,
-        "TOP": window.top, "LEFT": window.left,
-        "DILATION_H": window.dilation_h, "DILATION_W": window.dilation_w, "PADDED": any(window.sides),
+        "S": geometry.s, "STRIDE_H": geometry.stride_h, "STRIDE_W": geometry.stride_w,
+        "TOP": geometry.top, "LEFT": geometry.left,
+        "DILATION_H": geometry.dilation_h, "DILATION_W": geometry.dilation_w, "PADDED": any(geometry.sides),
     }
 
 
 def convolve(
     y: Tensor, x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None,
-    window: ConvGeometry, activation: str, plan: Plan, asm: bool,
+    geometry: ConvGeometry, activation: str, plan: Plan, asm: bool,
 ) -> None:
     """Writes y `[B, O, P, Q]`, channels-last, by the plan's tiles."""
     codes, scale, zero_points, zero, levels = kernel_tensors(weight)
     k, group = weight.shape[1], grouping(weight.shape[1], weight.group_size)
     b, o, p, q = y.shape
-    m, og = b * p * q, o // window.groups
+    m, og = b * p * q, o // geometry.groups
     split = plan.partials(-(-k // 128))
     sums = y if split == 1 else x.new_empty(split, m, o, dtype=torch.float32)
-    tiles = -(-m // plan.block_m) * window.groups * -(-og // plan.block_n)
+    tiles = -(-m // plan.block_m) * geometry.groups * -(-og // plan.block_n)
     launch(
         _qconv2d_kernel, (tiles, split),
         sums, x, codes, scale, zero_points, levels, bias, residual,
         m, og, *x.shape[2:], p, q,
         *x.stride(), *scale.stride(), *strides_of(residual),
-        K=k, CG=k // window.taps, GROUPS=window.groups, **window_flags(window),
+        K=k, CG=k // geometry.taps, GROUPS=geometry.groups, **geometry_flags(geometry),
         BITS=weight.bits, GROUP=group, ZERO=zero, ASM=asm, ACTIVATION=activation,
         SPLIT_K=split, SCALE_PARTS=plan.scale_parts and group % 128 == 0,
         UNIT=unit_of(x), UNIT_N=unit_of(residual, og), BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,

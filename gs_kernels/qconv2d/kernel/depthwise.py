@@ -1,4 +1,4 @@
-"""Convolutions whose groups have one channel of x each: bound by memory, without matrix products."""
+"""Convolves groups of one channel of x each: bound by memory, without matrix products."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,7 @@ from torch import Tensor
 from gs_kernels.pack.kernel import load_grid
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.qconv2d.geometry import ConvGeometry
-from gs_kernels.qconv2d.kernel.conv import window_flags
+from gs_kernels.qconv2d.kernel.conv import geometry_flags
 from gs_kernels.qconv2d.kernel.im2col import is_inside, split_zero
 from gs_kernels.qconv2d.tiles import depthwise_tile
 from gs_kernels.qmatmul.kernel.dequantize import kernel_tensors
@@ -27,8 +27,9 @@ def _depthwise_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ACTIVATION: tl.constexpr,
     UNIT: tl.constexpr, UNIT_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """A tile of y, `[pixels, channels]`, a tap at a time. Of float x, weights are not rounded; of int8, sums are exact.
+    """Computes a tile of y, `[pixels, channels]`, a tap at a time.
 
+    Of float x, weights are not rounded; of int8, sums are exact.
     OG: channels of y for each of x.
     """
     WIDTH: tl.constexpr = 8 * BITS
@@ -55,10 +56,11 @@ def _depthwise_kernel(
     x_sums = tl.zeros((BLOCK_M, BLOCK_N), SUM)
     for k in range(K):
         r, s = k // S * DILATION_H, k % S * DILATION_W
-        seen = (offs_o < N)[None, :]
+        inside = (offs_o < N)[None, :]
         if PADDED:
-            seen = seen & (is_inside(first_h + r, H) & is_inside(first_w + s, W))[:, None]
-        x = tl.load(x_ptrs + (r * stride_xh + s * stride_xw), mask=seen & tl.full((BLOCK_M, 1), True, tl.int1), other=0)
+            inside = inside & (is_inside(first_h + r, H) & is_inside(first_w + s, W))[:, None]
+        mask_x = inside & tl.full((BLOCK_M, 1), True, tl.int1)
+        x = tl.load(x_ptrs + (r * stride_xh + s * stride_xw), mask=mask_x, other=0)
         word = tl.load(codes_ptr + (k // 128 * N + offs_n) * WIDTH + k % 128 % WIDTH)
         code = (word >> (k % 128 // WIDTH * BITS)).to(tl.int32) & ((1 << BITS) - 1)
         g = k // GROUP
@@ -66,7 +68,7 @@ def _depthwise_kernel(
         if WHOLE:
             x = x.to(tl.int32)
             if x_zero_ptr is not None:
-                x = tl.where(seen, x - x_zero, 0)
+                x = tl.where(inside, x - x_zero, 0)
             part += x * code[None, :]
             x_sums += x
             if (k + 1) % GROUP == 0:
@@ -90,20 +92,24 @@ def _depthwise_kernel(
 
 def convolve_depthwise(
     y: Tensor, x: Tensor, x_scale: Tensor | None, x_zero: Tensor | None,
-    weight: PackedWeight, bias: Tensor | None, into: tuple[Tensor | None, ...], window: ConvGeometry, activation: str,
+    weight: PackedWeight, bias: Tensor | None, requant: tuple[Tensor | None, ...], geometry: ConvGeometry,
+    activation: str,
 ) -> None:
-    """Writes y `[B, O, P, Q]`, channels-last. into: residual, its scale and zero point, scale and zero point of y."""
+    """Writes y `[B, O, P, Q]`, channels-last.
+
+    requant: residual, its scale and zero point, scale and zero point of y.
+    """
     codes, scale, zero_points, zero, levels = kernel_tensors(weight)
     k = weight.shape[1]
     b, o, p, q = y.shape
     m = b * p * q
     block_m, block_n, warps = depthwise_tile(o)
-    flags = window_flags(window)
+    flags = geometry_flags(geometry)
     launch(
         _depthwise_kernel, (-(-m // block_m) * -(-o // block_n),),
-        y, x, x_scale, x_zero, codes, scale, zero_points, levels, bias, *into,
-        m, o, o // window.groups, *x.shape[2:], p, q,
-        *x.stride(), *scale.stride(), *strides_of(into[0]),
+        y, x, x_scale, x_zero, codes, scale, zero_points, levels, bias, *requant,
+        m, o, o // geometry.groups, *x.shape[2:], p, q,
+        *x.stride(), *scale.stride(), *strides_of(requant[0]),
         K=k, **flags, BITS=weight.bits, GROUP=k // scale.shape[1], ZERO=zero, ACTIVATION=activation,
-        UNIT=unit_of(x), UNIT_N=unit_of(into[0], o), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+        UNIT=unit_of(x), UNIT_N=unit_of(requant[0], o), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
     )

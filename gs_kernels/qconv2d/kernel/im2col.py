@@ -1,4 +1,4 @@
-"""What kernels of convolutions share: where pixels are, tiles of what they see, and sums of codes."""
+"""Shares device functions of convolutions: where pixels are, im2col tiles, and sums of codes."""
 
 import triton
 import triton.language as tl
@@ -21,7 +21,7 @@ def place_tile(
     CG: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, TOP: tl.constexpr, LEFT: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """Of this program: its pixels, where they are, and where x is read; its channels of y, and which of them exist.
+    """Places this program: its pixels, where they are, and where x is read; its channels of y, and which of them exist.
 
     Takes no pointer: compilers would think that x is written where its results tell where to write.
     offs_n are the columns, those behind the last of their group being the last: read, not stored.
@@ -64,7 +64,7 @@ def load_im2col(
     K: tl.constexpr, CG: tl.constexpr, S: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     PADDED: tl.constexpr, UNIT: tl.constexpr,
 ):
-    """Columns k to k + 128 of what pixels see, `[BLOCK_M, 128]`: 0 behind K and, without outside_ptr, beside x.
+    """Loads columns k to k + 128 of im2col(x), `[BLOCK_M, 128]`: 0 behind K and, without outside_ptr, beside x.
 
     Column k is channel k % CG of tap k // CG. If CG is a multiple of 128 there is one tap, the same for all threads; if
     it is one of 8, 16 bytes are one load; else columns are gathered in smaller pieces, down to one by one.
@@ -76,13 +76,13 @@ def load_im2col(
             threads, between memory and tensor cores.
         PADDED: whether a pixel can see what is beside x.
     """
-    lanes = tl.arange(0, 128)
+    offs = tl.arange(0, 128)
     if CG % 128 == 0:
         at = k  # a number: what does not depend on it can leave the loop
         c = k // 128 % (CG // 128) * 128  # k % CG, and the compiler sees that 128 divides it
-        ptrs = x_ptr[:, None] + (lanes * stride_xc)[None, :]
+        ptrs = x_ptr[:, None] + (offs * stride_xc)[None, :]
     else:
-        at = k + lanes[None, :]
+        at = k + offs[None, :]
         c = at % CG
         ptrs = tl.broadcast_to(x_ptr[:, None], (x_ptr.shape[0], 128))
     tap = at // CG
@@ -99,9 +99,9 @@ def load_im2col(
         if outside_ptr is None:
             x = tl.load(ptrs, mask=inside if K % 128 == 0 else inside & exists, other=0.0)
         elif K % 128 == 0:
-            x = tl.load(tl.where(inside, ptrs, outside_ptr + lanes[None, :]))
+            x = tl.load(tl.where(inside, ptrs, outside_ptr + offs[None, :]))
         else:
-            x = tl.load(tl.where(inside, ptrs, outside_ptr + lanes[None, :]), mask=exists, other=0.0)
+            x = tl.load(tl.where(inside, ptrs, outside_ptr + offs[None, :]), mask=exists, other=0.0)
     elif K % 128 != 0:
         x = tl.load(ptrs, mask=exists, other=0.0)
     else:

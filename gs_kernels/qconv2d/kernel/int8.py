@@ -1,4 +1,4 @@
-"""Images of 8-bit codes times a packed weight: whole sums of integers, scaled once a group, and 8-bit codes again."""
+"""Multiplies images of 8-bit codes with a packed weight: sums of integers, scaled once a group; 8-bit codes again."""
 
 import torch
 import triton
@@ -8,7 +8,7 @@ from torch import Tensor
 from gs_kernels.pack.kernel import code_block, code_factor, code_middle
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.qconv2d.geometry import ConvGeometry
-from gs_kernels.qconv2d.kernel.conv import window_flags
+from gs_kernels.qconv2d.kernel.conv import geometry_flags
 from gs_kernels.qconv2d.kernel.im2col import is_half_steps, load_im2col, place_tile, real_sums, taps_inside
 from gs_kernels.qmatmul.kernel.dequantize import grouping, kernel_tensors
 from gs_kernels.qmatmul.kernel.reduce import epilogue, in_units, reduce_partials, strides_of, unit_of
@@ -39,7 +39,7 @@ def _qconv2d_int8_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr, ACTIVATION: tl.constexpr,
     SPLIT_K: tl.constexpr, UNIT: tl.constexpr, UNIT_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """A tile of y, `[pixels, channels]`; with SPLIT_K, twice its sums over part of K, int32 `[SPLIT_K, M, O]`.
+    """Computes a tile of y, `[pixels, channels]`; with SPLIT_K, twice a partial sum, int32 `[SPLIT_K, M, O]`.
 
     outside_ptr: 128 times the zero point of x as a code, if x has one and pixels can see what is beside it.
     GROUP: 0 if there is one group, the only case that splits.
@@ -122,41 +122,41 @@ def _qconv2d_int8_kernel(
 
 
 def can_split(weight: PackedWeight) -> bool:
-    """Whether sums over parts of K add up to the sum of all as integers do: one group, zero points in half steps."""
+    """Whether partial sums over K add up to the sum of all as integers do: one group, zero points in half steps."""
     return weight.scale.shape[1] == 1 and not isinstance(weight.zero, Tensor) and is_half_steps(float(weight.zero))
 
 
 def convolve_int8(
     y: Tensor, x: Tensor, x_scale: Tensor, x_zero: Tensor | None, code_sums: Tensor | None,
-    weight: PackedWeight, bias: Tensor | None, into: tuple[Tensor | None, ...],
-    window: ConvGeometry, activation: str, plan: Plan, asm: bool,
+    weight: PackedWeight, bias: Tensor | None, requant: tuple[Tensor | None, ...],
+    geometry: ConvGeometry, activation: str, plan: Plan, asm: bool,
 ) -> None:
     """Writes y `[B, O, P, Q]`, channels-last, by the plan's tiles.
 
-    into: residual, its scale and zero point, scale and zero point of y.
+    requant: residual, its scale and zero point, scale and zero point of y.
     """
     codes, scale, zero_points, zero, _ = kernel_tensors(weight)
     k, group = weight.shape[1], grouping(weight.shape[1], weight.group_size)
     b, o, p, q = y.shape
-    m, og = b * p * q, o // window.groups
+    m, og = b * p * q, o // geometry.groups
     split = plan.partials(-(-k // 128))
     sums = y if split == 1 else x.new_empty(split, m, o, dtype=torch.int32)
-    tiles = -(-m // plan.block_m) * window.groups * -(-og // plan.block_n)
+    tiles = -(-m // plan.block_m) * geometry.groups * -(-og // plan.block_n)
     outside = None
-    if x_zero is not None and any(window.sides):
+    if x_zero is not None and any(geometry.sides):
         outside = x_zero.expand(128).to(torch.int8, memory_format=torch.contiguous_format)
     launch(
         _qconv2d_int8_kernel, (tiles, split),
-        sums, x, x_scale, x_zero, outside, code_sums, codes, scale, zero_points, bias, *into,
+        sums, x, x_scale, x_zero, outside, code_sums, codes, scale, zero_points, bias, *requant,
         m, og, *x.shape[2:], p, q,
-        *x.stride(), *scale.stride(), *strides_of(into[0]),
-        K=k, CG=k // window.taps, GROUPS=window.groups, **window_flags(window),
+        *x.stride(), *scale.stride(), *strides_of(requant[0]),
+        K=k, CG=k // geometry.taps, GROUPS=geometry.groups, **geometry_flags(geometry),
         BITS=weight.bits, GROUP=0 if scale.shape[1] == 1 else group, ZERO=zero, ASM=asm, ACTIVATION=activation,
-        SPLIT_K=split, UNIT=unit_of(x), UNIT_N=unit_of(into[0], og), BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
+        SPLIT_K=split, UNIT=unit_of(x), UNIT_N=unit_of(requant[0], og), BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
         num_warps=plan.warps, num_stages=plan.stages,
     )
     if split > 1:
         reduce_partials(
             y, sums, bias, activation,
-            weight=(scale, zero, k), x_zero=x_zero, code_sums=code_sums, x_scale=x_scale, requant=into,
+            weight=(scale, zero, k), x_zero=x_zero, code_sums=code_sums, x_scale=x_scale, requant=requant,
         )
