@@ -32,7 +32,7 @@ from gs_algos.core.plan import Plan, PlanRow, rows_of
 from gs_algos.fx.modularize.functional_calls import modularize_again
 from gs_algos.qat.slb.batch_norm import calibrate_norms
 from gs_algos.qat.slb.config import SLBConfig, SLBOptions
-from gs_algos.qat.slb.convert import packed_layer, summary_of, unfilled_layer
+from gs_algos.qat.slb.convert import packed_layer, summary_of, unfilled_packed_layer
 from gs_algos.qat.slb.layers import SearchedLayer
 from gs_algos.qat.slb.prepare import install, start
 from gs_algos.qat.slb.schedule import Schedule
@@ -282,7 +282,7 @@ class SLB(QuantizationTraining):
         model = modularize_again(model, entry.get("modularized", []))
         model = install(model, rows, SLBConfig.from_dict(entry["config"]).options())
         if entry["stage"] == "converted":
-            swap_converted_layers(model, rows, unfilled_layer)
+            swap_converted_layers(model, rows, unfilled_packed_layer)
         return model
 
 

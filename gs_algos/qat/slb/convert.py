@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gs_algos.core.modules import get_module
-from gs_algos.core.plan import PlanRow, render_layers
+from gs_algos.core.plan import PlanRow
 from gs_algos.qat.slb.layers import SearchedLayer
 from gs_algos.qat.slb.pact import parse_act
 from gs_algos.quant.integer.layers import QuantizedConv, QuantizedLayer, QuantizedLinear
 from gs_algos.quant.level_grid import LevelGrid
-from gs_algos.quant.network.convert import batch_norm_of, output_quantizer_of, round_bias
+from gs_algos.quant.network.convert import batch_norm_of, layer_table, output_quantizer_of, prepared_layer, round_bias
 from gs_algos.quant.network.layer_plan import LayerPlan
 from gs_algos.quant.packed.conv import PackedConv
 from gs_algos.quant.packed.conv_base import conv_rows, geometry_of
@@ -25,7 +24,7 @@ from gs_kernels import PackedWeight
 @torch.no_grad()
 def packed_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module:
     """The converted form of one trained layer: its chosen codes (those of the largest logits if none are yet)."""
-    layer = _searched(model, row)
+    layer = prepared_layer(model, row.site, SearchedLayer)
     if hasattr(layer.search.logits, "full_tensor"):
         raise RuntimeError(f"convert: {row.site} must have whole logits, got sharded ones; unshard the model first")
     weight, bias = layer.search.packed(), layer.bias
@@ -45,9 +44,9 @@ def packed_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module:
     return new.eval()
 
 
-def unfilled_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module:
+def unfilled_packed_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module:
     """A converted layer of the right shapes, its tensors still to be filled."""
-    layer = _searched(model, row)
+    layer = prepared_layer(model, row.site, SearchedLayer)
     grid, device = LevelGrid.parse(row.settings.weight), layer.search.codes.device
     (n, k), bias = layer.search.size, layer.bias is not None or row.settings.bn is not None
     weight = PackedFormat(grid.bits, (n, k), k, grid.zero, "float32").empty(device)
@@ -59,17 +58,19 @@ def unfilled_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module:
 
 def summary_of(model: nn.Module) -> str:
     """A table of the searched or packed layers of a model: codes, bytes, how far the search is, and the arithmetic."""
-    rows: list[tuple[Any, ...]] = []
-    for name, module in model.named_modules():
+
+    def row(module: nn.Module) -> tuple[Any, ...] | None:
         if isinstance(module, SearchedLayer):
             search = module.search
             state = "one-hot" if search.one_hot else f"searching, gap {search.discretization_gap().item():.3f}"
             nbytes = search.logits.numel() * search.logits.element_size()
-            rows.append((name, search.grid, _act(module), f"{nbytes:,} of logits", state, ""))
-        elif isinstance(module, Packed):
+            return search.grid, _act(module), f"{nbytes:,} of logits", state, ""
+        if isinstance(module, Packed):
             notes = "; ".join(getattr(module, "notes", ()))
-            rows.append((name, f"{module.bits}bit", _act(module), f"{module.nbytes:,}", module.path(), notes))
-    return render_layers(("layer", "weight", "activation", "bytes", "runs as", "why no more"), rows)
+            return f"{module.bits}bit", _act(module), f"{module.nbytes:,}", module.path(), notes
+        return None
+
+    return layer_table(model, row)
 
 
 def _act(layer: Any) -> str:
@@ -95,10 +96,3 @@ def _around(
     if linear:
         return PackedLinear(weight, bias, dtype)
     return PackedConv(weight, geometry_of(layer), layer.search.shape[1:], bias, dtype)
-
-
-def _searched(model: nn.Module, row: PlanRow[LayerPlan]) -> SearchedLayer:
-    layer = get_module(model, row.site)
-    if not isinstance(layer, SearchedLayer):
-        raise RuntimeError(f"convert: {row.site} must be the layer that apply prepared, got {type(layer).__name__}")
-    return layer

@@ -1,4 +1,4 @@
-"""From fake-quantized layers to integer codes and scales, each compared with the one it replaces on the same input."""
+"""Converts trained layers to integer codes and scales, each compared with the layer it replaces."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -53,19 +53,19 @@ LAYER_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-
 # a deep network that itself moves further when its layers are off in the last place is held to four times that
 OUTPUT_TOLERANCE = {torch.float32: 5e-2, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
-
+Layer = TypeVar("Layer", bound=nn.Module)
 MakeLayer: TypeAlias = Callable[
     [nn.Module, PlanRow[LayerPlan]], nn.Module
 ]  # (model, row of the plan) -> the converted layer
 
 
 class _ParityError(RuntimeError):
-    """A converted layer or network that does not give the trained output."""
+    """Says that a converted layer or network does not give the trained output."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far the converted network is from the trained one: RMS of the difference over RMS of the trained output."""
+    """Says how far the converted network is from the trained one: RMS of the difference over RMS of the output."""
 
     worst_layer: str
     layer_error: float
@@ -74,7 +74,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class _Call:
-    """What a layer of the trained network was given, and what came out behind its batch norm."""
+    """Holds the input of a layer of the trained network, and the output of its batch norm or activation."""
 
     x: Tensor
     y: Tensor
@@ -119,8 +119,8 @@ def convert_model(
 
 
 def quantized_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> QuantizedLayer:
-    """The converted form of one trained layer, batch norm folded in: codes exactly those of the trained forward."""
-    layer = _trained(model, row.site)
+    """Converts one trained layer, its batch norm folded in; the codes are exactly those of the trained forward."""
+    layer = prepared_layer(model, row.site, FakeQuantized)
     if type(layer.weight) not in (Tensor, nn.Parameter):
         kind = type(layer.weight).__name__
         raise RuntimeError(f"convert: {row.site}.weight must be a whole tensor, got {kind}; unshard the model first")
@@ -145,7 +145,7 @@ def quantized_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> QuantizedLayer
 
 
 def round_bias(layer: QuantizedLayer) -> None:
-    """Takes the bias of a layer with 8 bits on both sides to whole steps of its sums, as the trained one in eval."""
+    """Rounds the bias of a layer with 8 bits on both sides to whole steps of its sums, as the trained eval does."""
     scale, quantizer = layer.packed.scale, layer.input_quantizer
     if layer.bias is None or quantizer is None or scale.shape[1] > 1:
         return
@@ -156,7 +156,7 @@ def round_bias(layer: QuantizedLayer) -> None:
 def _layer_of(
     layer: Any, row: PlanRow[LayerPlan], weight: PackedWeight, bias: Tensor | None, output: Any
 ) -> QuantizedLayer:
-    """A converted layer around a packed weight; output: the trained output quantizer."""
+    """Builds a converted layer around a packed weight; output: the trained output quantizer."""
     act = None if row.settings.act is None else Scheme.parse(row.settings.act, "act")
     options: dict[str, Any] = {
         "weight": weight,
@@ -190,7 +190,7 @@ def swap_converted_layers(model: nn.Module, rows: Sequence[PlanRow], make: MakeL
 
 
 def _with_activation(row: PlanRow[LayerPlan], layer: nn.Module) -> nn.Module:
-    """A converted layer that does the work of the activation behind it too."""
+    """Makes a converted layer compute the activation behind it in its own call."""
     activation = row.settings.epilogue.op
     if isinstance(layer, Convolution) and activation is not None:
         if activation not in ACTIVATIONS:
@@ -203,9 +203,9 @@ def _with_activation(row: PlanRow[LayerPlan], layer: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _with_int8_flow(model: nn.Module, rows: list[PlanRow], example_inputs: Inputs) -> list[PlanRow]:
-    """Lets layers hand int8 on and do adds, and takes it back if that changes the outputs of the example inputs.
+    """Lets layers emit int8 and do adds, and undoes it if the outputs of the example inputs change.
 
-    It does where a forward writes into what a layer still has to read. Returns the rows of what holds then.
+    They change where a forward writes into what a layer still has to read. Returns the rows of what holds then.
     """
     with TRACING, evaluating(model):
         want = [t.clone() for t in _tensors(run(model, example_inputs, "convert"))]
@@ -223,8 +223,8 @@ def _with_int8_flow(model: nn.Module, rows: list[PlanRow], example_inputs: Input
 
 
 def unfilled_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> QuantizedLayer:
-    """The converted form of a layer of a freshly prepared model, its tensors still to be filled."""
-    layer: Any = _trained(model, row.site)
+    """Builds the converted form of a layer of a freshly prepared model; its tensors are loaded afterwards."""
+    layer: Any = prepared_layer(model, row.site, FakeQuantized)
     shape, device = layer.weight.shape, layer.weight.device
     scheme = Scheme.parse(row.settings.weight, "weight")
     weight = empty_codes(shape, scheme, device)
@@ -237,46 +237,59 @@ def unfilled_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> QuantizedLayer:
 
 
 def summary_of(model: nn.Module) -> str:
-    """A table of the quantized layers of a prepared or converted model, with bytes and the arithmetic of each."""
-    rows: list[tuple[Any, ...]] = []
-    for name, module in model.named_modules():
+    """Renders a table of a model's quantized layers, prepared or converted, with bytes and the arithmetic of each."""
+
+    def row(module: nn.Module) -> tuple[Any, ...] | None:
         if isinstance(module, FakeQuantized):
             act = module.input_quantizer or module.output_quantizer
             scheme, act_scheme = module.weight_quantizer.scheme, act.scheme if act else "float"
-            rows.append((name, str(scheme), act_scheme, "", "fake-quant in float", ""))
-        elif isinstance(module, QuantizedLayer):
+            return str(scheme), act_scheme, "", "fake-quant in float", ""
+        if isinstance(module, QuantizedLayer):
             quantizer = module.input_quantizer or module.output_quantizer
             act_scheme = quantizer.scheme if quantizer else "float"
             notes = "; ".join(getattr(module, "notes", ()))
-            rows.append((name, str(module.scheme), act_scheme, f"{module.nbytes:,}", module.path(), notes))
+            return str(module.scheme), act_scheme, f"{module.nbytes:,}", module.path(), notes
+        return None
+
+    return layer_table(model, row)
+
+
+def layer_table(model: nn.Module, row_of: Callable[[nn.Module], tuple[Any, ...] | None]) -> str:
+    """Renders a table with one row per module; row_of: the cells behind its name, None for modules without a row."""
+    rows = [(name, *row) for name, module in model.named_modules() if (row := row_of(module)) is not None]
     return render_layers(("layer", "weight", "activation", "bytes", "runs as", "why no more"), rows)
 
 
-def _trained(model: nn.Module, site: str) -> FakeQuantized:
+def prepared_layer(model: nn.Module, site: str, kind: type[Layer]) -> Layer:
+    """Returns the layer that `apply` prepared.
+
+    Raises:
+        RuntimeError: if something else stands there.
+    """
     layer = get_module(model, site)
-    if not isinstance(layer, FakeQuantized):
+    if not isinstance(layer, kind):
         raise RuntimeError(f"convert: {site} must be the layer that apply prepared, got {type(layer).__name__}")
     return layer
 
 
 def batch_norm_of(model: nn.Module, row: PlanRow[LayerPlan]) -> _BatchNorm | None:
-    """The batch norm that is folded into a planned layer."""
+    """Finds the batch norm that is folded into a planned layer; None if there is none."""
     bn = None if row.settings.bn is None else get_module(model, row.settings.bn)
     assert bn is None or isinstance(bn, _BatchNorm)
     return bn
 
 
 def output_quantizer_of(model: nn.Module, row: PlanRow[LayerPlan]) -> Any:
-    """What quantizes the output of the converted layer: the layer's own, or the one of a batch norm that is folded."""
+    """Finds what quantizes the output of the converted layer: its own quantizer, or that of the folded batch norm."""
     own = getattr(get_module(model, row.site), "output_quantizer", None)
     if own is not None or row.settings.norm_children:
         return own
-    found = [getattr(m, "output_quantizer", None) for m in (batch_norm_of(model, row), activation_of(model, row))]
-    return next((quantizer for quantizer in found if quantizer is not None), None)
+    behind = [getattr(m, "output_quantizer", None) for m in (batch_norm_of(model, row), activation_of(model, row))]
+    return next((quantizer for quantizer in behind if quantizer is not None), None)
 
 
 def _norm_replacement(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module:
-    """What takes the place of the layer's batch norm: an Identity, or its children that run behind it."""
+    """Makes what replaces the layer's batch norm: an Identity, or the norm's children that run behind it."""
     if row.settings.bn is None or not row.settings.norm_children:
         return nn.Identity()
     module = after_norm(model, row.settings.bn, row.settings.norm_children)
@@ -287,7 +300,7 @@ def _norm_replacement(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module:
 
 
 def _times_slope(scale: Tensor, zero: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """scale `[C]` times slope `[O]`, C = 1, O or O * G; one scale for all becomes one per output."""
+    """Multiplies scale `[C]` by slope `[O]`, C = 1, O or O * G; one scale for all becomes one per output."""
     outputs = slope.numel()
     scales, zeros = (t.view(outputs, -1) if t.numel() > 1 else t.expand(outputs, 1) for t in (scale, zero))
     return (scales * slope[:, None]).flatten(), zeros.flatten()
@@ -324,7 +337,7 @@ def _swapped_in(
 
 
 def _frozen(quantizer: ActivationQuantizer) -> StaticQuantizer:
-    """The frozen form of an activation quantizer that sits in a module of its own (the operands of an add)."""
+    """Freezes an activation quantizer that sits in a module of its own (the operands of an add)."""
     static = StaticQuantizer(quantizer.scheme, quantizer.scale.device)
     static.copy_from(quantizer)
     return static
@@ -333,7 +346,7 @@ def _frozen(quantizer: ActivationQuantizer) -> StaticQuantizer:
 def _record_calls(
     model: nn.Module, rows: Sequence[PlanRow[LayerPlan]], example_inputs: Inputs
 ) -> tuple[dict[str, _Call], list[Tensor]]:
-    """One eval forward of the trained model: every planned layer's call, and the network's output tensors."""
+    """Runs the trained model in eval; returns every planned layer's call, and the network's output tensors."""
     seen: dict[str, Tensor] = {}
     handles = []
 
@@ -380,7 +393,7 @@ def _swap_and_compare(
     want: list[Tensor],
     tolerance: dict[torch.dtype, float],
 ) -> float:
-    """Puts the converted layers in place; how far the network's outputs are from `want`. Puts them back if too far."""
+    """Swaps the converted layers in and returns the error of the outputs; too large an error undoes the swap."""
     with _swapped_in(model, rows, replacements, norms):
         error = _output_error(_tensors(run(model, example_inputs, "convert")), want)
         _check_parity("the network", error, tolerance, want[0].dtype if want else torch.float32)
@@ -390,7 +403,7 @@ def _swap_and_compare(
 def _sensitivity(
     model: nn.Module, rows: Sequence[PlanRow[LayerPlan]], example_inputs: Inputs, want: list[Tensor]
 ) -> float:
-    """How far the trained network's outputs move when the output of every planned layer is off in the last place."""
+    """Measures how far the trained outputs move when every planned layer's output is off in the last place."""
     generator = torch.Generator().manual_seed(0)
 
     def disturb(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
