@@ -1,4 +1,4 @@
-"""The activations that products and convolutions apply to their result: one table, by name.
+"""Lists the activations that products and convolutions apply to their result, by name.
 
 A new one is an entry here, a branch of `activate` in gs_kernels/triton_lib.py and, if C++ is to have it, a number in
 gs_kernels/qconv2d/cpu/direct_int8.cpp; tests compare all of them.

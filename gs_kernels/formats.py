@@ -1,4 +1,4 @@
-"""What a quantized value looks like: how many bits it has, and which elements share one scale."""
+"""Describes quantized values: how many bits each has, and which elements share one scale."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ PER_TENSOR = PerTensor()
 
 
 def granularity_of(axis: int, group: int) -> Granularity:
-    """The granularity that an op's schema carries as two numbers: axis (-1: none) and group size (0: none)."""
+    """Returns the granularity that an op's schema carries as two numbers: axis (-1: none) and group size (0: none)."""
     if group > 0:
         return PerGroup(int(group))
     return PerChannel(int(axis)) if axis >= 0 else PerTensor()

@@ -18,20 +18,20 @@ MAGIC = tl.constexpr(1.5 * 2.0**23)  # here fp32 has no fraction left: adding it
 
 @triton.jit
 def round_half_even(v):
-    """v to the nearest integer, |v| <= 2**22."""
+    """Rounds v to the nearest integer, |v| <= 2**22."""
     return (v + MAGIC) - MAGIC
 
 
 @triton.jit
 def clamp(v, low, high):
-    """v in [low, high]; NaN stays NaN."""
+    """Limits v to [low, high]; NaN stays NaN."""
     v = tl.maximum(v, low, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(v, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of this program: its rows, its first column, its columns from there, and which of both exist."""
+    """Returns the rows of this program, its first column, its columns from there, and which rows and columns exist."""
     pid = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(N, BLOCK_N)
     offs_m = pid // tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M] int64
@@ -42,7 +42,7 @@ def tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def row_starts(offs_m, N, per, stride_outer, stride_inner, STRIDED: tl.constexpr):
-    """Where rows begin in memory: see gs_kernels/fake_quant/strided_rows.py."""
+    """Returns where rows begin in memory: see gs_kernels/fake_quant/strided_rows.py."""
     if STRIDED:
         starts = offs_m // per * stride_outer + offs_m % per * stride_inner
     else:
@@ -52,7 +52,7 @@ def row_starts(offs_m, N, per, stride_outer, stride_inner, STRIDED: tl.constexpr
 
 @triton.jit
 def load_channel(ptr, offs_m, first, offs_n, mask_m, mask_n, C, BY: tl.constexpr):
-    """The value of each element's channel, shaped to broadcast against [BLOCK_M, BLOCK_N]; 1 outside."""
+    """Loads the value of each element's channel, shaped to broadcast against [BLOCK_M, BLOCK_N]; 1 outside."""
     if BY == BY_TENSOR:
         v = tl.load(ptr)
     elif BY == BY_ROW:
@@ -66,14 +66,14 @@ def load_channel(ptr, offs_m, first, offs_n, mask_m, mask_n, C, BY: tl.constexpr
 
 @triton.jit
 def inverse(scale, zero):
-    """1 / scale, correctly rounded; NaN if scale or zero is out of range."""
+    """Computes 1 / scale, correctly rounded; NaN if scale or zero is out of range."""
     valid = (scale >= SCALE_MIN) & (scale <= SCALE_MAX) & (tl.abs(zero) <= ZERO_MAX)
     return tl.where(valid, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), float("nan"))
 
 
 @triton.jit
 def steps(x, inv, zero, QMIN: tl.constexpr, QMAX: tl.constexpr):
-    """x / s, and the level of x before clamping. Both saturate two steps outside the grid, so that rounding is exact.
+    """Computes x / s and the level of x before clamping. Both saturate two steps outside the grid: rounding is exact.
 
     The clamp between product and sum also keeps compilers from contracting them.
     """
@@ -84,7 +84,7 @@ def steps(x, inv, zero, QMIN: tl.constexpr, QMAX: tl.constexpr):
 
 @triton.jit
 def reduce_range(x, mask, axis: tl.constexpr):
-    """Smallest and largest of x along axis (None: of all), NaN if there is one."""
+    """Finds the smallest and largest of x along axis (None: of all), NaN if there is one."""
     nan = tl.max(tl.where(mask & (x != x), 1, 0), axis) > 0
     low = tl.min(tl.where(mask, x, float("inf")), axis)
     high = tl.max(tl.where(mask, x, float("-inf")), axis)
@@ -93,7 +93,7 @@ def reduce_range(x, mask, axis: tl.constexpr):
 
 @triton.jit
 def qparams(low, high, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, ZERO: tl.constexpr):
-    """scale and zero of a range, as `choose_qparams_ref`. ZERO: the zero of a symmetric grid."""
+    """Computes scale and zero of a range, as `choose_qparams_ref`. ZERO: the zero of a symmetric grid."""
     mn = tl.minimum(low, 0.0, propagate_nan=tl.PropagateNan.ALL)
     mx = tl.maximum(high, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if SYMMETRIC:
@@ -112,7 +112,7 @@ def qparams(low, high, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.con
 
 @triton.jit
 def activate(v, ACTIVATION: tl.constexpr):
-    """none, relu, relu6, hardswish (NaN stays NaN), gelu (exact) or silu of fp32."""
+    """Applies none, relu, relu6, hardswish (NaN stays NaN), gelu (exact) or silu to fp32."""
     if ACTIVATION == "relu":
         v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "relu6":

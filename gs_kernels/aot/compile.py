@@ -13,7 +13,7 @@ from gs_kernels.runtime.torch_private import triton_launches_directly
 
 
 class _StubDriver:
-    """What Triton asks of a driver before it compiles: which device, which stream, which target."""
+    """Answers what Triton asks of a driver before it compiles: which device, which stream, which target."""
 
     def __init__(self, target: Target) -> None:
         self.target = target

@@ -1,4 +1,4 @@
-"""What one launch has to do, read from its Triton IR and its arguments: bytes, matrix products, turns of its loop."""
+"""Reads from Triton IR and arguments what one launch has to do: bytes, matrix products, turns of its loop."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KINDS = {"bf16": "16bit", "f16": "16bit", "i8": "int8", "f32": "fp32"}
 
 @dataclass(frozen=True)
 class Work:
-    """Of a whole launch. loaded, stored: bytes of the tensors that it reads and writes, each once.
+    """Counts the work of a whole launch. loaded, stored: bytes of the tensors that it reads and writes, each once.
 
     flops: of matrix products, by the kind of their operands: "16bit", "int8", "fp8" or "fp32".
     turns: of its longest loop, as the first program runs it; 1 without a loop.

@@ -29,7 +29,7 @@ def _parse(
 
 
 def classify_gcn(opcode: str) -> tuple[str, int]:
-    """Kind and bytes per thread: `classify_gcn("global_load_dwordx4") == ("load", 16)`."""
+    """Returns kind and bytes per thread: `classify_gcn("global_load_dwordx4") == ("load", 16)`."""
     if access := _GCN_ACCESS.match(opcode):
         what, unit, count = access.groups()
         nbytes = _GCN_WIDTH.get(unit or "", 4) * int(count or 1)
@@ -42,7 +42,7 @@ def classify_gcn(opcode: str) -> tuple[str, int]:
 
 
 def parse_gcn(text: str) -> Code:
-    """Code of the (one) kernel in AMD assembly, with the registers (VGPR) of its metadata."""
+    """Reads the code of the (one) kernel in AMD assembly, with the registers (VGPR) of its metadata."""
     registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
     body = _parse(text, classify_gcn, lambda op: op.startswith(("s_branch", "s_cbranch")))
     return Code(int(registers[1]) if registers else 0, body)

@@ -1,4 +1,4 @@
-"""Machine code of one kernel, in terms that NVIDIA and AMD share."""
+"""Describes the machine code of one kernel in terms that NVIDIA and AMD share."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Code:
-    """Instructions of a kernel, without padding and what it calls out of line (the slow path of a division)."""
+    """Holds a kernel's instructions, without padding and what it calls out of line (the slow path of a division)."""
 
     registers: int
     body: tuple[Instruction, ...]
 
     @property
     def loop(self) -> tuple[Instruction, ...]:
-        """The longest innermost loop that multiplies matrices, else that touches memory; empty if there is none."""
+        """Returns the longest innermost loop that multiplies matrices, else that touches memory; empty if none does."""
         spans = [(ins.jump, i) for i, ins in enumerate(self.body) if ins.jump is not None and ins.jump < i]
         inner = [(a, b) for a, b in spans if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in spans)]
         bodies = [self.body[a : b + 1] for a, b in inner]

@@ -1,4 +1,4 @@
-"""What a compiled kernel costs, read from its machine code, and whether that is within the bounds of its case."""
+"""Reads from machine code what a compiled kernel costs, and checks it against the bounds of its case."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gs_kernels.runtime.opspec import AotCase
 
 @dataclass(frozen=True)
 class Report:
-    """Static facts of one kernel on one target. Nothing here was timed.
+    """Holds static facts of one kernel on one target. Nothing here was timed.
 
     loads, stores: bytes of one access of one thread -> how many, in the hot loop if there is one, else in the kernel.
     mma: opcode of the matrix instruction there, None without one.
@@ -66,8 +66,8 @@ def _unroll(machine: Code, ptx: Code) -> int:
 
 def report(compiled: Any, target: str, elements: int) -> Report:
     """Reads a kernel that `compile_launches(target)` has yielded; `elements` as in `AotCase.elements`."""
-    where = find_target(target)
-    if where.backend == "cuda":
+    gpu = find_target(target)
+    if gpu.backend == "cuda":
         code, ptx = read_cubin(compiled.asm["cubin"]), parse_ptx(compiled.asm["ptx"])
     else:
         code, ptx = parse_gcn(compiled.asm["amdgcn"]), Code(0, ())
@@ -90,49 +90,49 @@ def report(compiled: Any, target: str, elements: int) -> Report:
         loop_instructions=len(code.loop),
         opcodes=Counter(ins.opcode.split(".")[0] for ins in hot),
         unroll=unroll,
-        per_element=len(hot) * warps * where.warp_size / (elements * unroll),
-        occupancy=occupancy(where, code.registers, shared, warps),
+        per_element=len(hot) * warps * gpu.warp_size / (elements * unroll),
+        occupancy=occupancy(gpu, code.registers, shared, warps),
         returns=any(ins.kind == "exit" for ins in code.body),
         writes=any(ins.kind == "store" for ins in code.body),
     )
 
 
 def _mostly_wide(accesses: Counter[int], wide: int) -> bool:
-    """True if at least half of the bytes move in accesses of `wide` bytes: scales may be narrow, a stream may not."""
+    """Returns whether half of the bytes or more move `wide` at a time: scales may be narrow, a stream may not."""
     total = sum(nbytes * n for nbytes, n in accesses.items())
     return total > 0 and 2 * sum(nbytes * n for nbytes, n in accesses.items() if nbytes >= wide) >= total
 
 
 def check(kernel: Report, case: AotCase) -> list[str]:
-    """What breaks the bounds of the case, one sentence each; empty if all is well."""
+    """Lists what breaks the bounds of the case, one sentence each; empty if all is well."""
     if not kernel.returns or not kernel.writes:
         body = f"got {kernel.instructions} instructions; the compiler left a trap or removed the code"
         return [f"body must write to memory and return, {body}"]
-    found = []
+    broken = []
     if kernel.spills:
-        found.append(f"must not spill registers, got {kernel.spills} stack accesses")
+        broken.append(f"must not spill registers, got {kernel.spills} stack accesses")
     if kernel.registers > case.max_regs:
-        found.append(f"must use at most {case.max_regs} registers, got {kernel.registers}")
+        broken.append(f"must use at most {case.max_regs} registers, got {kernel.registers}")
     if not kernel.occupancy.blocks:
-        found.append(f"one block must fit a processor, got none: too many {kernel.occupancy.limiter}")
+        broken.append(f"one block must fit a processor, got none: too many {kernel.occupancy.limiter}")
     # 512 bytes a warp: 16 a thread for NVIDIA's 32 threads, 8 for AMD's 64
     wide = 512 // find_target(kernel.target).warp_size
     if case.wide_loads and not _mostly_wide(kernel.loads, wide):
-        found.append(f"most bytes must be loaded {wide} at a time, got (bytes: loads) {dict(kernel.loads)}")
+        broken.append(f"most bytes must be loaded {wide} at a time, got (bytes: loads) {dict(kernel.loads)}")
     if case.mma is not None and kernel.mma != case.mma:
-        found.append(f"must multiply with {case.mma}, got {kernel.mma}")
+        broken.append(f"must multiply with {case.mma}, got {kernel.mma}")
     if case.overlapped:
         if kernel.from_shared:
-            found.append(f"must feed wgmma from registers, got {kernel.from_shared} that read shared memory")
+            broken.append(f"must feed wgmma from registers, got {kernel.from_shared} that read shared memory")
         if not kernel.in_flight:
-            found.append("must keep wgmmas in flight, got a wait for all of them in the loop")
+            broken.append("must keep wgmmas in flight, got a wait for all of them in the loop")
     stored = kernel.opcodes["STS"]
     if case.max_shared_stores is not None and kernel.target.startswith("sm_") and stored > case.max_shared_stores:
-        found.append(f"must store to shared memory at most {case.max_shared_stores} times a turn, got {stored}")
+        broken.append(f"must store to shared memory at most {case.max_shared_stores} times a turn, got {stored}")
     bound = case.max_instructions
     if bound is not None and kernel.target.startswith("sm_") and kernel.per_element > bound:
-        found.append(f"must issue at most {bound} instructions per element, got {kernel.per_element:.2f}")
-    return found
+        broken.append(f"must issue at most {bound} instructions per element, got {kernel.per_element:.2f}")
+    return broken
 
 
 def launches_of(case: AotCase, target: str) -> list[Launch]:
@@ -152,5 +152,5 @@ def launches_of(case: AotCase, target: str) -> list[Launch]:
 
 
 def reports(case: AotCase, target: str) -> list[Report]:
-    """What every kernel that `case.launch()` launches costs."""
+    """Reports what every kernel that `case.launch()` launches costs."""
     return [report(launch.compiled, target, case.elements) for launch in launches_of(case, target)]

@@ -21,7 +21,7 @@ _BULK = {"UTMALDG": "load", "UBLKCP": "load", "UTMASTG": "store", "UTMAREDG": "s
 
 
 def find_cuobjdump() -> str:
-    """Path of the disassembler: the one inside Triton, else the one on PATH."""
+    """Returns the path of the disassembler: the one inside Triton, else the one on PATH."""
     from triton import knobs
 
     try:
@@ -49,7 +49,7 @@ def disassemble(cubin: bytes) -> str:
 
 
 def classify(opcode: str) -> tuple[str, int]:
-    """Kind and bytes per thread of an opcode: `classify("LDG.E.128") == ("load", 16)`."""
+    """Returns kind and bytes per thread of an opcode: `classify("LDG.E.128") == ("load", 16)`."""
     name, *modifiers = opcode.split(".")
     if name in _LOADS or name in _STORES:
         width = next((_WIDTH[m] for m in modifiers if m in _WIDTH), 4)
@@ -64,7 +64,7 @@ def classify(opcode: str) -> tuple[str, int]:
 
 
 def parse(text: str) -> Code:
-    """Code of the (one) kernel in the output of `cuobjdump -res-usage -sass`."""
+    """Reads the code of the (one) kernel in the output of `cuobjdump -res-usage -sass`."""
     lines = [(int(address, 16), op, rest, _goal(op, rest)) for address, op, rest in _LINE.findall(text)]
     # functions called out of line follow the kernel's own code: each begins at the last place that is called before it
     # returns; a call of what never returns is a way out of a loop
@@ -89,7 +89,7 @@ def parse(text: str) -> Code:
 
 @lru_cache(maxsize=512)
 def read_cubin(cubin: bytes) -> Code:
-    """`parse(disassemble(cubin))`, once a process: the disassembler takes most of the time of a report."""
+    """Returns `parse(disassemble(cubin))`, done once a process: the disassembler takes most of the time of a report."""
     return parse(disassemble(cubin))
 
 
@@ -99,6 +99,6 @@ def _pending(opcode: str, operands: str) -> int | None:
 
 
 def _goal(opcode: str, operands: str) -> int | None:
-    """The address that a branch or a call goes to."""
+    """Returns the address that a branch or a call goes to."""
     match = re.search(r"0x([0-9a-f]+)", operands)
     return int(match[1], 16) if match and opcode.startswith(("BRA", "CALL")) else None

@@ -1,4 +1,4 @@
-"""The GPUs that kernels are compiled for, and how many blocks of a kernel one of their processors holds."""
+"""Lists the GPUs that kernels are compiled for, and tells how many blocks of a kernel a processor of theirs holds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PARTITIONS = 4  # schedulers of an SM, SIMDs of a CU: each owns a quarter of the
 
 @dataclass(frozen=True)
 class Target:
-    """One processor (SM or CU). Sizes in bytes, registers in 32-bit words, which a warp takes by `register_unit`.
+    """Describes a processor (SM or CU). Sizes in bytes, registers in 32-bit words, taken by `register_unit`.
 
     Sources: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; LLVM AMDGPU usage, gfx942.
     """
@@ -52,7 +52,7 @@ def find_target(name: str) -> Target:
 
 @dataclass(frozen=True)
 class Occupancy:
-    """Blocks and warps resident on one processor, and what stops one more: registers, shared, warps or blocks."""
+    """Holds blocks and warps resident on one processor, and what stops one more: registers, shared, warps or blocks."""
 
     blocks: int
     warps: int

@@ -1,4 +1,4 @@
-"""What a call of public ops makes a GPU do that is not there: `traced(call, "sm_90")`."""
+"""Lists what a call of public ops makes a GPU do, without the GPU: `traced(call, "sm_90")`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NOTHING = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new
 
 @dataclass(frozen=True)
 class Call:
-    """One of torch's own ops. nbytes: of its arguments and results. flops: of a product, with operands of `kind`."""
+    """Describes a call of a torch op. nbytes: of arguments and results. flops: of a product of operands of `kind`."""
 
     name: str
     nbytes: int
@@ -32,14 +32,14 @@ class Call:
 
 @dataclass
 class Trace:
-    """launches: of Triton kernels, in their order. calls: of torch's ops that compute, launchers' own among them."""
+    """Lists what ran. launches: of Triton kernels, in order. calls: of torch's ops that compute, also in launchers."""
 
     launches: list[Launch] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
 
 
 def _computes(op: Any) -> bool:
-    """False for views and allocations."""
+    """Returns False for views and allocations."""
     returns = op._schema.returns
     view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
     return not view and op.name().partition(".")[0] not in _NOTHING
@@ -96,7 +96,7 @@ def _launch(call: Callable[[], Any], trace: Trace) -> None:
 
 
 def trace_launcher(call: Callable[[], Any], target: str) -> Trace:
-    """Like `traced`, of a call of launchers themselves, with meta tensors."""
+    """Traces a call of launchers themselves, with meta tensors."""
     with record_launches(target) as launches:
         trace = Trace(launches)
         _launch(call, trace)

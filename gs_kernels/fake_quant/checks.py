@@ -1,4 +1,4 @@
-"""What every op of the fake-quant family demands of its arguments. Looks at metadata only, but for `check_values`."""
+"""Checks the arguments of the fake-quant ops: metadata only, but for `check_values`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_input(who: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -
 
 
 def check_granularity(who: str, x: Tensor, granularity: Granularity) -> tuple[int, int, int]:
-    """The granularity as an op schema can carry it: axis (-1: none), group size (0: none); and the number of scales."""
+    """Checks that x has the granularity; returns axis (-1: none), group size (0: none) and the number of scales."""
     if isinstance(granularity, PerTensor):
         return -1, 0, 1
     if isinstance(granularity, PerChannel):

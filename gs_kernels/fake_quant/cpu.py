@@ -10,10 +10,10 @@ from torch import Tensor
 
 from gs_kernels.fake_quant.ref import inverse
 from gs_kernels.fake_quant.strided_rows import BY_COL, BY_ROW, BY_TENSOR, Rows, like, readable, same_layout
-from gs_kernels.runtime.inductor import Chain, call, compiled
+from gs_kernels.runtime.inductor import Function, call, compiled
 from gs_kernels.runtime.torch_private import is_eager
 
-COMPILE_FROM = 1 << 16  # elements; below, an eager chain costs less than the wait for a compiler could win back
+COMPILE_FROM = 1 << 16  # elements; below, calling eagerly costs less than the wait for a compiler could win back
 
 # the sizes of examples: about 2**20 elements, all different
 EXAMPLES: dict[str, tuple[int, ...]] = {
@@ -24,12 +24,14 @@ EXAMPLES: dict[str, tuple[int, ...]] = {
 }
 
 
-def forward_chain(x: Tensor, *grid: Tensor) -> Tensor:
+def fused_fake_quant(x: Tensor, *grid: Tensor) -> Tensor:
     s, z, inv, zi, zf, lo, hi = grid
     return _steps(x, inv, zi, zf).clamp_(lo, hi).sub_(z).mul_(s).to(x.dtype)
 
 
-def backward_chain(dy: Tensor, x: Tensor, for_scale: bool, for_zero: bool, *grid: Tensor) -> tuple[Tensor, ...]:
+def fused_fake_quant_backward(
+    dy: Tensor, x: Tensor, for_scale: bool, for_zero: bool, *grid: Tensor
+) -> tuple[Tensor, ...]:
     s, z, inv, zi, zf, lo, hi = grid
     r = _steps(x, inv, zi, zf)
     inside = (r >= lo) & (r <= hi)
@@ -43,13 +45,13 @@ def backward_chain(dy: Tensor, x: Tensor, for_scale: bool, for_zero: bool, *grid
     return dx, ds, dz
 
 
-def quantize_chain(x: Tensor, dtype: torch.dtype, *grid: Tensor) -> Tensor:
+def fused_quantize(x: Tensor, dtype: torch.dtype, *grid: Tensor) -> Tensor:
     _, _, inv, zi, zf, lo, hi = grid
     r = _steps(x, inv, zi, zf)
     return torch.where(r.isnan(), lo, r.clamp_(lo, hi)).to(dtype)
 
 
-def dequantize_chain(codes: Tensor, dtype: torch.dtype, s: Tensor, z: Tensor) -> Tensor:
+def fused_dequantize(codes: Tensor, dtype: torch.dtype, s: Tensor, z: Tensor) -> Tensor:
     return (codes.float() - z).mul_(s).to(dtype)
 
 
@@ -58,7 +60,7 @@ def _steps(x: Tensor, inv: Tensor, zi: Tensor, zf: Tensor) -> Tensor:
 
 
 def total(t: Tensor, s: Tensor) -> Tensor:
-    """The sum over the elements of each scale: t is `[n]` or `[..., C, cols]`. By column, `[n, C]`, it is t itself."""
+    """Sums over the elements of each scale: t is `[n]` or `[..., C, cols]`. By column, `[n, C]`, returns t itself."""
     if t.dim() == 1:
         return t.sum().view(1)
     if s.dim() == 1:
@@ -66,8 +68,8 @@ def total(t: Tensor, s: Tensor) -> Tensor:
     return t.sum(-1) if t.dim() == 2 else t.sum(-1).sum(0)
 
 
-class Canonical:
-    """x as a dense tensor of rank 1 to 3 in memory order, and scales shaped to broadcast against it."""
+class DenseView:
+    """Views x as a dense tensor of rank 1 to 3 in memory order, and shapes scales to broadcast against it."""
 
     def __init__(self, x: Tensor, axis: int, group: int) -> None:
         self.given = x
@@ -80,20 +82,20 @@ class Canonical:
         return t.as_strided(self.shape, self.strides)
 
     def gradient(self, dy: Tensor) -> Tensor:
-        """dy in the order of x; copied if it is laid out otherwise."""
+        """Views dy in the order of x, after a copy if it is laid out otherwise."""
         return self.view(dy if same_layout(dy, self.dense) else torch.empty_like(self.dense).copy_(dy))
 
     def scales(self, t: Tensor) -> Tensor:
         return t.view(-1, 1) if self.kind in ("row", "mid") else t
 
     def grid(self, scale: Tensor, zero: Tensor, qmin: int, qmax: int) -> tuple[Tensor, ...]:
-        """scale, zero, 1 / scale, whole part and fraction of zero, qmin, qmax: the same for many elements."""
+        """Returns scale, zero, 1 / scale, whole part and fraction of zero, qmin, qmax, shaped to broadcast."""
         s, z = self.scales(scale), self.scales(zero)
         zi = z.round()
         return s, z, inverse(s, z), zi, z - zi, _level(qmin), _level(qmax)
 
     def restore(self, t: Tensor) -> Tensor:
-        """A result as a tensor with the shape and strides of x."""
+        """Returns a result with the shape and strides of x."""
         shape, strides = self.dense.shape, self.dense.stride()
         if is_eager(t):
             # not a view of t: autograd forbids in-place operations, such as a ReLU, on views that an op returns
@@ -102,12 +104,12 @@ class Canonical:
             y = t.as_strided(shape, strides)
         return y if self.dense is self.given else like(y, self.given)
 
-    def run(self, chain: Chain, *args: Any) -> Any:
-        """The chain on args, compiled if that is worth it."""
+    def run(self, function: Function, *args: Any) -> Any:
+        """Calls the function, compiled if x is large."""
         if self.x.numel() < COMPILE_FROM or 1 in self.shape:
-            return call(chain, *args)
+            return call(function, *args)
         flags = tuple(a for a in args if not isinstance(a, Tensor))
-        return call(compiled(chain, (self.kind, self.x.dtype, *flags), lambda: self._example(args)), *args)
+        return call(compiled(function, (self.kind, self.x.dtype, *flags), lambda: self._example(args)), *args)
 
     def _example(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         shape = EXAMPLES[self.kind]
@@ -123,7 +125,7 @@ class Canonical:
 
 @lru_cache(maxsize=4096)
 def _kind(rows: Rows) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-    """Name, shape and strides of the dense form."""
+    """Returns kind, shape and strides of the dense view."""
     if rows.by == BY_TENSOR:
         return "tensor", (rows.rows * rows.cols,), (1,)
     if rows.by == BY_COL:
@@ -140,8 +142,8 @@ def _level(q: int) -> Tensor:
 
 
 def fake_quant_cpu(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, axis: int, group: int) -> Tensor:
-    c = Canonical(x, axis, group)
-    return c.restore(c.run(forward_chain, c.x, *c.grid(scale, zero, qmin, qmax)))
+    view = DenseView(x, axis, group)
+    return view.restore(view.run(fused_fake_quant, view.x, *view.grid(scale, zero, qmin, qmax)))
 
 
 def fake_quant_backward_cpu(
@@ -156,20 +158,20 @@ def fake_quant_backward_cpu(
     for_scale: bool,
     for_zero: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    c = Canonical(x, axis, group)
-    grid = c.grid(scale, zero, qmin, qmax)
-    dx, ds, dz = c.run(backward_chain, c.gradient(dy), c.x, for_scale, for_zero, *grid)
-    if c.kind == "col":
+    view = DenseView(x, axis, group)
+    grid = view.grid(scale, zero, qmin, qmax)
+    dx, ds, dz = view.run(fused_fake_quant_backward, view.gradient(dy), view.x, for_scale, for_zero, *grid)
+    if view.kind == "col":
         ds, dz = (t.sum(0) if wanted else t for t, wanted in ((ds, for_scale), (dz, for_zero)))
-    return c.restore(dx), ds, dz
+    return view.restore(dx), ds, dz
 
 
 def quantize_cpu(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, axis: int, group: int) -> Tensor:
-    c = Canonical(x, axis, group)
+    view = DenseView(x, axis, group)
     dtype = torch.int8 if qmin < 0 else torch.uint8
-    return c.restore(c.run(quantize_chain, c.x, dtype, *c.grid(scale, zero, qmin, qmax)))
+    return view.restore(view.run(fused_quantize, view.x, dtype, *view.grid(scale, zero, qmin, qmax)))
 
 
 def dequantize_cpu(codes: Tensor, scale: Tensor, zero: Tensor, axis: int, group: int, dtype: torch.dtype) -> Tensor:
-    c = Canonical(codes, axis, group)
-    return c.restore(c.run(dequantize_chain, c.x, dtype, c.scales(scale), c.scales(zero)))
+    view = DenseView(codes, axis, group)
+    return view.restore(view.run(fused_dequantize, view.x, dtype, view.scales(scale), view.scales(zero)))

@@ -87,7 +87,7 @@ def dequantize(
     granularity: Granularity = PER_TENSOR,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The real values of codes: `(q - z) * s`. No gradient.
+    """Returns the real values of codes: `(q - z) * s`. No gradient.
 
     Args:
         codes: `[...]`, int8 or uint8.

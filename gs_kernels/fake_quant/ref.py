@@ -1,4 +1,4 @@
-"""What fake-quant computes, in the shortest torch that says it: the oracle of every other implementation.
+"""Computes fake-quant in the shortest torch that says it: the oracle of every other implementation.
 
 The order of operations is part of the definition. scale = absmax / qmax puts the extreme element exactly on the edge of
 the grid, where x / s and x * (1 / s) disagree about the straight-through mask.
@@ -31,7 +31,7 @@ class _RoundThrough(torch.autograd.Function):
 
 
 def spread(x: Tensor, granularity: Granularity) -> tuple[Tensor, tuple[int, ...]]:
-    """x with one axis that owns the scales, and the shape with which a `[C]` scale broadcasts against it."""
+    """Returns x with one axis that owns the scales, and the shape with which a `[C]` scale broadcasts against it."""
     if isinstance(granularity, PerGroup):
         return x.reshape(-1, granularity.size), (-1, 1)
     if isinstance(granularity, PerChannel):
@@ -41,13 +41,13 @@ def spread(x: Tensor, granularity: Granularity) -> tuple[Tensor, tuple[int, ...]
 
 
 def inverse(scale: Tensor, zero: Tensor) -> Tensor:
-    """1 / scale, NaN where scale is not in [2**-126, inf) or zero not in [-2**20, 2**20]."""
+    """Computes 1 / scale, NaN where scale is not in [2**-126, inf) or zero not in [-2**20, 2**20]."""
     valid = (scale >= SCALE_MIN) & (scale <= SCALE_MAX) & (zero.abs() <= ZERO_MAX)
     return torch.where(valid, 1.0 / scale, torch.nan)
 
 
 def _steps(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """The level of x before clamping: `round(x / s + frac(z)) + round(z)`."""
+    """Computes the level of x before clamping: `round(x / s + frac(z)) + round(z)`."""
     zi = torch.round(zero).detach()
     return _RoundThrough.apply(x.float() * inverse(scale, zero) + (zero - zi)) + zi
 
@@ -73,7 +73,7 @@ def fake_quant_backward_ref(
     qmax: int,
     granularity: Granularity = PER_TENSOR,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dscale and dzero: straight through inside the grid; dscale is Esser et al. 2020, arXiv:1902.08153 (3)."""
+    """Computes dx, dscale, dzero, straight through inside the grid; dscale: Esser et al. 2020, arXiv:1902.08153 (3)."""
     rows, shape = spread(x, granularity)
     dy_rows, _ = spread(dy, granularity)
     s, z = scale.view(shape), zero.view(shape)

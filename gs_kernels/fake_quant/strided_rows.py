@@ -1,4 +1,4 @@
-"""Any tensor as rows of memory, so that one kernel serves every shape, memory format and granularity.
+"""Describes any tensor as rows of memory, so that one kernel serves every shape, memory format and granularity.
 
 Element i of row r lies at `r // per * outer + r % per * inner + i` in x, and at `r * cols + i` in results, which are
 dense. Its scale is number 0 (by tensor), r (by row), i (by column) or `r % channels` (by cycle).
@@ -37,7 +37,7 @@ class Rows:
 
 
 def rows_of(shape: Sequence[int], strides: Sequence[int], axis: int, group: int) -> Rows | None:
-    """A tensor as rows, or None if it must be copied first.
+    """Describes a tensor as rows, or returns None if it must be copied first.
 
     Args:
         shape: of the tensor.
@@ -94,12 +94,12 @@ _cached_rows_of = lru_cache(maxsize=4096)(rows_of)
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether a has the shape and, where they matter, the strides of b."""
+    """Returns whether a has the shape and, where they matter, the strides of b."""
     return a.shape == b.shape and all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
 def readable(x: Tensor, axis: int, group: int) -> tuple[Tensor, Rows]:
-    """x, or one contiguous copy of it, and its rows."""
+    """Returns x, or one contiguous copy of it, and its rows."""
     # sizes that are symbols cannot be hashed
     find = _cached_rows_of if is_eager(x) else rows_of
     rows = find(x.shape, x.stride(), axis, group)
@@ -111,6 +111,6 @@ def readable(x: Tensor, axis: int, group: int) -> tuple[Tensor, Rows]:
 
 
 def like(y: Tensor, x: Tensor) -> Tensor:
-    """y with the strides of `torch.empty_like(x)`, which differ where groups cross the memory order of x."""
+    """Returns y with the strides of `torch.empty_like(x)`, which differ where groups cross the memory order of x."""
     want = torch.empty_like(x, dtype=y.dtype, device="meta").stride()
     return y if y.stride() == want else torch.empty_like(x, dtype=y.dtype).copy_(y)

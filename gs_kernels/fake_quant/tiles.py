@@ -1,4 +1,4 @@
-"""How rows are cut into tiles, one per program, by a table or a rule. Pure Python; sizes may be symbols."""
+"""Cuts rows into tiles, one per program, by a table or a rule. Pure Python; sizes may be symbols."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Tile:
         return (-(-rows.rows // self.rows) * -(-rows.cols // self.cols),)
 
     def partials(self, rows: Rows) -> tuple[int, ...]:
-        """Shape of what a reduction over tiles leaves: one number per tile and tensor, row or column."""
+        """Returns the shape of what a reduction over tiles leaves: one number per tile and tensor, row or column."""
         if rows.by == BY_TENSOR:
             return self.grid(rows)
         if rows.by == BY_COL:
@@ -34,7 +34,7 @@ class Tile:
 
 
 def power_of_two(n: int, limit: int) -> int:
-    """The smallest power of two that is >= n, or limit. Compares only, so that a symbol is bounded and not fixed."""
+    """Returns the smallest power of two >= n, or limit. Compares only, so that a symbol is bounded and not fixed."""
     p = 1
     while p < limit and p < n:
         p *= 2
@@ -42,7 +42,7 @@ def power_of_two(n: int, limit: int) -> int:
 
 
 def choose_tile(rows: Rows) -> Tile:
-    """One tile serves all kernels that go over rows once, by where scales are, whatever the dtype."""
+    """Chooses the tile of all kernels that go over rows once, by where scales are, whatever the dtype."""
     tile = tuned("fake_quant", None, rows.rows * rows.cols, by=rows.by)
     elements, warps = (ELEMENTS, WARPS) if tile is None else (tile["elements"], tile["warps"])
     cols = power_of_two(rows.cols, COLUMNS if rows.by == BY_COL else elements)

@@ -1,4 +1,4 @@
-"""The tiles of kernels that go over rows of elements once: fake-quant and its gradient, codes, ranges."""
+"""Declares the tiles of kernels that go over rows of elements once: fake-quant and its gradient, codes, ranges."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""Ranges on the CPU, alone or in the pass of fake-quant."""
+"""Measures ranges on the CPU, alone or in the pass of fake-quant."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from gs_kernels.fake_quant.cpu import Canonical, fake_quant_cpu, forward_chain
+from gs_kernels.fake_quant.cpu import DenseView, fake_quant_cpu, fused_fake_quant
 from gs_kernels.observe.qparams import choose_qparams
 
 
-def range_chain(x: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
-    """Smallest and largest of x, `[n]`, or of its rows, `[..., C, cols]`, or of its columns, `[n, C]`."""
+def fused_range(x: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
+    """Returns the smallest and largest of x, `[n]`, or of its rows, `[..., C, cols]`, or of its columns, `[n, C]`."""
     if not by_row:
         low, high = x.amin(0), x.amax(0)
     else:
@@ -19,13 +19,13 @@ def range_chain(x: Tensor, by_row: bool) -> tuple[Tensor, Tensor]:
     return low.float().view(-1), high.float().view(-1)
 
 
-def observe_chain(x: Tensor, *grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return forward_chain(x, *grid), *range_chain(x, by_row=True)
+def fused_fake_quant_and_range(x: Tensor, *grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return fused_fake_quant(x, *grid), *fused_range(x, by_row=True)
 
 
 def minmax_cpu(x: Tensor, axis: int, group: int) -> tuple[Tensor, Tensor]:
-    c = Canonical(x, axis, group)
-    return c.run(range_chain, c.x, c.kind != "col")
+    view = DenseView(x, axis, group)
+    return view.run(fused_range, view.x, view.kind != "col")
 
 
 def dynamic_fake_quant_cpu(
@@ -38,6 +38,6 @@ def dynamic_fake_quant_cpu(
 def observe_fake_quant_cpu(
     x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    c = Canonical(x, -1, 0)
-    y, x_min, x_max = c.run(observe_chain, c.x, *c.grid(scale, zero, qmin, qmax))
-    return c.restore(y), x_min, x_max
+    view = DenseView(x, -1, 0)
+    y, x_min, x_max = view.run(fused_fake_quant_and_range, view.x, *view.grid(scale, zero, qmin, qmax))
+    return view.restore(y), x_min, x_max

@@ -95,7 +95,7 @@ _observe = register(
 
 
 def minmax(x: Tensor, *, granularity: Granularity = PER_TENSOR) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest value of each channel; NaN if the channel holds one. No gradient.
+    """Returns the smallest and the largest value of each channel; NaN if the channel holds one. No gradient.
 
     Args:
         x: `[...]`, fp32 / fp16 / bf16, any strides, as for `fake_quant`.

@@ -1,4 +1,4 @@
-"""From a range of real values to the scale and zero point of an integer grid: one launch on a GPU."""
+"""Turns a range of real values into the scale and zero point of an integer grid: one launch on a GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _run = register(
 
 
 def choose_qparams(x_min: Tensor, x_max: Tensor, *, qmin: int, qmax: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """The grid of a range: `scale = (x_max - x_min) / (qmax - qmin)`, `zero = clamp(round(qmin - x_min / scale))`.
+    """Fits a grid to a range: `scale = (x_max - x_min) / (qmax - qmin)`, `zero = clamp(round(qmin - x_min / scale))`.
 
     The range is first made to hold 0, so that 0.0 is exactly a level (padding, ReLU). Symmetric takes the range
     ±max(|x_min|, |x_max|) and a constant zero: 0 on a signed grid, (qmin + qmax + 1) // 2 on an unsigned one, and

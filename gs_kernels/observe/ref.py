@@ -1,4 +1,4 @@
-"""What the observers compute, in the shortest torch that says it."""
+"""Computes what the observers do, in the shortest torch that says it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def minmax_ref(x: Tensor, *, granularity: Granularity = PER_TENSOR) -> tuple[Ten
 
 
 def symmetric_zero(qmin: int, qmax: int) -> float:
-    """The level of 0.0 on a symmetric grid: 0 if signed, the upper middle if unsigned, a half with two levels."""
+    """Returns the level of 0.0 on a symmetric grid: 0 if signed, the upper middle if unsigned, a half of two levels."""
     return (qmin + qmax) / 2 if qmax - qmin == 1 else float((qmin + qmax + 1) // 2)
 
 

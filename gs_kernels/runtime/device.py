@@ -1,4 +1,4 @@
-"""What the GPU can do, asked once per device and at first use."""
+"""Asks the driver what the GPU can do, once per device and at first use."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 
 @dataclass(frozen=True)
 class Capabilities:
-    """name: as the driver says it. sm: 90 for compute capability 9.0. shared_bytes: per block, opt-in.
+    """Holds what kernels are chosen by.
 
-    sm_count: number of processors.
+    name: as the driver says it. sm: 90 for compute capability 9.0. shared_bytes: per block, opt-in. sm_count: number of
+    processors.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and why the others do not.
+"""Chooses the implementation of an op that runs a call, and tells why the others do not.
 
 An op lists its implementations fastest first; each can refuse a call with reasons. The first that does not refuse runs.
 The environment variable `GS_BACKEND` forces one by name. This is the only file that reads the environment:
@@ -42,7 +42,7 @@ class Impl:
 
 
 def choose(op: str, impls: Sequence[Impl], *args: Any) -> Impl:
-    """The first implementation that accepts `args`; logs once when it is not the first of the list.
+    """Returns the first implementation that accepts `args`; logs once when it is not the first of the list.
 
     Raises:
         UnsupportedError: if every implementation refuses, with all the reasons; or GS_BACKEND names one that does.
@@ -66,12 +66,12 @@ def choose(op: str, impls: Sequence[Impl], *args: Any) -> Impl:
 
 
 def variable(*names: str) -> str:
-    """The first of these environment variables that is set and not empty; "" if none is."""
+    """Reads the first of these environment variables that is set and not empty; "" if none is."""
     return next((value for name in names if (value := os.environ.get(name, ""))), "")
 
 
 def tuning_dir() -> Path | None:
-    """The folder of the user's own tables of tiles, `GS_TUNING_DIR`."""
+    """Returns the folder of the user's own tables of tiles, `GS_TUNING_DIR`."""
     folder = os.environ.get("GS_TUNING_DIR")
     return Path(folder) if folder else None
 
@@ -94,7 +94,7 @@ def cpu_refuses(x: torch.Tensor, *_: object) -> list[str]:
 
 
 def takes_cpu(x: torch.Tensor) -> bool:
-    """Whether an op with x would take its CPU path, for callers that go it without the op."""
+    """Returns whether an op with x would take its CPU path, for callers that take that path without the op."""
     return not INTERPRET and os.environ.get("GS_BACKEND", "cpu") == "cpu" and not cpu_refuses(x)
 
 
@@ -108,7 +108,7 @@ def implementations(
     cpu: Callable[..., Any] | None = None,
     refuses: Callable[..., list[str]] = triton_refuses,
 ) -> tuple[Impl, ...]:
-    """Fastest first: `<name>_triton` of the `kernel.py` beside ref, imported when first chosen; cpu, if any; ref.
+    """Lists, fastest first: `<name>_triton` of the `kernel.py` beside ref, imported once chosen; cpu, if any; ref.
 
     refuses: when the Triton kernels cannot run a call.
     """
@@ -124,7 +124,7 @@ def implementations(
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **flags: Any) -> None:
-    """`kernel[grid](*args, **flags)` on the device of args[0], a * b + c not contracted.
+    """Launches `kernel[grid](*args, **flags)` on the device of args[0], a * b + c not contracted.
 
     While tracing, the launch goes through `wrap_triton`, so that `torch.compile` and AOTInductor see it. That knows no
     `enable_fp_fusion`: kernels are written so that contraction changes no element, only the last bits of sums.

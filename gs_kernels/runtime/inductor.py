@@ -1,9 +1,9 @@
-"""Chains of tensor operations, compiled once for the CPU.
+"""Compiles functions of tensors for the CPU by inductor, each a few operations fused into one pass over memory.
 
 `torch.compile` compiles again for every size that is 0, 1 or was equal to another in its first call, and takes 30 us or
-more to find the code of a call. So a chain is traced and compiled per variant (rank, dtype, flags), ahead of its first
+more to find the code of a call. So a function is traced and compiled per variant (rank, dtype, flags), before its first
 use, on an example whose sizes are large and all differ; the code itself checks sizes and strides.
-Where compiling fails, for want of a C++ compiler or of a folder, the chain runs eagerly, which is said once.
+Where compiling fails, for want of a C++ compiler or of a folder, the function runs eagerly, which is logged once.
 
 What `torch.compile` keeps on disk does not say for how wide vectors it was made, so that a CPU with narrower ones would
 read it wrongly, and one with wider ones write behind the ends of tensors. Here the width is part of what is asked for.
@@ -29,7 +29,7 @@ from gs_kernels.runtime.torch_private import inductor_cache_dir, standalone_comp
 
 logger = logging.getLogger(__name__)
 
-Chain = Callable[..., Any]
+Function = Callable[..., Any]
 
 # of a compiler that is missing, fails or is stopped; of folders; of parts of PyTorch that were half imported then
 FAILURES = (
@@ -37,65 +37,65 @@ FAILURES = (
     *(ValueError, subprocess.SubprocessError),
 )
 
-_ready: dict[tuple[Chain, Hashable, int], Chain] = {}
+_ready: dict[tuple[Function, Hashable, int], Function] = {}
 _lock = threading.RLock()
 _usable = True
 
 
 def compiled(
-    chain: Chain,
+    function: Function,
     variant: Hashable,
     example: Callable[[], tuple[Any, ...]],
     options: dict[str, str | int | bool | Callable[..., Any]] | None = None,
-) -> Chain:
-    """`chain`, compiled when first asked for; or as it is if it cannot be compiled here.
+) -> Function:
+    """Returns `function` compiled, which happens once a variant; or as it is if it cannot be compiled here.
 
     Args:
-        chain: of tensors and constants; returns a tensor, a tuple of tensors or None.
+        function: of tensors and constants; returns a tensor, a tuple of tensors or None.
         variant: what tells apart calls that need code of their own, all constants among it; tensor sizes of one
             variant are all above 1.
         example: makes the arguments of one such call.
-        options: of the compiler, as `torch.compile` takes them; the same in every call for one chain.
+        options: of the compiler, as `torch.compile` takes them; the same in every call for one function.
     """
-    key = (chain, variant, torch.get_num_threads())  # the code starts as many threads
+    key = (function, variant, torch.get_num_threads())  # the code starts as many threads
     if key not in _ready:
         with _lock:
             if key not in _ready:
-                _ready[key] = _compile(chain, variant, example, options or {})
+                _ready[key] = _compile(function, variant, example, options or {})
     return _ready[key]
 
 
-def _compile(chain: Chain, variant: Hashable, example: Callable[[], tuple[Any, ...]], options: dict[str, Any]) -> Chain:
+def _compile(
+    function: Function, variant: Hashable, example: Callable[[], tuple[Any, ...]], options: dict[str, Any]
+) -> Function:
     global _usable
     if not _usable:
-        return chain
-    logger.info("compiling %s %s for the CPU, once", chain.__name__, variant)
+        return function
+    logger.info("compiling %s %s for the CPU, once", function.__name__, variant)
     try:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            options, mark = {**options, **_width()}, _mark_of(chain, variant)
+            options, mark = {**options, **_width()}, _mark_of(function, variant)
             if not mark.exists():
-                log_compiling(chain.__name__, mark.parent.parent)
-            run = _compile_for(chain, example(), options)
+                log_compiling(function.__name__, mark.parent.parent)
+            run = _compile_for(function, example(), options)
             _leave(mark)
             return run
     except FAILURES as error:
-        log_uncompiled("CPU chains run uncompiled", error)
+        log_uncompiled("CPU functions run unfused", error)
         _usable = False
-        return chain
+        return function
 
 
 def _width() -> dict[str, Any]:
-    """The option of `torch.compile` that says how wide its vectors are."""
+    """Returns the option of `torch.compile` that sets how wide its vectors are."""
     bits = vector_bits()
     return {"cpp.simdlen": bits} if bits else {}
 
 
-def _mark_of(chain: Chain, variant: Hashable) -> Path:
-    """A file that tells that `torch.compile` will find this chain on disk."""
-    about = (chain.__module__, chain.__name__, variant, described(), torch.__version__, torch.get_num_threads())
-    return (
-        Path(inductor_cache_dir()) / "golden_stick" / f"{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.chain"
-    )
+def _mark_of(function: Function, variant: Hashable) -> Path:
+    """Returns the path of a file that tells that `torch.compile` will find this function on disk."""
+    key = (function.__module__, function.__name__, variant, described(), torch.__version__, torch.get_num_threads())
+    return Path(inductor_cache_dir()) / "golden_stick" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.fused"
 
 
 def _leave(mark: Path) -> None:
@@ -104,7 +104,7 @@ def _leave(mark: Path) -> None:
         mark.touch()
 
 
-def _compile_for(chain: Chain, args: tuple[Any, ...], options: dict[str, Any]) -> Chain:
+def _compile_for(function: Function, args: tuple[Any, ...], options: dict[str, Any]) -> Function:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     standalone_compile, TracingContext, tracing = standalone_compiler()
@@ -116,7 +116,7 @@ def _compile_for(chain: Chain, args: tuple[Any, ...], options: dict[str, Any]) -
         whole = list(args)
         for i, t in zip(places, tensors, strict=True):
             whole[i] = t
-        result = chain(*whole)
+        result = function(*whole)
         kind = type(result)
         return result if kind is tuple else () if result is None else (result,)
 
@@ -124,7 +124,7 @@ def _compile_for(chain: Chain, args: tuple[Any, ...], options: dict[str, Any]) -
     inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     # the cache of PyTorch keeps loops for one width of vectors and compiles them for any: 8 at a time stored as 16
     options = {"cpp.simdlen": vector_bits(), **options}
-    # sizes are symbols of the trace, which a chain that returns nothing does not show in its results
+    # sizes are symbols of the trace, which a function that returns nothing does not show in its results
     with tracing(TracingContext(inputs[0].fake_mode)):
         code = standalone_compile(
             graph, inputs, dynamic_shapes="from_tracing_context", options={"config_patches": options}
@@ -137,10 +137,10 @@ def _compile_for(chain: Chain, args: tuple[Any, ...], options: dict[str, Any]) -
     return run
 
 
-def call(chain: Chain, *args: Any) -> Any:
-    """Runs a chain without gradients and autocast."""
+def call(function: Function, *args: Any) -> Any:
+    """Calls a function without gradients and autocast."""
     if torch.is_autocast_enabled("cpu"):
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return chain(*args)
+            return function(*args)
     with torch.no_grad():
-        return chain(*args)
+        return function(*args)

@@ -92,7 +92,7 @@ class OpSpec:
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], argument: Any) -> Any:
-    """The argument of a call with the function applied to it or, if it holds tensors by name, to each of those."""
+    """Applies the function to an argument of a call or, if that holds tensors by name, to each of those."""
     if isinstance(argument, torch.Tensor):
         return function(argument)
     if is_dataclass(argument) and not isinstance(argument, type):

@@ -103,12 +103,12 @@ class Op:
         self.name, self.impls = schema.partition("(")[0], impls
         self.gradient, self.setup_context = gradient, setup_context
         inside, returns = schema.removeprefix(f"{self.name}(").rsplit(") -> ", 1)
-        known = {kind.cls.__name__: kind for kind in carried}
+        by_type = {kind.cls.__name__: kind for kind in carried}
         self.kinds: list[Carried | None] = []
         names, flat = [], []
         self.names: list[str | None] = []  # of flat arguments; None inside carried objects, which get no gradient
         for type_, name in (argument.split() for argument in inside.split(",")):
-            kind = known.get(type_)
+            kind = by_type.get(type_)
             self.kinds.append(kind)
             names.append(name)
             flat.append(f"{type_} {name}" if kind is None else kind.schema)
@@ -157,14 +157,14 @@ class Op:
             )
 
     def flatten(self, args: Sequence[Any]) -> list[Any]:
-        """Arguments as the schema has them, without the source."""
+        """Returns the arguments as the schema has them, without the source."""
         flat: list[Any] = []
         for a, kind in zip(args, self.kinds, strict=True):
             flat += (a,) if kind is None else kind.flatten(a)
         return flat
 
     def unflatten(self, flat: Sequence[Any]) -> list[Any]:
-        """Arguments as implementations take them, from those of the schema; a source behind them is dropped."""
+        """Makes the arguments of implementations from those of the schema; a source behind them is dropped."""
         rest = iter(flat)
         return [next(rest) if kind is None else kind.unflatten(*islice(rest, kind.size)) for kind in self.kinds]
 
@@ -186,8 +186,8 @@ class Op:
     def _backward(self, ctx: Any, *dys: Any) -> tuple[Tensor | None, ...]:
         assert self.gradient is not None
         wanted = {name for name, needed in zip(self.names, ctx.needs_input_grad, strict=False) if needed}
-        found = self.gradient(ctx, wanted, *dys)
-        return *(None if name is None else found.get(name) for name in self.names), None
+        grads = self.gradient(ctx, wanted, *dys)
+        return *(None if name is None else grads.get(name) for name in self.names), None
 
 
 def register(
@@ -234,12 +234,12 @@ def saved(ctx: Any) -> list[Any]:
 
 
 def _no_view(output: Any) -> Any:
-    """The same memory as no view of another tensor: autograd refuses to change a view in place behind a Function."""
+    """Returns the same memory, but no view: autograd refuses to change a view in place behind a Function."""
     return output.detach() if isinstance(output, Tensor) and is_view(output) else output
 
 
 def _function(op: Op) -> Callable[..., Any]:
-    """The op with its gradient, for eager mode: that saves 30 to 50 us a call on the way through torch."""
+    """Makes the op with its gradient for eager mode: that saves 30 to 50 us a call on the way through torch."""
 
     class Function(torch.autograd.Function):
         @staticmethod

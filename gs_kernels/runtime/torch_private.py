@@ -1,7 +1,8 @@
-"""Every name of PyTorch with an underscore that gs_kernels and gs_algos use, checked with torch 2.11, 2.13 and 2.14.
+"""Collects what gs_kernels and gs_algos use from private paths of PyTorch, checked with torch 2.11, 2.13 and 2.14.
 
-Nothing else may import one (tests/kernels/test_torch_private.py): what a new version of PyTorch moves or drops is
-mended here. Names of operators (`aten._unsafe_view`), which files and graphs hold, are no such names.
+No other file may import or call one, `torch...._name` (tests/kernels/test_torch_private.py): what a new version of
+PyTorch moves or drops is mended here. Operators (`aten._unsafe_view`), which files and graphs hold by name, and private
+attributes of objects (`tensor._version`, `module._buffers`) are used where they are needed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the ops of SLB demand of their arguments. Looks at metadata only, but for `check_values`."""
+"""Checks the arguments of the ops of SLB: metadata only, but for `check_values`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEVELS_MAX = 256
 
 
 def check_logits(who: str, logits: Tensor) -> int:
-    """The number of levels that the logits choose among."""
+    """Checks the logits; returns the number of levels that they choose among."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{who}: logits must be a tensor, got {type(logits).__name__}")
     if logits.dtype not in FLOATS:
@@ -42,7 +42,7 @@ def check_levels(who: str, logits: Tensor, levels: Tensor, temperature: Tensor, 
 
 
 def check_fp32(who: str, name: str, t: Tensor, shape: tuple[int, ...], logits: Tensor) -> None:
-    """t is fp32 of that shape, on the device of the logits."""
+    """Checks that t is fp32 of that shape, on the device of the logits."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{who}: {name} must be a tensor, got {type(t).__name__}; use torch.tensor([...])")
     if t.dtype != torch.float32:
@@ -79,12 +79,12 @@ def check_weight(
     dtype: torch.dtype | None,
     memory_format: torch.memory_format,
 ) -> tuple[list[int], torch.dtype, bool]:
-    """Shape and dtype of the weight, and whether its channels come last in memory."""
-    o, rest = logits.shape[0], math.prod(logits.shape[2:])
+    """Checks that the logits make such a weight; returns its shape, dtype and whether channels come last."""
+    o, count = logits.shape[0], math.prod(logits.shape[2:])
     size = [o, *logits.shape[2:]] if shape is None else list(shape)
-    if len(size) < 2 or size[0] != o or math.prod(size[1:]) != rest:
+    if len(size) < 2 or size[0] != o or math.prod(size[1:]) != count:
         raise ValueError(
-            f"{who}: shape must be [{o}, ...] with {rest} weights for each of them, as the logits"
+            f"{who}: shape must be [{o}, ...] with {count} weights for each of them, as the logits"
             f" {list(logits.shape)} have, got {size}"
         )
     dtype = logits.dtype if dtype is None else dtype
@@ -101,7 +101,7 @@ def check_weight(
 
 
 def check_update(who: str, logits: Tensor, dw: Tensor, state: dict[str, Tensor | None], frozen: Tensor | None) -> None:
-    """What an optimizer step writes is contiguous, and dw is the gradient of a weight that these logits make."""
+    """Checks that what an optimizer step writes is contiguous, and that dw is the gradient of these logits' weight."""
     if not logits.is_contiguous():
         raise ValueError(f"{who}: logits must be contiguous, got strides {list(logits.stride())}; store them so")
     if not isinstance(dw, Tensor):
@@ -128,7 +128,7 @@ def check_update(who: str, logits: Tensor, dw: Tensor, state: dict[str, Tensor |
 
 
 def check_rates(who: str, lr: float | Tensor, logits: Tensor, **rates: float) -> None:
-    """lr is a number or fp32 `[1]`; each of `rates` is a number in the range that its name has."""
+    """Checks that lr is a number or fp32 `[1]`, and each of `rates` a number in the range that its name has."""
     if isinstance(lr, Tensor):
         check_fp32(who, "lr", lr, (1,), logits)
     else:

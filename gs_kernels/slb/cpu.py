@@ -1,4 +1,4 @@
-"""SLB on the CPU: `cpu.cpp`, or the reference where that does not compile."""
+"""Runs SLB on the CPU by `cpu.cpp`, or by the reference where that does not compile."""
 
 from __future__ import annotations
 
@@ -79,17 +79,16 @@ def _self_test(functions: Any) -> bool:
 
 
 def _array(t: Tensor | None) -> _Array:
-    """A contiguous tensor, fp32 or bf16."""
+    """Makes the struct of a contiguous tensor, fp32 or bf16."""
     return _Array(None, 0) if t is None else _Array(t.data_ptr(), t.dtype == torch.bfloat16)
 
 
-def _known(t: Tensor) -> Tensor:
-    """t, or a copy, of a dtype and layout that `_array` takes."""
+def _readable(t: Tensor) -> Tensor:
+    """Returns t, or a copy, of a dtype and layout that `_array` takes."""
     return (t.float() if t.dtype == torch.float16 else t).contiguous()
 
 
 def _logits(a: Tensor, levels: Tensor, temperature: Tensor, scale: Tensor | None) -> _Logits:
-    """a: `_known`."""
     rows, planes = a.shape[:2]
     columns = a.numel() // (rows * planes)
     tau = temperature.item()
@@ -97,17 +96,17 @@ def _logits(a: Tensor, levels: Tensor, temperature: Tensor, scale: Tensor | None
     threads = torch.get_num_threads() if a.numel() >= PARALLEL_FROM else 1
     levels, scale = levels.contiguous(), None if scale is None else scale.contiguous()
     pointers = levels.data_ptr(), None if scale is None else scale.data_ptr()
-    made = _Logits(_array(a), *pointers, rows, planes, columns, inverse, threads)
-    made.held = a, levels, scale  # for as long as their addresses
-    return made
+    struct = _Logits(_array(a), *pointers, rows, planes, columns, inverse, threads)
+    struct.held = a, levels, scale  # for as long as their addresses
+    return struct
 
 
 def _rows(dw: Tensor) -> Tensor:
-    return _known(dw.reshape(dw.shape[0], -1))
+    return _readable(dw.reshape(dw.shape[0], -1))
 
 
 def _in_huge_pages(t: Tensor) -> Tensor:
-    """t, just allocated; if large, Linux is advised to map it in huge pages.
+    """Returns t, just allocated; if t is large, Linux is advised to map it in huge pages.
 
     The faults of a fresh tensor's 4 KB pages take longer than the passes that write it. `THP_MEM_ALLOC_ENABLE=1` makes
     torch do the same for every tensor.
@@ -134,7 +133,7 @@ def slb_weight_cpu(
         w = slb_weight_ref(logits, levels, temperature, scale, hard=hard, shape=shape, dtype=dtype)
     else:
         w = _in_huge_pages(torch.empty(shape, dtype=torch.float32 if dtype == torch.float16 else dtype))
-        functions.slb_weight(_logits(_known(logits), levels, temperature, scale), _array(w), hard)
+        functions.slb_weight(_logits(_readable(logits), levels, temperature, scale), _array(w), hard)
     return w.to(dtype) if not channels_last else empty_weight(logits, shape, dtype, True).copy_(w)
 
 
@@ -150,10 +149,10 @@ def slb_weight_backward_cpu(
 ) -> tuple[Tensor, Tensor]:
     functions = kernels()
     if hard or functions is None:
-        found = slb_weight_backward_ref(dw, logits, levels, temperature, scale, hard=hard)
-        da = found[0].contiguous() if for_logits else logits.new_empty(0)
-        return da, found[1] if for_scale else torch.empty(0)
-    a, dw = _known(logits), _rows(dw)
+        dlogits, dscale = slb_weight_backward_ref(dw, logits, levels, temperature, scale, hard=hard)
+        da = dlogits.contiguous() if for_logits else logits.new_empty(0)
+        return da, dscale if for_scale else torch.empty(0)
+    a, dw = _readable(logits), _rows(dw)
     out = _in_huge_pages(torch.empty_like(a)) if for_logits else None
     sums = torch.empty(a.shape[0], -(-dw.shape[1] // TILE)) if for_scale else None
     where = None if sums is None else sums.data_ptr()
@@ -166,7 +165,7 @@ def slb_pack_cpu(logits: Tensor, bits: int) -> Tensor:
     functions = kernels()
     if functions is None:
         return slb_pack_ref(logits, bits=bits)
-    a, unused = _known(logits), torch.zeros(max(2, logits.shape[1]))
+    a, unused = _readable(logits), torch.zeros(max(2, logits.shape[1]))
     codes = torch.empty(a.shape[0], a.shape[2:].numel(), dtype=torch.uint8)
     functions.slb_codes(_logits(a, unused, torch.ones(1), None), codes.data_ptr())
     return codes if bits == 8 else pack_codes(codes, bits)
@@ -202,7 +201,7 @@ def slb_adamw__cpu(
     rate, spread = lr / (1 - beta1**t), math.sqrt(1 - beta2**t)
     by = _AdamW(1 - beta1, 1 - beta2, rate, spread, eps, 1 - lr * weight_decay)
     dw = _rows(dw)
-    a, avg, sq = new = [_known(t) for t in state]
+    a, avg, sq = new = [_readable(t) for t in state]
     functions.slb_adamw(_logits(a, levels, temperature, scale), _array(dw), _array(avg), _array(sq), by)
     _assign(state, new)
 
@@ -230,7 +229,7 @@ def slb_sgd__cpu(
         _assign(state, slb_sgd_ref(logits, dw, levels, temperature, momentum_buffer, scale, **kwargs))
         return
     dw = _rows(dw)
-    new = [_known(t) for t in state]
+    new = [_readable(t) for t in state]
     buffer = _array(new[1]) if len(new) > 1 else _array(None)
     functions.slb_sgd(
         _logits(new[0], levels, temperature, scale), _array(dw), buffer, _SGD(lr, weight_decay, momentum, nesterov)

@@ -1,4 +1,4 @@
-"""Weights in the memory formats of convolutions, as a kernel sees them: HW elements apart, or as their logits."""
+"""Describes memory formats of weights to kernels: channels last, HW elements apart, or in the order of their logits."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def empty_weight(logits: Tensor, shape: Sequence[int], dtype: torch.dtype, chann
 
 
 def filter_size(shape: Sequence[int], channels_last: bool) -> int:
-    """HW: column n of a row lies at `n % HW * C + n // HW`; 1 where rows lie as they are."""
+    """Returns HW: column n of a row lies at `n % HW * C + n // HW`; 1 where rows lie as they are."""
     return math.prod(shape[2:]) if channels_last else 1
 
 
 def readable(dw: Tensor) -> tuple[Tensor, int]:
-    """dw, or one contiguous copy of it, and its HW."""
+    """Returns dw, or one contiguous copy of it, and its HW (see `filter_size`)."""
     if dw.is_contiguous():
         return dw, 1
     if dw.dim() in CHANNELS_LAST and dw.is_contiguous(memory_format=CHANNELS_LAST[dw.dim()]):

@@ -1,4 +1,4 @@
-"""The weight that SLB trains, and its gradient: implementations, registration, the public function."""
+"""Mixes the weight that SLB trains, and its gradient: implementations, registration, the public function."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def slb_weight(
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """A weight as a mixture of a few levels: `sum_i softmax(logits / temperature)_i * levels_i`, times scale if given.
+    """Mixes a few levels to a weight: `sum_i softmax(logits / temperature)_i * levels_i`, times scale if given.
 
     In fp32, with one cast at the end. The softmax is never stored: backward reads the logits again. The gradients are
     exact, no straight-through estimate: dlogits_k = dw * scale * P_k * (levels_k - W) / temperature, and dscale = sum

@@ -1,4 +1,4 @@
-"""The levels that SLB chose, as codes: implementations, registration, the public functions."""
+"""Turns logits into the codes of the levels they choose: implementations, registration, the public functions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _run = register("slb_pack(Tensor logits, int bits) -> Tensor", PACK, _pack_fake)
 
 
 def slb_pack(logits: Tensor, *, bits: int | None = None) -> Tensor:
-    """The levels of the largest logits as packed codes, the canonical layout of `PackedWeight`. No gradient.
+    """Packs the levels of the largest logits as codes in the canonical layout of `PackedWeight`. No gradient.
 
     The codes go from logits to bytes without a tensor in between. Equal logits choose the lowest level; NaN counts as
     infinity.
@@ -56,7 +56,7 @@ def slb_pack(logits: Tensor, *, bits: int | None = None) -> Tensor:
 
 
 def slb_codes(logits: Tensor) -> Tensor:
-    """The level of the largest logit of each weight: `argmax(logits, 1)`. No gradient.
+    """Returns the level of the largest logit of each weight: `argmax(logits, 1)`. No gradient.
 
     Equal logits choose the lowest level, on every device; NaN counts as infinity.
 

@@ -1,4 +1,4 @@
-"""What SLB computes, in the shortest torch that says it: the oracle of every other implementation.
+"""Computes SLB in the shortest torch that says it: the oracle of every other implementation.
 
 Logits are `[O, L, ...]`: output channel, level, then the other dimensions of the weight. fp64 stays fp64, all else is
 computed in fp32.
@@ -22,31 +22,31 @@ def wide(t: Tensor) -> Tensor:
 
 
 def planes(logits: Tensor) -> Tensor:
-    """The logits of every level, `[O, L, R]`. A single plane is the logit of level 1, that of level 0 being 0."""
+    """Returns the logits of every level, `[O, L, R]`. A single plane is that of level 1; level 0 then has 0."""
     a = wide(logits).flatten(2)
     return torch.cat([torch.zeros_like(a), a], 1) if a.shape[1] == 1 else a
 
 
 def probabilities(logits: Tensor, temperature: Tensor) -> Tensor:
-    """P = softmax(A / tau) over the levels, `[O, L, R]`. Shifted before the division, so that tau may be tiny."""
+    """Computes P = softmax(A / tau) over the levels, `[O, L, R]`, shifted before the division: tau may be tiny."""
     tau = torch.where((temperature >= TAU_MIN) & (temperature <= TAU_MAX), temperature, torch.nan)
     a = planes(logits)
     return torch.softmax((a - a.amax(1, keepdim=True).detach()) / tau, 1)
 
 
 def choices(logits: Tensor) -> Tensor:
-    """The level of the largest logit, int64 `[O, R]`: the lowest of equals, and NaN counts as infinity."""
+    """Returns the level of the largest logit, int64 `[O, R]`: the lowest of equals, and NaN counts as infinity."""
     a = planes(logits)
     return torch.where(a.isnan(), torch.inf, a).argmax(1)
 
 
 def mix(p: Tensor, levels: Tensor) -> Tensor:
-    """W_c = sum_i P_i v_i, `[O, R]`."""
+    """Computes W_c = sum_i P_i v_i, `[O, R]`."""
     return (p * levels.view(1, -1, 1)).sum(1)
 
 
 def chosen(logits: Tensor, levels: Tensor) -> Tensor:
-    """W_q = v_argmax(A), `[O, R]`; NaN where a logit is."""
+    """Computes W_q = v_argmax(A), `[O, R]`; NaN where a logit is."""
     return torch.where(planes(logits).isnan().any(1), torch.nan, levels[choices(logits)])
 
 
@@ -77,7 +77,7 @@ def slb_weight_backward_ref(
     *,
     hard: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """dlogits, `dA_k = dW * s * P_k * (v_k - W_c) / tau` (0 if hard), and dscale, `sum of dW * W_c`."""
+    """Computes dlogits, `dA_k = dW * s * P_k * (v_k - W_c) / tau` (0 if hard), and dscale, `sum of dW * W_c`."""
     g = wide(dw).reshape(dw.shape[0], -1)
     if hard:
         return torch.zeros_like(logits), (g * chosen(logits, levels)).sum(1)
@@ -112,7 +112,7 @@ def slb_adamw_ref(
     weight_decay: float = 1e-2,
     frozen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The new logits, exp_avg and exp_avg_sq of Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2."""
+    """Returns the new logits, exp_avg and exp_avg_sq of Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2."""
     g = wide(slb_weight_backward_ref(dw, wide(logits), levels, temperature, scale)[0])
     m = betas[0] * wide(exp_avg) + (1 - betas[0]) * g
     v = betas[1] * wide(exp_avg_sq) + (1 - betas[1]) * g * g
@@ -136,7 +136,7 @@ def slb_sgd_ref(
     nesterov: bool = False,
     frozen: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The new logits and, if there is one, momentum_buffer, as `torch.optim.SGD` without dampening."""
+    """Returns the new logits and, if there is one, momentum_buffer, as `torch.optim.SGD` without dampening."""
     g = wide(slb_weight_backward_ref(dw, wide(logits), levels, temperature, scale)[0]) + weight_decay * wide(logits)
     if momentum_buffer is None:
         return _unless(frozen, (logits, wide(logits) - lr * g))
@@ -146,6 +146,6 @@ def slb_sgd_ref(
 
 
 def _unless(frozen: Tensor | None, *pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Of each pair (old, new) the new one in the dtype of the old, or the old one where frozen."""
+    """Returns of each pair (old, new) the new tensor in the dtype of the old, or the old one where frozen."""
     new = tuple(new.to(old.dtype) for old, new in pairs)
     return new if frozen is None else tuple(torch.where(frozen, p[0], n) for p, n in zip(pairs, new, strict=True))

@@ -1,4 +1,4 @@
-"""How weights are cut into tiles, one per program, by a table or a rule. Pure Python; sizes may be symbols."""
+"""Cuts weights into tiles, one per program, by a table or a rule. Pure Python; sizes may be symbols."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Tile:
 
 
 def choose_tile(o: int, r: int, planes: int, itemsize: int, *, columns_min: int = 1, vectors_max: int = 2) -> Tile:
-    """For a weight of o rows and r columns with `planes` planes of logits of `itemsize` bytes.
+    """Chooses the tile of a weight of o rows and r columns with `planes` planes of logits of `itemsize` bytes.
 
     vectors_max: accesses of a thread to each plane; few planes want more, so that enough bytes are on their way. 1 for
         optimizer steps, which have tables of their own.
@@ -42,13 +42,13 @@ def choose_tile(o: int, r: int, planes: int, itemsize: int, *, columns_min: int 
 
 
 def default_threads(planes: int, vectors_max: int) -> tuple[int, int]:
-    """Accesses of a thread to each plane, and warps, without a table."""
+    """Returns the accesses of a thread to each plane, and the warps, without a table."""
     vectors = min(2 if planes <= 2 else 1, vectors_max)
     return vectors, 4 * vectors
 
 
 def _columns(r: int, lanes: int) -> int:
-    """The widest tile that wastes at most an eighth of its lanes, else the narrowest that is worth a line."""
+    """Returns the largest width that wastes at most an eighth of the lanes, else the smallest that is worth a line."""
     cols = power_of_two(r, lanes)
     while cols > COLUMNS_MIN and 8 * (-r % cols) > r:
         cols //= 2

@@ -1,4 +1,4 @@
-"""The tiles of SLB's kernels: those that mix levels, and those that step."""
+"""Declares the tiles of SLB's kernels: those that mix levels, and those that step."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def _update(problem: Problem, operands: Any, machine: Machine) -> tuple[Tensor, 
 
 
 def _refuses(problem: Problem) -> str:
-    known = problem["itemsize"] in DTYPES and min(problem["n"], problem["planes"]) >= 1
-    return "" if known else "n and planes must be >= 1, itemsize 2 or 4"
+    fits = problem["itemsize"] in DTYPES and min(problem["n"], problem["planes"]) >= 1
+    return "" if fits else "n and planes must be >= 1, itemsize 2 or 4"
 
 
 def _candidates(problem: Problem) -> Iterator[Tile]:

@@ -1,1 +1,1 @@
-"""What a kernel may take on a GPU, and which tiles it runs with there: descriptions, cost model, tuner, tables."""
+"""Chooses the tiles of kernels on a GPU, and predicts their times: descriptions, cost model, tuner, tables."""

@@ -1,4 +1,4 @@
-"""How long a launch must take at least on a described card: its bytes, its products or its instructions, whichever is
+"""Predicts the least time of a launch on a described card: its bytes, its products or its instructions, whichever is
 slowest, after the launch itself. Nothing here is timed; `bench.predict` says how far measured rows are from it.
 
     with record_launches("sm_90") as launches:
@@ -19,7 +19,7 @@ from gs_kernels.tuning.gpu_specs import Card
 
 @dataclass(frozen=True)
 class Prediction:
-    """Microseconds. bound: what takes longest, "bytes", "products" or "instructions".
+    """Holds microseconds. bound: what takes longest, "bytes", "products" or "instructions".
 
     waves: programs per program that the card holds at a time.
     """
@@ -41,7 +41,7 @@ class Prediction:
 
 
 def estimate(kernel: Report, work: Work, card: Card) -> Prediction:
-    """From what a launch does and what its machine code costs.
+    """Predicts from what a launch does and what its machine code costs.
 
     The busiest SM has `ceil(programs / SMs)` programs to issue and to multiply. Memory gives what has been asked for:
     the loads of the programs on SMs at a time, one latency later, and no more than its bandwidth.
@@ -71,7 +71,7 @@ def estimate(kernel: Report, work: Work, card: Card) -> Prediction:
 
 
 def _in_flight(kernel: Report, work: Work, card: Card) -> float:
-    """Bytes that the programs which run at a time wait for at once: in a pipeline what its shared memory holds."""
+    """Returns the bytes that programs on the card wait for at once: in a pipeline what its shared memory holds."""
     running = min(work.programs, kernel.occupancy.blocks * card.sm_count)
     threads = 32 * kernel.num_warps
     loads = sum(nbytes * n for nbytes, n in kernel.loads.items()) * threads / kernel.unroll
@@ -83,7 +83,7 @@ def predict(launch: Launch, card: Card) -> Prediction:
 
 
 def predict_call(call: Call, card: Card) -> Prediction:
-    """Of one of torch's ops, at the card's peak: what a library could reach, not what it does."""
+    """Predicts one of torch's ops, at the card's peak: what a library could reach, not what it does."""
     return Prediction(
         launch_us=card.launch_us,
         bytes_us=call.nbytes / card.bandwidth / 1e3,
@@ -94,5 +94,5 @@ def predict_call(call: Call, card: Card) -> Prediction:
 
 
 def predict_trace(trace: Trace, card: Card) -> list[Prediction]:
-    """Of everything in a trace that was taken for the card's target, one after the other."""
+    """Predicts everything in a trace that was taken for the card's target, one after the other."""
     return [predict(launch, card) for launch in trace.launches] + [predict_call(call, card) for call in trace.calls]

@@ -1,4 +1,4 @@
-"""GPUs by their makers' data sheets: what the cost model divides bytes, products and instructions by."""
+"""Describes GPUs by their makers' data sheets: what the cost model divides bytes, products and instructions by."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from gs_kernels.aot.targets import PARTITIONS
 
 @dataclass(frozen=True)
 class Card:
-    """target: a name of `gs_kernels.aot.TARGETS`. bandwidth: of its memory, GB/s. clock: highest of its SMs, GHz.
+    """Describes one GPU.
+
+    target: a name of `gs_kernels.aot.TARGETS`. bandwidth: of its memory, GB/s. clock: highest of its SMs, GHz.
 
     peaks: TFLOP/s (or TOP/s) of dense products, by the kind of operands that `Work.flops` names.
     launch_us: from the start of a kernel in a CUDA graph to its first instruction. latency_us: of memory under load.
@@ -28,7 +30,7 @@ class Card:
 
     @property
     def issue_rate(self) -> float:
-        """Instructions that the warps of one SM issue in a second, one a cycle and scheduler."""
+        """Returns how many instructions the warps of one SM issue in a second: one a cycle and scheduler."""
         return PARTITIONS * self.clock * 1e9
 
 
@@ -70,6 +72,6 @@ def find_card(name: str) -> Card:
 
 
 def card_of(device_name: str) -> Card | None:
-    """The description of a GPU by the name that its driver gives it: `card_of("NVIDIA H100 80GB HBM3")`."""
+    """Returns the description of a GPU by the name that its driver gives it: `card_of("NVIDIA H100 80GB HBM3")`."""
     words = device_name.lower().replace("-", " ").split()
     return next((card for key, card in CARDS.items() if key in words), None)

@@ -1,4 +1,4 @@
-"""What the tuner knows of a kernel: declared in `SPACES` of `tune.py` in the kernel's own folder, and nowhere else.
+"""Describes a kernel to the tuner: declared in `SPACES` of `tune.py` in the kernel's own folder, and nowhere else.
 
 A folder of `gs_kernels.runtime.opspec.OPS` with such a file is found from there; pruning, ranking, timing, tables and
 their checks come with the declaration. Kernels without a choice of tiles are listed in `FIXED`, each with the reason.
@@ -28,7 +28,7 @@ class Machine(NamedTuple):
 
 @dataclass(frozen=True)
 class Space:
-    """One choice of tiles, which may serve several kernels.
+    """Declares one choice of tiles, which may serve several kernels.
 
     op: its name in tables. kernels: which it is for.
     sizes: of a problem, each >= 0. Entries of a table hold up to a number of `rows`, between two by ratio; sizes that
@@ -62,8 +62,10 @@ class Space:
         return tuple(name for name in self.sizes if name != self.rows and name not in self.near)
 
     def check(self, problem: Problem) -> None:
-        """Raises:
-        ValueError: if the sizes are not those of the space, or no kernel takes them.
+        """Checks the sizes of a problem.
+
+        Raises:
+            ValueError: if the sizes are not those of the space, or no kernel takes them.
         """
         if tuple(problem) != self.sizes or not all(type(v) is int and v >= 0 for v in problem.values()):
             raise ValueError(f"gs_kernels.tuning: {self.op} needs {', '.join(self.sizes)}, all >= 0, got {problem}")
@@ -85,10 +87,10 @@ FIXED: dict[str, str] = {
 
 @cache
 def spaces() -> dict[str, Space]:
-    """Every declared space by its op."""
+    """Returns every declared space by its op."""
     modules = [f"gs_kernels.{folder}.tune" for folder in OPS]
-    found = [importlib.import_module(name) for name in modules if importlib.util.find_spec(name) is not None]
-    return {space.op: space for module in found for space in module.SPACES}
+    tuned = [importlib.import_module(name) for name in modules if importlib.util.find_spec(name) is not None]
+    return {space.op: space for module in tuned for space in module.SPACES}
 
 
 def find_space(op: str) -> Space:

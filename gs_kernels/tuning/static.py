@@ -1,4 +1,4 @@
-"""What a tile's machine code costs on a described card, and how fast it should be: nothing here is timed."""
+"""Predicts how fast a tile is on a described card from its machine code: nothing here is timed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gs_kernels.tuning.tables import forced
 
 @dataclass(frozen=True)
 class Ranked:
-    """A tile with its predicted microseconds. issue_us: of its instructions alone; less is better if us is the same.
+    """Holds a tile with its predicted microseconds. issue_us: of its instructions alone, which decides ties.
 
     launched: code and grid of its kernels.
     """
@@ -37,7 +37,7 @@ Progress: TypeAlias = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Ranking:
-    """tiles: best first. pruned: why others were not considered -> how many."""
+    """Holds tiles in order. tiles: best first. pruned: why others were not considered -> how many."""
 
     op: str
     problem: Problem
@@ -59,7 +59,7 @@ class Static:
         return self.reports[compiled]
 
     def predict(self, space: Space, problem: Problem, tile: Tile) -> Predicted:
-        """The tile with its time; or why it is of no use: it spills, or no block of it fits.
+        """Returns the tile with its time, or why it is of no use: it spills, or no block of it fits.
 
         Only spills of kernels that the space is for count: others run with any tile.
         """
@@ -86,7 +86,7 @@ class Static:
     def rank(
         self, op: str, problem: Problem, keep: int, progress: Progress | None = None, predict: Predict | None = None
     ) -> Ranking:
-        """Tiles that compile without spills and fit, by predicted time; the best `keep` also with other parts of K.
+        """Ranks tiles that compile without spills and fit by time, the best `keep` also with other parts of K.
 
         Args:
             progress: told how many tiles are done, of how many, and what is done with them.
@@ -123,5 +123,5 @@ def _with_programs(tile: Tile, programs: int | None) -> Tile:
 
 
 def _sorted(found: dict[Any, Ranked]) -> list[Ranked]:
-    """Predictions are not better than a percent; then fewer instructions, then the order of the space."""
+    """Sorts by time, no finer than a percent, then by instructions, then in the order of the space."""
     return sorted(found.values(), key=lambda r: (round(100 * math.log(r.us)), r.issue_us))

@@ -1,4 +1,4 @@
-"""Tables of tuned tiles, one file per GPU: `<gpu>.json` in `GS_TUNING_DIR`, else in `gs_kernels/tuning/tables`.
+"""Reads and writes tables of tuned tiles, `<gpu>.json` in `GS_TUNING_DIR`, else in `gs_kernels/tuning/tables`.
 
 A table lists, for each space (`gs_kernels.tuning.space`), problems with the tile that was fastest. What is not in it
 gets the nearest entry: see `nearest`. A table is checked when it is read; one that is wrong raises, and never falls
@@ -50,7 +50,7 @@ class Table:
     ops: dict[str, tuple[Entry, ...]]
 
     def replaced(self, op: str, entry: Entry) -> Table:
-        """With this entry for its problem."""
+        """Returns a table with this entry for its problem."""
         others = [e for e in self.ops.get(op, ()) if e.problem != entry.problem]
         entries = sorted([*others, entry], key=lambda e: tuple(e.problem.values()))
         return Table(self.gpu, self.sm, self.sm_count, self.made_with, {**self.ops, op: tuple(entries)})
@@ -90,7 +90,7 @@ def read_table(path: Path) -> Table:
 
 
 def write_table(path: Path, table: Table) -> None:
-    """All of it or nothing: another process never reads half a table."""
+    """Writes the whole table or nothing: another process never reads half a table."""
     ops = {op: [{"problem": e.problem, "tile": e.tile, "us": e.us} for e in es] for op, es in table.ops.items()}
     head = {"format": FORMAT, "gpu": table.gpu, "sm": table.sm, "sm_count": table.sm_count}
     data = {**head, "made_with": table.made_with, "ops": ops}
@@ -103,7 +103,7 @@ def file_name(gpu: str) -> str:
 
 
 def folders() -> list[Path]:
-    """Where tables are looked for, first first.
+    """Lists the folders of tables, the first to look in first.
 
     Raises:
         ValueError: if GS_TUNING_DIR names what is no folder.
@@ -116,8 +116,10 @@ def folders() -> list[Path]:
 
 @cache
 def find_table(sm: int, sm_count: int) -> Table | None:
-    """The table of GPUs with this compute capability and so many processors: the present GPU's by name, if there is
-    one, else the first by file name. Read once a process."""
+    """Finds the table of GPUs with this compute capability and so many processors; reads tables once a process.
+
+    It is the present GPU's by name, if there is one, else the first by file name.
+    """
     tables = [read_table(path) for folder in folders() for path in sorted(folder.glob("*.json"))]
     fitting = [table for table in tables if (table.sm, table.sm_count) == (sm, sm_count)]
     present = capabilities(torch.cuda.current_device()).name if fitting and torch.cuda.is_available() else ""
@@ -125,7 +127,7 @@ def find_table(sm: int, sm_count: int) -> Table | None:
 
 
 def nearest(table: Table, space: Space, sizes: Problem) -> list[tuple[int, Entry]]:
-    """Entries by rows ascending, each with the largest number of rows that it is for; empty if the table has none.
+    """Lists entries by rows ascending, each with the largest number of rows that it is for; empty if there are none.
 
     Of those with the same exact sizes, the ones whose near sizes are nearest: by the sum of |log2| of the ratios, the
     smaller sizes first if two are as near. An entry is for what is nearer to its rows than to the next, by ratio.
@@ -152,7 +154,7 @@ _forced: dict[str, Tile] = {}
 
 @contextmanager
 def forced(op: str, tile: Tile) -> Iterator[None]:
-    """Whatever the tables say, this tile is chosen inside: for the tuner."""
+    """Has this tile chosen inside the block, whatever the tables say: for the tuner."""
     _forced[op] = tile
     try:
         yield
@@ -161,7 +163,7 @@ def forced(op: str, tile: Tile) -> Iterator[None]:
 
 
 def tuned(op: str, machine: tuple[int, int] | None, rows: int, **sizes: int) -> Tile | None:
-    """The tile of the table for a problem, None without a table. Compares rows only: a symbol is bounded, not fixed.
+    """Looks up the tile for a problem, None without a table. Compares rows only: a symbol is bounded, not fixed.
 
     Args:
         machine: compute capability and number of processors; None for the present GPU.
@@ -178,21 +180,21 @@ def tuned(op: str, machine: tuple[int, int] | None, rows: int, **sizes: int) -> 
 
 @cache
 def present() -> tuple[int, int] | None:
-    """Compute capability and number of processors of the GPU in use, None without one. Asked once: launches ask."""
+    """Returns compute capability and number of processors of the GPU in use, None without one; asks once a process."""
     if not torch.cuda.is_available():
         return None
-    about = capabilities(torch.cuda.current_device())
-    return about.sm, about.sm_count
+    gpu = capabilities(torch.cuda.current_device())
+    return gpu.sm, gpu.sm_count
 
 
 @lru_cache(maxsize=4096)
 def _tiles(op: str, sm: int, sm_count: int, sizes: tuple[tuple[str, int], ...]) -> tuple[tuple[int, Tile], ...]:
     table = find_table(sm, sm_count)
-    found = nearest(table, find_space(op), dict(sizes)) if table else []
-    return tuple((last, entry.tile) for last, entry in found)
+    entries = nearest(table, find_space(op), dict(sizes)) if table else []
+    return tuple((last, entry.tile) for last, entry in entries)
 
 
 def forget() -> None:
-    """Tables are read again."""
+    """Has tables read again."""
     find_table.cache_clear()
     _tiles.cache_clear()

@@ -34,7 +34,7 @@ ERROR_MAX = 2e-2  # RMS, relative to that of the reference: rounding of weights 
 
 
 def shortlist(ranking: Ranking, machine: Machine, keep: int) -> list[Tile]:
-    """The best `keep` tiles, few of one size, then the tile that runs without a table and the reference."""
+    """Lists the best `keep` tiles, few of one size, then the tile that runs without a table and the reference."""
     space, problem = find_space(ranking.op), ranking.problem
     alike: Counter[tuple[Any, ...]] = Counter()
     best: list[Tile] = []
@@ -50,16 +50,16 @@ def shortlist(ranking: Ranking, machine: Machine, keep: int) -> list[Tile]:
 
 
 def time_call(call: Callable[[], Any]) -> float:
-    """Microseconds of the faster fifth of calls, the cache flushed before each."""
+    """Measures the microseconds of the faster fifth of calls, the cache flushed before each."""
     from triton.testing import do_bench
 
     return 1e3 * float(do_bench(call, warmup=10, rep=60, quantiles=[0.2]))
 
 
 def measure(space: Space, problem: Problem, candidates: Sequence[Tile], device: str) -> list[Entry]:
-    """Times the tiles whose results are those of the reference, fastest first; says in the log which are not."""
-    about = capabilities(torch.device(device).index or 0)
-    machine = Machine(about.sm, about.sm_count)
+    """Times the tiles whose results are those of the reference, fastest first; logs which are not."""
+    gpu = capabilities(torch.device(device).index or 0)
+    machine = Machine(gpu.sm, gpu.sm_count)
     operands = space.make(problem, device)
 
     def run() -> Any:
@@ -91,14 +91,14 @@ def made_with() -> dict[str, str]:
 
 
 def open_table(path: Path, device: str) -> Table:
-    """The table to go on with: what is at path, if it is of this GPU and these versions, else an empty one."""
-    about = capabilities(torch.device(device).index or 0)
-    fresh = Table(about.name, about.sm, about.sm_count, made_with(), {})
+    """Returns the table to go on with: that at path if it is of this GPU and these versions, else an empty one."""
+    gpu = capabilities(torch.device(device).index or 0)
+    fresh = Table(gpu.name, gpu.sm, gpu.sm_count, made_with(), {})
     if not path.exists():
         return fresh
     table = read_table(path)
-    if table.gpu != about.name:
-        raise ValueError(f"gs_kernels.tuning: {path} must be the table of {about.name}, got {table.gpu}")
+    if table.gpu != gpu.name:
+        raise ValueError(f"gs_kernels.tuning: {path} must be the table of {gpu.name}, got {table.gpu}")
     if table.made_with != made_with():
         logger.warning("%s was made with %s: tuning all of it again", path, table.made_with)
         return fresh
@@ -106,7 +106,7 @@ def open_table(path: Path, device: str) -> Table:
 
 
 def card_for(device_name: str, sm: int) -> Card:
-    """The description that ranks tiles for a GPU: its own, else that of the nearest kind that is not newer."""
+    """Returns the description that ranks tiles for a GPU: its own, else that of the nearest kind that is not newer."""
     older = sorted(CARDS.values(), key=lambda card: int(card.target.removeprefix("sm_")))
     fitting = [card for card in older if int(card.target.removeprefix("sm_")) <= sm]
     return card_of(device_name) or (fitting or older)[-1 if fitting else 0]
@@ -127,7 +127,7 @@ def _predict(op: str, problem: Problem, tile: Tile) -> Predicted:
 
 @contextmanager
 def compilers(card: Card, jobs: int) -> Iterator[Predict | None]:
-    """What `Static.rank` predicts with: so many processes that share Triton's cache of compiled kernels."""
+    """Yields what `Static.rank` predicts with: so many processes that share Triton's cache of compiled kernels."""
     if jobs < 2:
         yield None
         return

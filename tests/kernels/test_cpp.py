@@ -1,4 +1,4 @@
-"""C++ and compiled chains where nothing can be compiled, kept or found, and on CPUs that share what is kept."""
+"""C++ and compiled functions where nothing can be compiled, kept or found, and on CPUs that share what is kept."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_a_layer_runs_without_a_compiler(tmp_path: Path):
     assert said.count("compiling failed") == 1
 
 
-def test_chains_run_where_nothing_can_be_written(tmp_path: Path):
+def test_fused_functions_run_where_nothing_can_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("")
     code = """
 import torch
@@ -184,7 +184,7 @@ def test_a_newer_cpu_plays_an_older_one(limit: str, monkeypatch):
     assert found == (("avx512", True, "AVX-512 VNNI BF16") if limit == "neither" else ("avx2", False, "AVX2"))
 
 
-def test_chains_of_two_kinds_of_cpu_are_kept_apart():
+def test_fused_functions_of_two_kinds_of_cpu_are_kept_apart():
     """torch.compile's own key does not tell how wide the vectors are: each would run the other's code, wrongly."""
     options = inductor._width()
     assert set(options) <= {"cpp.simdlen"} and (options or instructions.vectors() == "")
