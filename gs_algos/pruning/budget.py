@@ -1,4 +1,4 @@
-"""How many units of each group stay: from a rate, or from the largest network that a budget allows."""
+"""Chooses how many units of each group stay: by a rate, or the largest network that a budget allows."""
 
 from __future__ import annotations
 
@@ -26,44 +26,45 @@ Choose = Callable[[float], Tensor]  # a common rate -> bool [n], the units that 
 
 @dataclass(frozen=True)
 class Budget:
-    """What may remain of the network: `55% flops`, `40% params`, `50% channels`, `70% latency`."""
+    """Says what may remain of the network: `55% flops`, `40% params`, `50% channels`, `70% latency`."""
 
     percent: float
     kind: str
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """
+        """Reads the text of a budget.
+
         Raises:
             ValueError: if the text is no percentage in (0, 100] of one of the kinds.
         """
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*(\w+)\s*", text) if isinstance(text, str) else None
-        if found is None or found[2] not in KINDS or not 0 < float(found[1]) <= 100:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*(\w+)\s*", text) if isinstance(text, str) else None
+        if match is None or match[2] not in KINDS or not 0 < float(match[1]) <= 100:
             share = isinstance(text, float) and 0 < text < 1
             example = f"use '{100 * text:g}% flops'" if share else "for example '55% flops'"  # type: ignore[operator]
             raise ValueError(
                 f"budget: must be what may remain, as a percentage of {', '.join(KINDS)}, got {text!r}; {example}"
             )
-        return cls(float(found[1]), found[2])
+        return cls(float(match[1]), match[2])
 
     def __str__(self) -> str:
         return f"{self.percent:g}% {self.kind}"
 
 
 def step_of(group: Group, round_to: int) -> int:
-    """The number of units by which a group may shrink so that every layer keeps a multiple of `round_to` channels."""
+    """Returns the units by which a group may shrink so that every layer keeps a multiple of `round_to` channels."""
     return math.lcm(*(round_to // math.gcd(round_to, width) for width in group.widths))
 
 
 def keep_count(group: Group, rate: float, round_to: int) -> int:
-    """Units that stay: at least `1 - rate` of them, rounded up to whole steps."""
+    """Counts the units that stay: at least `1 - rate` of them, rounded up to whole steps."""
     step = step_of(group, round_to)
     left = group.n - math.floor(rate * group.n + 1e-9)
     return min(group.n, max(1, math.ceil(left / step)) * step)
 
 
 def keep_by_layer(groups: Groups, scores: Tensor, rates: Rates, rate: float, round_to: int) -> Tensor:
-    """The best units of each group. rates: a group's own rate, which goes before the common one."""
+    """Keeps the best units of each group. rates: a group's own rate, which goes before the common one."""
     keep = groups.everything()
     for group in groups.prunable():
         own = rates[group.name]
@@ -73,7 +74,7 @@ def keep_by_layer(groups: Groups, scores: Tensor, rates: Rates, rate: float, rou
 
 
 def keep_globally(groups: Groups, scores: Tensor, rates: Rates, rate: float, round_to: int) -> Tensor:
-    """The best units of all groups together, by channels; every group keeps at least one step of units.
+    """Keeps the best units of all groups together, by channels; every group keeps at least one step of units.
 
     Scores are compared between groups as they are. A group with a rate of its own is cut at that rate.
     """
@@ -108,7 +109,7 @@ def _keep_best(keep: Tensor, group: Group, scores: Tensor, count: int) -> None:
 
 
 def meet(budget: Budget, choose: Choose, cost: Callable[[Tensor], float]) -> Tensor:
-    """The units that stay at the smallest common rate whose network costs no more than the budget allows.
+    """Returns the units that stay at the smallest common rate whose network meets the budget.
 
     Args:
         cost: percent of the whole network's cost that remains if these units stay.
@@ -137,7 +138,7 @@ def meet(budget: Budget, choose: Choose, cost: Callable[[Tensor], float]) -> Ten
 
 
 def static_cost(kind: str, model: nn.Module, groups: Groups) -> Callable[[Tensor], float]:
-    """Percent of channels, parameters or multiply-adds that remain if units stay."""
+    """Returns a function that gives the percent of channels, parameters or multiply-adds that remain if units stay."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     size = torch.cat([torch.full((g.n,), sum(g.widths)) for g in groups.prunable()] or [torch.zeros(0)])
 
@@ -151,7 +152,7 @@ def static_cost(kind: str, model: nn.Module, groups: Groups) -> Callable[[Tensor
 
 
 def latency_cost(model: nn.Module, groups: Groups, example_inputs: Inputs) -> Callable[[Tensor], float]:
-    """Percent of the time of an eval forward on the example inputs, measured in turns with the whole network."""
+    """Returns a function that gives the percent of an eval forward's time, measured in turns with the whole network."""
 
     def percent(keep: Tensor) -> float:
         if bool(keep.all()):
@@ -168,7 +169,7 @@ def latency_cost(model: nn.Module, groups: Groups, example_inputs: Inputs) -> Ca
 
 
 def forward_ms(model: nn.Module, example_inputs: Inputs) -> float:
-    """Milliseconds of a forward in eval mode, the better of two after one to warm up."""
+    """Measures the milliseconds of a forward in eval mode, the better of two after one to warm up."""
     args, kwargs = split_inputs(example_inputs)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     times = []
@@ -183,7 +184,7 @@ def forward_ms(model: nn.Module, example_inputs: Inputs) -> float:
 
 
 def total_rate(groups: Groups, keep: Tensor) -> float:
-    """Share of the channels of all groups that goes."""
+    """Returns the share of the channels of all groups that goes."""
     sizes: Sequence[int] = [sum(g.widths) for g in groups.prunable()]
     gone = [int((~keep[g.first : g.first + g.n]).sum()) for g in groups.prunable()]
     whole = sum(s * g.n for s, g in zip(sizes, groups.prunable(), strict=True))

@@ -1,7 +1,7 @@
-"""Live layers with one number per output channel to train, while the rest of the network stands still.
+"""Gates: one trainable number for each output channel of a live layer, while the rest of the network stands still.
 
 The class of a layer is swapped, as in gs_algos/quant/fake_quant/layers.py. It gains three fp32 buffers: `gate [O]`, a
-leaf that collects a gradient, and `gate_mean`, `gate_square` for what is known of that gradient. Buffers, not
+leaf that collects a gradient, and `gate_mean`, `gate_square` for the moments of that gradient. Buffers, not
 parameters, so that the user's optimizer does not see them.
 """
 
@@ -21,8 +21,8 @@ BUFFERS = ("gate", "gate_mean", "gate_square")
 Batch = tuple[tuple[Any, ...], dict[str, Any]]  # args and kwargs of a forward
 
 
-class Gated(nn.Module):
-    """What every swapped layer shares. The class is mixed in front of the layer's own."""
+class GatedLayer(nn.Module):
+    """Base of the classes that are mixed in front of a layer's own: passes its output through the gate in training."""
 
     prefix = "Gated"
     gate: Tensor
@@ -39,13 +39,13 @@ class Gated(nn.Module):
         return self.gated(y, gate.view(-1, *[1] * (y.dim() - 2)) if first else gate)
 
     def gated(self, y: Tensor, gate: Tensor) -> Tensor:
-        """The output of the layer, changed. gate: as y along the channels, 1 elsewhere."""
+        """Applies the gate to the output. gate: in the shape of y along the channels, 1 elsewhere."""
         raise AssertionError("every gate says what it does to an output")
 
     def state_rules(self) -> Rules:
         return {"gate": FINITE, "gate_mean": FINITE, "gate_square": NOT_NEGATIVE}
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gated:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatedLayer:
         super()._apply(fn, recurse)
         for key in BUFFERS:
             self._buffers[key] = self._buffers[key].detach().float()  # type: ignore[union-attr]
@@ -53,8 +53,8 @@ class Gated(nn.Module):
         return self
 
 
-class Blend(Gated):
-    """The first half of the batch becomes `gate * y + (1 - gate) * y~`, y~ its knock-offs in the second half."""
+class KnockoffGate(GatedLayer):
+    """Turns the first half of the batch into `gate * y + (1 - gate) * y~`, y~ its knock-offs in the second half."""
 
     prefix = "Blending"
 
@@ -65,8 +65,8 @@ class Blend(Gated):
         return torch.cat([torch.lerp(other, real, gate), other])
 
 
-class Scale(Gated):
-    """`gate * y`: with a gate of 1 its gradient says what the loss would be without the channel."""
+class ScaleGate(GatedLayer):
+    """Multiplies by the gate: with a gate of 1 its gradient says what the loss would be without the channel."""
 
     prefix = "Scaled"
 
@@ -75,13 +75,13 @@ class Scale(Gated):
 
 
 def can_gate(module: nn.Module) -> bool:
-    """True if the output channels of the module are known to be on axis 1 or on the last one."""
-    known = isinstance(module, (_ConvNd, _NormBase, nn.Linear, nn.Embedding))
-    return known or {"nx", "nf"} <= module.__dict__.keys()  # the Conv1D of GPT-2
+    """Returns whether the output channels of a module are known to be on axis 1 or on the last one."""
+    layer = isinstance(module, (_ConvNd, _NormBase, nn.Linear, nn.Embedding))
+    return layer or {"nx", "nf"} <= module.__dict__.keys()  # the Conv1D of GPT-2
 
 
-def install_gate(module: Any, kind: type[Gated], size: int, start: float) -> None:
-    """Swaps the class of a live module; its gates start at `start`."""
+def add_gate(module: Any, kind: type[GatedLayer], size: int, start: float) -> None:
+    """Gives a live module a gate of `size` channels that starts at `start`, by a swap of its class."""
     device = next(module.parameters()).device
     for key, value in zip(BUFFERS, (start, 0.0, 0.0), strict=True):
         module.register_buffer(key, torch.full((size,), value, dtype=torch.float32, device=device))
@@ -91,7 +91,7 @@ def install_gate(module: Any, kind: type[Gated], size: int, start: float) -> Non
 
 
 def remove_gate(module: Any) -> None:
-    """Undoes `install_gate`."""
+    """Takes off what `add_gate` put on."""
     for key in BUFFERS:
         del module._buffers[key]
     del module.gate_on
@@ -99,15 +99,17 @@ def remove_gate(module: Any) -> None:
 
 
 class Freezer:
-    """Hooks on the root of a model: while `on`, a forward in training leaves parameters and statistics as they are.
+    """Keeps parameters and statistics still in a forward in training, while `on`, by hooks on the root of a model.
 
     Parameters need a gradient again once the forward is over, so an optimizer made at any time has them; it finds no
-    gradient in them and passes them over. widen, narrow: what is done to the inputs before and to the output after.
+    gradient in them and passes them over. change_inputs, change_output: called before and after.
     """
 
-    def __init__(self, widen: Callable[[Batch], Batch] | None = None, narrow: Callable[[Any], Any] | None = None):
+    def __init__(
+        self, change_inputs: Callable[[Batch], Batch] | None = None, change_output: Callable[[Any], Any] | None = None
+    ):
         self.on = False
-        self.widen, self.narrow = widen, narrow
+        self.change_inputs, self.change_output = change_inputs, change_output
         self.parameters: list[nn.Parameter] = []
         self.norms: list[_NormBase] = []
         self.running = False
@@ -118,7 +120,7 @@ class Freezer:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Freezer:
         """Of a copied model: the source of knock-offs, which may be a data loader, is shared."""
-        new = memo[id(self)] = Freezer(self.widen, self.narrow)
+        new = memo[id(self)] = Freezer(self.change_inputs, self.change_output)
         new.on = self.on
         return new
 
@@ -132,7 +134,7 @@ class Freezer:
             parameter.requires_grad_(False)
         for norm in self.norms:
             norm.track_running_stats = False
-        return (args, kwargs) if self.widen is None else self.widen((args, kwargs))
+        return (args, kwargs) if self.change_inputs is None else self.change_inputs((args, kwargs))
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not self.running:
@@ -143,11 +145,11 @@ class Freezer:
         for norm in self.norms:
             norm.track_running_stats = True
         self.parameters, self.norms = [], []
-        return output if output is None or self.narrow is None else self.narrow(output)
+        return output if output is None or self.change_output is None else self.change_output(output)
 
 
-def detach_freezers(model: nn.Module) -> None:
-    """Takes the hooks of every Freezer off a model, also off a copy that no handle knows."""
+def remove_freezers(model: nn.Module) -> None:
+    """Takes the hooks of every Freezer off a model, also off a copy, whose hooks no handle refers to."""
     kinds = (model._forward_pre_hooks, model._forward_hooks)
     for hooks, more in zip(kinds, ((model._forward_pre_hooks_with_kwargs,), _after_flags(model)), strict=True):
         for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Freezer)]:

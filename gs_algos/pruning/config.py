@@ -68,7 +68,7 @@ def check_rate(who: str, rate: Any) -> None:
 
 
 def _as_share(rate: Any) -> str:
-    """`; use ...` with the share that was meant by a number of percents."""
+    """Returns `; use ...` with the share that a number of percents stands for, or ""."""
     text = rate.strip().removesuffix("%") if isinstance(rate, str) else rate
     try:
         number = float(text)

@@ -1,4 +1,4 @@
-"""Taking units away from a live model: zeros in their place (masked), or smaller tensors (sliced)."""
+"""Takes units out of a live model: puts zeros in their place (mask), or makes the tensors smaller (cut)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.core.modules import get_module, parent_name
-from gs_algos.pruning.channel_groups.groups import Groups, kept_of, tensors_by_name
+from gs_algos.pruning.channel_groups.groups import Groups, stays, tensors_by_name
 from gs_kernels.runtime.torch_private import _ConvNd, _ConvTransposeNd, _NormBase
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What a cut left: shapes of the tensors and integer attributes of the modules that changed."""
+    """Records what a cut left: shapes of the tensors and integer attributes of the modules that changed."""
 
     shapes: dict[str, list[int]]
     attributes: dict[str, dict[str, int]]
@@ -33,14 +33,14 @@ def mask(model: nn.Module, groups: Groups, keep: Tensor) -> None:
 
 
 def zeros(model: nn.Module, groups: Groups, keep: Tensor) -> list[tuple[Tensor, int, Tensor]]:
-    """(parameter, dimension, indices) of everything that `mask` zeroes."""
+    """Lists (parameter, dimension, indices) of everything that `mask` zeroes."""
     named = dict(model.named_parameters())
     picks = [(named[name], part) for name, part in _picks(groups, keep).items() if name in named]
     return [(p, dim, (~kept).nonzero().flatten().to(p.device)) for p, part in picks for dim, kept in part.items()]
 
 
 def zeroed(tensor: Tensor, picks: dict[int, Tensor]) -> Tensor:
-    """The tensor with zeros at the indices that go. picks: dimension -> bool `[size]`, what stays."""
+    """Returns the tensor with zeros at the indices that go. picks: dimension -> bool `[size]`, what stays."""
     for dim, kept in picks.items():
         view = [1] * tensor.dim()
         view[dim] = -1
@@ -76,7 +76,7 @@ def cut(
     named = tensors_by_name(model)
     for name in picks:
         _refuse_state(name, named[name], optimizers)
-    counted = [(a, int(kept_of(keep, a.units).sum()) * a.per) for a in groups.attributes]
+    counted = [(a, int(stays(keep, a.units).sum()) * a.per) for a in groups.attributes]
     depthwise = {name for name, m in model.named_modules() if _is_depthwise(m)}
     for name, kept in picks.items():
         slicer = _slicer(kept)
@@ -105,7 +105,7 @@ def refuse_empty(groups: Groups, keep: Tensor) -> None:
                 f"cut: group {group.name} must keep one of its {group.n} units, got none; keep one or leave it whole"
             )
     for part in groups.slices:
-        if not bool(kept_of(keep, part.units).any()):
+        if not bool(stays(keep, part.units).any()):
             raise ValueError(f"cut: {part.tensor} must keep an index of dimension {part.dim}, got none")
 
 
@@ -138,10 +138,10 @@ def set_attributes(model: nn.Module, attributes: dict[str, dict[str, int]]) -> N
 
 
 def _picks(groups: Groups, keep: Tensor) -> dict[str, dict[int, Tensor]]:
-    """tensor -> dimension -> what stays, for tensors that lose something."""
+    """Returns tensor -> dimension -> what stays, for tensors that lose something."""
     picks: dict[str, dict[int, Tensor]] = {}
     for part in groups.slices:
-        kept = kept_of(keep, part.units)
+        kept = stays(keep, part.units)
         if not bool(kept.all()):
             picks.setdefault(part.tensor, {})[part.dim] = kept
     return picks
@@ -183,7 +183,7 @@ def _slice_in_place(
 
 
 def _is_remembered(tensor: Tensor) -> bool:
-    """True if a live autograd graph expects gradients of another shape for this parameter."""
+    """Returns whether a live autograd graph expects gradients of another shape for this parameter."""
     if not tensor.requires_grad:
         return False
     with torch.enable_grad():
@@ -192,7 +192,7 @@ def _is_remembered(tensor: Tensor) -> bool:
 
 
 def _like(new: Tensor, old: Tensor) -> Tensor:
-    """The new tensor in the memory format of the old one, told by its strides: with one channel both formats fit."""
+    """Copies a tensor to the memory format of the old one, told by its strides: with one channel both formats fit."""
     if old.dim() != 4:
         return new.contiguous()
     last = torch.empty(old.shape, device="meta", memory_format=torch.channels_last).stride()
@@ -226,7 +226,7 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 
 def _describe(module: nn.Module, depthwise: bool) -> dict[str, int]:
-    """The integers of a layer that follow from the shapes of its tensors, by the class of the layer."""
+    """Returns the integers of a layer that follow from the shapes of its tensors and have changed."""
     sizes: dict[str, int] = {}
     weight: Any = module._parameters.get("weight")
     shape = () if weight is None else tuple(weight.shape)
@@ -251,6 +251,6 @@ def _describe(module: nn.Module, depthwise: bool) -> dict[str, int]:
 
 
 def removed(groups: Groups, keep: Tensor) -> dict[str, list[int]]:
-    """Group -> its units that go, each counted from the group's first."""
+    """Returns group -> its units that go, each counted from the group's first."""
     gone = {g.name: (~keep[g.first : g.first + g.n]).nonzero().flatten().tolist() for g in groups.prunable()}
     return {name: units for name, units in gone.items() if units}

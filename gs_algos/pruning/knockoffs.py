@@ -20,8 +20,8 @@ from gs_algos.pruning.channel_gates import Batch
 from gs_kernels.runtime.torch_private import tree_flatten, tree_map, tree_unflatten
 
 
-class Permuted:
-    """The batch rotated by a number of rows that changes from step to step, so that no input meets itself."""
+class PermutedKnockoffs:
+    """Rotates the batch by a number of rows that changes from step to step, so that no input meets itself."""
 
     def __init__(self) -> None:
         self.turn = 0
@@ -33,8 +33,8 @@ class Permuted:
         return tree_map(lambda t: torch.roll(t, shift, 0) if _is_batched(t, rows) else t, batch)
 
 
-class Given:
-    """Batches of an iterable of inputs, from the start again when it ends. A generator's depend on the step alone."""
+class GivenKnockoffs:
+    """Takes batches from an iterable, again from its start when it ends. A generator's depend on the step alone."""
 
     def __init__(self, batches: Iterable[Inputs]) -> None:
         self.batches = batches
@@ -67,7 +67,7 @@ class Given:
 
 
 def _fitting(knockoff: Any, like: Any, rows: int) -> Any:
-    """The first rows of a knock-off tensor, on the device and in the type of the one it stands beside."""
+    """Returns the first rows of a knock-off tensor, on the device and in the type of the one it stands beside."""
     if not _is_batched(like, rows):
         return like
     fits = isinstance(knockoff, Tensor) and knockoff.shape[1:] == like.shape[1:] and len(knockoff) >= rows
@@ -80,7 +80,7 @@ def _fitting(knockoff: Any, like: Any, rows: int) -> Any:
 
 
 def doubled(batch: Batch, source: Callable[[Batch, int], Batch]) -> Batch:
-    """The inputs with their knock-offs behind them, along axis 0 of every tensor that has the batch there."""
+    """Puts the knock-offs behind the inputs, along axis 0 of every tensor that has the batch there."""
     leaves, spec = tree_flatten(batch)
     rows = next((len(t) for t in leaves if isinstance(t, Tensor) and t.dim()), 0)
     others = tree_flatten(source(batch, rows))[0]
@@ -88,14 +88,14 @@ def doubled(batch: Batch, source: Callable[[Batch, int], Batch]) -> Batch:
     return tree_unflatten(both, spec)
 
 
-class Doubling:
+class KnockoffDoubling:
     """Puts knock-offs behind the inputs of a forward. A network that is pickled takes it along.
 
     Args:
         kind: the option `knockoffs`, for messages.
     """
 
-    def __init__(self, kind: str, source: Given | Permuted | None) -> None:
+    def __init__(self, kind: str, source: GivenKnockoffs | PermutedKnockoffs | None) -> None:
         self.kind, self.source = kind, source
         self.turn = 0  # optimizer steps so far
 
@@ -111,7 +111,7 @@ class Doubling:
 
 
 def first_half(output: Any) -> Any:
-    """The outputs of the inputs alone: the first half of every tensor along axis 0."""
+    """Returns the outputs of the inputs alone: the first half of every tensor along axis 0."""
     tensors = [t for t in tree_flatten(output)[0] if isinstance(t, Tensor)]
     if any(t.dim() == 0 and t.is_floating_point() for t in tensors):
         raise ValueError("SCOP: the loss must be computed outside of the model, got an output that is one number")
@@ -174,7 +174,7 @@ class KnockoffGenerator(nn.Module):
         return self.eval()
 
     def batch(self, number: int) -> Tensor:
-        """The images of this number, always the same ones, so that an interrupted training goes on with the next."""
+        """Makes the images of this number, always the same, so that an interrupted training goes on with the next."""
         z = torch.randn(self.batch_size, self.noise, generator=torch.Generator().manual_seed(number))
         with torch.no_grad():
             return self(z.to(self.start.weight.device))
@@ -184,9 +184,10 @@ class KnockoffGenerator(nn.Module):
 
 
 def discrepancy(a: Tensor, b: Tensor) -> Tensor:
-    """Squared maximum mean discrepancy of two samples `[n, d]`, `[m, d]`: Gaussian kernels around the median distance.
+    """Returns the squared maximum mean discrepancy of two samples, `[n, d]` and `[m, d]`.
 
-    `mean k(a, a') + mean k(b, b') - 2 mean k(a, b)`, without the pairs of a sample with itself.
+    `mean k(a, a') + mean k(b, b') - 2 mean k(a, b)`, without pairs of a row with itself; k is a sum of
+    Gaussians around the median distance.
     """
     aa, bb, ab = (torch.cdist(x, y).square() for x, y in ((a, a), (b, b), (a, b)))
     median = ab.detach().median().clamp(min=1e-12)

@@ -1,4 +1,4 @@
-"""From a model and options to a plan: which groups are cut, by how much, and why the others stay whole."""
+"""Plans a cut: which groups lose units, how many, and why the others stay whole."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gs_algos.pruning.config import PruningConfig
 
 @dataclass(frozen=True)
 class GroupPlan(RowSettings):
-    """A group of layers that lose the same units.
+    """Names the layers of a group, which lose the same units.
 
     Args:
         layers: their names, the one that the row is named after first.
@@ -38,34 +38,34 @@ class GroupPlan(RowSettings):
 
 
 def from_version_1(entry: dict[str, Any]) -> dict[str, Any]:
-    """A history entry of a checkpoint of version 1 in the words of version 2."""
+    """Returns a history entry of a checkpoint of version 1 in the words of version 2."""
     return with_settings(entry, lambda row: {"form": GroupPlan.form, **row["settings"]} if row["settings"] else None)
 
 
 # why an algorithm cannot score the units of a group; empty if it can
-Unknown = Callable[[nn.Module, Group], str]
+WhyUnscored = Callable[[nn.Module, Group], str]
 
 
 def make_plan(
-    name: str, config: PruningConfig, model: nn.Module, example_inputs: Inputs, unknown: Unknown
+    name: str, config: PruningConfig, model: nn.Module, example_inputs: Inputs, why_unscored: WhyUnscored
 ) -> tuple[Plan, Groups, Rates]:
-    """The plan, the groups behind it, and the rate of each group that is cut (None: by the scores of all).
+    """Returns the plan, its groups, and the rate of each group that is cut (None: by the scores of all).
 
     Raises:
         ValueError: if the inputs do not run through the model, a rule matches nothing, or no cut meets the budget.
     """
     groups = find_groups(model, example_inputs)
-    whole = {group.name: why for group in groups.prunable() if (why := unknown(model, group))}
+    whole = {group.name: why for group in groups.prunable() if (why := why_unscored(model, group))}
     rates = _rates(config, model, groups, whole)
     rates = _with_budget(config, model, groups, rates, example_inputs)
     # the counts of scope="layer" do not depend on the scores
-    keep = choose(config, groups, torch.zeros(groups.n), rates, model) if config.scope == "layer" else None
+    keep = choose_units(config, groups, torch.zeros(groups.n), rates, model) if config.scope == "layer" else None
     rows = [_row(model, group, config, whole, keep) for group in groups.groups]
     return Plan(name, "running it", tuple(rows), groups.notes), groups, rates
 
 
-def choose(config: PruningConfig, groups: Groups, scores: Tensor, rates: Rates, model: nn.Module) -> Tensor:
-    """bool `[units]`: which stay, for these scores. Units without a score (NaN) are the last to go.
+def choose_units(config: PruningConfig, groups: Groups, scores: Tensor, rates: Rates, model: nn.Module) -> Tensor:
+    """Chooses the units that stay, bool `[units]`. Units without a score (NaN) are the last to go.
 
     Raises:
         ValueError: if no cut meets the budget.
@@ -85,24 +85,24 @@ def _keep(config: PruningConfig, groups: Groups, scores: Tensor, rates: Rates, r
 
 
 def _rates(config: PruningConfig, model: nn.Module, groups: Groups, whole: dict[str, str]) -> Rates:
-    """group -> its own rate, or None for the common one. Groups that stay whole are not in it, but in `whole`."""
+    """Returns group -> its own rate, or None for the common one. Groups that stay whole are in `whole` instead."""
     sites = {layer.name: get_module(model, layer.name) for g in groups.groups for layer in g.layers}
     settings = resolve(config.rules, sites, {"rate": None}, config.who)
     rates: dict[str, float | None] = {}
     for group in groups.prunable():
-        found = [settings[layer.name] for layer in group.layers]
-        if None in found:
+        given = [settings[layer.name] for layer in group.layers]
+        if None in given:
             left = [layer.name for layer in group.layers if settings[layer.name] is None]
             whole[group.name] = f"a rule leaves {', '.join(left)} whole"
         if group.name in whole:
             continue
-        own = [values["rate"] for values in found if values and values["rate"] is not None]
+        own = [values["rate"] for values in given if values and values["rate"] is not None]
         rates[group.name] = min(own) if own else None
     return rates
 
 
 def _with_budget(config: PruningConfig, model: nn.Module, groups: Groups, rates: Rates, inputs: Inputs) -> Rates:
-    """The rates with a budget resolved as far as it can be without scores."""
+    """Returns the rates, with a budget resolved as far as it can be without scores."""
     if config.budget is None:
         return rates
     budget, scores = Budget.parse(config.budget), torch.zeros(groups.n)
@@ -110,10 +110,10 @@ def _with_budget(config: PruningConfig, model: nn.Module, groups: Groups, rates:
         cost = latency_cost(model, groups, inputs)
     else:
         cost = static_cost(budget.kind, model, groups)
-    found = meet(budget, lambda rate: _keep(config, groups, scores, rates, rate), cost)
+    keep = meet(budget, lambda rate: _keep(config, groups, scores, rates, rate), cost)
     if config.scope == "global":
         return rates
-    gone = {g.name: 1 - float(found[g.first : g.first + g.n].double().mean()) for g in groups.prunable()}
+    gone = {g.name: 1 - float(keep[g.first : g.first + g.n].double().mean()) for g in groups.prunable()}
     return {name: gone[name] for name in rates}
 
 

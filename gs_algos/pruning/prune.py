@@ -1,4 +1,4 @@
-"""Pruning by one number per channel: the plain importances that SCOP is compared with, on the same machinery.
+"""Prune: cuts channels by a plain importance: norms, batch norm scales, Taylor terms, or at random as a control.
 
 `l1`, `l2`: norm of the channel's weights · `bn`: scale of the batch norm behind it · `taylor`: how much the loss would
 change without it, `(sum g y)^2` over a batch, averaged over `select_steps` batches (Molchanov et al. 2019,
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from gs_algos.core.modules import get_module
-from gs_algos.pruning.channel_gates import Gated, Scale, can_gate, install_gate
-from gs_algos.pruning.channel_groups.groups import Group, Groups, Layer
+from gs_algos.pruning.channel_gates import GatedLayer, ScaleGate, add_gate, can_gate
+from gs_algos.pruning.channel_groups.groups import Group, GroupLayer, Groups
 from gs_algos.pruning.config import PruneBaseOptions, PruningConfig
 from gs_algos.pruning.importance import Importance, bn_scale, gamma_of, l1, l2, random_scores, unit_scores
 from gs_algos.pruning.pruner import Pruner
@@ -81,25 +81,25 @@ class Prune(Pruner):
     ) -> None:
         super().__init__(config, process_group=process_group, **options)
 
-    def unknown(self, model: nn.Module, group: Group) -> str:
+    def why_unscored(self, model: nn.Module, group: Group) -> str:
         if self.config.importance == "bn" and all(gamma_of(model, layer) is None for layer in group.layers):
             return "has no batch norm whose scale could rank it"
         if self.config.importance == "taylor" and not any(_site(model, layer) for layer in group.layers):
             return "is made by layers whose outputs cannot be scaled"
         return ""
 
-    def gate_sites(self, model: nn.Module, groups: Groups) -> dict[str, int]:
+    def gated_layer_sizes(self, model: nn.Module, groups: Groups) -> dict[str, int]:
         layers = [layer for group in groups.prunable() for layer in group.layers]
         return {site: len(layer.units) for layer in layers if (site := _site(model, layer))}
 
-    def install(self, module: nn.Module, size: int) -> None:
-        install_gate(module, Scale, size, start=1.0)
+    def put_gate(self, module: nn.Module, size: int) -> None:
+        add_gate(module, ScaleGate, size, start=1.0)
 
     @torch.no_grad()
-    def learn(self, gates: Iterable[Gated]) -> None:
-        for gate in gates:
-            if gate.gate.grad is not None:
-                gate.gate_square += gate.gate.grad.square()
+    def learn(self, layers: Iterable[GatedLayer]) -> None:
+        for layer in layers:
+            if layer.gate.grad is not None:
+                layer.gate_square += layer.gate.grad.square()
 
     def scores(self, model: nn.Module, groups: Groups) -> Tensor:
         importances: dict[str, Importance] = {"l1": l1, "l2": l2, "bn": bn_scale, "taylor": taylor}
@@ -107,16 +107,16 @@ class Prune(Pruner):
         return unit_scores(model, groups, chosen or random_scores(self.config.seed))
 
 
-def taylor(model: nn.Module, layer: Layer) -> Tensor | None:
-    """What a step summed up at the layer's gate, relative to the layer's mean; None if nothing came there."""
+def taylor(model: nn.Module, layer: GroupLayer) -> Tensor | None:
+    """Returns the squared gradients of the layer's gate, relative to their mean; None if none came there."""
     site = _site(model, layer)
-    gate = get_module(model, site) if site else None
-    if not isinstance(gate, Gated) or not bool(gate.gate_square.any()):
+    gated = get_module(model, site) if site else None
+    if not isinstance(gated, GatedLayer) or not bool(gated.gate_square.any()):
         return None
-    return gate.gate_square / gate.gate_square.mean()
+    return gated.gate_square / gated.gate_square.mean()
 
 
-def _site(model: nn.Module, layer: Layer) -> str | None:
-    """Where a gate of 1 goes: behind the batch norm, in front of which the scale of a channel changes nothing."""
+def _site(model: nn.Module, layer: GroupLayer) -> str | None:
+    """Returns what gets a gate of 1: the batch norm behind, in front of which a channel's scale changes nothing."""
     site = layer.name if layer.norm is None else layer.norm
     return site if can_gate(get_module(model, site)) else None

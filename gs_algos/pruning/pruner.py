@@ -1,4 +1,4 @@
-"""What every pruning algorithm shares: groups, scores, masks, the cut, and the record of it all.
+"""The base of every pruning algorithm: finds groups, masks the units of the lowest scores, and cuts them out.
 
 A prepared network trains in two phases. For `select_steps` optimizer steps its weights stand still and something is
 learned about each channel; then the worst units become zeros, which `step` keeps, and the rest is trained on. `convert`
@@ -41,11 +41,11 @@ from gs_algos.core.settings import RowSettings
 from gs_algos.core.untouched import untouched
 from gs_algos.fx.capture.tracers import tensors_of
 from gs_algos.pruning.budget import Rates, total_rate
-from gs_algos.pruning.channel_gates import Freezer, Gated, detach_freezers, remove_gate
-from gs_algos.pruning.channel_groups.groups import Group, Groups, refuse_misfit
+from gs_algos.pruning.channel_gates import Freezer, GatedLayer, remove_freezers, remove_gate
+from gs_algos.pruning.channel_groups.groups import Group, Groups, refuse_foreign_groups
 from gs_algos.pruning.config import PruningConfig
 from gs_algos.pruning.cut import cut, mask, removed, resize, zeros
-from gs_algos.pruning.planning import GroupPlan, choose, from_version_1, make_plan
+from gs_algos.pruning.planning import GroupPlan, choose_units, from_version_1, make_plan
 from gs_kernels.runtime.torch_private import _NormBase
 
 logger = logging.getLogger(__name__)
@@ -77,33 +77,33 @@ class Pruner(Algorithm):
         self._rates: Rates = {}
         self._example: Inputs | None = None
         self._model: nn.Module | None = None
-        self._gates: dict[str, Gated] = {}
+        self._gated: dict[str, GatedLayer] = {}
         self._freezer = Freezer()
         self._zeros: list[tuple[Tensor, int, Tensor]] = []
         self._history: dict[str, Any] = {}
 
     @abstractmethod
-    def gate_sites(self, model: nn.Module, groups: Groups) -> dict[str, int]:
-        """Module -> channels, of the layers that get a gate for the first phase."""
+    def gated_layer_sizes(self, model: nn.Module, groups: Groups) -> dict[str, int]:
+        """Returns module -> channels, of the layers that get a gate for the first phase."""
 
     @abstractmethod
-    def install(self, module: nn.Module, size: int) -> None:
+    def put_gate(self, module: nn.Module, size: int) -> None:
         """Puts a gate on a layer."""
 
     @abstractmethod
-    def learn(self, gates: Iterable[Gated]) -> None:
-        """One step of the first phase: the gates' gradients are there, already averaged over all ranks."""
+    def learn(self, layers: Iterable[GatedLayer]) -> None:
+        """Takes one step of the first phase; the gradients of the gates are averaged over all ranks."""
 
     @abstractmethod
     def scores(self, model: nn.Module, groups: Groups) -> Tensor:
-        """`[units]`: the higher, the more a unit matters; NaN where nothing is known."""
+        """Returns `[units]`: the higher, the more a unit matters; NaN where nothing tells."""
 
-    def unknown(self, model: nn.Module, group: Group) -> str:
-        """Why nothing can be learned about a group; empty if something can."""
+    def why_unscored(self, model: nn.Module, group: Group) -> str:
+        """Says why the units of a group cannot be scored; "" if they can."""
         return ""
 
     def freezer(self) -> Freezer:
-        """What a forward of the first phase does to inputs and outputs."""
+        """Makes the freezer of the first phase, which may change inputs and outputs of a forward."""
         return Freezer()
 
     @property
@@ -112,9 +112,9 @@ class Pruner(Algorithm):
 
     @steps.setter
     def steps(self, value: int) -> None:
-        """Moves to a step of a training that is resumed; the tensors of the model are already those of that step."""
+        """Continues a resumed training at a step; the tensors of the model are already those of that step."""
         self._steps = value
-        self._switch()
+        self._enter_phase()
 
     @property
     def selecting(self) -> bool:
@@ -129,7 +129,7 @@ class Pruner(Algorithm):
         """
         with ordinary_tensors(), asked_by(f"{self.config.who}.plan"):
             network = network_of(model, f"{self.config.who}.plan")
-            return make_plan(self.name, self.config, network, example_inputs, self.unknown)[0]
+            return make_plan(self.name, self.config, network, example_inputs, self.why_unscored)[0]
 
     def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
         """Finds the groups of the live model and puts gates on its layers; float state_dict keys stay as they are.
@@ -149,12 +149,12 @@ class Pruner(Algorithm):
         if history(model) and history(model)[-1]["stage"] == "prepared":
             before = history(model)[-1]["algorithm"]
             raise RuntimeError(f"{self.config.who}.apply: the model is still prepared by {before}; convert it first")
-        plan, groups, rates = make_plan(self.name, self.config, model, example_inputs, self.unknown)
+        plan, groups, rates = make_plan(self.name, self.config, model, example_inputs, self.why_unscored)
         if not plan.acted():
             raise ValueError(f"{self.config.who}.apply: at least one group must lose a unit, got none{_why(plan)}")
         self._example = example_inputs
         with all_or_nothing(model):
-            sites = self.gate_sites(model, groups) if self.config.select_steps else {}
+            sites = self.gated_layer_sizes(model, groups) if self.config.select_steps else {}
             prepare(self, model, groups, sites)
             entry = {
                 "algorithm": self.name,
@@ -188,9 +188,9 @@ class Pruner(Algorithm):
                         f"gradient in {name}; {how if model.training else 'call model.train() first'}"
                     )
             self._average_gradients()
-            self.learn(self._gates.values())
-            for gate in self._gates.values():
-                gate.gate.grad = None
+            self.learn(self._gated.values())
+            for layer in self._gated.values():
+                layer.gate.grad = None
             if self._steps + 1 == self.config.select_steps:
                 self._refuse_unlearned()
         self._steps += 1
@@ -201,30 +201,30 @@ class Pruner(Algorithm):
             self._mask()
 
     def _refuse_unlearned(self) -> None:
-        """Raises if the cut would be decided without anything to decide it by."""
-        if self._gates and not any(bool(gate.gate_square.any()) for gate in self._gates.values()):
+        """Raises if no channel got a gradient by which the cut could be decided."""
+        if self._gated and not any(bool(layer.gate_square.any()) for layer in self._gated.values()):
             raise RuntimeError(
                 f"{self.config.who}.step: the first {self.config.select_steps} steps must show how much each channel "
                 "matters, got no gradient in any; run batches through the model in train mode, loss.backward(), step"
             )
 
     def _average_gradients(self) -> None:
-        """Gates are buffers, which DistributedDataParallel does not reduce."""
+        """Averages the gradients of the gates over all ranks: DistributedDataParallel does not reduce buffers."""
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1):
             return
-        for gate in self._gates.values():
-            gate.gate.grad = torch.zeros_like(gate.gate) if gate.gate.grad is None else gate.gate.grad
-            dist.all_reduce(gate.gate.grad, group=self.process_group)
-            gate.gate.grad /= dist.get_world_size(self.process_group)
+        for layer in self._gated.values():
+            layer.gate.grad = torch.zeros_like(layer.gate) if layer.gate.grad is None else layer.gate.grad
+            dist.all_reduce(layer.gate.grad, group=self.process_group)
+            layer.gate.grad /= dist.get_world_size(self.process_group)
 
     def _select(self) -> None:
         """Decides which units go, and zeroes them."""
         model = self._require_bound("step")
         assert self.groups is not None
-        keep = choose(self.config, self.groups, self.scores(model, self.groups), self._rates, model)
+        keep = choose_units(self.config, self.groups, self.scores(model, self.groups), self._rates, model)
         getattr(model, KEPT).copy_(keep)
         logger.info("%s: %.1f %% of the channels go", self.name, 100 * total_rate(self.groups, keep))
-        self._switch()
+        self._enter_phase()
         self._mask()
 
     @torch.no_grad()
@@ -232,11 +232,11 @@ class Pruner(Algorithm):
         for tensor, dim, index in self._zeros:
             tensor.data.index_fill_(dim, index, 0)
 
-    def _switch(self) -> None:
-        """Turns the first phase on or off in the live layers, and takes the zeros of the second from the model."""
-        self._freezer.on = self.selecting and bool(self._gates)
-        for gate in self._gates.values():
-            gate.gate_on = self._freezer.on
+    def _enter_phase(self) -> None:
+        """Turns the gates on in the first phase; in the second finds the tensors that hold the zeros."""
+        self._freezer.on = self.selecting and bool(self._gated)
+        for layer in self._gated.values():
+            layer.gate_on = self._freezer.on
         self._zeros = []
         if self._model is not None and self.groups is not None and not self.selecting:
             self._zeros = zeros(self._model, self.groups, getattr(self._model, KEPT).cpu())
@@ -247,7 +247,7 @@ class Pruner(Algorithm):
         batches: Iterable[Inputs] | None = None,
         forward_loop: Callable[[nn.Module], None] | None = None,
     ) -> None:
-        """Measures the batch norm statistics of the masked network anew: the mean over all batches. No weight moves.
+        """Measures the batch norm statistics of the masked network anew: the mean over all batches. Weights stay.
 
         Raises:
             RuntimeError: if the cut is not decided yet.
@@ -330,11 +330,11 @@ class Pruner(Algorithm):
         shapes = {"shapes": done.shapes, "attributes": done.attributes, "removed": removed(groups, keep)}
         remember(model, {**converted, "stage": "converted", "steps": self._steps, **shapes})
         if own:  # a copy may be converted while the training of the original goes on
-            self._model, self._gates, self.groups, self._zeros = None, {}, None, []
+            self._model, self._gated, self.groups, self._zeros = None, {}, None, []
         return model
 
     def summary(self, model: nn.Module) -> str:
-        """A table of the groups: what has gone from each, and the channels that its layers have left."""
+        """Returns a table of the groups: what has gone from each, and the channels that its layers have left."""
         model = network_of(model, f"{self.config.who}.summary")
         entry = next((e for e in reversed(history(model)) if e["algorithm"] == self.name), None)
         if entry is None:
@@ -366,19 +366,19 @@ class Pruner(Algorithm):
             return model
         algo = cls(cls.config_class.from_dict(entry["config"]))
         groups = Groups.from_dict(entry["groups"])
-        refuse_misfit(groups, model)
+        refuse_foreign_groups(groups, model)
         prepare(algo, model, groups, entry["gates"])
         return model
 
     def _bind(self, model: nn.Module, groups: Groups, rates: Rates) -> None:
         """Remembers the live layers that `step` has to visit."""
         self._model, self.groups, self._rates = model, groups, rates
-        self._gates = {name: m for name, m in model.named_modules() if isinstance(m, Gated)}
+        self._gated = {name: m for name, m in model.named_modules() if isinstance(m, GatedLayer)}
         self._freezer = self.freezer()
-        if self._gates:
-            detach_freezers(model)  # a model that was pickled has those of its old algorithm
+        if self._gated:
+            remove_freezers(model)  # a model that was pickled has those of its old algorithm
             self._freezer.attach(model)
-        self._switch()
+        self._enter_phase()
 
     def _require_bound(self, method: str) -> nn.Module:
         if self._model is None:
@@ -389,7 +389,7 @@ class Pruner(Algorithm):
 
 
 def _why(plan: Plan) -> str:
-    """Why a plan cuts nothing, and what could be done."""
+    """Says why a plan cuts nothing, and what to do."""
     if not plan.rows:
         return "; the network has no layer whose channels nothing else needs"
     whole = any("stay at this rate" in row.reason for row in plan.rows)
@@ -402,7 +402,7 @@ def prepare(algo: Pruner, model: nn.Module, groups: Groups, gates: dict[str, int
         module = get_module(model, name)
         if size not in getattr(module, "weight", torch.empty(0)).shape:
             raise ValueError(f"{algo.config.who}: {name} must have {size} channels; the model is another one")
-        algo.install(module, size)
+        algo.put_gate(module, size)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     model.register_buffer(KEPT, torch.ones(groups.n, dtype=torch.bool, device=device))
     for parameter in model.parameters():
@@ -410,15 +410,15 @@ def prepare(algo: Pruner, model: nn.Module, groups: Groups, gates: dict[str, int
 
 
 def release(model: nn.Module, gates: Iterable[str]) -> None:
-    """Undoes `prepare`."""
+    """Takes off what `prepare` put on."""
     for name in gates:
         remove_gate(get_module(model, name))
-    detach_freezers(model)
+    remove_freezers(model)
     del model._buffers[KEPT]
 
 
 def _compare(who: str, model: nn.Module, groups: Groups, keep: Tensor, example_inputs: Inputs) -> float:
-    """Relative RMS of the cut network's outputs against the masked one's, the worst of all.
+    """Returns the relative RMS of the cut network's outputs against the masked one's, the worst of all.
 
     Raises:
         RuntimeError: if it is more than rounding.

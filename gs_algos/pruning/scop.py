@@ -1,4 +1,4 @@
-"""SCOP: pruning against a control. Each channel competes with itself as it answers to data that says nothing.
+"""SCOP: scientific control pruning. Each channel competes with its own answer to inputs that say nothing.
 
 The network sees every batch with knock-offs, inputs that look like the data but do not belong to the labels. A number
 beta per channel mixes the two answers; a channel that is worth no more than its control is pushed to beta <= 1/2.
@@ -22,11 +22,17 @@ from typing_extensions import Unpack
 from gs_algos.core.algorithm import Inputs
 from gs_algos.core.batches import checked_batches
 from gs_algos.core.modules import get_module
-from gs_algos.pruning.channel_gates import Blend, Freezer, Gated, can_gate, install_gate
-from gs_algos.pruning.channel_groups.groups import Group, Groups, Layer
+from gs_algos.pruning.channel_gates import Freezer, GatedLayer, KnockoffGate, add_gate, can_gate
+from gs_algos.pruning.channel_groups.groups import Group, GroupLayer, Groups
 from gs_algos.pruning.config import PruneBaseOptions, PruningConfig
 from gs_algos.pruning.importance import output_scale, unit_scores
-from gs_algos.pruning.knockoffs import Doubling, Given, KnockoffGenerator, Permuted, first_half
+from gs_algos.pruning.knockoffs import (
+    GivenKnockoffs,
+    KnockoffDoubling,
+    KnockoffGenerator,
+    PermutedKnockoffs,
+    first_half,
+)
 from gs_algos.pruning.pruner import Pruner
 
 SOURCES = ("permute", "generator", "given")
@@ -105,25 +111,25 @@ class SCOP(Pruner):
         if knockoffs is not None:
             given["knockoffs"] = knockoffs if isinstance(knockoffs, str) else "given"
         super().__init__(config, process_group=process_group, **given)
-        source: Given | Permuted | None = None
+        source: GivenKnockoffs | PermutedKnockoffs | None = None
         if knockoffs is not None and not isinstance(knockoffs, str):
-            source = Given(knockoffs)
+            source = GivenKnockoffs(knockoffs)
         if self.config.knockoffs == "permute":
-            source = Permuted()
-        self._doubling = Doubling(self.config.knockoffs, source)
+            source = PermutedKnockoffs()
+        self._doubling = KnockoffDoubling(self.config.knockoffs, source)
 
     @property
-    def source(self) -> Given | Permuted | None:
-        """Where the knock-offs of the first phase come from."""
+    def source(self) -> GivenKnockoffs | PermutedKnockoffs | None:
+        """What makes the knock-offs of the first phase."""
         return self._doubling.source
 
     @source.setter
-    def source(self, value: Given | Permuted | None) -> None:
+    def source(self, value: GivenKnockoffs | PermutedKnockoffs | None) -> None:
         self._doubling.source = value
 
     @classmethod
     def training_options(cls, epochs: int, steps_per_epoch: int) -> dict[str, Any]:
-        """A quarter of the training for beta, the rest for the masked network."""
+        """Gives a quarter of the training to beta, the rest to the masked network."""
         return {"select_steps": max(1, epochs * steps_per_epoch // 4)}
 
     def freezer(self) -> Freezer:
@@ -153,44 +159,44 @@ class SCOP(Pruner):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             generator = KnockoffGenerator(tuple(first.shape[1:]), batch_size=len(first)).to(first.device)  # type: ignore[arg-type]
-        self.source = Given(generator.fit(batches, steps))
+        self.source = GivenKnockoffs(generator.fit(batches, steps))
 
-    def _switch(self) -> None:
-        super()._switch()
+    def _enter_phase(self) -> None:
+        super()._enter_phase()
         self._doubling.turn = self.steps
 
-    def unknown(self, model: nn.Module, group: Group) -> str:
+    def why_unscored(self, model: nn.Module, group: Group) -> str:
         sites = [type(get_module(model, layer.name)).__name__ for layer in group.layers]
         can = any(can_gate(get_module(model, layer.name)) for layer in group.layers)
         return "" if can else f"is made by {', '.join(sites)}, whose outputs cannot be mixed with their control"
 
-    def gate_sites(self, model: nn.Module, groups: Groups) -> dict[str, int]:
+    def gated_layer_sizes(self, model: nn.Module, groups: Groups) -> dict[str, int]:
         layers = [layer for group in groups.prunable() for layer in group.layers]
         return {x.name: len(x.units) for x in layers if can_gate(get_module(model, x.name))}
 
-    def install(self, module: nn.Module, size: int) -> None:
-        install_gate(module, Blend, size, start=0.5)
+    def put_gate(self, module: nn.Module, size: int) -> None:
+        add_gate(module, KnockoffGate, size, start=0.5)
 
     @torch.no_grad()
-    def learn(self, gates: Iterable[Gated]) -> None:
-        """One step of Adam on beta, clamped to [0, 1]; its moments live in the model's buffers, so they are saved."""
-        live = [gate for gate in gates if gate.gate.grad is not None]
+    def learn(self, layers: Iterable[GatedLayer]) -> None:
+        """Takes one step of Adam on beta, clamped to [0, 1]; its moments are buffers of the model, and saved."""
+        live = [layer for layer in layers if layer.gate.grad is not None]
         if not live:
             return
-        optimizer = torch.optim.Adam([gate.gate for gate in live], self.config.lr, betas=self.config.betas)
-        for gate in live:
-            moments = {"exp_avg": gate.gate_mean, "exp_avg_sq": gate.gate_square}
-            optimizer.state[gate.gate] = {"step": torch.tensor(float(self.steps)), **moments}
+        optimizer = torch.optim.Adam([layer.gate for layer in live], self.config.lr, betas=self.config.betas)
+        for layer in live:
+            moments = {"exp_avg": layer.gate_mean, "exp_avg_sq": layer.gate_square}
+            optimizer.state[layer.gate] = {"step": torch.tensor(float(self.steps)), **moments}
         optimizer.step()
-        for gate in live:
-            gate.gate.clamp_(0, 1)
+        for layer in live:
+            layer.gate.clamp_(0, 1)
 
     def scores(self, model: nn.Module, groups: Groups) -> Tensor:
         return unit_scores(model, groups, beta_scores)
 
 
 class _Images:
-    """The images of batches, without the labels beside them."""
+    """Iterates over the images of batches, without the labels beside them."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self.batches = batches
@@ -200,9 +206,9 @@ class _Images:
             yield batch[0] if isinstance(batch, tuple | list) and batch else batch
 
 
-def beta_scores(model: nn.Module, layer: Layer) -> Tensor | None:
-    """`|gamma| (2 beta - 1)` per channel, |gamma| relative to its mean; None if the layer has no trained beta."""
+def beta_scores(model: nn.Module, layer: GroupLayer) -> Tensor | None:
+    """Returns `|gamma| (2 beta - 1)` per channel, |gamma| relative to its mean; None without a trained beta."""
     module = get_module(model, layer.name)
-    if not isinstance(module, Gated) or not bool(module.gate_square.any()):
+    if not isinstance(module, GatedLayer) or not bool(module.gate_square.any()):
         return None
     return output_scale(model, layer).to(module.gate.device) * (2 * module.gate.detach() - 1)

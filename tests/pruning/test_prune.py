@@ -14,7 +14,7 @@ import gs_algos
 from gs_algos import SCOP, Prune, SimQAT
 from gs_algos.core.algorithm import history
 from gs_algos.export.onnx import export_onnx
-from gs_algos.pruning.knockoffs import Given, KnockoffGenerator, discrepancy
+from gs_algos.pruning.knockoffs import GivenKnockoffs, KnockoffGenerator, discrepancy
 from tests.nets.convolutional import SmallConvNet, images, mlp
 
 
@@ -323,7 +323,7 @@ def test_a_prepared_network_moves_and_changes_type():
 
 
 def test_knockoffs_come_from_any_iterable_and_start_again():
-    given = Given([torch.zeros(10, 3), torch.ones(10, 3)])
+    given = GivenKnockoffs([torch.zeros(10, 3), torch.ones(10, 3)])
     rows = [given(((torch.randn(8, 3),), {}), 8)[0][0] for _ in range(3)]
     assert [float(r.mean()) for r in rows] == [0, 1, 0] and rows[0].shape == (8, 3)
 

@@ -1,4 +1,4 @@
-"""From a model and example inputs to its channel groups, each proved by a trial cut before it is offered."""
+"""Finds the channel groups of a model from example inputs, and proves each by a trial cut."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from gs_algos.core.algorithm import Inputs
 from gs_algos.core.modules import get_module, parent_name
-from gs_algos.pruning.channel_groups.groups import FIXED, Attribute, Group, Groups, Layer, Slice
+from gs_algos.pruning.channel_groups.groups import FIXED, Attribute, Group, GroupLayer, Groups, Slice
 from gs_algos.pruning.channel_groups.in_place import freeze_partial_writes
 from gs_algos.pruning.channel_groups.labels import Axis, components
 from gs_algos.pruning.channel_groups.op_rules import rule_of
-from gs_algos.pruning.channel_groups.trace import Box, Flow, follow
+from gs_algos.pruning.channel_groups.trace import ChannelFlow, ReshapedChannels, trace_flow
 from gs_algos.pruning.channel_groups.trial_cut import failures
 
 # what modules call the number of their heads, and widths that are a multiple of it
@@ -23,7 +23,7 @@ WIDTHS = ("all_head_size", "attn_dim", "attention_dim", "inner_dim", "split_size
 
 
 def find_groups(model: nn.Module, example_inputs: Inputs, prove: bool = True) -> Groups:
-    """The channel groups of a model. It is as it was afterwards.
+    """Finds the channel groups of a model, which is as it was afterwards.
 
     Args:
         model: any module; it is run as it is, so whatever runs can be read.
@@ -34,22 +34,22 @@ def find_groups(model: nn.Module, example_inputs: Inputs, prove: bool = True) ->
     Raises:
         ValueError: if the inputs do not run through the model.
     """
-    flow = Flow(model)
-    follow(flow, example_inputs, False, rule_of, freeze_partial_writes)
-    notes = _idle(flow, example_inputs)
+    flow = ChannelFlow(model)
+    trace_flow(flow, example_inputs, False, rule_of, freeze_partial_writes)
+    notes = _trace_training_if_needed(flow, example_inputs)
     groups = resolve(flow, notes)
     while prove and (bad := failures(model, groups, example_inputs)):
-        groups = _without(groups, bad)
+        groups = _with_refused(groups, bad)
     return groups
 
 
-def _idle(flow: Flow, example_inputs: Inputs) -> tuple[str, ...]:
-    """Follows a training pass too if some parameters did not run in eval mode; a note if some run in neither."""
+def _trace_training_if_needed(flow: ChannelFlow, example_inputs: Inputs) -> tuple[str, ...]:
+    """Traces a training pass too if some parameters did not run in eval mode; returns a note if some run in neither."""
     if all(id(p) in flow.ran for p in flow.model.parameters()):
         return ()
     notes: tuple[str, ...] = ()
     try:
-        follow(flow, example_inputs, True, rule_of, freeze_partial_writes)
+        trace_flow(flow, example_inputs, True, rule_of, freeze_partial_writes)
     except ValueError as error:
         notes = (f"a training pass could not be read: {error}",)
     idle = [name for name, p in flow.model.named_parameters() if id(p) not in flow.ran]
@@ -59,8 +59,8 @@ def _idle(flow: Flow, example_inputs: Inputs) -> tuple[str, ...]:
     return notes
 
 
-def resolve(flow: Flow, notes: tuple[str, ...] = ()) -> Groups:
-    """The groups that a flow shows, before any trial."""
+def resolve(flow: ChannelFlow, notes: tuple[str, ...] = ()) -> Groups:
+    """Returns the groups that a flow shows, before any trial."""
     classes = _settled_classes(flow)
     axes = sorted(flow.atoms.axes.values(), key=lambda axis: axis.start)
     starts = torch.tensor([axis.start for axis in axes] or [0])
@@ -79,7 +79,7 @@ def resolve(flow: Flow, notes: tuple[str, ...] = ()) -> Groups:
             why = why or ["consists of one unit, which cannot go"]
         unit_of[free] = torch.arange(n, n + len(free))
         made = [(axis, norms.get(axis.start)) for axis in layers]
-        groups.append(_Found(made, n, len(free), "; ".join(why[:2]) if not len(free) else ""))
+        groups.append(_GroupDraft(made, n, len(free), "; ".join(why[:2]) if not len(free) else ""))
         n += len(free)
     units = unit_of[classes] if flow.atoms.n else unit_of
     slices = [Slice(axis.tensor, axis.dim, units[axis.atoms()]) for axis in axes]
@@ -89,15 +89,15 @@ def resolve(flow: Flow, notes: tuple[str, ...] = ()) -> Groups:
     return Groups(tuple(g.group(units, slices) for g in groups), tuple(slices), attributes, costs, notes)
 
 
-class _Found:
-    """A group before its layers' units are known."""
+class _GroupDraft:
+    """Holds a group whose layers' units are not numbered yet."""
 
     def __init__(self, made: list[tuple[Axis, str | None]], first: int, n: int, reason: str) -> None:
         self.made, self.first, self.n, self.reason = made, first, n, reason
 
     def group(self, units: Tensor, slices: list[Slice]) -> Group:
         layers = tuple(
-            Layer(parent_name(axis.tensor), axis.tensor, axis.dim, units[axis.atoms()], norm)
+            GroupLayer(parent_name(axis.tensor), axis.tensor, axis.dim, units[axis.atoms()], norm)
             for axis, norm in self.made
         )
         makers = {(layer.tensor, layer.dim) for layer in layers}
@@ -112,35 +112,35 @@ class _Found:
         return Group(layers, readers, self.first, self.n, sum(len(x.units) for x in layers), self.reason)
 
 
-def _settled_classes(flow: Flow) -> Tensor:
-    """The classes after every reshaped tensor is left with one dimension along which its channels can go."""
+def _settled_classes(flow: ChannelFlow) -> Tensor:
+    """Returns the classes, with one dimension left in every reshaped tensor along which its channels can go."""
     while True:
         classes = flow.atoms.classes()
         before = len(flow.atoms.edges)
         for box in flow.boxes:
-            dims = _loose(box, classes)
+            dims = _varying_dims(box, classes)
             if len(dims) > 1:
-                spare = [d for d in dims if d != _kept(flow, box, dims)]
+                spare = [d for d in dims if d != _shrinking_dim(flow, box, dims)]
                 flow.atoms.whole(box.labels, spare, f"is reshaped in {box.scope or 'the root'}")
         if len(flow.atoms.edges) == before:
             return classes
 
 
-def _loose(box: Box, classes: Tensor) -> list[int]:
-    """The dimensions along which the classes of a box vary."""
+def _varying_dims(box: ReshapedChannels, classes: Tensor) -> list[int]:
+    """Returns the dimensions along which the classes of a box vary."""
     found = torch.where(box.labels < 0, box.labels, classes[box.labels.clamp(min=0)])
     return [d for d in range(found.dim()) if not bool((found == found.narrow(d, 0, 1)).all())]
 
 
-def _kept(flow: Flow, box: Box, dims: list[int]) -> int:
-    """The dimension of a box that may shrink: the one of the heads if the module counts heads, else the last."""
+def _shrinking_dim(flow: ChannelFlow, box: ReshapedChannels, dims: list[int]) -> int:
+    """Returns the dimension of a box that may shrink: that of the heads if the module counts them, else the last."""
     module = get_module(flow.model, box.scope)
     counts = {getattr(module, name, None) for name in COUNTS}
     return next((d for d in dims if box.labels.size(d) in counts), dims[-1])
 
 
-def _reasons(flow: Flow, classes: Tensor, axes: list[Axis]) -> dict[int, str]:
-    """class -> why it cannot go."""
+def _reasons(flow: ChannelFlow, classes: Tensor, axes: list[Axis]) -> dict[int, str]:
+    """Returns class -> why it cannot go."""
     reasons: dict[int, str] = {}
     for labels, why in flow.atoms.frozen:
         for c in classes[labels].unique().tolist():
@@ -152,8 +152,8 @@ def _reasons(flow: Flow, classes: Tensor, axes: list[Axis]) -> dict[int, str]:
     return reasons
 
 
-def _makers(flow: Flow, axes: list[Axis], starts: Tensor) -> list[Axis]:
-    """Axes that are output channels of a layer, in the order of the model's parameters."""
+def _makers(flow: ChannelFlow, axes: list[Axis], starts: Tensor) -> list[Axis]:
+    """Returns the axes that are output channels of a layer, in the order of the model's parameters."""
     if not flow.produced:
         return []
     labels = torch.cat(flow.produced)
@@ -163,7 +163,7 @@ def _makers(flow: Flow, axes: list[Axis], starts: Tensor) -> list[Axis]:
 
 
 def _members(classes: Tensor, makers: list[Axis], n: int) -> list[list[Axis]]:
-    """Layers that share a class belong to one group."""
+    """Collects the layers of each group: those that share a class."""
     edges = [(classes[axis.atoms()], torch.full((axis.size,), n + i)) for i, axis in enumerate(makers)]
     root = components(n + len(makers), edges)
     found: dict[int, list[Axis]] = {}
@@ -172,8 +172,8 @@ def _members(classes: Tensor, makers: list[Axis], n: int) -> list[list[Axis]]:
     return list(found.values())
 
 
-def _norms(flow: Flow, axes: list[Axis], starts: Tensor) -> dict[int, str]:
-    """start of a layer's axis -> the batch norm that reads exactly its channels."""
+def _norms(flow: ChannelFlow, axes: list[Axis], starts: Tensor) -> dict[int, str]:
+    """Returns start of a layer's axis -> the batch norm that reads exactly its channels."""
     norms: dict[int, str] = {}
     for labels, own in flow.norms:
         if bool((labels == labels[0] + torch.arange(len(labels))).all()) and bool((own >= 0).all()):
@@ -181,11 +181,11 @@ def _norms(flow: Flow, axes: list[Axis], starts: Tensor) -> dict[int, str]:
     return norms
 
 
-def _attributes(flow: Flow, classes: Tensor, units: Tensor) -> Iterable[Attribute]:
-    """Integers of the modules that reshaped their channels into heads."""
+def _attributes(flow: ChannelFlow, classes: Tensor, units: Tensor) -> Iterable[Attribute]:
+    """Yields the integers of modules that reshaped their channels into heads."""
     seen: set[tuple[str, str]] = set()
     for box in flow.boxes:
-        dims = _loose(box, classes)
+        dims = _varying_dims(box, classes)
         if len(dims) != 1:
             continue
         line = box.labels.movedim(dims[0], 0).flatten(1)[:, 0]
@@ -207,8 +207,8 @@ def _units(units: Tensor, labels: Tensor) -> Tensor:
     return torch.where(labels < 0, FIXED, units[labels.clamp(min=0)])
 
 
-def _without(groups: Groups, bad: dict[int, str]) -> Groups:
-    """The groups with those at these indices refused, units renumbered."""
+def _with_refused(groups: Groups, bad: dict[int, str]) -> Groups:
+    """Returns the groups with those at these indices refused, units renumbered."""
     number, n, kept = torch.full((groups.n,), FIXED), 0, []
     for i, group in enumerate(groups.groups):
         size = 0 if i in bad else group.n

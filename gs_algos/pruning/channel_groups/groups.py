@@ -1,4 +1,4 @@
-"""Coupled channel groups: which channels of which tensors go together, as data that can be printed, kept and cut by.
+"""Groups of coupled channels: which channels of which tensors go together, as data that prints, saves and cuts.
 
 A unit is the smallest thing that can go: one channel of a conv with its batch norm, its skip connections and what reads
 it; one attention head with its query, key, value and output; one neuron of an MLP. A group is the units of the same
@@ -25,7 +25,7 @@ RUN = re.compile(r"(?P<first>-|\d+)(?:\.\.(?P<last>\d+))?(?:\*(?P<times>\d+))?")
 
 @dataclass(frozen=True)
 class Slice:
-    """One dimension of one tensor that loses indices. units: `[size]`, the unit of each index or FIXED."""
+    """Names a dimension of a tensor that loses indices. units: `[size]`, the unit of each index or FIXED."""
 
     tensor: str
     dim: int
@@ -33,8 +33,8 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A layer that makes the channels of a group. norm: the batch norm behind it, if it normalises just these."""
+class GroupLayer:
+    """Names a layer that makes channels of a group. norm: the batch norm behind it, if it normalises just these."""
 
     name: str
     tensor: str
@@ -45,7 +45,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Attribute:
-    """An integer that a module keeps of its own size: `per` times how many of these units stay."""
+    """Names an integer that a module keeps of its own size: `per` times how many of these units stay."""
 
     module: str
     name: str
@@ -55,9 +55,9 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Group:
-    """Units `first .. first + n - 1`, made by `layers`, read by `readers`. reason: why none of them can go (n = 0)."""
+    """Holds units `first .. first + n - 1`, made by `layers`, read by `readers`. reason: why none can go (n = 0)."""
 
-    layers: tuple[Layer, ...]
+    layers: tuple[GroupLayer, ...]
     readers: tuple[str, ...]
     first: int
     n: int
@@ -70,13 +70,13 @@ class Group:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Per layer, how many of its channels one unit takes."""
+        """Counts, layer by layer, how many channels one unit takes."""
         return tuple(max(1, int((layer.units == self.first).sum())) for layer in self.layers)
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Every group of a model, and what has to be cut if units go.
+    """Holds every group of a model, and what has to be cut if units go.
 
     costs: (multiply-adds on the example inputs, per factor the unit of each of its channels).
     """
@@ -95,23 +95,23 @@ class Groups:
         return tuple(group for group in self.groups if group.n)
 
     def everything(self) -> Tensor:
-        """bool `[n]`: all units stay."""
+        """Returns the `keep` with which all units stay, bool `[n]`."""
         return torch.ones(self.n, dtype=torch.bool)
 
     def macs(self, keep: Tensor) -> int:
-        """Multiply-adds on the example inputs if the units in `keep` stay."""
+        """Counts the multiply-adds on the example inputs if the units in `keep` stay."""
         return round(sum(macs * math.prod(_share(keep, f) for f in factors) for macs, factors in self.costs))
 
     def numel(self, shapes: Mapping[str, Sequence[int]], keep: Tensor) -> int:
-        """How many numbers tensors of these shapes hold if the units in `keep` stay."""
+        """Counts the elements of tensors of these shapes if the units in `keep` stay."""
         return sum(math.prod(shape) for shape in self.shapes(shapes, keep).values())
 
     def shapes(self, shapes: Mapping[str, Sequence[int]], keep: Tensor) -> dict[str, list[int]]:
-        """The shapes that are left of these."""
+        """Returns the shapes that a cut leaves of these."""
         left = {name: list(shape) for name, shape in shapes.items()}
         for part in self.slices:
             if part.tensor in left:
-                left[part.tensor][part.dim] = int(kept_of(keep, part.units).sum())
+                left[part.tensor][part.dim] = int(stays(keep, part.units).sum())
         return left
 
     def __str__(self) -> str:
@@ -121,7 +121,7 @@ class Groups:
         return "\n".join([head, table, *(f"note: {note}" for note in self.notes)])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Returns plain JSON values."""
         return {
             "groups": [
                 {
@@ -143,7 +143,9 @@ class Groups:
     def from_dict(cls, data: dict[str, Any]) -> Groups:
         groups = tuple(
             Group(
-                tuple(Layer(name, tensor, dim, decode(code), norm) for name, tensor, dim, code, norm in g["layers"]),
+                tuple(
+                    GroupLayer(name, tensor, dim, decode(code), norm) for name, tensor, dim, code, norm in g["layers"]
+                ),
                 tuple(g["readers"]),
                 g["first"],
                 g["n"],
@@ -160,8 +162,8 @@ class Groups:
         )
 
 
-def refuse_misfit(groups: Groups, model: nn.Module) -> None:
-    """Raises unless the groups, which were read from a file, are of this model.
+def refuse_foreign_groups(groups: Groups, model: nn.Module) -> None:
+    """Raises unless groups that were read from a file are of this model.
 
     Raises:
         ValueError: if a number is none, or a tensor, a dimension or a unit is not there.
@@ -173,7 +175,7 @@ def refuse_misfit(groups: Groups, model: nn.Module) -> None:
             raise ValueError(f"Groups: units of a group must follow those of the one before, got {numbers}")
         first += group.n
     named = tensors_by_name(model)
-    parts: list[Slice | Layer] = [*groups.slices, *(layer for group in groups.groups for layer in group.layers)]
+    parts: list[Slice | GroupLayer] = [*groups.slices, *(layer for group in groups.groups for layer in group.layers)]
     for part in parts:
         tensor = named.get(part.tensor) if isinstance(part.tensor, str) else None
         there = tensor is not None and type(part.dim) is int and 0 <= part.dim < tensor.dim()
@@ -184,18 +186,18 @@ def refuse_misfit(groups: Groups, model: nn.Module) -> None:
             raise ValueError(f"Groups: {cut.tensor} must have a known unit for each index of dimension {cut.dim}")
 
 
-def kept_of(keep: Tensor, units: Tensor) -> Tensor:
-    """bool `[size]`: which indices stay if the units in `keep` stay."""
+def stays(keep: Tensor, units: Tensor) -> Tensor:
+    """Returns bool `[size]`: which indices stay if the units in `keep` stay."""
     return torch.where(units == FIXED, True, keep[units.clamp(min=0)]) if keep.numel() else units == FIXED
 
 
 def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by first qualified name."""
+    """Returns parameters and buffers by first qualified name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def encode(units: Tensor) -> str:
-    """A vector of units as runs: `4..7` counts up, `4*49` repeats, `4..7*49` counts up, each repeated; `-` is FIXED."""
+    """Writes a vector of units as runs: `4..7` counts up, `4*49` repeats, `4..7*49` repeats each; `-` is FIXED."""
     runs: list[str] = []
     values, counts = torch.unique_consecutive(units, return_counts=True)
     i = 0
@@ -212,7 +214,7 @@ def encode(units: Tensor) -> str:
 
 
 def decode(code: str) -> Tensor:
-    """The vector that `encode` wrote.
+    """Reads the vector that `encode` wrote.
 
     Raises:
         ValueError: if the text is no such code, or stands for more than LONGEST units.
@@ -233,7 +235,7 @@ def decode(code: str) -> Tensor:
 
 
 def _share(keep: Tensor, factor: Tensor) -> float:
-    return float(kept_of(keep, factor).double().mean()) if factor.numel() else 1.0
+    return float(stays(keep, factor).double().mean()) if factor.numel() else 1.0
 
 
 def _layers(group: Group) -> str:

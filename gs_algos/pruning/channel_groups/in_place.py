@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gs_algos.pruning.channel_groups.trace import Call, Flow
+from gs_algos.pruning.channel_groups.trace import ChannelFlow, OpCall
 
 
-def freeze_partial_writes(flow: Flow, call: Call) -> None:
+def freeze_partial_writes(flow: ChannelFlow, call: OpCall) -> None:
     """Freezes the channels of every tensor that an in-place operation changes for some of its channels only."""
     for target in call.written():
         if not _is_plain(target) or target.numel() * target.element_size() == target.untyped_storage().nbytes():

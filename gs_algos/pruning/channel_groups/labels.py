@@ -1,4 +1,4 @@
-"""Which channels of which tensors are one and the same: labels that travel through a forward pass, and their classes.
+"""Labels that travel through a forward pass and tell which channels of which tensors must be removed together.
 
 Every index of every dimension of every parameter has a number, its atom. A tensor of the forward pass carries fields:
 for each position along its channel dimension, the atom that made it. Atoms that can only be removed together are
@@ -18,7 +18,7 @@ NOTHING = -1  # label of a position that no layer makes: padding
 
 @dataclass(frozen=True)
 class Axis:
-    """One dimension of one parameter or buffer. Its atoms are `start .. start + size - 1`."""
+    """Names one dimension of one parameter or buffer. Its atoms are `start .. start + size - 1`."""
 
     tensor: str  # qualified name
     dim: int
@@ -31,7 +31,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Value:
-    """What is known of one tensor of the forward pass.
+    """Holds the labels of one tensor of the forward pass.
 
     fields: int64 labels with the rank of the tensor; a dimension of size 1 says that the labels do not vary along it.
     weights: True for parameters and for views of them.
@@ -44,7 +44,7 @@ class Value:
 
 @dataclass
 class Atoms:
-    """The atoms of one model, and everything that was found out about them."""
+    """Collects the atoms of one model: which are united, and which cannot be removed."""
 
     axes: dict[tuple[str, int], Axis] = field(default_factory=dict)
     n: int = 0
@@ -52,7 +52,7 @@ class Atoms:
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)  # (atoms, why none of them can be removed)
 
     def axis(self, tensor: str, dim: int, size: int) -> Axis:
-        """The axis of a dimension, made at its first use."""
+        """Returns the axis of a dimension, made at its first use."""
         key = (tensor, dim)
         if key not in self.axes:
             self.axes[key] = Axis(tensor, dim, self.n, size)
@@ -60,7 +60,7 @@ class Atoms:
         return self.axes[key]
 
     def unite(self, a: Tensor, b: Tensor, reason: str) -> None:
-        """Labels at the same position (after broadcasting) are removed together, or not at all next to padding."""
+        """Unites labels at the same position (after broadcasting): removed together, or not at all next to padding."""
         a, b = (t.flatten() for t in torch.broadcast_tensors(a, b))
         made = (a != NOTHING) & (b != NOTHING)
         self.edges.append((a[made], b[made]))
@@ -68,14 +68,14 @@ class Atoms:
         self.freeze(alone, reason)
 
     def freeze(self, labels: Tensor, reason: str) -> None:
-        """None of these can be removed."""
+        """Notes that none of these labels can be removed."""
         labels = labels.flatten()
         labels = labels[labels != NOTHING].unique()
         if labels.numel():
             self.frozen.append((labels, reason))
 
     def whole(self, labels: Tensor, dims: Iterable[int], reason: str) -> Tensor | None:
-        """The positions along `dims` stay or go together. Returns the labels without these dimensions; None if frozen.
+        """Unites the positions along `dims`. Returns the labels without these dimensions; None if frozen.
 
         Labels that vary along no other dimension cannot be removed at all, since that would remove the whole tensor.
         """
@@ -92,7 +92,7 @@ class Atoms:
         return rest
 
     def tie(self, a: Tensor, b: Tensor, reason: str) -> None:
-        """Two fields of one tensor, or of two that are combined element by element: what goes in one goes in the other.
+        """Ties two fields of one tensor, or of two combined element by element: what goes in one goes in the other.
 
         If one varies along more dimensions (heads and their width, against one of them), the trailing dimensions stay
         whole, so that heads go as heads.
@@ -113,7 +113,7 @@ class Atoms:
         self.whole(b, common, reason)
 
     def settle(self, fields: Iterable[Tensor], reason: str) -> tuple[Tensor, ...]:
-        """The fields of one tensor, no two along the same dimension: those that overlap are tied, the wider kept."""
+        """Returns the fields with no two along the same dimension: those that overlap are tied, the wider one stays."""
         settled: list[Tensor] = []
         for new in fields:
             for i, old in enumerate(settled):
@@ -127,17 +127,17 @@ class Atoms:
         return tuple(settled)
 
     def classes(self) -> Tensor:
-        """`[n]` int64: the smallest atom that each atom is united with."""
+        """Returns `[n]` int64: the smallest atom that each atom is united with."""
         return components(self.n, self.edges)
 
 
 def varying(labels: Tensor) -> frozenset[int]:
-    """The dimensions along which a field varies."""
+    """Returns the dimensions along which a field varies."""
     return frozenset(d for d in range(labels.dim()) if labels.size(d) > 1)
 
 
 def compact(labels: Tensor) -> Tensor:
-    """The labels with size 1 along every dimension along which they are constant."""
+    """Returns the labels with size 1 along every dimension along which they are constant."""
     for d in range(labels.dim()):
         if labels.stride(d) == 0:
             labels = labels.narrow(d, 0, 1)
@@ -149,7 +149,7 @@ def compact(labels: Tensor) -> Tensor:
 
 
 def components(n: int, edges: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """`[n]` int64: the smallest number that each of 0..n-1 is connected to by edges (pairs of int64 vectors)."""
+    """Returns `[n]` int64: the smallest number that each in 0..n-1 is connected to by edges (pairs of vectors)."""
     root = torch.arange(n)
     pairs = list(edges)
     if not pairs:

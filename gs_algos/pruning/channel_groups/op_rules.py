@@ -1,4 +1,4 @@
-"""Where the labels of its inputs go in each ATen operation. A rule returns the value of every output, in order."""
+"""Rules of the ATen operations: where the labels of their inputs go. A rule returns the value of each output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from gs_algos.pruning.channel_groups.labels import NOTHING, Value, compact, varying
 from gs_algos.pruning.channel_groups.op_rules_elementwise import combine
 from gs_algos.pruning.channel_groups.op_rules_products import attention, convolution, embedding, linear, product
-from gs_algos.pruning.channel_groups.trace import Box, Call, Flow, Rule
+from gs_algos.pruning.channel_groups.trace import ChannelFlow, OpCall, OpRule, ReshapedChannels
 from gs_kernels.runtime.torch_private import tree_leaves
 
 POINTWISE = (
@@ -21,7 +21,7 @@ POINTWISE = (
 )
 RESHAPES = ("view", "_unsafe_view", "reshape", "_reshape_alias")
 # one source, rearranged: run on the labels
-MOVES = ("repeat", "index_select", "roll", "flip", "index", "repeat_interleave", "lift")
+REARRANGEMENTS = ("repeat", "index_select", "roll", "flip", "index", "repeat_interleave", "lift")
 REDUCTIONS = (
     *("mean", "sum", "amax", "amin", "max", "min", "argmax", "argmin", "median", "prod", "any", "all", "count_nonzero"),
     *("var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "logsumexp"),
@@ -41,8 +41,8 @@ PLANES = {  # work on the trailing dimensions, each channel by itself
 SHAPES = ("new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided", "empty_strided", "_assert_async")
 
 
-def rule_of(call: Call) -> Rule | None:
-    """The rule of an operation; None if there is none."""
+def rule_of(call: OpCall) -> OpRule | None:
+    """Returns the rule of an operation; None if there is none."""
     if call.op in RULES:
         return RULES[call.op]
     if torch.Tag.pointwise in call.func.tags:
@@ -53,21 +53,21 @@ def rule_of(call: Call) -> Rule | None:
         return attention
     returns = call.func._schema.returns
     if returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns):
-        return move
+        return rearrange
     return None
 
 
-def pointwise(flow: Flow, call: Call) -> list[Value]:
+def pointwise(flow: ChannelFlow, call: OpCall) -> list[Value]:
     values = [flow.value(t) for t in tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor)]
     return [combine(flow, values, tuple(out.shape), flow.where(call)) for out in call.outputs]
 
 
-def reshape(flow: Flow, call: Call) -> list[Value]:
+def reshape(flow: ChannelFlow, call: OpCall) -> list[Value]:
     value, new = flow.value(call.args[0]), tuple(call.outputs[0].shape)
     return [Value(new, tuple(_reshaped(flow, f, value.shape, new) for f in value.fields), value.weights)]
 
 
-def _reshaped(flow: Flow, labels: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+def _reshaped(flow: ChannelFlow, labels: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
     full, sizes, touched = list(labels.shape), list(new), set()
     for (i0, i1), (j0, j1) in _blocks(old, new):
         inside = {d for d in range(i0, i1) if labels.size(d) > 1}
@@ -76,17 +76,17 @@ def _reshaped(flow: Flow, labels: Tensor, old: Sequence[int], new: Sequence[int]
             full[i0:i1] = [1] * (i1 - i0)
             continue
         if len(inside) > 1:
-            flow.boxes.append(Box(labels.squeeze(), flow.scope))
+            flow.boxes.append(ReshapedChannels(labels.squeeze(), flow.scope))
         full[i0:i1] = old[i0:i1]
         touched |= set(range(j0, j1))
     moved = compact(labels.expand(full).reshape(sizes))
     if len(varying(moved) & touched) > 1:
-        flow.boxes.append(Box(moved.squeeze(), flow.scope))
+        flow.boxes.append(ReshapedChannels(moved.squeeze(), flow.scope))
     return moved
 
 
 def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Runs of dimensions of two shapes that hold the same elements: ((first, end), (first, end)) each."""
+    """Pairs the runs of dimensions of two shapes that hold the same elements: ((first, end), (first, end)) each."""
     blocks: list[tuple[tuple[int, int], tuple[int, int]]] = []
     i = j = 0
     while i < len(old) and j < len(new):
@@ -104,8 +104,8 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[tuple[int, int
     return blocks
 
 
-def move(flow: Flow, call: Call) -> list[Value]:
-    """Views and copies that only rearrange: run on the labels themselves."""
+def rearrange(flow: ChannelFlow, call: OpCall) -> list[Value]:
+    """Runs a view or a copy that only rearranges on the labels themselves."""
     value = flow.value(call.args[0])
     others = [flow.value(t) for t in tree_leaves((call.args[1:], call.kwargs)) if isinstance(t, Tensor)]
     for other in others:
@@ -120,7 +120,7 @@ def move(flow: Flow, call: Call) -> list[Value]:
     return [Value(tuple(out.shape), tuple(f), value.weights) for out, f in zip(call.outputs, fields, strict=True)]
 
 
-def as_strided(flow: Flow, call: Call) -> list[Value]:
+def as_strided(flow: ChannelFlow, call: OpCall) -> list[Value]:
     value = flow.value(call.args[0])
     if tuple(call.argument("size")) == value.shape:
         return [value]
@@ -129,8 +129,8 @@ def as_strided(flow: Flow, call: Call) -> list[Value]:
     return []
 
 
-def pad(flow: Flow, call: Call) -> list[Value]:
-    """`constant_pad_nd`: what is padded on a labelled dimension is nothing that a layer makes."""
+def pad(flow: ChannelFlow, call: OpCall) -> list[Value]:
+    """Pads the labels of `constant_pad_nd` with NOTHING: no layer makes the padding."""
     value, amounts = flow.value(call.args[0]), call.argument("pad")
     fields = []
     for labels in value.fields:
@@ -145,18 +145,18 @@ def pad(flow: Flow, call: Call) -> list[Value]:
 
 
 def _pairs(amounts: Sequence[int], rank: int) -> list[tuple[int, tuple[int, int]]]:
-    """(dimension, (before, after)) from the last dimension to the first, as `F.pad` takes them."""
+    """Lists (dimension, (before, after)) from the last dimension to the first, as `F.pad` takes them."""
     return [(rank - 1 - i, (int(amounts[2 * i]), int(amounts[2 * i + 1]))) for i in range(len(amounts) // 2)]
 
 
-def cat(flow: Flow, call: Call) -> list[Value]:
+def cat(flow: ChannelFlow, call: OpCall) -> list[Value]:
     values = [flow.value(t) for t in call.args[0]]
     values = [v for v in values if v.shape != (0,)]
     dim = call.argument("dim", 0) % len(values[0].shape)
     return [_cat(flow, values, dim, tuple(call.outputs[0].shape), flow.where(call))]
 
 
-def stack(flow: Flow, call: Call) -> list[Value]:
+def stack(flow: ChannelFlow, call: OpCall) -> list[Value]:
     shape = tuple(call.outputs[0].shape)
     dim = call.argument("dim", 0) % len(shape)
     values = [flow.value(t) for t in call.args[0]]
@@ -166,7 +166,7 @@ def stack(flow: Flow, call: Call) -> list[Value]:
     return [_cat(flow, wide, dim, shape, flow.where(call))]
 
 
-def _cat(flow: Flow, values: list[Value], dim: int, shape: tuple[int, ...], where: str) -> Value:
+def _cat(flow: ChannelFlow, values: list[Value], dim: int, shape: tuple[int, ...], where: str) -> Value:
     joined = [[f for f in v.fields if f.size(dim) > 1] for v in values]
     across = [
         Value((*v.shape[:dim], 1, *v.shape[dim + 1 :]), tuple(f for f in v.fields if f.size(dim) == 1)) for v in values
@@ -182,14 +182,14 @@ def _cat(flow: Flow, values: list[Value], dim: int, shape: tuple[int, ...], wher
             parts.append(found[0].expand(sizes) if found else torch.full(sizes, NOTHING))
         fields.append(compact(torch.cat(parts, dim)))
         if len(varying(fields[-1])) > 1:
-            flow.boxes.append(Box(fields[-1].squeeze(), flow.scope))
+            flow.boxes.append(ReshapedChannels(fields[-1].squeeze(), flow.scope))
     else:
         for labels in (f for found in joined for f in found):
             flow.atoms.freeze(labels, f"is joined with channels of another layout in {where}")
     return Value(shape, flow.atoms.settle(fields, f"is joined in {where}"), all(v.weights for v in values))
 
 
-def planes(flow: Flow, call: Call) -> list[Value]:
+def planes(flow: ChannelFlow, call: OpCall) -> list[Value]:
     value = flow.value(call.args[0])
     rank = len(value.shape)
     last = range(rank - PLANES[call.op], rank)
@@ -197,7 +197,7 @@ def planes(flow: Flow, call: Call) -> list[Value]:
     return [Value(tuple(out.shape), tuple(f for f in rests if f is not None)) for out in call.outputs]
 
 
-def reduction(flow: Flow, call: Call) -> list[Value]:
+def reduction(flow: ChannelFlow, call: OpCall) -> list[Value]:
     value = flow.value(call.args[0])
     rank, given = len(value.shape), call.argument("dim", [])
     dims = {d % rank for d in (given if isinstance(given, (list, tuple)) else [given])} or set(range(rank))
@@ -208,19 +208,19 @@ def reduction(flow: Flow, call: Call) -> list[Value]:
     return [Value(tuple(out.shape), tuple(fields)) for out in call.outputs]
 
 
-def along(flow: Flow, call: Call) -> list[Value]:
+def along(flow: ChannelFlow, call: OpCall) -> list[Value]:
     value = flow.value(call.args[0])
     dim = call.argument("dim", -1) % len(value.shape)
     rests = [flow.atoms.whole(f, [dim], f"is mixed by {flow.where(call)}") for f in value.fields]
     return [Value(tuple(out.shape), tuple(f for f in rests if f is not None)) for out in call.outputs]
 
 
-def shape_only(flow: Flow, call: Call) -> list[Value]:
-    """The output has no channels of the input."""
+def shape_only(flow: ChannelFlow, call: OpCall) -> list[Value]:
+    """Drops the labels: the output has no channels of the input."""
     return []
 
 
-def batch_norm(flow: Flow, call: Call) -> list[Value]:
+def batch_norm(flow: ChannelFlow, call: OpCall) -> list[Value]:
     value, *members = (flow.value(t) for t in call.args[:5])
     fields = []
     for labels in value.fields:
@@ -238,8 +238,8 @@ def batch_norm(flow: Flow, call: Call) -> list[Value]:
     return [Value(tuple(call.outputs[0].shape), tuple(fields))]
 
 
-def layer_norm(flow: Flow, call: Call) -> list[Value]:
-    """`native_layer_norm` and `_fused_rms_norm`: the trailing dimensions are normalised together."""
+def layer_norm(flow: ChannelFlow, call: OpCall) -> list[Value]:
+    """Ties the trailing dimensions, which `native_layer_norm` and `_fused_rms_norm` normalise together."""
     value = flow.value(call.args[0])
     rank = len(value.shape)
     dims = range(rank - len(call.argument("normalized_shape")), rank)
@@ -247,7 +247,7 @@ def layer_norm(flow: Flow, call: Call) -> list[Value]:
     return [Value(value.shape, tuple(f for f in rests if f is not None))]
 
 
-def group_norm(flow: Flow, call: Call) -> list[Value]:
+def group_norm(flow: ChannelFlow, call: OpCall) -> list[Value]:
     value = flow.value(call.args[0])
     dims = range(1, len(value.shape))
     rests = [flow.atoms.whole(f, dims, f"is normalised in groups by {flow.where(call)}") for f in value.fields]
@@ -257,7 +257,7 @@ def group_norm(flow: Flow, call: Call) -> list[Value]:
 RULES: dict[str, Any] = {
     **dict.fromkeys(POINTWISE, pointwise),
     **dict.fromkeys(RESHAPES, reshape),
-    **dict.fromkeys(MOVES, move),
+    **dict.fromkeys(REARRANGEMENTS, rearrange),
     **dict.fromkeys(REDUCTIONS, reduction),
     **dict.fromkeys(ALONG, along),
     **dict.fromkeys(PLANES, planes),

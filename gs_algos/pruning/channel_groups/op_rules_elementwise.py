@@ -1,4 +1,4 @@
-"""Tensors that are combined element by element: the rule that every other one needs."""
+"""The rule of tensors that are combined element by element, which most other rules use."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from gs_algos.pruning.channel_groups.labels import Value, varying
-from gs_algos.pruning.channel_groups.trace import Flow
+from gs_algos.pruning.channel_groups.trace import ChannelFlow
 
 
-def combine(flow: Flow, values: Sequence[Value], shape: Sequence[int], where: str) -> Value:
-    """Element by element, with broadcasting: channels at the same place go together.
+def combine(flow: ChannelFlow, values: Sequence[Value], shape: Sequence[int], where: str) -> Value:
+    """Combines labels element by element, with broadcasting: channels at the same place go together.
 
     Next to something of fixed size, or that varies along other dimensions, the shared dimensions stay whole.
     """
@@ -35,8 +35,8 @@ def combine(flow: Flow, values: Sequence[Value], shape: Sequence[int], where: st
     return Value(tuple(shape), flow.atoms.settle(fields, reason), weights)
 
 
-def _beside(flow: Flow, labels: Tensor, other: Value, reason: str) -> Tensor | None:
-    """The labels next to another operand; `settle` ties those that overlap a field of it."""
+def _beside(flow: ChannelFlow, labels: Tensor, other: Value, reason: str) -> Tensor | None:
+    """Returns the labels that can go beside another operand; `settle` ties those that overlap a field of it."""
     shared = {d for d in varying(labels) if other.shape[d] > 1}
     labelled = {d for field in other.fields for d in varying(field)}
     return flow.atoms.whole(labels, shared - labelled, reason)

@@ -1,4 +1,4 @@
-"""Where labels go in operations that multiply channels: matrix products, convolutions, attention, embeddings."""
+"""Rules of the operations that multiply channels: matrix products, convolutions, attention, embeddings."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch import Tensor
 
 from gs_algos.pruning.channel_groups.labels import Value, varying
 from gs_algos.pruning.channel_groups.op_rules_elementwise import combine
-from gs_algos.pruning.channel_groups.trace import Call, Cost, Flow
+from gs_algos.pruning.channel_groups.trace import ChannelFlow, Cost, OpCall
 
 
-def embedding(flow: Flow, call: Call) -> list[Value]:
+def embedding(flow: ChannelFlow, call: OpCall) -> list[Value]:
     weight, out = flow.value(call.args[0]), call.outputs[0]
     fields = [f.view(*[1] * (out.dim() - 1), -1) for f in weight.fields if f.size(1) > 1]
     flow.produced += [f.flatten() for f in fields]
     return [Value(tuple(out.shape), tuple(fields))]
 
 
-def contract(flow: Flow, a: Value, b: Value, where: str) -> Value:
-    """`a [..., k] @ b [..., k, n]`: the channels that are multiplied together go together, the others come out."""
+def contract(flow: ChannelFlow, a: Value, b: Value, where: str) -> Value:
+    """Follows `a [..., k] @ b [..., k, n]`: channels that are multiplied together go together, the others come out."""
     out_shape = (*a.shape[:-1], b.shape[-1])
     rank, k = len(out_shape), b.shape[-2]
     reason = f"is multiplied with something of fixed size in {where}"
@@ -55,22 +55,22 @@ def contract(flow: Flow, a: Value, b: Value, where: str) -> Value:
     return Value(out_shape, settled, a.weights and b.weights)
 
 
-def product(flow: Flow, call: Call) -> list[Value]:
-    """mm, bmm, and with a summand in front addmm, baddbmm."""
+def product(flow: ChannelFlow, call: OpCall) -> list[Value]:
+    """Follows mm and bmm, and with a summand in front addmm and baddbmm."""
     *summand, a, b = (flow.value(t) for t in call.args[: 3 if "add" in call.op else 2])
     result = contract(flow, a, b, flow.where(call))
     return [combine(flow, [result, *summand], result.shape, flow.where(call)) if summand else result]
 
 
-def linear(flow: Flow, call: Call) -> list[Value]:
+def linear(flow: ChannelFlow, call: OpCall) -> list[Value]:
     x, weight, bias = (flow.value(call.argument(name)) for name in ("input", "weight", "bias"))
     turned = Value(weight.shape[::-1], tuple(f.t() for f in weight.fields), weight.weights)
     result = contract(flow, x, turned, flow.where(call))
     return [combine(flow, [result, bias], result.shape, flow.where(call)) if bias.shape else result]
 
 
-def attention(flow: Flow, call: Call) -> list[Value]:
-    """softmax(q k^T) v over [..., T, d]; with fewer k and v heads than q heads, each serves several."""
+def attention(flow: ChannelFlow, call: OpCall) -> list[Value]:
+    """Follows softmax(q k^T) v over [..., T, d]; with fewer k and v heads than q heads, each serves several."""
     q, k, v = (flow.value(t) for t in call.args[:3])
     where = flow.where(call)
     k, v = _shared_heads(k, q), _shared_heads(v, q)
@@ -91,7 +91,7 @@ def _shared_heads(k: Value, q: Value) -> Value:
     return Value((*k.shape[:-3], q.shape[-3], *k.shape[-2:]), tuple(fields))
 
 
-def convolution(flow: Flow, call: Call) -> list[Value]:
+def convolution(flow: ChannelFlow, call: OpCall) -> list[Value]:
     x, weight, bias = (flow.value(t) for t in call.args[:3])
     where, out = flow.where(call), tuple(call.outputs[0].shape)
     transposed, groups = call.argument("transposed", False), call.argument("groups", 1)
@@ -121,8 +121,8 @@ def convolution(flow: Flow, call: Call) -> list[Value]:
     return [Value(out, tuple(fields))]
 
 
-def _conv_input(flow: Flow, x: Value, where: str) -> tuple[Tensor | None, list[Tensor]]:
-    """(labels of the input channels, fields along the batch, which pass)."""
+def _conv_input(flow: ChannelFlow, x: Value, where: str) -> tuple[Tensor | None, list[Tensor]]:
+    """Returns (labels of the input channels, fields along the batch, which pass)."""
     source, passing = None, []
     for labels in x.fields:
         rest = flow.atoms.whole(labels, varying(labels) - {0, 1}, f"is a spatial axis of {where}")
@@ -138,7 +138,7 @@ def _axis(weight: Value, dim: int) -> Tensor | None:
     return next((f.flatten() for f in weight.fields if varying(f) == {dim}), None)
 
 
-def _conv_channels(flow: Flow, labels: tuple[Tensor | None, ...], groups: int, where: str) -> None:
+def _conv_channels(flow: ChannelFlow, labels: tuple[Tensor | None, ...], groups: int, where: str) -> None:
     """Ties the channels of a conv that mixes them. With groups, the same ones go from every group."""
     source, w_in, w_out = labels
     if groups > 1:

@@ -24,12 +24,12 @@ from gs_algos.fx.capture.tracers import tensors_of
 from gs_algos.pruning.channel_groups.labels import Atoms, Value
 from gs_kernels.runtime.torch_private import TorchDispatchMode, tree_leaves
 
-Rule = Callable[["Flow", "Call"], list[Value]]
+OpRule = Callable[["ChannelFlow", "OpCall"], list[Value]]
 
 
 @dataclass(frozen=True)
-class Call:
-    """One ATen operation: what it was given and what it returned."""
+class OpCall:
+    """Holds one ATen operation: its arguments and what it returned."""
 
     op: str  # e.g. "add", without overload and without the underscore of an in-place form
     func: Any
@@ -38,7 +38,7 @@ class Call:
     outputs: list[Tensor]
 
     def argument(self, name: str, default: Any = None) -> Any:
-        """An argument by the name it has in the operation's schema."""
+        """Returns an argument by the name it has in the operation's schema."""
         for i, argument in enumerate(self.func._schema.arguments):
             if argument.name == name:
                 given = self.args[i] if i < len(self.args) else self.kwargs.get(name, argument.default_value)
@@ -46,7 +46,7 @@ class Call:
         return default
 
     def written(self) -> list[Tensor]:
-        """The tensors among its arguments that the operation changes in place."""
+        """Returns the tensors among its arguments that the operation changes in place."""
         changed: list[Tensor] = []
         for i, argument in enumerate(self.func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -56,8 +56,8 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Box:
-    """Labels along several dimensions of one tensor: what remains of them must be a box again.
+class ReshapedChannels:
+    """Holds labels along several dimensions of one tensor: what a cut leaves of them must be a box again.
 
     labels: of rank >= 2; scope: qualified name of the module whose code reshaped the tensor.
     """
@@ -68,21 +68,21 @@ class Box:
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds of one operation. Each factor is a vector of labels; the cost shrinks with the share that stays."""
+    """Counts the multiply-adds of an operation, which shrink with the share that stays of each factor, labels `[n]`."""
 
     macs: int
     factors: tuple[Tensor, ...]
 
 
 @dataclass
-class Flow:
-    """What one or more forward passes showed."""
+class ChannelFlow:
+    """Collects what one or more forward passes show of a model's channels."""
 
     model: nn.Module
     atoms: Atoms = field(default_factory=Atoms)
     produced: list[Tensor] = field(default_factory=list)  # labels of output channels of layers
     norms: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # labels that a batch norm reads, and its weight's
-    boxes: list[Box] = field(default_factory=list)
+    boxes: list[ReshapedChannels] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     ran: set[int] = field(default_factory=set)  # ids of parameters that an operation read
     scope: str = ""
@@ -94,12 +94,12 @@ class Flow:
             self.names.setdefault(id(buffer), name)
 
     def value(self, tensor: Any) -> Value:
-        """The labels of a tensor; those of a parameter or buffer are its own atoms."""
+        """Returns the labels of a tensor; those of a parameter or buffer are its own atoms."""
         if not isinstance(tensor, Tensor):
             return Value(())
-        known = self.seen.get(tensor)
-        if known is not None:
-            return known
+        value = self.seen.get(tensor)
+        if value is not None:
+            return value
         shape = tuple(tensor.shape)
         name = self.names.get(id(tensor))
         if name is None:
@@ -118,16 +118,16 @@ class Flow:
         self.seen[tensor] = value
         return value
 
-    def where(self, call: Call) -> str:
+    def where(self, call: OpCall) -> str:
         return f"{call.op} in {self.scope}" if self.scope else call.op
 
 
-def follow(
-    flow: Flow,
+def trace_flow(
+    flow: ChannelFlow,
     inputs: Inputs,
     training: bool,
-    rules: Callable[[Call], Rule | None],
-    before: Callable[[Flow, Call], None],
+    rules: Callable[[OpCall], OpRule | None],
+    before: Callable[[ChannelFlow, OpCall], None],
 ) -> None:
     """Adds one forward pass to the flow. The model is as it was afterwards.
 
@@ -141,7 +141,7 @@ def follow(
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused path is one opaque operation
     try:
-        with untouched(flow.model, training), _scopes(flow), _Follower(flow, rules, before):
+        with untouched(flow.model, training), _scopes(flow), _FlowTracer(flow, rules, before):
             outputs = run(flow.model, inputs, "prune")
         for tensor in tensors_of(outputs):
             for labels in flow.value(tensor).fields:
@@ -151,8 +151,10 @@ def follow(
         flow.seen.clear()
 
 
-class _Follower(TorchDispatchMode):
-    def __init__(self, flow: Flow, rules: Callable[[Call], Rule | None], before: Callable[[Flow, Call], None]) -> None:
+class _FlowTracer(TorchDispatchMode):
+    def __init__(
+        self, flow: ChannelFlow, rules: Callable[[OpCall], OpRule | None], before: Callable[[ChannelFlow, OpCall], None]
+    ) -> None:
         super().__init__()
         self.flow, self.rules, self.before = flow, rules, before
 
@@ -164,7 +166,7 @@ class _Follower(TorchDispatchMode):
         outputs = [t for t in tree_leaves(returned) if isinstance(t, Tensor)]
         space, _, name = func._schema.name.partition("::")
         op = name if space == "aten" else f"{space}::{name}"
-        call = Call(op.rstrip("_"), func, args, kwargs, outputs)
+        call = OpCall(op.rstrip("_"), func, args, kwargs, outputs)
         self.before(self.flow, call)
         given = [self.flow.value(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if not any(value.fields for value in given):
@@ -181,7 +183,7 @@ class _Follower(TorchDispatchMode):
 
 
 @contextmanager
-def _scopes(flow: Flow) -> Iterator[None]:
+def _scopes(flow: ChannelFlow) -> Iterator[None]:
     """Keeps `flow.scope` at the innermost module that is running."""
     names, stack = canonical_names(flow.model), [""]
 

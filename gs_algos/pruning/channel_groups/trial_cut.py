@@ -1,4 +1,4 @@
-"""Trial cuts: does a network really run, and compute the same, with one unit of a group gone?"""
+"""Trial cuts: check that a network runs, and computes the same, with one unit of a group gone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOLERANCE = 1e-3  # RMS of the difference over RMS of the masked output; a wrong
 
 
 def failures(model: nn.Module, groups: Groups, example_inputs: Inputs) -> dict[int, str]:
-    """index of a group -> why its cut network fails; empty if all can be cut. The model is as it was afterwards."""
+    """Returns index of a group -> why its cut network fails; empty if all can be cut. The model is as it was after."""
     candidates = [i for i, group in enumerate(groups.groups) if group.n]
     candidates.sort(key=lambda i: max(groups.groups[i].widths))  # heads last: what fails, fails together
     return _search(model, groups, candidates, example_inputs) if candidates else {}
@@ -38,7 +38,7 @@ def _search(model: nn.Module, groups: Groups, candidates: Sequence[int], inputs:
 
 
 def _try(model: nn.Module, groups: Groups, candidates: Sequence[int], inputs: Inputs) -> str | None:
-    """Why the network with one unit of each candidate gone is not the masked one; None if it is."""
+    """Says why the network with one unit of each candidate gone is not the masked one; None if it is."""
     keep = groups.everything()
     for i in candidates:
         group = groups.groups[i]
