@@ -1,4 +1,4 @@
-"""SLB: searching for weights of 2 bits, each a softmax over four levels that becomes one of them.
+"""Searches for 2-bit weights by SLB: each is a softmax over four levels that becomes one of them.
 
 pip install 'golden-stick-triton[cli]'
 python low_bit_search.py

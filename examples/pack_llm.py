@@ -1,4 +1,4 @@
-"""A language model from disk, packed to 4 bits without data, loaded and asked to go on with a text.
+"""Packs a language model on disk to 4 bits without data, loads it, and has it go on with a text.
 
     pip install 'golden-stick-triton[hf]'
     python pack_llm.py SOURCE TARGET "In the beginning"

@@ -1,4 +1,4 @@
-"""A pipeline: SCOP takes channels away, then SimQAT quantizes what is left; it goes on where it was interrupted.
+"""Runs a pipeline: SCOP removes channels, then SimQAT quantizes the rest; it goes on where it was interrupted.
 
 pip install 'golden-stick-triton[cli]'
 python prune_then_quantize.py

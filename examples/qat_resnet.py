@@ -1,4 +1,4 @@
-"""Quantization-aware training: a small ResNet on handwritten digits, from float to 8-bit integers.
+"""Trains a small ResNet on handwritten digits, quantization-aware, from float to 8-bit integers.
 
 pip install 'golden-stick-triton[cli]'
 python qat_resnet.py

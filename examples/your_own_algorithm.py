@@ -1,4 +1,4 @@
-"""An algorithm of your own: of every four weights of a linear layer only the largest two stay.
+"""Defines an algorithm of your own: of every four weights of a linear layer only the largest two stay.
 
 `register_algorithm` makes it known in this process. A package names it in its pyproject.toml instead:
 

@@ -100,7 +100,7 @@ def train_compressed(
     resume: bool = False,
     on_step: Callable[[int, int, Tensor], None] | None = None,
 ) -> float:
-    """`train`, and what pruning needs beside it: knock-offs, and fresh batch norms once channels are gone."""
+    """Runs `train`, and what pruning needs beside it: knock-offs, and fresh batch norms once channels are gone."""
 
     def images() -> Iterator[Tensor]:
         return (x for x, _ in train_batches(data, recipe.batch_size, recipe.seed, 0))
@@ -119,7 +119,7 @@ def train_compressed(
 
 
 def measure(name: str, net: nn.Module, data: ImageData, nbytes: int) -> Row:
-    """Accuracy on the whole test set, size and latency of a network."""
+    """Measures accuracy on the whole test set, size and latency of a network."""
     x = data.normalize(data.test_x[:1])
     ms = {batch: latency_ms(net, x.repeat(batch, 1, 1, 1)) for batch in (1, 64)}
     parameters = sum(t.numel() for key, t in net.state_dict().items() if not key.endswith(_STATISTICS))
@@ -140,7 +140,7 @@ def _tune(recipe: Recipe, number: int, data: ImageData) -> TrainConfig:
 
 
 def _float(recipe: Recipe, net: nn.Module, data: ImageData, out: Path, resume: bool) -> nn.Module:
-    """The float network, trained here."""
+    """Trains the float network."""
     base = float_training(recipe.model, data, recipe.float_epochs, recipe.seed, recipe.batch_size)
     with bar(f"float, {base.epochs} epochs") as on_step:
         train(net, data, base, state=out / "float.state.safetensors", resume=resume, on_step=on_step)
@@ -148,7 +148,7 @@ def _float(recipe: Recipe, net: nn.Module, data: ImageData, out: Path, resume: b
 
 
 def _given(recipe: Recipe, net: nn.Module) -> nn.Module:
-    """The float network with the tensors of the recipe's file."""
+    """Loads the tensors of the recipe's file into the float network."""
     assert recipe.weights is not None
     try:
         net.load_state_dict(load_file(recipe.weights))

@@ -35,7 +35,7 @@ SMALL = 10_000  # training images below which epochs are cheap
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What decides the result: two demos with equal options give equal networks."""
+    """Holds the options that decide the result: two demos with equal options give equal networks."""
 
     data: str = "digits"
     model: str = "resnet20"
@@ -52,7 +52,7 @@ class DemoOptions:
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the table. error: relative RMS of the test logits against the stage before it should equal."""
+    """Is one row of the table. error: relative RMS of the test logits against the stage before it should equal."""
 
     name: str
     accuracy: float
@@ -63,7 +63,7 @@ class Stage:
 
 
 def make_algorithm(name: str, weight: str, act: str, **more: Any) -> Algorithm:
-    """The algorithm with the options of the command line: "" is its own default, an act of "none" leaves them float.
+    """Makes the algorithm from the options of the command line: "" is its default, "none" leaves inputs float.
 
     Raises:
         ValueError: on an unknown name, or an option that the algorithm lacks or cannot read.
@@ -157,7 +157,7 @@ def check_fit(net: nn.Module, model: str, data: ImageData) -> None:
 
 
 def pick_device(name: str, who: str) -> torch.device:
-    """The device of that name.
+    """Returns the device of that name.
 
     Raises:
         ValueError: if this machine has none.
@@ -205,7 +205,7 @@ def claim_folder(out: Path, options: DemoOptions, resume: bool) -> None:
 
 @contextmanager
 def bar(what: str) -> Iterator[Callable[[int, int, Tensor], None]]:
-    """A progress bar on stderr for `train`'s `on_step`; the loss is read back every 20 steps only."""
+    """Shows a progress bar on stderr, fed by `train`'s `on_step`; the loss is read back every 20 steps only."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(
         *columns, TextColumn("{task.fields[loss]}"), console=Console(stderr=True), transient=True
@@ -231,7 +231,7 @@ def _stage(
 
 
 def latency_ms(net: nn.Module, x: Tensor, seconds: float = 0.3) -> float:
-    """Median milliseconds of a forward in eval mode: three warm-up calls, then calls for `seconds`, at least five."""
+    """Measures the median ms of forwards in eval mode: three warm-up calls, then calls for `seconds`, at least 5."""
     times: list[float] = []
 
     def call() -> float:

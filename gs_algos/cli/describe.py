@@ -1,4 +1,4 @@
-"""What a saved network is, read from its JSON and the header of its tensor file; no model is built."""
+"""Describes a saved network from its JSON and the header of its tensor file; no model is built."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BYTES = {"I8": 1, "U8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "
 
 
 def describe(folder: str | os.PathLike[str]) -> str:
-    """A text: size, the algorithms in the order they were applied with their options, and one line per layer.
+    """Returns a text: size, the algorithms in the order they were applied with their options, and one line per layer.
 
     Raises:
         ValueError: if the folder is no checkpoint, or is damaged.
@@ -37,7 +37,7 @@ def describe(folder: str | os.PathLike[str]) -> str:
 
 
 def _layers(plan: list[dict[str, Any]], tensors: dict[str, tuple[tuple[int, ...], int]]) -> list[tuple[Any, ...]]:
-    """One row per planned site; bytes are those of every tensor stored under the layer's name."""
+    """Returns one row per planned site; bytes are those of every tensor stored under the layer's name."""
     rows = []
     for row in plan:
         site, settings = row["site"], row["settings"] or {}
@@ -55,7 +55,7 @@ def _layers(plan: list[dict[str, Any]], tensors: dict[str, tuple[tuple[int, ...]
 
 
 def _tensors(path: Path) -> dict[str, tuple[tuple[int, ...], int]]:
-    """(shape, bytes per number) of every stored tensor."""
+    """Reads (shape, bytes per number) of every stored tensor."""
     try:
         with safe_open(path, "pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118

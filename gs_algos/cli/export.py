@@ -1,4 +1,4 @@
-"""What `golden-stick export` and `import` do."""
+"""Runs `golden-stick export` and `golden-stick import`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TARGETS = (*FORMATS, *NETWORKS)
 
 
 def run_export(source: Path, target: Path, to: str) -> str:
-    """Exports and says what came of it."""
+    """Exports a model, and returns a line on what was written."""
     if to not in TARGETS:
         raise ValueError(f"export: --to must be one of {', '.join(TARGETS)}, got {to!r}")
     if to not in NETWORKS:
@@ -36,7 +36,7 @@ def run_export(source: Path, target: Path, to: str) -> str:
 
 
 def demo_network(folder: Path) -> tuple[nn.Module, ImageData]:
-    """The converted network that `golden-stick demo` left in a folder, and its data.
+    """Loads the converted network that `golden-stick demo` left in a folder, and its data.
 
     Raises:
         ValueError: if the folder is not a demo's.
@@ -54,7 +54,7 @@ def demo_network(folder: Path) -> tuple[nn.Module, ImageData]:
 
 
 def run_import(source: Path, target: Path) -> str:
-    """Imports and says what came of it."""
+    """Imports a folder, and returns a line on what was written."""
     return _described(import_language_model(source, target))
 
 

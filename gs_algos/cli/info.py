@@ -1,4 +1,4 @@
-"""What `golden-stick info` says of a path: what it is, read from its settings and headers; nothing of it is run."""
+"""Runs `golden-stick info`: says what a path is, from its settings and headers; nothing of it is run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RUNS = {OPTIONS_FILE: "demo", RECIPE_FILE: "compress", PIPELINE_FILE: "Pipeline"
 
 
 def describe_path(path: Path) -> str:
-    """A text about a checkpoint, a run's folder, a language model's folder, a GGUF file or a `.pt2` package.
+    """Describes a checkpoint, a run's folder, a language model's folder, a GGUF file or a `.pt2` package.
 
     Raises:
         ValueError: if it is none of these, or is damaged.
@@ -55,7 +55,7 @@ def describe_path(path: Path) -> str:
 
 
 def _run(path: Path) -> str:
-    """The options of a run, and every network that it has saved so far."""
+    """Describes the options of a run, and every network that it has saved so far."""
     lines = []
     for file, what in RUNS.items():
         if (path / file).is_file():
@@ -106,7 +106,7 @@ def _kinds(headers: dict[str, tuple[str, tuple[int, ...]]]) -> str:
 
 
 def _plain(entries: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Settings that are one value each, the method first."""
+    """Yields the settings that are one value each, the method first."""
     yield "quant_method", entries.get("quant_method")
     for key, value in entries.items():
         if key != "quant_method" and isinstance(value, str | int | float) and value is not None:

@@ -1,4 +1,4 @@
-"""What `golden-stick quantize`, `generate` and `perplexity` do."""
+"""Runs `golden-stick quantize`, `generate` and `perplexity`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RULE = re.compile(r"(?P<pattern>.+)=(?P<scheme>none|u?int\d.*)")
 
 
 def parse_rules(texts: list[str]) -> list[WeightRule]:
-    """`lm_head=int8@group:64` and `re:.*down_proj=none` as rules.
+    """Parses `lm_head=int8@group:64` and `re:.*down_proj=none` as rules.
 
     Raises:
         ValueError: if a text is no pattern and scheme.
@@ -39,7 +39,7 @@ def parse_rules(texts: list[str]) -> list[WeightRule]:
 
 
 def parse_dtype(name: str) -> torch.dtype | None:
-    """The type of that name; None for an empty one.
+    """Returns the dtype of that name; None for an empty one.
 
     Raises:
         ValueError: if it is none that a model computes in.
@@ -52,7 +52,7 @@ def parse_dtype(name: str) -> torch.dtype | None:
 def run_quantize(
     source: Path, target: Path, weights: str, embeddings: str, rules: list[str], dtype: str, device: str
 ) -> str:
-    """Packs and says what came of it."""
+    """Packs a model, and returns a line on what was written."""
     started = time.perf_counter()
     written = quantize_checkpoint(
         source,
@@ -88,7 +88,7 @@ def _size(written: QuantizeResult) -> str:
 def run_perplexity(
     path: Path, text: Path, context: int | None, stride: int | None, max_tokens: int | None, dtype: str, device: str
 ) -> str:
-    """The perplexity of a text file as a line."""
+    """Measures the perplexity of a text file, and returns it as a line."""
     if not text.is_file():
         raise ValueError(f"perplexity: --text must be a file, got {text}")
     model, tokenizer = _loaded(path, dtype, device)
@@ -137,7 +137,7 @@ def _loaded(path: Path, dtype: str, device: str) -> tuple[Any, Any]:
 
 
 def _clock_streamer(tokenizer: Any) -> Any:
-    """A Transformers streamer that prints text as it comes; `times`: of the prompt, then of each token."""
+    """Makes a Transformers streamer that prints text as it comes; `times`: of the prompt, then of each token."""
 
     class Clock(library("transformers").TextStreamer):  # type: ignore[misc]
         def __init__(self) -> None:

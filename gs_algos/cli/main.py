@@ -1,4 +1,4 @@
-"""The command `golden-stick`. It looks for its own packages (typer, rich) first: their absence is one clear line."""
+"""Starts the command `golden-stick`, or says in one line that its packages (typer, rich) are not installed."""
 
 from __future__ import annotations
 

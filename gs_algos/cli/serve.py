@@ -1,4 +1,4 @@
-"""What `golden-stick serve` does: finds the engine that fits a folder or file, and becomes it."""
+"""Runs `golden-stick serve`: finds the engine that fits a folder or file, and becomes that process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WHO = "serve"
 
 
 def serve_command(path: Path, options: Sequence[str] = (), verify: bool = True) -> list[str]:
-    """The command that serves a language model or a `.pt2` package, with these options of its engine added.
+    """Returns the command that serves a language model or a `.pt2` package, with these options of its engine added.
 
     Args:
         verify: compare the SHA-256 of every file of a packed language model.
@@ -46,7 +46,7 @@ def serve_command(path: Path, options: Sequence[str] = (), verify: bool = True) 
 
 
 def run_serve(path: Path, options: Sequence[str], verify: bool, dry_run: bool) -> None:
-    """Says which command it runs, then is that command."""
+    """Prints the command that serves the path, then becomes that process."""
     command = serve_command(path, options, verify)
     print(shlex.join(command), flush=True)
     if not dry_run:
@@ -54,7 +54,7 @@ def run_serve(path: Path, options: Sequence[str], verify: bool, dry_run: bool) -
 
 
 def _package_in(folder: Path) -> Path:
-    """The only package in a folder.
+    """Returns the only package in a folder.
 
     Raises:
         ValueError: if there is none, or several.
@@ -78,7 +78,7 @@ def _check_language_model(path: Path, verify: bool) -> None:
 
 
 def _vllm(path: Path) -> list[str]:
-    """vLLM's server. Builds of it under another name have no command that works, but their module does."""
+    """Returns the command of vLLM's server: its module, since builds under another name have no command that works."""
     named = ["--served-model-name", path.resolve().name, "--host", "127.0.0.1"]
     command = shutil.which("vllm")
     if importlib.util.find_spec("vllm") is not None and (command is None or not _installed("vllm")):

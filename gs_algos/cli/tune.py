@@ -1,4 +1,4 @@
-"""What `golden-stick tune` does: finds the fastest tiles of our kernels, or says without a GPU what to expect."""
+"""Runs `golden-stick tune`: finds the fastest tiles of our kernels, or says without a GPU what to expect."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Named: TypeAlias = tuple[str, Problem]
 
 
 def parse_layer(text: str) -> Sizes:
-    """`4096x14336` as (N, K), outputs by inputs; `64x32x3x3` as (64, 32, 3, 3, 1), the weight of a convolution."""
+    """Parses `4096x14336` as (N, K), outputs by inputs; `64x32x3x3` as (64, 32, 3, 3, 1), a weight of a convolution."""
     sizes = text.lower().split("x")
     if len(sizes) not in (2, 4) or not all(size.isdigit() for size in sizes):
         raise ValueError(
@@ -45,7 +45,7 @@ def parse_layer(text: str) -> Sizes:
 
 
 def layers_of(net: nn.Module, example: Tensor) -> list[tuple[Sizes, int]]:
-    """The linears and convolutions that a call runs, each with its rows: of x, or pixels of y."""
+    """Lists the linears and convolutions that a call runs, each with its rows: of x, or pixels of y."""
     found: dict[tuple[Sizes, int], None] = {}
 
     def note(layer: nn.Module, inputs: tuple[Any, ...], y: Tensor) -> None:
@@ -65,7 +65,7 @@ def layers_of(net: nn.Module, example: Tensor) -> list[tuple[Sizes, int]]:
 
 
 def problems_of(sizes: Sizes, rows: int, bits: Iterable[int], x_bits: Iterable[int], training: bool) -> Iterator[Named]:
-    """What kernels have to do for a layer: for its weight in so many bits, its x in 16 or 8, and to train it."""
+    """Yields what kernels must compute for a layer: for each number of bits of its weight and of x, and to train it."""
     o, taps = sizes[0], sizes[1:4]
     k = math.prod(taps)
     for b, x in itertools.product(bits, x_bits):
@@ -86,7 +86,7 @@ def problems_of(sizes: Sizes, rows: int, bits: Iterable[int], x_bits: Iterable[i
 
 
 def once(problems: Iterable[Named], console: Console, *, strict: bool) -> list[Named]:
-    """Each problem once; those that kernels do not take raise if strict, else are printed and left out."""
+    """Returns each problem once; those that kernels do not take raise if strict, else are printed and left out."""
     found: dict[tuple[Any, ...], Named] = {}
     for op, problem in problems:
         try:
@@ -113,7 +113,7 @@ def run_tune(
     *,
     strict: bool = True,
 ) -> None:
-    """layers: each with its rows."""
+    """Finds or predicts the best tiles for all layers. layers: each with its rows."""
     named = (p for sizes, rows in layers for p in problems_of(sizes, rows, bits, x_bits, training))
     # kernels are compiled by op and width: neighbours share them
     problems = sorted(once(named, console, strict=strict), key=lambda p: (p[0], tuple(p[1].values())[::-1]))

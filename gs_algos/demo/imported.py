@@ -1,4 +1,4 @@
-"""`package.module:function`: networks and data of one's own, named on the command line and in recipes."""
+"""Imports `package.module:function`: a user's network or data, named on the command line or in a recipe."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from gs_algos.core.algorithm import describe_error
 
 
 class NotImportableError(ValueError):
-    """A name stands for no function."""
+    """Says that a name stands for no function."""
 
 
 def is_imported(name: str) -> bool:
-    """Whether a name means a function that is to be imported."""
+    """Says whether a name means a function that is to be imported."""
     return ":" in name
 
 
 def import_function(name: str) -> Callable[..., Any]:
-    """The function of `package.module:function`; modules in the current folder are found too.
+    """Imports the function of `package.module:function`; modules in the current folder are found too.
 
     Raises:
         ValueError: if there is none.
@@ -57,7 +57,7 @@ def import_function(name: str) -> Callable[..., Any]:
 
 
 def call(name: str, **known: Any) -> Any:
-    """What the function returns, called with those of the known values that it has parameters for.
+    """Calls the function with those of the known values that it has parameters for, and returns its result.
 
     Raises:
         ValueError: if it needs others too.
@@ -83,7 +83,7 @@ def call(name: str, **known: Any) -> Any:
 
 
 def import_network(name: str, **sizes: int) -> nn.Module:
-    """The network that `package.module:function` returns. It is given those of the sizes that it has parameters for.
+    """Builds a network by `package.module:function`, which is given those of the sizes that it has parameters for.
 
     Raises:
         ValueError: if there is no such function, it needs more, or it returns something else.

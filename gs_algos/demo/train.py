@@ -241,12 +241,12 @@ def fill_model(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None
 
 
 def predict(model: nn.Module, data: ImageData, batch_size: int = 500) -> Tensor:
-    """Logits `[N, classes]` fp32 of the test set, on the CPU, in eval mode."""
+    """Computes logits `[N, classes]` fp32 of the test set, on the CPU, in eval mode."""
     with evaluating(model):
         batches = progress(data.test_x.split(batch_size), "evaluating")
         return torch.cat([model(data.normalize(x)).float().cpu() for x in batches])
 
 
 def accuracy(logits: Tensor, data: ImageData) -> float:
-    """Percent of the test images whose largest logit is their label."""
+    """Returns the percent of the test images whose largest logit is their label."""
     return 100 * (logits.argmax(1) == data.test_y.cpu()).double().mean().item()

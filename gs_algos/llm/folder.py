@@ -1,4 +1,4 @@
-"""Transformers folders on disk: what is in them, read with care; and written to appear whole or not at all.
+"""Reads Transformers folders, checking what is in them, and writes folders that appear whole or not at all.
 
 Nothing in a folder is run: one whose settings name Python code of its own, or code to download, is refused.
 """
@@ -52,14 +52,14 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Folder:
-    """A Transformers folder with safetensors. tensors: name -> the file that holds it, in the order of the files."""
+    """Holds a Transformers folder with safetensors. tensors: name -> its file, in the order of the files."""
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, Path]
 
     def companions(self) -> list[Path]:
-        """Files that go with the weights: tokenizer, generation settings, licence."""
+        """Lists the files that go with the weights: tokenizer, generation settings, licence."""
         return [
             file
             for file in sorted(self.path.iterdir())
@@ -70,7 +70,7 @@ class Folder:
         ]
 
     def headers(self, who: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """name -> (dtype as safetensors writes it, shape) of every tensor, from the headers of the files."""
+        """Reads name -> (dtype as safetensors writes it, shape) of every tensor from the headers of the files."""
         found: dict[str, tuple[str, tuple[int, ...]]] = {}
         for file in dict.fromkeys(self.tensors.values()):
             with opened(file, who) as data:
@@ -82,7 +82,7 @@ class Folder:
 
 
 def read_json(path: Path, who: str) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Reads a JSON object from a file.
 
     Raises:
         ValueError: if it is not there, or no such thing.
@@ -99,7 +99,7 @@ def read_json(path: Path, who: str) -> dict[str, Any]:
 
 
 def read_folder(path: str | os.PathLike[str], who: str, *, code: bool = False) -> Folder:
-    """The folder, every tensor file opened once so that a missing or truncated one is found before any work.
+    """Reads a folder, and opens every tensor file once, so that a missing or truncated one is found before any work.
 
     Args:
         code: whether its settings may name code, since the caller has settled what becomes of that.
@@ -162,7 +162,7 @@ def refuse_counts(config: dict[str, Any], tensors: int, path: Path, who: str) ->
 
 
 def entries(data: Any) -> Iterator[tuple[str, Any]]:
-    """Every key of the objects in JSON data with its value, however deep."""
+    """Yields every key of the objects in JSON data with its value, however deep."""
     left = [data]
     while left:
         value = left.pop()
@@ -178,7 +178,7 @@ def _leaves(data: Any) -> list[Any]:
 
 
 def _tensors(folder: Path, who: str) -> dict[str, Path]:
-    """name -> file of every tensor.
+    """Returns name -> file of every tensor.
 
     Raises:
         ValueError: if files are missing, damaged, or not those that the index says.
@@ -225,19 +225,19 @@ def _weight_map(index: Path, who: str) -> dict[str, str]:
 
 
 def tensor_names(file: Path, who: str) -> list[str]:
-    """Names in a safetensors file; opening it checks that all its bytes are there."""
+    """Reads the names in a safetensors file; opening it checks that all its bytes are there."""
     with opened(file, who) as data:
         return list(data.keys())
 
 
 def nbytes_of(headers: Iterable[tuple[str, tuple[int, ...]]]) -> int:
-    """Bytes of tensors with these dtypes and shapes."""
+    """Counts the bytes of tensors with these dtypes and shapes."""
     return sum(math.prod(shape) * (DTYPES[dtype].itemsize if dtype in DTYPES else 1) for dtype, shape in headers)
 
 
 @contextlib.contextmanager
 def opened(file: Path, who: str) -> Iterator[Any]:
-    """The open safetensors file; what is wrong with it becomes a ValueError."""
+    """Opens a safetensors file; what is wrong with it becomes a ValueError."""
     try:
         with safe_open(file, "pt") as data:
             yield data
@@ -247,7 +247,7 @@ def opened(file: Path, who: str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def opened_all(folder: Folder, who: str) -> Iterator[Callable[[str], Tensor]]:
-    """A function that gives a tensor of the folder by name; files are opened as they are needed."""
+    """Yields a function that reads a tensor of the folder by name; files are opened when they are needed."""
     files: dict[Path, Any] = {}
     with contextlib.ExitStack() as stack:
 
@@ -318,7 +318,7 @@ class ShardWriter:
 
 @contextlib.contextmanager
 def whole_folder(target: str | os.PathLike[str], who: str) -> Iterator[Path]:
-    """A folder to write into that becomes `target` at the end, in one rename; after an error nothing is there.
+    """Yields a folder to write into, which becomes `target` at the end in one rename; after an error nothing is there.
 
     A killed run leaves `.<name>.<digits>` beside the target, which the next run of the same target clears.
 

@@ -1,4 +1,4 @@
-"""What a folder says about how another library quantized it, in config.json or in a file beside it."""
+"""Reads how another library quantized a folder: from config.json, or from a file beside it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALIASES = {"w_bit": "bits", "wbits": "bits", "q_group_size": "group_size"}
 
 @dataclass(frozen=True)
 class Settings:
-    """How a folder was quantized. where: the file that says it, or both."""
+    """Holds how a folder was quantized. where: the file, or files, that the entries are from."""
 
     method: Any
     entries: dict[str, Any]

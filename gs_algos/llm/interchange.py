@@ -1,4 +1,4 @@
-"""Packed language models to and from the checkpoint formats of other libraries, one layer in memory at a time."""
+"""Exports and imports packed language models in other libraries' checkpoint formats, one layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FORMATS: dict[str, Format] = {f.method: f for f in (compressed_tensors.FORMAT, g
 
 @dataclass(frozen=True)
 class InterchangeResult:
-    """What was written. layers: packed ones; floats: packed layers that the format has no place for, now floats."""
+    """Says what was written. layers: packed ones; floats: packed layers that the format cannot hold, now floats."""
 
     folder: Path
     layers: int
@@ -117,7 +117,7 @@ def import_language_model(
     reader = format.reader(settings.entries, settings.where)
     model = skeleton(folder.path, who)
     layers = _foreign_layers(folder, model, format, who)
-    _check_said(model, layers, reader, format, settings.where)
+    _check_layers_agree(model, layers, reader, format, settings.where)
     formats: dict[str, PackedFormat] = {}
     with opened_all(folder, who) as get:
         idle = _check_floats(folder, model, layers, format, get, who)
@@ -145,7 +145,7 @@ def import_language_model(
 
 
 def _foreign_layers(folder: Folder, model: nn.Module, format: Format, who: str) -> dict[str, nn.Linear]:
-    """The linear layers of the model of which the folder has parts of the format.
+    """Finds the linear layers of the model of which the folder has tensors of the format.
 
     Raises:
         ValueError: if there are none, or there are parts of something else.
@@ -170,7 +170,7 @@ def _foreign_layers(folder: Folder, model: nn.Module, format: Format, who: str) 
     return found
 
 
-def _check_said(model: nn.Module, layers: Collection[str], reader: Reader, format: Format, where: str) -> None:
+def _check_layers_agree(model: nn.Module, layers: Collection[str], reader: Reader, format: Format, where: str) -> None:
     """Raises if the config says of a linear layer that it is packed and it is not, or the other way round."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     tied: Any = model.all_tied_weights_keys
@@ -220,7 +220,7 @@ def _check_packed_shapes(model: nn.Module, config: PackedConfig, where: str) -> 
 
 
 def _floats(model: nn.Module, config: PackedConfig, format: Format) -> set[str]:
-    """Packed layers that the format cannot hold."""
+    """Lists the packed layers that the format cannot hold."""
     modules = dict(model.named_modules())
     head = model.get_output_embeddings()  # type: ignore[operator]
     shared = set(config.tied.values())
@@ -234,7 +234,7 @@ def _floats(model: nn.Module, config: PackedConfig, format: Format) -> set[str]:
 
 
 def _grouped(tensors: Any, layers: Any, known: tuple[str, ...] = WEIGHT_TENSORS) -> dict[str, list[str] | None]:
-    """In the order of the files: layer -> its parts, and for every other tensor its name -> None."""
+    """Groups tensors in the order of the files: layer -> its tensors, and for every other tensor its name -> None."""
     owners = set(layers)
     found: dict[str, list[str] | None] = {}
     for name in tensors:

@@ -1,4 +1,4 @@
-"""The libraries that language models need and this package does not."""
+"""Imports the libraries that language models need and the rest of the package does not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WHO = "load_language_model"
 
 
 def library(name: str, *others: str) -> Any:
-    """The module `name`, once it and the others are known to be installed."""
+    """Imports the module `name` after checking that it and the others are installed."""
     lacking = [package for package in (name, *others) if importlib.util.find_spec(package) is None]
     if lacking:
         raise RuntimeError(
@@ -22,6 +22,6 @@ def library(name: str, *others: str) -> Any:
 
 
 def quiet(transformers: Any) -> None:
-    """Progress bars are for terminals."""
+    """Turns off Transformers' progress bars unless stderr is a terminal."""
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Language models from disk: a packed folder, a plain Transformers folder, or a GGUF file."""
+"""Loads language models from a packed folder, a plain Transformers folder, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def load_language_model(
     *,
     verify: bool = True,
 ) -> tuple[Any, Any]:
-    """(model in eval mode, tokenizer) of a folder or GGUF file, a packed folder with its packed layers.
+    """Loads (model in eval mode, tokenizer) from a folder or GGUF file; the layers of a packed folder stay packed.
 
     Args:
         device: where the model goes.
@@ -122,7 +122,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def load_gguf(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """(model in eval mode, tokenizer) of a GGUF file, its weights dequantized: the whole float model is in memory."""
+    """Loads (model in eval mode, tokenizer) from a GGUF file and dequantizes it: the whole float model is in memory."""
     transformers = library("transformers", "gguf", "accelerate")
     quiet(transformers)
     config = transformers.GgufConfig(dequantize=True)
@@ -137,14 +137,14 @@ def load_gguf(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What the header of a GGUF file says. nbytes: of its tensors; kinds: their types that are not floats."""
+    """Holds what the header of a GGUF file says. nbytes: of its tensors; kinds: their types that are not floats."""
 
     nbytes: int
     kinds: tuple[str, ...]
 
 
 def gguf_skeleton(path: Path) -> tuple[Any, GgufHeader]:
-    """The model of a GGUF file on the meta device, and what its header says: no tensor is read.
+    """Builds the model of a GGUF file on the meta device, and reads the file's header; no tensor is read.
 
     Raises:
         ValueError: if it is damaged.

@@ -1,4 +1,4 @@
-"""The `quantization_config` of a packed language model: what its config.json says of every packed layer.
+"""Writes and reads `quantization_config`: what the config.json of a language model says of every packed layer.
 
     {"quant_method": "golden-stick", "version": 1, "weights": "int4@group:64:minmax:sym", "embeddings": null,
      "rules": [],
@@ -33,19 +33,19 @@ FIELDS = {"quant_method", "version", "weights", "embeddings", "rules", "layers",
 
 @dataclass(frozen=True)
 class PackedConfig:
-    """The layers that are packed, for each tied layer the one whose weight it uses, and the SHA-256 of each file."""
+    """Holds the packed layers, for each tied layer the one whose weight it uses, and the SHA-256 of each file."""
 
     layers: dict[str, PackedFormat]
     tied: dict[str, str]
     files: dict[str, str]
 
     def names(self, owner: str) -> list[str]:
-        """The layers that share the owner's weight, itself first."""
+        """Lists the layers that share the owner's weight, itself first."""
         return [owner, *(name for name, lender in self.tied.items() if lender == owner)]
 
 
 def to_config(rows: Iterable[PlanRow], settings: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
-    """The dictionary for config.json from the rows of a plan; settings: how it came about."""
+    """Makes the dictionary for config.json from the rows of a plan. settings: the options of the packing."""
     packed = [row for row in rows if row.action == "pack"]
     layers = {row.site: row.settings.format.to_dict() for row in packed}
     tied = {name: row.site for row in packed for name in row.settings.names[1:]}

@@ -1,4 +1,4 @@
-"""Perplexity of a causal language model: how well it expects a text, `exp(mean of -log p(token | tokens before))`."""
+"""Measures the perplexity of a causal language model on a text, `exp(mean of -log p(token | tokens before))`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = 256  # tokens whose probabilities are computed at a time: a vocabulary of
 
 @dataclass(frozen=True)
 class Perplexity:
-    """value: the perplexity. tokens: how many were predicted, in how many windows of how many tokens (context)."""
+    """Holds the perplexity (value), how many tokens were predicted, and in how many windows of how many tokens."""
 
     value: float
     tokens: int
@@ -29,7 +29,7 @@ class Perplexity:
 def perplexity(
     model: nn.Module, ids: Tensor, context: int | None = None, stride: int | None = None, progress: bool = True
 ) -> Perplexity:
-    """The perplexity of a text in windows of one length; what does not fill a last window is left out.
+    """Computes the perplexity of a text in windows of one length; what does not fill a last window is left out.
 
     The first window predicts its tokens but the first; each later one those that no window before it predicted, or, if
     windows do not overlap, its tokens but the first.
@@ -72,7 +72,7 @@ def perplexity(
 
 
 def _positions(model: nn.Module) -> int | None:
-    """How many positions a model of Transformers has; None if that is unknown."""
+    """Returns how many positions a Transformers model has; None if that is unknown."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):  # of a model that takes pictures too, the part that takes text
         config = config.get_text_config()
@@ -81,7 +81,7 @@ def _positions(model: nn.Module) -> int | None:
 
 
 def _surprise(output: Any, window: Tensor, scored: int) -> float:
-    """The sum of -log p over the last `scored` tokens of the window."""
+    """Sums -log p over the last `scored` tokens of the window."""
     logits = getattr(output, "logits", output)[0, -scored - 1 : -1]  # [scored, vocabulary]
     target = window[-scored:]
     parts = (

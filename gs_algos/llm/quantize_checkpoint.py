@@ -1,4 +1,4 @@
-"""A language model on disk to a packed one on disk, one tensor in memory at a time."""
+"""Packs a language model on disk into a new folder, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FOREIGN_PARTS = {*gptq.PARTS, *awq.PARTS, *compressed_tensors.PARTS, "codes"}
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """What `quantize_checkpoint` wrote.
+    """Says what `quantize_checkpoint` wrote.
 
     Args:
         packed, kept: weights of two and more axes that were packed, and that stay float.
@@ -61,7 +61,7 @@ class QuantizeResult:
     numbers: Mapping[str, int] = field(default_factory=dict)
 
     def floats(self) -> list[tuple[PlanRow, int]]:
-        """The rows of the plan that stay float, each with how many numbers it has."""
+        """Lists the rows of the plan that stay float, each with how many numbers it has."""
         return [(row, self.numbers[row.site]) for row in self.plan.kept()]
 
 
@@ -149,7 +149,7 @@ def quantize_checkpoint(
 def default_scheme(
     model: nn.Module, embeddings: str | Scheme | None, rules: Sequence[WeightRule]
 ) -> tuple[str, list[WeightRule], str]:
-    """The scheme of the weights when none is asked for, rules for layers that it does not fit, and a sentence on both.
+    """Chooses the scheme of the weights if none is given, rules for layers that it does not fit, and a note on both.
 
     Raises:
         ValueError: as `weight_sites`.
@@ -183,7 +183,7 @@ def default_scheme(
 
 
 class _Planned:
-    """What is known of the weights of a model before they are packed."""
+    """Holds what is known of a model's weights before they are packed."""
 
     def __init__(self, model: Any, sites: Sequence[Site]) -> None:
         modules = dict(model.named_modules())
@@ -204,7 +204,7 @@ class _Planned:
 
 
 class _Transformers:
-    """A Transformers folder as a source: its model without data, its tensors one at a time."""
+    """Reads a Transformers folder: its model without data, its tensors one at a time."""
 
     notes: Sequence[str] = ()
 
@@ -245,7 +245,7 @@ class _Transformers:
 
 
 class _Gguf:
-    """A GGUF file as a source: its model without data, until its tensors are asked for."""
+    """Reads a GGUF file: its model without data, until its tensors are asked for."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -260,7 +260,7 @@ class _Gguf:
         self.names = set(self.model.state_dict())
 
     def check(self) -> None:
-        """What is wrong with the file, Transformers says when it reads it."""
+        """Does nothing: Transformers checks a GGUF file when it reads it."""
 
     def tensors(self, progress: bool) -> Iterator[tuple[str, Tensor]]:
         model, self.tokenizer = load_gguf(self.path)
@@ -280,7 +280,7 @@ class _Gguf:
 
 
 def _stored_names(sites: list[Site], names: set[str], path: Path) -> dict[str, Site]:
-    """Tensor name -> the site whose weight it is.
+    """Returns tensor name -> the site whose weight it is.
 
     Raises:
         ValueError: if the weight of a layer to pack is not among the names.

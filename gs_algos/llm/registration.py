@@ -52,7 +52,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """Another loader, with `_register` behind it."""
+    """Runs another loader, then `_register`."""
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader
@@ -77,6 +77,6 @@ def _register() -> None:
 
 
 def _describe(model: nn.Module, entry: dict[str, Any]) -> None:
-    """Gives a Transformers model that was packed what `save_pretrained` writes about it."""
+    """Sets what `save_pretrained` writes about the packed layers of a Transformers model."""
     if MODELS in sys.modules and entry["stage"] == "converted":
         importlib.import_module(OURS).describe(model, entry)

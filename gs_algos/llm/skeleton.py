@@ -1,4 +1,4 @@
-"""The language model that a config.json describes, without data, and how the tensors of a folder fit it."""
+"""Builds the language model that a config.json describes, without data, and checks that a folder's tensors fit it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Fit:
-    """Where a folder and its model differ. All empty: every tensor of the model is there, and no other.
+    """Says where a folder and its model differ. All empty: every tensor of the model is there, and no other.
 
     Args:
         missing: tensors of the model that the folder has not, by the model's names.
@@ -60,7 +60,7 @@ class Fit:
 
 @contextmanager
 def naming(who: str, what: str) -> Iterator[None]:
-    """Whatever Transformers or tokenizers raise inside becomes a ValueError that names the file.
+    """Turns whatever Transformers or tokenizers raise inside into a ValueError that names the file.
 
     Raises:
         ValueError: so.
@@ -75,7 +75,7 @@ def naming(who: str, what: str) -> Iterator[None]:
 
 
 def skeleton(path: Path, who: str = "skeleton") -> nn.Module:
-    """The causal language model that config.json describes, on the meta device.
+    """Builds the causal language model that config.json describes, on the meta device.
 
     Raises:
         ValueError: if Transformers does not make one of it.
@@ -91,7 +91,7 @@ def skeleton(path: Path, who: str = "skeleton") -> nn.Module:
 def fit(
     model: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]], packed: Collection[str] = (), tied: bool = True
 ) -> Fit:
-    """How the tensors (name -> dtype, shape) that are no part of a packed layer fit the model.
+    """Compares the tensors (name -> dtype, shape) that are no part of a packed layer with those of the model.
 
     Args:
         packed: layers whose weight is not among the tensors, and need not be.
@@ -127,7 +127,7 @@ def fit(
 
 
 def part_names_in(model: Any, names: Collection[str]) -> dict[str, str]:
-    """name in the float model -> name in the folder, of the parts of packed weights: they are renamed as weights."""
+    """Maps names of parts of packed weights from the float model to the folder: they are renamed as weights are."""
     weights = {name: f"{name.rpartition('.')[0]}.weight" for name in names if name.rpartition(".")[2] in WEIGHT_TENSORS}
     renamed = _renamed(model, weights.values())
     return {
@@ -158,7 +158,7 @@ def _any(patterns: Collection[str], name: str) -> bool:
 
 
 def _holes(model: Any, state: Mapping[str, tuple[int, ...]], names: Collection[str]) -> list[str]:
-    """Tensors of single experts that are not there though others are, of those that become one with others."""
+    """Lists missing tensors of single experts, where those of others that are stacked with them are there."""
     there = set(names)
     lost: dict[str, None] = {}
     for name, (keys, whole) in _renamed(model, names).items():
@@ -172,7 +172,7 @@ def _holes(model: Any, state: Mapping[str, tuple[int, ...]], names: Collection[s
 
 
 def _renamed(model: Any, names: Collection[str]) -> dict[str, tuple[list[str], bool]]:
-    """name in the folder -> names in the model, and whether the tensor becomes that one whole and unchanged.
+    """Maps a name in the folder to names in the model, and says whether the tensor becomes it whole and unchanged.
 
     Transformers renames tensors of older folders, and puts some together or takes them apart, as experts.
     """
