@@ -1,4 +1,4 @@
-"""Converted layers: packed integer codes and scales, no float weight. What a trained fake-quantized layer becomes.
+"""Defines the layers that trained fake-quantized layers are converted to: packed integer codes and scales, no floats.
 
 They run in integer arithmetic where they can (int8 codes on both sides, int32 accumulation), else they multiply floats
 with their packed codes. `path()` says which and why.
@@ -56,7 +56,7 @@ TO_OWN_GRID = " -> int8 on its own grid"
 
 
 class QuantizedLayer(Packed):
-    """A weight as integers, packed: weight = (codes - zero) * scale; and the grids of what goes in and comes out.
+    """Holds a packed integer weight, (codes - zero) * scale, and the grids of its input and output.
 
     Rows of a weight `[O, ...]` are flattened. Scales (and zero points, of an asymmetric grid) are `[O, groups]` fp32,
     whatever the granularity; bias `[O]` fp32. A scale is negative where a batch norm with negative gamma was folded in.
@@ -99,14 +99,14 @@ class QuantizedLayer(Packed):
 
     def integer_refusals(self, device: torch.device) -> list[str]:
         """Why the product cannot run on integers; empty if it can."""
-        raise AssertionError("every QuantizedLayer knows")
+        raise AssertionError("every QuantizedLayer says why")
 
     def path(self) -> str:
         reasons = self.integer_refusals(self.packed.device)
         return f"{super().path()}: {', '.join(reasons)}" if reasons else INTEGER
 
     def _on_integers(self, x: Tensor) -> bool:
-        """Whether the product with x runs on integers; one that a gradient has to pass is that of floats."""
+        """Says whether the product with x runs on integers; gradients need that of floats."""
         if x.dtype not in FLOATS:
             names = "float32 / float16 / bfloat16"
             raise TypeError(
@@ -115,12 +115,12 @@ class QuantizedLayer(Packed):
         return not (x.requires_grad and torch.is_grad_enabled()) and not self.integer_refusals(x.device)
 
     def _shifted(self) -> bool:
-        """Whether 0.0 may have a code other than 0 in x."""
+        """Says whether 0.0 may have a code other than 0 in x."""
         scheme = None if self.input_quantizer is None else self.input_quantizer.scheme
         return scheme is not None and not (scheme.symmetric and scheme.format.signed)
 
     def _codes_and_zero(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(int8 codes of x on the grid of the input, their zero point); x may be codes already."""
+        """Returns (int8 codes of x on the input grid, their zero point); x may be codes already."""
         quantizer = self.input_quantizer
         assert quantizer is not None
         return self._int8_codes(x), quantizer.signed_zero()
@@ -182,7 +182,7 @@ class QuantizedLinear(QuantizedLayer):
         )
 
     def _prepared_call(self, x: Tensor) -> Int8Product | None:
-        """A quicker way to make the product with rows like those of x; None if there is none."""
+        """Returns the prepared product for rows like those of x; None if there is none."""
         if not may_prepare(x):
             return None
 
@@ -200,8 +200,8 @@ class QuantizedLinear(QuantizedLayer):
             )
 
         parts = (self, self._modules.get("input_quantizer"))
-        ready: Int8Product | None = cached(self, (x.dtype, x.device, x.shape[-1:]), parts, make)
-        return ready
+        product: Int8Product | None = cached(self, (x.dtype, x.device, x.shape[-1:]), parts, make)
+        return product
 
 
 class QuantizedConv(Convolution, QuantizedLayer):
@@ -234,7 +234,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
         return [*_refusals_of(grid), *padding, *self.refusals(), *wide, *_refusals_on(device)]
 
     def _split_weight(self) -> PackedWeight | None:
-        """The weight as its integer sums are taken: wide filters in parts; None if they cannot be parted."""
+        """Returns the weight with wide rows split so that int32 holds the sums; None if they cannot be split."""
         return split_rows(self.packed, LARGEST_GROUP)
 
     def path(self) -> str:
@@ -243,12 +243,12 @@ class QuantizedConv(Convolution, QuantizedLayer):
             path = WITHOUT_VNNI + path.removeprefix(INTEGER)
         return path + (TO_CONSUMERS if self._consumer_grids else TO_OWN_GRID if self._emits_own_grid() else "")
 
-    def emit_int8_to(self, readers: Sequence[QuantizedLayer]) -> None:
-        """From now on gives codes on the grid that all readers have; they read codes, everything else sees floats."""
-        grids = [reader.input_quantizer for reader in readers if reader.input_quantizer is not None]
+    def emit_int8_to(self, consumers: Sequence[QuantizedLayer]) -> None:
+        """Makes the layer emit int8 on the consumers' common grid; whatever else reads it sees floats."""
+        grids = [m.input_quantizer for m in consumers if m.input_quantizer is not None]
         self._consumer_grids = (grids[0],)
-        for reader in readers:
-            reader._producer_grids = (*reader._producer_grids, grids[0])
+        for consumer in consumers:
+            consumer._producer_grids = (*consumer._producer_grids, grids[0])
 
     def _emits_own_grid(self) -> bool:
         return self.output_quantizer is not None and self.output_quantizer.returns_int8()
@@ -268,42 +268,42 @@ class QuantizedConv(Convolution, QuantizedLayer):
 
     def _integer(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         """`act(conv(qx - zx, qw - zw) * (sx * sw) + bias + residual)`; one cast at the end, or codes that are read."""
-        rest = NO_RESIDUAL
+        residual_codes = NO_RESIDUAL
         if isinstance(residual, QuantizedTensor):
             scale, middle = residual.quantizer.constants()[:2]
-            rest = (residual.codes, scale, middle)
+            residual_codes = (residual.codes, scale, middle)
         elif residual is not None:
-            rest = (values(residual), None, None)
+            residual_codes = (values(residual), None, None)
         ready = self._prepared_call(x, activation)
         if ready is not None:
-            grid, y = ready.grid, ready.run(self._int8_codes(x), rest)
+            grid, y = ready.grid, ready.run(self._int8_codes(x), residual_codes)
         else:
             grid = (
-                self._grid() if may_return_int8(x) else None
+                self._output_grid() if may_return_int8(x) else None
             )  # a compiler sees floats, of which the next layer makes codes
-            y = self._call(x, grid, activation, rest)
+            y = self._call(x, grid, activation, residual_codes)
         return self._quantize_output(y) if grid is None else QuantizedTensor(_limited(y, _limits(grid)), grid, x.dtype)
 
-    def _grid(self) -> StaticQuantizer | None:
-        """That of the codes that it gives where it hands on any."""
+    def _output_grid(self) -> StaticQuantizer | None:
+        """Returns the grid of the int8 output; None if the layer returns floats."""
         if self._consumer_grids:
             return self._consumer_grids[0]
         return self.output_quantizer if self._emits_own_grid() else None
 
-    def _call(self, x: Tensor, grid: StaticQuantizer | None, activation: str, rest: Residual) -> Tensor:
+    def _call(self, x: Tensor, grid: StaticQuantizer | None, activation: str, residual: Residual) -> Tensor:
         quantizer, parts = self.input_quantizer, self._split_weight()
         assert quantizer is not None and parts is not None
-        image, about = self.window(x)
+        image, geometry = self.geometry_for(x)
         codes, zero = self._codes_and_zero(image)
         y = qconv2d_int8(
             codes,
             quantizer.scale,
             parts,
             self.bias,
-            **about,
-            residual=rest[0],
-            residual_scale=rest[1],
-            residual_zero=rest[2],
+            **geometry,
+            residual=residual[0],
+            residual_scale=residual[1],
+            residual_zero=residual[2],
             x_zero=zero if self._shifted() else None,
             code_sums=self.sums,
             activation=activation,
@@ -315,7 +315,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
         return self.like_input(y, x)
 
     def _prepared_call(self, x: Tensor, activation: str) -> PreparedConv | None:
-        """A quicker way to make the call, for images like x; None if there is none."""
+        """Returns the prepared call for images like x; None if there is none."""
         if not may_prepare(x):
             return None
         own = self._modules.get("output_quantizer")
@@ -326,7 +326,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
         def make() -> PreparedConv | None:
             if x.shape[0] == 0:
                 return None
-            grid = self._grid()
+            grid = self._output_grid()
             run = cached(self, (*kind, *x.shape[1:]), parts, lambda: self._prepared(x, grid, activation))
             if run is None:
                 return None
@@ -347,7 +347,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
             quantizer.scale,
             parts,
             self.bias,
-            **self.window(x)[1],
+            **self.geometry_for(x)[1],
             x_zero=quantizer.signed_zero() if self._shifted() else None,
             activation=activation,
             out_scale=None if grid is None else grid.scale,
@@ -360,12 +360,12 @@ class QuantizedConv(Convolution, QuantizedLayer):
 
 
 def may_prepare(x: Tensor) -> bool:
-    """Whether a call with x may be made with what was prepared for others: outside tracers, gradients and autocast."""
+    """Says whether a prepared call may run for x: not under tracers, gradients or autocast."""
     return x.dtype in FLOATS and may_return_int8(x) and not torch.is_autocast_enabled("cpu")
 
 
 def _limits(grid: StaticQuantizer) -> tuple[int, int] | None:
-    """The smallest and largest code of a grid that has fewer than int8."""
+    """Returns the smallest and largest code of a grid that has fewer than int8; None for all of int8."""
     low, high = grid.signed_limits()
     return None if (low, high) == (-128, 127) else (low, high)
 
@@ -386,7 +386,7 @@ def _refusals_on(device: torch.device) -> list[str]:
 
 
 def split_rows(weight: PackedWeight, largest: int) -> PackedWeight | None:
-    """The weight, rows of one scale in equal parts of at most `largest` codes; None if too few divide a row.
+    """Splits rows of one scale into equal parts of at most `largest` codes; None if no small number divides a row.
 
     All parts share the scale and the zero point of the row, and their memory.
     """
@@ -401,12 +401,12 @@ def split_rows(weight: PackedWeight, largest: int) -> PackedWeight | None:
 
 
 def stored_bits(bits: int) -> int:
-    """The width that codes of so many bits are packed at: the next of 1, 2, 4 and 8."""
+    """Returns the width that codes of so many bits are packed at: the next of 1, 2, 4 and 8."""
     return min(width for width in BITS if width >= bits)
 
 
 def packed_codes(codes: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> PackedWeight:
-    """The codes `[O, ...]` of a scheme as a packed weight, exactly.
+    """Packs the codes `[O, ...]` of a scheme, exactly.
 
     Args:
         codes: int8, or uint8 of an unsigned grid.
@@ -419,7 +419,7 @@ def packed_codes(codes: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> 
 
 
 def empty_codes(shape: Sequence[int], scheme: Scheme, device: torch.device | str) -> PackedWeight:
-    """A packed weight of the form that `packed_codes` gives for a weight `shape [O, ...]`; values are to be filled."""
+    """Makes an unfilled packed weight of the form that `packed_codes` gives for a weight `shape [O, ...]`."""
     n, k = shape[0], math.prod(shape[1:])
     size = scheme.granularity.size if isinstance(scheme.granularity, PerGroup) else k
     some = torch.ones(1)

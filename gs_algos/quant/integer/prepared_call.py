@@ -1,6 +1,6 @@
-"""What of an integer convolution's call does not depend on values, made once: most of what a small layer takes is that.
+"""Prepares the part of an integer layer's call that does not depend on values once: it is most of a small layer's time.
 
-It holds for images of one shape, order and dtype, as long as the tensors that it was made of are there and unchanged.
+It is good for inputs of one shape, stride order and dtype, while the tensors it was made from are unchanged.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from gs_algos.quant.integer.static_quantizer import StaticQuantizer
 from gs_kernels.prepared import Int8Convolution
 
-MAX_ENTRIES = 64  # entries that a layer remembers: it may see images of ever new sizes
+MAX_ENTRIES = 64  # of one layer, which may see images of ever new sizes
 _version = attrgetter("_version")
 
 
 @dataclass(frozen=True)
 class PreparedConv:
-    """A layer's call for one kind of image.
+    """Holds the prepared call of a convolution for images of one shape.
 
     Args:
         run: the convolution.
@@ -43,30 +43,30 @@ class _Entry:
     ids: list[int]
     tensors: list[Tensor]
     versions: list[int]
-    what: Any
+    value: Any
 
 
 # beside the layers, not in them: a copy of a layer makes its own
 _cache: WeakKeyDictionary[nn.Module, dict[Any, _Entry]] = WeakKeyDictionary()
 
 
-def cached(layer: nn.Module, key: Any, parts: Sequence[nn.Module | None], make: Callable[[], Any]) -> Any:
-    """What `make` gives, made again when a buffer of these parts is another, or has changed.
+def cached(layer: nn.Module, key: Any, modules: Sequence[nn.Module | None], make: Callable[[], Any]) -> Any:
+    """Returns what `make` gives, made again when a buffer of these modules was replaced or changed.
 
-    key: what tells apart the things of one layer. None, as from `make`, if changes cannot be seen.
+    Returns None where changes cannot be seen (tensors of inference mode). key: tells the entries of one layer apart.
     """
-    things = _cache.get(layer)
-    found = None if things is None else things.get(key)
-    ids = [id(t) for part in parts if part is not None for t in part._buffers.values()]
-    if found is not None and found.ids == ids and list(map(_version, found.tensors)) == found.versions:
-        return found.what
-    tensors = [t for part in parts if part is not None for t in part._buffers.values() if t is not None]
+    entries = _cache.get(layer)
+    entry = None if entries is None else entries.get(key)
+    ids = [id(t) for m in modules if m is not None for t in m._buffers.values()]
+    if entry is not None and entry.ids == ids and list(map(_version, entry.tensors)) == entry.versions:
+        return entry.value
+    tensors = [t for m in modules if m is not None for t in m._buffers.values() if t is not None]
     if any(t.is_inference() for t in tensors):
         return None
     with torch.inference_mode(False), torch.no_grad():
-        what = make()
-    things = _cache.setdefault(layer, {})
-    if len(things) >= MAX_ENTRIES:
-        things.clear()
-    things[key] = _Entry(ids, tensors, [t._version for t in tensors], what)
-    return what
+        value = make()
+    entries = _cache.setdefault(layer, {})
+    if len(entries) >= MAX_ENTRIES:
+        entries.clear()
+    entries[key] = _Entry(ids, tensors, [t._version for t in tensors], value)
+    return value

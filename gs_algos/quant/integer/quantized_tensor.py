@@ -1,8 +1,8 @@
-"""Tensors that layers hand to each other when nothing needs the floats: 8-bit codes, and results still to be computed.
+"""Defines the tensors that converted layers pass on where floats are not needed: int8 codes, and deferred results.
 
 Operations that commute with rounding run on the codes, exactly as on floats that are quantized afterwards: rounding
-keeps the order of values, and 0 and 6 are rounded as the values are. A sum waits for what reads it: a layer gets its
-codes in one pass. Every other operation sees the real values.
+keeps the order of values, and 0 and 6 are rounded as the values are. A sum is computed when something reads it, for a
+layer straight to codes, in one pass. Every other operation sees the dequantized values.
 
 Layers leave their codes and values with the channels last, which is fastest. The strides that such a tensor shows are
 those that the float network's has, and in that order whatever is no layer of ours sees the values.
@@ -56,10 +56,10 @@ _ACTIVATES = {
 
 
 class _VirtualTensor(Tensor):
-    """What leaves PyTorch, a copy or a file is the plain tensor of the values."""
+    """Base of tensors that look like floats and store none: NumPy, copies and files get plain values."""
 
     def dequantize(self) -> Tensor:
-        """The values, with the strides that the tensor shows."""
+        """Returns the values, with the strides that the tensor shows."""
         raise AssertionError("every tensor that layers hand on has values")
 
     def numpy(self, **kwargs: Any) -> Any:
@@ -87,12 +87,12 @@ class _VirtualTensor(Tensor):
 
 
 class QuantizedTensor(_VirtualTensor):
-    """Reads as a float tensor; holds int8 `codes` of the grid of `quantizer`, those of an unsigned grid 128 lower.
+    """Looks like a float tensor and holds int8 `codes` on the grid of `quantizer`, 128 lower for an unsigned grid.
 
     Args:
         codes: int8, any shape and strides.
         quantizer: the `StaticQuantizer` whose codes they are.
-        dtype: of the real values.
+        dtype: of the dequantized values.
         strides: that the values have for whoever reads them; default: those of the codes.
     """
 
@@ -109,21 +109,21 @@ class QuantizedTensor(_VirtualTensor):
         self.codes, self.quantizer = codes, quantizer
 
     def lay(self) -> Tensor:
-        """The codes, from now on with the strides of the values."""
+        """Gives the codes the strides of the values, for good, and returns them."""
         self.codes = laid(self.codes, self.stride())
         return self.codes
 
     def dequantize(self) -> Tensor:
-        """The values, `(code - zero) * scale`."""
+        """Returns the values, `(code - zero) * scale`."""
         self.lay()
         return self.values()
 
     def values(self) -> Tensor:
-        """`dequantize`, with the strides of the codes."""
+        """Returns the values with the strides of the codes."""
         return prepared_requantize((self.codes, self.quantizer.constants()), None, "none", self.dtype, None)
 
     def codes_on(self, grid: Any) -> Tensor:
-        """int8 codes of the values on another grid."""
+        """Returns int8 codes of the values on another grid."""
         if grid is self.quantizer:
             return self.codes
         return prepared_requantize((self.codes, self.quantizer.constants()), None, "none", self.dtype, grid.constants())
@@ -171,7 +171,7 @@ class QuantizedTensor(_VirtualTensor):
 
 
 class DeferredOutput(_VirtualTensor):
-    """A result that is computed when something reads it: by then an add or an activation may have joined it.
+    """Computes a result when something reads it: by then an add or an activation may have joined it.
 
     Args:
         run: `(residual, activation, grid) -> tensor`: the result, floats, or int8 codes on a grid; its `adds`,
@@ -187,30 +187,30 @@ class DeferredOutput(_VirtualTensor):
 
     def __init__(self, run: Any, like: Like, residual: Tensor | None = None, activation: str = "none") -> None:
         self._run, self._like, self._residual, self._activation = run, like, residual, activation
-        self._made: Tensor | None = None
+        self._result: Tensor | None = None
 
     @staticmethod
-    def of(made: Tensor, strides: Sequence[int]) -> DeferredOutput:
-        """A result that is there, in an order of axes of its own; strides: that it has for whoever reads it."""
-        y = DeferredOutput(None, (made.shape, strides, made.dtype, made.device))
-        y._made = made
+    def of(result: Tensor, strides: Sequence[int]) -> DeferredOutput:
+        """Wraps a computed result whose memory order differs from the strides that readers see."""
+        y = DeferredOutput(None, (result.shape, strides, result.dtype, result.device))
+        y._result = result
         return y
 
     def dequantize(self) -> Tensor:
-        """The values; computed once."""
-        self._made = laid(self.values(), self.stride())
-        return self._made
+        """Returns the values; computed once."""
+        self._result = laid(self.values(), self.stride())
+        return self._result
 
     def values(self) -> Tensor:
-        """The values, with whatever strides they were computed with; computed once."""
-        if self._made is None:
-            self._made = self._run(self._residual, self._activation, None)
+        """Returns the values with the strides they were computed in; computed once."""
+        if self._result is None:
+            self._result = self._run(self._residual, self._activation, None)
             self._residual = None
-        return self._made
+        return self._result
 
     def codes_on(self, grid: Any) -> Tensor | None:
-        """int8 codes of the values on a grid; None if they are better made of the values."""
-        if self._made is not None or not self._run.to_grid:
+        """Computes int8 codes of the values on a grid; None where quantizing the values is better."""
+        if self._result is not None or not self._run.to_grid:
             return None
         codes: Tensor = self._run(self._residual, self._activation, grid)
         return codes
@@ -219,8 +219,8 @@ class DeferredOutput(_VirtualTensor):
         return f"DeferredOutput({list(self.shape)})"
 
     def _joined(self, func: Any, args: tuple[Any, ...]) -> tuple[Like, Tensor | None, str] | None:
-        """(like, residual, activation) with which `func(*args)` is this result; None if it is not."""
-        if self._made is not None or self._activation != "none":
+        """Returns the (like, residual, activation) that make this result `func(*args)`; None if none do."""
+        if self._result is not None or self._activation != "none":
             return None
         if func in (aten.add.Tensor, aten.add_.Tensor):
             other = args[1] if args[0] is self else args[0]
@@ -260,7 +260,7 @@ class DeferredOutput(_VirtualTensor):
 
 
 class _SumOfCodes:
-    """a + b: the real values are added in the order and dtype in which floats are."""
+    """Adds two quantized tensors, in the order and dtype in which floats are added."""
 
     adds = False
     activations = ("relu", "relu6")
@@ -280,13 +280,13 @@ def _wrapper(cls: type, shape: Any, strides: Any, dtype: torch.dtype, device: to
 
 
 def _can_add(x: Tensor, other: Any) -> bool:
-    """Whether other has the shape of x, and no gradient."""
+    """Says whether other has the shape, dtype and device of x, and needs no gradient."""
     alike = isinstance(other, Tensor) and (other.shape, other.dtype, other.device) == (x.shape, x.dtype, x.device)
     return alike and not other.requires_grad
 
 
 def _cat(tensors: Sequence[QuantizedTensor], axis: int = 0) -> QuantizedTensor:
-    """Codes on one grid, side by side."""
+    """Concatenates codes on one grid."""
     codes = torch.cat([t.codes for t in tensors], axis)
     formats = {suggested(t.shape, t.stride()) for t in tensors}
     into = formats.pop() if len(formats) == 1 else torch.contiguous_format
@@ -294,7 +294,7 @@ def _cat(tensors: Sequence[QuantizedTensor], axis: int = 0) -> QuantizedTensor:
 
 
 def _alike(tensors: Any) -> bool:
-    """Whether all are codes on one grid."""
+    """Says whether all are quantized tensors on one grid."""
     return all(isinstance(t, QuantizedTensor) and t.quantizer.same_grid(tensors[0].quantizer) for t in tensors)
 
 
@@ -302,21 +302,21 @@ _EAGER_TYPES = PLAIN | {QuantizedTensor, DeferredOutput}
 
 
 def may_return_int8(x: Tensor) -> bool:
-    """Whether x may be handed on as codes, or later: tracers, compilers and gradients see floats, in time."""
+    """Says whether int8 or a deferred result may be returned for x: tracers, compilers and gradients need floats."""
     if not is_eager(x, plain=_EAGER_TYPES) or transform_of() is not None:
         return False
     return not (x.requires_grad and torch.is_grad_enabled())
 
 
 def dequantized(value: Any) -> Any:
-    """The values of a tensor that layers hand on, also in a list of an operation's arguments; else what is given."""
+    """Returns plain floats for the tensors of this file, also inside lists and tuples; other values as they are."""
     if isinstance(value, _VirtualTensor):
         return value.dequantize()
     return type(value)(map(dequantized, value)) if type(value) in (list, tuple) else value
 
 
 def values(x: Any) -> Any:
-    """`dequantized` for layers, which read any strides: those that x shows would take a copy."""
+    """Returns plain floats in whatever strides they lie, which saves layers a copy that `dequantized` makes."""
     return x.values() if isinstance(x, QuantizedTensor | DeferredOutput) else x
 
 

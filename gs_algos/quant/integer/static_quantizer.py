@@ -1,4 +1,4 @@
-"""The frozen grid of an activation: what a trained quantizer becomes in a converted network."""
+"""Quantizes activations of converted networks on a fixed grid, to floats or to int8 codes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from gs_kernels.runtime.torch_private import is_eager
 
 
 class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
-    """The frozen grid of one activation: scale `[1]`, zero `[1]` fp32, real = (q - zero) * scale.
+    """Quantizes one activation on a fixed grid: scale `[1]`, zero `[1]` fp32, real = (q - zero) * scale.
 
     A learnt zero point may lie beyond the codes: then none of them stands for 0.0.
     """
@@ -42,8 +42,8 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
         self.scheme = scheme
         self.register_buffer("scale", torch.ones(1, device=device))
         self.register_buffer("zero", torch.zeros(1, device=device))
-        self.emits_int8 = False  # whether what it gives are codes: they are read as such
-        self.whole_zero = 0  # the zero point of `signed_codes`, a number that is looked at without a tensor
+        self.emits_int8 = False  # whether it should return int8 codes: its consumers read them
+        self.whole_zero = 0  # the zero point of `signed_codes` as a number, which needs no read of a tensor
         self.refresh_zero_point()
         self._constants: tuple[Tensor, Tensor, int, int, Grid] | None = None
 
@@ -69,17 +69,17 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
         return {"scale": POSITIVE, "zero": whole_within(self.scheme.qmin, self.scheme.qmax)}
 
     def refresh_zero_point(self) -> None:
-        """Notes the zero point. Needed after it was written by hand."""
+        """Reads the zero point anew. Needed after it was written by hand."""
         if not self.zero.is_meta:
             self.whole_zero = round(float(self.zero)) - (0 if self.scheme.format.signed else 128)
 
     def holds_zero(self) -> bool:
-        """Whether a code stands for 0.0."""
+        """Says whether a code stands for 0.0."""
         low, high = self.signed_limits()
         return low <= self.whole_zero <= high
 
     def returns_int8(self) -> bool:
-        """Whether it hands on codes: what commutes with rounding must find 0.0 among them."""
+        """Says whether it returns int8 codes: 0.0 must be among them for operations that commute with rounding."""
         return self.emits_int8 and self.holds_zero()
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -87,29 +87,29 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
         self.refresh_zero_point()
 
     def codes(self, x: Tensor) -> Tensor:
-        """int8 (or uint8 for an unsigned grid) codes of x, same shape."""
+        """Quantizes x to int8 codes (uint8 for an unsigned grid), same shape."""
         if x.numel() == 0:
             return torch.empty_like(x, dtype=torch.int8 if self.scheme.qmin < 0 else torch.uint8)
         return quantize(x, self.scale, self.zero, qmin=self.scheme.qmin, qmax=self.scheme.qmax)
 
     def signed_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(int8 codes of x, their zero point `[1]`): those of an unsigned grid 128 lower."""
+        """Returns (int8 codes of x, their zero point `[1]`); both are 128 lower for an unsigned grid."""
         return self.int8_codes(x), self.signed_zero()
 
     def int8_codes(self, x: Tensor) -> Tensor:
-        """The first of `signed_codes`."""
-        known = x.codes_on(self) if isinstance(x, QuantizedTensor | DeferredOutput) else None
-        if known is not None:
-            return known
+        """Returns the codes of `signed_codes`."""
+        ready = x.codes_on(self) if isinstance(x, QuantizedTensor | DeferredOutput) else None
+        if ready is not None:
+            return ready
         x = values(x)
-        codes = self._codes_at_once(x)
+        codes = self._cpu_codes(x)
         if codes is not None:
             return codes
         codes = self.codes(x)
         return codes if codes.dtype == torch.int8 else (codes ^ 128).view(torch.int8)
 
-    def _codes_at_once(self, x: Tensor) -> Tensor | None:
-        """What `signed_codes` makes of floats, without the checks and the copies of `quantize`; None if it has to."""
+    def _cpu_codes(self, x: Tensor) -> Tensor | None:
+        """Quantizes floats on the CPU without the checks and copies of `quantize`; None where those are needed."""
         dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
         if not dense or x.dtype != torch.float32 or x.numel() == 0 or not (may_return_int8(x) and takes_cpu(x)):
             return None
@@ -124,7 +124,7 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
         return self.constants().zero if is_eager(self.zero) else self.zero - 128
 
     def constants(self) -> Grid:
-        """The grid of `signed_codes` as passes over codes take it, made when first asked for."""
+        """Returns the grid of `signed_codes` as `requantize` takes it; computed again when scale or zero change."""
         own, held = self._buffers, self._constants
         scale, zero = own["scale"], own["zero"]
         assert scale is not None and zero is not None
@@ -143,7 +143,7 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
         return constants
 
     def signed_limits(self) -> tuple[int, int]:
-        """The smallest and largest of `signed_codes`."""
+        """Returns the smallest and largest of `signed_codes`."""
         return self._signed_limits
 
     @cached_property
@@ -152,7 +152,7 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
         return self.scheme.qmin - shift, self.scheme.qmax - shift
 
     def same_grid(self, other: StaticQuantizer) -> bool:
-        """Whether both give every value the same code. Reads values."""
+        """Says whether both grids give every value the same code. Reads values."""
         if self is other:
             return True
         limits = self.signed_limits() == other.signed_limits()

@@ -1,4 +1,4 @@
-"""What convolutions with a packed weight share: the order of a row, the geometry, and the call of the kernel."""
+"""Defines the base of convolutions with a packed weight: the order of a row, the geometry and the kernel call."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DENSE = {2: F.conv1d, 3: F.conv2d, 4: F.conv3d}  # by the axes of a filter
 
 
 class Convolution(Packed):
-    """A packed weight `[O, K]` whose rows are filters, channels fastest: K is in the order (taps, C / groups).
+    """Convolves with a packed weight `[O, K]` whose rows are filters, channels fastest: K is (taps, C / groups).
 
     Filters with several scales in a row keep the order (C / groups, taps) of the float layer, in which they were
     trained, and are dequantized in each forward, as those of three dimensions are.
@@ -40,11 +40,11 @@ class Convolution(Packed):
 
     geometry: dict[str, Any]
     filter: tuple[int, ...]
-    activation = "none"  # that follows, in the same call
-    defers_add = False  # whether the add that follows, and an activation behind it, run in the same call
-    output_as_it_lies = False  # whether only layers read the result, which then lies as it was computed
+    activation = "none"  # that is computed in the same call
+    defers_add = False  # whether the layer waits for the add behind it, to compute it in the same call
+    output_as_it_lies = False  # whether the result keeps its memory order: only layers read it
     channels_last = False  # whether the float layer's weight is: then its result is, whatever the image
-    notes: tuple[str, ...] = ()  # what follows and does not
+    notes: tuple[str, ...] = ()  # what could run in the same call and does not, with the reason
 
     def set_geometry(self, geometry: dict[str, Any], filter: Sequence[int]) -> None:
         """geometry: as `geometry_of` gives it; filter: the float weight's shape behind its first axis."""
@@ -67,7 +67,7 @@ class Convolution(Packed):
         return rows.view(-1, *self.filter[1:], self.filter[0]).movedim(-1, 1).contiguous()
 
     def refusals(self) -> list[str]:
-        """Why the packed convolution cannot run; empty if it can."""
+        """Lists why the packed convolution cannot run; empty if it can."""
         reasons = ["no packed convolution in three dimensions"] if len(self.filter) == 4 else []
         return reasons + ([] if channels_fastest(self.group_size, self.filter) else ["a filter has several scales"])
 
@@ -85,11 +85,11 @@ class Convolution(Packed):
         return f"{path} + {fused}" if fused else path
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.defers_add and self._can_wait(input):
+        if self.defers_add and self._can_defer(input):
             return DeferredOutput(_DeferredConv(self, input), self._like(input))
         y = self.run(input, None, self.activation)
         strides = self.strides(input, y.shape)
-        if self.output_as_it_lies and type(y) is Tensor and self._can_wait(input):
+        if self.output_as_it_lies and type(y) is Tensor and self._can_defer(input):
             return DeferredOutput.of(y, strides)
         return (
             QuantizedTensor(y.codes, y.quantizer, y.dtype, strides)
@@ -98,56 +98,56 @@ class Convolution(Packed):
         )
 
     def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-        """The layer's result with what follows it: `act(conv(x) + residual)`."""
-        raise AssertionError("every convolution does")
+        """Computes the layer with its epilogue: `act(conv(x) + residual)`."""
+        raise AssertionError("every convolution runs")
 
-    def window(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """x `[B, C, H, W]`, padded if not by zeros, and the geometry as `qconv2d` takes it; `like_input` undoes it."""
+    def geometry_for(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Returns x as `[B, C, H, W]`, padded if not by zeros, and the geometry for `qconv2d`; see `like_input`."""
         g = self.geometry
         x, padding = self._padded(x if self._batched(x) else x.unsqueeze(0))
         padding = 0 if padding == "valid" else padding
-        about: dict[str, Any] = {"stride": tuple(g["stride"]), "padding": padding, "dilation": tuple(g["dilation"])}
-        about |= {"kernel_size": tuple(self.kernel_size), "groups": g["groups"]}
+        geometry: dict[str, Any] = {"stride": tuple(g["stride"]), "padding": padding, "dilation": tuple(g["dilation"])}
+        geometry |= {"kernel_size": tuple(self.kernel_size), "groups": g["groups"]}
         if len(self.filter) == 2:
             flat = {"stride": 1, "padding": 0, "dilation": 1, "kernel_size": 1}
-            about |= {key: (flat[key], *about[key]) for key in flat if isinstance(about[key], tuple)}
+            geometry |= {key: (flat[key], *geometry[key]) for key in flat if isinstance(geometry[key], tuple)}
             x = x.unsqueeze(2)
-        return x, about
+        return x, geometry
 
     def like_input(self, y: Tensor, x: Tensor) -> Tensor:
-        """y `[B, O, P, Q]` with the axes that the layer's input x has."""
+        """Gives y `[B, O, P, Q]` the axes that the layer's input x has."""
         y = y.squeeze(2) if len(self.filter) == 2 else y
         return y if self._batched(x) else y.squeeze(0)
 
     def convolve(self, x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
-        """`act(conv(x, W) + bias + residual)` of floats, x `[B, C, ...]` or, without a residual, `[C, ...]`."""
+        """Computes `act(conv(x, W) + bias + residual)` on floats; x `[B, C, ...]` or, without residual, `[C, ...]`."""
         if self.refusals():
             y = self._convolve_dense(x, bias)
             return ACTIVATIONS[activation].function(y if residual is None else y + residual)
-        image, about = self.window(x)
-        into: dict[str, Any] = {"residual": residual, "activation": activation, "keep_dense": True}
-        return self.like_input(qconv2d(image, self.packed, bias, **about, **into), x)
+        image, geometry = self.geometry_for(x)
+        epilogue: dict[str, Any] = {"residual": residual, "activation": activation, "keep_dense": True}
+        return self.like_input(qconv2d(image, self.packed, bias, **geometry, **epilogue), x)
 
-    def _can_wait(self, x: Tensor) -> bool:
+    def _can_defer(self, x: Tensor) -> bool:
         return (
             len(self.filter) == 3 and x.dim() == 4 and self.geometry["padding_mode"] == "zeros" and may_return_int8(x)
         )
 
     def strides(self, x: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
-        """The strides of the result for x, which has this shape."""
+        """Returns the strides that the float layer's result for x has, for a result of this shape."""
         if len(self.filter) == 2:
             return strides_in(shape, torch.contiguous_format)
         batched = self._batched(x)
-        about = (x.shape, x.stride()) if batched else ((1, *x.shape), (x.shape[0] * x.stride(0), *x.stride()))
-        into = CHANNELS_LAST[len(self.filter) + 1] if self.channels_last else suggested(*about)
-        return strides_in(shape, into) if batched else strides_in((1, *shape), into)[1:]
+        batch = (x.shape, x.stride()) if batched else ((1, *x.shape), (x.shape[0] * x.stride(0), *x.stride()))
+        memory_format = CHANNELS_LAST[len(self.filter) + 1] if self.channels_last else suggested(*batch)
+        return strides_in(shape, memory_format) if batched else strides_in((1, *shape), memory_format)[1:]
 
     def _like(self, x: Tensor) -> Like:
-        """What the result for x looks like."""
+        """Returns shape, strides, dtype and device of the result for x."""
         g, padding = self.geometry, self._padded(x)[1]
-        about: dict[str, Any] = {"padding": 0 if padding == "valid" else padding, "groups": g["groups"]}
-        about |= {"stride": tuple(g["stride"]), "dilation": tuple(g["dilation"]), "kernel_size": self.kernel_size}
-        p, q = make_geometry("Convolution", **about).output(*x.shape[2:])
+        geometry: dict[str, Any] = {"padding": 0 if padding == "valid" else padding, "groups": g["groups"]}
+        geometry |= {"stride": tuple(g["stride"]), "dilation": tuple(g["dilation"]), "kernel_size": self.kernel_size}
+        p, q = make_geometry("Convolution", **geometry).output(*x.shape[2:])
         shape = (x.shape[0], self.shape[0], p, q)
         return shape, self.strides(x, shape), x.dtype, x.device
 
@@ -158,7 +158,7 @@ class Convolution(Packed):
         return conv(image, self.weight.to(x.dtype), offset, g["stride"], padding, g["dilation"], g["groups"])
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
-        """x, padded if not by zeros, and the padding that is left to do."""
+        """Returns x, padded if not by zeros, and the padding that is left to do."""
         g = self.geometry
         if g["padding_mode"] != "zeros":
             return F.pad(x, g["pad"], mode=g["padding_mode"]).to(x.dtype), 0  # autocast pads in fp32
@@ -169,7 +169,7 @@ class Convolution(Packed):
 
 
 class _DeferredConv:
-    """A convolution that waits for the other operand of the add behind it."""
+    """Computes a deferred convolution, with the residual and activation that joined it."""
 
     adds = True
     activations = tuple(ACTIVATIONS)
@@ -183,14 +183,14 @@ class _DeferredConv:
 
 
 def channels_fastest(group_size: int, filter: Sequence[int]) -> bool:
-    """Whether the rows of filters are kept with their channels fastest: one scale a row, or one tap."""
+    """Says whether rows are stored with their channels fastest: those with one scale, or one tap."""
     k = math.prod(filter)
     return group_size == k or k == filter[0]
 
 
 @torch.no_grad()
 def conv_rows(weight: PackedWeight, filter: Sequence[int]) -> PackedWeight:
-    """A canonical weight with rows in the order of the float layer, (C / groups, taps), as `Convolution` keeps it.
+    """Reorders a canonical weight from the float layer's order, (C / groups, taps), to that of `Convolution`.
 
     filter: the float weight's shape behind its first axis; the rows of a linear, (K,), stay as they are.
     """
@@ -201,12 +201,12 @@ def conv_rows(weight: PackedWeight, filter: Sequence[int]) -> PackedWeight:
 
 
 def is_channels_last(weight: Tensor) -> bool:
-    """Whether a float convolution with this weight gives a result with its channels last, whatever the image."""
+    """Says whether a float convolution with this weight gives a channels-last result, whatever the image."""
     return suggested(weight.shape, weight.stride()) != torch.contiguous_format
 
 
 def geometry_of(conv: nn.Module) -> dict[str, Any]:
-    """stride, padding, dilation, groups of a `nn.Conv*d`, as plain JSON values."""
+    """Returns stride, padding, dilation and groups of a `nn.Conv*d` as plain JSON values."""
     padding = conv.padding if isinstance(conv.padding, str) else list(conv.padding)  # type: ignore[arg-type]
     return {
         "stride": list(conv.stride),  # type: ignore[arg-type]
