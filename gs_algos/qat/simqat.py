@@ -76,11 +76,11 @@ class SimQATConfig(AlgorithmConfig):
         for name in ("weight", "act"):
             if isinstance(getattr(self, name), Scheme):
                 object.__setattr__(self, name, str(getattr(self, name)))
-        readers = {
+        parsers = {
             "weight": lambda value: Scheme.parse(value, "weight"),
             "act": lambda value: Scheme.parse(value, "act"),
         }
-        check_rules(self.rules, "SimQAT", readers)
+        check_rules(self.rules, "SimQAT", parsers)
         object.__setattr__(self, "rules", as_text(self.rules))
         if self.fold_bn not in list(FOLDS):
             raise ValueError(f"SimQAT: fold_bn must be one of {', '.join(map(str, FOLDS))}, got {self.fold_bn!r}")
@@ -99,7 +99,7 @@ class SimQATConfig(AlgorithmConfig):
 
     @property
     def delays(self) -> tuple[int, int]:
-        """(activation, weight) delay in optimizer steps."""
+        """Returns the delays of (activation, weight) in optimizer steps."""
         return (self.quant_delay, self.quant_delay) if isinstance(self.quant_delay, int) else self.quant_delay
 
     def options(self) -> QuantOptions:
@@ -202,7 +202,7 @@ class SimQAT(QuantizationTraining):
             )
 
     def advance_schedule(self) -> None:
-        """Takes the sigma of each batch norm; opens the delay gates and freezes the batch norms at their step."""
+        """Updates the sigma of folded batch norms; ends quantization delays and freezes batch norms at their step."""
         for layer in self._layers.values():
             if isinstance(layer, Folded):
                 layer.refresh()
@@ -234,11 +234,11 @@ class SimQAT(QuantizationTraining):
         return convert_model(model, rows, example_inputs)
 
     def summary(self, model: nn.Module) -> str:
-        """A table of the quantized layers: schemes, bytes, and the arithmetic each one runs in."""
+        """Returns a table of the quantized layers: schemes, bytes, and the arithmetic each one runs in."""
         return summary_of(network_of(model, "SimQAT.summary"))
 
     def learned_parameters(self) -> list[nn.Parameter]:
-        """The steps and zero points that `lsq` schemes added, for an optimizer that was made before `apply`."""
+        """Returns the steps and zero points that `lsq` schemes added, for an optimizer that was made before `apply`."""
         self._require_bound("learned_parameters")
         return [p for quantizer in self._quantizers.values() for p in quantizer.parameters()]
 

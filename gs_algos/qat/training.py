@@ -1,4 +1,4 @@
-"""What algorithms share that train a network against its own quantization: everything but their layers."""
+"""The base of SimQAT and SLB, which train a network against its own quantization: everything but their layers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class QuantizationTraining(Algorithm):
-    """Base of SimQAT and SLB. A subclass says what its layers are, how they are installed, move and convert.
+    """Base of SimQAT and SLB. A subclass says what its layers are, how they are swapped in, scheduled and converted.
 
     parity: how far the last converted network was from the trained one.
     """
@@ -69,26 +69,26 @@ class QuantizationTraining(Algorithm):
 
     @abstractmethod
     def swap_layers(self, model: nn.Module, plan: Plan, example_inputs: Inputs) -> tuple[nn.Module, dict[str, Any]]:
-        """Swaps the planned layers of a live model; what a checkpoint must know beside the plan."""
+        """Swaps the planned layers of a live model; returns it and what a checkpoint must know beside the plan."""
 
     @abstractmethod
     def advance_schedule(self) -> None:
-        """Brings every layer to where the schedules are after `steps` steps. Nothing is read back from the device."""
+        """Sets what follows a schedule to its value after `steps` steps. Nothing is read back from the device."""
 
     @abstractmethod
     def convert_layers(
         self, model: nn.Module, rows: list[PlanRow], example_inputs: Inputs
     ) -> tuple[Parity, list[PlanRow]]:
-        """Replaces the trained layers, compared with what takes their place; also the rows of the converted network."""
+        """Replaces the trained layers and compares outputs; returns the differences and the rows of the new network."""
 
     def after_calibration(self) -> None:
-        """What calibration sets besides activation ranges."""
+        """Sets what follows from calibrated activation ranges."""
 
     def watch(self, model: nn.Module) -> None:
-        """Begins to watch, behind `apply`, whether an optimizer trains what it added."""
+        """Begins to watch whether an optimizer trains what `apply` added."""
 
     def refuse_untrained(self) -> None:
-        """Raises RuntimeError if the parameters that `apply` added stand still while the network is trained."""
+        """Raises RuntimeError if the parameters that `apply` added stand still while the network trains."""
 
     def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
         network = network_to_train(model, f"{self.who}.apply")
@@ -109,7 +109,7 @@ class QuantizationTraining(Algorithm):
             raise ValueError(f"{self.who}.apply: at least one layer must be quantizable, got none:\n{plan}")
         try:
             with all_or_nothing(model):
-                model, facts = self.swap_layers(model, plan, example_inputs)
+                model, checkpoint_facts = self.swap_layers(model, plan, example_inputs)
                 self.steps = 0
                 self._bind(model)
                 self._example = example_inputs
@@ -121,7 +121,7 @@ class QuantizationTraining(Algorithm):
                     "steps": 0,
                     "config": self.config.to_dict(),
                     "plan": [row.to_dict() for row in plan.rows],
-                    **facts,
+                    **checkpoint_facts,
                 }
                 self._history = remember(model, entry)
                 self.advance_schedule()
@@ -161,7 +161,7 @@ class QuantizationTraining(Algorithm):
             self._watch.start()
 
     def step(self) -> None:
-        """Moves ranges and schedules on. Call it after every optimizer step, on every rank.
+        """Updates ranges and advances schedules. Call it after every optimizer step, on every rank.
 
         Raises:
             RuntimeError: if `apply` was not called, or no optimizer trains what it added.
@@ -205,7 +205,7 @@ class QuantizationTraining(Algorithm):
 
     @classmethod
     def resume(cls, model: nn.Module) -> Self:
-        """The algorithm of a prepared model that `load` gave back, at the step where it was saved.
+        """Returns the algorithm of a prepared model that `load` gave back, at the step where it was saved.
 
         Raises:
             RuntimeError: if the model was not saved while prepared.

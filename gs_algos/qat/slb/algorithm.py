@@ -150,7 +150,7 @@ class SLB(QuantizationTraining):
         calibrate_norms("SLB.calibrate_norms", network, batches, self.process_group, self._example)
 
     def advance_schedule(self) -> None:
-        """Brings every layer to where the schedule is after `steps` steps. Nothing is read back from the device."""
+        """Sets each layer's temperature after `steps` steps, or chooses its codes. Reads nothing from the device."""
         schedule, layers = self.config.schedule(), list(self._layers.values())
         self._refuse_loaded(schedule)
         searching = [layer for layer in layers if not layer.search.one_hot]
@@ -208,41 +208,41 @@ class SLB(QuantizationTraining):
         return convert_model(model, rows, example_inputs, packed_layer)
 
     def summary(self, model: nn.Module) -> str:
-        """A table of the searched or packed layers: grids, bytes, gaps, and the arithmetic each one runs in."""
+        """Returns a table of the searched or packed layers: grids, bytes, gaps, and the arithmetic each one runs in."""
         return summary_of(network_of(model, "SLB.summary"))
 
     def gaps(self) -> dict[str, float]:
-        """`||W_c - W_q|| / ||W_q||` of each layer: 0 once its codes are chosen. Reads from the device."""
+        """Returns `||W_c - W_q|| / ||W_q||` of each layer: 0 once its codes are chosen. Reads from the device."""
         self._require_bound("gaps")
         return {name: layer.search.discretization_gap().item() for name, layer in self._layers.items()}
 
     def logits(self) -> list[nn.Parameter]:
-        """The logits of every layer that is not fused, for a parameter group of their own."""
+        """Returns the logits of every layer that is not fused, for a parameter group of their own."""
         self._require_bound("logits")
         return [layer.search.logits for layer in self._layers.values() if not layer.fused]
 
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        """All that is neither logits nor trained by a fused optimizer, for a parameter group of its own."""
+        """Returns what is neither logits nor trained by a fused optimizer, for a parameter group of its own."""
         self._require_bound("parameters")
-        apart = {
+        searched = {
             id(p) for layer in self._layers.values() for p in (layer.search.logits, layer._parameters.get("weight"))
         }
-        return [p for p in network_of(model, "SLB.parameters").parameters() if id(p) not in apart]
+        return [p for p in network_of(model, "SLB.parameters").parameters() if id(p) not in searched]
 
     def fused_layers(self) -> list[SearchedLayer]:
-        """The layers that `SlbAdamW` or `SlbSGD` trains."""
+        """Returns the layers that `SlbAdamW` or `SlbSGD` trains."""
         self._require_bound("fused_layers")
         return [layer for layer in self._layers.values() if layer.fused]
 
     def traces(self) -> dict[str, Tensor]:
-        """Per layer `[trace, 12]` on the CPU: gap, mean confidence, and the confidence's histogram over [0, 1].
+        """Returns each layer's `[trace, 12]` on the CPU: gap, mean confidence, and the confidence's histogram in [0, 1].
 
         Confidence is the largest probability of a weight. Rows that are not reached yet are NaN.
         """
         self._require_bound("traces")
-        found = {name: layer.search.trace for name, layer in self._layers.items()}
-        done = {name: trace.cpu() for name, trace in found.items() if trace is not None}
-        return {name: trace.where(trace != NOT_YET, torch.nan) for name, trace in done.items()}
+        traces = {name: layer.search.trace for name, layer in self._layers.items()}
+        rows = {name: trace.cpu() for name, trace in traces.items() if trace is not None}
+        return {name: trace.where(trace != NOT_YET, torch.nan) for name, trace in rows.items()}
 
     def picture(self, path: Any) -> None:
         """Draws the search so far, before `convert`: gaps per layer, and how the softmax becomes one-hot (matplotlib).
@@ -260,7 +260,7 @@ class SLB(QuantizationTraining):
 
     @classmethod
     def resume(cls, model: nn.Module, **options: Any) -> Self:
-        """The algorithm of a prepared model that `load` gave back, at the step where it was saved.
+        """Returns the algorithm of a prepared model that `load` gave back, at the step where it was saved.
 
         options: what you believe it was made with; a difference is an error.
 
@@ -287,7 +287,7 @@ class SLB(QuantizationTraining):
 
 
 def _warn_early(layers: Mapping[str, SearchedLayer], schedule: Schedule, steps: int) -> None:
-    """Says how far mixtures are from what is taken of them, if the codes are not chosen yet."""
+    """Warns how far mixtures are from the codes that `convert` takes, if those are not chosen yet."""
     searching = {name: layer.search for name, layer in layers.items() if not layer.search.one_hot}
     gaps = {name: search.discretization_gap().item() for name, search in searching.items()}
     if gaps:

@@ -84,16 +84,16 @@ class SLBConfig(AlgorithmConfig):
             object.__setattr__(self, "act", str(self.act))
         check_rules(self.rules, "SLB", {"weight": LevelGrid.parse, "act": parse_act})
         object.__setattr__(self, "rules", as_text(self.rules, (Scheme, LevelGrid)))
-        for name, known in CHOICES.items():
+        for name, choices in CHOICES.items():
             value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"SLB: {name} must be one of {', '.join(known)}, got {value!r}")
+            if value not in choices:
+                raise ValueError(f"SLB: {name} must be one of {', '.join(choices)}, got {value!r}")
         for name, right, must in self._claims():
             if not right:
                 raise ValueError(f"SLB: {name} must be {must}, got {getattr(self, name)!r}")
 
     def _claims(self) -> Iterator[tuple[str, bool, str]]:
-        """(option, whether it holds, what must hold)."""
+        """Yields (option, whether it holds, what must hold)."""
         yield "total_steps", self.total_steps is None or _whole(self.total_steps, 1), "a number of steps >= 1"
         yield "steps_per_epoch", _whole(self.steps_per_epoch, 1), "a number of steps >= 1"
         yield "t0", _positive(self.t0), "a number > 0"

@@ -1,4 +1,4 @@
-"""From searched layers to packed layers: the codes, their scales, and the batch norm behind them folded in."""
+"""Converts searched layers to packed ones: codes and scales, with the batch norm behind them folded in."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gs_kernels import PackedWeight
 
 @torch.no_grad()
 def packed_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module:
-    """The converted form of one trained layer: its chosen codes (those of the largest logits if none are yet)."""
+    """Makes the converted form of a trained layer from its codes (those of the largest logits if none are chosen)."""
     layer = prepared_layer(model, row.site, SearchedLayer)
     if hasattr(layer.search.logits, "full_tensor"):
         raise RuntimeError(f"convert: {row.site} must have whole logits, got sharded ones; unshard the model first")
@@ -35,7 +35,7 @@ def packed_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module:
         weight = PackedWeight(weight.codes, scale, weight.zero, None, weight.bits, weight.shape, weight.group_size)
     weight = conv_rows(weight, layer.search.shape[1:])
     output = output_quantizer_of(model, row)
-    new = _around(layer, row, weight, None if bias is None else bias.detach().float().clone(), output)
+    new = _layer_with(layer, row, weight, None if bias is None else bias.detach().float().clone(), output)
     if isinstance(new, QuantizedLayer) and new.input_quantizer is not None and layer.input_quantizer is not None:
         new.input_quantizer.copy_from(layer.input_quantizer)
         round_bias(new)
@@ -45,19 +45,21 @@ def packed_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module:
 
 
 def unfilled_packed_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module:
-    """A converted layer of the right shapes, its tensors still to be filled."""
+    """Makes a converted layer of the right shapes, its tensors still to be filled."""
     layer = prepared_layer(model, row.site, SearchedLayer)
     grid, device = LevelGrid.parse(row.settings.weight), layer.search.codes.device
     (n, k), bias = layer.search.size, layer.bias is not None or row.settings.bn is not None
     weight = PackedFormat(grid.bits, (n, k), k, grid.zero, "float32").empty(device)
-    new = _around(layer, row, weight, torch.empty(n, device=device) if bias else None, output_quantizer_of(model, row))
+    new = _layer_with(
+        layer, row, weight, torch.empty(n, device=device) if bias else None, output_quantizer_of(model, row)
+    )
     if not grid.learned and row.settings.bn is None:  # a batch norm's gamma may turn them around
         new.signs = "positive"
     return new
 
 
 def summary_of(model: nn.Module) -> str:
-    """A table of the searched or packed layers of a model: codes, bytes, how far the search is, and the arithmetic."""
+    """Returns a table of a model's searched or packed layers: codes, bytes, how far the search is, the arithmetic."""
 
     def row(module: nn.Module) -> tuple[Any, ...] | None:
         if isinstance(module, SearchedLayer):
@@ -78,12 +80,12 @@ def _act(layer: Any) -> str:
     return "float" if quantizer is None else quantizer.extra_repr()
 
 
-def _around(
+def _layer_with(
     layer: SearchedLayer, row: PlanRow[LayerPlan], weight: PackedWeight, bias: Tensor | None, output: Any
 ) -> Packed:
-    """A converted layer around a packed weight: on integers where what comes in is quantized too.
+    """Makes a converted layer of a packed weight: an integer one where its input is quantized too.
 
-    output: the trained quantizer of what it gives, if an add or a concat shares one.
+    output: the trained quantizer of its output, if an add or a concat shares one.
     """
     dtype = torch.float32 if layer.bias is None else layer.bias.dtype
     linear, act = isinstance(layer, nn.Linear), parse_act(row.settings.act)

@@ -1,4 +1,4 @@
-"""Live layers whose weight is being searched: the class of a `nn.Linear` or `nn.Conv*d` is swapped in place.
+"""Layers whose weight is being searched: the class of a `nn.Linear` or `nn.Conv*d` is swapped in place.
 
 A swapped layer has a child `search` (search.py) in place of its parameter `weight`, and may have the children
 `input_quantizer` and `output_quantizer`. With a fused optimizer it keeps the parameter `weight` as well: the mixture,
@@ -25,19 +25,19 @@ from gs_kernels.runtime.torch_private import _BatchNorm
 
 
 class SearchedLayer(IntegerEval):
-    """What every swapped layer shares. The class is mixed in front of the layer's own."""
+    """Base of the classes that are mixed in front of a layer's own: computes with the searched weight."""
 
     prefix = "Searched"
     search: LevelSearch
     _conv_forward: Callable[..., Tensor]
-    _follows: bool = False  # whether a state batch norm is behind
+    _has_state_norm: bool = False  # whether a state batch norm is behind
 
     @property
     def weight(self) -> Tensor:
-        """The weight as the forward uses it now: quantized in eval mode and once the codes are chosen."""
-        kept = self._parameters.get("weight")
-        if kept is not None and (self.training or self.search.one_hot):
-            return kept
+        """Returns the weight as the forward uses it now: quantized in eval mode and once the codes are chosen."""
+        mixture = self._parameters.get("weight")
+        if mixture is not None and (self.training or self.search.one_hot):
+            return mixture
         return self.search(quantized=not self.training)
 
     @property
@@ -47,24 +47,24 @@ class SearchedLayer(IntegerEval):
     @torch.no_grad()
     def refresh(self) -> None:
         """Writes the mixture, or the chosen values, into the parameter that a fused optimizer's layer keeps."""
-        kept = self._parameters.get("weight")
-        if kept is None:
+        mixture = self._parameters.get("weight")
+        if mixture is None:
             return
-        rows = local(kept)  # under FSDP2 the same rows of logits and weight lie on a rank
+        rows = local(mixture)  # under FSDP2 the same rows of logits and weight lie on a rank
         if rows.numel():
-            rows.copy_(rows_of(self.search(), kept) if self.search.one_hot else self.search.local_mixture())
+            rows.copy_(rows_of(self.search(), mixture) if self.search.one_hot else self.search.local_mixture())
 
     def mixed(self, x: Tensor) -> Tensor:
-        """The weight for this input, in the dtype and memory format that the product wants."""
-        kept = self._parameters.get("weight")
-        if kept is not None and self.search.one_hot:
-            return kept.detach()
-        if kept is not None and self.training:
-            return kept
+        """Returns the weight for this input, in the dtype and memory format that the product wants."""
+        mixture = self._parameters.get("weight")
+        if mixture is not None and self.search.one_hot:
+            return mixture.detach()
+        if mixture is not None and self.training:
+            return mixture
         return self.search(product_dtype(x), weight_format(x), not self.training)
 
     def idle(self) -> bool:
-        """Whether the trained parameter takes no part in the product, though DDP waits for its gradient."""
+        """Returns whether the trained parameter takes no part in the product, though DDP waits for its gradient."""
         return self.search.one_hot and self.training and torch.is_grad_enabled()
 
     def weight_scheme(self) -> LevelGrid:
@@ -82,22 +82,22 @@ class SearchedLayer(IntegerEval):
         return self.quantized_output(self.evaluated(input, self.on_floats))
 
     def on_floats(self, x: Tensor) -> Tensor:
-        """The layer's output from floats, the weight mixed or chosen."""
+        """Computes the layer's output in floats, with the mixed or the chosen weight."""
         x = self.quantized_input(x)
         late = not x.requires_grad
         parameter = self._parameters.get("weight") if self.fused else self.search.logits
         if self.idle() and not late:
-            x = _Hanger.apply(x, parameter)
+            x = _KeepInGraph.apply(x, parameter)
         y = self.product(x, self.mixed(x), self.bias)
-        if self._follows and self.training and not self.search.one_hot:
-            self._follow(x)
+        if self._has_state_norm and self.training and not self.search.one_hot:
+            self._update_state_norm(x)
         if not (self.idle() and late):
             return y
-        return _Hanger.apply(y, parameter).clone()  # a view could not be changed in place, as a ReLU behind does
+        return _KeepInGraph.apply(y, parameter).clone()  # a view could not be changed in place, as a ReLU behind does
 
     @torch.no_grad()
-    def _follow(self, x: Tensor) -> None:
-        """Moves the running statistics of the batch norm behind by those of the product with the quantized weight."""
+    def _update_state_norm(self, x: Tensor) -> None:
+        """Updates running statistics of the batch norm behind with those of the product with the quantized weight."""
         y = self.product(x, self.search(product_dtype(x), weight_format(x), True), self.bias).float()
         if y.numel() == 0:
             return
@@ -135,8 +135,8 @@ class _StateNorm(CoupledBatchNorm):
         return self._behind(F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps))
 
 
-class _Hanger(torch.autograd.Function):
-    """x itself; a parameter hangs on to its graph and gets no gradient, so DDP's hooks run and optimizers skip it."""
+class _KeepInGraph(torch.autograd.Function):
+    """Returns x with a parameter in its graph that gets no gradient, so that DDP's hooks run and optimizers skip it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parameter: Tensor) -> Tensor:
@@ -148,12 +148,12 @@ class _Hanger(torch.autograd.Function):
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a product with x runs in: autocast's, or that of x."""
+    """Returns the dtype that a product with x runs in: autocast's, or that of x."""
     return autocast_dtype(x) or x.dtype
 
 
 def weight_format(x: Tensor) -> torch.memory_format:
-    """The memory format in which a convolution of x wants its weight."""
+    """Returns the memory format in which a convolution of x wants its weight."""
     last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
 
@@ -174,7 +174,7 @@ def swap(
     if not fused:
         del layer._parameters["weight"]
     layer.__class__ = swapped_class(_SearchedLinear if isinstance(layer, nn.Linear) else _SearchedConv, type(layer))
-    layer.search, layer.input_quantizer, layer._follows = search, input, state
+    layer.search, layer.input_quantizer, layer._has_state_norm = search, input, state
     layer.output_quantizer = None  # until an add or a concat shares one
     if bn is None:
         return

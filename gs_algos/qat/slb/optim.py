@@ -1,4 +1,4 @@
-"""Optimizers of the logits of fused layers: gradient and update in one pass, the logits' gradient is never stored.
+"""Optimizers for the logits of fused layers: gradient and update in one pass, so that no gradient is stored.
 
 ```python
 algo = SLB(weight="4bit@channel", fused=True, total_steps=n)  # or by rule: ("re:stages.*", {"fused": True})

@@ -57,7 +57,7 @@ class PactQuantizer(ActivationQuantizer):
 
 
 def parse_act(text: str | Scheme | None) -> tuple[Scheme, bool] | None:
-    """(scheme, whether it is PACT) of `uint4@tensor:pact` and of all that `Scheme` reads; None stays None.
+    """Parses (scheme, whether it is PACT) of `uint4@tensor:pact` and of all that `Scheme` reads; None stays None.
 
     Raises:
         ValueError: as `Scheme.parse`; if PACT is combined with another way to find the range.
@@ -77,7 +77,7 @@ def parse_act(text: str | Scheme | None) -> tuple[Scheme, bool] | None:
 
 
 def act_quantizer(text: str | Scheme | None, device: torch.device) -> ActivationQuantizer | None:
-    """The quantizer of an activation option."""
+    """Makes the quantizer of an activation option."""
     parsed = parse_act(text)
     if parsed is None:
         return None

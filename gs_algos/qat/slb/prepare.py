@@ -1,4 +1,4 @@
-"""From a site graph to live layers whose weights are searched: which layers, on which grids, why others stay float."""
+"""Plans which layers are searched, on which grids, and why others stay float; swaps the planned ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ UNTOUCHED = object()  # what an option is if no rule sets it
 
 @dataclass(frozen=True)
 class SearchOptions(PlanOptions):
-    """What SLB asks of `make_plan` and `install`; see `SLBConfig` for the meaning."""
+    """Options of `make_plan` and `install` for SLB; see `SLBConfig` for the meaning."""
 
     ends: str | None
     fused: bool
@@ -50,7 +50,7 @@ class SearchOptions(PlanOptions):
         return {**super().defaults(), "fused": self.fused}
 
     def chosen(self, sites: Mapping[str, nn.Module], called: Sequence[str]) -> dict[str, dict[str, Any] | None]:
-        """The rules over the defaults; `ends` for the first and last layer, unless a rule is on them."""
+        """Returns each layer's options: rules over defaults; `ends` for the first and last, unless a rule sets it."""
         chosen = super().chosen(sites, called)
         if self.ends != "same" and called:
             untouched = dict.fromkeys(self.defaults(), UNTOUCHED)

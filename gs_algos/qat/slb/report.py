@@ -1,4 +1,4 @@
-"""The picture of a search: how far each layer's mixture is from its codes, and how the softmax becomes one-hot."""
+"""Draws a search: how far each layer's mixture is from its codes, and how the softmax becomes one-hot."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def draw(traces: Mapping[str, Tensor], schedule: Schedule, path: str | os.PathLi
 
 
 def _first_and_last(axes: Any) -> tuple[list[Any], list[Any]]:
-    """Handles and labels of a legend that names two lines of many."""
+    """Returns handles and labels of a legend that names two lines of many."""
     handles, labels = axes.get_legend_handles_labels()
     ends = [0, -1] if len(handles) > 1 else [0]
     return [handles[i] for i in ends], [labels[i] for i in ends]

@@ -1,4 +1,4 @@
-"""How the temperature of a search falls: a pure function of the step, so that a resumed run continues exactly."""
+"""Schedules the temperature of a search: a pure function of the step, so that a resumed run continues exactly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T_FINAL = 1470.0
 
 @dataclass(frozen=True)
 class Schedule:
-    """T = 1 / temperature over the optimizer steps; see `SLBConfig` for the fields."""
+    """Schedules T = 1 / temperature over the optimizer steps; see `SLBConfig` for the fields."""
 
     total_steps: int
     steps_per_epoch: int = 1
@@ -23,14 +23,14 @@ class Schedule:
 
     @property
     def one_hot_step(self) -> int:
-        """Steps after which the codes are chosen."""
+        """Returns the steps after which the codes are chosen."""
         return math.ceil(self.t_end * self.total_steps)
 
     def one_hot(self, steps: int) -> bool:
         return steps >= self.one_hot_step
 
     def temperature(self, steps: int) -> float:
-        """After `steps` optimizer steps; 0 once the codes are chosen."""
+        """Returns the temperature after `steps` optimizer steps; 0 once the codes are chosen."""
         if self.one_hot(steps):
             return 0.0
         epoch, epochs = steps // self.steps_per_epoch, self.total_steps / self.steps_per_epoch
@@ -41,7 +41,7 @@ class Schedule:
         return 1 / (self.t0 * factor ** max(0, epoch - first))
 
     def point(self, steps: int, points: int) -> int | None:
-        """The row of a trace of `points` rows that is written after `steps` steps, if any; the last one at the end."""
+        """Returns the row of a trace of `points` rows to write after `steps` steps, if any; the last one at the end."""
         if points == 0 or steps > self.total_steps:
             return None
         due, before = (n * (points - 1) // self.total_steps for n in (steps, steps - 1))

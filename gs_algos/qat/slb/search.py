@@ -1,4 +1,4 @@
-"""The search for one weight's codes: logits over the levels, their mixture, and the codes once they are chosen.
+"""Searches for the codes of one weight: logits over the levels, their mixture, and the codes once they are chosen.
 
 State of a weight `[O, ...]` with R = elements per output, L levels and P = planes of logits (L, or 1 for two levels):
 `logits [O, P, R]` · `scale [C]` fp32, or none · `temperature [1]` fp32 > 0, or 0 once the codes are chosen · `codes`
@@ -82,11 +82,11 @@ class LevelSearch(nn.Module, OffFastPath):
 
     @property
     def size(self) -> tuple[int, int]:
-        """(O, R)."""
+        """Returns (O, R)."""
         return self.shape[0], math.prod(self.shape[1:])
 
     def scales(self) -> Tensor | None:
-        """The scale of each output, `[O]` fp32."""
+        """Returns the scale of each output, `[O]` fp32."""
         return None if self.scale is None else self.scale.expand(self.shape[0]).contiguous()
 
     def forward(
@@ -109,7 +109,7 @@ class LevelSearch(nn.Module, OffFastPath):
         )
 
     def local_mixture(self) -> Tensor:
-        """This rank's rows of the mixture, fp32; all of it if the logits are not sharded."""
+        """Returns this rank's rows of the mixture, fp32; all of it if the logits are not sharded."""
         scale = self.scales()
         scale = None if scale is None else rows_of(scale, self.logits).contiguous()
         logits = local(self.logits)
@@ -117,14 +117,14 @@ class LevelSearch(nn.Module, OffFastPath):
         return slb_weight(logits, self.levels, self.temperature, scale, shape=shape, dtype=torch.float32)
 
     def _chosen(self, dtype: torch.dtype) -> Tensor:
-        """The values of the codes. A learned scale keeps its gradient."""
+        """Returns the values of the chosen codes. A learned scale keeps its gradient."""
         if not self.grid.learned:
             return dequantize_packed(self.packed(), dtype).view(self.shape)
         values = dequantize_packed(self.packed(scaled=False), torch.float32)
         return (values * self.scales()[:, None]).to(dtype).view(self.shape)  # type: ignore[index]
 
     def packed(self, scaled: bool = True) -> PackedWeight:
-        """The chosen codes with their scales, `(code - zero) * scale`; before `harden`, those of the largest logits."""
+        """Packs the chosen codes and scales, `(code - zero) * scale`; before `harden`, those of the largest logits."""
         codes = self.codes if self.one_hot else slb_pack(whole(self.logits), bits=self.grid.bits)
         scale = codes.new_full((self.shape[0], 1), self.grid.step, dtype=torch.float32)
         if scaled and self.scale is not None:
@@ -142,7 +142,7 @@ class LevelSearch(nn.Module, OffFastPath):
 
     @torch.no_grad()
     def discretization_gap(self) -> Tensor:
-        """`||W_c - W_q|| / ||W_q||`, `[1]` fp32: how far the mixture is from what `convert` would take."""
+        """Returns `||W_c - W_q|| / ||W_q||`, `[1]` fp32: how far the mixture is from what `convert` would take."""
         if self.one_hot:
             return torch.zeros_like(self.temperature)
         soft, hard = (self._whole_weight(quantized) for quantized in (False, True))
@@ -154,7 +154,7 @@ class LevelSearch(nn.Module, OffFastPath):
 
     @torch.no_grad()
     def confidence(self) -> Tensor:
-        """Largest probability of each of up to SAMPLES weights, spread over the layer, `[n]` fp32."""
+        """Returns the largest probability of each of up to SAMPLES weights, spread over the layer, `[n]` fp32."""
         if self.one_hot:
             return torch.ones_like(self.temperature)
         a = whole(self.logits).transpose(1, 2).flatten(0, 1)  # [O * R, P]
@@ -174,10 +174,10 @@ class LevelSearch(nn.Module, OffFastPath):
         self.trace[point] = torch.cat([self.discretization_gap(), confidence.mean()[None], shares / confidence.numel()])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        kept = {name: getattr(self, name) for name in FP32}
-        kept = {name: t if t is None else t.data for name, t in kept.items()}
+        tensors: dict[str, Any] = {name: getattr(self, name) for name in FP32}
+        before: dict[str, Any] = {name: t if t is None else t.data for name, t in tensors.items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in kept.items():
+        for name, old in before.items():
             new = getattr(self, name)
             if new is not None and new.dtype != torch.float32:
                 new.data = old.to(new.device)
@@ -203,17 +203,17 @@ class LevelSearch(nn.Module, OffFastPath):
 
 
 def whole(t: Tensor) -> Tensor:
-    """The tensor, gathered from all ranks if it is sharded; a collective then."""
+    """Returns the tensor, gathered from all ranks if it is sharded; a collective then."""
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 def local(t: Tensor) -> Tensor:
-    """This rank's rows of a tensor."""
+    """Returns this rank's rows of a tensor."""
     return t.to_local() if hasattr(t, "to_local") else t
 
 
 def rows_of(t: Tensor, like: Tensor) -> Tensor:
-    """This rank's rows of a tensor that every rank has whole, cut as `like` is sharded. No communication."""
+    """Returns this rank's rows of a tensor that every rank has whole, cut as `like` is sharded. No communication."""
     if not hasattr(like, "device_mesh"):
         return t
     from torch.distributed.tensor import DTensor, Replicate
