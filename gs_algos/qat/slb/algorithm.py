@@ -235,7 +235,7 @@ class SLB(QuantizationTraining):
         return [layer for layer in self._layers.values() if layer.fused]
 
     def traces(self) -> dict[str, Tensor]:
-        """Returns each layer's `[trace, 12]` on the CPU: gap, mean confidence, and the confidence's histogram in [0, 1].
+        """Returns each layer's `[trace, 12]` on the CPU: gap, mean confidence, and its histogram in [0, 1].
 
         Confidence is the largest probability of a weight. Rows that are not reached yet are NaN.
         """
