@@ -1,4 +1,4 @@
-"""What a network is exported for: example inputs, checked, with the names and sizes that a file keeps of them."""
+"""Checks the example inputs of an export, and gives them the names and sizes that the file keeps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TAKEN = "a tensor, a tuple of tensors for its positional inputs, or a dict of te
 
 @dataclass(frozen=True)
 class Example:
-    """One call of a network.
+    """Holds one call of a network.
 
     Args:
         args, kwargs: tensors, or None where the network takes None.
@@ -42,12 +42,12 @@ class Example:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """In the order of `names`."""
+        """Returns the tensors in the order of `names`."""
         return tuple(t for t in (*self.args, *self.kwargs.values()) if t is not None)
 
 
 def new_file(path: str | os.PathLike[str], suffix: str, who: str) -> Path:
-    """The path, once it is known that an export may be written there.
+    """Checks that an export may be written to the path, and returns it.
 
     Raises:
         ValueError: if it does not end in `suffix`, something is there, or its folder is none.
@@ -64,7 +64,7 @@ def new_file(path: str | os.PathLike[str], suffix: str, who: str) -> Path:
 
 
 def exportable(model: nn.Module, example: Inputs, who: str) -> tuple[nn.Module, Example]:
-    """The network and the call of it that an export traces.
+    """Returns the network and the call of it that an export traces.
 
     Raises:
         TypeError: if the model is no module.
@@ -90,7 +90,7 @@ def exportable(model: nn.Module, example: Inputs, who: str) -> tuple[nn.Module, 
 
 @contextmanager
 def read_by_torch(who: str) -> Iterator[None]:
-    """What torch.export says of a network that it cannot read becomes one line.
+    """Turns what torch.export says of a network that it cannot read into one line.
 
     Raises:
         UnsupportedError: with that line.
@@ -122,7 +122,7 @@ def _tensors(example: Any, who: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _named_tensors(bound: inspect.BoundArguments) -> Iterator[str]:
-    """Names of the inputs that are tensors; those of *args are numbered."""
+    """Names the inputs that are tensors; those of *args are numbered."""
     for name, value in bound.arguments.items():
         if isinstance(value, tuple):
             yield from (f"{name}{i}" for i, t in enumerate(value) if t is not None)

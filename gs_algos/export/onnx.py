@@ -1,4 +1,4 @@
-"""A converted network as ONNX: 8-bit codes between QuantizeLinear and DequantizeLinear, packed linears as MatMulNBits.
+"""Exports a converted network to ONNX: 8-bit codes between Quantize- and DequantizeLinear, and MatMulNBits.
 
 ONNX Runtime multiplies uint8 activations by int8 weights with an instruction that adds two products in 16 bits, on x86
 CPUs without VNNI: 255 * (w1 + w2) saturates there once weights exceed 64. So activations are uint8, and so are weights
@@ -91,7 +91,7 @@ def export_onnx(
 
 
 def onnx_model(model: nn.Module, signed_weights: bool = False) -> nn.Module:
-    """A copy whose packed layers and quantizers consist of ONNX operators."""
+    """Makes a copy whose packed layers and quantizers consist of ONNX operators."""
     copied = copy.deepcopy(model).cpu()
     if isinstance(copied, Packed):
         return _OnnxLayer(copied, "the network", signed_weights)
@@ -104,7 +104,7 @@ def onnx_model(model: nn.Module, signed_weights: bool = False) -> nn.Module:
 
 
 def _in_place(model: nn.Module, name: str, module: nn.Module) -> bool:
-    """Whether a module is still there: those inside a replaced layer are not."""
+    """Says whether a module is still there: those inside a replaced layer are not."""
     try:
         return model.get_submodule(name) is module
     except AttributeError:
@@ -112,7 +112,7 @@ def _in_place(model: nn.Module, name: str, module: nn.Module) -> bool:
 
 
 class _Grid(nn.Module):
-    """x rounded to the grid of a `StaticQuantizer`."""
+    """Rounds x to the grid of a `StaticQuantizer`."""
 
     scale: Tensor
     zero: Tensor
@@ -141,7 +141,7 @@ class _Grid(nn.Module):
 
 
 class _OnnxLayer(nn.Module):
-    """What a packed linear, convolution or embedding computes."""
+    """Computes what a packed linear, convolution or embedding does."""
 
     def __init__(self, layer: Packed, name: str, signed: bool = False) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ def _fits_nbits(layer: Packed) -> bool:
 
 
 def integer_weight(layer: Packed, signed: bool = False) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """(codes `[O, ...]` ordered as the float layer, scale `[O]` fp32, zero `[O]`): weight = (codes - zero) * scale.
+    """Returns codes `[O, ...]` as the float layer has them, scale and zero `[O]` fp32: weight = (codes - zero) * scale.
 
     Exactly, with positive scales: int8 codes in -64..64 with a zero of None, else uint8 codes and zeros. Few bits are
     spread over that range, for the runtime rounds a bias to a multiple of the scale. None if there are no such codes.
@@ -255,7 +255,7 @@ def integer_weight(layer: Packed, signed: bool = False) -> tuple[Tensor, Tensor,
 
 
 def in_order(codes: Tensor, layer: Convolution) -> Tensor:
-    """Rows of a convolution as filters `[O, C / groups, ...]`."""
+    """Reshapes rows of a convolution to filters `[O, C / groups, ...]`."""
     if not channels_fastest(layer.group_size, layer.filter):
         return codes.view(-1, *layer.filter)
     return codes.view(-1, *layer.filter[1:], layer.filter[0]).movedim(-1, 1)

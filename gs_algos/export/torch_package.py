@@ -1,4 +1,4 @@
-"""A converted network as one `.pt2` file: compiled ahead of time, it runs where torch is, without this library."""
+"""Exports a converted network to one `.pt2` file: compiled ahead of time, it runs with torch, without this library."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SEVERAL = 2  # version of a package with several inputs or outputs
 
 @dataclass(frozen=True)
 class PackageInput:
-    """What a package takes. It does not check that itself: another shape is computed with, or kills the process.
+    """Describes what a package takes, which it does not check: another shape is computed with, or kills the process.
 
     Args:
         shape: without the batch.

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def fold_bn(layer: _ConvNd | nn.Linear, bn: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """(weight, bias) of one layer that computes `bn(layer(x))` in eval mode, in the layer's dtype.
+    """Computes (weight, bias) of one layer that equals `bn(layer(x))` in eval mode, in the layer's dtype.
 
     Computed in fp32 (fp64 for an fp64 layer). A ConvTranspose has its output channels on axis 1, within each group.
 

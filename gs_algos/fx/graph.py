@@ -1,4 +1,4 @@
-"""The site graph: one node list for every way of capturing a model, with the qualified names of the live modules.
+"""Defines the site graph: one list of nodes, whichever tracer read the model, with qualified names of live modules.
 
 A graph is a lens: rewrites change the live modules at the names found here, never the graph.
 """
@@ -12,7 +12,7 @@ from gs_algos.fx.ops import PRODUCTS
 
 @dataclass(frozen=True)
 class Node:
-    """One operation of the captured forward pass."""
+    """Describes one operation of the captured forward pass."""
 
     index: int  # position in SiteGraph.nodes, which is execution order
     op: str  # canonical name (gs_algos/fx/ops.py), "input", "output" or "other"
@@ -28,7 +28,7 @@ class Node:
 
 @dataclass(frozen=True)
 class SiteGraph:
-    """The nodes of one forward pass, and how they were found.
+    """Holds the nodes of one forward pass, and which tracer found them.
 
     The tracers "export" and "symbolic_trace" see every edge; "children" sees the edges inside each traced child; "walk"
     sees no edge, only which leaf modules ran, in what order and how often.
@@ -39,10 +39,10 @@ class SiteGraph:
     notes: tuple[str, ...]  # why each tracer that was tried before failed, the first line of its own words
 
     def calls(self, module: str) -> tuple[Node, ...]:
-        """Every call of the leaf module of this qualified name."""
+        """Returns every call of the leaf module of this qualified name."""
         return tuple(node for node in self.nodes if node.module == module)
 
     def multiplies(self, node: Node) -> bool:
-        """Whether a node is a matrix product with a parameter, or with what is made of one alone (turned around)."""
+        """Says whether a node is a matrix product with a parameter, or with a value made of one alone (a transpose)."""
         made = any(self.nodes[i].reads and not self.nodes[i].inputs for i in node.inputs)
         return (node.op in PRODUCTS and bool(node.reads)) or (node.op in (*PRODUCTS, "linear") and made)

@@ -16,7 +16,7 @@ EDGES = ("export", "symbolic_trace")  # tracers that see every edge
 
 @dataclass(frozen=True)
 class PossibleEpilogue:
-    """The activation module or the add that a layer can compute in its own call, and why there is no more.
+    """Names the activation module or the add that a layer can compute in its own call, or says why there is none.
 
     Args:
         activation: qualified name of the module whose work the layer can do; None: there is none.
@@ -52,7 +52,7 @@ def consumers(graph: SiteGraph, site: str, folded: Collection[str], layers: Coll
 
 
 def consumers_accept_codes(graph: SiteGraph, site: str, folded: Collection[str], layers: Collection[str]) -> bool:
-    """Whether everything that reads the output of `site`, which is on a grid, can be computed from its codes.
+    """Says whether everything that reads the output of `site`, which is on a grid, can be computed from its codes.
 
     Those are layers, adds that write into nothing, pools, and what commutes with rounding.
     """
@@ -100,7 +100,7 @@ def _users(graph: SiteGraph, site: str) -> list[int] | None:
 
 
 def _leaves(graph: SiteGraph, node: Node) -> bool:
-    """Whether what the network returns may be this result, or made of it by what reads no values."""
+    """Says whether the network may return this result, or a value that other operations make of it unread."""
     stack, seen = [node], {node.index}
     while stack:
         for index in stack.pop().users:
@@ -115,7 +115,7 @@ def _leaves(graph: SiteGraph, node: Node) -> bool:
 
 
 def _writes(node: Node) -> bool:
-    """Whether an operation writes into its first operand."""
+    """Says whether an operation writes into its first operand."""
     return f"{node.op}_" in node.target or f"i{node.op}" in node.target
 
 

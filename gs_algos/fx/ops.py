@@ -1,4 +1,4 @@
-"""Canonical op names: from what a tracer calls an operation, and from the class of a leaf module."""
+"""Maps the names that tracers give to operations, and the classes of leaf modules, to canonical op names."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def op_of_module(module: nn.Module) -> str:
-    """Canonical op of a module by its class; "other" if it is none of the known leaves."""
+    """Returns the canonical op of a module by its class; "other" if it is none of the known leaves."""
     return next((op for classes, op in _BY_CLASS if isinstance(module, classes)), "other")
 
 
 def op_of_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Canonical op of a function, method or ATen call by its bare name, e.g. "conv2d", "relu_", "add"."""
+    """Returns the canonical op of a function, method or ATen call by its bare name, e.g. "conv2d", "relu_", "add"."""
     bare = name.rstrip("_")
     op = _BY_NAME.get(bare, "other")
     if bare == "hardtanh":
@@ -94,7 +94,7 @@ def op_of_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 
 def bare_name(target: Any) -> str:
-    """Name of what a tracer calls: an ATen overload, a Python function, an operator or a method's name."""
+    """Returns the bare name of a call's target: an ATen overload, a Python function, an operator or a method's name."""
     if isinstance(target, str):
         return target
     schema = getattr(target, "_schema", None)

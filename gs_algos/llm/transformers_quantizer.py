@@ -1,4 +1,4 @@
-"""How Transformers builds the packed layers of a folder, and describes those of a model that was packed in memory.
+"""Has Transformers build the packed layers of a folder, and describe those of a model that was packed in memory.
 
 Importing this registers `quant_method: golden-stick`; `registration` does so when Transformers is imported.
 """
@@ -33,7 +33,7 @@ LAYERS = (PackedLinear, PackedConv1D, PackedConv, PackedEmbedding)  # those that
 
 @register_quantization_config(METHOD)
 class GoldenStickConfig(QuantizationConfigMixin):
-    """The `quantization_config` of config.json, as it stands there."""
+    """Holds the `quantization_config` of config.json, as it stands there."""
 
     def __init__(self, **data: Any) -> None:
         self.__dict__.update(data)
@@ -135,7 +135,7 @@ def _ours(module: nn.Module) -> bool:
 
 
 def _quantization_of(model: nn.Module, entry: dict[str, Any]) -> dict[str, Any]:
-    """The `quantization_config` of a live model.
+    """Makes the `quantization_config` of a live model.
 
     Raises:
         ValueError: if it has a layer that none can describe.
@@ -159,7 +159,7 @@ def _quantization_of(model: nn.Module, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_model(config: PackedConfig, model: Any) -> PackedConfig:
-    """The layers that this model has, by its names: a model without head, or with another, has not all of a folder's.
+    """Returns the folder's layers that this model has, by its names: one without head, or with another, lacks some.
 
     Raises:
         ValueError: if it has none.
@@ -187,7 +187,7 @@ def _of_model(config: PackedConfig, model: Any) -> PackedConfig:
 
 
 def _placed(name: str, modules: Iterable[str], prefix: str) -> str | None:
-    """A layer's name in a model that may lack the prefix of its base model, or have it where the folder has not."""
+    """Renames a layer for a model that lacks the prefix of its base model, or has it where the folder has not."""
     for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
         if candidate in modules:
             return candidate

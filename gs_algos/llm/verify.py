@@ -1,4 +1,4 @@
-"""Whether the tensor files of a packed folder are those that its config.json describes, before any is used."""
+"""Checks that the tensor files of a packed folder are those that its config.json describes, before any is used."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _trusting: ContextVar[bool] = ContextVar("trusting", default=False)
 
 @contextmanager
 def trusting(trust: bool) -> Iterator[None]:
-    """Inside, files are not hashed if `trust`: for models so large that reading them twice takes long."""
+    """Leaves out the hashing of files inside if `trust`: for models so large that reading them twice takes long."""
     token = _trusting.set(trust)
     try:
         yield
@@ -66,5 +66,5 @@ def check_tensors(
 
 
 def part_names(config: PackedConfig) -> set[str]:
-    """The names of all tensors of the packed layers."""
+    """Returns the names of all tensors of the packed layers."""
     return {f"{name}.{part}" for name, format in config.layers.items() for part in tensors_of(format.empty("meta"))}

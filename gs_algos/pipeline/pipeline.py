@@ -1,4 +1,4 @@
-"""Algorithms one after the other on one live model: prune, then quantize, each from where the last ended.
+"""Runs algorithms one after the other on one live model: prune, then quantize, each from where the last ended.
 
 A folder keeps what is needed to go on after an interruption: the network at the start, the checkpoint of every finished
 stage, and the prepared network of the one that is running.
@@ -37,7 +37,7 @@ RESOURCES = ("process_group", "source")  # of an algorithm: what lives in this p
 
 @dataclass(frozen=True)
 class Stage:
-    """One algorithm of a pipeline while its network is trained.
+    """Is one algorithm of a pipeline while its network is trained.
 
     Args:
         number: from 1.
@@ -53,7 +53,7 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """Such as `1-scop`."""
+        """Returns a name such as `1-scop`."""
         return f"{self.number}-{self.algorithm.name}"
 
     def save(self, net: nn.Module) -> None:
@@ -68,7 +68,7 @@ class Stage:
 
 
 class Plans(tuple[Plan, ...]):
-    """The plan of each stage, in order. `str(plans)` shows one below the other, a notebook too."""
+    """Holds the plan of each stage, in order. `str(plans)` shows one below the other, a notebook too."""
 
     def __str__(self) -> str:
         return "\n\n".join(map(str, self))
@@ -82,7 +82,7 @@ After: TypeAlias = Callable[[nn.Module, Stage], None]
 
 
 class Pipeline:
-    """A stack of algorithms. Each is applied, trained by your function, converted and saved before the next one begins.
+    """Runs algorithms in order: each is applied, trained by your function, converted and saved before the next begins.
 
     ```python
     def train(net, stage):  # your own loop: stage.algorithm.loss and stage.algorithm.step in it
@@ -112,7 +112,7 @@ class Pipeline:
             refuse_file(self.folder, "Pipeline: folder")
 
     def plan(self, model: nn.Module, example_inputs: Inputs) -> Plans:
-        """The dry run of every stage on the network as it is now. Touches nothing.
+        """Plans every stage on the network as it is now, and touches nothing.
 
         A rule that matches nothing, or inputs that do not run, are found before the first stage is trained. A later
         stage will meet what the earlier ones leave: fewer channels, so fewer bytes than its plan says here.
@@ -129,7 +129,7 @@ class Pipeline:
         return Plans(plans)
 
     def run(self, model: nn.Module, example_inputs: Inputs, train: Train, after: After | None = None) -> nn.Module:
-        """Every stage from the first. An older run in the folder is started anew.
+        """Runs every stage from the first. An older run in the folder is started anew.
 
         Args:
             model: the live network; what comes back is the same object unless an algorithm says otherwise.
@@ -156,7 +156,7 @@ class Pipeline:
         train: Train,
         after: After | None = None,
     ) -> nn.Module:
-        """The stages that are not finished, from the last state in the folder. `build_model` makes the float network.
+        """Runs the unfinished stages from the last state in the folder. `build_model` makes the float network.
 
         A stage that had begun goes on from its last `save`, or from its start.
 
@@ -205,11 +205,11 @@ class Pipeline:
         return self.folder / f"{number}-{self.algorithms[number - 1].name}"
 
     def _part(self, number: int) -> Path:
-        """Where a stage keeps what it needs until it is finished."""
+        """Returns the folder where a stage keeps what it needs until it is finished."""
         return self._folder(number).with_suffix(".part")
 
     def _resumed(self, index: int, model: nn.Module) -> Algorithm:
-        """The algorithm of a prepared model, with what the one given for this stage has and no checkpoint holds."""
+        """Resumes the algorithm of a prepared model, with what the stage's own has and no checkpoint holds."""
         algorithm = type(self.algorithms[index]).resume(model)
         for key in RESOURCES:
             if hasattr(self.algorithms[index], key):
@@ -217,7 +217,7 @@ class Pipeline:
         return algorithm
 
     def _started(self, build_model: Callable[[], nn.Module]) -> nn.Module:
-        """The float network with the values that `run` was given."""
+        """Builds the float network with the values that `run` was given."""
         assert self.folder is not None
         path = self.folder / START
         model = build_model()
@@ -229,7 +229,7 @@ class Pipeline:
         return model
 
     def _stack(self) -> list[dict[str, Any]]:
-        """The stages as JSON, to tell whether a folder is of this pipeline."""
+        """Returns the stages as JSON, to tell whether a folder is of this pipeline."""
         stack = [{"algorithm": a.name, "config": a.config.to_dict()} for a in self.algorithms]
         return json.loads(json.dumps(stack, default=_text))
 
@@ -239,7 +239,7 @@ class Pipeline:
         write_atomically(self.folder / INDEX, json.dumps(index, indent=1).encode())
 
     def _read(self) -> tuple[int, bool]:
-        """(finished stages, whether the next one had begun) of the folder.
+        """Reads (finished stages, whether the next one had begun) from the folder.
 
         Raises:
             ValueError: if it holds no pipeline of these stages.
@@ -265,7 +265,7 @@ class Pipeline:
 
 
 def _difference(theirs: Any, ours: list[dict[str, Any]]) -> str:
-    """The first stage that differs, in words."""
+    """Describes the first stage that differs."""
     if not isinstance(theirs, list) or len(theirs) != len(ours):
         return f"{len(ours)} of them, it has {len(theirs) if isinstance(theirs, list) else 'none'}"
     for number, (old, new) in enumerate(zip(theirs, ours, strict=True), 1):
@@ -279,5 +279,5 @@ def _difference(theirs: Any, ours: list[dict[str, Any]]) -> str:
 
 
 def _text(value: Any) -> str:
-    """What JSON has no word for: a module class in a rule."""
+    """Makes JSON of a module class in a rule."""
     return f"type:{value.__name__}" if isinstance(value, type) else repr(value)

@@ -1,4 +1,4 @@
-"""A compression run as a file: TOML, YAML or JSON, checked key by key before anything is built.
+"""Reads a compression run from a file: TOML, YAML or JSON, checked key by key before anything is built.
 
 ```toml
 model = "resnet56"            # what `golden-stick demo --model` takes
@@ -43,7 +43,7 @@ NONE = "none"  # TOML has no null: this word stands for it in options
 
 @dataclass(frozen=True)
 class StageRecipe:
-    """One algorithm and its training.
+    """Describes one algorithm and its training.
 
     Args:
         algorithm: a name of gs_algos.core.registry.
@@ -70,7 +70,7 @@ class StageRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A network, data, and the stages that compress it.
+    """Describes a network, data, and the stages that compress it.
 
     Args:
         model: name of a built-in network, or `package.module:function` that builds one.
@@ -103,7 +103,7 @@ class Recipe:
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
-    """The recipe in a .toml, .yaml, .yml or .json file.
+    """Reads the recipe in a .toml, .yaml, .yml or .json file.
 
     Raises:
         ValueError: if the file cannot be read, a key is unknown, missing or of another type, or an algorithm refuses
@@ -147,7 +147,7 @@ def _check_options(stage: StageRecipe, algorithm: Algorithm) -> None:
 
 
 def make_algorithm(stage: StageRecipe, steps_per_epoch: int) -> Algorithm:
-    """The algorithm of a stage, told how long its training is.
+    """Makes the algorithm of a stage, told how long its training is.
 
     Raises:
         ValueError: if the name is unknown, or an option has a wrong value.
@@ -161,7 +161,7 @@ def make_algorithm(stage: StageRecipe, steps_per_epoch: int) -> Algorithm:
 
 
 def typed(cls: type[T], data: Any, where: str) -> T:
-    """A dataclass from plain values: every key known, every value of the annotated type.
+    """Makes a dataclass from plain values: every key known, every value of the annotated type.
 
     Raises:
         ValueError: in words a writer of the file understands; `where` is the file, and the table in it.
@@ -186,7 +186,7 @@ def typed(cls: type[T], data: Any, where: str) -> T:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    """The value as an annotation wants it: a class, `X | None`, `tuple[Dataclass, ...]`, or `dict[str, Any]`."""
+    """Converts a value to its annotation: a class, `X | None`, `tuple[Dataclass, ...]`, or `dict[str, Any]`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _value(arguments[0], value, where)
@@ -210,7 +210,7 @@ def _without_none(value: Any) -> Any:
 
 
 def _reader(file: Path) -> Callable[[bytes], Any]:
-    """The parser for a file's suffix. Every error it raises is a ValueError."""
+    """Returns the parser for a file's suffix. Every error it raises is a ValueError."""
     if file.suffix == ".json":
         return lambda data: json.loads(data, object_pairs_hook=_object)
     if file.suffix == ".toml":
@@ -221,7 +221,7 @@ def _reader(file: Path) -> Callable[[bytes], Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Of a key that is there twice one value would be lost in silence."""
+    """Makes a JSON object, and refuses a key that is there twice: one value would be lost in silence."""
     keys = [key for key, _ in pairs]
     twice = next((key for key in keys if keys.count(key) > 1), None)
     if twice is not None:

@@ -1,4 +1,4 @@
-"""The demo's networks: plain nn.Modules, written out by hand so that what an algorithm does to them can be read.
+"""Has the demo's networks: plain nn.Modules, written out by hand so that what an algorithm does to them can be read.
 
 Every builder takes `in_channels`, `num_classes` and `image_size` (height = width, in pixels), and adapts to the size.
 """
@@ -36,7 +36,7 @@ def check_name(name: str) -> None:
 
 
 def build(name: str, *, in_channels: int, num_classes: int, image_size: int) -> nn.Module:
-    """A freshly initialised network of MODELS, or of `package.module:function`. The caller owns the random seed.
+    """Builds a freshly initialised network of MODELS, or of `package.module:function`. The caller owns the random seed.
 
     Raises:
         ValueError: if it is neither, or the images are too small for the network.

@@ -1,4 +1,4 @@
-"""What runs, by running it: calls of chosen modules in order, and functions that read parameters outside of them."""
+"""Runs a model and records the calls of chosen modules, and the functions outside of them that read parameters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gs_kernels.runtime.torch_private import tree_leaves, tree_map
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module with the arguments it got."""
+    """Holds one call of a module with the arguments it got."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -66,7 +66,7 @@ def record(
 def first_calls(
     modules: dict[str, nn.Module], root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Call]:
-    """Runs `root` on copies of its inputs; the first call of each of the modules that is called, by its name."""
+    """Runs `root` on copies of its inputs, and returns the first call of each module that is called, by its name."""
     found: dict[str, Call] = {}
     handles = []
     for name, module in modules.items():
@@ -87,7 +87,7 @@ def first_calls(
 
 
 def leaf_draft(module: nn.Module, names: ModuleNames) -> NodeDraft:
-    """A call of a module of which nothing but its class is known: no edges."""
+    """Makes the draft of a module's call of which nothing but the class is known: it has no edges."""
     name = names.modules[id(module)]
     op = ops.op_of_module(module)
     reads = tuple(names.owners[id(found)][0] for found in module.parameters())
@@ -121,7 +121,7 @@ class _ParameterReads(TorchFunctionMode):
 
 
 def copied(arguments: Any, model: nn.Module) -> Any:
-    """The arguments of a call as they are now: a forward may write into tensors, and grow a key-value cache.
+    """Copies the arguments of a call: a forward may write into tensors, and grow a key-value cache.
 
     The model's own parameters and modules stay the same objects. What cannot be copied is passed on as it is.
     """

@@ -20,7 +20,7 @@ from gs_algos.fx import ops
 
 @dataclass
 class NodeDraft:
-    """A node under construction; indices are positions in the list of drafts."""
+    """Is a node under construction; indices are positions in the list of drafts."""
 
     op: str
     inputs: list[int]
@@ -34,18 +34,18 @@ class NodeDraft:
 
 
 class Edge(int):
-    """The index of a draft, told apart from the integers among an op's arguments."""
+    """Is the index of a draft, told apart from the integers among an op's arguments."""
 
 
 @dataclass(frozen=True)
 class Constant:
-    """An edge that is not a node: a parameter of the live model, or (name None) a buffer or a constant."""
+    """Is an argument that no node gives: a parameter of the live model, or (name None) a buffer or a constant."""
 
     name: str | None = None
 
 
 class ModuleNames:
-    """Names as a tracer gives them -> canonical names in the live model. `prefix` is where the traced module hangs."""
+    """Maps names that a tracer gives to canonical names in the live model. `prefix`: name of the traced module."""
 
     def __init__(self, model: nn.Module, prefix: str = "") -> None:
         self.model = model
@@ -57,27 +57,27 @@ class ModuleNames:
         return self.modules[id(get_module(self.model, join(self.prefix, path)))]
 
     def parameter(self, path: str) -> str | None:
-        """Canonical name of the parameter at a path; None for a buffer or a plain tensor attribute."""
+        """Returns the canonical name of the parameter at a path; None for a buffer or a plain tensor attribute."""
         return self.own(join(self.prefix, parent_name(path)), path.rpartition(".")[2])
 
     def own(self, scope: str, key: str) -> str | None:
-        """First name of the parameter `key` of the live module `scope`; tied parameters have several."""
+        """Returns the first name of the parameter `key` of the live module `scope`; tied parameters have several."""
         found = get_module(self.model, scope)._parameters.get(key)
         return None if found is None else self.owners[id(found)][0]
 
     def weight_of(self, scope: str) -> str | None:
-        """Name of the weight of a live module as that module calls it, tied or not."""
+        """Returns the name of a live module's weight under that module, tied or not."""
         found = get_module(self.model, scope)._parameters.get("weight")
         return None if found is None else join(scope, "weight")
 
 
 def join(*parts: str) -> str:
-    """Qualified name from its parts, empty parts left out."""
+    """Joins parts of a qualified name, leaving out empty ones."""
     return ".".join(part for part in parts if part)
 
 
 class FxGraphReader:
-    """Turns one fx graph into `drafts`. `strip` is the wrapper's attribute that holds the traced module, if any."""
+    """Turns one fx graph into `drafts`. `strip`: the wrapper's attribute that holds the traced module, if any."""
 
     def __init__(self, names: ModuleNames, strip: str = "") -> None:
         self.names = names
@@ -159,7 +159,7 @@ class FxGraphReader:
         return draft
 
     def _leaf(self, draft: NodeDraft, module: nn.Module) -> None:
-        """A call that the tracer did not look into: its class says what it is."""
+        """Fills the draft of a call that the tracer did not look into, from the module's class."""
         draft.scope = self.names.modules[id(module)]
         draft.op = ops.op_of_module(module)
         if ops.is_plain(module) or draft.op == "other":
@@ -181,7 +181,7 @@ def _flat(value: Any) -> Iterator[Any]:
 
 
 def _drafts(value: Any) -> Iterator[int]:
-    """Indices of the drafts in the arguments of a call, in order."""
+    """Yields the indices of the drafts in the arguments of a call, in order."""
     return (int(found) for found in _flat(value) if isinstance(found, Edge))
 
 

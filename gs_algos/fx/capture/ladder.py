@@ -32,7 +32,7 @@ _TRACERS: tuple[tuple[str, Trace], ...] = (("export", by_export), ("symbolic_tra
 
 
 def capture(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, Any] | None = None) -> SiteGraph:
-    """The nodes of `model(*example_inputs, **example_kwargs)` in eval mode, with names of live modules.
+    """Reads the graph of `model(*example_inputs, **example_kwargs)` in eval mode, with names of live modules.
 
     The user's hooks run as in a forward pass. Training flags, attributes, buffers and random state are put back. One
     thread at a time captures; the others wait.
@@ -67,7 +67,7 @@ def capture(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, Any
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, str]:
-    """The user's own module inside parallel and compile wrappers, and its qualified name in `model`."""
+    """Returns the user's own module inside parallel and compile wrappers, and its qualified name in `model`."""
     root, prefix = model, ""
     while (key := wrapped_at(root)) is not None:
         root = root.get_submodule(key)

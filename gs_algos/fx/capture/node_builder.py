@@ -1,4 +1,4 @@
-"""Drafts -> nodes: each call of a plain leaf module becomes one node, and modules that are one op are named."""
+"""Turns drafts into nodes: each call of a plain leaf module becomes one node, and modules that are one op are named."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gs_kernels.runtime.torch_private import _BatchNorm
 
 
 def assemble(drafts: list[NodeDraft], names: ModuleNames) -> tuple[Node, ...]:
-    """The nodes of one graph, in execution order. Drafts of several graphs may be joined first (see `concatenate`)."""
+    """Builds the nodes of a graph in execution order. Drafts of several graphs may be joined first (`concatenate`)."""
     calls: dict[tuple[str, ...], list[int]] = {}
     for i, draft in enumerate(drafts):
         if draft.call is not None and draft.module is None:
@@ -49,7 +49,7 @@ def assemble(drafts: list[NodeDraft], names: ModuleNames) -> tuple[Node, ...]:
 
 
 def concatenate(parts: list[list[NodeDraft]]) -> list[NodeDraft]:
-    """Drafts of several graphs one after the other; calls of different parts stay apart."""
+    """Joins the drafts of several graphs one after the other; calls of different parts stay apart."""
     joined: list[NodeDraft] = []
     for number, part in enumerate(parts):
         offset = len(joined)
@@ -61,7 +61,7 @@ def concatenate(parts: list[list[NodeDraft]]) -> list[NodeDraft]:
 
 
 def _collapse(drafts: list[NodeDraft], members: list[int], names: ModuleNames, home: list[int]) -> None:
-    """One draft for one call of a plain module, e.g. `pad` and `conv2d` of a Conv2d with circular padding."""
+    """Merges the drafts of one call of a plain module, e.g. `pad` and `conv2d` of a Conv2d with circular padding."""
     last, inside = drafts[members[-1]], set(members)
     sources = [j for i in members for j in drafts[i].inputs if j not in inside]
     last.inputs = list(dict.fromkeys(sources)) if len(members) > 1 else sources
@@ -73,7 +73,7 @@ def _collapse(drafts: list[NodeDraft], members: list[int], names: ModuleNames, h
 
 
 def _is_one_op(draft: NodeDraft, module: nn.Module) -> bool:
-    """True for a module with its own forward that is one activation, F.linear or F.batch_norm on its own parameters.
+    """Says whether a module with its own forward is one activation, F.linear or F.batch_norm on its own parameters.
 
     A batch norm may have children that run behind it (timm's BatchNormAct2d): they are nodes of their own.
     """

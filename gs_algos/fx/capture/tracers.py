@@ -1,4 +1,4 @@
-"""The two tracers of the ladder: torch.export (non-strict) and torch.fx.symbolic_trace, both ending in drafts."""
+"""Traces a module by torch.export (non-strict) or torch.fx.symbolic_trace, and returns drafts of nodes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def by_export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: ModuleNames) -> list[NodeDraft]:
-    """Drafts of `module(*args, **kwargs)` by torch.export; raises whatever the tracer raises."""
+    """Traces `module(*args, **kwargs)` by torch.export; raises whatever the tracer raises."""
     flat = _FlatOutput(module)
     # torch.export prints the half-made graph to stderr when it fails; the reason is kept as a note instead
     with _visible_pass_through(module), redirect_stderr(io.StringIO()):
@@ -39,7 +39,7 @@ def by_export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
 def by_symbolic_trace(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: ModuleNames
 ) -> list[NodeDraft]:
-    """Drafts by torch.fx; arguments that are not tensors are fixed at their example values.
+    """Traces a module by torch.fx; arguments that are not tensors are fixed at their example values.
 
     Tries first to look into modules that have their own forward, then to treat every known layer as a leaf.
     """
@@ -53,7 +53,7 @@ def by_symbolic_trace(
 
 
 def fixed_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of this call that are no tensors, defaults among them: a trace holds for these values only."""
+    """Returns the arguments of a call that are no tensors, defaults too: a trace holds for these values only."""
     signature = inspect.signature(module.forward)
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
@@ -77,7 +77,7 @@ def _find_shapes(graph: torch.fx.Graph, module: nn.Module, args: tuple[Any, ...]
 
 
 class _Shapes(torch.fx.Interpreter):
-    """Leaves the output of each node in `meta["val"]`, as a tensor without data."""
+    """Runs a graph and stores the output of each node in `meta["val"]`, as a tensor without data."""
 
     def run_node(self, n: torch.fx.Node) -> Any:
         value = super().run_node(n)
@@ -103,7 +103,7 @@ class _FlatOutput(nn.Module):
 
 
 def tensors_of(value: Any, seen: set[int] | None = None) -> Iterator[torch.Tensor]:
-    """Every tensor in nested tuples, lists, dicts and objects (a key-value cache), each object once."""
+    """Yields every tensor in nested tuples, lists, dicts and objects (a key-value cache), each object once."""
     seen = set() if seen is None else seen
     if isinstance(value, torch.Tensor):
         yield value
@@ -135,7 +135,7 @@ class OwnThreadTracer(torch.fx.Tracer):
 
 
 class _Tracer(OwnThreadTracer):
-    """Leaves: layers whose class says all, and modules with neither children nor parameters (a DropPath)."""
+    """Treats as leaves: layers whose class says all, and modules with neither children nor parameters (a DropPath)."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if ops.is_container(m):
@@ -144,7 +144,7 @@ class _Tracer(OwnThreadTracer):
 
 
 class _CoarseTracer(_Tracer):
-    """Every module without children, and every subclass of a known layer, is a leaf."""
+    """Treats every module without children, and every subclass of a known layer, as a leaf."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         known = ops.op_of_module(m) != "other" or not m._modules

@@ -32,14 +32,14 @@ _SHAPES = ("view", "reshape")  # between the input of a module, its layer and it
 
 
 class _Training(nn.Module):
-    """Its own training flag as a value, so that a trace keeps `F.dropout(x, training=self.training)` alive."""
+    """Returns its own training flag as a value, so that a trace keeps `F.dropout(x, training=self.training)` alive."""
 
     def forward(self) -> bool:
         return self.training
 
 
 class Modularized(torch.fx.GraphModule):
-    """A traced module that keeps all its original had: parameters in order, unused children, hooks, attributes.
+    """Is a traced module that keeps all that its original had: parameters in order, unused children, hooks, attributes.
 
     fixed: the arguments of forward that are no tensors, and the values for which the trace holds.
     """
@@ -59,7 +59,7 @@ class Modularized(torch.fx.GraphModule):
         self.graph = graph
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Modularized:
-        """GraphModule's own copy drops what the graph does not use."""
+        """Copies children that the graph does not use too, which GraphModule's own copy drops."""
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         torch.fx.GraphModule.__init__(new, nn.Module(), torch.fx.Graph())
@@ -69,7 +69,7 @@ class Modularized(torch.fx.GraphModule):
         return new
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """GraphModule's own pickle runs the code anew, which drops what the graph does not use and disturbs tracers."""
+        """Pickles nodes and state: GraphModule's own pickle traces anew, and drops what the graph does not use."""
         state = {key: value for key, value in self.__dict__.items() if key not in ("_graph", "_code")}
         return _unfilled, (), {"nodes": _flat(self.graph), "state": state}
 
@@ -81,7 +81,7 @@ class Modularized(torch.fx.GraphModule):
 
 @dataclass(frozen=True)
 class _Output:
-    """The output of a node, by the node's name, in the arguments of another."""
+    """Stands for the output of a node, by the node's name, in the arguments of another."""
 
     node: str
 
@@ -91,7 +91,7 @@ def _unfilled() -> Modularized:
 
 
 def _flat(graph: torch.fx.Graph) -> list[tuple[Any, ...]]:
-    """The nodes of a graph as plain values: operation, target, arguments, name."""
+    """Returns the nodes of a graph as plain values: operation, target, arguments, name."""
 
     def plain(arguments: Any) -> Any:
         return torch.fx.node.map_arg(arguments, lambda node: _Output(node.name))  # type: ignore[arg-type, return-value]
@@ -117,7 +117,7 @@ class _LeafTracer(OwnThreadTracer):
 
 
 def modularize(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, Any] | None = None) -> nn.Module:
-    """The model with a layer in place of each functional conv and linear on a parameter.
+    """Puts a layer in place of each functional conv and linear on a parameter, and returns the model.
 
     The result computes the same in training and in eval mode, with the same Parameter objects under the same state_dict
     keys; it is checked on the example inputs. It is the model itself unless the root makes such calls: then it is a
@@ -136,7 +136,7 @@ def modularize(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, 
 def try_modularize(
     model: nn.Module, example_inputs: Any, example_kwargs: dict[str, Any] | None = None
 ) -> tuple[nn.Module, list[str]]:
-    """`modularize`, and a sentence for each module that stays functional."""
+    """Does what `modularize` does, and returns a sentence for each module that stays functional."""
     with TRACING:
         return _modularize(model, example_inputs, example_kwargs)
 
@@ -171,7 +171,7 @@ def _modularize(
 
 
 def functional_scopes(graph: SiteGraph, model: nn.Module) -> set[str]:
-    """Modules of the user's own kind that multiply by a parameter with a function; layers that do more, too."""
+    """Finds the user's modules that multiply by a parameter with a function; layers that do more, too."""
     scopes = {node.scope for node in graph.nodes if node.module is None and (_is_call(node) or graph.multiplies(node))}
     return {scope for scope in scopes if not type(get_module(model, scope)).__module__.startswith("torch.nn.")}
 
@@ -181,7 +181,7 @@ def _is_call(node: Node) -> bool:
 
 
 def modularized(model: nn.Module) -> list[tuple[str, dict[str, Any]]]:
-    """(qualified name, fixed arguments) of every module that `modularize` made: what `modularize_again` needs."""
+    """Lists (qualified name, fixed arguments) of every module that `modularize` made, for `modularize_again`."""
     made = ((name, module) for name, module in model.named_modules() if isinstance(module, (Modularized, Borrowed)))
     return [(name, module.__dict__["fixed"]) for name, module in made if "fixed" in module.__dict__]
 
@@ -212,7 +212,7 @@ def _depth(scope: str) -> int:
 
 
 def _rewritten(module: nn.Module, fixed: dict[str, Any]) -> Modularized:
-    """A GraphModule that computes what `module` does, its functional calls replaced; `module` is not touched.
+    """Makes a GraphModule that computes what `module` does, its functional calls replaced; `module` is not touched.
 
     Raises:
         ValueError: if there is nothing to replace, or the two modes differ by more than flags.
@@ -235,7 +235,7 @@ def _rewritten(module: nn.Module, fixed: dict[str, Any]) -> Modularized:
 
 
 def _layer_alone(module: nn.Module, new: Modularized) -> Borrowed | None:
-    """The layer in a rewritten module which is all that the module is, to stand in its place under its own name.
+    """Returns the one layer that a rewritten module consists of, to stand in its place under its own name.
 
     So are Transformers' Conv1D and FalconLinear, but for reshaping. None if there is more to the module.
     """
@@ -259,7 +259,7 @@ def _layer_alone(module: nn.Module, new: Modularized) -> Borrowed | None:
 
 
 def multiplies_alone(layer: nn.Module) -> bool:
-    """Whether all that a layer with a forward of its own computes is `x @ weight^T + bias`, as its trace shows."""
+    """Says whether a layer with a forward of its own computes `x @ weight^T + bias` and nothing else, by its trace."""
     if "forward" in layer.__dict__:
         return False
     try:
@@ -271,7 +271,7 @@ def multiplies_alone(layer: nn.Module) -> bool:
 
 
 def _reshaped(node: Any) -> torch.fx.Node:
-    """What a node gives, before it was reshaped."""
+    """Returns the node whose output is reshaped to what `node` gives."""
     while node.op == "call_method" and node.target in _SHAPES:
         node = node.args[0]
     return node
@@ -349,7 +349,7 @@ def _compare(module: nn.Module, new: nn.Module, call: Call) -> None:
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two outputs differ by no more than the order of sums makes them, relative to the largest value."""
+    """Says whether two outputs differ by no more than the order of sums makes them, relative to the largest value."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not a.dtype.is_floating_point:

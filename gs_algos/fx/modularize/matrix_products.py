@@ -1,4 +1,4 @@
-"""Which calls in a torch.fx graph multiply an activation by a matrix that is a parameter, and which matrix that is."""
+"""Finds the calls in a torch.fx graph that multiply an activation by a parameter, and that parameter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FLIPS = ("t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute")
 
 @dataclass(frozen=True)
 class Product:
-    """One call: `y = x @ weight^T + bias`, a convolution, or with `turned` `y = x @ weight + bias`.
+    """Describes one call: `y = x @ weight^T + bias`, a convolution, or with `turned` `y = x @ weight + bias`.
 
     Args:
         op: "linear", "matmul" (turned), "conv1d", "conv2d" or "conv3d".
@@ -41,7 +41,7 @@ class Product:
 
 
 def products(module: nn.Module, graph: torch.fx.Graph) -> Iterator[Product]:
-    """Every conv, linear and matrix product of a tensor with a parameter in the graph of a module."""
+    """Yields every conv, linear and matrix product of a tensor with a parameter in the graph of a module."""
     for node in graph.nodes:
         found = _conv(module, node) or _linear(module, node)
         if found is not None:
@@ -84,7 +84,7 @@ def _linear(module: nn.Module, node: torch.fx.Node) -> Product | None:
 
 
 def _operands(node: torch.fx.Node) -> tuple[Any, Any, bool, Any] | None:
-    """(x, matrix, whether the matrix is `[K, N]`, bias) of a call that multiplies by a matrix."""
+    """Reads (x, matrix, whether the matrix is `[K, N]`, bias) from a call that multiplies by a matrix."""
     args, kwargs = list(node.args), dict(node.kwargs)
     if node.op not in ("call_function", "call_method"):
         return None
@@ -102,7 +102,7 @@ def _operands(node: torch.fx.Node) -> tuple[Any, Any, bool, Any] | None:
 
 
 def _einsum(args: list[Any]) -> tuple[Any, Any, bool, None] | None:
-    """Operands of an einsum that is a linear: `...i,oi->...o`, `bti,io->bto` and the like."""
+    """Reads the operands of an einsum that is a linear: `...i,oi->...o`, `bti,io->bto` and the like."""
     if len(args) == 2 and isinstance(args[1], (list, tuple)):
         args = [args[0], *args[1]]
     if len(args) != 3 or not isinstance(args[0], str):
@@ -119,7 +119,7 @@ def _einsum(args: list[Any]) -> tuple[Any, Any, bool, None] | None:
 
 
 def unflipped(node: Any) -> torch.fx.Node | None:
-    """The matrix that a node turns around; None if it does not."""
+    """Returns the matrix that a node transposes; None if it transposes none."""
     if not isinstance(node, torch.fx.Node) or not node.args or node.kwargs:
         return None
     inner: Any = node.args[0]
@@ -141,7 +141,7 @@ def unflipped(node: Any) -> torch.fx.Node | None:
 def _with_bias(
     module: nn.Module, node: torch.fx.Node, outputs: int
 ) -> tuple[tuple[torch.fx.Node, ...], nn.Parameter | None]:
-    """A product with the add behind it, and the parameter that adds; without, if something else reads the product."""
+    """Returns the nodes of a product and of the bias add behind it, and the bias; None if there is no such add."""
     user = next(iter(node.users)) if len(node.users) == 1 else None
     if user is None or user.target not in _ADDS or user.kwargs or len(user.args) != 2:
         return (node,), None
@@ -151,7 +151,7 @@ def _with_bias(
 
 
 def parameter_at(module: nn.Module, node: Any) -> nn.Parameter | None:
-    """The parameter that a node of the graph reads; None if it is something else."""
+    """Returns the parameter that a node of the graph reads; None if it is something else."""
     if not isinstance(node, torch.fx.Node) or node.op != "get_attr":
         return None
     found = module

@@ -1,4 +1,4 @@
-"""Layers that use the Parameters of another module: registered in both, saved by the other one only."""
+"""Makes layers that use the Parameters of another module: registered in both, saved by the other one only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Borrowed(nn.Module):
-    """Mixed in front of a layer class. `borrowed`: which of the layer's parameters belong to another module.
+    """Lets a layer class use parameters of another module, mixed in front of it. `borrowed`: which those are.
 
     The object is one and the same in both modules, so `.to()`, deepcopy and DDP treat it as any tied weight. The
     state_dict has it under the owner's name only.
@@ -38,23 +38,23 @@ class Borrowed(nn.Module):
 
 
 class BorrowedConv1d(Borrowed, nn.Conv1d):
-    """`F.conv1d` as a layer."""
+    """Computes `F.conv1d` as a layer."""
 
 
 class BorrowedConv2d(Borrowed, nn.Conv2d):
-    """`F.conv2d` as a layer."""
+    """Computes `F.conv2d` as a layer."""
 
 
 class BorrowedConv3d(Borrowed, nn.Conv3d):
-    """`F.conv3d` as a layer."""
+    """Computes `F.conv3d` as a layer."""
 
 
 class BorrowedLinear(Borrowed, nn.Linear):
-    """`F.linear` as a layer."""
+    """Computes `F.linear` as a layer."""
 
 
 class BorrowedMatmul(Borrowed, nn.Linear):
-    """`x @ matrix + bias` as a layer. Its parameter is the matrix `[K, N]`; its `weight` is that turned around."""
+    """Computes `x @ matrix + bias` as a layer. Its parameter is the matrix `[K, N]`; its `weight`, the transpose."""
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -74,7 +74,7 @@ def turn(layer: BorrowedMatmul) -> None:
 
 
 def borrow(op: str, weight: nn.Parameter, bias: nn.Parameter | None, geometry: dict[str, Any]) -> Borrowed:
-    """A layer that computes one functional call with these very Parameters.
+    """Makes a layer that computes one functional call with these very Parameters.
 
     Args:
         op: "linear", "matmul", "conv1d", "conv2d" or "conv3d".

@@ -1,4 +1,4 @@
-"""Patterns over the site graph. A pattern is one file with `search(view)`, and one name in ORDER.
+"""Matches patterns over the site graph. A pattern is one file with `search(view)`, and one name in ORDER.
 
 Every Conv and Linear of the model is in exactly one Match, or is the site of exactly one Refusal. A batch norm that
 cannot be folded is the site of a further Refusal; the layer in front of it is then a Match without the role `bn`.
@@ -22,7 +22,7 @@ ORDER = ("conv_bn_act", "linear_act", "add", "cat")
 
 
 def match(graph: SiteGraph, model: nn.Module) -> tuple[list[Match], list[Refusal]]:
-    """Every match and every refusal of every pattern; `model` is the one that `capture` read.
+    """Finds every match and every refusal of every pattern; `model` is the one that `capture` read.
 
     Whoever folds a batch norm away must keep `Match.norm_children`, which run behind it (timm's BatchNormAct2d).
     """
@@ -40,7 +40,7 @@ def match(graph: SiteGraph, model: nn.Module) -> tuple[list[Match], list[Refusal
 
 
 def _unknown_norms(view: View, known: set[str]) -> Iterator[Refusal]:
-    """Batch norms whose producer the graph does not know."""
+    """Refuses batch norms whose producer the graph does not know."""
     for node in view.graph.nodes:
         if node.op == "batch_norm" and node.module and node.module not in known and not node.inputs:
             reason = f"what feeds it is not known: the graph was read by {view.graph.tracer}, without edges here"
@@ -48,7 +48,7 @@ def _unknown_norms(view: View, known: set[str]) -> Iterator[Refusal]:
 
 
 def _idle(view: View, known: set[str]) -> Iterator[Refusal]:
-    """Layers that did not run, or not as a module."""
+    """Refuses layers that did not run, or not as a module."""
     opaque = {node.module for node in view.graph.nodes if node.module and node.op == "other"}
     for name, module in view.model.named_modules():
         if not isinstance(module, ops.SITES) or name in known:
@@ -65,7 +65,7 @@ def _idle(view: View, known: set[str]) -> Iterator[Refusal]:
 
 
 def _products(view: View) -> Iterator[Refusal]:
-    """Matrix products with a parameter that are neither conv nor linear, e.g. the Conv1D of GPT-2."""
+    """Refuses matrix products with a parameter that are neither conv nor linear, e.g. the Conv1D of GPT-2."""
     nodes = [node for node in view.graph.nodes if node.op in ops.PRODUCTS and view.graph.multiplies(node)]
     for site, scope in {name: node.scope for node in nodes for name in view.matrices(node)}.items():
         kind, flat = type(get_module(view.model, scope)).__name__, view.model.get_parameter(site).dim() == 2

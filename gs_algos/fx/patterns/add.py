@@ -1,4 +1,4 @@
-"""Residual and other additions of two activations (`x + y`, `torch.add`, in place too)."""
+"""Matches residual and other additions of two activations (`x + y`, `torch.add`, in place too)."""
 
 from __future__ import annotations
 

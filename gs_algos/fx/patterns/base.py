@@ -16,7 +16,7 @@ from gs_algos.fx.graph import Node, SiteGraph
 
 @dataclass(frozen=True)
 class Match:
-    """A place where a pattern holds and every guard passed."""
+    """Is a place where a pattern holds and every guard passed."""
 
     pattern: str
     roles: dict[str, str]  # role -> qualified module name, e.g. {"conv": "conv1", "bn": "bn1"}; a function is "F.relu"
@@ -27,7 +27,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A place where a pattern would hold but for one guard. site: a module, a parameter, or (neither) a scope."""
+    """Is a place where a pattern would hold but for one guard. site: a module, a parameter, or (neither) a scope."""
 
     pattern: str
     site: str
@@ -36,7 +36,7 @@ class Refusal:
 
 @dataclass
 class View:
-    """A site graph together with its live model, and what guards need to know of both, computed once."""
+    """Holds a site graph, its live model, and the facts about both that guards ask for, computed once."""
 
     graph: SiteGraph
     model: nn.Module
@@ -69,7 +69,7 @@ class View:
         return bool(node.reads)
 
     def matrices(self, node: Node) -> list[str]:
-        """The parameters with two or more axes that a product reads, itself or through what is made of them alone."""
+        """Lists the parameters of two or more axes that a product reads, itself or through values made of them."""
         found, stack = dict.fromkeys(node.reads), [i for i in node.inputs if i not in self._active]
         while stack:
             source = self.graph.nodes[stack.pop()]
@@ -79,7 +79,7 @@ class View:
 
     @cached_property
     def _active(self) -> set[int]:
-        """Indices of the nodes whose output depends on an input of the model."""
+        """Returns the indices of the nodes whose output depends on an input of the model."""
         active = set[int]()
         for node in self.graph.nodes:
             if node.op == "input" or not active.isdisjoint(node.inputs):
@@ -87,7 +87,7 @@ class View:
         return active
 
     def foreign_readers(self, module: str) -> list[Node]:
-        """Nodes that read a parameter of this module but are not a call of it."""
+        """Lists the nodes that read a parameter of this module but are not a call of it."""
         own = get_module(self.model, module)._parameters.values()
         first = [self.owners[id(parameter)][0] for parameter in own if parameter is not None]
         return [node for name in first for node in self.readers.get(name, []) if node.module != module]
@@ -97,7 +97,7 @@ class View:
         return f"{node.target} in {node.scope!r}" if node.scope else f"{node.target} in the root"
 
     def only_user(self, node: Node) -> Node | None:
-        """The one node that reads this output; None if there are several, none, or it leaves the graph."""
+        """Returns the one node that reads this output; None if there are several, none, or it leaves the graph."""
         if len(node.users) != 1:
             return None
         user = self.graph.nodes[node.users[0]]
@@ -105,13 +105,13 @@ class View:
 
 
 def refuse_calls(view: View, node: Node) -> str | None:
-    """A parametric member must run exactly once, or one fold would have to serve two places."""
+    """Refuses a module that does not run exactly once: one fold would have to serve two places."""
     n = view.calls[node.module or ""]
     return None if n == 1 else f"called {n} times in one forward pass"
 
 
 def refuse_parameters(view: View, node: Node) -> str | None:
-    """The parameters must be plain, its own, and read by nothing else."""
+    """Refuses parameters that are not plain, not the module's own, or read by something else too."""
     module = view.module(node)
     if parametrize.is_parametrized(module):
         return f"{', '.join(module.parametrizations)} is re-parametrised"  # type: ignore[arg-type]
@@ -129,18 +129,18 @@ def refuse_parameters(view: View, node: Node) -> str | None:
 
 
 def refuse_hooks(view: View, node: Node) -> str | None:
-    """A hook on a member would see other values, or vanish with the module."""
+    """Refuses hooks on a module: they would see other values, or vanish with it."""
     module = view.module(node)
     return "has forward hooks, which would see other values" if module._forward_hooks else None
 
 
 def refuse_pre_hooks(view: View, node: Node) -> str | None:
-    """A hook in front of a member changes what it reads, which a fold would leave out."""
+    """Refuses pre-hooks on a module: they change what it reads, which a fold would leave out."""
     return "has forward pre-hooks, which may change what it reads" if view.module(node)._forward_pre_hooks else None
 
 
 def site_of(view: View, node: Node) -> tuple[str, str]:
-    """(site, reason) for a conv or linear that no module runs as a whole."""
+    """Returns (site, reason) for a conv or linear that no module runs as a whole."""
     scope = get_module(view.model, node.scope)
     if type(scope).__module__.startswith("torch.nn."):
         owner_name, _, _ = (node.weight or "").rpartition(".")

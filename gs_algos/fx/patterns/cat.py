@@ -1,4 +1,4 @@
-"""Concatenation of activations (`torch.cat`)."""
+"""Matches concatenations of activations (`torch.cat`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conv1d/2d/3d [+ BatchNorm] [+ ReLU, ReLU6, Hardswish, SiLU, GELU]; the activation may be a function."""
+"""Matches Conv1d/2d/3d [+ BatchNorm] [+ ReLU, ReLU6, Hardswish, SiLU, GELU]; the activation may be a function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operations that join two or more activations: their operands may share one scale, so that integers can be joined."""
+"""Matches operations that join activations: their operands may share one scale, so that integers can be joined."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gs_algos.fx.patterns.base import Match, View
 
 
 def find(pattern: str, view: View) -> Iterator[Match]:
-    """Every call of the op at least one operand of which a module produces, with the activation behind it."""
+    """Finds every call of the op with an operand that a module produces, and the activation behind the call."""
     for node in view.graph.nodes:
         if node.op != pattern or len(node.inputs) < 2:
             continue
@@ -25,5 +25,5 @@ def find(pattern: str, view: View) -> Iterator[Match]:
 
 
 def _producer(view: View, node: Node) -> str | None:
-    """The module whose output this is; None for a function, and for a module called twice (two ranges)."""
+    """Returns the module whose output this is; None for a function, and for a module called twice (two ranges)."""
     return node.module if node.module and view.calls[node.module] == 1 else None

@@ -47,7 +47,7 @@ class LayerPattern:
 
 
 def find(pattern: LayerPattern, view: View) -> Iterator[Match | Refusal]:
-    """Every site of the pattern, each once, in execution order; then batch norms that cannot be folded."""
+    """Finds every site of the pattern, each once, in execution order; then batch norms that cannot be folded."""
     seen: set[str] = set()
     for node in view.graph.nodes:
         if node.op not in (*pattern.layers, *pattern.refused) or (node.module is None and not view.learned(node)):
@@ -98,7 +98,7 @@ def _match(pattern: LayerPattern, view: View, layer: Node) -> Iterator[Match | R
 
 
 def _refuse_fold(pattern: LayerPattern, view: View, layer: Node, norms: list[Node]) -> str | None:
-    """Why the batch norm behind a layer cannot be folded into it; None if it can."""
+    """Says why the batch norm behind a layer cannot be folded into it; None if it can."""
     norm = norms[0]
     if len(norms) > 1:
         names = ", ".join(found.module or found.scope for found in norms)
@@ -117,7 +117,7 @@ def _refuse_fold(pattern: LayerPattern, view: View, layer: Node, norms: list[Nod
 
 
 def _behind(view: View, norm: Node) -> list[Node]:
-    """Calls of the batch norm's own children in a straight line behind it (timm's BatchNormAct2d has an activation)."""
+    """Lists calls of the batch norm's children in a line behind it (timm's BatchNormAct2d has an activation)."""
     found: list[Node] = []
     node = view.only_user(norm)
     while node is not None and node.module is not None and node.module.startswith(f"{norm.module}."):

@@ -1,4 +1,4 @@
-"""Linear [+ BatchNorm1d on a [M, N] output] [+ activation]; the activation may be a function."""
+"""Matches Linear [+ BatchNorm1d on a [M, N] output] [+ activation]; the activation may be a function."""
 
 from __future__ import annotations
 

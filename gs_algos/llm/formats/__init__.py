@@ -1,1 +1,1 @@
-"""Checkpoint formats of other libraries: what each writes into config.json, and the tensors of one layer."""
+"""Reads and writes other libraries' checkpoint formats: their part of config.json, and the tensors of one layer."""

@@ -1,4 +1,4 @@
-"""AWQ checkpoints of 4 bits in the GEMM version."""
+"""Reads and writes AWQ checkpoints of 4 bits in the GEMM version."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ USED = (
 
 
 class AwqWriter:
-    """AWQ has one group size for all layers."""
+    """Writes layers that all have one group size, as AWQ asks."""
 
     def __init__(self, formats: Collection[PackedFormat] = ()) -> None:
         self.groups: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""What a checkpoint format must say to be exported to and imported from."""
+"""Defines what a checkpoint format must have to be exported to and imported from."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class Writer(Protocol):
     """Turns packed layers into the tensors of a format, and afterwards describes them all."""
 
     def layer(self, name: str, weight: PackedWeight) -> dict[str, Tensor]:
-        """The tensors of one layer, by the names that they get behind the layer's."""
+        """Returns the tensors of one layer, by their names behind the layer's."""
 
     def config(self, floats: list[str]) -> dict[str, Any]:
-        """The `quantization_config`; floats: linear layers that were not given to `layer`."""
+        """Returns the `quantization_config`; floats: linear layers that were not given to `layer`."""
 
 
 class Reader(Protocol):
     """Turns the tensors of a format into packed layers."""
 
     def packs(self, name: str, layer: nn.Module, head: bool) -> tuple[bool, str] | None:
-        """Whether the config says that a linear layer is packed, and the words that say so; None: it says neither.
+        """Says whether the config has a linear layer packed, and which words say so; None: it says neither.
 
         Called for every linear layer of the model, before `layer` is for those that are packed.
 
@@ -49,12 +49,12 @@ class Reader(Protocol):
         """
 
     def layer(self, name: str, tensors: Mapping[str, Tensor]) -> PackedWeight:
-        """The weight of one layer from the tensors behind its name."""
+        """Makes the packed weight of one layer from the tensors behind its name."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """One format.
+    """Describes one format.
 
     Args:
         method: its `quant_method` in config.json.
@@ -73,7 +73,7 @@ class Format:
 
 
 def take(config: Mapping[str, Any], key: str, kinds: type | tuple[type, ...], where: str, default: Any = None) -> Any:
-    """A value of the config; the default, if there is one, for null and what is not there.
+    """Reads a value of the config; the default, if there is one, stands for null and for a missing key.
 
     Raises:
         ValueError: if it is missing or of another kind.
@@ -88,7 +88,7 @@ def take(config: Mapping[str, Any], key: str, kinds: type | tuple[type, ...], wh
 
 
 def refuse_unknown(config: Mapping[str, Any], known: Collection[str], where: str) -> None:
-    """Raises for a key that nobody here uses, unless it says nothing: null, false or empty.
+    """Raises for a key that no code here uses, unless it says nothing: null, false or empty.
 
     Raises:
         ValueError: so.
@@ -102,7 +102,7 @@ def refuse_unknown(config: Mapping[str, Any], known: Collection[str], where: str
 
 
 def compiled(pattern: str, where: str) -> re.Pattern[str]:
-    """The regular expression.
+    """Compiles the regular expression.
 
     Raises:
         ValueError: if it is none.
@@ -114,7 +114,7 @@ def compiled(pattern: str, where: str) -> re.Pattern[str]:
 
 
 def strings(value: Any, key: str, where: str) -> list[str]:
-    """A list of strings, empty for null.
+    """Reads a list of strings, empty for null.
 
     Raises:
         ValueError: if it is something else.

@@ -1,4 +1,4 @@
-"""compressed-tensors `pack-quantized`, as llm-compressor writes it and vLLM and Transformers read it."""
+"""Reads and writes compressed-tensors `pack-quantized`, as llm-compressor, vLLM and Transformers do."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STATUSES = (None, "compressed", "frozen")
 
 
 class CompressedTensorsWriter:
-    """A config group for every combination of bits and groups; of a single one, all `Linear` are."""
+    """Writes a config group for every combination of bits and groups; a single one has all `Linear`."""
 
     def __init__(self, formats: Collection[PackedFormat] = ()) -> None:
         self.groups: list[tuple[dict[str, Any], list[str]]] = []
@@ -67,7 +67,7 @@ class CompressedTensorsWriter:
 
 @dataclass(frozen=True)
 class Group:
-    """One config group: what its name, targets and weights say."""
+    """Holds one config group: what its name, targets and weights say."""
 
     name: str
     targets: list[str]
@@ -175,7 +175,7 @@ class CompressedTensorsReader:
         return weight
 
     def _find(self, name: str, layer: nn.Module) -> Group | None:
-        """The group of a layer; those named by its name come before patterns, and these before classes.
+        """Returns the group of a layer; groups that have its name come before patterns, and these before classes.
 
         Raises:
             ValueError: if two groups say different things of it.

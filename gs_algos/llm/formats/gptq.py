@@ -1,4 +1,4 @@
-"""GPTQ checkpoints, as GPTQModel writes them: one width and group for most layers, others under `dynamic`."""
+"""Reads and writes GPTQ checkpoints, as GPTQModel does: one width and group for most layers, others under `dynamic`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VERSIONS = {"gptq": 1, "gptq_v2": 2}
 
 
 class GptqWriter:
-    """Version 2, which can say a zero point of 0, where zero points differ; else version 1, which all readers know."""
+    """Writes version 2, which can hold a zero point of 0, where zero points differ; else 1, which all readers know."""
 
     def __init__(self, formats: Collection[PackedFormat]) -> None:
         self.version = 1 if all(f.zero is not None and f.zero >= 1 for f in formats) else 2
@@ -135,7 +135,7 @@ class GptqReader:
         return weight
 
     def _version(self, name: str, own: Mapping[str, Any], bits: int, tensors: Mapping[str, Tensor]) -> int:
-        """Which version the zero points of a layer are stored in.
+        """Finds which version the zero points of a layer are stored in.
 
         Raises:
             ValueError: if neither `sym` nor they say.
