@@ -1,1 +1,1 @@
-"""Codes of 1, 2, 4 and 8 bits packed into bytes: the format, and its way in and out of other libraries' formats."""
+"""Packs codes of 1, 2, 4 and 8 bits into bytes, and converts them from and to other libraries' formats."""

@@ -1,4 +1,4 @@
-"""What everything that reads a packed weight demands of it. Looks at metadata only, but for `check_packed_values`."""
+"""Checks packed weights before anything reads them. Looks at metadata only, but for `check_packed_values`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def check_packed_codes(
 
 
 def check_packed(who: str, weight: PackedWeight, name: str = "weight") -> None:
-    """Raises unless the parts of the weight fit together. Reads no values, so it costs no synchronisation.
+    """Raises unless the tensors of the weight fit together. Reads no values, so it costs no synchronisation.
 
     A weight that was right is only compared with what it was then: its tensors may have been changed in place.
 

@@ -1,4 +1,4 @@
-"""What kernels read packed weights with: planar blocks of 128 codes to floats or 8-bit codes, in registers."""
+"""Unpacks planar blocks of 128 codes to floats or 8-bit codes in registers, for every kernel that reads them."""
 
 import math
 
@@ -11,7 +11,7 @@ from gs_kernels.triton_lib import round_half_even
 
 @constexpr_function
 def field_places(bits, mantissa, least):
-    """For each field of a 16-bit container: how far to shift right, and which bit of the float it then is at.
+    """Tells for each field of a 16-bit container how far to shift right, and which bit of the float it then is at.
 
     With as few shifts as possible, at bit `least` or above; then as high as possible. A shift can be negative. In a
     bf16 (mantissa 7) bit 7 is free too: below the exponent's second bit, floats are whole numbers of 2**-133.
@@ -28,19 +28,19 @@ def field_places(bits, mantissa, least):
 
 @constexpr_function
 def field_offset(bits, least, j):
-    """What `field_asm` adds to field j in fp16: the float whose mantissa steps by 1 at the bit where the field is."""
+    """Returns what `field_asm` adds to field j in fp16: the float whose mantissa steps by 1 at the field's bit."""
     return float(2 ** (10 - field_places(bits, 10, least)[j][1]))
 
 
 @constexpr_function
 def field_factor(bits, j, step):
-    """What makes field j of `field_asm` in bf16 its code, in steps of `step`."""
+    """Returns what makes field j of `field_asm` in bf16 its code, in steps of `step`."""
     return step * 2.0 ** (133 - field_places(bits, 7, 0)[j][1])
 
 
 @constexpr_function
 def field_asm(bits, mantissa, least):
-    """PTX: each field of two containers in a register to two floats, one logic operation a field.
+    """Writes PTX that turns each field of two containers in a register into two floats, one logic operation a field.
 
     fp16: `code + field_offset`. bf16: `code / field_factor`, a float with or without a leading one.
     """
@@ -67,7 +67,7 @@ def field_asm(bits, mantissa, least):
 
 @constexpr_function
 def sign_asm(mantissa):
-    """PTX: each bit of two containers in a register to the signs of two floats: 1 to 1.0, 0 to -1.0."""
+    """Writes PTX that turns each bit of two containers in a register into the signs of two floats: 1.0 and -1.0."""
     minus = 0xBC00 if mantissa == 10 else 0xBF80
     lines = [".reg .b32 t;"]
     for j in range(16):
@@ -83,19 +83,19 @@ def field_constraints(bits):
 
 @constexpr_function
 def mantissa_bits(dtype):
-    """Of a 16-bit float, 0 of another."""
+    """Returns the mantissa bits of a 16-bit float, 0 of another."""
     return {"fp16": 10, "bf16": 7}.get(str(dtype), 0)
 
 
 @triton.jit
 def concat(a, b):
-    """`[R, C]` and `[R, C]` side by side: `[R, 2C]`. Costs nothing where a thread holds both."""
+    """Puts `[R, C]` and `[R, C]` side by side: `[R, 2C]`. Costs nothing where a thread holds both."""
     return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
 
 
 @triton.jit
 def float_fields(words, BITS: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr, SIGN: tl.constexpr):
-    """Every field as the bits of a 16-bit float, by `field_asm` or, if SIGN, ±1: a tuple of `[R, 8 * BITS]`."""
+    """Turns every field into the bits of a 16-bit float, by `field_asm` or, if SIGN, ±1: a tuple of `[R, 8 * BITS]`."""
     ASM: tl.constexpr = sign_asm(MANTISSA) if SIGN else field_asm(BITS, MANTISSA, LEAST)
     REGISTERS: tl.constexpr = field_constraints(BITS)
     if BITS == 8:
@@ -111,7 +111,7 @@ def float_fields(words, BITS: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.co
 
 @triton.jit
 def load_grid(scale_ptr, zero_ptr, offs, ZERO: tl.constexpr):
-    """Scale and zero point at offs, fp32. ZERO: the zero of all where zero_ptr is None."""
+    """Loads scale and zero point at offs, fp32. ZERO: the zero of all where zero_ptr is None."""
     scale = tl.load(scale_ptr + offs).to(tl.float32)
     if zero_ptr is None:
         zero = tl.full(scale.shape, ZERO, tl.float32)
@@ -122,7 +122,7 @@ def load_grid(scale_ptr, zero_ptr, offs, ZERO: tl.constexpr):
 
 @constexpr_function
 def zero_kind(zero, bits, mantissa, asm):
-    """How a zero point known beforehand is subtracted exactly: 0 if whole, 1 if in half steps, -1 if it cannot be.
+    """Tells how a constant zero point is subtracted exactly: 0 if whole, 1 if in half steps, -1 if it cannot be.
 
     A half needs one bit more than the code: in fp16, fields one bit up in the mantissa.
     """
@@ -139,7 +139,7 @@ def is_sign(zero, known, bits, mantissa, asm):
 
 @constexpr_function
 def step_of(zero, levels, known, bits, mantissa, asm):
-    """What `code - zero` is multiplied by before its scale: by assembly, ±1 of a bit, and 2**-6 in bf16.
+    """Returns what `code - zero` is multiplied by before its scale: by assembly, ±1 of a bit, and 2**-6 in bf16.
 
     2**133 is no float, and would be the factor of the lowest field.
     """
@@ -150,7 +150,7 @@ def step_of(zero, levels, known, bits, mantissa, asm):
 
 @constexpr_function
 def weight_unit(zero, known, dtype, asm, scaled):
-    """What sums of products with values of `dequantize_block` are to be multiplied by: 2**32 or 1.
+    """Returns what sums of products with values of `dequantize_block` are to be multiplied by: 2**32 or 1.
 
     In bf16, `code * scale - zero * scale` is one operation that rounds once if `zero * scale` is exact: if zero is a
     power of two. By 2**32 smaller, since 2**133 * scale is the factor of the lowest field.
@@ -174,7 +174,7 @@ def _field(
     ASM: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """Field J of each container, `[R, 8 * BITS]`, as `code - zero` or, if SCALED, `(code - zero) * scale`."""
+    """Returns field J of each container, `[R, 8 * BITS]`, as `code - zero` or, if SCALED, `(code - zero) * scale`."""
     scale_ptr, zero_ptr, levels_ptr, offs_n, stride_sg, k, G = grid
     WIDTH: tl.constexpr = 8 * BITS
     if GROUP % 128 != 0:
@@ -261,7 +261,7 @@ def dequantize_block(
     ASM: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """A block of 128 codes of each row, planar containers `[R, 8 * BITS]`, as `[R, 128]` in T, and its scales.
+    """Dequantises 128 codes of each row, planar containers `[R, 8 * BITS]`, to `[R, 128]` in T; returns its scales too.
 
     If SCALED, values are `(code - zero) * scale / weight_unit(...)`; else they are still to be multiplied by what is
     returned with them, `[R, 1]` fp32, which needs GROUP to be a multiple of 128.
@@ -294,13 +294,13 @@ def dequantize_block(
 
 @constexpr_function
 def code_middle(bits, fp8, asm):
-    """What `code_block` subtracts from a code: the zero point of a symmetric grid, or nothing."""
+    """Returns what `code_block` subtracts from a code: the zero point of a symmetric grid, or nothing."""
     return 0.0 if fp8 and asm else 0.5 if bits == 1 else float(2 ** (bits - 1))
 
 
 @constexpr_function
 def code_factor(bits, fp8, asm):
-    """What `code_block` multiplies that difference by, a power of two."""
+    """Returns what `code_block` multiplies that difference by, a power of two."""
     if not asm:
         return 2.0 if bits == 1 else 1.0
     return 2.0**-9 if fp8 else 128.0 if bits == 1 else float(2 ** (8 - bits))
@@ -308,7 +308,7 @@ def code_factor(bits, fp8, asm):
 
 @constexpr_function
 def code_asm(bits, fp8):
-    """PTX: each field of four containers in two registers to four bytes in one.
+    """Writes PTX that turns each field of four containers in two registers into four bytes in one.
 
     int8: at the top of the byte, its highest bit flipped: `(code - 2**(bits - 1)) * 2**(8 - bits)`; of 1 bit, ±64.
     fp8: at the bottom, where float8_e4m3 counts in steps of 2**-9 up to 15.
@@ -335,7 +335,7 @@ def code_constraints(bits):
 
 @triton.jit
 def byte_fields(words, BITS: tl.constexpr, FP8: tl.constexpr):
-    """`code_asm` of every container: a tuple of int8 `[R, 8 * BITS]`."""
+    """Applies `code_asm` to every container: a tuple of int8 `[R, 8 * BITS]`."""
     ASM: tl.constexpr = code_asm(BITS, FP8)
     REGISTERS: tl.constexpr = code_constraints(BITS)
     if BITS == 8:
@@ -371,7 +371,7 @@ def _codes(
 
 @triton.jit
 def code_block(words, BITS: tl.constexpr, T: tl.constexpr, FP8: tl.constexpr, ASM: tl.constexpr):
-    """A block of 128 codes of each row, planar containers `[R, 8 * BITS]`, as `(code - middle) * factor`, `[R, 128]`.
+    """Unpacks 128 codes of each row, planar containers `[R, 8 * BITS]`, to `(code - middle) * factor`, `[R, 128]`.
 
     Exact in T: int8 or, with FP8, float8e4nv for at most 4 bits. ASM: by inline PTX, half an operation a code.
     """

@@ -1,4 +1,4 @@
-"""Where the bits of a packed weight are: the one description of its bytes, on disk and in device memory.
+"""Says where the bits of a packed weight are: the one description of its bytes, on disk and in device memory.
 
 A code is an unsigned field of 1, 2, 4 or 8 bits. Of a weight `[N, K]`:
 
@@ -23,7 +23,7 @@ LAYOUTS = (CANONICAL, PLANAR)
 
 
 def codes_shape(layout: str, n: int, k: int, bits: int) -> tuple[int, ...]:
-    """Shape of the packed codes of a weight `[n, k]`."""
+    """Returns the shape of the packed codes of a weight `[n, k]`."""
     if layout == PLANAR:
         return -(-k // BLOCK_K), n, 8 * bits
     return n, -(-k * bits // 8)
@@ -35,7 +35,7 @@ def codes_dtype(layout: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight `[N, K]` as packed codes: `real = (code - zero) * scale`, or `levels[code] * scale`.
+    """Holds a weight `[N, K]` as packed codes: `real = (code - zero) * scale`, or `levels[code] * scale`.
 
     Args:
         codes: packed as `layout` says.
@@ -64,12 +64,12 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales, zero points and levels."""
+        """Counts the bytes of codes, scales, zero points and levels."""
         parts = (self.codes, self.scale, self.zero, self.levels)
         return sum(t.numel() * t.element_size() for t in parts if isinstance(t, Tensor))
 
     def to(self, device: torch.device | str) -> PackedWeight:
-        """On another device."""
+        """Copies the weight to another device."""
         zero = self.zero.to(device) if isinstance(self.zero, Tensor) else self.zero
         levels = None if self.levels is None else self.levels.to(device)
         return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), zero=zero, levels=levels)

@@ -1,4 +1,4 @@
-"""Codes to bytes and back, between layouts, and to real values. Plain tensor operations, on any device, traceable."""
+"""Packs codes into bytes, unpacks, repacks and dequantises them: plain tensor operations, on any device, traceable."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gs_kernels.runtime.torch_private import is_eager
 
 
 def pack_codes(codes: Tensor, bits: int, layout: str = CANONICAL) -> Tensor:
-    """The codes of a weight as packed fields of `bits` bits; fields behind the last code are 0.
+    """Packs the codes of a weight into fields of `bits` bits; fields behind the last code are 0.
 
     Args:
         codes: `[N, K]` uint8, below `2 ** bits`. Higher bits raise for CPU tensors in eager mode, else are dropped.
@@ -72,7 +72,7 @@ def _pack_planar(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, bits: int, shape: tuple[int, int], layout: str = CANONICAL) -> Tensor:
-    """The codes `[N, K]`, uint8, that `pack_codes` packed.
+    """Unpacks what `pack_codes` packed, to uint8 codes `[N, K]`.
 
     Args:
         packed: as `pack_codes` gives it, any strides.
@@ -127,7 +127,7 @@ def pack_weight(
     levels: Tensor | None = None,
     layout: str = CANONICAL,
 ) -> PackedWeight:
-    """A weight from its codes: `real = (code - zero) * scale`, or `levels[code] * scale`. Makes no new rounding.
+    """Makes a weight of its codes: `real = (code - zero) * scale`, or `levels[code] * scale`. Rounds nothing.
 
     Signed codes are stored from 0 upwards: `code + 2 ** (bits - 1)`, and so are their zero points.
 
@@ -143,7 +143,7 @@ def pack_weight(
         layout: `canonical` or `planar`.
 
     Raises:
-        TypeError, ValueError: if the parts do not fit together.
+        TypeError, ValueError: if the arguments do not fit together.
     """
     check_bits("pack_weight", bits)
     if not isinstance(codes, Tensor) or codes.dtype not in (torch.int8, torch.uint8):
@@ -183,7 +183,7 @@ def _unsigned(codes: Tensor, bits: int) -> Tensor:
 
 
 def _grouped(name: str, t: Tensor, n: int, groups: int) -> Tensor:
-    """`[N, G]` from that, from `[N * G]`, or from `[1]`."""
+    """Returns `[N, G]` of that, of `[N * G]`, or of `[1]`."""
     if not isinstance(t, Tensor) or t.dtype not in FLOATS:
         got = dtype_name(t.dtype) if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"pack_weight: {name} must be a float32 / float16 / bfloat16 tensor, got {got}")
@@ -209,7 +209,7 @@ def _one_or_all(zero: Tensor, shift: int) -> Tensor | float:
 
 
 def repack(weight: PackedWeight, layout: str) -> PackedWeight:
-    """The same weight in another layout; the weight itself if it has that layout."""
+    """Returns the same weight in another layout; the weight itself if it has that layout."""
     check_packed("repack", weight)
     check_layout("repack", layout)
     if weight.layout == layout:
@@ -218,14 +218,14 @@ def repack(weight: PackedWeight, layout: str) -> PackedWeight:
 
 
 def dequantize_packed(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The real values `[N, K]`: `(code - zero) * scale`, or `levels[code] * scale`, in fp32 with one cast at the end.
+    """Computes the real values `[N, K]`, `(code - zero) * scale` or `levels[code] * scale`, in fp32 with one last cast.
 
     Args:
         weight: in either layout.
         dtype: of the result: fp32 / fp16 / bf16.
 
     Raises:
-        TypeError, ValueError: if the parts of the weight do not fit together, or dtype is none of the above.
+        TypeError, ValueError: if the tensors of the weight do not fit together, or dtype is none of the above.
     """
     check_packed("dequantize_packed", weight)
     if dtype not in FLOATS:
@@ -245,13 +245,13 @@ def dequantize_packed(weight: PackedWeight, dtype: torch.dtype = torch.float32) 
 
 def _look_up(codes: Tensor, scale: Tensor, levels: Tensor, group_size: int, dtype: torch.dtype, on_cpu: bool) -> Tensor:
     rows, per_row = codes.view(-1, group_size), scale.view(-1, 1)
-    chain = _levels_chain
+    run = _fused_levels
     if on_cpu and codes.numel() >= COMPILE_FROM and 1 not in rows.shape:
-        chain = compiled(_levels_chain, (len(levels), dtype), lambda: _levels_example(len(levels), dtype))
-    return call(chain, rows, per_row, levels, dtype).view(codes.shape)
+        run = compiled(_fused_levels, (len(levels), dtype), lambda: _levels_example(len(levels), dtype))
+    return call(run, rows, per_row, levels, dtype).view(codes.shape)
 
 
-def _levels_chain(codes: Tensor, scale: Tensor, levels: Tensor, dtype: torch.dtype) -> Tensor:
+def _fused_levels(codes: Tensor, scale: Tensor, levels: Tensor, dtype: torch.dtype) -> Tensor:
     return (levels[codes.int()] * scale).to(dtype)
 
 

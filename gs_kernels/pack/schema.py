@@ -1,4 +1,4 @@
-"""A packed weight as the plain arguments that an op's schema can carry, and back: the only place where that is said."""
+"""Flattens a packed weight into the plain arguments that an op's schema can carry, and back: the only place for it."""
 
 from __future__ import annotations
 

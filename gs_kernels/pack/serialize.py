@@ -1,4 +1,4 @@
-"""A packed weight as plain tensors and a small dictionary for JSON, and back, exactly. README.md has the format."""
+"""Turns a packed weight into plain tensors and a dictionary for JSON, and back, exactly. README.md has the format."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _KEYS = {"format", "version", "bits", "shape", "group_size", "zero"}
 
 
 def to_tensors(weight: PackedWeight) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors `codes`, `scale`, and if it has them `zero` and `levels`; and what JSON must keep.
+    """Returns the tensors `codes`, `scale`, and if it has them `zero` and `levels`; and what JSON must keep.
 
     Codes are canonical whatever the layout of the weight; tensors that need no repacking are not copied.
     """
     check_packed("to_tensors", weight)
     weight = repack(weight, CANONICAL)
-    parts = {"codes": weight.codes, "scale": weight.scale, "zero": weight.zero, "levels": weight.levels}
+    tensors = {"codes": weight.codes, "scale": weight.scale, "zero": weight.zero, "levels": weight.levels}
     metadata: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -33,13 +33,13 @@ def to_tensors(weight: PackedWeight) -> tuple[dict[str, Tensor], dict[str, Any]]
     }
     if not isinstance(weight.zero, Tensor):
         metadata["zero"] = float(weight.zero)
-    return {name: t for name, t in parts.items() if isinstance(t, Tensor)}, metadata
+    return {name: t for name, t in tensors.items() if isinstance(t, Tensor)}, metadata
 
 
 def from_tensors(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], layout: str = CANONICAL, name: str = "weight"
 ) -> PackedWeight:
-    """The weight that `to_tensors` described. Everything is checked, values too.
+    """Makes the weight that `to_tensors` described. Everything is checked, values too.
 
     Args:
         tensors: `codes`, `scale`, and perhaps `zero`, `levels`; nothing else.
@@ -56,8 +56,8 @@ def from_tensors(
     wanted = _KEYS - {"zero"} if "zero" in tensors else _KEYS
     if set(metadata) != wanted:
         raise ValueError(f"{who}: metadata of {name} must have {_listed(wanted)}, got {_listed(set(metadata))}")
-    known = {"codes", "scale", "zero", "levels"}
-    if not {"codes", "scale"} <= set(tensors) <= known:
+    names = {"codes", "scale", "zero", "levels"}
+    if not {"codes", "scale"} <= set(tensors) <= names:
         raise ValueError(
             f"{who}: tensors of {name} must be codes, scale and at most zero and levels, got {_listed(set(tensors))}"
         )

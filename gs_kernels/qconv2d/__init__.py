@@ -1,1 +1,1 @@
-"""y = act(conv(x, dequant(W)) + bias + residual) with a packed weight: gs_kernels/pack says what that is."""
+"""Computes y = act(conv(x, dequant(W)) + bias + residual) with a packed weight (gs_kernels/pack)."""

@@ -39,7 +39,7 @@ def conv(
     group: int = 0,
     **bounds: Any,
 ) -> AotCase:
-    """A layer of a network, its weight with one scale per channel; of int8 x, with codes as residual and result."""
+    """Launches a layer of a network with one scale per channel; of int8 x, residual and result are codes."""
     geometry = make_geometry("gate", kernel, stride, kernel // 2, 1, groups)
     k, whole = kernel * kernel * c // groups, dtype == torch.int8
     p, q = geometry.output(size, size)
@@ -61,13 +61,13 @@ def conv(
         requant = (y, one, one, one, one) if whole else (y, None, None, None, None)
         codes = (one, one if x_zero else None) if whole else (None, None)
         sums = _meta(*scale.shape, dtype=torch.int32) if x_zero else None
-        rest = (geometry, "relu", plan_for(sm, sm_count), asm)
+        tail = (geometry, "relu", plan_for(sm, sm_count), asm)
         if c == groups:
             kernels.convolve_depthwise(y, x, *codes, weight, bias, requant, geometry, "relu")
         elif whole:
-            kernels.convolve_int8(y, x, *codes, sums, weight, bias, requant, *rest)
+            kernels.convolve_int8(y, x, *codes, sums, weight, bias, requant, *tail)
         else:
-            kernels.convolve(y, x, weight, bias, y, *rest)
+            kernels.convolve(y, x, weight, bias, y, *tail)
 
     elements = math.prod(depthwise_tile(o)[:2]) if c == groups else 128 * plan_for(90, 132).block_n
     name = f"w{bits}-{c}to{o}-{size}-k{kernel}s{stride}g{groups}-b{batch}{'-zero' if x_zero else ''}"

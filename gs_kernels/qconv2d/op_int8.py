@@ -97,7 +97,7 @@ def prepared_qconv2d_int8(
     out_zero: Tensor | None,
     dtype: torch.dtype,
 ) -> Int8Convolution | None:
-    """`qconv2d_int8(x, ...)` for many images like x: looks at all but image and residual once, which a small one feels.
+    """Prepares `qconv2d_int8(x, ...)` for many images like x: checks all but image and residual once.
 
     The result is called with an image and `(residual, residual_scale, residual_zero)`; nothing looks at their shapes,
     and at changes of the other tensors, any more. None where calls cannot be had cheaper: not on a CPU, for one.
@@ -118,7 +118,7 @@ def prepared_qconv2d_int8(
 
 
 def code_sums(weight: PackedWeight) -> Tensor:
-    """`[O, G]` int32: the sum of the codes of each group, which `qconv2d_int8` needs when x has a zero point."""
+    """Sums the codes of each group to `[O, G]` int32, which `qconv2d_int8` needs when x has a zero point."""
     check_packed("code_sums", weight)
     return code_sums_ref(weight)
 

@@ -1,4 +1,4 @@
-"""What tests, the AOT gate and the benchmarks know of convolutions with packed weights.
+"""Tells tests, the AOT gate and the benchmarks what to run of convolutions with packed weights.
 
 A shape is `x` (B, C, H, W), `n` (channels of y), the geometry as `torch.nn.Conv2d` has it, `bits`, `group`, `zero` and
 `activation` as for products (gs_kernels/qmatmul/spec.py), `residual`: None, "float" or, for 8-bit images, "int8",
@@ -24,10 +24,10 @@ GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups")
 
 
 def shape(x: tuple[int, ...], n: int, kernel_size: Any, bits: int, group: int = 0, **more: Any) -> Shape:
-    """group: 0 for one scale per channel."""
-    about: Shape = {"x": x, "n": n, "kernel_size": kernel_size, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    about |= {"bits": bits, "group": group, "zero": "middle", "activation": "none", "bias": True, "residual": None}
-    return about | {"x_zero": False, "out": False, "axis": -1} | more
+    """Describes a case. group: 0 for one scale per channel."""
+    fields: Shape = {"x": x, "n": n, "kernel_size": kernel_size, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    fields |= {"bits": bits, "group": group, "zero": "middle", "activation": "none", "bias": True, "residual": None}
+    return fields | {"x_zero": False, "out": False, "axis": -1} | more
 
 
 def _geometry(s: Shape) -> ConvGeometry:
@@ -35,7 +35,7 @@ def _geometry(s: Shape) -> ConvGeometry:
 
 
 def _sizes(s: Shape) -> tuple[int, int, tuple[int, ...]]:
-    """K, group size and the shape of y."""
+    """Returns K, group size and the shape of y."""
     geometry = _geometry(s)
     k = geometry.taps * s["x"][1] // s["groups"]
     return k, s["group"] or k, (s["x"][0], s["n"], *geometry.output(*s["x"][2:]))

@@ -1,4 +1,4 @@
-"""In which tiles a convolution with a packed weight is computed: pure Python, from a table or a few rules."""
+"""Chooses the tiles of a convolution with a packed weight: pure Python, from a table or a few rules."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def choose_plan(
     int8_group: int = 0,
     splits: bool = True,
 ) -> Plan:
-    """The plan of m pixels of y, each of `groups` times n channels of k products: by the GPU's table, else by rules.
+    """Chooses the plan of m pixels of y, each of `groups` times n channels of k products: by a table, else by rules.
 
     Args:
         channels: of x in a group; such that are no multiple of 8 are gathered by many loads, and have no table.
@@ -73,8 +73,8 @@ def _tiles(plan: Plan, m: int, n: int, groups: int) -> int:
 def default_plan(
     m: int, n: int, groups: int, *, channels: int, x_bits: int, sm: int, sm_count: int, int8_group: int
 ) -> Plan:
-    """Without a table, and before K is split: the largest tile of which every processor gets one, for it dequantises
-    least; else the smallest. Not timed yet."""
+    """Chooses without a table, and before K is split, the largest tile of which every processor gets one, for it
+    dequantises least; else the smallest. Not timed yet."""
     plans = TILES[90 if sm >= 90 else 80]
     if m <= FEW_PIXELS:
         plans = (INT8_FEW if x_bits == 8 else FEW,)
@@ -88,7 +88,7 @@ def default_plan(
 
 
 def depthwise_tile(o: int) -> tuple[int, int, int]:
-    """Pixels, channels and warps of a tile of a convolution of single channels, o of them."""
+    """Returns pixels, channels and warps of a tile of a convolution of single channels, o of them."""
     block_n = 16
     while block_n < o and block_n < 64:
         block_n *= 2

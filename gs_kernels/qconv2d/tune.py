@@ -1,4 +1,4 @@
-"""The tiles of convolutions with packed weights: of float and of 8-bit images."""
+"""Lets the tuner find tiles of convolutions with packed weights: of float and of 8-bit images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DENSE: Tile = {name: True if name == "dense" else values[0] for name, values in 
 
 
 def geometry_of(problem: Problem) -> ConvGeometry:
-    """A filter of K / channels taps, as square as they allow, with stride 1, that keeps the size of an image."""
+    """Makes a filter of K / channels taps, as square as they allow, with stride 1, that keeps the size of an image."""
     taps = problem["k"] // problem["channels"]
     r = next(n for n in range(math.isqrt(taps), 0, -1) if taps % n == 0)
     s = taps // r
@@ -39,7 +39,7 @@ def geometry_of(problem: Problem) -> ConvGeometry:
 
 
 def _make(problem: Problem, device: str) -> tuple[Any, ...]:
-    """One image with at least m pixels, and a weight with one scale a channel."""
+    """Makes one image with at least m pixels, and a weight with one scale a channel."""
     m, n, k, groups = (problem[name] for name in ("m", "n", "k", "groups"))
     whole = problem["x_bits"] == 8
     h = math.isqrt(m)

@@ -1,1 +1,1 @@
-"""y = act(x @ dequant(W)^T + bias) with a packed weight: gs_kernels/pack says what that is."""
+"""Computes y = act(x @ dequant(W)^T + bias) with a packed weight (gs_kernels/pack)."""

@@ -1,4 +1,4 @@
-"""What matrix products with a packed weight demand of their arguments. Looks at metadata only."""
+"""Checks the arguments of matrix products with a packed weight. Looks at metadata only."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_operands(
 
 
 def check_row_scales(who: str, x: Tensor, x_scale: Tensor, x_zero: Tensor | None) -> None:
-    """x_scale is one per row of x or one for all; x_zero goes with one for all."""
+    """Raises unless x_scale is one per row of x or one for all, and x_zero is one for all."""
     rows = tuple(x.shape[:-1])
     if not isinstance(x_scale, Tensor) or x_scale.dtype != torch.float32:
         got = dtype_name(x_scale.dtype) if isinstance(x_scale, Tensor) else type(x_scale).__name__

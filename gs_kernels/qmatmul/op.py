@@ -1,4 +1,4 @@
-"""The product of float rows with a packed weight, and its gradient: implementations, registration, public function."""
+"""Multiplies float rows with a packed weight, and the gradient: implementations, registration, public function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products of float rows with a packed weight in 8-bit floats: implementation, registration, the public function."""
+"""Multiplies float rows with a packed weight in 8-bit floats: implementation, registration, public function."""
 
 from __future__ import annotations
 

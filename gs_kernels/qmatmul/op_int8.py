@@ -1,4 +1,4 @@
-"""Products of 8-bit rows with a packed weight, and the rows: implementations, registration, public functions."""
+"""Quantizes rows to 8 bits, and multiplies them with a packed weight: implementations, registration, functions."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ _run = register(
 
 
 def quantize_rows(x: Tensor, *, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
-    """Each row to 8 bits with a scale of its own: `codes = round(x / scale)`, `scale = max |x| / 127` (fp8: 448).
+    """Quantizes each row to 8 bits with its own scale: `codes = round(x / scale)`, `scale = max |x| / 127` (fp8: 448).
 
     int8 codes are -127..127, those of a symmetric dynamic fake-quant per row. One pass over x. No gradient.
 
@@ -94,7 +94,7 @@ def quantize_rows(x: Tensor, *, dtype: torch.dtype = torch.int8) -> tuple[Tensor
 
 
 def row_sums(weight: PackedWeight) -> Tensor:
-    """`[N]` fp32: the sum of each row's real values, which `qmatmul_int8` needs when x has a zero point."""
+    """Sums each row's real values to `[N]` fp32, which `qmatmul_int8` needs when x has a zero point."""
     return exact_weight(weight).sum(1).float()
 
 

@@ -1,4 +1,4 @@
-"""What matrix products with a packed weight compute, in the shortest torch that says it: the oracle of every other."""
+"""Computes products with a packed weight in the shortest torch that says it: the oracle of every implementation."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ def quantize_rows_ref(x: Tensor, *, dtype: torch.dtype = torch.int8) -> tuple[Te
         absmax = torch.maximum(-low, high)
         step = (absmax / torch.full_like(absmax, FP8_MAX)).clamp(min=SCALE_FLOOR)
         scale = torch.where(absmax == 0, 1.0, step)
-    steps = rows * inverse(scale, torch.zeros_like(scale)).unsqueeze(-1)
+    scaled = rows * inverse(scale, torch.zeros_like(scale)).unsqueeze(-1)
     if dtype == torch.int8:
-        codes = torch.round(steps).clamp(-LEVELS, LEVELS)
+        codes = torch.round(scaled).clamp(-LEVELS, LEVELS)
         return torch.where(codes.isnan(), -LEVELS, codes).to(dtype), scale
-    return steps.clamp(-FP8_MAX, FP8_MAX).to(dtype), scale
+    return scaled.clamp(-FP8_MAX, FP8_MAX).to(dtype), scale
 
 
 def exact_weight(weight: PackedWeight) -> Tensor:
-    """`(code - zero) * scale` in fp64: integers times a scale, as good as exact."""
+    """Returns `(code - zero) * scale` in fp64: integers times a scale, as good as exact."""
     codes = unpack_codes(weight.codes, weight.bits, weight.shape, weight.layout)
     zero = weight.zero.double().unsqueeze(-1) if isinstance(weight.zero, Tensor) else weight.zero
     grouped = codes.double().unflatten(1, (-1, weight.group_size)) - zero
     return (grouped * weight.scale.double().unsqueeze(-1)).flatten(1)
 
 
-def integer_sums(steps: Tensor, weight: PackedWeight) -> Tensor:
-    """`[..., N]` fp32 from whole numbers `[..., K]` in fp64: over groups, `scale * sum((code - zero) * step)`.
+def integer_sums(x: Tensor, weight: PackedWeight) -> Tensor:
+    """Sums `scale * (code - zero) * x` over groups, of whole numbers x `[..., K]` in fp64, to `[..., N]` fp32.
 
     A group's sum is exact, rounded to fp32 once, and scaled; the sum of several is rounded once more.
     """
     codes, size = unpack_codes(weight.codes, weight.bits, weight.shape, weight.layout).double(), weight.group_size
-    y = steps.new_zeros(*steps.shape[:-1], weight.shape[0])
+    y = x.new_zeros(*x.shape[:-1], weight.shape[0])
     for g, scale in enumerate(weight.scale.unbind(1)):
         zero = weight.zero[:, g, None] if isinstance(weight.zero, Tensor) else weight.zero
-        sums = steps[..., g * size : (g + 1) * size] @ (codes[:, g * size : (g + 1) * size] - zero).T
+        sums = x[..., g * size : (g + 1) * size] @ (codes[:, g * size : (g + 1) * size] - zero).T
         y = y + sums.float() * scale.double()
     return y.float()
 
@@ -69,9 +69,9 @@ def qmatmul_int8_ref(
     activation: str = "none",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    steps = x.double() if x_zero is None else x.double() - x_zero.double()
+    centered = x.double() if x_zero is None else x.double() - x_zero.double()
     # one scale for all is no row's: x may be a single row without an axis of rows
-    y = integer_sums(steps, weight) * (x_scale.unsqueeze(-1) if x_scale.shape == x.shape[:-1] else x_scale)
+    y = integer_sums(centered, weight) * (x_scale.unsqueeze(-1) if x_scale.shape == x.shape[:-1] else x_scale)
     return ACTIVATIONS[activation].function(y if bias is None else y + bias.float()).to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""What tests, the AOT gate and the benchmarks know of products with packed weights.
+"""Tells tests, the AOT gate and the benchmarks what to run of products with packed weights.
 
 A shape is `x` (sizes, the last is K), `n`, `bits`, `group` (elements per scale), `zero`: "middle" (that of a symmetric
 grid), "half" (half a step off), "points" (one per group, with fractions) or "levels" (a table instead), `activation`,
@@ -34,8 +34,8 @@ EXACT = {torch.float32: Tol(0, 0), torch.float16: Tol(0, 0), torch.bfloat16: Tol
 
 
 def shape(x: tuple[int, ...], n: int, bits: int, group: int, zero: str = "middle", **more: Any) -> Shape:
-    about = {"x": x, "n": n, "bits": bits, "group": group, "zero": zero}
-    return about | {"activation": "none", "bias": True, "static": False, "axis": -1} | more
+    fields = {"x": x, "n": n, "bits": bits, "group": group, "zero": zero}
+    return fields | {"activation": "none", "bias": True, "static": False, "axis": -1} | more
 
 
 def make_weight(s: Shape, device: torch.device, generator: torch.Generator, dtype: torch.dtype) -> PackedWeight:
@@ -113,7 +113,7 @@ def rows_cost(s: Shape, dtype: torch.dtype) -> Cost:
     return Cost(nbytes=size * (dtype.itemsize + 1) + 4 * size // s["x"][-1], flops=6 * size)
 
 
-# 1, primes, powers of two ± 1, several tiles each way, parts of K; groups within, at and over a block of 128
+# 1, primes, powers of two ± 1, several tiles each way, partials; groups within, at and over a block of 128
 TEST_SHAPES = (
     shape((1, 1), 3, 4, 1),
     shape((3, 127), 33, 2, 127, "half", activation="relu"),

@@ -1,4 +1,4 @@
-"""Which way a product with a packed weight is computed, and in which tiles: pure Python, from a table of few rules."""
+"""Chooses how a product with a packed weight is computed, and in which tiles: pure Python, from a few rules."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Rule:
-    """The plan of products with at most `rows` rows. programs: how many an SM should have to do, for split-K."""
+    """Holds the plan of products with at most `rows` rows. programs: how many an SM should have to do, for split-K."""
 
     rows: int
     plan: Plan
@@ -71,7 +71,7 @@ def choose_plan(
     sm: int,
     sm_count: int,
 ) -> Plan:
-    """The plan of x `[m, k]` times a weight `[n, k]`. Compares m only, so that a symbol is bounded and not fixed.
+    """Chooses the plan of x `[m, k]` times a weight `[n, k]`; compares m only, so that a symbol is bounded, not fixed.
 
     Args:
         bits: of the weight.
@@ -80,30 +80,30 @@ def choose_plan(
         sm: 90 for compute capability 9.0; the rules of the nearest one below are taken, else of the lowest.
         sm_count: number of processors.
     """
-    known = x_bits == 16 and not levels
-    tile = tuned("qmatmul", (sm, sm_count), m, n=n, k=k, bits=bits) if known else None
+    has_table = x_bits == 16 and not levels
+    tile = tuned("qmatmul", (sm, sm_count), m, n=n, k=k, bits=bits) if has_table else None
     rule = default_rule(m, sm) if tile is None else rule_of(tile)
     if rule.plan.dense or ((levels or x_bits == 32) and not m <= FEW_ROWS):
         return DENSE
     # in fp32 a tile of weights takes twice the registers
     plan = rule.plan if x_bits == 16 else replace(rule.plan, block_n=rule.plan.block_n // 2)
-    # the parts of y are no more to move than the weight
+    # partials are no more bytes to move than the weight
     return _split(plan, rule.programs * sm_count, m, n, k, k * bits // (32 * plan.block_m))
 
 
 def default_rule(m: int, sm: int) -> Rule:
-    """Of a GPU without a table."""
-    rules = RULES[max((known for known in RULES if known <= sm), default=min(RULES))]
+    """Returns the rule of a GPU without a table."""
+    rules = RULES[max((least for least in RULES if least <= sm), default=min(RULES))]
     return next((rule for rule in rules if m <= rule.rows), Rule(LAST, DENSE))
 
 
 def rule_of(tile: dict[str, Any]) -> Rule:
-    """A tile of a table, for any number of rows."""
+    """Turns a tile of a table into a rule for any number of rows."""
     return Rule(LAST, Plan(**{name: v for name, v in tile.items() if name != "programs"}), tile["programs"])
 
 
 def _split(plan: Plan, programs: int, m: int, n: int, k: int, most: int) -> Plan:
-    """With so many programs, if each has four turns to fill its pipeline."""
+    """Splits K into so many programs, if each has four turns to fill its pipeline."""
     tiles = -(-n // plan.block_n) * (1 if m <= plan.block_m else -(-m // plan.block_m))
     return replace(plan, split_k=max(1, min(programs // tiles, -(-k // 128) // 4, most)))
 
@@ -117,7 +117,7 @@ INT8 = Rule(LAST, Plan(block_m=128, warps=8, stages=3))
 
 
 def choose_int8_plan(m: int, n: int, k: int, group: int, *, sm_count: int) -> Plan:
-    """The plan of 8-bit x `[m, k]` times a weight `[n, k]`, never dense: sums of integers stay exact.
+    """Chooses the plan of 8-bit x `[m, k]` times a weight `[n, k]`, never dense: sums of integers stay exact.
 
     By the table of the present GPU, if it has one: one tile serves codes and 8-bit floats, and weights of all widths.
 
@@ -131,7 +131,7 @@ def choose_int8_plan(m: int, n: int, k: int, group: int, *, sm_count: int) -> Pl
 
 
 def default_int8_rule(m: int, group: int) -> Rule:
-    """Of a GPU without a table."""
+    """Returns the rule of a GPU without a table."""
     return next((rule for rule in INT8_RULES if m <= rule.rows or group % 128 != 0), INT8)
 
 
@@ -140,7 +140,7 @@ def int8_rule_of(tile: dict[str, Any]) -> Rule:
 
 
 def rows_tile(m: int, k: int) -> tuple[int, int, int]:
-    """Rows, columns and warps of a tile that quantizes x `[m, k]` by row."""
+    """Returns rows, columns and warps of a tile that quantizes x `[m, k]` by row."""
     block_k = 128
     while block_k < k and block_k < 16384:
         block_k *= 2

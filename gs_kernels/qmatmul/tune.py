@@ -1,4 +1,4 @@
-"""The tiles of products with packed weights: of float x, and of 8-bit x."""
+"""Lets the tuner find tiles of products with packed weights: of float x, and of 8-bit x."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def make_weight(bits: int, n: int, k: int, group: int, dtype: torch.dtype, devic
 
 
 def make_normal(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-    """Of normal numbers, for int8 times 32; on "meta" without memory."""
+    """Makes a tensor of normal numbers, for int8 times 32; on "meta" without memory."""
     if device == "meta":
         return torch.empty(size, dtype=dtype, device=device)
     x = torch.randn(size, generator=torch.Generator(device).manual_seed(1), device=device)
@@ -68,7 +68,7 @@ def _group(k: int) -> int:
 
 
 def _run(problem: Problem, operands: Any, machine: Machine) -> Tensor:
-    """What the op's launcher does, which keeps plans that it has chosen once."""
+    """Does what the op's launcher does, which keeps plans that it has chosen once."""
     kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
     x, weight = operands
     m, n, k, bits = (problem[name] for name in ("m", "n", "k", "bits"))
@@ -81,12 +81,12 @@ def _run(problem: Problem, operands: Any, machine: Machine) -> Tensor:
 
 
 def _refuses(problem: Problem) -> str:
-    known = min(problem.values()) >= 1 and problem["bits"] in (1, 2, 4, 8)
-    return "" if known else "m, n and k must be >= 1, bits 1, 2, 4 or 8"
+    is_valid = min(problem.values()) >= 1 and problem["bits"] in (1, 2, 4, 8)
+    return "" if is_valid else "m, n and k must be >= 1, bits 1, 2, 4 or 8"
 
 
 def tiles_of(choices: dict[str, tuple[Any, ...]], m: int, **fixed: Any) -> Iterator[Tile]:
-    """Without split-K: blocks of x hold at least half of the rows, or 64, and warps no more sums than registers."""
+    """Yields tiles without split-K: blocks of x hold half of the rows or 64, and warps no more sums than registers."""
     rows = max(16, 1 << (m - 1).bit_length())
     names = [name for name in choices if name not in (*fixed, "programs")]
     for values in itertools.product(*(choices[name] for name in names)):
@@ -106,8 +106,8 @@ def _candidates(problem: Problem) -> Iterator[Tile]:
 
 
 def tile_of(rule: Rule, names: Any) -> Tile:
-    known = {"programs": rule.programs, **asdict(rule.plan)}
-    return {name: known[name] for name in names}
+    fields = {"programs": rule.programs, **asdict(rule.plan)}
+    return {name: fields[name] for name in names}
 
 
 def _default(problem: Problem, machine: Machine) -> Tile:
@@ -118,15 +118,15 @@ def _default(problem: Problem, machine: Machine) -> Tile:
 def describe(tile: Tile) -> str:
     if tile.get("dense"):
         return "dequantise, then multiply"
-    parts = [f"{tile['block_m']} rows x {tile['block_n']} outputs, {tile['warps']} warps, {tile['stages']} stages"]
+    texts = [f"{tile['block_m']} rows x {tile['block_n']} outputs, {tile['warps']} warps, {tile['stages']} stages"]
     if "scale_parts" in tile:
-        parts.append("scales on products" if tile["scale_parts"] else "scales on weights")
+        texts.append("scales on products" if tile["scale_parts"] else "scales on weights")
     split = f"K split until an SM has {tile['programs']} programs" if tile["programs"] else "K not split"
-    return ", ".join([*parts, split])
+    return ", ".join([*texts, split])
 
 
 def _int8_make(problem: Problem, device: str) -> tuple[Any, ...]:
-    """8-bit x with its scale, float x, and a weight: of 8 bits with one group, else of 4."""
+    """Makes 8-bit x with its scale, float x, and a weight: of 8 bits with one group, else of 4."""
     m, n, k, group = (problem[name] for name in ("m", "n", "k", "group"))
     weight = make_weight(4 if group else 8, n, k, group or k, torch.float32, device)
     x_scale = torch.full((m,), 1 / 32, dtype=torch.float32, device=device)
@@ -134,7 +134,7 @@ def _int8_make(problem: Problem, device: str) -> tuple[Any, ...]:
 
 
 def _int8_run(problem: Problem, operands: Any, machine: Machine) -> tuple[Tensor, ...]:
-    """The product of codes and, where a GPU knows 8-bit floats and they hold the weight, that of those."""
+    """Computes the product of codes and, where a GPU knows 8-bit floats and they hold the weight, that of those."""
     kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
     x8, x_scale, x, weight = operands
     y = kernel.qmatmul_int8_triton(x8, x_scale, weight, None, None, None, "none", DTYPE)

@@ -1,1 +1,1 @@
-"""int8 codes added, activated and put on another grid in one pass."""
+"""Adds int8 codes, activates and puts them on another grid, in one pass."""

@@ -1,4 +1,4 @@
-"""What requantizing demands of its arguments. Looks at metadata only, but for `check_values`."""
+"""Checks the arguments of requantizing. Looks at metadata only, but for `check_values`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grids of int8 codes with all that a pass over codes needs of them, made once: what layers hand to `requantize`."""
+"""Holds grids of int8 codes with all that a pass over codes needs of them, computed once for `requantize`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from gs_kernels.fake_quant.ref import inverse
 
 
 class Numbers(NamedTuple):
-    """A grid as C++ takes it.
+    """Holds a grid as the numbers that C++ takes.
 
     Args:
         of_codes: scale and zero point of int8 codes.
-        to_codes: inverse of the scale, rest and whole part of that zero point, the smallest and largest code.
+        to_codes: inverse of the scale, fraction and whole part of that zero point, the smallest and largest code.
         of_floats: the same of the codes that `quantize` gives, which those of an unsigned grid are `moved` against.
     """
 
@@ -26,11 +26,11 @@ class Numbers(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """The grid of int8 codes: real = (code - zero) * scale.
+    """Holds the grid of int8 codes: real = (code - zero) * scale.
 
     Args:
         scale, zero: `[1]` fp32.
-        inverse, whole, rest: `[1]` fp32: 1 / scale, and the whole part and the rest of zero.
+        inverse, whole, fraction: `[1]` fp32: 1 / scale, and the whole part and the fraction of zero.
         low, high: the smallest and largest code.
         numbers: the same as numbers; None unless the tensors are on a CPU.
     """
@@ -39,7 +39,7 @@ class Grid(NamedTuple):
     zero: Tensor
     inverse: Tensor
     whole: Tensor
-    rest: Tensor
+    fraction: Tensor
     low: int
     high: int
     numbers: Numbers | None
@@ -59,8 +59,8 @@ def make_grid(scale: Tensor, zero: Tensor, qmin: int = -128, qmax: int = 127, lo
     low, high = qmin - lower, qmax - lower
     if not scale.is_cpu:
         return Grid(*tensors, low, high, None)
-    real_scale, real_zero, inverted, near, rest = map(float, tensors)
+    real_scale, real_zero, inverted, near, fraction = map(float, tensors)
     given = torch.round(zero)
     of_floats = inverted, float(zero - given), float(given), float(qmin), float(qmax)
-    to_codes = inverted, rest, near, float(low), float(high)
+    to_codes = inverted, fraction, near, float(low), float(high)
     return Grid(*tensors, low, high, Numbers((real_scale, real_zero), to_codes, of_floats, -lower))

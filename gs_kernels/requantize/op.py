@@ -1,4 +1,4 @@
-"""Requantize: implementations, registration, and the public function."""
+"""Adds, activates and requantizes int8 codes: implementations, registration, public function."""
 
 from __future__ import annotations
 
@@ -62,18 +62,18 @@ _requantize = register(
 
 
 def prepared_requantize(
-    a: Operand, b: Operand | None, activation: str, dtype: torch.dtype, into: Grid | None
+    a: Operand, b: Operand | None, activation: str, dtype: torch.dtype, out_grid: Grid | None
 ) -> Tensor:
-    """`requantize` for layers, which know their grids: no checks, and on a CPU no number is read from a tensor.
+    """Computes `requantize` for layers, which know their grids: without checks; a CPU reads no number from a tensor.
 
     Args:
         a, b: int8 codes of one shape, and their grids.
-        into: the grid of the result; None for its values.
+        out_grid: the grid of the result; None for its values.
     """
     if takes_cpu(a[0]):
-        return add_codes(a, b, activation, dtype, into)
+        return add_codes(a, b, activation, dtype, out_grid)
     other = (None, None, None) if b is None else (b[0], *b[1][:2])
-    ends = (None, None, -128, 127) if into is None else (into.scale, into.zero, into.low, into.high)
+    ends = (None, None, -128, 127) if out_grid is None else (out_grid.scale, out_grid.zero, out_grid.low, out_grid.high)
     return _requantize(a[0], *a[1][:2], *other, activation, dtype, *ends)  # type: ignore[no-any-return]
 
 

@@ -1,4 +1,4 @@
-"""What requantizing computes, in the shortest torch that says it: the oracle of every other implementation."""
+"""Requantizes in the shortest torch that says it: the oracle of every other implementation."""
 
 from __future__ import annotations
 

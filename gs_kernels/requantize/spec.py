@@ -1,4 +1,4 @@
-"""What tests, the AOT gate and the benchmarks know of requantizing.
+"""Tells tests, the AOT gate and the benchmarks what to run of requantizing.
 
 A shape is `x` (sizes), `b` (whether something is added), `out` (whether the result is codes), `activation`, and the
 levels `qmin` and `qmax` of the result. `axis` and `group` are those of a scale for all.
@@ -18,8 +18,8 @@ from gs_kernels.runtime.opspec import AotCase, Case, Cost, OpSpec, Shape
 
 
 def shape(x: tuple[int, ...], **more: Any) -> Shape:
-    about = {"x": x, "axis": -1, "group": 0, "b": True, "out": True, "activation": "none"}
-    return about | {"qmin": -128, "qmax": 127} | more
+    fields = {"x": x, "axis": -1, "group": 0, "b": True, "out": True, "activation": "none"}
+    return fields | {"qmin": -128, "qmax": 127} | more
 
 
 def make(s: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Case:

@@ -1,1 +1,1 @@
-"""Packed weights to and from the formats of other libraries, one file each. None of those libraries is needed here."""
+"""Converts packed weights from and to other libraries' formats, one file each. None of those libraries is needed."""

@@ -1,4 +1,4 @@
-"""AWQ checkpoints in the GEMM version, 4 bits: eight neighbours along N in a word, in the order 0 2 4 6 1 3 5 7.
+"""Converts AWQ checkpoints (GEMM version, 4 bits): eight neighbours along N in a word, in the order 0 2 4 6 1 3 5 7.
 
 - `qweight`: int32 `[K, N / 8]`. Field i of a word, low bits first, is output feature `8 * word + ORDER[i]`.
 - `qzeros`: int32 `[G, N / 8]`, likewise. `scales`: `[G, N]`.
@@ -30,7 +30,7 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def _unpack(words: Tensor) -> Tensor:
-    """int32 `[R, N / 8]` to uint8 `[N, R]`."""
+    """Unpacks int32 `[R, N / 8]` to uint8 `[N, R]`."""
     rows = words.T.contiguous()
     codes = torch.empty(rows.shape[0], 8, rows.shape[1], dtype=torch.uint8, device=words.device)
     for i, n in enumerate(ORDER):
@@ -39,7 +39,7 @@ def _unpack(words: Tensor) -> Tensor:
 
 
 def _pack(codes: Tensor) -> Tensor:
-    """uint8 `[N, R]` to int32 `[R, N / 8]`."""
+    """Packs uint8 `[N, R]` to int32 `[R, N / 8]`."""
     fields = codes.unflatten(0, (-1, 8))
     words = fields[:, ORDER[0]].int()
     for i, n in enumerate(ORDER[1:], start=1):
@@ -48,7 +48,7 @@ def _pack(codes: Tensor) -> Tensor:
 
 
 def from_awq(tensors: Mapping[str, Tensor], *, name: str = "weight") -> PackedWeight:
-    """The weight of an AWQ module (`"version": "gemm"`). Exact.
+    """Reads the weight of an AWQ module (`"version": "gemm"`). Exact.
 
     Args:
         tensors: `qweight`, `qzeros`, `scales`.
@@ -80,7 +80,7 @@ def from_awq(tensors: Mapping[str, Tensor], *, name: str = "weight") -> PackedWe
 
 
 def to_awq(weight: PackedWeight, *, name: str = "weight") -> dict[str, Tensor]:
-    """The tensors of an AWQ module (`"version": "gemm"`). Exact.
+    """Writes the tensors of an AWQ module (`"version": "gemm"`). Exact.
 
     Scales keep their dtype; most readers want fp16.
 

@@ -1,4 +1,4 @@
-"""compressed-tensors `pack-quantized`: what vLLM and llm-compressor read. Its words are the canonical bytes.
+"""Converts compressed-tensors `pack-quantized`: what vLLM and llm-compressor read. Its words are the canonical bytes.
 
 - `weight_packed`: int32 `[N, ceil(K * bits / 32)]`: the canonical bytes, every row padded to a whole word.
 - `weight_scale`: `[N, G]`, `[N, 1]` per channel, `[1]` per tensor. `weight_shape`: int64 `[2]`.
@@ -34,7 +34,7 @@ from gs_kernels.pack.pack import repack
 
 
 def from_compressed_tensors(tensors: Mapping[str, Tensor], *, bits: int, name: str = "weight") -> PackedWeight:
-    """The weight of a `pack-quantized` module. Exact.
+    """Reads the weight of a `pack-quantized` module. Exact.
 
     Args:
         tensors: `weight_packed`, `weight_scale`, `weight_shape` and, if asymmetric, `weight_zero_point`.
@@ -84,7 +84,7 @@ def _zero(
 
 
 def to_compressed_tensors(weight: PackedWeight, name: str = "weight") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a `pack-quantized` module, and the `weights` entry of its quantization config. Exact.
+    """Writes the tensors of a `pack-quantized` module, and the `weights` entry of its quantization config. Exact.
 
     Scales keep their dtype: the library computes in it.
 

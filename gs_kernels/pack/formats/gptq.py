@@ -1,4 +1,4 @@
-"""GPTQ checkpoints: `gptq` (version 1) and `gptq_v2`, of 2, 4 and 8 bits, with or without act-order.
+"""Converts GPTQ checkpoints: `gptq` (version 1) and `gptq_v2`, of 2, 4 and 8 bits, with or without act-order.
 
 - `qweight`: int32 `[K * bits / 32, N]`, fields of consecutive k, low bits first: its transpose is the canonical bytes.
 - `qzeros`: int32 `[G, N * bits / 32]`, packed along N. Version 1 stores zero - 1.
@@ -37,7 +37,7 @@ from gs_kernels.pack.pack import pack_codes, repack, unpack_codes
 
 
 def _ones(bits: int) -> int:
-    """A word with 1 in every field."""
+    """Returns a word with 1 in every field."""
     return (2**32 - 1) // (2**bits - 1)
 
 
@@ -52,7 +52,7 @@ def _check(who: str, bits: int, version: int) -> None:
 def from_gptq(
     tensors: Mapping[str, Tensor], *, bits: int, group_size: int, version: int = 1, name: str = "weight"
 ) -> tuple[PackedWeight, Tensor | None]:
-    """The weight of a GPTQ module and, with act-order, the order of K that its columns are in. Exact.
+    """Reads the weight of a GPTQ module and, with act-order, the order of K that its columns are in. Exact.
 
     The order is None, or int64 `[K]`: the layer then computes `x[..., order] @ w.T`.
 
@@ -94,7 +94,7 @@ def from_gptq(
 
 
 def _order(who: str, name: str, g_idx: Tensor, k: int, group_size: int) -> Tensor | None:
-    """The stable order that brings the members of each group together; None if they are."""
+    """Returns the stable order that brings the members of each group together; None if they are."""
     if g_idx.shape != (k,) or g_idx.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{who}: {name}.g_idx must be int32 of shape [{k}], got {g_idx.dtype} {list(g_idx.shape)}")
     plain = torch.arange(k, device=g_idx.device) // group_size
@@ -109,7 +109,7 @@ def _order(who: str, name: str, g_idx: Tensor, k: int, group_size: int) -> Tenso
 
 
 def to_gptq(weight: PackedWeight, *, version: int = 1, name: str = "weight") -> dict[str, Tensor]:
-    """The tensors of a GPTQ module without act-order. Exact.
+    """Writes the tensors of a GPTQ module without act-order. Exact.
 
     Scales keep their dtype; most readers want fp16.
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime's `com.microsoft.MatMulNBits`: 2, 4 and 8 bits, blocks of a power of two along K.
+"""Converts ONNX Runtime's `com.microsoft.MatMulNBits`: 2, 4 and 8 bits, blocks of a power of two along K.
 
 - `B`: uint8 `[N, blocks, block_size * bits / 8]`: the canonical bytes, every row padded to whole blocks.
 - `scales`: `[N, blocks]`. `zero_points`: uint8 `[N, ceil(blocks * bits / 8)]`, packed along the blocks, low bits first;
@@ -41,7 +41,7 @@ def _check_bits(who: str, bits: int) -> None:
 def from_matmul_nbits(
     tensors: Mapping[str, Tensor], attributes: Mapping[str, int], *, name: str = "weight"
 ) -> PackedWeight:
-    """The weight of a MatMulNBits node. Exact.
+    """Reads the weight of a MatMulNBits node. Exact.
 
     Rows whose blocks all share one scale become one group; where the last block is not full, scales of smaller groups
     are repeated.
@@ -93,7 +93,7 @@ def _zero(
 
 
 def block_size_of(weight: PackedWeight, name: str = "weight") -> int:
-    """The largest block that MatMulNBits knows and no group of the weight crosses.
+    """Returns the largest block that MatMulNBits knows and no group of the weight crosses.
 
     Raises:
         ValueError: if there is none, for groups that are no multiple of 16.
@@ -112,7 +112,7 @@ def block_size_of(weight: PackedWeight, name: str = "weight") -> int:
 
 
 def to_matmul_nbits(weight: PackedWeight, *, name: str = "weight") -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The inputs `B`, `scales` and `zero_points` of a MatMulNBits node and its attributes. Exact.
+    """Writes the inputs `B`, `scales` and `zero_points` of a MatMulNBits node and its attributes. Exact.
 
     Groups larger than a block repeat their scale. Scales keep their dtype, which must be that of the activations.
     Zero points with fractions are written as floats in that dtype; ONNX Runtime takes them at 2 and 4 bits.
@@ -144,7 +144,7 @@ def _spread(t: Tensor, weight: PackedWeight, block: int) -> Tensor:
 
 
 def _exportable_zero(who: str, weight: PackedWeight, name: str) -> Tensor | None:
-    """None for the middle of the grid, uint8 for integers, else the dtype of the scales; `[N, G]`."""
+    """Returns zero points `[N, G]`: None for the middle of the grid, uint8 for integers, else the scales' dtype."""
     if weight.levels is None and weight.bits < 8 and _has_fractions(weight.zero):
         zero = weight.zero
         if not isinstance(zero, Tensor):

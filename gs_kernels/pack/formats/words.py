@@ -1,4 +1,4 @@
-"""What the formats share: int32 words of fields, zero points that must be integers, groups of another size."""
+"""Shares what the formats need: int32 words of fields, zero points that must be integers, groups of another size."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ GROUP_MIN = 16  # smaller groups than a format's own are not made up to fit it: 
 
 
 def words_as_bytes(words: Tensor) -> Tensor:
-    """int32 `[R, W]` as uint8 `[R, 4 * W]`, low byte first: words of 32 / bits fields are canonical bytes."""
+    """Views int32 `[R, W]` as uint8 `[R, 4 * W]`, low byte first: words of 32 / bits fields are canonical bytes."""
     return words.reshape(-1).view(torch.uint8).view(words.shape[0], -1)
 
 
 def bytes_as_words(codes: Tensor) -> Tensor:
-    """uint8 `[R, B]` as int32 `[R, ceil(B / 4)]`, with bytes of 0 behind."""
+    """Views uint8 `[R, B]` as int32 `[R, ceil(B / 4)]`, with bytes of 0 behind."""
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 4))
     return padded.reshape(-1).view(torch.int32).view(codes.shape[0], -1)
 
 
 def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` fields of each row, uint8 `[R, count]`."""
+    """Unpacks the first `count` fields of each row, uint8 `[R, count]`."""
     return unpack_codes(words_as_bytes(words)[:, : -(-count * bits // 8)], bits, (words.shape[0], count))
 
 
@@ -57,7 +57,7 @@ def check_2d(who: str, name: str, t: Tensor, *dtypes: torch.dtype) -> None:
 
 
 def integer_zero(who: str, weight: PackedWeight, name: str) -> int | Tensor:
-    """The zero points as one integer or as uint8 `[N, G]`; raises if they are no codes."""
+    """Returns the zero points as one integer or as uint8 `[N, G]`; raises if they are no codes."""
     check_packed(who, weight, name)
     if weight.levels is not None:
         raise ValueError(f"{who}: {name} must have evenly spaced levels, got a table of {len(weight.levels)} levels")
@@ -73,12 +73,12 @@ def integer_zero(who: str, weight: PackedWeight, name: str) -> int | Tensor:
 
 
 def zero_tensor(zero: int | Tensor, like: Tensor) -> Tensor:
-    """uint8 `[N, G]`."""
+    """Returns zero points as uint8 `[N, G]`."""
     return zero if isinstance(zero, Tensor) else torch.full_like(like, zero, dtype=torch.uint8)
 
 
 def one_or_all(zero: Tensor, dtype: torch.dtype) -> Tensor | float:
-    """One number if it is the same everywhere, as in symmetric checkpoints that store it nevertheless."""
+    """Returns one number if it is the same everywhere, as in symmetric checkpoints that store it nevertheless."""
     return float(zero[0, 0]) if bool((zero == zero[0, 0]).all()) else zero.to(dtype).contiguous()
 
 
@@ -89,7 +89,7 @@ def checked(who: str, weight: PackedWeight, name: str) -> PackedWeight:
 
 
 def group_that_divides(who: str, name: str, k: int, group_size: int, groups: int) -> int:
-    """group_size if it divides K; else K if there is but one group, or a divisor of both whose scales are repeated."""
+    """Returns group_size if it divides K; else K for one group, or a divisor of both, whose scales are repeated."""
     if groups == 1:
         return k
     if k % group_size == 0:
@@ -104,7 +104,7 @@ def group_that_divides(who: str, name: str, k: int, group_size: int, groups: int
 
 
 def regroup(t: Tensor, k: int, old: int, new: int) -> Tensor:
-    """`[N, ceil(K / old)]` as `[N, ceil(K / new)]`, where every new group lies in an old one."""
+    """Repeats `[N, ceil(K / old)]` to `[N, ceil(K / new)]`, where every new group lies in an old one."""
     if old == new or t.shape[1] == -(-k // new):
         return t
     starts = torch.arange(0, k, new, device=t.device)

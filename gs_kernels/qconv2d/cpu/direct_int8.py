@@ -66,11 +66,11 @@ def _filter_of(geometry: ConvGeometry) -> tuple[int, ...]:
     return geometry.r, geometry.s, *geometry.stride, geometry.top, geometry.left, *geometry.dilation
 
 
-def _adds(rest: Tensor | None, scale: Tensor | None, zero: Tensor | None) -> _Residual:
-    if rest is None:
+def _adds(residual: Tensor | None, scale: Tensor | None, zero: Tensor | None) -> _Residual:
+    if residual is None:
         return NOTHING
     numbers = (1.0 if scale is None else float(scale), 0.0 if zero is None else float(zero))
-    return _Residual(rest.data_ptr(), scale is not None, *numbers)
+    return _Residual(residual.data_ptr(), scale is not None, *numbers)
 
 
 class Int8Epilogue:
@@ -112,10 +112,10 @@ class Int8Epilogue:
     def __call__(self, sums: Tensor, residual: Tensor | None, scale: Tensor | None, zero: Tensor | None) -> Tensor:
         """sums: int32 of the codes of x as they are, or fp32 of those less their zero point."""
         sums, y = sums.contiguous(), torch.empty(sums.shape, dtype=self.dtype)
-        rest = None if residual is None else residual.contiguous()
+        residual = None if residual is None else residual.contiguous()
         operand = _Sums(sums.data_ptr(), *sums.shape, sums.dtype == torch.int32)
         threads = torch.get_num_threads() if y.numel() >= PARALLEL_FROM else 1
-        self.functions.int8_epilogue(operand, _adds(rest, scale, zero), y.data_ptr(), self.params, threads)
+        self.functions.int8_epilogue(operand, _adds(residual, scale, zero), y.data_ptr(), self.params, threads)
         return y
 
 
@@ -160,17 +160,17 @@ class Dense:
         pairs = rows.contiguous().view(torch.int32)  # [O, taps, pairs of C]
         self.weight = pairs.view(-1, LANES, pairs[0].numel()).transpose(1, 2).contiguous()
 
-    def __call__(self, x: Tensor, rest: Tensor | None, scale: Tensor | None, zero: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None, scale: Tensor | None, zero: Tensor | None) -> Tensor:
         """Returns `[B, O, P, Q]`, channels-last, int8 or fp32."""
         x = x.contiguous(memory_format=torch.channels_last)
         (b, c, h, w), geometry, epilogue = x.shape, self.geometry, self.epilogue
         p, q = geometry.output(h, w)
         y = torch.empty((b, self.channels, p, q), dtype=epilogue.dtype, memory_format=torch.channels_last)
         image = _Image(b, h, w, c, p, q, *self.filter)
-        rest = None if rest is None else rest.contiguous(memory_format=torch.channels_last)
+        residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
         threads = torch.get_num_threads() if y.numel() * c * geometry.taps >= 4 * PARALLEL_FROM else 1
         pointers = x.data_ptr(), self.weight.data_ptr(), y.data_ptr()
-        added = _adds(rest, scale, zero)
+        added = _adds(residual, scale, zero)
         epilogue.functions.dense_int8(*pointers, image, self.channels, added, epilogue.params, threads)
         return y
 
@@ -188,7 +188,7 @@ def center_codes(x: Tensor, zero: int) -> Tensor:
 def to_codes(x: Tensor, grid: Sequence[float], moved: int) -> Tensor | None:
     """Quantizes dense fp32 x on one grid to int8 codes, in its order; None if the C++ does not run.
 
-    grid: inverse of the scale, rest and whole part of the zero point, least and largest code.
+    grid: inverse of the scale, fraction and whole part of the zero point, least and largest code.
     moved: added to them.
     """
     functions = kernels()

@@ -59,14 +59,14 @@ class Int8Weight:
         codes: `2 * code` less twice the zero point, to half steps; of 8 bits, `code - 128`.
         twice: 1 or, of 8 bits, 2: what makes the latter the former.
         zero2: fp32 `[O, G]`, what is to be added to that for the zero points of 8 bits; None if nothing is.
-        rest: fp32 `[O, G]`, what of the zero points is not half steps; None if nothing is.
+        fraction: fp32 `[O, G]`, what of the zero points is not half steps; None if nothing is.
         sums: int32 `[O, G]`, of `2 * code - twice the zero point`.
     """
 
     codes: Tensor
     twice: int
     zero2: Tensor | None
-    rest: Tensor | None
+    fraction: Tensor | None
     sums: Tensor
 
 
@@ -76,7 +76,7 @@ def make_int8_weight(weight: PackedWeight) -> Int8Weight:
     size, whole = weight.group_size, weight.bits == 8
     zero = weight.zero.float() if isinstance(weight.zero, Tensor) else torch.full(weight.scale.shape, weight.zero)
     near2 = torch.round(2 * zero)
-    rest = zero - near2 / 2
+    fraction = zero - near2 / 2
     sums = 2 * codes.unflatten(1, (-1, size)).sum(2, dtype=torch.int32) - (near2 * size).int()
     if whole:
         centered, moved = (codes ^ 128).view(torch.int8), 256 - near2
@@ -84,9 +84,8 @@ def make_int8_weight(weight: PackedWeight) -> Int8Weight:
         raise UnsuitableError("zero points lie far off the grid")
     else:
         centered, moved = codes.view(torch.int8) * 2 - near2.to(torch.int8).repeat_interleave(size, 1), near2[:0]
-    return Int8Weight(
-        centered, 2 if whole else 1, moved if bool(moved.any()) else None, rest if bool(rest.any()) else None, sums
-    )
+    zero2, rest = (t if bool(t.any()) else None for t in (moved, fraction))
+    return Int8Weight(centered, 2 if whole else 1, zero2, rest, sums)
 
 
 def qconv2d_int8_cpu(
@@ -119,7 +118,7 @@ class Int8Convolution:
     """Computes `qconv2d_int8` on a CPU with everything fixed but the image and the residual, which is prepared once.
 
     Args:
-        out: of codes: inverse of their scale, whole and rest of their zero point, as `requant_params` gives them.
+        out: inverse scale of codes, whole part and fraction of their zero point, as `requant_params` gives them.
         keep: whether the weight as int8 codes is kept while the packed codes live.
 
     Raises:
@@ -166,16 +165,16 @@ class Int8Convolution:
         b, (p, q) = x.shape[0], self.geometry.output(*x.shape[2:])
         if self._prefers_dense(b * p * q, residual[0]):
             return self.dense(x, *residual)
-        rest, grid = residual[0], residual[1:]
-        rest = None if rest is None else rest.permute(0, 2, 3, 1).reshape(-1, self.n)
+        added, grid = residual[0], residual[1:]
+        added = None if added is None else added.permute(0, 2, 3, 1).reshape(-1, self.n)
         direct = self.chunks is not None or prefers_onednn(self.int8_weight, self.weight, self.geometry, b * p * q)
         step = max(1, COPIED // max(1, p * q * (4 * self.n if direct else self.k * self.geometry.groups + 4 * self.n)))
         if 0 < b <= step:
-            return self._rows(x, (rest, *grid), direct).view(b, p, q, self.n).permute(0, 3, 1, 2)
+            return self._rows(x, (added, *grid), direct).view(b, p, q, self.n).permute(0, 3, 1, 2)
         y = empty_image(x, self.n, self.geometry, self.dtype if self.out[0] is None else torch.int8)
         rows = y.permute(0, 2, 3, 1)
         for first in range(0, b if y.numel() else 0, step):
-            part = None if rest is None else rest[first * p * q : (first + step) * p * q]
+            part = None if added is None else added[first * p * q : (first + step) * p * q]
             place = rows[first : first + step]
             place.copy_(self._rows(x[first : first + step], (part, *grid), direct).view(place.shape))
         return y
@@ -236,8 +235,8 @@ class Int8Convolution:
                     continue
                 sums, x_sums = before, x_before
             real = sums.float() * 0.5
-            if int8_weight.rest is not None:
-                real = real - int8_weight.rest[:, g] * x_sums.float()
+            if int8_weight.fraction is not None:
+                real = real - int8_weight.fraction[:, g] * x_sums.float()
             y = y + real * scale[:, g].float()
         return y
 
@@ -267,7 +266,7 @@ def multiplies_exactly() -> bool:
 
 def _has_one_sum(int8_weight: Int8Weight, weight: PackedWeight) -> bool:
     """Whether y follows from one sum of products: no groups along K, no zero points that int8 codes do not hold."""
-    return weight.scale.shape[1] == 1 and int8_weight.zero2 is None and int8_weight.rest is None
+    return weight.scale.shape[1] == 1 and int8_weight.zero2 is None and int8_weight.fraction is None
 
 
 def prefers_onednn(int8_weight: Int8Weight, weight: PackedWeight, geometry: ConvGeometry, pixels: int) -> bool:

@@ -72,9 +72,9 @@ def _depthwise_kernel(
             part += x * code[None, :]
             x_sums += x
             if (k + 1) % GROUP == 0:
-                near2, rest = split_zero(zero)
+                near2, fraction = split_zero(zero)
                 sums = (2 * part - near2[None, :] * x_sums).to(tl.float32) * 0.5
-                acc += (sums - rest[None, :] * x_sums.to(tl.float32)) * scale[None, :]
+                acc += (sums - fraction[None, :] * x_sums.to(tl.float32)) * scale[None, :]
                 part = tl.zeros((BLOCK_M, BLOCK_N), SUM)
                 x_sums = tl.zeros((BLOCK_M, BLOCK_N), SUM)
         elif levels_ptr is not None:

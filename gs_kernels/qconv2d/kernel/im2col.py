@@ -49,7 +49,7 @@ def taps_inside(
     first_h, first_w, H, W,
     TAPS: tl.constexpr, S: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, PADDED: tl.constexpr,
 ):
-    """Which taps of each pixel, the first of them at first_h, first_w, lie in x: a bit each, if 32 are enough."""
+    """Tells which taps of each pixel, the first at first_h, first_w, lie in x: a bit each, if 32 are enough."""
     bits = tl.zeros(first_h.shape, tl.int32)
     if PADDED and TAPS <= 32:
         for t in tl.static_range(TAPS):
@@ -116,7 +116,7 @@ def is_half_steps(zero):
 
 @triton.jit
 def split_zero(zero):
-    """Twice the zero point to half steps, int32, and what is left of it, fp32."""
+    """Splits a zero point: twice it to half steps, int32, and what is left of it, fp32."""
     near2 = round_half_even(zero + zero)
     return near2.to(tl.int32), zero - near2 * 0.5
 
@@ -126,7 +126,7 @@ def real_sums(
     sums, x_sums, code_sums_ptr, x_zero, n, scale_ptr, zero_ptr, offs, offs_c,
     ZERO: tl.constexpr, MIDDLE2: tl.constexpr,
 ):
-    """`scale * sum((code - zero) * (x - x_zero))` over a group, fp32, as `integer_sums` of the reference.
+    """Computes `scale * sum((code - zero) * (x - x_zero))` over a group, fp32, as `integer_sums` of the reference.
 
     Args:
         sums: int32 `[BLOCK_N, BLOCK_M]`, twice `sum((code - middle) * x)`.
@@ -138,7 +138,7 @@ def real_sums(
         MIDDLE2: twice the middle.
     """
     scale, zero = load_grid(scale_ptr, zero_ptr, offs, ZERO)
-    near2, rest = split_zero(zero)
+    near2, fraction = split_zero(zero)
     if zero_ptr is not None or 2 * ZERO != MIDDLE2:
         sums += (MIDDLE2 - near2)[:, None] * x_sums[None, :]
     if x_zero is not None:
@@ -147,5 +147,5 @@ def real_sums(
     if zero_ptr is not None or not is_half_steps(ZERO):
         if x_zero is not None:
             x_sums -= x_zero * n
-        y -= rest[:, None] * x_sums.to(tl.float32)[None, :]
+        y -= fraction[:, None] * x_sums.to(tl.float32)[None, :]
     return y * scale[:, None]

@@ -18,7 +18,7 @@ from gs_kernels.runtime.dispatch import launch
 
 @triton.jit
 def _twice(part, FACTOR: tl.constexpr):
-    """`2 * part / FACTOR`, which is whole."""
+    """Computes `2 * part / FACTOR`, which is whole."""
     if FACTOR >= 2:
         part = part // (FACTOR // 2)
     else:

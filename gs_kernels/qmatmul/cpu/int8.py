@@ -72,7 +72,7 @@ class Int8Product:
             return None
 
     def __call__(self, x: Tensor, x_scale: Tensor) -> Tensor:
-        """x and x_scale: as `qmatmul_int8` takes them."""
+        """Multiplies x with the weight; x and x_scale as `qmatmul_int8` takes them."""
         with without_autocast():
             if self.interleaved is None or x.numel() == 0:
                 options: dict[str, Any] = {"x_zero": self.x_zero, "activation": self.activation, "dtype": self.dtype}

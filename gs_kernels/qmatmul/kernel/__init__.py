@@ -1,4 +1,4 @@
-"""Launchers of products with packed weights, under the names that the ops look for."""
+"""Launches products with packed weights, under the names that the ops look for."""
 
 from functools import cache, lru_cache
 
@@ -24,8 +24,8 @@ _known_plan = lru_cache(maxsize=4096)(choose_plan)
 
 @cache
 def _device(index: int) -> tuple[bool, int, int]:
-    about = capabilities(index)
-    return torch.version.hip is None, about.sm, about.sm_count
+    gpu = capabilities(index)
+    return torch.version.hip is None, gpu.sm, gpu.sm_count
 
 
 def device_of(x: Tensor) -> tuple[bool, int, int]:
@@ -41,7 +41,7 @@ def device_of(x: Tensor) -> tuple[bool, int, int]:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """x as `[M, K]`, contiguous along K: a view if its rows are evenly spaced, else a copy."""
+    """Reshapes x to `[M, K]`, contiguous along K: a view if its rows are evenly spaced, else a copy."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 and rows.stride(0) <= MAX_STRIDE else rows.contiguous()
 

@@ -1,4 +1,4 @@
-"""A packed weight back to real values: for products with so many rows that doing it once is cheapest."""
+"""Turns a packed weight back to real values: for products with so many rows that doing it once is cheapest."""
 
 import torch
 import triton
@@ -22,7 +22,7 @@ def _dequantize_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """`[BLOCK_N, 128]` of the weight: in fp32, by plain shifts, since the store of the result takes longer."""
+    """Dequantises `[BLOCK_N, 128]` of the weight in fp32, by plain shifts, since the store takes longer."""
     WIDTH: tl.constexpr = 8 * BITS
     block = tl.program_id(0).to(tl.int64)
     first_n = tl.program_id(1).to(tl.int64) * BLOCK_N
@@ -38,12 +38,12 @@ def _dequantize_kernel(
 
 
 def grouping(k: int, group_size: int) -> int:
-    """The group size that kernels know: with one group, any that covers the row."""
+    """Returns the group size that kernels know: with one group, any that covers the row."""
     return -(-k // 128) * 128 if group_size == k else group_size
 
 
 def same_strides(scale: Tensor, zero_points: Tensor | None) -> Tensor | None:
-    """The zero points, a copy of them if they are not laid out as the scales are."""
+    """Returns the zero points, copied if they are not laid out as the scales are."""
     if zero_points is None or zero_points.stride() == scale.stride():
         return zero_points
     return torch.empty_strided(scale.shape, scale.stride(), dtype=zero_points.dtype, device=scale.device).copy_(
@@ -52,7 +52,7 @@ def same_strides(scale: Tensor, zero_points: Tensor | None) -> Tensor | None:
 
 
 def kernel_tensors(weight: PackedWeight) -> Tensors:
-    """The tensors of a weight as kernels read them: zero points are laid out as the scales are."""
+    """Returns the tensors of a weight as kernels read them: zero points are laid out as the scales are."""
     codes, scale, zero_points, zero, levels = tensors_of(weight)
     return codes, scale, same_strides(scale, zero_points), zero, levels
 

@@ -1,4 +1,4 @@
-"""8-bit rows times a packed weight: whole sums of integers, scaled once a group."""
+"""Multiplies 8-bit rows with a packed weight: sums of integers, scaled once a group."""
 
 import torch
 import triton
@@ -18,7 +18,7 @@ def _add_group(
     acc, part, x_sums, scale_ptr, zero_ptr, offs,
     ZERO: tl.constexpr, MIDDLE: tl.constexpr, FACTOR: tl.constexpr, CENTRED: tl.constexpr,
 ):
-    """acc + scale * (part / factor + (middle - zero) * sum of x): part holds `(code - middle) * factor * x`."""
+    """Returns acc + scale * (part / factor + (middle - zero) * sum of x): part holds `(code - middle) * factor * x`."""
     scale, zero = load_grid(scale_ptr, zero_ptr, offs, ZERO)
     part = part.to(tl.float32)
     if not CENTRED:
@@ -35,7 +35,7 @@ def _qmatmul_int8_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr, ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """A tile of y; with SPLIT_K, of its sum over part of K, fp32 `[SPLIT_K, M, N]`, not yet scaled by row.
+    """Computes a tile of y; with SPLIT_K, a partial sum over K, fp32 `[SPLIT_K, M, N]`, not yet scaled by row.
 
     GROUP: 0 if there is one group.
     """
@@ -119,7 +119,7 @@ def multiply_int8(
     x: Tensor, x_scale: Tensor, x_sums: Tensor | None, shift: Tensor | None,
     weight: PackedWeight, bias: Tensor | None, activation: str, dtype: torch.dtype, plan: Plan, asm: bool,
 ) -> Tensor:
-    """`[M, N]` of dtype from x `[M, K]`, contiguous along K, and its scales, `[M]` or `[1]`, by the plan's tiles.
+    """Multiplies x `[M, K]`, contiguous along K, with scales `[M]` or `[1]`, by the plan's tiles: `[M, N]` of dtype.
 
     x_sums: of each 128 codes of a row of x, `[ceil(K / 128), M]`, fp32 for fp8, if they are known.
     """

@@ -1,4 +1,4 @@
-"""Float rows times a packed weight."""
+"""Multiplies float rows with a packed weight."""
 
 import torch
 import triton
@@ -23,7 +23,7 @@ def _qmatmul_kernel(
     EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr, SCALE_PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """A tile of y; with SPLIT_K, of the sum over part of K, fp32 `[SPLIT_K, M, N]`, without bias and activation.
+    """Computes a tile of y; with SPLIT_K, a partial sum over K, fp32 `[SPLIT_K, M, N]`, without bias and activation.
 
     y^T = W x^T: on sm_90 the left operand goes to wgmma from registers, and a product that feeds the sum only is not
     waited for: scales then belong on the weights. With SCALE_PARTS they are put on the product of each block instead:
@@ -89,7 +89,7 @@ def _qmatmul_kernel(
 def multiply(
     x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str, plan: Plan, asm: bool,
 ) -> Tensor:
-    """`[M, N]` from x `[M, K]`, contiguous along K, by the plan's tiles."""
+    """Multiplies x `[M, K]`, contiguous along K, by the plan's tiles: `[M, N]`."""
     codes, scale, zero_points, zero, levels = kernel_tensors(weight)
     n, k = weight.shape
     group, m, blocks = grouping(k, weight.group_size), x.shape[0], -(-k // 128)

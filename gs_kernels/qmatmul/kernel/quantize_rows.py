@@ -1,4 +1,4 @@
-"""Rows to 8 bits, each with a scale of its own."""
+"""Quantizes rows to 8 bits, each with a scale of its own."""
 
 import torch
 import triton
@@ -24,7 +24,7 @@ def _codes(x, inv, zero, TOP: tl.constexpr, CODE: tl.constexpr, FP8: tl.constexp
 
 @triton.jit
 def _store_sums(sums_ptr, codes, mask, offs_m, mask_m, k, M, K):
-    """The sum of each 128 codes of a tile that begins at column k."""
+    """Stores the sum of each 128 codes of a tile that begins at column k."""
     COUNT: tl.constexpr = codes.shape[1] // 128
     values = tl.where(mask, codes.to(tl.float32), 0.0)
     sums = tl.sum(tl.reshape(values, (codes.shape[0], COUNT, 128)), 2)
@@ -41,7 +41,7 @@ def _quantize_rows_kernel(
     stride_xm,
     TOP: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """WHOLE: BLOCK_K covers a row, which is then read once; else twice, the second time from a cache.
+    """Quantizes BLOCK_M rows. WHOLE: BLOCK_K covers a row, which is then read once; else twice, then from a cache.
 
     sums_ptr: None, or for the sums of each 128 codes of a row, `[ceil(K / 128), M]` fp32.
     """
@@ -88,7 +88,7 @@ def _quantize_rows_kernel(
 
 
 def quantize(x: Tensor, dtype: torch.dtype, sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Codes `[M, K]` and scales `[M]` of x `[M, K]`, contiguous along K; sums of codes to `sums`, if given."""
+    """Returns codes `[M, K]` and scales `[M]` of x `[M, K]`, contiguous along K; sums of codes to `sums`, if given."""
     m, k = x.shape
     codes = x.new_empty(m, k, dtype=dtype)
     scale = x.new_empty(m, dtype=torch.float32)
