@@ -3,7 +3,7 @@
 One row holds every accuracy on the whole test set, always of the last epoch (no epoch is picked): the float network,
 the same network trained on in float for the epochs that quantized training takes (the fair opponent), the trained
 fake-quantized network, the converted one, and the one that was saved and loaded again.
-Each stage keeps its state under `--state`, so an interrupted run continues and a second recipe reuses the float one.
+Each stage keeps its state under `--state`, so an interrupted run continues and a second setting reuses the float one.
 """
 
 from __future__ import annotations
@@ -88,14 +88,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser_of(prog: str, description: str) -> argparse.ArgumentParser:
-    """The options of a run of `Stages`."""
+    """Makes the parser of the options of a run of `Stages`."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--model", choices=MODELS, default="resnet20")
     parser.add_argument("--data", default="fashion-mnist", help="as golden-stick demo --data")
     parser.add_argument(
         "--train-images", type=int, metavar="N", help="train on the first N only, for a deep network; tests on all"
     )
-    parser.add_argument("--recipe", choices=SETTINGS, default="simqat-w8a8")
+    parser.add_argument(
+        "--setting", "--recipe", choices=SETTINGS, default="simqat-w8a8", help="algorithm and options (once --recipe)"
+    )
     parser.add_argument("--float-epochs", type=int, default=10)
     parser.add_argument(
         "--epochs",
@@ -114,7 +116,7 @@ def parser_of(prog: str, description: str) -> argparse.ArgumentParser:
 
 
 def first_images(data: ImageData, count: int | None) -> ImageData:
-    """The first so many training images of a set, which its name then says, and the whole test set."""
+    """Returns the set with its first so many training images, which its name then says, and the whole test set."""
     if count is None:
         return data
     if not 1 <= count <= len(data.train_x):
@@ -124,7 +126,7 @@ def first_images(data: ImageData, count: int | None) -> ImageData:
 
 
 class Stages:
-    """The trainings of a run: each is done, or read from the state that it left.
+    """Runs the trainings of a run, or reads each from the state that it left.
 
     seconds: of each; started: when the run was.
     """
@@ -135,44 +137,44 @@ class Stages:
         self.stem = f"{args.model}-{set_name}-s{args.seed}"
         base = float_training(args.model, data, args.float_epochs, args.seed, args.batch_size)
         tune = tuning_training(args.model, data, args.epochs, args.seed, args.batch_size)
-        self.base, self.tune = (replace(recipe, amp=args.float_amp) for recipe in (base, tune))
-        far = SETTINGS[args.recipe].far
+        self.base, self.tune = (replace(config, amp=args.float_amp) for config in (base, tune))
+        far = SETTINGS[args.setting].far
         self.compressed = replace(self.tune, lr=self.base.lr if far else self.tune.lr, amp=args.amp)
         self.seconds: dict[str, float] = {}
         self.started = time.perf_counter()
 
     def fresh(self) -> nn.Module:
-        """The network that every run of this seed starts from."""
+        """Builds the network that every run of this seed starts from."""
         torch.manual_seed(self.args.seed)
         data = self.data
         net = build(self.args.model, in_channels=data.channels, num_classes=data.classes, image_size=data.image_size)
         return net.to(data.train_x.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
     def train(
-        self, name: str, net: nn.Module, recipe: TrainConfig, algorithm: gs_algos.Algorithm | None = None
+        self, name: str, net: nn.Module, config: TrainConfig, algorithm: gs_algos.Algorithm | None = None
     ) -> Tensor:
-        """Trains the network; its logits over the test set."""
+        """Trains the network; returns its logits over the test set."""
         path = self.args.state / f"{self.stem}-{name}.safetensors"
         if algorithm is None:
-            taken = train(net, self.data, recipe, state=path, resume=True)
+            seconds = train(net, self.data, config, state=path, resume=True)
         else:
-            taken = train_compressed(net, self.data, recipe, algorithm, path, path.is_file())
-        self.seconds[name] = round(taken, 1)
+            seconds = train_compressed(net, self.data, config, algorithm, path, path.is_file())
+        self.seconds[name] = round(seconds, 1)
         logits = predict(net, self.data)
         print(f"{name}: {accuracy(logits, self.data):.2f} % ({self.seconds[name]:.0f} s of training)", flush=True)
         return logits
 
     def compress(self, net: nn.Module, sizes: dict[str, Any] | None = None) -> tuple[nn.Module, Tensor]:
-        """The float network through the recipe: converted, and the logits of before its last conversion."""
+        """Compresses the float network by the setting; returns it, and the logits before its last conversion."""
         args, data = self.args, self.data
         trained = torch.empty(0)
-        for name in chain(args.recipe):
+        for name in settings_up_to(args.setting):
             setting = SETTINGS[name]
-            recipe = replace(self.compressed, lr=self.base.lr if setting.far else self.tune.lr)
+            config = replace(self.compressed, lr=self.base.lr if setting.far else self.tune.lr)
             algo = make(setting, args.epochs, batches_per_epoch(data, args.batch_size))
             net = algo.apply(net, data.example())
             amp = "-amp" if args.amp else ""
-            trained = self.train(f"float{args.float_epochs}-{name}-{args.epochs}{amp}", net, recipe, algo)
+            trained = self.train(f"float{args.float_epochs}-{name}-{args.epochs}{amp}", net, config, algo)
             _draw(algo, self.stem, args)
             net = algo.convert(net, data.example())
             if sizes is not None:
@@ -181,7 +183,7 @@ class Stages:
 
 
 def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
-    """Runs or resumes every stage; the row to record."""
+    """Runs or resumes every stage; returns the row to record."""
     stages = Stages(args, data)
     net = stages.fresh()
     float_logits = stages.train(f"float{args.float_epochs}", net, stages.base)
@@ -190,10 +192,10 @@ def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
     net, trained = stages.compress(net, sizes)
     converted = predict(net, data)
     reloaded, nbytes = _reload(net, stages.fresh, data)
-    setting = SETTINGS[args.recipe]
+    setting = SETTINGS[args.setting]
     row = {
         **{key: getattr(args, key) for key in ("model", "float_epochs", "epochs", "seed", "batch_size")},
-        "recipe": args.recipe + ("" if args.epochs else ", calibrated only"),
+        "recipe": args.setting + ("" if args.epochs else ", calibrated only"),
         "data": data.name,
         "train_images": len(data.train_x),
         "algorithm": setting.algorithm,
@@ -224,15 +226,15 @@ def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
     return row
 
 
-def chain(name: str) -> list[str]:
-    """The settings that run one after the other to come to this one."""
+def settings_up_to(name: str) -> list[str]:
+    """Lists the settings that run one after the other to come to this one."""
     before = SETTINGS[name].after
-    return [*([] if before is None else chain(before)), name]
+    return [*([] if before is None else settings_up_to(before)), name]
 
 
 def size(net: nn.Module, data: ImageData) -> dict[str, Any]:
-    """Numbers held and their bytes, multiply-adds of an image (those of ATen products and convolutions), and by batch
-    the ms of a forward and the bytes that it takes beside them.
+    """Measures the numbers held and their bytes, the multiply-adds of an image (of ATen products and convolutions), and
+    by batch the ms of a forward and the bytes that it takes beside them.
     """
     x = data.normalize(data.test_x[:1])
     with FlopCounterMode(display=False) as counter:
@@ -250,13 +252,13 @@ def size(net: nn.Module, data: ImageData) -> dict[str, Any]:
 
 
 def make(setting: Setting, epochs: int, steps_per_epoch: int) -> gs_algos.Algorithm:
-    """The algorithm for a training of this length."""
+    """Makes the algorithm for a training of this length."""
     cls: Any = algorithm_class(setting.algorithm)
     return cls(**setting.options, **cls.training_options(epochs, steps_per_epoch))
 
 
 def calibrate(algo: Any, net: nn.Module, data: ImageData) -> None:
-    """From the first training images: ranges of activations, or whatever an algorithm measures before training."""
+    """Lets the algorithm measure what it needs before training on the first images, as ranges of activations."""
     algo.calibrate(net, data.normalize(data.train_x[:CALIBRATED]).split(CALIBRATED // 4))
 
 
@@ -267,14 +269,14 @@ def _draw(algo: Any, stem: str, args: argparse.Namespace) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print("no picture: needs matplotlib; pip install 'golden-stick-triton[report]'")
         return
-    path = record.default_path(args.device).parent / "pictures" / f"{stem}-{args.recipe}-{args.epochs}.png"
+    path = record.default_path(args.device).parent / "pictures" / f"{stem}-{args.setting}-{args.epochs}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     algo.picture(path)
     print(f"drawn in {path}")
 
 
 def parity(trained: Tensor, converted: Tensor) -> dict[str, float]:
-    """How far the converted logits are from the trained ones, over the whole test set."""
+    """Measures how far the converted logits are from the trained ones, over the whole test set."""
     difference = (trained - converted).abs()
     return {
         "images": len(trained),
@@ -286,7 +288,7 @@ def parity(trained: Tensor, converted: Tensor) -> dict[str, float]:
 
 
 def _reload(net: nn.Module, fresh: Any, data: ImageData) -> tuple[Tensor, dict[str, int]]:
-    """(logits of the saved and loaded network, bytes of the float weights and of the checkpoint's folder)."""
+    """Returns the logits of the saved and loaded network, and the bytes of float weights and of the checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         gs_algos.save(net, folder)
         logits = predict(gs_algos.load(folder, fresh), data)

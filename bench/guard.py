@@ -1,4 +1,4 @@
-"""Whether figures that depend on nothing but the code got worse: rows measured now against rows that are kept."""
+"""Finds figures that depend on nothing but the code and got worse: rows measured now against rows that are kept."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def worse(kept: Iterable[dict[str, Any]], now: Iterable[dict[str, Any]]) -> list[str]:
-    """One sentence for each figure that grew by more than `SLACK`, and for each row that is gone; new ones are fine.
+    """Returns a sentence for each figure that grew by more than `SLACK` and each row that is gone; new rows are fine.
 
     Rows made with other versions of torch or triton say nothing about our code: then there is nothing to compare.
     """

@@ -1,4 +1,4 @@
-"""What packing costs a language model and what it saves: `python -m bench.language --model FILE_OR_FOLDER --text FILE`.
+"""Measures what packing costs a language model: `python -m bench.language --model FILE_OR_FOLDER --text FILE`.
 
 One row per width: perplexity on the first tokens of the text (fp32 arithmetic, so that only the weights differ), tokens
 per second of greedy generation in bf16 against the bf16 model of the same run, bytes of the tensor files, peak memory.
@@ -132,7 +132,7 @@ def run_task(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prepare(task: dict[str, Any]) -> dict[str, Any]:
-    """The float model as fp32 and bf16 folders, and the tokens of the text."""
+    """Writes the float model as fp32 and bf16 folders, and reads the tokens of the text."""
     work = Path(task["work"])
     model, tokenizer = load_language_model(task["model"], dtype=torch.float32)
     words = Path(task["text"]).read_text(encoding="utf-8")[: task["tokens"] * 16]
@@ -177,7 +177,7 @@ def _perplexity(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _generate(task: dict[str, Any]) -> dict[str, Any]:
-    """Greedy tokens per second behind the first, bytes on disk, and the peak memory of this process."""
+    """Measures greedy tokens per second behind the first, bytes on disk, and the peak memory of this process."""
     folder = _folder(task, "bfloat16")
     skeleton(folder)
     imported = _memory("VmRSS")  # transformers and the classes of the model, which every row needs
@@ -201,7 +201,7 @@ def _generate(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _memory(key: str) -> int:
-    """Of this process, in bytes: VmRSS now, VmHWM at its peak."""
+    """Returns the memory of this process in bytes: VmRSS now, VmHWM at its peak."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line for line in status.splitlines() if line.startswith(key)).split()[1])
 

@@ -1,4 +1,4 @@
-"""How much memory a network takes, and a call at its peak."""
+"""Measures how much memory a network takes, and a call at its peak."""
 
 from __future__ import annotations
 
@@ -36,6 +36,6 @@ def peak_bytes(device: str | torch.device, call: Callable[[], Any]) -> int:
 
 
 def nbytes_of(net: nn.Module) -> int:
-    """Of parameters and buffers, each storage once."""
+    """Counts the bytes of parameters and buffers, each storage once."""
     storages = {t.untyped_storage()._cdata: t.nbytes for t in (*net.parameters(), *net.buffers())}
     return sum(storages.values())

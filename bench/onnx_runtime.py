@@ -1,4 +1,4 @@
-"""Whether ONNX Runtime predicts what our converted networks do: `python -m bench.onnx_runtime --epochs 1 --amp`.
+"""Checks that ONNX Runtime predicts what our converted networks do: `python -m bench.onnx_runtime --epochs 1 --amp`.
 
 Two networks, over the whole test set: that of `bench.accuracy` with the same options, from the same states, as 8-bit
 QDQ, and an MLP with 4-bit weights as MatMulNBits. One row each says how far the logits are apart, and how many images
@@ -38,20 +38,20 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     try:
         data = accuracy.first_images(load_data(args.data), args.train_images).to(torch.device(args.device))
-        nets = {(args.model, args.recipe): trained(args, data), ("mlp", MLP_WEIGHTS): mlp(args, data)}
+        nets = {(args.model, args.setting): trained(args, data), ("mlp", MLP_WEIGHTS): mlp(args, data)}
     except (ValueError, Interrupted) as error:
         print(error, file=sys.stderr)
         return 2
-    for (model, recipe), net in nets.items():
-        about = {"model": model, "recipe": recipe, "data": data.name, "seed": args.seed}
-        row = {**about, "epochs": MLP_EPOCHS if recipe == MLP_WEIGHTS else args.epochs, **compare(net, data)}
+    for (model, setting), net in nets.items():
+        run = {"model": model, "recipe": setting, "data": data.name, "seed": args.seed}
+        row = {**run, "epochs": MLP_EPOCHS if setting == MLP_WEIGHTS else args.epochs, **compare(net, data)}
         path = record.append(row, kind="onnx_runtime", device=args.device)
         print(f"{model}: {row['accuracy']}, {row['parity']}, {row['nbytes']}, {row['operators']}; recorded in {path}")
     return 0
 
 
 def trained(args: argparse.Namespace, data: ImageData) -> nn.Module:
-    """The converted network of `bench.accuracy`."""
+    """Trains the converted network of `bench.accuracy`."""
     stages = accuracy.Stages(args, data)
     net = stages.fresh()
     stages.train(f"float{args.float_epochs}", net, stages.base)
@@ -59,7 +59,7 @@ def trained(args: argparse.Namespace, data: ImageData) -> nn.Module:
 
 
 def mlp(args: argparse.Namespace, data: ImageData) -> nn.Module:
-    """Three linear layers, trained as floats, then rounded to 4 bits."""
+    """Makes three linear layers, trained as floats, then rounded to 4 bits."""
     torch.manual_seed(args.seed)
     inputs = data.channels * data.image_size**2
     net = nn.Sequential(
@@ -70,7 +70,7 @@ def mlp(args: argparse.Namespace, data: ImageData) -> nn.Module:
 
 
 def compare(net: nn.Module, data: ImageData) -> dict[str, Any]:
-    """Ours against ONNX Runtime's logits of the exported network."""
+    """Compares our logits with ONNX Runtime's of the exported network."""
     import onnx
 
     ours = predict(net, data)
@@ -100,7 +100,7 @@ def apart(ours: Tensor, theirs: Tensor) -> dict[str, float]:
 
 
 def run_onnx(path: Path, data: ImageData, without: Sequence[str] = ()) -> Tensor:
-    """Logits of the test set, on the CPU, without these rewrites of the graph."""
+    """Runs the test set on the CPU without these rewrites of the graph; returns its logits."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -1,4 +1,4 @@
-"""What quantization does to a network with ImageNet weights, on photographs: `python -m bench.photographs`.
+"""Measures what quantization does to a network with ImageNet weights, on photographs: `python -m bench.photographs`.
 
 EfficientNet-Lite0 with the weights that its package ships, calibrated on the two photographs of scikit-learn and their
 mirror images, converted without training, and compared with the float network: the classes of the five largest logits

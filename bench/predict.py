@@ -1,4 +1,4 @@
-"""`python -m bench.predict FILE...`: how far measured rows are from what the cost model says they take at least.
+"""Compares measured rows with what the cost model says they take at least: `python -m bench.predict FILE...`.
 
 Of rows that `bench.run` wrote on a GPU that `gs_kernels.tuning.gpu_specs` describes. A ratio below 1 is an error of the
 model, or a call that did not do its work; one far above 1 is time that bytes, products and instructions do not explain.
@@ -43,7 +43,7 @@ class Compared:
 
 
 def predict_op(spec: OpSpec, shape: Shape, dtype: torch.dtype, direction: str, card: Card) -> list[Prediction]:
-    """What the kernels of one call of an op, "fwd" or "f+b", take at least on a card."""
+    """Predicts what the kernels of one call of an op, "fwd" or "f+b", take at least on a card."""
     case = spec.make(shape, dtype, torch.device("meta"), torch.Generator())
 
     def call() -> None:
@@ -73,7 +73,7 @@ def compare(rows: Iterable[dict[str, Any]]) -> list[Compared]:
 
 
 def summary(compared: Iterable[Compared]) -> list[str]:
-    """One line per op and card: how many rows, the ratios, and the shape with the worst."""
+    """Returns one line per op and card: how many rows, the ratios, and the shape with the worst."""
     groups: dict[tuple[str, str], list[Compared]] = defaultdict(list)
     for one in compared:
         groups[one.row["op"], one.card.name].append(one)

@@ -1,4 +1,4 @@
-"""Where results go: one JSON line each in `bench/results/<device>/<date>-<commit>.jsonl`, written at once.
+"""Records results: one JSON line each in `bench/results/<device>/<date>-<commit>.jsonl`, written at once.
 
     record.append({"op": "fake_quant", "ms_p50": 0.31}, kind="op")
 
@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def device_name(device: str) -> str:
-    """The GPU as its driver calls it, or the CPU as the operating system does."""
+    """Names the GPU as its driver calls it, or the CPU as the operating system does."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -67,7 +67,7 @@ def _code() -> dict[str, Any]:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Device, versions, commit and threads: everything but the code's own arguments that a number depends on."""
+    """Returns device, versions, commit, threads: everything but the code's own arguments that a number depends on."""
     return {
         "device": torch.device(device).type,
         "device_name": device_name(device),
@@ -87,7 +87,7 @@ def default_path(device: str) -> Path:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file.
+    """Reads the rows of a file.
 
     Raises:
         ValueError: if a line is not a JSON object; a last line that an interruption cut off is left out.

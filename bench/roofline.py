@@ -1,4 +1,4 @@
-"""The ceilings that results are compared with, measured on this device in this run: a copy, and matrix products."""
+"""Measures the ceilings that results are compared with, on this device in this run: a copy, and matrix products."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}  # read; as much again is written
 
 
 def copy_bandwidth(device: str, seconds: float = 1.0) -> float:
-    """Bytes read plus bytes written per second by `torch.Tensor.copy_`, beyond any cache, in GB/s."""
+    """Measures bytes read plus bytes written per second by `torch.Tensor.copy_`, beyond any cache, in GB/s."""
     nbytes = COPY_BYTES[torch.device(device).type]
     source = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
@@ -29,7 +29,7 @@ def product_peaks(device: str, seconds: float = 1.0) -> dict[str, float]:
 
 
 def copies_beyond_cache(nbytes: int, device: str) -> int:
-    """How many copies of a call's inputs and outputs it takes so that none is in the cache when its turn comes."""
+    """Returns how many copies of a call's inputs and outputs it takes so that none is in the cache at its turn."""
     if torch.device(device).type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size

@@ -91,7 +91,7 @@ def measure(
     ours_only: bool = False,
     without: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
-    """One row per provider; a provider that fails or disagrees has no times."""
+    """Times the job; returns one row per provider: a provider that fails or disagrees has no times."""
     nbytes, flops = job.cost()
     cases = job.make(device, copies_beyond_cache(job.spec.cost(job.shape, job.dtype).nbytes, device))
     generator = torch.Generator(device=device).manual_seed(1)
@@ -137,7 +137,7 @@ def measure(
 
 
 def note(row: dict[str, Any]) -> str:
-    """What a reader must know of a row beside its numbers."""
+    """Tells what a reader must know of a row beside its numbers."""
     if "error" in row:
         return f"failed: {row['error']}"
     differs = f"differs in {row['mismatch']:.3%} of elements, gradients by {row['grad_error']:.1e}"

@@ -1,4 +1,4 @@
-"""What vLLM's server gives eight clients: `python -m bench.serving FOLDER [FOLDER ...]`, in an environment with vLLM.
+"""Measures what vLLM's server gives eight clients: `python -m bench.serving FOLDER [FOLDER ...]`; needs vLLM.
 
 Each folder is served as a user would, the clients ask for greedy completions for a minute, and one row is recorded:
 requests, tokens per second, and the time that a request took. Any failed request ends the run, and so does a prompt
@@ -46,7 +46,7 @@ class Answer:
 
 @contextmanager
 def served(folder: str, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[Any]:
-    """A client of the OpenAI API of a vLLM server, which ends behind the block.
+    """Starts a vLLM server and yields a client of its OpenAI API; the server ends behind the block.
 
     Args:
         environment: the server's, that of this process if None.
@@ -89,7 +89,7 @@ def _wait(server: subprocess.Popen[bytes], url: str, log: Any) -> None:
 
 
 def ask(client: Any, prompt: str, tokens: int) -> Answer:
-    """A greedy completion."""
+    """Asks for a greedy completion."""
     started = time.perf_counter()
     settings = {"max_tokens": tokens, "temperature": 0, "logprobs": 1, "extra_body": {"return_token_ids": True}}
     choice = client.completions.create(model="model", prompt=prompt, **settings).choices[0]

@@ -1,4 +1,4 @@
-"""What the benchmarks time beside the shapes of the specs: the convolutions of known networks at 224 x 224.
+"""Lists what the benchmarks time beside the shapes of the specs: the convolutions of known networks at 224 x 224.
 
 Every distinct shape is there once.
 """

@@ -1,4 +1,4 @@
-"""`python -m bench.static`: what can be known of every kernel without a GPU, and a guard that it does not get worse.
+"""Reports what can be known of every kernel without a GPU: `python -m bench.static`; `--check` guards against worse.
 
 Nothing here is timed. Three tables go to `bench/results/static/`, as JSON lines and as one page to read:
 
@@ -47,7 +47,7 @@ bytes, matrix products and instructions. A run on a GPU takes longer; by how muc
 
 
 def versions() -> dict[str, Any]:
-    """Without the build: that of a GPU compiles no other kernels."""
+    """Returns versions without the build: that for a GPU compiles no other kernels."""
     return {key: str(record.environment("cpu")[key]).partition("+")[0] for key in ("torch", "triton")}
 
 
@@ -57,7 +57,7 @@ def _times(prediction: Prediction) -> dict[str, Any]:
 
 
 def kernel_rows(cards: Iterable[Card] = CARDS.values(), op: str | None = None) -> Iterator[dict[str, Any]]:
-    """One row per kernel of each case of the gate and card, also where the gate has no bounds for it.
+    """Yields one row per kernel of each case of the gate and card, also where the gate has no bounds for it.
 
     A case that a target does not compile gets a row with the reason.
     """
@@ -66,15 +66,15 @@ def kernel_rows(cards: Iterable[Card] = CARDS.values(), op: str | None = None) -
     for spec in specs():
         for case in spec.aot if op in (None, spec.name) else ():
             for card in cards:
-                about = {"case": f"{spec.name}/{case.name}", "target": card.target}
+                place = {"case": f"{spec.name}/{case.name}", "target": card.target}
                 try:
                     launches = launches_of(case, card.target)
                 except CompilationError as error:
                     if card.target in case.targets:
                         raise
-                    yield {**about, "why": str(error).splitlines()[-1]}
+                    yield {**place, "why": str(error).splitlines()[-1]}
                     continue
-                yield from (about | _kernel_row(launch, case, card) for launch in launches)
+                yield from (place | _kernel_row(launch, case, card) for launch in launches)
 
 
 def _kernel_row(launch: Launch, case: AotCase, card: Card) -> dict[str, Any]:
@@ -95,14 +95,14 @@ def _kernel_row(launch: Launch, case: AotCase, card: Card) -> dict[str, Any]:
 
 
 def op_shapes(spec: OpSpec) -> Iterator[tuple[str, Shape]]:
-    """Those that are for a GPU; of a group with more than `MANY`, some from its first to its last."""
+    """Yields the shapes that are for a GPU; of a group with more than `MANY`, some from its first to its last."""
     for group, shapes in bench_shapes(spec).items():
         step = 1 if len(shapes) <= MANY else len(shapes) // SOME
         yield from ((group, shape) for shape in shapes[::step] if group != "cpu")
 
 
 def op_rows(card: Card = CARDS["h100"], op: str | None = None) -> Iterator[dict[str, Any]]:
-    """One row per shape; beside products with packed weights, what a float one takes at least."""
+    """Yields one row per shape; beside products with packed weights, what a float one takes at least."""
     for spec in specs():
         for group, shape in op_shapes(spec) if op in (None, spec.name) else ():
             dtype = torch.bfloat16 if torch.bfloat16 in spec.tol else torch.float32
@@ -179,7 +179,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def check(folder: Path, cards: Iterable[Card] = CARDS.values()) -> list[str]:
-    """What is worse than the rows that are kept, one sentence each; of kernels, those for these cards."""
+    """Lists what is worse than the rows that are kept, one sentence each; of kernels, those for these cards."""
     cards = list(cards)
     kept = [row for row in record.read_rows(folder / "kernels.jsonl") if row["target"] in {c.target for c in cards}]
     return [

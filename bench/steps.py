@@ -1,4 +1,4 @@
-"""One training step of small networks, float and compressed: what it launches and keeps, counted without a GPU."""
+"""Counts one training step of small networks, float and compressed: what it launches and keeps, without a GPU."""
 
 from __future__ import annotations
 

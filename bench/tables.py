@@ -38,7 +38,7 @@ def shape_text(shape: dict[str, Any]) -> str:
 
 
 def last(rows: Rows, *keys: str) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """The last row of each combination of these keys, in the order in which the combinations came."""
+    """Picks the last row of each combination of these keys, in the order in which the combinations came."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in sorted(rows, key=lambda row: str(row.get("time", ""))):
         found[tuple(str(row.get(key)) for key in keys)] = row
@@ -46,11 +46,11 @@ def last(rows: Rows, *keys: str) -> dict[tuple[Any, ...], dict[str, Any]]:
 
 
 def accuracy(rows: Rows) -> str:
-    """Means over seeds of top-1; a row per network, data and recipe."""
+    """Tabulates means over seeds of top-1, a row per network, data and setting."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
     known = [row for row in rows if row["kind"] == "accuracy"]
-    for (model, data, recipe, _), row in last(known, "model", "data", "recipe", "seed").items():
-        groups[model, data, recipe].append(row)
+    for (model, data, setting, _), row in last(known, "model", "data", "recipe", "seed").items():
+        groups[model, data, setting].append(row)
 
     def mean(members: Rows, name: str) -> str:
         values = [row["accuracy"][name] for row in members if name in row["accuracy"]]
@@ -62,15 +62,15 @@ def accuracy(rows: Rows) -> str:
         return f"{sum(p['differing_predictions'] for p in parities)} of {images:,}" if parities else "-"
 
     lines = []
-    for (model, data, recipe), members in sorted(groups.items()):
+    for (model, data, setting), members in sorted(groups.items()):
         tops = [mean(members, name) for name in ("float", "float_continued", "trained", "converted")]
-        lines.append((model, data, recipe, len(members), *tops, differing(members)))
-    head = ("network", "data", "recipe", "seeds", "float", "float +", "trained", "converted", "differing predictions")
+        lines.append((model, data, setting, len(members), *tops, differing(members)))
+    head = ("network", "data", "setting", "seeds", "float", "float +", "trained", "converted", "differing predictions")
     return table(head, lines)
 
 
 def pruned(rows: Rows) -> str:
-    """What pruning, and what came after it, took off a network: each cell before -> after."""
+    """Tabulates what pruning, and what came after it, took off a network: each cell before -> after."""
 
     def cell(ends: Sequence[dict[str, Any]], key: str, batch: str | None, unit: float, digits: int) -> str:
         found = [end.get(key) if batch is None else end.get(key, {}).get(batch) for end in ends]
@@ -81,15 +81,15 @@ def pruned(rows: Rows) -> str:
     cuts = [row for row in rows if row["kind"] == "accuracy" and row["algorithm"] in ("scop", "prune")]
     known = [row for row in cuts if "sizes" in row]
     lines = []
-    for (model, data, recipe), row in sorted(last(known, "model", "data", "recipe").items()):
+    for (model, data, setting), row in sorted(last(known, "model", "data", "recipe").items()):
         before, *_, after = row["sizes"].values()
-        lines.append((model, data, recipe, *(cell((before, after), *column) for column in columns)))
-    head = ("network", "data", "recipe", "million numbers", "million multiply-adds", "one image ms", "64 images ms")
+        lines.append((model, data, setting, *(cell((before, after), *column) for column in columns)))
+    head = ("network", "data", "setting", "million numbers", "million multiply-adds", "one image ms", "64 images ms")
     return table((*head, "network MB", "64 images MB"), lines)
 
 
 def language(rows: Rows) -> str:
-    """A row per width of ours and of the float model; other libraries beside the row that has their setting."""
+    """Tabulates a row per width of ours and the float model; other libraries beside the row that has their setting."""
     known = last([row for row in rows if row["kind"] == "language"], "model", "provider", "weights", "embeddings")
     ours = [row for row in known.values() if row["provider"] in ("float", "golden-stick")]
     peers: dict[str, list[str]] = defaultdict(list)
@@ -109,7 +109,7 @@ def language(rows: Rows) -> str:
 
 
 def serving(rows: Rows) -> str:
-    """A row per width that vLLM served: one client's tokens per second, then those of many together."""
+    """Tabulates a row per width that vLLM served: one client's tokens per second, then those of many together."""
     known = last([row for row in rows if row["kind"] == "serving"], "model", "provider", "weights", "embeddings")
     lines = []
     for row in sorted(known.values(), key=lambda row: -row["nbytes_tensors"]):
@@ -123,7 +123,7 @@ def serving(rows: Rows) -> str:
 
 
 def products(rows: Rows) -> str:
-    """How many times a float product's speed: of qmatmul rows that were timed beside `float_linear`, per device."""
+    """Tabulates speed against a float product's, of qmatmul rows that were timed beside `float_linear`, per device."""
     keys = ("device_name", "instructions", "shape", "dtype")
     known = [row for row in rows if row["kind"] == "op" and row["op"] == "qmatmul" and "ms_p20" in row]
     ours = last([row for row in known if row["provider"] == "ours"], *keys)
@@ -146,7 +146,7 @@ OURS = ("ours", "torch", "compile")  # the first is measured against the others,
 
 
 def ops(rows: Rows) -> str:
-    """Of each call that was timed: ours, and how many times as long the others took."""
+    """Tabulates each call that was timed: ours, and how many times as long the others took."""
     keys = ("device_name", "instructions", "op", "shape", "dtype", "direction")
     known = last([row for row in rows if row["kind"] == "op" and "ms_p50" in row], *keys, "provider")
     calls: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = defaultdict(dict)
@@ -166,7 +166,7 @@ def ops(rows: Rows) -> str:
 
 
 def models(rows: Rows) -> str:
-    """A row per network and algorithm: its training step, then what it was converted to.
+    """Tabulates a row per network and algorithm: its training step, then what it was converted to.
 
     Times of float are those that the same commit measured.
     """
@@ -220,7 +220,7 @@ def convolutions(rows: Rows) -> str:
 
 
 def photographs(rows: Rows) -> str:
-    """What is left of a network's outputs on photographs, by how it was quantized."""
+    """Tabulates what is left of a network's outputs on photographs, by how it was quantized."""
     known = last([row for row in rows if row["kind"] == "photographs" and "sqnr_db" in row], "model", "setting")
     lines = []
     for (model, setting), row in known.items():
@@ -276,13 +276,13 @@ TABLES: dict[str, Callable[[Rows], str]] = {
 
 
 def all_rows(folder: Path) -> list[dict[str, Any]]:
-    """Of every measured file; static figures are no rows of this kind."""
+    """Reads the rows of every measured file; static figures are no rows of this kind."""
     files = [path for path in sorted(folder.glob("*/*.jsonl")) if path.parent.name != "static"]
     return [row for path in files for row in record.read_rows(path)]
 
 
 def fill(text: str, rows: Rows) -> str:
-    """The text with its tables made anew.
+    """Returns the text with its tables made anew.
 
     Raises:
         ValueError: if a table is not known, or has no rows.

@@ -104,7 +104,7 @@ LIBRARIES = {"torchvision": torchvision_entries, "timm": timm_entries, "transfor
 
 
 def smallest(names: list[str]) -> str:
-    """The network whose name has the smallest size in it, as far as names tell."""
+    """Picks the network whose name has the smallest size in it, as far as names tell."""
     return min(names, key=lambda name: (next((i for i, word in enumerate(SMALL) if word in name), 99), len(name), name))
 
 
@@ -141,7 +141,7 @@ _KEPT: list[torch.library.Library] = []  # a library that is collected takes its
 
 
 def walk(entry: Entry, options: dict[str, Any]) -> dict[str, Any]:
-    """One row: what was quantized, or the stage that failed and how."""
+    """Returns one row: what was quantized, or the stage that failed and how."""
     torch.manual_seed(0)
     row: dict[str, Any] = {"library": entry.library, "family": entry.family, "model": entry.name, "stage": "build"}
     start = time.monotonic()
@@ -202,7 +202,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 
 def train_once(model: nn.Module, inputs: Any, algo: SimQAT) -> None:
-    """One optimizer step on the mean square of every output."""
+    """Takes one optimizer step on the mean square of every output."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     output = call(model.train(), inputs)
     tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]

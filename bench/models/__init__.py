@@ -1,1 +1,1 @@
-"""Whole networks, compressed against float: latency, throughput, memory, training steps. `python -m bench.models`."""
+"""Measures whole networks, compressed against float, by `python -m bench.models`: times and memory."""

@@ -1,4 +1,4 @@
-"""Tokens per second of greedy generation with a language model in a folder, as it is stored (packed or float)."""
+"""Measures tokens per second of greedy generation by a language model as its folder holds it (packed or float)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROUNDS = 3  # the fastest counts
 
 
 def decode_rows(folder: Path, device: str, seconds: float) -> Iterator[dict[str, Any]]:
-    """One row: rate of tokens after the first, in bf16, batch 1; rounds go on for at least `seconds`."""
+    """Returns one row: rate of tokens after the first, in bf16, batch 1; rounds go on for at least `seconds`."""
     model, tokenizer = load_language_model(folder, device=device, dtype=torch.bfloat16)
     inputs = tokenizer(PROMPT, return_tensors="pt").to(device)
 

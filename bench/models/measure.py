@@ -1,4 +1,4 @@
-"""One network under one algorithm: a training step, then the converted network, each with its time and memory."""
+"""Measures time and memory of one network under one algorithm: a training step, then the converted network."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _time(call: Callable[[], Any], device: str, seconds: float) -> Timing:
 def measure(
     network: Network, algorithm: str, *, device: str, batch: int, quick: bool, seconds: float
 ) -> Iterator[dict[str, Any]]:
-    """Three rows: "train" (a step with SGD), "latency" (one input) and "throughput" (a batch) of what is converted.
+    """Yields three rows: "train" (a step with SGD), "latency" (one input), "throughput" (a batch) of what is converted.
 
     Images and the weights of convolutions are channels-last, which is what float networks are fastest with.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, record, roofline, run, timing
+from bench import accuracy, gpu, record, roofline, run, timing
 from bench.agree import agreement, step
 from gs_kernels.runtime.dispatch import INTERPRET
 from gs_kernels.runtime.opspec import Case, Cost, OpSpec, Tol
@@ -336,3 +336,8 @@ def test_small_shapes_call_every_op_forward_and_backward(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "specs", lambda: (_spec(),))
     assert gpu.main(["--small-shapes", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.startswith("2 calls")
+
+
+@pytest.mark.parametrize("option", ["--setting", "--recipe"])
+def test_the_setting_of_an_accuracy_run_is_also_taken_by_its_older_name(option):
+    assert accuracy.parser_of("accuracy", "").parse_args([option, "slb-w2"]).setting == "slb-w2"
