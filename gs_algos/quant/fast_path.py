@@ -1,4 +1,4 @@
-"""torch's fast path of transformer encoders, which reads the float weights of its layers past their forward.
+"""Turns off torch's fast path of transformer encoders, which reads float weights past the layers' forward.
 
 In eval mode without gradients `nn.TransformerEncoderLayer` is one fused call on the weights of its children, and
 `nn.TransformerEncoder` hands its layers nested tensors where there is a padding mask. Neither runs a layer that rounds.
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class OffFastPath:
-    """Base of modules that stand in a layer for its float weight, or round its input: the fast path would pass them."""
+    """Base of modules that replace a float weight or round an input: the fast path would skip them."""
 
 
 def leave_fast_path(model: nn.Module) -> None:

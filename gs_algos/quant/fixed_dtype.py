@@ -1,4 +1,4 @@
-"""Modules with buffers that a cast must leave as they are: codes, scales and zero points are data, not arithmetic."""
+"""Protects buffers from casts: codes, scales and zero points are data, whatever dtype a model computes in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 
 class FixedDtypeBuffers(nn.Module):
-    """`.to(dtype)`, `.half()` and the like pass over the buffers named in `fixed_dtype`; devices are followed."""
+    """Keeps the dtype of the buffers named in `fixed_dtype` under `.to(dtype)`, `.half()` and the like."""
 
     fixed_dtype: ClassVar[tuple[str, ...]] = ()
 

@@ -1,4 +1,4 @@
-"""In which order of axes a float convolution gives its result, and tensors with the strides that follow from it.
+"""Gives results of packed convolutions the strides that the float convolution's would have.
 
 Packed convolutions compute with their channels last whatever they are given. What reads their result may look at its
 strides (`.view`), so it is handed on in the order of the float layer: that of ATen, channels-last where the image or
@@ -16,7 +16,7 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def suggested(shape: Sequence[int], strides: Sequence[int]) -> torch.memory_format:
-    """The format that ATen derives from the strides of a tensor, also where they leave two open."""
+    """Returns the memory format that ATen derives from strides, also where they fit two."""
     if len(shape) not in CHANNELS_LAST or strides[1] == 0:
         return torch.contiguous_format
     least = 0
@@ -28,7 +28,7 @@ def suggested(shape: Sequence[int], strides: Sequence[int]) -> torch.memory_form
 
 
 def strides_in(shape: Sequence[int], memory_format: torch.memory_format) -> tuple[int, ...]:
-    """The strides of a dense tensor of this shape, as `torch.empty(shape, memory_format=memory_format)` has them."""
+    """Returns the strides of a dense tensor, those of `torch.empty(shape, memory_format=memory_format)`."""
     last = memory_format != torch.contiguous_format
     order = (1, *range(len(shape) - 1, 1, -1), 0) if last else range(len(shape) - 1, -1, -1)
     strides, step = [0] * len(shape), 1
@@ -39,7 +39,7 @@ def strides_in(shape: Sequence[int], memory_format: torch.memory_format) -> tupl
 
 
 def laid(y: Tensor, strides: Sequence[int]) -> Tensor:
-    """y with these strides, those of a dense tensor: itself, a view where only axes of size 1 differ, else a copy."""
+    """Returns y with these dense strides: itself, a view where only axes of size 1 differ, else a copy."""
     if y.stride() == tuple(strides):
         return y
     if all(n == 1 or a == b for n, a, b in zip(y.shape, y.stride(), strides, strict=True)):

@@ -1,4 +1,4 @@
-"""The range that a tensor is clipped to: its extremes, a percentile, or the range of least squared error."""
+"""Finds the range that a tensor is clipped to: its extremes, a percentile, or the range of least squared error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MSE_SMALLEST = 0.2
 
 @torch.no_grad()
 def clip_ratio(rows: Tensor, scheme: Scheme) -> Tensor:
-    """Share of each row's extremes to keep, `[C]` in (0, 1], from `rows [C, n]` fp32.
+    """Finds the share of each row's extremes to keep, `[C]` in (0, 1], from `rows [C, n]` fp32.
 
     percentile: the quantile of |x| over its maximum. mse: the ratio r of MSE_STEPS whose grid, stretched over
     [r*min, r*max], gives the least sum of squared errors; 1 for the other observers.
@@ -24,8 +24,8 @@ def clip_ratio(rows: Tensor, scheme: Scheme) -> Tensor:
         largest = rows.abs().amax(1)
         # torch.quantile takes at most 16M elements: kthvalue has no such limit and needs no interpolation
         k = max(1, min(rows.shape[1], round(share * rows.shape[1])))
-        kept = rows.abs().kthvalue(k, dim=1).values
-        return torch.where(largest > 0, kept / largest, torch.ones_like(kept)).clamp(min=1e-3)
+        bound = rows.abs().kthvalue(k, dim=1).values
+        return torch.where(largest > 0, bound / largest, torch.ones_like(bound)).clamp(min=1e-3)
     if scheme.observer != "mse" and not scheme.learned:
         return rows.new_ones(rows.shape[0])
     low, high = rows.amin(1), rows.amax(1)
@@ -42,6 +42,6 @@ def clip_ratio(rows: Tensor, scheme: Scheme) -> Tensor:
 
 @torch.no_grad()
 def search_range(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """(min, max) `[C]` of `rows [C, n]` fp32 under the scheme's observer; learnt schemes start at the least error."""
+    """Returns (min, max) `[C]` of `rows [C, n]` fp32 by the scheme's observer; least error if it is learnt."""
     ratio = clip_ratio(rows, scheme)
     return rows.amin(1) * ratio, rows.amax(1) * ratio

@@ -1,4 +1,4 @@
-"""Live batch norms behind quantized layers: their class is swapped, their parameters and statistics stay."""
+"""Swaps the class of live batch norms behind quantized layers; their parameters and statistics stay."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from gs_algos.core.modules import swapped_class
 from gs_kernels.runtime.torch_private import _BatchNorm
 
-_normed = WeakTensorKeyDictionary()  # of an input: the batch norm, the input's version (None: not counted), the output
+_normalized = WeakTensorKeyDictionary()  # input -> the batch norm, the input's version (None: not counted), the output
 
 
 class WithChildren(_BatchNorm):
@@ -24,7 +24,7 @@ class WithChildren(_BatchNorm):
 
 
 class CoupledBatchNorm(WithChildren):
-    """A batch norm that shares its work with the layer in front."""
+    """Base of batch norms that share their work with the layer in front."""
 
     @property
     def qconfig(self) -> None:
@@ -37,7 +37,7 @@ class CoupledBatchNorm(WithChildren):
 
 
 class BypassedBatchNorm(CoupledBatchNorm):
-    """The batch norm of a two-conv fold: its work is done in the conv; it keeps its parameters and statistics."""
+    """Passes its input through: in a two-conv fold the conv normalizes, with this norm's parameters and statistics."""
 
     prefix = "BypassedBatchNorm"
 
@@ -46,7 +46,7 @@ class BypassedBatchNorm(CoupledBatchNorm):
 
 
 class Freezable(CoupledBatchNorm):
-    """A batch norm that uses its running statistics once `frozen` (bool [1]) is set, without recompiling."""
+    """Normalizes by its running statistics once `frozen` (bool [1]) is set, without recompiling."""
 
     prefix = "Freezable"
     frozen: Tensor
@@ -68,38 +68,38 @@ class Freezable(CoupledBatchNorm):
 
 
 class PrecomputedBatchNorm(WithChildren):
-    """A batch norm whose output the layer in front may have made too, in a way of its own: the input brings it along.
+    """Returns the output that the layer in front has computed and attached to its own (`attach_normalized`), if any.
 
-    What has changed the input in place since, a hook for one, undoes that. And one that takes its place, as
-    `SyncBatchNorm.convert_sync_batchnorm` makes it, still has the input it expects.
+    An input that was changed in place since, by a hook for one, is normalized as usual. A norm that replaces this one,
+    as `SyncBatchNorm.convert_sync_batchnorm` does, still gets the input it expects.
     """
 
     prefix = "PrecomputedBatchNorm"
 
     def forward(self, x: Tensor) -> Tensor:
-        found = None if torch.compiler.is_compiling() else _normed.pop(x, None)
-        if found is None or found[:2] != (self, _version(x)):
+        attached = None if torch.compiler.is_compiling() else _normalized.pop(x, None)
+        if attached is None or attached[:2] != (self, _version(x)):
             return super().forward(x)
         if not torch.is_grad_enabled():
-            return self._behind(found[2])
+            return self._behind(attached[2])
         own = (self.running_mean, self.running_var, self.weight, self.bias)
-        return self._behind(with_values(nn.functional.batch_norm(x, *own, False, 0.0, self.eps), found[2]))
+        return self._behind(with_values(nn.functional.batch_norm(x, *own, False, 0.0, self.eps), attached[2]))
 
 
-def attach_normalized(y: Tensor, bn: PrecomputedBatchNorm, normed: Tensor) -> Tensor:
-    """y, the input of a batch norm, with what the batch norm shall give."""
-    _normed[y] = (bn, _version(y), normed)
+def attach_normalized(y: Tensor, bn: PrecomputedBatchNorm, normalized: Tensor) -> Tensor:
+    """Attaches to y, the input of a batch norm, the output that the norm shall return for it."""
+    _normalized[y] = (bn, _version(y), normalized)
     return y
 
 
 def move_normalized(y: Tensor, new: Tensor) -> Tensor:
-    """new, with what y was to bring along."""
-    found = _normed.pop(y, None)
-    return new if found is None else attach_normalized(new, found[0], found[2])
+    """Moves the output attached to y, if any, to `new`."""
+    attached = _normalized.pop(y, None)
+    return new if attached is None else attach_normalized(new, attached[0], attached[2])
 
 
 def with_values(y: Tensor, values: Tensor) -> Tensor:
-    """values, with the gradients of y."""
+    """Returns the values with the gradients of y."""
     return values + (y - y.detach())
 
 
@@ -114,7 +114,7 @@ def swap_norm(bn: _BatchNorm, mixin: type[WithChildren], norm_children: tuple[nn
 
 
 def per_channel(values: Tensor, y: Tensor) -> Tensor:
-    """`[O]` as a factor of `y [B, O, ...]`, in y's dtype."""
+    """Shapes `[O]` as a factor of `y [B, O, ...]`, in y's dtype."""
     return values.to(y.dtype).view(-1, *[1] * (y.dim() - 2))
 
 
@@ -129,14 +129,14 @@ def running_mean(bn: _BatchNorm) -> Tensor:
 
 
 def affine(bn: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """(gamma, beta) `[O]` fp32; ones and zeros if the batch norm has none."""
+    """Returns (gamma, beta) `[O]` fp32; ones and zeros if the batch norm has none."""
     ones = torch.ones_like(running_mean(bn))
     return (ones if bn.weight is None else bn.weight.float(), 0 * ones if bn.bias is None else bn.bias.float())
 
 
 @torch.no_grad()
 def update_running(bn: _BatchNorm, mean: Tensor, var: Tensor, n: int, frozen: Tensor) -> None:
-    """What a batch norm does to its running statistics after a batch: mean and (biased) var `[O]`, of n values each."""
+    """Updates the running statistics as a batch norm does: mean and (biased) var `[O]`, of n values each."""
     assert bn.running_mean is not None and bn.running_var is not None and bn.num_batches_tracked is not None
     moving = (~frozen).float()
     bn.num_batches_tracked.add_((~frozen).long().view(()))

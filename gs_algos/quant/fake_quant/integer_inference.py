@@ -1,9 +1,9 @@
-"""Inference of a trained layer on whole numbers, so that it gives what its converted form gives, bit for bit.
+"""Runs trained layers on whole numbers in eval mode, so that they agree with their converted form bit for bit.
 
-In eval mode, a layer whose input is on a grid multiplies the steps themselves, codes less their zero points: in fp32,
-where sums of whole numbers are exact in any order as long as they stay below 2**24. What follows them has the order of
+In eval mode, a layer whose input is on a grid multiplies centered codes, codes less their zero points: in fp32, where
+sums of whole numbers are exact in any order as long as they stay below 2**24. What follows them has the order of
 `gs_kernels.qconv2d_int8`: scale of the weight, scale of the input, bias. The batch norm behind is folded into scale and
-bias, and gives what the layer so found.
+bias, and returns what the layer so computed.
 
 Where weight and input have 8 bits, a bias is a whole number of the sums' steps, as the int32 biases of integer engines
 are (Jacob et al. 2018, arXiv:1712.05877, section 2.4); wider steps would move it too far.
@@ -38,7 +38,7 @@ WHOLE = 2**24  # fp32 holds every whole number up to here
 
 
 class IntegerEval(nn.Module):
-    """What a fake-quantized or searched layer needs to run on integers. Mixed in front of the layer's own class."""
+    """Lets a fake-quantized or searched layer run on integers in eval. Mixed in front of the layer's own class."""
 
     input_quantizer: ActivationQuantizer | None
     output_quantizer: ActivationQuantizer | None
@@ -46,7 +46,7 @@ class IntegerEval(nn.Module):
     _bn: tuple[_BatchNorm, ...] = ()  # in a tuple: a module attribute would register the batch norm a second time
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """What the layer does with a weight `[O, ...]` and a bias."""
+        """Multiplies x with a weight `[O, ...]`, as the float layer does, and adds the bias."""
         raise AssertionError("every IntegerEval layer has a product")
 
     def quantized_input(self, x: Tensor) -> Tensor:
@@ -56,29 +56,29 @@ class IntegerEval(nn.Module):
         return y if self.output_quantizer is None else self.output_quantizer(y)
 
     def weight_scheme(self) -> Scheme | LevelGrid:
-        """The grid of the weight."""
+        """Returns the grid of the weight."""
         raise AssertionError("every IntegerEval layer has a weight")
 
     def centered_weight(self) -> tuple[Tensor, Tensor] | None:
-        """The weight in steps of its grid `[O, ...]`, and its scales `[O]` fp32; None if a row has several, or none."""
+        """Returns the weight's centered codes `[O, ...]` and scales `[O]` fp32; None unless a row has one."""
         raise AssertionError("every IntegerEval layer has a weight")
 
     def slope(self, bn: _BatchNorm) -> Tensor:
-        """What the batch norm multiplies the product with the quantized weight by, `[O]` fp32, in eval mode."""
+        """Returns the factor `[O]` fp32 that the batch norm applies to the quantized product in eval mode."""
         return affine(bn)[0] / running_sigma(bn)
 
     def unfolded(self, scale: Tensor) -> Tensor:
-        """The scales `[O]` without what a fold in training took from the batch norm."""
+        """Returns the scales `[O]` without what a fold in training took from the batch norm."""
         return scale
 
     def epilogue(self, bn: _BatchNorm) -> tuple[Tensor, Tensor]:
-        """(slope, bias) `[O]` fp32 with `BN(conv(x, W) + b) = slope * conv(x, W_quantized) + bias` in eval mode."""
+        """Returns fp32 (slope, bias) `[O]`: `BN(conv(x, W) + b) = slope * conv(x, W_quantized) + bias` in eval mode."""
         gamma, beta = affine(bn)
         offset = -running_mean(bn) if self.bias is None else self.bias.float() - running_mean(bn)
         return self.slope(bn), beta + gamma / running_sigma(bn) * offset
 
     def evaluated(self, x: Tensor, on_floats: Callable[[Tensor], Tensor]) -> Tensor:
-        """The layer's output: by `on_floats`, or on integers with the gradients that `on_floats` has."""
+        """Computes the layer by `on_floats`, or on integers with the gradients that `on_floats` has."""
         if self.training:
             return on_floats(x)
         with torch.no_grad():
@@ -91,7 +91,7 @@ class IntegerEval(nn.Module):
         return move_normalized(whole, with_values(y, whole)) if y.requires_grad else whole
 
     def _on_integers(self, x: Tensor) -> Tensor | None:
-        """The layer's output, which brings that of its batch norm along; None where floats are to be multiplied."""
+        """Computes the layer, and attaches the output of its batch norm; None where floats must be multiplied."""
         bn = self._bn[0] if self._bn else None
         weight = self.centered_weight() if self._runs_on_integers(x, bn) else None
         quantizer = self.input_quantizer
@@ -121,23 +121,23 @@ class IntegerEval(nn.Module):
 
 
 def from_sums_(sums: Tensor, scale: Tensor, x_scale: Tensor, bias: Tensor | None, axes: tuple[int, ...]) -> Tensor:
-    """`sums * scale * x_scale + bias`, in this order and in place; axes: of `[O]` beside sums."""
+    """Computes `sums * scale * x_scale + bias`, in this order and in place; axes: of `[O]` beside sums."""
     sums.mul_(scale.view(axes)).mul_(x_scale)
     return sums if bias is None else sums.add_(bias.float().view(axes))
 
 
 def centered_codes(values: Tensor, scale: Tensor) -> Tensor:
-    """values / scale of what is on a grid, to the half steps that zero points come in. NaN stays NaN."""
+    """Divides values on a grid by its scale, exactly: to the half steps that zero points come in. NaN stays NaN."""
     return (values / (0.5 * scale)).round_().mul_(0.5)
 
 
 def rounds_bias(weight: Scheme | LevelGrid, x: Scheme) -> bool:
-    """Whether the bias of a layer with these grids is a whole number of steps."""
+    """Says whether the bias of a layer with these grids is rounded to whole steps of its sums."""
     return weight.bits == x.bits == 8
 
 
 def rounded_bias(bias: Tensor, scale: Tensor, x_scale: Tensor) -> Tensor:
-    """The bias `[O]` fp32 to whole steps of the sums, `scale * x_scale`; as it is where fp32 does not count them."""
+    """Rounds the bias `[O]` fp32 to whole steps of the sums, `scale * x_scale`; larger than 2**24 steps it stays."""
     step = scale * x_scale
     count = torch.round(bias.float() / step)
     return torch.where(count.abs() < WHOLE, count * step, bias.float())

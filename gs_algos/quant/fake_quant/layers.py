@@ -1,4 +1,4 @@
-"""Live layers with fake-quant inside: the class of a `nn.Linear` or `nn.Conv*d` is swapped, its parameters stay.
+"""Turns live `nn.Linear` and `nn.Conv*d` into fake-quantized layers: their class is swapped, their parameters stay.
 
 A swapped layer gains up to three children: `input_quantizer`, `weight_quantizer`, `output_quantizer`. With a batch norm
 behind it (Jacob et al. 2018, arXiv:1712.05877, section 3.2; Krishnamoorthi 2018, arXiv:1806.08342, section 3.2.2):
@@ -44,7 +44,7 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class FakeQuantized(IntegerEval):
-    """What every swapped layer shares. The class is mixed in front of the layer's own."""
+    """Base of fake-quantized layers. Mixed in front of the layer's own class."""
 
     prefix = "FakeQuant"
     weight_quantizer: WeightQuantizer
@@ -55,11 +55,11 @@ class FakeQuantized(IntegerEval):
         return self.quantized_output(self.evaluated(input, self.on_floats))
 
     def on_floats(self, x: Tensor) -> Tensor:
-        """The layer's output from fake-quantized floats."""
+        """Computes the layer from fake-quantized floats."""
         return self.product(self.quantized_input(x), self.weight_quantizer(self.weight), self.bias)
 
     def folded_weight(self) -> Tensor:
-        """The float tensor whose quantized form the layer multiplies with, in eval mode."""
+        """Returns the float weight that is quantized in eval mode, batch norm folded in where the layer does so."""
         return self.weight
 
     def weight_scheme(self) -> Scheme:
@@ -85,7 +85,7 @@ class _FakeQuantConv(FakeQuantized):
 
 
 class Folded(_FakeQuantConv):
-    """A conv that multiplies its weight by f = gamma / sigma before quantizing it; `sigma [O]`: at the last step."""
+    """Multiplies its weight by f = gamma / sigma before quantizing it; `sigma [O]` is that of the last step."""
 
     sigma: Tensor
 
@@ -101,7 +101,7 @@ class Folded(_FakeQuantConv):
         self.sigma.copy_(running_sigma(self.batch_norm()))
 
     def factor(self) -> tuple[Tensor, Tensor]:
-        """(f, ratio) `[O]` fp32: f is gamma / sigma pushed away from zero, ratio = gamma / sigma / f remains to apply.
+        """Returns (f, ratio) `[O]` fp32: f is gamma / sigma kept off zero, ratio = gamma / sigma / f remains to apply.
 
         sigma is as of the last step in training, and the batch norm's own in eval. ratio is 1 except where gamma is ~0.
         """
@@ -160,7 +160,7 @@ class _TwoConvFolded(Folded):
         return y * per_channel(ratio, y) + per_channel(bias, y)
 
     def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, sigma) `[O]` fp32 of conv(x, W) + b with float weights; moves the running ones, unless frozen."""
+        """Returns (mean, sigma) `[O]` fp32 of conv(x, W) + b in floats; updates the running ones unless frozen."""
         y = self._conv_forward(x, self.weight, self.bias).float()
         bn = self.batch_norm()
         axes = [0, *range(2, y.dim())]
@@ -170,7 +170,7 @@ class _TwoConvFolded(Folded):
 
 
 class _QuantizedOutput(nn.Module):
-    """A live module whose output is quantized, because an add or concat reads it."""
+    """Quantizes the output of a live module, because an add or concat reads it."""
 
     prefix = "OutputQuantized"
     output_quantizer: nn.Module
@@ -180,7 +180,7 @@ class _QuantizedOutput(nn.Module):
 
 
 def scaled_rows(weight: Tensor, f: Tensor) -> Tensor:
-    """`weight [O, ...] * f [O]`."""
+    """Returns `weight [O, ...] * f [O]`."""
     return weight * f.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))
 
 
@@ -223,5 +223,5 @@ def give_output_quantizer(module: Any, quantizer: ActivationQuantizer) -> None:
 
 
 def class_given(module: nn.Module) -> type[nn.Module]:
-    """The class that a live module had before `give_output_quantizer`."""
+    """Returns the class that a live module had before `give_output_quantizer`."""
     return type(module).__bases__[1] if isinstance(module, _QuantizedOutput) else type(module)

@@ -1,4 +1,4 @@
-"""Modules that fake-quantize one tensor: a weight, whose range is read in each forward, or an activation.
+"""Defines the modules that fake-quantize one tensor: a weight, whose range is read in each forward, or an activation.
 
 An activation quantizer uses the range of the previous steps and collects the extremes of this one in `pending`, in the
 same pass. `update_ranges` moves them into the range, for all quantizers of a network at once, between two steps. So the
@@ -23,12 +23,12 @@ from gs_kernels import PerTensor, choose_qparams, dynamic_fake_quant, fake_quant
 from gs_kernels.runtime.torch_private import foreach_add_, foreach_copy_
 
 STATE = ("scale", "zero", "clip", "range")  # fp32 whatever the model is cast to
-WIDEST = torch.finfo(torch.float32).max / 2  # end of a range that is still followed: its double is finite
+WIDEST = torch.finfo(torch.float32).max / 2  # end of a range that is still tracked: its double is finite
 SMALLEST_SCALE = 2.0**-40  # a learnt step is clamped to this after each optimizer step, so that it stays positive
 
 
 def scale_gradient(value: Tensor, factor: float) -> Tensor:
-    """The value itself, bit for bit, with its gradient multiplied by `factor` (LSQ, arXiv:1902.08153, section 2.2)."""
+    """Returns the value, bit for bit, with its gradient multiplied by `factor` (LSQ, arXiv:1902.08153, section 2.2)."""
     part = value * factor
     return value.detach() + (part - part.detach())
 
@@ -38,7 +38,7 @@ def round_straight_through(value: Tensor) -> Tensor:
 
 
 class Quantizer(nn.Module, OffFastPath):
-    """What both kinds share: fp32 state whatever dtype the model is cast to, the delay gate, and learnt steps.
+    """Base of both kinds: fp32 state whatever dtype the model is cast to, a gate that delays rounding, learnt scales.
 
     State: `scale [C]`, `zero [C]` fp32, real = (q - zero) * scale; parameters where the scheme says `lsq`.
     """
@@ -74,7 +74,7 @@ class Quantizer(nn.Module, OffFastPath):
         return {"scale": POSITIVE, "zero": whole_within(self.scheme.qmin, self.scheme.qmax)}
 
     def grid(self) -> tuple[Tensor, Tensor]:
-        """(scale, zero) `[C]` as the forward uses them, detached: a learnt zero point is rounded."""
+        """Returns (scale, zero) `[C]` as the forward uses them, detached: a learnt zero point is rounded."""
         zero = self.zero.detach()
         return self.scale.detach(), zero.round() if isinstance(self.zero, nn.Parameter) else zero
 
@@ -95,10 +95,10 @@ class Quantizer(nn.Module, OffFastPath):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
         before = {name: t.detach() for name in STATE if isinstance(t := getattr(self, name, None), Tensor)}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, kept in before.items():
+        for name, fp32 in before.items():
             tensor = getattr(self, name)
-            if tensor.dtype != kept.dtype:  # a cast of the model is for its arithmetic; the device is followed
-                tensor.data = kept.to(tensor.device)
+            if tensor.dtype != fp32.dtype:  # a cast of the model is for its arithmetic; the device is followed
+                tensor.data = fp32.to(tensor.device)
         return self
 
     def extra_repr(self) -> str:
@@ -141,7 +141,7 @@ class WeightQuantizer(Quantizer):
         return self._gated(self._fake_quant(weight)[0], weight)
 
     def qparams(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """scale and zero `[C]` fp32 that `forward` uses for this weight."""
+        """Returns the scale and zero `[C]` fp32 that `forward` uses for this weight."""
         with torch.no_grad():
             _, scale, zero = self._fake_quant(weight)
         return scale, zero
@@ -161,7 +161,7 @@ class WeightQuantizer(Quantizer):
 
 
 class ActivationQuantizer(Quantizer):
-    """Fake-quantizes an activation with one scale, and follows its range.
+    """Fake-quantizes an activation with one scale, and tracks its range.
 
     State besides scale and zero: `range [2]` fp32 = (-min, max); `steps [1]` int64 = merges so far.
     `pending [2]` = (-min, max) of the batches since the last merge; it is no buffer, so DDP never overwrites it.
