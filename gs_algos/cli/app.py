@@ -1,4 +1,4 @@
-"""The commands and their options. What each does is in a file of its own: demo.py, describe.py, language.py, ..."""
+"""Declares the commands and their options. Each runs a function in a file of its own: demo.py, language.py, ..."""
 
 from __future__ import annotations
 

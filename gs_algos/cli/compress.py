@@ -34,7 +34,7 @@ KNOCKOFF_BATCHES = 64  # of training images that a knock-off generator is fitted
 
 @dataclass(frozen=True)
 class Row:
-    """One network of the run. ms: median milliseconds of a forward, by batch size."""
+    """Is one network of the run. ms: median milliseconds of a forward, by batch size."""
 
     name: str
     accuracy: float

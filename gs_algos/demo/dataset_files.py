@@ -91,7 +91,7 @@ def read_array_pickle(path: Path) -> Any:
 
 
 class _Refused(ValueError):
-    """The file is a pickle, but of something else."""
+    """Says that the file is a pickle, but of something else."""
 
 
 class _ArrayMachine:

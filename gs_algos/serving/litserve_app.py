@@ -230,7 +230,7 @@ def _flat(value: Any, package_input: PackageInput) -> list[Any]:
 
 
 def _shape(value: Any, deepest: int = 16) -> list[int]:
-    """The lengths of the first list, of its first, and so on."""
+    """Returns the lengths of the first list, of its first, and so on."""
     sizes: list[int] = []
     while isinstance(value, list) and len(sizes) < deepest:
         sizes.append(len(value))

@@ -46,7 +46,7 @@ NAMES = {part: part for part in WEIGHT_TENSORS}  # of the parameters
 
 
 class GoldenStickVllmConfig(QuantizationConfig):
-    """The `quantization_config` of config.json: which layers are packed, and how."""
+    """Reads the `quantization_config` of config.json: which layers are packed, and how."""
 
     def __init__(self, config: PackedConfig) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class GoldenStickVllmConfig(QuantizationConfig):
 
 
 class LevelsParameter(BasevLLMParameter):
-    """The table of levels of each stacked layer, `[layers, 2**bits]`, or `[2**bits]` of one: whole in every process."""
+    """Holds the levels of each stacked layer, `[layers, 2**bits]`, or `[2**bits]` of one: whole in every process."""
 
     def load_merged_column_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
         part = self.data[self._shard_id_as_int(kwargs["shard_id"])] if self.data.dim() > 1 else self.data
@@ -117,7 +117,7 @@ class LevelsParameter(BasevLLMParameter):
 
 @register_weight_loader_v2_supported_method
 class GoldenStickLinearMethod(LinearMethodBase):
-    """A linear layer, or several that vLLM stacks into one, with packed weights.
+    """Computes a linear layer, or several that vLLM stacks into one, with packed weights.
 
     Args:
         format: of the whole weight, uncut, the layers stacked.
@@ -170,7 +170,7 @@ class GoldenStickLinearMethod(LinearMethodBase):
         return GroupQuantScaleParameter(input_dim=1, output_dim=0, **both)
 
     def _strict(self, part: str, loader: Callable[..., None]) -> Callable[..., None]:
-        """The loader, which would cast silently, behind a check; counts what was filled."""
+        """Wraps the loader, which would cast silently, in a check of the dtype; counts what was filled."""
 
         def load(param: nn.Parameter, loaded: Tensor, *args: Any, **kwargs: Any) -> None:
             if loaded.dtype != param.dtype:
@@ -207,14 +207,14 @@ class GoldenStickLinearMethod(LinearMethodBase):
 
 
 class GoldenStickEmbeddingMethod(GoldenStickLinearMethod):
-    """An embedding, or the head of a language model, with a packed table; rows that pad the vocabulary are zero."""
+    """Computes an embedding or a head with a packed table, whose rows that pad the vocabulary are zero."""
 
     def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
         rows = rows_of(self.weight(layer), ids.reshape(-1))
         return dequantize_packed(rows, self.dtype).view(*ids.shape, -1)
 
     def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
-        """The head uses the table of the embedding, and has none of its own."""
+        """Has the head use the table of the embedding, and removes its own."""
         for part in self.filled:
             delattr(layer, part)
         layer.quant_method = TiedMethod(embed_tokens)
@@ -222,7 +222,7 @@ class GoldenStickEmbeddingMethod(GoldenStickLinearMethod):
 
 
 class TiedMethod(LinearMethodBase):
-    """A head whose table belongs to an embedding."""
+    """Computes a head whose table belongs to an embedding."""
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner

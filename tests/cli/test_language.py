@@ -23,9 +23,8 @@ from gs_algos.llm.perplexity import perplexity
 from gs_algos.llm.quantize_checkpoint import quantize_checkpoint
 from gs_algos.quant.packed.module import Packed
 from tests.helpers import relative_rms, same_bits
-from tests.nets.language_models import WORDS, save_folder, save_gguf, tiny_llama
+from tests.nets.language_models import WORDS, logits, save_folder, save_gguf, tiny_llama
 
-IDS = torch.tensor([[1, 3, 4, 5, 9, 20]])
 TEXT = " ".join(WORDS * 6)
 
 
@@ -49,11 +48,6 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     return path
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -1,16 +1,13 @@
 """SLB works wherever torch ops do: opcheck, one compiled graph with its optimizer step, export, traces for a GPU."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch._subclasses.functional_tensor import dispatch_functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from gs_kernels import slb_adamw_, slb_pack, slb_sgd_, slb_weight
 from gs_kernels.runtime.dispatch import INTERPRET
 from tests.helpers import DEVICE, relative_rms, same_bits
+from tests.kernels.traces import pretend_sm_90, traced_launches
 
 if INTERPRET:
     pytest.skip("TRITON_INTERPRET=1: kernels run eagerly only, nothing can be traced", allow_module_level=True)
@@ -113,23 +110,12 @@ def test_export_keeps_the_op_as_one_node():
     assert torch.equal(program.module()(x), net(x))
 
 
-@pytest.fixture
-def sm_90(monkeypatch):
-    """A GPU for Triton to compile for, as far as PyTorch asks when it traces a launch."""
-    runtime = pytest.importorskip("triton.runtime", reason="Triton is not installed: there are no kernels")
-    from triton.backends.compiler import GPUTarget
-
-    driver = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
-    monkeypatch.setattr(runtime.driver, "_active", driver)
-
-
 def launches(run, *args):
-    """What each Triton launch writes, in the graph that AOTAutograd hands to a compiler."""
-    graph = make_fx(dispatch_functionalize(run))(*args).graph
-    return [n.kwargs["tensors_to_clone"] for n in graph.nodes if "triton_kernel_wrapper" in str(n.target)]
+    return traced_launches(run, *args)[0]
 
 
-def test_traced_for_a_gpu_launches_write_only_results_and_what_they_update(sm_90):
+def test_traced_for_a_gpu_launches_write_only_results_and_what_they_update(monkeypatch):
+    pretend_sm_90(monkeypatch)
     with FakeTensorMode():
         (logits, levels, tau, scale), dw = inputs(device="cuda")
         avg, sq, one, frozen = state(logits)

@@ -2,12 +2,10 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gs_kernels import (
@@ -24,6 +22,7 @@ from gs_kernels import (
 )
 from gs_kernels.runtime.dispatch import INTERPRET, triton_refuses
 from tests.helpers import DEVICE, relative_rms, same_bits
+from tests.kernels.traces import pretend_sm_90, traced_launches
 
 if INTERPRET:
     pytest.skip("TRITON_INTERPRET=1: kernels run eagerly only, nothing can be traced", allow_module_level=True)
@@ -126,32 +125,15 @@ def test_checkpointing_recomputes_the_same_bits():
     assert all(same_bits(a.grad, b.grad) for a, b in zip(plain, again, strict=True))
 
 
-@pytest.fixture
-def sm_90(monkeypatch):
-    """A GPU for Triton to compile for, as far as PyTorch asks when it traces a launch."""
-    runtime = pytest.importorskip("triton.runtime", reason="Triton is not installed: there are no kernels")
-    from triton.backends.compiler import GPUTarget
-
-    driver = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
-    monkeypatch.setattr(runtime.driver, "_active", driver)
-
-
-def traced_launches(run, *args):
-    """What AOTAutograd hands to a compiler: the results that each Triton launch writes, and the ATen calls."""
-    graph = make_fx(dispatch_functionalize(run))(*args).graph
-    calls = [node for node in graph.nodes if node.op == "call_function"]
-    launches = [node.kwargs["tensors_to_clone"] for node in calls if "triton_kernel_wrapper" in str(node.target)]
-    return launches, {str(node.target).split(".")[1] for node in calls if str(node.target).startswith("aten.")}
-
-
 ALLOCATION = {"detach", "empty_like", "new_empty", "view"}
 
 
 @pytest.mark.parametrize(
     "granularity, axis, group, n", [(PerTensor(), -1, 0, 1), (PerChannel(1), 1, 0, 6), (PerGroup(8), -1, 8, 24)]
 )
-def test_traced_for_a_gpu_a_graph_holds_launches_that_write_only_results(granularity, axis, group, n, sm_90):
+def test_traced_for_a_gpu_a_graph_holds_launches_that_write_only_results(granularity, axis, group, n, monkeypatch):
     """The device of a fake tensor decides. A launch that PyTorch thinks writes its inputs would copy them first."""
+    pretend_sm_90(monkeypatch)
 
     def forward(x, scale, zero):
         return fake_quant(x, scale, zero, qmin=-8, qmax=7, granularity=granularity)

@@ -16,9 +16,8 @@ from gs_algos.llm.load import load_language_model
 from gs_algos.llm.quantize_checkpoint import quantize_checkpoint
 from gs_algos.quant.packed.module import Packed
 from tests.helpers import relative_rms
-from tests.nets.language_models import save_folder, tiny_llama
+from tests.nets.language_models import logits, save_folder, tiny_llama
 
-IDS = torch.tensor([[1, 3, 4, 5, 9, 20]])
 UNEVEN = [("model.layers.1.mlp", "int8@channel"), ("re:.*v_proj", None)]
 
 
@@ -43,11 +42,6 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     """The dequantized weight of every packed layer."""
     model, _ = load_language_model(folder)
     return {name: module.weight for name, module in model.named_modules() if isinstance(module, Packed)}
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -18,14 +18,7 @@ from gs_algos.llm import quantize_checkpoint as checkpoint
 from gs_algos.llm.interchange import export_language_model
 from gs_algos.llm.load import load_language_model
 from gs_algos.llm.quantize_checkpoint import quantize_checkpoint
-from tests.nets.language_models import save_folder, save_gguf, tiny_llama
-
-IDS = torch.tensor([[1, 3, 4, 5, 9, 20]])
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
+from tests.nets.language_models import logits, save_folder, save_gguf, tiny_llama
 
 
 @pytest.fixture(scope="module")

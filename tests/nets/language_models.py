@@ -9,6 +9,12 @@ import torch
 
 TEXT = "in the beginning was a word and it said let there be light so they saw that every day good night"
 WORDS = TEXT.split()
+IDS = torch.tensor([[1, 3, 4, 5, 9, 20]])
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(IDS).logits
 
 
 def tiny_llama(tied: bool = True, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A perceptron with two hidden layers: linear layers alone, at a size that trains in seconds."""
+"""Builds a perceptron with two hidden layers: linear layers alone, at a size that trains in seconds."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class ResNet(nn.Module):
 
 
 def resnet_cifar(depth: int, in_channels: int, num_classes: int) -> ResNet:
-    """The CIFAR family of the paper's section 4.2: `depth = 6n + 2`, widths 16/32/64.
+    """Builds a network of the CIFAR family of the paper's section 4.2: `depth = 6n + 2`, widths 16/32/64.
 
     Differs from the paper: a projection shortcut (option B) where the width changes.
     """
