@@ -27,7 +27,7 @@ listeners: list[Callable[[nn.Module, dict[str, Any]], None]] = []  # called with
 
 
 class Restores(Protocol):
-    """What `load` needs of an entry of a model's history.
+    """Describes what `load` needs to restore an entry of a model's history.
 
     row_settings: the classes of the settings in the rows of its plan.
     migrations: version of a checkpoint -> function that puts an entry of it into the words of the next version.
@@ -92,10 +92,10 @@ class Algorithm(ABC):
 
     @abstractmethod
     def step(self) -> None:
-        """Moves the schedules and the observed ranges on by one. Call it after every optimizer step, on every rank."""
+        """Advances schedules and updates observed ranges. Call it after every optimizer step, on every rank."""
 
     def loss(self, fn: Loss) -> Loss:
-        """The loss to train with; an algorithm without a term of its own returns `fn`."""
+        """Returns the loss to train with; an algorithm without a term of its own returns `fn`."""
         return fn
 
     @abstractmethod
@@ -107,7 +107,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def summary(self, model: nn.Module) -> str:
-        """A table of the compressed layers: bits, bytes, and the arithmetic each one runs in."""
+        """Returns a table of the compressed layers: bits, bytes, and the arithmetic each one runs in."""
 
     def remember(
         self, model: nn.Module, stage: str, rows: Iterable[PlanRow] = (), steps: int = 0, **facts: Any
@@ -132,13 +132,13 @@ class Algorithm(ABC):
 
     @classmethod
     def training_options(cls, epochs: int, steps_per_epoch: int) -> dict[str, Any]:
-        """The options that tell an algorithm how long its training will be; none for one that need not know."""
+        """Returns the options that tell an algorithm how long its training will be; {} if it need not know."""
         return {}
 
     @classmethod
     @abstractmethod
     def resume(cls, model: nn.Module) -> Self:
-        """The algorithm of a prepared model that `load` gave back, at the step where it was saved."""
+        """Returns the algorithm of a prepared model that `load` gave back, at the step where it was saved."""
 
     @classmethod
     @abstractmethod
@@ -147,7 +147,7 @@ class Algorithm(ABC):
 
 
 def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of one forward call: a tensor, a tuple of positional inputs, or a mapping of keyword inputs."""
+    """Returns (args, kwargs) of one call: of a tensor, a tuple of positional inputs, or a mapping of keyword inputs."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     if isinstance(inputs, tuple | list):
@@ -156,7 +156,7 @@ def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def history(model: nn.Module) -> list[dict[str, Any]]:
-    """What was done to the model, oldest first: algorithm, stage ("prepared" or "converted"), config, plan, steps.
+    """Returns what was done to the model, oldest first: algorithm, stage (prepared or converted), config, plan, steps.
 
     A copy: what is written into it changes nothing of the model.
     """
@@ -166,7 +166,7 @@ def history(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def live_entry(model: nn.Module) -> dict[str, Any]:
-    """The newest entry of the model's history itself, in which a training counts its steps."""
+    """Returns the newest entry of the model's history itself, in which a training counts its steps."""
     return model.__dict__[HISTORY][-1]
 
 
@@ -177,7 +177,7 @@ def prepared_entry(
     must: str = "be one that apply prepared",
     todo: str = "call apply first",
 ) -> dict[str, Any]:
-    """The history entry of a model that an algorithm has prepared and not converted yet.
+    """Returns the history entry of a model that an algorithm has prepared and not converted yet.
 
     Raises:
         RuntimeError: `<who>: the model must <must>, got ...; <todo>` if there is none.
@@ -195,7 +195,7 @@ def prepared_entry(
 
 
 def resumable_entry(model: nn.Module, algorithm: str, who: str) -> dict[str, Any]:
-    """The history entry of a model that was saved while an algorithm trained it.
+    """Returns the history entry of a model that was saved while an algorithm trained it.
 
     Raises:
         RuntimeError: if it was not.
@@ -217,7 +217,7 @@ def remember(model: nn.Module, entry: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's own training flag is put back."""
+    """Runs the block in eval mode without gradients; every module's own training flag is put back."""
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -229,7 +229,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class InputsError(ValueError):
-    """Inputs do not run through a model. text: what is wrong, without who says so."""
+    """Says that inputs do not run through a model. text: what is wrong, without who says so."""
 
     def __init__(self, who: str, text: str) -> None:
         super().__init__(f"{who}: {text}")
@@ -241,7 +241,7 @@ class InputsError(ValueError):
 
 @contextlib.contextmanager
 def asked_by(who: str) -> Iterator[None]:
-    """An `InputsError` inside says who was called by the user: who, e.g. "SimQAT.apply"."""
+    """Makes an `InputsError` from inside name what the user called, e.g. who="SimQAT.apply"."""
     try:
         yield
     except InputsError as error:
@@ -249,7 +249,7 @@ def asked_by(who: str) -> Iterator[None]:
 
 
 def run(model: nn.Module, inputs: Inputs, who: str) -> Any:
-    """`model(inputs)`; an error becomes an InputsError that says whose inputs they were."""
+    """Calls `model(inputs)`; an error becomes an InputsError that names the caller."""
     args, kwargs = split_inputs(inputs)
     try:
         with TRACING:

@@ -1,4 +1,4 @@
-"""Paths and devices that a caller names: checked where they come in, so that an error names the caller."""
+"""Checks paths, seeds and devices where a caller gives them, so that an error names the caller."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def as_path(path: str | os.PathLike[str], who: str) -> Path:
-    """The path.
+    """Returns the path, checked.
 
     who: the caller and its argument, for messages, e.g. "load: directory".
 
@@ -45,7 +45,7 @@ def refuse_unwritable(path: Path, who: str) -> None:
 
 
 def as_seed(seed: int, who: str) -> int:
-    """The seed, from which others are made by multiplying and adding.
+    """Returns the seed, checked, from which others are made by multiplying and adding.
 
     who: the caller and its argument, for messages, e.g. "demo: --seed".
 
@@ -58,7 +58,7 @@ def as_seed(seed: int, who: str) -> int:
 
 
 def memory_bytes() -> int:
-    """Bytes of memory that this machine has; of a system that does not say, as many as can be addressed."""
+    """Returns the bytes of memory that this machine has; of a system that does not say, as many as can be addressed."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf
@@ -81,7 +81,7 @@ def refuse_file(path: Path, who: str) -> None:
 
 
 def as_device(device: torch.device | str, who: str) -> torch.device:
-    """The device, which this machine has and which holds data.
+    """Returns the device, which must be of this machine and hold data.
 
     Raises:
         TypeError: if it is no device.

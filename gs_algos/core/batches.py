@@ -1,4 +1,4 @@
-"""What a data loader gives, as inputs of a model: labels that come along are left out."""
+"""Takes the inputs of a model from the batches of a data loader, without the labels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def checked_batches(who: str, batches: Any) -> Iterable[Any]:
-    """The batches themselves, if they are several and can be gone through.
+    """Returns the batches, checked: several, which can be iterated over.
 
     Raises:
         TypeError: if they are no iterable.
@@ -54,7 +54,8 @@ class InputsOf:
             self.signature = None
 
     def __call__(self, batch: Any) -> Inputs:
-        """
+        """Returns the inputs of a batch.
+
         Raises:
             ValueError: if it is not clear which part of the batch is meant.
         """
@@ -71,7 +72,7 @@ class InputsOf:
                 f"{self.who}: a batch must have the form of the example inputs, got {len(batch)} elements, which "
                 f"forward{self.signature} would take all; give the inputs alone, or a dict of the arguments"
             )
-        self._say(f"takes {words} of each batch of {len(batch)} elements")
+        self._log_once(f"takes {words} of each batch of {len(batch)} elements")
         return part
 
     def _of_mapping(self, batch: Mapping[str, Any], whole: bool) -> Inputs:
@@ -79,7 +80,7 @@ class InputsOf:
             return batch
         keys = self.example.keys() if isinstance(self.example, Mapping) else ()
         if keys and keys <= batch.keys():
-            self._say(f"takes {', '.join(keys)} of each batch and leaves {', '.join(batch.keys() - keys)}")
+            self._log_once(f"takes {', '.join(keys)} of each batch and leaves {', '.join(batch.keys() - keys)}")
             return {key: batch[key] for key in keys}
         names = ", ".join(map(str, batch))
         raise ValueError(
@@ -88,7 +89,7 @@ class InputsOf:
         )
 
     def _part(self, batch: Any) -> tuple[Any, str]:
-        """(the part that is meant, in words); None if there is none."""
+        """Returns (the part that is meant, its description), or (None, "")."""
         if self.example is None:
             return (batch[0], "the first element") if self._binds(batch[0]) else (None, "")
         if _same_form(batch[0], self.example):
@@ -102,7 +103,7 @@ class InputsOf:
         return whole if self.example is None else _same_form(batch, self.example)
 
     def _binds(self, inputs: Any) -> bool:
-        """Whether the forward has places for these inputs."""
+        """Returns whether the forward accepts these inputs."""
         args, kwargs = split_inputs(inputs)
         try:
             if self.signature is not None:
@@ -111,14 +112,14 @@ class InputsOf:
             return False
         return True
 
-    def _say(self, what: str) -> None:
+    def _log_once(self, what: str) -> None:
         if not self.logged:
             logger.info("%s: %s", self.who, what)
             self.logged = True
 
 
 def _same_form(a: Any, b: Any) -> bool:
-    """Whether two inputs are alike: tensors of one kind of numbers in the same containers."""
+    """Returns whether two inputs are alike: tensors of one kind of numbers in the same containers."""
     a, b = (tuple(x) if isinstance(x, tuple | list) else x for x in (a, b))
     if isinstance(a, tuple) != isinstance(b, tuple):  # one input, and a tuple of one
         a, b = (x[0] if isinstance(x, tuple) and len(x) == 1 else x for x in (a, b))

@@ -1,4 +1,4 @@
-"""Saving and loading a compressed or prepared model: one safetensors file and one JSON, never pickle.
+"""Saves and loads a compressed or prepared model: one safetensors file and one JSON, never pickle.
 
 `golden_stick.json` names the tensor file, whose name no other save ever takes, so replacing the JSON (atomic) is what
 makes a new checkpoint valid: a save that is killed leaves the old one whole, and of two at once the last one counts.
@@ -120,7 +120,7 @@ def _clear(folder: Path) -> None:
 
 
 def _named(folder: Path) -> str | None:
-    """The tensor file of the checkpoint that is in the folder now, "" if there is none, None if that is unknown."""
+    """Returns the tensor file of the checkpoint in the folder now, "" if there is none, None if that is unknown."""
     try:
         return json.loads((folder / INDEX).read_bytes())["tensors"]["file"]
     except FileNotFoundError:
@@ -130,7 +130,7 @@ def _named(folder: Path) -> str | None:
 
 
 def load(directory: str | os.PathLike[str], build_model: Callable[[], nn.Module]) -> nn.Module:
-    """The saved model: `build_model()` makes the float network, the saved history reshapes it, the tensors fill it.
+    """Loads a saved model: `build_model()` makes the float network, the saved history reshapes it, the tensors fill it.
 
     Raises:
         ValueError: if the folder is no checkpoint, is of a newer version, is damaged, or does not fit the built model.
@@ -159,7 +159,7 @@ def _load(folder: Path, build_model: Callable[[], nn.Module]) -> nn.Module:
         raise ValueError(
             f"load: build_model must return the float network, got one that is {history(model)[-1]['stage']}"
         )
-    with without_wrappers(network), _as_it_was(network):
+    with without_wrappers(network), _restored_on_error(network):
         for entry in plain_names(index["history"]):
             model = _restored(model, entry, folder)
             remember(model, entry)
@@ -170,8 +170,8 @@ def _load(folder: Path, build_model: Callable[[], nn.Module]) -> nn.Module:
 
 
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """After an error the model has its modules and its tensors their memory: `build_model` may give one in use."""
+def _restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Gives a model its modules, and its tensors their memory, back on an error: it may be a model in use."""
     memory = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
     with all_or_nothing(model):
         try:
@@ -183,7 +183,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def read_checkpoint(directory: str | os.PathLike[str], read: Callable[[Path, Facts], T]) -> tuple[Facts, T]:
-    """The JSON of a checkpoint, checked, and what `read(folder, json)` makes of its tensor file.
+    """Returns the JSON of a checkpoint, checked, and what `read(folder, json)` makes of its tensor file.
 
     A save may replace both at any time: an error counts only if the JSON is still the one that was read.
 
@@ -203,7 +203,7 @@ def read_checkpoint(directory: str | os.PathLike[str], read: Callable[[Path, Fac
 
 
 def _stamp(folder: Path) -> tuple[int, ...]:
-    """What tells one JSON from the next; nothing if there is none."""
+    """Returns what tells one JSON from the next; () if there is none."""
     try:
         facts = (folder / INDEX).stat()
     except OSError:
@@ -212,7 +212,7 @@ def _stamp(folder: Path) -> tuple[int, ...]:
 
 
 def read_index(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON of a checkpoint, checked, its history in the words of this version; `version` is that of the file.
+    """Returns the JSON of a checkpoint, checked, its history migrated to this version; `version` is that of the file.
 
     Raises:
         ValueError: as `load`.
@@ -236,7 +236,7 @@ def read_index(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(
             f"load: {path} must have no fields but {', '.join(sorted(FIELDS))}, got {unknown[0]!r}; update golden-stick"
         )
-    for what, right in _claims(index):
+    for what, right in _requirements(index):
         if not right:
             raise ValueError(f"load: {path} must have {what}; the checkpoint is damaged")
     for entry in index["history"]:
@@ -247,19 +247,19 @@ def read_index(directory: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError(f"load: {path} names an unknown {error}; {way}") from error
         except ValueError as error:
             raise ValueError(f"load: {path} cannot be read, {error}") from error
-    return {**index, "history": [_in_words_of_now(entry, version, path) for entry in index["history"]]}
+    return {**index, "history": [_migrated(entry, version, path) for entry in index["history"]]}
 
 
 def _without_empty_settings(entry: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 wrote `{}` for a row without settings."""
+    """Turns `{}`, which version 1 wrote for a row without settings, into None."""
     return with_settings(entry, lambda row: row["settings"] or None)
 
 
 MIGRATIONS = {1: _without_empty_settings}  # of what is the same in all algorithms; theirs follow
 
 
-def _in_words_of_now(entry: dict[str, Any], version: int, path: Path) -> dict[str, Any]:
-    """A history entry of a file, put into the words of this version; its plan is checked.
+def _migrated(entry: dict[str, Any], version: int, path: Path) -> dict[str, Any]:
+    """Puts a history entry of a file into the words of this version, and checks its plan.
 
     Raises:
         ValueError: if the plan is damaged.
@@ -279,8 +279,8 @@ def _in_words_of_now(entry: dict[str, Any], version: int, path: Path) -> dict[st
     return {**entry, "plan": plan}
 
 
-def _claims(index: dict[str, Any]) -> Iterator[tuple[str, bool]]:
-    """What must hold of the JSON, each claim in words; later ones rely on earlier ones. Nothing in it is trusted."""
+def _requirements(index: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    """Yields what must hold of the JSON, in words, and whether it does; later items rely on earlier ones."""
     facts: Any = index.get("tensors")
     aliases, entries = index.get("aliases"), index.get("history")
     yield "tensors, with file, sha256 and nbytes", isinstance(facts, dict)
@@ -307,7 +307,7 @@ def _claims(index: dict[str, Any]) -> Iterator[tuple[str, bool]]:
 
 
 def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict with every storage once, and for each other name the one it shares with."""
+    """Returns the state dict with every storage once, and for each other name the one it shares with."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}

@@ -13,7 +13,7 @@ from gs_algos.core.layer_rules import did_you_mean, rules_of
 
 
 def signature_of(cls: Any) -> inspect.Signature:
-    """The signature of an algorithm's class with every option as a keyword, as type checkers and editors see it.
+    """Returns the signature of an algorithm's class with every option as a keyword, for type checkers and editors.
 
     cls: has a `config_class`, whose fields are the options; what else it takes is that of its `__init__`.
     """
@@ -43,7 +43,7 @@ class AlgorithmConfig:
 
     @classmethod
     def choose(cls, config: Self | None, options: Mapping[str, Any]) -> Self:
-        """The config that was given, or one of the options that were given by keyword.
+        """Returns the config that was given, or one of the options that were given by keyword.
 
         Raises:
             ValueError: if there are both, or an option has a wrong value.
@@ -60,14 +60,14 @@ class AlgorithmConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The config of these options; lists, as JSON has them, become tuples."""
+        """Makes the config of these options; lists, as JSON has them, become tuples."""
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
         if "rules" in options:
             options["rules"] = rules_of(options["rules"], cls.who)
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as JSON; a rule on a module class becomes `type:Name`."""
+        """Returns the config as JSON; a rule on a module class becomes `type:Name`."""
         options = {option.name: getattr(self, option.name) for option in fields(self)}
         if "rules" in options:
             options["rules"] = [

@@ -1,4 +1,4 @@
-"""Modules and parameters of a live model by qualified name, aware of modules and parameters that have several names."""
+"""Finds and replaces modules and parameters by qualified name, also those that have several names."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ TRACING = threading.RLock()
 
 
 def canonical_names(model: nn.Module) -> dict[int, str]:
-    """`id(module) -> first qualified name`, the name that `model.named_modules()` gives a module registered twice."""
+    """Returns `id(module) -> first qualified name`, which `model.named_modules()` gives a module registered twice."""
     return {id(module): name for name, module in model.named_modules()}
 
 
 def names_of(model: nn.Module, module: nn.Module) -> tuple[str, ...]:
-    """Every qualified name under which this very object is registered, in registration order."""
+    """Returns every qualified name under which this very object is registered, in registration order."""
     return tuple(name for name, found in model.named_modules(remove_duplicate=False) if found is module)
 
 
 def get_module(model: nn.Module, name: str) -> nn.Module:
-    """The module registered at a qualified name; "" is the model itself.
+    """Returns the module registered at a qualified name; "" is the model itself.
 
     Raises:
         ValueError: if no module has this name.
@@ -94,7 +94,7 @@ def _move_hooks(old: nn.Module, new: nn.Module) -> None:
 
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """If what runs inside raises, every module gets its class, its attributes and what was registered in it back."""
+    """Gives every module its class, attributes and registered members back if the block raises."""
     before = [
         (
             module,
@@ -118,14 +118,14 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 
 def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules without children, each object once, under its canonical name, in registration order."""
+    """Yields modules without children, each object once, under its canonical name, in registration order."""
     for name, module in model.named_modules():
         if not module._modules:
             yield name, module
 
 
 def parameter_owners(model: nn.Module) -> dict[int, tuple[str, ...]]:
-    """`id(parameter) -> its qualified names`, one name per owning module: more than one means tied weights.
+    """Returns `id(parameter) -> its qualified names`, one name per owning module: more than one means tied weights.
 
     A module registered twice owns its parameters once. A parametrised weight is listed as its `original`. A parameter
     that one layer borrows from one owner (gs_algos/fx/modularize/shared_parameters.py) counts as the borrower's alone.
@@ -147,7 +147,7 @@ def parameter_owners(model: nn.Module) -> dict[int, tuple[str, ...]]:
 
 
 def computed_by(layer: nn.Module, key: str = "weight") -> str:
-    """What computes a weight that is no parameter of its layer (`WeightNorm`, a parametrization); "" if it is one."""
+    """Says what computes a weight that is no parameter of its layer (`WeightNorm`, a parametrization), or ""."""
     if layer._parameters.get(key) is not None:
         return ""
     parametrizations = getattr(layer, "parametrizations", None)
@@ -160,7 +160,7 @@ def computed_by(layer: nn.Module, key: str = "weight") -> str:
 
 
 def own_forward(layer: nn.Module, base: type[nn.Module]) -> str:
-    """Why a layer derived from `base` may compute something else than `base` does; "" if it cannot."""
+    """Says why a layer derived from `base` may compute something else than `base` does; "" if it cannot."""
     if "forward" in layer.__dict__:
         return "its forward was replaced on the object"
     for name in ("forward", "_conv_forward", "__call__"):
@@ -170,18 +170,18 @@ def own_forward(layer: nn.Module, base: type[nn.Module]) -> str:
 
 
 def owner_of(model: nn.Module, name: str) -> nn.Module:
-    """The module at a qualified name, or the one that holds the parameter of that name."""
+    """Returns the module at a qualified name, or the one that holds the parameter of that name."""
     modules = dict(model.named_modules(remove_duplicate=False))
     return modules[name] if name in modules else modules[parent_name(name)]
 
 
 def parent_name(name: str) -> str:
-    """Qualified name of the module that holds a module or parameter; "" for the root."""
+    """Returns the qualified name of the module that holds a module or parameter; "" for the root."""
     return name.rpartition(".")[0]
 
 
 def swapped_class(mixin: type[nn.Module], base: type[nn.Module]) -> Any:
-    """The class of a live layer of class `base` with `mixin` in front, the same one each time."""
+    """Returns the class of a live layer of class `base` with `mixin` in front, the same one each time."""
     return _swapped_class(cast(Hashable, mixin), cast(Hashable, base))
 
 

@@ -1,4 +1,4 @@
-"""The network that a caller means: the one inside wrappers, made of tensors that can be trained."""
+"""Finds the network that a caller means, inside wrappers, and checks that its tensors can be trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def network_of(model: nn.Module, who: str) -> nn.Module:
-    """The network inside what torch.compile, DataParallel and DistributedDataParallel make of one, or the model itself.
+    """Returns the network inside torch.compile, DataParallel or DistributedDataParallel, or the model itself.
 
     who: the caller, for messages, e.g. "SimQAT.convert".
 
@@ -43,14 +43,14 @@ def network_of(model: nn.Module, who: str) -> nn.Module:
 
 
 def wrapped_at(module: nn.Module) -> str | None:
-    """The name of the child that a wrapper wraps; None if the module is no wrapper."""
+    """Returns the name of the child that a wrapper wraps; None if the module is no wrapper."""
     if isinstance(module, PARALLEL):
         return "module"
     return "_orig_mod" if type(module).__name__ == "OptimizedModule" else None  # what torch.compile returns
 
 
 def plain_names(value: Any) -> Any:
-    """Plain values (dicts, lists, text) with all names in them as they are without wrappers of torch.compile inside."""
+    """Returns plain values (dicts, lists, text) with all names in them as without wrappers of torch.compile inside."""
     if isinstance(value, str):
         return COMPILED.sub("", value)
     if isinstance(value, dict):
@@ -59,7 +59,7 @@ def plain_names(value: Any) -> Any:
 
 
 def names_inside(value: Any, model: nn.Module) -> Any:
-    """The reverse of `plain_names`: names as they are in a model, in which torch.compile wraps some modules."""
+    """Reverses `plain_names`: gives names as they are in a model, in which torch.compile wraps some modules."""
     if isinstance(value, str):
         for name, module in model.named_modules():
             if name and wrapped_at(module) == "_orig_mod" and f"{value}.".startswith(f"{name}."):
@@ -71,14 +71,14 @@ def names_inside(value: Any, model: nn.Module) -> Any:
 
 
 def is_compiled(model: nn.Module, name: str) -> bool:
-    """Whether the module of this name is what torch.compile wraps. The wrapper would go on calling it, if replaced."""
+    """Returns whether torch.compile wraps the module of this name: the wrapper would go on calling a replaced one."""
     parent, _, key = name.rpartition(".")
     return key == "_orig_mod" and wrapped_at(model.get_submodule(parent)) == key
 
 
 @contextlib.contextmanager
 def without_wrappers(model: nn.Module) -> Iterator[None]:
-    """Inside, what torch.compile wraps below the root stands in the place of its wrapper; then the wrapper is back."""
+    """Puts what torch.compile wraps below the root in the place of its wrapper, for the duration of the block."""
     taken: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
@@ -96,7 +96,7 @@ def without_wrappers(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ordinary_tensors() -> Iterator[None]:
-    """Tensors made inside can be trained and saved, also where the caller is in `torch.inference_mode`."""
+    """Makes tensors of the block trainable and savable, also where the caller is in `torch.inference_mode`."""
     if not torch.is_inference_mode_enabled():
         yield
         return
@@ -105,7 +105,7 @@ def ordinary_tensors() -> Iterator[None]:
 
 
 def network_to_train(model: nn.Module, who: str) -> nn.Module:
-    """`network_of`, for an algorithm that is going to change it and have it trained.
+    """Returns `network_of`, checked for an algorithm that changes it and has it trained.
 
     Raises:
         TypeError: as `network_of`.

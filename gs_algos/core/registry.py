@@ -41,7 +41,7 @@ _warned: set[tuple[str, str]] = set()  # (name, package) of entry points that a 
 
 
 class UnknownAlgorithmError(ValueError):
-    """There is no algorithm of a name."""
+    """Says that no algorithm has a name."""
 
 
 def register_algorithm(cls: Class) -> Class:
@@ -71,7 +71,7 @@ def register_algorithm(cls: Class) -> Class:
 
 
 def algorithm_names() -> tuple[str, ...]:
-    """The names of all algorithms. Imports none of them."""
+    """Returns the names of all algorithms. Imports none of them."""
     return tuple(dict.fromkeys([*ALGORITHMS, *_registered, *_plugins()]))
 
 
@@ -110,7 +110,7 @@ def _imported(place: str) -> Any:
 
 
 def _plugins() -> dict[str, list[EntryPoint]]:
-    """Name -> the entry points of that name, in packages other than this one; more than one if packages disagree.
+    """Returns name -> the entry points of that name in other packages; more than one if packages disagree.
 
     An entry point whose name is taken counts for nothing, and a warning says so once.
     """
@@ -150,13 +150,13 @@ def _loaded(name: str, points: list[EntryPoint]) -> type[Algorithm]:
 
 
 def _package(point: EntryPoint) -> str:
-    """The package that has an entry point, and its version."""
+    """Returns the package that has an entry point, and its version."""
     dist = point.dist
     return "?" if dist is None else f"{dist.name} {dist.version}"
 
 
 def _why_none(cls: Any) -> str:
-    """What an object that is no algorithm must be, and what it is; empty for the class of an algorithm."""
+    """Says what an object that is no algorithm must be, and what it is; "" for the class of an algorithm."""
     if not (isinstance(cls, type) and issubclass(cls, Algorithm)):
         return f"a class that derives from gs_algos.Algorithm, got {cls!r:.60}"
     if inspect.isabstract(cls):

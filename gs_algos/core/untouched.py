@@ -1,4 +1,4 @@
-"""Running a model without leaving a trace: flags, attributes, buffers and random state come back as they were."""
+"""Runs a model without leaving a trace: flags, attributes, buffers and random state come back as they were."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 @contextmanager
 def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
-    """No gradients and one mode (eval) inside; outside, the model and the random state are exactly what they were.
+    """Runs the block without gradients, in one mode; afterwards the model and the random state are as they were.
 
     Training flags are set one by one, because a model may override `train` (frozen batch norms, merged adapters).
     Attributes that forward sets or deletes (caches, last attention maps) are put back, one level deep in containers.

@@ -1,4 +1,4 @@
-"""What must hold of the numbers in a module's tensors, looked at before a checkpoint fills the module.
+"""Rules for the numbers in a module's tensors, checked before a checkpoint fills the module.
 
 A module that has such rules says them in a method `state_rules`, by the names of its own tensors.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Must:
-    """One rule: `be <words>`, and the elements of a tensor for which it holds, bool of the tensor's shape."""
+    """Holds one rule: `be <words>`, and the elements of a tensor for which it holds, bool of the tensor's shape."""
 
     words: str
     holds: Callable[[Tensor], Tensor]
@@ -29,17 +29,17 @@ NOT_ZERO = Must("finite and not 0", lambda t: t.isfinite() & (t != 0))
 
 
 def whole_within(low: float, high: float) -> Must:
-    """A whole number, or a half as grids of two levels have it, from low to high."""
+    """Requires a whole number, or a half as grids of two levels have it, from low to high."""
     return Must(f"whole, or a half, in {low:g}..{high:g}", lambda t: ((2 * t) % 1 == 0) & (t >= low) & (t <= high))
 
 
 def equal_to(wanted: Tensor) -> Must:
-    """The values that follow from the module's options."""
+    """Requires the values that follow from the module's options."""
     return Must("what the options say", lambda t: t == wanted.to(t.device))
 
 
 def refuse_values(model: nn.Module, state: Mapping[str, Tensor], who: str) -> None:
-    """Raises unless what the state holds for the model's modules is what they can have.
+    """Raises unless the state holds numbers that the model's modules can have.
 
     Raises:
         ValueError: with the first tensor that breaks a rule, the rule, and the value.

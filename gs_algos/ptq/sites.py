@@ -1,4 +1,4 @@
-"""Which layers of a model get a packed weight, and of which scheme: decided before anything is touched."""
+"""Decides which layers of a model get a packed weight, and of which scheme, before anything is touched."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WeightRule: TypeAlias = tuple[RulePattern, str | Scheme | Mapping[str, Any] | No
 
 @dataclass(frozen=True)
 class Site:
-    """One weight. names: the layers that use it, its owner first: more than one if they are tied."""
+    """Describes one weight. names: the layers that use it, its owner first: more than one if they are tied."""
 
     names: tuple[str, ...]
     layer: nn.Module
@@ -43,8 +43,8 @@ class Site:
 
 
 @dataclass(frozen=True)
-class _Tied:
-    """A weight and the layers that use it, its owner first. reason: why it cannot be packed, if it cannot."""
+class _SharedWeight:
+    """Holds a weight and the layers that use it, its owner first. reason: why it cannot be packed, if it cannot."""
 
     layer: nn.Module
     names: list[str]
@@ -54,7 +54,7 @@ class _Tied:
 def weight_sites(
     model: nn.Module, weights: str | Scheme, embeddings: str | Scheme | None, rules: Sequence[WeightRule]
 ) -> list[Site]:
-    """Every linear, convolution and embedding with its scheme; None, with a reason, for those that stay float.
+    """Returns every linear, convolution and embedding with its scheme; None, with a reason, for those that stay float.
 
     Layers that share one weight are one site, and a rule on any of their names is for all of them; a linear that is
     tied to an embedding counts as the embedding.
@@ -68,7 +68,7 @@ def weight_sites(
         if any(map(is_lazy, module._parameters.values())):
             kind, where = type(module).__name__, name or "the root"
             raise ValueError(f"{WHO}: every layer must know its shape, got {kind} at {where}; run the model once first")
-    tied = _tied(model)
+    tied = _shared_weights(model)
     layers = {name: weight.layer for weight in tied for name in weight.names}
     if embeddings is not None and not any(isinstance(weight.layer, nn.Embedding) for weight in tied):
         raise ValueError(f"{WHO}: embeddings={str(embeddings)!r} needs a nn.Embedding, got a model without one")
@@ -88,7 +88,7 @@ def weight_sites(
 def check_schemes(
     weights: str | Scheme, embeddings: str | Scheme | None, rules: Sequence[WeightRule]
 ) -> tuple[dict[type[nn.Module], Scheme | None], list[tuple[RulePattern, Any]]]:
-    """(default of each class of layer, rules as `resolve` takes them), without a model.
+    """Returns (default of each class of layer, rules as `resolve` takes them), without a model.
 
     Raises:
         ValueError: if a scheme cannot be packed.
@@ -102,12 +102,12 @@ def _counted(reasons: Iterable[str]) -> str:
     return "; ".join(f"{reason} ({n})" for reason, n in Counter(reasons).items())
 
 
-def _tied(model: nn.Module) -> list[_Tied]:
-    """Every weight of a linear, convolution or embedding, with all layers that use it."""
+def _shared_weights(model: nn.Module) -> list[_SharedWeight]:
+    """Returns every weight of a linear, convolution or embedding, with all layers that use it."""
     members: dict[Any, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         if base_of(module) is not None:
-            members.setdefault(_place(module), []).append((name, module))
+            members.setdefault(_memory_key(module), []).append((name, module))
     if not members:
         why = _counted(row.reason for row in other_weights(model, []))
         done = ", ".join(entry["algorithm"] for entry in history(model))
@@ -118,16 +118,16 @@ def _tied(model: nn.Module) -> list[_Tied]:
             + (f"; {done} quantized its layers already" if done else "")
         )
     owners = parameter_owners(model)
-    found = []
+    shared = []
     for layers in members.values():
         layers.sort(key=lambda pair: not isinstance(pair[1], nn.Embedding))
         reason = _why_kept(model, layers, owners)
-        found.append(_Tied(layers[0][1], [name for name, _ in layers], reason))
-    return found
+        shared.append(_SharedWeight(layers[0][1], [name for name, _ in layers], reason))
+    return shared
 
 
-def _place(layer: nn.Module) -> Any:
-    """The same for layers whose weights are the same numbers in memory, be they one parameter or several."""
+def _memory_key(layer: nn.Module) -> Any:
+    """Returns a key that is equal for layers whose weights are the same memory, in one parameter or several."""
     weight = layer._parameters.get("weight")
     if weight is None:
         return id(layer)
@@ -137,7 +137,7 @@ def _place(layer: nn.Module) -> Any:
 
 
 def _why_kept(model: nn.Module, layers: Sequence[tuple[str, nn.Module]], owners: Mapping[int, Sequence[str]]) -> str:
-    """Why layers that share one weight cannot be packed; "" if they can."""
+    """Says why layers that share one weight cannot be packed; "" if they can."""
     first = layers[0][0]
     names = {name for name, _ in layers}
     for name, layer in layers:
@@ -150,25 +150,25 @@ def _why_kept(model: nn.Module, layers: Sequence[tuple[str, nn.Module]], owners:
         used = {full.rpartition(".")[0] for full in owners.get(id(layer._parameters["weight"]), ())}
         if others := sorted(used - names):
             return f"its weight is also used by {', '.join(others)}, which is no such layer"
-    if len({_reading(layer) for _, layer in layers}) > 1:
+    if len({_row_layout(layer) for _, layer in layers}) > 1:
         return f"its weight is shared by layers that read it in different ways: {', '.join(sorted(names))}"
     return ""
 
 
-def _reading(layer: nn.Module) -> str:
-    """How a layer's weight lies as rows."""
+def _row_layout(layer: nn.Module) -> str:
+    """Says how a layer's weight lies as rows."""
     return "filters" if isinstance(layer, CONVS) else "columns" if is_conv1d(layer) else "rows"
 
 
 def _options(weight: str | Scheme | Mapping[str, Any] | None) -> Any:
-    """A rule's options as `resolve` takes them."""
+    """Returns a rule's options as `resolve` takes them."""
     if weight is None:
         return None
     options = dict(weight) if isinstance(weight, Mapping) else {"weight": weight}
     return {key: str(packable(value)) if key == "weight" else value for key, value in options.items()}
 
 
-def _site(weight: _Tied, ruled: dict[str, Any], default: Scheme | None) -> Site:
+def _site(weight: _SharedWeight, ruled: dict[str, Any], default: Scheme | None) -> Site:
     names = weight.names
     given = [ruled[name] for name in names if ruled[name] != {"weight": UNTOUCHED}]
     if any(options != given[0] for options in given):
@@ -208,7 +208,7 @@ def _refuse_groups(sites: list[Site]) -> None:
 
 
 def _rule_for(sites: list[Site]) -> tuple[str, str]:
-    """One rule that gives all of these layers a scale a row."""
+    """Makes one rule that gives all of these layers a scale a row."""
     names = [site.names[0] for site in sites]
     ends = sorted({name.rpartition(".")[2] for name in names})
     pattern = names[0] if len(names) == 1 else f"re:{'|'.join(names)}" if len(names) <= FEW else ""

@@ -1,4 +1,4 @@
-"""Weight-only compression without data: weights rounded to nearest and packed, layer by layer, in place."""
+"""Rounds the weights of a model to nearest and packs them, layer by layer, in place; needs no data."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STOPPED = "packing stopped before it"
 
 @dataclass(frozen=True)
 class WeightPlan(RowSettings):
-    """One weight, of one layer or of several that share it.
+    """Describes one weight, of one layer or of several that share it.
 
     Args:
         names: the layers; the first owns the packed weight.
@@ -53,7 +53,7 @@ class WeightPlan(RowSettings):
 
 
 def from_version_1(entry: dict[str, Any]) -> dict[str, Any]:
-    """A history entry of a checkpoint of version 1 in the words of version 2."""
+    """Returns a history entry of a checkpoint of version 1 in the words of version 2."""
     return with_settings(entry, lambda row: {"form": WeightPlan.form, **row["settings"]} if row["settings"] else None)
 
 
@@ -206,7 +206,7 @@ def pack_site(model: nn.Module, site: Site, device: torch.device | str | None = 
 
 
 def site_row(site: Site, format: PackedFormat | None) -> PlanRow[WeightPlan]:
-    """The line of the plan, and all that `restore` needs."""
+    """Makes the row of the plan, with all that `restore` needs."""
     if site.scheme is None or format is None:
         return PlanRow(site.names[0], site.kind, "keep", reason=site.reason, settings=WeightPlan(site.names))
     plan = WeightPlan(site.names, str(site.scheme), format)
@@ -229,7 +229,7 @@ def install(model: nn.Module, names: Iterable[str], weight: PackedWeight) -> Non
 
 
 def summary(model: nn.Module) -> str:
-    """A table of the packed layers of a model, and what stays float."""
+    """Returns a table of the packed layers of a model, and the bytes that stay float."""
     packed = {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
     rows = []
     for name, module in packed.items():
@@ -243,7 +243,7 @@ def summary(model: nn.Module) -> str:
 
 
 class QuantizedWeights:
-    """How `load` gives a freshly built float model the structure that `quantize_weights` gave another."""
+    """Gives a freshly built float model the structure that `quantize_weights` gave another, for `load`."""
 
     row_settings: ClassVar[tuple[type[RowSettings], ...]] = (WeightPlan,)
     migrations: ClassVar[Mapping[int, Migration]] = {1: from_version_1}
@@ -261,7 +261,7 @@ class QuantizedWeights:
 
 
 def settings_of(weights: str | Scheme, embeddings: str | Scheme | None, rules: Sequence[WeightRule]) -> dict[str, Any]:
-    """The arguments of `quantize_weights` as plain JSON values."""
+    """Returns the arguments of `quantize_weights` as plain JSON values."""
 
     def plain(options: Any) -> Any:
         return dict(options) if isinstance(options, Mapping) else None if options is None else str(options)
