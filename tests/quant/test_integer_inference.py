@@ -101,7 +101,7 @@ def test_a_batch_norm_that_is_sharded_apart_runs_by_itself():
         if isinstance(module, nn.BatchNorm2d):
             module.weight.full_tensor = None  # what tells a DTensor
     with torch.no_grad():
-        assert net.stem(images(16, seed=7)) not in batch_norm._normed
+        assert net.stem(images(16, seed=7)) not in batch_norm._normalized
     torch.testing.assert_close(inferred(net), want, rtol=0, atol=2e-2 * float(want.abs().max()))
 
 
@@ -159,7 +159,7 @@ def test_what_a_hook_keeps_of_a_layer_can_be_saved(tmp_path: Path):
     with torch.no_grad():
         y = net.stem(images(16, seed=7))
     torch.save(y, tmp_path / "y.pt")
-    assert torch.equal(torch.load(tmp_path / "y.pt"), y) and y in batch_norm._normed
+    assert torch.equal(torch.load(tmp_path / "y.pt"), y) and y in batch_norm._normalized
 
 
 @pytest.mark.parametrize(
