@@ -1,4 +1,4 @@
-"""The grids of SLB as data and as text: `int2@channel` or `2bit@channel`, `1bit`; how weights start on them."""
+"""Describes the grids of SLB, as data and as text (`int2@channel` or `2bit@channel`, `1bit`), and the start on them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALLEST_RATIO = 0.15
 
 @dataclass(frozen=True)
 class LevelGrid:
-    """`2**bits` evenly spaced levels from -1 to 1, times a scale: of 2 bits -1, -1/3, 1/3 and 1.
+    """Describes `2**bits` evenly spaced levels from -1 to 1, times a scale: of 2 bits -1, -1/3, 1/3 and 1.
 
     Args:
         per: what shares one scale: "none" (there is no scale: a batch norm absorbs it), "tensor" or "channel".
@@ -75,7 +75,7 @@ class LevelGrid:
 
     @property
     def planes(self) -> int:
-        """Logits that each weight has: of two levels only the difference counts, so one is enough."""
+        """Counts the logits of each weight: of two levels only the difference matters, so one is enough."""
         return 1 if self.bits == 1 else self.n_levels
 
     @property
@@ -112,9 +112,9 @@ def _of_scheme(text: str | Scheme) -> LevelGrid:
         ("the scale of least error", scheme.observer in ("minmax", "mse")),
     ):
         if not right:
-            said = str(text)
+            given = str(text)
             use = f"int{bits}@{per}{':lsq' if scheme.learned else ''}"
-            raise ValueError(f"SLB: weight must have {what}, got {said!r}; use {use!r}")
+            raise ValueError(f"SLB: weight must have {what}, got {given!r}; use {use!r}")
     return grid
 
 
@@ -134,7 +134,7 @@ def _near(text: Any) -> str:
 
 @torch.no_grad()
 def fitted_scale(rows: Tensor, grid: LevelGrid) -> Tensor:
-    """The scale c of least squared error of `c * nearest level of (w / c)`, `[C]` fp32, from `rows [C, n]`.
+    """Finds the scale c of least squared error of `c * nearest level of (w / c)`, `[C]` fp32, from `rows [C, n]`.
 
     Rows of zeros get 1. One bit: mean |w|, the exact solution; else the best of RATIOS shares of max |w|.
     """
@@ -154,18 +154,18 @@ def fitted_scale(rows: Tensor, grid: LevelGrid) -> Tensor:
 
 
 def nearest_codes(u: Tensor, grid: LevelGrid) -> Tensor:
-    """The code, in floating point, of the level nearest to u, which is in units of the scale."""
+    """Returns the code, in floating point, of the level nearest to u; u is in units of the scale."""
     return (u / grid.step + grid.zero).round().clamp(0, grid.n_levels - 1)
 
 
 def default_sharpness(grid: LevelGrid) -> float:
-    """kappa at which the mixture starts where the weight is: a Gaussian of half a step around it, `2 / step**2`."""
+    """Returns the kappa to start at: a Gaussian of half a step around the weight, `2 / step**2`."""
     return 2 / grid.step**2
 
 
 @torch.no_grad()
 def logits_near(rows: Tensor, scale: Tensor, grid: LevelGrid, kappa: float) -> Tensor:
-    """`A_k = -kappa * (w / c - v_k)**2`, `[O, planes, R]` fp32, for `rows [O, R]` and `scale [O]` or `[1]`.
+    """Computes `A_k = -kappa * (w / c - v_k)**2`, `[O, planes, R]` fp32, for `rows [O, R]` and `scale [O]` or `[1]`.
 
     One bit: the difference of the two, `4 * kappa * w / c`.
     """
@@ -177,7 +177,7 @@ def logits_near(rows: Tensor, scale: Tensor, grid: LevelGrid, kappa: float) -> T
 
 
 def random_logits(shape: tuple[int, int], grid: LevelGrid, generator: Any = None) -> Tensor:
-    """Standard normal logits, `[O, planes, R]` fp32: the start of the paper. One bit: the difference of two."""
+    """Draws standard normal logits, `[O, planes, R]` fp32: the start of the paper. One bit: the difference of two."""
     o, r = shape
     a = torch.randn(o, grid.planes, r, generator=generator)
     return a * 2**0.5 if grid.planes == 1 else a

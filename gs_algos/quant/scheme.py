@@ -1,4 +1,4 @@
-"""How one tensor is quantized, as data and as text: `int8@channel`, `int4@group:128:mse`, `uint8@tensor:ema`."""
+"""Describes the grid of one tensor, as data and as text: `int8@channel`, `int4@group:128:mse`, `uint8@tensor:ema`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GRAMMAR = "[u]int<1..8>@<tensor|channel|group:N>[:<ema|minmax|percentile|mse>[=<
 
 @dataclass(frozen=True)
 class Scheme:
-    """One grid and how its range is found.
+    """Describes an integer grid and how its range is found.
 
     Args:
         format: the integer grid.
@@ -31,7 +31,6 @@ class Scheme:
         observer: `minmax` running extremes (weights: of the current values) · `ema` moving average, argument = share of
             the new batch · `percentile` range that holds that share of the values, in percent · `mse` range with the
             least squared error. The last two are fixed by calibration.
-        argument: the observer's number, None where it has none.
         argument: the observer's number; None stands for the usual one, 0.01 of `ema` and 99.99 of `percentile`.
         learned: scale (and, if not symmetric, zero point) become parameters (LSQ, arXiv:1902.08153).
 
@@ -152,7 +151,7 @@ SYNONYMS = {
 
 
 def nearest(text: str, role: Role) -> str:
-    """What the author of a text that is no scheme will have meant, quoted, or nothing if that is not clear."""
+    """Guesses the scheme that a malformed text means, quoted; empty if that is not clear."""
     plain = re.sub(r"[\s_-]", "", text.lower())
     both = re.fullmatch(r"w(\d)a(\d+)(?:g(\d+))?", plain)
     if both:
@@ -197,9 +196,9 @@ def _granularity(words: list[str], text: str, role: Role) -> Granularity:
 def _refuse_twice(words: list[str], text: str, role: Role) -> None:
     """Raises if two words say the same thing, or contradict each other: the last of them would win unseen."""
     for kind in (OBSERVERS[role], ("sym", "asym"), ("lsq",), ("narrow",)):
-        said = [word for word in words if word.partition("=")[0] in kind]
-        if len(said) > 1:
-            raise ValueError(f"Scheme: {role} must have one of {', '.join(kind)}, got {' and '.join(said)} in {text!r}")
+        same = [word for word in words if word.partition("=")[0] in kind]
+        if len(same) > 1:
+            raise ValueError(f"Scheme: {role} must have one of {', '.join(kind)}, got {' and '.join(same)} in {text!r}")
 
 
 def _apply_word(scheme: Scheme, word: str, text: str, role: Role) -> Scheme:
@@ -259,7 +258,7 @@ def check_rules(rules: Any, who: str, readers: Mapping[str, Callable[[Any], obje
 
 
 def as_text(rules: Any, kinds: tuple[type, ...] = (Scheme,)) -> Any:
-    """Rules whose schemes are text, as a checkpoint keeps them; whatever is no rule stays as it is.
+    """Turns the schemes in rules into text, as a checkpoint stores them; what is no rule stays as it is.
 
     kinds: the classes whose text stands for them.
     """
@@ -275,7 +274,7 @@ def as_text(rules: Any, kinds: tuple[type, ...] = (Scheme,)) -> Any:
 
 
 def n_scales(granularity: Granularity, shape: Sequence[int]) -> int:
-    """How many scales a weight of `shape [O, ...]` has.
+    """Counts the scales of a weight `[O, ...]`.
 
     Raises:
         ValueError: if a group does not divide the elements of one output.

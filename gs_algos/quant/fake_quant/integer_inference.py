@@ -3,7 +3,7 @@
 In eval mode, a layer whose input is on a grid multiplies centered codes, codes less their zero points: in fp32, where
 sums of whole numbers are exact in any order as long as they stay below 2**24. What follows them has the order of
 `gs_kernels.qconv2d_int8`: scale of the weight, scale of the input, bias. The batch norm behind is folded into scale and
-bias, and returns what the layer so computed.
+bias; the norm then returns what the layer computed.
 
 Where weight and input have 8 bits, a bias is a whole number of the sums' steps, as the int32 biases of integer engines
 are (Jacob et al. 2018, arXiv:1712.05877, section 2.4); wider steps would move it too far.

@@ -27,9 +27,9 @@ from gs_algos.quant.packed.module import Packed
 
 
 def with_consumers(graph: SiteGraph, row: PlanRow, sites: Collection[str]) -> PlanRow:
-    """The row with what follows the layer and who reads what it gives, if it is one of the layers that are planned.
+    """Notes in the row of a planned layer what follows it and which layers read its output; other rows stay.
 
-    sites: all of those.
+    sites: of all planned layers.
     """
     plan = row.settings
     if not isinstance(plan, LayerPlan):
@@ -47,12 +47,12 @@ def with_consumers(graph: SiteGraph, row: PlanRow, sites: Collection[str]) -> Pl
 
 
 def int8_inputs(graph: SiteGraph, operands: Sequence[str], sites: Collection[str]) -> tuple[str, ...]:
-    """Those operands of an add or concat with one scale that may give int8, for all that read them."""
+    """Lists the operands of an add or concat with one scale that may emit int8, whatever reads them."""
     return tuple(name for name in operands if consumers_accept_codes(graph, name, (), sites))
 
 
 def choose_epilogue(model: nn.Module, row: PlanRow[LayerPlan]) -> PlanRow[LayerPlan]:
-    """The row with the activation that a trained layer takes over, before it is converted."""
+    """Decides which activation a trained layer takes over; returns the row that says so."""
     plan = row.settings
     name, reason = plan.epilogue.activation, plan.epilogue.reason
     consumers = plan.consumers
@@ -93,13 +93,13 @@ def _refuse_activation(model: nn.Module, row: PlanRow[LayerPlan], name: str) -> 
 
 
 def activation_of(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Module | None:
-    """The module whose work the converted layer does, while it is still there."""
+    """Returns the activation that the converted layer computes, while it is still in the model."""
     name = row.settings.fused_activation
     return None if name is None else get_module(model, name)
 
 
 def choose_int8_flow(model: nn.Module, row: PlanRow[LayerPlan]) -> PlanRow[LayerPlan]:
-    """The row with the form in which a converted layer hands on its output, and whether it waits for an add."""
+    """Decides whether a converted layer emits int8 and waits for an add; returns the row that says so."""
     layer, plan = get_module(model, row.site), row.settings
     if not isinstance(layer, Convolution):
         return row
@@ -124,7 +124,7 @@ def choose_int8_flow(model: nn.Module, row: PlanRow[LayerPlan]) -> PlanRow[Layer
 
 
 def enable_int8_flow(model: nn.Module, rows: Sequence[PlanRow]) -> None:
-    """Lets layers hand int8 to their consumers, give it on the grids of adds, and wait for the adds behind them."""
+    """Makes layers emit int8 to their consumers or on the grids of adds, and wait for the adds behind them."""
     for join in join_rows(rows):
         for name in join.settings.int8_inputs:
             quantizer = getattr(get_module(model, name), "output_quantizer", None)
@@ -160,7 +160,7 @@ def disable_int8_flow(model: nn.Module, rows: Sequence[PlanRow], reason: str) ->
 
 
 def _on_floats(row: PlanRow, reason: str) -> PlanRow:
-    """The row of a layer or an add that hands on floats."""
+    """Changes the row of a layer or an add to floats."""
     plan = row.settings
     if not isinstance(plan, LayerPlan):
         return replace(row, settings=replace(plan, int8_inputs=())) if plan is not None else row
@@ -173,7 +173,7 @@ def _on_floats(row: PlanRow, reason: str) -> PlanRow:
 
 
 def _can_emit_int8(layer: nn.Module, consumers: Sequence[nn.Module]) -> bool:
-    """Whether all that read a converted layer's output turn it into the same codes."""
+    """Says whether all consumers of a converted layer turn its output into the same codes."""
     if not consumers or not isinstance(layer, QuantizedConv) or layer.output_quantizer is not None:
         return False
     if not all(isinstance(m, QuantizedLayer) and not m.integer_refusals(m.packed.device) for m in (layer, *consumers)):

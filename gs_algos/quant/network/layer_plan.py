@@ -1,7 +1,7 @@
-"""What SimQAT and SLB know of each layer and each add: in the plan, in the model's history, and in a checkpoint.
+"""Defines the settings of each layer and add in plans of SimQAT and SLB, in the model's history and in checkpoints.
 
 `plan` writes what the options and the graph say. `convert` makes a new plan, which also says what the converted layer
-does in its own call and in which form it hands on its output.
+does in its own call and whether its output is int8.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gs_algos.core.settings import Record, RowSettings
 
 @dataclass(frozen=True)
 class Epilogue(Record):
-    """What runs behind a layer and nothing else reads, so that the converted layer can do it in its own call.
+    """Names what runs behind a layer, read by nothing else, so that the converted layer can compute it in its own call.
 
     Args:
         activation: name of the module; once converted None unless the layer does its work.
@@ -37,7 +37,7 @@ class Epilogue(Record):
 
 @dataclass(frozen=True)
 class IntegerFlow(Record):
-    """In which form a converted layer hands on its output.
+    """Says in which form a converted layer returns its output.
 
     Args:
         consumers_accept: whether all that reads the output can be computed from int8; the graph says it.
@@ -54,7 +54,7 @@ class IntegerFlow(Record):
 
 @dataclass(frozen=True)
 class LayerPlan(RowSettings):
-    """One layer whose weight is quantized or searched.
+    """Holds the plan of one layer whose weight is quantized or searched.
 
     Args:
         weight: its scheme, or the grid of its levels.
@@ -86,13 +86,13 @@ class LayerPlan(RowSettings):
 
     @property
     def fused_activation(self) -> str | None:
-        """The module whose work the converted layer does."""
+        """Names the activation that the converted layer computes."""
         return None if self.epilogue.op is None else self.epilogue.activation
 
 
 @dataclass(frozen=True)
 class JoinPlan(RowSettings):
-    """An add or concat whose operands share one scale.
+    """Holds the plan of an add or concat whose operands share one scale.
 
     Args:
         operands: the modules that give them.
@@ -111,12 +111,12 @@ FORMS: tuple[type[RowSettings], ...] = (LayerPlan, JoinPlan)
 
 
 def layer_rows(rows: Iterable[PlanRow]) -> list[PlanRow[LayerPlan]]:
-    """The rows of the layers that are quantized or searched."""
+    """Returns the rows of the layers that are quantized or searched."""
     return [row for row in rows if isinstance(row.settings, LayerPlan)]
 
 
 def join_rows(rows: Iterable[PlanRow]) -> list[PlanRow[JoinPlan]]:
-    """The rows of the adds and concats with one scale."""
+    """Returns the rows of the adds and concats with one scale."""
     return [row for row in rows if isinstance(row.settings, JoinPlan)]
 
 
@@ -135,7 +135,7 @@ JOIN_KEYS: Mapping[str, tuple[str, ...]] = {"operands": ("operands",), "act": ("
 
 
 def from_version_1(entry: dict[str, Any]) -> dict[str, Any]:
-    """A history entry of a checkpoint of version 1 in the words of version 2.
+    """Translates a history entry of a checkpoint of version 1 to version 2.
 
     There `fused` of a search said whether a fused optimizer trains the layer, until `convert` wrote over it the
     activation that the layer takes over, as it did in SimQAT. A `convert` that was refused did so too, and lost the
@@ -169,7 +169,7 @@ def from_version_1(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(start: dict[str, Any], old: Mapping[str, Any], keys: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    """`start` with the old settings under their new names; what has none keeps its own, and is refused later."""
+    """Adds the old settings to `start` under their new names; unknown ones keep theirs, and are refused later."""
     for key, value in old.items():
         *inside, name = keys.get(key, (key,))
         target = start[inside[0]] if inside else start

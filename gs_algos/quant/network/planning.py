@@ -1,4 +1,4 @@
-"""From a site graph to a plan: which layers are quantized or searched, and why the others stay float.
+"""Plans which layers of a graph are quantized or searched, and says why the others stay float.
 
 SimQAT and SLB plan alike. They differ in `PlanOptions`: the grids they know, and what they refuse.
 """
@@ -34,12 +34,12 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 class Refused(Exception):
-    """A layer that stays float, with the reason."""
+    """Says why a layer stays float."""
 
 
 @dataclass(frozen=True)
 class PlanOptions(ABC):
-    """What an algorithm asks of `make_plan`.
+    """Tells `make_plan` what an algorithm wants of each layer.
 
     Args:
         weight: the grid of every weight that no rule is on.
@@ -58,18 +58,18 @@ class PlanOptions(ABC):
     notes: ClassVar[tuple[str, ...]] = ()
 
     def defaults(self) -> dict[str, Any]:
-        """What a rule may set, with the values where no rule does."""
+        """Returns what a rule may set, with the values where no rule does."""
         return {"weight": self.weight, "act": self.act}
 
     def chosen(self, sites: Mapping[str, nn.Module], called: Sequence[str]) -> dict[str, dict[str, Any] | None]:
-        """The options of each layer; None: a rule leaves it float. called: those that run, in order."""
+        """Returns the options of each layer; None: a rule leaves it float. called: the layers that run, in order."""
         return resolve(self.rules, sites, self.defaults(), self.who)
 
     @abstractmethod
     def layer(
         self, site: str, layer: nn.Module, bn: tuple[str, nn.Module] | None, chosen: Mapping[str, Any]
     ) -> tuple[LayerPlan, str]:
-        """The plan of one layer, and what its row says of it.
+        """Plans one layer; returns its plan, and the text of its row.
 
         Args:
             bn: name and module of the batch norm behind it.
@@ -82,10 +82,10 @@ class PlanOptions(ABC):
 
     @abstractmethod
     def nbytes(self, plan: LayerPlan) -> int:
-        """Bytes of the converted weight."""
+        """Returns the bytes of the converted weight."""
 
     def join_scheme(self) -> Scheme:
-        """The scheme that the operands of an add or a concat share.
+        """Returns the scheme that the operands of an add or a concat share.
 
         Raises:
             Refused: if they stay as they are.
@@ -127,7 +127,7 @@ def make_plan(algorithm: str, model: nn.Module, example_inputs: Inputs, options:
 def with_layers(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[nn.Module, SiteGraph, tuple[str, ...]]:
-    """(model, its graph, notes) for a plan. A model with functional calls is copied, and layers made for them.
+    """Returns (model, its graph, notes) for a plan; a model with functional calls is copied, and layers made for them.
 
     The notes say why a tracer failed, and why some calls cannot be replaced.
     """
@@ -147,7 +147,7 @@ def with_layers(
 def with_planned_layers(
     model: nn.Module, plan: Plan, example_inputs: Inputs
 ) -> tuple[nn.Module, list[tuple[str, dict[str, Any]]]]:
-    """The live model with the layers that a plan has found in functional calls, and what `modularize_again` needs."""
+    """Makes layers of the functional calls of a plan, in the live model; also returns what `modularize_again` needs."""
     known = modularized(model)
     if any(row.kind.startswith("F.") for row in plan.acted()):
         model = modularize(model, *split_inputs(example_inputs))
@@ -155,25 +155,25 @@ def with_planned_layers(
 
 
 def foreign_dtype(layer: nn.Module) -> str:
-    """Why no grid can be trained for the weight of a layer in its dtype; empty if one can."""
-    found = str(layer.weight.dtype).removeprefix("torch.")  # type: ignore[union-attr]
-    words = f"its weight is {found}, and must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}: call net.float() first"
-    return "" if found in DTYPES else words
+    """Says why no grid can be trained for a weight of this dtype; empty if one can."""
+    dtype = str(layer.weight.dtype).removeprefix("torch.")  # type: ignore[union-attr]
+    reason = f"its weight is {dtype}, and must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}: call net.float() first"
+    return "" if dtype in DTYPES else reason
 
 
 def keep_row(site: str, layer: nn.Module | None, reason: str) -> PlanRow:
-    """The row of a layer that stays float."""
+    """Makes the row of a layer that stays float."""
     return PlanRow(site, kind_of(layer), "keep", reason=reason)
 
 
 def kind_of(layer: nn.Module | None) -> str:
-    """The class of a layer as the plan shows it; that of the function for one which stands for a functional call."""
+    """Names the class of a layer as the plan shows it; the function, for a layer made from a functional call."""
     name = type(layer).__name__ if layer is not None else "function"
     return f"F.{name.removeprefix('Borrowed').lower()}" if isinstance(layer, Borrowed) else name
 
 
 def refused_rows(refusals: list[Refusal], sites: Mapping[str, nn.Module]) -> list[PlanRow]:
-    """One row per refused layer (or, with no sites given, per refused function and join), reasons joined."""
+    """Makes one row per refused layer (or, with no sites given, per refused function and join), reasons joined."""
     reasons: dict[str, list[str]] = {}
     for refusal in refusals:
         if not sites or refusal.site in sites:
@@ -182,7 +182,7 @@ def refused_rows(refusals: list[Refusal], sites: Mapping[str, nn.Module]) -> lis
 
 
 def _layer_of(found: Match) -> str:
-    """The layer of a match; "" if it is of something else."""
+    """Names the layer of a match; "" if it has none."""
     return found.roles.get("conv") or found.roles.get("linear", "")
 
 
@@ -209,12 +209,12 @@ def _layer_row(
 
 
 def _role_text(role: str, name: str, model: nn.Module) -> str:
-    """A member of a pattern as the plan shows it."""
+    """Names a member of a pattern as the plan shows it."""
     return name[2:] if name.startswith("F.") else kind_of(get_module(model, name))
 
 
 def _join_groups(matches: list[Match]) -> list[tuple[str, tuple[str | None, ...]]]:
-    """(pattern, operands) of every add and concat; those that read a common module share one scale and become one."""
+    """Groups adds and concats, (pattern, operands): those that read a common module become one."""
     groups: list[tuple[str, tuple[str | None, ...]]] = []
     for found in (m for m in matches if m.pattern in JOINS):
         pattern, operands = found.pattern, tuple(dict.fromkeys(found.operands))
@@ -235,7 +235,7 @@ def _join_row(
     acted: Collection[str],
     options: PlanOptions,
 ) -> PlanRow:
-    """An add or concat whose operands can share one scale, or why they cannot.
+    """Makes the row of an add or concat whose operands can share one scale, or that says why they cannot.
 
     quantized: layers and what follows them; acted: the layers alone.
     """

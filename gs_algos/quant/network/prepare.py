@@ -1,4 +1,4 @@
-"""From the plan of SimQAT to fake-quantized live layers, and from that of SimQAT or SLB to adds with one scale."""
+"""Makes live layers fake-quantized by a plan of SimQAT, and gives adds one scale by a plan of SimQAT or SLB."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gs_kernels.runtime.torch_private import _BatchNorm
 
 @dataclass(frozen=True)
 class QuantOptions(PlanOptions):
-    """What SimQAT asks of `make_plan` and `swap_layers`; see `SimQATConfig` for the meaning."""
+    """Tells what SimQAT wants of `make_plan` and `swap_layers`; see `SimQATConfig` for the meaning."""
 
     fold: str
     fusion: bool
@@ -68,7 +68,7 @@ def swap_layers(model: nn.Module, rows: Sequence[PlanRow], options: QuantOptions
 
 
 def add_join_quantizers(model: nn.Module, rows: Sequence[PlanRow], delayed: bool = False) -> None:
-    """Gives the operands of each add and concat that the rows name one quantizer for what they give."""
+    """Gives the operands of each add and concat that the rows name one common output quantizer."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for row in join_rows(rows):
         shared = ActivationQuantizer(Scheme.parse(row.settings.act, "act"), device, delayed)

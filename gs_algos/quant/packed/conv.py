@@ -1,4 +1,4 @@
-"""A convolution whose weight is packed codes."""
+"""Defines a convolution whose weight is packed codes."""
 
 from __future__ import annotations
 

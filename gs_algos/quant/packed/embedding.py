@@ -1,4 +1,4 @@
-"""An embedding whose table is packed codes."""
+"""Defines an embedding whose table is packed codes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gs_kernels.pack.layouts import PLANAR
 
 
 class PackedEmbedding(Packed):
-    """Rows of a packed table `[num_embeddings, embedding_dim]`: only the rows that are asked for are dequantized.
+    """Looks rows up in a packed table `[num_embeddings, embedding_dim]`: only those rows are dequantized.
 
     Args:
         weight: packed, or the packed layer that this one is tied to.
@@ -79,7 +79,7 @@ class PackedEmbedding(Packed):
 
 
 def rows_of(weight: PackedWeight, rows: Tensor) -> PackedWeight:
-    """The packed weight that has these rows of another, `rows [n]` of int32 / int64."""
+    """Selects rows of a packed weight, `rows [n]` of int32 / int64."""
     return replace(
         weight,
         codes=weight.codes.index_select(1 if weight.layout == PLANAR else 0, rows),

@@ -1,4 +1,4 @@
-"""A linear layer whose weight is packed codes."""
+"""Defines linear layers whose weight is packed codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What layers with a packed weight share: its tensors as buffers, canonical in every state_dict, planar on a GPU.
+"""Defines the base of layers with a packed weight: tensors are buffers, canonical in state_dicts, planar on a GPU.
 
 The tensors keep their dtypes whatever the layer is cast to: `.to(dtype)` changes what the layer computes in, never what
 it stores. A layer that is tied to another (a language model's head to its embedding) has no tensors of its own.
@@ -30,7 +30,7 @@ KERNEL_DEVICES = ("cuda",)  # where the planar layout is read
 
 @dataclass(frozen=True)
 class PackedFormat:
-    """Everything about a packed weight but its values, as plain JSON values.
+    """Describes a packed weight without its values, in plain JSON values.
 
     Args:
         zero: the zero point of all groups, or None if each has its own.
@@ -58,28 +58,28 @@ class PackedFormat:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> PackedFormat:
-        """The format that plain JSON values say.
+        """Reads the format from plain JSON values.
 
         Raises:
-            ValueError: if they are none.
+            ValueError: if they describe no packed weight.
         """
         try:
-            made = PackedFormat(**{**data, "shape": tuple(data["shape"])})
-            whole = all(type(n) is int and 0 < n < 2**31 for n in (made.bits, *made.shape, made.group_size))
+            format = PackedFormat(**{**data, "shape": tuple(data["shape"])})
+            whole = all(type(n) is int and 0 < n < 2**31 for n in (format.bits, *format.shape, format.group_size))
             right = (
                 whole
-                and len(made.shape) == 2
-                and made.bits in BITS
-                and made.shape[1] % made.group_size == 0
-                and made.scale_dtype in SCALE_DTYPES
-                and (made.zero is None or (type(made.zero) in (int, float) and math.isfinite(made.zero)))
-                and isinstance(made.levels, bool)
+                and len(format.shape) == 2
+                and format.bits in BITS
+                and format.shape[1] % format.group_size == 0
+                and format.scale_dtype in SCALE_DTYPES
+                and (format.zero is None or (type(format.zero) in (int, float) and math.isfinite(format.zero)))
+                and isinstance(format.levels, bool)
             )
         except (TypeError, KeyError):
             right = False
         if not right:
             raise ValueError(f"PackedFormat: it must be the format of a packed weight, got {data!r:.200}")
-        return made
+        return format
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "shape": list(self.shape)}
@@ -89,7 +89,7 @@ class PackedFormat:
         return self.empty("meta").nbytes
 
     def empty(self, device: torch.device | str) -> PackedWeight:
-        """A canonical weight of this format, its tensors not yet filled."""
+        """Makes an unfilled canonical weight of this format."""
         n, k = self.shape
         grouped = (n, k // self.group_size)
         dtype = getattr(torch, self.scale_dtype)
@@ -105,7 +105,7 @@ class PackedFormat:
 
 
 class Packed(FixedDtypeBuffers, OffFastPath):
-    """A frozen packed weight `[N, K]` as a module.
+    """Base of modules that hold a frozen packed weight `[N, K]`.
 
     Args:
         weight: the tensors to hold, in either layout; or another packed layer, whose weight this one then uses too.
@@ -159,12 +159,12 @@ class Packed(FixedDtypeBuffers, OffFastPath):
 
     @property
     def tied(self) -> bool:
-        """Whether the weight belongs to another layer."""
+        """Says whether the weight belongs to another layer."""
         return bool(self._tied_to)
 
     @property
     def owner(self) -> Packed:
-        """The layer whose weight this one uses: itself, if it is not tied."""
+        """Returns the layer whose weight this one uses: itself, if it is not tied."""
         return self._tied_to[0].owner if self._tied_to else self
 
     @property
@@ -207,10 +207,10 @@ class Packed(FixedDtypeBuffers, OffFastPath):
         return 0 if self._tied_to else self.packed.nbytes
 
     def keep_rows(self, name: str, value: int) -> None:
-        """Raises unless an attribute is set to what it is: a packed weight has the rows that it has.
+        """Refuses to change the number of rows: a packed weight cannot be resized.
 
         Raises:
-            ValueError: so.
+            ValueError: if the value is another.
         """
         if value != self.shape[0]:
             raise ValueError(
@@ -219,7 +219,7 @@ class Packed(FixedDtypeBuffers, OffFastPath):
             )
 
     def path(self) -> str:
-        """Which arithmetic the layer runs in, and why."""
+        """Says which arithmetic the layer runs in, and why."""
         return "float x packed codes"
 
     def arrange(self) -> None:
@@ -232,7 +232,7 @@ class Packed(FixedDtypeBuffers, OffFastPath):
             self.codes = repack(self.packed, wanted).codes
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or a file has the tensors, and no second object around them."""
+        """Leaves the cached weight out of copies and files, which have its tensors."""
         return {key: value for key, value in self.__dict__.items() if key != "_packed_cache"}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -271,7 +271,7 @@ class Packed(FixedDtypeBuffers, OffFastPath):
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast multiplies x in; None if it is off, or does not exist on the device of x (meta)."""
+    """Returns the dtype that autocast multiplies x in; None if it is off, or the device has none (meta)."""
     kind = x.device.type
     # Dynamo of PyTorch 2.11 cannot trace the question whether a device has autocast: those it compiles for do
     exists = kind != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind))
@@ -279,7 +279,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def zero_as(weight: PackedWeight, constant: bool) -> PackedWeight:
-    """The weight with one zero point for all (they are equal) or a tensor of them: the form follows from the scheme.
+    """Stores one zero point for all (they are equal), or a tensor of them, as the scheme says.
 
     Values decide nothing about the form, so that a layer that is yet to be filled can be built without them.
     """
@@ -292,10 +292,10 @@ def zero_as(weight: PackedWeight, constant: bool) -> PackedWeight:
 
 
 def tensors_of(weight: PackedWeight) -> dict[str, Tensor]:
-    """The tensors of a packed weight under the names that they have in a state_dict."""
+    """Returns the tensors of a packed weight under the names that they have in a state_dict."""
     return {part: value for part in WEIGHT_TENSORS if isinstance(value := getattr(weight, part), Tensor)}
 
 
 def layout_of(codes: Tensor) -> str:
-    """The layout of packed codes, which their dtype says."""
+    """Tells the layout of packed codes from their dtype."""
     return PLANAR if codes.dtype == torch.int16 else CANONICAL

@@ -1,4 +1,4 @@
-"""Which float layers can be packed, how their weights lie as rows, and the packed layer that takes the place of each.
+"""Says which float layers can be packed, and makes the packed layer that replaces each.
 
 Layers of torch.nn, of subclasses that only construct themselves in another way or write the product of a linear as
 `x @ W.T + bias` (FalconLinear), and Conv1D of Transformers, which GPT-2 is made of: `y = x @ W + bias`, W `[K, N]`.
@@ -32,19 +32,19 @@ _MODULE = {*nn.Module().__dict__, "_compiled_call_impl"}
 
 
 def base_of(layer: nn.Module) -> type[nn.Module] | None:
-    """The class of layers that this one is of, or derived from: nn.Linear, nn.Conv2d, ...; None for other modules."""
+    """Returns the class that a layer is, or is derived from: nn.Linear, nn.Conv2d, ...; None for other modules."""
     loaded = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     bases = (nn.Linear, nn.Embedding, *CONVS, *([] if loaded is None else [loaded]))
     return next((base for base in bases if isinstance(layer, base)), None)
 
 
 def is_conv1d(layer: nn.Module) -> bool:
-    """Whether it is Conv1D of Transformers, whose weight is `[K, N]`."""
+    """Says whether it is Conv1D of Transformers, whose weight is `[K, N]`."""
     return base_of(layer) not in (None, nn.Linear, nn.Embedding, *CONVS)
 
 
 def why_not(layer: nn.Module) -> str:
-    """Why a layer that has a `base_of` cannot be packed; "" if it can."""
+    """Says why a layer that has a `base_of` cannot be packed; "" if it can."""
     base: Any = base_of(layer)
     kind, cls = type(layer).__name__, type(layer)
     weight = layer._parameters.get("weight")
@@ -77,32 +77,32 @@ def why_not(layer: nn.Module) -> str:
 
 
 def matrix_of(layer: nn.Module, weight: Tensor) -> Tensor:
-    """The layer's weight, or a tensor of its shape, as `[N, K]`: a view."""
+    """Views the layer's weight, or a tensor of its shape, as `[N, K]`."""
     if is_conv1d(layer):
         return weight.t()
     return weight.flatten(1)
 
 
 def in_rows(layer: nn.Module, weight: PackedWeight) -> PackedWeight:
-    """A packed `matrix_of` the layer's weight, with the elements of each row in the order of the packed layer."""
+    """Reorders the rows of a packed `matrix_of` to the element order of the packed layer."""
     filter = layer.weight.shape[1:] if isinstance(layer, CONVS) else weight.shape[1:]
     return conv_rows(weight, tuple(filter))
 
 
 def float_weight(layer: nn.Module, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """The dequantized weight in the shape that the float layer's has. weight: as `in_rows` gives it."""
+    """Dequantizes to the shape of the float layer's weight. weight: as `in_rows` gives it."""
     packed = packed_like(layer, weight)
     packed.dtype = dtype
     return packed.weight.contiguous()
 
 
 def format_of(layer: nn.Module, weight: Tensor, scheme: Scheme) -> PackedFormat:
-    """What the layer's packed weight is, but for its values."""
+    """Returns the format that the layer's packed weight will have."""
     return packed_format(matrix_of(layer, weight), scheme)
 
 
 def packed_like(layer: Any, weight: PackedWeight | Packed) -> Packed:
-    """The packed layer that takes the place of a float one. Attributes that others may read of it are kept.
+    """Makes the packed layer that replaces a float one, with the attributes that other code may read.
 
     Args:
         weight: as `in_rows` gives it, or the packed layer whose weight this one is to share.

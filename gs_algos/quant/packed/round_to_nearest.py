@@ -1,4 +1,4 @@
-"""Round to nearest: a float weight to packed codes, from its values alone."""
+"""Rounds float weights to nearest packed codes, from their values alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SMALLEST_LOSS = 2.0**-8  # largest relative change of a scale that storing it in
 
 
 def packable(weight: str | Scheme) -> Scheme:
-    """The scheme, parsed, if weights can be packed with it.
+    """Parses a scheme, and refuses one that weights cannot be packed with.
 
     Raises:
         ValueError: if its bits are not 1, 2, 4 or 8, or it is learned.
@@ -44,7 +44,7 @@ def group_size(scheme: Scheme, k: int) -> int:
 
 @torch.no_grad()
 def round_to_nearest(weight: Tensor, scheme: str | Scheme) -> PackedWeight:
-    """The nearest packed weight to `weight [N, K]` fp32 / fp16 / bf16, on its device, canonical.
+    """Rounds to the nearest packed weight `weight [N, K]` fp32 / fp16 / bf16, on its device, canonical.
 
     Scales are stored in 16 bits (the weight's own type if it has 16, else fp16), or in fp32 if that would change one by
     more than 2**-8; codes are rounded against the scales as stored, so storing them adds no error of its own.
@@ -84,7 +84,7 @@ def round_to_nearest(weight: Tensor, scheme: str | Scheme) -> PackedWeight:
 
 @torch.no_grad()
 def packed_format(weight: Tensor, scheme: str | Scheme) -> PackedFormat:
-    """What `round_to_nearest` gives for `weight [N, K]`, but for its values; scales of a meta tensor count as 16 bits.
+    """Returns the format that `round_to_nearest` gives for `weight [N, K]`; scales of a meta tensor count as 16 bits.
 
     Raises:
         ValueError: as `round_to_nearest`.
@@ -100,7 +100,7 @@ def packed_format(weight: Tensor, scheme: str | Scheme) -> PackedFormat:
 
 
 def _chunks(weight: Tensor, scheme: Scheme, size: int) -> Iterator[Tensor]:
-    """The weight in pieces of whole rows, each `[groups, size]`; one piece if one scale is for all."""
+    """Splits the weight into whole rows, each `[groups, size]`; one piece if one scale is for all."""
     n, k = weight.shape
     if isinstance(scheme.granularity, PerTensor):
         yield weight.reshape(1, n * k)
@@ -138,7 +138,7 @@ def _one_more_below(scheme: Scheme) -> bool:
 
 
 def signs_of(scheme: Scheme) -> str:
-    """The signs that scales of `round_to_nearest` can have, for `Packed.signs`."""
+    """Tells which signs scales of `round_to_nearest` can have, for `Packed.signs`."""
     if scheme.bits == 1 and scheme.symmetric:
         return "not negative"  # rows of zeros have a scale of 0
     return "not zero" if _one_more_below(scheme) else "positive"
