@@ -1,6 +1,7 @@
 """Peers of packed products get our codes in their own formats, and what cannot run here is named with the reason."""
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_peers_that_cannot_run_here_are_named_with_the_reason(monkeypatch):
 def test_words_for_conch_hold_codes_low_bits_first_along_k(bits):
     weight = case(bits, zero="middle" if bits > 1 else "half").args[1]
     if bits == 1:
-        weight = type(weight)(**{**vars(weight), "zero": 1.0})
+        weight = replace(weight, zero=1.0)
     words, scale = qmatmul._conch_parts(weight, torch.float16)
     fields = 32 // bits
     assert words.shape == (256 // fields, 64) and scale.shape == (2, 64) and words.is_contiguous()
