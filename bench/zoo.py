@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from bench import record
 from gs_algos import SimQAT
 from gs_algos.core.plan import Plan
-from gs_algos.fx.ops import SITES
+from gs_algos.fx.op_names import SITES
 from tests.nets.transformers_models import ARCHITECTURES, tiny
 
 # words in the names of small networks, smallest first

@@ -14,8 +14,8 @@ from gs_algos.core.algorithm import Algorithm, Calibrates, history
 from gs_algos.core.checkpoint import load, save
 from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.plan import Plan, PlanRow, Totals
+from gs_algos.core.plan_settings import RowSettings
 from gs_algos.core.registry import register_algorithm
-from gs_algos.core.settings import RowSettings
 from gs_algos.llm.registration import install as _register_with_transformers
 from gs_algos.pruning.prune import Prune, PruneConfig
 from gs_algos.pruning.scop import SCOP, SCOPConfig

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gs_algos.fx import patterns
-from gs_algos.fx.capture.ladder import capture
+from gs_algos.fx.capture.capture import capture
 from gs_kernels.runtime.opspec import OpSpec
 from tests.helpers import INTERPRET, fenced, same_bits
 from tests.test_docs import FILE, ROOT, blocks

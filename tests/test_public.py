@@ -64,7 +64,7 @@ def test_kernels_are_imported_without_triton(fresh):
 
 def test_algorithms_are_imported_without_extras_and_without_what_reads_files_of_others(fresh):
     assert not {name.partition(".")[0] for name in fresh["new"]} & {"triton", *EXTRAS}
-    ours = [name for name in fresh["new"] if re.match(r"gs_algos\.(export|pipeline|serving|cli|analysis)\.", name)]
+    ours = [name for name in fresh["new"] if re.match(r"gs_algos\.(export|llm|demo|pipeline|serving|cli)\.", name)]
     assert [name for name in ours if "registration" not in name] == []
 
 

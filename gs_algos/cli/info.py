@@ -9,12 +9,12 @@ from typing import Any
 
 from gs_algos.cli.compress import RECIPE_FILE
 from gs_algos.cli.demo import OPTIONS_FILE
-from gs_algos.cli.describe import describe
+from gs_algos.cli.info_network import describe
 from gs_algos.core.checkpoint import INDEX
 from gs_algos.core.plan import render_layers
 from gs_algos.export.torch_package import read_package
 from gs_algos.llm.folder import Folder, nbytes_of, read_folder, read_json
-from gs_algos.llm.foreign import settings_of
+from gs_algos.llm.foreign_config import settings_of
 from gs_algos.llm.load import gguf_skeleton, is_gguf
 from gs_algos.llm.packed_config import METHOD, read_config
 from gs_algos.llm.verify import part_names

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from gs_kernels.runtime.device import capabilities
 from gs_kernels.runtime.dispatch import tuning_dir
+from gs_kernels.tuning.from_machine_code import Static
 from gs_kernels.tuning.gpu_specs import CARDS, find_card
 from gs_kernels.tuning.space import Problem, find_space
-from gs_kernels.tuning.static import Static
 from gs_kernels.tuning.tables import file_name
 from gs_kernels.tuning.tuner import compilers, name_of, tune
 

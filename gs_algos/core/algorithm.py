@@ -16,7 +16,7 @@ from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.modules import TRACING
 from gs_algos.core.network import wrapped_at
 from gs_algos.core.plan import Plan, PlanRow
-from gs_algos.core.settings import RowSettings
+from gs_algos.core.plan_settings import RowSettings
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 Migration: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]

@@ -49,7 +49,7 @@ from gs_algos.core.modules import all_or_nothing
 from gs_algos.core.network import names_inside, network_of, ordinary_tensors, plain_names, without_wrappers, wrapped_at
 from gs_algos.core.plan import PlanRow, rows_of, with_settings
 from gs_algos.core.registry import UnknownAlgorithmError, restorer
-from gs_algos.core.values import refuse_values
+from gs_algos.core.tensor_rules import refuse_values
 
 FORMAT = "golden-stick"
 VERSION = 2

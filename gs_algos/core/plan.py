@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from typing_extensions import TypeVar
 
 from gs_algos.core.modules import computed_by, parent_name
-from gs_algos.core.settings import RowSettings, settings_of
+from gs_algos.core.plan_settings import RowSettings, settings_of
 from gs_algos.core.table import Table
 from gs_kernels.runtime.torch_private import _NormBase
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.core.modules import get_module, set_module
-from gs_algos.fx.capture.ladder import capture
+from gs_algos.fx.capture.capture import capture
 from gs_algos.fx.patterns import Refusal, match
 from gs_kernels.runtime.torch_private import _BatchNorm, _ConvNd, _ConvTransposeNd
 

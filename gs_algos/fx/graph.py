@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gs_algos.fx.ops import PRODUCTS
+from gs_algos.fx.op_names import PRODUCTS
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Node:
     """Describes one operation of the captured forward pass."""
 
     index: int  # position in SiteGraph.nodes, which is execution order
-    op: str  # canonical name (gs_algos/fx/ops.py), "input", "output" or "other"
+    op: str  # canonical name (gs_algos/fx/op_names.py), "input", "output" or "other"
     inputs: tuple[int, ...]  # indices of the producing nodes in argument order; parameters and buffers are not inputs
     users: tuple[int, ...]  # indices of the nodes that read this output, each once
     module: str | None  # qualified name of the live leaf module whose whole forward is this op; None: functional

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.llm.folder import Folder, ShardWriter, opened_all, read_folder, whole_folder
-from gs_algos.llm.foreign import BESIDE, ENTRY, OLD_ENTRY, settings_of
+from gs_algos.llm.foreign_config import BESIDE, ENTRY, OLD_ENTRY, settings_of
 from gs_algos.llm.formats import awq, compressed_tensors, gptq
 from gs_algos.llm.formats.base import Format, Reader
 from gs_algos.llm.packed_config import METHOD, VERSION, PackedConfig, read_config

@@ -19,7 +19,7 @@ from gs_algos.core.arguments import as_device, as_path
 from gs_algos.core.plan import Plan, PlanRow, other_weights, totals_of
 from gs_algos.core.progress import progress as progress_bar
 from gs_algos.llm.folder import Folder, ShardWriter, nbytes_of, opened, opened_all, read_folder, whole_folder
-from gs_algos.llm.foreign import settings_of as settings_of_folder
+from gs_algos.llm.foreign_config import settings_of as settings_of_folder
 from gs_algos.llm.formats import awq, compressed_tensors, gptq
 from gs_algos.llm.load import gguf_skeleton, is_gguf, load_gguf, refuse_dtype
 from gs_algos.llm.packed_config import FOREIGN, to_config

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.core.modules import swapped_class
-from gs_algos.core.values import FINITE, NOT_NEGATIVE, Rules
+from gs_algos.core.tensor_rules import FINITE, NOT_NEGATIVE, Rules
 from gs_kernels.runtime.torch_private import _ConvNd, _NormBase
 
 BUFFERS = ("gate", "gate_mean", "gate_square")

@@ -13,7 +13,7 @@ from gs_algos.core.algorithm import Inputs
 from gs_algos.core.layer_rules import resolve
 from gs_algos.core.modules import get_module
 from gs_algos.core.plan import Plan, PlanRow, with_settings
-from gs_algos.core.settings import RowSettings
+from gs_algos.core.plan_settings import RowSettings
 from gs_algos.pruning.budget import Budget, Rates, keep_by_layer, keep_globally, latency_cost, meet, static_cost
 from gs_algos.pruning.channel_groups.find import find_groups
 from gs_algos.pruning.channel_groups.groups import Group, Groups

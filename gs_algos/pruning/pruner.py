@@ -36,8 +36,8 @@ from gs_algos.core.config import signature_of
 from gs_algos.core.modules import all_or_nothing, get_module
 from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
 from gs_algos.core.plan import Plan, render_layers, rows_of
+from gs_algos.core.plan_settings import RowSettings
 from gs_algos.core.progress import progress
-from gs_algos.core.settings import RowSettings
 from gs_algos.core.untouched import untouched
 from gs_algos.fx.capture.tracers import tensors_of
 from gs_algos.pruning.budget import Rates, total_rate

@@ -15,8 +15,8 @@ from gs_algos.core.arguments import as_device
 from gs_algos.core.modules import get_module, set_module
 from gs_algos.core.network import network_of, ordinary_tensors
 from gs_algos.core.plan import Plan, PlanRow, other_weights, render_layers, rows_of, totals_of, with_settings
+from gs_algos.core.plan_settings import RowSettings
 from gs_algos.core.progress import progress as progress_bar
-from gs_algos.core.settings import RowSettings
 from gs_algos.ptq.sites import FEW, WHO, Site, WeightRule, weight_sites
 from gs_algos.quant.fast_path import leave_fast_path
 from gs_algos.quant.packed.conv_base import Convolution

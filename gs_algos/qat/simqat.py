@@ -26,8 +26,8 @@ from gs_algos.core.modules import get_module
 from gs_algos.core.network import network_of, ordinary_tensors
 from gs_algos.core.plan import Plan, PlanRow, rows_of
 from gs_algos.fx.modularize.functional_calls import modularize_again
+from gs_algos.qat.optimizer_watch import TrainingWatch
 from gs_algos.qat.training import QuantizationTraining
-from gs_algos.qat.untrained import TrainingWatch
 from gs_algos.quant.fake_quant.layers import FakeQuantized, Folded
 from gs_algos.quant.fake_quant.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
 from gs_algos.quant.network.convert import Parity, convert_model, summary_of, swap_converted_layers

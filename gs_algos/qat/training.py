@@ -27,12 +27,12 @@ from gs_algos.core.config import AlgorithmConfig, signature_of
 from gs_algos.core.modules import all_or_nothing
 from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
 from gs_algos.core.plan import Plan, PlanRow, rows_of
-from gs_algos.core.settings import RowSettings
-from gs_algos.qat.untrained import TrainingWatch
+from gs_algos.core.plan_settings import RowSettings
+from gs_algos.qat.optimizer_watch import TrainingWatch
 from gs_algos.quant.fake_quant.quantizers import SMALLEST_SCALE, ActivationQuantizer, Quantizer, update_ranges
+from gs_algos.quant.network.calibrate import observe
 from gs_algos.quant.network.convert import Parity
 from gs_algos.quant.network.layer_plan import FORMS, from_version_1
-from gs_algos.quant.network.observe import observe
 from gs_algos.quant.network.prepare import refuse_nonfinite
 
 logger = logging.getLogger(__name__)

@@ -87,7 +87,7 @@ def reduce(m: int, **bounds: Any) -> AotCase:
     """Adds four partial sums of a product of 8-bit rows, then the epilogue."""
 
     def run() -> Any:
-        kernel = importlib.import_module("gs_kernels.qmatmul.kernel.reduce")
+        kernel = importlib.import_module("gs_kernels.triton_epilogue")
         x_scale, bias = _meta(m, dtype=torch.float32), _meta(N, dtype=torch.float32)
         partials = _meta(4, m, N, dtype=torch.float32)
         return kernel.reduce_partials(_meta(m, N), partials, bias, "relu", x_scale=x_scale, stride_xs=1, shift=bias)

@@ -13,7 +13,7 @@ from gs_kernels.pack.layouts import PLANAR, PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.pack.schema import PACKED_WEIGHT
 from gs_kernels.qmatmul.checks import check_operands
-from gs_kernels.qmatmul.cpu.select import qmatmul_cpu
+from gs_kernels.qmatmul.cpu.float import qmatmul_cpu
 from gs_kernels.runtime.dispatch import implementations, triton_refuses
 from gs_kernels.runtime.torch_op import register, save, saved
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from gs_kernels.runtime.device import capabilities
 from gs_kernels.runtime.torch_private import tree_leaves
+from gs_kernels.tuning.from_machine_code import Predict, Predicted, Progress, Ranking, Static
 from gs_kernels.tuning.gpu_specs import CARDS, Card, card_of
 from gs_kernels.tuning.space import Machine, Problem, Space, Tile, find_space
-from gs_kernels.tuning.static import Predict, Predicted, Progress, Ranking, Static
 from gs_kernels.tuning.tables import Entry, Table, forced, read_table, write_table
 
 logger = logging.getLogger(__name__)

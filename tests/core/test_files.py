@@ -16,7 +16,7 @@ from torch import nn
 
 import gs_algos
 from gs_algos import SimQAT
-from gs_algos.cli.describe import describe
+from gs_algos.cli.info_network import describe
 from gs_algos.core import checkpoint, files
 from gs_algos.core.files import abandoned, scratch_folder, whole_file, write_atomically
 from gs_algos.llm.folder import ShardWriter, whole_folder

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gs_algos import SLB, SimQAT
-from gs_algos.fx.capture.ladder import capture
+from gs_algos.fx.capture.capture import capture
 from tests.helpers import relative_rms
 from tests.nets.convolutional import SmallConvNet, images, train
 

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-from gs_algos.fx.capture.ladder import capture
-from gs_algos.fx.ops import SITES
+from gs_algos.fx.capture.capture import capture
+from gs_algos.fx.op_names import SITES
 from gs_algos.fx.patterns import match
 from tests.nets.transformers_models import ARCHITECTURES, tiny
 

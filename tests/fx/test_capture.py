@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gs_algos.fx.capture.ladder import capture
+from gs_algos.fx.capture.capture import capture
 from gs_algos.fx.graph import Node, SiteGraph
 from tests.nets.graphs import (
     Chain,

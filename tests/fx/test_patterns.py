@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, spectral_norm
 
-from gs_algos.fx.capture.ladder import capture
-from gs_algos.fx.ops import SITES
+from gs_algos.fx.capture.capture import capture
+from gs_algos.fx.op_names import SITES
 from gs_algos.fx.patterns import match
 from tests.nets.graphs import (
     Chain,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gs_algos.fx import ops
+from gs_algos.fx import op_names
 from gs_kernels.activations import ACTIVATIONS
 
 NAMES = pytest.mark.parametrize("name", ACTIVATIONS)
@@ -31,4 +31,4 @@ def test_the_form_in_place_gives_the_bits_of_the_function(name, dtype):
 
 
 def test_patterns_know_every_activation_that_kernels_apply():
-    assert set(ops.ACTIVATIONS) == set(ACTIVATIONS) - {"none"}
+    assert set(op_names.ACTIVATIONS) == set(ACTIVATIONS) - {"none"}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gs_kernels import PackedWeight, pack_weight, qmatmul, qmatmul_int8, row_sums
-from gs_kernels.qmatmul.cpu import avx512_bf16, int8, products, select
+from gs_kernels.qmatmul.cpu import avx512_bf16, float, int8, interleaved_product
 from gs_kernels.qmatmul.cpu.interleaved import interleaved
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref, qmatmul_ref
 from gs_kernels.runtime import cpp
@@ -22,7 +22,7 @@ WEIGHTS = {"4 bit": (4, 70, 192, 48, True), "8 bit": (8, 33, 80, 80, False), "1 
 
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "BLOCK", 1 << 12)
+    monkeypatch.setattr(float, "BLOCK", 1 << 12)
 
 
 def weight(bits: int, n: int, k: int, group: int, fractions: bool) -> PackedWeight:
@@ -40,7 +40,7 @@ def rows(m: int, k: int) -> Tensor:
 @pytest.mark.parametrize(("name", "dtype"), [*((name, torch.float32) for name in WEIGHTS), ("4 bit", torch.bfloat16)])
 def test_float_rows(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(avx512_bf16, "supports", lambda m: False)
-    check_float_rows(weight(*WEIGHTS[name]), dtype, (1, 3, 4, 9, 1 + select.FEW_ROWS[dtype]))
+    check_float_rows(weight(*WEIGHTS[name]), dtype, (1, 3, 4, 9, 1 + float.FEW_ROWS[dtype]))
 
 
 def check_float_rows(w: PackedWeight, dtype: torch.dtype, ms: tuple[int, ...]) -> None:
@@ -59,7 +59,7 @@ needs_bf16 = pytest.mark.skipif(
 @pytest.mark.parametrize("of", [*WEIGHTS.values(), (2, 100, 1320, 264, True)], ids=lambda of: f"{of[0]} bit")
 def test_bf16_rows_in_cpp(of: tuple[int, int, int, int, bool], monkeypatch: pytest.MonkeyPatch):
     """Tiles of all sizes, more than a chunk of rows, K of more than a stretch: each against products in fp32."""
-    monkeypatch.setattr(select, "_by_blocks", None)
+    monkeypatch.setattr(float, "_by_blocks", None)
     w = weight(*of)
     dense = qmatmul_ref(torch.eye(w.shape[1]), w).to(torch.bfloat16).float()
     check_float_rows(w, torch.bfloat16, (5, 12, 13, 1030))
@@ -122,9 +122,9 @@ def test_sums_of_rows_with_one_scale_are_exact(bits: int, x_zero: float | None):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_small_weights_are_multiplied_by_the_compiled_loops(bits: int, monkeypatch: pytest.MonkeyPatch):
     """The last layer of a small network, whatever the number of rows: no reference, nothing dequantised beforehand."""
-    if products.kernels() is None:
+    if interleaved_product.kernels() is None:
         pytest.skip("no C++ compiler")
-    for module, name in ((int8, "qmatmul_int8_ref"), (select, "_plain")):
+    for module, name in ((int8, "qmatmul_int8_ref"), (float, "_plain")):
         monkeypatch.setattr(module, name, None)
     n, k = 10, 64
     codes = torch.randint(2**bits, (n, k), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)

@@ -237,9 +237,9 @@ pytest.importorskip("triton", reason="Triton is not installed: there are no kern
 from gs_kernels.aot import launches_of  # noqa: E402
 from gs_kernels.runtime.opspec import specs  # noqa: E402
 from gs_kernels.tuning import tuner  # noqa: E402
+from gs_kernels.tuning.from_machine_code import Ranked, Ranking, Static  # noqa: E402
 from gs_kernels.tuning.gpu_specs import CARDS  # noqa: E402
 from gs_kernels.tuning.space import FIXED  # noqa: E402
-from gs_kernels.tuning.static import Ranked, Ranking, Static  # noqa: E402
 
 H100 = Machine(90, 132)
 PROBLEMS = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gs_algos.fx.capture.ladder import capture
+from gs_algos.fx.capture.capture import capture
 from gs_algos.fx.patterns import Match, Refusal, match
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from gs_algos import SimQAT
-from gs_algos.fx.ops import SITES
+from gs_algos.fx.op_names import SITES
 from gs_algos.quant.integer.layers import QuantizedLayer
 from tests.nets.graphs import Chain, Opaque, ParallelBranches, image, trained
 from tests.nets.transformers_models import tiny

@@ -17,7 +17,7 @@ import torch
 from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
 from vllm.scalar_type import scalar_types
 
-from gs_algos.serving import plugin
+from gs_algos.serving import vllm_plugin
 from gs_kernels import dequantize_packed, pack_weight
 from gs_kernels.pack.formats.compressed_tensors import to_compressed_tensors
 
@@ -74,8 +74,8 @@ def check_product(bits: int, group: int, zero_points: bool, rows_first: bool) ->
 
 
 def main() -> None:
-    plugin.register()
-    plugin.register()
+    vllm_plugin.register()
+    vllm_plugin.register()
     every = list(itertools.product((2, 4, 8), (GROUP, -1), (False, True)))
     with without(THEIRS):
         for bits, group, zero_points in every:

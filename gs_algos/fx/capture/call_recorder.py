@@ -12,7 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from gs_algos.core.modules import parent_name
-from gs_algos.fx import ops
+from gs_algos.fx import op_names
 from gs_algos.fx.capture.graph_reader import ModuleNames, NodeDraft
 from gs_kernels.runtime.torch_private import tree_leaves, tree_map
 
@@ -50,7 +50,9 @@ def record(
         nonlocal depth
         depth -= 1
 
-    units = [child for child in module.modules() if child is not module and is_unit(child) and ops.is_hookable(child)]
+    units = [
+        child for child in module.modules() if child is not module and is_unit(child) and op_names.is_hookable(child)
+    ]
     handles = [unit.register_forward_pre_hook(enter, with_kwargs=True, prepend=True) for unit in units]
     handles += [unit.register_forward_hook(leave) for unit in units]
     try:
@@ -75,7 +77,7 @@ def first_calls(
             if name not in found:
                 found[name] = Call(unit, *copied((args, kwargs), root))
 
-        if ops.is_hookable(module):
+        if op_names.is_hookable(module):
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
     try:
         args, kwargs = copied((args, kwargs), root)
@@ -89,9 +91,9 @@ def first_calls(
 def leaf_draft(module: nn.Module, names: ModuleNames) -> NodeDraft:
     """Makes the draft of a module's call of which nothing but the class is known: it has no edges."""
     name = names.modules[id(module)]
-    op = ops.op_of_module(module)
+    op = op_names.op_of_module(module)
     reads = tuple(names.owners[id(found)][0] for found in module.parameters())
-    known = ops.is_plain(module) or op == "other"
+    known = op_names.is_plain(module) or op == "other"
     weight = names.weight_of(name)
     return NodeDraft(op, [], type(module).__name__, name, None, name if known else None, weight, reads)
 
@@ -108,13 +110,13 @@ class _ParameterReads(TorchFunctionMode):
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = ops.bare_name(func)
+        name = op_names.bare_name(func)
         owners = self.names.owners
         reads = tuple(owners[id(leaf)][0] for leaf in tree_leaves((args, kwargs)) if id(leaf) in owners)
         if reads and not name.startswith("__"):  # properties such as .shape come as `__get__`
-            op = ops.op_of_call(name, args, kwargs)
+            op = op_names.op_of_call(name, args, kwargs)
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            used = owners[id(weight)][0] if op in ops.WEIGHTED and id(weight) in owners else None
+            used = owners[id(weight)][0] if op in op_names.WEIGHTED and id(weight) in owners else None
             # which module calls the function is not known: the owner of the parameter stands in
             self.report(NodeDraft(op, [], name, parent_name(used or reads[0]), weight=used, reads=reads))
         return func(*args, **kwargs)

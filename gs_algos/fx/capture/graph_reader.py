@@ -15,7 +15,7 @@ from torch import nn
 from torch.fx.node import map_arg
 
 from gs_algos.core.modules import canonical_names, get_module, parameter_owners, parent_name
-from gs_algos.fx import ops
+from gs_algos.fx import op_names
 
 
 @dataclass
@@ -125,17 +125,17 @@ class FxGraphReader:
         return path.removeprefix(self.strip).removeprefix(".") if self.strip else path
 
     def _operation(self, node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
-        name = ops.bare_name(node.target)
+        name = op_names.bare_name(node.target)
         if name == "getitem" and isinstance(args[0], (list, tuple)):
             return args[0][args[1]]
         bodies = [i for i, arg in enumerate(args) if isinstance(arg, torch.fx.GraphModule)]
         if len(bodies) == 1:  # a region under autocast or a grad mode: runs once, so it is read in place
             rest = iter(args[bodies[0] + 1 :])
             return self._region(args[bodies[0]].graph, args[bodies[0]], lambda _: next(rest))
-        if name in ops.DROPPED:
+        if name in op_names.DROPPED:
             return Constant()
         draft = self._draft(node, name, args, kwargs)
-        looked_through = draft.op in ops.NOOPS or (name in ops.CASTS and _same_type(node))
+        looked_through = draft.op in op_names.NOOPS or (name in op_names.CASTS and _same_type(node))
         return args[0] if looked_through and args else self._add(draft)
 
     def _draft(self, node: torch.fx.Node, name: str, args: Any, kwargs: Any) -> NodeDraft:
@@ -149,11 +149,11 @@ class FxGraphReader:
             path = self._live(str(node.target))
             self._leaf(draft, get_module(self.names.model, join(self.names.prefix, path)))
             return draft
-        draft.op = ops.op_of_call(name, args, kwargs)
+        draft.op = op_names.op_of_call(name, args, kwargs)
         if draft.op == "add" and len(draft.inputs) != 2:
             draft.op = "other"  # a scalar or a parameter is added: nothing to share a scale with
         draft.reads = tuple(found.name for found in _flat((args, kwargs)) if isinstance(found, Constant) and found.name)
-        if draft.op in ops.WEIGHTED:
+        if draft.op in op_names.WEIGHTED:
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
             draft.weight = weight.name if isinstance(weight, Constant) else None
         return draft
@@ -161,8 +161,8 @@ class FxGraphReader:
     def _leaf(self, draft: NodeDraft, module: nn.Module) -> None:
         """Fills the draft of a call that the tracer did not look into, from the module's class."""
         draft.scope = self.names.modules[id(module)]
-        draft.op = ops.op_of_module(module)
-        if ops.is_plain(module) or draft.op == "other":
+        draft.op = op_names.op_of_module(module)
+        if op_names.is_plain(module) or draft.op == "other":
             draft.module = draft.scope
         draft.reads = tuple(self.names.owners[id(found)][0] for found in module.parameters())
         draft.weight = self.names.weight_of(draft.scope)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from gs_algos.core.modules import get_module
-from gs_algos.fx import ops
+from gs_algos.fx import op_names
 from gs_algos.fx.capture.graph_reader import ModuleNames, NodeDraft, join
 from gs_algos.fx.graph import Node
 from gs_kernels.runtime.torch_private import _BatchNorm
@@ -20,7 +20,7 @@ def assemble(drafts: list[NodeDraft], names: ModuleNames) -> tuple[Node, ...]:
     home = list(range(len(drafts)))  # draft -> the draft that stands for it
     for members in calls.values():
         module = get_module(names.model, drafts[members[0]].scope)
-        if ops.is_plain(module):
+        if op_names.is_plain(module):
             _collapse(drafts, members, names, home)
         elif len(members) == 1 and _is_one_op(drafts[members[0]], module):
             drafts[members[0]].module = drafts[members[0]].scope
@@ -65,7 +65,7 @@ def _collapse(drafts: list[NodeDraft], members: list[int], names: ModuleNames, h
     last, inside = drafts[members[-1]], set(members)
     sources = [j for i in members for j in drafts[i].inputs if j not in inside]
     last.inputs = list(dict.fromkeys(sources)) if len(members) > 1 else sources
-    last.op = ops.op_of_module(get_module(names.model, last.scope))
+    last.op = op_names.op_of_module(get_module(names.model, last.scope))
     last.module, last.weight = last.scope, names.weight_of(last.scope)
     last.reads = tuple(dict.fromkeys(name for i in members for name in drafts[i].reads))
     for i in members:
@@ -84,7 +84,7 @@ def _is_one_op(draft: NodeDraft, module: nn.Module) -> bool:
         return False
     if draft.op == "linear":
         return isinstance(module, nn.Linear) and draft.weight == own[0] and set(draft.reads) == set(own)
-    return draft.op in ops.ACTIVATIONS and not own
+    return draft.op in op_names.ACTIVATIONS and not own
 
 
 def _looks_at_training(module: nn.Module) -> bool:

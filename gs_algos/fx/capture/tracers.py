@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gs_algos.fx import ops
+from gs_algos.fx import op_names
 from gs_algos.fx.capture.graph_reader import Constant, FxGraphReader, ModuleNames, NodeDraft
 from gs_kernels.runtime.torch_private import tree_map
 
@@ -138,17 +138,17 @@ class _Tracer(OwnThreadTracer):
     """Treats as leaves: layers whose class says all, and modules with neither children nor parameters (a DropPath)."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if ops.is_container(m):
+        if op_names.is_container(m):
             return False
-        return ops.is_plain(m) or type(m).__module__.startswith("torch.nn.") or not (m._modules or m._parameters)
+        return op_names.is_plain(m) or type(m).__module__.startswith("torch.nn.") or not (m._modules or m._parameters)
 
 
 class _CoarseTracer(_Tracer):
     """Treats every module without children, and every subclass of a known layer, as a leaf."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = ops.op_of_module(m) != "other" or not m._modules
-        return super().is_leaf_module(m, module_qualified_name) or (known and not ops.is_container(m))
+        known = op_names.op_of_module(m) != "other" or not m._modules
+        return super().is_leaf_module(m, module_qualified_name) or (known and not op_names.is_container(m))
 
 
 @contextmanager
@@ -161,7 +161,9 @@ def _visible_pass_through(module: nn.Module) -> Iterator[None]:
     handles = [
         child.register_forward_hook(mark)
         for child in module.modules()
-        if child is not module and ops.is_hookable(child) and not (ops.is_plain(child) or ops.is_container(child))
+        if child is not module
+        and op_names.is_hookable(child)
+        and not (op_names.is_plain(child) or op_names.is_container(child))
     ]
     try:
         yield

@@ -12,7 +12,7 @@ from importlib import import_module
 from torch import nn
 
 from gs_algos.core.modules import get_module
-from gs_algos.fx import ops
+from gs_algos.fx import op_names
 from gs_algos.fx.graph import SiteGraph
 from gs_algos.fx.patterns.base import Match, Refusal, View
 
@@ -51,7 +51,7 @@ def _idle(view: View, known: set[str]) -> Iterator[Refusal]:
     """Refuses layers that did not run, or not as a module."""
     opaque = {node.module for node in view.graph.nodes if node.module and node.op == "other"}
     for name, module in view.model.named_modules():
-        if not isinstance(module, ops.SITES) or name in known:
+        if not isinstance(module, op_names.SITES) or name in known:
             continue
         inside = next((leaf for leaf in opaque if name.startswith(f"{leaf}.")), None)
         readers = view.foreign_readers(name)
@@ -66,8 +66,10 @@ def _idle(view: View, known: set[str]) -> Iterator[Refusal]:
 
 def _products(view: View) -> Iterator[Refusal]:
     """Refuses matrix products with a parameter that are neither conv nor linear, e.g. the Conv1D of GPT-2."""
-    nodes = [node for node in view.graph.nodes if node.op in ops.PRODUCTS and view.graph.multiplies(node)]
+    nodes = [node for node in view.graph.nodes if node.op in op_names.PRODUCTS and view.graph.multiplies(node)]
     for site, scope in {name: node.scope for node in nodes for name in view.matrices(node)}.items():
         kind, flat = type(get_module(view.model, scope)).__name__, view.model.get_parameter(site).dim() == 2
-        if flat and not isinstance(get_module(view.model, scope), ops.SITES):  # a plan has its own words for stacks
+        if flat and not isinstance(
+            get_module(view.model, scope), op_names.SITES
+        ):  # a plan has its own words for stacks
             yield Refusal(ORDER[1], site, f"{kind} multiplies by its parameter with a matrix product, not with linear")

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from gs_algos.core.modules import get_module, parameter_owners
-from gs_algos.fx import ops
+from gs_algos.fx import op_names
 from gs_algos.fx.graph import Node, SiteGraph
 
 
@@ -144,10 +144,10 @@ def site_of(view: View, node: Node) -> tuple[str, str]:
     scope = get_module(view.model, node.scope)
     if type(scope).__module__.startswith("torch.nn."):
         owner_name, _, _ = (node.weight or "").rpartition(".")
-        layered = owner_name != node.scope and isinstance(get_module(view.model, owner_name), ops.SITES)
+        layered = owner_name != node.scope and isinstance(get_module(view.model, owner_name), op_names.SITES)
         reason = f"its weight is used inside {type(scope).__name__}, not by a module of its own"
         return (owner_name if layered else node.weight or node.scope), reason
-    if isinstance(scope, ops.SITES):
+    if isinstance(scope, op_names.SITES):
         what = "computes its weight or does more than its class says"
         return node.scope, f"{type(scope).__name__} has a forward of its own, which {what}"
     if node.weight is None:
@@ -156,7 +156,7 @@ def site_of(view: View, node: Node) -> tuple[str, str]:
         return site, f"functional {node.op} with a computed weight in {type(scope).__name__}"
     owner_name, _, _ = node.weight.rpartition(".")
     owner = get_module(view.model, owner_name)
-    if isinstance(owner, ops.SITES):
+    if isinstance(owner, op_names.SITES):
         return (
             owner_name,
             f"its weight is used by a function in {node.scope or 'the root'!r}, not by the module",

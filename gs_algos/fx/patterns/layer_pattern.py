@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from gs_algos.fx.graph import Node
-from gs_algos.fx.ops import ACTIVATIONS
+from gs_algos.fx.op_names import ACTIVATIONS
 from gs_algos.fx.patterns.base import (
     Match,
     Refusal,

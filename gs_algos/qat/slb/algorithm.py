@@ -34,10 +34,10 @@ from gs_algos.qat.slb.batch_norm import calibrate_norms
 from gs_algos.qat.slb.config import SLBConfig, SLBOptions
 from gs_algos.qat.slb.convert import packed_layer, summary_of, unfilled_packed_layer
 from gs_algos.qat.slb.layers import SearchedLayer
+from gs_algos.qat.slb.optimizer_watch import LogitsWatch
 from gs_algos.qat.slb.prepare import install, start
 from gs_algos.qat.slb.schedule import Schedule
 from gs_algos.qat.slb.search import NOT_YET
-from gs_algos.qat.slb.untrained_logits import LogitsWatch
 from gs_algos.qat.training import QuantizationTraining
 from gs_algos.quant.fake_quant.quantizers import Quantizer
 from gs_algos.quant.network.convert import Parity, convert_model, swap_converted_layers

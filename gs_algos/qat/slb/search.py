@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from gs_algos.core.values import FINITE, NOT_NEGATIVE, POSITIVE, Rules, equal_to
+from gs_algos.core.tensor_rules import FINITE, NOT_NEGATIVE, POSITIVE, Rules, equal_to
 from gs_algos.quant.fast_path import OffFastPath
 from gs_algos.quant.level_grid import LevelGrid
 from gs_kernels import PackedWeight, dequantize_packed, slb_pack, slb_weight

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gs_algos.core.modules import swapped_class
-from gs_algos.core.values import POSITIVE, Rules
+from gs_algos.core.tensor_rules import POSITIVE, Rules
 from gs_algos.quant.fake_quant.batch_norm import (
     BypassedBatchNorm,
     Freezable,

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gs_algos.core.values import FINITE, NOT_NEGATIVE, POSITIVE, Rules, whole_within
+from gs_algos.core.tensor_rules import FINITE, NOT_NEGATIVE, POSITIVE, Rules, whole_within
 from gs_algos.quant.fast_path import OffFastPath
 from gs_algos.quant.ranges import clip_ratio, search_range
 from gs_algos.quant.scheme import Scheme, n_scales

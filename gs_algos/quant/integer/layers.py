@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from gs_algos.core.values import FINITE, Rules, whole_within
+from gs_algos.core.tensor_rules import FINITE, Rules, whole_within
 from gs_algos.quant.integer.prepared_call import PreparedConv, cached
 from gs_algos.quant.integer.quantized_tensor import QuantizedTensor, dequantized, may_return_int8, values
 from gs_algos.quant.integer.static_quantizer import StaticQuantizer
@@ -33,15 +33,15 @@ from gs_kernels import (
     qmatmul_int8,
     row_sums,
 )
-from gs_kernels.pack.checks import FLOATS, dtype_name
-from gs_kernels.pack.layouts import BITS
-from gs_kernels.prepared import (
+from gs_kernels.for_layers import (
     LARGEST_GROUP,
     Int8Convolution,
     Int8Product,
     prepared_qconv2d_int8,
     prepared_qmatmul_int8,
 )
+from gs_kernels.pack.checks import FLOATS, dtype_name
+from gs_kernels.pack.layouts import BITS
 from gs_kernels.runtime.instructions import multiplies_int8
 
 Residual: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]  # itself, and scale and zero point of codes

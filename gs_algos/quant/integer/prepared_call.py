@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.quant.integer.static_quantizer import StaticQuantizer
-from gs_kernels.prepared import Int8Convolution
+from gs_kernels.for_layers import Int8Convolution
 
 MAX_ENTRIES = 64  # of one layer, which may see images of ever new sizes
 _version = attrgetter("_version")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gs_algos.quant.memory_format import laid, strides_in, suggested
-from gs_kernels.prepared import Grid, is_dense, prepared_requantize
+from gs_kernels.for_layers import Grid, is_dense, prepared_requantize
 from gs_kernels.runtime.torch_private import PLAIN, is_eager, make_wrapper, transform_of
 
 aten = torch.ops.aten

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_algos.core.values import FINITE, POSITIVE, Rules, whole_within
+from gs_algos.core.tensor_rules import FINITE, POSITIVE, Rules, whole_within
 from gs_algos.quant.fake_quant.quantizers import Quantizer
 from gs_algos.quant.fast_path import OffFastPath
 from gs_algos.quant.fixed_dtype import FixedDtypeBuffers
@@ -22,7 +22,7 @@ from gs_algos.quant.integer.quantized_tensor import (
 )
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import fake_quant, quantize
-from gs_kernels.prepared import Grid, make_grid, to_codes
+from gs_kernels.for_layers import Grid, make_grid, to_codes
 from gs_kernels.runtime.dispatch import takes_cpu
 from gs_kernels.runtime.torch_private import is_eager
 

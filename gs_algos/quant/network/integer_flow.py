@@ -15,9 +15,9 @@ from torch import nn
 
 from gs_algos.core.modules import get_module
 from gs_algos.core.plan import PlanRow
+from gs_algos.fx.consumers import COMMUTES, consumers, consumers_accept_codes, possible_epilogue
 from gs_algos.fx.graph import SiteGraph
-from gs_algos.fx.integer_flow import COMMUTES, consumers, consumers_accept_codes, possible_epilogue
-from gs_algos.fx.ops import op_of_module
+from gs_algos.fx.op_names import op_of_module
 from gs_algos.quant.fake_quant.layers import CONVS, class_given
 from gs_algos.quant.integer.layers import QuantizedConv, QuantizedLayer
 from gs_algos.quant.integer.static_quantizer import StaticQuantizer

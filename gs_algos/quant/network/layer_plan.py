@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from gs_algos.core.plan import PlanRow, with_settings
-from gs_algos.core.settings import Record, RowSettings
+from gs_algos.core.plan_settings import Record, RowSettings
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from gs_algos.core.layer_rules import Rule, resolve
 from gs_algos.core.modules import get_module, own_forward
 from gs_algos.core.network import is_compiled
 from gs_algos.core.plan import Plan, PlanRow, other_weights, totals_of
-from gs_algos.fx.capture.ladder import capture
+from gs_algos.fx.capture.capture import capture
 from gs_algos.fx.graph import SiteGraph
 from gs_algos.fx.modularize.functional_calls import functional_scopes, modularize, modularized, try_modularize
 from gs_algos.fx.modularize.shared_parameters import Borrowed

@@ -17,7 +17,7 @@ from gs_algos.quant.memory_format import CHANNELS_LAST, laid, strides_in, sugges
 from gs_algos.quant.packed.module import Packed
 from gs_kernels import PackedWeight, dequantize_packed, pack_codes, qconv2d, unpack_codes
 from gs_kernels.activations import ACTIVATIONS
-from gs_kernels.prepared import make_geometry
+from gs_kernels.for_layers import make_geometry
 
 DENSE = {2: F.conv1d, 3: F.conv2d, 4: F.conv3d}  # by the axes of a filter
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from gs_algos.core.values import FINITE, NOT_NEGATIVE, NOT_ZERO, POSITIVE, Must, Rules
+from gs_algos.core.tensor_rules import FINITE, NOT_NEGATIVE, NOT_ZERO, POSITIVE, Must, Rules
 from gs_algos.quant.fast_path import OffFastPath
 from gs_algos.quant.fixed_dtype import FixedDtypeBuffers
 from gs_kernels import PackedWeight, dequantize_packed, pack_codes, repack, unpack_codes

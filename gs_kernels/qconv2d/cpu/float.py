@@ -13,7 +13,7 @@ from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.qconv2d.dense import convolve_dense
 from gs_kernels.qconv2d.geometry import ConvGeometry
-from gs_kernels.qmatmul.cpu.select import computed_in, without_autocast
+from gs_kernels.qmatmul.cpu.float import computed_in, without_autocast
 
 
 def qconv2d_cpu(

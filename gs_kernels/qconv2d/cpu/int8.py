@@ -37,8 +37,8 @@ from gs_kernels.qconv2d.cpu.direct_int8 import (
 from gs_kernels.qconv2d.dense import empty_image
 from gs_kernels.qconv2d.geometry import ConvGeometry
 from gs_kernels.qconv2d.ref import convolve_int8_ref, int8_epilogue, requant_params
+from gs_kernels.qmatmul.cpu.float import without_autocast
 from gs_kernels.qmatmul.cpu.int8 import product_of_codes, whole_zero
-from gs_kernels.qmatmul.cpu.select import without_autocast
 from gs_kernels.runtime.inductor import call, compiled
 from gs_kernels.runtime.instructions import multiplies_int8
 from gs_kernels.runtime.torch_private import int_mm

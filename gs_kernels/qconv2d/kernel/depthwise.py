@@ -4,15 +4,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gs_kernels.pack.kernel import load_grid
 from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.pack.triton_unpack import load_grid
 from gs_kernels.qconv2d.geometry import ConvGeometry
 from gs_kernels.qconv2d.kernel.conv import geometry_flags
 from gs_kernels.qconv2d.kernel.im2col import is_inside, split_zero
 from gs_kernels.qconv2d.tiles import depthwise_tile
 from gs_kernels.qmatmul.kernel.dequantize import kernel_tensors
-from gs_kernels.qmatmul.kernel.reduce import epilogue, in_units, pixels, strides_of, unit_of
 from gs_kernels.runtime.dispatch import launch
+from gs_kernels.triton_epilogue import epilogue, in_units, pixels, strides_of, unit_of
 
 
 @triton.jit

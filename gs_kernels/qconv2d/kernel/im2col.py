@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 from triton import constexpr_function
 
-from gs_kernels.pack.kernel import load_grid
-from gs_kernels.qmatmul.kernel.reduce import in_units, pixels
+from gs_kernels.pack.triton_unpack import load_grid
+from gs_kernels.triton_epilogue import in_units, pixels
 from gs_kernels.triton_lib import round_half_even
 
 

@@ -5,15 +5,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gs_kernels.pack.kernel import code_block, code_factor, code_middle
 from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.pack.triton_unpack import code_block, code_factor, code_middle
 from gs_kernels.qconv2d.geometry import ConvGeometry
 from gs_kernels.qconv2d.kernel.conv import geometry_flags
 from gs_kernels.qconv2d.kernel.im2col import is_half_steps, load_im2col, place_tile, real_sums, taps_inside
 from gs_kernels.qmatmul.kernel.dequantize import grouping, kernel_tensors
-from gs_kernels.qmatmul.kernel.reduce import epilogue, in_units, reduce_partials, strides_of, unit_of
 from gs_kernels.qmatmul.tiles import Plan
 from gs_kernels.runtime.dispatch import launch
+from gs_kernels.triton_epilogue import epilogue, in_units, reduce_partials, strides_of, unit_of
 
 
 @triton.jit

@@ -17,9 +17,9 @@ from torch.nn.functional import pad
 from gs_kernels.pack.derived import UnsuitableError, derived
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import codes_of
+from gs_kernels.qmatmul.cpu.float import dequantized, epilogue, rows_of, without_autocast
 from gs_kernels.qmatmul.cpu.interleaved import LANES, InterleavedWeight, interleaved
-from gs_kernels.qmatmul.cpu.products import OFFSET, add, int_dot, kernels
-from gs_kernels.qmatmul.cpu.select import dequantized, epilogue, rows_of, without_autocast
+from gs_kernels.qmatmul.cpu.interleaved_product import OFFSET, add, int_dot, kernels
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref
 from gs_kernels.runtime.instructions import multiplies_int8
 from gs_kernels.runtime.torch_private import int_mm

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gs_kernels.pack.kernel import dequantize_block
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.schema import Tensors, tensors_of
+from gs_kernels.pack.triton_unpack import dequantize_block
 from gs_kernels.runtime.dispatch import launch
 
 BLOCK_N = 32

@@ -5,12 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gs_kernels.pack.kernel import code_block, code_factor, code_middle, load_grid
 from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.pack.triton_unpack import code_block, code_factor, code_middle, load_grid
 from gs_kernels.qmatmul.kernel.dequantize import grouping, kernel_tensors
-from gs_kernels.qmatmul.kernel.reduce import epilogue, reduce_partials
 from gs_kernels.qmatmul.tiles import Plan
 from gs_kernels.runtime.dispatch import launch
+from gs_kernels.triton_epilogue import epilogue, reduce_partials
 
 
 @triton.jit

@@ -27,7 +27,7 @@ from gs_kernels.pack.layouts import CANONICAL, PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.qmatmul.cpu import avx512_bf16
 from gs_kernels.qmatmul.cpu.interleaved import LANES, STEP, InterleavedWeight, interleaved
-from gs_kernels.qmatmul.cpu.products import dot, unpack
+from gs_kernels.qmatmul.cpu.interleaved_product import dot, unpack
 from gs_kernels.runtime.instructions import has
 
 logger = logging.getLogger(__name__)

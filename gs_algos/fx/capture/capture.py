@@ -18,7 +18,7 @@ from gs_algos.core.algorithm import InputsError, describe_error, hint
 from gs_algos.core.modules import TRACING
 from gs_algos.core.network import wrapped_at
 from gs_algos.core.untouched import untouched
-from gs_algos.fx import ops
+from gs_algos.fx import op_names
 from gs_algos.fx.capture.call_recorder import Call, copied, leaf_draft, record
 from gs_algos.fx.capture.graph_reader import ModuleNames, NodeDraft
 from gs_algos.fx.capture.node_builder import assemble, concatenate
@@ -113,7 +113,7 @@ def _walk(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names:
     """
     try:
         with untouched(names.model):
-            found = record(root, args, kwargs, names, lambda module: ops.is_plain(module) or not module._modules)
+            found = record(root, args, kwargs, names, lambda module: op_names.is_plain(module) or not module._modules)
     except Exception as error:
         raise InputsError(
             "capture",
@@ -149,7 +149,7 @@ def _by_children(
 
 def _by_child(call: Call, names: ModuleNames, notes: list[str]) -> tuple[list[NodeDraft], bool]:
     child = call.module
-    if ops.is_plain(child) or not child._modules:
+    if op_names.is_plain(child) or not child._modules:
         return [leaf_draft(child, names)], False
     inner = copy.copy(names)
     inner.prefix = names.modules[id(child)]

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from gs_algos.fx.graph import Node, SiteGraph
-from gs_algos.fx.ops import ACTIVATIONS
+from gs_algos.fx.op_names import ACTIVATIONS
 
 # commute with rounding to a grid; dropout: in eval mode
 COMMUTES = ("relu", "relu6", "identity", "dropout", "flatten", "contiguous", "clone", "cat")

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from gs_algos.qat.optimizer_watch import FIRST_CHECK, ChangeDetector, GradientDetector, TrainingWatch
 from gs_algos.qat.slb.layers import SearchedLayer
-from gs_algos.qat.untrained import FIRST_CHECK, ChangeDetector, GradientDetector, TrainingWatch
 
 logger = logging.getLogger(__name__)
 

@@ -1,5 +1,0 @@
-"""The old name of `gs_algos.llm.interchange`."""
-
-from gs_algos.core.moved import moved
-
-moved(__name__, "gs_algos.llm.interchange")
