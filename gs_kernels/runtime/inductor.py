@@ -74,7 +74,7 @@ def _compile(
     logger.info("compiling %s %s for the CPU, once", function.__name__, variant)
     try:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            options, mark = {**options, **_width()}, _mark_of(function, variant)
+            mark = _mark_of(function, variant)
             if not mark.exists():
                 log_compiling(function.__name__, mark.parent.parent)
             run = _compile_for(function, example(), options)
@@ -84,12 +84,6 @@ def _compile(
         log_uncompiled("CPU functions run unfused", error)
         _usable = False
         return function
-
-
-def _width() -> dict[str, Any]:
-    """Returns the option of `torch.compile` that sets how wide its vectors are."""
-    bits = vector_bits()
-    return {"cpp.simdlen": bits} if bits else {}
 
 
 def _mark_of(function: Function, variant: Hashable) -> Path:

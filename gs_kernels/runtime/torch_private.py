@@ -116,12 +116,12 @@ def triton_launches_directly() -> AbstractContextManager[None]:
     return set_wrap_triton_enabled(False)
 
 
-def vector_bits() -> int | None:
-    """Returns how wide the vectors are that inductor compiles for on this CPU; None if it knows of none."""
+def vector_bits() -> int:
+    """Returns how wide the vectors are that inductor compiles for on this CPU, in bits; 1 if it knows of none."""
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     isa = pick_vec_isa()
-    return isa.bit_width() if isa else None
+    return isa.bit_width() if isa else 1
 
 
 def inductor_cache_dir() -> str:
