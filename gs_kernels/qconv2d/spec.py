@@ -105,7 +105,7 @@ def int8_cost(s: Shape, dtype: torch.dtype) -> Cost:
     return _cost(s, 1, 1 if s["out"] else dtype.itemsize, 4)
 
 
-# bends of an activation are met by rounding: gradients there are compared in tests/kernels/test_qconv2d.py, in fp32
+# bends of an activation are met by rounding: tests/kernels/qconv2d compares those gradients in fp32
 # odd channels and sizes, 1 x 1 to 7 x 7, strides, dilation, one-sided padding, groups, single channels, several tiles
 TEST_SHAPES = (
     shape((1, 1, 1, 1), 3, 1, 4),

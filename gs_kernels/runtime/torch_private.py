@@ -1,8 +1,8 @@
 """Collects what gs_kernels and gs_algos use from private paths of PyTorch, checked with torch 2.11, 2.13 and 2.14.
 
-No other file may import or call one, `torch...._name` (tests/kernels/test_torch_private.py): what a new version of
-PyTorch moves or drops is mended here. Operators (`aten._unsafe_view`), which files and graphs hold by name, and private
-attributes of objects (`tensor._version`, `module._buffers`) are used where they are needed.
+No other file may import or call one, `torch...._name`, which tests/kernels/runtime/test_torch_private.py checks: what a
+new version of PyTorch moves or drops is mended here. Operators (`aten._unsafe_view`), which files and graphs hold by
+name, and private attributes of objects (`tensor._version`, `module._buffers`) are used where they are needed.
 """
 
 from __future__ import annotations

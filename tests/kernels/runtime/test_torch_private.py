@@ -8,7 +8,7 @@ import torch
 
 from gs_kernels.runtime import torch_private
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PRIVATE = re.compile(
     r"(?<!`)\btorch(?:\.(?!ops\b)\w+)*\._(?!_)\w+"  # torch._int_mm, but operators and dunders
     r"|from torch(?:\.\w+)*\._\w[\w.]* import|import _[A-Z]"

@@ -18,7 +18,7 @@ from gs_algos.qat.slb.pact import PactQuantizer
 from gs_algos.quant.integer.layers import INTEGER, WITHOUT_VNNI
 from gs_algos.quant.scheme import Scheme
 from tests.nets.convolutional import SmallConvNet, images, mlp, train
-from tests.qat.test_simqat_training import Syncs
+from tests.qat.simqat.test_training import Syncs
 
 
 def prepared(steps: int = 10, **options):

@@ -25,7 +25,7 @@ assert torch.equal(y, (x / 0.25).round().clamp(-8, 7) * 0.25)
 
 
 def test_a_cache_filled_with_narrow_vectors_or_none_serves_a_process_with_wide_ones(tmp_path: Path):
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[3])
     about = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": root}
     for capability in ("default", "avx2", ""):
         more = {"ATEN_CPU_CAPABILITY": capability} if capability else {}
