@@ -15,12 +15,12 @@ from gs_kernels.runtime.torch_private import triton_launches_directly
 class _StubDriver:
     """Answers what Triton asks of a driver before it compiles: which device, which stream, which target."""
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
+    def __init__(self, target: Target, device: str) -> None:
+        self.target, self.device = target, device
 
     def get_current_device(self) -> str:
         # kernels cache their code per device: a device name of our own keeps that of real GPUs apart
-        return f"aot:{self.target.name}"
+        return f"{self.device}:{self.target.name}"
 
     def get_current_stream(self, device: str) -> int:
         return 0
@@ -60,7 +60,7 @@ def compile_launches(target: str) -> Iterator[list[Any]]:
         if not any(launch.compiled is other for other in compiled):
             compiled.append(launch.compiled)
 
-    with _intercept(target, note):
+    with intercept(target, note):
         yield compiled
 
 
@@ -68,13 +68,19 @@ def compile_launches(target: str) -> Iterator[list[Any]]:
 def record_launches(target: str) -> Iterator[list[Launch]]:
     """Like `compile_launches`; yields the list of all launches, in their order."""
     launches: list[Launch] = []
-    with _intercept(target, launches.append):
+    with intercept(target, launches.append):
         yield launches
 
 
 @contextlib.contextmanager
-def _intercept(target: str, note: Callable[[Launch], None]) -> Iterator[None]:
-    stub = _StubDriver(find_target(target))
+def intercept(
+    target: str, note: Callable[[Launch], None], instead_of_compiling: Callable[..., None] | None = None
+) -> Iterator[None]:
+    """Launches inside are for `target`, which need not be there, and end with `note`.
+
+    instead_of_compiling: called with what `JITFunction._do_compile` is, the function first; then launches have no code.
+    """
+    stub = _StubDriver(find_target(target), "aot" if instead_of_compiling is None else "collect")
     if INTERPRET:
         raise RuntimeError(
             "gs_kernels.aot: needs a process where kernels compile, got TRITON_INTERPRET=1; unset it and start again"
@@ -82,7 +88,7 @@ def _intercept(target: str, note: Callable[[Launch], None]) -> Iterator[None]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    launch = JITFunction.run
+    launch, do_compile = JITFunction.run, JITFunction._do_compile
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
@@ -92,11 +98,13 @@ def _intercept(target: str, note: Callable[[Launch], None]) -> Iterator[None]:
     before = driver._active
     driver.set_active(stub)
     JITFunction.run = compile_only
+    if instead_of_compiling is not None:
+        JITFunction._do_compile = instead_of_compiling
     try:
         with triton_launches_directly():
             yield
     finally:
-        JITFunction.run = launch
+        JITFunction.run, JITFunction._do_compile = launch, do_compile
         driver._active = before
 
 

@@ -7,11 +7,12 @@ The environment variable `GS_BACKEND` forces one by name. This is the only file 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 _logged: set[tuple[str, str]] = set()
+_meta_runs_kernels = False
 
 
 class UnsupportedError(RuntimeError):
@@ -86,7 +88,18 @@ def triton_refuses(x: torch.Tensor, *_: object) -> list[str]:
         return ["needs the triton package"]
     if INTERPRET:
         return [] if is_eager(x) else ["needs real tensors under TRITON_INTERPRET=1"]
-    return [] if x.is_cuda else [f"needs a CUDA tensor, got {x.device.type}"]
+    return [] if x.is_cuda or (_meta_runs_kernels and x.is_meta) else [f"needs a CUDA tensor, got {x.device.type}"]
+
+
+@contextlib.contextmanager
+def meta_tensors_run_kernels() -> Iterator[None]:
+    """Meta tensors inside count as those of a GPU: for gs_kernels.aot, which then keeps kernels from being launched."""
+    global _meta_runs_kernels
+    before, _meta_runs_kernels = _meta_runs_kernels, True
+    try:
+        yield
+    finally:
+        _meta_runs_kernels = before
 
 
 def cpu_refuses(x: torch.Tensor, *_: object) -> list[str]:
