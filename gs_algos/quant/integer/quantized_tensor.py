@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gs_algos.quant.memory_format import laid, strides_in, suggested
+from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.for_layers import Grid, is_dense, prepared_requantize
 from gs_kernels.runtime.torch_private import PLAIN, is_eager, make_wrapper, transform_of
 
@@ -42,17 +43,7 @@ _MOVES = {
 }
 _ALIASES = {aten.detach.default, aten.alias.default}
 _MEANS = {aten.mean.dim, aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default}
-_ACTIVATES = {
-    aten.relu.default: "relu",
-    aten.relu_.default: "relu",
-    aten.silu.default: "silu",
-    aten.silu_.default: "silu",
-    aten.hardswish.default: "hardswish",
-    aten.hardswish_.default: "hardswish",
-    aten.gelu.default: "gelu",
-    aten.hardtanh.default: "relu6",
-    aten.hardtanh_.default: "relu6",
-}
+_ACTIVATION_OF = {call: name for name, activation in ACTIVATIONS.items() for call in activation.calls}
 
 
 class _VirtualTensor(Tensor):
@@ -230,7 +221,7 @@ class DeferredOutput(_VirtualTensor):
             return (
                 (like, other, "none") if free and (isinstance(args[0], _VirtualTensor) or is_dense(args[0])) else None
             )
-        name = _ACTIVATES.get(func, "")
+        name = _ACTIVATION_OF.get(func, "")
         if name not in self._run.activations or (name == "relu6" and args[1:] != (0.0, 6.0)):
             return None
         return self._like, self._residual, name
