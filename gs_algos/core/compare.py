@@ -1,4 +1,4 @@
-"""Measures how far a compressed network's output is from the one it stands for."""
+"""Measures the error of a compressed network: its outputs against those of the network it was made from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """Returns the RMS of the difference over RMS of `want`; an output that is all zeros counts as one of RMS 1."""
+    """Returns `rms(got - want) / rms(want)`, with a divisor of 1 if `want` is all zeros; inf if it is not finite."""
     got, want = got.double(), want.double()
     size = want.square().mean().sqrt()
     error = (got - want).square().mean().sqrt() / torch.where(size > 0, size, 1.0)

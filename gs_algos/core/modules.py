@@ -1,4 +1,4 @@
-"""Finds and replaces modules and parameters by qualified name, also those that have several names."""
+"""Finds modules and parameters by qualified name and replaces them, hooks included, at every name that they have."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def get_module(model: nn.Module, name: str) -> nn.Module:
 def set_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Puts `new` at a qualified name, and at every other name of the module it replaces, so that sharing survives.
 
-    What is new in `new` takes over the training flag of the module it replaces, and `new` its hooks: they are moved,
-    so that a handle still removes its hook, and putting the old module back gives it its hooks back. A module that
-    `new` wraps keeps its own.
+    `new` takes over the training flag and the hooks of the module it replaces. Hooks are moved: a handle still removes
+    its hook, and putting the old module back gives it its hooks back. A module of the model that `new` wraps keeps its
+    own flag and hooks.
 
     Raises:
         ValueError: if no module has this name, or it is the model itself.
@@ -79,7 +79,7 @@ def set_module(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def _move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Gives `new` the very dictionaries in which `old` holds its hooks: handles refer to them."""
+    """Moves hooks from `old` to `new` by handing over the dictionaries that hold them: handles refer to these."""
     for key in HOOKS:
         held, own = old.__dict__[key], new.__dict__[key]
         if held is not own:
@@ -94,7 +94,7 @@ def _move_hooks(old: nn.Module, new: nn.Module) -> None:
 
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Gives every module its class, attributes and registered members back if the block raises."""
+    """Restores class, attributes and registered members of every module if the block raises."""
     before = [
         (
             module,
@@ -188,7 +188,7 @@ def swapped_class(mixin: type[nn.Module], base: type[nn.Module]) -> Any:
 @cache
 def _swapped_class(mixin: Any, base: Any) -> Any:
     def reduce(self: Any, protocol: Any) -> Any:
-        """A process that is spawned, and a copy, make the class anew."""
+        """Pickles as (mixin, base): a spawned process, and a copy, make the class anew."""
         make, parts, *state = super(made, self).__reduce_ex__(protocol)
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
             return _empty, (mixin, base), *state
@@ -200,7 +200,7 @@ def _swapped_class(mixin: Any, base: Any) -> Any:
 
 
 def _empty(*parts: Any) -> Any:
-    """An object of the class of these mixins, the first in front, and a base, without its state."""
+    """Makes an object without state of the class made of these mixins, the first in front, and a base."""
     *mixins, made = parts
     for mixin in reversed(mixins):
         made = _swapped_class(mixin, made)

@@ -1,7 +1,7 @@
-"""Makes Transformers know packed models whenever both are imported, in either order; it is not imported for that.
+"""Registers the packed format with Transformers as soon as both packages are imported, in either order.
 
-Transformers takes a `quant_method` that nobody registered for none, with a warning, and fills the layers with random
-weights; and `save_pretrained` writes no description of layers it knows nothing of. So `import gs_algos` installs this.
+`import gs_algos` calls `install`, which never imports Transformers by itself. Without it Transformers warns of an
+unknown `quant_method` and fills the layers with random weights, and `save_pretrained` leaves out how layers are packed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def install() -> None:
-    """Registers the packed format now if Transformers has its quantizers loaded, else as soon as it loads them."""
+    """Registers the packed format now if Transformers has loaded its quantizers, else once it loads them."""
     if AUTO in sys.modules:
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -36,7 +36,7 @@ def install() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module as the other finders do, and has its loader register the packed format behind it."""
+    """Finds the module `AUTO` by the other finders, and has `_register` run once it is loaded."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -52,7 +52,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """Runs another loader, then `_register`."""
+    """Loads a module by another loader, then calls `_register`."""
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader
@@ -77,6 +77,6 @@ def _register() -> None:
 
 
 def _describe(model: nn.Module, entry: dict[str, Any]) -> None:
-    """Sets what `save_pretrained` writes about the packed layers of a Transformers model."""
+    """Gives a Transformers model the description of its packed layers that `save_pretrained` writes."""
     if MODELS in sys.modules and entry["stage"] == "converted":
         importlib.import_module(OURS).describe(model, entry)

@@ -1,4 +1,4 @@
-"""Decides which layers of a model get a packed weight, and of which scheme, before anything is touched."""
+"""Decides which layers of a model `quantize_weights` packs, and by which scheme; it changes nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WeightRule: TypeAlias = tuple[RulePattern, str | Scheme | Mapping[str, Any] | No
 
 @dataclass(frozen=True)
 class Site:
-    """Describes one weight. names: the layers that use it, its owner first: more than one if they are tied."""
+    """Describes one weight to pack or to keep. names: the layers that use it, its owner first; several if tied."""
 
     names: tuple[str, ...]
     layer: nn.Module
@@ -44,7 +44,7 @@ class Site:
 
 @dataclass(frozen=True)
 class _SharedWeight:
-    """Holds a weight and the layers that use it, its owner first. reason: why it cannot be packed, if it cannot."""
+    """Holds the layer that owns a weight, and the names of all that use it. reason: why it cannot be packed, or ""."""
 
     layer: nn.Module
     names: list[str]
@@ -54,7 +54,7 @@ class _SharedWeight:
 def weight_sites(
     model: nn.Module, weights: str | Scheme, embeddings: str | Scheme | None, rules: Sequence[WeightRule]
 ) -> list[Site]:
-    """Returns every linear, convolution and embedding with its scheme; None, with a reason, for those that stay float.
+    """Lists every linear, convolution and embedding with its scheme, or with None and the reason why it stays float.
 
     Layers that share one weight are one site, and a rule on any of their names is for all of them; a linear that is
     tied to an embedding counts as the embedding.
@@ -88,7 +88,7 @@ def weight_sites(
 def check_schemes(
     weights: str | Scheme, embeddings: str | Scheme | None, rules: Sequence[WeightRule]
 ) -> tuple[dict[type[nn.Module], Scheme | None], list[tuple[RulePattern, Any]]]:
-    """Returns (default of each class of layer, rules as `resolve` takes them), without a model.
+    """Parses the schemes of a call: returns the default of each class of layer, and the rules as `resolve` takes them.
 
     Raises:
         ValueError: if a scheme cannot be packed.
@@ -103,7 +103,7 @@ def _counted(reasons: Iterable[str]) -> str:
 
 
 def _shared_weights(model: nn.Module) -> list[_SharedWeight]:
-    """Returns every weight of a linear, convolution or embedding, with all layers that use it."""
+    """Lists the weights of all linears, convolutions and embeddings, each once, with all layers that use it."""
     members: dict[Any, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         if base_of(module) is not None:
@@ -156,7 +156,7 @@ def _why_kept(model: nn.Module, layers: Sequence[tuple[str, nn.Module]], owners:
 
 
 def _row_layout(layer: nn.Module) -> str:
-    """Says how a layer's weight lies as rows."""
+    """Names how a layer reads its weight: as filters, as rows, or transposed."""
     return "filters" if isinstance(layer, CONVS) else "columns" if is_conv1d(layer) else "rows"
 
 

@@ -1,7 +1,8 @@
-"""Multiplies, in vLLM, weights of other libraries' checkpoints: compressed-tensors, GPTQ and AWQ, at 2, 4 and 8 bits.
+"""Adds our kernel to vLLM's list for checkpoints of compressed-tensors, GPTQ and AWQ, at 2, 4 and 8 bits.
 
-vLLM asks the kernels of its list, in order, which can multiply a layer; ours is the last. `VLLM_DISABLED_KERNELS`
-takes others out, so that ours is used (`CPUWNA16LinearKernel` on a CPU), or ours (`GoldenStickLinearKernel`).
+vLLM takes the first kernel of the list that can multiply a layer, and ours is the last. The environment variable
+`VLLM_DISABLED_KERNELS` takes kernels out: with `CPUWNA16LinearKernel` in it a CPU uses ours, with
+`GoldenStickLinearKernel` ours is switched off.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ PLATFORMS = (PlatformEnum.CPU, PlatformEnum.CUDA, PlatformEnum.ROCM)
 
 
 class GoldenStickLinearKernel(MPLinearKernel):
-    """Multiplies by the weight of a linear layer that vLLM loaded as int32 words."""
+    """Multiplies by the weight of a linear layer, which vLLM loads as int32 words."""
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -84,7 +85,7 @@ def _refusal(c: MPLinearLayerConfig) -> str | None:
 
 
 def _rows_first(parameter: Tensor | None) -> torch.Tensor | None:
-    """compressed-tensors has rows first; GPTQ's and AWQ's parameters are that transposed."""
+    """Returns a parameter with rows first, as compressed-tensors has it: GPTQ's and AWQ's are transposed."""
     if parameter is None:
         return None
     return parameter.data.t() if getattr(parameter, "output_dim", 0) == 1 else parameter.data

@@ -1,4 +1,4 @@
-"""Adds, activates and requantizes int8 codes: implementations, registration, public function."""
+"""Adds two int8 tensors, applies an activation and rounds to int8 again: implementations, registration, functions."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ _requantize = register(
 def prepared_requantize(
     a: Operand, b: Operand | None, activation: str, dtype: torch.dtype, out_grid: Grid | None
 ) -> Tensor:
-    """Computes `requantize` for layers, which know their grids: without checks; a CPU reads no number from a tensor.
+    """Computes `requantize` without checks, for layers: their grids hold numbers, so that a CPU reads no tensor.
 
     Args:
         a, b: int8 codes of one shape, and their grids.
@@ -92,11 +92,11 @@ def requantize(
     activation: str = "none",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Adds what int8 codes stand for and gives codes of the sum: `clamp(round(f(va + vb) / s) + z, qmin, qmax)`.
+    """Adds the values of two int8 tensors and rounds f of the sum: `clamp(round(f(va + vb) / s) + z, qmin, qmax)`.
 
     va is `(a - a_zero) * a_scale`, and vb likewise. Both, their sum and f of it are rounded to dtype: they are the
-    floats that a network in dtype adds and activates. Codes are rounded as `quantize` does. Without b the codes of a
-    move to another grid; without out_scale the result is the values. No gradient.
+    floats that a network in dtype adds and activates. Codes are rounded as `quantize` does. Without b, a alone is
+    activated and rounded to the new grid; without out_scale the result is the float values. No gradient.
 
     Args:
         a: int8 `[...]`. Where its elements leave gaps in memory, and where b has other strides, there is a copy.

@@ -1,12 +1,13 @@
-"""Compiles functions of tensors for the CPU by inductor, each a few operations fused into one pass over memory.
+"""Compiles small functions of tensors for the CPU by inductor, which fuses their operations into one pass over memory.
 
 `torch.compile` compiles again for every size that is 0, 1 or was equal to another in its first call, and takes 30 us or
-more to find the code of a call. So a function is traced and compiled per variant (rank, dtype, flags), before its first
-use, on an example whose sizes are large and all differ; the code itself checks sizes and strides.
+more to find the code of a call. So a function is traced and compiled here per variant (rank, dtype, flags), before its
+first use, on an example whose sizes are large and all differ; the code itself checks sizes and strides.
 Where compiling fails, for want of a C++ compiler or of a folder, the function runs eagerly, which is logged once.
 
-What `torch.compile` keeps on disk does not say for how wide vectors it was made, so that a CPU with narrower ones would
-read it wrongly, and one with wider ones write behind the ends of tensors. Here the width is part of what is asked for.
+The cache of `torch.compile` on disk does not record for which width of vectors a loop was made: a CPU with narrower
+vectors would read the wrong elements, one with wider vectors would write past the ends of tensors. `compiled` makes the
+width part of the options, and thereby of the key.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ def compiled(
     example: Callable[[], tuple[Any, ...]],
     options: dict[str, str | int | bool | Callable[..., Any]] | None = None,
 ) -> Function:
-    """Returns `function` compiled, which happens once a variant; or as it is if it cannot be compiled here.
+    """Compiles a function once for each variant and returns the code; the function itself if it cannot be compiled.
 
     Args:
         function: of tensors and constants; returns a tensor, a tuple of tensors or None.
-        variant: what tells apart calls that need code of their own, all constants among it; tensor sizes of one
-            variant are all above 1.
+        variant: a key that differs between calls that need different code; all constants are part of it. Every tensor
+            size of such a call is above 1.
         example: makes the arguments of one such call.
         options: of the compiler, as `torch.compile` takes them; the same in every call for one function.
     """
@@ -87,7 +88,7 @@ def _compile(
 
 
 def _mark_of(function: Function, variant: Hashable) -> Path:
-    """Returns the path of a file that tells that `torch.compile` will find this function on disk."""
+    """Returns the path of a file that exists once the code of this function is on disk."""
     key = (function.__module__, function.__name__, variant, described(), torch.__version__, torch.get_num_threads())
     return Path(inductor_cache_dir()) / "golden_stick" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.fused"
 

@@ -1,4 +1,4 @@
-"""Describes memory formats of weights to kernels: channels last, HW elements apart, or in the order of their logits."""
+"""Tells kernels how a weight lies in memory: in rows like its logits, or with the channels last, by one number HW."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def empty_weight(logits: Tensor, shape: Sequence[int], dtype: torch.dtype, chann
 
 
 def filter_size(shape: Sequence[int], channels_last: bool) -> int:
-    """Returns HW: column n of a row lies at `n % HW * C + n // HW`; 1 where rows lie as they are."""
+    """Returns HW, pixels of a filter: column n of a row lies at `n % HW * C + n // HW`; 1 if rows are contiguous."""
     return math.prod(shape[2:]) if channels_last else 1
 
 
 def readable(dw: Tensor) -> tuple[Tensor, int]:
-    """Returns dw, or one contiguous copy of it, and its HW (see `filter_size`)."""
+    """Returns dw and its HW (see `filter_size`); copies dw to contiguous rows if it lies in neither order."""
     if dw.is_contiguous():
         return dw, 1
     if dw.dim() in CHANNELS_LAST and dw.is_contiguous(memory_format=CHANNELS_LAST[dw.dim()]):

@@ -89,7 +89,7 @@ def first_calls(
 
 
 def leaf_draft(module: nn.Module, names: ModuleNames) -> NodeDraft:
-    """Makes the draft of a module's call of which nothing but the class is known: it has no edges."""
+    """Makes the draft of a module's call without edges, when nothing but the class is known."""
     name = names.modules[id(module)]
     op = op_names.op_of_module(module)
     reads = tuple(names.owners[id(found)][0] for found in module.parameters())

@@ -1,4 +1,4 @@
-"""Reads the fx graph of a tracer: every operation becomes a draft with canonical op and names of the live model.
+"""Reads the fx graph of a tracer: each operation becomes a draft of a node, with canonical op and live modules' names.
 
 torch.export and torch.fx.symbolic_trace both leave an fx graph with `nn_module_stack` in each node's meta; what differs
 between them (lifted parameters, higher-order regions, leaf calls) ends here.
@@ -20,7 +20,7 @@ from gs_algos.fx import op_names
 
 @dataclass
 class NodeDraft:
-    """Is a node under construction; indices are positions in the list of drafts."""
+    """Holds a node under construction; its inputs are positions in the list of drafts."""
 
     op: str
     inputs: list[int]
@@ -34,18 +34,18 @@ class NodeDraft:
 
 
 class Edge(int):
-    """Is the index of a draft, told apart from the integers among an op's arguments."""
+    """Marks an int among an op's arguments as the index of a draft."""
 
 
 @dataclass(frozen=True)
 class Constant:
-    """Is an argument that no node gives: a parameter of the live model, or (name None) a buffer or a constant."""
+    """Stands for an argument that no node computes: the parameter `name`, or (None) a buffer or a constant."""
 
     name: str | None = None
 
 
 class ModuleNames:
-    """Maps names that a tracer gives to canonical names in the live model. `prefix`: name of the traced module."""
+    """Maps names in a trace to canonical names in the live model. prefix: name of the traced module."""
 
     def __init__(self, model: nn.Module, prefix: str = "") -> None:
         self.model = model
@@ -77,7 +77,7 @@ def join(*parts: str) -> str:
 
 
 class FxGraphReader:
-    """Turns one fx graph into `drafts`. `strip`: the wrapper's attribute that holds the traced module, if any."""
+    """Turns one fx graph into `drafts`. strip: the wrapper's attribute that holds the traced module, if any."""
 
     def __init__(self, names: ModuleNames, strip: str = "") -> None:
         self.names = names

@@ -1,4 +1,7 @@
-"""Turns drafts into nodes: each call of a plain leaf module becomes one node, and modules that are one op are named."""
+"""Makes the nodes of a graph from drafts: one node for each call of a leaf module whose class says what it computes.
+
+A module with a forward of its own that is one known op gets that op, and its name, too.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from gs_kernels.runtime.torch_private import _BatchNorm
 
 
 def assemble(drafts: list[NodeDraft], names: ModuleNames) -> tuple[Node, ...]:
-    """Builds the nodes of a graph in execution order. Drafts of several graphs may be joined first (`concatenate`)."""
+    """Builds the nodes of a graph in execution order; drafts of several graphs are joined first, by `concatenate`."""
     calls: dict[tuple[str, ...], list[int]] = {}
     for i, draft in enumerate(drafts):
         if draft.call is not None and draft.module is None:

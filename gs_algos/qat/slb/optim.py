@@ -1,4 +1,4 @@
-"""Optimizers for the logits of fused layers: gradient and update in one pass, so that no gradient is stored.
+"""Trains the logits of fused layers: optimizers that compute a gradient and apply it in one pass, and store none.
 
 ```python
 algo = SLB(weight="4bit@channel", fused=True, total_steps=n)  # or by rule: ("re:stages.*", {"fused": True})
@@ -6,9 +6,9 @@ net = algo.apply(net, example_inputs)
 optimizers = SlbAdamW(algo.fused_layers(), lr=1e-3), torch.optim.SGD(algo.parameters(net), lr=0.1)
 ```
 
-A fused layer keeps its parameter `weight`, the mixture of its logits. Backward, DDP, FSDP2, clipping and gradient
-scaling see this weight and its gradient alone; `step` turns that into new logits, and `SLB.step` writes the new
-mixture. Once the codes are chosen `step` leaves logits and state as they are.
+A fused layer has the parameter `weight`, the mixture of levels that its logits give. Backward, DDP, FSDP2, clipping and
+gradient scaling see this weight and its gradient alone. `step` of the optimizer makes new logits from that gradient;
+`SLB.step` then writes the new mixture into `weight`. Once the codes are chosen, `step` changes nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Operands: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]  # logits, dw, level
 
 
 class _SearchOptimizer(torch.optim.Optimizer):
-    """Parameter groups are given by layers, or as dicts with "layers"; inside they hold the layers' weights.
+    """Takes layers, or dicts with "layers", as parameter groups, and steps the logits behind the layers' weights.
 
     FSDP2: fully_shard first, then the optimizer. DDP: in either order.
     """
@@ -39,7 +39,7 @@ class _SearchOptimizer(torch.optim.Optimizer):
         super().__init__(groups, defaults)
 
     def add_param_group(self, group: dict[str, Any]) -> None:
-        """Takes the layers' weights as parameters."""
+        """Adds a group whose parameters are the weights of the layers of `group["layers"]`."""
         who = type(self).__name__
         if "layers" not in group:
             raise ValueError(f"{who}: a group must have layers, got {', '.join(group) or 'nothing'}")
@@ -85,9 +85,9 @@ class _SearchOptimizer(torch.optim.Optimizer):
 
 
 class SlbAdamW(_SearchOptimizer):
-    """`torch.optim.AdamW` on the logits of fused layers. State: `exp_avg`, `exp_avg_sq` like the logits, fp32.
+    """Does what `torch.optim.AdamW` does, on the logits of fused layers. State: fp32 `exp_avg`, `exp_avg_sq` per logit.
 
-    Differs from torch: weight decay is 0 by default; it draws logits together, which holds the search up.
+    Differs from torch: weight decay is 0 by default, since it draws logits together, which slows the search.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class SlbAdamW(_SearchOptimizer):
 
 
 class SlbSGD(_SearchOptimizer):
-    """`torch.optim.SGD` on the logits of fused layers. State: with momentum, a `momentum_buffer` like them, fp32."""
+    """Does what `torch.optim.SGD` does, on the logits of fused layers. State with momentum: fp32 `momentum_buffer`."""
 
     def __init__(
         self,

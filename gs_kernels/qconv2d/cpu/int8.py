@@ -1,15 +1,17 @@
-"""Convolves 8-bit images with a packed weight on the CPU, summed as integers.
+"""Convolves 8-bit images with a packed weight on the CPU: sums of integers first, then one pass for the result.
 
-Ways, by what was measured. Depthwise, without a residual: C++ of our own (direct_int8.py), if it runs here. So also, of
-all channels, small convolutions, and on a CPU without instructions for products of int8 all: from codes to codes in one
-call, with products of 16 bits. Else:
-Where the CPU has instructions for products of int8: if y has many pixels for each channel, and for groups of channels,
-oneDNN's convolution of uint8 codes, which packs the weight for each size of image; else, what the pixels of some images
-see is copied side by side (im2col), and multiplied by ATen's product of int8 matrices.
-Where it has none: a float convolution of the codes, which is exact as long as no sum can exceed 2**24. Layers that are
-too deep for that take it in chunks of their channels.
-Behind all, one pass makes the result of the sums: C++ or, where that does not run or know the activation, a fused
-function.
+The way to the sums was chosen by measuring; the first that fits is taken:
+
+1. Depthwise, without a residual: C++ of our own (direct_int8.py), from codes to codes in one call.
+2. No groups of channels, and few products or a CPU without int8 instructions (VNNI): direct_int8.py too.
+3. A CPU with int8 instructions, and groups of channels or many pixels for each channel: oneDNN's convolution of uint8
+   codes, which packs the weight for each size of image.
+4. A CPU with int8 instructions otherwise: im2col, some images at a time, then ATen's product of int8 matrices.
+5. A CPU without them: a float convolution of the codes, which is exact while no sum can exceed 2**24; a layer that is
+   too deep for that is convolved in chunks of its channels.
+
+The last pass scales, adds, activates and rounds the sums: in C++, or in a function fused by inductor where C++ does
+not run or does not have the activation.
 """
 
 from __future__ import annotations
@@ -53,14 +55,16 @@ PIXELS = 64  # for each channel of y, from which on oneDNN is faster: measured, 
 
 @dataclass(frozen=True)
 class Int8Weight:
-    """Holds a weight as int8 `[O, K]`, and what that leaves of its zero points.
+    """Holds a weight as int8 `[O, K]`, and the part of its zero points that int8 codes cannot hold.
+
+    Products are of `2 * (code - zero)`, so that zero points of half a step are whole numbers.
 
     Args:
-        codes: `2 * code` less twice the zero point, to half steps; of 8 bits, `code - 128`.
-        twice: 1 or, of 8 bits, 2: what makes the latter the former.
-        zero2: fp32 `[O, G]`, what is to be added to that for the zero points of 8 bits; None if nothing is.
-        fraction: fp32 `[O, G]`, what of the zero points is not half steps; None if nothing is.
-        sums: int32 `[O, G]`, of `2 * code - twice the zero point`.
+        codes: `2 * code - 2 * zero`, with `2 * zero` rounded; for 8-bit weights `code - 128`.
+        twice: factor of the sums of `codes`: 1, and 2 for 8-bit weights, whose codes are not doubled.
+        zero2: fp32 `[O, G]`, added to the doubled codes of 8-bit weights: `256 - 2 * zero`; None if it is 0 everywhere.
+        fraction: fp32 `[O, G]`, the zero point less its nearest half step; None if it is 0 everywhere.
+        sums: int32 `[O, G]`, the sum of `2 * code - 2 * zero` of each group.
     """
 
     codes: Tensor
@@ -71,7 +75,11 @@ class Int8Weight:
 
 
 def make_int8_weight(weight: PackedWeight) -> Int8Weight:
-    """Raises UnsuitableError if zero points lie so far off the grid that int8 does not hold the rest."""
+    """Makes the int8 form of a weight.
+
+    Raises:
+        UnsuitableError: if zero points lie so far off the grid that int8 does not hold `2 * code - 2 * zero`.
+    """
     codes = codes_of(weight)
     size, whole = weight.group_size, weight.bits == 8
     zero = weight.zero.float() if isinstance(weight.zero, Tensor) else torch.full(weight.scale.shape, weight.zero)
@@ -115,14 +123,14 @@ def qconv2d_int8_cpu(
 
 
 class Int8Convolution:
-    """Computes `qconv2d_int8` on a CPU with everything fixed but the image and the residual, which is prepared once.
+    """Computes `qconv2d_int8` on a CPU for one layer: what depends on neither image nor residual is prepared once.
 
     Args:
-        out: inverse scale of codes, whole part and fraction of their zero point, as `requant_params` gives them.
+        out: inverse scale of the result's codes, whole part and fraction of their zero point (`requant_params`).
         keep: whether the weight as int8 codes is kept while the packed codes live.
 
     Raises:
-        UnsuitableError: if the sums cannot be had from products of int8 matrices.
+        UnsuitableError: if products of int8 matrices cannot give the sums.
     """
 
     def __init__(
@@ -158,7 +166,7 @@ class Int8Convolution:
         self.calls = 0
 
     def __call__(self, x: Tensor, residual: tuple[Tensor | None, Tensor | None, Tensor | None]) -> Tensor:
-        """Returns y `[B, O, P, Q]`; residual: itself, its scale and zero point, as `qconv2d_int8` takes them."""
+        """Returns y `[B, O, P, Q]`; `residual` holds the residual, its scale and its zero point."""
         self.calls += 1
         if self.depthwise is not None and residual[0] is None:
             return self.depthwise(x).permute(0, 3, 1, 2)
@@ -258,26 +266,26 @@ def _int8_weight_of(weight: PackedWeight, keep: bool) -> Int8Weight:
 
 @cache
 def multiplies_exactly() -> bool:
-    """Whether ATen's product of int8 matrices is exact at the ends of the range: without VNNI, pairs can saturate."""
+    """Says whether ATen's int8 product is exact at the ends of the range: without VNNI, pairs can saturate."""
     ends = torch.tensor([-128, 127], dtype=torch.int8)
     a, b = ends.repeat(32, 64), ends.repeat_interleave(64).repeat(16, 1)
     return torch.equal(int_mm(a, b.t()), (a.long() @ b.long().t()).int())
 
 
 def _has_one_sum(int8_weight: Int8Weight, weight: PackedWeight) -> bool:
-    """Whether y follows from one sum of products: no groups along K, no zero points that int8 codes do not hold."""
+    """Says whether one sum of products gives y: no groups along K, no zero points that int8 codes cannot hold."""
     return weight.scale.shape[1] == 1 and int8_weight.zero2 is None and int8_weight.fraction is None
 
 
 def prefers_onednn(int8_weight: Int8Weight, weight: PackedWeight, geometry: ConvGeometry, pixels: int) -> bool:
-    """Whether its convolution of so many pixels is the faster way, and gives all sums."""
+    """Says whether oneDNN convolves so many pixels faster than im2col would, and gives all sums."""
     many = geometry.groups > 1 or pixels >= PIXELS * weight.shape[0]
     return many and multiplies_int8() and _has_one_sum(int8_weight, weight) and convolves_exactly()
 
 
 @cache
 def convolves_exactly() -> bool:
-    """Whether there is oneDNN's convolution of 8-bit codes, and it is exact at the ends of the range."""
+    """Says whether torch has oneDNN's convolution of 8-bit codes, and it is exact at the ends of the range."""
     x = torch.tensor([-128, 127], dtype=torch.int8).repeat(64).view(1, 64, 1, 2)
     w = torch.tensor([127, -128], dtype=torch.int8).repeat_interleave(64).view(2, 64)
     try:
@@ -288,9 +296,9 @@ def convolves_exactly() -> bool:
 
 
 def exact_chunks(codes: Tensor, shift: int, geometry: ConvGeometry) -> list[Tensor] | None:
-    """Splits the filters, fp32 `[O, C / groups, R, S]`, in as few chunks of channels as have sums below 2**24.
+    """Splits filters, fp32 `[O, C / groups, R, S]`, into the fewest chunks of channels whose sums stay below 2**24.
 
-    None if there is no such chunk, or groups of channels would need several.
+    Returns None if one channel is too much already, or if groups of channels would need several chunks.
     """
     filters = codes.view(codes.shape[0], geometry.r, geometry.s, -1).permute(0, 3, 1, 2).float()
     low, high = 128.0 + shift, 127.0 - shift  # centered codes of x reach so far on either side of 0
@@ -305,7 +313,7 @@ def exact_chunks(codes: Tensor, shift: int, geometry: ConvGeometry) -> list[Tens
 
 
 def fp32_sums(x: Tensor, shift: int, chunks: list[Tensor], geometry: ConvGeometry) -> Tensor:
-    """Sums `codes * (x - shift)`, rounded once, of images `[B, C, H, W]` to fp32 `[M, O]`."""
+    """Sums `codes * (x - shift)` over the filters in fp32: images `[B, C, H, W]` to `[M, O]`, rounded once."""
     x = x.contiguous(memory_format=torch.channels_last)
     total: Tensor | None = None
     pieces = (x,) if len(chunks) == 1 else x.split(chunks[0].shape[1], 1)
@@ -325,9 +333,9 @@ def fp32_sums(x: Tensor, shift: int, chunks: list[Tensor], geometry: ConvGeometr
 def onednn_sums(
     x: Tensor, shift: int, codes: Tensor, geometry: ConvGeometry, packs: dict[tuple[int, ...], Tensor]
 ) -> Tensor:
-    """Sums `codes * (x - shift)`, rounded once, of images `[B, C, H, W]` to fp32 `[M, O]`.
+    """Sums `codes * (x - shift)` over the filters by oneDNN: images `[B, C, H, W]` to fp32 `[M, O]`, rounded once.
 
-    packs: the weight as oneDNN packed it for an image of a shape; for one shape at a time.
+    packs: shape of the images -> the weight as oneDNN packed it for them; holds the last shape alone.
     """
     if not geometry.is_symmetric:
         x = pad(x, geometry.sides, value=shift)
@@ -349,7 +357,7 @@ def onednn_sums(
 
 
 def _im2col(x: Tensor, shift: int, geometry: ConvGeometry) -> Tensor:
-    """Copies the inputs of each pixel of y side by side: `[M, K]` of `[B, H, W, C / groups]`; a view if pointwise."""
+    """Copies the inputs of each pixel of y into a row: `[B, H, W, C / groups]` to `[M, K]`; pointwise it is a view."""
     b, h, w, c = x.shape
     p, q = geometry.output(h, w)
     if any(geometry.sides):
