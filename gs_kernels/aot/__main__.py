@@ -1,4 +1,7 @@
-"""`python -m gs_kernels.aot [--op NAME] [--target sm_90]`: table of every kernel; exit code 1 if a bound is broken."""
+"""`python -m gs_kernels.aot [--op NAME] [--target sm_90]`: table of every kernel; exit code 1 if a bound is broken.
+
+With --sweep instead: every integer argument of every kernel of the ops' test cases as the constant 1 and with 64 bits.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ import sys
 from collections import Counter
 
 from gs_kernels.aot import TARGETS, Report, check, reports
+from gs_kernels.aot.sweep import spec_kernels, sweep
 from gs_kernels.runtime.dispatch import INTERPRET
-from gs_kernels.runtime.opspec import specs
+from gs_kernels.runtime.opspec import OpSpec, specs
 
 COLUMNS = "{:34} {:7} {:34} {:>4} {:>5} {:>7} {:>15} {:>15} {:>8} {:>5} {:>5} {:>7} {:>14}  {}"
 MEASURES = ("regs", "spill", "shared", "loads", "stores", "mma", "ins", "loop", "ins/el", "occupancy")
@@ -25,14 +29,26 @@ def row(case: str, r: Report, verdict: str) -> str:
     return COLUMNS.format(case, r.target, r.kernel[:34], *cost, *size, held, verdict)
 
 
+def _sweep(known: list[OpSpec], target: str) -> int:
+    kernels = spec_kernels(known, target)
+    failures = sweep(kernels)
+    print("\n".join([*failures, f"{len(kernels)} kernels swept for {target}, {len(failures)} failures."]))
+    return int(bool(failures))
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gs_kernels.aot", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m gs_kernels.aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     known = specs()
     parser.add_argument("--op", choices=[spec.name for spec in known], help="only this op")
     parser.add_argument("--target", choices=list(TARGETS), help="only this target")
+    parser.add_argument("--sweep", action="store_true", help="compile with integer arguments 1, and of 64 bits")
     chosen = parser.parse_args(argv)
     if INTERPRET:
         parser.error("kernels cannot be compiled under TRITON_INTERPRET=1; unset it")
+    if chosen.sweep:
+        return _sweep([spec for spec in known if chosen.op in (None, spec.name)], chosen.target or "sm_90")
     print(COLUMNS.format("case", "target", "kernel", *MEASURES, "verdict"))
     failures = 0
     for spec in known:

@@ -49,7 +49,10 @@ class Specialization:
         return compile(source, target=self.target, options=self.options.__dict__)
 
     def lower(self, last: str = "ttir") -> tuple[Any, dict[str, Any]]:
-        """Runs the compiler only as far as a stage of it, "ttir", "ttgir" or "llir"; nothing is kept.
+        """Runs the compiler only as far as a stage of it; nothing is kept.
+
+        Args:
+            last: "source" is what its front end makes, then follow "ttir", "ttgir", "llir", "ptx" and "cubin".
 
         Returns:
             what the stage made, and what the compiler noted about the kernel on its way.
@@ -66,11 +69,13 @@ class Specialization:
         backend.add_stages(stages, self.options, source.language)
         functions, modules = backend.get_codegen_implementation(self.options), backend.get_module_map()
         module = source.make_ir(self.target, self.options, functions, modules, context)
+        if last == "source":
+            return module, metadata
         for name, stage in stages.items():
             module = stage(module, metadata)
             if name == last:
                 return module, metadata
-        raise ValueError(f"gs_kernels.aot: stage must be one of {', '.join(stages)}, got {last!r}")
+        raise ValueError(f"gs_kernels.aot: stage must be one of source, {', '.join(stages)}, got {last!r}")
 
     def with_argument(self, name: str, type_: str, value: int | None = None) -> Specialization:
         """Returns the kernel for another type of an argument, or for a constant value of it ("constexpr")."""

@@ -54,7 +54,7 @@ def test_lowering_ends_at_the_stage_that_is_asked_for():
     assert "tt.store" in str(kernel.lower("ttir")[0])
     _, metadata = kernel.lower("llir")
     assert metadata["shared"] == 0
-    with pytest.raises(ValueError, match="stage must be one of ttir, ttgir, llir, ptx, cubin, got 'sass'"):
+    with pytest.raises(ValueError, match="stage must be one of source, ttir, ttgir, llir, ptx, cubin, got 'sass'"):
         kernel.lower("sass")
 
 
