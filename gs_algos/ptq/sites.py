@@ -16,8 +16,9 @@ from gs_algos.core.layer_rules import RulePattern, resolve
 from gs_algos.core.modules import owner_of, parameter_owners
 from gs_algos.core.network import is_compiled
 from gs_algos.core.plan import PlanRow, other_weights
+from gs_algos.quant.packed.grid import group_size
 from gs_algos.quant.packed.packable import CONVS, base_of, is_conv1d, matrix_of, why_not
-from gs_algos.quant.packed.round_to_nearest import group_size, packable
+from gs_algos.quant.packed.round_to_nearest import packable
 from gs_algos.quant.scheme import Scheme, n_scales
 from gs_kernels import PerChannel
 

@@ -13,11 +13,12 @@ MSE_SMALLEST = 0.2
 
 
 @torch.no_grad()
-def clip_ratio(rows: Tensor, scheme: Scheme) -> Tensor:
+def clip_ratio(rows: Tensor, scheme: Scheme, importance: Tensor | None = None) -> Tensor:
     """Finds the share of each row's extremes to keep, `[C]` in (0, 1], from `rows [C, n]` fp32.
 
     percentile: the quantile of |x| over its maximum. mse: the ratio r of MSE_STEPS whose grid, stretched over
-    [r*min, r*max], gives the least sum of squared errors; 1 for the other observers.
+    [r*min, r*max], gives the least sum of squared errors, each times its importance `[C, n]`; 1 for the other
+    observers.
     """
     if scheme.observer == "percentile":
         share = float(scheme.argument or 100.0) / 100.0
@@ -33,15 +34,24 @@ def clip_ratio(rows: Tensor, scheme: Scheme) -> Tensor:
     ratio = torch.ones_like(low)
     for r in torch.linspace(1.0, MSE_SMALLEST, MSE_STEPS).tolist():
         scale, zero = choose_qparams(low * r, high * r, qmin=scheme.qmin, qmax=scheme.qmax, symmetric=scheme.symmetric)
-        grid = fake_quant(rows, scale, zero, qmin=scheme.qmin, qmax=scheme.qmax, granularity=PerChannel(0))
-        error = (grid - rows).square().sum(1)
+        error = squared_error(rows, scale, zero, scheme, importance)
         ratio = torch.where(error < best, torch.full_like(ratio, r), ratio)
         best = torch.minimum(error, best)
     return ratio
 
 
+def squared_error(rows: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme, importance: Tensor | None) -> Tensor:
+    """Sums the squared errors of `rows [C, n]` on the grid of each, times their importance `[C, n]`, to `[C]`."""
+    grid = fake_quant(rows, scale, zero, qmin=scheme.qmin, qmax=scheme.qmax, granularity=PerChannel(0))
+    error = (grid - rows).square()
+    return (error if importance is None else error * importance).sum(1)
+
+
 @torch.no_grad()
-def search_range(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Returns (min, max) `[C]` of `rows [C, n]` fp32 by the scheme's observer; least error if it is learnt."""
-    ratio = clip_ratio(rows, scheme)
+def search_range(rows: Tensor, scheme: Scheme, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns (min, max) `[C]` of `rows [C, n]` fp32 by the scheme's observer; least error if it is learnt.
+
+    importance: `[C, n]` fp32, how many times each squared error counts; None for once.
+    """
+    ratio = clip_ratio(rows, scheme, importance)
     return rows.amin(1) * ratio, rows.amax(1) * ratio

@@ -99,6 +99,12 @@ def test_one_bit_asymmetric_keeps_a_constant_group(constant: float):
     assert values(round_to_nearest(torch.full((2, 8), constant), "int1@channel:asym")).unique().tolist() == [constant]
 
 
+def test_one_bit_asymmetric_keeps_a_constant_group_whose_mean_rounds_up():
+    constant = torch.full((1, 32), 0.25e-7)
+    assert constant.mean() > constant[0, 0]
+    torch.testing.assert_close(values(round_to_nearest(constant, "int1@channel:asym")), constant, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_storing_scales_in_16_bits_adds_no_error_of_its_own(dtype: torch.dtype):
     weight = random(64, 64).to(dtype)
@@ -120,7 +126,7 @@ def test_scales_too_small_for_fp16_are_stored_in_fp32():
 def test_a_weight_in_many_pieces_is_the_weight_in_one(monkeypatch: pytest.MonkeyPatch):
     weight = random(13, 32)
     whole = round_to_nearest(weight, "int4@group:16:asym")
-    monkeypatch.setattr("gs_algos.quant.packed.round_to_nearest.CHUNK", 70)
+    monkeypatch.setattr("gs_algos.quant.packed.grid.CHUNK", 70)
     pieces = round_to_nearest(weight, "int4@group:16:asym")
     assert all(same_bits(getattr(whole, part), getattr(pieces, part)) for part in ("codes", "scale", "zero"))
 
