@@ -1,4 +1,4 @@
-"""Fake-quant on a GPU: each element read once and written once, sums in two stages without atomics."""
+"""Computes fake-quant, its gradient and codes on a GPU: elements are read and written once, sums need no atomics."""
 
 from typing import Any
 
@@ -78,7 +78,7 @@ def _fake_quant_bwd_kernel(
 
 @triton.jit
 def _store_sum(ptr, v, first, offs_m, offs_n, mask_m, mask_n, N, BY: tl.constexpr):
-    """The sum of v over this tile: one number by tensor, one per row to [rows, tiles], one per column to [tiles, N]."""
+    """Stores the sums of v over this tile: one number by tensor, one per row `[rows, tiles]` or column `[tiles, N]`."""
     BLOCK_N: tl.constexpr = v.shape[1]
     tiles = tl.cdiv(N, BLOCK_N)
     if BY == TENSOR:
@@ -124,7 +124,7 @@ def forward(
     y: Tensor, low: Tensor | None, high: Tensor | None, x: Tensor, scale: Tensor, zero: Tensor,
     rows: Rows, cut: Tile, qmin: int, qmax: int,
 ) -> None:
-    """Values or codes to y; by tensor, the range of each tile to low and high, if given."""
+    """Writes values to y, or codes if y is of integers; by tensor, also each tile's range to low and high, if given."""
     launch(
         _fake_quant_fwd_kernel, cut.grid(rows), y, low, high, x, scale, zero, *addressing(rows),
         QMIN=qmin, QMAX=qmax, CODES=not y.is_floating_point(), RANGE=low is not None, **flags(rows, cut),
@@ -168,13 +168,13 @@ def fake_quant_backward_triton(
         dx, dscale if for_scale else None, dzero if for_zero else None, dy, source, scale, zero, *addressing(rows),
         QMIN=int(qmin), QMAX=int(qmax), FOR_SCALE=for_scale, FOR_ZERO=for_zero, **flags(rows, cut),
     )
-    dscale = _finish(dscale, rows) if for_scale else dscale
-    dzero = _finish(dzero, rows) if for_zero else dzero
+    dscale = _sum_of_tiles(dscale, rows) if for_scale else dscale
+    dzero = _sum_of_tiles(dzero, rows) if for_zero else dzero
     return dx if source is x else like(dx, x), dscale, dzero
 
 
-def _finish(partial: Tensor, rows: Rows) -> Tensor:
-    """The sums of `_store_sum` over tiles, `[C]`: one order whatever the GPU does, so deterministic."""
+def _sum_of_tiles(partial: Tensor, rows: Rows) -> Tensor:
+    """Adds what `_store_sum` stored for each tile to `[C]`, always in one order, so that runs give the same bits."""
     if rows.by == BY_TENSOR:
         return partial.sum().view(1)
     if rows.by == BY_COL:

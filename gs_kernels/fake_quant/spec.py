@@ -1,7 +1,7 @@
-"""What tests, the AOT gate and the benchmarks know of fake-quant.
+"""Lists what tests, the AOT gate and the benchmarks run of fake-quant: shapes, tolerances, costs, launches.
 
-A shape is `x` (sizes), `axis` and `group` (as `granularity_of`), the levels `qmin` and `qmax`, `learned` (False: only x
-gets a gradient) and `zero`: "none" (0), "integer" or "fraction".
+A shape is `x` (sizes), `axis` and `group` (as `granularity_of` takes them), the levels `qmin` and `qmax`, `learned`
+(False: only x gets a gradient) and `zero`, the kind of zero point: "none" (0), "integer" or "fraction".
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def make_x(s: Shape, dtype: torch.dtype, device: torch.device, generator: torch.
 
 
 def make_qparams(s: Shape, device: torch.device, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Scales such that a fifth of a normal x lies outside the grid, and zeros of the kind that s asks for."""
+    """Draws scales that leave a fifth of a normal x outside the grid, and zeros of the kind that `s["zero"]` names."""
     n, levels = channels(s), s["qmax"] - s["qmin"]
     scale = torch.rand(n, generator=generator, device=device).add_(1).mul_(3 / levels)
     zero = torch.rand(n, generator=generator, device=device).mul_(levels).add_(s["qmin"])
@@ -69,7 +69,7 @@ def make_codes(s: Shape, dtype: torch.dtype, device: torch.device, generator: to
 
 
 def _cost(per_element: Callable[[int], int], flops: int, s: Shape, dtype: torch.dtype) -> Cost:
-    """per_element: bytes for an itemsize; scale and zero are read once."""
+    """Counts `per_element(itemsize)` bytes and `flops` operations for each element, and scale and zero once."""
     n = math.prod(s["x"])
     return Cost(nbytes=n * per_element(dtype.itemsize) + 8 * channels(s), flops=flops * n)
 
@@ -84,7 +84,7 @@ def meta(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def launcher(op: str, folder: str, *args: Any) -> Callable[[], Any]:
-    """Calls `<op>_triton` of the folder's kernel.py, which is imported only then: it needs triton."""
+    """Returns a function that imports the folder's kernel.py, which needs triton, and calls `<op>_triton` of it."""
 
     def run() -> Any:
         module = __import__(f"gs_kernels.{folder}.kernel", fromlist=["kernel"])

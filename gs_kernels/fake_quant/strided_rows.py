@@ -21,7 +21,7 @@ BY_TENSOR, BY_ROW, BY_COL, BY_CYCLE = 0, 1, 2, 3
 
 @dataclass(frozen=True)
 class Rows:
-    """rows x cols elements; `per` rows lie `inner` apart, blocks of them `outer` apart; channels: number of scales."""
+    """Describes rows x cols elements: `per` rows lie `inner` apart, blocks of them `outer`; channels counts scales."""
 
     by: int
     rows: int
@@ -68,7 +68,7 @@ def rows_of(shape: Sequence[int], strides: Sequence[int], axis: int, group: int)
 
 
 def _merge(dims: list[tuple[int, int, bool]]) -> list[tuple[int, int, bool]] | None:
-    """(size, stride, is axis) from outermost in memory, neighbours merged but for the axis; None if there is no row."""
+    """Merges neighbours (size, stride, is axis), outermost in memory first, but the axis; None if there is no row."""
     blocks: list[tuple[int, int, bool]] = []
     for size, stride, is_axis in dims:
         if blocks and blocks[-1][1] == size * stride and not is_axis and not blocks[-1][2]:
@@ -94,12 +94,12 @@ _cached_rows_of = lru_cache(maxsize=4096)(rows_of)
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Returns whether a has the shape and, where they matter, the strides of b."""
+    """Says whether a has the shape and, where they matter, the strides of b."""
     return a.shape == b.shape and all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
 def readable(x: Tensor, axis: int, group: int) -> tuple[Tensor, Rows]:
-    """Returns x, or one contiguous copy of it, and its rows."""
+    """Returns x with its rows; x is copied to contiguous memory first if it cannot be described by rows."""
     # sizes that are symbols cannot be hashed
     find = _cached_rows_of if is_eager(x) else rows_of
     rows = find(x.shape, x.stride(), axis, group)

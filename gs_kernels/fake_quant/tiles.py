@@ -15,7 +15,7 @@ COLUMNS = 128  # of a tile by column: a sum leaves one number per tile and colum
 
 @dataclass(frozen=True)
 class Tile:
-    """rows x cols elements, both powers of two, for `warps` warps."""
+    """Describes a tile of rows x cols elements, both powers of two, for `warps` warps."""
 
     rows: int
     cols: int

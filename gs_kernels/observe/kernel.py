@@ -1,4 +1,4 @@
-"""Ranges and grids on a GPU: a row that fits a program is read once, for its range and its fake-quant both."""
+"""Finds ranges and grids on a GPU; a row that fits one program is read once for both its range and its fake-quant."""
 
 import torch
 import triton
@@ -75,7 +75,7 @@ def _dynamic_fake_quant_kernel(
     BY: tl.constexpr, STRIDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """Whole rows per program, each with a scale of its own."""
+    """Fake-quantizes whole rows, each with the scale and zero of its own range."""
     offs_m, _, offs_n, mask_m, mask_n = tile(M, N, BLOCK_M, BLOCK_N)
     mask = mask_m[:, None] & mask_n[None, :]
     starts = row_starts(offs_m, N, per, stride_outer, stride_inner, STRIDED)
@@ -95,8 +95,8 @@ def _partials(x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
 
 
-def _finish(low: Tensor, high: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """The range of each channel from those of its tiles: `[tiles]`, `[rows, tiles]` or, by column, `[tiles, C]`."""
+def _merge_tiles(low: Tensor, high: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Merges the ranges of tiles, `[tiles]`, `[rows, tiles]` or by column `[tiles, C]`, to those of channels `[C]`."""
     if rows.by == BY_CYCLE:
         shape = (-1, rows.channels, low.shape[1])
         return low.view(shape).amin((0, 2)), high.view(shape).amax((0, 2))
@@ -110,7 +110,7 @@ def _range(x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     cut = choose_tile(rows)
     low, high = _partials(x, cut.partials(rows))
     launch(_minmax_kernel, cut.grid(rows), low, high, x, *addressing(rows), **flags(rows, cut))
-    return _finish(low, high, rows)
+    return _merge_tiles(low, high, rows)
 
 
 def minmax_triton(x: Tensor, axis: int, group: int) -> tuple[Tensor, Tensor]:
@@ -169,4 +169,4 @@ def observe_fake_quant_triton(
     cut = choose_tile(rows)
     low, high = _partials(x, cut.partials(rows))
     forward(y, low, high, source, scale, zero, rows, cut, int(qmin), int(qmax))
-    return y if source is x else like(y, x), *_finish(low, high, rows)
+    return y if source is x else like(y, x), *_merge_tiles(low, high, rows)

@@ -1,4 +1,7 @@
-"""What tests, the AOT gate and the benchmarks know of the observers. Shapes: see gs_kernels/fake_quant/spec.py."""
+"""Lists what tests, the AOT gate and the benchmarks run of the observers: shapes, tolerances, costs, launches.
+
+gs_kernels/fake_quant/spec.py says what a shape is.
+"""
 
 from __future__ import annotations
 

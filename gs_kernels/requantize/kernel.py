@@ -1,4 +1,4 @@
-"""Requantizes on a GPU: codes are read once, added, activated and written once."""
+"""Requantizes on a GPU: one kernel reads the codes, adds, activates, rounds and writes."""
 
 import torch
 import triton
@@ -16,7 +16,7 @@ ROUNDED = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 @triton.jit
 def _rounded(v, ROUND: tl.constexpr):
-    """Rounds v, fp32, to a number of the dtype that ROUND says."""
+    """Rounds v, fp32, to a number that fp16 (ROUND 1) or bf16 (2) holds; fp32 (0) stays."""
     if ROUND == 1:
         v = v.to(tl.float16).to(tl.float32)
     elif ROUND == 2:

@@ -1,7 +1,7 @@
-"""Tells tests, the AOT gate and the benchmarks what to run of requantizing.
+"""Lists what tests, the AOT gate and the benchmarks run of requantizing: shapes, tolerances, costs, launches.
 
-A shape is `x` (sizes), `b` (whether something is added), `out` (whether the result is codes), `activation`, and the
-levels `qmin` and `qmax` of the result. `axis` and `group` are those of a scale for all.
+A shape is `x` (sizes), `b` (whether a second tensor is added), `out` (whether the result is codes), `activation`, and
+the levels `qmin` and `qmax` of the result. `axis` and `group` say that one scale is for the whole tensor.
 """
 
 from __future__ import annotations

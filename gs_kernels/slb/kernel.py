@@ -1,7 +1,8 @@
-"""SLB on a GPU: logits are read once, the softmax over the levels lives in registers and is never stored.
+"""Computes SLB's weights, gradients, codes and optimizer steps on a GPU, reading the logits once.
 
-A program holds a tile of weights, one lane each, and of their logits `[BLOCK_L, lanes]`: all levels of a weight lie in
-one thread, so that sums over levels need no exchange. More than BLOCK_L levels are mixed chunk by chunk, online.
+A program holds a tile of T = BLOCK_N * BLOCK_K weights, and their logits as `[BLOCK_L, T]`. One thread has all levels
+of a weight: sums over levels need no exchange, and the softmax stays in registers. More than BLOCK_L levels are read
+in chunks, by an online softmax.
 """
 
 import math
@@ -22,42 +23,42 @@ TAU_MAX = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
-def _place(N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Of each lane of this program: its row, its column, and whether both exist."""
+def _weights_of(N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Returns row, column and mask of the weights of this program, `[T]` each."""
     pid = tl.program_id(0)
     tiles = tl.cdiv(K, BLOCK_K)
-    lanes = tl.arange(0, BLOCK_N * BLOCK_K)
-    offs_n = (pid // tiles).to(tl.int64) * BLOCK_N + lanes // BLOCK_K
+    offs = tl.arange(0, BLOCK_N * BLOCK_K)
+    offs_n = (pid // tiles).to(tl.int64) * BLOCK_N + offs // BLOCK_K
     first = pid % tiles * BLOCK_K
-    offs_k = lanes % BLOCK_K
+    offs_k = offs % BLOCK_K
     return offs_n, first + offs_k, (offs_n < N) & (offs_k < K - first)
 
 
 @triton.jit
-def _place_weight(offs_n, offs_k, K, HW: tl.constexpr):
-    """Where a weight lies. HW > 1: channels last, else as its logits."""
+def _weight_offsets(offs_n, offs_k, K, HW: tl.constexpr):
+    """Returns where weights lie in memory: channels last if HW > 1, else in rows like their logits."""
     if HW > 1:
         offs_k = offs_k % HW * (K // HW) + offs_k // HW
     return offs_n * K + offs_k
 
 
 @triton.jit
-def _inverse(tau_ptr):
-    """1 / tau, NaN if tau is out of range."""
+def _inverse_temperature(tau_ptr):
+    """Computes 1 / tau; NaN if tau is out of range."""
     tau = tl.load(tau_ptr)
     return tl.where((tau >= TAU_MIN) & (tau <= TAU_MAX), tl.div_rn(1.0, tau), float("nan"))
 
 
 @triton.jit
-def _at(offs, K, start, BLOCK_L: tl.constexpr):
-    """Where the logits of BLOCK_L levels lie, `[BLOCK_L, lanes]`; offs: those of level 0."""
+def _logit_offsets(offs, K, start, BLOCK_L: tl.constexpr):
+    """Returns where the logits of BLOCK_L levels lie, `[BLOCK_L, T]`, from where those of level 0 do."""
     offs_l = start + tl.arange(0, BLOCK_L)
     return (offs_l.to(tl.int64) * K)[:, None] + offs[None, :]
 
 
 @triton.jit
-def _real(mask, start, PLANES: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Which of them exist."""
+def _logit_mask(mask, start, PLANES: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Returns the mask of logits, `[BLOCK_L, T]` or `[1, T]`, from that of weights."""
     mask = mask[None, :]
     if PLANES % BLOCK_L != 0:
         mask = mask & (start + tl.arange(0, BLOCK_L) < PLANES)[:, None]
@@ -66,9 +67,9 @@ def _real(mask, start, PLANES: tl.constexpr, BLOCK_L: tl.constexpr):
 
 @triton.jit
 def _logits(a_ptr, offs, mask, K, start, PLANES: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Logits of BLOCK_L levels, `[BLOCK_L, lanes]` fp32: -inf behind the last level."""
-    real = _real(mask, start, PLANES, BLOCK_L)
-    a = tl.load(a_ptr + _at(offs, K, start, BLOCK_L), mask=real, other=0.0).to(tl.float32)
+    """Loads the logits of BLOCK_L levels, `[BLOCK_L, T]` fp32; -inf past the last level."""
+    real = _logit_mask(mask, start, PLANES, BLOCK_L)
+    a = tl.load(a_ptr + _logit_offsets(offs, K, start, BLOCK_L), mask=real, other=0.0).to(tl.float32)
     if PLANES % BLOCK_L != 0:
         a = tl.where((start + tl.arange(0, BLOCK_L) < PLANES)[:, None], a, float("-inf"))
     return a
@@ -76,7 +77,7 @@ def _logits(a_ptr, offs, mask, K, start, PLANES: tl.constexpr, BLOCK_L: tl.const
 
 @triton.jit
 def _levels(v_ptr, start, PLANES: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Their levels, `[BLOCK_L, 1]`. A single plane of logits is that of level 1."""
+    """Loads the values of BLOCK_L levels, `[BLOCK_L, 1]`; a single plane of logits belongs to level 1."""
     offs_l = start + tl.arange(0, BLOCK_L)
     if PLANES == 1:
         v = tl.load(v_ptr + 1 + offs_l)
@@ -87,9 +88,10 @@ def _levels(v_ptr, start, PLANES: tl.constexpr, BLOCK_L: tl.constexpr):
 
 @triton.jit
 def _mix(a_ptr, v_ptr, offs, mask, K, c, PLANES: tl.constexpr, BLOCK_L: tl.constexpr):
-    """m, the largest logit; r = 1 / the sum over levels of e = exp2((a - m) * c); W_c, the sum of e * level * r.
+    """Computes the softmax over levels and the weights W_c, the levels' mean under it.
 
-    Last, a and e, `[BLOCK_L, lanes]`: of all levels, if BLOCK_L holds them.
+    Returns (m, r, W_c, a, e): the largest logit, 1 / the sum of e, the sum of e * level * r, each `[T]`; the logits and
+    e = exp2((a - m) * c), `[BLOCK_L, T]`, of all levels if BLOCK_L holds them, else of the last chunk.
     """
     a = _logits(a_ptr, offs, mask, K, 0, PLANES, BLOCK_L)
     m = tl.maximum(tl.max(a, 0), 0.0 if PLANES == 1 else -TAU_MAX)
@@ -114,8 +116,8 @@ def _mix(a_ptr, v_ptr, offs, mask, K, c, PLANES: tl.constexpr, BLOCK_L: tl.const
 
 
 @triton.jit
-def _pick(a_ptr, offs, mask, K, PLANES: tl.constexpr, BLOCK_L: tl.constexpr):
-    """The number of the largest logit, the lowest of equals, and whether one is NaN, which counts as infinity."""
+def _argmax(a_ptr, offs, mask, K, PLANES: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Finds the level of the largest logit, the lowest of equals, and whether a logit is NaN, which counts as +inf."""
     best = tl.full(offs.shape, 0.0 if PLANES == 1 else float("-inf"), tl.float32)
     code = tl.zeros(offs.shape, tl.int32)
     nan = tl.zeros(offs.shape, tl.int32)
@@ -133,7 +135,7 @@ def _pick(a_ptr, offs, mask, K, PLANES: tl.constexpr, BLOCK_L: tl.constexpr):
 
 @triton.jit
 def _row_scale(scale_ptr, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The scale of each lane, loaded once for each row."""
+    """Loads the scale of each row once, and returns that of each weight, `[T]`."""
     offs_n = (tl.program_id(0) // tl.cdiv(K, BLOCK_K)).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     scale = tl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0)
     return tl.reshape(tl.broadcast_to(scale[:, None], [BLOCK_N, BLOCK_K]), [BLOCK_N * BLOCK_K])
@@ -147,16 +149,16 @@ def _slb_weight_kernel(
     HW: tl.constexpr, HARD: tl.constexpr,
     PLANES: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    offs_n, offs_k, mask = _place(N, K, BLOCK_N, BLOCK_K)
+    offs_n, offs_k, mask = _weights_of(N, K, BLOCK_N, BLOCK_K)
     offs = offs_n * (PLANES * K) + offs_k
     if HARD:
-        code, nan = _pick(a_ptr, offs, mask, K, PLANES, BLOCK_L)
+        code, nan = _argmax(a_ptr, offs, mask, K, PLANES, BLOCK_L)
         w = tl.where(nan, float("nan"), tl.load(v_ptr + code))
     else:
-        _, _, w, _, _ = _mix(a_ptr, v_ptr, offs, mask, K, _inverse(tau_ptr) * LOG2E, PLANES, BLOCK_L)
+        _, _, w, _, _ = _mix(a_ptr, v_ptr, offs, mask, K, _inverse_temperature(tau_ptr) * LOG2E, PLANES, BLOCK_L)
     if scale_ptr is not None:
         w *= _row_scale(scale_ptr, N, K, BLOCK_N, BLOCK_K)
-    tl.store(w_ptr + _place_weight(offs_n, offs_k, K, HW), w.to(w_ptr.dtype.element_ty), mask=mask)
+    tl.store(w_ptr + _weight_offsets(offs_n, offs_k, K, HW), w.to(w_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -167,15 +169,15 @@ def _slb_weight_bwd_kernel(
     HW: tl.constexpr, HARD: tl.constexpr,
     PLANES: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """da_ptr, dscale_ptr: None if not wanted; dscale holds one sum for each row of each tile, `[N, tiles]`."""
-    offs_n, offs_k, mask = _place(N, K, BLOCK_N, BLOCK_K)
+    """Computes da and dscale; a pointer that is None is not wanted. dscale: row sums of each tile, `[N, tiles]`."""
+    offs_n, offs_k, mask = _weights_of(N, K, BLOCK_N, BLOCK_K)
     offs = offs_n * (PLANES * K) + offs_k
-    g = tl.load(dw_ptr + _place_weight(offs_n, offs_k, K, HW), mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(dw_ptr + _weight_offsets(offs_n, offs_k, K, HW), mask=mask, other=0.0).to(tl.float32)
     if HARD:
-        code, nan = _pick(a_ptr, offs, mask, K, PLANES, BLOCK_L)
+        code, nan = _argmax(a_ptr, offs, mask, K, PLANES, BLOCK_L)
         w = tl.where(nan, float("nan"), tl.load(v_ptr + code))
     else:
-        inv = _inverse(tau_ptr)
+        inv = _inverse_temperature(tau_ptr)
         c = inv * LOG2E
         m, r, w, a, e = _mix(a_ptr, v_ptr, offs, mask, K, c, PLANES, BLOCK_L)
     if dscale_ptr is not None:
@@ -192,8 +194,8 @@ def _slb_weight_bwd_kernel(
                 a = _logits(a_ptr, offs, mask, K, start, PLANES, BLOCK_L)
                 e = tl.exp2((a - m[None, :]) * c)
             da = g[None, :] * e * (_levels(v_ptr, start, PLANES, BLOCK_L) - w[None, :])
-            real = _real(mask, start, PLANES, BLOCK_L)
-            tl.store(da_ptr + _at(offs, K, start, BLOCK_L), da.to(da_ptr.dtype.element_ty), mask=real)
+            real = _logit_mask(mask, start, PLANES, BLOCK_L)
+            tl.store(da_ptr + _logit_offsets(offs, K, start, BLOCK_L), da.to(da_ptr.dtype.element_ty), mask=real)
 
 
 @triton.jit
@@ -204,36 +206,39 @@ def _slb_pack_kernel(
     BITS: tl.constexpr,
     PLANES: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """Codes in the canonical layout of gs_kernels/pack/layouts.py."""
-    offs_n, offs_k, mask = _place(N, K, BLOCK_N, BLOCK_K)
-    code, _ = _pick(a_ptr, offs_n * (PLANES * K) + offs_k, mask, K, PLANES, BLOCK_L)
+    """Packs the codes of the largest logits, in the canonical layout of gs_kernels/pack/layouts.py."""
+    offs_n, offs_k, mask = _weights_of(N, K, BLOCK_N, BLOCK_K)
+    code, _ = _argmax(a_ptr, offs_n * (PLANES * K) + offs_k, mask, K, PLANES, BLOCK_L)
     FIELDS: tl.constexpr = 8 // BITS
     fields = tl.reshape(tl.where(mask, code, 0), [BLOCK_N * BLOCK_K // FIELDS, FIELDS])
     packed = tl.sum(fields << (tl.arange(0, FIELDS) * BITS)[None, :], 1)
-    offs_n, offs_k, mask = _place(N, tl.cdiv(K, FIELDS), BLOCK_N, BLOCK_K // FIELDS)
+    offs_n, offs_k, mask = _weights_of(N, tl.cdiv(K, FIELDS), BLOCK_N, BLOCK_K // FIELDS)
     tl.store(bytes_ptr + offs_n * tl.cdiv(K, FIELDS) + offs_k, packed.to(tl.uint8), mask=mask)
 
 
 @triton.jit
-def _before_update(
+def _gradient_factor(
     dw_ptr, a_ptr, v_ptr, tau_ptr, scale_ptr,
     offs_n, offs_k, mask,
     N, K,
     HW: tl.constexpr,
     PLANES: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """g = dW * scale * r / tau, of which a logit's gradient is g * e * (level - W_c); and m, W_c, c, a, e of `_mix`."""
-    g = tl.load(dw_ptr + _place_weight(offs_n, offs_k, K, HW), mask=mask, other=0.0).to(tl.float32)
+    """Computes what an optimizer needs for a logit's gradient, g * e * (level - W_c): g = dW * scale * r / tau.
+
+    Returns (g, m, W_c, c, a, e); all but g are those of `_mix`.
+    """
+    g = tl.load(dw_ptr + _weight_offsets(offs_n, offs_k, K, HW), mask=mask, other=0.0).to(tl.float32)
     if scale_ptr is not None:
         g *= _row_scale(scale_ptr, N, K, BLOCK_N, BLOCK_K)
-    inv = _inverse(tau_ptr)
+    inv = _inverse_temperature(tau_ptr)
     m, r, w, a, e = _mix(a_ptr, v_ptr, offs_n * (PLANES * K) + offs_k, mask, K, inv * LOG2E, PLANES, BLOCK_L)
     return g * inv * r, m, w, inv * LOG2E, a, e
 
 
 @triton.jit
 def _one_minus_exp(x):
-    """1 - exp(x) for x <= 0, without cancellation near 0."""
+    """Computes 1 - exp(x) for x <= 0, without cancellation near 0."""
     series = 1.0 + x / 8
     for i in tl.static_range(7, 1, -1):
         series = 1.0 + x / i * series
@@ -253,9 +258,9 @@ def _slb_adamw_kernel(
         N = tl.where(tl.load(frozen_ptr) == 0, N, 0)
     if lr_ptr is not None:
         lr = tl.load(lr_ptr)
-    offs_n, offs_k, mask = _place(N, K, BLOCK_N, BLOCK_K)
+    offs_n, offs_k, mask = _weights_of(N, K, BLOCK_N, BLOCK_K)
     offs = offs_n * (PLANES * K) + offs_k
-    g, m, w, c, a, e = _before_update(
+    g, m, w, c, a, e = _gradient_factor(
         dw_ptr, a_ptr, v_ptr, tau_ptr, scale_ptr, offs_n, offs_k, mask, N, K, HW, PLANES, BLOCK_MIX, BLOCK_N, BLOCK_K
     )
     step = tl.load(step_ptr)
@@ -263,8 +268,8 @@ def _slb_adamw_kernel(
     rate = lr / _one_minus_exp(step * ln_beta1)
     spread = tl.sqrt(_one_minus_exp(step * ln_beta2))
     for start in range(0, PLANES, BLOCK_L):
-        at = _at(offs, K, start, BLOCK_L)
-        real = _real(mask, start, PLANES, BLOCK_L)
+        at = _logit_offsets(offs, K, start, BLOCK_L)
+        real = _logit_mask(mask, start, PLANES, BLOCK_L)
         if PLANES > BLOCK_L:
             al = _logits(a_ptr, offs, mask, K, start, PLANES, BLOCK_L)
             el = tl.exp2((al - m[None, :]) * c)
@@ -294,14 +299,14 @@ def _slb_sgd_kernel(
         N = tl.where(tl.load(frozen_ptr) == 0, N, 0)
     if lr_ptr is not None:
         lr = tl.load(lr_ptr)
-    offs_n, offs_k, mask = _place(N, K, BLOCK_N, BLOCK_K)
+    offs_n, offs_k, mask = _weights_of(N, K, BLOCK_N, BLOCK_K)
     offs = offs_n * (PLANES * K) + offs_k
-    g, m, w, c, a, e = _before_update(
+    g, m, w, c, a, e = _gradient_factor(
         dw_ptr, a_ptr, v_ptr, tau_ptr, scale_ptr, offs_n, offs_k, mask, N, K, HW, PLANES, BLOCK_MIX, BLOCK_N, BLOCK_K
     )
     for start in range(0, PLANES, BLOCK_L):
-        at = _at(offs, K, start, BLOCK_L)
-        real = _real(mask, start, PLANES, BLOCK_L)
+        at = _logit_offsets(offs, K, start, BLOCK_L)
+        real = _logit_mask(mask, start, PLANES, BLOCK_L)
         if PLANES > BLOCK_L:
             al = _logits(a_ptr, offs, mask, K, start, PLANES, BLOCK_L)
             el = tl.exp2((al - m[None, :]) * c)
@@ -321,7 +326,7 @@ def _sizes(logits: Tensor) -> tuple[int, int, int]:
 
 
 def _cut(logits: Tensor, **wanted: int) -> tuple[tuple[int, int], Tile, dict[str, int]]:
-    """N and K, the tile, and the constants of every kernel."""
+    """Returns (N, K), the tile, and the constants that every kernel takes."""
     o, planes, r = _sizes(logits)
     tile = choose_tile(o, r, planes, logits.element_size(), **wanted)
     flags = {

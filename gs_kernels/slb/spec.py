@@ -1,7 +1,8 @@
-"""What tests, the AOT gate and the benchmarks know of SLB.
+"""Lists what tests, the AOT gate and the benchmarks run of SLB: shapes, tolerances, costs, launches.
 
-A shape is `x` (sizes of the logits), `axis` and `group` (who owns a scale: the output channel, always), `scaled`
-(whether there is one), `last` (the weight is stored channels last), `tau`, and for updates `decay` and `momentum`.
+A shape is `x` (sizes of the logits), `axis` and `group` (a scale always belongs to an output channel), `scaled`
+(whether there is a scale), `last` (whether the weight is stored channels last), `tau` (the temperature), and for
+optimizer steps `decay` and `momentum`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _weights(s: Shape) -> int:
 
 
 def make_logits(s: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
-    """Normal logits; every seventh weight ties all of its levels."""
+    """Draws normal logits; all levels of every seventh weight are tied."""
     logits = torch.randn(s["x"], generator=generator, device=device).to(dtype)
     logits.view(*s["x"][:2], -1)[:, :, ::7] = 0
     return logits
@@ -73,7 +74,7 @@ def make_pack(s: Shape, dtype: torch.dtype, device: torch.device, generator: tor
 
 
 def make_update(adamw: bool, s: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Case:
-    """The third step: moments that two earlier ones left behind."""
+    """Draws the operands of a third step, with the moments that two earlier steps would leave."""
     logits = make_logits(s, dtype, device, generator)
     levels, temperature, *scale = _make_mix(s, dtype, device, generator)
     dw = torch.randn(s["x"][0], *s["x"][2:], generator=generator, device=device)
@@ -91,7 +92,7 @@ def make_update(adamw: bool, s: Shape, dtype: torch.dtype, device: torch.device,
 
 
 def adamw(logits: Tensor, dw: Tensor, levels: Tensor, tau: Tensor, *rest: Tensor, **kwargs: Any) -> tuple[Tensor, ...]:
-    """`slb_adamw_` on copies, which it returns."""
+    """Calls `slb_adamw_` on copies of logits and state, and returns the copies."""
     state = _copies(logits, *rest[:2])
     slb_adamw_(state[0], dw, levels, tau, *state[1:], *rest[2:], **kwargs)
     return _strided_as(logits, state)
@@ -100,7 +101,7 @@ def adamw(logits: Tensor, dw: Tensor, levels: Tensor, tau: Tensor, *rest: Tensor
 def sgd(
     logits: Tensor, dw: Tensor, levels: Tensor, tau: Tensor, buffer: Tensor | None, *scale: Tensor, **kwargs: Any
 ) -> tuple[Tensor, ...]:
-    """`slb_sgd_` on copies, which it returns."""
+    """Calls `slb_sgd_` on copies of logits and buffer, and returns the copies."""
     state = _copies(logits, *(() if buffer is None else (buffer,)))
     slb_sgd_(state[0], dw, levels, tau, state[1] if len(state) == 2 else None, *scale, **kwargs)
     return _strided_as(logits, state)
@@ -130,7 +131,7 @@ def pack_cost(s: Shape, dtype: torch.dtype) -> Cost:
 
 
 def update_cost(tensors: int, s: Shape, dtype: torch.dtype) -> Cost:
-    """Each state tensor read and written, once to copy it and once to update it."""
+    """Counts each state tensor as read and written twice: to copy it, and to update it."""
     n, planes = _weights(s), s["x"][1]
     return Cost(nbytes=n * (4 * tensors * planes + 1) * 4, flops=n * planes * (9 + 8 * tensors))
 
@@ -139,7 +140,7 @@ _NVIDIA = ("sm_90",)
 
 
 def _aot(name: str, op: str, s: tuple[int, ...], dtype: torch.dtype, last: bool = False, **bounds: Any) -> AotCase:
-    """One launch with a scale, on logits `[O, L, K]` of a weight `[O, K / 9, 3, 3]` in bf16; state in fp32."""
+    """Makes one launch with a scale, on logits `[O, L, K]` of a weight `[O, K / 9, 3, 3]` in bf16, with fp32 state."""
     o, planes, k = s
     logits, levels = meta(*s, dtype=dtype), meta(max(2, planes), dtype=torch.float32)
     one, scale = meta(1, dtype=torch.float32), meta(o, dtype=torch.float32)

@@ -15,7 +15,7 @@ COLUMNS_MIN = 64  # of a row: whole 128-byte lines in 16-bit logits
 
 @dataclass(frozen=True)
 class Tile:
-    """rows x cols weights, both powers of two, and `levels` planes of logits at a time, for `warps` warps."""
+    """Describes a tile of rows x cols weights, both powers of two, whose logits are read `levels` planes at a time."""
 
     rows: int
     cols: int
@@ -36,9 +36,9 @@ def choose_tile(o: int, r: int, planes: int, itemsize: int, *, columns_min: int 
     op = "slb" if vectors_max > 1 else "slb_update"
     tile = tuned(op, None, o * r, planes=planes, itemsize=itemsize)
     vectors, warps = default_threads(planes, vectors_max) if tile is None else (tile["vectors"], tile["warps"])
-    lanes = 32 * warps * vectors * VECTOR // itemsize
-    cols = max(_columns(r, lanes), columns_min)
-    return Tile(power_of_two(o, lanes // cols), cols, levels, warps)
+    elements = 32 * warps * vectors * VECTOR // itemsize
+    cols = max(_columns(r, elements), columns_min)
+    return Tile(power_of_two(o, elements // cols), cols, levels, warps)
 
 
 def default_threads(planes: int, vectors_max: int) -> tuple[int, int]:
@@ -47,9 +47,9 @@ def default_threads(planes: int, vectors_max: int) -> tuple[int, int]:
     return vectors, 4 * vectors
 
 
-def _columns(r: int, lanes: int) -> int:
-    """Returns the largest width that wastes at most an eighth of the lanes, else the smallest that is worth a line."""
-    cols = power_of_two(r, lanes)
+def _columns(r: int, elements: int) -> int:
+    """Returns the widest tile that wastes at most an eighth of its elements; COLUMNS_MIN if none does."""
+    cols = power_of_two(r, elements)
     while cols > COLUMNS_MIN and 8 * (-r % cols) > r:
         cols //= 2
     return cols
