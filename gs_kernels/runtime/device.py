@@ -1,11 +1,21 @@
-"""Asks the driver what the GPU can do, once per device and at first use."""
+"""Asks where tensors are, and what the GPU there can do, once per device and at first use."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import Tensor
+
+from gs_kernels.runtime.torch_private import current_gpu
+
+# C functions, without a frame of Python. Callers take them from this module in each call, where a driver that only
+# pretends (bench/launches.py) puts its own
+on_gpu: Callable[[Tensor], bool] = Tensor.is_cuda.__get__  # type: ignore[attr-defined]
+index_of: Callable[[Tensor], int] = Tensor.get_device
+current_index: Callable[[], int] = current_gpu
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from gs_kernels.runtime import device
 from gs_kernels.runtime.torch_private import is_eager
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,8 @@ def triton_refuses(x: torch.Tensor, *_: object) -> list[str]:
         return ["needs the triton package"]
     if INTERPRET:
         return [] if is_eager(x) else ["needs real tensors under TRITON_INTERPRET=1"]
-    return [] if x.is_cuda or (_meta_runs_kernels and x.is_meta) else [f"needs a CUDA tensor, got {x.device.type}"]
+    runs = device.on_gpu(x) or (_meta_runs_kernels and x.is_meta)
+    return [] if runs else [f"needs a CUDA tensor, got {x.device.type}"]
 
 
 @contextlib.contextmanager
@@ -149,7 +151,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **flags: Any) -> None
     out: torch.Tensor = args[0]
     if not is_eager(out):
         torch.library.wrap_triton(kernel)[grid](*args, **flags)
-    elif out.is_cuda and out.device.index != torch.cuda.current_device():
+    elif device.on_gpu(out) and device.index_of(out) != device.current_index():
         with torch.cuda.device(out.device):
             kernel[grid](*args, enable_fp_fusion=False, **flags)
     else:

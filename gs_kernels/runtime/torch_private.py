@@ -40,6 +40,7 @@ __all__ = [
     "_ConvTransposeNd",
     "_NormBase",
     "compile_package",
+    "current_gpu",
     "foreach_add_",
     "foreach_copy_",
     "foreach_zero_",
@@ -71,6 +72,8 @@ int_mm: Callable[[Tensor, Tensor], Tensor] = torch._int_mm  # int32 from int8
 foreach_add_: Callable[..., Any] = torch._foreach_add_
 foreach_copy_: Callable[..., Any] = torch._foreach_copy_
 foreach_zero_: Callable[..., Any] = torch._foreach_zero_
+# of CUDA tensors, which have started CUDA; a build without CUDA has none of either
+current_gpu: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
 def is_eager(*tensors: Tensor, plain: frozenset[type] = PLAIN) -> bool:
