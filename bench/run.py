@@ -3,7 +3,8 @@
 Nothing is timed before its outputs and gradients agree with the reference within the tolerance of the spec. A provider
 that differs in at most one element of a thousand (another rounding of ties) is timed and marked; one that differs more
 is not. Times are of warm calls; percentages are of the copy bandwidth and of the peak of torch's products (int8 for ops
-of int8, else bf16), both measured first: on a CPU, a tensor that fits the cache can exceed 100 %.
+of int8, fp8 for those of fp8 on a GPU that has it, else bf16), both measured first: on a CPU, a tensor that fits the
+cache can exceed 100 %. A provider that moves other bytes than the op has those in its row, or none if nobody knows.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ import torch
 
 from bench import record
 from bench.agree import agreement, outputs_of, step
-from bench.peers import absent, peers
-from bench.roofline import copies_beyond_cache, copy_bandwidth, product_peaks
+from bench.peers import absent, own_bytes, peers
+from bench.roofline import copy_bandwidth, peak_of, product_peaks
 from bench.shapes import bench_shapes
 from bench.tables import shape_text
 from bench.timing import time_calls
 from gs_kernels.runtime.dispatch import INTERPRET
 from gs_kernels.runtime.opspec import Case, OpSpec, Shape, map_tensors, specs
+from gs_kernels.tuning.graph_timing import copies_beyond_cache
 
 QUICK_S = 150.0  # after which --quick starts nothing new: with the last it takes less than three minutes
-FAILURES = (RuntimeError, ValueError, TypeError, AssertionError)
 COLUMNS = "{:19} {:42} {:8} {:19} {:4} {:>9} {:>9} {:>9} {:>7} {:>6} {:>8}  {}"
 HEAD = ("op", "shape", "dtype", "provider", "pass", "p20 ms", "p50 ms", "p80 ms", "GB/s", "%copy", "vs ours", "")
 
@@ -118,20 +119,18 @@ def measure(
             if agrees.nearly:
                 timing = time_calls([partial(step, run, case, dys) for case in cases], device, seconds)
                 row |= {k: round(v, 5) if isinstance(v, float) else v for k, v in asdict(timing).items()}
-                tflops, peak = (
-                    flops / timing.ms_p50 / 1e9,
-                    peaks["int8" if job.spec.name.endswith("_int8") else "bfloat16"],
-                )
+                tflops, peak = flops / timing.ms_p50 / 1e9, peak_of(job.spec.name, peaks)
                 row |= {"copies": len(cases), "tflops": round(tflops, 3)}
                 row |= {"peak_tflops": round(peak, 2), "percent_of_peak": round(100 * tflops / peak, 1)}
-                if nbytes:
-                    gbps = nbytes / timing.ms_p50 / 1e6
+                moved = own_bytes(job.spec.name, name, cases[0], nbytes)
+                if moved:
+                    gbps = moved / timing.ms_p50 / 1e6
                     row |= {
-                        "nbytes": nbytes,
+                        "nbytes": moved,
                         "gbps": float(f"{gbps:.4g}"),
                         "percent_of_copy": round(100 * gbps / bandwidth, 1),
                     }
-        except FAILURES as error:
+        except Exception as error:  # noqa: BLE001  Triton's and a library's own errors are of any type: each is a row
             row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         yield row
 

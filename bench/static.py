@@ -33,7 +33,7 @@ from gs_kernels.aot.trace import traced
 from gs_kernels.runtime.dispatch import INTERPRET
 from gs_kernels.runtime.opspec import AotCase, OpSpec, Shape, specs
 from gs_kernels.tuning.cost_model import Prediction, estimate, predict_call
-from gs_kernels.tuning.gpu_specs import CARDS, Card
+from gs_kernels.tuning.gpu_specs import CARDS, TYPICAL, Card
 
 FOLDER = record.RESULTS / "static"
 MANY, SOME = 30, 6  # shapes of a group
@@ -56,7 +56,7 @@ def _times(prediction: Prediction) -> dict[str, Any]:
     return {name: round(getattr(prediction, name), 2) for name in parts} | {"bound": prediction.bound}
 
 
-def kernel_rows(cards: Iterable[Card] = CARDS.values(), op: str | None = None) -> Iterator[dict[str, Any]]:
+def kernel_rows(cards: Iterable[Card] = TYPICAL, op: str | None = None) -> Iterator[dict[str, Any]]:
     """Yields one row per kernel of each case of the gate and card, also where the gate has no bounds for it.
 
     A case that a target does not compile gets a row with the reason.
@@ -178,7 +178,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps({**versions(), **row}) + "\n" for row in rows))
 
 
-def check(folder: Path, cards: Iterable[Card] = CARDS.values()) -> list[str]:
+def check(folder: Path, cards: Iterable[Card] = TYPICAL) -> list[str]:
     """Lists what is worse than the rows that are kept, one sentence each; of kernels, those for these cards."""
     cards = list(cards)
     kept = [row for row in record.read_rows(folder / "kernels.jsonl") if row["target"] in {c.target for c in cards}]

@@ -19,7 +19,7 @@ from gs_algos.cli.export import TARGETS, run_export, run_import
 from gs_algos.cli.info import describe_path
 from gs_algos.cli.language import run_generate, run_perplexity, run_quantize
 from gs_algos.cli.serve import run_serve
-from gs_algos.cli.tune import LAYER_HELP, LAYERS, ROWS, layers_of, parse_layer, run_tune
+from gs_algos.cli.tune import LAYER_HELP, LAYERS, ROWS, SHORTLIST_HELP, layers_of, parse_layer, run_tune
 from gs_algos.core.arguments import memory_bytes
 from gs_algos.core.registry import algorithm_names
 from gs_algos.demo.data import DATA, load_data
@@ -197,17 +197,18 @@ def tune(
     bits: Annotated[list[int] | None, typer.Option(help="Of the weights: 1, 2, 4 or 8; may be repeated.")] = None,
     x_bits: Annotated[list[int] | None, typer.Option(help="16 for floats, 8 for codes; may be repeated.")] = None,
     training: Annotated[bool, typer.Option(help="Also fake-quant and SLB for these layers.")] = False,
-    device: Annotated[str, typer.Option(help="cuda, or h100, a100, b200: predict without a GPU.")] = "",
+    device: Annotated[str, typer.Option(help="cuda, or h200, h100, a100, b200: predict without a GPU.")] = "",
     keep: Annotated[int, typer.Option(help="Tiles of each problem that are timed, or printed.")] = 12,
     jobs: Annotated[int, typer.Option(help="Processes that compile. Default: one per processor.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder of the table. Default: GS_TUNING_DIR.")] = None,
+    shortlist: Annotated[Path | None, typer.Option(help=SHORTLIST_HELP)] = None,
 ) -> None:
     """Finds the fastest tiles of our kernels on this GPU, and writes its table. Goes on where it stopped."""
     if model:
         layers = layers_of(*_imported(model, input_shape))
     else:
         layers = list(itertools.product(map(parse_layer, layer or LAYERS), sorted(set(rows or ROWS))))
-    rest = (training, device, keep, jobs, out, Console())
+    rest = (training, device, keep, jobs, out, shortlist, Console())
     run_tune(layers, bits or [4], x_bits or [16], *rest, strict=not model)
 
 

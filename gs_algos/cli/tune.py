@@ -20,12 +20,14 @@ from gs_kernels.runtime.device import capabilities
 from gs_kernels.runtime.dispatch import tuning_dir
 from gs_kernels.tuning.from_machine_code import Static
 from gs_kernels.tuning.gpu_specs import CARDS, find_card
+from gs_kernels.tuning.shortlists import read_lists, write_lists
 from gs_kernels.tuning.space import Problem, find_space
 from gs_kernels.tuning.tables import file_name
-from gs_kernels.tuning.tuner import compilers, name_of, tune
+from gs_kernels.tuning.tuner import compilers, name_of, rank_lists, tune
 
 LAYERS = ["4096x4096", "14336x4096", "4096x14336"]  # of an 8B Llama
 LAYER_HELP = "OUTPUTSxINPUTS, e.g. 4096x14336, or of a convolution OUTPUTSxCHANNELSxHEIGHTxWIDTH; may be repeated."
+SHORTLIST_HELP = "File of ranked tiles: written with a described card, the only tiles that are timed on a GPU."
 ROWS = [1, 16, 64, 256, 1024]
 FOLDER = Path("golden-stick-tuning")
 PROCESSES = 16  # that compile, at most
@@ -109,6 +111,7 @@ def run_tune(
     keep: int,
     jobs: int,
     out: Path | None,
+    shortlist: Path | None,
     console: Console,
     *,
     strict: bool = True,
@@ -119,7 +122,10 @@ def run_tune(
     problems = sorted(once(named, console, strict=strict), key=lambda p: (p[0], tuple(p[1].values())[::-1]))
     device, jobs = device or "cuda", jobs or min(PROCESSES, os.cpu_count() or 1)
     if device in CARDS:
-        _predict(problems, device, keep, jobs, console)
+        if shortlist is None:
+            _predict(problems, device, keep, jobs, console)
+        else:
+            _rank(problems, device, keep, jobs, shortlist, console)
         return
     kind = device.partition(":")[0]
     if kind != "cuda" or not torch.cuda.is_available():
@@ -128,14 +134,24 @@ def run_tune(
             f"{torch.cuda.device_count()}; --device {', '.join(CARDS)} ranks tiles by a model and writes nothing"
         )
     path = (out or tuning_dir() or FOLDER) / file_name(capabilities(torch.device(device).index or 0).name)
+    lists = [] if shortlist is None else read_lists(shortlist)
     with _bar() as progress:
-        table = tune(problems, path, device=device, keep=keep, jobs=jobs, progress=progress)
+        table = tune(problems, path, device=device, keep=keep, jobs=jobs, progress=progress, lists=lists)
     lines = Lines("problem", "us", "tile")
     for op, entries in table.ops.items():
         for entry in entries:
             lines.add_row(name_of(op, entry.problem), f"{entry.us:.1f}", find_space(op).describe(entry.tile))
     console.print(lines)
     console.print(f"{path} is read where GS_TUNING_DIR={path.parent} is set")
+
+
+def _rank(problems: list[Named], device: str, keep: int, jobs: int, path: Path, console: Console) -> None:
+    card = find_card(device)
+    with _bar() as progress:
+        lists = rank_lists(problems, card, keep=keep, jobs=jobs, progress=progress)
+    write_lists(path, card.name, lists)
+    tiles = sum(len(one.tiles) for one in lists)
+    console.print(f"{path}: {tiles} tiles of {len(lists)} problems, ranked by a model of {card.name}; none was timed")
 
 
 def _predict(problems: list[Named], device: str, keep: int, jobs: int, console: Console) -> None:

@@ -53,6 +53,15 @@ CARDS: dict[str, Card] = {
         peaks={"16bit": 989.4, "fp8": 1978.9, "int8": 1978.9, "fp32": 66.9},
         source="NVIDIA H100 data sheet; H100 architecture white paper, table 2; the clock it holds under load",
     ),
+    "h200": Card(
+        name="NVIDIA H200 SXM5 141GB",
+        target="sm_90",
+        sm_count=132,
+        clock=1.755,
+        bandwidth=4800.0,
+        peaks={"16bit": 989.4, "fp8": 1978.9, "int8": 1978.9, "fp32": 66.9},
+        source="NVIDIA H200 data sheet: memory of HBM3e, else an H100; the clock that an H100 holds under load",
+    ),
     "b200": Card(
         name="NVIDIA B200 SXM6 192GB",
         target="sm_100",
@@ -63,6 +72,10 @@ CARDS: dict[str, Card] = {
         source="NVIDIA HGX B200 data sheet, dense rates; SMs and clock as published comparisons list them",
     ),
 }
+
+
+# one of each target, for what is compiled once a target
+TYPICAL = tuple(CARDS[name] for name in ("a100", "h100", "b200"))
 
 
 def find_card(name: str) -> Card:

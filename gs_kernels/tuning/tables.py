@@ -56,21 +56,39 @@ class Table:
         return Table(self.gpu, self.sm, self.sm_count, self.made_with, {**self.ops, op: tuple(entries)})
 
 
+def check_problem(who: str, op: str, problem: Any) -> Problem:
+    """Returns the sizes in the order of the space.
+
+    Raises:
+        ValueError: if there is no such op, or the sizes are not those of its space.
+    """
+    if op not in spaces():
+        raise ValueError(f"{who}: op must be one of {', '.join(spaces())}, got {op!r}")
+    space = find_space(op)
+    if set(problem) != set(space.sizes) or not all(type(v) is int and v >= 0 for v in problem.values()):
+        raise ValueError(f"{who}: problem must have {', '.join(space.sizes)}, all >= 0, got {problem}; tune again")
+    return {name: problem[name] for name in space.sizes}
+
+
+def check_tile(who: str, op: str, tile: Any) -> Tile:
+    """Raises ValueError if the tile is not in the space of the op, else returns it."""
+    space = find_space(op)
+    if set(tile) != set(space.choices):
+        raise ValueError(f"{who}: tile must have {', '.join(space.choices)}, got {', '.join(tile)}; tune again")
+    for name, values in space.choices.items():
+        if type(tile[name]) is not type(values[0]) or tile[name] not in values:
+            raise ValueError(f"{who}: {name} must be one of {list(values)}, got {tile[name]!r}; tune again")
+    return dict(tile)
+
+
 def _check(where: str, op: str, number: int, entry: Any) -> Entry:
     who = f"gs_kernels.tuning: {where}: entry {number} of {op}"
     if op not in spaces():
         raise ValueError(f"gs_kernels.tuning: {where}: op must be one of {', '.join(spaces())}, got {op!r}")
     if not isinstance(entry, dict) or set(entry) != {"problem", "tile", "us"}:
         raise ValueError(f"{who}: must have problem, tile and us, got {entry!r}; tune again")
-    space, problem, tile = find_space(op), entry["problem"], entry["tile"]
-    if set(problem) != set(space.sizes) or not all(type(v) is int and v >= 0 for v in problem.values()):
-        raise ValueError(f"{who}: problem must have {', '.join(space.sizes)}, all >= 0, got {problem}; tune again")
-    if set(tile) != set(space.choices):
-        raise ValueError(f"{who}: tile must have {', '.join(space.choices)}, got {', '.join(tile)}; tune again")
-    for name, values in space.choices.items():
-        if type(tile[name]) is not type(values[0]) or tile[name] not in values:
-            raise ValueError(f"{who}: {name} must be one of {list(values)}, got {tile[name]!r}; tune again")
-    return Entry({name: problem[name] for name in space.sizes}, tile, float(entry["us"]))
+    problem = check_problem(who, op, entry["problem"])
+    return Entry(problem, check_tile(who, op, entry["tile"]), float(entry["us"]))
 
 
 def read_table(path: Path) -> Table:

@@ -9,26 +9,32 @@ from __future__ import annotations
 import logging
 import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from gs_kernels.runtime.device import capabilities
+from gs_kernels.runtime.opspec import map_tensors
 from gs_kernels.runtime.torch_private import tree_leaves
 from gs_kernels.tuning.from_machine_code import Predict, Predicted, Progress, Ranking, Static
-from gs_kernels.tuning.gpu_specs import CARDS, Card, card_of
+from gs_kernels.tuning.gpu_specs import TYPICAL, Card, card_of
+from gs_kernels.tuning.graph_timing import copies_beyond_cache, round_times
+from gs_kernels.tuning.shortlists import ShortList
 from gs_kernels.tuning.space import Machine, Problem, Space, Tile, find_space
 from gs_kernels.tuning.tables import Entry, Table, forced, read_table, write_table
 
+Note: TypeAlias = Callable[[Tile, float | str], None]
+
 logger = logging.getLogger(__name__)
 
+SECONDS = 0.05  # that a tile is timed for
 ALIKE = 3  # tiles of one size that are timed: the model hardly tells them apart
 ERROR_MAX = 2e-2  # RMS, relative to that of the reference: rounding of weights to bf16 leaves some 2e-3
 
@@ -49,36 +55,56 @@ def shortlist(ranking: Ranking, machine: Machine, keep: int) -> list[Tile]:
     return best
 
 
-def time_call(call: Callable[[], Any]) -> float:
-    """Measures the microseconds of the faster fifth of calls, the cache flushed before each."""
-    from triton.testing import do_bench
+def time_calls(calls: Sequence[Callable[[], Any]]) -> float:
+    """Measures the microseconds of the faster fifth of calls, made in turn as replays of a CUDA graph."""
+    ms = sorted(round_times(calls, SECONDS)[0])
+    return 1e3 * ms[round(0.2 * (len(ms) - 1))]
 
-    return 1e3 * float(do_bench(call, warmup=10, rep=60, quantiles=[0.2]))
 
+def measure(
+    space: Space, problem: Problem, candidates: Iterable[Tile], device: str, note: Note | None = None
+) -> list[Entry]:
+    """Times the tiles whose results are those of the reference, fastest first.
 
-def measure(space: Space, problem: Problem, candidates: Sequence[Tile], device: str) -> list[Entry]:
-    """Times the tiles whose results are those of the reference, fastest first; logs which are not."""
+    Args:
+        note: told each tile with its microseconds, or why it has none; that is logged too.
+    """
     gpu = capabilities(torch.device(device).index or 0)
     machine = Machine(gpu.sm, gpu.sm_count)
-    operands = space.make(problem, device)
-
-    def run() -> Any:
-        return space.run(problem, operands, machine)
-
+    first = space.make(problem, device)
+    copies = copies_beyond_cache(sum(t.nbytes for t in _tensors(first)), device)
+    operands = [first, *(space.make(problem, device) for _ in range(copies - 1))]
+    runs = [partial(space.run, problem, copy, machine) for copy in operands]
     with forced(space.op, space.reference(problem, machine)):
-        wanted = [t.float() for t in tree_leaves(run())]
+        wanted = [t.float() for t in tree_leaves(runs[0]())]
     entries = []
     for tile in candidates:
-        with forced(space.op, tile):
-            try:
-                error = max(map(_error, tree_leaves(run()), wanted))
-                if not error <= ERROR_MAX:
-                    logger.warning("%s: tile %s is off by %.1e of the reference; not timed", problem, tile, error)
-                    continue
-                entries.append(Entry(problem, tile, round(time_call(run), 3)))
-            except RuntimeError as failure:
-                logger.warning("%s: tile %s does not run: %s", problem, tile, str(failure).splitlines()[0])
+        found: float | str
+        try:
+            with forced(space.op, tile):
+                error = max(map(_error, tree_leaves(runs[0]()), wanted))
+                found = round(time_calls(runs), 3) if error <= ERROR_MAX else f"is off by {error:.1e} of the reference"
+        except Exception as failure:  # noqa: BLE001  the errors of Triton and its compiler have no common class
+            found = f"does not run: {type(failure).__name__}: {failure}".splitlines()[0]
+        if isinstance(found, str):
+            logger.warning("%s: tile %s %s; not timed", problem, tile, found)
+        else:
+            entries.append(Entry(problem, tile, found))
+        if note is not None:
+            note(tile, found)
     return sorted(entries, key=lambda entry: entry.us)
+
+
+def _tensors(operands: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def add(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    for operand in operands if isinstance(operands, tuple) else (operands,):
+        map_tensors(add, operand)
+    return found
 
 
 def _error(got: Tensor, want: Tensor) -> float:
@@ -107,9 +133,8 @@ def open_table(path: Path, device: str) -> Table:
 
 def card_for(device_name: str, sm: int) -> Card:
     """Returns the description that ranks tiles for a GPU: its own, else that of the nearest kind that is not newer."""
-    older = sorted(CARDS.values(), key=lambda card: int(card.target.removeprefix("sm_")))
-    fitting = [card for card in older if int(card.target.removeprefix("sm_")) <= sm]
-    return card_of(device_name) or (fitting or older)[-1 if fitting else 0]
+    older = [card for card in TYPICAL if int(card.target.removeprefix("sm_")) <= sm]
+    return card_of(device_name) or (older or TYPICAL)[-1 if older else 0]
 
 
 _static: Static | None = None  # of a process that only compiles
@@ -144,6 +169,8 @@ def tune(
     keep: int = 12,
     jobs: int = 1,
     progress: Progress | None = None,
+    lists: Sequence[ShortList] = (),
+    note: Callable[[str, Problem, Tile, float | str], None] | None = None,
 ) -> Table:
     """Tunes what the table at path does not have yet, and writes it after each problem.
 
@@ -152,6 +179,8 @@ def tune(
         keep: so many tiles of each problem are timed.
         jobs: processes that compile.
         progress: told how many problems are done, of how many, and what is next.
+        lists: the only tiles to time for their problems, ranked elsewhere; others are ranked here.
+        note: told each tile of each problem with its microseconds, or why it has none.
     """
     for op, problem in problems:
         find_space(op).check(problem)
@@ -163,13 +192,35 @@ def tune(
                 progress(i, len(problems), name_of(op, problem))
             if any(entry.problem == problem for entry in table.ops.get(op, ())):
                 continue
-            ranking = static.rank(op, problem, keep, predict=predict)
-            entries = measure(find_space(op), problem, shortlist(ranking, machine, keep), device)
+            tiles = next((known.tiles for known in lists if (known.op, known.problem) == (op, problem)), None)
+            if tiles is None:
+                tiles = tuple(shortlist(static.rank(op, problem, keep, predict=predict), machine, keep))
+            tell = None if note is None else partial(note, op, problem)
+            entries = measure(find_space(op), problem, tiles, device, tell)
             if not entries:
                 raise RuntimeError(f"gs_kernels.tuning: one tile must run for {op} {problem}, got none; see the log")
             table = table.replaced(op, entries[0])
             write_table(path, table)
     return table
+
+
+def rank_lists(
+    problems: Sequence[tuple[str, Problem]],
+    card: Card,
+    *,
+    keep: int = 12,
+    jobs: int = 1,
+    progress: Progress | None = None,
+) -> list[ShortList]:
+    """Ranks tiles by the machine code for a card that need not be there: what `tune` takes as `lists` on it."""
+    static, found = Static(card), []
+    with compilers(card, jobs) as predict:
+        for i, (op, problem) in enumerate(problems):
+            if progress is not None:
+                progress(i, len(problems), name_of(op, problem))
+            ranking = static.rank(op, problem, keep, predict=predict)
+            found.append(ShortList(op, problem, tuple(shortlist(ranking, static.machine, keep))))
+    return found
 
 
 def name_of(op: str, problem: Problem) -> str:

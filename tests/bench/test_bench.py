@@ -117,6 +117,18 @@ def test_providers_that_cannot_run_here_are_said_once_with_the_reason(rows, caps
     assert (row["op"], row["provider"], row["why"]) == ("square", "conch", "is not installed")
 
 
+def test_an_error_of_any_type_is_a_row_and_not_the_end(rows):
+    class OutOfResources(Exception):
+        """As Triton's: no RuntimeError."""
+
+    def greedy(x):
+        raise OutOfResources("shared memory, Required: 278528")
+
+    code, written = rows(_spec(backward=False), "--quick", peers={"greedy": greedy, "good": _square})
+    assert code == 0 and written[-2]["error"] == "OutOfResources: shared memory, Required: 278528"
+    assert "ms_p50" in written[-1]
+
+
 def test_rows_written_before_an_interruption_stay(rows, monkeypatch, tmp_path):
     def interrupt(x):
         raise KeyboardInterrupt
@@ -207,6 +219,21 @@ def test_ops_of_int8_are_held_to_the_peak_of_int8(rows):
         "bfloat16_tflops": 0.5,
         "int8_tflops": 2.0,
     }
+
+
+def test_the_copy_is_of_random_bytes(monkeypatch):
+    monkeypatch.setattr(roofline, "COPY_BYTES", {"cpu": 8000})
+    seen = []
+    monkeypatch.setattr(roofline, "time_calls", lambda calls, *rest: seen.extend(calls) or timing.Timing(1, 1, 1, 1, 1))
+    assert roofline.copy_bandwidth("cpu") == pytest.approx(2 * 8000 / 1e6)
+    assert len(seen) == 2 and seen[0]().unique().numel() == 1000
+
+
+def test_an_op_is_held_to_the_peak_of_its_own_products():
+    peaks = {"bfloat16": 800.0, "int8": 1500.0, "fp8": 1400.0}
+    ops = ("qmatmul", "qmatmul_int8", "qconv2d_int8", "qmatmul_fp8")
+    assert [roofline.peak_of(op, peaks) for op in ops] == [800.0, 1500.0, 1500.0, 1400.0]
+    assert roofline.peak_of("qmatmul_fp8", {"bfloat16": 800.0, "int8": 1500.0}) == 800.0
 
 
 def test_percentiles_are_taken_of_the_samples():

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.peers import absent, peers, qmatmul
+from bench.peers import absent, own_bytes, peers, qmatmul
 from gs_kernels.pack.pack import unpack_codes
 from gs_kernels.qmatmul.ref import qmatmul_ref
-from gs_kernels.qmatmul.spec import TOL, make, shape
+from gs_kernels.qmatmul.spec import TOL, cost, make, shape
 from gs_kernels.runtime.dispatch import INTERPRET
+from gs_kernels.runtime.opspec import Case
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1: peers do not run in the interpreter")
 CPU = torch.device("cpu")
@@ -71,3 +72,11 @@ def test_vectors_of_4_bits_for_bitsandbytes_are_pairs_first_high_and_a_table():
     real = table[pairs.long()] * most.view(64, 2, 1)
     x = torch.eye(256)
     torch.testing.assert_close(real.view(64, 256).t(), qmatmul_ref(x, weight), rtol=1e-6, atol=1e-7)
+
+
+def test_a_peer_has_the_bytes_of_its_own_weight_or_none():
+    called, ours = case(4, dtype=torch.bfloat16), cost(shape((3, 256), 64, 4, 128), torch.bfloat16).nbytes
+    assert own_bytes("qmatmul", "ours", called, ours) == ours
+    assert own_bytes("qmatmul", "float_linear", called, ours) == 2 * (64 * 256 + 3 * 256 + 3 * 64)
+    assert own_bytes("qmatmul", "gemlite", called, ours) == 0
+    assert own_bytes("fake_quant", "torch_fake_quantize", Case((torch.ones(4),), {}), 32) == 32

@@ -15,7 +15,8 @@ from torch import nn
 
 from gs_algos.cli.app import run
 from gs_algos.cli.tune import layers_of, problems_of
-from gs_kernels.tuning.space import find_space, spaces
+from gs_kernels.tuning.shortlists import read_lists
+from gs_kernels.tuning.space import Machine, find_space, spaces
 
 TILE = {"dense": False, "scale_parts": True, "block_m": 16, "block_n": 64, "warps": 4, "stages": 3, "programs": 0}
 
@@ -37,7 +38,7 @@ def test_without_a_gpu_it_says_what_it_can_do(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run(["tune"]) == 2
     error = capsys.readouterr().err
-    assert "needs an NVIDIA GPU to time kernels" in error and "--device a100, h100, b200 ranks tiles" in error
+    assert "needs an NVIDIA GPU to time kernels" in error and "--device a100, h100, h200, b200 ranks tiles" in error
 
 
 def test_a_described_card_gets_a_ranking_that_is_called_a_prediction(few, monkeypatch, capsys, tmp_path):
@@ -101,3 +102,14 @@ def test_a_layer_is_two_sizes_or_four(layer, capsys):
 def test_a_layer_that_no_kernel_takes_is_an_error(capsys):
     assert run(["tune", "--layer", "64x3x7x7", "--device", "h100"]) == 2
     assert "channels that are a multiple of 8" in capsys.readouterr().err
+
+
+def test_a_short_list_is_ranked_for_a_card_and_keeps_the_default(few, tmp_path, capsys):
+    path = tmp_path / "lists.json"
+    about = ["--layer", "4096x4096", "--rows", "16", "--keep", "1", "--jobs", "1", "--shortlist", str(path)]
+    assert run(["tune", "--device", "h200", *about]) == 0
+    (one,) = read_lists(path)
+    machine = Machine(90, 132)
+    kept = [f(one.problem, machine) for f in (find_space("qmatmul").default, find_space("qmatmul").reference)]
+    assert (one.op, one.problem["m"]) == ("qmatmul", 16) and list(one.tiles)[-2:] == kept
+    assert "none was timed" in " ".join(capsys.readouterr().out.split())

@@ -177,5 +177,5 @@ def test_cards_are_found_by_their_name_and_by_the_name_of_a_driver():
     assert find_card("h100") is card_of("NVIDIA H100 80GB HBM3") is H100
     assert card_of("NVIDIA A100-SXM4-80GB") is CARDS["a100"]
     assert card_of("Tesla T4") is None
-    with pytest.raises(ValueError, match="must be one of a100, h100, b200, got 'v100'"):
+    with pytest.raises(ValueError, match="must be one of a100, h100, h200, b200, got 'v100'"):
         find_card("v100")

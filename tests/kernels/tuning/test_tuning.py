@@ -369,7 +369,7 @@ def timed(monkeypatch):
     """A GPU that takes a microsecond for each output of a block, and says which problems it was asked for."""
     seen = []
 
-    def measured(space, problem, candidates, device):
+    def measured(space, problem, candidates, device, note):
         seen.append(problem)
         return sorted((Entry(problem, t, float(t["block_n"])) for t in candidates), key=lambda e: e.us)
 
@@ -426,7 +426,7 @@ def test_only_tiles_that_give_the_result_of_the_reference_are_timed(monkeypatch,
         reference=lambda problem, machine: {"block": 0},
     )
     monkeypatch.setattr(tuner, "capabilities", lambda index: H100)
-    monkeypatch.setattr(tuner, "time_call", lambda call: float(call().sum()))
+    monkeypatch.setattr(tuner, "time_calls", lambda calls: float(calls[0]().sum()))
     found = tuner.measure(space, {"m": 1}, [{"block": n} for n in (1, 2, 3)], "cpu")
     assert [(e.tile, e.us) for e in found] == [({"block": 1}, 8.0)]
     assert "is off by 5.0e-01 of the reference" in caplog.text and "too much shared memory" in caplog.text
@@ -434,6 +434,6 @@ def test_only_tiles_that_give_the_result_of_the_reference_are_timed(monkeypatch,
 
 def test_the_nearest_kind_ranks_for_a_gpu_without_a_description():
     assert tuner.card_for("NVIDIA L40S", 89) is CARDS["a100"]
-    assert tuner.card_for("NVIDIA H200", 90) is CARDS["h100"]
+    assert tuner.card_for("NVIDIA GH200 480GB", 90) is CARDS["h100"]
     assert tuner.card_for("NVIDIA RTX 5090", 120) is CARDS["b200"]
     assert tuner.card_for("Tesla T4", 75) is CARDS["a100"]
