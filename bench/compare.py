@@ -59,12 +59,12 @@ def read_times(path: Path) -> dict[Key, float]:
 def changes(rounds: Sequence[tuple[dict[Key, float], dict[Key, float]]]) -> list[Change]:
     """Every row that both sides have in every round. Of the rounds' ratios, the one that claims least counts."""
     shared = set.intersection(*(set(base) & set(head) for base, head in rounds))
-    found = []
+    rows = []
     for key in sorted(shared):
         ratios = [head[key] / base[key] for base, head in rounds]
         one_way = min(ratios) if min(ratios) > 1 else max(ratios) if max(ratios) < 1 else 1.0
-        found.append(Change(key, min(b[key] for b, _ in rounds), min(h[key] for _, h in rounds), one_way))
-    return found
+        rows.append(Change(key, min(b[key] for b, _ in rounds), min(h[key] for _, h in rounds), one_way))
+    return rows
 
 
 @contextmanager
@@ -101,10 +101,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("head", nargs="?", help="likewise; default: the working tree")
     parser.add_argument("--rounds", type=int, default=3, help="times that each side is measured; default 3")
     parser.add_argument("--tolerance", type=float, default=0.05, help="slower by more than this share; default 0.05")
-    chosen, rest = parser.parse_known_args(argv)
+    chosen, arguments = parser.parse_known_args(argv)
     if chosen.rounds < 1 or not 0 <= chosen.tolerance < 1:
         parser.error(f"--rounds must be >= 1 and --tolerance in [0, 1), got {chosen.rounds}, {chosen.tolerance}")
-    return chosen, rest
+    return chosen, arguments
 
 
 def collect(chosen: argparse.Namespace, arguments: Sequence[str]) -> list[tuple[dict[Key, float], dict[Key, float]]]:
@@ -124,19 +124,19 @@ def collect(chosen: argparse.Namespace, arguments: Sequence[str]) -> list[tuple[
 def main(argv: list[str] | None = None) -> int:
     chosen, arguments = parse(argv)
     try:
-        found = changes(collect(chosen, arguments))
+        rows = changes(collect(chosen, arguments))
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(COLUMNS.format("op", "shape", "dtype", "pass", "base ms", "head ms", "ratio", ""))
     slower = 0
-    for change in found:
+    for change in rows:
         verdict = change.verdict(chosen.tolerance)
         slower += verdict == "SLOWER"
         op, shape, dtype, direction = change.key
         times = (f"{change.base_ms:.4f}", f"{change.head_ms:.4f}", f"{change.ratio:.2f}x")
         print(COLUMNS.format(op, shape[:44], dtype, direction, *times, verdict))
-    print(f"{len(found)} rows, {slower} slower by more than {chosen.tolerance:.0%}")
+    print(f"{len(rows)} rows, {slower} slower by more than {chosen.tolerance:.0%}")
     return int(slower > 0)
 
 

@@ -79,9 +79,8 @@ def providers(layer: Layer, batch: int) -> tuple[Calls, dict[str, float]]:
     generator = torch.Generator().manual_seed(0)
     c = layer.c // layer.groups
     k = layer.kernel**2 * c
-    about: dict[str, Any] = {"kernel_size": layer.kernel, "stride": layer.stride, "padding": layer.kernel // 2}
-    about["groups"] = layer.groups
-    where = {"stride": layer.stride, "padding": layer.kernel // 2, "groups": layer.groups}
+    window: dict[str, Any] = {"stride": layer.stride, "padding": layer.kernel // 2, "groups": layer.groups}
+    packed_window = {"kernel_size": layer.kernel, **window}
     codes = torch.randint(1, 16, (layer.o, k), generator=generator, dtype=torch.uint8)
     scale = torch.full((layer.o, 1), 0.1 / k**0.5)
     four = pack_weight(codes, scale, torch.full_like(scale, 8.0), bits=4, group_size=k)
@@ -96,22 +95,22 @@ def providers(layer: Layer, batch: int) -> tuple[Calls, dict[str, float]]:
     halves = x.bfloat16(), w.bfloat16(), bias.bfloat16()
 
     def whole() -> Tensor:
-        return F.conv2d(x, w, bias, **where).relu_()
+        return F.conv2d(x, w, bias, **window).relu_()
 
     out = whole().amax().view(1) / 255
     grid: dict[str, Any] = {"x_zero": x_zero, "out_scale": out, "out_zero": torch.full((1,), -128.0)}
     grid |= {"activation": "relu", "dtype": torch.float32}
-    ready = prepared_qconv2d_int8(image, x_scale, eight, bias, **about, dilation=1, **grid)
+    ready = prepared_qconv2d_int8(image, x_scale, eight, bias, **packed_window, dilation=1, **grid)
 
     def integers() -> Tensor:
         if ready is None:
-            return qconv2d_int8(image, x_scale, eight, bias, **about, **grid, keep_dense=True)
+            return qconv2d_int8(image, x_scale, eight, bias, **packed_window, **grid, keep_dense=True)
         return ready(image, NO_RESIDUAL)
 
     calls: Calls = {
         "float32": whole,
-        "bfloat16": lambda: F.conv2d(halves[0], halves[1], halves[2], **where).relu_(),
-        "w4": lambda: qconv2d(x, four, bias, **about, activation="relu", keep_dense=True),
+        "bfloat16": lambda: F.conv2d(halves[0], halves[1], halves[2], **window).relu_(),
+        "w4": lambda: qconv2d(x, four, bias, **packed_window, activation="relu", keep_dense=True),
         "w8a8": integers,
     }
     wanted = quantize(whole(), out, grid["out_zero"], qmin=-128, qmax=127).int()

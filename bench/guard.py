@@ -35,14 +35,14 @@ def worse(kept: Iterable[dict[str, Any]], now: Iterable[dict[str, Any]]) -> list
     made = {tuple(row.get(v) for v in VERSIONS) for row in (*before.values(), *after.values())}
     if len(made) > 1:
         return []
-    found = []
+    sentences = []
     for key in sorted(before.keys() | after.keys()):
         name = " ".join(key)
         if key not in after:
-            found.append(f"{name}: is kept, and is no longer there; {ACCEPT}")
+            sentences.append(f"{name}: is kept, and is no longer there; {ACCEPT}")
         elif key in before:
-            found += [f"{name}: {fact}; {ACCEPT}" for fact in _grown(before[key], after[key])]
-    return found
+            sentences += [f"{name}: {fact}; {ACCEPT}" for fact in _grown(before[key], after[key])]
+    return sentences
 
 
 def _grown(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -37,11 +37,11 @@ def speedups(rows: Iterable[dict[str, Any]], peer: str = "float_linear") -> dict
             shape = row["shape"]
             layer = f"{shape['n']}x{shape['x'][-1]}"
             times[layer, shape["bits"], rows_of(shape), row["dtype"]][row["provider"]] = row["ms_p20"]
-    found: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
+    ratios: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
     for (layer, bits, m, _), by_provider in sorted(times.items()):
         if "ours" in by_provider and peer in by_provider:
-            found[layer, bits][m] = by_provider[peer] / by_provider["ours"]
-    return dict(found)
+            ratios[layer, bits][m] = by_provider[peer] / by_provider["ours"]
+    return dict(ratios)
 
 
 def _pyplot() -> Any:
@@ -79,16 +79,16 @@ def plot_roofline(rows: Sequence[dict[str, Any]], title: str, path: Path) -> Non
 
 def plot_speedup(rows: Sequence[dict[str, Any]], title: str, path: Path) -> bool:
     """False, and no picture, if no packed product was timed beside a float one."""
-    found = speedups(rows)
-    if not found:
+    ratios = speedups(rows)
+    if not ratios:
         return False
     pyplot = _pyplot()
-    layers = sorted({layer for layer, _ in found})
+    layers = sorted({layer for layer, _ in ratios})
     figure, grid = pyplot.subplots(
         1, len(layers), figsize=(1 + 4 * len(layers), 4), squeeze=False, sharey=True, layout="constrained"
     )
     for axes, layer in zip(grid[0], layers, strict=True):
-        for (name, bits), line in found.items():
+        for (name, bits), line in ratios.items():
             if name == layer:
                 axes.plot(list(line), list(line.values()), marker="o", label=f"{bits} bit")
         axes.axhline(1, color="black", linewidth=1)

@@ -59,17 +59,17 @@ def predict_op(spec: OpSpec, shape: Shape, dtype: torch.dtype, direction: str, c
 
 def compare(rows: Iterable[dict[str, Any]]) -> list[Compared]:
     """The rows with a time of ours that a description fits, each with its prediction."""
-    known = {spec.name: spec for spec in specs()}
-    found = []
+    by_name = {spec.name: spec for spec in specs()}
+    compared = []
     for row in rows:
         card = card_of(str(row.get("device_name", "")))
         if card is None or row.get("kind") != "op" or row.get("provider") != "ours" or "ms_p20" not in row:
             continue
         shape = {k: tuple(v) if isinstance(v, list) else v for k, v in row["shape"].items()}
-        parts = predict_op(known[row["op"]], shape, getattr(torch, row["dtype"]), row["direction"], card)
+        parts = predict_op(by_name[row["op"]], shape, getattr(torch, row["dtype"]), row["direction"], card)
         slowest = max(parts, key=lambda part: part.us)
-        found.append(Compared(row, card, 1e3 * row["ms_p20"], sum(part.us for part in parts), slowest.bound))
-    return found
+        compared.append(Compared(row, card, 1e3 * row["ms_p20"], sum(part.us for part in parts), slowest.bound))
+    return compared
 
 
 def summary(compared: Iterable[Compared]) -> list[str]:
@@ -92,11 +92,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.predict", description=__doc__.partition("\n")[0])
     parser.add_argument("files", nargs="+", type=Path, help="rows of bench.run")
     chosen = parser.parse_args(argv)
-    found = compare(row for path in chosen.files for row in read_rows(path))
-    if not found:
+    compared = compare(row for path in chosen.files for row in read_rows(path))
+    if not compared:
         print("bench.predict: needs rows of bench.run from a GPU that is described, got none", file=sys.stderr)
         return 2
-    print("\n".join(summary(found)))
+    print("\n".join(summary(compared)))
     return 0
 
 

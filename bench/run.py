@@ -103,7 +103,7 @@ def measure(
     ]
     want = step(job.spec.ref, cases[0], dys)
     tol, grad_tol = job.spec.tol[job.dtype], job.spec.grad_tol.get(job.dtype, 1e-5)
-    about = {
+    common = {
         "op": job.spec.name,
         "group": job.group,
         "shape": job.shape,
@@ -112,7 +112,7 @@ def measure(
         "copy_gbps": round(bandwidth, 1),
     }
     for name, run in providers(job.spec, ours_only, without):
-        row = {**about, "provider": name}
+        row = {**common, "provider": name}
         try:
             agrees = agreement(run, cases[0], dys, want, tol, grad_tol)
             row |= {"agrees": agrees.full, "mismatch": agrees.mismatch, "grad_error": agrees.grad_error}
@@ -144,13 +144,13 @@ def note(row: dict[str, Any]) -> str:
 
 
 def line(row: dict[str, Any], ours: float | None) -> str:
-    about = (row["op"], shape_text(row["shape"])[:42], row["dtype"], row["provider"], row["direction"])
+    call = (row["op"], shape_text(row["shape"])[:42], row["dtype"], row["provider"], row["direction"])
     if "ms_p50" not in row:
-        return COLUMNS.format(*about, *["-"] * 6, note(row))
+        return COLUMNS.format(*call, *["-"] * 6, note(row))
     times = tuple(f"{row[k]:.4f}" for k in ("ms_p20", "ms_p50", "ms_p80"))
     rates = (f"{row['gbps']:.1f}", f"{row['percent_of_copy']:.0f}") if "gbps" in row else ("-", "-")
     ratio = f"{row['ms_p50'] / ours:.2f}x" if ours and row["agrees"] else "-"
-    return COLUMNS.format(*about, *times, *rates, ratio, note(row))
+    return COLUMNS.format(*call, *times, *rates, ratio, note(row))
 
 
 def jobs(chosen: argparse.Namespace) -> Iterator[Job]:
@@ -174,9 +174,9 @@ def spec_dtypes(spec: OpSpec, wanted: list[str]) -> list[torch.dtype]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.partition("\n")[0])
-    known = specs()
-    groups = sorted({group for spec in known for group in bench_shapes(spec)})
-    parser.add_argument("--op", choices=[spec.name for spec in known], help="only this op")
+    every = specs()
+    groups = sorted({group for spec in every for group in bench_shapes(spec)})
+    parser.add_argument("--op", choices=[spec.name for spec in every], help="only this op")
     parser.add_argument("--shapes", choices=groups, metavar="GROUP", help=f"only these shapes: {', '.join(groups)}")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "float16", "bfloat16"], help="default: by device")
     parser.add_argument("--quick", action="store_true", help="the smallest shape of each op, one dtype")
@@ -193,7 +193,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     chosen = parser.parse_args(argv)
     if INTERPRET:
         parser.error("times under TRITON_INTERPRET=1 mean nothing; unset it")
-    others = {"torch", "compile"}.union(*({*peers(spec.name), *absent(spec.name)} for spec in known))
+    others = {"torch", "compile"}.union(*({*peers(spec.name), *absent(spec.name)} for spec in every))
     if unknown := set(chosen.without) - others:
         parser.error(f"--without must name {', '.join(sorted(others))}, got {', '.join(sorted(unknown))}")
     if chosen.device == "cuda" and not torch.cuda.is_available():

@@ -84,10 +84,10 @@ def _convolutions(layers: tuple[Layer, ...], bits: int, **more: Any) -> tuple[Sh
 
 def bench_shapes(spec: OpSpec) -> Mapping[str, tuple[Shape, ...]]:
     """Returns the shapes to time an op at, by group: those of its spec, and for convolutions those of networks."""
-    known: dict[str, tuple[Shape, ...]] = {}
+    of_networks: dict[str, tuple[Shape, ...]] = {}
     for name, layers in NETWORKS.items():
         if spec.name == "qconv2d":
-            known |= {f"{name}_w{bits}": _convolutions(layers, bits) for bits in (4, 2, 1)}
+            of_networks |= {f"{name}_w{bits}": _convolutions(layers, bits) for bits in (4, 2, 1)}
         elif spec.name == "qconv2d_int8":
-            known |= {f"{name}_w{bits}a8": _convolutions(layers, bits, out=True, x_zero=True) for bits in (8, 4)}
-    return {**spec.bench_shapes, **known}
+            of_networks |= {f"{name}_w{bits}a8": _convolutions(layers, bits, out=True, x_zero=True) for bits in (8, 4)}
+    return {**spec.bench_shapes, **of_networks}

@@ -197,9 +197,9 @@ def main(argv: list[str] | None = None) -> int:
     if INTERPRET:
         parser.error("kernels cannot be compiled under TRITON_INTERPRET=1; unset it")
     if chosen.check:
-        found = check(chosen.folder)
-        print("\n".join([*found, f"{len(found)} figures are worse than those kept in {chosen.folder}"]))
-        return int(bool(found))
+        figures = check(chosen.folder)
+        print("\n".join([*figures, f"{len(figures)} figures are worse than those kept in {chosen.folder}"]))
+        return int(bool(figures))
     ops = chosen.folder / "ops.jsonl"
     made = {"kernels": list(kernel_rows()), "steps": list(step_rows())}
     made["ops"] = list(op_rows()) if chosen.ops or not ops.exists() else record.read_rows(ops)

@@ -82,8 +82,8 @@ def step_rows() -> Iterator[dict[str, Any]]:
 
 
 def _measure(net: nn.Module, algo: Any, size: tuple[int, ...]) -> dict[str, Any]:
-    rest = algo.parameters(net) if isinstance(algo, SLB) else net.parameters()
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(rest, lr=0.1, foreach=True)]
+    weights = algo.parameters(net) if isinstance(algo, SLB) else net.parameters()
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(weights, lr=0.1, foreach=True)]
     if isinstance(algo, SLB):
         optimizers.append(_of_logits(algo))
     x = torch.randn(size, generator=torch.Generator().manual_seed(1))

@@ -39,17 +39,17 @@ def shape_text(shape: dict[str, Any]) -> str:
 
 def last(rows: Rows, *keys: str) -> dict[tuple[Any, ...], dict[str, Any]]:
     """Picks the last row of each combination of these keys, in the order in which the combinations came."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    latest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in sorted(rows, key=lambda row: str(row.get("time", ""))):
-        found[tuple(str(row.get(key)) for key in keys)] = row
-    return found
+        latest[tuple(str(row.get(key)) for key in keys)] = row
+    return latest
 
 
 def accuracy(rows: Rows) -> str:
     """Tabulates means over seeds of top-1, a row per network, data and setting."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
-    known = [row for row in rows if row["kind"] == "accuracy"]
-    for (model, data, setting, _), row in last(known, "model", "data", "recipe", "seed").items():
+    measured = [row for row in rows if row["kind"] == "accuracy"]
+    for (model, data, setting, _), row in last(measured, "model", "data", "recipe", "seed").items():
         groups[model, data, setting].append(row)
 
     def mean(members: Rows, name: str) -> str:
@@ -73,15 +73,15 @@ def pruned(rows: Rows) -> str:
     """Tabulates what pruning, and what came after it, took off a network: each cell before -> after."""
 
     def cell(ends: Sequence[dict[str, Any]], key: str, batch: str | None, unit: float, digits: int) -> str:
-        found = [end.get(key) if batch is None else end.get(key, {}).get(batch) for end in ends]
-        return " -> ".join("-" if value is None else f"{value / unit:.{digits}f}" for value in found)
+        values = [end.get(key) if batch is None else end.get(key, {}).get(batch) for end in ends]
+        return " -> ".join("-" if value is None else f"{value / unit:.{digits}f}" for value in values)
 
     counts = ("numbers", None, 1e6, 2), ("macs", None, 1e6, 1)
     columns = *counts, ("ms", "1", 1.0, 1), ("ms", "64", 1.0, 1), ("nbytes", None, 1e6, 2), ("peak_bytes", "64", 1e6, 1)
     cuts = [row for row in rows if row["kind"] == "accuracy" and row["algorithm"] in ("scop", "prune")]
-    known = [row for row in cuts if "sizes" in row]
+    sized = [row for row in cuts if "sizes" in row]
     lines = []
-    for (model, data, setting), row in sorted(last(known, "model", "data", "recipe").items()):
+    for (model, data, setting), row in sorted(last(sized, "model", "data", "recipe").items()):
         before, *_, after = row["sizes"].values()
         lines.append((model, data, setting, *(cell((before, after), *column) for column in columns)))
     head = ("network", "data", "setting", "million numbers", "million multiply-adds", "one image ms", "64 images ms")
@@ -90,10 +90,10 @@ def pruned(rows: Rows) -> str:
 
 def language(rows: Rows) -> str:
     """Tabulates a row per width of ours and the float model; other libraries beside the row that has their setting."""
-    known = last([row for row in rows if row["kind"] == "language"], "model", "provider", "weights", "embeddings")
-    ours = [row for row in known.values() if row["provider"] in ("float", "golden-stick")]
+    latest = last([row for row in rows if row["kind"] == "language"], "model", "provider", "weights", "embeddings")
+    ours = [row for row in latest.values() if row["provider"] in ("float", "golden-stick")]
     peers: dict[str, list[str]] = defaultdict(list)
-    for row in known.values():
+    for row in latest.values():
         if row not in ours:
             peers[row["weights"]].append(f"{row['provider']} {row['perplexity']:.4g}")
     lines = []
@@ -110,9 +110,9 @@ def language(rows: Rows) -> str:
 
 def serving(rows: Rows) -> str:
     """Tabulates a row per width that vLLM served: one client's tokens per second, then those of many together."""
-    known = last([row for row in rows if row["kind"] == "serving"], "model", "provider", "weights", "embeddings")
+    latest = last([row for row in rows if row["kind"] == "serving"], "model", "provider", "weights", "embeddings")
     lines = []
-    for row in sorted(known.values(), key=lambda row: -row["nbytes_tensors"]):
+    for row in sorted(latest.values(), key=lambda row: -row["nbytes_tensors"]):
         widths = _SHORT.get(row["weights"], row["weights"]), _SHORT.get(row["embeddings"], row["embeddings"])
         load = f"{row['clients']} for {row['seconds']:.0f} s", f"{row['requests']}, none failed"
         times = row["request_ms_p50"], row["request_ms_p95"]
@@ -125,9 +125,9 @@ def serving(rows: Rows) -> str:
 def products(rows: Rows) -> str:
     """Tabulates speed against a float product's, of qmatmul rows that were timed beside `float_linear`, per device."""
     keys = ("device_name", "instructions", "shape", "dtype")
-    known = [row for row in rows if row["kind"] == "op" and row["op"] == "qmatmul" and "ms_p20" in row]
-    ours = last([row for row in known if row["provider"] == "ours"], *keys)
-    dense = last([row for row in known if row["provider"] == "float_linear"], *keys)
+    measured = [row for row in rows if row["kind"] == "op" and row["op"] == "qmatmul" and "ms_p20" in row]
+    ours = last([row for row in measured if row["provider"] == "ours"], *keys)
+    dense = last([row for row in measured if row["provider"] == "float_linear"], *keys)
     speedups: dict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
     for key, row in ours.items():
         if key in dense:
@@ -148,9 +148,9 @@ OURS = ("ours", "torch", "compile")  # the first is measured against the others,
 def ops(rows: Rows) -> str:
     """Tabulates each call that was timed: ours, and how many times as long the others took."""
     keys = ("device_name", "instructions", "op", "shape", "dtype", "direction")
-    known = last([row for row in rows if row["kind"] == "op" and "ms_p50" in row], *keys, "provider")
+    latest = last([row for row in rows if row["kind"] == "op" and "ms_p50" in row], *keys, "provider")
     calls: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = defaultdict(dict)
-    for (*key, provider), row in known.items():
+    for (*key, provider), row in latest.items():
         calls[tuple(key)][provider] = row
     lines = []
     for (_, _, op, *_), by in sorted(calls.items()):
@@ -170,16 +170,16 @@ def models(rows: Rows) -> str:
 
     Times of float are those that the same commit measured.
     """
-    known = [row for row in rows if row["kind"] == "model" and "ms_p50" in row]
+    measured = [row for row in rows if row["kind"] == "model" and "ms_p50" in row]
     groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = defaultdict(dict)
     floats: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in sorted(known, key=lambda row: str(row["time"])):
+    for row in sorted(measured, key=lambda row: str(row["time"])):
         network = record.device_text(row), row["network"], tuple(row["input"])
         groups[(*network, row["algorithm"])][row["phase"]] = row
         if row["algorithm"] == "float":
             floats[(*network, row["phase"], row["commit"])] = row
     lines = []
-    networks = list(dict.fromkeys(about[:3] for about in groups))
+    networks = list(dict.fromkeys(key[:3] for key in groups))
     for (device, network, size, algorithm), by in sorted(
         groups.items(), key=lambda group: networks.index(group[0][:3])
     ):
@@ -188,9 +188,9 @@ def models(rows: Rows) -> str:
         step = by.get("train", {})
         kept = _mb(step.get("saved_bytes", step.get("peak_bytes")))
         batch = {**by.get("throughput", {}), **step}.get("batch", "-")
-        about = device, f"{network} {'x'.join(map(str, size))}", batch, algorithm
+        run = device, f"{network} {'x'.join(map(str, size))}", batch, algorithm
         weights = _mb(by.get("latency", {}).get("nbytes"))
-        lines.append((*about, cells["train"], kept, cells["latency"], cells["throughput"], weights))
+        lines.append((*run, cells["train"], kept, cells["latency"], cells["throughput"], weights))
     head = ("device", "network", "batch", "algorithm", "training step ms", "MB for backward")
     return table((*head, "one input ms", "batch ms", "weights MB"), lines)
 
@@ -198,12 +198,12 @@ def models(rows: Rows) -> str:
 def convolutions(rows: Rows) -> str:
     """Of all shapes of a network, each once: milliseconds, how many times those of float32, and our slowest shape."""
     keys = ("device_name", "instructions", "network", "batch", "layer")
-    known = last([row for row in rows if row["kind"] == "convolution"], *keys)
+    latest = last([row for row in rows if row["kind"] == "convolution"], *keys)
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    for row in known.values():
+    for row in latest.values():
         groups[record.device_text(row), row["network"], row["batch"]].append(row)
     lines = []
-    for about, members in sorted(groups.items()):
+    for network, members in sorted(groups.items()):
         float32 = sum(row["ms"]["float32"] for row in members)
         cells = []
         for name in ("bfloat16", "compile", "w4", "w8a8"):
@@ -214,16 +214,16 @@ def convolutions(rows: Rows) -> str:
             ((row["ms"]["w8a8"] / row["ms"]["float32"], row) for row in members), key=lambda pair: pair[0]
         )
         layer = " ".join(f"{k}={v}" for k, v in slow["layer"].items())
-        lines.append((*about, len(members), f"{float32:.2f}", *cells, f"{ratio:.2f}x {layer}"))
+        lines.append((*network, len(members), f"{float32:.2f}", *cells, f"{ratio:.2f}x {layer}"))
     head = ("device", "network", "batch", "shapes", "fp32 ms", "bf16", "compile", "w4", "w8a8", "slowest w8a8")
     return table(head, lines)
 
 
 def photographs(rows: Rows) -> str:
     """Tabulates what is left of a network's outputs on photographs, by how it was quantized."""
-    known = last([row for row in rows if row["kind"] == "photographs" and "sqnr_db" in row], "model", "setting")
+    latest = last([row for row in rows if row["kind"] == "photographs" and "sqnr_db" in row], "model", "setting")
     lines = []
-    for (model, setting), row in known.items():
+    for (model, setting), row in latest.items():
         beside = f" (torch: {row['torch_sqnr_db']:.1f})" if "torch_sqnr_db" in row else ""
         tops = f"{row['top1_kept']} of {row['views']}", " and ".join(f"{n} of 5" for n in row["top5_kept"])
         megabytes = _mb(row["nbytes"]["converted"]), f"{row['ms']['converted'] / row['ms']['float']:.2f}x"
@@ -246,10 +246,10 @@ def _mb(nbytes: int | None) -> str:
 
 def decode(rows: Rows) -> str:
     keys = ("device_name", "instructions", "network", "dtype")
-    known = last([row for row in rows if row["kind"] == "decode"], *keys)
+    latest = last([row for row in rows if row["kind"] == "decode"], *keys)
     lines = (
         (record.device_text(row), key[2], _SHORT[key[3]], row["per_s"], _mb(row["nbytes"]))
-        for key, row in sorted(known.items())
+        for key, row in sorted(latest.items())
     )
     return table(("device", "model", "dtype", "tokens/s", "tensors MB"), lines)
 

@@ -217,8 +217,8 @@ def line(row: dict[str, Any]) -> str:
     note = (
         f"{row['stage']}: {row['error']}" if "error" in row else "; ".join(f"{n}x {r}" for r, n in row["kept"].items())
     )
-    about = (row["library"], row["model"][:36], row.get("rung", "-"), layers, row.get("folded", "-"))
-    return COLUMNS.format(*about, *errors, f"{row['seconds']:.0f}", note[:160])
+    network = (row["library"], row["model"][:36], row.get("rung", "-"), layers, row.get("folded", "-"))
+    return COLUMNS.format(*network, *errors, f"{row['seconds']:.0f}", note[:160])
 
 
 def main(argv: list[str] | None = None) -> int:

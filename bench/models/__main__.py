@@ -25,13 +25,13 @@ HEAD = ("network", "algorithm", "phase", "batch", "p20 ms", "p50 ms", "p80 ms", 
 
 
 def line(row: dict[str, Any], base: float | None) -> str:
-    about = (row["network"], row["algorithm"], row["phase"], row.get("batch", "-"))
+    network = (row["network"], row["algorithm"], row["phase"], row.get("batch", "-"))
     if "error" in row:
-        return COLUMNS.format(*about, *["-"] * 6, f"failed: {row['error']}")
+        return COLUMNS.format(*network, *["-"] * 6, f"failed: {row['error']}")
     times = tuple(f"{row[k]:.2f}" for k in ("ms_p20", "ms_p50", "ms_p80"))
     ratio = f"{row['ms_p50'] / base:.2f}x" if base else "-"
     sizes = [row[key] for key in ("peak_bytes", "saved_bytes", "nbytes") if key in row]
-    return COLUMNS.format(*about, *times, ratio, row.get("per_s", "-"), f"{sizes[0] / 1e6:.1f}", "")
+    return COLUMNS.format(*network, *times, ratio, row.get("per_s", "-"), f"{sizes[0] / 1e6:.1f}", "")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -76,14 +76,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _rows(name: str, algorithm: str, chosen: argparse.Namespace) -> Any:
     network = NETWORKS[name]
-    about = {"network": name, "algorithm": algorithm, "quick": chosen.quick, "input": network.size(chosen.quick)}
+    common = {"network": name, "algorithm": algorithm, "quick": chosen.quick, "input": network.size(chosen.quick)}
     batch = chosen.batch or (4 if chosen.quick else network.batch)
     options = {"device": chosen.device, "batch": batch, "quick": chosen.quick, "seconds": chosen.seconds}
     try:
         for row in measure(network, algorithm, **options):
-            yield {**about, **row}
+            yield {**common, **row}
     except Exception as error:  # noqa: BLE001  Triton's own errors are of any type: each is a row
-        yield {**about, "phase": "all", "error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+        yield {**common, "phase": "all", "error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
 
 
 if __name__ == "__main__":

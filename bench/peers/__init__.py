@@ -20,13 +20,13 @@ def peers(op: str) -> dict[str, Callable[..., Any]]:
     """Returns the providers of an op that can run here, by name; an empty dict for an op that has none."""
     if op == "qmatmul":
         return qmatmul.providers()
-    known: dict[str, dict[str, Callable[..., Any]]] = {
+    by_op: dict[str, dict[str, Callable[..., Any]]] = {
         "fake_quant": {"torch_fake_quantize": fake_quant.fake_quantize, "torch_learnable": fake_quant.learnable},
         "minmax": {"torch_aminmax": observe.aminmax},
         "qmatmul_fp8": {"float_linear": qmatmul.float_linear},
         "qconv2d": {"float_conv2d": qconv2d.float_conv2d},
     }
-    return known.get(op, {})
+    return by_op.get(op, {})
 
 
 def absent(op: str) -> dict[str, str]:

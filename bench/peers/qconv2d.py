@@ -27,5 +27,5 @@ def float_conv2d(
     """The float layer that a packed one replaces, its weight dequantised beforehand: cuDNN's on an NVIDIA GPU."""
     if weight.codes not in _kept or _kept[weight.codes].dtype != x.dtype:
         _kept[weight.codes] = dequantize_packed(weight, x.dtype)
-    about = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | window
-    return convolve_dense(x, _kept[weight.codes], bias, residual, make_geometry("float_conv2d", **about), activation)
+    options = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | window
+    return convolve_dense(x, _kept[weight.codes], bias, residual, make_geometry("float_conv2d", **options), activation)

@@ -21,12 +21,12 @@ Prepare = Callable[[PackedWeight, torch.dtype], Any]
 
 
 def _once_per_weight(prepare: Prepare) -> Prepare:
-    known: Any = WeakIdKeyDictionary()
+    cache: Any = WeakIdKeyDictionary()
 
     def prepared(weight: PackedWeight, dtype: torch.dtype) -> Any:
-        if weight.codes not in known:
-            known[weight.codes] = prepare(weight, dtype)
-        return known[weight.codes]
+        if weight.codes not in cache:
+            cache[weight.codes] = prepare(weight, dtype)
+        return cache[weight.codes]
 
     return prepared
 
@@ -204,10 +204,10 @@ ON_A_GPU = ("gemlite", "conch")
 
 def providers() -> dict[str, Callable[..., Tensor]]:
     """Returns those that can run here."""
-    found: dict[str, Callable[..., Tensor]] = {"float_linear": float_linear}
+    runnable: dict[str, Callable[..., Tensor]] = {"float_linear": float_linear}
     if torch.cuda.is_available():
-        found["tinygemm"] = tinygemm
-    return found | {name: run for name, run in LIBRARIES.items() if name not in absent()}
+        runnable["tinygemm"] = tinygemm
+    return runnable | {name: run for name, run in LIBRARIES.items() if name not in absent()}
 
 
 def absent() -> dict[str, str]:
