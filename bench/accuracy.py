@@ -40,7 +40,7 @@ CALIBRATED = 512  # images
 
 @dataclass(frozen=True)
 class Setting:
-    """An algorithm with its options.
+    """Holds an algorithm with its options.
 
     Args:
         far: it trains at the float run's learning rate, not at that of fine-tuning.
@@ -54,7 +54,7 @@ class Setting:
 
 
 def _search(weight: str, act: str | None = None, **options: Any) -> Setting:
-    """SLB over a short training: the temperature falls all the time, from where a logit moves with its weight."""
+    """Makes an SLB for a short training: the temperature falls in every step, from where logits move like weights."""
     short = {"t0": 12.0, "t_start": 0.0, "t_end": 0.9, "t_final": 1200.0}
     return Setting("slb", {"weight": weight, "act": act, **short, **options}, far=True)
 

@@ -1,4 +1,4 @@
-"""Whether a provider computes what the reference computes: the gate before any timing."""
+"""Checks that a provider computes what the reference computes, which is the gate before any timing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEARLY_GRAD = NEARLY**0.5  # where an element differs its gradient may flip: a s
 
 @dataclass(frozen=True)
 class Agreement:
-    """mismatch: worst share of differing elements of an output. grad_error: worst RMS error, relative."""
+    """Says how well outputs agree: mismatch is the worst share of elements, grad_error the worst relative RMS."""
 
     mismatch: float
     grad_error: float
@@ -48,7 +48,7 @@ def step(run: Callable[..., Any], case: Case, dys: Sequence[Tensor]) -> tuple[li
 
 
 def _mismatch(got: Tensor, want: Tensor, tol: Tol) -> float:
-    """Share of elements with `|got - want| > atol + rtol * |want|`; NaN agrees with NaN. 1 for another shape."""
+    """Returns the share of elements with `|got - want| > atol + rtol * |want|`; NaN equals NaN. 1 for another shape."""
     if got.shape != want.shape or got.dtype != want.dtype:
         return 1.0
     close = torch.isclose(got.double(), want.double(), rtol=tol.rtol, atol=tol.atol, equal_nan=True)

@@ -1,4 +1,4 @@
-"""`python -m bench.compare BASE [HEAD]`: the times of two commits, or of two result files; exit code 1 on a regression.
+"""`python -m bench.compare BASE [HEAD]`: compares times of two commits or result files; exit code 1 on a regression.
 
 A commit is checked out into a git worktree and measured there by its own `bench.run`; base and head take turns, so that
 a machine that slows down does so for both. A row is a regression if the fastest fifth of its calls (p20) is slower by
@@ -25,7 +25,7 @@ Key: TypeAlias = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Change:
-    """One op at one shape; times in milliseconds, best round of each side; ratio: of the round nearest to 1."""
+    """Compares one op at one shape: best times of each side in ms, and the ratio of the round that is nearest to 1."""
 
     key: Key
     base_ms: float
@@ -37,7 +37,7 @@ class Change:
 
 
 def read_times(path: Path) -> dict[Key, float]:
-    """(op, shape, dtype, direction) -> p20 in ms of this project's rows; a later row replaces an earlier one.
+    """Reads (op, shape, dtype, direction) -> p20 in ms of this project's rows; a later row replaces an earlier one.
 
     Raises:
         ValueError: if the file holds no such row, or a line is not JSON.
@@ -57,7 +57,7 @@ def read_times(path: Path) -> dict[Key, float]:
 
 
 def changes(rounds: Sequence[tuple[dict[Key, float], dict[Key, float]]]) -> list[Change]:
-    """Every row that both sides have in every round. Of the rounds' ratios, the one that claims least counts."""
+    """Compares the rows that both sides have in every round; the ratio that claims least of the rounds' counts."""
     shared = set.intersection(*(set(base) & set(head) for base, head in rounds))
     rows = []
     for key in sorted(shared):
@@ -69,7 +69,7 @@ def changes(rounds: Sequence[tuple[dict[Key, float], dict[Key, float]]]) -> list
 
 @contextmanager
 def checkout(commit: str) -> Iterator[Path]:
-    """A worktree of the commit, removed again."""
+    """Makes a worktree of the commit, and removes it again."""
     with tempfile.TemporaryDirectory(prefix="bench-compare-") as folder:
         tree = Path(folder) / "tree"
         add = subprocess.run(
@@ -84,7 +84,7 @@ def checkout(commit: str) -> Iterator[Path]:
 
 
 def measure(tree: Path, out: Path, arguments: Sequence[str]) -> dict[Key, float]:
-    """The times that `bench.run` of a source tree takes, in a process of its own."""
+    """Runs `bench.run` of a source tree in a process of its own, and returns its times."""
     out.unlink(missing_ok=True)
     command = [sys.executable, "-m", "bench.run", "--ours-only", "--out", str(out), *arguments]
     run = subprocess.run(command, cwd=tree, check=False)
@@ -108,7 +108,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def collect(chosen: argparse.Namespace, arguments: Sequence[str]) -> list[tuple[dict[Key, float], dict[Key, float]]]:
-    """One (base, head) pair of times per round; files are read once."""
+    """Measures one (base, head) pair of times per round; files are read once."""
     files = [Path(side) for side in (chosen.base, chosen.head) if side and side.endswith(".jsonl")]
     if len(files) == 2:
         return [(read_times(files[0]), read_times(files[1]))]

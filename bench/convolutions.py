@@ -1,4 +1,4 @@
-"""Every convolution of a network on a CPU, ours against PyTorch's: `python -m bench.convolutions --batch 1 8`.
+"""Times every convolution of a network on a CPU, ours and PyTorch's: `python -m bench.convolutions --batch 1 8`.
 
 A row holds the milliseconds of one shape with bias and ReLU, as they follow each other in a network: `F.conv2d` of
 float32 and of bfloat16, channels-last, and `torch.compile` of the former if asked for; a packed 4-bit weight whose
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(layer: Layer, batch: int, seconds: float, compiled: bool = False) -> Iterator[tuple[str, float]]:
-    """(provider, milliseconds at the median).
+    """Yields (provider, milliseconds at the median).
 
     Raises:
         RuntimeError: if one does not give what the float convolution gives.
@@ -75,7 +75,7 @@ def measure(layer: Layer, batch: int, seconds: float, compiled: bool = False) ->
 
 
 def providers(layer: Layer, batch: int) -> tuple[Calls, dict[str, float]]:
-    """The calls, and how far each may be from float32, of the largest value; `w8a8` is timed without the last step."""
+    """Returns the calls, and how far each may be from float32, as a share of the largest value."""
     generator = torch.Generator().manual_seed(0)
     c = layer.c // layer.groups
     k = layer.kernel**2 * c

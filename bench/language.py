@@ -150,7 +150,7 @@ def _prepare(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _folder(task: dict[str, Any], dtype: str) -> Path:
-    """Where the model of a row is, what stays float in that type; a library's row starts from the float model."""
+    """Returns the folder of a row's model, and the type of what stays float; libraries start from the float model."""
     name = {FLOAT: task["weights"], PACKED: f"{task['weights']}-{task['embeddings']}-{dtype}"}
     return Path(task["work"]) / name.get(task["provider"], "float32").replace(":", "_")
 

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(device: str | torch.device, call: Callable[[], Any]) -> int:
-    """The most bytes that tensors made by a call take at once, beyond what was there: by torch's allocators."""
+    """Measures the most bytes of tensors that a call makes, beyond what was there, by torch's allocators."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""`pytest bench/micro.py`: what a call of each op costs where its tensors are small: checks, dispatch and the launch.
+"""`pytest bench/micro.py`: times calls of each op on small tensors, where checks, dispatch and the launch are the cost.
 
 With pytest-benchmark, so that `--benchmark-autosave` and `--benchmark-compare` tell two commits apart on one machine.
 """

@@ -71,7 +71,7 @@ def network() -> nn.Module:
 
 
 def views() -> Tensor:
-    """`[20, 3, 224, 224]` in the range that the network was trained with: the middle of both, mirrored, the corners."""
+    """Cuts `[20, 3, 224, 224]` out of both photographs: middles and corners, mirrored too, in the range of training."""
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_sample_images
@@ -95,7 +95,7 @@ def sqnr_db(got: Tensor, want: Tensor) -> float:
 
 
 def rounded_by_torch(net: nn.Module) -> nn.Module:
-    """A copy with 8-bit weights, one scale a channel. A batch norm behind them scales channels, which moves no code."""
+    """Copies a network with its weights rounded to 8 bits by torch, one scale a channel; a batch norm moves no code."""
     new = copy.deepcopy(net)
     for layer in new.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):

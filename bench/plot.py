@@ -1,4 +1,4 @@
-"""`python -m bench.plot FILE...`: pictures of measured rows, beside the rows: roofline.png and speedup.png.
+"""`python -m bench.plot FILE...`: draws measured rows, beside the rows: roofline.png and speedup.png.
 
 The roofline shows every timed call of ours by its operations per byte, under the copy bandwidth and the peak of bf16
 products that were measured in the same run. The other shows how many times a float product's speed a packed one has,
@@ -20,7 +20,7 @@ from gs_algos.core.files import whole_file
 
 
 def roofline_points(rows: Iterable[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """By op: (operations per byte, TFLOP/s) of our timed calls."""
+    """Returns (operations per byte, TFLOP/s) of our timed calls, by op."""
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
         if row.get("kind") == "op" and row["provider"] == "ours" and row.get("nbytes") and row.get("tflops"):
@@ -30,7 +30,7 @@ def roofline_points(rows: Iterable[dict[str, Any]]) -> dict[str, list[tuple[floa
 
 
 def speedups(rows: Iterable[dict[str, Any]], peer: str = "float_linear") -> dict[tuple[str, int], dict[int, float]]:
-    """(layer, bits) -> rows of x -> how many times the peer's speed, of rows of one run that both have times in."""
+    """Returns (layer, bits) -> rows of x -> how many times the peer's speed, where one run timed both."""
     times: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
     for row in rows:
         if row.get("kind") == "op" and row["op"] == "qmatmul" and "ms_p20" in row:
@@ -78,7 +78,7 @@ def plot_roofline(rows: Sequence[dict[str, Any]], title: str, path: Path) -> Non
 
 
 def plot_speedup(rows: Sequence[dict[str, Any]], title: str, path: Path) -> bool:
-    """False, and no picture, if no packed product was timed beside a float one."""
+    """Draws packed products against float ones; returns False, and draws nothing, if no pair was timed."""
     ratios = speedups(rows)
     if not ratios:
         return False

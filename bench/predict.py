@@ -29,7 +29,7 @@ COLUMNS = "{:22} {:28} {:>5} {:>9} {:>9} {:>9} {:>9}  {}"
 
 @dataclass(frozen=True)
 class Compared:
-    """A row, what it took and what it takes at least, in microseconds; bound: by what."""
+    """Holds a row, its time and its predicted time in microseconds, and what bounds the latter."""
 
     row: dict[str, Any]
     card: Card
@@ -58,7 +58,7 @@ def predict_op(spec: OpSpec, shape: Shape, dtype: torch.dtype, direction: str, c
 
 
 def compare(rows: Iterable[dict[str, Any]]) -> list[Compared]:
-    """The rows with a time of ours that a description fits, each with its prediction."""
+    """Predicts the rows that have a time of ours and a GPU that is described."""
     by_name = {spec.name: spec for spec in specs()}
     compared = []
     for row in rows:

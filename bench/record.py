@@ -34,13 +34,13 @@ def device_name(device: str) -> str:
 
 
 def device_text(row: dict[str, Any]) -> str:
-    """The device of a row and, of a CPU, the instruction set that was used; rows of before that was noted have none."""
+    """Returns the device of a row and, of a CPU, the instruction set that was used; older rows have none."""
     extra = row.get("instructions")
     return f"{row['device_name']}, {extra}" if extra else str(row["device_name"])
 
 
 def slug(name: str) -> str:
-    """`slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"`."""
+    """Makes a file name of a device: `slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"`."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

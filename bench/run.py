@@ -38,7 +38,7 @@ HEAD = ("op", "shape", "dtype", "provider", "pass", "p20 ms", "p50 ms", "p80 ms"
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to time: an op at a shape, forward ("fwd") or forward and backward ("f+b")."""
+    """Describes one thing to time: an op at a shape, forward ("fwd") or forward and backward ("f+b")."""
 
     spec: OpSpec
     group: str
@@ -57,7 +57,7 @@ class Job:
         return forward.nbytes + backward.nbytes, forward.flops + backward.flops
 
     def make(self, device: str, copies: int) -> list[Case]:
-        """The same inputs in `copies` places of memory."""
+        """Makes the same inputs in `copies` places of memory."""
         generator = torch.Generator(device=device).manual_seed(0)
         first = self.spec.make(self.shape, self.dtype, torch.device(device), generator)
         learning = first.grad_args if self.direction == "f+b" else ()

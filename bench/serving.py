@@ -37,7 +37,7 @@ WARM = 5  # seconds of the same requests before those that are counted
 
 @dataclass(frozen=True)
 class Answer:
-    """One completion: its tokens, the log probability of each, and how long it took."""
+    """Holds one completion: its tokens, the log probability of each, and how long it took."""
 
     tokens: tuple[int, ...]
     logps: tuple[float, ...]
@@ -97,7 +97,7 @@ def ask(client: Any, prompt: str, tokens: int) -> Answer:
 
 
 def press(client: Any, clients: int, seconds: float, tokens: int) -> tuple[dict[str, Any], dict[str, set[Any]]]:
-    """What `clients` at once got in that time, every one asking again as soon as it has an answer.
+    """Lets `clients` at once ask for some time, each again as soon as it has an answer.
 
     Returns:
         Figures for a row, and the different answers to each prompt.

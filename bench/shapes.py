@@ -15,7 +15,7 @@ from gs_kernels.runtime.opspec import OpSpec, Shape
 
 @dataclass(frozen=True)
 class Layer:
-    """C channels in and O out, height and width in, square kernel, stride and groups; padding keeps size / stride."""
+    """Describes a convolution: channels, input size, square kernel, stride, groups; padding keeps size / stride."""
 
     c: int
     o: int

@@ -70,7 +70,7 @@ def references() -> Iterator[None]:
 
 
 def step_rows() -> Iterator[dict[str, Any]]:
-    """One row per network and algorithm: the second step, with SGD."""
+    """Yields one row per network and algorithm: its second training step, with SGD."""
     for network, make in NETWORKS.items():
         for algorithm, make_algorithm in ALGORITHMS.items():
             net, size = make()

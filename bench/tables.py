@@ -30,7 +30,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def shape_text(shape: dict[str, Any]) -> str:
-    """`x=64x4096 n=4096 bits=4`: without what is off, or as it is where nothing else is said."""
+    """Writes a shape as `x=64x4096 n=4096 bits=4`, without what has its usual value."""
     usual: dict[str, Any] = {"axis": -1, "group": 0, "padding": 0, "stride": 1, "dilation": 1, "groups": 1}
     usual |= {"learned": True, "zero": "middle", "activation": "none"}
     said = {k: v for k, v in shape.items() if v != usual.get(k) and v is not None and v is not False and v != "none"}
@@ -196,7 +196,7 @@ def models(rows: Rows) -> str:
 
 
 def convolutions(rows: Rows) -> str:
-    """Of all shapes of a network, each once: milliseconds, how many times those of float32, and our slowest shape."""
+    """Tabulates each network, every shape counted once: milliseconds, ratios to float32, and our slowest shape."""
     keys = ("device_name", "instructions", "network", "batch", "layer")
     latest = last([row for row in rows if row["kind"] == "convolution"], *keys)
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
@@ -233,7 +233,7 @@ def photographs(rows: Rows) -> str:
 
 
 def _against(row: dict[str, Any] | None, base: dict[str, Any] | None) -> str:
-    """Milliseconds, and how many times as many as those of the float network."""
+    """Writes milliseconds, and how many times as many as those of the float network."""
     if row is None:
         return "-"
     times = f" ({row['ms_p50'] / base['ms_p50']:.2f}x)" if base is not None and base is not row else ""

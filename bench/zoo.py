@@ -1,4 +1,4 @@
-"""`python -m bench.zoo`: one network of each installed family goes through plan, apply, a training step and convert.
+"""`python -m bench.zoo`: takes one network of each installed family through plan, apply, a training step and convert.
 
 Families: torchvision's classifiers, timm's files, and the tiny Transformers of tests/nets/transformers_models.py, with
 random weights. A row says how many layers were quantized and why the others were not, how far the converted network is
@@ -62,7 +62,7 @@ COLUMNS = "{:13} {:36} {:8} {:>12} {:>6} {:>9} {:>9} {:>6}  {}"
 
 @dataclass(frozen=True)
 class Entry:
-    """A network that can be built. build: the network and the inputs of one forward pass."""
+    """Describes a network that can be built. build: makes the network and the inputs of one forward pass."""
 
     library: str
     family: str

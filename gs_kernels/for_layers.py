@@ -1,4 +1,4 @@
-"""What a layer makes once and calls often: the parts of an op's call that do not depend on the values of x.
+"""Offers layers the parts of an op's call that do not depend on the values of x: made once, called often.
 
 Beside `gs_kernels` itself, its `activations`, `pack`, `runtime` and `tuning`, this is what `gs_algos` may import.
 The public ops check every argument in each call and then do the same.

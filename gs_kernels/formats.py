@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 @dataclass(frozen=True)
 class IntFormat:
-    """An integer grid. `IntFormat(4, signed=True)` holds -8..7, `narrow=True` drops the lowest level (-7..7)."""
+    """Describes an integer grid: `IntFormat(4, signed=True)` holds -8..7, with `narrow=True` -7..7."""
 
     bits: int
     signed: bool = True
@@ -31,19 +31,19 @@ class IntFormat:
 
 @dataclass(frozen=True)
 class PerTensor:
-    """One scale for the whole tensor: scale has shape `[1]`."""
+    """Gives the whole tensor one scale: scale has shape `[1]`."""
 
 
 @dataclass(frozen=True)
 class PerChannel:
-    """One scale per slice along `axis`: scale has shape `[x.shape[axis]]`."""
+    """Gives each slice along `axis` a scale: scale has shape `[x.shape[axis]]`."""
 
     axis: int = 0
 
 
 @dataclass(frozen=True)
 class PerGroup:
-    """One scale per `size` consecutive elements of the last axis: scale has shape `[x.numel() // size]`, row-major.
+    """Gives `size` consecutive elements of the last axis a scale: `[x.numel() // size]`, row-major.
 
     A row is everything under one index of the first axis, flattened: K of a linear weight `[N, K]`, `C*R*S` of a conv
     weight `[O, C, R, S]`. `size` must divide it, so that no group holds elements of two rows.

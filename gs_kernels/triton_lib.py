@@ -1,4 +1,4 @@
-"""Triton helpers that kernels share. All arithmetic is fp32; callers cast at the store."""
+"""Collects Triton helpers that kernels share. All arithmetic is fp32; callers cast at the store."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""`python -m bench.models`: whole networks, compressed against float, in one run on one device.
+"""`python -m bench.models`: times whole networks, compressed against float, in one run on one device.
 
 Rows are written as they are measured: time and memory of a training step, latency of one input and throughput of a
 batch of the converted network. `--decode FOLDER` adds tokens per second of a language model, e.g. SmolLM2, in bf16 and

@@ -1,4 +1,4 @@
-"""The networks that are measured, with random weights: times do not depend on them."""
+"""Defines the networks that are measured, with random weights: times do not depend on them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gs_algos.demo.models import build
 
 
 class Residual(nn.Module):
-    """y = relu(body(x) + shortcut(x))."""
+    """Computes y = relu(body(x) + shortcut(x))."""
 
     def __init__(self, body: nn.Sequential, shortcut: nn.Module) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ def _conv(c: int, o: int, size: int, stride: int = 1, *, relu: bool = True) -> l
 
 
 def resnet(depth: int, classes: int = 1000) -> nn.Module:
-    """ResNet-18 or ResNet-50 (He et al. 2015, arXiv:1512.03385, table 1), the stride of a bottleneck in its 3x3."""
+    """Builds ResNet-18 or ResNet-50 (He et al. 2015, arXiv:1512.03385, table 1); a bottleneck strides in its 3x3."""
     blocks, wide = {18: ((2, 2, 2, 2), 1), 50: ((3, 4, 6, 3), 4)}[depth]
     layers: list[nn.Module] = [*_conv(3, 64, 7, 2), nn.MaxPool2d(3, 2, 1)]
     c = 64
@@ -48,7 +48,7 @@ def resnet(depth: int, classes: int = 1000) -> nn.Module:
 
 
 class LlamaBlock(nn.Module):
-    """One decoder layer with grouped-query attention, without rotary embedding: `[B, T, hidden]` to the same."""
+    """Computes a decoder layer with grouped-query attention, without rotary embedding: `[B, T, hidden]` to the same."""
 
     def __init__(self, hidden: int, heads: int, kv_heads: int, inner: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class LlamaBlock(nn.Module):
 
 @dataclass(frozen=True)
 class Network:
-    """build(quick): the network. size(quick): of one input, without the batch. batch: of training and throughput."""
+    """Describes how to build a network, the size of one input, and the batch of training and throughput."""
 
     build: Callable[[bool], nn.Module]
     size: Callable[[bool], tuple[int, ...]]

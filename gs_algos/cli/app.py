@@ -241,7 +241,7 @@ def _built(model: str, data: str, input_shape: str) -> tuple[nn.Module, Tensor]:
 
 
 def _imported(path: str, input_shape: str) -> tuple[nn.Module, Tensor]:
-    """The network that `package.module:function` returns, and random inputs of the given shape."""
+    """Returns the network that `package.module:function` makes, and random inputs of the given shape."""
     try:
         shape = tuple(int(n) for n in input_shape.split(","))
     except ValueError:

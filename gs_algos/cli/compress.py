@@ -1,4 +1,4 @@
-"""`golden-stick compress`: a recipe from float training to the last stage, with everything measured after each."""
+"""`golden-stick compress`: runs a recipe from float training to the last stage, and measures everything after each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`golden-stick demo`: from random weights to a reloaded compressed network, with everything measured on the way."""
+"""`golden-stick demo`: goes from random weights to a reloaded compressed network, and measures on the way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The interface every algorithm has, and how a model remembers what was done to it."""
+"""Defines the interface that every algorithm has, and how a model remembers what was done to it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Restores(Protocol):
 
 @runtime_checkable
 class Calibrates(Protocol):
-    """An algorithm that can set ranges from data between `apply` and the training: `isinstance(algo, Calibrates)`.
+    """Marks algorithms that set ranges from data between `apply` and the training: `isinstance(algo, Calibrates)`.
 
     SimQAT and SLB do, and so does any algorithm with such a method. For one that does not there is nothing to call.
     """
@@ -66,7 +66,7 @@ class Calibrates(Protocol):
 
 
 class Algorithm(ABC):
-    """One way to compress a model.
+    """Compresses a model in one way: `plan`, `apply`, `step` while training, `convert`.
 
     `plan(model, inputs)` says what would happen · `apply(model, inputs)` prepares the live model · `step()` after each
     optimizer step · `convert(model)` gives the compressed network, checked against the trained one · `summary(model)`.
@@ -81,7 +81,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:
-        """The dry run: every layer, what will be done to it or why not. Touches nothing."""
+        """Lists every layer, what will be done to it or why not; touches nothing."""
 
     @abstractmethod
     def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
@@ -267,7 +267,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def hint(inputs: Any, error: Exception) -> str:
-    """`; what to do` about inputs that do not run through a model, if the mistake is a common one."""
+    """Returns `; what to do` about inputs that do not run through a model, if the mistake is a common one; else ""."""
     if isinstance(inputs, tuple | list) and isinstance(error, TypeError) and "positional arg" in str(error):
         return "; a tuple is positional inputs: leave labels out"
     known = isinstance(inputs, Tensor | tuple | list | Mapping | str) or hasattr(inputs, "__array__")

@@ -1,4 +1,4 @@
-"""The options of an algorithm: a frozen dataclass that is made from keywords and goes through JSON unchanged."""
+"""Defines options of an algorithm: a frozen dataclass that is made from keywords and goes through JSON unchanged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def signature_of(cls: Any) -> inspect.Signature:
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """Base of every algorithm's options: frozen, checked in `__post_init__`, made of plain JSON values and tuples.
+    """Holds an algorithm's options: frozen, checked in `__post_init__`, made of plain JSON values and tuples.
 
     who: the algorithm's class, for messages.
     """

@@ -38,7 +38,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def naming_target(target: Path) -> Iterator[None]:
-    """An OSError inside is one about the target, whatever draft of it could not be written."""
+    """Makes every OSError inside name the target, whatever draft of it could not be written."""
     try:
         yield
     except OSError as error:
@@ -49,7 +49,7 @@ def naming_target(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def written(path: Path, data: bytes) -> Iterator[None]:
-    """As `write_atomically`; inside the `with` block the new file counts as being written (see `abandoned`)."""
+    """Writes as `write_atomically`; inside the `with` block the new file counts as being written (see `abandoned`)."""
     clear_abandoned(path)
     file: IO[bytes] | None = None
     with nothing_changed(path):
@@ -76,7 +76,7 @@ def written(path: Path, data: bytes) -> Iterator[None]:
 
 @contextlib.contextmanager
 def scratch_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside the target to write into. It is gone afterwards, unless the caller has renamed it.
+    """Makes a folder beside the target to write into, and deletes it afterwards, unless the caller has renamed it.
 
     Raises:
         OSError: if there can be none, with the target's path.
@@ -125,7 +125,7 @@ def publish_folder(folder: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """A path to write to, of the target's name in another folder; at the end what is in that folder moves beside it.
+    """Yields a path to write to, in a folder of its own; at the end all of that folder moves beside the target.
 
     The target comes last, so that what it names is there. After an error nothing is there.
     """
@@ -141,19 +141,19 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 def being_written(target: Path) -> bool:
-    """Whether another process, or another thread, is writing the target at this moment."""
+    """Says whether another process, or another thread, is writing the target at this moment."""
     return any(not abandoned(path) for path in drafts_of(target))
 
 
 def clear_abandoned(target: Path) -> None:
-    """Deletes what writers of the target left that were killed."""
+    """Deletes what killed writers of the target left behind."""
     for path in drafts_of(target):
         if abandoned(path):
             remove(path)
 
 
 def abandoned(path: Path) -> bool:
-    """Whether nobody is writing a file or folder any more: it is no draft, or its writer was killed."""
+    """Says whether nobody is writing a file or folder any more: it is no draft, or its writer was killed."""
     try:
         handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     except OSError:
@@ -176,7 +176,7 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def _synced(folder: Path) -> Iterator[None]:
-    """Afterwards the names in a folder outlast a power failure, where a folder can be opened and synchronized."""
+    """Makes the names in a folder outlast a power failure, where a folder can be opened and synchronized."""
     try:
         handle = None if WINDOWS else os.open(folder, os.O_RDONLY)
     except OSError:  # one may write in it but not look
@@ -192,7 +192,7 @@ def _synced(folder: Path) -> Iterator[None]:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file in hexadecimal."""
+    """Computes the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -201,7 +201,7 @@ def sha256(path: Path) -> str:
 
 
 def _replace(source: str, target: Path) -> None:
-    """`os.replace`, which Windows refuses for as long as somebody reads the target: tried again for a second."""
+    """Calls `os.replace`, for up to a second: Windows refuses it for as long as somebody reads the target."""
     for left in reversed(range(50)):
         try:
             os.replace(source, target)
@@ -214,7 +214,7 @@ def _replace(source: str, target: Path) -> None:
 
 
 def _new_file(target: Path) -> IO[bytes]:
-    """A new draft of a file, locked. Another writer may take it for abandoned until then, so it is looked at again."""
+    """Makes a locked draft of a file, anew if another writer deleted it as abandoned before it was locked."""
     while True:
         path = new_draft(target)
         file = open(path, "xb")  # noqa: SIM115

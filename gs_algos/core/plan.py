@@ -239,7 +239,7 @@ def _parameters_of(row: PlanRow, model: nn.Module, modules: Mapping[str, nn.Modu
 
 
 def _why_float(owner: nn.Module, parameter: nn.Parameter) -> str:
-    """Why a parameter that no pattern knows stays float."""
+    """Says why a parameter that no pattern knows stays float."""
     kind = type(owner).__name__
     if isinstance(owner, LAYERS) and (how := computed_by(owner)):
         return f"its weight is no parameter but comes from {how}; make it a plain weight first"
@@ -259,7 +259,7 @@ def _why_float(owner: nn.Module, parameter: nn.Parameter) -> str:
 def render_layers(
     header: Sequence[str], rows: Sequence[Sequence[object]], title: str = "", below: Sequence[str] = ()
 ) -> Table:
-    """A table whose rows start with a layer's name: rows that say the same of one layer of many blocks are one.
+    """Renders a table of rows that start with a layer's name; equal rows of the same layer in many blocks become one.
 
     That row has `blocks.0.fc ... blocks.11.fc` as its name and says how many there are. A column `bytes` is of each.
     """
@@ -288,5 +288,5 @@ _NAME = re.compile(r"[\w.]*\.[\w.]*[A-Za-z_][\w.]*")
 
 
 def _without_numbers(cell: str) -> str:
-    """The text of a cell with the numbers of blocks left out of the names in it."""
+    """Returns the text of a cell without the numbers of blocks in its names."""
     return _NAME.sub(lambda found: _BLOCK.sub("*", found[0]), cell)

@@ -1,4 +1,4 @@
-"""Frozen dataclasses that hold what `apply` and `load` need of a plan's row: written as JSON, checked when read.
+"""Defines frozen dataclasses for what `apply` and `load` need of a plan's row: written as JSON, checked when read.
 
 A class names its fields and their types; `from_dict` takes nothing else, whoever wrote the file.
 """
@@ -17,7 +17,7 @@ WORDS = {str: "a text", bool: "true or false", int: "a whole number >= 0", float
 
 @dataclass(frozen=True)
 class Record:
-    """Base of the dataclasses in a plan.
+    """Reads and writes a dataclass of a plan as JSON; the base of all of them.
 
     Fields are texts, flags, counts >= 0, numbers, records, tuples of one of these, or any of them `| None`. A class
     with a `to_dict` and a `from_dict` of its own, as `PackedFormat` has them, may be one too.
@@ -39,7 +39,7 @@ class Record:
 
 @dataclass(frozen=True)
 class RowSettings(Record):
-    """Base of what an algorithm keeps in the rows of its plan.
+    """Marks what an algorithm keeps in the rows of its plan; the base of all of them.
 
     form: tells the classes of one algorithm apart in a file.
     """

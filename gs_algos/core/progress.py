@@ -1,4 +1,4 @@
-"""A progress bar for long loops: rich where it is installed and the output is a terminal, otherwise nothing."""
+"""Shows a progress bar for long loops: rich's where it is installed and the output is a terminal, otherwise nothing."""
 
 from __future__ import annotations
 

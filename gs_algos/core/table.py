@@ -1,4 +1,4 @@
-"""Tables for people: plain text in a terminal, and a table of HTML in a notebook."""
+"""Makes tables for people: plain text in a terminal, and a table of HTML in a notebook."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LEFT = ' style="text-align:left"'  # notebooks set cells to the right
 
 
 class Table(str):
-    """The text of a table, which a notebook shows as HTML. `Table.of` makes one."""
+    """Holds the text of a table, which a notebook shows as HTML. `Table.of` makes one."""
 
     caption: str
     header: tuple[str, ...]
@@ -42,7 +42,7 @@ class Table(str):
         return table
 
     def _repr_html_(self) -> str:
-        """The table as HTML: a caption, a header for each column and row, and the lines below in its foot."""
+        """Returns the table as HTML: a caption, a header for each column and row, and the lines below in its foot."""
         if "header" not in self.__dict__:
             return f"<pre>{escape(self)}</pre>"
         head = "".join(f'<th scope="col"{LEFT}>{escape(title)}</th>' for title in self.header)

@@ -65,7 +65,7 @@ class TrainConfig:
 
 
 class Interrupted(RuntimeError):
-    """Training was stopped by the user after a whole step; what was done is saved if a state file was given."""
+    """Says that the user stopped a training after a whole step; what was done is saved if a state file was given."""
 
 
 def train(
@@ -156,7 +156,7 @@ def make_optimizer(model: nn.Module, training: TrainConfig) -> torch.optim.Optim
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Inside, the first SIGINT only makes the yielded function return True; the second raises KeyboardInterrupt."""
+    """Makes the first SIGINT inside only turn the yielded function True; the second raises KeyboardInterrupt."""
     asked = threading.Event()
 
     def handler(number: int, frame: Any) -> None:

@@ -102,17 +102,17 @@ def bare_name(target: Any) -> str:
 
 
 def is_container(module: nn.Module) -> bool:
-    """True for Sequential and the like, which compute nothing of their own."""
+    """Says whether a module is a Sequential or the like, which compute nothing of their own."""
     return isinstance(module, _CONTAINERS) and _inherits_torch(module, "forward")
 
 
 def is_hookable(module: nn.Module) -> bool:
-    """False for TorchScript modules, which refuse forward hooks."""
+    """Says whether a module takes forward hooks: those of TorchScript refuse them."""
     return not isinstance(module, torch.jit.ScriptModule)
 
 
 def is_plain(module: nn.Module) -> bool:
-    """True if the module's forward is the one of torch.nn, so that its class says all that it computes.
+    """Says whether a module's forward is the one of torch.nn, so that its class says all that it computes.
 
     False for a subclass with its own forward (timm's Conv2dSame pads first) and for a forward patched on the instance.
     """

@@ -105,7 +105,7 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether the path is a file that starts as GGUF files do.
+    """Says whether the path is a file that starts as GGUF files do.
 
     Raises:
         ValueError: if it is a file of another kind.

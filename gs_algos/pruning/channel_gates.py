@@ -22,7 +22,7 @@ Batch = tuple[tuple[Any, ...], dict[str, Any]]  # args and kwargs of a forward
 
 
 class GatedLayer(nn.Module):
-    """Base of the classes that are mixed in front of a layer's own: passes its output through the gate in training."""
+    """Passes a layer's output through its gate in training; mixed in front of the layer's own class."""
 
     prefix = "Gated"
     gate: Tensor
@@ -119,7 +119,7 @@ class Freezer:
         model.register_forward_hook(self.after, with_kwargs=True, always_call=True)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Freezer:
-        """Of a copied model: the source of knock-offs, which may be a data loader, is shared."""
+        """Copies all but the source of knock-offs, which may be a data loader: the copy shares it."""
         new = memo[id(self)] = Freezer(self.change_inputs, self.change_output)
         new.on = self.on
         return new

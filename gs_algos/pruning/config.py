@@ -1,4 +1,4 @@
-"""The options that every pruning algorithm has."""
+"""Defines the options that every pruning algorithm has."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class PruningConfig(AlgorithmConfig):
 
 
 class PruneBaseOptions(TypedDict, total=False):
-    """The fields of `PruningConfig` as keywords of every pruning algorithm, for type checkers."""
+    """Types the fields of `PruningConfig` as keywords of every pruning algorithm, for type checkers."""
 
     rate: float
     budget: str | None

@@ -52,7 +52,7 @@ class GivenKnockoffs:
         return tree_unflatten([_fitting(t, like, rows) for t, like in zip(theirs, own, strict=True)], spec)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Another process begins with the first batch again; an iterator, which only this process has, stays here."""
+        """Leaves the iterator out, which only this process has: another process begins with the first batch again."""
         once = isinstance(self.batches, Iterator)
         return {"batches": () if once else self.batches, "iterator": iter(()), "turn": self.turn}
 

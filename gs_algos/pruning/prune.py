@@ -1,4 +1,4 @@
-"""Prune: cuts channels by a plain importance: norms, batch norm scales, Taylor terms, or at random as a control.
+"""Prunes by a plain importance: cuts channels by norms, batch norm scales, Taylor terms, or at random as a control.
 
 `l1`, `l2`: norm of the channel's weights · `bn`: scale of the batch norm behind it · `taylor`: how much the loss would
 change without it, `(sum g y)^2` over a batch, averaged over `select_steps` batches (Molchanov et al. 2019,
@@ -51,14 +51,14 @@ class PruneConfig(PruningConfig):
 
 
 class PruneOptions(PruneBaseOptions, total=False):
-    """The fields of `PruneConfig` as keywords of `Prune`, for type checkers."""
+    """Types the fields of `PruneConfig` as keywords of `Prune`, for type checkers."""
 
     importance: str
     seed: int
 
 
 class Prune(Pruner):
-    """Magnitude, batch norm, Taylor and random pruning. The options are those of `PruneConfig`, given by keyword.
+    """Cuts channels by magnitude, batch norm scale, Taylor term or at random. Options: those of `PruneConfig`.
 
     ```python
     algo = Prune(rate=0.45, importance="l2", round_to=8)

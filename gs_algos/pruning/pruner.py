@@ -1,4 +1,4 @@
-"""The base of every pruning algorithm: finds groups, masks the units of the lowest scores, and cuts them out.
+"""Holds what all pruning algorithms share: finds groups, masks the units of the lowest scores, and cuts them out.
 
 A prepared network trains in two phases. For `select_steps` optimizer steps its weights stand still and something is
 learned about each channel; then the worst units become zeros, which `step` keeps, and the rest is trained on. `convert`
@@ -55,7 +55,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.float16: 1e-2, torc
 
 
 class Pruner(Algorithm):
-    """Base of the pruning algorithms. A subclass says which layers get gates, what a step learns, and the scores."""
+    """Finds, masks and cuts channels. A subclass says which layers get gates, what a step learns, and the scores."""
 
     row_settings: ClassVar[tuple[type[RowSettings], ...]] = (GroupPlan,)
     migrations: ClassVar[Mapping[int, Migration]] = {1: from_version_1}
@@ -118,11 +118,11 @@ class Pruner(Algorithm):
 
     @property
     def selecting(self) -> bool:
-        """True while weights stand still and the cut is not decided."""
+        """Says whether weights stand still and the cut is not decided."""
         return self._steps < self.config.select_steps
 
     def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:
-        """The dry run: every group of coupled channels, how many of its units go, or why they stay. Touches nothing.
+        """Lists every group of coupled channels, how many of its units go, or why they stay; touches nothing.
 
         Raises:
             ValueError: if the inputs do not run through the model, a rule matches nothing, or no cut meets the budget.

@@ -1,4 +1,4 @@
-"""SCOP: scientific control pruning. Each channel competes with its own answer to inputs that say nothing.
+"""Prunes by SCOP, scientific control: each channel competes with its own answer to inputs that say nothing.
 
 The network sees every batch with knock-offs, inputs that look like the data but do not belong to the labels. A number
 beta per channel mixes the two answers; a channel that is worth no more than its control is pushed to beta <= 1/2.
@@ -73,14 +73,14 @@ class SCOPConfig(PruningConfig):
 
 
 class SCOPOptions(PruneBaseOptions, total=False):
-    """The fields of `SCOPConfig` as keywords of `SCOP`, but for `knockoffs`, for type checkers."""
+    """Types the fields of `SCOPConfig` as keywords of `SCOP`, but for `knockoffs`, for type checkers."""
 
     lr: float
     betas: tuple[float, float]
 
 
 class SCOP(Pruner):
-    """Scientific control pruning. The options are those of `SCOPConfig`, given by keyword.
+    """Cuts channels that do no better than their knock-offs. The options are those of `SCOPConfig`, given by keyword.
 
     ```python
     algo = SCOP(rate=0.45, select_steps=2000)
@@ -120,7 +120,7 @@ class SCOP(Pruner):
 
     @property
     def source(self) -> GivenKnockoffs | PermutedKnockoffs | None:
-        """What makes the knock-offs of the first phase."""
+        """Returns what makes the knock-offs of the first phase."""
         return self._doubling.source
 
     @source.setter

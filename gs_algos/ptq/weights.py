@@ -112,7 +112,7 @@ def plan_weights(
     embeddings: str | Scheme | None = None,
     rules: Sequence[WeightRule] = (),
 ) -> Plan:
-    """The dry run of `quantize_weights` with the same arguments: every weight, its scheme or why it stays float.
+    """Lists what `quantize_weights` would do with the same arguments: every weight, its scheme or why it stays float.
 
     Touches nothing; the model may be on the meta device. It looks at every weight as `quantize_weights` does, since the
     dtype of the scales depends on the values, so with `:mse` it takes as long.

@@ -94,7 +94,7 @@ class GradientDetector:
 
 
 class _ReceivedGradients:
-    """A hook that notes the gradients of parameters. It holds no parameter: they hold it."""
+    """Notes which parameters receive gradients, as a hook. It holds no parameter: they hold it."""
 
     def __init__(self) -> None:
         self.any, self.finite = False, dict[int, Tensor]()

@@ -1,4 +1,4 @@
-"""SimQAT: quantization-aware training by simulated quantization, from a float network to a checked integer one.
+"""Trains by SimQAT, simulated quantization: from a float network to a checked integer one.
 
 Weights and activations are rounded to their grid in the forward pass, with straight-through (or learned-step)
 gradients, so that the network trains against its own quantization error. Jacob et al. 2018, arXiv:1712.05877;
@@ -117,7 +117,7 @@ class SimQATConfig(AlgorithmConfig):
 
 
 class SimQATOptions(TypedDict, total=False):
-    """The fields of `SimQATConfig` as keywords of `SimQAT`, for type checkers."""
+    """Types the fields of `SimQATConfig` as keywords of `SimQAT`, for type checkers."""
 
     weight: str | Scheme
     act: str | Scheme | None
@@ -129,7 +129,7 @@ class SimQATOptions(TypedDict, total=False):
 
 
 class SimQAT(QuantizationTraining):
-    """Quantization-aware training. The options are those of `SimQATConfig`, given by keyword.
+    """Trains a network while its weights and activations are rounded. Options: those of `SimQATConfig`, by keyword.
 
     ```python
     algo = SimQAT(weight="int8@channel", act="int8@tensor:ema")
@@ -158,7 +158,7 @@ class SimQAT(QuantizationTraining):
         super().__init__(config, process_group=process_group, **options)
 
     def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:
-        """The dry run: every Conv and Linear, its schemes and batch norm, or why it stays float. Touches nothing."""
+        """Lists every Conv and Linear, its schemes and batch norm, or why it stays float; touches nothing."""
         with ordinary_tensors(), asked_by("SimQAT.plan"):
             return make_plan(self.name, network_of(model, "SimQAT.plan"), example_inputs, self.config.options())
 

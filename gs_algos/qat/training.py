@@ -1,4 +1,4 @@
-"""The base of SimQAT and SLB, which train a network against its own quantization: everything but their layers."""
+"""Holds what SimQAT and SLB share, which train a network against its own quantization: everything but their layers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class QuantizationTraining(Algorithm):
-    """Base of SimQAT and SLB. A subclass says what its layers are, how they are swapped in, scheduled and converted.
+    """Trains a network to be quantized. A subclass says what its layers are, how they are swapped in and converted.
 
     parity: how far the last converted network was from the trained one.
     """

@@ -10,7 +10,7 @@ from torch import nn
 
 
 class OffFastPath:
-    """Base of modules that replace a float weight or round an input: the fast path would skip them."""
+    """Keeps torch's fast path of transformers off modules that replace a float weight or round an input."""
 
 
 def leave_fast_path(model: nn.Module) -> None:

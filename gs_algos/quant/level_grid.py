@@ -80,16 +80,16 @@ class LevelGrid:
 
     @property
     def step(self) -> float:
-        """Distance of two levels."""
+        """Returns the distance of two levels."""
         return 2 / (self.n_levels - 1)
 
     @property
     def zero(self) -> float:
-        """The code, with a fraction, that stands for 0: level i is `(i - zero) * step`."""
+        """Returns the code, with a fraction, that stands for 0: level i is `(i - zero) * step`."""
         return (self.n_levels - 1) / 2
 
     def levels(self, device: torch.device | str = "cpu") -> Tensor:
-        """`[L]` fp32."""
+        """Returns the levels, `[L]` fp32."""
         return ((torch.arange(self.n_levels, dtype=torch.float64) - self.zero) * self.step).float().to(device)
 
     def n_scales(self, channels: int) -> int:
@@ -119,7 +119,7 @@ def _of_scheme(text: str | Scheme) -> LevelGrid:
 
 
 def _near(text: Any) -> str:
-    """`; use ...` with the grid that was meant, in the words of the author."""
+    """Returns `; use ...` with the grid that was meant, in the words of the author; "" if that is not clear."""
     if type(text) is int and text in BITS:
         return f"; use '{text}bit@channel'"
     guess = nearest(text, "weight") if isinstance(text, str) else ""

@@ -231,7 +231,7 @@ def _refuse_argument(observer: str, argument: Any, got: str) -> None:
 
 
 def _hint(value: object, role: Role) -> str:
-    """`; use ...` where a grid of SLB was given for a scheme."""
+    """Returns `; use ...` where a grid of SLB was given for a scheme; else ""."""
     from gs_algos.quant.level_grid import LevelGrid
 
     use = f"int{value.bits}@{'tensor' if role == 'act' else 'channel'}" if isinstance(value, LevelGrid) else ""

@@ -1,1 +1,1 @@
-"""Rounding to a small integer grid and back, with straight-through and learned-step gradients."""
+"""Rounds to a small integer grid and back, with straight-through and learned-step gradients."""

@@ -1,4 +1,4 @@
-"""Fake-quant on the CPU: one fused pass over memory, compiled for large tensors."""
+"""Computes fake-quant on the CPU in one fused pass over memory, compiled for large tensors."""
 
 from __future__ import annotations
 

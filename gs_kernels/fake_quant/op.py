@@ -1,4 +1,4 @@
-"""Fake-quant and its gradient: implementations, registration, the public function."""
+"""Defines fake-quant and its gradient: implementations, registration, the public function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real values to integer codes and back: implementations, registration, the public functions."""
+"""Turns real values into integer codes and back: implementations, registration, the public functions."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _dequantize = register(
 def quantize(
     x: Tensor, scale: Tensor, zero: Tensor, *, qmin: int, qmax: int, granularity: Granularity = PER_TENSOR
 ) -> Tensor:
-    """The integer codes of x: `clamp(round(x / s) + z, qmin, qmax)`, rounded exactly as `fake_quant` does. No gradient.
+    """Returns the integer codes of x: `clamp(round(x / s) + z, qmin, qmax)`, rounded as `fake_quant` does. No gradient.
 
     NaN has no code: it becomes qmin.
 

@@ -27,7 +27,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {"elements": (1024, 2048, 4096, 8192, 1638
 
 
 def _make(problem: Problem, device: str) -> tuple[Any, ...]:
-    """x, dy, one scale per channel, zero, and the axis."""
+    """Makes x, dy, one scale per channel, zero, and the axis."""
     sizes, axis = SHAPES[problem["by"]]
     rest = sizes[1] * (sizes[2] if len(sizes) == 3 else 1)
     shape = (max(1, problem["n"] // rest), *sizes[1:])
@@ -39,7 +39,7 @@ def _make(problem: Problem, device: str) -> tuple[Any, ...]:
 
 
 def _run(problem: Problem, operands: Any, machine: Machine) -> tuple[Tensor, ...]:
-    """What a training step with learned scales does: the range, the values, the gradients."""
+    """Runs what a training step with learned scales does: the range, the values, the gradients."""
     kernel = importlib.import_module("gs_kernels.fake_quant.kernel")
     ranges = importlib.import_module("gs_kernels.observe.kernel")
     x, dy, scale, zero, axis = operands

@@ -1,1 +1,1 @@
-"""Ranges of tensors, alone or in the same pass as fake-quant."""
+"""Finds ranges of tensors, alone or in the same pass as fake-quant."""

@@ -1,4 +1,4 @@
-"""Ranges of tensors, and fake-quant in the same pass: implementations, registration, the public functions."""
+"""Finds ranges of tensors, and fake-quantizes in the same pass: implementations, registration, the public functions."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def minmax(x: Tensor, *, granularity: Granularity = PER_TENSOR) -> tuple[Tensor,
 def dynamic_fake_quant(
     x: Tensor, *, qmin: int, qmax: int, symmetric: bool, granularity: Granularity = PER_TENSOR
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fake-quant with the scale of x itself: `minmax`, then `choose_qparams`, then `fake_quant`, in one launch per row.
+    """Fake-quantizes with the scale of x itself: `minmax`, `choose_qparams`, then `fake_quant`, in one launch per row.
 
     The gradient goes to x only, straight through, scale and zero being constants. For weights, each step.
 
@@ -144,7 +144,7 @@ def dynamic_fake_quant(
 def observe_fake_quant(
     x: Tensor, scale: Tensor, zero: Tensor, *, qmin: int, qmax: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`fake_quant` per tensor with the given scale and, in the same pass over x, its smallest and largest value.
+    """Does `fake_quant` per tensor and, in the same pass over x, finds its smallest and largest value.
 
     Gradients as `fake_quant`; the range has none. For activations during training: the range feeds a running average
     that gives the scale of the next step.

@@ -22,7 +22,7 @@ _logged = False
 
 
 class UnsuitableError(RuntimeError):
-    """A faster way cannot run here; the caller takes plain tensor operations."""
+    """Says that a faster way cannot run here; the caller takes plain tensor operations."""
 
 
 def derived(weight: PackedWeight, kind: Hashable, build: Callable[[PackedWeight], T]) -> T:

@@ -133,7 +133,7 @@ def zero_kind(zero, bits, mantissa, asm):
 
 @constexpr_function
 def is_sign(zero, known, bits, mantissa, asm):
-    """Whether values are ±scale / 2, and made as ±1: one operation less a code."""
+    """Says whether values are ±scale / 2, and made as ±1: one operation less a code."""
     return known and asm and bits == 1 and mantissa > 0 and float(zero) == 0.5
 
 

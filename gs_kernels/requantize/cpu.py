@@ -100,7 +100,7 @@ def fused_requantize(
 
 
 def is_dense(t: Tensor) -> bool:
-    """Whether t has elements and they fill their memory, in whatever order of axes."""
+    """Says whether t has elements and they fill their memory, in whatever order of axes."""
     if t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)):
         return t.numel() > 0
     step = 1

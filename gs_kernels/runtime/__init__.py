@@ -1,1 +1,1 @@
-"""What every op is made of, and knows of PyTorch."""
+"""Holds what every op is made of, and all that the ops know of PyTorch's insides."""

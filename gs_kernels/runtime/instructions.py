@@ -1,4 +1,4 @@
-"""Which instruction sets of this CPU are used: those that it has, less those that the user forbids.
+"""Says which instruction sets of this CPU are used: those that it has, less those that the user forbids.
 
 `ATEN_CPU_CAPABILITY` and `ONEDNN_MAX_CPU_ISA` forbid them to PyTorch and to oneDNN, e.g. `avx2` and `AVX2`; code of
 this library obeys both. A newer CPU so plays an older one, in one process from its start.
@@ -20,7 +20,7 @@ LEVELS = {"AVX2": 1, "AVX512": 2}  # of ATen; less is the smallest set of the ar
 
 @cache
 def has(name: str) -> bool:
-    """Whether instructions, e.g. `avx512_vnni`, are there and not forbidden; names as `torch.cpu.get_capabilities`."""
+    """Says whether instructions are there and not forbidden, by names of `torch.cpu.get_capabilities`."""
     if not torch.cpu.get_capabilities().get(name):
         return False
     needed = NEEDS.get(name, "AVX512_CORE" if name.startswith("avx512") else None)
@@ -40,19 +40,19 @@ def _allows(isa: str) -> bool:
 
 
 def multiplies_int8() -> bool:
-    """Whether ATen and oneDNN multiply int8 faster than fp32: with VNNI. Without it `torch._int_mm` is a plain loop."""
+    """Says whether ATen and oneDNN multiply int8 faster than fp32: with VNNI. Else `torch._int_mm` is a plain loop."""
     return has("avx512_vnni")
 
 
 def vectors() -> str:
-    """The widest vectors that code of this library is compiled for: "avx512", "avx2", or "": what every CPU has."""
+    """Returns the widest vectors that C++ here is compiled for: "avx512", "avx2", or "", what every CPU has."""
     if all(has(name) for name in ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "fma3")):
         return "avx512"
     return "avx2" if has("avx2") and has("fma3") and has("f16c") else ""
 
 
 def described() -> str:
-    """For people, e.g. "AVX-512 VNNI" or "AVX2"."""
+    """Names the instructions in use for people, e.g. "AVX-512 VNNI" or "AVX2"."""
     if vectors() == "avx512":
         extra = [text for name, text in (("avx512_vnni", "VNNI"), ("avx512_bf16", "BF16")) if has(name)]
         return " ".join(["AVX-512", *extra, *(["AMX"] if has("amx_int8") or has("amx_bf16") else [])])

@@ -1,4 +1,4 @@
-"""What tests, the AOT gate and the benchmarks need to know of an op: data, not a framework.
+"""Defines what tests, the AOT gate and the benchmarks need to know of an op: data, not a framework.
 
 `OPS` names the folders. `specs()` imports `gs_kernels.<folder>.spec` for each and returns every `OpSpec` found in its
 `SPECS`. A new op is one folder and one word here; conformance, gradients, fences, AOT gate and benchmark come with it.
@@ -20,7 +20,7 @@ Shape: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True)
 class Tol:
-    """Agreement with the reference, element by element: `|got - want| <= atol + rtol * |want|`. Tol(0, 0) is exact."""
+    """Bounds each element's difference from the reference: `|got - want| <= atol + rtol * |want|`; (0, 0) is exact."""
 
     rtol: float
     atol: float
@@ -28,7 +28,7 @@ class Tol:
 
 @dataclass(frozen=True)
 class Cost:
-    """nbytes: bytes that must cross HBM once. flops: floating-point operations that cannot be avoided."""
+    """Counts bytes that must cross HBM once (nbytes) and floating-point operations that cannot be avoided (flops)."""
 
     nbytes: int
     flops: int
@@ -36,7 +36,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Case:
-    """One call: `run(*args, **kwargs)`. `grad_args` are the positions in args that may require a gradient."""
+    """Holds one call, `run(*args, **kwargs)`. `grad_args` are the positions in args that may require a gradient."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -45,7 +45,7 @@ class Case:
 
 @dataclass(frozen=True)
 class AotCase:
-    """One launch to compile without a GPU: `launch()` calls the op's own launcher on meta tensors.
+    """Describes one launch to compile without a GPU: `launch()` calls the op's own launcher on meta tensors.
 
     Bounds are for the whole kernel, on every target unless said: no spills ever; `max_regs` per thread;
     `max_instructions` issued per element by one thread (NVIDIA targets), `elements` being what one program handles,

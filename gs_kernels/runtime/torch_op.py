@@ -1,4 +1,4 @@
-"""How an op becomes a `torch.library` op that eager mode, autograd, `torch.compile` and `torch.export` all understand.
+"""Makes a `torch.library` op that eager mode, autograd, `torch.compile` and `torch.export` all understand.
 
 `torch.library.triton_op` does the same and imports triton at registration, which importing gs_kernels must not.
 
@@ -64,7 +64,7 @@ SOURCE = _hash_sources()
 
 @dataclass(frozen=True)
 class Carried:
-    """A class of objects that a schema carries as several plain arguments.
+    """Describes a class of objects that a schema carries as several plain arguments.
 
     Args:
         cls: the class; a schema names it as a type.
@@ -89,7 +89,7 @@ _carried: dict[type, Carried] = {}  # what registered ops carry
 
 
 class Op:
-    """An op as functions call it: with whole arguments, in the order of its schema; see the picture above."""
+    """Calls an op with whole arguments, in the order of its schema; see the picture above."""
 
     def __init__(
         self,

@@ -77,7 +77,7 @@ current_gpu: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda
 
 
 def is_eager(*tensors: Tensor, plain: frozenset[type] = PLAIN) -> bool:
-    """True if these are real tensors outside any tracing: only then may a body call compiled code or look at values.
+    """Says whether these are real tensors outside any tracing: only then may a body look at values.
 
     plain: the types of tensors that count as such.
     """

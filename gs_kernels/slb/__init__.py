@@ -1,1 +1,1 @@
-"""Searching for low-bit weights: mixing levels with a softmax, choosing them, and learning the logits that choose."""
+"""Searches for low-bit weights: mixes levels with a softmax, chooses one, and learns the logits that choose."""

@@ -1,4 +1,4 @@
-"""Optimizer steps that make the gradient of the logits as they use it: implementations, registration, public functions.
+"""Updates logits by gradients that are computed as they are used: implementations, registration, public functions.
 
 A step takes dW, the gradient of the weight, which is L times smaller than that of the logits; under data parallelism it
 is also what ranks need to exchange. So the logits go into `slb_weight` detached, the weight keeps its `.grad`, and the
@@ -107,7 +107,7 @@ def slb_adamw_(
     weight_decay: float = 1e-2,
     frozen: Tensor | None = None,
 ) -> None:
-    """One step of `torch.optim.AdamW` on the logits of `slb_weight`, given dW: their gradient is never stored.
+    """Does one step of `torch.optim.AdamW` on the logits of `slb_weight`, given dW: their gradient is never stored.
 
     Writes logits, exp_avg and exp_avg_sq, each read and written once.
 
@@ -160,7 +160,7 @@ def slb_sgd_(
     nesterov: bool = False,
     frozen: Tensor | None = None,
 ) -> None:
-    """One step of `torch.optim.SGD` on the logits of `slb_weight`, given dW: their gradient is never stored.
+    """Does one step of `torch.optim.SGD` on the logits of `slb_weight`, given dW: their gradient is never stored.
 
     Writes logits and momentum_buffer, each read and written once. No dampening.
 

@@ -20,7 +20,7 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
 def _make(problem: Problem, device: str) -> tuple[Tensor, ...]:
-    """Logits, dw, levels, temperature, a scale per row, a momentum, and zeros for dw and the moments."""
+    """Makes logits, dw, levels, temperature, a scale per row, a momentum, and zeros for dw and the moments."""
     planes, dtype = problem["planes"], DTYPES[problem["itemsize"]]
     o = min(ROWS, problem["n"])
     k = max(1, problem["n"] // o)
@@ -37,7 +37,7 @@ def _make(problem: Problem, device: str) -> tuple[Tensor, ...]:
 
 
 def _mix(problem: Problem, operands: Any, machine: Machine) -> tuple[Tensor, ...]:
-    """The weight and its gradients."""
+    """Computes the weight and its gradients."""
     kernel = importlib.import_module("gs_kernels.slb.kernel")
     logits, dw, levels, one, scale, *_ = operands
     shape = [logits.shape[0], logits.shape[2]]

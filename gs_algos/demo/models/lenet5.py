@@ -1,4 +1,4 @@
-"""LeNet-5 (LeCun et al. 1998), with ReLU, max pooling and padded convolutions so that 8x8 images fit too."""
+"""Builds LeNet-5 (LeCun et al. 1998), with ReLU, max pooling and padded convolutions so that 8x8 images fit too."""
 
 from __future__ import annotations
 

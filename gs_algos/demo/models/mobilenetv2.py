@@ -1,4 +1,4 @@
-"""MobileNetV2 (Sandler et al. 2018, arXiv:1801.04381): depthwise convolutions between narrow residual ends."""
+"""Builds MobileNetV2 (Sandler et al. 2018, arXiv:1801.04381): depthwise convolutions between narrow residual ends."""
 
 from __future__ import annotations
 

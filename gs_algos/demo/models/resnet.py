@@ -1,4 +1,4 @@
-"""Residual networks (He et al. 2016, arXiv:1512.03385): the CIFAR family (20, 56, ...) and ResNet-18."""
+"""Builds residual networks (He et al. 2016, arXiv:1512.03385): the CIFAR family (20, 56, ...) and ResNet-18."""
 
 from __future__ import annotations
 
@@ -80,15 +80,15 @@ def resnet_cifar(depth: int, in_channels: int, num_classes: int) -> ResNet:
 
 
 def resnet20(in_channels: int, num_classes: int, image_size: int) -> ResNet:
-    """0.27 M parameters; any image size, the stem keeps the resolution."""
+    """Builds ResNet-20: 0.27 M parameters; any image size, the stem keeps the resolution."""
     return resnet_cifar(20, in_channels, num_classes)
 
 
 def resnet56(in_channels: int, num_classes: int, image_size: int) -> ResNet:
-    """0.86 M parameters; any image size, the stem keeps the resolution."""
+    """Builds ResNet-56: 0.86 M parameters; any image size, the stem keeps the resolution."""
     return resnet_cifar(56, in_channels, num_classes)
 
 
 def resnet18(in_channels: int, num_classes: int, image_size: int) -> ResNet:
-    """11.2 M parameters, widths 64..512; the 3x3 stem up to 64 pixels, the ImageNet stem above."""
+    """Builds ResNet-18: 11.2 M parameters, widths 64..512; a 3x3 stem up to 64 pixels, ImageNet's above."""
     return ResNet(in_channels, num_classes, (2, 2, 2, 2), (64, 128, 256, 512), small_stem=image_size <= 64)

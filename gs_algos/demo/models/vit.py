@@ -1,4 +1,4 @@
-"""A small vision transformer (Dosovitskiy et al. 2021, arXiv:2010.11929; width of DeiT's "tiny", arXiv:2012.12877)."""
+"""Builds a small vision transformer (Dosovitskiy et al. 2021, arXiv:2010.11929; DeiT's "tiny", arXiv:2012.12877)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: `x + attention(norm1(x))`, then `x + mlp(norm2(x))`."""
+    """Computes a pre-norm transformer block: `x + attention(norm1(x))`, then `x + mlp(norm2(x))`."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -62,6 +62,6 @@ class ViT(nn.Module):
 
 
 def vit_tiny(in_channels: int, num_classes: int, image_size: int) -> ViT:
-    """Width 192, 3 heads. Patch 2 up to 16 pixels, 4 up to 64, 16 above; depth 6 up to 64 pixels, 12 above."""
+    """Builds width 192, 3 heads. Patch 2 up to 16 pixels, 4 up to 64, 16 above; depth 6 up to 64 pixels, 12 above."""
     patch = 2 if image_size <= 16 else 4 if image_size <= 64 else 16
     return ViT(in_channels, num_classes, image_size, patch, dim=192, depth=6 if image_size <= 64 else 12, heads=3)

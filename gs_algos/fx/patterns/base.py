@@ -57,7 +57,7 @@ class View:
         return get_module(self.model, node.module)
 
     def learned(self, node: Node) -> bool:
-        """True if the weight of a functional conv or linear depends on a parameter; a fixed filter does not."""
+        """Says whether the weight of a functional conv or linear depends on a parameter; a fixed filter does not."""
         stack, seen = list(node.inputs[1:]), set[int]()
         while stack:
             source = self.graph.nodes[stack.pop()]

@@ -38,7 +38,7 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _written(tensor: Tensor, target: Tensor) -> Tensor:
-    """bool in the shape of `tensor`: the elements that lie in `target`, a view of the same memory."""
+    """Marks the elements of `tensor` that lie in `target`, a view of the same memory: bool, shaped like `tensor`."""
     if tensor.element_size() != target.element_size():
         first = torch.zeros(tensor.shape, dtype=torch.bool, device="cpu")
         first.view(-1)[:1] = True  # which elements cannot be told, so none counts as whole

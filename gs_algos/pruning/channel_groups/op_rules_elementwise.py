@@ -1,4 +1,4 @@
-"""The rule of tensors that are combined element by element, which most other rules use."""
+"""Follows channels through tensors that are combined element by element, which most other rules use."""
 
 from __future__ import annotations
 

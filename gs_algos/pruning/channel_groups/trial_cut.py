@@ -1,4 +1,4 @@
-"""Trial cuts: check that a network runs, and computes the same, with one unit of a group gone."""
+"""Tries cuts: checks that a network runs, and computes the same, with one unit of a group gone."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 
 class SLB(QuantizationTraining):
-    """Training that searches for low-bit weights. The options are those of `SLBConfig`, given by keyword.
+    """Trains a network while low-bit weights are searched. The options are those of `SLBConfig`, given by keyword.
 
     weight: `int1|int2|int4|int8@channel|tensor[:lsq]`, or `2bit@channel:learned` for `int2@channel:lsq`; `2bit` has no
     scale, which a batch norm behind each layer replaces.
@@ -89,7 +89,7 @@ class SLB(QuantizationTraining):
         super().__init__(config, process_group=process_group, **options)
 
     def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:
-        """The dry run: every Conv and Linear, its grid and logits, or why it stays float. Touches nothing."""
+        """Lists every Conv and Linear, its grid and logits, or why it stays float; touches nothing."""
         with ordinary_tensors(), asked_by("SLB.plan"):
             return make_plan(self.name, network_of(model, "SLB.plan"), example_inputs, self.config.options())
 

@@ -45,7 +45,7 @@ def calibrate_norms(
 
 @contextmanager
 def _collecting(model: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
-    """Eval mode but for the norms, which average what they see; an error gives them their statistics back."""
+    """Sets eval mode but for the norms, which average what they see; an error gives them their statistics back."""
     momenta = [norm.momentum for norm in norms]
     before = [[None if b is None else b.clone() for b in norm._buffers.values()] for norm in norms]
     try:

@@ -1,4 +1,4 @@
-"""The options of SLB."""
+"""Defines the options of SLB."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _positive(value: Any) -> bool:
 
 
 class SLBOptions(TypedDict, total=False):
-    """The fields of `SLBConfig` as keywords of `SLB`, for type checkers."""
+    """Types the fields of `SLBConfig` as keywords of `SLB`, for type checkers."""
 
     weight: str | Scheme | LevelGrid
     act: str | Scheme | None

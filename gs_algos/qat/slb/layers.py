@@ -1,4 +1,4 @@
-"""Layers whose weight is being searched: the class of a `nn.Linear` or `nn.Conv*d` is swapped in place.
+"""Defines layers whose weight is being searched: the class of a `nn.Linear` or `nn.Conv*d` is swapped in place.
 
 A swapped layer has a child `search` (search.py) in place of its parameter `weight`, and may have the children
 `input_quantizer` and `output_quantizer`. With a fused optimizer it keeps the parameter `weight` as well: the mixture,
@@ -25,7 +25,7 @@ from gs_kernels.runtime.torch_private import _BatchNorm
 
 
 class SearchedLayer(IntegerEval):
-    """Base of the classes that are mixed in front of a layer's own: computes with the searched weight."""
+    """Computes with the searched weight; mixed in front of the layer's own class."""
 
     prefix = "Searched"
     search: LevelSearch

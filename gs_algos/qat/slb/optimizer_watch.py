@@ -89,11 +89,11 @@ class LogitsWatch:
 
 
 def _mixture(layer: SearchedLayer) -> nn.Parameter | None:
-    """The parameter `weight` that a fused layer keeps beside its logits."""
+    """Returns the parameter `weight` that a fused layer keeps beside its logits."""
     return layer._parameters["weight"]
 
 
 def _other_parameters(model: nn.Module, layers: Sequence[SearchedLayer]) -> list[nn.Parameter]:
-    """The parameters of a network that are neither logits nor weights of fused layers."""
+    """Lists the parameters of a network that are neither logits nor weights of fused layers."""
     searched = {id(p) for layer in layers for p in (layer.search.logits, layer._parameters.get("weight"))}
     return [p for p in model.parameters() if id(p) not in searched]

@@ -1,4 +1,4 @@
-"""PACT: an activation clipped to a learned bound, then rounded to a uniform grid below it (arXiv:1805.06085)."""
+"""Clips an activation to a learned bound and rounds it to a uniform grid below: PACT (arXiv:1805.06085)."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ _normalized = WeakTensorKeyDictionary()  # input -> the batch norm, the input's 
 
 
 class WithChildren(_BatchNorm):
-    """A batch norm that may have children which run behind it (timm's BatchNormAct2d: an activation)."""
+    """Types a batch norm that may have children which run behind it (timm's BatchNormAct2d: an activation)."""
 
     _norm_children: tuple[nn.Module, ...]  # in a tuple: they are registered already
 
@@ -24,7 +24,7 @@ class WithChildren(_BatchNorm):
 
 
 class CoupledBatchNorm(WithChildren):
-    """Base of batch norms that share their work with the layer in front."""
+    """Shares a batch norm's work with the layer in front; the base of such batch norms."""
 
     @property
     def qconfig(self) -> None:

@@ -44,7 +44,7 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class FakeQuantized(IntegerEval):
-    """Base of fake-quantized layers. Mixed in front of the layer's own class."""
+    """Rounds the weight, and input or output, of a layer; mixed in front of the layer's own class."""
 
     prefix = "FakeQuant"
     weight_quantizer: WeightQuantizer

@@ -38,7 +38,7 @@ def round_straight_through(value: Tensor) -> Tensor:
 
 
 class Quantizer(nn.Module, OffFastPath):
-    """Base of both kinds: fp32 state whatever dtype the model is cast to, a gate that delays rounding, learnt scales.
+    """Rounds on a grid whose state is fp32 whatever the model is cast to; a gate delays rounding, scales may be learnt.
 
     State: `scale [C]`, `zero [C]` fp32, real = (q - zero) * scale; parameters where the scheme says `lsq`.
     """
@@ -185,12 +185,12 @@ class ActivationQuantizer(Quantizer):
 
     @property
     def updates_range(self) -> bool:
-        """True if the range moves with the data in training; other ranges come from calibration alone."""
+        """Says whether the range moves with the data in training; other ranges come from calibration alone."""
         return self.scheme.observer in ("ema", "minmax") and not self.scheme.learned
 
     @property
     def wants_samples(self) -> bool:
-        """True if calibration must keep values, not only extremes."""
+        """Says whether calibration must keep values, not only extremes."""
         return self.scheme.learned or self.scheme.observer in ("percentile", "mse")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ def update_ranges(quantizers: Sequence[ActivationQuantizer], group: dist.Process
 
 
 def _merge(quantizers: list[ActivationQuantizer], pending: Tensor) -> None:
-    """`update_ranges` for quantizers of one scheme; pending `[Q, 2]` is the same on every rank."""
+    """Does what `update_ranges` does, for quantizers of one scheme; pending `[Q, 2]` is the same on every rank."""
     scheme = quantizers[0].scheme
     old = torch.stack([q.range for q in quantizers])  # [Q, 2]
     first = torch.stack([q.steps for q in quantizers]) == 0  # [Q, 1]
