@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from typing_extensions import Self
 
-from gs_algos.core.layer_rules import did_you_mean, rules_of
+from gs_algos.core.did_you_mean import did_you_mean
+from gs_algos.core.layer_rules import rules_of
 
 
 def signature_of(cls: Any) -> inspect.Signature:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import nn
+
+from gs_algos.core.did_you_mean import did_you_mean
 
 RulePattern: TypeAlias = str | type[nn.Module]
 Rule: TypeAlias = tuple[RulePattern, Mapping[str, Any] | None]
@@ -57,12 +58,6 @@ def rules_of(rules: Any, who: str) -> tuple[Any, ...]:
     if single:
         raise TypeError(f"{must} one rule; use [{tuple(rules)!r}]")
     return tuple(tuple(rule) if isinstance(rule, list) else rule for rule in rules)
-
-
-def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """Returns `; did you mean ...?` with the nearest of the words, or "" if none is near."""
-    near = difflib.get_close_matches(word, list(words), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _checked(rule: Any, options: Mapping[str, Any], who: str) -> Rule:

@@ -19,7 +19,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from gs_algos.core.algorithm import Algorithm, Restores
-from gs_algos.core.layer_rules import did_you_mean
+from gs_algos.core.did_you_mean import did_you_mean
 
 ALGORITHMS = {
     "prune": "gs_algos.pruning.prune:Prune",

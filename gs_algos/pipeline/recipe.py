@@ -33,7 +33,7 @@ from typing import Any, TypeVar
 
 from gs_algos.core.algorithm import Algorithm
 from gs_algos.core.arguments import as_path, as_seed
-from gs_algos.core.layer_rules import did_you_mean
+from gs_algos.core.did_you_mean import did_you_mean
 from gs_algos.core.registry import algorithm_class
 from gs_algos.qat.training import QuantizationTraining
 

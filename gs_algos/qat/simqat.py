@@ -30,10 +30,11 @@ from gs_algos.qat.optimizer_watch import TrainingWatch
 from gs_algos.qat.training import QuantizationTraining
 from gs_algos.quant.fake_quant.layers import FakeQuantized, Folded
 from gs_algos.quant.fake_quant.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
-from gs_algos.quant.network.convert import Parity, convert_model, summary_of, swap_converted_layers
+from gs_algos.quant.network.convert import Parity, convert_model, swap_converted_layers
 from gs_algos.quant.network.layer_plan import layer_rows
 from gs_algos.quant.network.planning import make_plan, with_planned_layers
 from gs_algos.quant.network.prepare import QuantOptions, refuse_nonfinite, swap_layers
+from gs_algos.quant.network.summary import summary_of
 from gs_algos.quant.scheme import Scheme, as_text, check_rules
 from gs_kernels.runtime.torch_private import _BatchNorm
 

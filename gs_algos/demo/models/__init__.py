@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from gs_algos.core.layer_rules import did_you_mean
+from gs_algos.core.did_you_mean import did_you_mean
 from gs_algos.demo.imported import import_network, is_imported
 from gs_algos.demo.models.lenet5 import LeNet5
 from gs_algos.demo.models.mlp import MLP

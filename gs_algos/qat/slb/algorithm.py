@@ -32,10 +32,11 @@ from gs_algos.core.plan import Plan, PlanRow, rows_of
 from gs_algos.fx.modularize.functional_calls import modularize_again
 from gs_algos.qat.slb.batch_norm import calibrate_norms
 from gs_algos.qat.slb.config import SLBConfig, SLBOptions
-from gs_algos.qat.slb.convert import packed_layer, summary_of, unfilled_packed_layer
+from gs_algos.qat.slb.convert import packed_layer, unfilled_packed_layer
 from gs_algos.qat.slb.layers import SearchedLayer
 from gs_algos.qat.slb.optimizer_watch import LogitsWatch
 from gs_algos.qat.slb.prepare import install, start
+from gs_algos.qat.slb.report import draw, summary_of
 from gs_algos.qat.slb.schedule import Schedule
 from gs_algos.qat.slb.search import NOT_YET
 from gs_algos.qat.training import QuantizationTraining
@@ -250,8 +251,6 @@ class SLB(QuantizationTraining):
         Raises:
             ValueError: if `trace=0`.
         """
-        from gs_algos.qat.slb.report import draw
-
         draw(self.traces(), self.config.schedule(), path)
 
     @classmethod

@@ -12,7 +12,7 @@ from gs_algos.qat.slb.layers import SearchedLayer
 from gs_algos.qat.slb.pact import parse_act
 from gs_algos.quant.integer.layers import QuantizedConv, QuantizedLayer, QuantizedLinear
 from gs_algos.quant.level_grid import LevelGrid
-from gs_algos.quant.network.convert import batch_norm_of, layer_table, output_quantizer_of, prepared_layer, round_bias
+from gs_algos.quant.network.convert import batch_norm_of, output_quantizer_of, prepared_layer, round_bias
 from gs_algos.quant.network.layer_plan import LayerPlan
 from gs_algos.quant.packed.conv import PackedConv
 from gs_algos.quant.packed.conv_base import conv_rows, geometry_of
@@ -56,28 +56,6 @@ def unfilled_packed_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Modul
     if not grid.learned and row.settings.bn is None:  # a batch norm's gamma may turn them around
         new.signs = "positive"
     return new
-
-
-def summary_of(model: nn.Module) -> str:
-    """Returns a table of a model's searched or packed layers: codes, bytes, how far the search is, the arithmetic."""
-
-    def row(module: nn.Module) -> tuple[Any, ...] | None:
-        if isinstance(module, SearchedLayer):
-            search = module.search
-            state = "one-hot" if search.one_hot else f"searching, gap {search.discretization_gap().item():.3f}"
-            nbytes = search.logits.numel() * search.logits.element_size()
-            return search.grid, _act(module), f"{nbytes:,} of logits", state, ""
-        if isinstance(module, Packed):
-            notes = "; ".join(getattr(module, "notes", ()))
-            return f"{module.bits}bit", _act(module), f"{module.nbytes:,}", module.path(), notes
-        return None
-
-    return layer_table(model, row)
-
-
-def _act(layer: Any) -> str:
-    quantizer = getattr(layer, "input_quantizer", None)
-    return "float" if quantizer is None else quantizer.extra_repr()
 
 
 def _layer_with(

@@ -1,4 +1,4 @@
-"""Draws a search: how far each layer's mixture is from its codes, and how the softmax becomes one-hot."""
+"""Reports a search: as a table of its layers, and as a picture of how their mixtures become codes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gs_algos.core.files import whole_file
+from gs_algos.qat.slb.layers import SearchedLayer
 from gs_algos.qat.slb.schedule import Schedule
+from gs_algos.quant.network.summary import layer_table
+from gs_algos.quant.packed.module import Packed
+
+
+def summary_of(model: nn.Module) -> str:
+    """Returns a table of a model's searched or packed layers: codes, bytes, how far the search is, the arithmetic."""
+
+    def row(module: nn.Module) -> tuple[Any, ...] | None:
+        if isinstance(module, SearchedLayer):
+            search = module.search
+            state = "one-hot" if search.one_hot else f"searching, gap {search.discretization_gap().item():.3f}"
+            nbytes = search.logits.numel() * search.logits.element_size()
+            return search.grid, _act(module), f"{nbytes:,} of logits", state, ""
+        if isinstance(module, Packed):
+            notes = "; ".join(getattr(module, "notes", ()))
+            return f"{module.bits}bit", _act(module), f"{module.nbytes:,}", module.path(), notes
+        return None
+
+    return layer_table(model, row)
+
+
+def _act(layer: Any) -> str:
+    quantizer = getattr(layer, "input_quantizer", None)
+    return "float" if quantizer is None else quantizer.extra_repr()
 
 
 def draw(traces: Mapping[str, Tensor], schedule: Schedule, path: str | os.PathLike[str]) -> Path:

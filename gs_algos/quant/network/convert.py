@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gs_algos.core.algorithm import Inputs, evaluating, run
 from gs_algos.core.compare import relative_error
 from gs_algos.core.modules import TRACING, get_module, set_module
-from gs_algos.core.plan import PlanRow, render_layers
+from gs_algos.core.plan import PlanRow
 from gs_algos.fx.capture.tracers import tensors_of
 from gs_algos.fx.fold_batch_norm import after_norm
 from gs_algos.fx.modularize.functional_calls import release
@@ -234,30 +234,6 @@ def unfilled_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> QuantizedLayer:
     if not scheme.learned and row.settings.bn is None:  # a batch norm's gamma may turn them around
         new.signs = "positive"
     return new
-
-
-def summary_of(model: nn.Module) -> str:
-    """Renders a table of a model's quantized layers, prepared or converted, with bytes and the arithmetic of each."""
-
-    def row(module: nn.Module) -> tuple[Any, ...] | None:
-        if isinstance(module, FakeQuantized):
-            act = module.input_quantizer or module.output_quantizer
-            scheme, act_scheme = module.weight_quantizer.scheme, act.scheme if act else "float"
-            return str(scheme), act_scheme, "", "fake-quant in float", ""
-        if isinstance(module, QuantizedLayer):
-            quantizer = module.input_quantizer or module.output_quantizer
-            act_scheme = quantizer.scheme if quantizer else "float"
-            notes = "; ".join(getattr(module, "notes", ()))
-            return str(module.scheme), act_scheme, f"{module.nbytes:,}", module.path(), notes
-        return None
-
-    return layer_table(model, row)
-
-
-def layer_table(model: nn.Module, row_of: Callable[[nn.Module], tuple[Any, ...] | None]) -> str:
-    """Renders a table with one row per module; row_of: the cells behind its name, None for modules without a row."""
-    rows = [(name, *row) for name, module in model.named_modules() if (row := row_of(module)) is not None]
-    return render_layers(("layer", "weight", "activation", "bytes", "runs as", "why no more"), rows)
 
 
 def prepared_layer(model: nn.Module, site: str, kind: type[Layer]) -> Layer:
