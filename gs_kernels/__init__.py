@@ -8,10 +8,10 @@ from gs_kernels.observe.qparams import choose_qparams
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed, pack_codes, pack_weight, repack, unpack_codes
 from gs_kernels.qconv2d.op import qconv2d
-from gs_kernels.qconv2d.op_int8 import code_sums, qconv2d_int8
+from gs_kernels.qconv2d.op_int8 import qconv2d_int8
 from gs_kernels.qmatmul.op import qmatmul
 from gs_kernels.qmatmul.op_fp8 import qmatmul_fp8
-from gs_kernels.qmatmul.op_int8 import qmatmul_int8, quantize_rows, row_sums
+from gs_kernels.qmatmul.op_int8 import code_sums, qmatmul_int8, quantize_rows, row_sums
 from gs_kernels.requantize.op import requantize
 from gs_kernels.runtime.dispatch import UnsupportedError
 from gs_kernels.slb.op import slb_weight

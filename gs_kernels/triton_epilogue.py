@@ -6,10 +6,13 @@ One of each serves products and convolutions, of floats and of 8-bit codes: what
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import constexpr_function
 
 from gs_kernels.fake_quant.tiles import power_of_two
+from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.pack.triton_unpack import load_grid
 from gs_kernels.runtime.dispatch import launch
-from gs_kernels.triton_lib import activate, clamp, inverse, steps
+from gs_kernels.triton_lib import activate, clamp, inverse, round_half_even, steps
 
 
 @triton.jit
@@ -26,24 +29,79 @@ def pixels(offs_m, M, P, Q):
     return rows // (P * Q), inside // Q, inside % Q
 
 
+@constexpr_function
+def is_whole(number):
+    return float(number).is_integer()
+
+
+@triton.jit
+def twice(part, FACTOR: tl.constexpr):
+    """Computes `2 * part / FACTOR`, which is whole, of int32."""
+    if FACTOR >= 2:
+        part = part // (FACTOR // 2)
+    else:
+        part = part * 2
+    return part
+
+
+@triton.jit
+def split_zero(zero, STEPS: tl.constexpr):
+    """Splits a zero point: twice it to 1 / STEPS, int32, and what is left of it, fp32."""
+    near2 = round_half_even(zero * STEPS) * (2 // STEPS)
+    return near2.to(tl.int32), zero - near2 * 0.5
+
+
+@triton.jit
+def real_sums(
+    sums, x_sums, code_sums_ptr, x_zero, n, scale_ptr, zero_ptr, offs, offs_c,
+    ZERO: tl.constexpr, MIDDLE2: tl.constexpr, STEPS: tl.constexpr,
+):
+    """Computes `scale * sum((code - zero) * (x - x_zero))` over a group, fp32, as references and CPUs do.
+
+    Args:
+        sums: int32 `[BLOCK_N, BLOCK_M]`, twice `sum((code - middle) * x)`.
+        x_sums: int32 `[BLOCK_M]`, of x.
+        code_sums_ptr: at offs_c, the sums of the codes of each row, if x_zero, an int32, is not None.
+        n: elements of the group.
+        scale_ptr, zero_ptr: at offs, `[BLOCK_N]`.
+        ZERO: the zero point of all where zero_ptr is None.
+        MIDDLE2: twice the middle.
+        STEPS: 2 if zero points are part of the exact sums to half steps, as in convolutions; 1 if to whole ones.
+    """
+    scale, zero = load_grid(scale_ptr, zero_ptr, offs, ZERO)
+    near2, fraction = split_zero(zero, STEPS)
+    if zero_ptr is not None or 2 * ZERO != MIDDLE2:
+        sums += (MIDDLE2 - near2)[:, None] * x_sums[None, :]
+    if x_zero is not None:
+        sums -= (x_zero * (2 * tl.load(code_sums_ptr + offs_c) - near2 * n))[:, None]
+    y = sums.to(tl.float32) * 0.5
+    if zero_ptr is not None or not is_whole(STEPS * ZERO):
+        if x_zero is not None:
+            x_sums -= x_zero * n
+        y -= fraction[:, None] * x_sums.to(tl.float32)[None, :]
+    return y * scale[:, None]
+
+
+def can_split(weight: PackedWeight) -> bool:
+    """Whether partial sums over K add up to the sum of all as integers do: one group, zero points in half steps."""
+    return weight.scale.shape[1] == 1 and not isinstance(weight.zero, Tensor) and is_whole(2 * float(weight.zero))
+
+
 @triton.jit
 def epilogue(
     y, offs_m, offs_n, mask_m, mask_n, image, p, q,
     stride_xs, stride_rb, stride_rc, stride_rh, stride_rw,
-    x_scale_ptr, shift_ptr, bias_ptr, residual_ptr, residual_scale_ptr, residual_zero_ptr, out_scale_ptr, out_zero_ptr,
+    x_scale_ptr, bias_ptr, residual_ptr, residual_scale_ptr, residual_zero_ptr, out_scale_ptr, out_zero_ptr,
     ACTIVATION: tl.constexpr, UNIT: tl.constexpr,
 ):
-    """Makes the result of sums `[BLOCK_M, BLOCK_N]`: `f((y - shift) * x_scale + bias + residual)`, or codes of it.
+    """Makes the result of sums `[BLOCK_M, BLOCK_N]`: `f(y * x_scale + bias + residual)`, or codes of it.
 
     The order is that of the references. Everything of which the pointer is None is left out.
 
     Args:
         image, p, q: `[BLOCK_M]`, where the pixels of a residual are; None without one.
         stride_xs: between scales of rows of x; None if there is one for all.
-        shift_ptr: `[N]`, the zero point of x times the row sums of the weight.
     """
-    if shift_ptr is not None:
-        y = y - tl.load(shift_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
     if x_scale_ptr is not None:
         if stride_xs is None:
             y = y * tl.load(x_scale_ptr)
@@ -77,7 +135,7 @@ def epilogue(
 @triton.jit
 def _reduce_kernel(
     y_ptr,
-    partials_ptr, scale_ptr, x_zero_ptr, code_sums_ptr, x_scale_ptr, shift_ptr, bias_ptr,
+    partials_ptr, scale_ptr, x_zero_ptr, code_sums_ptr, x_scale_ptr, bias_ptr,
     residual_ptr, residual_scale_ptr, residual_zero_ptr, out_scale_ptr, out_zero_ptr,
     M, N, P, Q, K,
     stride_sn, stride_xs, stride_rb, stride_rc, stride_rh, stride_rw,
@@ -112,7 +170,7 @@ def _reduce_kernel(
     y = epilogue(
         y, offs_m, offs_n, mask_m, mask_n, image, p, q,
         stride_xs, stride_rb, stride_rc, stride_rh, stride_rw,
-        x_scale_ptr, shift_ptr, bias_ptr, residual_ptr, residual_scale_ptr, residual_zero_ptr,
+        x_scale_ptr, bias_ptr, residual_ptr, residual_scale_ptr, residual_zero_ptr,
         out_scale_ptr, out_zero_ptr, ACTIVATION, UNIT_N,
     )
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -135,15 +193,15 @@ def unit_of(image: Tensor | None, channels: int = 8) -> int:
 def reduce_partials(
     y: Tensor, partials: Tensor, bias: Tensor | None, activation: str, *,
     weight: tuple[Tensor, float, int] | None = None, x_zero: Tensor | None = None, code_sums: Tensor | None = None,
-    x_scale: Tensor | None = None, stride_xs: int | None = None, shift: Tensor | None = None,
+    x_scale: Tensor | None = None, stride_xs: int | None = None,
     requant: tuple[Tensor | None, ...] = NOTHING,
 ) -> None:
     """Writes y `[M, N]`, or `[B, N, P, Q]` channels-last, from the partial sums `[SPLIT_K, M, N]`.
 
     Args:
         weight: scale, zero point and K of the weight that int32 partials still have to be scaled by.
-        x_zero, code_sums: of an image of codes with a zero point.
-        x_scale, stride_xs: as `epilogue` takes them; shift: too.
+        x_zero, code_sums: of codes x with a zero point.
+        x_scale, stride_xs: as `epilogue` takes them.
         requant: residual, its scale and zero point, scale and zero point of y.
     """
     split, m, n = partials.shape
@@ -153,7 +211,7 @@ def reduce_partials(
     block_n = ELEMENTS // block_m
     launch(
         _reduce_kernel, (-(-m // block_m), -(-n // block_n)),
-        y, partials, scale, x_zero, code_sums, x_scale, shift, bias, *requant,
+        y, partials, scale, x_zero, code_sums, x_scale, bias, *requant,
         m, n, p, q, k,
         0 if scale is None else scale.stride(0), stride_xs, *strides_of(requant[0]),
         ZERO=zero, ACTIVATION=activation, SPLIT_K=split, UNIT_N=unit_of(requant[0], n),

@@ -7,7 +7,6 @@ import warnings
 import torch
 from torch import Tensor
 
-from gs_kernels.pack.checks import check_packed
 from gs_kernels.pack.derived import UnsuitableError
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.schema import PACKED_WEIGHT
@@ -16,7 +15,7 @@ from gs_kernels.qconv2d.cpu.int8 import Int8Convolution, qconv2d_int8_cpu
 from gs_kernels.qconv2d.dense import empty_image
 from gs_kernels.qconv2d.geometry import GEOMETRY, ConvGeometry, Padding, Pair, make_geometry
 from gs_kernels.qconv2d.op import conv_refuses
-from gs_kernels.qconv2d.ref import code_sums_ref, convolve_int8_ref, requant_params
+from gs_kernels.qconv2d.ref import convolve_int8_ref, requant_params
 from gs_kernels.runtime.dispatch import choose, implementations
 from gs_kernels.runtime.torch_op import register
 
@@ -115,12 +114,6 @@ def prepared_qconv2d_int8(
         return Int8Convolution(weight, geometry, x_scale, x_zero, bias, out, activation, dtype, keep=True)
     except UnsuitableError:
         return None
-
-
-def code_sums(weight: PackedWeight) -> Tensor:
-    """Sums the codes of each group to `[O, G]` int32, which `qconv2d_int8` needs when x has a zero point."""
-    check_packed("code_sums", weight)
-    return code_sums_ref(weight)
 
 
 def qconv2d_int8(

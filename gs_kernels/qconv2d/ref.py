@@ -160,8 +160,3 @@ def qconv2d_int8_ref(
     geometry = make_geometry("qconv2d_int8_ref", kernel_size, stride, padding, dilation, groups)
     requant = requant_params(residual, residual_scale, residual_zero, out_scale, out_zero)
     return convolve_int8_ref(x, x_scale, x_zero, weight, bias, requant, geometry, activation, dtype)
-
-
-def code_sums_ref(weight: PackedWeight) -> Tensor:
-    codes = unpack_codes(weight.codes, weight.bits, weight.shape, weight.layout)
-    return codes.unflatten(1, (-1, weight.group_size)).sum(2, dtype=torch.int32)

@@ -71,16 +71,20 @@ def matmul_fp8(bits: int, m: int, **bounds: Any) -> AotCase:
     return AotCase(f"w{bits}f8-m{m}", run, elements=128 * 128, **({"max_regs": 255} | bounds))
 
 
-def matmul_int8(bits: int, m: int, *, group: int, **bounds: Any) -> AotCase:
+def matmul_int8(bits: int, m: int, *, group: int, zero: bool = False, **bounds: Any) -> AotCase:
+    """zero: x has a zero point, and one scale for all rows, as between layers of a converted network."""
+
     def run() -> Any:
         kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
         asm, _, sm_count = kernel.device_of(_meta(1))
         plan = replace(choose_int8_plan(m, N, K, group, sm_count=sm_count), split_k=1)
         weight, x = _weight(bits, group, False, torch.float32), _meta(m, K, dtype=torch.int8)
-        x_scale = _meta(m, dtype=torch.float32)
-        return kernel.multiply_int8(x, x_scale, None, None, weight, None, "none", torch.bfloat16, plan, asm)
+        x_scale = _meta(1 if zero else m, dtype=torch.float32)
+        grid = (_meta(1, dtype=torch.float32), _meta(N, K // group, dtype=torch.int32)) if zero else None
+        return kernel.multiply_int8(x, x_scale, None, grid, weight, None, "none", torch.bfloat16, plan, asm)
 
-    return AotCase(f"w{bits}a8-m{m}-g{group}", run, elements=128 * 128, **({"max_regs": 255} | bounds))
+    name = f"w{bits}a8-m{m}-g{group}{'-zero' if zero else ''}"
+    return AotCase(name, run, elements=128 * 128, **({"max_regs": 255} | bounds))
 
 
 def reduce(m: int, **bounds: Any) -> AotCase:
@@ -90,7 +94,7 @@ def reduce(m: int, **bounds: Any) -> AotCase:
         kernel = importlib.import_module("gs_kernels.triton_epilogue")
         x_scale, bias = _meta(m, dtype=torch.float32), _meta(N, dtype=torch.float32)
         partials = _meta(4, m, N, dtype=torch.float32)
-        return kernel.reduce_partials(_meta(m, N), partials, bias, "relu", x_scale=x_scale, stride_xs=1, shift=bias)
+        return kernel.reduce_partials(_meta(m, N), partials, bias, "relu", x_scale=x_scale, stride_xs=1)
 
     return AotCase(f"reduce-m{m}", run, elements=512, **bounds)
 
@@ -128,6 +132,7 @@ MATMUL = (
 INT8 = (
     matmul_int8(4, 16, group=128, mma="IGMMA", max_instructions=2.0, max_shared_stores=4, targets=HOPPER),
     matmul_int8(8, 256, group=K, mma="IGMMA", max_instructions=2.5, max_shared_stores=4, targets=HOPPER),
+    matmul_int8(8, 256, group=K, zero=True, mma="IGMMA", max_instructions=2.5, max_shared_stores=4, targets=HOPPER),
     matmul_int8(4, 256, group=32, max_shared_stores=16, targets=("sm_90", "sm_100")),
     matmul_int8(8, 256, group=K, targets=("sm_80", "gfx942")),
     reduce(1, max_regs=40, max_instructions=24, targets=("sm_80", "sm_90", "gfx942")),

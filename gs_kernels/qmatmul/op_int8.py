@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
-from gs_kernels.pack.checks import FLOATS, check_tensor
+from gs_kernels.pack.checks import FLOATS, check_packed, check_tensor
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.schema import PACKED_WEIGHT
 from gs_kernels.qmatmul.checks import check_operands, check_row_scales
 from gs_kernels.qmatmul.cpu.int8 import Int8Product, qmatmul_int8_cpu
 from gs_kernels.qmatmul.op import planar_refuses
-from gs_kernels.qmatmul.ref import exact_weight, qmatmul_int8_ref, quantize_rows_ref
+from gs_kernels.qmatmul.ref import code_sums_ref, exact_weight, qmatmul_int8_ref, quantize_rows_ref
 from gs_kernels.runtime.dispatch import choose, implementations
 from gs_kernels.runtime.torch_op import register
 
@@ -31,7 +33,7 @@ def _int8_ref(
     weight: PackedWeight,
     bias: Tensor | None,
     x_zero: Tensor | None,
-    weight_sums: Tensor | None,
+    code_sums: Tensor | None,
     activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -52,7 +54,7 @@ def _int8_fake(
     weight: PackedWeight,
     bias: Tensor | None,
     x_zero: Tensor | None,
-    weight_sums: Tensor | None,
+    code_sums: Tensor | None,
     activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -60,6 +62,7 @@ def _int8_fake(
 
 
 _quantize = register("quantize_rows(Tensor x, ScalarType dtype) -> (Tensor, Tensor)", ROWS, _rows_fake)
+# "weight_sums" stays there: files of torch.export name the arguments of ops
 _run = register(
     "qmatmul_int8(Tensor x, Tensor x_scale, PackedWeight weight, Tensor? bias, Tensor? x_zero, Tensor? weight_sums,"
     " str activation, ScalarType dtype) -> Tensor",
@@ -93,8 +96,15 @@ def quantize_rows(x: Tensor, *, dtype: torch.dtype = torch.int8) -> tuple[Tensor
     return _quantize(x.detach(), dtype)
 
 
+def code_sums(weight: PackedWeight) -> Tensor:
+    """Sums the codes of each group to `[N, G]` int32, which products of 8-bit codes with a zero point take."""
+    check_packed("code_sums", weight)
+    return code_sums_ref(weight)
+
+
 def row_sums(weight: PackedWeight) -> Tensor:
-    """Sums each row's real values to `[N]` fp32, which `qmatmul_int8` needs when x has a zero point."""
+    """Sums each row's real values to `[N]` fp32. Deprecated: `qmatmul_int8` takes `code_sums`."""
+    warnings.warn("row_sums: qmatmul_int8 now takes code_sums(weight)", DeprecationWarning, stacklevel=2)
     return exact_weight(weight).sum(1).float()
 
 
@@ -105,24 +115,27 @@ def qmatmul_int8(
     bias: Tensor | None = None,
     *,
     x_zero: Tensor | None = None,
-    weight_sums: Tensor | None = None,
+    code_sums: Tensor | None = None,
     activation: str = "none",
     dtype: torch.dtype = torch.float32,
+    weight_sums: Tensor | None = None,
 ) -> Tensor:
     """`act((x - x_zero) * x_scale @ W^T + bias)` with integer codes on both sides. No gradient.
 
-    Codes are multiplied and summed as integers, exactly, within each group of the weight; scales, zero points, bias and
-    activation follow in fp32, and one cast. On a CPU the zero points, too, are part of the exact sums.
+    Codes are multiplied and summed as integers, exactly, within each group of the weight; scales, bias and activation
+    follow in fp32, and one cast. Zero points are part of the exact sums on a CPU and, of a weight with one group, on a
+    GPU: then both give the same bits. There, of several groups, they follow in fp32.
 
     Args:
         x: `[..., K]` int8, e.g. of `quantize_rows`.
         x_scale: fp32, one per row of x, `x.shape[:-1]`, or `[1]` for all.
         weight: `[N, K]`, without levels.
         bias: `[N]` fp32 / fp16 / bf16.
-        x_zero: `[1]` fp32 of an integer, the code that stands for 0.0; a CPU looks. None is 0. Needs `weight_sums`.
-        weight_sums: `[N]` fp32, `row_sums(weight)`: made once per weight, not once per call.
+        x_zero: `[1]` fp32 of an integer, the code that stands for 0.0; a CPU looks. None is 0.
+        code_sums: `[N, G]` int32, `code_sums(weight)`, to make it once per weight: else a call with x_zero does.
         activation: `none`, `relu`, `relu6`, `hardswish`, `gelu` (exact) or `silu`.
         dtype: of the result: fp32 / fp16 / bf16.
+        weight_sums: deprecated, without effect: code_sums takes its place.
 
     Returns:
         `[..., N]`, contiguous.
@@ -133,11 +146,11 @@ def qmatmul_int8(
     """
     who = "qmatmul_int8"
     _check(who, x, x_scale, weight, bias, x_zero, activation, dtype)
-    if (x_zero is None) != (weight_sums is None):
-        raise ValueError(f"{who}: x_zero and weight_sums must be given together; use weight_sums=row_sums(weight)")
     if weight_sums is not None:
-        check_tensor(who, "weight_sums", weight_sums, (torch.float32,), (weight.shape[0],))
-    return _run(x, x_scale, weight, bias, x_zero, weight_sums, activation, dtype)
+        warnings.warn(f"{who}: weight_sums is no longer used; give code_sums", DeprecationWarning, stacklevel=2)
+    if code_sums is not None:
+        check_tensor(who, "code_sums", code_sums, (torch.int32,), tuple(weight.scale.shape))
+    return _run(x, x_scale, weight, bias, x_zero, code_sums, activation, dtype)
 
 
 def _check(

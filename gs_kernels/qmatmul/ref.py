@@ -44,6 +44,12 @@ def exact_weight(weight: PackedWeight) -> Tensor:
     return (grouped * weight.scale.double().unsqueeze(-1)).flatten(1)
 
 
+def code_sums_ref(weight: PackedWeight) -> Tensor:
+    """Sums the codes of each group, to int32 `[N, G]`."""
+    codes = unpack_codes(weight.codes, weight.bits, weight.shape, weight.layout)
+    return codes.unflatten(1, (-1, weight.group_size)).sum(2, dtype=torch.int32)
+
+
 def integer_sums(x: Tensor, weight: PackedWeight) -> Tensor:
     """Sums `scale * (code - zero) * x` over groups, of whole numbers x `[..., K]` in fp64, to `[..., N]` fp32.
 
@@ -65,7 +71,7 @@ def qmatmul_int8_ref(
     bias: Tensor | None = None,
     *,
     x_zero: Tensor | None = None,
-    weight_sums: Tensor | None = None,
+    code_sums: Tensor | None = None,
     activation: str = "none",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:

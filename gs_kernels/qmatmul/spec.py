@@ -18,7 +18,7 @@ from gs_kernels.pack.pack import pack_weight
 from gs_kernels.qmatmul.aot_cases import FP8, INT8, MATMUL, ROWS
 from gs_kernels.qmatmul.op import qmatmul
 from gs_kernels.qmatmul.op_fp8 import qmatmul_fp8
-from gs_kernels.qmatmul.op_int8 import qmatmul_int8, quantize_rows, row_sums
+from gs_kernels.qmatmul.op_int8 import code_sums, qmatmul_int8, quantize_rows
 from gs_kernels.qmatmul.ref import FP8_MAX, qmatmul_fp8_ref, qmatmul_int8_ref, qmatmul_ref, quantize_rows_ref
 from gs_kernels.runtime.opspec import Case, Cost, OpSpec, Shape, Tol
 
@@ -73,7 +73,7 @@ def make_int8(s: Shape, dtype: torch.dtype, device: torch.device, generator: tor
     kwargs: dict[str, Any] = {"activation": s["activation"], "dtype": dtype}
     if s["static"]:
         zero = torch.randint(-128, 128, (1,), generator=generator, device=device).float()
-        kwargs |= {"x_zero": zero, "weight_sums": row_sums(weight)}
+        kwargs |= {"x_zero": zero, "code_sums": code_sums(weight)}
     return Case((x, x_scale, weight, _bias(s, device, generator, torch.float32)), kwargs)
 
 

@@ -31,7 +31,6 @@ from gs_kernels import (
     qconv2d_int8,
     qmatmul,
     qmatmul_int8,
-    row_sums,
 )
 from gs_kernels.for_layers import (
     LARGEST_GROUP,
@@ -142,13 +141,13 @@ class QuantizedLinear(QuantizedLayer):
         super().__init__(*args, **kwargs)
         self.out_features, self.in_features = self.shape
         # what the zero point of x is multiplied with; follows from the codes, so it is not saved
-        self.register_buffer("row_sums", None, persistent=False)
+        self.register_buffer("sums", None, persistent=False)
         self.arrange()
 
     def arrange(self) -> None:
         super().arrange()
-        if "row_sums" in self._buffers and self.codes is not None and not self.codes.is_meta:
-            self.row_sums = row_sums(self.packed) if self._shifted() else None
+        if "sums" in self._buffers and self.codes is not None and not self.codes.is_meta:
+            self.sums = code_sums(self.packed) if self._shifted() else None
 
     def integer_refusals(self, device: torch.device) -> list[str]:
         """Why the product cannot run on integers; empty if it can."""
@@ -177,7 +176,7 @@ class QuantizedLinear(QuantizedLayer):
             self.packed,
             self.bias,
             x_zero=zero if self._shifted() else None,
-            weight_sums=self.row_sums,
+            code_sums=self.sums,
             dtype=x.dtype,
         )
 

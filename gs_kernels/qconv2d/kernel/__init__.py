@@ -8,11 +8,12 @@ from gs_kernels.qconv2d.dense import convolve_dense, convolve_dx, empty_image
 from gs_kernels.qconv2d.geometry import ConvGeometry
 from gs_kernels.qconv2d.kernel.conv import convolve
 from gs_kernels.qconv2d.kernel.depthwise import convolve_depthwise
-from gs_kernels.qconv2d.kernel.int8 import can_split, convolve_int8
-from gs_kernels.qconv2d.ref import code_sums_ref
+from gs_kernels.qconv2d.kernel.int8 import convolve_int8
 from gs_kernels.qconv2d.tiles import choose_plan
 from gs_kernels.qmatmul.kernel import device_of
 from gs_kernels.qmatmul.kernel.dequantize import dequantize
+from gs_kernels.qmatmul.ref import code_sums_ref
+from gs_kernels.triton_epilogue import can_split
 
 NOTHING = (None, None, None, None)
 

@@ -73,7 +73,7 @@ def _qconv2d_kernel(
     else:
         y = epilogue(
             y, offs_m, cols, offs_m < M, mask_n, image, p, q, None, stride_rb, stride_rc, stride_rh, stride_rw,
-            None, None, bias_ptr, residual_ptr, None, None, None, None, ACTIVATION, UNIT_N,
+            None, bias_ptr, residual_ptr, None, None, None, None, ACTIVATION, UNIT_N,
         )
     offs_y = offs_m.to(tl.int64)[:, None] * N + cols[None, :]
     tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask)

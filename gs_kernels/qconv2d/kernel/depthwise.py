@@ -8,11 +8,11 @@ from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.triton_unpack import load_grid
 from gs_kernels.qconv2d.geometry import ConvGeometry
 from gs_kernels.qconv2d.kernel.conv import geometry_flags
-from gs_kernels.qconv2d.kernel.im2col import is_inside, split_zero
+from gs_kernels.qconv2d.kernel.im2col import is_inside
 from gs_kernels.qconv2d.tiles import depthwise_tile
 from gs_kernels.qmatmul.kernel.dequantize import kernel_tensors
 from gs_kernels.runtime.dispatch import launch
-from gs_kernels.triton_epilogue import epilogue, in_units, pixels, strides_of, unit_of
+from gs_kernels.triton_epilogue import epilogue, in_units, pixels, split_zero, strides_of, unit_of
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def _depthwise_kernel(
             part += x * code[None, :]
             x_sums += x
             if (k + 1) % GROUP == 0:
-                near2, fraction = split_zero(zero)
+                near2, fraction = split_zero(zero, 2)
                 sums = (2 * part - near2[None, :] * x_sums).to(tl.float32) * 0.5
                 acc += (sums - fraction[None, :] * x_sums.to(tl.float32)) * scale[None, :]
                 part = tl.zeros((BLOCK_M, BLOCK_N), SUM)
@@ -84,7 +84,7 @@ def _depthwise_kernel(
 
     y = epilogue(
         acc, offs_m, offs_o, offs_m < M, offs_o < N, image, p, q, None, stride_rb, stride_rc, stride_rh, stride_rw,
-        x_scale_ptr, None, bias_ptr, residual_ptr, residual_scale_ptr, residual_zero_ptr,
+        x_scale_ptr, bias_ptr, residual_ptr, residual_scale_ptr, residual_zero_ptr,
         out_scale_ptr, out_zero_ptr, ACTIVATION, UNIT_N,
     )
     tl.store(y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_o[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)

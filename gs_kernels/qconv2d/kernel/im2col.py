@@ -1,12 +1,9 @@
-"""Shares device functions of convolutions: where pixels are, im2col tiles, and sums of codes."""
+"""Shares device functions of convolutions: where pixels are, and im2col tiles."""
 
 import triton
 import triton.language as tl
-from triton import constexpr_function
 
-from gs_kernels.pack.triton_unpack import load_grid
 from gs_kernels.triton_epilogue import in_units, pixels
-from gs_kernels.triton_lib import round_half_even
 
 
 @triton.jit
@@ -107,45 +104,3 @@ def load_im2col(
     else:
         x = tl.load(ptrs)
     return x
-
-
-@constexpr_function
-def is_half_steps(zero):
-    return float(2 * zero).is_integer()
-
-
-@triton.jit
-def split_zero(zero):
-    """Splits a zero point: twice it to half steps, int32, and what is left of it, fp32."""
-    near2 = round_half_even(zero + zero)
-    return near2.to(tl.int32), zero - near2 * 0.5
-
-
-@triton.jit
-def real_sums(
-    sums, x_sums, code_sums_ptr, x_zero, n, scale_ptr, zero_ptr, offs, offs_c,
-    ZERO: tl.constexpr, MIDDLE2: tl.constexpr,
-):
-    """Computes `scale * sum((code - zero) * (x - x_zero))` over a group, fp32, as `integer_sums` of the reference.
-
-    Args:
-        sums: int32 `[BLOCK_N, BLOCK_M]`, twice `sum((code - middle) * x)`.
-        x_sums: int32 `[BLOCK_M]`, of x.
-        code_sums_ptr: at offs_c, the sums of the codes of each row, if x_zero, an int32, is not None.
-        n: elements of the group.
-        scale_ptr, zero_ptr: at offs, `[BLOCK_N]`.
-        ZERO: the zero point of all where zero_ptr is None.
-        MIDDLE2: twice the middle.
-    """
-    scale, zero = load_grid(scale_ptr, zero_ptr, offs, ZERO)
-    near2, fraction = split_zero(zero)
-    if zero_ptr is not None or 2 * ZERO != MIDDLE2:
-        sums += (MIDDLE2 - near2)[:, None] * x_sums[None, :]
-    if x_zero is not None:
-        sums -= (x_zero * (2 * tl.load(code_sums_ptr + offs_c) - near2 * n))[:, None]
-    y = sums.to(tl.float32) * 0.5
-    if zero_ptr is not None or not is_half_steps(ZERO):
-        if x_zero is not None:
-            x_sums -= x_zero * n
-        y -= fraction[:, None] * x_sums.to(tl.float32)[None, :]
-    return y * scale[:, None]

@@ -9,21 +9,19 @@ from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.triton_unpack import code_block, code_factor, code_middle
 from gs_kernels.qconv2d.geometry import ConvGeometry
 from gs_kernels.qconv2d.kernel.conv import geometry_flags
-from gs_kernels.qconv2d.kernel.im2col import is_half_steps, load_im2col, place_tile, real_sums, taps_inside
+from gs_kernels.qconv2d.kernel.im2col import load_im2col, place_tile, taps_inside
 from gs_kernels.qmatmul.kernel.dequantize import grouping, kernel_tensors
 from gs_kernels.qmatmul.tiles import Plan
 from gs_kernels.runtime.dispatch import launch
-from gs_kernels.triton_epilogue import epilogue, in_units, reduce_partials, strides_of, unit_of
-
-
-@triton.jit
-def _twice(part, FACTOR: tl.constexpr):
-    """Computes `2 * part / FACTOR`, which is whole."""
-    if FACTOR >= 2:
-        part = part // (FACTOR // 2)
-    else:
-        part = part * 2
-    return part
+from gs_kernels.triton_epilogue import (
+    epilogue,
+    in_units,
+    real_sums,
+    reduce_partials,
+    strides_of,
+    twice,
+    unit_of,
+)
 
 
 @triton.jit
@@ -92,8 +90,8 @@ def _qconv2d_int8_kernel(
                 if end % GROUP == 0 and end <= K:
                     g = end // GROUP - 1
                     acc += real_sums(
-                        _twice(part, FACTOR), x_sums, code_sums_ptr, x_zero, GROUP, scale_ptr, zero_ptr,
-                        offs_s + g * stride_sg, offs_n * (K // GROUP) + g, ZERO, MIDDLE2,
+                        twice(part, FACTOR), x_sums, code_sums_ptr, x_zero, GROUP, scale_ptr, zero_ptr,
+                        offs_s + g * stride_sg, offs_n * (K // GROUP) + g, ZERO, MIDDLE2, 2,
                     )
                     part = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
                     x_sums = tl.zeros((BLOCK_M,), tl.int32)
@@ -103,27 +101,22 @@ def _qconv2d_int8_kernel(
     offs_y = offs_m.to(tl.int64)[:, None] * N + cols[None, :]
     if SPLIT_K > 1:
         y_ptr += tl.program_id(1).to(tl.int64) * M * N
-        sums = _twice(part, FACTOR)
+        sums = twice(part, FACTOR)
         if not CENTRED:
             sums += (MIDDLE2 - int(2 * ZERO)) * x_sums[None, :]
         tl.store(y_ptr + offs_y, tl.trans(sums), mask=mask)
     else:
         if GROUP == 0:
             acc = real_sums(
-                _twice(part, FACTOR), x_sums, code_sums_ptr, x_zero, K, scale_ptr, zero_ptr, offs_s, offs_n,
-                ZERO, MIDDLE2,
+                twice(part, FACTOR), x_sums, code_sums_ptr, x_zero, K, scale_ptr, zero_ptr, offs_s, offs_n,
+                ZERO, MIDDLE2, 2,
             )
         y = epilogue(
             tl.trans(acc), offs_m, cols, offs_m < M, mask_n, image, p, q,
-            None, stride_rb, stride_rc, stride_rh, stride_rw, x_scale_ptr, None, bias_ptr,
+            None, stride_rb, stride_rc, stride_rh, stride_rw, x_scale_ptr, bias_ptr,
             residual_ptr, residual_scale_ptr, residual_zero_ptr, out_scale_ptr, out_zero_ptr, ACTIVATION, UNIT_N,
         )
         tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-def can_split(weight: PackedWeight) -> bool:
-    """Whether partial sums over K add up to the sum of all as integers do: one group, zero points in half steps."""
-    return weight.scale.shape[1] == 1 and not isinstance(weight.zero, Tensor) and is_half_steps(float(weight.zero))
 
 
 def convolve_int8(

@@ -40,7 +40,7 @@ def qmatmul_int8_cpu(
     weight: PackedWeight,
     bias: Tensor | None,
     x_zero: Tensor | None,
-    weight_sums: Tensor | None,
+    code_sums: Tensor | None,
     activation: str,
     dtype: torch.dtype,
 ) -> Tensor:

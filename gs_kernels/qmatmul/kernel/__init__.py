@@ -11,6 +11,7 @@ from gs_kernels.qmatmul.kernel.dequantize import dequantize, grouping
 from gs_kernels.qmatmul.kernel.int8 import multiply_int8
 from gs_kernels.qmatmul.kernel.matmul import multiply
 from gs_kernels.qmatmul.kernel.quantize_rows import quantize
+from gs_kernels.qmatmul.ref import code_sums_ref
 from gs_kernels.qmatmul.tiles import choose_int8_plan, choose_plan
 from gs_kernels.runtime.device import capabilities
 from gs_kernels.runtime.dispatch import INTERPRET
@@ -80,15 +81,19 @@ def quantize_rows_triton(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 def qmatmul_int8_triton(
     x: Tensor, x_scale: Tensor, weight: PackedWeight, bias: Tensor | None, x_zero: Tensor | None,
-    weight_sums: Tensor | None, activation: str, dtype: torch.dtype,
+    code_sums: Tensor | None, activation: str, dtype: torch.dtype,
 ) -> Tensor:
     rows, (n, k) = rows_of(x), weight.shape
     if rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], n, dtype=dtype)
     asm, _, sm_count = device_of(x)
     plan = choose_int8_plan(rows.shape[0], n, k, grouping(k, weight.group_size), sm_count=sm_count)
-    shift = None if x_zero is None or weight_sums is None else x_zero * weight_sums
-    y = multiply_int8(rows, x_scale.reshape(-1), None, shift, weight, bias, activation, dtype, plan, asm)
+    x_grid = None
+    if x_zero is not None:
+        if code_sums is None or code_sums.dtype != torch.int32:  # older exported programs have sums of floats
+            code_sums = code_sums_ref(weight)
+        x_grid = x_zero, code_sums.contiguous()
+    y = multiply_int8(rows, x_scale.reshape(-1), None, x_grid, weight, bias, activation, dtype, plan, asm)
     return y.view(*x.shape[:-1], n)
 
 

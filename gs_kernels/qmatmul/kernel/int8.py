@@ -10,7 +10,7 @@ from gs_kernels.pack.triton_unpack import code_block, code_factor, code_middle, 
 from gs_kernels.qmatmul.kernel.dequantize import grouping, kernel_tensors
 from gs_kernels.qmatmul.tiles import Plan
 from gs_kernels.runtime.dispatch import launch
-from gs_kernels.triton_epilogue import epilogue, reduce_partials
+from gs_kernels.triton_epilogue import can_split, epilogue, is_whole, real_sums, reduce_partials, twice
 
 
 @triton.jit
@@ -29,15 +29,16 @@ def _add_group(
 @triton.jit
 def _qmatmul_int8_kernel(
     y_ptr,
-    x_ptr, x_scale_ptr, x_sums_ptr, codes_ptr, scale_ptr, zero_ptr, shift_ptr, bias_ptr,
+    x_ptr, x_scale_ptr, x_sums_ptr, x_zero_ptr, code_sums_ptr, codes_ptr, scale_ptr, zero_ptr, bias_ptr,
     M, N, K,
-    stride_xm, stride_xs, stride_sn, stride_sg,
+    stride_xm, stride_xs, stride_sn, stride_sg, stride_cn,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr, ACTIVATION: tl.constexpr,
-    EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WHOLE: tl.constexpr, EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """Computes a tile of y; with SPLIT_K, a partial sum over K, fp32 `[SPLIT_K, M, N]`, not yet scaled by row.
+    """Computes a tile of y; with SPLIT_K, a partial sum over K `[SPLIT_K, M, N]`, not yet scaled by row.
 
-    GROUP: 0 if there is one group.
+    GROUP: 0 if there is one group. WHOLE: its sums stay int32 to the end, partial ones twice that of
+    `(code - zero) * x`; others are scaled, in fp32, and added.
     """
     WIDTH: tl.constexpr = 8 * BITS
     T: tl.constexpr = x_ptr.dtype.element_ty
@@ -46,6 +47,8 @@ def _qmatmul_int8_kernel(
     MIDDLE: tl.constexpr = code_middle(BITS, FP8, ASM)
     FACTOR: tl.constexpr = code_factor(BITS, FP8, ASM)
     CENTRED: tl.constexpr = zero_ptr is None and ZERO == MIDDLE
+    MIDDLE2: tl.constexpr = int(2 * MIDDLE)
+    STEPS: tl.constexpr = 2 if zero_ptr is None and is_whole(2 * ZERO) else 1
     BLOCKS: tl.constexpr = GROUP // 128  # of a group; 0 if there is one, or if groups end inside a block
     tiles_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
@@ -64,6 +67,11 @@ def _qmatmul_int8_kernel(
     scale_ptr += first_n * stride_sn
     if zero_ptr is not None:
         zero_ptr += first_n * stride_sn
+    if x_zero_ptr is None:
+        x_zero = None
+    else:
+        x_zero = tl.load(x_zero_ptr).to(tl.int32)
+        code_sums_ptr += first_n * stride_cn
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     part = tl.zeros((BLOCK_N, BLOCK_M), SUM)
@@ -98,48 +106,82 @@ def _qmatmul_int8_kernel(
                 acc = _add_group(acc, part, x_sums, scale_ptr, zero_ptr, offs, ZERO, MIDDLE, FACTOR, CENTRED)
         x_ptr += 128
         codes_ptr += N * WIDTH
-    if GROUP == 0:
+    if GROUP == 0 and not WHOLE:
         acc = _add_group(acc, part, x_sums, scale_ptr, zero_ptr, offs_s, ZERO, MIDDLE, FACTOR, CENTRED)
+    if x_zero is not None and not WHOLE:
+        # once, by the first of the programs that share a tile
+        for g in range(tl.where(tl.program_id(1) == 0, tl.cdiv(K, GROUP) if GROUP > 0 else 1, 0)):
+            scale, zero = load_grid(scale_ptr, zero_ptr, offs_s + g * stride_sg, ZERO)
+            sums = tl.load(code_sums_ptr + cols * stride_cn + g).to(tl.float32) - zero * (GROUP if GROUP > 0 else K)
+            acc -= (x_zero.to(tl.float32) * scale * sums)[:, None]
 
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = first_n + tl.arange(0, BLOCK_N)
-    y = tl.trans(acc)
+    if WHOLE and SPLIT_K > 1:
+        sums = twice(part, int(FACTOR))
+        if not CENTRED:
+            sums += (MIDDLE2 - int(2 * ZERO)) * x_sums[None, :]
+        y = tl.trans(sums)
+    elif WHOLE:
+        sums = real_sums(
+            twice(part, int(FACTOR)), x_sums, code_sums_ptr, x_zero, K, scale_ptr, zero_ptr, offs_s, cols * stride_cn,
+            ZERO, MIDDLE2, STEPS,
+        )
+        y = tl.trans(sums)
+    else:
+        y = tl.trans(acc)
     if SPLIT_K > 1:
         y_ptr += tl.program_id(1).to(tl.int64) * M * N
     else:
         y = epilogue(
             y, offs_m, offs_n, offs_m < M, offs_n < N, None, None, None, stride_xs, 0, 0, 0, 0,
-            x_scale_ptr, shift_ptr, bias_ptr, None, None, None, None, None, ACTIVATION, 1,
+            x_scale_ptr, bias_ptr, None, None, None, None, None, ACTIVATION, 1,
         )
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+def sums_fit(weight: PackedWeight, shifted: bool) -> bool:
+    """Whether int32 holds twice the sums over a row, of a weight with one group; shifted: x has a zero point."""
+    zero, last = weight.zero, 2**weight.bits - 1
+    farthest = last + 1 if isinstance(zero, Tensor) else max(zero, last - zero)  # of codes and zero points
+    return weight.scale.shape[1] == 1 and 2 * weight.shape[1] * farthest * (255 if shifted else 128) < 1 << 31
+
+
 def multiply_int8(
-    x: Tensor, x_scale: Tensor, x_sums: Tensor | None, shift: Tensor | None,
+    x: Tensor, x_scale: Tensor, x_sums: Tensor | None, x_zero: tuple[Tensor, Tensor] | None,
     weight: PackedWeight, bias: Tensor | None, activation: str, dtype: torch.dtype, plan: Plan, asm: bool,
 ) -> Tensor:
     """Multiplies x `[M, K]`, contiguous along K, with scales `[M]` or `[1]`, by the plan's tiles: `[M, N]` of dtype.
 
+    Of int8 and a weight with one group, sums are exact, as a CPU's.
+
     x_sums: of each 128 codes of a row of x, `[ceil(K / 128), M]`, fp32 for fp8, if they are known.
+    x_zero: the zero point of x, a whole number, and the sums of the weight's codes, int32 `[N, G]`, contiguous.
     """
     codes, scale, zero_points, zero, _ = kernel_tensors(weight)
     (n, k), m = weight.shape, x.shape[0]
     blocks, group = -(-k // 128), 0 if scale.shape[1] == 1 else grouping(k, weight.group_size)
     y = x.new_empty(m, n, dtype=dtype)
-    split = plan.partials(blocks)
-    sums = y if split == 1 else x.new_empty(split, m, n, dtype=torch.float32)
+    whole = x.dtype == torch.int8 and sums_fit(weight, x_zero is not None)
+    split = plan.partials(blocks) if not whole or can_split(weight) else 1
+    sums = y if split == 1 else x.new_empty(split, m, n, dtype=torch.int32 if whole else torch.float32)
+    x_grid = (None, None) if x_zero is None else x_zero
     stride_xs = 1 if x_scale.shape[0] == m else 0
     tiles = -(-m // plan.block_m) * -(-n // plan.block_n)
     launch(
         _qmatmul_int8_kernel, (tiles, split),
-        sums, x, x_scale, x_sums, codes, scale, zero_points, shift, bias,
+        sums, x, x_scale, x_sums, *x_grid, codes, scale, zero_points, bias,
         m, n, k,
-        x.stride(0), stride_xs, *scale.stride(),
+        x.stride(0), stride_xs, *scale.stride(), scale.shape[1],
         BITS=weight.bits, GROUP=group, ZERO=zero, ASM=asm, ACTIVATION=activation,
-        EVEN_K=k % 128 == 0, SPLIT_K=split, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
+        WHOLE=whole, EVEN_K=k % 128 == 0, SPLIT_K=split, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
         num_warps=plan.warps, num_stages=plan.stages,
     )
     if split > 1:
-        reduce_partials(y, sums, bias, activation, x_scale=x_scale, stride_xs=stride_xs, shift=shift)
+        held = ((scale, zero, k), *x_grid) if whole else (None, None, None)
+        reduce_partials(
+            y, sums, bias, activation,
+            weight=held[0], x_zero=held[1], code_sums=held[2], x_scale=x_scale, stride_xs=stride_xs,
+        )
     return y

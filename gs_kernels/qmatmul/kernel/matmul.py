@@ -81,7 +81,7 @@ def _qmatmul_kernel(
     else:
         acc = epilogue(
             acc, offs_m, offs_n, offs_m < M, offs_n < N, None, None, None, None, 0, 0, 0, 0,
-            None, None, bias_ptr, None, None, None, None, None, ACTIVATION, 1,
+            None, bias_ptr, None, None, None, None, None, ACTIVATION, 1,
         )
     tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
 

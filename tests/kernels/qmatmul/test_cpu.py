@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gs_kernels import PackedWeight, pack_weight, qmatmul, qmatmul_int8, row_sums
+from gs_kernels import PackedWeight, code_sums, pack_weight, qmatmul, qmatmul_int8
 from gs_kernels.qmatmul.cpu import avx512_bf16, float, int8, interleaved_product
 from gs_kernels.qmatmul.cpu.interleaved import interleaved
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref, qmatmul_ref
@@ -95,10 +95,10 @@ def test_no_cpp_no_harm(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
 def test_integer_rows(name: str, few: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(int8, "FEW_PRODUCTS", few)
     w = weight(*WEIGHTS[name])
-    x_scale, x_zero, sums = torch.full((1,), 0.03), torch.full((1,), 5.0), row_sums(w)
+    x_scale, x_zero, sums = torch.full((1,), 0.03), torch.full((1,), 5.0), code_sums(w)
     for m in (1, 5, 33):
         x = (rows(m, w.shape[1]) * 50).round().clamp(-128, 127).to(torch.int8)
-        got = qmatmul_int8(x, x_scale, w, x_zero=x_zero, weight_sums=sums)
+        got = qmatmul_int8(x, x_scale, w, x_zero=x_zero, code_sums=sums)
         want = qmatmul_int8_ref(x, x_scale, w, x_zero=x_zero)
         assert relative_rms(got, want) < 1e-6
 
@@ -110,7 +110,7 @@ def test_sums_of_rows_with_one_scale_are_exact(bits: int, x_zero: float | None):
     codes = torch.randint(2**bits, (n, k), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     zero = torch.arange(n).remainder(5).view(-1, 1) + 2 ** (bits - 1) - 2.0
     w = pack_weight(codes, torch.linspace(-0.1, 0.2, n).view(-1, 1), zero, bits=bits, group_size=k)
-    about = {} if x_zero is None else {"x_zero": torch.tensor([x_zero]), "weight_sums": row_sums(w)}
+    about = {} if x_zero is None else {"x_zero": torch.tensor([x_zero]), "code_sums": code_sums(w)}
     for m in (1, 5, 33):
         x = (rows(m, k) * 50).round().clamp(-128, 127).to(torch.int8)
         sums = (x.long() - int(x_zero or 0)) @ (codes.long() - zero.long()).T
@@ -129,7 +129,7 @@ def test_small_weights_are_multiplied_by_the_compiled_loops(bits: int, monkeypat
     n, k = 10, 64
     codes = torch.randint(2**bits, (n, k), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
     w = pack_weight(codes, torch.linspace(0.1, 0.2, n).view(-1, 1), torch.ones(n, 1), bits=bits, group_size=k)
-    about = {"x_zero": torch.tensor([7.0]), "weight_sums": row_sums(w)}
+    about = {"x_zero": torch.tensor([7.0]), "code_sums": code_sums(w)}
     for m in (1, 64, 1030):
         x = (rows(m, k) * 50).round().clamp(-128, 127).to(torch.int8)
         want = ((x.long() - 7) @ (codes.long() - 1).T).float() * w.scale.view(-1) * 0.03
@@ -146,7 +146,7 @@ def test_whole_numbers_in_fp32_give_the_same_bits(bits: int, monkeypatch: pytest
     w = pack_weight(codes, torch.full((n, 1), 0.01), torch.full((n, 1), 1.0), bits=bits, group_size=k)
     x = torch.full((6, k), -128, dtype=torch.int8)
     x[1] = 127
-    about = {"x_zero": torch.tensor([100.0]), "weight_sums": row_sums(w)}
+    about = {"x_zero": torch.tensor([100.0]), "code_sums": code_sums(w)}
     want = ((x.long() - 100) @ (codes.long() - 1).T).float() * 0.01
     monkeypatch.setattr(int8, "multiplies_int8", lambda: False)
     monkeypatch.setattr(int8, "FEW_PRODUCTS", 0)
@@ -158,11 +158,11 @@ def test_whole_numbers_in_fp32_give_the_same_bits(bits: int, monkeypatch: pytest
 @pytest.mark.parametrize("n", [4, 520])
 def test_a_zero_point_of_rows_is_whole(n: int):
     w = pack_weight(torch.ones(n, 512, dtype=torch.uint8), torch.ones(n, 1), bits=4, group_size=512)
-    x, one, sums = torch.ones(1, 512, dtype=torch.int8), torch.ones(1), row_sums(w)
+    x, one, sums = torch.ones(1, 512, dtype=torch.int8), torch.ones(1), code_sums(w)
     with pytest.raises(ValueError, match=r"qmatmul_int8: x_zero must be a whole number, got 0\.5"):
-        qmatmul_int8(x, one, w, x_zero=torch.tensor([0.5]), weight_sums=sums)
-    far = qmatmul_int8(x, one, w, x_zero=torch.tensor([300.0]), weight_sums=sums)  # of a grid that was learnt
-    assert torch.equal(far, -299.0 * sums[None])
+        qmatmul_int8(x, one, w, x_zero=torch.tensor([0.5]), code_sums=sums)
+    far = qmatmul_int8(x, one, w, x_zero=torch.tensor([300.0]), code_sums=sums)  # of a grid that was learnt
+    assert torch.equal(far, torch.full((1, n), -299.0 * 512 * (1 - 8)))
 
 
 def test_a_row_does_not_depend_on_its_neighbours():

@@ -8,6 +8,7 @@ import torch
 
 from gs_kernels import (
     PerChannel,
+    code_sums,
     dequantize_packed,
     dynamic_fake_quant,
     pack_weight,
@@ -16,7 +17,6 @@ from gs_kernels import (
     qmatmul_int8,
     quantize_rows,
     repack,
-    row_sums,
 )
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref, qmatmul_ref
@@ -132,13 +132,41 @@ def test_sums_of_8_bit_codes_are_exact_integers(bits, group):
     assert torch.equal(got.cpu().double(), (x.double() @ (codes.double() - zero).T) / 2)
 
 
-def test_a_zero_point_of_x_is_undone_by_row_sums():
+def test_a_zero_point_of_x_is_undone_by_code_sums():
     w = weight(bits=8, group=256)
     x = torch.randint(-128, 128, (4, 256), dtype=torch.int8, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     scale, zero = torch.full((1,), 0.01, device=DEVICE), torch.full((1,), -128.0, device=DEVICE)
-    got = qmatmul_int8(x, scale, w, x_zero=zero, weight_sums=row_sums(w))
+    got = qmatmul_int8(x, scale, w, x_zero=zero, code_sums=code_sums(w))
     wanted = qmatmul_int8_ref(x, scale, w, x_zero=zero)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-3 * wanted.abs().max().item() / 100)
+
+
+@pytest.mark.parametrize("zero", ["middle", "of rows", "half"])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("m, n, k", [(1, 33, 1100), (17, 70, 200)])
+def test_one_scale_a_row_gives_the_bits_of_the_reference(m: int, n: int, k: int, bits: int, zero: str):
+    """With partial sums over K and without, of one scale for x and of one for each row of it."""
+    draw = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=draw)
+    middle = 0.5 if bits == 1 else 2.0 ** (bits - 1)
+    zeros = {"middle": middle, "half": middle + 0.5, "of rows": torch.arange(n).remainder(2**bits).view(-1, 1).float()}
+    scale, bias = torch.rand(n, 1, generator=draw) + 0.01, torch.randn(n, generator=draw).to(DEVICE)
+    w = pack_weight(codes, scale, zeros[zero], bits=bits, group_size=k, layout="planar").to(DEVICE)
+    x = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=draw).to(DEVICE)
+    for x_scale in (torch.rand(m, generator=draw), torch.rand(1, generator=draw)):
+        for x_zero in (None, torch.full((1,), -77.0, device=DEVICE)):
+            about = {"x_zero": x_zero, "activation": "relu"}
+            sums = None if x_zero is None else code_sums(w)
+            got = qmatmul_int8(x, x_scale.to(DEVICE), w, bias, code_sums=sums, **about)
+            assert same_bits(got, qmatmul_int8_ref(x, x_scale.to(DEVICE), w, bias, **about))
+
+
+def test_the_old_sums_of_a_weight_are_deprecated():
+    w, x = weight(bits=8, group=256), torch.ones(4, 256, dtype=torch.int8, device=DEVICE)
+    scale = torch.full((1,), 0.01, device=DEVICE)
+    with pytest.warns(DeprecationWarning, match="weight_sums is no longer used; give code_sums"):
+        old = qmatmul_int8(x, scale, w, x_zero=scale * 0 + 3, weight_sums=scale.expand(20))
+    assert same_bits(old, qmatmul_int8(x, scale, w, x_zero=scale * 0 + 3))
 
 
 CALLS = {
@@ -153,8 +181,12 @@ CALLS = {
     r"x_scale must have shape \[2\], one per row of x, or \[1\], got \[3\]": lambda w: qmatmul_int8(
         torch.ones(2, 256, dtype=torch.int8, device=DEVICE), normal(3), w
     ),
-    r"x_zero and weight_sums must be given together; use weight_sums=row_sums": lambda w: qmatmul_int8(
-        torch.ones(2, 256, dtype=torch.int8, device=DEVICE), normal(1), w, x_zero=normal(1)
+    r"code_sums must have shape \[20, 2\], got \[20\]": lambda w: qmatmul_int8(
+        torch.ones(2, 256, dtype=torch.int8, device=DEVICE),
+        normal(1),
+        w,
+        x_zero=normal(1),
+        code_sums=torch.ones(20, dtype=torch.int32, device=DEVICE),
     ),
     r"dtype must be int8 or float8_e4m3fn, got torch.uint8": lambda w: quantize_rows(normal(2, 8), dtype=torch.uint8),
     r"x must be \[..., K\] with K >= 1, got \[2, 0\]": lambda w: quantize_rows(normal(2, 0)),

@@ -143,11 +143,12 @@ def test_traced_for_a_gpu_8_bit_rows_stay_8_bit(monkeypatch):
         w = replace(like, codes=codes, scale=scale)
         rows, x_scale = quantize_rows(x)
         dynamic = qmatmul_int8(rows, x_scale, w) + qmatmul_fp8(x, w)
-        return qmatmul_int8(rows, one, w, x_zero=one, weight_sums=sums) + dynamic
+        return qmatmul_int8(rows, one, w, x_zero=one, code_sums=sums) + dynamic
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         parts = torch.empty(2, 96, 32, dtype=torch.int16, device="cuda"), torch.empty(96, 2, device="cuda")
-        x, one, sums = (torch.empty(*sizes, device="cuda") for sizes in ((40, 256), (1,), (96,)))
+        x, one = (torch.empty(*sizes, device="cuda") for sizes in ((40, 256), (1,)))
+        sums = torch.empty(96, 2, dtype=torch.int32, device="cuda")
         launches, called = traced_launches(forward, x, one, *parts, sums)
     fp8 = [["codes_ptr", "scale_ptr", "sums_ptr"], ["y_ptr"]]
     assert launches == [["codes_ptr", "scale_ptr"], ["y_ptr"], *fp8, ["y_ptr"]]
@@ -156,7 +157,9 @@ def test_traced_for_a_gpu_8_bit_rows_stay_8_bit(monkeypatch):
 
 def test_row_sums_are_those_of_the_real_values():
     w = weight(zero=torch.full((6, 2), 7.5))
-    assert torch.allclose(row_sums(w), qmatmul_ref(torch.ones(1, 256, device=DEVICE), w)[0], atol=1e-5)
+    with pytest.warns(DeprecationWarning, match=r"row_sums: qmatmul_int8 now takes code_sums"):
+        sums = row_sums(w)
+    assert torch.allclose(sums, qmatmul_ref(torch.ones(1, 256, device=DEVICE), w)[0], atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing to capture a graph on")
