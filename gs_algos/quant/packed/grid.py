@@ -40,6 +40,11 @@ class Grid:
         """Returns the zero points `[N, G]` fp32 as they are stored."""
         return self.zero.to(self.dtype).float()
 
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Returns the smallest and the largest code."""
+        return (0, 1) if self.scheme.bits == 1 else (self.scheme.qmin, self.scheme.qmax)
+
     def rows(self, first: int, end: int) -> Grid:
         """Returns the grid of some rows of the weight."""
         return Grid(self.scale[first:end], self.zero[first:end], self.scheme, self.dtype)

@@ -1,0 +1,102 @@
+"""Prepares second moments for the solvers: dead columns, damping, the order of columns, the triangular factor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gs_algos.ptq.statistics import InputStatistics
+
+ORDERS = ("act", "group", "none")
+LARGEST_DAMPING = 1.0  # that is tried if the factor fails
+
+
+@dataclass(frozen=True, eq=False)
+class Hessian:
+    """Holds the damped second moments of a layer's input: the curvature of its output error.
+
+    With columns in `order`, `H + damping = R diag(pivots) R^T`, where R is upper triangular with ones on its diagonal.
+    So the error of a row is `sum_j pivots_j (e R)_j ** 2`, and column j of `e R` holds no e behind j: columns can be
+    rounded one after the other.
+
+    Args:
+        damped: `[groups, K, K]` fp32, in the order of the weight's columns; 1 on the diagonal of dead columns.
+        damping: `[groups]`, that is on its diagonal.
+        dead: `[groups, K]`, columns that were always 0.
+        order: `[groups, K]`, in which columns are rounded.
+        factor: R `[groups, K, K]` fp32; None if it failed.
+        pivots: `[groups, K]` fp32.
+        notes: what had to be done to get the factor.
+    """
+
+    damped: Tensor
+    damping: Tensor
+    dead: Tensor
+    order: Tensor
+    factor: Tensor | None
+    pivots: Tensor | None
+    notes: tuple[str, ...] = ()
+
+
+def hessian_of(statistics: InputStatistics, damp: float, order: str, group_size: int) -> Hessian:
+    """Prepares the second moments, once for all layers of a stage.
+
+    If the factor fails, damping grows tenfold, up to 1; notes say so.
+
+    Args:
+        damp: times the mean of the diagonal over columns that are not dead.
+        order: `act`: descending diagonal · `group`: descending inside groups, these by their largest · `none`.
+        group_size: columns of a group, for `group`.
+    """
+    size = group_size if order == "group" else None
+    return statistics.once(("hessian", damp, order, size), lambda: _prepare(statistics.gram, damp, order, group_size))
+
+
+@torch.no_grad()
+def _prepare(gram: Tensor, damp: float, order: str, group_size: int) -> Hessian:
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    dead = diagonal == 0
+    mean = diagonal.sum(1) / (~dead).sum(1).clamp(min=1)
+    columns = _column_order(diagonal, order, group_size)
+    notes: list[str] = []
+    while True:
+        damping = mean * damp
+        damped = gram.clone()
+        damped.diagonal(dim1=1, dim2=2).add_(torch.where(dead, 1.0, 0.0)).add_(damping.unsqueeze(1))
+        factor, pivots = _factor(damped, columns)
+        if factor is not None or damp >= LARGEST_DAMPING:
+            break
+        larger = min(10 * damp, LARGEST_DAMPING)
+        notes.append(f"damping {damp:.3g} was too little for a factor: {larger:.3g}")
+        damp = larger
+    if factor is None:
+        notes.append(f"no factor with damping {damp:.3g}: rounded to nearest")
+    return Hessian(damped, damping, dead, columns, factor, pivots, tuple(notes))
+
+
+def _column_order(diagonal: Tensor, order: str, group_size: int) -> Tensor:
+    """`[groups, K]` of `diagonal [groups, K]`."""
+    groups, k = diagonal.shape
+    if order == "none":
+        return torch.arange(k, device=diagonal.device).expand(groups, k).contiguous()
+    if order == "act":
+        return diagonal.argsort(dim=1, descending=True, stable=True)
+    inside = diagonal.view(groups, -1, group_size)
+    first = inside.amax(2).argsort(dim=1, descending=True, stable=True)  # [groups, G]
+    columns = inside.argsort(dim=2, descending=True, stable=True) + torch.arange(0, k, group_size).to(first)[:, None]
+    return columns.gather(1, first.unsqueeze(2).expand_as(columns)).flatten(1)
+
+
+def _factor(damped: Tensor, order: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Factors in fp64: with J the reversal, `J H J = L L^T`, so `H = (J L J)(J L J)^T`."""
+    k = order.shape[1]
+    back = order.flip(1)
+    rows = damped.gather(1, back.unsqueeze(2).expand_as(damped))
+    lower, info = torch.linalg.cholesky_ex(rows.gather(2, back.unsqueeze(1).expand(-1, k, -1)).double())
+    diagonal = lower.diagonal(dim1=1, dim2=2)
+    if bool(info.any()) or not bool(diagonal.isfinite().all()):
+        return None, None
+    upper = (lower / diagonal.unsqueeze(1)).float().flip(1, 2)
+    return upper, diagonal.square().float().flip(1)

@@ -1,0 +1,140 @@
+"""Finds the codes of one layer: target, grid, rounding, refinement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gs_algos.ptq.hessian import ORDERS, hessian_of
+from gs_algos.ptq.rounding import ROUNDINGS
+from gs_algos.ptq.statistics import InputStatistics
+from gs_algos.ptq.target import corrected, damping
+from gs_algos.quant.packed.grid import grid_of, group_size
+from gs_algos.quant.scheme import Scheme
+from gs_kernels import PackedWeight
+
+UNSEEN = "saw no token: rounded to nearest"
+
+
+@dataclass(frozen=True)
+class SolveOptions:
+    """Says how codes are chosen.
+
+    Args:
+        rounding: `nearest` or `gptq`.
+        correct: 0..1, share of the correction for what layers before lost; needs statistics with a cross term.
+        refine: rounds of scale refit and coordinate descent after the rounding.
+        order: of the columns in gptq: `act`, `group` or `none`.
+        damp: times the mean of the diagonal of H; None for max(.01, K / (4 T)), T tokens.
+
+    Raises:
+        ValueError: if one is out of its range.
+    """
+
+    rounding: str = "gptq"
+    correct: float = 0.5
+    refine: int = 2
+    order: str = "act"
+    damp: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("rounding", self.rounding, ROUNDINGS), ("order", self.order, ORDERS)):
+            if value not in known:
+                raise ValueError(f"SolveOptions: {name} must be one of {', '.join(known)}, got {value!r}")
+        if not 0 <= self.correct <= 1:
+            raise ValueError(f"SolveOptions: correct must be in [0, 1], got {self.correct}")
+        if type(self.refine) is not int or self.refine < 0:
+            raise ValueError(f"SolveOptions: refine must be a whole number of rounds, >= 0, got {self.refine!r}")
+        if self.damp is not None and not 0 < self.damp < float("inf"):
+            raise ValueError(f"SolveOptions: damp must be above 0, or None, got {self.damp}")
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Holds what `solve` found.
+
+    Args:
+        weight: `[N, K]`, canonical, on the device of the float one.
+        objective: `tr((Q - W*) H (Q - W*)^T)` of the weight Q, over all tokens, without damping; 0 without a token.
+        nearest: the same of W* rounded to nearest on the grid that rounding started from.
+        notes: what a report should say.
+    """
+
+    weight: PackedWeight
+    objective: float
+    nearest: float
+    notes: tuple[str, ...] = ()
+
+
+@torch.no_grad()
+def solve(
+    weight: Tensor, statistics: InputStatistics, scheme: Scheme, options: SolveOptions, who: str = "solve"
+) -> Solution:
+    """Quantizes one weight so that its layer's output over the tokens of `statistics` changes least.
+
+    The target is `W* = W + correct W C (H + damping)^-1`, its grid is fixed by the scheme's observer, codes follow by
+    `rounding`, and `refine` improves both. Columns whose input was always 0 become 0. Without a token, or if no damping
+    gives a factor of H, codes are those of round to nearest, and a note says so.
+
+    Args:
+        weight: `[N, K]` fp32 / fp16 / bf16, or of a grouped convolution `[groups, N / groups, K]`.
+        statistics: of the layer's input, the same object for all layers that read it: they share its factor.
+        scheme: of 1 to 8 bits; 3 bits are stored in 4.
+        options: see `SolveOptions`.
+        who: the layer's name, for errors.
+
+    Raises:
+        ValueError: if weight and statistics do not fit, one of them is not finite, the group does not divide K, or the
+            correction lacks a cross term.
+    """
+    _refuse(weight, statistics, scheme, options, who)
+    k = statistics.columns
+    rows = weight.detach().reshape(-1, k).float()
+    if statistics.count == 0:
+        grid = grid_of(rows, scheme, weight.dtype)
+        return Solution(grid.packed(grid.codes(rows)), 0.0, 0.0, (UNSEEN,))
+    damp = damping(statistics, options.damp, k)
+    hessian = hessian_of(statistics, damp, options.order, group_size(scheme, k))
+    rounding = options.rounding if hessian.factor is not None else "nearest"
+    target = corrected(rows, statistics, options.correct, hessian)
+    grid = grid_of(target, scheme, weight.dtype, _importance(statistics, len(rows)) if rounding == "nearest" else None)
+    codes = ROUNDINGS[rounding](target, grid, hessian)
+    loss, nearest = (objective(grid.values(c) - target, statistics.gram) for c in (codes, grid.codes(target)))
+    return Solution(grid.packed(codes), loss, nearest, hessian.notes)
+
+
+def objective(error: Tensor, gram: Tensor) -> float:
+    """Computes `tr(E H E^T)` of `error [N, K]`; of G groups of `gram [groups, K, K]`, N / G rows of each in turn."""
+    split = error.view(len(gram), -1, error.shape[1])
+    return float((split @ gram).mul_(split).sum(dtype=torch.float64))
+
+
+def _importance(statistics: InputStatistics, n: int) -> Tensor:
+    """Returns how much an error in each weight counts, `[N, K]`: the diagonal of H; 1 in dead columns."""
+    diagonal = statistics.gram.diagonal(dim1=1, dim2=2)
+    counts = torch.where(diagonal == 0, 1.0, diagonal)
+    return counts.repeat_interleave(n // statistics.groups, 0)
+
+
+def _refuse(weight: Tensor, statistics: InputStatistics, scheme: Scheme, options: SolveOptions, who: str) -> None:
+    groups, k = statistics.groups, statistics.columns
+    fits = weight.dim() in (2, 3) and weight.shape[-1] == k and weight.numel() > 0
+    if weight.dim() == 3:
+        fits = fits and weight.shape[0] == groups
+    elif fits:
+        fits = weight.shape[0] % groups == 0
+    if not fits:
+        must = f"[N, {k}]" if groups == 1 else f"[{groups}, n, {k}] or [{groups} * n, {k}]"
+        raise ValueError(f"{who}: weight must be {must}, as its statistics are, got {list(weight.shape)}")
+    if k % group_size(scheme, k):
+        raise ValueError(f"{who}: the group must divide the {k} inputs, got {scheme}")
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"{who}: weights must be finite, got NaN or Inf")
+    if options.correct and statistics.cross is None and statistics.count:
+        raise ValueError(
+            f"{who}: correct={options.correct} needs statistics with a cross term, got some without; gather them with "
+            "cross=True, or set correct=0"
+        )
+    statistics.check(who)
