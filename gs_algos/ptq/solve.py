@@ -11,7 +11,7 @@ from gs_algos.ptq.hessian import ORDERS, hessian_of
 from gs_algos.ptq.rounding import ROUNDINGS
 from gs_algos.ptq.statistics import InputStatistics
 from gs_algos.ptq.target import corrected, damping
-from gs_algos.quant.packed.grid import grid_of, group_size
+from gs_algos.quant.packed.grid import Grid, grid_of, group_size
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import PackedWeight
 
@@ -24,7 +24,7 @@ class SolveOptions:
 
     Args:
         rounding: `nearest` or `gptq`.
-        correct: 0..1, share of the correction for what layers before lost; needs statistics with a cross term.
+        correct: 0..1, share of the correction for what layers before lost; nothing without a cross term.
         refine: rounds of scale refit and coordinate descent after the rounding.
         order: of the columns in gptq: `act`, `group` or `none`.
         damp: times the mean of the diagonal of H; None for max(.01, K / (4 T)), T tokens.
@@ -56,16 +56,25 @@ class Solution:
     """Holds what `solve` found.
 
     Args:
-        weight: `[N, K]`, canonical, on the device of the float one.
+        grid: of the weight.
+        codes: `[N, K]`, as `grid.codes` gives them.
+        target: W* `[N, K]` fp32, that the codes aim at.
         objective: `tr((Q - W*) H (Q - W*)^T)` of the weight Q, over all tokens, without damping; 0 without a token.
-        nearest: the same of W* rounded to nearest on the grid that rounding started from.
+        nearest: the same of the weight rounded to nearest, as `round_to_nearest` does.
         notes: what a report should say.
     """
 
-    weight: PackedWeight
+    grid: Grid
+    codes: Tensor
+    target: Tensor
     objective: float
     nearest: float
     notes: tuple[str, ...] = ()
+
+    @property
+    def weight(self) -> PackedWeight:
+        """Packs the weight, canonical, on the device of the float one."""
+        return self.grid.packed(self.codes)
 
 
 @torch.no_grad()
@@ -86,23 +95,24 @@ def solve(
         who: the layer's name, for errors.
 
     Raises:
-        ValueError: if weight and statistics do not fit, one of them is not finite, the group does not divide K, or the
-            correction lacks a cross term.
+        ValueError: if weight and statistics do not fit, one of them is not finite, or the group does not divide K.
     """
-    _refuse(weight, statistics, scheme, options, who)
+    _refuse(weight, statistics, scheme, who)
     k = statistics.columns
     rows = weight.detach().reshape(-1, k).float()
     if statistics.count == 0:
         grid = grid_of(rows, scheme, weight.dtype)
-        return Solution(grid.packed(grid.codes(rows)), 0.0, 0.0, (UNSEEN,))
+        return Solution(grid, grid.codes(rows), rows, 0.0, 0.0, (UNSEEN,))
     damp = damping(statistics, options.damp, k)
     hessian = hessian_of(statistics, damp, options.order, group_size(scheme, k))
     rounding = options.rounding if hessian.factor is not None else "nearest"
     target = corrected(rows, statistics, options.correct, hessian)
     grid = grid_of(target, scheme, weight.dtype, _importance(statistics, len(rows)) if rounding == "nearest" else None)
     codes = ROUNDINGS[rounding](target, grid, hessian)
-    loss, nearest = (objective(grid.values(c) - target, statistics.gram) for c in (codes, grid.codes(target)))
-    return Solution(grid.packed(codes), loss, nearest, hessian.notes)
+    plain = grid_of(rows, scheme, weight.dtype)
+    ours, theirs = grid.values(codes), plain.values(plain.codes(rows))
+    loss, nearest = (objective(values - target, statistics.gram) for values in (ours, theirs))
+    return Solution(grid, codes, target, loss, nearest, hessian.notes)
 
 
 def objective(error: Tensor, gram: Tensor) -> float:
@@ -118,7 +128,7 @@ def _importance(statistics: InputStatistics, n: int) -> Tensor:
     return counts.repeat_interleave(n // statistics.groups, 0)
 
 
-def _refuse(weight: Tensor, statistics: InputStatistics, scheme: Scheme, options: SolveOptions, who: str) -> None:
+def _refuse(weight: Tensor, statistics: InputStatistics, scheme: Scheme, who: str) -> None:
     groups, k = statistics.groups, statistics.columns
     fits = weight.dim() in (2, 3) and weight.shape[-1] == k and weight.numel() > 0
     if weight.dim() == 3:
@@ -132,9 +142,4 @@ def _refuse(weight: Tensor, statistics: InputStatistics, scheme: Scheme, options
         raise ValueError(f"{who}: the group must divide the {k} inputs, got {scheme}")
     if not bool(weight.isfinite().all()):
         raise ValueError(f"{who}: weights must be finite, got NaN or Inf")
-    if options.correct and statistics.cross is None and statistics.count:
-        raise ValueError(
-            f"{who}: correct={options.correct} needs statistics with a cross term, got some without; gather them with "
-            "cross=True, or set correct=0"
-        )
     statistics.check(who)

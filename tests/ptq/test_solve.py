@@ -255,18 +255,17 @@ def test_without_any_factor_weights_are_rounded_to_nearest():
 
 
 @pytest.mark.parametrize(
-    ("weight", "text", "options", "words"),
+    ("weight", "text", "words"),
     [
-        (torch.ones(4, 31), "int4@channel", {}, r"up: weight must be \[N, 32\], as its statistics are, got \[4, 31\]"),
-        (torch.ones(4, 32), "int4@group:24", {}, "up: the group must divide the 32 inputs, got int4@group:24"),
-        (torch.full((4, 32), torch.nan), "int4@channel", {}, "up: weights must be finite, got NaN or Inf"),
-        (torch.ones(4, 32), "int4@channel", {"correct": 0.5}, "up: correct=0.5 needs statistics with a cross term"),
+        (torch.ones(4, 31), "int4@channel", r"up: weight must be \[N, 32\], as its statistics are, got \[4, 31\]"),
+        (torch.ones(4, 32), "int4@group:24", "up: the group must divide the 32 inputs, got int4@group:24"),
+        (torch.full((4, 32), torch.nan), "int4@channel", "up: weights must be finite, got NaN or Inf"),
     ],
 )
-def test_what_cannot_be_solved_is_refused(weight: Tensor, text: str, options: dict[str, float], words: str):
+def test_what_cannot_be_solved_is_refused(weight: Tensor, text: str, words: str):
     sums = statistics(inputs(100, 32))
     with pytest.raises(ValueError, match=words):
-        solve(weight, sums, scheme(text), SolveOptions(**{"correct": 0.0, **options}), "up")
+        solve(weight, sums, scheme(text), SolveOptions(), "up")
 
 
 def test_inputs_that_are_not_finite_are_refused_with_the_name_of_the_layer():
