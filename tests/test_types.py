@@ -33,8 +33,11 @@ Prune(importance="l2", seed="x")
 """
 RIGHT = """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
+from gs_algos import Algorithm, AlgorithmConfig
 from gs_algos import LevelGrid, Pipeline, Plan, PlanRow, Scheme, SimQATConfig, SlbAdamW, Stage, plan_weights
 from gs_kernels import IntFormat, PackedWeight, PerGroup, fake_quant, pack_weight, qmatmul
 
@@ -72,6 +75,15 @@ gs_algos.quantize_checkpoint("folder", "packed", scheme, embeddings=scheme)
 w: PackedWeight = pack_weight(torch.zeros(4, 8), torch.ones(4, 1), 0, bits=8, group_size=8)
 y: Tensor = qmatmul(x, w)
 z: Tensor = fake_quant(x, torch.ones(4), torch.zeros(4), qmin=-8, qmax=7)
+
+
+@dataclass(frozen=True)
+class OwnConfig(AlgorithmConfig):
+    keep: int = 2
+
+
+class Own(Algorithm):
+    config: OwnConfig
 """
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.modules import TRACING
 from gs_algos.core.network import wrapped_at
 from gs_algos.core.plan import Plan, PlanRow
@@ -76,7 +75,7 @@ class Algorithm(ABC):
     name: ClassVar[str]
     row_settings: ClassVar[tuple[type[RowSettings], ...]] = ()  # of the rows of its plan; see `Restores`
     migrations: ClassVar[Mapping[int, Migration]] = {}
-    config: AlgorithmConfig
+    config: Any  # an `AlgorithmConfig`: each algorithm names its own class here
     steps: int  # optimizer steps since apply
 
     @abstractmethod
