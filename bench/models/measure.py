@@ -32,7 +32,7 @@ def _times(timing: Timing) -> dict[str, float]:
 
 
 def _time(call: Callable[[], Any], device: str, seconds: float) -> Timing:
-    """Of whole networks: on a GPU without a CUDA graph, as a training loop runs them."""
+    """Times a call of a whole network: on a GPU without a CUDA graph, as a training loop runs them."""
     if torch.device(device).type != "cuda":
         return time_calls([call], device, seconds)
     samples = []

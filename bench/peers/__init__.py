@@ -1,4 +1,4 @@
-"""Other providers of our ops, which the benchmarks time beside them: adapters by the name of the op.
+"""Collects other providers of our ops, which the benchmarks time beside them: adapters by the name of the op.
 
 An adapter takes the arguments of the op. The product knows none of them: a competitor is added here.
 """

@@ -1,4 +1,4 @@
-"""Other providers of fake-quant, for the benchmark: each takes the arguments of `fake_quant`."""
+"""Calls other providers of fake-quant, for the benchmark: each takes the arguments of `fake_quant`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other providers of ranges, for the benchmark: each takes the arguments of `minmax`."""
+"""Calls other providers of ranges, for the benchmark: each takes the arguments of `minmax`."""
 
 from __future__ import annotations
 

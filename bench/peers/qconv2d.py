@@ -1,4 +1,4 @@
-"""Other providers of convolutions, for the benchmark: each takes the arguments of `qconv2d`."""
+"""Calls other providers of convolutions, for the benchmark: each takes the arguments of `qconv2d`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def float_conv2d(
     residual: Tensor | None = None,
     **window: Any,
 ) -> Tensor:
-    """The float layer that a packed one replaces, its weight dequantised beforehand: cuDNN's on an NVIDIA GPU."""
+    """Calls the float layer that a packed one replaces, its weight dequantized beforehand: cuDNN's on an NVIDIA GPU."""
     if weight.codes not in _kept or _kept[weight.codes].dtype != x.dtype:
         _kept[weight.codes] = dequantize_packed(weight, x.dtype)
     options = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | window

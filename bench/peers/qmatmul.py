@@ -1,4 +1,4 @@
-"""Other providers of products with packed weights, for the benchmark: each takes the arguments of `qmatmul`.
+"""Calls other providers of packed products, for the benchmark: each takes the arguments of `qmatmul`.
 
 What a library makes of a weight at load time is made once and not timed. The benchmark compares results before it
 times, so a provider that reads a weight in another way than it was written is left out, not believed.
@@ -68,7 +68,7 @@ def _gemlite_layer(weight: PackedWeight, dtype: torch.dtype) -> Any:
 
 @_once_per_weight
 def _hqq_layer(weight: PackedWeight, dtype: torch.dtype) -> Any:
-    """A layer of theirs around our codes: `(code - zero) * scale` with a scale per row of `[N * G, group_size]`."""
+    """Makes a layer of theirs around our codes: `(code - zero) * scale`, a scale per row of `[N * G, group_size]`."""
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear, Quantizer  # type: ignore[import-not-found]
 
     bits, group = weight.bits, weight.group_size
@@ -89,7 +89,7 @@ def _hqq_layer(weight: PackedWeight, dtype: torch.dtype) -> Any:
 
 @_once_per_weight
 def _torchao_weight(weight: PackedWeight, dtype: torch.dtype) -> Any:
-    """What their `IntxWeightOnlyConfig` makes of a weight: one code a byte, signed."""
+    """Makes the weight that their `IntxWeightOnlyConfig` makes: one code a byte, signed."""
     from torchao.quantization import IntxUnpackedToInt8Tensor  # type: ignore[import-not-found]
 
     middle = 2 ** (weight.bits - 1)
@@ -103,7 +103,7 @@ def _torchao_weight(weight: PackedWeight, dtype: torch.dtype) -> Any:
 
 @_once_per_weight
 def _bitsandbytes_parts(weight: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (of 4 bits: the first of a pair in the high half), the largest value of each block, and a table to it."""
+    """Returns codes (4 bits: the first of a pair in the high half), each block's largest value, and the table."""
     codes, middle = _codes(weight), 2 ** (weight.bits - 1)
     if not torch.equal(_zeros(weight), torch.full_like(weight.scale, middle)):
         raise ValueError("bitsandbytes: needs a symmetric grid")
@@ -115,7 +115,7 @@ def _bitsandbytes_parts(weight: PackedWeight, dtype: torch.dtype) -> tuple[Tenso
 
 @_once_per_weight
 def _conch_parts(weight: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """int32 words `[K * bits / 32, N]`, low bits first, and scales `[G, N]`."""
+    """Returns int32 words `[K * bits / 32, N]`, low bits first, and scales `[G, N]`."""
     middle = 2.0 ** (weight.bits - 1)
     if not torch.equal(_zeros(weight).float(), torch.full_like(weight.scale, middle).float()):
         raise ValueError("conch: needs a symmetric grid")
@@ -132,12 +132,12 @@ def _finish(y: Tensor, bias: Tensor | None, activation: str) -> Tensor:
 
 
 def float_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
-    """The float layer that a packed one replaces, its weight dequantised beforehand."""
+    """Calls the float layer that a packed one replaces, its weight dequantized beforehand."""
     return _finish(torch.nn.functional.linear(x, _float_weight(weight, x.dtype)), bias, activation)
 
 
 def tinygemm(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
-    """torch's own 4-bit product, `aten::_weight_int4pack_mm`."""
+    """Calls torch's own 4-bit product, `aten::_weight_int4pack_mm`."""
     if not x.is_cuda or x.dtype != torch.bfloat16 or weight.bits != 4:
         raise ValueError("tinygemm: needs bf16 x on a GPU and 4-bit weights")
     packed, grid = _tinygemm_parts(weight, x.dtype)
@@ -153,7 +153,7 @@ def gemlite(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, acti
 
 
 def hqq(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
-    """With the backend that they have everywhere, compiled as they advise on a GPU."""
+    """Calls the backend that they have everywhere, compiled as they advise on a GPU."""
     layer = _hqq_layer(weight, x.dtype)
     run = layer.forward_pytorch_compile if x.is_cuda else layer.forward_pytorch
     return _finish(run(x), bias, activation)
@@ -164,7 +164,7 @@ def torchao(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, acti
 
 
 def bitsandbytes(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
-    """Their vector product of 4 bits, and their 8-bit codes with a table: both take any symmetric grid."""
+    """Calls their vector product of 4 bits, or their 8-bit codes with a table: both take any symmetric grid."""
     import bitsandbytes.functional as theirs  # type: ignore[import-not-found]
 
     rows = x.reshape(-1, x.shape[-1])

@@ -77,7 +77,7 @@ def _prepare(gram: Tensor, damp: float, order: str, group_size: int) -> Hessian:
 
 
 def _column_order(diagonal: Tensor, order: str, group_size: int) -> Tensor:
-    """`[groups, K]` of `diagonal [groups, K]`."""
+    """Orders the columns of each group: `[groups, K]` of `diagonal [groups, K]`."""
     groups, k = diagonal.shape
     if order == "none":
         return torch.arange(k, device=diagonal.device).expand(groups, k).contiguous()

@@ -157,7 +157,7 @@ def _why_kept(model: nn.Module, layers: Sequence[tuple[str, nn.Module]], owners:
 
 
 def _row_layout(layer: nn.Module) -> str:
-    """Names how a layer reads its weight: as filters, as rows, or transposed."""
+    """Tells how a layer reads its weight: as filters, as rows, or transposed."""
     return "filters" if isinstance(layer, CONVS) else "columns" if is_conv1d(layer) else "rows"
 
 

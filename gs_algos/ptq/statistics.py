@@ -14,7 +14,7 @@ SHOWN = 4  # columns that a message names
 
 
 class InputStatistics:
-    """Sums over tokens, in fp32, of one tensor `^X [T, K]` that the layers of a stage read.
+    """Keeps sums over tokens, in fp32, of one tensor `^X [T, K]` that the layers of a stage read.
 
     gram: `^X^T ^X`, `[groups, K, K]`. cross: `(~X - ^X)^T ^X`, of the same shape, if `~X`, the same input in the float
     network, is to be compared. absmax: `[groups, K]`, largest |x| of each column. count: tokens.

@@ -63,7 +63,7 @@ def _backward_fake(
 
 
 def save_for_gradient(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, grid: tuple[int, int, int, int]) -> None:
-    """grid: qmin, qmax, axis, group, as the ops take them."""
+    """Saves what the gradient needs; grid: qmin, qmax, axis, group, as the ops take them."""
     save(ctx, x=x, scale=scale, zero=zero, grid=grid)
 
 

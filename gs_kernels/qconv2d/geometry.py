@@ -50,7 +50,7 @@ class ConvGeometry:
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether y is a product of the pixels of x as they are."""
+        """Says whether y is a product of the pixels of x as they are."""
         return self.taps == 1 and self.stride == (1, 1) and not any(self.sides)
 
     def output(self, h: int, w: int) -> tuple[int, int]:

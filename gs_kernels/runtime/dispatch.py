@@ -36,12 +36,12 @@ _meta_runs_kernels = False
 
 
 class UnsupportedError(RuntimeError):
-    """The call is right, but no implementation can run it here."""
+    """Says that a call is right, but no implementation can run it here."""
 
 
 @dataclass(frozen=True)
 class Impl:
-    """One implementation of an op: `refuses(*args)` returns the reasons why it cannot run this call (empty: it can)."""
+    """Holds one implementation of an op. `refuses(*args)` returns why it cannot run a call; empty if it can."""
 
     name: str
     run: Callable[..., Any]

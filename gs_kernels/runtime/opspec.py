@@ -67,7 +67,7 @@ class AotCase:
 
 @dataclass(frozen=True)
 class OpSpec:
-    """run: the public op. ref: the oracle, same arguments. make(shape, dtype, device, generator): inputs of one call.
+    """Describes an op: run, the public op; ref, the oracle; make(shape, dtype, device, generator), inputs of a call.
 
     keeps_strides: whether results of the shape of the first argument have its strides; else they are contiguous.
     memory_format: in which order of axes they are.

@@ -20,7 +20,7 @@ Tile: TypeAlias = dict[str, Any]
 
 
 class Machine(NamedTuple):
-    """sm: 90 for compute capability 9.0. sm_count: number of processors."""
+    """Describes a GPU. sm: 90 for compute capability 9.0. sm_count: number of processors."""
 
     sm: int
     sm_count: int

@@ -32,7 +32,7 @@ LAST = 1 << 62  # rows: more than any
 
 @dataclass(frozen=True)
 class Entry:
-    """us: microseconds that the tile took for the problem."""
+    """Holds the tile of a problem, and the microseconds (us) that it took."""
 
     problem: Problem
     tile: Tile
@@ -41,7 +41,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """gpu: as its driver says it. made_with: versions. ops: entries of each op."""
+    """Holds the entries of each op. gpu: as its driver says it. made_with: versions."""
 
     gpu: str
     sm: int
@@ -116,7 +116,7 @@ def write_table(path: Path, table: Table) -> None:
 
 
 def file_name(gpu: str) -> str:
-    """`file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3.json"`."""
+    """Makes the name of a GPU's table: `file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3.json"`."""
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
 
 

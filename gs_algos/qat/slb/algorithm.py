@@ -1,6 +1,7 @@
-"""SLB: searching for low-bit weights. Each weight has a logit for every level of its grid and is their softmax mixture;
-as the temperature falls the mixture becomes one level, so that training ends on codes without ever rounding a gradient.
-Yang et al. 2020, arXiv:2009.08695.
+"""Searches for low-bit weights: SLB, Yang et al. 2020, arXiv:2009.08695.
+
+Each weight has a logit for every level of its grid and is their softmax mixture; as the temperature falls the mixture
+becomes one level, so that training ends on codes without ever rounding a gradient.
 
 Differs from the paper: linear layers and first and last layers take part, at 1, 2, 4 or 8 bits each; the logits may
 start at a trained network; scales per tensor or channel; and once the codes are chosen they are kept as codes, so that

@@ -119,8 +119,10 @@ class _SearchedConv(SearchedLayer):
 
 
 class _StateNorm(CoupledBatchNorm):
-    """State batch norm (Yang et al. 2020, arXiv:2009.08695, section 3.3): training normalizes what the mixture gives,
-    and the running statistics, which inference reads, are those of the quantized weight; gamma and beta are shared.
+    """Normalizes by state batch norm (Yang et al. 2020, arXiv:2009.08695, section 3.3).
+
+    Training normalizes what the mixture gives; the running statistics, which inference reads, are those of the
+    quantized weight; gamma and beta are shared.
 
     Differs from the paper: no running statistics of the mixture are kept, since nothing reads them.
     """

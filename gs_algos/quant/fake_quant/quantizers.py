@@ -295,7 +295,7 @@ def _merge(quantizers: list[ActivationQuantizer], pending: Tensor) -> None:
 def calibrated_range(
     quantizer: ActivationQuantizer, name: str, group: dist.ProcessGroup | None = None
 ) -> Tensor | None:
-    """(-min, max) `[2]` of what calibration collected, as the scheme's observer says; None if it saw nothing.
+    """Returns (-min, max) `[2]` of what calibration collected, by the scheme's observer; None if it saw nothing.
 
     Under torch.distributed the extremes, and percentile and mse ranges, are the widest of all ranks.
 

@@ -97,7 +97,7 @@ class QuantizedLayer(Packed):
         return {**super().state_rules(), "zero": zero, "bias": FINITE}
 
     def integer_refusals(self, device: torch.device) -> list[str]:
-        """Why the product cannot run on integers; empty if it can."""
+        """Says why the product cannot run on integers; empty if it can."""
         raise AssertionError("every QuantizedLayer says why")
 
     def path(self) -> str:
@@ -150,7 +150,7 @@ class QuantizedLinear(QuantizedLayer):
             self.sums = code_sums(self.packed) if self._shifted() else None
 
     def integer_refusals(self, device: torch.device) -> list[str]:
-        """Why the product cannot run on integers; empty if it can."""
+        """Says why the product cannot run on integers; empty if it can."""
         grouped = ["scales are per group"] if self.group_size != self.in_features else []
         return [*_refusals_of(self.input_quantizer), *grouped, *_refusals_on(device)]
 
@@ -166,7 +166,7 @@ class QuantizedLinear(QuantizedLayer):
         return self._quantize_output(qmatmul(x, self.packed, self.bias))
 
     def _integer(self, x: Tensor) -> Tensor:
-        """`((qx - zx) @ (qw - zw)^T) * (sx * sw) + bias`; sums in int32, one cast at the end."""
+        """Computes `((qx - zx) @ (qw - zw)^T) * (sx * sw) + bias`; sums in int32, one cast at the end."""
         quantizer = self.input_quantizer
         assert quantizer is not None
         codes, zero = self._codes_and_zero(x)
@@ -225,7 +225,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
             self.sums = code_sums(parts) if self._shifted() and parts and not self.refusals() else None
 
     def integer_refusals(self, device: torch.device) -> list[str]:
-        """Why the convolution cannot run on integers; empty if it can."""
+        """Says why the convolution cannot run on integers; empty if it can."""
         grid = self.input_quantizer
         beyond = grid is not None and not -128 <= grid.whole_zero <= 127
         padding = ["no 8-bit code is the zero point of its activations"] if beyond else []
@@ -266,7 +266,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
         return QuantizedTensor(_limited(y, ready.limits), ready.grid, input.dtype, ready.strides)
 
     def _integer(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-        """`act(conv(qx - zx, qw - zw) * (sx * sw) + bias + residual)`; one cast at the end, or codes that are read."""
+        """Computes `act(conv(qx - zx, qw - zw) * (sx * sw) + bias + residual)`, cast once, or rounded to codes."""
         residual_codes = NO_RESIDUAL
         if isinstance(residual, QuantizedTensor):
             scale, middle = residual.quantizer.constants()[:2]

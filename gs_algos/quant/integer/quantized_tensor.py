@@ -47,7 +47,7 @@ _ACTIVATION_OF = {call: name for name, activation in ACTIVATIONS.items() for cal
 
 
 class _VirtualTensor(Tensor):
-    """Base of tensors that look like floats and store none: NumPy, copies and files get plain values."""
+    """Looks like a float tensor and stores none: NumPy, copies and files get plain values."""
 
     def dequantize(self) -> Tensor:
         """Returns the values, with the strides that the tensor shows."""

@@ -53,7 +53,7 @@ class PackedConv(Convolution):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Self:
-        """The layer with tensors of the right shapes that are still to be filled; device may be "meta"."""
+        """Makes the layer with tensors of the right shapes that are still to be filled; device may be "meta"."""
         offset = torch.empty(format.shape[0], dtype=dtype, device=device) if bias else None
         return cls(format.empty(device), geometry, filter, offset, dtype)
 

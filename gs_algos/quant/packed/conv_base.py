@@ -47,7 +47,7 @@ class Convolution(Packed):
     notes: tuple[str, ...] = ()  # what could run in the same call and does not, with the reason
 
     def set_geometry(self, geometry: dict[str, Any], filter: Sequence[int]) -> None:
-        """geometry: as `geometry_of` gives it; filter: the float weight's shape behind its first axis."""
+        """Sets the geometry, as `geometry_of` gives it; filter: the float weight's shape behind its first axis."""
         if math.prod(filter) != self.shape[1]:
             who = type(self).__name__
             raise ValueError(f"{who}: filter must have the {self.shape[1]} elements of a row, got {list(filter)}")
@@ -60,7 +60,7 @@ class Convolution(Packed):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight `[O, C / groups, ...]`, made anew at each access."""
+        """Returns the dequantized weight `[O, C / groups, ...]`, made anew at each access."""
         rows = dequantize_packed(self.packed, self.dtype)
         if not channels_fastest(self.group_size, self.filter):
             return rows.view(-1, *self.filter)

@@ -32,7 +32,7 @@ class PackedEmbedding(Packed):
 
     @classmethod
     def from_embedding(cls, embedding: nn.Embedding, weight: str | Scheme = "int8@group:64") -> Self:
-        """The layer with its table rounded to nearest.
+        """Makes the layer with its table rounded to nearest.
 
         Raises:
             ValueError: as `PackedLinear.from_linear`, and if rows are renormalized when read (`max_norm`).
@@ -52,7 +52,7 @@ class PackedEmbedding(Packed):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Self:
-        """The layer with tensors of the right shapes that are still to be filled; device may be "meta"."""
+        """Makes the layer with tensors of the right shapes that are still to be filled; device may be "meta"."""
         return cls(format.empty(device), padding_idx, dtype)
 
     @property

@@ -36,7 +36,7 @@ class PackedLinear(Packed):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, weight: str | Scheme = "int4@group:128") -> Self:
-        """The layer with its weight rounded to nearest, e.g. `from_linear(layer, "int4@group:64:mse")`.
+        """Makes the layer with its weight rounded to nearest, e.g. `from_linear(layer, "int4@group:64:mse")`.
 
         Raises:
             ValueError: if the scheme cannot be packed, its group does not divide in_features, or one is not finite.
@@ -47,7 +47,7 @@ class PackedLinear(Packed):
     def from_packed(
         cls, weight: PackedWeight | Packed, bias: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Self:
-        """The layer around a weight that is packed already; it is not copied."""
+        """Makes the layer around a weight that is packed already; it is not copied."""
         return cls(weight, bias, dtype)
 
     @classmethod
@@ -58,7 +58,7 @@ class PackedLinear(Packed):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Self:
-        """The layer with tensors of the right shapes that are still to be filled; device may be "meta"."""
+        """Makes the layer with tensors of the right shapes that are still to be filled; device may be "meta"."""
         return cls(
             format.empty(device), torch.empty(format.shape[0], dtype=dtype, device=device) if bias else None, dtype
         )
@@ -95,7 +95,7 @@ class PackedConv1D(PackedLinear):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight `[K, N]`, made anew at each access."""
+        """Returns the dequantized weight `[K, N]`, made anew at each access."""
         return dequantize_packed(self.packed, self.dtype).t()
 
     @property

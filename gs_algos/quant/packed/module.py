@@ -105,7 +105,7 @@ class PackedFormat:
 
 
 class Packed(FixedDtypeBuffers, OffFastPath):
-    """Base of modules that hold a frozen packed weight `[N, K]`.
+    """Holds a frozen packed weight `[N, K]`; the base of all packed layers.
 
     Args:
         weight: the tensors to hold, in either layout; or another packed layer, whose weight this one then uses too.
@@ -169,7 +169,7 @@ class Packed(FixedDtypeBuffers, OffFastPath):
 
     @property
     def packed(self) -> PackedWeight:
-        """The weight as the ops take it, in the layout that the device reads. Shares memory with the layer."""
+        """Returns the weight as the ops take it, in the layout that the device reads. Shares memory with the layer."""
         if self._tied_to:
             return self._tied_to[0].packed
         if torch.compiler.is_compiling():
@@ -195,7 +195,7 @@ class Packed(FixedDtypeBuffers, OffFastPath):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight `[N, K]`. Made anew at each access: as large as the float weight, no parameter.
+        """Returns the dequantized weight `[N, K]`, no parameter; made anew at each access, as large as the float one.
 
         For looking at values; nothing that is written into it is kept. Multiply with the layer itself instead.
         """

@@ -110,7 +110,7 @@ class Int8Epilogue:
         return residual is None or residual.dtype in (torch.int8, torch.float32)
 
     def __call__(self, sums: Tensor, residual: Tensor | None, scale: Tensor | None, zero: Tensor | None) -> Tensor:
-        """sums: int32 of the codes of x as they are, or fp32 of those less their zero point."""
+        """Makes y of sums: int32 of the codes of x as they are, or fp32 of those less their zero point."""
         sums, y = sums.contiguous(), torch.empty(sums.shape, dtype=self.dtype)
         residual = None if residual is None else residual.contiguous()
         operand = _Sums(sums.data_ptr(), *sums.shape, sums.dtype == torch.int32)
@@ -225,12 +225,12 @@ def _threads(x: Tensor) -> int:
 
 
 def supports_epilogue(activation: str, dtype: torch.dtype, codes: bool) -> bool:
-    """Whether the C++ runs here and has this activation and result."""
+    """Says whether the C++ runs here and has this activation and result."""
     return ACTIVATIONS[activation].cpp is not None and (codes or dtype == torch.float32) and kernels() is not None
 
 
 def supports_depthwise(channels: int, k: int, geometry: ConvGeometry) -> bool:
-    """Whether the C++ does such a depthwise convolution, if it supports its epilogue."""
+    """Says whether the C++ does such a depthwise convolution, if it supports its epilogue."""
     return geometry.groups == channels and k == geometry.taps and channels % LANES == 0
 
 

@@ -24,7 +24,7 @@ FEW_ROWS_OF_AMX = 32  # above, the matrix unit that ATen uses should make up for
 
 
 def supports(m: int) -> bool:
-    """Whether this CPU has the instructions, and none that multiply so many rows faster through ATen."""
+    """Says whether this CPU has the instructions, and none that multiply so many rows faster through ATen."""
     able, matrix_unit = _abilities()
     return able and (m <= FEW_ROWS_OF_AMX or not matrix_unit)
 

@@ -76,7 +76,7 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
 
 
 def _are_few(x: Tensor) -> bool:
-    """Whether the codes of the weight are multiplied as they are unpacked, in fp32."""
+    """Says whether the codes of the weight are multiplied as they are unpacked, in fp32."""
     m = x.shape[0]
     if m > ROWS and x.dtype == torch.bfloat16 and avx512_bf16.supports(m):
         return False
