@@ -15,9 +15,9 @@ from gs_algos.core.plan import render_layers
 from gs_algos.export.torch_package import read_package
 from gs_algos.llm.folder import Folder, nbytes_of, read_folder, read_json
 from gs_algos.llm.foreign_config import settings_of
+from gs_algos.llm.integrity import part_names
 from gs_algos.llm.load import gguf_skeleton, is_gguf
 from gs_algos.llm.packed_config import METHOD, read_config
-from gs_algos.llm.verify import part_names
 from gs_algos.pipeline.pipeline import INDEX as PIPELINE_FILE
 from gs_algos.quant.packed.module import PackedFormat
 

@@ -15,9 +15,9 @@ from gs_algos.cli.demo import OPTIONS_FILE
 from gs_algos.core.checkpoint import INDEX
 from gs_algos.export.torch_package import read_package
 from gs_algos.llm.folder import read_folder
+from gs_algos.llm.integrity import check_tensors, verify_files
 from gs_algos.llm.load import is_gguf
 from gs_algos.llm.packed_config import METHOD, read_config
-from gs_algos.llm.verify import check_tensors, verify_files
 
 WHO = "serve"
 

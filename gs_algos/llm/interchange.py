@@ -17,9 +17,9 @@ from gs_algos.llm.folder import Folder, ShardWriter, opened_all, read_folder, wh
 from gs_algos.llm.foreign_config import BESIDE, ENTRY, OLD_ENTRY, settings_of
 from gs_algos.llm.formats import awq, compressed_tensors, gptq
 from gs_algos.llm.formats.base import Format, Reader
+from gs_algos.llm.integrity import check_tensors, part_names, verify_files
 from gs_algos.llm.packed_config import METHOD, VERSION, PackedConfig, read_config
 from gs_algos.llm.skeleton import check_ties, fit, skeleton
-from gs_algos.llm.verify import check_tensors, part_names, verify_files
 from gs_algos.quant.packed.module import WEIGHT_TENSORS, PackedFormat
 from gs_algos.quant.packed.packable import base_of, float_weight, matrix_of
 from gs_kernels import PackedWeight, unpack_codes

@@ -12,10 +12,10 @@ import torch
 
 from gs_algos.core.arguments import as_device, as_path
 from gs_algos.llm.folder import read_folder, read_json
+from gs_algos.llm.integrity import part_names, trusting
 from gs_algos.llm.libraries import WHO, library, quiet
 from gs_algos.llm.packed_config import PackedConfig, read_config
 from gs_algos.llm.skeleton import fit, naming, skeleton
-from gs_algos.llm.verify import part_names, trusting
 
 TOKENIZER = "tokenizer.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -17,9 +17,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gs_algos.llm.folder import read_folder
+from gs_algos.llm.integrity import check_tensors, verify_files
 from gs_algos.llm.packed_config import METHOD, VERSION, PackedConfig, read_config
 from gs_algos.llm.skeleton import part_names_in
-from gs_algos.llm.verify import check_tensors, verify_files
 from gs_algos.ptq.weights import install
 from gs_algos.quant.packed.conv import PackedConv
 from gs_algos.quant.packed.embedding import PackedEmbedding

@@ -32,8 +32,8 @@ from vllm.model_executor.parameter import (
 )
 
 from gs_algos.llm.folder import read_folder
+from gs_algos.llm.integrity import check_tensors, verify_files
 from gs_algos.llm.packed_config import METHOD, PackedConfig, read_config
-from gs_algos.llm.verify import check_tensors, verify_files
 from gs_algos.quant.packed.embedding import rows_of
 from gs_algos.quant.packed.module import WEIGHT_TENSORS, PackedFormat, tensors_of
 from gs_algos.serving.engine_parameters import get_weight, set_weight
