@@ -41,7 +41,7 @@ def _int8_ref(
 
 
 ROWS = implementations("quantize_rows", _rows_ref)
-INT8 = implementations("qmatmul_int8", _int8_ref, qmatmul_int8_cpu, _int8_refuses)
+INT8 = implementations("qmatmul_int8", _int8_ref, qmatmul_int8_cpu, _int8_refuses, Int8Product)
 
 
 def _rows_fake(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -181,11 +181,11 @@ def prepared_qmatmul_int8(
     dtype: torch.dtype,
     activation: str = "none",
 ) -> Int8Product | None:
-    """Makes `qmatmul_int8` once for all rows like x; None where another implementation than the CPU's would run.
+    """Prepares `qmatmul_int8` for all rows like x; `at(shape)` of the result is the function of rows and their scale.
 
-    Takes and refuses what `qmatmul_int8` does. The tensors must not change while the product is used.
+    Takes and refuses what `qmatmul_int8` does. The tensors must not change while the product is used. None where the
+    implementation of this device prepares nothing.
     """
     _check("qmatmul_int8", x, x_scale, weight, bias, x_zero, activation, dtype)
-    if choose("qmatmul_int8", INT8, x, x_scale, weight).name != "cpu":
-        return None
-    return Int8Product(weight, bias, x_zero, activation, dtype)
+    prepare = choose("qmatmul_int8", INT8, x, x_scale, weight).prepare
+    return prepare and prepare(weight, bias, x_zero, activation, dtype)

@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # what os.environ keeps names and values in: its own `get` takes 0.7 to 1.4 us, half of a small choice
 _environment: Any = getattr(os.environ, "_data", os.environ)
 _BACKEND, _CPU = map(os.environ.encodekey, ("GS_BACKEND", "cpu"))
+backend_setting: Callable[[], Any] = partial(_environment.get, _BACKEND)  # to compare: what was chosen then still holds
 
 _logged: set[tuple[str, str]] = set()
 _meta_runs_kernels = False
@@ -41,11 +42,17 @@ class UnsupportedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Impl:
-    """Holds one implementation of an op. `refuses(*args)` returns why it cannot run a call; empty if it can."""
+    """Holds one implementation of an op.
+
+    Args:
+        refuses: `refuses(*args)` returns why it cannot run a call; empty if it can.
+        prepare: makes what a layer holds, and calls often, of the arguments that stay; None if it has no such thing.
+    """
 
     name: str
     run: Callable[..., Any]
     refuses: Callable[..., list[str]]
+    prepare: Callable[..., Any] | None = None
 
 
 def choose(op: str, impls: Sequence[Impl], *args: Any) -> Impl:
@@ -126,10 +133,11 @@ def implementations(
     ref: Callable[..., Any],
     cpu: Callable[..., Any] | None = None,
     refuses: Callable[..., list[str]] = triton_refuses,
+    prepare_cpu: Callable[..., Any] | None = None,
 ) -> tuple[Impl, ...]:
     """Lists, fastest first: `<name>_triton` of the `kernel.py` beside ref, imported once chosen; cpu, if any; ref.
 
-    refuses: when the Triton kernels cannot run a call.
+    refuses: when the Triton kernels cannot run a call. prepare_cpu: `Impl.prepare` of cpu.
     """
     module = ref.__module__.rpartition(".")[0] + ".kernel"
 
@@ -138,7 +146,7 @@ def implementations(
 
     impls = [Impl("triton", triton, refuses), Impl("ref", ref, never)]
     if cpu is not None:
-        impls.insert(1, Impl("cpu", cpu, cpu_refuses))
+        impls.insert(1, Impl("cpu", cpu, cpu_refuses, prepare_cpu))
     return tuple(impls)
 
 
