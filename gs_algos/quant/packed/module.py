@@ -276,7 +276,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Returns the dtype that autocast multiplies x in; None if it is off, or the device has none (meta)."""
     kind = x.device.type
     # Dynamo of PyTorch 2.11 cannot trace the question whether a device has autocast: those it compiles for do
-    exists = kind != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind))
+    exists = kind in ("cpu", "cuda") or (
+        kind != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind))
+    )
     return torch.get_autocast_dtype(kind) if exists and torch.is_autocast_enabled(kind) else None
 
 
