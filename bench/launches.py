@@ -66,7 +66,7 @@ def build_libcuda(folder: Path) -> ctypes.CDLL:
 
 @contextlib.contextmanager
 def pretended_gpu() -> Iterator[ctypes.CDLL]:
-    """CPU tensors count as those of an H200 inside, and kernels launch into the library that is given."""
+    """Makes CPU tensors count as those of an H200 inside, and kernels launch into the library that is given."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
     from triton.knobs import nvidia

@@ -1,4 +1,4 @@
-"""What the device is, and what it reaches: the copy and the products that all percentages are of."""
+"""Measures what the device reaches: the copy and the products that all percentages are of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Child processes as their parent sees them: one that works, and one that has imported everything and waits."""
+"""Runs child processes: one that works, and one that has imported everything and waits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 class Child:
-    """A process of `bench.gpu.worker`. events: what it tells, then `GONE`; what it prints goes to `say`."""
+    """Runs a process of `bench.gpu.worker`. events: what it tells, then `GONE`; what it prints goes to `say`."""
 
     def __init__(self, env: Mapping[str, str], say: Callable[[str], None], events: queue.Queue[Event]) -> None:
         self.events = events

@@ -1,4 +1,4 @@
-"""The conformance tests as a step: pytest runs them in this process, each test is an item that ends with its result."""
+"""Runs the conformance tests as a step: pytest runs in this process, each test is an item that ends with its result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Emit = Callable[[dict[str, Any]], None]
 
 
 class Reporter:
-    """A plugin of pytest: tells what is planned, begins and ends, and stops at the deadline."""
+    """Tells, as a plugin of pytest, what is planned, begins and ends, and stops at the deadline."""
 
     def __init__(self, wanted: Sequence[str] | None, deadline: float, dry: bool, emit: Emit) -> None:
         self.wanted, self.deadline, self.dry, self.emit = wanted, deadline, dry, emit

@@ -1,4 +1,4 @@
-"""The first checks: one small call or a few of each kind of kernel, against its reference. What fails is not timed.
+"""Checks first one small call or a few of each kind of kernel against its reference. What fails is not timed.
 
 They run on a CPU as well, where a dry run makes them.
 """
@@ -100,7 +100,7 @@ def _columns(bits: int, device: str) -> tuple[Tensor, PackedWeight]:
 
 
 def _first_columns(weight: PackedWeight) -> Tensor:
-    """The first 16 columns `[16, N]` of a weight, by torch alone, rounded as the kernels round weights."""
+    """Returns the first 16 columns `[16, N]` of a weight, by torch alone, rounded as the kernels round weights."""
     codes = unpack_codes(weight.codes, weight.bits, weight.shape, weight.layout)[:, :16].float()
     zero = weight.zero[:, :1].float() if isinstance(weight.zero, Tensor) else weight.zero
     return ((codes - zero) * weight.scale[:, :1].float()).to(BF16).float().t()

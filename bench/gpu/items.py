@@ -1,4 +1,4 @@
-"""What a step is made of: items, which are measured on a GPU, made up in a dry run, and compiled ahead of both."""
+"""Defines what a step is made of: items, which are measured on a GPU, made up in a dry run, compiled ahead of both."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class Item(ABC):
-    """One thing to do.
+    """Does one thing of a plan.
 
     id: as rows name it, unique in a plan. op, bits: of what it runs, which a failed contact check rules out; "" and 0
     for nothing that can be ruled out.

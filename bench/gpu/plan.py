@@ -1,4 +1,4 @@
-"""The plan: steps in order of worth, each with the seconds it has in a run of `SECONDS`, and its items."""
+"""Makes the plan: steps in order of worth, each with the seconds it has in a run of `SECONDS`, and its items."""
 
 from __future__ import annotations
 

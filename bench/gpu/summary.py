@@ -1,4 +1,4 @@
-"""The table that comes last, short enough to be all that somebody sees of a run."""
+"""Prints the table that comes last, short enough to be all that somebody sees of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _number(row: Row, key: str, form: str) -> str:
 
 
 def _key(row: Row) -> tuple[Any, ...]:
-    """The product or convolution that a row is about, whatever its weight is packed in."""
+    """Returns the product or convolution that a row is about, whatever its weight is packed in."""
     shape = row["shape"]
     names = ("x", "n", "kernel_size", "stride")
     return (

@@ -1,4 +1,4 @@
-"""A child process that does items: `python -m bench.gpu.worker FD` reads orders from stdin and tells events to FD.
+"""Does items in a child process: `python -m bench.gpu.worker FD` reads orders from stdin and tells events to FD.
 
 It imports everything before its first order, and touches the GPU only then: one can be started ahead of its need.
 An order is a line of JSON: `step`, `items` (ids; null for all that pytest collects), `seconds`, `dry`, `blocked` (why

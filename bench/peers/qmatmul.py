@@ -153,7 +153,7 @@ def _conch_parts(weight: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 @_once_per_weight
 def _scaled_mm_parts(weight: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Codes less their zero point as 8-bit floats `[N, K]`, and scales `[1, N]`."""
+    """Returns codes less their zero point as 8-bit floats `[N, K]`, and scales `[1, N]`."""
     return (_codes(weight).float() - _zeros(weight).float()).to(torch.float8_e4m3fn), weight.scale.float().view(1, -1)
 
 
@@ -190,7 +190,7 @@ def gemlite(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, acti
 
 
 def scaled_mm(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
-    """torch's own product of 8-bit floats, `aten::_scaled_mm`, of rows that are quantized as ours are.
+    """Calls torch's own product of 8-bit floats, `aten::_scaled_mm`, of rows that are quantized as ours are.
 
     With one scale a row codes are exact in float8_e4m3, and the product is that of `qmatmul_fp8`.
     """

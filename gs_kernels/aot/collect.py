@@ -111,7 +111,7 @@ def _found(module: str, name: str, *rest: Any) -> Specialization:
 
 @contextlib.contextmanager
 def collect_launches(target: str) -> Iterator[list[Specialization]]:
-    """Every `kernel[grid](...)` inside launches nothing and compiles nothing; yields what would be compiled, each once.
+    """Keeps every `kernel[grid](...)` inside from launching and compiling; yields what would be compiled, each once.
 
     Meta tensors count as tensors of the target: ops run their launchers for them, and refuse what those refuse.
 

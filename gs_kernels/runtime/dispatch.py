@@ -107,7 +107,7 @@ def triton_refuses(x: torch.Tensor, *_: object) -> list[str]:
 
 @contextlib.contextmanager
 def meta_tensors_run_kernels() -> Iterator[None]:
-    """Meta tensors inside count as those of a GPU: for gs_kernels.aot, which then keeps kernels from being launched."""
+    """Makes meta tensors inside count as those of a GPU, for gs_kernels.aot, which keeps kernels from launching."""
     global _meta_runs_kernels
     before, _meta_runs_kernels = _meta_runs_kernels, True
     try:

@@ -94,7 +94,7 @@ def is_eager(*tensors: Tensor, plain: frozenset[type] = PLAIN) -> bool:
 
 
 def is_plain_call(x: Tensor, *, plain: frozenset[type] = PLAIN) -> bool:
-    """True if nothing but values comes of a call with x: `is_eager`, no transform of torch.func and no derivative."""
+    """Says whether a call with x gives values alone: `is_eager`, no transform of torch.func, no derivative."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._is_tracing()
