@@ -1,4 +1,4 @@
-"""Where rows go: `rows.jsonl` and `log.txt` in a folder, each line at once; to the screen once the folder fails."""
+"""Writes rows to `rows.jsonl` and `log.txt` in a folder, each line at once; to the screen once the folder fails."""
 
 from __future__ import annotations
 

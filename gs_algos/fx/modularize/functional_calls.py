@@ -39,7 +39,7 @@ class _Training(nn.Module):
 
 
 class Modularized(torch.fx.GraphModule):
-    """Is a traced module that keeps all that its original had: parameters in order, unused children, hooks, attributes.
+    """Keeps all that the module had which was traced: parameters in order, unused children, hooks, attributes.
 
     fixed: the arguments of forward that are no tensors, and the values for which the trace holds.
     """
