@@ -91,6 +91,7 @@ def pretended_gpu() -> Iterator[ctypes.CDLL]:
         stack.enter_context(patch(device, "on_gpu", torch.Tensor.is_cpu.__get__))  # type: ignore[attr-defined]
         stack.enter_context(patch(module, "KERNEL_DEVICES", ("cpu",)))  # the layout of codes in layers
         stack.enter_context(patch(device, "current_index", itertools.repeat(-1).__next__))
+        stack.enter_context(patch(device, "capturing", lambda: False))
         stack.enter_context(patch(device, "capabilities", lambda index=0: H200))
         yield library
 
@@ -101,9 +102,11 @@ def cases() -> dict[str, Callable[[], Any]]:
     from gs_kernels import (
         PerChannel,
         PerGroup,
+        code_sums,
         fake_quant,
         pack_weight,
         qconv2d,
+        qconv2d_int8,
         qmatmul,
         qmatmul_int8,
         quantize_rows,
@@ -131,6 +134,7 @@ def cases() -> dict[str, Callable[[], Any]]:
     step, zero = torch.full((512,), 0.1), torch.zeros(512)
     steps, zeros = torch.full((512 * 4,), 0.1), torch.zeros(512 * 4)
     codes, scale = torch.ones(1, 256, dtype=torch.int8), torch.ones(1)
+    pixels, x_zero, sums = image.to(torch.int8), torch.zeros(1), code_sums(filters)
     linear = torch.nn.Linear(256, 512, dtype=bf16)
     return {
         "PackedLinear, 1 row, K in parts (2 launches)": lambda: layer(x),
@@ -140,6 +144,9 @@ def cases() -> dict[str, Callable[[], Any]]:
         "qmatmul_int8, 1 row": lambda: qmatmul_int8(codes, scale, whole),
         "quantize_rows, 1 row": lambda: quantize_rows(x_whole),
         "qconv2d, 14x14x64": lambda: qconv2d(image, filters, kernel_size=3, padding=1),
+        "qconv2d_int8, 14x14x64, zero point": lambda: qconv2d_int8(
+            pixels, scale, filters, kernel_size=3, padding=1, x_zero=x_zero, code_sums=sums
+        ),
         "fake_quant by row": lambda: fake_quant(values, step, zero, qmin=-8, qmax=7, granularity=PerChannel(0)),
         "fake_quant by group": lambda: fake_quant(values, steps, zeros, qmin=-8, qmax=7, granularity=PerGroup(128)),
         "nn.Linear on the CPU, for scale": lambda: linear(x_whole),

@@ -53,6 +53,13 @@ def knobs() -> tuple[Any, ...]:
     return runtime.debug, compilation.instrumentation_mode, runtime.add_stages_inspection_hook
 
 
+def current_stream(index: int) -> int:
+    """Returns the stream that a launch would go into now, on a GPU."""
+    from triton.runtime import driver
+
+    return driver.active.get_current_stream(index)  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
 class Launch:
     """Holds a launch of a compiled kernel.

@@ -18,9 +18,11 @@ from gs_algos.quant.packed.linear import PackedLinear
 from gs_kernels import (
     PerChannel,
     PerGroup,
+    code_sums,
     fake_quant,
     pack_weight,
     qconv2d,
+    qconv2d_int8,
     qmatmul,
     qmatmul_int8,
     quantize_rows,
@@ -34,6 +36,7 @@ from tests.kernels.traces import traced_launches
 pytest.importorskip("triton", reason="Triton is not installed: there are no kernels")
 if INTERPRET:
     pytest.skip("the interpreter launches nothing", allow_module_level=True)
+from gs_kernels.qconv2d.kernel import int8
 
 
 class Gpu:
@@ -44,7 +47,7 @@ class Gpu:
 
     def __init__(self) -> None:
         self.launches: list[tuple] = []
-        self.present, self.stream = 0, 0
+        self.present, self.stream, self.capturing = 0, 0, False
         self.first: set[int] | None = None  # addresses of memory on the first GPU, if not all is
 
     def index_of(self, t: torch.Tensor) -> int:
@@ -112,6 +115,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(device, "index_of", gpu.index_of)
     monkeypatch.setattr(device, "current_index", lambda: gpu.present)
     monkeypatch.setattr(device, "capabilities", lambda index=0: Capabilities("NVIDIA H200", 90, 232448, 132))
+    monkeypatch.setattr(device, "capturing", lambda: gpu.capturing)
     monkeypatch.setattr(torch.cuda, "device", gpu.on)
     monkeypatch.setattr(module, "KERNEL_DEVICES", ("cpu",))
     bound_calls.forget()
@@ -367,6 +371,45 @@ def test_an_argument_that_is_given_twice_does_not_stand_for_two(gpu):
     qconv2d(x, w, kernel_size=1, residual=x)
     got = gpu.run(lambda: qconv2d(x, w, kernel_size=1, residual=other))
     assert other.data_ptr() in pointers(got)
+
+
+def _with_zero_point():
+    w, x, scale = weight(64, 64 * 9, 64 * 9), torch.ones(1, 64, 7, 7, dtype=torch.int8), torch.ones(1)
+    sums = code_sums(w)
+    return lambda zero: qconv2d_int8(x, scale, w, kernel_size=3, padding=1, x_zero=zero, code_sums=sums)
+
+
+def padding_of(launches):
+    return launches[0][5][4][1]  # the address of a pixel outside the image
+
+
+def test_the_padding_of_a_zero_point_is_made_once_and_again_when_that_changes(gpu):
+    run, zero, other = _with_zero_point(), torch.full((1,), 3.0), torch.full((1,), 5.0)
+    made = {}
+
+    def pixel(t):
+        codes = torch.full((128,), int(t), dtype=torch.int8)
+        gpu.kept.add(codes.untyped_storage().data_ptr())
+        made[codes.data_ptr()] = codes
+        return codes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int8, "_pixel_of_zeros", pixel)
+        read = lambda t: int(made[padding_of(gpu.run(lambda: run(t)))][0])  # noqa: E731
+        assert [read(zero), read(zero), read(other), read(other), read(zero)] == [3, 3, 5, 5, 3]
+        assert len(made) == 2 and len(bound_calls._calls) == 1 and all(bound_calls._calls.values())
+        zero.fill_(7)
+        assert [read(zero), read(zero)] == [7, 7]
+        assert len(made) == 3
+        gpu.stream = 1  # where what another stream makes may not be ready
+        assert read(zero) == 7 and len(made) == 4
+        gpu.stream, gpu.capturing = 2, True
+        assert read(zero) == 7 and len(made) == 4
+        zero.fill_(9)
+        assert [read(zero), read(zero)] == [9, 9] and len(made) == 6  # a capture keeps nothing
+    count = len(bound_calls._kept)
+    del zero
+    assert len(bound_calls._kept) == count - 1
 
 
 def test_a_call_is_recorded_in_its_own_thread(gpu):
