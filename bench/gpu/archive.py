@@ -1,7 +1,8 @@
 """Packs a folder of Triton's cache into one file, and unpacks it in any other place.
 
-Triton's keys hold no path, but its lists of a kernel's files (`__grp__*.json`) do: they are written anew when unpacked.
-Sources of kernels (`*.source`), which nothing reads, are left out.
+Triton's keys hold no path, but its lists of a kernel's files (`__grp__*.json`) do: in the archive they hold names,
+which become paths when it is unpacked. Sources of kernels (`*.source`), which nothing reads, are left out of both: to
+Triton a list with a file that is missing is none.
 """
 
 from __future__ import annotations
@@ -22,14 +23,20 @@ GROUP = "__grp__"
 def pack(folder: Path, archive: Path, about: dict[str, Any]) -> int:
     """Writes the archive, whole or not at all; about: what it was made with. Returns the number of files."""
     files = sorted(p for p in folder.glob("*/*") if p.is_file() and p.suffix != ".source" and p.name != "lock")
-    buffer = io.BytesIO()
+    known, buffer = set(files), io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=6) as tar:
         text = json.dumps({"format": FORMAT, **about}, indent=1).encode()
         head = tarfile.TarInfo(MANIFEST)
         head.size = len(text)
         tar.addfile(head, io.BytesIO(text))
         for path in files:
-            tar.add(path, f"{path.parent.name}/{path.name}", recursive=False)
+            data = path.read_bytes()
+            if path.name.startswith(GROUP):
+                kept = [name for name in json.loads(data)["child_paths"] if path.with_name(name) in known]
+                data = json.dumps({"child_paths": {name: name for name in kept}}).encode()
+            member = tarfile.TarInfo(f"{path.parent.name}/{path.name}")
+            member.size, member.mode = len(data), 0o644
+            tar.addfile(member, io.BytesIO(data))
     write_whole(archive, buffer.getvalue())
     return len(files)
 

@@ -6,6 +6,7 @@ what is in the cache at TRITON_CACHE_DIR, then compiles the rest on all cores un
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -68,14 +69,14 @@ def kernels_of(
 
 def is_cached(kernel: Specialization) -> bool:
     """Returns whether Triton would take a kernel from its cache: asked by its own key, nothing is compiled."""
-    import hashlib
-
     from triton._C.libtriton import get_cache_invalidating_env_vars
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.cache import get_cache_key, get_cache_manager
 
     source = ASTSource(kernel.fn, kernel.signature, kernel.constexprs, kernel.attrs)
-    key = get_cache_key(source, make_backend(kernel.target), kernel.options, get_cache_invalidating_env_vars())
+    backend = make_backend(kernel.target)
+    options = backend.parse_options(dict(kernel.options.__dict__))  # as the compiler does once more
+    key = get_cache_key(source, backend, options, get_cache_invalidating_env_vars())
     name = f"{source.name[:150]}.json"
     found = get_cache_manager(hashlib.sha256(key.encode()).hexdigest()).get_group(name) or {}
     return name in found
@@ -120,8 +121,8 @@ def compile_all(
     """
     missing = [not is_cached(kernel) for kernel in kernels]
     found = Compiled(hits=missing.count(False))
-    with _pool(jobs, stub) as pool:
-        for i, why in enumerate(pool.map(_compile, kernels)):
+    with _compilers(jobs, stub) as compiled:
+        for i, why in enumerate(compiled(_compile, kernels)):
             if why:
                 found.failed.append(why)
             else:
@@ -132,10 +133,15 @@ def compile_all(
 
 
 @contextmanager
-def _pool(jobs: int, stub: Path | None) -> Iterator[ProcessPoolExecutor]:
+def _compilers(jobs: int, stub: Path | None) -> Iterator[Callable[..., Iterable[str]]]:
+    """Yields what maps a function over kernels: in processes, or with one job in this process."""
+    if jobs == 1:
+        _start(stub)
+        yield map
+        return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_start, initargs=(stub,)) as pool:
-        yield pool
+        yield pool.map
 
 
 def about(target: str) -> dict[str, Any]:
