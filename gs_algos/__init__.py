@@ -19,6 +19,8 @@ from gs_algos.core.registry import register_algorithm
 from gs_algos.llm.registration import install as _register_with_transformers
 from gs_algos.pruning.prune import Prune, PruneConfig
 from gs_algos.pruning.scop import SCOP, SCOPConfig
+from gs_algos.ptq.config import PTQConfig
+from gs_algos.ptq.ptq import PTQ
 from gs_algos.ptq.weights import plan_weights, quantize_weights
 from gs_algos.qat.simqat import SimQAT, SimQATConfig
 from gs_algos.qat.slb.algorithm import SLB
@@ -54,12 +56,14 @@ _LAZY = {
 }
 
 __all__ = [
+    "PTQ",
     "SCOP",
     "SLB",
     "Algorithm",
     "AlgorithmConfig",
     "Calibrates",
     "LevelGrid",
+    "PTQConfig",
     "PackedConv",
     "PackedEmbedding",
     "PackedLinear",

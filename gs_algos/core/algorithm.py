@@ -203,10 +203,14 @@ def resumable_entry(model: nn.Module, algorithm: str, who: str) -> dict[str, Any
     return prepared_entry(model, algorithm, f"{who}.resume", must, "load a checkpoint from before convert")
 
 
-def remember(model: nn.Module, entry: dict[str, Any]) -> dict[str, Any]:
-    """Appends a copy to the model's history, and returns it; one of the same algorithm, only prepared, is replaced."""
+def remember(model: nn.Module, entry: dict[str, Any], replaces: str | None = None) -> dict[str, Any]:
+    """Appends a copy to the model's history, and returns it; one of the same algorithm, only prepared, is replaced.
+
+    replaces: another algorithm, whose prepared entry this one replaces.
+    """
     entries = list(getattr(model, HISTORY, []))
-    if entries and entries[-1]["algorithm"] == entry["algorithm"] and entries[-1]["stage"] == "prepared":
+    replaced = (entry["algorithm"], replaces)
+    if entries and entries[-1]["algorithm"] in replaced and entries[-1]["stage"] == "prepared":
         entries.pop()
     model.__dict__[HISTORY] = [*entries, copy.deepcopy(entry)]
     for listener in listeners:
@@ -269,8 +273,8 @@ def hint(inputs: Any, error: Exception) -> str:
     """Returns `; what to do` about inputs that do not run through a model, if the mistake is a common one; else ""."""
     if isinstance(inputs, tuple | list) and isinstance(error, TypeError) and "positional arg" in str(error):
         return "; a tuple is positional inputs: leave labels out"
-    is_inputs = isinstance(inputs, Tensor | tuple | list | Mapping | str) or hasattr(inputs, "__array__")
-    if not is_inputs and hasattr(inputs, "__iter__"):
+    known = isinstance(inputs, Tensor | tuple | list | Mapping | str) or hasattr(inputs, "__array__")
+    if not known and hasattr(inputs, "__iter__"):
         return "; give the inputs of one call, those of next(iter(loader))"
     if hasattr(inputs, "__array__") and not isinstance(inputs, Tensor):
         return "; give a tensor, torch.from_numpy(x)"

@@ -61,6 +61,11 @@ def export_language_model(
     folder = read_folder(source, who)
     where = f"{who}: {folder.path / 'config.json'}"
     config = read_config(folder.config.get("quantization_config"), where)
+    if config.acts:
+        raise ValueError(
+            f"{who}: {folder.path} must read floats, got {next(iter(config.acts))} and {len(config.acts) - 1} more "
+            "that round what they read (acts in config.json); quantize it without --act"
+        )
     check_tensors(folder, config, who)
     verify_files(folder.path, config.files, who)
     model = skeleton(folder.path, who)
@@ -151,7 +156,7 @@ def _foreign_layers(folder: Folder, model: nn.Module, format: Format, who: str) 
         ValueError: if there are none, or there are parts of something else.
     """
     modules = dict(model.named_modules())
-    foreign: dict[str, nn.Linear] = {}
+    found: dict[str, nn.Linear] = {}
     for tensor in folder.tensors:
         name, _, part = tensor.rpartition(".")
         layer = modules.get(name)
@@ -162,12 +167,12 @@ def _foreign_layers(folder: Folder, model: nn.Module, format: Format, who: str) 
                 f"{who}: {name} must be a linear layer of the model in config.json, got {tensor}; "
                 "what Transformers holds in one tensor, as experts, cannot be imported"
             )
-        foreign[name] = layer
-    if not foreign:
+        found[name] = layer
+    if not found:
         raise ValueError(
             f"{who}: {folder.path} must hold layers of {format.method}, got no tensor that ends in .{format.marker}"
         )
-    return foreign
+    return found
 
 
 def _check_layers_agree(model: nn.Module, layers: Collection[str], reader: Reader, format: Format, where: str) -> None:
@@ -195,13 +200,13 @@ def _check_floats(
         for name, facts in folder.headers(who).items()
         if not (name.rpartition(".")[0] in layers and name.rpartition(".")[2] in format.parts)
     }
-    fitted = fit(model, plain, layers)
+    found = fit(model, plain, layers)
     idle = {
         name
-        for name in fitted.unused
+        for name in found.unused
         if name.rpartition(".")[0] in layers and name.endswith(".bias") and not bool(get(name).any())
     }
-    replace(fitted, unused=tuple(name for name in fitted.unused if name not in idle)).refuse(who, folder.path, model)
+    replace(found, unused=tuple(name for name in found.unused if name not in idle)).refuse(who, folder.path, model)
     check_ties(model, folder, get, who)
     return idle
 
@@ -236,16 +241,16 @@ def _floats(model: nn.Module, config: PackedConfig, format: Format) -> set[str]:
 def _grouped(tensors: Any, layers: Any, known: tuple[str, ...] = WEIGHT_TENSORS) -> dict[str, list[str] | None]:
     """Groups tensors in the order of the files: layer -> its tensors, and for every other tensor its name -> None."""
     owners = set(layers)
-    parts_of: dict[str, list[str] | None] = {}
+    found: dict[str, list[str] | None] = {}
     for name in tensors:
         layer, _, part = name.rpartition(".")
         if layer in owners and part in known:
-            parts = parts_of.setdefault(layer, [])
+            parts = found.setdefault(layer, [])
             assert parts is not None
             parts.append(part)
         else:
-            parts_of[name] = None
-    return parts_of
+            found[name] = None
+    return found
 
 
 def _packed(format: PackedFormat, tensors: dict[str, Tensor]) -> PackedWeight:

@@ -5,39 +5,46 @@
      "layers": {"model.layers.0.mlp.up_proj": {"bits": 4, "shape": [1536, 576], "group_size": 64, "zero": 8.0,
                                                "scale_dtype": "float16", "levels": false}, ...},
      "tied": {"lm_head": "model.embed_tokens"},
+     "acts": {"model.layers.0.mlp.up_proj": "int8@token", ...},
      "files": {"model.safetensors": "<SHA-256>", ...}}
 
 Layer `L` has the tensors `L.codes`, `L.scale`, and if its `zero` is null `L.zero`, canonical as gs_kernels/pack
-describes them; a tied layer has none. `weights`, `embeddings` and `rules` only say how the layers came about. `files`
-are checked when the folder is loaded; it may be missing, as it is in what Transformers saves.
+describes them; a tied layer has none. `acts` names the layers that round the rows they read; it may be missing.
+`weights`, `embeddings` and `rules` only say how the layers came about. `files` are checked when the folder is loaded;
+it may be missing, as it is in what Transformers saves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gs_algos.core.plan import PlanRow
+from gs_algos.quant.packed.linear import TOKEN
 from gs_algos.quant.packed.module import PackedFormat
 from gs_kernels.pack.layouts import BITS
 
 METHOD = "golden-stick"
 FOREIGN = ("compressed-tensors", "gptq", "awq")
 VERSION = 1
-FIELDS = {"quant_method", "version", "weights", "embeddings", "rules", "layers", "tied", "files"}
+FIELDS = {"quant_method", "version", "weights", "embeddings", "rules", "layers", "tied", "acts", "files"}
 
 
 @dataclass(frozen=True)
 class PackedConfig:
-    """Holds the packed layers, for each tied layer the one whose weight it uses, and the SHA-256 of each file."""
+    """Holds the packed layers, for each tied layer the one whose weight it uses, and the SHA-256 of each file.
+
+    acts: the scheme of the rows that a layer reads, of those that round them.
+    """
 
     layers: dict[str, PackedFormat]
     tied: dict[str, str]
     files: dict[str, str]
+    acts: dict[str, str] = field(default_factory=dict)
 
     def names(self, owner: str) -> list[str]:
         """Lists the layers that share the owner's weight, itself first."""
@@ -49,12 +56,14 @@ def to_config(rows: Iterable[PlanRow], settings: Mapping[str, Any], files: Mappi
     packed = [row for row in rows if row.action == "pack"]
     layers = {row.site: row.settings.format.to_dict() for row in packed}
     tied = {name: row.site for row in packed for name in row.settings.names[1:]}
+    acts = {row.site: row.settings.act for row in packed if row.settings.act is not None}
     return {
         "quant_method": METHOD,
         "version": VERSION,
         **settings,
         "layers": layers,
         "tied": tied,
+        **({"acts": acts} if acts else {}),
         "files": dict(files),
     }
 
@@ -88,7 +97,10 @@ def read_config(data: Any, where: str) -> PackedConfig:
         raise ValueError(f"{where}: {lost[0]} must be tied to a packed layer, got {tied[lost[0]]!r}; it is damaged")
     if not isinstance(files, Mapping) or not all(Path(name).name == name for name in files):
         raise ValueError(f"{where}: files must map file names to SHA-256, got {files!r:.80}; it is damaged")
-    return PackedConfig(formats, dict(tied), dict(files))
+    acts = data.get("acts", {})
+    if not isinstance(acts, Mapping) or not all(name in formats and act == TOKEN for name, act in acts.items()):
+        raise ValueError(f"{where}: acts must map packed layers to {TOKEN!r}, got {acts!r:.80}; update golden-stick")
+    return PackedConfig(formats, dict(tied), dict(files), dict(acts))
 
 
 def _format(name: str, entry: Any, where: str) -> PackedFormat:

@@ -23,12 +23,18 @@ from gs_algos.llm.skeleton import part_names_in
 from gs_algos.ptq.weights import install
 from gs_algos.quant.packed.conv import PackedConv
 from gs_algos.quant.packed.embedding import PackedEmbedding
-from gs_algos.quant.packed.linear import PackedConv1D, PackedLinear
+from gs_algos.quant.packed.linear import DynamicPackedLinear, PackedConv1D, PackedLinear
 from gs_algos.quant.packed.module import Packed, PackedFormat
 from gs_kernels.pack.checks import check_packed, check_packed_values
 
 WHO = "from_pretrained"
-LAYERS = (PackedLinear, PackedConv1D, PackedConv, PackedEmbedding)  # those that a description can name
+LAYERS = (
+    PackedLinear,
+    DynamicPackedLinear,
+    PackedConv1D,
+    PackedConv,
+    PackedEmbedding,
+)  # those that a description can name
 
 
 @register_quantization_config(METHOD)
@@ -60,8 +66,10 @@ class GoldenStickQuantizer(HfQuantizer):
         quantization.pop("files", None)
         quantization["layers"] = {name: format.to_dict() for name, format in config.layers.items()}
         quantization["tied"] = config.tied
+        if config.acts:
+            quantization["acts"] = config.acts
         for owner, format in config.layers.items():
-            install(model, config.names(owner), format.empty("meta"))
+            install(model, config.names(owner), format.empty("meta"), config.acts.get(owner))
         _untie(model)
         return model
 
@@ -155,7 +163,9 @@ def _quantization_of(model: nn.Module, entry: dict[str, Any]) -> dict[str, Any]:
         else:
             tied[name] = owners[id(module.owner)]
     settings = {key: entry["config"].get(key) for key in ("weights", "embeddings", "rules")}
-    return {"quant_method": METHOD, "version": VERSION, **settings, "layers": layers, "tied": tied}
+    acts = {name: module.act for name, module in packed if isinstance(module, DynamicPackedLinear)}
+    described = {"quant_method": METHOD, "version": VERSION, **settings, "layers": layers, "tied": tied}
+    return {**described, **({"acts": acts} if acts else {})}
 
 
 def _of_model(config: PackedConfig, model: Any) -> PackedConfig:
@@ -183,7 +193,8 @@ def _of_model(config: PackedConfig, model: Any) -> PackedConfig:
     lost = sorted(set(config.layers) - set(own)) if whole and model.base_model is not model else []
     if lost:
         raise ValueError(f"{WHO}: {lost[0]} in config.json must be a layer of {type(model).__name__}, got none such")
-    return replace(config, layers=layers, tied=tied)
+    acts = {own[name]: act for name, act in config.acts.items() if name in own}
+    return replace(config, layers=layers, tied=tied, acts=acts)
 
 
 def _placed(name: str, modules: Iterable[str], prefix: str) -> str | None:

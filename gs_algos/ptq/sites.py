@@ -53,7 +53,11 @@ class _SharedWeight:
 
 
 def weight_sites(
-    model: nn.Module, weights: str | Scheme, embeddings: str | Scheme | None, rules: Sequence[WeightRule]
+    model: nn.Module,
+    weights: str | Scheme,
+    embeddings: str | Scheme | None,
+    rules: Sequence[WeightRule],
+    who: str = WHO,
 ) -> list[Site]:
     """Lists every linear, convolution and embedding with its scheme, or with None and the reason why it stays float.
 
@@ -68,20 +72,22 @@ def weight_sites(
     for name, module in model.named_modules():
         if any(map(is_lazy, module._parameters.values())):
             kind, where = type(module).__name__, name or "the root"
-            raise ValueError(f"{WHO}: every layer must know its shape, got {kind} at {where}; run the model once first")
-    tied = _shared_weights(model)
+            raise ValueError(f"{who}: every layer must know its shape, got {kind} at {where}; run the model once first")
+    tied = _shared_weights(model, who)
     layers = {name: weight.layer for weight in tied for name in weight.names}
     if embeddings is not None and not any(isinstance(weight.layer, nn.Embedding) for weight in tied):
-        raise ValueError(f"{WHO}: embeddings={str(embeddings)!r} needs a nn.Embedding, got a model without one")
+        raise ValueError(f"{who}: embeddings={str(embeddings)!r} needs a nn.Embedding, got a model without one")
     others = other_weights(model, [PlanRow(name, "", "keep") for name in layers])  # which a rule may name, too
     nameable = {row.site: owner_of(model, row.site) for row in others}
-    ruled = resolve(chosen, {**nameable, **layers}, {"weight": UNTOUCHED}, WHO)
-    sites = [_site(w, ruled, defaults[nn.Embedding if isinstance(w.layer, nn.Embedding) else nn.Linear]) for w in tied]
-    _refuse_groups([site for site in sites if site.scheme is not None])
+    ruled = resolve(chosen, {**nameable, **layers}, {"weight": UNTOUCHED}, who)
+    sites = [
+        _site(w, ruled, defaults[nn.Embedding if isinstance(w.layer, nn.Embedding) else nn.Linear], who) for w in tied
+    ]
+    _refuse_groups([site for site in sites if site.scheme is not None], who)
     if not any(site.scheme is not None for site in sites):
         why = _counted([*(site.reason for site in sites), *(row.reason for row in others)])
         raise ValueError(
-            f"{WHO}: at least one layer must be left to pack, got {len(sites)} layers that are all kept: {why}"
+            f"{who}: at least one layer must be left to pack, got {len(sites)} layers that are all kept: {why}"
         )
     return sites
 
@@ -103,7 +109,7 @@ def _counted(reasons: Iterable[str]) -> str:
     return "; ".join(f"{reason} ({n})" for reason, n in Counter(reasons).items())
 
 
-def _shared_weights(model: nn.Module) -> list[_SharedWeight]:
+def _shared_weights(model: nn.Module, who: str) -> list[_SharedWeight]:
     """Lists the weights of all linears, convolutions and embeddings, each once, with all layers that use it."""
     members: dict[Any, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
@@ -113,7 +119,7 @@ def _shared_weights(model: nn.Module) -> list[_SharedWeight]:
         why = _counted(row.reason for row in other_weights(model, []))
         done = ", ".join(entry["algorithm"] for entry in history(model))
         raise ValueError(
-            f"{WHO}: the model must have a nn.Linear or nn.Embedding, got {type(model).__name__} without, "
+            f"{who}: the model must have a nn.Linear or nn.Embedding, got {type(model).__name__} without, "
             "and without a convolution"
             + (f"; what it has {why}" if why else "")
             + (f"; {done} quantized its layers already" if done else "")
@@ -169,12 +175,12 @@ def _options(weight: str | Scheme | Mapping[str, Any] | None) -> Any:
     return {key: str(packable(value)) if key == "weight" else value for key, value in options.items()}
 
 
-def _site(weight: _SharedWeight, ruled: dict[str, Any], default: Scheme | None) -> Site:
+def _site(weight: _SharedWeight, ruled: dict[str, Any], default: Scheme | None, who: str) -> Site:
     names = weight.names
     given = [ruled[name] for name in names if ruled[name] != {"weight": UNTOUCHED}]
     if any(options != given[0] for options in given):
         texts = " and ".join("None" if options is None else options["weight"] for options in given)
-        raise ValueError(f"{WHO}: {' and '.join(names)} share one weight and must get one scheme, got {texts}")
+        raise ValueError(f"{who}: {' and '.join(names)} share one weight and must get one scheme, got {texts}")
     if given:
         scheme, reason = None if given[0] is None else packable(given[0]["weight"]), "kept by a rule"
     else:
@@ -184,7 +190,7 @@ def _site(weight: _SharedWeight, ruled: dict[str, Any], default: Scheme | None) 
     return Site(tuple(names), weight.layer, scheme, "" if scheme is not None else reason)
 
 
-def _refuse_groups(sites: list[Site]) -> None:
+def _refuse_groups(sites: list[Site], who: str) -> None:
     """Raises if a scheme's group does not divide the rows of its layer, with every layer counted and a way out."""
     bad: dict[tuple[str, int, int], list[Site]] = {}
     for site in sites:
@@ -203,7 +209,7 @@ def _refuse_groups(sites: list[Site]) -> None:
     fits = math.gcd(k, size)
     way = f"group:{fits} or channel" if fits >= SMALLEST_GROUP else "channel"
     raise ValueError(
-        f"{WHO}: the group must divide the {k} {what} of {first.names[0]}, got {scheme} ({len(every)} such layers); "
+        f"{who}: the group must divide the {k} {what} of {first.names[0]}, got {scheme} ({len(every)} such layers); "
         f"use {way}, for all or by a rule for these layers: rules=[{_rule_for(every)!r}]"
     )
 

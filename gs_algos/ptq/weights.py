@@ -40,6 +40,7 @@ class WeightPlan(RowSettings):
         names: the layers; the first owns the packed weight.
         weight: the scheme; None: it stays float.
         format: of the packed weight.
+        act: scheme of the rows that the layers read, `int8@token`; None leaves them float.
     """
 
     form: ClassVar[str] = "weight"
@@ -47,6 +48,7 @@ class WeightPlan(RowSettings):
     names: tuple[str, ...]
     weight: str | None = None
     format: PackedFormat | None = None
+    act: str | None = None
 
     def other_names(self) -> tuple[str, ...]:
         return self.names[1:]
@@ -213,8 +215,11 @@ def site_row(site: Site, format: PackedFormat | None) -> PlanRow[WeightPlan]:
     return PlanRow(site.names[0], site.kind, "pack", str(site.scheme), settings=plan)
 
 
-def install(model: nn.Module, names: Iterable[str], weight: PackedWeight) -> None:
-    """Puts packed layers in place of the live ones of these names, which then share `weight`; the first owns it."""
+def install(model: nn.Module, names: Iterable[str], weight: PackedWeight, act: str | None = None) -> None:
+    """Puts packed layers in place of the live ones of these names, which then share `weight`; the first owns it.
+
+    act: scheme of the rows that they read.
+    """
     new: dict[str, Packed] = {}
     owner: Packed | None = None
     for name in names:
@@ -222,7 +227,7 @@ def install(model: nn.Module, names: Iterable[str], weight: PackedWeight) -> Non
         shape = tuple(matrix_of(old, old.weight).shape)
         if shape != weight.shape:
             raise ValueError(f"quantize_weights: {name}.weight must be {list(weight.shape)}, got {list(shape)}")
-        new[name] = packed_like(old, weight if owner is None else owner)
+        new[name] = packed_like(old, weight if owner is None else owner, act)
         owner = owner or new[name]
     for name, layer in new.items():
         set_module(model, name, layer)
@@ -253,7 +258,7 @@ class QuantizedWeights:
         for row in rows_of(entry["plan"], cls.row_settings):
             if row.settings is not None and row.settings.format is not None:
                 device: Any = get_module(model, row.site).weight.device
-                install(model, row.settings.names, row.settings.format.empty(device))
+                install(model, row.settings.names, row.settings.format.empty(device), row.settings.act)
                 owner: Any = get_module(model, row.settings.names[0])
                 owner.signs = signs_of(Scheme.parse(row.settings.weight, "weight"))
         leave_fast_path(model)

@@ -52,6 +52,11 @@ class GoldenStickVllmConfig(QuantizationConfig):
         super().__init__()
         self.config = config
         self.layers, self.tied = dict(config.layers), dict(config.tied)
+        if config.acts:
+            raise ValueError(
+                f"{WHO}: layers must read floats, got {next(iter(config.acts))} and {len(config.acts) - 1} more that "
+                "round what they read (acts in quantization_config); quantize without --act, or use golden-stick serve"
+            )
 
     def get_name(self) -> str:
         return METHOD

@@ -192,7 +192,7 @@ def test_a_name_that_is_taken_is_told_once_and_stays_ours(site, caplog):
     with caplog.at_level(logging.WARNING, "gs_algos"):
         names = algorithm_names()
         assert algorithm_names() == names and algorithm_class("simqat") is SimQAT
-    assert names[:4] == ("prune", "scop", "simqat", "slb") and names.count("simqat") == 1
+    assert names[:5] == ("prune", "ptq", "scop", "simqat", "slb") and names.count("simqat") == 1
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 3
     assert "algorithm: a package's name for one must be free, got 'simqat' is one of golden-stick's own" in told[0]
@@ -209,7 +209,7 @@ def test_two_packages_of_one_name_are_both_named(site):
 
 def test_an_unknown_name_is_told_the_names_of_packages_too(site):
     with pytest.raises(
-        ValueError, match=r"one of prune, scop, simqat, slb, .*halves.*, got 'halvse'; did you mean halv"
+        ValueError, match=r"one of prune, ptq, scop, simqat, slb, .*halves.*, got 'halvse'; did you mean halv"
     ):
         algorithm_class("halvse")
 

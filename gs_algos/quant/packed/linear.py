@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,9 @@ from typing_extensions import Self
 from gs_algos.quant.packed.module import Packed, PackedFormat, autocast_dtype
 from gs_algos.quant.packed.round_to_nearest import round_to_nearest
 from gs_algos.quant.scheme import Scheme
-from gs_kernels import PackedWeight, dequantize_packed, qmatmul
+from gs_kernels import PackedWeight, dequantize_packed, qmatmul, qmatmul_int8, quantize_rows
+
+TOKEN = "int8@token"  # the scheme of rows that are rounded as they come, each with a scale of its own
 
 
 class PackedLinear(Packed):
@@ -85,6 +87,24 @@ class PackedLinear(Packed):
         return (
             f"{', '.join(f'{k}={v}' for k, v in sizes.items())}, bias={self.bias is not None}, {super().extra_repr()}"
         )
+
+
+class DynamicPackedLinear(PackedLinear):
+    """`y = x_q @ W^T + bias` on whole numbers: each row of x is rounded to int8 with a scale of its own, as it comes.
+
+    `x_q = round(x / s) * s`, s = max |row| / 127. A GPU multiplies int8 codes, and so does a CPU. No gradient.
+    """
+
+    act: ClassVar[str] = TOKEN
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = autocast_dtype(input)
+        x = input if dtype is None else input.to(dtype)
+        codes, scale = quantize_rows(x)
+        return qmatmul_int8(codes, scale, self.packed, self.bias, dtype=x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, act={self.act}"
 
 
 class PackedConv1D(PackedLinear):

@@ -17,7 +17,7 @@ from gs_algos.fx.modularize.functional_calls import multiplies_alone
 from gs_algos.quant.packed.conv import PackedConv
 from gs_algos.quant.packed.conv_base import conv_rows, geometry_of, is_channels_last
 from gs_algos.quant.packed.embedding import PackedEmbedding
-from gs_algos.quant.packed.linear import PackedConv1D, PackedLinear
+from gs_algos.quant.packed.linear import DynamicPackedLinear, PackedConv1D, PackedLinear
 from gs_algos.quant.packed.module import Packed, PackedFormat
 from gs_algos.quant.packed.round_to_nearest import packed_format
 from gs_algos.quant.scheme import Scheme
@@ -101,11 +101,12 @@ def format_of(layer: nn.Module, weight: Tensor, scheme: Scheme) -> PackedFormat:
     return packed_format(matrix_of(layer, weight), scheme)
 
 
-def packed_like(layer: Any, weight: PackedWeight | Packed) -> Packed:
+def packed_like(layer: Any, weight: PackedWeight | Packed, act: str | None = None) -> Packed:
     """Makes the packed layer that replaces a float one, with the attributes that other code may read.
 
     Args:
         weight: as `in_rows` gives it, or the packed layer whose weight this one is to share.
+        act: `int8@token` for a linear that rounds the rows it reads; None for floats.
     """
     dtype, bias = layer.weight.dtype, getattr(layer, "bias", None)
     if bias is not None and bias.is_inference():
@@ -116,8 +117,10 @@ def packed_like(layer: Any, weight: PackedWeight | Packed) -> Packed:
     elif isinstance(layer, CONVS):
         new = PackedConv(weight, geometry_of(layer), layer.weight.shape[1:], bias, dtype)
         new.channels_last = is_channels_last(layer.weight)
+    elif is_conv1d(layer):
+        new = PackedConv1D(weight, bias, dtype)
     else:
-        new = (PackedConv1D if is_conv1d(layer) else PackedLinear)(weight, bias, dtype)
+        new = (PackedLinear if act is None else DynamicPackedLinear)(weight, bias, dtype)
     for key, value in layer.__dict__.items():
         if key not in _MODULE and not hasattr(new, key):
             new.__dict__[key] = value

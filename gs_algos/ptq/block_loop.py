@@ -1,0 +1,315 @@
+"""Rounds a network block by block: statistics of what each layer sees, codes that make the least error of its output.
+
+Of every block: the float stream runs through it while it is float; then, stage by stage, the quantized stream shows
+what the layers of the stage see behind all that is rounded already, and their weights are found; then the quantized
+stream moves on. What stands outside the chain of blocks, a head or a stem, follows in the order it is called in.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gs_algos.core.algorithm import Inputs
+from gs_algos.core.progress import progress
+from gs_algos.ptq.blocks import Block
+from gs_algos.ptq.columns import groups_of, input_rows, token_mask
+from gs_algos.ptq.config import PTQConfig
+from gs_algos.ptq.journal import Journal, Solved
+from gs_algos.ptq.layers import Rounded
+from gs_algos.ptq.report import BlockErrors, BlockReport, LayerReport, PTQReport
+from gs_algos.ptq.solve import Solution, SolveOptions, objective, solve
+from gs_algos.ptq.stages import Stage, all_inputs, find_stages, inputs_of
+from gs_algos.ptq.statistics import InputStatistics
+from gs_algos.ptq.streams import ActivationStore, Streams
+from gs_algos.quant.packed.grid import grid_of
+from gs_algos.quant.packed.packable import matrix_of
+from gs_algos.quant.scheme import Scheme
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT = 10  # one batch of so many enters no statistic: it says how well the codes do on other data
+
+
+@dataclass(frozen=True)
+class Task:
+    """Describes one weight to be rounded: its site, the layer that owns it, how it is to be rounded."""
+
+    site: str
+    layers: tuple[Rounded, ...]  # that share it, its owner first
+    scheme: Scheme
+    rounding: str
+
+    @property
+    def layer(self) -> Rounded:
+        return self.layers[0]
+
+    @property
+    def by_data(self) -> bool:
+        """Says whether data tells how the weight is to be rounded: not that of an embedding."""
+        return not isinstance(self.layer, nn.Embedding)
+
+
+class BlockLoop:
+    """Rounds every weight of a prepared network. `run` does it once.
+
+    Args:
+        tasks: by site, in the order of the modules.
+        batches: inputs of the network.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tasks: Mapping[str, Task],
+        blocks: Sequence[Block],
+        batches: Sequence[Inputs],
+        config: PTQConfig,
+        journal: Journal,
+        process_group: Any = None,
+        who: str = "PTQ.calibrate",
+    ) -> None:
+        self.model, self.tasks, self.blocks, self.batches = model, tasks, blocks, batches
+        self.config, self.journal, self.group, self.who = config, journal, process_group, who
+        self.masks = [token_mask(batch) for batch in batches]
+        held = len(batches) // HELD_OUT if len(batches) >= HELD_OUT else int(len(batches) > 1)
+        self.held_out = set(range(len(batches) - held, len(batches)))
+        self.floats = config.correct > 0 or config.bias
+        self.by_data = {site: task for site, task in tasks.items() if task.by_data}
+        self.layers: list[LayerReport] = []
+        self.reports: list[BlockReport] = []
+
+    def run(self) -> PTQReport:
+        """Rounds block by block and returns what came of it."""
+        begun = perf_counter()
+        with ActivationStore(self.config.budget, self.journal.folder) as store:
+            streams = Streams(
+                self.model,
+                self.batches,
+                self.blocks,
+                store,
+                self.floats,
+                self.who,
+                lambda: floating(layer for task in self.tasks.values() for layer in task.layers),
+                self._round_embeddings,
+            )
+            for index, block in enumerate(progress(self.blocks, "rounding blocks")):
+                tasks = {site: task for site, task in self.by_data.items() if block.holds(site)}
+                self._round_block(streams, index, block, tasks)
+            peak, on_disk = store.peak, store.on_disk
+        outside = {s: t for s, t in self.by_data.items() if not any(block.holds(s) for block in self.blocks)}
+        self._round_outside(outside)
+        tokens = max((report.rows for report in self.layers), default=0)
+        return PTQReport(
+            tuple(self.layers), tuple(self.reports), tokens, perf_counter() - begun, peak, on_disk, len(self.held_out)
+        )
+
+    def _round_block(self, streams: Streams, index: int, block: Block, tasks: Mapping[str, Task]) -> None:
+        layers = {site: task.layer for site, task in tasks.items()}
+        with floating(layer for task in self.tasks.values() for layer in task.layers):
+            stages = find_stages(streams, block, layers)
+            floats = self._float_pass(streams, block, stages, layers)
+        if streams.whole:
+            self._round_embeddings()
+        done = self.journal.read(index)
+        if done is None:
+            solved: dict[str, Solved] = {}
+            for stage in stages:
+                solved |= self._round_stage(streams, block, stage, {s: tasks[s] for s in stage.sites}, floats)
+            self.journal.write(index, solved)
+        else:
+            for site, one in done.items():
+                install(tasks[site].layers, one)
+                self.layers.append(one.report)
+        for inputs in floats.values():
+            for tensors in inputs:
+                for tensor in tensors:
+                    streams.store.drop(tensor)
+        self._advance(streams, block)
+
+    def _float_pass(
+        self, streams: Streams, block: Block, stages: Sequence[Stage], layers: Mapping[str, Rounded]
+    ) -> dict[str, list[list[Tensor]]]:
+        """Moves the float stream on; returns what the first layer of every stage saw of each batch."""
+        seen: dict[str, list[list[Tensor]]] = {stage.first: [] for stage in stages}
+        if not self.floats:
+            return seen
+        for number in range(len(self.batches)):
+            inputs, output = all_inputs(streams, block, number, stages, layers)
+            for site, tensors in inputs.items():
+                seen[site].append([streams.store.keep(x) for x in tensors])
+            if not streams.whole:
+                assert output is not None
+                streams.advance(number, output, floats=True)
+        return seen
+
+    def _round_stage(
+        self,
+        streams: Streams,
+        block: Block,
+        stage: Stage,
+        tasks: Mapping[str, Task],
+        floats: Mapping[str, list[list[Tensor]]],
+    ) -> dict[str, Solved]:
+        inputs = lambda number: inputs_of(streams, block, number, tasks[stage.first].layer, stage.calls)  # noqa: E731
+        seen = _Seen(tasks[stage.first].layer, floats[stage.first], self.config.correct > 0)
+        for number in range(len(self.batches)) if stage.calls else ():
+            seen.update(number, inputs(number), self.masks[number], number in self.held_out)
+        return self._solve(tasks, seen)
+
+    def _round_outside(self, tasks: Mapping[str, Task]) -> None:
+        """Rounds the layers outside the chain, one by one in the order of their calls, from the rounded network."""
+        if not tasks:
+            return
+        index = len(self.blocks)
+        done = self.journal.read(index)
+        if done is not None:
+            for site, one in done.items():
+                install(tasks[site].layers, one)
+                self.layers.append(one.report)
+            return
+        whole = [Block(("",))]
+        with ActivationStore(self.config.budget) as store:
+            streams = Streams(self.model, self.batches, whole, store, False, self.who)
+            layers = {site: task.layer for site, task in tasks.items()}
+            solved: dict[str, Solved] = {}
+            for stage in find_stages(streams, whole[0], layers):
+                solved |= self._round_stage(
+                    streams, whole[0], stage, {s: tasks[s] for s in stage.sites}, {stage.first: []}
+                )
+        self.journal.write(index, solved)
+
+    def _solve(self, tasks: Mapping[str, Task], seen: _Seen) -> dict[str, Solved]:
+        """Finds the codes of the layers of one stage and installs them."""
+        if self.group is not None:
+            for statistics in (seen.statistics, seen.held):
+                statistics.all_reduce(self.group)
+        solved = {}
+        for site, task in tasks.items():
+            seen.statistics.check(f"{self.who}: {site}")
+            options = SolveOptions(
+                task.rounding, self.config.correct, self.config.refine, self.config.order, self.config.damp
+            )
+            layer = task.layer
+            weight = matrix_of(layer, layer.float_weight.detach())
+            solution = solve(weight, seen.statistics, task.scheme, options, f"{self.who}: {site}")
+            held = held_out_ratio(weight, solution, seen.held) if seen.held.count else None
+            report = LayerReport(
+                site,
+                str(task.scheme),
+                seen.statistics.count,
+                solution.objective / solution.nearest if solution.nearest > 0 else 1.0,
+                held,
+                solution.notes,
+            )
+            bias = self._bias(layer, weight, solution, seen)
+            solved[site] = Solved(solution.grid, solution.codes, bias, report)
+        for site, one in solved.items():
+            install(tasks[site].layers, one)
+            self.layers.append(one.report)
+            for note in one.report.notes:
+                logger.warning("%s: %s: %s", self.who, site, note)
+        return solved
+
+    def _bias(self, layer: Any, weight: Tensor, solution: Solution, seen: _Seen) -> Tensor | None:
+        """Returns the bias `[N]` that gives the outputs their float mean; None if there is none to move."""
+        bias = getattr(layer, "bias", None)
+        if not self.config.bias or bias is None or not seen.float_rows:
+            return None
+        groups = groups_of(layer)
+        mean = (seen.float_sum / seen.float_rows).float()  # [groups, K]
+        both = (weight.float(), mean), (solution.grid.values(solution.codes), seen.statistics.mean.float())
+        want, got = (torch.einsum("gnk,gk->gn", w.view(groups, -1, w.shape[1]), m).flatten() for w, m in both)
+        return (bias.detach().float() + want - got).to(bias.dtype)
+
+    def _round_embeddings(self) -> bool:
+        """Rounds the embeddings to nearest; says whether there are any."""
+        embeddings = [task for task in self.tasks.values() if not task.by_data]
+        for task in embeddings:
+            grid = task.layer.weight_grid.grid
+            codes = grid.codes(matrix_of(task.layer, task.layer.float_weight.detach()))
+            install(task.layers, Solved(grid, codes, None, LayerReport(task.site, str(task.scheme), 0, 1.0, None)))
+        return bool(embeddings)
+
+    def _advance(self, streams: Streams, block: Block) -> None:
+        """Moves the quantized stream behind the block, and measures how far it is from the float one there."""
+        if streams.whole:
+            return
+        errors = BlockErrors()
+        for number in range(len(self.batches)):
+            output = streams.run_block(block, number, streams.quantized)
+            assert output is not None
+            if not bool(output.isfinite().all()):
+                raise ValueError(f"{self.who}: what {block.name} returns must be finite, got NaN or Inf")
+            if streams.floats is not None and number in (self.held_out or range(len(self.batches))):
+                errors.update(streams.floats[number], output)
+            streams.advance(number, output, floats=False)
+        if errors.count:
+            self.reports.append(errors.report(block.name))
+
+
+class _Seen:
+    """Gathers what the layers of one stage see: statistics of most batches, and of those held out."""
+
+    def __init__(self, layer: Rounded, floats: list[list[Tensor]], cross: bool) -> None:
+        self.layer, self.floats = layer, floats
+        groups = groups_of(layer)
+        columns = matrix_of(layer, layer.float_weight).shape[1]
+        device = layer.float_weight.device
+        self.statistics = InputStatistics(columns, groups, cross=cross and bool(floats), device=device)
+        self.held = InputStatistics(columns, groups, device=device)
+        self.float_sum = torch.zeros(groups, columns, dtype=torch.float64, device=device)
+        self.float_rows = 0
+
+    def update(self, number: int, inputs: Sequence[Tensor], mask: Tensor | None, held_out: bool) -> None:
+        """Adds what one batch showed the layer, call by call."""
+        for call, x in enumerate(inputs):
+            rows = input_rows(self.layer, self.layer.seen(x), mask)
+            if held_out:
+                self.held.update(rows)
+                continue
+            floats = input_rows(self.layer, self.floats[number][call], mask) if self.floats else None
+            self.statistics.update(rows, floats if self.statistics.cross is not None else None)
+            if floats is not None:
+                floats = floats if floats.dim() == 3 else floats.unsqueeze(0)
+                self.float_sum += floats.sum(1, dtype=torch.float64)
+                self.float_rows += floats.shape[1]
+
+
+def held_out_ratio(weight: Tensor, solution: Solution, held: InputStatistics) -> float:
+    """Returns the objective of a solution over that of rounding to nearest, on rows that no statistic holds."""
+    nearest = grid_of(weight, solution.grid.scheme, weight.dtype)
+    rounded = solution.grid.values(solution.codes), nearest.values(nearest.codes(weight))
+    ours, theirs = (objective(values - solution.target, held.gram) for values in rounded)
+    return ours / theirs if theirs > 0 else 1.0
+
+
+def install(layers: Sequence[Any], solved: Solved) -> None:
+    """Gives layers that share a weight the codes, the grid and the bias that were found for it."""
+    layers[0].set_weight(solved.grid, solved.codes)
+    for layer in layers:
+        layer.solved = True
+        if solved.bias is not None:
+            with torch.no_grad():
+                layer.bias.copy_(solved.bias)
+
+
+@contextmanager
+def floating(layers: Iterable[Rounded]) -> Iterator[None]:
+    """Lets layers that are not solved yet multiply their float weights, and read floats."""
+    layers = [layer for layer in layers if not layer.solved]
+    before = [layer.act for layer in layers]
+    for layer in layers:
+        layer.solved, layer.act = True, None
+    try:
+        yield
+    finally:
+        for layer, act in zip(layers, before, strict=True):
+            layer.solved, layer.act = False, act

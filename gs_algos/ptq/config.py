@@ -1,0 +1,112 @@
+"""The options of PTQ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, TypedDict
+
+from gs_algos.core.config import AlgorithmConfig
+from gs_algos.core.layer_rules import Rule
+from gs_algos.ptq.hessian import ORDERS
+from gs_algos.ptq.rounding import ROUNDINGS
+from gs_algos.quant.packed.linear import TOKEN
+from gs_algos.quant.packed.round_to_nearest import packable
+from gs_algos.quant.scheme import Scheme, as_text, check_rules
+
+
+@dataclass(frozen=True)
+class PTQConfig(AlgorithmConfig):
+    """Options of PTQ.
+
+    Args:
+        weight: scheme of the weights, with 1, 2, 4 or 8 bits: `int4@group:64`, `int8@channel`,
+            `int4@group:128:asym:mse`.
+        act: None leaves activations float; `int8@token` rounds each row a linear reads to 8 bits with a scale of its
+            own, as it runs.
+        embeddings: scheme of every `nn.Embedding`, rounded to nearest; None leaves them float.
+        rounding: `nearest`; `gptq` (arXiv:2210.17323), which moves the error of each column into those that follow.
+        correct: 0 to 1, how much of what the layers before have done wrong a weight makes good; 0 for none.
+        refine: rounds of scale refit and coordinate descent behind the rounding.
+        order: of the columns of gptq: `act` by the size of their inputs, `group` so within groups, `none` as they are.
+        damp: added to the diagonal of the statistics, as a share of its mean; None for max(0.01, K / 4T) of K inputs
+            and T tokens.
+        bias: True moves each bias by the difference of the mean outputs.
+        blocks: `auto` finds the blocks of the network, `none` takes it as one, `re:<expression>` names them.
+        budget: bytes of activations in memory; what is more goes to files.
+        rules: `(pattern, {"weight": ..., "act": ..., "rounding": ...} | None)`, see `gs_algos.core.layer_rules`; None
+            leaves the layer float.
+    """
+
+    weight: str | Scheme = "int4@group:128"
+    act: str | None = None
+    embeddings: str | Scheme | None = None
+    rounding: str = "gptq"
+    correct: float = 0.5
+    refine: int = 2
+    order: str = "act"
+    damp: float | None = None
+    bias: bool = True
+    blocks: str = "auto"
+    budget: int = 2**32
+    rules: tuple[Rule, ...] = ()
+
+    who: ClassVar[str] = "PTQ"
+
+    def __post_init__(self) -> None:
+        packable(self.weight)
+        if self.embeddings is not None:
+            packable(self.embeddings)
+        for name in ("weight", "embeddings"):
+            if isinstance(getattr(self, name), Scheme):
+                object.__setattr__(self, name, str(getattr(self, name)))
+        checked_act(self.act)
+        checked_rounding(self.rounding)
+        check_rules(self.rules, "PTQ", {"weight": packable, "act": checked_act, "rounding": checked_rounding})
+        object.__setattr__(self, "rules", as_text(self.rules))
+        if self.order not in ORDERS:
+            raise ValueError(f"PTQ: order must be one of {', '.join(ORDERS)}, got {self.order!r}")
+        _refuse_unless(type(self.correct) in (int, float) and 0 <= self.correct <= 1, "correct", "0 to 1", self.correct)
+        _refuse_unless(type(self.refine) is int and self.refine >= 0, "refine", "rounds >= 0", self.refine)
+        damp_fits = self.damp is None or (type(self.damp) in (int, float) and 0 < self.damp <= 1)
+        _refuse_unless(damp_fits, "damp", "above 0 and at most 1, or None", self.damp)
+        _refuse_unless(type(self.budget) is int and self.budget >= 0, "budget", "bytes >= 0", self.budget)
+        blocks_fit = isinstance(self.blocks, str) and (self.blocks in ("auto", "none") or self.blocks.startswith("re:"))
+        _refuse_unless(blocks_fit, "blocks", "auto, none or re:<expression>", self.blocks)
+        _refuse_unless(isinstance(self.bias, bool), "bias", "True or False", self.bias)
+
+
+def _refuse_unless(right: bool, option: str, must: str, got: object) -> None:
+    if not right:
+        raise ValueError(f"PTQ: {option} must be {must}, got {got!r}")
+
+
+def checked_act(act: object) -> str | None:
+    """Returns the scheme of activations, checked."""
+    if act is not None and act != TOKEN:
+        raise ValueError(f"PTQ: act must be None or {TOKEN!r}, got {act!r}")
+    return TOKEN if act is not None else None
+
+
+def checked_rounding(rounding: object) -> str:
+    """Returns the name of a rounding, checked."""
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"PTQ: rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    return str(rounding)
+
+
+class PTQOptions(TypedDict, total=False):
+    """The fields of `PTQConfig` as keywords of `PTQ`, for type checkers."""
+
+    weight: str | Scheme
+    act: str | None
+    embeddings: str | Scheme | None
+    rounding: str
+    correct: float
+    refine: int
+    order: str
+    damp: float | None
+    bias: bool
+    blocks: str
+    budget: int
+    rules: Sequence[Rule]

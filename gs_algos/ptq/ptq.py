@@ -1,0 +1,344 @@
+"""PTQ: quantization after training, from a little data: every layer is rounded so that its output changes least.
+
+`gptq`: Frantar et al. 2023, arXiv:2210.17323. The correction for what the layers before have done wrong is that of
+Zhang et al. (Qronos, arXiv:2505.11695), Arai and Ichikawa (QEP, arXiv:2504.09629) in one formula.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from typing_extensions import Self, Unpack
+
+from gs_algos.core.algorithm import (
+    Algorithm,
+    Inputs,
+    asked_by,
+    evaluating,
+    history,
+    live_entry,
+    prepared_entry,
+    remember,
+    resumable_entry,
+    run,
+)
+from gs_algos.core.batches import InputsOf, checked_batches
+from gs_algos.core.compare import relative_error
+from gs_algos.core.config import AlgorithmConfig, signature_of
+from gs_algos.core.layer_rules import resolve
+from gs_algos.core.modules import all_or_nothing, get_module
+from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
+from gs_algos.core.plan import Plan, PlanRow, other_weights, rows_of, totals_of
+from gs_algos.core.plan_settings import RowSettings
+from gs_algos.ptq.block_loop import BlockLoop, Task
+from gs_algos.ptq.blocks import find_blocks, first_tensor
+from gs_algos.ptq.config import PTQConfig, PTQOptions
+from gs_algos.ptq.journal import digest_of, journal_at
+from gs_algos.ptq.layers import Rounded, WeightGrid, swap_layers
+from gs_algos.ptq.report import PTQReport
+from gs_algos.ptq.sites import Site, WeightRule, weight_sites
+from gs_algos.ptq.weights import NAME as PACKED
+from gs_algos.ptq.weights import WeightPlan, install, settings_of, summary
+from gs_algos.quant.fast_path import leave_fast_path
+from gs_algos.quant.packed.grid import grid_of
+from gs_algos.quant.packed.module import PackedFormat
+from gs_algos.quant.packed.packable import format_of, in_rows, matrix_of
+from gs_algos.quant.packed.round_to_nearest import signs_of
+from gs_algos.quant.scheme import Scheme
+
+ENOUGH = 16_384  # tokens, below which the codes fit the calibration data better than any other
+OUTPUT_TOLERANCE = {
+    torch.float32: 5e-2,
+    torch.float16: 5e-2,
+    torch.bfloat16: 1e-1,
+}  # packed products against float ones
+
+
+@dataclass(frozen=True)
+class RoundedPlan(RowSettings):
+    """Describes one weight to be rounded.
+
+    Args:
+        names: the layers that share it, its owner first.
+        weight: its scheme.
+        format: of the packed weight.
+        rounding: how it is rounded.
+        act: scheme of what the layers read; None leaves it float.
+    """
+
+    form: ClassVar[str] = "rounded"
+
+    names: tuple[str, ...]
+    weight: str
+    format: PackedFormat
+    rounding: str
+    act: str | None = None
+
+    def other_names(self) -> tuple[str, ...]:
+        return self.names[1:]
+
+
+class PTQ(Algorithm):
+    """Quantization after training. The options are those of `PTQConfig`, given by keyword.
+
+    ```python
+    algo = PTQ(weight="int4@group:64")
+    net = algo.apply(net, example_inputs)
+    algo.calibrate(net, batches, journal="journal")
+    net = algo.convert(net)
+    ```
+
+    report: what the last calibration did, layer by layer.
+    """
+
+    name: ClassVar[str] = "ptq"
+    row_settings: ClassVar[tuple[type[RowSettings], ...]] = (RoundedPlan,)
+    config_class: ClassVar[type[AlgorithmConfig]] = PTQConfig
+    config: PTQConfig
+
+    def __init__(
+        self,
+        config: PTQConfig | None = None,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        **options: Unpack[PTQOptions],
+    ) -> None:
+        self.config = PTQConfig.choose(config, options)
+        self.process_group = process_group
+        self.steps = 0
+        self.report: PTQReport | None = None
+        self._example: Inputs | None = None
+        self._model: nn.Module | None = None
+
+    def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:
+        """The dry run: every weight, its scheme and rounding or why it stays float, and the blocks. Touches nothing."""
+        with ordinary_tensors(), torch.no_grad(), asked_by("PTQ.plan"):
+            model = network_of(model, "PTQ.plan")
+            sites = self._sites(model)
+            rows: list[PlanRow] = [self._row(model, site, options) for site, options in sites]
+            rows += other_weights(model, rows)
+            after = {row.site: row.settings.format.nbytes for row in rows if row.settings is not None}
+            names = [name for row in rows if row.settings is not None for name in row.settings.names]
+            blocks = find_blocks(model, names, example_inputs, self.config.blocks, "PTQ.plan")
+        what = "the whole network" if blocks[0].name == "" else f"{blocks[0].name} to {blocks[-1].name}"
+        notes = (f"{len(blocks)} {'block' if len(blocks) == 1 else 'blocks'}: {what}",)
+        return Plan(self.name, "", tuple(rows), notes, totals_of(model, after))
+
+    def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
+        """Makes the planned layers of the live model round their weights to nearest: it runs as the packed one will.
+
+        Raises:
+            RuntimeError: if the model is prepared or packed already.
+            ValueError: if the inputs do not run through the model, nothing can be rounded, or a weight is not finite.
+                The model is then as it was.
+        """
+        network = network_to_train(model, "PTQ.apply")
+        with ordinary_tensors(), asked_by("PTQ.apply"):
+            if any(entry["algorithm"] in (self.name, PACKED) for entry in history(network)):
+                raise RuntimeError("PTQ.apply: the model must not be rounded yet, got one that is; build it anew")
+            plan = self.plan(network, example_inputs)
+            with all_or_nothing(network), torch.no_grad():
+                for row in plan.acted():
+                    layer: Any = get_module(network, row.site)
+                    scheme = Scheme.parse(row.settings.weight, "weight")
+                    grid = grid_of(matrix_of(layer, layer.weight.detach()), scheme)
+                    swap_layers(self._layers(network, row), WeightGrid(grid), row.settings.act)
+                leave_fast_path(network)
+                self.remember(network, "prepared", plan.rows, calibrated=False)
+        self._model, self._example, self.report = network, example_inputs, None
+        return model
+
+    def calibrate(
+        self,
+        model: nn.Module,
+        batches: Iterable[Inputs] | None = None,
+        forward_loop: Callable[[nn.Module], None] | None = None,
+        *,
+        journal: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Finds the codes of every weight, block by block, from `batches` of inputs.
+
+        Every batch is run through each block several times, so all of them are held; a tenth enters no statistic and
+        is for the report.
+
+        Args:
+            journal: a folder in which what is done is kept: a call with the same model, options and data goes on there.
+
+        Raises:
+            TypeError: if the batches are no iterable.
+            RuntimeError: if `apply` was not called on this model, or it is calibrated already.
+            ValueError: if there is no batch or a `forward_loop`, the inputs do not run through the model, what a layer
+                reads is not finite, or the journal is of another calibration. Blocks that were done by then stay
+                rounded: build the model anew, or go on with the journal.
+        """
+        who = "PTQ.calibrate"
+        network = network_of(model, who)
+        entry = prepared_entry(network, self.name, who)
+        if self._model is not network:
+            raise RuntimeError(f"{who}: must come between apply and convert; call apply(model, inputs) first")
+        if entry["calibrated"]:
+            raise RuntimeError(f"{who}: the model must not be calibrated yet, got one that is; build it anew")
+        if batches is None or forward_loop is not None:
+            raise ValueError(f"{who}: it runs every block several times, so give batches, and no forward_loop")
+        inputs_of = InputsOf(who, network, self._example)
+        data = [inputs_of(batch) for batch in checked_batches(who, batches)]
+        if not data:
+            raise ValueError(f"{who}: at least one batch must be given, got none")
+        rows = rows_of(entry["plan"], self.row_settings)
+        tasks = {row.site: self._task(network, row) for row in rows if row.settings is not None}
+        with ordinary_tensors(), torch.no_grad(), asked_by(who):
+            log = journal_at(journal, who)
+            if log.folder is not None:
+                log.begin(digest_of(network, self.config.to_dict(), data))
+            names = [name for row in rows if row.settings is not None for name in row.settings.names]
+            blocks = find_blocks(network, names, data[0], self.config.blocks, who)
+            loop = BlockLoop(network, tasks, blocks, data, self.config, log, self.process_group, who)
+            self.report = loop.run()
+        live = live_entry(network)
+        live["calibrated"] = True
+        live["plan"] = [self._calibrated(network, row).to_dict() for row in rows]
+
+    def step(self) -> None:
+        """Does nothing: there is no training."""
+
+    def convert(self, model: nn.Module, example_inputs: Inputs | None = None) -> nn.Module:
+        """Replaces every rounded layer by packed codes, as `quantize_weights` leaves them, and compares the outputs.
+
+        Raises:
+            RuntimeError: if the model is not calibrated, though the rounding needs it, or the packed network gives
+                another output than the calibrated one.
+        """
+        who = "PTQ.convert"
+        network = network_of(model, who)
+        entry = prepared_entry(network, self.name, who)
+        if not entry["calibrated"] and self._needs_data(entry):
+            raise RuntimeError(
+                f"{who}: the model must be calibrated, got one that is not; call calibrate(model, batches)"
+            )
+        example = self._example if example_inputs is None else example_inputs
+        if example is None:
+            raise RuntimeError(f"{who}: a resumed algorithm has no example inputs; give example_inputs")
+        rows = rows_of(entry["plan"], self.row_settings)
+        with ordinary_tensors(), torch.no_grad(), asked_by(who), all_or_nothing(network), evaluating(network):
+            want = first_tensor(run(network, example, who))
+            packed = [self._pack(network, row) for row in rows]
+            got = first_tensor(run(network, example, who))
+            if want is not None and got is not None:
+                error, most = relative_error(got, want), OUTPUT_TOLERANCE.get(want.dtype, 1e-1)
+                if not error <= most:
+                    raise RuntimeError(f"{who}: outputs must agree to {most:.0%}, got a difference of {error:.2%}")
+            config = settings_of(self.config.weight, self.config.embeddings, self._weight_rules())
+            plan = [row.to_dict() for row in packed]
+            remember(
+                network,
+                {"algorithm": PACKED, "stage": "converted", "steps": 0, "config": config, "plan": plan},
+                replaces=self.name,
+            )
+        self._model = None
+        return network
+
+    def summary(self, model: nn.Module) -> str:
+        """Returns a table of the packed layers; before `convert`, of what the last calibration did."""
+        network = network_of(model, "PTQ.summary")
+        if any(isinstance(module, Rounded) for module in network.modules()):
+            return str(self.report) if self.report is not None else "PTQ: rounded to nearest; not calibrated yet"
+        return summary(network)
+
+    @classmethod
+    def resume(cls, model: nn.Module) -> Self:
+        """Returns the algorithm of a prepared model that `load` gave back.
+
+        Raises:
+            RuntimeError: if the model was not saved while prepared.
+        """
+        model = network_of(model, "PTQ.resume")
+        algo = cls(PTQConfig.from_dict(resumable_entry(model, cls.name, "PTQ")["config"]))
+        algo._model = model
+        return algo
+
+    @classmethod
+    def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
+        for row in rows_of(entry["plan"], cls.row_settings):
+            if row.settings is None:
+                continue
+            layers = cls._layers(model, row)
+            device: Any = layers[0].weight.device
+            grid = WeightGrid.empty(row.settings.format, Scheme.parse(row.settings.weight, "weight"), device)
+            swap_layers(layers, grid, row.settings.act)
+            for layer in layers:
+                layer.solved = entry["calibrated"]  # type: ignore[assignment]
+        leave_fast_path(model)
+        return model
+
+    def _weight_rules(self) -> list[WeightRule]:
+        """Returns the rules on weights, as `quantize_weights` takes them."""
+        rules: list[WeightRule] = []
+        for pattern, options in self.config.rules:
+            if options is None or "weight" in options:
+                rules.append((pattern, None if options is None else {"weight": options["weight"]}))
+        return rules
+
+    def _sites(self, model: nn.Module) -> list[tuple[Site, Mapping[str, Any]]]:
+        """Returns every weight with its options."""
+        sites = weight_sites(model, self.config.weight, self.config.embeddings, self._weight_rules(), "PTQ")
+        layers = {name: get_module(model, name) for site in sites for name in site.names}
+        options = {"weight": None, "act": self.config.act, "rounding": self.config.rounding}
+        chosen = resolve(self.config.rules, layers, options, "PTQ")
+        return [(site, chosen[site.names[0]] or options) for site in sites]
+
+    def _row(self, model: nn.Module, site: Site, options: Mapping[str, Any]) -> PlanRow:
+        if site.scheme is None:
+            return PlanRow(site.names[0], site.kind, "keep", reason=site.reason)
+        weight: Any = site.layer.weight
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"PTQ: {site.names[0]}.weight must be finite, got NaN or Inf")
+        embedding = isinstance(site.layer, nn.Embedding)
+        linear = isinstance(site.layer, nn.Linear)
+        rounding = "nearest" if embedding else options["rounding"]
+        act = options["act"] if linear else None
+        detail = f"weight {site.scheme}, {rounding}" + (f", act {act}" if act else "")
+        plan = RoundedPlan(site.names, str(site.scheme), format_of(site.layer, weight, site.scheme), rounding, act)
+        return PlanRow(site.names[0], site.kind, "round", detail, settings=plan)
+
+    @staticmethod
+    def _layers(model: nn.Module, row: PlanRow[RoundedPlan]) -> list[Any]:
+        return [get_module(model, name) for name in row.settings.names]
+
+    def _task(self, model: nn.Module, row: PlanRow[RoundedPlan]) -> Task:
+        scheme = Scheme.parse(row.settings.weight, "weight")
+        return Task(row.site, tuple(self._layers(model, row)), scheme, row.settings.rounding)
+
+    def _calibrated(self, model: nn.Module, row: PlanRow) -> PlanRow:
+        """Returns the row with the format that the weight has now."""
+        if row.settings is None:
+            return row
+        layer: Any = get_module(model, row.site)
+        dtype = str(layer.weight_grid.scale.dtype).removeprefix("torch.")
+        format = replace(row.settings.format, scale_dtype=dtype)
+        return replace(row, settings=replace(row.settings, format=format))
+
+    @staticmethod
+    def _needs_data(entry: Mapping[str, Any]) -> bool:
+        return any(row["settings"] and row["settings"]["rounding"] != "nearest" for row in entry["plan"])
+
+    def _pack(self, model: nn.Module, row: PlanRow) -> PlanRow:
+        """Replaces the layers of one row by packed ones; returns the row of `quantize_weights` for them."""
+        if row.settings is None:
+            return row
+        layer: Any = get_module(model, row.site)
+        scheme = Scheme.parse(row.settings.weight, "weight")
+        packed = layer.packed_weight()
+        install(model, row.settings.names, in_rows(layer, packed), row.settings.act)
+        new: Any = get_module(model, row.site)
+        new.signs = signs_of(scheme)
+        plan = WeightPlan(row.settings.names, str(scheme), PackedFormat.of(packed), row.settings.act)
+        return PlanRow(row.site, row.kind, "pack", str(scheme), settings=plan)
+
+
+PTQ.__signature__ = signature_of(PTQ)  # type: ignore[attr-defined]

@@ -1,0 +1,198 @@
+"""Holds what goes from block to block: activations of every batch, in memory up to a budget, then in mapped files."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from gs_algos.core.algorithm import Inputs, evaluating, run
+from gs_algos.ptq.blocks import Block, first_tensor, submodule
+
+CACHES = ("past_key_values", "past_key_value", "cache_params", "cache_position")
+
+
+class ActivationStore:
+    """Keeps tensors in memory until `budget` bytes are taken, the others in files that are mapped into memory.
+
+    The files are in a folder that is gone when the store is closed.
+    """
+
+    def __init__(self, budget: int, folder: Path | None = None) -> None:
+        self.budget, self.held, self.peak, self.on_disk = budget, 0, 0, 0
+        self._parent, self._count = folder, 0
+        self._folder: Path | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> ActivationStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Returns a tensor of the same values that is counted: this one, or one in a file. Give it to `drop` later."""
+        tensor = tensor.detach()
+        if self.held + tensor.nbytes <= self.budget or not tensor.numel():
+            self.held += tensor.nbytes
+            self.peak = max(self.peak, self.held)
+            return tensor
+        if self._folder is None:
+            self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(dir=self._parent)))
+        self._count += 1
+        file = self._folder / f"{self._count}.bin"
+        tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tofile(file)  # an OSError where the disk is full
+        mapped = torch.from_file(str(file), shared=False, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+        file.unlink()  # it stays mapped, and the disk is free again once nobody holds it
+        self.on_disk += tensor.nbytes
+        return mapped
+
+    def drop(self, tensor: Tensor) -> None:
+        """Says that a tensor of `keep` is no longer held."""
+        if tensor.untyped_storage().filename is None:
+            self.held -= tensor.nbytes
+
+
+class _Stop(Exception):
+    """Ends a forward pass once it has shown what was wanted."""
+
+
+@contextlib.contextmanager
+def stopped() -> Iterator[None]:
+    """Ends the block quietly where a hook inside raised the signal to stop."""
+    with contextlib.suppress(_Stop):
+        yield
+
+
+def stop() -> None:
+    """Ends the forward pass that a hook is called in; the caller runs it in `stopped`."""
+    raise _Stop
+
+
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Runs the block with the caches of language models off, as their configs say it."""
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = list({id(config): config for config in found if hasattr(config, "use_cache")}.values())
+    before = [config.use_cache for config in configs]
+    for config in configs:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in zip(configs, before, strict=True):
+            config.use_cache = value
+
+
+class Arguments:
+    """Holds what a module gets beside the tensor that goes from block to block."""
+
+    def __init__(self, args: Any, kwargs: Any) -> None:
+        kwargs = {key: value for key, value in kwargs.items() if key not in CACHES}
+        self.leaves, self.spec = tree_flatten((args, kwargs))
+        self.at = next(i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor))
+        self.leaves[self.at] = None
+
+    def call(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Calls a module with x in the place of its first tensor, and returns the first tensor of its result."""
+        leaves = list(self.leaves)
+        leaves[self.at] = x
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        y = first_tensor(module(*args, **kwargs))
+        assert y is not None
+        return y
+
+
+class Streams:
+    """Holds the float and the quantized activations of every batch at one point of the network, and moves them on.
+
+    Args:
+        batches: the inputs of the network.
+        blocks: in the order they run in.
+        floats: whether there is a float stream beside the quantized one.
+        float_network: gives a context in which the network is float.
+        round_first: rounds what stands in front of the first block, and says whether there was anything.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Inputs],
+        blocks: Sequence[Block],
+        store: ActivationStore,
+        floats: bool,
+        who: str,
+        float_network: Callable[[], AbstractContextManager[None]] = nullcontext,
+        round_first: Callable[[], bool] = bool,
+    ) -> None:
+        self.model, self.batches, self.blocks, self.store, self.who = model, batches, blocks, store, who
+        self.whole = blocks[0].names == ("",)
+        self.arguments: list[dict[str, Arguments]] = []  # of each batch: name of a module -> its arguments
+        self.quantized: list[Tensor] = []
+        self.floats: list[Tensor] | None = [] if floats else None
+        if self.whole:
+            return
+        with float_network():
+            first = [self._first(batch, self.arguments) for batch in batches]
+        self.quantized = [store.keep(x) for x in first]
+        if self.floats is not None:
+            self.floats = list(self.quantized)  # the same tensors, which are counted once
+        if round_first():
+            for number, batch in enumerate(batches):
+                self.advance(number, self._first(batch, []), floats=False)
+
+    def _first(self, batch: Inputs, arguments: list[dict[str, Arguments]]) -> Tensor:
+        """Runs the network up to its last block; returns what goes into the first, and appends what goes beside it."""
+        names = [name for block in self.blocks for name in block.names]
+        seen: dict[str, Arguments] = {}
+        first: list[Tensor] = []
+
+        def before(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+                if not first:
+                    first.append(next(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)))
+                seen[name] = Arguments(args, kwargs)
+
+            return hook
+
+        with ExitStack() as stack, evaluating(self.model), without_cache(self.model):
+            for name in names:
+                module = submodule(self.model, name)
+                stack.callback(module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
+            stack.callback(submodule(self.model, names[-1]).register_forward_hook(lambda *_: stop()).remove)
+            with stopped():
+                run(self.model, batch, self.who)
+        if set(seen) != set(names):
+            lost = next(name for name in names if name not in seen)
+            raise ValueError(f"{self.who}: every batch must run through all blocks, got one that skips {lost}")
+        arguments.append(seen)
+        return first[0]
+
+    def run_block(self, block: Block, number: int, stream: Sequence[Tensor] | None) -> Tensor | None:
+        """Runs a block on one batch of a stream; None if a hook stopped it. stream: None for the whole network."""
+        with evaluating(self.model), without_cache(self.model), stopped():
+            if self.whole:
+                return first_tensor(run(self.model, self.batches[number], self.who))
+            assert stream is not None
+            y = stream[number]
+            for name in block.names:
+                y = self.arguments[number][name].call(submodule(self.model, name), y)
+            return y
+        return None
+
+    def advance(self, number: int, new: Tensor, floats: bool) -> None:
+        """Puts the output of a block in the place of its input in one stream."""
+        stream = self.floats if floats else self.quantized
+        other = self.quantized if floats else self.floats
+        assert stream is not None
+        old = stream[number]
+        stream[number] = self.store.keep(new)
+        if other is None or other[number] is not old:
+            self.store.drop(old)
