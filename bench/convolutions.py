@@ -25,7 +25,6 @@ from bench.timing import time_cpu
 from gs_kernels import dequantize_packed, pack_weight, qconv2d, quantize
 from gs_kernels.qconv2d.op_int8 import prepared_qconv2d_int8, qconv2d_int8
 
-NO_RESIDUAL = (None, None, None)
 Calls = dict[str, Callable[[], Tensor]]
 
 
@@ -100,12 +99,13 @@ def providers(layer: Layer, batch: int) -> tuple[Calls, dict[str, float]]:
     out = whole().amax().view(1) / 255
     grid: dict[str, Any] = {"x_zero": x_zero, "out_scale": out, "out_zero": torch.full((1,), -128.0)}
     grid |= {"activation": "relu", "dtype": torch.float32}
-    ready = prepared_qconv2d_int8(image, x_scale, eight, bias, **packed_window, dilation=1, **grid)
+    prepared = prepared_qconv2d_int8(image, x_scale, eight, bias, **packed_window, dilation=1, **grid)
+    ready = None if prepared is None else prepared.at(image.shape)
 
     def integers() -> Tensor:
         if ready is None:
             return qconv2d_int8(image, x_scale, eight, bias, **packed_window, **grid, keep_dense=True)
-        return ready(image, NO_RESIDUAL)
+        return ready(image)
 
     calls: Calls = {
         "float32": whole,

@@ -90,7 +90,7 @@ def compare(net: nn.Module, data: ImageData) -> dict[str, Any]:
 
 
 def apart(ours: Tensor, theirs: Tensor) -> dict[str, float]:
-    """As `bench.accuracy.parity`; median_relative, within_1e3: of images' differences, as RMS relative to their logits.
+    """Compares as `bench.accuracy.parity`; median_relative, within_1e3: of images' differences, relative to RMS logits.
 
     A sum that two orders of addition put on two sides of a tie moves an 8-bit code by one: that is what the rest is.
     """

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from gs_kernels.runtime.dispatch import variable
 from gs_kernels.runtime.instructions import described
 
 RESULTS = Path(__file__).parent / "results"
@@ -63,7 +64,8 @@ def _version(package: str) -> str | None:
 def _code() -> dict[str, Any]:
     # results being written do not make the code dirty
     status = _git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
-    return {"commit": _git("rev-parse", "--short=10", "HEAD") or "unknown", "dirty": bool(status)}
+    commit = _git("rev-parse", "--short=10", "HEAD") or variable("GS_COMMIT") or "unknown"
+    return {"commit": commit, "dirty": bool(status)}
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -245,13 +245,22 @@ def _mb(nbytes: int | None) -> str:
 
 
 def decode(rows: Rows) -> str:
-    keys = ("device_name", "instructions", "network", "dtype")
-    latest = last([row for row in rows if row["kind"] == "decode"], *keys)
+    keys = ("device_name", "instructions", "network", "dtype", "weights", "graph")
+    latest = last([row for row in rows if row["kind"] == "decode" and "per_s" in row], *keys)
     lines = (
-        (record.device_text(row), key[2], _SHORT[key[3]], row["per_s"], _mb(row["nbytes"]))
+        (
+            record.device_text(row),
+            key[2],
+            _SHORT[key[3]],
+            row.get("weights", "-"),
+            "graph" if row.get("graph") else "-",
+            row.get("first_ms", "-"),
+            row["per_s"],
+            _mb(row["nbytes"]),
+        )
         for key, row in sorted(latest.items())
     )
-    return table(("device", "model", "dtype", "tokens/s", "tensors MB"), lines)
+    return table(("device", "model", "dtype", "weights", "step", "first ms", "tokens/s", "tensors MB"), lines)
 
 
 def rows_of(shape: dict[str, Any]) -> int:

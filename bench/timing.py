@@ -16,7 +16,7 @@ CPU_SAMPLE_S = 2e-4  # a sample repeats the call until the clock's own cost is l
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call. launch_us: CPU time to issue it, on a GPU. graph: replayed from a CUDA graph."""
+    """Holds milliseconds of one call. launch_us: CPU time to issue it, on a GPU. graph: replayed from a CUDA graph."""
 
     ms_min: float
     ms_p20: float

@@ -5,11 +5,11 @@ The public ops check every argument in each call and then do the same.
 """
 
 from gs_kernels.qconv2d.checks import LARGEST_GROUP
-from gs_kernels.qconv2d.cpu.direct_int8 import to_codes
+from gs_kernels.qconv2d.cpu.direct_int8 import to_codes_of
 from gs_kernels.qconv2d.cpu.int8 import Int8Convolution
 from gs_kernels.qconv2d.geometry import make_geometry
+from gs_kernels.qconv2d.op import prepared_qconv2d
 from gs_kernels.qconv2d.op_int8 import prepared_qconv2d_int8
-from gs_kernels.qmatmul.cpu.int8 import Int8Product
 from gs_kernels.qmatmul.op_int8 import prepared_qmatmul_int8
 from gs_kernels.requantize.cpu import is_dense
 from gs_kernels.requantize.grid import Grid, make_grid
@@ -19,12 +19,12 @@ __all__ = [
     "LARGEST_GROUP",
     "Grid",
     "Int8Convolution",
-    "Int8Product",
     "is_dense",
     "make_geometry",
     "make_grid",
+    "prepared_qconv2d",
     "prepared_qconv2d_int8",
     "prepared_qmatmul_int8",
     "prepared_requantize",
-    "to_codes",
+    "to_codes_of",
 ]

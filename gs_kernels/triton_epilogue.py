@@ -83,7 +83,7 @@ def real_sums(
 
 
 def can_split(weight: PackedWeight) -> bool:
-    """Whether partial sums over K add up to the sum of all as integers do: one group, zero points in half steps."""
+    """Says whether partial sums over K add up exactly, as integers do: one group, zero points in half steps."""
     return weight.scale.shape[1] == 1 and not isinstance(weight.zero, Tensor) and is_whole(2 * float(weight.zero))
 
 

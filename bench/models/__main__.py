@@ -1,8 +1,9 @@
 """`python -m bench.models`: times whole networks, compressed against float, in one run on one device.
 
 Rows are written as they are measured: time and memory of a training step, latency of one input and throughput of a
-batch of the converted network. `--decode FOLDER` adds tokens per second of a language model, e.g. SmolLM2, in bf16 and
-packed. A row says what autograd keeps of a step, the bytes of the network, and the most that a step or forward takes.
+batch of the converted network. A row says what autograd keeps of a step, the bytes of the network, and the most that a
+step or forward takes. `--decode MODEL` adds tokens per second of a language model, in bf16 and packed; `--network`
+without a name leaves out the rest.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from bench import record
-from bench.models.decode import decode_rows
+from bench.models.decode import RANDOM, decode_rows
 from bench.models.measure import ALGORITHMS, measure
 from bench.models.networks import NETWORKS
 
@@ -34,16 +35,25 @@ def line(row: dict[str, Any], base: float | None) -> str:
     return COLUMNS.format(*network, *times, ratio, row.get("per_s", "-"), f"{sizes[0] / 1e6:.1f}", "")
 
 
+def decode_line(row: dict[str, Any]) -> str:
+    model = f"{row['network']} {row['weights']}"
+    if "error" in row:
+        return f"{model}: failed: {row['error']}"
+    how = "a graph a step" if row["graph"] else "no graph"
+    return f"{model}, {how}: {row['per_s']} tokens/s, first after {row['first_ms']} ms, {row['nbytes'] / 1e6:.1f} MB"
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.models", description=__doc__.partition("\n")[0])
-    parser.add_argument("--network", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--network", nargs="*", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--algorithm", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS))
     parser.add_argument("--quick", action="store_true", help="small inputs, batch 4: what a CPU can do in minutes")
     parser.add_argument("--batch", type=int, help="of training and throughput; default: by network, with --quick 4")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=1.0, help="for one number")
     parser.add_argument("--limit", type=float, metavar="S", help="start nothing new after so many seconds")
-    parser.add_argument("--decode", nargs="+", type=Path, default=[], metavar="FOLDER", help="language models")
+    models = f"language models: folders, GGUF files, {', '.join(RANDOM)}"
+    parser.add_argument("--decode", nargs="+", default=[], metavar="MODEL", help=models)
     parser.add_argument("--out", type=Path, help="default: bench/results/<device>/<date>-<commit>.jsonl")
     chosen = parser.parse_args(argv)
     if chosen.device == "cuda" and not torch.cuda.is_available():
@@ -67,10 +77,11 @@ def main(argv: list[str] | None = None) -> int:
                     base[row["phase"]] = row["ms_p50"]
                 failed |= "error" in row
                 print(line(row, base.get(row["phase"])), flush=True)
-    for folder in chosen.decode:
-        for row in decode_rows(folder, chosen.device, chosen.seconds):
+    for source in chosen.decode:
+        for row in decode_rows(source, chosen.device, chosen.seconds):
             record.append(row, "decode", device=chosen.device, path=chosen.out)
-            print("{network}: {per_s} tokens/s, {nbytes} bytes of tensors, {dtype}".format(**row), flush=True)
+            failed |= "error" in row
+            print(decode_line(row), flush=True)
     return int(failed)
 
 

@@ -23,7 +23,7 @@ def peers(op: str) -> dict[str, Callable[..., Any]]:
     by_op: dict[str, dict[str, Callable[..., Any]]] = {
         "fake_quant": {"torch_fake_quantize": fake_quant.fake_quantize, "torch_learnable": fake_quant.learnable},
         "minmax": {"torch_aminmax": observe.aminmax},
-        "qmatmul_fp8": {"float_linear": qmatmul.float_linear},
+        "qmatmul_fp8": {"float_linear": qmatmul.float_linear, "scaled_mm": qmatmul.scaled_mm},
         "qconv2d": {"float_conv2d": qconv2d.float_conv2d},
     }
     return by_op.get(op, {})

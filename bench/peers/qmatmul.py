@@ -7,7 +7,11 @@ times, so a provider that reads a weight in another way than it was written is l
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gs_kernels.pack.layouts import CANONICAL, PackedWeight
 from gs_kernels.pack.pack import dequantize_packed, repack, unpack_codes
+from gs_kernels.qmatmul.op_int8 import quantize_rows
 
 Prepare = Callable[[PackedWeight, torch.dtype], Any]
 
@@ -46,6 +51,29 @@ def _tinygemm_parts(weight: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, T
     scale = weight.scale.float()
     zero = (8 - _zeros(weight).float()) * scale  # its real value is (code - 8) * scale + zero
     return packed, torch.stack([scale, zero], -1).transpose(0, 1).contiguous().to(dtype)
+
+
+@cache
+def _gemlite_table() -> dict[str, Any]:
+    """Has GemLite read its table for this GPU, and returns it: an H200 is an H100 to it, for which it finds none."""
+    from gemlite.core import GemLiteLinear  # type: ignore[import-not-found]
+
+    folder = Path(importlib.import_module("gemlite").__file__ or "").parent / "configs"
+    name = torch.cuda.get_device_name().lower().replace(" ", "_")
+    fitting = sorted((path for path in folder.glob("*.json") if path.stem in name), key=lambda path: len(path.stem))
+    if not fitting and torch.cuda.get_device_capability() == (9, 0):
+        fitting = [folder / "h100.json"]
+    if not fitting or not GemLiteLinear.load_config(str(fitting[-1])):
+        return {}
+    return dict(json.loads(fitting[-1].read_text()))
+
+
+def gemlite_knows(table: dict[str, Any], m: int, weight: PackedWeight) -> bool:
+    """Returns whether GemLite's table has a product: keys are `(rows, size, size, group, codes in 32 bits, kind)`."""
+    n, k = weight.shape
+    per_word = 32 // weight.bits
+    starts = [f"({m}, {a}, {b}, {weight.group_size}, {per_word}, " for a, b in ((n, k), (k, n))]
+    return any(key.startswith(start) for entries in table.values() for key in entries for start in starts)
 
 
 @_once_per_weight
@@ -123,6 +151,12 @@ def _conch_parts(weight: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tens
     return words.t().contiguous(), weight.scale.to(dtype).t().contiguous()
 
 
+@_once_per_weight
+def _scaled_mm_parts(weight: PackedWeight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns codes less their zero point as 8-bit floats `[N, K]`, and scales `[1, N]`."""
+    return (_codes(weight).float() - _zeros(weight).float()).to(torch.float8_e4m3fn), weight.scale.float().view(1, -1)
+
+
 _float_weight = _once_per_weight(dequantize_packed)
 
 
@@ -149,7 +183,23 @@ def tinygemm(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, act
 def gemlite(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
     if not x.is_cuda or x.dtype == torch.float32:
         raise ValueError("gemlite: needs 16-bit x on a GPU")
+    rows = math.prod(x.shape[:-1])
+    if not gemlite_knows(_gemlite_table(), rows, weight):
+        raise ValueError(f"gemlite: has no tuned entry for {rows} rows of {weight.shape}; it would search for minutes")
     return _finish(_gemlite_layer(weight, x.dtype)(x), bias, activation)
+
+
+def scaled_mm(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
+    """Calls torch's own product of 8-bit floats, `aten::_scaled_mm`, of rows that are quantized as ours are.
+
+    With one scale a row codes are exact in float8_e4m3, and the product is that of `qmatmul_fp8`.
+    """
+    if not x.is_cuda or x.dtype != torch.bfloat16 or weight.scale.shape[-1] != 1:
+        raise ValueError("scaled_mm: needs bf16 x on a GPU and one scale a row")
+    codes, scale = quantize_rows(x.reshape(-1, x.shape[-1]), dtype=torch.float8_e4m3fn)
+    w, w_scale = _scaled_mm_parts(weight, x.dtype)
+    y = torch._scaled_mm(codes, w.t(), scale_a=scale.view(-1, 1), scale_b=w_scale, out_dtype=x.dtype)
+    return _finish(y.view(*x.shape[:-1], -1), bias, activation)
 
 
 def hqq(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:

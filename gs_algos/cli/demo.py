@@ -162,9 +162,9 @@ def pick_device(name: str, who: str) -> torch.device:
     Raises:
         ValueError: if this machine has none.
     """
-    known = ("cpu", "cuda")
-    if name.partition(":")[0] not in known or (name != "cpu" and not torch.cuda.is_available()):
-        usable = " or ".join(known if torch.cuda.is_available() else known[:1])
+    kinds = ("cpu", "cuda")
+    if name.partition(":")[0] not in kinds or (name != "cpu" and not torch.cuda.is_available()):
+        usable = " or ".join(kinds if torch.cuda.is_available() else kinds[:1])
         raise ValueError(f"{who}: --device must be {usable} on this machine, got {name!r}")
     return torch.device(name)
 

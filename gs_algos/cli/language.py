@@ -14,6 +14,7 @@ from rich.console import Console
 
 from gs_algos.core.arguments import as_seed
 from gs_algos.core.plan import render_layers
+from gs_algos.llm.decode import Sampling, generate
 from gs_algos.llm.libraries import library
 from gs_algos.llm.load import DTYPES, load_language_model
 from gs_algos.llm.perplexity import perplexity
@@ -120,11 +121,9 @@ def run_generate(
     if inputs.input_ids.numel() == 0:
         raise ValueError("generate: the prompt must have at least one token, got an empty one")
     torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        sampling["temperature"] = temperature
     clock = _clock_streamer(tokenizer)
-    model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=clock, **sampling)
+    sampling = Sampling.of(model, temperature)
+    generate(model, inputs.input_ids, max_new_tokens=max_new_tokens, sampling=sampling, streamer=clock)
     times = clock.times
     line = f"{len(times) - 1} tokens, the first after {times[1] - times[0]:.2f} s"
     return line if len(times) < 3 else f"{line}, then {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s"

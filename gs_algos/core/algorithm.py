@@ -273,8 +273,8 @@ def hint(inputs: Any, error: Exception) -> str:
     """Returns `; what to do` about inputs that do not run through a model, if the mistake is a common one; else ""."""
     if isinstance(inputs, tuple | list) and isinstance(error, TypeError) and "positional arg" in str(error):
         return "; a tuple is positional inputs: leave labels out"
-    known = isinstance(inputs, Tensor | tuple | list | Mapping | str) or hasattr(inputs, "__array__")
-    if not known and hasattr(inputs, "__iter__"):
+    is_inputs = isinstance(inputs, Tensor | tuple | list | Mapping | str) or hasattr(inputs, "__array__")
+    if not is_inputs and hasattr(inputs, "__iter__"):
         return "; give the inputs of one call, those of next(iter(loader))"
     if hasattr(inputs, "__array__") and not isinstance(inputs, Tensor):
         return "; give a tensor, torch.from_numpy(x)"

@@ -91,10 +91,10 @@ def as_device(device: torch.device | str, who: str) -> torch.device:
         raise TypeError(f"{who}: device must be text such as 'cpu' or a torch.device, got {device!r:.60}")
     usable = "cpu or cuda" if torch.cuda.is_available() else "cpu"
     try:
-        known = torch.device(device)
-        torch.empty(0, device=known)
+        parsed = torch.device(device)
+        torch.empty(0, device=parsed)
     except (RuntimeError, AssertionError, ImportError) as error:  # torch asserts that it was built for the device
         raise ValueError(f"{who}: device must be {usable} on this machine, got {str(device)!r}") from error
-    if known.type == "meta":
+    if parsed.type == "meta":
         raise ValueError(f"{who}: device must be one that holds data, {usable}, got 'meta'")
-    return known
+    return parsed

@@ -23,11 +23,11 @@ def signature_of(cls: Any) -> inspect.Signature:
     if own[-1].kind is not inspect.Parameter.VAR_KEYWORD or not hasattr(cls, "config_class"):
         return inspect.Signature(own[1:])  # a class that takes no options by keyword, or has none yet
     own.pop()
-    known = {parameter.name for parameter in own}
+    names = {parameter.name for parameter in own}
     options = [
         inspect.Parameter(option.name, keyword, default=option.default, annotation=option.type)
         for option in fields(cls.config_class)
-        if option.name not in known
+        if option.name not in names
     ]
     first, rest = [p for p in own[1:] if p.kind is not keyword], [p for p in own[1:] if p.kind is keyword]
     return inspect.Signature([*first, *options, *rest])
@@ -53,10 +53,10 @@ class AlgorithmConfig:
         if config is not None and options:
             given = ", ".join(options)
             raise ValueError(f"{cls.who}: options come either in a config or by keyword, got both ({given})")
-        known = [option.name for option in fields(cls)]
-        for option in options.keys() - known:
-            near = did_you_mean(option, known)
-            raise TypeError(f"{cls.who}: options are {', '.join(known)} and process_group, got {option}{near}")
+        names = [option.name for option in fields(cls)]
+        for option in options.keys() - names:
+            near = did_you_mean(option, names)
+            raise TypeError(f"{cls.who}: options are {', '.join(names)} and process_group, got {option}{near}")
         return config or cls.from_dict(options)
 
     @classmethod

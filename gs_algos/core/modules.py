@@ -61,12 +61,12 @@ def set_module(model: nn.Module, name: str, new: nn.Module) -> None:
         raise ValueError(
             f"set_module: name must be inside the model, got {name!r}; the root cannot be replaced in place"
         )
-    known = {id(module) for module in model.modules()}
+    before = {id(module) for module in model.modules()}
     inside = list(new.modules())
     if not any(module is old for module in inside):
         _move_hooks(old, new)
     for module in inside:
-        if id(module) not in known:  # a module wrapped by `new` keeps its own flag
+        if id(module) not in before:  # a module wrapped by `new` keeps its own flag
             module.training = old.training
     slots = [
         (parent, key)

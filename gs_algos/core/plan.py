@@ -186,7 +186,7 @@ def other_weights(model: nn.Module, rows: Iterable[PlanRow]) -> list[PlanRow]:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     spoken = {id(parameter) for row in rows for parameter in _parameters_of(row, model, modules)}
-    found: dict[str, PlanRow] = {}
+    others: dict[str, PlanRow] = {}
     for name, parameter in model.named_parameters():
         owner_name = parent_name(name)
         owner = modules[owner_name]
@@ -199,8 +199,8 @@ def other_weights(model: nn.Module, rows: Iterable[PlanRow]) -> list[PlanRow]:
             owner_name = parent_name(owner_name)
             owner = modules[owner_name]
         site = owner_name if isinstance(owner, LAYERS) else name
-        found.setdefault(site, PlanRow(site, type(owner).__name__, "keep", reason=_why_float(owner, parameter)))
-    return list(found.values())
+        others.setdefault(site, PlanRow(site, type(owner).__name__, "keep", reason=_why_float(owner, parameter)))
+    return list(others.values())
 
 
 def totals_of(model: nn.Module, after: Mapping[str, int]) -> Totals:
@@ -226,16 +226,16 @@ def totals_of(model: nn.Module, after: Mapping[str, int]) -> Totals:
 
 
 def _parameters_of(row: PlanRow, model: nn.Module, modules: Mapping[str, nn.Module]) -> list[nn.Parameter]:
-    found: list[nn.Parameter] = []
+    parameters: list[nn.Parameter] = []
     for name in {row.site, *(row.settings.other_names() if row.settings else ())}:
         if name in modules:
-            found += modules[name].parameters(recurse=False)
+            parameters += modules[name].parameters(recurse=False)
             computed = getattr(modules[name], "parametrizations", None)
-            found += computed.parameters() if isinstance(computed, nn.Module) else []
+            parameters += computed.parameters() if isinstance(computed, nn.Module) else []
         else:
             own = modules.get(parent_name(name), nn.Module())._parameters.get(name.rpartition(".")[2])
-            found += [] if own is None else [own]
-    return found
+            parameters += [] if own is None else [own]
+    return parameters
 
 
 def _why_float(owner: nn.Module, parameter: nn.Parameter) -> str:

@@ -79,11 +79,11 @@ def _record(cls: type[Any], data: Any, who: str, path: str) -> Any:
     if not isinstance(data, Mapping):
         raise ValueError(f"{who}: {path or 'a record'} must be an object, got {path or who}={data!r:.60}")
     hints = get_type_hints(cls)
-    known = {field.name: field for field in fields(cls)}
-    for key in data.keys() - known.keys():
-        raise ValueError(f"{who}: {path or 'a record'} must have no fields but {', '.join(known)}, got {key!r:.60}")
+    by_name = {field.name: field for field in fields(cls)}
+    for key in data.keys() - by_name.keys():
+        raise ValueError(f"{who}: {path or 'a record'} must have no fields but {', '.join(by_name)}, got {key!r:.60}")
     values = {}
-    for name, field in known.items():
+    for name, field in by_name.items():
         where = f"{path}.{name}" if path else name
         if name in data:
             values[name] = _value(hints[name], data[name], who, where)

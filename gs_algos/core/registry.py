@@ -90,9 +90,9 @@ def algorithm_class(name: str) -> type[Algorithm]:
     plugins = _plugins()
     if name in plugins:
         return _loaded(name, plugins[name])
-    known = algorithm_names()
-    near = did_you_mean(name, known)
-    raise UnknownAlgorithmError(f"algorithm: name must be one of {', '.join(known)}, got {name!r}{near}")
+    names = algorithm_names()
+    near = did_you_mean(name, names)
+    raise UnknownAlgorithmError(f"algorithm: name must be one of {', '.join(names)}, got {name!r}{near}")
 
 
 def restorer(name: str) -> type[Restores]:
@@ -115,18 +115,18 @@ def _plugins() -> dict[str, list[EntryPoint]]:
 
     An entry point whose name is taken counts for nothing, and a warning says so once.
     """
-    found: dict[str, list[EntryPoint]] = {}
+    plugins: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=GROUP):
         why = f"{point.name!r} is one of golden-stick's own" if point.name in {*ALGORITHMS, *FUNCTIONS} else ""
         why = why or ("" if NAME.fullmatch(point.name) else f"{point.name!r} has more than letters, digits, - and _")
         if not why:
-            others = found.setdefault(point.name, [])
+            others = plugins.setdefault(point.name, [])
             if point.value not in [other.value for other in others]:
                 others.append(point)
         elif (point.name, _package(point)) not in _warned:
             _warned.add((point.name, _package(point)))
             logger.warning("algorithm: a package's name for one must be free, got %s, in %s", why, _package(point))
-    return found
+    return plugins
 
 
 def _loaded(name: str, points: list[EntryPoint]) -> type[Algorithm]:

@@ -125,25 +125,25 @@ def load_data(text: str, image_size: int = IMAGE_SIZE) -> ImageData:
         raise ValueError(
             f"data: must be one of {', '.join(DATA)}, got {name!r}; a folder goes after a colon, e.g. mnist:DIR"
         )
-    found = DATA[name](Path(folder).expanduser() if folder else None, image_size)
-    if image_size not in (IMAGE_SIZE, found.image_size):
+    data = DATA[name](Path(folder).expanduser() if folder else None, image_size)
+    if image_size not in (IMAGE_SIZE, data.image_size):
         raise ValueError(
-            f"data: image_size goes with {RESIZED}, got {image_size} for {name}, whose images have {found.image_size} "
+            f"data: image_size goes with {RESIZED}, got {image_size} for {name}, whose images have {data.image_size} "
             "pixels a side; leave it out"
         )
-    return found
+    return data
 
 
 def _imported(name: str, image_size: int) -> ImageData:
     """Loads what a function returns: an ImageData, or pairs of images and labels."""
-    found = call(name, image_size=image_size)
-    if isinstance(found, ImageData):
-        return found
+    data = call(name, image_size=image_size)
+    if isinstance(data, ImageData):
+        return data
     must = f"{name}() must return ((x, y), (x, y)), images [N, C, S, S] in uint8 and labels [N] in int64"
     try:
-        (train_x, train_y), (test_x, test_y) = found
+        (train_x, train_y), (test_x, test_y) = data
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{must}, got {type(found).__name__}") from error
+        raise ValueError(f"{must}, got {type(data).__name__}") from error
     for x, y in ((train_x, train_y), (test_x, test_y)):
         kinds = [getattr(part, "dtype", type(part).__name__) for part in (x, y)]
         if not isinstance(x, Tensor) or not isinstance(y, Tensor) or kinds != [torch.uint8, torch.int64]:
@@ -173,13 +173,13 @@ def _digits(folder: Path | None, image_size: int) -> ImageData:
 def _idx_folder(name: str, folder: Path, how: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     tensors = []
     for stem in IDX_FILES:
-        found = [path for path in (folder / f"{stem}.gz", folder / stem) if path.is_file()]
-        if not found:
+        present = [path for path in (folder / f"{stem}.gz", folder / stem) if path.is_file()]
+        if not present:
             state = "has no such file" if folder.is_dir() else "is not a folder"
             raise ValueError(
                 f"{name}: {folder} must hold {stem}.gz (and the three like it), got a path that {state}; {how}"
             )
-        tensors.append(read_idx(found[0]))
+        tensors.append(read_idx(present[0]))
     for images, stem in ((tensors[0], IDX_FILES[0]), (tensors[2], IDX_FILES[2])):
         if images.dim() != 3:
             raise ValueError(f"{name}: {stem} must hold images [N, S, S], got shape {tuple(images.shape)}; {how}")

@@ -65,8 +65,8 @@ def fold_model(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, 
     matches, refusals = match(capture(model, example_inputs, example_kwargs), model)
     for refusal in refusals:
         _log(refusal)
-    for found in matches:
-        layer_name, bn_name = found.roles.get("conv") or found.roles.get("linear"), found.roles.get("bn")
+    for place in matches:
+        layer_name, bn_name = place.roles.get("conv") or place.roles.get("linear"), place.roles.get("bn")
         if layer_name is None or bn_name is None:
             continue
         layer, bn = get_module(model, layer_name), get_module(model, bn_name)
@@ -81,7 +81,7 @@ def fold_model(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, 
                 layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
             else:
                 layer.bias.copy_(bias)
-        set_module(model, bn_name, after_norm(model, bn_name, found.norm_children))
+        set_module(model, bn_name, after_norm(model, bn_name, place.norm_children))
     return model
 
 

@@ -71,14 +71,14 @@ class Folder:
 
     def headers(self, who: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Reads name -> (dtype as safetensors writes it, shape) of every tensor from the headers of the files."""
-        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
         for file in dict.fromkeys(self.tensors.values()):
             with opened(file, who) as data:
                 for name in data.keys():  # noqa: SIM118
                     if self.tensors.get(name) == file:
                         part = data.get_slice(name)
-                        found[name] = (part.get_dtype(), tuple(part.get_shape()))
-        return {name: found[name] for name in self.tensors}
+                        shapes[name] = (part.get_dtype(), tuple(part.get_shape()))
+        return {name: shapes[name] for name in self.tensors}
 
 
 def read_json(path: Path, who: str) -> dict[str, Any]:

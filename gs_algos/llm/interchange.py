@@ -156,7 +156,7 @@ def _foreign_layers(folder: Folder, model: nn.Module, format: Format, who: str) 
         ValueError: if there are none, or there are parts of something else.
     """
     modules = dict(model.named_modules())
-    found: dict[str, nn.Linear] = {}
+    foreign: dict[str, nn.Linear] = {}
     for tensor in folder.tensors:
         name, _, part = tensor.rpartition(".")
         layer = modules.get(name)
@@ -167,12 +167,12 @@ def _foreign_layers(folder: Folder, model: nn.Module, format: Format, who: str) 
                 f"{who}: {name} must be a linear layer of the model in config.json, got {tensor}; "
                 "what Transformers holds in one tensor, as experts, cannot be imported"
             )
-        found[name] = layer
-    if not found:
+        foreign[name] = layer
+    if not foreign:
         raise ValueError(
             f"{who}: {folder.path} must hold layers of {format.method}, got no tensor that ends in .{format.marker}"
         )
-    return found
+    return foreign
 
 
 def _check_layers_agree(model: nn.Module, layers: Collection[str], reader: Reader, format: Format, where: str) -> None:
@@ -200,13 +200,13 @@ def _check_floats(
         for name, facts in folder.headers(who).items()
         if not (name.rpartition(".")[0] in layers and name.rpartition(".")[2] in format.parts)
     }
-    found = fit(model, plain, layers)
+    fitted = fit(model, plain, layers)
     idle = {
         name
-        for name in found.unused
+        for name in fitted.unused
         if name.rpartition(".")[0] in layers and name.endswith(".bias") and not bool(get(name).any())
     }
-    replace(found, unused=tuple(name for name in found.unused if name not in idle)).refuse(who, folder.path, model)
+    replace(fitted, unused=tuple(name for name in fitted.unused if name not in idle)).refuse(who, folder.path, model)
     check_ties(model, folder, get, who)
     return idle
 
@@ -241,16 +241,16 @@ def _floats(model: nn.Module, config: PackedConfig, format: Format) -> set[str]:
 def _grouped(tensors: Any, layers: Any, known: tuple[str, ...] = WEIGHT_TENSORS) -> dict[str, list[str] | None]:
     """Groups tensors in the order of the files: layer -> its tensors, and for every other tensor its name -> None."""
     owners = set(layers)
-    found: dict[str, list[str] | None] = {}
+    parts_of: dict[str, list[str] | None] = {}
     for name in tensors:
         layer, _, part = name.rpartition(".")
         if layer in owners and part in known:
-            parts = found.setdefault(layer, [])
+            parts = parts_of.setdefault(layer, [])
             assert parts is not None
             parts.append(part)
         else:
-            found[name] = None
-    return found
+            parts_of[name] = None
+    return parts_of
 
 
 def _packed(format: PackedFormat, tensors: dict[str, Tensor]) -> PackedWeight:

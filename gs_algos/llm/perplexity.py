@@ -76,8 +76,8 @@ def _positions(model: nn.Module) -> int | None:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):  # of a model that takes pictures too, the part that takes text
         config = config.get_text_config()
-    found = getattr(config, "max_position_embeddings", None)
-    return found if type(found) is int and found > 0 else None
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if type(limit) is int and limit > 0 else None
 
 
 def _surprise(output: Any, window: Tensor, scored: int) -> float:

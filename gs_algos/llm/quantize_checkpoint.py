@@ -108,8 +108,8 @@ def quantize_checkpoint(
         origin = _Gguf(path) if gguf else _Transformers(read_folder(path, WHO))
         notes = list(origin.notes)
         if weights is None:
-            weights, found, note = default_scheme(origin.model, embeddings, rules)
-            rules = [*found, *rules]
+            weights, own_rules, note = default_scheme(origin.model, embeddings, rules)
+            rules = [*own_rules, *rules]
             notes.append(note)
         sites = weight_sites(origin.model, weights, embeddings, rules)
         stored = _stored_names(sites, origin.names, path)

@@ -99,23 +99,23 @@ def fit(
     """
     state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     layers = {f"{name}.weight" for name in packed}
-    found: set[str] = set()
+    filled: set[str] = set()
     unused, wrong = [], []
     for name, (keys, whole) in _renamed(model, tensors).items():
-        known = [key for key in keys if key in state]
-        found.update(known)
+        own = [key for key in keys if key in state]
+        filled.update(own)
         dtype, shape = tensors[name]
-        if not known:
+        if not own:
             unused.append(name)
-        elif whole and state[known[0]] != shape:
-            wrong.append((name, str(list(state[known[0]])), str(list(shape))))
-        elif whole and dtype not in FLOATS and model.state_dict()[known[0]].is_floating_point():
+        elif whole and state[own[0]] != shape:
+            wrong.append((name, str(list(state[own[0]])), str(list(shape))))
+        elif whole and dtype not in FLOATS and model.state_dict()[own[0]].is_floating_point():
             wrong.append((name, f"of {', '.join(FLOATS)}", dtype))
-    missing = set(state) - found - layers
+    missing = set(state) - filled - layers
     holes = _holes(model, state, tensors)
     if tied:
         for target, source in model.all_tied_weights_keys.items():
-            if {target, source} & (found | layers):
+            if {target, source} & (filled | layers):
                 missing -= {target, source}
     ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     optional = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
@@ -183,7 +183,7 @@ def _renamed(model: Any, names: Collection[str]) -> dict[str, tuple[list[str], b
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     renamings: list[Any] = [entry for entry in conversions if not isinstance(entry, WeightConverter)]
     state = model.state_dict()
-    found: dict[str, tuple[list[str], bool]] = {}
+    sources: dict[str, tuple[list[str], bool]] = {}
     for name in names:
         key, source = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         keys = [key]
@@ -193,5 +193,5 @@ def _renamed(model: Any, names: Collection[str]) -> dict[str, tuple[list[str], b
             keys += [key.replace(first, other, 1) for other in others]
         if key not in state and name in state:
             keys, source = [name], None
-        found[name] = (keys, source is None)
-    return found
+        sources[name] = (keys, source is None)
+    return sources

@@ -168,12 +168,12 @@ def typed(cls: type[T], data: Any, where: str) -> T:
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"recipe: {where} must be a table of keys and values, got {type(data).__name__}")
-    hints, known = typing.get_type_hints(cls), {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    hints, by_name = typing.get_type_hints(cls), {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     for key in data:
-        if key not in known:
-            near = did_you_mean(str(key), known)
-            raise ValueError(f"recipe: {where} has {', '.join(known)}, got {key}{near}")
-    lacking = [n for n, f in known.items() if n not in data and f.default is MISSING and f.default_factory is MISSING]
+        if key not in by_name:
+            near = did_you_mean(str(key), by_name)
+            raise ValueError(f"recipe: {where} has {', '.join(by_name)}, got {key}{near}")
+    lacking = [n for n, f in by_name.items() if n not in data and f.default is MISSING and f.default_factory is MISSING]
     if lacking:
         raise ValueError(
             f"recipe: {where} must have {', '.join(lacking)}, got {', '.join(map(str, data)) or 'nothing'}"

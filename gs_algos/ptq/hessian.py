@@ -54,6 +54,12 @@ def hessian_of(statistics: InputStatistics, damp: float, order: str, group_size:
     return statistics.once(("hessian", damp, order, size), lambda: _prepare(statistics.gram, damp, order, group_size))
 
 
+def objective(error: Tensor, gram: Tensor) -> float:
+    """Computes `tr(E H E^T)` of `error [N, K]`; of G groups of `gram [groups, K, K]`, N / G rows of each in turn."""
+    split = error.view(len(gram), -1, error.shape[1])
+    return float((split @ gram).mul_(split).sum(dtype=torch.float64))
+
+
 @torch.no_grad()
 def _prepare(gram: Tensor, damp: float, order: str, group_size: int) -> Hessian:
     diagonal = gram.diagonal(dim1=1, dim2=2)

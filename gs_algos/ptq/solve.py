@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gs_algos.ptq.hessian import ORDERS, hessian_of
+from gs_algos.ptq.hessian import ORDERS, hessian_of, objective
+from gs_algos.ptq.refine import refine
 from gs_algos.ptq.rounding import ROUNDINGS
 from gs_algos.ptq.statistics import InputStatistics
 from gs_algos.ptq.target import corrected, damping
@@ -109,16 +110,12 @@ def solve(
     target = corrected(rows, statistics, options.correct, hessian)
     grid = grid_of(target, scheme, weight.dtype, _importance(statistics, len(rows)) if rounding == "nearest" else None)
     codes = ROUNDINGS[rounding](target, grid, hessian)
+    if hessian.factor is not None:
+        grid, codes = refine(target, grid, codes, hessian.damped, options.refine)
     plain = grid_of(rows, scheme, weight.dtype)
     ours, theirs = grid.values(codes), plain.values(plain.codes(rows))
     loss, nearest = (objective(values - target, statistics.gram) for values in (ours, theirs))
     return Solution(grid, codes, target, loss, nearest, hessian.notes)
-
-
-def objective(error: Tensor, gram: Tensor) -> float:
-    """Computes `tr(E H E^T)` of `error [N, K]`; of G groups of `gram [groups, K, K]`, N / G rows of each in turn."""
-    split = error.view(len(gram), -1, error.shape[1])
-    return float((split @ gram).mul_(split).sum(dtype=torch.float64))
 
 
 def _importance(statistics: InputStatistics, n: int) -> Tensor:

@@ -118,7 +118,7 @@ class TrainingWatch:
         self._reset()
 
     def __getstate__(self) -> dict[str, bool]:
-        """A copied or pickled algorithm watches nothing."""
+        """Leaves out what is watched: a copied or pickled algorithm watches nothing."""
         return {"ended": True}
 
     def _reset(self) -> None:

@@ -42,7 +42,10 @@ def laid(y: Tensor, strides: Sequence[int]) -> Tensor:
     """Returns y with these dense strides: itself, a view where only axes of size 1 differ, else a copy."""
     if y.stride() == tuple(strides):
         return y
-    if all(n == 1 or a == b for n, a, b in zip(y.shape, y.stride(), strides, strict=True)):
+    for n, a, b in zip(y.shape, y.stride(), strides, strict=True):
+        if n != 1 and a != b:
+            break
+    else:
         return y.as_strided(y.shape, strides)
     for form in (torch.contiguous_format, CHANNELS_LAST.get(y.dim())):
         if form is not None and strides_in(y.shape, form) == tuple(strides):

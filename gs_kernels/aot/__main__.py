@@ -1,6 +1,7 @@
 """`python -m gs_kernels.aot [--op NAME] [--target sm_90]`: table of every kernel; exit code 1 if a bound is broken.
 
 With --sweep instead: every integer argument of every kernel of the ops' test cases as the constant 1 and with 64 bits.
+With --shared instead: shared memory of the launches that tile rules choose, all or a sample, on NVIDIA targets.
 """
 
 from __future__ import annotations
@@ -8,8 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Sequence
 
 from gs_kernels.aot import TARGETS, Report, check, reports
+from gs_kernels.aot.shared import SAMPLED, check_shared
+from gs_kernels.aot.shared import TARGETS as SHARED_TARGETS
 from gs_kernels.aot.sweep import spec_kernels, sweep
 from gs_kernels.runtime.dispatch import INTERPRET
 from gs_kernels.runtime.opspec import OpSpec, specs
@@ -36,6 +40,18 @@ def _sweep(known: list[OpSpec], target: str) -> int:
     return int(bool(failures))
 
 
+def _shared(known: list[OpSpec], targets: Sequence[str], every: bool) -> int:
+    failures = 0
+    for target in targets:
+        found = list(check_shared(known, target, every))
+        failures += sum(bool(wrong) for *_, wrong in found)
+        lines = [f"{target} {name} {kernel}: FAIL: {wrong}" for name, kernel, _, wrong in found if wrong]
+        most = max((nbytes for _, _, nbytes, _ in found), default=0)
+        print("\n".join([*lines, f"{len(found)} kernels for {target} take at most {most} bytes of shared memory."]))
+    print(f"{failures} kernels do not fit.")
+    return int(failures > 0)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m gs_kernels.aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -44,15 +60,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--op", choices=[spec.name for spec in known], help="only this op")
     parser.add_argument("--target", choices=list(TARGETS), help="only this target")
     parser.add_argument("--sweep", action="store_true", help="compile with integer arguments 1, and of 64 bits")
+    parser.add_argument("--shared", choices=["sample", "all"], help="check shared memory of what tile rules choose")
     chosen = parser.parse_args(argv)
     if INTERPRET:
         parser.error("kernels cannot be compiled under TRITON_INTERPRET=1; unset it")
+    wanted = [spec for spec in known if chosen.op in (None, spec.name)]
     if chosen.sweep:
-        return _sweep([spec for spec in known if chosen.op in (None, spec.name)], chosen.target or "sm_90")
+        return _sweep(wanted, chosen.target or "sm_90")
+    if chosen.shared:
+        targets = SAMPLED if chosen.shared == "sample" else SHARED_TARGETS
+        return _shared(wanted, targets if chosen.target is None else [chosen.target], chosen.shared == "all")
     print(COLUMNS.format("case", "target", "kernel", *MEASURES, "verdict"))
     failures = 0
-    for spec in known:
-        for case in spec.aot if chosen.op in (None, spec.name) else ():
+    for spec in wanted:
+        for case in spec.aot:
             for target in case.targets if chosen.target is None else {chosen.target} & set(case.targets):
                 for kernel in reports(case, target):
                     found = check(kernel, case)

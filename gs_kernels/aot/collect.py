@@ -77,6 +77,20 @@ class Specialization:
                 return module, metadata
         raise ValueError(f"gs_kernels.aot: stage must be one of source, {', '.join(stages)}, got {last!r}")
 
+    def shared_bytes(self) -> int:
+        """Computes how much shared memory a block takes on an NVIDIA GPU, without making machine code."""
+        from triton._C.libtriton import ir, nvidia, passes
+        from triton.backends.nvidia.compiler import get_ptx_version_from_options
+
+        module, _ = self.lower("ttgir")
+        manager, arch = ir.pass_manager(module.context), self.target.arch
+        passes.convert.add_scf_to_cf(manager)
+        passes.gluon.add_inliner(manager)
+        version = get_ptx_version_from_options(self.options, arch)
+        nvidia.passes.ttgpuir.add_allocate_shared_memory_nv(manager, arch, version)
+        manager.run(module, "shared_bytes")
+        return int(module.get_int_attr("ttg.shared"))
+
     def with_argument(self, name: str, type_: str, value: int | None = None) -> Specialization:
         """Returns the kernel for another type of an argument, or for a constant value of it ("constexpr")."""
         path = (list(self.signature).index(name),)
@@ -97,7 +111,7 @@ def _found(module: str, name: str, *rest: Any) -> Specialization:
 
 @contextlib.contextmanager
 def collect_launches(target: str) -> Iterator[list[Specialization]]:
-    """Every `kernel[grid](...)` inside launches nothing and compiles nothing; yields what would be compiled, each once.
+    """Keeps every `kernel[grid](...)` inside from launching and compiling; yields what would be compiled, each once.
 
     Meta tensors count as tensors of the target: ops run their launchers for them, and refuse what those refuse.
 

@@ -33,7 +33,7 @@ class _StubDriver:
 
 @dataclass(frozen=True)
 class Launch:
-    """One `kernel[grid](...)`: compiled: what Triton made of it. args: by name, flags and blocks among them."""
+    """Describes one `kernel[grid](...)`. compiled: what Triton made of it. args: by name, with flags and blocks."""
 
     compiled: Any
     grid: tuple[int, ...]
@@ -42,7 +42,7 @@ class Launch:
 
 @contextlib.contextmanager
 def compile_launches(target: str) -> Iterator[list[Any]]:
-    """Every `kernel[grid](...)` inside compiles for `target` and launches nothing; yields the list of compiled kernels.
+    """Compiles every `kernel[grid](...)` inside for `target` and launches nothing; yields the compiled kernels.
 
     Call launchers with meta tensors: no memory is touched, and their data pointers count as 16-byte aligned.
     A kernel that is launched twice with the same specialisation is listed once.
@@ -66,7 +66,7 @@ def compile_launches(target: str) -> Iterator[list[Any]]:
 
 @contextlib.contextmanager
 def record_launches(target: str) -> Iterator[list[Launch]]:
-    """Like `compile_launches`; yields the list of all launches, in their order."""
+    """Does as `compile_launches`, and yields the list of all launches, in their order."""
     launches: list[Launch] = []
     with intercept(target, launches.append):
         yield launches
@@ -110,7 +110,7 @@ def intercept(
 
 @contextlib.contextmanager
 def skip_launches() -> Iterator[None]:
-    """`kernel[grid](...)` inside neither compiles nor launches: only what is around it happens."""
+    """Keeps every `kernel[grid](...)` inside from compiling and launching: only what is around it happens."""
     from triton.runtime.jit import JITFunction
 
     before = JITFunction.run

@@ -49,7 +49,7 @@ def parse_gcn(text: str) -> Code:
 
 
 def classify_ptx(opcode: str) -> tuple[str, int]:
-    """Kind only matters here: PTX is read to count what one turn of a loop does before ptxas unrolls it."""
+    """Returns the kind of a PTX instruction; PTX shows what a turn of a loop does before ptxas unrolls it."""
     if opcode.startswith(("ld.global", "cp.async.c", "cp.async.bulk")) and "commit" not in opcode:
         return "load", 0
     if opcode.startswith(("st.global", "red.global", "atom.global")):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Instruction:
-    """opcode: with its modifiers, e.g. "LDG.E.128". kind: "load", "store", "spill", "mma", "exit" or "other".
+    """Holds opcode, with its modifiers ("LDG.E.128"), and kind: "load", "store", "spill", "mma", "exit" or "other".
 
     nbytes: what one thread moves to or from global memory. jump: index of the instruction that a branch goes to.
     from_registers: of a wgmma, whether its left operand is in registers and not in shared memory.

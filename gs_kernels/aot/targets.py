@@ -28,17 +28,19 @@ class Target:
     register_unit: int
 
 
-def _nvidia(sm: int, shared_kb: int) -> Target:
+def _nvidia(sm: int, shared_kb: int, max_warps: int = 64, max_blocks: int = 32) -> Target:
     shared = shared_kb * 1024
-    return Target(f"sm_{sm}", "cuda", sm, 32, 64, 32, shared, shared - 1024, 1024, 65536, 256)
+    return Target(f"sm_{sm}", "cuda", sm, 32, max_warps, max_blocks, shared, shared - 1024, 1024, 65536, 256)
 
 
 TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
         _nvidia(80, 164),
+        _nvidia(89, 100, max_warps=48, max_blocks=24),
         _nvidia(90, 228),
         _nvidia(100, 228),
+        _nvidia(120, 100, max_warps=48, max_blocks=24),
         Target("gfx942", "hip", "gfx942", 64, 32, 16, 65536, 65536, 0, 131072, 512),
     )
 }

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gs_kernels.fake_quant.strided_rows import BY_COL, BY_CYCLE, BY_TENSOR, Rows, like, readable, same_layout
 from gs_kernels.fake_quant.tiles import Tile, choose_tile
+from gs_kernels.runtime.bound_calls import fresh
 from gs_kernels.runtime.dispatch import launch
 from gs_kernels.triton_lib import BY_COL as COL
 from gs_kernels.triton_lib import BY_TENSOR as TENSOR
@@ -133,21 +134,21 @@ def forward(
 
 def fake_quant_triton(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, axis: int, group: int) -> Tensor:
     source, rows = readable(x, axis, group)
-    y = torch.empty_like(source)
+    y = fresh(torch.empty_like(source))
     forward(y, None, None, source, scale, zero, rows, choose_tile(rows), int(qmin), int(qmax))
     return y if source is x else like(y, x)
 
 
 def quantize_triton(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, axis: int, group: int) -> Tensor:
     source, rows = readable(x, axis, group)
-    codes = torch.empty_like(source, dtype=torch.int8 if qmin < 0 else torch.uint8)
+    codes = fresh(torch.empty_like(source, dtype=torch.int8 if qmin < 0 else torch.uint8))
     forward(codes, None, None, source, scale, zero, rows, choose_tile(rows), int(qmin), int(qmax))
     return codes if source is x else like(codes, x)
 
 
 def dequantize_triton(codes: Tensor, scale: Tensor, zero: Tensor, axis: int, group: int, dtype: torch.dtype) -> Tensor:
     source, rows = readable(codes, axis, group)
-    y = torch.empty_like(source, dtype=dtype)
+    y = fresh(torch.empty_like(source, dtype=dtype))
     cut = choose_tile(rows)
     launch(_dequantize_kernel, cut.grid(rows), y, source, scale, zero, *addressing(rows), **flags(rows, cut))
     return y if source is codes else like(y, codes)
@@ -158,7 +159,7 @@ def fake_quant_backward_triton(
     qmin: int, qmax: int, axis: int, group: int, for_scale: bool, for_zero: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     source, rows = readable(x, axis, group)
-    dx = torch.empty_like(source)
+    dx = fresh(torch.empty_like(source))
     dy = dy if same_layout(dy, dx) else torch.empty_like(dx).copy_(dy)
     cut = choose_tile(rows)
     dscale = scale.new_empty(cut.partials(rows) if for_scale else 0)

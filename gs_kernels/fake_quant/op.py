@@ -129,6 +129,8 @@ def fake_quant(
     check_input("fake_quant", x)
     check_grid("fake_quant", qmin, qmax)
     axis, group, channels = check_granularity("fake_quant", x, granularity)
+    if (y := _run.repeat(x, scale, zero, qmin, qmax, axis, group)) is not None:
+        return y
     check_qparams("fake_quant", x, scale, zero, channels)
     if scale.device.type == "cpu" and is_eager(x, scale, zero):
         check_values("fake_quant", scale, zero)

@@ -9,6 +9,7 @@ from gs_kernels.fake_quant.kernel import addressing, fake_quant_triton, flags, f
 from gs_kernels.fake_quant.strided_rows import BY_COL, BY_CYCLE, BY_TENSOR, Rows, like, readable
 from gs_kernels.fake_quant.tiles import Tile, choose_tile, power_of_two
 from gs_kernels.observe.ref import symmetric_zero
+from gs_kernels.runtime.bound_calls import fresh
 from gs_kernels.runtime.dispatch import launch
 from gs_kernels.triton_lib import BY_COL as COL
 from gs_kernels.triton_lib import BY_TENSOR as TENSOR
@@ -92,7 +93,7 @@ def _dynamic_fake_quant_kernel(
 
 
 def _partials(x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
+    return fresh(x.new_empty(shape, dtype=torch.float32)), fresh(x.new_empty(shape, dtype=torch.float32))
 
 
 def _merge_tiles(low: Tensor, high: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -120,7 +121,7 @@ def minmax_triton(x: Tensor, axis: int, group: int) -> tuple[Tensor, Tensor]:
 def choose_qparams_triton(
     x_min: Tensor, x_max: Tensor, qmin: int, qmax: int, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
-    scale, zero = torch.empty_like(x_min), torch.empty_like(x_min)
+    scale, zero = fresh(torch.empty_like(x_min)), fresh(torch.empty_like(x_min))
     block = 256
     launch(
         _choose_qparams_kernel, (triton.cdiv(scale.shape[0], block),),
@@ -145,7 +146,7 @@ def dynamic_fake_quant_triton(
     if not whole_rows or rows.cols > ROW_MAX:
         scale, zero = choose_qparams_triton(*_range(source, rows), qmin, qmax, symmetric)
         return fake_quant_triton(x, scale, zero, qmin, qmax, axis, group), scale, zero
-    y = torch.empty_like(source)
+    y = fresh(torch.empty_like(source))
     scale, zero = _partials(x, (rows.channels,))
     cut = _whole_rows(rows)
     launch(
@@ -165,7 +166,7 @@ def observe_fake_quant_triton(
     x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     source, rows = readable(x, -1, 0)
-    y = torch.empty_like(source)
+    y = fresh(torch.empty_like(source))
     cut = choose_tile(rows)
     low, high = _partials(x, cut.partials(rows))
     forward(y, low, high, source, scale, zero, rows, cut, int(qmin), int(qmax))

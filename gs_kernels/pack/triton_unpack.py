@@ -94,6 +94,12 @@ def concat(a, b):
 
 
 @triton.jit
+def repeat(a, TIMES: tl.constexpr):
+    """Repeats each column of `[R, C]`: `[R, C * TIMES]`."""
+    return tl.reshape(tl.broadcast_to(a[:, :, None], (a.shape[0], a.shape[1], TIMES)), (a.shape[0], a.shape[1] * TIMES))
+
+
+@triton.jit
 def float_fields(words, BITS: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr, SIGN: tl.constexpr):
     """Turns every field into the bits of a 16-bit float, by `field_asm` or, if SIGN, ±1: a tuple of `[R, 8 * BITS]`."""
     ASM: tl.constexpr = sign_asm(MANTISSA) if SIGN else field_asm(BITS, MANTISSA, LEAST)
@@ -184,8 +190,9 @@ def _field(
             scale, zero = load_grid(scale_ptr, zero_ptr, offs_n + group * stride_sg, ZERO)
             scale, zero = scale[:, None], zero[:, None]
         else:
-            group = tl.minimum((k + J * WIDTH + tl.arange(0, WIDTH)) // GROUP, G - 1)
+            group = tl.minimum((k + J * WIDTH + 32 * tl.arange(0, WIDTH // 32)) // GROUP, G - 1)
             scale, zero = load_grid(scale_ptr, zero_ptr, offs_n[:, None] + (group * stride_sg)[None, :], ZERO)
+            scale, zero = repeat(scale, 32), repeat(zero, 32)
     SIGN: tl.constexpr = is_sign(ZERO, zero_ptr is None and levels_ptr is None, BITS, mantissa_bits(T), ASM)
     KIND: tl.constexpr = zero_kind(ZERO, BITS, mantissa_bits(T), ASM) if zero_ptr is None else -1
     UNIT: tl.constexpr = weight_unit(ZERO, zero_ptr is None and levels_ptr is None, T, ASM, SCALED)

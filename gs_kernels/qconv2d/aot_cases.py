@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -75,6 +77,46 @@ def conv(
     return AotCase(
         f"{name}-{str(dtype).removeprefix('torch.')}", run, elements=elements, **({"max_regs": 255} | bounds)
     )
+
+
+def _regimes(dtypes: tuple[torch.dtype, ...], every: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    for dtype, bits, c, o, size, zero in itertools.product(
+        dtypes[: 3 if every else 1],
+        (4, 8, 2, 1)[: 4 if every else 2],
+        (128, 3, 64)[: 3 if every else 2],
+        (256, 64)[: 2 if every else 1],
+        ((4, 1), (28, 32), (14, 8))[: 3 if every else 2],
+        ("middle", "points")[: 2 if every else 1],
+    ):
+
+        def run(
+            dtype: Any = dtype, bits: int = bits, c: int = c, o: int = o, size: Any = size, zero: str = zero
+        ) -> Any:
+            kernels = importlib.import_module("gs_kernels.qconv2d.kernel")
+            x, geometry = _meta(size[1], c, size[0], size[0], dtype=dtype), make_geometry("gate", 3, 1, 1, 1, 1)
+            group, k = (32 if zero == "points" and c % 32 == 0 else 9 * c), 9 * c
+            scale = _meta(o, k // group, dtype=torch.float32)
+            point = scale if zero == "points" else 0.5 if bits == 1 else 2.0 ** (bits - 1)
+            codes = _meta(-(-k // 128), o, 8 * bits, dtype=torch.int16)
+            weight = PackedWeight(codes, scale, point, None, bits, (o, k), group, PLANAR)
+            if dtype != torch.int8:
+                return kernels.qconv2d_triton(x, weight, None, None, geometry, "relu", False)
+            one, sums = _meta(1, dtype=torch.float32), _meta(*scale.shape, dtype=torch.int32)
+            tail = (one, sums, None, None, None, one, one, "relu", torch.bfloat16, False)
+            return kernels.qconv2d_int8_triton(x, one, weight, None, geometry, *tail)
+
+        name = f"w{bits}-{c}to{o}-{size[0]}-b{size[1]}-{zero}"
+        yield f"{name}-{str(dtype).removeprefix('torch.')}", run
+
+
+def regimes(every: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yields convolutions of float images: of each dtype, width, kind of channels and number of pixels."""
+    return _regimes((torch.bfloat16, torch.float32, torch.float16), every)
+
+
+def int8_regimes(every: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yields convolutions of images of codes: of each width, kind of channels and number of pixels."""
+    return _regimes((torch.int8,), every)
 
 
 # as products with packed weights (gs_kernels/qmatmul/aot_cases.py), and half an instruction a weight to gather pixels;

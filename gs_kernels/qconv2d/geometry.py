@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import TypeAlias
+
+import torch
 
 from gs_kernels.runtime.torch_op import Carried
 
@@ -76,6 +79,17 @@ def make_geometry(
     Raises:
         TypeError, ValueError: if one is no integer or pair of integers, or too small, or a padding is not supported.
     """
+    if torch.compiler.is_compiling():
+        return _make_geometry(who, kernel_size, stride, padding, dilation, groups)
+    try:
+        return _known_geometry(who, kernel_size, stride, padding, dilation, groups)
+    except TypeError:  # lists cannot be looked up, and what is wrong is told once more
+        return _make_geometry(who, kernel_size, stride, padding, dilation, groups)
+
+
+def _make_geometry(
+    who: str, kernel_size: Pair, stride: Pair, padding: Padding, dilation: Pair, groups: int
+) -> ConvGeometry:
     r, s = _pair(who, "kernel_size", kernel_size, 1)
     stride_h, stride_w = _pair(who, "stride", stride, 1)
     dilation_h, dilation_w = _pair(who, "dilation", dilation, 1)
@@ -96,6 +110,9 @@ def make_geometry(
         top, left = _pair(who, "padding", padding, 0)
         bottom, right = top, left
     return ConvGeometry(r, s, stride_h, stride_w, top, bottom, left, right, dilation_h, dilation_w, groups)
+
+
+_known_geometry = lru_cache(maxsize=1024, typed=True)(_make_geometry)  # making one takes 4 us
 
 
 def _pair(who: str, name: str, value: Pair, least: int) -> tuple[int, int]:

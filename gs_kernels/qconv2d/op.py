@@ -9,15 +9,16 @@ from torch import Tensor
 
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.pack.checks import FLOATS, check_tensor
+from gs_kernels.pack.derived import UnsuitableError
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.pack.schema import PACKED_WEIGHT
 from gs_kernels.qconv2d.checks import check_devices, check_operands
-from gs_kernels.qconv2d.cpu.float import qconv2d_cpu
+from gs_kernels.qconv2d.cpu.float import FloatConvolution, qconv2d_cpu
 from gs_kernels.qconv2d.dense import convolve_dense, convolve_dx, dense_dtype, empty_image
 from gs_kernels.qconv2d.geometry import GEOMETRY, ConvGeometry, Padding, Pair, make_geometry
 from gs_kernels.qmatmul.op import planar_refuses
-from gs_kernels.runtime.dispatch import implementations
+from gs_kernels.runtime.dispatch import choose, implementations
 from gs_kernels.runtime.torch_op import register, save, saved
 
 
@@ -47,7 +48,7 @@ def _dx_ref(dy: Tensor, weight: PackedWeight, geometry: ConvGeometry, h: int, w:
     return convolve_dx(dy, dequantize_packed(weight, dense_dtype(dy)), geometry, h, w)
 
 
-QCONV2D = implementations("qconv2d", _qconv2d_ref, qconv2d_cpu, conv_refuses)
+QCONV2D = implementations("qconv2d", _qconv2d_ref, qconv2d_cpu, conv_refuses, FloatConvolution)
 DX = implementations("qconv2d_dx", _dx_ref, refuses=conv_refuses)
 
 
@@ -115,6 +116,33 @@ _run_dx = register(
 )
 
 
+def prepared_qconv2d(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    *,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    groups: int,
+    activation: str,
+) -> FloatConvolution | None:
+    """Prepares `qconv2d(x, ..., keep_dense=True)` for many images like x: checks all but image and residual once.
+
+    `at(shape, dtype of residuals)` of the result is the function of images; nothing looks at their shapes, at
+    gradients, and at changes of the weight, any more. None where the implementation of this device prepares nothing.
+    """
+    who = "qconv2d"
+    geometry = make_geometry(who, kernel_size, stride, padding, dilation, groups)
+    check_operands(who, x, FLOATS, weight, bias, activation, geometry)
+    prepare = choose(who, QCONV2D, x, weight).prepare
+    try:
+        return prepare and prepare(weight, geometry, bias, activation, x.dtype)
+    except UnsuitableError:
+        return None
+
+
 def qconv2d(
     x: Tensor,
     weight: PackedWeight,
@@ -161,6 +189,8 @@ def qconv2d(
     """
     who = "qconv2d"
     geometry = make_geometry(who, kernel_size, stride, padding, dilation, groups)
+    if (y := _run.repeat(x, weight, bias, residual, geometry, activation, keep_dense)) is not None:
+        return y
     shape = check_operands(who, x, FLOATS, weight, bias, activation, geometry)
     if residual is not None:
         check_tensor(who, "residual", residual, FLOATS, shape)

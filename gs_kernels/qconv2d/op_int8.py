@@ -45,7 +45,7 @@ def _int8_ref(
     return convolve_int8_ref(x, x_scale, x_zero, weight, bias, requant, geometry, activation, dtype)
 
 
-INT8 = implementations("qconv2d_int8", _int8_ref, qconv2d_int8_cpu, _int8_refuses)
+INT8 = implementations("qconv2d_int8", _int8_ref, qconv2d_int8_cpu, _int8_refuses, Int8Convolution)
 
 
 def _int8_fake(
@@ -98,8 +98,8 @@ def prepared_qconv2d_int8(
 ) -> Int8Convolution | None:
     """Prepares `qconv2d_int8(x, ...)` for many images like x: checks all but image and residual once.
 
-    The result is called with an image and `(residual, residual_scale, residual_zero)`; nothing looks at their shapes,
-    and at changes of the other tensors, any more. None where calls cannot be had cheaper: not on a CPU, for one.
+    `at(shape, dtype of residuals)` of the result is the function of images; nothing looks at their shapes, and at
+    changes of the other tensors, any more. None where the implementation of this device prepares nothing.
     """
     who = "prepared_qconv2d_int8"
     geometry = make_geometry(who, kernel_size, stride, padding, dilation, groups)
@@ -107,11 +107,10 @@ def prepared_qconv2d_int8(
     tensors: dict[str, Tensor | None] = {"x_zero": x_zero, "out_scale": out_scale, "out_zero": out_zero}
     tensors |= dict.fromkeys(("residual", "residual_scale", "residual_zero", "code_sums"))
     check_int8(who, x, x_scale, weight, dtype, shape, tensors)
-    if choose("qconv2d_int8", INT8, x, x_scale, weight).name != "cpu":
-        return None
+    prepare = choose("qconv2d_int8", INT8, x, x_scale, weight).prepare
     out = requant_params(None, None, None, out_scale, out_zero)[3:]
     try:
-        return Int8Convolution(weight, geometry, x_scale, x_zero, bias, out, activation, dtype, keep=True)
+        return prepare and prepare(weight, geometry, x_scale, x_zero, bias, out, activation, dtype, keep=True)
     except UnsuitableError:
         return None
 
@@ -175,9 +174,11 @@ def qconv2d_int8(
             raise TypeError(f"{who}: one of code_sums and weight_sums must be given, got both; use code_sums")
         code_sums = weight_sums
     geometry = make_geometry(who, kernel_size, stride, padding, dilation, groups)
-    shape = check_operands(who, x, (torch.int8,), weight, bias, activation, geometry)
     requant = {"residual": residual, "residual_scale": residual_scale, "residual_zero": residual_zero}
     requant |= {"out_scale": out_scale, "out_zero": out_zero}
+    args = (x, x_scale, weight, bias, geometry, x_zero, code_sums, *requant.values(), activation, dtype, keep_dense)
+    if (y := _run.repeat(*args)) is not None:
+        return y
+    shape = check_operands(who, x, (torch.int8,), weight, bias, activation, geometry)
     check_int8(who, x, x_scale, weight, dtype, shape, {"x_zero": x_zero, "code_sums": code_sums, **requant})
-    settings = (activation, dtype, keep_dense)
-    return _run(x, x_scale, weight, bias, geometry, x_zero, code_sums, *requant.values(), *settings)
+    return _run(*args)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.qconv2d.aot_cases import INT8, QCONV2D
+from gs_kernels.qconv2d.aot_cases import INT8, QCONV2D, int8_regimes, regimes
 from gs_kernels.qconv2d.geometry import ConvGeometry, make_geometry
 from gs_kernels.qconv2d.op import qconv2d
 from gs_kernels.qconv2d.op_int8 import qconv2d_int8
@@ -157,6 +157,7 @@ SPECS = (
         test_shapes=TEST_SHAPES,
         bench_shapes=BENCH_SHAPES,
         aot=QCONV2D,
+        regimes=regimes,
     ),
     OpSpec(
         name="qconv2d_int8",
@@ -170,5 +171,6 @@ SPECS = (
         test_shapes=INT8_SHAPES,
         bench_shapes=INT8_BENCH,
         aot=INT8,
+        regimes=int8_regimes,
     ),
 )

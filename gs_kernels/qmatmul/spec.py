@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gs_kernels.pack.layouts import PLANAR, PackedWeight
 from gs_kernels.pack.pack import pack_weight
-from gs_kernels.qmatmul.aot_cases import FP8, INT8, MATMUL, ROWS
+from gs_kernels.qmatmul.aot_cases import FP8, INT8, MATMUL, ROWS, int8_regimes, regimes
 from gs_kernels.qmatmul.op import qmatmul
 from gs_kernels.qmatmul.op_fp8 import qmatmul_fp8
 from gs_kernels.qmatmul.op_int8 import code_sums, qmatmul_int8, quantize_rows
@@ -174,6 +174,7 @@ SPECS = (
         test_shapes=TEST_SHAPES,
         bench_shapes=BENCH_SHAPES,
         aot=MATMUL,
+        regimes=regimes,
     ),
     OpSpec(
         name="qmatmul_int8",
@@ -186,6 +187,7 @@ SPECS = (
         test_shapes=INT8_SHAPES,
         bench_shapes=INT8_BENCH,
         aot=INT8,
+        regimes=int8_regimes,
     ),
     OpSpec(
         name="qmatmul_fp8",

@@ -8,6 +8,7 @@ from torch import Tensor
 from gs_kernels.fake_quant.strided_rows import same_layout
 from gs_kernels.fake_quant.tiles import ELEMENTS, SOME_WARPS, WARPS, power_of_two
 from gs_kernels.requantize.cpu import is_dense
+from gs_kernels.runtime.bound_calls import fresh
 from gs_kernels.runtime.dispatch import launch
 from gs_kernels.triton_lib import SCALE_MAX, activate, clamp, inverse, steps
 
@@ -60,7 +61,7 @@ def requantize_triton(
     a = a if is_dense(a) else torch.empty_like(a).copy_(a)
     if b is not None and not same_layout(b, a):
         b = torch.empty_like(a).copy_(b)
-    y = torch.empty_like(a, dtype=dtype if out_scale is None else torch.int8)
+    y = fresh(torch.empty_like(a, dtype=dtype if out_scale is None else torch.int8))
     n = a.numel()
     if n == 0:
         return y

@@ -16,6 +16,7 @@ from gs_kernels.runtime.torch_private import current_gpu
 on_gpu: Callable[[Tensor], bool] = Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 index_of: Callable[[Tensor], int] = Tensor.get_device
 current_index: Callable[[], int] = current_gpu
+capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing  # a graph
 
 
 @dataclass(frozen=True)

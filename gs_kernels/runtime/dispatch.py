@@ -14,13 +14,14 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gs_kernels.runtime import device
+from gs_kernels.runtime.bound_calls import note_launch
 from gs_kernels.runtime.torch_private import is_eager
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # what os.environ keeps names and values in: its own `get` takes 0.7 to 1.4 us, half of a small choice
 _environment: Any = getattr(os.environ, "_data", os.environ)
 _BACKEND, _CPU = map(os.environ.encodekey, ("GS_BACKEND", "cpu"))
+backend_setting: Callable[[], Any] = partial(_environment.get, _BACKEND)  # to compare: what was chosen then still holds
 
 _logged: set[tuple[str, str]] = set()
 _meta_runs_kernels = False
@@ -41,11 +43,17 @@ class UnsupportedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Impl:
-    """Holds one implementation of an op. `refuses(*args)` returns why it cannot run a call; empty if it can."""
+    """Holds one implementation of an op.
+
+    Args:
+        refuses: `refuses(*args)` returns why it cannot run a call; empty if it can.
+        prepare: makes what a layer holds, and calls often, of the arguments that stay; None if it has no such thing.
+    """
 
     name: str
     run: Callable[..., Any]
     refuses: Callable[..., list[str]]
+    prepare: Callable[..., Any] | None = None
 
 
 def choose(op: str, impls: Sequence[Impl], *args: Any) -> Impl:
@@ -54,7 +62,7 @@ def choose(op: str, impls: Sequence[Impl], *args: Any) -> Impl:
     Raises:
         UnsupportedError: if every implementation refuses, with all the reasons; or GS_BACKEND names one that does.
     """
-    if _environment.get(_BACKEND):
+    if backend_setting():
         forced = os.environ["GS_BACKEND"]
         names = [impl.name for impl in impls]
         if forced not in names:
@@ -99,7 +107,7 @@ def triton_refuses(x: torch.Tensor, *_: object) -> list[str]:
 
 @contextlib.contextmanager
 def meta_tensors_run_kernels() -> Iterator[None]:
-    """Meta tensors inside count as those of a GPU: for gs_kernels.aot, which then keeps kernels from being launched."""
+    """Makes meta tensors inside count as those of a GPU, for gs_kernels.aot, which keeps kernels from launching."""
     global _meta_runs_kernels
     before, _meta_runs_kernels = _meta_runs_kernels, True
     try:
@@ -114,7 +122,7 @@ def cpu_refuses(x: torch.Tensor, *_: object) -> list[str]:
 
 def takes_cpu(x: torch.Tensor) -> bool:
     """Returns whether an op with x would take its CPU path, for callers that take that path without the op."""
-    return not INTERPRET and x.is_cpu and (_environment.get(_BACKEND) or _CPU) == _CPU and is_eager(x)
+    return not INTERPRET and x.is_cpu and (backend_setting() or _CPU) == _CPU and is_eager(x)
 
 
 def never(*_: object) -> list[str]:
@@ -126,10 +134,11 @@ def implementations(
     ref: Callable[..., Any],
     cpu: Callable[..., Any] | None = None,
     refuses: Callable[..., list[str]] = triton_refuses,
+    prepare_cpu: Callable[..., Any] | None = None,
 ) -> tuple[Impl, ...]:
     """Lists, fastest first: `<name>_triton` of the `kernel.py` beside ref, imported once chosen; cpu, if any; ref.
 
-    refuses: when the Triton kernels cannot run a call.
+    refuses: when the Triton kernels cannot run a call. prepare_cpu: `Impl.prepare` of cpu.
     """
     module = ref.__module__.rpartition(".")[0] + ".kernel"
 
@@ -138,7 +147,7 @@ def implementations(
 
     impls = [Impl("triton", triton, refuses), Impl("ref", ref, never)]
     if cpu is not None:
-        impls.insert(1, Impl("cpu", cpu, cpu_refuses))
+        impls.insert(1, Impl("cpu", cpu, cpu_refuses, prepare_cpu))
     return tuple(impls)
 
 
@@ -151,8 +160,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **flags: Any) -> None
     out: torch.Tensor = args[0]
     if not is_eager(out):
         torch.library.wrap_triton(kernel)[grid](*args, **flags)
-    elif device.on_gpu(out) and device.index_of(out) != device.current_index():
-        with torch.cuda.device(out.device):
-            kernel[grid](*args, enable_fp_fusion=False, **flags)
+        return
+    if device.on_gpu(out) and (index := device.index_of(out)) != device.current_index():
+        with torch.cuda.device(index):
+            compiled = kernel[grid](*args, enable_fp_fusion=False, **flags)
     else:
-        kernel[grid](*args, enable_fp_fusion=False, **flags)
+        compiled = kernel[grid](*args, enable_fp_fusion=False, **flags)
+    note_launch(kernel, compiled, grid, args, flags)

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeAlias
 
@@ -71,6 +71,7 @@ class OpSpec:
 
     keeps_strides: whether results of the shape of the first argument have its strides; else they are contiguous.
     memory_format: in which order of axes they are.
+    regimes(every): launches that take what the tile rules tell apart, each with a name; else of each kind one or two.
     grad_tol: agreement of each gradient with the one autograd gives through `ref`, relative to its RMS.
     backward: True when the benchmark also times forward + backward.
     """
@@ -87,6 +88,7 @@ class OpSpec:
     memory_format: torch.memory_format = torch.contiguous_format
     grad_tol: Mapping[torch.dtype, float] = field(default_factory=dict)
     aot: tuple[AotCase, ...] = ()
+    regimes: Callable[[bool], Iterator[tuple[str, Callable[[], Any]]]] | None = None
     backward: bool = False
     backward_cost: Callable[[Shape, torch.dtype], Cost] | None = None
 

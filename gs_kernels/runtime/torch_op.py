@@ -6,10 +6,10 @@ An op is declared once, with the arguments that its implementations take. Some o
 weight, that no schema of torch holds: they travel whole as far as our own code goes, and are flattened into tensors and
 numbers (`Carried`) only where torch has to see the call. A call takes one of four ways:
 
-    public function: checks the arguments
+    public function: checks the arguments, unless `Op.repeat` knows them
      |
     Op.__call__(x, weight, bias, ...)                    whole arguments
-     |-- 1. eager, no gradient ------------------------> an implementation
+     |-- 1. eager, no gradient ------------------------> an implementation; on a GPU as a bound call, where one can be
      |-- 2. eager, with a gradient ---- flat ----------> autograd.Function: an implementation, then `gradient`
      '-- a tracer, a transform or a subclass of tensors has to see it
           |
@@ -33,16 +33,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gs_kernels.runtime import bound_calls, device
+from gs_kernels.runtime.call_form import make_form
 from gs_kernels.runtime.dispatch import Impl, choose
 from gs_kernels.runtime.torch_private import (
     FunctionalTensorMode,
     is_eager,
+    is_plain_call,
     is_view,
     keeps_triton_ops,
     transform_of,
     tree_map,
     wants_tangents,
 )
+from gs_kernels.runtime.triton_private import launches_directly
 
 NAMESPACE = "gs_kernels"
 
@@ -105,14 +109,16 @@ class Op:
         inside, returns = schema.removeprefix(f"{self.name}(").rsplit(") -> ", 1)
         by_type = {kind.cls.__name__: kind for kind in carried}
         self.kinds: list[Carried | None] = []
-        names, flat = [], []
+        names, types, flat = [], [], []
         self.names: list[str | None] = []  # of flat arguments; None inside carried objects, which get no gradient
         for type_, name in (argument.split() for argument in inside.split(",")):
             kind = by_type.get(type_)
             self.kinds.append(kind)
             names.append(name)
+            types.append(type_)
             flat.append(f"{type_} {name}" if kind is None else kind.schema)
             self.names += [name] if kind is None else [None] * kind.size
+        self.form = make_form(self.name, types, self.kinds)
         self.inputs: Callable[..., Any] = namedtuple(f"{self.name}_inputs", names)  # type: ignore[misc]
         self.held = [(i, kind.tensors) for i, kind in enumerate(self.kinds) if kind is not None and kind.tensors]
         _carried.update((kind.cls, kind) for kind in carried)
@@ -130,14 +136,7 @@ class Op:
         self.differentiable = self.op if gradient is None or setup_context is None else _function(self)
 
     def __call__(self, *args: Any) -> Any:
-        tensors = []
-        for a in args:
-            if isinstance(a, Tensor):
-                tensors.append(a)
-        for place, parts in self.held:
-            for part in parts:
-                if isinstance(t := getattr(args[place], part), Tensor):
-                    tensors.append(t)
+        tensors = self._tensors(args)
         eager = is_eager(*tensors)
         if eager and wants_tangents() and self.gradient is not None:
             self._refuse_tangents(tensors)
@@ -147,7 +146,50 @@ class Op:
             if t.requires_grad:
                 run = self.differentiable if torch.is_grad_enabled() else self._compute
                 return run(*self.flatten(args), SOURCE)
-        return choose(self.name, self.impls, *args).run(*args)
+        return self._run(args)
+
+    def repeat(self, *args: Any) -> Any:
+        """Does what a call would, if it is eager, on a GPU, needs no gradient, and one of its form was bound before.
+
+        The arguments need no checks: those of that call were right. Returns None where there was none.
+        """
+        x = args[0]
+        if not is_plain_call(x) or not device.on_gpu(x) or not launches_directly():
+            return None
+        try:
+            key, tensors = self.form(*args)
+            call = bound_calls.find(key)
+        except (TypeError, AttributeError):  # arguments of kinds that no call can have
+            return None
+        if call is None:
+            return None
+        if torch.is_grad_enabled():
+            for t in tensors:
+                if t.requires_grad:
+                    return None
+        return call(tensors)
+
+    def _run(self, args: Sequence[Any]) -> Any:
+        """Runs an implementation; on a GPU, launches what a call of the same form did."""
+        x = args[0]
+        if not device.on_gpu(x) or not launches_directly() or not is_eager(*self._tensors(args)):
+            return choose(self.name, self.impls, *args).run(*args)
+        key, tensors = self.form(*args)
+        call = bound_calls.find(key)
+        if call is not None:
+            return call(tensors)
+        return bound_calls.record(key, tensors, lambda: choose(self.name, self.impls, *args).run(*args))
+
+    def _tensors(self, args: Sequence[Any]) -> list[Tensor]:
+        tensors = []
+        for a in args:
+            if isinstance(a, Tensor):
+                tensors.append(a)
+        for place, parts in self.held:
+            for part in parts:
+                if isinstance(t := getattr(args[place], part), Tensor):
+                    tensors.append(t)
+        return tensors
 
     def _refuse_tangents(self, tensors: Sequence[Tensor]) -> None:
         """Raises if a forward-mode derivative is wanted: torch takes it for 0 where there is no formula."""
@@ -170,8 +212,7 @@ class Op:
 
     def _compute(self, *flat: Any) -> Any:
         """Runs an implementation, which never sees a gradient."""
-        args = self.unflatten([a.detach() if isinstance(a, Tensor) and a.requires_grad else a for a in flat])
-        return choose(self.name, self.impls, *args).run(*args)
+        return self._run(self.unflatten([a.detach() if isinstance(a, Tensor) and a.requires_grad else a for a in flat]))
 
     def _decompose(self, mode: Any, op: Any, types: Any, args: Any, kwargs: dict[str, Any] | None) -> Any:
         if keeps_triton_ops():

@@ -39,6 +39,7 @@ __all__ = [
     "_ConvNd",
     "_ConvTransposeNd",
     "_NormBase",
+    "autocasts",
     "compile_package",
     "current_gpu",
     "foreach_add_",
@@ -47,6 +48,7 @@ __all__ = [
     "inductor_cache_dir",
     "int_mm",
     "is_eager",
+    "is_plain_call",
     "is_view",
     "keeps_triton_ops",
     "load_package",
@@ -74,6 +76,8 @@ foreach_copy_: Callable[..., Any] = torch._foreach_copy_
 foreach_zero_: Callable[..., Any] = torch._foreach_zero_
 # of CUDA tensors, which have started CUDA; a build without CUDA has none of either
 current_gpu: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+autocasts: Callable[[], bool] = torch._C._is_any_autocast_enabled  # for any kind of device
+make_wrapper: Callable[..., Any] = Tensor._make_wrapper_subclass  # a tensor of a subclass, without memory of its own
 
 
 def is_eager(*tensors: Tensor, plain: frozenset[type] = PLAIN) -> bool:
@@ -89,6 +93,19 @@ def is_eager(*tensors: Tensor, plain: frozenset[type] = PLAIN) -> bool:
     )
 
 
+def is_plain_call(x: Tensor, *, plain: frozenset[type] = PLAIN) -> bool:
+    """Says whether a call with x gives values alone: `is_eager`, no transform of torch.func, no derivative."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and type(x) in plain
+        and transform_of() is None
+        and forward_ad._current_level < 0
+        and not (x.requires_grad and torch.is_grad_enabled())
+    )
+
+
 def wants_tangents() -> bool:
     """Returns whether forward-mode differentiation is under way."""
     return forward_ad._current_level >= 0
@@ -97,12 +114,6 @@ def wants_tangents() -> bool:
 def is_view(t: Tensor) -> bool:
     """Returns whether autograd takes t for a view of another tensor."""
     return t._is_view()
-
-
-def make_wrapper(cls: type, shape: Any, strides: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Makes a tensor of a subclass that has no memory of its own."""
-    made: Any = Tensor._make_wrapper_subclass  # its stub knows no strides
-    return made(cls, shape, strides=strides, dtype=dtype, device=device, storage_offset=0)
 
 
 def keeps_triton_ops() -> bool:

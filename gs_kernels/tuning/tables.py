@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from gs_kernels.runtime import bound_calls
 from gs_kernels.runtime.device import capabilities
 from gs_kernels.runtime.dispatch import tuning_dir
 from gs_kernels.runtime.files import write_whole
@@ -174,10 +175,12 @@ _forced: dict[str, Tile] = {}
 def forced(op: str, tile: Tile) -> Iterator[None]:
     """Has this tile chosen inside the block, whatever the tables say: for the tuner."""
     _forced[op] = tile
+    bound_calls.forget()
     try:
         yield
     finally:
         del _forced[op]
+        bound_calls.forget()
 
 
 def tuned(op: str, machine: tuple[int, int] | None, rows: int, **sizes: int) -> Tile | None:
@@ -216,3 +219,4 @@ def forget() -> None:
     """Has tables read again."""
     find_table.cache_clear()
     _tiles.cache_clear()
+    bound_calls.forget()

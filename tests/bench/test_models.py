@@ -10,6 +10,7 @@ from bench.memory import nbytes_of, peak_bytes
 from bench.models import __main__ as command
 from bench.models import decode
 from bench.models.networks import NETWORKS, LlamaBlock, Network, resnet
+from gs_algos.llm.quantize_checkpoint import quantize_checkpoint
 from tests.nets.language_models import save_folder, tiny_llama
 
 
@@ -104,13 +105,34 @@ def test_shared_parameters_count_once():
     assert nbytes_of(nn.Sequential(layer, layer)) == 64
 
 
-def test_decoding_gives_a_rate_and_the_bytes_of_the_model(monkeypatch, tmp_path):
+def test_decoding_gives_a_rate_of_each_width_and_the_bytes_of_the_model(monkeypatch, tmp_path):
     monkeypatch.setattr(decode, "TOKENS", 4)
     model = tiny_llama()
     folder = save_folder(tmp_path / "tiny", model)
-    (row,) = decode.decode_rows(folder, "cpu", 0.0)
-    assert row["network"] == "tiny" and row["per_s"] > 0
-    assert row["nbytes"] >= 2 * sum(p.numel() for p in model.parameters())
+    rows = list(decode.decode_rows(str(folder), "cpu", 0.0))
+    assert [row["weights"] for row in rows] == ["bfloat16", "int8@group:32", "int4@group:32", "int2@group:32"]
+    assert all(row["network"] == "tiny" and row["per_s"] > 0 and row["first_ms"] > 0 for row in rows)
+    assert not any(row["graph"] for row in rows)
+    assert rows[0]["nbytes"] >= 2 * sum(p.numel() for p in model.parameters())
+    assert rows[0]["nbytes"] > rows[1]["nbytes"] > rows[2]["nbytes"] > rows[3]["nbytes"]
+
+
+def test_a_packed_folder_is_decoded_as_it_is(monkeypatch, tmp_path):
+    monkeypatch.setattr(decode, "TOKENS", 4)
+    save_folder(tmp_path / "float", tiny_llama())
+    quantize_checkpoint(tmp_path / "float", tmp_path / "packed", "int4@group:32", progress=False)
+    (row,) = decode.decode_rows(str(tmp_path / "packed"), "cpu", 0.0)
+    assert (row["network"], row["weights"]) == ("packed", "as stored")
+
+
+def test_a_random_model_is_decoded_and_an_error_is_a_row(monkeypatch):
+    monkeypatch.setattr(decode, "TOKENS", 4)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    monkeypatch.setitem(decode.RANDOM, "small", {**sizes, "vocab_size": 40})
+    rows = list(decode.decode_rows("small", "cpu", 0.0, widths=(4, 3)))
+    assert [row["weights"] for row in rows] == ["bfloat16", "int4@group:32", "int3"]
+    assert "bits must be one of 1, 2, 4, 8" in rows[2]["error"]
+    assert rows[1]["nbytes"] < rows[0]["nbytes"]
 
 
 def test_the_peak_is_what_is_alive_at_once():

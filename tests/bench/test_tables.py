@@ -148,7 +148,20 @@ def test_networks_are_compared_with_the_float_one_and_a_phase_that_is_missing_is
 def test_decoding_is_the_last_rate_of_each_model():
     row = {"kind": "decode", "device_name": "A CPU", "network": "lm", "dtype": "bfloat16", "per_s": 5.0, "nbytes": 1e6}
     rows = [{**row, "time": "2"}, {**row, "per_s": 1.0, "time": "1"}]
-    assert tables.decode(rows).splitlines()[2:] == ["| A CPU | lm | bf16 | 5.0 | 1.0 |"]
+    assert tables.decode(rows).splitlines()[2:] == ["| A CPU | lm | bf16 | - | - | - | 5.0 | 1.0 |"]
+
+
+def test_decoding_with_a_graph_and_without_are_two_lines():
+    row = {"kind": "decode", "device_name": "A GPU", "network": "lm", "dtype": "bfloat16", "per_s": 5.0, "nbytes": 1e6}
+    rows = [
+        {**row, "weights": "int4@group:64", "graph": graph, "first_ms": 2.5, "time": "1"} for graph in (True, False)
+    ]
+    rows += [{**row, "weights": "int2@group:64", "error": "RuntimeError: no", "time": "1"}]
+    del rows[-1]["per_s"]
+    assert tables.decode(rows).splitlines()[2:] == [
+        "| A GPU | lm | bf16 | int4@group:64 | - | 2.5 | 5.0 | 1.0 |",
+        "| A GPU | lm | bf16 | int4@group:64 | graph | 2.5 | 5.0 | 1.0 |",
+    ]
 
 
 def test_a_cpu_is_named_with_its_instructions_where_a_row_has_them():

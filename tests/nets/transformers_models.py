@@ -75,3 +75,31 @@ def tiny(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     ids = torch.arange(1, 17).view(2, 8)
     tensors = {key: ids if shape == "ids" else torch.ones(shape) for key, shape in inputs.items()}
     return transformers.AutoModel.from_config(getattr(transformers, name)(**options)), tensors
+
+
+CAUSAL = {**LLAMA, **SPECIAL, "max_position_embeddings": 64, "initializer_range": 0.3}
+WINDOWS = {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+# causal language models: class of the config and its arguments
+LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    "LlamaConfig": CAUSAL,
+    "Qwen3Config": {**CAUSAL, "head_dim": 8},
+    "MistralConfig": {**CAUSAL, "sliding_window": 8},
+    "Gemma2Config": {**CAUSAL, **WINDOWS},
+    "Gemma3TextConfig": {**CAUSAL, **WINDOWS},
+    "MixtralConfig": {**CAUSAL, "num_local_experts": 2},
+    "GPT2Config": {
+        **{"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3},
+        **SPECIAL,
+    },
+    "OPTConfig": {**CAUSAL, "ffn_dim": 40, "word_embed_proj_dim": 32, "init_std": 0.3},
+    "BloomConfig": {"vocab_size": 99, "hidden_size": 32, "n_layer": 2, "n_head": 2, **SPECIAL},
+    "MambaConfig": {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, **SPECIAL},
+}
+
+
+def tiny_language_model(name: str, **options: Any) -> Any:
+    """A random causal language model of two layers, fp32, that says many different tokens."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**(LANGUAGE_MODELS[name] | options))
+    return transformers.AutoModelForCausalLM.from_config(config).eval()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gs_algos import PackedLinear, SimQAT
+from gs_algos import PackedLinear, SimQAT, quantize_weights
 from gs_kernels import pack_weight, qconv2d, qmatmul, qmatmul_int8
 from gs_kernels.qconv2d.cpu import direct_int8
 from gs_kernels.qmatmul.cpu import interleaved_product
@@ -57,11 +57,18 @@ class Net(nn.Module):
 
 
 @torch.no_grad()
-def test_a_converted_conv_relu_and_linear_take_at_most_100_calls():
+def test_a_small_packed_convolution_is_at_most_6_frames_deep_and_24_calls():
+    (layer,), x = quantize_weights(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1)), "int4@channel"), normal(1, 8, 6, 6)
+    deepest, calls = frames(lambda: layer(x))
+    assert deepest <= 6 and calls <= 24
+
+
+@torch.no_grad()
+def test_a_converted_conv_relu_and_linear_are_at_most_6_frames_deep_and_28_calls():
     net, x = Net(), normal(2, 3, 8, 8)
     algo = SimQAT()
     net = algo.apply(net, x)
     net.train()(x)
     net = algo.convert(net.eval(), x).eval()
     deepest, calls = frames(lambda: net(x))
-    assert deepest <= 10 and calls <= 100
+    assert deepest <= 6 and calls <= 28

@@ -37,13 +37,13 @@ def record(
 
     Functions that read a parameter outside every unit come as drafts without edges.
     """
-    found: list[Call | NodeDraft] = []
+    calls: list[Call | NodeDraft] = []
     depth = 0
 
     def enter(unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal depth
         if depth == 0:
-            found.append(Call(unit, *copied((args, kwargs), module)))
+            calls.append(Call(unit, *copied((args, kwargs), module)))
         depth += 1
 
     def leave(*_: Any) -> None:
@@ -56,26 +56,26 @@ def record(
     handles = [unit.register_forward_pre_hook(enter, with_kwargs=True, prepend=True) for unit in units]
     handles += [unit.register_forward_hook(leave) for unit in units]
     try:
-        with _ParameterReads(names, lambda draft: None if depth else found.append(draft)):
+        with _ParameterReads(names, lambda draft: None if depth else calls.append(draft)):
             args, kwargs = copied((args, kwargs), module)
             module(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return calls
 
 
 def first_calls(
     modules: dict[str, nn.Module], root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Call]:
     """Runs `root` on copies of its inputs, and returns the first call of each module that is called, by its name."""
-    found: dict[str, Call] = {}
+    calls: dict[str, Call] = {}
     handles = []
     for name, module in modules.items():
 
         def enter(unit: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-            if name not in found:
-                found[name] = Call(unit, *copied((args, kwargs), root))
+            if name not in calls:
+                calls[name] = Call(unit, *copied((args, kwargs), root))
 
         if op_names.is_hookable(module):
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
@@ -85,7 +85,7 @@ def first_calls(
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return calls
 
 
 def leaf_draft(module: nn.Module, names: ModuleNames) -> NodeDraft:
@@ -93,9 +93,9 @@ def leaf_draft(module: nn.Module, names: ModuleNames) -> NodeDraft:
     name = names.modules[id(module)]
     op = op_names.op_of_module(module)
     reads = tuple(names.owners[id(found)][0] for found in module.parameters())
-    known = op_names.is_plain(module) or op == "other"
+    is_leaf = op_names.is_plain(module) or op == "other"
     weight = names.weight_of(name)
-    return NodeDraft(op, [], type(module).__name__, name, None, name if known else None, weight, reads)
+    return NodeDraft(op, [], type(module).__name__, name, None, name if is_leaf else None, weight, reads)
 
 
 class _ParameterReads(TorchFunctionMode):

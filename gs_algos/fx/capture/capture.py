@@ -113,14 +113,14 @@ def _walk(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names:
     """
     try:
         with untouched(names.model):
-            found = record(root, args, kwargs, names, lambda module: op_names.is_plain(module) or not module._modules)
+            calls = record(root, args, kwargs, names, lambda module: op_names.is_plain(module) or not module._modules)
     except Exception as error:
         raise InputsError(
             "capture",
             f"example_inputs must run through the model, got {describe_error(error)}"
             f"{hint(args if len(args) > 1 else args[0] if args else args, error)}",
         ) from error
-    return [leaf_draft(item.module, names) if isinstance(item, Call) else item for item in found]
+    return [leaf_draft(item.module, names) if isinstance(item, Call) else item for item in calls]
 
 
 def _by_children(
@@ -131,19 +131,19 @@ def _by_children(
     A child called twice gives its nodes twice, so that nothing in it counts as called once.
     """
     with untouched(names.model):
-        found = record(module, args, kwargs, names, lambda _: True)
+        calls = record(module, args, kwargs, names, lambda _: True)
     traced = False
-    known: dict[int, list[NodeDraft]] = {}
+    drafts_of: dict[int, list[NodeDraft]] = {}
     parts: list[list[NodeDraft]] = []
-    for item in found:
+    for item in calls:
         if isinstance(item, NodeDraft):
             parts.append([item])
             continue
         child = item.module
-        if id(child) not in known:
-            known[id(child)], deep = _by_child(item, names, notes)
+        if id(child) not in drafts_of:
+            drafts_of[id(child)], deep = _by_child(item, names, notes)
             traced = traced or deep
-        parts.append(copy.deepcopy(known[id(child)]))
+        parts.append(copy.deepcopy(drafts_of[id(child)]))
     return traced, concatenate(parts)
 
 

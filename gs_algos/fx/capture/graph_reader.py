@@ -114,12 +114,12 @@ class FxGraphReader:
         return None
 
     def _attribute(self, target: str, owner: nn.Module) -> Any:
-        found: Any = owner
+        value: Any = owner
         for part in target.split("."):
-            found = getattr(found, part)
-        if isinstance(found, torch.fx.GraphModule):
-            return found  # the body of a higher-order region
-        return Constant(self.names.parameter(self._live(target)) if isinstance(found, nn.Parameter) else None)
+            value = getattr(value, part)
+        if isinstance(value, torch.fx.GraphModule):
+            return value  # the body of a higher-order region
+        return Constant(self.names.parameter(self._live(target)) if isinstance(value, nn.Parameter) else None)
 
     def _live(self, path: str) -> str:
         return path.removeprefix(self.strip).removeprefix(".") if self.strip else path

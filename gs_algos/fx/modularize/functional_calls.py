@@ -39,7 +39,7 @@ class _Training(nn.Module):
 
 
 class Modularized(torch.fx.GraphModule):
-    """Is a traced module that keeps all that its original had: parameters in order, unused children, hooks, attributes.
+    """Keeps all that the module had which was traced: parameters in order, unused children, hooks, attributes.
 
     fixed: the arguments of forward that are no tensors, and the values for which the trace holds.
     """
@@ -313,16 +313,16 @@ def _follow_mode(graph: torch.fx.Graph, trained: torch.fx.Graph, extra: dict[str
 def _insert_layers(module: nn.Module, graph: torch.fx.Graph, extra: dict[str, nn.Module]) -> None:
     names: dict[Any, str] = {}
     layer_of: dict[torch.fx.Node, torch.fx.Node] = {}  # a product may multiply what an earlier one gave
-    for found in list(products(module, graph)):
-        key = (found.op, id(found.weight), id(found.bias), repr(found.geometry))
+    for product in list(products(module, graph)):
+        key = (product.op, id(product.weight), id(product.bias), repr(product.geometry))
         if key not in names:
-            names[key] = _unused({**module.__dict__, **module._modules, **extra}, f"{found.name}_{found.op}")
-            extra[names[key]] = borrow(found.op, found.weight, found.bias, found.geometry)
-        with graph.inserting_before(found.nodes[0]):
-            called = graph.call_module(names[key], (layer_of.get(found.x, found.x),))
-        found.nodes[0].replace_all_uses_with(called)
-        layer_of[found.nodes[0]] = called
-        for node in found.nodes:
+            names[key] = _unused({**module.__dict__, **module._modules, **extra}, f"{product.name}_{product.op}")
+            extra[names[key]] = borrow(product.op, product.weight, product.bias, product.geometry)
+        with graph.inserting_before(product.nodes[0]):
+            called = graph.call_module(names[key], (layer_of.get(product.x, product.x),))
+        product.nodes[0].replace_all_uses_with(called)
+        layer_of[product.nodes[0]] = called
+        for node in product.nodes:
             graph.erase_node(node)
     for node in reversed(list(graph.nodes)):  # what only the replaced calls read
         if not node.users and (node.op == "get_attr" or unflipped(node) is not None):

@@ -43,9 +43,9 @@ class Product:
 def products(module: nn.Module, graph: torch.fx.Graph) -> Iterator[Product]:
     """Yields every conv, linear and matrix product of a tensor with a parameter in the graph of a module."""
     for node in graph.nodes:
-        found = _conv(module, node) or _linear(module, node)
-        if found is not None:
-            yield found
+        product = _conv(module, node) or _linear(module, node)
+        if product is not None:
+            yield product
 
 
 def _conv(module: nn.Module, node: torch.fx.Node) -> Product | None:
@@ -55,8 +55,8 @@ def _conv(module: nn.Module, node: torch.fx.Node) -> Product | None:
     given = {**dict(zip(_ARGUMENTS, node.args, strict=False)), **node.kwargs}
     x, geometry = given.pop("input", None), {k: v for k, v in given.items() if k not in ("weight", "bias")}
     weight, bias = parameter_at(module, given.get("weight")), parameter_at(module, given.get("bias"))
-    known = not any(isinstance(leaf, torch.fx.Node) for leaf in geometry.values())
-    if weight is None or (given.get("bias") is not None and bias is None) or not known or weight.dim() < 2:
+    constant = not any(isinstance(leaf, torch.fx.Node) for leaf in geometry.values())
+    if weight is None or (given.get("bias") is not None and bias is None) or not constant or weight.dim() < 2:
         return None
     if not isinstance(x, torch.fx.Node):
         return None
@@ -65,10 +65,10 @@ def _conv(module: nn.Module, node: torch.fx.Node) -> Product | None:
 
 
 def _linear(module: nn.Module, node: torch.fx.Node) -> Product | None:
-    found = _operands(node)
-    if found is None or not isinstance(found[0], torch.fx.Node):
+    operands = _operands(node)
+    if operands is None or not isinstance(operands[0], torch.fx.Node):
         return None
-    x, matrix, turned, given = found
+    x, matrix, turned, given = operands
     flipped = unflipped(matrix)
     matrix, turned = (matrix, turned) if flipped is None else (flipped, not turned)
     weight, bias = parameter_at(module, matrix), parameter_at(module, given)
@@ -154,7 +154,7 @@ def parameter_at(module: nn.Module, node: Any) -> nn.Parameter | None:
     """Returns the parameter that a node of the graph reads; None if it is something else."""
     if not isinstance(node, torch.fx.Node) or node.op != "get_attr":
         return None
-    found = module
+    value = module
     for part in str(node.target).split("."):
-        found = getattr(found, part)
-    return found if isinstance(found, nn.Parameter) else None
+        value = getattr(value, part)
+    return value if isinstance(value, nn.Parameter) else None

@@ -27,31 +27,31 @@ def match(graph: SiteGraph, model: nn.Module) -> tuple[list[Match], list[Refusal
     Whoever folds a batch norm away must keep `Match.norm_children`, which run behind it (timm's BatchNormAct2d).
     """
     view = View(graph, model)
-    found: list[Match | Refusal] = []
+    results: list[Match | Refusal] = []
     for name in ORDER:
-        found += import_module(f"gs_algos.fx.patterns.{name}").search(view)
-    matches = [item for item in found if isinstance(item, Match)]
-    refusals = [item for item in found if isinstance(item, Refusal)]
-    known = {name for item in matches for name in item.roles.values()} | {item.site for item in refusals}
-    refusals += _unknown_norms(view, known)
-    refusals += _idle(view, known)
+        results += import_module(f"gs_algos.fx.patterns.{name}").search(view)
+    matches = [item for item in results if isinstance(item, Match)]
+    refusals = [item for item in results if isinstance(item, Refusal)]
+    named = {name for item in matches for name in item.roles.values()} | {item.site for item in refusals}
+    refusals += _unknown_norms(view, named)
+    refusals += _idle(view, named)
     refusals += _products(view)
     return matches, refusals
 
 
-def _unknown_norms(view: View, known: set[str]) -> Iterator[Refusal]:
+def _unknown_norms(view: View, named: set[str]) -> Iterator[Refusal]:
     """Refuses batch norms whose producer the graph does not know."""
     for node in view.graph.nodes:
-        if node.op == "batch_norm" and node.module and node.module not in known and not node.inputs:
+        if node.op == "batch_norm" and node.module and node.module not in named and not node.inputs:
             reason = f"what feeds it is not known: the graph was read by {view.graph.tracer}, without edges here"
             yield Refusal(ORDER[0], node.module, reason)
 
 
-def _idle(view: View, known: set[str]) -> Iterator[Refusal]:
+def _idle(view: View, named: set[str]) -> Iterator[Refusal]:
     """Refuses layers that did not run, or not as a module."""
     opaque = {node.module for node in view.graph.nodes if node.module and node.op == "other"}
     for name, module in view.model.named_modules():
-        if not isinstance(module, op_names.SITES) or name in known:
+        if not isinstance(module, op_names.SITES) or name in named:
             continue
         inside = next((leaf for leaf in opaque if name.startswith(f"{leaf}.")), None)
         readers = view.foreign_readers(name)

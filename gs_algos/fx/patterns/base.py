@@ -16,7 +16,7 @@ from gs_algos.fx.graph import Node, SiteGraph
 
 @dataclass(frozen=True)
 class Match:
-    """Is a place where a pattern holds and every guard passed."""
+    """Describes a place where a pattern holds and every guard passed."""
 
     pattern: str
     roles: dict[str, str]  # role -> qualified module name, e.g. {"conv": "conv1", "bn": "bn1"}; a function is "F.relu"
@@ -27,7 +27,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Is a place where a pattern would hold but for one guard. site: a module, a parameter, or (neither) a scope."""
+    """Describes a place where a pattern would hold but for one guard. site: a module, a parameter, or else a scope."""
 
     pattern: str
     site: str

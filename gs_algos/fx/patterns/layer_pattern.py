@@ -118,21 +118,21 @@ def _refuse_fold(pattern: LayerPattern, view: View, layer: Node, norms: list[Nod
 
 def _behind(view: View, norm: Node) -> list[Node]:
     """Lists calls of the batch norm's children in a line behind it (timm's BatchNormAct2d has an activation)."""
-    found: list[Node] = []
+    children: list[Node] = []
     node = view.only_user(norm)
     while node is not None and node.module is not None and node.module.startswith(f"{norm.module}."):
-        found.append(node)
+        children.append(node)
         node = view.only_user(node)
-    return found
+    return children
 
 
 def _refuse_children(view: View, norm: Node) -> str | None:
-    known = {node.module for node in _behind(view, norm)}
+    children = {node.module for node in _behind(view, norm)}
     for name, child in view.module(norm).named_modules(prefix=norm.module or ""):
-        if not (name == norm.module or name in known or child._modules or type(child) is nn.Identity):
+        if not (name == norm.module or name in children or child._modules or type(child) is nn.Identity):
             return f"{norm.module} is a {type(view.module(norm)).__name__} that does more than its children in a line"
-    inside = [node for node in view.graph.nodes if node.scope == norm.module or node.module in known]
-    if len(inside) != 1 + len(known) or any(view.calls[name or ""] != 1 for name in known):
+    inside = [node for node in view.graph.nodes if node.scope == norm.module or node.module in children]
+    if len(inside) != 1 + len(children) or any(view.calls[name or ""] != 1 for name in children):
         return f"{norm.module} is a {type(view.module(norm)).__name__} that does more than a batch norm"
     return None
 

@@ -181,13 +181,13 @@ class CompressedTensorsReader:
             ValueError: if two groups say different things of it.
         """
         for kind in (_is_name, _is_pattern, _is_class):
-            found = [group for group in self.groups if any(kind(target, name, layer) for target in group.targets)]
-            if any(replace(group, name="", targets=[]) != replace(found[0], name="", targets=[]) for group in found):
+            groups = [group for group in self.groups if any(kind(target, name, layer) for target in group.targets)]
+            if any(replace(group, name="", targets=[]) != replace(groups[0], name="", targets=[]) for group in groups):
                 raise ValueError(
-                    f"{self.where}: {name} must be in one config group, got {found[0].name} and {found[1].name}"
+                    f"{self.where}: {name} must be in one config group, got {groups[0].name} and {groups[1].name}"
                 )
-            if found:
-                return found[0]
+            if groups:
+                return groups[0]
         return None
 
 

@@ -71,9 +71,9 @@ def resolve(flow: ChannelFlow, notes: tuple[str, ...] = ()) -> Groups:
     n, groups = 0, []
     norms = _norms(flow, axes, starts)
     for layers in members:
-        found = torch.cat([classes[axis.atoms()] for axis in layers]).unique()
-        free = found[[c not in reasons for c in found.tolist()]]
-        why = list(dict.fromkeys(reasons[c] for c in found.tolist() if c in reasons))
+        own = torch.cat([classes[axis.atoms()] for axis in layers]).unique()
+        free = own[[c not in reasons for c in own.tolist()]]
+        why = list(dict.fromkeys(reasons[c] for c in own.tolist() if c in reasons))
         if len(free) < 2:
             free = free[:0]
             why = why or ["consists of one unit, which cannot go"]
@@ -128,8 +128,8 @@ def _settled_classes(flow: ChannelFlow) -> Tensor:
 
 def _varying_dims(box: ReshapedChannels, classes: Tensor) -> list[int]:
     """Returns the dimensions along which the classes of a box vary."""
-    found = torch.where(box.labels < 0, box.labels, classes[box.labels.clamp(min=0)])
-    return [d for d in range(found.dim()) if not bool((found == found.narrow(d, 0, 1)).all())]
+    box_classes = torch.where(box.labels < 0, box.labels, classes[box.labels.clamp(min=0)])
+    return [d for d in range(box_classes.dim()) if not bool((box_classes == box_classes.narrow(d, 0, 1)).all())]
 
 
 def _shrinking_dim(flow: ChannelFlow, box: ReshapedChannels, dims: list[int]) -> int:
@@ -146,9 +146,9 @@ def _reasons(flow: ChannelFlow, classes: Tensor, axes: list[Axis]) -> dict[int, 
         for c in classes[labels].unique().tolist():
             reasons.setdefault(c, why)
     for axis in axes:
-        found = classes[axis.atoms()].unique()
-        if len(found) == 1 and axis.size > 1:
-            reasons.setdefault(int(found), f"would take all of {axis.tensor} along dimension {axis.dim}")
+        own = classes[axis.atoms()].unique()
+        if len(own) == 1 and axis.size > 1:
+            reasons.setdefault(int(own), f"would take all of {axis.tensor} along dimension {axis.dim}")
     return reasons
 
 
@@ -166,10 +166,10 @@ def _members(classes: Tensor, makers: list[Axis], n: int) -> list[list[Axis]]:
     """Collects the layers of each group: those that share a class."""
     edges = [(classes[axis.atoms()], torch.full((axis.size,), n + i)) for i, axis in enumerate(makers)]
     root = components(n + len(makers), edges)
-    found: dict[int, list[Axis]] = {}
+    members: dict[int, list[Axis]] = {}
     for i, axis in enumerate(makers):
-        found.setdefault(int(root[n + i]), []).append(axis)
-    return list(found.values())
+        members.setdefault(int(root[n + i]), []).append(axis)
+    return list(members.values())
 
 
 def _norms(flow: ChannelFlow, axes: list[Axis], starts: Tensor) -> dict[int, str]:

@@ -222,11 +222,11 @@ def decode(code: str) -> Tensor:
     parts: list[Tensor] = []
     left = LONGEST
     for run in code.split():
-        found = RUN.fullmatch(run)
-        if found is None:
+        match = RUN.fullmatch(run)
+        if match is None:
             raise ValueError(f"groups: units must be runs such as 0..3*2 or -, got {run!r}")
-        first = FIXED if found["first"] == "-" else int(found["first"])
-        last, times = int(found["last"] or first), int(found["times"] or 1)
+        first = FIXED if match["first"] == "-" else int(match["first"])
+        last, times = int(match["last"] or first), int(match["times"] or 1)
         left -= (last - first + 1) * times
         if last < first or left < 0:
             raise ValueError(f"groups: units must be at most {LONGEST:,} and count up, got {run!r}")

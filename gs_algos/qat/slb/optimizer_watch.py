@@ -38,7 +38,7 @@ class LogitsWatch:
         self.steps = 0
 
     def __getstate__(self) -> dict[str, object]:
-        """A copied or pickled algorithm watches nothing."""
+        """Leaves out what is watched: a copied or pickled algorithm watches nothing."""
         return {"layers": (), "fused": ()}
 
     def refuse_untrained(self, last: bool) -> None:

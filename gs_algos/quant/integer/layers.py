@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gs_algos.core.tensor_rules import FINITE, Rules, whole_within
-from gs_algos.quant.integer.prepared_call import PreparedConv, cached
+from gs_algos.quant.integer.prepared_call import PreparedConv, PreparedLinear, cached, kind_of
 from gs_algos.quant.integer.quantized_tensor import QuantizedTensor, dequantized, may_return_int8, values
 from gs_algos.quant.integer.static_quantizer import StaticQuantizer
 from gs_algos.quant.level_grid import LevelGrid
@@ -35,12 +35,12 @@ from gs_kernels import (
 from gs_kernels.for_layers import (
     LARGEST_GROUP,
     Int8Convolution,
-    Int8Product,
     prepared_qconv2d_int8,
     prepared_qmatmul_int8,
 )
 from gs_kernels.pack.checks import FLOATS, dtype_name
 from gs_kernels.pack.layouts import BITS
+from gs_kernels.runtime.dispatch import backend_setting
 from gs_kernels.runtime.instructions import multiplies_int8
 
 Residual: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]  # itself, and scale and zero point of codes
@@ -127,8 +127,8 @@ class QuantizedLayer(Packed):
     def _int8_codes(self, x: Tensor) -> Tensor:
         if type(x) is QuantizedTensor and x.quantizer in self._producer_grids:
             return x.codes
-        codes: Tensor = self._modules["input_quantizer"].int8_codes(x)  # type: ignore[union-attr, operator]
-        return codes
+        assert self.input_quantizer is not None
+        return self.input_quantizer.int8_codes(x)
 
     def _quantize_output(self, y: Tensor) -> Tensor:
         return y if self.output_quantizer is None else self.output_quantizer(y)
@@ -155,11 +155,10 @@ class QuantizedLinear(QuantizedLayer):
         return [*_refusals_of(self.input_quantizer), *grouped, *_refusals_on(device)]
 
     def forward(self, input: Tensor) -> Tensor:
-        x = input
-        run = self._prepared_call(x)
-        if run is not None:
-            y = run(self._int8_codes(x), self._modules["input_quantizer"]._buffers["scale"])  # type: ignore[union-attr, arg-type]
-            return self._quantize_output(y)
+        x, ready = input, self._prepared_call(input)
+        if ready is not None:
+            y = ready.run(ready.operand(x), self._modules["input_quantizer"]._buffers["scale"])  # type: ignore[union-attr, arg-type]
+            return y if self._modules.get("output_quantizer") is None else self._quantize_output(y)
         if self._on_integers(x):
             return self._quantize_output(self._integer(x))
         x = x if self.input_quantizer is None else self.input_quantizer(x)
@@ -180,27 +179,31 @@ class QuantizedLinear(QuantizedLayer):
             dtype=x.dtype,
         )
 
-    def _prepared_call(self, x: Tensor) -> Int8Product | None:
+    def _prepared_call(self, x: Tensor) -> PreparedLinear | None:
         """Returns the prepared product for rows like those of x; None if there is none."""
-        if not may_prepare(x):
+        kind, grid = kind_of(x), self._modules.get("input_quantizer")
+        if kind is None or grid is None:
             return None
+        ready: PreparedLinear | None = cached(self, (kind, self._producer_grids), (grid,), lambda: self._prepare(x))
+        return ready
 
-        def make() -> Int8Product | None:
-            quantizer = self.input_quantizer
-            if quantizer is None or self.integer_refusals(x.device):
-                return None
-            return prepared_qmatmul_int8(
-                torch.empty(tuple(x.shape), dtype=torch.int8, device=x.device),
-                quantizer.scale,
-                self.packed,
-                self.bias,
-                x_zero=quantizer.signed_zero() if self._shifted() else None,
-                dtype=x.dtype,
-            )
-
-        parts = (self, self._modules.get("input_quantizer"))
-        product: Int8Product | None = cached(self, (x.dtype, x.device, x.shape[-1:]), parts, make)
-        return product
+    def _prepare(self, x: Tensor) -> PreparedLinear | None:
+        quantizer = self.input_quantizer
+        if quantizer is None or self.integer_refusals(x.device):
+            return None
+        product = prepared_qmatmul_int8(
+            torch.empty(tuple(x.shape), dtype=torch.int8, device=x.device),
+            quantizer.scale,
+            self.packed,
+            self.bias,
+            x_zero=quantizer.signed_zero() if self._shifted() else None,
+            dtype=x.dtype,
+        )
+        return (
+            None
+            if product is None
+            else PreparedLinear(product.at(x.shape), quantizer.codes_like(x, self._producer_grids))
+        )
 
 
 class QuantizedConv(Convolution, QuantizedLayer):
@@ -253,35 +256,22 @@ class QuantizedConv(Convolution, QuantizedLayer):
         return self.output_quantizer is not None and self.output_quantizer.returns_int8()
 
     def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        added = NO_RESIDUAL
+        if isinstance(residual, QuantizedTensor):
+            added = (residual.codes, *residual.quantizer.constants()[:2])
+        elif residual is not None:
+            added = (values(residual), None, None)
+        ready = self.prepared_call(x, activation, None if added[0] is None else added[0].dtype)
+        if ready is not None:
+            y = ready(x, *added)
+            return y if ready.grid is None else QuantizedTensor(y, ready.grid, x.dtype)
         if self._on_integers(x):
-            return self._integer(x, residual, activation)
+            # a compiler sees floats, of which the next layer makes codes
+            grid = self._output_grid() if may_return_int8(x) else None
+            y = self._integer(x, grid, activation, added)
+            return self._quantize_output(y) if grid is None else QuantizedTensor(_limited(y, grid), grid, x.dtype)
         x = values(x) if self.input_quantizer is None else dequantized(self.input_quantizer(values(x)))
         return self._quantize_output(self.convolve(x, self.bias, values(residual), activation))
-
-    def forward(self, input: Tensor) -> Tensor:
-        ready = None if self.defers_add else self._prepared_call(input, self.activation)
-        if ready is None or ready.grid is None:
-            return super().forward(input)
-        y = ready.run(self._int8_codes(input), NO_RESIDUAL)
-        return QuantizedTensor(_limited(y, ready.limits), ready.grid, input.dtype, ready.strides)
-
-    def _integer(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-        """Computes `act(conv(qx - zx, qw - zw) * (sx * sw) + bias + residual)`, cast once, or rounded to codes."""
-        residual_codes = NO_RESIDUAL
-        if isinstance(residual, QuantizedTensor):
-            scale, middle = residual.quantizer.constants()[:2]
-            residual_codes = (residual.codes, scale, middle)
-        elif residual is not None:
-            residual_codes = (values(residual), None, None)
-        ready = self._prepared_call(x, activation)
-        if ready is not None:
-            grid, y = ready.grid, ready.run(self._int8_codes(x), residual_codes)
-        else:
-            grid = (
-                self._output_grid() if may_return_int8(x) else None
-            )  # a compiler sees floats, of which the next layer makes codes
-            y = self._call(x, grid, activation, residual_codes)
-        return self._quantize_output(y) if grid is None else QuantizedTensor(_limited(y, _limits(grid)), grid, x.dtype)
 
     def _output_grid(self) -> StaticQuantizer | None:
         """Returns the grid of the int8 output; None if the layer returns floats."""
@@ -289,7 +279,8 @@ class QuantizedConv(Convolution, QuantizedLayer):
             return self._consumer_grids[0]
         return self.output_quantizer if self._emits_own_grid() else None
 
-    def _call(self, x: Tensor, grid: StaticQuantizer | None, activation: str, residual: Residual) -> Tensor:
+    def _integer(self, x: Tensor, grid: StaticQuantizer | None, activation: str, residual: Residual) -> Tensor:
+        """Computes `act(conv(qx - zx, qw - zw) * (sx * sw) + bias + residual)`, cast once, or rounded to codes."""
         quantizer, parts = self.input_quantizer, self._split_weight()
         assert quantizer is not None and parts is not None
         image, geometry = self.geometry_for(x)
@@ -313,31 +304,32 @@ class QuantizedConv(Convolution, QuantizedLayer):
         )
         return self.like_input(y, x)
 
-    def _prepared_call(self, x: Tensor, activation: str) -> PreparedConv | None:
-        """Returns the prepared call for images like x; None if there is none."""
-        if not may_prepare(x):
+    def prepared_call(self, x: Tensor, activation: str, residual: torch.dtype | None = None) -> PreparedConv | None:
+        kind, modules, consumers = kind_of(x), self._modules, self._consumer_grids
+        quantizer, own = modules.get("input_quantizer"), modules.get("output_quantizer")
+        if kind is None or quantizer is None:
             return None
-        own = self._modules.get("output_quantizer")
         emits = own is not None and own.emits_int8
-        parts = (self, self._modules.get("input_quantizer"), own, *self._consumer_grids)
-        kind = (activation, x.dtype, x.device, self._consumer_grids, emits)
-
-        def make() -> PreparedConv | None:
-            if x.shape[0] == 0:
-                return None
-            grid = self._output_grid()
-            run = cached(self, (*kind, *x.shape[1:]), parts, lambda: self._prepared(x, grid, activation))
-            if run is None:
-                return None
-            shape = (x.shape[0], self.shape[0], *run.geometry.output(*x.shape[2:]))
-            return PreparedConv(run, grid, None if grid is None else _limits(grid), self.strides(x, shape))
-
-        ready: PreparedConv | None = cached(self, (*kind, x.shape, x.stride(), self.channels_last), parts, make)
+        key = (kind, activation, residual, self.channels_last, self._producer_grids, consumers, emits)
+        others = (quantizer, *consumers) if own is None else (quantizer, own, *consumers)
+        ready: PreparedConv | None = cached(self, key, others, lambda: self._prepare(x, activation, residual))
         return ready
 
-    def _prepared(self, x: Tensor, grid: StaticQuantizer | None, activation: str) -> Int8Convolution | None:
-        plain = x.dim() == 4 and len(self.filter) == 3 and self.geometry["padding_mode"] == "zeros"
-        if not plain or self.integer_refusals(x.device):
+    def _prepare(self, x: Tensor, activation: str, residual: torch.dtype | None) -> PreparedConv | None:
+        grid, quantizer = self._output_grid(), self.input_quantizer
+        if quantizer is None or x.dim() != 4 or x.numel() == 0 or not self.may_prepare:
+            return None
+        others = (quantizer,) if grid is None else (quantizer, grid)
+        key = (activation, x.dtype, x.device, x.shape[1:], backend_setting())
+        convolution = cached(self, key, others, lambda: self._convolution(x, grid, activation))
+        if convolution is None:
+            return None
+        run, operand = convolution.at(x.shape, residual), quantizer.codes_like(x, self._producer_grids)
+        output, limits = (self.output_quantizer, None) if grid is None else (None, _limits(grid))
+        return PreparedConv(run, operand, output, grid, limits, self._like(x))
+
+    def _convolution(self, x: Tensor, grid: StaticQuantizer | None, activation: str) -> Int8Convolution | None:
+        if self.integer_refusals(x.device):
             return None
         quantizer, parts = self.input_quantizer, self._split_weight()
         assert quantizer is not None and parts is not None
@@ -358,18 +350,14 @@ class QuantizedConv(Convolution, QuantizedLayer):
         return f"{(self.shape[0], *self.filter)}, {self.scheme}, stride={self.geometry['stride']}"
 
 
-def may_prepare(x: Tensor) -> bool:
-    """Says whether a prepared call may run for x: not under tracers, gradients or autocast."""
-    return x.dtype in FLOATS and may_return_int8(x) and not torch.is_autocast_enabled("cpu")
-
-
 def _limits(grid: StaticQuantizer) -> tuple[int, int] | None:
     """Returns the smallest and largest code of a grid that has fewer than int8; None for all of int8."""
     low, high = grid.signed_limits()
     return None if (low, high) == (-128, 127) else (low, high)
 
 
-def _limited(codes: Tensor, limits: tuple[int, int] | None) -> Tensor:
+def _limited(codes: Tensor, grid: StaticQuantizer) -> Tensor:
+    limits = _limits(grid)
     return codes if limits is None else codes.clamp_(*limits)
 
 

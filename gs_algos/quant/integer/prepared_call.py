@@ -1,72 +1,101 @@
-"""Prepares the part of an integer layer's call that does not depend on values once: it is most of a small layer's time.
+"""Prepares the part of a packed layer's call that does not depend on values once: it is most of a small layer's time.
 
-It is good for inputs of one shape, stride order and dtype, while the tensors it was made from are unchanged.
+It is good for inputs of one shape, stride order, dtype and device, while the tensors it was made from are unchanged.
+What runs then, on this device, is a function of the values that gs_kernels made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from operator import attrgetter
-from typing import Any
-from weakref import WeakKeyDictionary
+from collections.abc import Callable
+from itertools import chain
+from operator import attrgetter, is_, methodcaller
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gs_algos.quant.integer.static_quantizer import StaticQuantizer
-from gs_kernels.for_layers import Int8Convolution
+from gs_algos.quant.integer.quantized_tensor import HANDED_ON, Like
+from gs_kernels.pack.checks import FLOATS
+from gs_kernels.runtime.dispatch import backend_setting
+from gs_kernels.runtime.torch_private import autocasts, is_plain_call
 
 MAX_ENTRIES = 64  # of one layer, which may see images of ever new sizes
-_version = attrgetter("_version")
+PREPARED = "_prepared_calls"  # attribute of a layer
+_buffers, _values, _version = attrgetter("_buffers"), methodcaller("values"), attrgetter("_version")
+_chain = chain.from_iterable
 
 
-@dataclass(frozen=True)
-class PreparedConv:
-    """Holds the prepared call of a convolution for images of one shape.
+class PreparedConv(NamedTuple):
+    """Computes a convolution for images of one shape, up to the strides of its result.
 
     Args:
-        run: the convolution.
+        run: takes what `operand` gives and, if one was named, a residual as `ConvolvesImages` does.
+        operand: makes of an image what is convolved: codes or floats.
+        output: what the layer does to floats; None if nothing.
         grid: of the codes that the layer gives; None if it gives floats.
         limits: the smallest and largest of these codes; None if they are those of int8.
-        strides: of the result.
+        like: shape, strides, dtype and device of the result.
     """
 
-    run: Int8Convolution
-    grid: StaticQuantizer | None
+    run: Callable[..., Tensor]
+    operand: Callable[[Tensor], Tensor]
+    output: Callable[[Tensor], Tensor] | None
+    grid: Any
     limits: tuple[int, int] | None
-    strides: tuple[int, ...]
+    like: Like
+
+    def __call__(self, x: Tensor, *residual: Tensor | None) -> Tensor:
+        """Returns codes on `grid`, or floats."""
+        y = self.run(self.operand(x), *residual)
+        if self.limits is not None:
+            return y.clamp_(*self.limits)
+        return y if self.output is None else self.output(y)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    ids: list[int]
+class PreparedLinear(NamedTuple):
+    """Holds the prepared product for rows of one shape: of what `operand` makes of them, and their scale."""
+
+    run: Callable[[Tensor, Tensor], Tensor]
+    operand: Callable[[Tensor], Tensor]
+
+
+class _Entry(NamedTuple):
+    others: tuple[nn.Module, ...]
+    held: list[Tensor | None]
     tensors: list[Tensor]
     versions: list[int]
     value: Any
 
 
-# beside the layers, not in them: a copy of a layer makes its own
-_cache: WeakKeyDictionary[nn.Module, dict[Any, _Entry]] = WeakKeyDictionary()
+def kind_of(x: Tensor) -> tuple[Any, ...] | None:
+    """Returns what a prepared call depends on in its input; None under tracers, gradients and autocast."""
+    if not is_plain_call(x, plain=HANDED_ON) or x.dtype not in FLOATS or autocasts():
+        return None
+    return type(x), x.shape, x.stride(), x.dtype, x.device, backend_setting()
 
 
-def cached(layer: nn.Module, key: Any, modules: Sequence[nn.Module | None], make: Callable[[], Any]) -> Any:
-    """Returns what `make` gives, made again when a buffer of these modules was replaced or changed.
+def cached(layer: nn.Module, key: Any, others: tuple[nn.Module, ...], make: Callable[[], Any]) -> Any:
+    """Returns what `make` gives, made again when a buffer of the layer or the other modules was replaced or changed.
 
     Returns None where changes cannot be seen (tensors of inference mode). key: tells the entries of one layer apart.
+    What make gives must not hold the layer, which would keep its memory for the garbage collector.
     """
-    entries = _cache.get(layer)
+    entries: dict[Any, _Entry] | None = layer.__dict__.get(PREPARED)
     entry = None if entries is None else entries.get(key)
-    ids = [id(t) for m in modules if m is not None for t in m._buffers.values()]
-    if entry is not None and entry.ids == ids and list(map(_version, entry.tensors)) == entry.versions:
+    if (
+        entry is not None
+        and entry.others == others
+        and all(map(is_, entry.held, _chain(map(_values, map(_buffers, (layer, *others))))))
+        and [*map(_version, entry.tensors)] == entry.versions
+    ):
         return entry.value
-    tensors = [t for m in modules if m is not None for t in m._buffers.values() if t is not None]
+    held = [*_chain(map(_values, map(_buffers, (layer, *others))))]
+    if entries is not None and (entry is not None or len(entries) >= MAX_ENTRIES):
+        entries.clear()  # the others, too, hold what was made of former tensors
+    tensors = [t for t in held if t is not None]
     if any(t.is_inference() for t in tensors):
         return None
     with torch.inference_mode(False), torch.no_grad():
         value = make()
-    entries = _cache.setdefault(layer, {})
-    if len(entries) >= MAX_ENTRIES:
-        entries.clear()
-    entries[key] = _Entry(ids, tensors, [t._version for t in tensors], value)
+    layer.__dict__.setdefault(PREPARED, {})[key] = _Entry(others, held, tensors, [t._version for t in tensors], value)
     return value

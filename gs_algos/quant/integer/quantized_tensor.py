@@ -19,7 +19,7 @@ from torch import Tensor
 from gs_algos.quant.memory_format import laid, strides_in, suggested
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.for_layers import Grid, is_dense, prepared_requantize
-from gs_kernels.runtime.torch_private import PLAIN, is_eager, make_wrapper, transform_of
+from gs_kernels.runtime.torch_private import PLAIN, is_plain_call, make_wrapper
 
 aten = torch.ops.aten
 Like: TypeAlias = tuple[Any, Any, torch.dtype, torch.device]  # shape, strides, dtype, device
@@ -94,10 +94,10 @@ class QuantizedTensor(_VirtualTensor):
     def __new__(
         cls, codes: Tensor, quantizer: Any, dtype: torch.dtype, strides: Sequence[int] | None = None
     ) -> QuantizedTensor:
-        return _wrapper(cls, codes.shape, codes.stride() if strides is None else strides, dtype, codes.device)
-
-    def __init__(self, codes: Tensor, quantizer: Any, dtype: torch.dtype, strides: Sequence[int] | None = None) -> None:
+        shown = codes.stride() if strides is None else strides
+        self: QuantizedTensor = make_wrapper(cls, codes.shape, strides=shown, dtype=dtype, device=codes.device)
         self.codes, self.quantizer = codes, quantizer
+        return self
 
     def lay(self) -> Tensor:
         """Gives the codes the strides of the values, for good, and returns them."""
@@ -172,13 +172,18 @@ class DeferredOutput(_VirtualTensor):
         activation: to be applied then.
     """
 
+    _run: Any
+    _like: Like
+    _residual: Tensor | None
+    _activation: str
+    _result: Tensor | None
+
     @staticmethod
     def __new__(cls, run: Any, like: Like, residual: Tensor | None = None, activation: str = "none") -> DeferredOutput:
-        return _wrapper(cls, *like)
-
-    def __init__(self, run: Any, like: Like, residual: Tensor | None = None, activation: str = "none") -> None:
+        self: DeferredOutput = make_wrapper(cls, like[0], strides=like[1], dtype=like[2], device=like[3])
         self._run, self._like, self._residual, self._activation = run, like, residual, activation
-        self._result: Tensor | None = None
+        self._result = None
+        return self
 
     @staticmethod
     def of(result: Tensor, strides: Sequence[int]) -> DeferredOutput:
@@ -266,10 +271,6 @@ class _SumOfCodes:
         return prepared_requantize(self.a, self.b, activation, self.dtype, into)
 
 
-def _wrapper(cls: type, shape: Any, strides: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    return make_wrapper(cls, shape, strides, dtype, device)
-
-
 def _can_add(x: Tensor, other: Any) -> bool:
     """Says whether other has the shape, dtype and device of x, and needs no gradient."""
     alike = isinstance(other, Tensor) and (other.shape, other.dtype, other.device) == (x.shape, x.dtype, x.device)
@@ -289,14 +290,12 @@ def _alike(tensors: Any) -> bool:
     return all(isinstance(t, QuantizedTensor) and t.quantizer.same_grid(tensors[0].quantizer) for t in tensors)
 
 
-_EAGER_TYPES = PLAIN | {QuantizedTensor, DeferredOutput}
+HANDED_ON = PLAIN | {QuantizedTensor, DeferredOutput}
 
 
 def may_return_int8(x: Tensor) -> bool:
     """Says whether int8 or a deferred result may be returned for x: tracers, compilers and gradients need floats."""
-    if not is_eager(x, plain=_EAGER_TYPES) or transform_of() is not None:
-        return False
-    return not (x.requires_grad and torch.is_grad_enabled())
+    return is_plain_call(x, plain=HANDED_ON)
 
 
 def dequantized(value: Any) -> Any:

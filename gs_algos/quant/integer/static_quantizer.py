@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +23,7 @@ from gs_algos.quant.integer.quantized_tensor import (
 )
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import fake_quant, quantize
-from gs_kernels.for_layers import Grid, make_grid, to_codes
+from gs_kernels.for_layers import Grid, make_grid, to_codes_of
 from gs_kernels.runtime.dispatch import takes_cpu
 from gs_kernels.runtime.torch_private import is_eager
 
@@ -102,21 +103,34 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
         if ready is not None:
             return ready
         x = values(x)
-        codes = self._cpu_codes(x)
-        if codes is not None:
-            return codes
+        run = self._prepared(x) if may_return_int8(x) and takes_cpu(x) else None
+        if run is not None:
+            return run(x)
         codes = self.codes(x)
         return codes if codes.dtype == torch.int8 else (codes ^ 128).view(torch.int8)
 
-    def _cpu_codes(self, x: Tensor) -> Tensor | None:
-        """Quantizes floats on the CPU without the checks and copies of `quantize`; None where those are needed."""
+    def codes_like(self, x: Tensor, producers: tuple[StaticQuantizer, ...]) -> Callable[[Tensor], Tensor]:
+        """Returns `int8_codes` for inputs of the type, shape, strides and device of x, while the grid stays.
+
+        producers: other grids whose codes are those of this one.
+        """
+        if type(x) is QuantizedTensor:
+            return lambda x: x.codes if x.quantizer in producers else self.int8_codes(x)  # type: ignore[attr-defined]
+        run = None if type(x) is DeferredOutput or not takes_cpu(x) else self._prepared(x)
+        return self.int8_codes if run is None else run
+
+    def _prepared(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """Returns what quantizes floats like x on the CPU without the checks and copies of `quantize`.
+
+        None where those are needed.
+        """
         dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-        if not dense or x.dtype != torch.float32 or x.numel() == 0 or not (may_return_int8(x) and takes_cpu(x)):
+        if not dense or x.dtype != torch.float32 or x.numel() == 0:
             return None
         numbers = self.constants().numbers
         if numbers is None or not math.isfinite(numbers.of_floats[0]):  # the op says what is wrong
             return None
-        return to_codes(x, numbers.of_floats, numbers.moved)
+        return to_codes_of(x.numel(), numbers.of_floats, numbers.moved)
 
     def signed_zero(self) -> Tensor:
         if self.scheme.format.signed:

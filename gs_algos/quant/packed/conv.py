@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from gs_algos.quant.integer.prepared_call import PreparedConv, cached, kind_of
 from gs_algos.quant.integer.quantized_tensor import values
 from gs_algos.quant.packed.conv_base import Convolution
 from gs_algos.quant.packed.module import Packed, PackedFormat, autocast_dtype
 from gs_kernels import PackedWeight
+from gs_kernels.for_layers import prepared_qconv2d
 
 
 class PackedConv(Convolution):
@@ -57,12 +59,32 @@ class PackedConv(Convolution):
         offset = torch.empty(format.shape[0], dtype=dtype, device=device) if bias else None
         return cls(format.empty(device), geometry, filter, offset, dtype)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def unprepared(self, input: Tensor) -> Tensor:
         dtype = autocast_dtype(input)
-        return super().forward(input if dtype is None else input.to(dtype))
+        return super().unprepared(input if dtype is None else input.to(dtype))
 
     def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-        return self.convolve(values(x), self.bias, values(residual), activation)
+        added = values(residual)
+        ready = self.prepared_call(x, activation, None if residual is None else residual.dtype)
+        return self.convolve(values(x), self.bias, added, activation) if ready is None else ready(x, added)
+
+    def prepared_call(self, x: Tensor, activation: str, residual: torch.dtype | None = None) -> PreparedConv | None:
+        kind, bias = kind_of(x), self.bias
+        if kind is None or (bias is not None and bias.requires_grad and torch.is_grad_enabled()):
+            return None
+        owner = () if self.owner is self else (self.owner,)
+        key = (kind, activation, residual, self.channels_last, bias)
+        ready: PreparedConv | None = cached(self, key, owner, lambda: self._prepare(x, activation, residual))
+        return ready
+
+    def _prepare(self, x: Tensor, activation: str, residual: torch.dtype | None) -> PreparedConv | None:
+        if x.dim() != 4 or x.numel() == 0 or not self.may_prepare or self.refusals():
+            return None
+        like, geometry = torch.empty_like(values(x)), self.geometry_for(x)[1]
+        convolution = prepared_qconv2d(like, self.packed, self.bias, **geometry, activation=activation)
+        if convolution is None:
+            return None
+        return PreparedConv(convolution.at(x.shape, residual), values, None, None, None, self._like(x))
 
     def extra_repr(self) -> str:
         return f"{(self.shape[0], *self.filter)}, stride={self.geometry['stride']}, {super().extra_repr()}"

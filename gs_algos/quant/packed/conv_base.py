@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import Self
 
+from gs_algos.quant.integer.prepared_call import PreparedConv
 from gs_algos.quant.integer.quantized_tensor import DeferredOutput, Like, QuantizedTensor, may_return_int8
 from gs_algos.quant.memory_format import CHANNELS_LAST, laid, strides_in, suggested
 from gs_algos.quant.packed.module import Packed
@@ -85,6 +86,19 @@ class Convolution(Packed):
         return f"{path} + {fused}" if fused else path
 
     def forward(self, input: Tensor) -> Tensor:
+        ready = self.prepared_call(input, self.activation)
+        if ready is None:
+            return self.unprepared(input)
+        if self.defers_add:
+            return DeferredOutput(_DeferredConv(self, input), ready.like)
+        y = ready(input)
+        if ready.grid is not None:
+            return QuantizedTensor(y, ready.grid, input.dtype, ready.like[1])
+        as_it_lies = self.output_as_it_lies and type(y) is Tensor
+        return DeferredOutput.of(y, ready.like[1]) if as_it_lies else laid(y, ready.like[1])
+
+    def unprepared(self, input: Tensor) -> Tensor:
+        """Computes `forward` where nothing is prepared: under tracers and gradients, and in ways that cannot be."""
         if self.defers_add and self._can_defer(input):
             return DeferredOutput(_DeferredConv(self, input), self._like(input))
         y = self.run(input, None, self.activation)
@@ -96,6 +110,15 @@ class Convolution(Packed):
             if isinstance(y, QuantizedTensor)
             else laid(y, strides)
         )
+
+    def prepared_call(self, x: Tensor, activation: str, residual: torch.dtype | None = None) -> PreparedConv | None:
+        """Returns the prepared call for images like x, and residuals of this dtype; None if there is none."""
+        raise AssertionError("every convolution prepares calls")
+
+    @property
+    def may_prepare(self) -> bool:
+        """Says whether calls with images `[B, C, H, W]` can be prepared."""
+        return len(self.filter) == 3 and self.geometry["padding_mode"] == "zeros"
 
     def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         """Computes the layer with its epilogue: `act(conv(x) + residual)`."""
@@ -129,9 +152,7 @@ class Convolution(Packed):
         return self.like_input(qconv2d(image, self.packed, bias, **geometry, **epilogue), x)
 
     def _can_defer(self, x: Tensor) -> bool:
-        return (
-            len(self.filter) == 3 and x.dim() == 4 and self.geometry["padding_mode"] == "zeros" and may_return_int8(x)
-        )
+        return self.may_prepare and x.dim() == 4 and may_return_int8(x)
 
     def strides(self, x: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
         """Returns the strides that the float layer's result for x has, for a result of this shape."""

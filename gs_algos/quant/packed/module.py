@@ -18,6 +18,7 @@ from typing_extensions import Self
 from gs_algos.core.tensor_rules import FINITE, NOT_NEGATIVE, NOT_ZERO, POSITIVE, Must, Rules
 from gs_algos.quant.fast_path import OffFastPath
 from gs_algos.quant.fixed_dtype import FixedDtypeBuffers
+from gs_algos.quant.integer.prepared_call import PREPARED
 from gs_kernels import PackedWeight, dequantize_packed, pack_codes, repack, unpack_codes
 from gs_kernels.pack.layouts import CANONICAL, PLANAR, codes_shape
 
@@ -232,11 +233,12 @@ class Packed(FixedDtypeBuffers, OffFastPath):
             self.codes = repack(self.packed, wanted).codes
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves the cached weight out of copies and files, which have its tensors."""
-        return {key: value for key, value in self.__dict__.items() if key != "_packed_cache"}
+        """Leaves what is made of its tensors out of copies and files, which make their own."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("_packed_cache", PREPARED)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.__dict__["_packed_cache"] = None  # whose tensors would outlive a move to another device
+        for key in ("_packed_cache", PREPARED):  # whose tensors would outlive a move to another device
+            self.__dict__.pop(key, None)
         device = None if self.codes is None else self.codes.device
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
         super()._apply(fn, recurse)
@@ -274,7 +276,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Returns the dtype that autocast multiplies x in; None if it is off, or the device has none (meta)."""
     kind = x.device.type
     # Dynamo of PyTorch 2.11 cannot trace the question whether a device has autocast: those it compiles for do
-    exists = kind != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind))
+    exists = kind in ("cpu", "cuda") or (
+        kind != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind))
+    )
     return torch.get_autocast_dtype(kind) if exists and torch.is_autocast_enabled(kind) else None
 
 

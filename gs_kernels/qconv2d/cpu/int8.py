@@ -16,6 +16,7 @@ not run or does not have the activation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -28,6 +29,7 @@ from gs_kernels.pack.derived import UnsuitableError, derived
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import codes_of
 from gs_kernels.qconv2d.cpu.direct_int8 import (
+    ConvolvesImages,
     Dense,
     Depthwise,
     Int8Epilogue,
@@ -119,11 +121,11 @@ def qconv2d_int8_cpu(
             run = Int8Convolution(weight, geometry, x_scale, x_zero, bias, requant[3:], activation, dtype, keep)
         except UnsuitableError:
             return convolve_int8_ref(x, x_scale, x_zero, weight, bias, requant, geometry, activation, dtype)
-        return run(x, requant[:3])
+        return run.at(x.shape, None if residual is None else residual.dtype)(x, *requant[:3])
 
 
 class Int8Convolution:
-    """Computes `qconv2d_int8` on a CPU for one layer: what depends on neither image nor residual is prepared once.
+    """Prepares `qconv2d_int8` on a CPU: everything but image and residual is fixed; `at` fixes their shape too.
 
     Args:
         out: inverse scale of the result's codes, whole part and fraction of their zero point (`requant_params`).
@@ -165,16 +167,20 @@ class Int8Convolution:
         self.packs: dict[tuple[int, ...], Tensor] = {}  # the weight as oneDNN wants it, by the shape of x
         self.calls = 0
 
-    def __call__(self, x: Tensor, residual: tuple[Tensor | None, Tensor | None, Tensor | None]) -> Tensor:
-        """Returns y `[B, O, P, Q]`; `residual` holds the residual, its scale and its zero point."""
+    def at(self, shape: Sequence[int], residual: torch.dtype | None = None) -> ConvolvesImages:
+        """Returns the function of images of one shape and a residual of one dtype, or none; see `ConvolvesImages`."""
+        b, (p, q) = shape[0], self.geometry.output(*shape[2:])
+        if self.depthwise is not None and residual is None:
+            return self.depthwise.at(*shape)
+        return self.dense.at(*shape) if self._prefers_dense(b * p * q, residual) else self._by_rows
+
+    def _by_rows(
+        self, x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None, zero: Tensor | None = None
+    ) -> Tensor:
+        """Convolves images of any shape through their sums, some images at a time."""
         self.calls += 1
-        if self.depthwise is not None and residual[0] is None:
-            return self.depthwise(x).permute(0, 3, 1, 2)
         b, (p, q) = x.shape[0], self.geometry.output(*x.shape[2:])
-        if self._prefers_dense(b * p * q, residual[0]):
-            return self.dense(x, *residual)
-        added, grid = residual[0], residual[1:]
-        added = None if added is None else added.permute(0, 2, 3, 1).reshape(-1, self.n)
+        added, grid = None if residual is None else residual.permute(0, 2, 3, 1).reshape(-1, self.n), (scale, zero)
         direct = self.chunks is not None or prefers_onednn(self.int8_weight, self.weight, self.geometry, b * p * q)
         step = max(1, COPIED // max(1, p * q * (4 * self.n if direct else self.k * self.geometry.groups + 4 * self.n)))
         if 0 < b <= step:
@@ -187,7 +193,7 @@ class Int8Convolution:
             place.copy_(self._rows(x[first : first + step], (part, *grid), direct).view(place.shape))
         return y
 
-    def _prefers_dense(self, pixels: int, residual: Tensor | None) -> bool:
+    def _prefers_dense(self, pixels: int, residual: torch.dtype | None) -> bool:
         few = not multiplies_int8() or pixels * self.n * self.k <= DENSE_UP_TO
         return self.has_dense and few and pixels > 0 and self.epilogue is not None and self.epilogue.accepts(residual)
 
@@ -210,7 +216,7 @@ class Int8Convolution:
                 y = self._by_groups(patches)
                 return int8_epilogue(y, self.x_scale, self.bias, requant, self.activation, self.dtype)
             sums = _multiply(patches, self.int8_weight.codes)
-        if self.epilogue is not None and self.epilogue.accepts(residual[0]):
+        if self.epilogue is not None and self.epilogue.accepts(None if residual[0] is None else residual[0].dtype):
             return self.epilogue(sums, *residual)
         fixed = (self.x_scale, self.bias, self.activation, self.dtype, *requant)
         args = (sums, self.int8_weight.twice, self.offsets[direct], self.scale, *fixed)

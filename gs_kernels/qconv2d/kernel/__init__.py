@@ -13,6 +13,7 @@ from gs_kernels.qconv2d.tiles import choose_plan
 from gs_kernels.qmatmul.kernel import device_of
 from gs_kernels.qmatmul.kernel.dequantize import dequantize
 from gs_kernels.qmatmul.ref import code_sums_ref
+from gs_kernels.runtime.bound_calls import fresh
 from gs_kernels.triton_epilogue import can_split
 
 NOTHING = (None, None, None, None)
@@ -24,7 +25,7 @@ def qconv2d_triton(
 ) -> Tensor:
     n, k = weight.shape
     asm, sm, sm_count = device_of(x)
-    y = empty_image(x, n, geometry, x.dtype)
+    y = fresh(empty_image(x, n, geometry, x.dtype))
     m = y.shape[0] * y.shape[2] * y.shape[3]
     if m == 0:
         return y
@@ -54,7 +55,7 @@ def qconv2d_int8_triton(
 ) -> Tensor:
     n, k = weight.shape
     requant = (residual, residual_scale, residual_zero, out_scale, out_zero)
-    y = empty_image(x, n, geometry, dtype if out_scale is None else torch.int8)
+    y = fresh(empty_image(x, n, geometry, dtype if out_scale is None else torch.int8))
     m = y.shape[0] * y.shape[2] * y.shape[3]
     if m == 0:
         return y

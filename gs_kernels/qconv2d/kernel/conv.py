@@ -11,6 +11,7 @@ from gs_kernels.qconv2d.geometry import ConvGeometry
 from gs_kernels.qconv2d.kernel.im2col import load_im2col, place_tile, taps_inside
 from gs_kernels.qmatmul.kernel.dequantize import grouping, kernel_tensors
 from gs_kernels.qmatmul.tiles import Plan
+from gs_kernels.runtime.bound_calls import fresh
 from gs_kernels.runtime.dispatch import launch
 from gs_kernels.triton_epilogue import epilogue, in_units, reduce_partials, strides_of, unit_of
 
@@ -98,7 +99,7 @@ def convolve(
     b, o, p, q = y.shape
     m, og = b * p * q, o // geometry.groups
     split = plan.partials(-(-k // 128))
-    sums = y if split == 1 else x.new_empty(split, m, o, dtype=torch.float32)
+    sums = y if split == 1 else fresh(x.new_empty(split, m, o, dtype=torch.float32))
     tiles = -(-m // plan.block_m) * geometry.groups * -(-og // plan.block_n)
     launch(
         _qconv2d_kernel, (tiles, split),

@@ -12,6 +12,7 @@ from gs_kernels.qconv2d.kernel.conv import geometry_flags
 from gs_kernels.qconv2d.kernel.im2col import load_im2col, place_tile, taps_inside
 from gs_kernels.qmatmul.kernel.dequantize import grouping, kernel_tensors
 from gs_kernels.qmatmul.tiles import Plan
+from gs_kernels.runtime.bound_calls import fresh, keep
 from gs_kernels.runtime.dispatch import launch
 from gs_kernels.triton_epilogue import (
     epilogue,
@@ -119,6 +120,11 @@ def _qconv2d_int8_kernel(
         tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+def _pixel_of_zeros(x_zero: Tensor) -> Tensor:
+    """Makes the codes of 128 channels of a pixel outside the image."""
+    return x_zero.expand(128).to(torch.int8, memory_format=torch.contiguous_format)
+
+
 def convolve_int8(
     y: Tensor, x: Tensor, x_scale: Tensor, x_zero: Tensor | None, code_sums: Tensor | None,
     weight: PackedWeight, bias: Tensor | None, requant: tuple[Tensor | None, ...],
@@ -133,11 +139,11 @@ def convolve_int8(
     b, o, p, q = y.shape
     m, og = b * p * q, o // geometry.groups
     split = plan.partials(-(-k // 128))
-    sums = y if split == 1 else x.new_empty(split, m, o, dtype=torch.int32)
+    sums = y if split == 1 else fresh(x.new_empty(split, m, o, dtype=torch.int32))
     tiles = -(-m // plan.block_m) * geometry.groups * -(-og // plan.block_n)
     outside = None
     if x_zero is not None and any(geometry.sides):
-        outside = x_zero.expand(128).to(torch.int8, memory_format=torch.contiguous_format)
+        outside = keep(_pixel_of_zeros, x_zero)
     launch(
         _qconv2d_int8_kernel, (tiles, split),
         sums, x, x_scale, x_zero, outside, code_sums, codes, scale, zero_points, bias, *requant,

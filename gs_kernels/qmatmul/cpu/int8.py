@@ -8,23 +8,28 @@ numbers in fp32, in stretches of K so short that fp32 holds all their sums.
 from __future__ import annotations
 
 import logging
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.pack.derived import UnsuitableError, derived
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import codes_of
 from gs_kernels.qmatmul.cpu.float import dequantized, epilogue, rows_of, without_autocast
 from gs_kernels.qmatmul.cpu.interleaved import LANES, InterleavedWeight, interleaved
-from gs_kernels.qmatmul.cpu.interleaved_product import OFFSET, add, int_dot, kernels
+from gs_kernels.qmatmul.cpu.interleaved_product import OFFSET, add, int_dot_of, kernels
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref
 from gs_kernels.runtime.instructions import multiplies_int8
 from gs_kernels.runtime.torch_private import int_mm
 
 logger = logging.getLogger(__name__)
+
+MultipliesRows: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # int8 rows and their scale to `[..., N]`
 
 # measured, 4096 x 4096: above, blocks and ATen's products take less time, where it has instructions for int8, and not
 FEW_ROWS = {True: 16, False: 256}
@@ -44,11 +49,12 @@ def qmatmul_int8_cpu(
     activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    return Int8Product(weight, bias, x_zero, activation, dtype)(x, x_scale)
+    with without_autocast():
+        return Int8Product(weight, bias, x_zero, activation, dtype).at(x.shape)(x, x_scale)
 
 
 class Int8Product:
-    """Computes `qmatmul_int8` on a CPU with everything fixed but x and its scale, which is prepared once.
+    """Prepares `qmatmul_int8` on a CPU: everything but x and its scale is fixed; `at` fixes their shape too.
 
     Where C++ does not run, or sums might overflow, it computes as the reference does.
     """
@@ -71,23 +77,36 @@ class Int8Product:
             logger.debug("qmatmul_int8 runs as its reference: %s", error)
             return None
 
-    def __call__(self, x: Tensor, x_scale: Tensor) -> Tensor:
-        """Multiplies x with the weight; x and x_scale as `qmatmul_int8` takes them."""
-        with without_autocast():
-            if self.interleaved is None or x.numel() == 0:
-                options: dict[str, Any] = {"x_zero": self.x_zero, "activation": self.activation, "dtype": self.dtype}
-                return qmatmul_int8_ref(x, x_scale, self.weight, self.bias, **options)
-            y = self._product(x, self.interleaved)
+    def at(self, shape: Sequence[int]) -> MultipliesRows:
+        """Returns the function of rows of one shape, `[..., K]`, and of their scale, as `qmatmul_int8` has them."""
+        weight, (n, k) = self.interleaved, self.weight.shape
+        m = math.prod(shape[:-1])
+        if weight is None or m == 0:
+            return self._as_reference
+        if not (m * k * n <= FEW_PRODUCTS or m <= FEW_ROWS[multiplies_int8()]):
+            return self._by_blocks
+        one, size, shift = self.weight.scale.shape[1] == 1, (*shape[:-1], n), self.shift
+        multiply, bias, dtype = int_dot_of(m, weight, one), self.bias, self.dtype
+        activate = None if self.activation == "none" else ACTIVATIONS[self.activation].function
+
+        def product(x: Tensor, x_scale: Tensor) -> Tensor:
+            rows = x.reshape(m, k).to(torch.int16)
+            y = multiply(rows - shift if shift else rows)[:, :n]
+            y = y * (x_scale if x_scale.numel() == 1 else x_scale.reshape(-1, 1))
+            y = y if bias is None else y + bias.float()
+            return (y if activate is None else activate(y)).to(dtype).contiguous().view(size)
+
+        return product
+
+    def _as_reference(self, x: Tensor, x_scale: Tensor) -> Tensor:
+        options: dict[str, Any] = {"x_zero": self.x_zero, "activation": self.activation, "dtype": self.dtype}
+        return qmatmul_int8_ref(x, x_scale, self.weight, self.bias, **options)
+
+    def _by_blocks(self, x: Tensor, x_scale: Tensor) -> Tensor:
+        assert self.interleaved is not None
+        y = _by_blocks(rows_of(x, torch.int8), self.shift, self.weight, self.interleaved)
         y = y * (x_scale if x_scale.numel() == 1 else x_scale.reshape(-1, 1))
         return epilogue(y, self.bias, self.activation, self.dtype).view(*x.shape[:-1], self.weight.shape[0])
-
-    def _product(self, x: Tensor, interleaved_weight: InterleavedWeight) -> Tensor:
-        """Multiplies the codes of x, less their zero point, with the weight; returns fp32 `[M, N]`."""
-        n, k = self.weight.shape
-        if x.numel() * n <= FEW_PRODUCTS or x.numel() // k <= FEW_ROWS[multiplies_int8()]:
-            rows, one = rows_of(x, torch.int16), self.weight.scale.shape[1] == 1
-            return int_dot(rows - self.shift if self.shift else rows, interleaved_weight, one)[:, :n]
-        return _by_blocks(rows_of(x, torch.int8), self.shift, self.weight, interleaved_weight)
 
 
 def whole_zero(who: str, x_zero: Tensor | None, must: str = "a whole number") -> int:

@@ -6,6 +6,7 @@ It takes `codes [B, G, S, bits * 16]`, `grid [B, G, 32]` and the steps of x, `[M
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -57,20 +58,28 @@ def dot(x: Tensor, weight: InterleavedWeight, functions: Any = None) -> Tensor:
     return y
 
 
-def int_dot(x: Tensor, weight: InterleavedWeight, one: bool, functions: Any = None) -> Tensor:
-    """Multiplies int16 x `[M, K]` with the weight, summed as integers within each group; returns fp32 `[M, 16 * B]`.
+def int_dot_of(m: int, weight: InterleavedWeight, one: bool, functions: Any = None) -> Callable[[Tensor], Tensor]:
+    """Returns the function that multiplies int16 x `[m, K]` with the weight to fp32 `[m, 16 * B]`.
 
-    one: there is one scale a row, so that all is summed before it is scaled.
+    Products are summed as integers within each group; one: there is one scale a row, so that all is summed before it is
+    scaled.
 
     Raises:
         UnsuitableError: if the C++ does not run here.
     """
-    functions = _functions() if functions is None else functions
-    steps, y = weight.steps(x).contiguous(), _result(x, weight)
-    x_sums = steps.sum((2, 3), dtype=torch.int32)  # [M, G]
-    pointers = steps.data_ptr(), x.shape[0], x_sums.data_ptr()
-    functions.interleaved_int_dot(*pointers, *_arguments(weight), one, y.data_ptr(), _threads(y, steps))
-    return y
+    run = (_functions() if functions is None else functions).interleaved_int_dot
+    like, arguments = torch.empty(m, weight.codes.shape[0] * LANES), _arguments(weight)
+    parallel = like.numel() * weight.width * weight.groups >= PARALLEL_FROM
+    like.untyped_storage().resize_(0)  # `torch.empty_like` takes half the time of `torch.empty`
+
+    def multiply(x: Tensor) -> Tensor:
+        steps, y = weight.steps(x).contiguous(), torch.empty_like(like)
+        x_sums = steps.sum((2, 3), dtype=torch.int32)  # [M, G]
+        threads = torch.get_num_threads() if parallel else 1
+        run(steps.data_ptr(), m, x_sums.data_ptr(), *arguments, one, y.data_ptr(), threads)
+        return y
+
+    return multiply
 
 
 def unpack(codes: Tensor, grid: Tensor, bits: int, out: Tensor, as_codes: bool = False) -> None:
@@ -146,7 +155,7 @@ def _self_test_of(functions: Any, bits: int) -> bool:
     _add(functions, y, sums, x.sum(1, dtype=torch.int32), grid[:, 1], bits)
     return (
         torch.equal(dot(x.float(), interleaved, functions), want)
-        and all(torch.equal(int_dot(x.short(), interleaved, one, functions), want) for one in (False, True))
+        and all(torch.equal(int_dot_of(7, interleaved, one, functions)(x.short()), want) for one in (False, True))
         and all(torch.equal(block.float(), weight) for block in blocks[:2])
         and torch.equal(blocks[2].float(), centered)
         and torch.equal(in_fp32, centered)

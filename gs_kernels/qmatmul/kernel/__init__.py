@@ -1,6 +1,6 @@
 """Launches products with packed weights, under the names that the ops look for."""
 
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,14 +13,12 @@ from gs_kernels.qmatmul.kernel.matmul import multiply
 from gs_kernels.qmatmul.kernel.quantize_rows import quantize
 from gs_kernels.qmatmul.ref import code_sums_ref
 from gs_kernels.qmatmul.tiles import choose_int8_plan, choose_plan
+from gs_kernels.runtime.bound_calls import fresh
 from gs_kernels.runtime.device import capabilities
 from gs_kernels.runtime.dispatch import INTERPRET
 from gs_kernels.runtime.torch_private import is_eager
 
 MAX_STRIDE = 1 << 22  # offsets inside a tile of x are 32-bit
-
-
-_known_plan = lru_cache(maxsize=4096)(choose_plan)
 
 
 @cache
@@ -50,9 +48,7 @@ def rows_of(x: Tensor) -> Tensor:
 def qmatmul_triton(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str) -> Tensor:
     rows, (n, k) = rows_of(x), weight.shape
     asm, sm, sm_count = device_of(x)
-    # sizes that are symbols cannot be hashed
-    find = _known_plan if is_eager(x) else choose_plan
-    plan = find(
+    plan = choose_plan(
         rows.shape[0], n, k, weight.bits,
         x_bits=8 * x.itemsize, levels=weight.levels is not None, sm=sm, sm_count=sm_count,
     )
@@ -104,7 +100,7 @@ def qmatmul_fp8_triton(x: Tensor, weight: PackedWeight, bias: Tensor | None, act
         return x.new_empty(*x.shape[:-1], n)
     asm, _, sm_count = device_of(x)
     plan = choose_int8_plan(m, n, k, grouping(k, weight.group_size), sm_count=sm_count)
-    sums = x.new_empty(-(-k // 128), m, dtype=torch.float32)
+    sums = fresh(x.new_empty(-(-k // 128), m, dtype=torch.float32))
     x8, x_scale = quantize(rows, torch.float8_e4m3fn, sums)
     y = multiply_int8(x8, x_scale, sums, None, weight, bias, activation, x.dtype, plan, asm)
     return y.view(*x.shape[:-1], n)

@@ -8,6 +8,7 @@ from torch import Tensor
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.schema import Tensors, tensors_of
 from gs_kernels.pack.triton_unpack import dequantize_block
+from gs_kernels.runtime.bound_calls import fresh
 from gs_kernels.runtime.dispatch import launch
 
 BLOCK_N = 32
@@ -61,7 +62,7 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Gives the real values `[N, K]` of a weight, in dtype."""
     codes, scale, zero_points, zero, levels = kernel_tensors(weight)
     n, k = weight.shape
-    w = codes.new_empty(n, k, dtype=dtype)
+    w = fresh(codes.new_empty(n, k, dtype=dtype))
     launch(
         _dequantize_kernel, (-(-k // 128), -(-n // BLOCK_N)),
         w, codes, scale, zero_points, levels, n, k, scale.shape[1], *scale.stride(),

@@ -9,6 +9,7 @@ from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.triton_unpack import code_block, code_factor, code_middle, load_grid
 from gs_kernels.qmatmul.kernel.dequantize import grouping, kernel_tensors
 from gs_kernels.qmatmul.tiles import Plan
+from gs_kernels.runtime.bound_calls import fresh
 from gs_kernels.runtime.dispatch import launch
 from gs_kernels.triton_epilogue import can_split, epilogue, is_whole, real_sums, reduce_partials, twice
 
@@ -162,10 +163,12 @@ def multiply_int8(
     codes, scale, zero_points, zero, _ = kernel_tensors(weight)
     (n, k), m = weight.shape, x.shape[0]
     blocks, group = -(-k // 128), 0 if scale.shape[1] == 1 else grouping(k, weight.group_size)
-    y = x.new_empty(m, n, dtype=dtype)
+    y = fresh(x.new_empty(m, n, dtype=dtype))
     whole = x.dtype == torch.int8 and sums_fit(weight, x_zero is not None)
     split = plan.partials(blocks) if not whole or can_split(weight) else 1
-    sums = y if split == 1 else x.new_empty(split, m, n, dtype=torch.int32 if whole else torch.float32)
+    sums = y
+    if split > 1:
+        sums = fresh(x.new_empty(split, m, n, dtype=torch.int32 if whole else torch.float32))
     x_grid = (None, None) if x_zero is None else x_zero
     stride_xs = 1 if x_scale.shape[0] == m else 0
     tiles = -(-m // plan.block_m) * -(-n // plan.block_n)

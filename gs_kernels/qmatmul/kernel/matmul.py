@@ -9,6 +9,7 @@ from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.triton_unpack import dequantize_block, weight_unit
 from gs_kernels.qmatmul.kernel.dequantize import grouping, kernel_tensors
 from gs_kernels.qmatmul.tiles import Plan
+from gs_kernels.runtime.bound_calls import fresh
 from gs_kernels.runtime.dispatch import launch
 from gs_kernels.triton_epilogue import epilogue, reduce_partials
 
@@ -93,9 +94,9 @@ def multiply(
     codes, scale, zero_points, zero, levels = kernel_tensors(weight)
     n, k = weight.shape
     group, m, blocks = grouping(k, weight.group_size), x.shape[0], -(-k // 128)
-    y = x.new_empty(m, n)
+    y = fresh(x.new_empty(m, n))
     split = plan.partials(blocks)
-    sums = y if split == 1 else x.new_empty(split, m, n, dtype=torch.float32)
+    sums = y if split == 1 else fresh(x.new_empty(split, m, n, dtype=torch.float32))
     tiles = -(-m // plan.block_m) * -(-n // plan.block_n)
     launch(
         _qmatmul_kernel, (tiles, split),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gs_kernels.qmatmul.ref import FP8_MAX, LEVELS
 from gs_kernels.qmatmul.tiles import rows_tile
+from gs_kernels.runtime.bound_calls import fresh
 from gs_kernels.runtime.dispatch import launch
 from gs_kernels.triton_lib import SCALE_FLOOR, clamp, inverse, qparams, reduce_range, steps
 
@@ -90,8 +91,8 @@ def _quantize_rows_kernel(
 def quantize(x: Tensor, dtype: torch.dtype, sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Returns codes `[M, K]` and scales `[M]` of x `[M, K]`, contiguous along K; sums of codes to `sums`, if given."""
     m, k = x.shape
-    codes = x.new_empty(m, k, dtype=dtype)
-    scale = x.new_empty(m, dtype=torch.float32)
+    codes = fresh(x.new_empty(m, k, dtype=dtype))
+    scale = fresh(x.new_empty(m, dtype=torch.float32))
     block_m, block_k, warps = rows_tile(m, k)
     launch(
         _quantize_rows_kernel, (-(-m // block_m),), codes, scale, sums, x, m, k, x.stride(0),

@@ -114,7 +114,7 @@ def test_a_streaming_kernel_is_read_right_on_every_target(target):
     assert kernel.kernel == "_double_kernel" and kernel.target == target
     assert kernel.loads == kernel.stores == {access: 1}
     assert 0 < kernel.registers <= 32 and not kernel.spills and not kernel.shared_bytes
-    assert kernel.occupancy.warps == (64 if target.startswith("sm_") else 32)
+    assert kernel.occupancy.warps == {"sm_89": 48, "sm_120": 48, "gfx942": 32}.get(target, 64)
     assert aot.check(kernel, DOUBLE) == []
 
 
@@ -222,7 +222,9 @@ def test_a_case_that_launches_nothing_is_an_error():
 
 def test_an_unknown_target_is_named_with_the_known_ones():
     with (
-        pytest.raises(ValueError, match="target must be one of sm_80, sm_90, sm_100, gfx942, got 'sm_35'"),
+        pytest.raises(
+            ValueError, match="target must be one of sm_80, sm_89, sm_90, sm_100, sm_120, gfx942, got 'sm_35'"
+        ),
         aot.compile_launches("sm_35"),
     ):
         pass

@@ -1,0 +1,449 @@
+"""Adds: launches of a bound call are those of the long way, whatever happened in between; without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import pickle
+import random
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gs_algos.quant.packed import module
+from gs_algos.quant.packed.linear import PackedLinear
+from gs_kernels import (
+    PerChannel,
+    PerGroup,
+    code_sums,
+    fake_quant,
+    pack_weight,
+    qconv2d,
+    qconv2d_int8,
+    qmatmul,
+    qmatmul_int8,
+    quantize_rows,
+)
+from gs_kernels.runtime import bound_calls, device, torch_op, triton_private
+from gs_kernels.runtime.device import Capabilities
+from gs_kernels.runtime.dispatch import INTERPRET
+from gs_kernels.tuning import tables
+from tests.kernels.traces import traced_launches
+
+pytest.importorskip("triton", reason="Triton is not installed: there are no kernels")
+if INTERPRET:
+    pytest.skip("the interpreter launches nothing", allow_module_level=True)
+from gs_kernels.qconv2d.kernel import int8
+
+
+class Gpu:
+    """Two GPUs, as far as Triton's JIT and gs_kernels ask: kernels are specialized, not compiled, and launch nothing.
+
+    launches: (kernel, what it was specialized by, GPU, grid, stream, arguments) of each.
+    """
+
+    def __init__(self) -> None:
+        self.launches: list[tuple] = []
+        self.present, self.stream, self.capturing = 0, 0, False
+        self.first: set[int] | None = None  # addresses of memory on the first GPU, if not all is
+
+    def index_of(self, t: torch.Tensor) -> int:
+        return int(self.first is not None and t.untyped_storage().data_ptr() not in self.first)
+
+    @contextlib.contextmanager
+    def on(self, index):
+        before, self.present = self.present, int(getattr(index, "index", index) or 0)
+        try:
+            yield
+        finally:
+            self.present = before
+
+    def run(self, call, *, long_way: bool = False):
+        """The launches of a call; operands are compared by address, what the call allocates by its size."""
+        self.launches.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            if long_way:
+                patch.setattr(torch_op, "launches_directly", lambda: False)
+            call()
+        return list(self.launches)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import CompiledKernel
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    gpu = Gpu()
+
+    class Kernel(CompiledKernel):
+        def __init__(self, fn, key):
+            self.module, self.function, self.packed_metadata, self.name = 1, (fn.__name__, key), (), fn.__name__
+            self.src, self._module_pid = None, None
+            self.index = gpu.present
+            self._run = self.launch
+
+        def launch(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
+            if enter is not None and enter.calls:
+                enter(launch_metadata)
+            assert gpu.present == self.index  # a kernel is loaded into the context of one GPU
+            shown = [(a.dtype, a.data_ptr() if keep(a) else a.numel()) if torch.is_tensor(a) else a for a in args]
+            gpu.launches.append((*self.function, self.index, (x, y, z), stream, shown))
+
+        def __del__(self):
+            pass
+
+    def compile_nothing(self, key, signature, device, constexprs, options, attrs, warmup):
+        kernel = self.device_caches[device][0][key] = Kernel(self, key)
+        return kernel
+
+    gpu.kept = set()
+    keep = lambda t: t.untyped_storage().data_ptr() in gpu.kept  # noqa: E731
+    name = object()  # of our own in the caches of kernels
+    stub = SimpleNamespace(
+        get_current_device=lambda: (name, gpu.present),
+        get_current_stream=lambda index: gpu.stream,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+    monkeypatch.setattr(driver, "_active", stub)
+    monkeypatch.setattr(JITFunction, "_do_compile", compile_nothing)
+    monkeypatch.setattr(device, "on_gpu", torch.Tensor.is_cpu.__get__)
+    monkeypatch.setattr(device, "index_of", gpu.index_of)
+    monkeypatch.setattr(device, "current_index", lambda: gpu.present)
+    monkeypatch.setattr(device, "capabilities", lambda index=0: Capabilities("NVIDIA H200", 90, 232448, 132))
+    monkeypatch.setattr(device, "capturing", lambda: gpu.capturing)
+    monkeypatch.setattr(torch.cuda, "device", gpu.on)
+    monkeypatch.setattr(module, "KERNEL_DEVICES", ("cpu",))
+    bound_calls.forget()
+    yield gpu
+    bound_calls.forget()
+
+
+def kept(gpu, *tensors):
+    gpu.kept |= {t.untyped_storage().data_ptr() for t in tensors if t is not None}
+    return tensors if len(tensors) > 1 else tensors[0]
+
+
+def weight(n=64, k=256, group=128, *, bits=4, dtype=torch.bfloat16, points=False):
+    codes = torch.arange(n * k, dtype=torch.int32).view(n, k).remainder(1 << bits).to(torch.uint8)
+    scale = torch.full((n, k // group), 0.5, dtype=dtype)
+    zero = torch.arange(scale.numel()).view(scale.shape).remainder(3).to(dtype) if points else float(1 << (bits - 1))
+    return pack_weight(codes, scale, zero, bits=bits, group_size=group, layout="planar")
+
+
+def rows(m, k, *, offset=0, step=0, dtype=torch.bfloat16):
+    """`[m, k]`, `offset` elements behind an address that is a multiple of 64, rows `step` elements further apart."""
+    return torch.ones(m * (k + step) + offset, dtype=dtype)[offset:].view(m, k + step)[:, :k]
+
+
+def _qmatmul(r):
+    dtype = r.choice((torch.bfloat16, torch.float16, torch.float32))
+    w = weight(r.choice((64, 17)), 256, r.choice((32, 128, 256)), bits=r.choice((2, 4)), points=r.random() < 0.5)
+    m = r.choice((1, 2, 16, 1 if dtype == torch.float32 else 17))  # more rows in fp32 are for cuBLAS
+    x = rows(m, 256, offset=r.choice((0, 1, 8)), step=r.choice((0, 1, 16)), dtype=dtype)
+    bias = r.choice((None, torch.ones(w.shape[0] + 1)[r.choice((0, 1)) :][: w.shape[0]]))
+    activation = r.choice(("none", "relu"))
+    return (x, w.codes, w.scale, bias), lambda: qmatmul(x, w, bias, activation=activation)
+
+
+def _int8(r):
+    w, m = weight(64, r.choice((128, 1024)), 128), r.choice((1, 3))
+    x = rows(m, w.shape[1], offset=r.choice((0, 1, 16)), dtype=torch.int8)
+    scale = torch.ones(r.choice((1, m)))
+    return (x, w.codes, w.scale, scale), lambda: qmatmul_int8(x, scale, w, dtype=torch.float16)
+
+
+def _quantize(r):
+    x = rows(r.choice((1, 5)), r.choice((16, 33)), offset=r.choice((0, 1, 8)), step=r.choice((0, 3)))
+    return (x,), lambda: quantize_rows(x)
+
+
+def _conv(r):
+    w, b = weight(64, 64 * 9, 64 * 9), r.choice((1, 2))
+    x = torch.ones(b, 64, 7, 7, dtype=torch.bfloat16)
+    x = x.to(memory_format=r.choice((torch.channels_last, torch.contiguous_format)))
+    residual = r.choice((None, torch.ones(b, 64, 7, 7)))
+    padding = r.choice((1, (1, 1), "same"))
+    return (x, w.codes, w.scale, residual), lambda: qconv2d(x, w, kernel_size=3, padding=padding, residual=residual)
+
+
+def _fake_quant(r):
+    x = rows(16, 64, offset=r.choice((0, 1)), step=r.choice((0, 2)), dtype=r.choice((torch.float32, torch.float16)))
+    granularity = r.choice((PerChannel(0), PerChannel(1), PerGroup(32)))
+    n = {PerChannel(0): 16, PerChannel(1): 64, PerGroup(32): 32}[granularity]
+    scale, zero, qmin = torch.ones(n), torch.zeros(n), r.choice((-8, 0))
+    return (x, scale, zero), lambda: fake_quant(x, scale, zero, qmin=qmin, qmax=7, granularity=granularity)
+
+
+@pytest.mark.parametrize("make", [_qmatmul, _int8, _quantize, _conv, _fake_quant])
+def test_a_bound_call_launches_what_the_long_way_does(gpu, make):
+    r = random.Random(0)
+    for _ in range(60):
+        operands, call = make(r)
+        gpu.kept = {t.untyped_storage().data_ptr() for t in operands if t is not None}
+        recorded, bound, want = gpu.run(call), gpu.run(call), gpu.run(call, long_way=True)
+        assert bound == recorded == want
+    assert all(bound_calls._calls.values())  # every form was
+
+
+def test_each_call_has_results_of_its_own(gpu):
+    x, w = rows(1, 256), weight()
+    a, b = qmatmul(x, w), qmatmul(x, w)
+    assert a.data_ptr() != b.data_ptr()
+    assert (b.shape, b.dtype, b.is_contiguous()) == ((1, 64), torch.bfloat16, True)
+
+
+def test_a_result_has_the_axes_of_the_long_way(gpu):
+    x, w = torch.ones(2, 3, 256), weight()
+    qmatmul(x, w)
+    assert qmatmul(x, w).shape == (2, 3, 64)
+    image = torch.ones(2, 64, 7, 7)
+    first, second = (qconv2d(image, weight(64, 64, 64), kernel_size=1) for _ in range(2))
+    assert second.shape == first.shape and second.stride() == first.stride()
+
+
+def test_two_results_come_as_two(gpu):
+    first, second = quantize_rows(rows(3, 64)), quantize_rows(rows(3, 64))
+    assert [(t.shape, t.dtype) for t in second] == [(t.shape, t.dtype) for t in first]
+
+
+def test_a_bound_call_launches_into_the_stream_of_now(gpu):
+    x, w = rows(1, 256), weight()
+    qmatmul(x, w)
+    gpu.stream = 7
+    assert {launch[4] for launch in gpu.run(lambda: qmatmul(x, w))} == {7}
+
+
+def test_a_call_on_another_gpu_is_bound_apart_and_launched_there(gpu):
+    x, w = rows(1, 256), weight()
+    for first, index in ((None, 0), (set(), 1), (None, 0), (set(), 1)):
+        gpu.first = first
+        assert {launch[2] for launch in gpu.run(lambda: qmatmul(x, w))} == {index}
+        assert gpu.present == 0
+    assert [call.index for call in bound_calls._calls.values()] == [0, 1]
+
+
+def test_hooks_that_are_set_later_are_called(gpu):
+    from triton import knobs
+
+    x, w, seen = rows(1, 256), weight(), []
+    qmatmul(x, w)
+    hook = seen.append
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        launches = gpu.run(lambda: qmatmul(x, w))
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert [metadata.get()["name"] for metadata in seen] == [launch[0] for launch in launches]
+
+
+def test_a_setting_that_changes_what_is_compiled_is_seen(gpu, monkeypatch):
+    from triton import knobs
+
+    x, w = rows(1, 256), weight()
+    qmatmul(x, w)
+    monkeypatch.setattr(knobs.runtime, "debug", True)
+    assert gpu.run(lambda: qmatmul(x, w)) == gpu.run(lambda: qmatmul(x, w), long_way=True)
+
+
+def test_an_implementation_that_is_forced_later_runs(gpu, monkeypatch):
+    x, w = torch.ones(1, 256), weight(dtype=torch.float32)
+    qmatmul(x, w)
+    monkeypatch.setenv("GS_BACKEND", "ref")
+    assert gpu.run(lambda: qmatmul(x, w)) == []
+
+
+def test_a_tile_that_is_forced_later_is_taken(gpu):
+    x, w = rows(1, 256), weight()
+    qmatmul(x, w)
+    tile = {"dense": False, "scale_parts": False, "block_m": 16, "block_n": 32, "warps": 4, "stages": 2, "programs": 1}
+    with tables.forced("qmatmul", tile):
+        inside = gpu.run(lambda: qmatmul(x, w))
+    assert inside[0][3][0] == 2  # 64 columns in tiles of 32
+    assert gpu.run(lambda: qmatmul(x, w))[0][3][0] == 1
+
+
+def test_arguments_that_are_wrong_are_refused_after_right_ones(gpu):
+    x, w = rows(1, 256), weight()
+    qmatmul(x, w)
+    with pytest.raises(ValueError, match="last axis of x must be K=256"):
+        qmatmul(x[:, :128], w)
+    with pytest.raises(TypeError, match="weight must be a PackedWeight"):
+        qmatmul(x, [w])
+    with pytest.raises(ValueError, match="activation must be one of"):
+        qmatmul(x, w, activation="tanh")
+    with pytest.raises(TypeError, match="bias must be a tensor"):
+        qmatmul(x, w, bias=[0.0] * 64)
+
+
+def test_a_weight_that_no_longer_fits_is_refused(gpu):
+    x, w = rows(1, 256), weight()
+    qmatmul(x, w)
+    w.scale.data = w.scale.data[:, :1]
+    with pytest.raises(ValueError, match=r"weight.scale must have shape \[64, 2\]"):
+        qmatmul(x, w)
+
+
+def test_gradients_come_after_a_bound_call_without(gpu):
+    x, w = torch.ones(2, 256), weight(dtype=torch.float32)
+    for _ in range(2):
+        assert qmatmul(x, w).grad_fn is None
+    x.requires_grad_()
+    for _ in range(2):
+        assert qmatmul(x, w).grad_fn is not None
+    with torch.no_grad():
+        assert not qmatmul(x, w).requires_grad
+
+
+def test_forward_mode_derivatives_are_refused_after_a_bound_call(gpu):
+    x, w = torch.ones(2, 256), weight(dtype=torch.float32)
+    qmatmul(x, w)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            qmatmul(dual, w)
+
+
+def test_a_tracer_sees_the_launches_of_a_bound_call(gpu):
+    x, w = rows(1, 256), weight()
+    qmatmul(x, w)
+    launches, _ = traced_launches(lambda x, codes, scale: qmatmul(x, copy.copy(w)), x, w.codes, w.scale)
+    assert launches == [["y_ptr"]] and not gpu.run(lambda: None)
+
+
+def layer(gpu):
+    made = PackedLinear.from_packed(weight(), torch.zeros(64), torch.bfloat16).eval()
+    kept(gpu, made.codes, made.scale, made.bias)
+    return made
+
+
+def pointers(launches):
+    return {a[1] for launch in launches for a in launch[5] if isinstance(a, tuple)}
+
+
+def test_layers_of_one_form_share_a_bound_call(gpu):
+    a, b, x = layer(gpu), layer(gpu), rows(1, 256)
+    a(x), b(x)
+    assert len(bound_calls._calls) == 1
+    assert a.codes.data_ptr() in pointers(gpu.run(lambda: a(x)))
+    assert b.codes.data_ptr() in pointers(gpu.run(lambda: b(x)))
+
+
+def test_copies_and_files_of_a_layer_hold_no_bound_call(gpu):
+    made, x = layer(gpu), rows(1, 256)
+    before = pickle.dumps(layer(gpu))
+    made(x), made(x)
+    assert len(pickle.dumps(made)) == len(before)
+    copied = copy.deepcopy(made)
+    kept(gpu, copied.codes)
+    assert copied.codes.data_ptr() in pointers(gpu.run(lambda: copied(x)))
+
+
+def test_a_layer_reads_what_was_loaded_into_it_or_put_in_its_place(gpu):
+    made, x = layer(gpu), rows(1, 256)
+    made(x)
+    made.load_state_dict({k: v.clone() for k, v in made.state_dict().items()})
+    kept(gpu, made.codes)
+    assert made.codes.data_ptr() in pointers(gpu.run(lambda: made(x)))
+    made.codes.data = kept(gpu, made.codes.data.clone())
+    assert made.codes.data_ptr() in pointers(gpu.run(lambda: made(x)))
+    made.codes = kept(gpu, made.codes.clone())
+    assert made.codes.data_ptr() in pointers(gpu.run(lambda: made(x)))
+
+
+def test_a_call_that_computes_something_by_itself_is_not_bound(gpu):
+    w, x = weight(points=True), rows(1, 256)
+    w.zero.data = w.zero.data.t().contiguous().t()  # kernels read zero points as the scales lie: copied in each call
+    for _ in range(2):
+        got = gpu.run(lambda: qmatmul(x, w))
+        assert got == gpu.run(lambda: qmatmul(x, w), long_way=True)
+    assert list(bound_calls._calls.values()) == [None]
+
+
+def test_an_argument_that_is_given_twice_does_not_stand_for_two(gpu):
+    x, w = torch.ones(1, 64, 4, 4), weight(64, 64, 64, dtype=torch.float32)
+    other = torch.ones(1, 64, 4, 4)
+    kept(gpu, x, other)
+    qconv2d(x, w, kernel_size=1, residual=x)
+    got = gpu.run(lambda: qconv2d(x, w, kernel_size=1, residual=other))
+    assert other.data_ptr() in pointers(got)
+
+
+def _with_zero_point():
+    w, x, scale = weight(64, 64 * 9, 64 * 9), torch.ones(1, 64, 7, 7, dtype=torch.int8), torch.ones(1)
+    sums = code_sums(w)
+    return lambda zero: qconv2d_int8(x, scale, w, kernel_size=3, padding=1, x_zero=zero, code_sums=sums)
+
+
+def padding_of(launches):
+    return launches[0][5][4][1]  # the address of a pixel outside the image
+
+
+def test_the_padding_of_a_zero_point_is_made_once_and_again_when_that_changes(gpu):
+    run, zero, other = _with_zero_point(), torch.full((1,), 3.0), torch.full((1,), 5.0)
+    made = {}
+
+    def pixel(t):
+        codes = torch.full((128,), int(t), dtype=torch.int8)
+        gpu.kept.add(codes.untyped_storage().data_ptr())
+        made[codes.data_ptr()] = codes
+        return codes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int8, "_pixel_of_zeros", pixel)
+        read = lambda t: int(made[padding_of(gpu.run(lambda: run(t)))][0])  # noqa: E731
+        assert [read(zero), read(zero), read(other), read(other), read(zero)] == [3, 3, 5, 5, 3]
+        assert len(made) == 2 and len(bound_calls._calls) == 1 and all(bound_calls._calls.values())
+        zero.fill_(7)
+        assert [read(zero), read(zero)] == [7, 7]
+        assert len(made) == 3
+        gpu.stream = 1  # where what another stream makes may not be ready
+        assert read(zero) == 7 and len(made) == 4
+        gpu.stream, gpu.capturing = 2, True
+        assert read(zero) == 7 and len(made) == 4
+        zero.fill_(9)
+        assert [read(zero), read(zero)] == [9, 9] and len(made) == 6  # a capture keeps nothing
+    count = len(bound_calls._kept)
+    del zero
+    assert len(bound_calls._kept) == count - 1
+
+
+def test_a_call_is_recorded_in_its_own_thread(gpu):
+    x, w = rows(1, 256), weight()
+    recording = bound_calls._thread.recording = bound_calls.Recording()
+    try:
+        thread = threading.Thread(target=lambda: qmatmul(x, w))
+        thread.start()
+        thread.join()
+    finally:
+        bound_calls._thread.recording = None
+    assert recording.launches == [] and all(bound_calls._calls.values())
+
+
+def test_forms_are_forgotten_when_there_are_too_many(gpu, monkeypatch):
+    monkeypatch.setattr(bound_calls, "MAX_CALLS", 3)
+    w = weight()
+    for m in range(1, 9):
+        qmatmul(rows(m, 256), w)
+    assert len(bound_calls._calls) <= 3
+
+
+def test_an_unknown_triton_launches_through_its_jit_and_says_so_once(gpu, monkeypatch, caplog):
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", "9.0.0")
+    triton_private.launches_directly.cache_clear()
+    try:
+        with caplog.at_level(logging.INFO, "gs_kernels"):
+            launches = [gpu.run(lambda: qmatmul(rows(1, 256), weight())) for _ in range(3)]
+    finally:
+        monkeypatch.undo()
+        triton_private.launches_directly.cache_clear()
+    assert all(launches) and not bound_calls._calls
+    assert [r.message for r in caplog.records if "9.0.0" in r.message] == [
+        "every launch goes through Triton's JIT, some 20 us of CPU time more: Triton 9.0.0 is not one of 3.6 to 3.9"
+    ]
