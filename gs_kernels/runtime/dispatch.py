@@ -68,16 +68,20 @@ def choose(op: str, impls: Sequence[Impl], *args: Any) -> Impl:
         if forced not in names:
             raise UnsupportedError(f"{op}: GS_BACKEND must be one of {', '.join(names)}, got {forced!r}; unset it")
         impls = [impls[names.index(forced)]]
-    refusals: list[str] = []
+    refusals: list[tuple[str, list[str]]] = []
     for impl in impls:
         reasons = impl.refuses(*args)
         if not reasons:
             if refusals and (op, impl.name) not in _logged:
                 _logged.add((op, impl.name))
-                logger.info("%s runs as '%s': %s", op, impl.name, "; ".join(refusals))
+                logger.info("%s runs as '%s': %s", op, impl.name, _sentence(refusals))
             return impl
-        refusals += [f"{impl.name} {reason}" for reason in reasons]
-    raise UnsupportedError(f"{op}: no implementation can run this call: {'; '.join(refusals)}")
+        refusals.append((impl.name, reasons))
+    raise UnsupportedError(f"{op}: no implementation can run this call: {_sentence(refusals)}")
+
+
+def _sentence(refusals: list[tuple[str, list[str]]]) -> str:
+    return "; ".join(f"{name} {reason}" for name, reasons in refusals for reason in reasons)
 
 
 def variable(*names: str) -> str:

@@ -120,6 +120,7 @@ class Op:
             self.names += [name] if kind is None else [None] * kind.size
         self.form = make_form(self.name, types, self.kinds)
         self.inputs: Callable[..., Any] = namedtuple(f"{self.name}_inputs", names)  # type: ignore[misc]
+        self.is_flat = not any(self.kinds)
         self.held = [(i, kind.tensors) for i, kind in enumerate(self.kinds) if kind is not None and kind.tensors]
         _carried.update((kind.cls, kind) for kind in carried)
 
@@ -146,7 +147,7 @@ class Op:
             if t.requires_grad:
                 run = self.differentiable if torch.is_grad_enabled() else self._compute
                 return run(*self.flatten(args), SOURCE)
-        return self._run(args)
+        return self._run(args) if device.on_gpu(args[0]) else choose(self.name, self.impls, *args).run(*args)
 
     def repeat(self, *args: Any) -> Any:
         """Does what a call would, if it is eager, on a GPU, needs no gradient, and one of its form was bound before.
@@ -198,15 +199,19 @@ class Op:
                 f"{self.name}: no forward-mode derivative (jvp); use backward or torch.autograd.grad"
             )
 
-    def flatten(self, args: Sequence[Any]) -> list[Any]:
+    def flatten(self, args: Sequence[Any]) -> Sequence[Any]:
         """Returns the arguments as the schema has them, without the source."""
+        if self.is_flat:
+            return args
         flat: list[Any] = []
         for a, kind in zip(args, self.kinds, strict=True):
             flat += (a,) if kind is None else kind.flatten(a)
         return flat
 
-    def unflatten(self, flat: Sequence[Any]) -> list[Any]:
+    def unflatten(self, flat: Sequence[Any]) -> Sequence[Any]:
         """Makes the arguments of implementations from those of the schema; a source behind them is dropped."""
+        if self.is_flat:
+            return flat[: len(self.kinds)]
         rest = iter(flat)
         return [next(rest) if kind is None else kind.unflatten(*islice(rest, kind.size)) for kind in self.kinds]
 
@@ -228,7 +233,7 @@ class Op:
         assert self.gradient is not None
         wanted = {name for name, needed in zip(self.names, ctx.needs_input_grad, strict=False) if needed}
         grads = self.gradient(ctx, wanted, *dys)
-        return *(None if name is None else grads.get(name) for name in self.names), None
+        return *[None if name is None else grads.get(name) for name in self.names], None
 
 
 def register(
@@ -264,7 +269,7 @@ def save(ctx: Any, **values: Any) -> None:
     flat: list[Any] = []
     for value, kind in zip(values.values(), ctx.kinds, strict=True):
         flat += (value,) if kind is None else kind.flatten(value)
-    ctx.save_for_backward(*(v if isinstance(v, Tensor) else None for v in flat))
+    ctx.save_for_backward(*[v if isinstance(v, Tensor) else None for v in flat])
     ctx.rest = [None if isinstance(v, Tensor) else v for v in flat]
 
 
@@ -285,7 +290,8 @@ def _function(op: Op) -> Callable[..., Any]:
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            output = tree_map(_no_view, op._compute(*args))
+            output = op._compute(*args)
+            output = _no_view(output) if isinstance(output, Tensor) else tree_map(_no_view, output)  # a slow function
             op._setup(ctx, args, output)
             return output
 
