@@ -1,8 +1,9 @@
-"""Rounds column after column, each against the errors of the others: one pass of GPTQ, or of coordinate descent."""
+"""Rounds column after column, each against the errors of the others: what GPTQ and coordinate descent share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,92 +15,95 @@ STEP = 16  # columns between two small ones
 ROWS = 4096  # rows that go together: a block of theirs should stay in the cache
 
 
-@torch.no_grad()
-def sweep(
-    target: Tensor, start: Tensor, grid: Grid, factor: Tensor, order: Tensor | None = None, triangular: bool = False
-) -> Tensor:
-    """Rounds each column j in turn to `nearest(w_j - sum_(i != j) e_i F_ij)`, e = q - w, and returns codes `[N, K]`.
+class Sweep:
+    """Rounds columns j of a weight in turn to `nearest(w_j - sum_(i != j) e_i F_ij)`, e = q - w.
 
-    F with ones on the diagonal says what error i is worth in column j. The R of `Hessian`, from e = 0, makes the pass
-    GPTQ (Frantar et al. 2023, arXiv:2210.17323): F_ij is 0 for i > j then. `H_ij / H_jj`, from codes that are there,
-    makes it coordinate descent.
-    Differs from the paper: errors of columns before are gathered by R, not pushed to those behind by R^-1: the same
-    numbers (Babai's nearest plane), without the inverse.
+    F, with ones on its diagonal, says what the error of column i is worth in column j: `H_ij / H_jj` in coordinate
+    descent, from codes that are there; R of `Hessian` in GPTQ, from e = 0.
+
+    Tensors lie as `[K, groups, n]`, so that a column of all rows is contiguous; n = N / groups.
 
     Args:
         target: w `[N, K]` fp32; of G groups of factors, N / G rows of each in turn.
-        start: `[N, K]` fp32, the values that q starts with: `target` itself for an error of 0.
+        start: `[N, K]` fp32, the values q that the pass starts with.
         grid: of the weight.
         factor: F `[groups, K, K]`, its rows and columns in `order`.
         order: `[groups, K]`, of columns; None for that of the weight.
-        triangular: whether F_ij is 0 for i > j, and e is 0 at the start.
     """
-    groups, k = factor.shape[:2]
-    if groups == 1 and len(target) > ROWS:
-        cuts = [(first, first + ROWS) for first in range(0, len(target), ROWS)]
-        parts = [(target[a:b], start[a:b], grid.rows(a, b), factor, order, triangular) for a, b in cuts]
-        return torch.cat([sweep(*part) for part in parts])
-    q = _columns(start, groups, order)
-    error = q - _columns(target, groups, order)
-    scales = _Scales(grid, factor, order)
-    for first in range(0, k, BLOCK):
-        end = min(first + BLOCK, k)
-        before = slice(0, first) if triangular else slice(0, k)
-        free = q[first:end] - _product(factor[:, before, first:end], error[before])  # where columns would go
-        change = torch.zeros_like(free)
-        block = factor[:, first:end, first:end]
-        for left in range(0, end - first, STEP):
-            here = slice(left, left + STEP)
-            if left:
-                free[here] -= _product(block[:, :left, here], change[:left])
-            old = q[first:end][here]
-            _round(free[here], old, change[here], block[:, here, here], scales.of(first + left, len(old)), grid)
-        error[first:end] += change
-        q[first:end] += change
-    return grid.codes(_rows(q, order))
 
-
-def _round(free: Tensor, old: Tensor, change: Tensor, factor: Tensor, scales: Sequence[Tensor], grid: Grid) -> None:
-    """Rounds a few columns; writes `change` and uses `free` up, `[columns, groups, n]` both.
-
-    factor: `[groups, columns, columns]`.
-    """
-    low, high = grid.limits
-    worth = factor.permute(1, 2, 0).unsqueeze(3).contiguous()  # [columns, columns, groups, 1]
-    for j, (value, was, moved, scale, inverse, *zero) in enumerate(
-        zip(*(t.unbind() for t in (free, old, change, *scales)), strict=True)
-    ):
-        code = value * inverse
-        if zero:
-            code = code.add_(zero[0]).round_().clamp_(low, high).sub_(zero[0])
-        else:
-            code = code.round_().clamp_(low, high)
-        torch.sub(code.mul_(scale), was, out=moved)
-        if j + 1 < len(free):
-            free[j + 1 :].addcmul_(worth[j, j + 1 :], moved, value=-1.0)
-
-
-class _Scales:
-    """Gives scales, their inverses and, unless all are 0, zero points of columns, `[columns, groups, n]` each."""
-
-    def __init__(self, grid: Grid, factor: Tensor, order: Tensor | None) -> None:
+    def __init__(self, target: Tensor, start: Tensor, grid: Grid, factor: Tensor, order: Tensor | None = None) -> None:
         groups, k = factor.shape[:2]
-        inverse = torch.where(grid.scale == 0, 0.0, 1.0 / grid.scale)  # rows of zeros of 1 bit have a scale of 0
-        zero = grid.stored_zero
-        found = (grid.scale, inverse, *([zero] if bool(zero.any()) else []))
-        self.tensors = [_columns(t, groups, None).to(factor.dtype) for t in found]  # [G, groups, n]
+        self.grid, self.factor, self.order = grid, factor, order
+        self.q = _columns(start, groups, order)
+        self.error = self.q - _columns(target, groups, order)
+        self.scale = _columns(grid.scale, groups, None)  # [G, groups, n]
+        self.zero = _columns(grid.stored_zero, groups, None) if bool(grid.zero.any()) else None
         columns = torch.arange(k, device=factor.device).expand(groups, k) if order is None else order
-        self.group = (columns // (k // grid.scale.shape[1])).t()  # [K, groups]
+        self.group_of = (columns // (k // len(self.scale))).t()  # [K, groups]
 
-    def of(self, first: int, count: int) -> list[Tensor]:
-        group = self.group[first : first + count]
-        if group.shape[1] == 1:
-            return [t.index_select(0, group.flatten()) for t in self.tensors]
-        index = group.unsqueeze(2).expand(-1, -1, self.tensors[0].shape[2])
-        return [t.gather(0, index) for t in self.tensors]
+    def pull(self, first: int, end: int, columns: slice) -> Tensor:
+        """Computes what the errors of some columns are worth in those from `first` to `end`."""
+        return product(self.factor[:, columns, first:end], self.error[columns])
+
+    def round(self, first: int, pull: Tensor) -> None:
+        """Rounds the columns from `first`, as many as `pull` is for."""
+        change = torch.zeros_like(pull)
+        here = slice(first, first + len(pull))
+        self._round(first, self.q[here] - pull, change, self.factor[:, here, here], BLOCK)
+        self.move(here, change)
+
+    def move(self, columns: slice, change: Tensor) -> None:
+        """Adds to the values of columns."""
+        self.q[columns] += change
+        self.error[columns] += change
+
+    def result(self) -> tuple[Grid, Tensor]:
+        """Returns the grid and the codes `[N, K]`."""
+        grid = replace(self.grid, scale=_rows(self.scale, None))
+        return grid, grid.codes(_rows(self.q, self.order))
+
+    def _round(self, first: int, free: Tensor, change: Tensor, factor: Tensor, width: int) -> None:
+        """Writes `change` of the columns from `first`, whose values would be `free`, which is used up."""
+        for left in range(0, len(free), width):
+            here = slice(left, left + width)
+            if left:
+                free[here] -= product(factor[:, :left, here], change[:left])
+            step = self._round if width > STEP else self._round_few
+            step(first + left, free[here], change[here], factor[:, here, here], STEP)
+
+    def _round_few(self, first: int, free: Tensor, change: Tensor, factor: Tensor, width: int) -> None:
+        low, high = self.grid.limits
+        worth = factor.permute(1, 2, 0).unsqueeze(3).contiguous()  # [columns, columns, groups, 1]
+        scales = self._of_columns(self.scale, first, len(free))
+        inverses = torch.where(scales == 0, 0.0, 1.0 / scales)  # rows of zeros of 1 bit have a scale of 0
+        zeros = None if self.zero is None else self._of_columns(self.zero, first, len(free))
+        before = self.q[first : first + len(free)]
+        columns = zip(*(t.unbind() for t in (free, before, change, scales, inverses)), strict=True)
+        for j, (value, was, moved, scale, inverse) in enumerate(columns):
+            code = value * inverse
+            if zeros is None:
+                code.round_().clamp_(low, high)
+            else:
+                code.add_(zeros[j]).round_().clamp_(low, high).sub_(zeros[j])
+            torch.sub(code.mul_(scale), was, out=moved)
+            if j + 1 < len(free):
+                free[j + 1 :].addcmul_(worth[j, j + 1 :], moved, value=-1.0)
+
+    def _of_columns(self, groups: Tensor, first: int, count: int) -> Tensor:
+        """Returns `[count, groups, n]` of what each group `[G, groups, n]` has one of."""
+        index = self.group_of[first : first + count]
+        if index.shape[1] == 1:
+            return groups.index_select(0, index.flatten())
+        return groups.gather(0, index.unsqueeze(2).expand(-1, -1, groups.shape[2]))
 
 
-def _product(factor: Tensor, error: Tensor) -> Tensor:
+def row_pieces(n: int, groups: int) -> Iterator[slice]:
+    """Splits the rows of a weight; those of several groups of factors stay together."""
+    size = ROWS if groups == 1 else n
+    yield from (slice(first, first + size) for first in range(0, n, size))
+
+
+def product(factor: Tensor, error: Tensor) -> Tensor:
     """Multiplies `factor [groups, k, m]`, transposed, by `error [k, groups, n]`, to `[m, groups, n]`."""
     if len(factor) == 1:
         return (factor[0].t() @ error.squeeze(1)).unsqueeze(1)

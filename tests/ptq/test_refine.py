@@ -1,4 +1,4 @@
-"""Scales and codes improved together: against plain least squares and a plain loop of coordinate descent in float64."""
+"""Scales and codes improved together: against a plain loop in float64."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gs_algos.ptq.refine import LARGEST_CHANGE, refine, refit
+from gs_algos.ptq.refine import LARGEST_CHANGE, refine
 from gs_algos.ptq.rounding.gptq import gptq
 from gs_algos.ptq.solve import SolveOptions, solve
-from gs_algos.ptq.sweep import sweep
 from gs_algos.quant.packed.grid import Grid, grid_of
 from tests.helpers import same_bits
 from tests.ptq.test_solve import SCHEMES, inputs, prepared, random, scheme, statistics
@@ -29,42 +28,41 @@ def rounded(text: str, n: int = 24, k: int = 96) -> tuple[Tensor, Grid, Tensor, 
     return weight, grid, gptq(weight, grid, hessian), hessian.damped
 
 
-def plain_descent(weight: Tensor, values: Tensor, grid: Grid, damped: Tensor) -> Tensor:
-    """One pass over the columns in float64, the whole of e H anew for each."""
-    q, w, h = values.double(), weight.double(), damped.double()
-    size = q.shape[1] // grid.scale.shape[1]
-    for j in range(q.shape[1]):
-        scale, zero = (t[:, j // size].double() for t in (grid.scale, grid.stored_zero))
-        free = q[:, j] - (q - w) @ h[:, j] / h[j, j]
-        q[:, j] = ((free / scale + zero).round().clamp(*grid.limits) - zero) * scale
-    return q
+def plain_pass(weight: Tensor, grid: Grid, codes: Tensor, damped: Tensor) -> tuple[Tensor, Tensor]:
+    """(values, scales) after a pass in float64, e H anew for each step: scales of 128 columns, then codes."""
+    w, h, scale, zero = (t.double().clone() for t in (weight, damped, grid.scale, grid.stored_zero))
+    size = w.shape[1] // scale.shape[1]
+    units = codes.double() - zero.repeat_interleave(size, 1)
+    q = units * scale.repeat_interleave(size, 1)
+    width = size * max(1, 128 // size)
+    for first in range(0, w.shape[1], width):
+        end = min(first + width, w.shape[1])
+        for g in range(first // size, end // size):
+            here = slice(g * size, g * size + size)
+            slope = (((q - w) @ h)[:, here] * q[:, here]).sum(1)
+            curvature = ((q[:, here] @ h[here, here]) * q[:, here]).sum(1)
+            ratio = torch.where(curvature > 0, 1 - slope / curvature, 1)
+            ratio = torch.where((ratio * LARGEST_CHANGE >= 1) & (ratio <= LARGEST_CHANGE), ratio, 1)
+            moved = (scale[:, g] * ratio).to(grid.dtype).double()
+            change = torch.where(scale[:, g] == 0, 0, moved / scale[:, g] - 1)
+            change = torch.where(change * (2 * slope + change * curvature) < 0, change, 0)
+            scale[:, g] *= 1 + change
+            q[:, here] *= 1 + change[:, None]
+        for j in range(first, end):
+            s, z = scale[:, j // size], zero[:, j // size]
+            free = q[:, j] - (q - w) @ h[:, j] / h[j, j]
+            q[:, j] = ((torch.where(s == 0, 0, free / s) + z).round().clamp(*grid.limits) - z) * s
+    return q, scale
 
 
-@pytest.mark.parametrize("text", SCHEMES)
-def test_a_pass_of_descent_is_the_plain_loop(text: str):
+@pytest.mark.parametrize("text", [text for text in SCHEMES if "tensor" not in text])
+def test_a_pass_is_the_plain_loop(text: str):
     weight, grid, codes, damped = rounded(text, k=160)
-    factor = damped / damped.diagonal(dim1=1, dim2=2).unsqueeze(1)
-    got = grid.values(sweep(weight, grid.values(codes), grid, factor)).double()
-    want = plain_descent(weight, grid.values(codes), grid, damped[0])
-    assert int(((got - want).abs() < 1e-5).all(1).sum()) >= 22  # but for ties that fp32 breaks in another way
-
-
-@pytest.mark.parametrize("text", ["int4@group:16", "int4@group:32:asym", "int3@channel", "int1@group:16"])
-def test_refitted_scales_are_those_of_least_squares(text: str):
-    weight, grid, codes, damped = rounded(text)
-    grid = replace(grid, dtype=torch.float32)
-    got = refit(weight, grid, codes, damped).scale
-    root = torch.linalg.cholesky(damped[0].double())
-    groups = grid.scale.shape[1]
-    units = grid.values(codes).double().view(24, groups, -1) / grid.scale.double().unsqueeze(2)
-    basis = torch.zeros(24, groups, 96, dtype=torch.float64)
-    for g, part in enumerate(units.unbind(1)):
-        basis[:, g, g * part.shape[1] : (g + 1) * part.shape[1]] = part
-    want = torch.linalg.lstsq((basis @ root).mT, (weight.double() @ root).unsqueeze(2)).solution.squeeze(2)
-    ratio = want / grid.scale.double()
-    solved = ((ratio >= 1 / LARGEST_CHANGE) & (ratio <= LARGEST_CHANGE)).all(1)
-    assert int(solved.sum()) >= 20
-    torch.testing.assert_close(got[solved].double(), want[solved], rtol=1e-3, atol=1e-4)
+    refined, found = refine(weight, grid, codes, damped, 1)
+    values, scale = plain_pass(weight, grid, codes, damped[0])
+    same = ((refined.values(found) - values).abs() < 1e-4).all(1)
+    assert int(same.sum()) >= 20  # a tie that fp32 breaks in another way changes the rest of its row
+    torch.testing.assert_close(refined.scale[same].double(), scale[same], rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("text", SCHEMES)
@@ -79,7 +77,8 @@ def test_every_round_loses_less(text: str):
 
 def test_scales_are_refitted_as_they_are_stored():
     weight, grid, codes, damped = rounded("int4@group:16")
-    scale = refit(weight, grid, codes, damped).scale
+    scale = refine(weight, grid, codes, damped, 1)[0].scale
+    assert not same_bits(scale, grid.scale)
     assert grid.dtype == torch.float16 and same_bits(scale, scale.half().float())
 
 
@@ -87,21 +86,25 @@ def test_no_scale_changes_its_sign_or_by_more_than_three_times():
     weight, grid, codes, damped = rounded("int4@group:16")
     for factor in (0.1, 10.0, -1.0):
         wrong = replace(grid, scale=grid.scale * factor)
-        ratio = refit(weight, wrong, codes, damped).scale / wrong.scale
+        ratio = refine(weight, wrong, codes, damped, 1)[0].scale / wrong.scale
         assert bool(((ratio > 0.33) & (ratio < 3.01)).all())
 
 
-def test_one_scale_for_all_stays_one():
+def test_one_scale_for_all_stays_as_it_is():
     weight, grid, codes, damped = rounded("int4@tensor")
-    refined, codes = refine(weight, grid, codes, damped, 2)
-    assert len(refined.scale.unique()) == 1 and float(refined.scale[0]) != float(grid.scale[0])
+    refined, found = refine(weight, grid, codes, damped, 2)
+    assert same_bits(refined.scale, grid.scale) and not same_bits(found, codes)
 
 
-def test_rows_in_pieces_are_refitted_as_in_one(monkeypatch: pytest.MonkeyPatch):
-    weight, grid, codes, damped = rounded("int4@group:16")
-    whole = refit(weight, grid, codes, damped).scale
-    monkeypatch.setattr("gs_algos.ptq.refine.SYSTEM", 6 * 96 * 7)
-    torch.testing.assert_close(refit(weight, grid, codes, damped).scale, whole, rtol=1e-3, atol=0)
+def test_groups_of_factors_are_refined_as_one_by_one():
+    x = torch.stack([inputs(100, 32, seed=seed) for seed in range(3)])
+    weight, damped = random(12, 32), prepared(statistics(x, groups=3)).damped
+    grid = grid_of(weight, scheme("int4@group:16"))
+    whole, codes = refine(weight, grid, grid.codes(weight), damped, 2)
+    for i in range(3):
+        rows = slice(4 * i, 4 * i + 4)
+        part, found = refine(weight[rows], grid.rows(rows), grid.codes(weight)[rows], damped[i : i + 1], 2)
+        torch.testing.assert_close(whole.rows(rows).values(codes[rows]), part.values(found), rtol=1e-3, atol=1e-3)
 
 
 def test_no_round_changes_nothing():

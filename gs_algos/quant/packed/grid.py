@@ -45,9 +45,9 @@ class Grid:
         """Returns the smallest and the largest code."""
         return (0, 1) if self.scheme.bits == 1 else (self.scheme.qmin, self.scheme.qmax)
 
-    def rows(self, first: int, end: int) -> Grid:
+    def rows(self, rows: slice) -> Grid:
         """Returns the grid of some rows of the weight."""
-        return Grid(self.scale[first:end], self.zero[first:end], self.scheme, self.dtype)
+        return Grid(self.scale[rows], self.zero[rows], self.scheme, self.dtype)
 
     def codes(self, weight: Tensor) -> Tensor:
         """Rounds `weight [N, K]` to the nearest codes: int8, or uint8 for an unsigned grid and for 1 bit."""

@@ -46,7 +46,7 @@ def round_to_nearest(weight: Tensor, scheme: str | Scheme) -> PackedWeight:
     n, k = weight.shape
     size = chunk_rows(k)
     pieces = zip(weight.detach().split(size), range(0, n, size), strict=True)
-    parts = [(part := grid.rows(first, first + size)).packed(part.codes(rows)) for rows, first in pieces]
+    parts = [(part := grid.rows(slice(first, first + size))).packed(part.codes(rows)) for rows, first in pieces]
     zeros = [part.zero for part in parts if isinstance(part.zero, Tensor)]
     return replace(
         parts[0],
