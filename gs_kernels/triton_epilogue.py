@@ -111,9 +111,10 @@ def epilogue(
         y = y + tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if residual_ptr is not None:
         rows = image.to(tl.int64) * in_units(stride_rb, UNIT)
-        rows += p * in_units(stride_rh, UNIT) + q * in_units(stride_rw, UNIT)
+        rows += p.to(tl.int64) * in_units(stride_rh, UNIT) + q.to(tl.int64) * in_units(stride_rw, UNIT)
         mask = mask_m[:, None] & mask_n[None, :]
-        residual = tl.load(residual_ptr + rows[:, None] + (offs_n * stride_rc)[None, :], mask=mask, other=0.0)
+        ptrs = residual_ptr + rows[:, None] + (offs_n.to(tl.int64) * stride_rc)[None, :]
+        residual = tl.load(ptrs, mask=mask, other=0.0)
         residual = residual.to(tl.float32)
         if residual_zero_ptr is not None:
             residual = residual - tl.load(residual_zero_ptr)

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from gs_kernels.runtime.torch_op import Carried
 
@@ -55,6 +56,12 @@ class ConvGeometry:
     def is_pointwise(self) -> bool:
         """Says whether y is a product of the pixels of x as they are."""
         return self.taps == 1 and self.stride == (1, 1) and not any(self.sides)
+
+    def reach(self, x: Tensor) -> int:
+        """Computes how many elements of x `[B, C, H, W]` lie between the first and the last that a pixel of y sees."""
+        c, h, w = (abs(x.stride(axis)) for axis in (1, 2, 3))
+        taps = (self.r - 1) * self.dilation_h * h + (self.s - 1) * self.dilation_w * w
+        return taps + (x.shape[1] // self.groups - 1) * c
 
     def output(self, h: int, w: int) -> tuple[int, int]:
         """Computes P and Q of y from H and W of x."""

@@ -22,9 +22,14 @@ from gs_kernels.runtime.dispatch import choose, implementations
 from gs_kernels.runtime.torch_op import register, save, saved
 
 
-def conv_refuses(x: Tensor, weight: PackedWeight, *_: object) -> list[str]:
+def conv_refuses(x: Tensor, weight: PackedWeight, *rest: object) -> list[str]:
     """Gives the reasons why the Triton kernels cannot run a convolution of x with a weight."""
     reasons = planar_refuses(x, weight)
+    geometry = next((a for a in rest if isinstance(a, ConvGeometry)), None)
+    if geometry is not None and geometry.reach(x) >= 1 << 31:
+        reasons.append(
+            f"needs the pixels under a filter less than 2**31 elements apart, got strides {tuple(x.stride())}"
+        )
     size = weight.group_size
     if size % 32 != 0 and size != weight.shape[1]:
         reasons.append(f"needs groups of a multiple of 32 elements, or one group, got {size}")

@@ -20,8 +20,8 @@ from gs_kernels.runtime.dispatch import choose, implementations
 from gs_kernels.runtime.torch_op import register
 
 
-def _int8_refuses(x: Tensor, x_scale: Tensor, weight: PackedWeight, *_: object) -> list[str]:
-    return conv_refuses(x, weight)
+def _int8_refuses(x: Tensor, x_scale: Tensor, weight: PackedWeight, *rest: object) -> list[str]:
+    return conv_refuses(x, weight, *rest)
 
 
 def _int8_ref(

@@ -45,9 +45,10 @@ def _depthwise_kernel(
     image, p, q = pixels(offs_m, M, P, Q)
     first_h, first_w = p * STRIDE_H - TOP, q * STRIDE_W - LEFT
     stride_xh, stride_xw = in_units(stride_xh, UNIT), in_units(stride_xw, UNIT)
-    rows = image.to(tl.int64) * in_units(stride_xb, UNIT) + first_h * stride_xh + first_w * stride_xw
+    rows = image.to(tl.int64) * in_units(stride_xb, UNIT)
+    rows += first_h.to(tl.int64) * stride_xh + first_w.to(tl.int64) * stride_xw
     # not the clamped ones, whose neighbourhood in memory the compiler cannot see
-    x_ptrs = x_ptr + rows[:, None] + (offs_o // OG * stride_xc)[None, :]
+    x_ptrs = x_ptr + rows[:, None] + ((offs_o // OG).to(tl.int64) * stride_xc)[None, :]
     if x_zero_ptr is not None:
         x_zero = tl.load(x_zero_ptr).to(tl.int32)
 

@@ -36,7 +36,7 @@ def place_tile(
     image, p, q = pixels(offs_m, M, P, Q)
     first_h, first_w = p * STRIDE_H - TOP, q * STRIDE_W - LEFT
     offs_x = image.to(tl.int64) * in_units(stride_xb, UNIT) + group.to(tl.int64) * CG * stride_xc
-    offs_x += first_h * in_units(stride_xh, UNIT) + first_w * in_units(stride_xw, UNIT)
+    offs_x += first_h.to(tl.int64) * in_units(stride_xh, UNIT) + first_w.to(tl.int64) * in_units(stride_xw, UNIT)
     offs_n = group * OG + tl.minimum(cols, OG - 1)
     return offs_m, image, p, q, first_h, first_w, offs_x, group * OG + cols, offs_n, cols < OG
 
@@ -85,6 +85,7 @@ def load_im2col(
     tap = at // CG
     r = tap // S * DILATION_H
     s = tap % S * DILATION_W
+    # what one pixel of y sees is less than 2**31 elements apart: `conv_refuses` looks
     ptrs = ptrs + (r * in_units(stride_xh, UNIT) + s * in_units(stride_xw, UNIT) + c * stride_xc)
     exists = tl.broadcast_to(at < K, ptrs.shape)
     if PADDED:
