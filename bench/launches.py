@@ -98,6 +98,7 @@ def pretended_gpu() -> Iterator[ctypes.CDLL]:
 
 def cases() -> dict[str, Callable[[], Any]]:
     """Names the calls that are measured: small ones, of which the CPU's part is most."""
+    from gs_algos.quant.packed.conv import PackedConv
     from gs_algos.quant.packed.linear import PackedLinear
     from gs_kernels import (
         PerChannel,
@@ -134,6 +135,9 @@ def cases() -> dict[str, Callable[[], Any]]:
     step, zero = torch.full((512,), 0.1), torch.zeros(512)
     steps, zeros = torch.full((512 * 4,), 0.1), torch.zeros(512 * 4)
     codes, scale = torch.ones(1, 256, dtype=torch.int8), torch.ones(1)
+    geometry: dict[str, Any] = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1}
+    geometry |= {"padding_mode": "zeros", "pad": [1, 1, 1, 1]}
+    conv = PackedConv(filters, geometry, (64, 3, 3), torch.zeros(64), bf16).eval()
     pixels, x_zero, sums = image.to(torch.int8), torch.zeros(1), code_sums(filters)
     linear = torch.nn.Linear(256, 512, dtype=bf16)
     return {
@@ -143,6 +147,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         "qmatmul, 1 row": lambda: qmatmul(x_whole, whole),
         "qmatmul_int8, 1 row": lambda: qmatmul_int8(codes, scale, whole),
         "quantize_rows, 1 row": lambda: quantize_rows(x_whole),
+        "PackedConv, 14x14x64": lambda: conv(image),
         "qconv2d, 14x14x64": lambda: qconv2d(image, filters, kernel_size=3, padding=1),
         "qconv2d_int8, 14x14x64, zero point": lambda: qconv2d_int8(
             pixels, scale, filters, kernel_size=3, padding=1, x_zero=x_zero, code_sums=sums

@@ -90,7 +90,7 @@ def note_launch(kernel: Any, compiled: Any, grid: tuple[int, ...], args: Sequenc
 
 def find(key: tuple[Any, ...]) -> BoundCall | None:
     """Returns the bound call with this key; None while another call is recorded, which has to see every launch."""
-    return None if _thread.recording is not None else _calls.get(key)
+    return _calls.get(key) if _thread.recording is None else None
 
 
 def record(key: tuple[Any, ...], operands: Sequence[Tensor], run: Callable[[], Any]) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from gs_kernels.runtime import device
 from gs_kernels.runtime.dispatch import backend_setting
 from gs_kernels.runtime.torch_private import PLAIN
-from gs_kernels.runtime.triton_private import knobs
+from gs_kernels.runtime.triton_private import SETTINGS, settings
 
 # of a tensor: what kernels are specialized by and launches are computed by
 _TENSOR = """\
@@ -46,10 +46,11 @@ def make_form(
             key += [part] if may_be_tensor or kind is not None else [part, f"type({part})"]
     lines = [
         f"def form({', '.join(names)}):",
-        "    tensors, index_of = [], device.index_of",
+        "    tensors, index_of, (runtime, compilation) = [], device.index_of, settings()",
         *body,
-        f"    return ({op!r}, backend_setting(), *knobs(), {', '.join(key)}), tensors",
+        f"    return ({op!r}, backend_setting(), {', '.join((*SETTINGS, *key))}), tensors",
     ]
-    space: dict[str, Any] = {"PLAIN": PLAIN, "device": device, "backend_setting": backend_setting, "knobs": knobs}
+    space: dict[str, Any] = {"PLAIN": PLAIN, "device": device, "backend_setting": backend_setting}
+    space["settings"] = settings
     exec("\n".join(lines), space)  # of names that schemas and dataclasses have
     return space["form"]  # type: ignore[no-any-return]

@@ -37,6 +37,7 @@ from gs_kernels.runtime import bound_calls, device
 from gs_kernels.runtime.call_form import make_form
 from gs_kernels.runtime.dispatch import Impl, choose
 from gs_kernels.runtime.torch_private import (
+    PLAIN,
     FunctionalTensorMode,
     is_eager,
     is_plain_call,
@@ -155,7 +156,10 @@ class Op:
         The arguments need no checks: those of that call were right. Returns None where there was none.
         """
         x = args[0]
-        if not is_plain_call(x) or not device.on_gpu(x) or not launches_directly():
+        # in this order: a CPU is asked least, and a compiler cannot trace the second question
+        if torch.compiler.is_compiling() or type(x) not in PLAIN or not device.on_gpu(x):
+            return None
+        if not is_plain_call(x) or not launches_directly():
             return None
         try:
             key, tensors = self.form(*args)

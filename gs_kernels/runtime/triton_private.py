@@ -40,17 +40,16 @@ def launches_directly() -> bool:
     return not why
 
 
+# settings that change what a launch compiles, and can change while a process runs, of what `settings` returns
+SETTINGS = ("runtime.debug", "compilation.instrumentation_mode", "runtime.add_stages_inspection_hook")
+
+
 @cache
-def _settings() -> tuple[Any, Any]:
+def settings() -> tuple[Any, Any]:
+    """Returns Triton's settings at run time and of the compiler."""
     from triton import knobs
 
     return knobs.runtime, knobs.compilation
-
-
-def knobs() -> tuple[Any, ...]:
-    """Returns the settings of Triton that change what a launch compiles, and can change while a process runs."""
-    runtime, compilation = _settings()
-    return runtime.debug, compilation.instrumentation_mode, runtime.add_stages_inspection_hook
 
 
 def current_stream(index: int) -> int:
@@ -89,7 +88,7 @@ def launcher(launches: Sequence[Launch]) -> Callable[[int, Sequence[Any]], None]
     """Returns `launch(index, values)`, which launches these on the present GPU, whose index is given."""
     from triton.runtime import driver
 
-    runtime, _ = _settings()
+    runtime, _ = settings()
     stream_of = driver.active.get_current_stream
     hooked = [(launch.compiled[launch.grid], launch.pick, launch.rest) for launch in launches]  # loads kernels, too
     direct = [

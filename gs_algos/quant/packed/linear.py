@@ -80,7 +80,9 @@ class PackedLinear(Packed):
     def forward(self, input: Tensor) -> Tensor:
         dtype = autocast_dtype(input)
         x = input if dtype is None else input.to(dtype)
-        return qmatmul(x, self.packed, self.bias)
+        # self.bias takes four times as long where it is a parameter
+        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias  # noqa: SIM401
+        return qmatmul(x, self.packed, bias)
 
     def extra_repr(self) -> str:
         sizes: dict[str, Any] = {"in_features": self.in_features, "out_features": self.out_features}

@@ -21,6 +21,7 @@ from gs_algos.quant.fixed_dtype import FixedDtypeBuffers
 from gs_algos.quant.integer.prepared_call import PREPARED
 from gs_kernels import PackedWeight, dequantize_packed, pack_codes, repack, unpack_codes
 from gs_kernels.pack.layouts import CANONICAL, PLANAR, codes_shape
+from gs_kernels.runtime.torch_private import autocasts
 
 WEIGHT_TENSORS = ("codes", "scale", "zero", "levels")
 SIGNS = {"any": FINITE, "positive": POSITIVE, "not negative": NOT_NEGATIVE, "not zero": NOT_ZERO}
@@ -178,9 +179,9 @@ class Packed(FixedDtypeBuffers, OffFastPath):
         own, held = self._buffers, self._packed_cache
         if held is not None and held.codes is own["codes"] and held.scale is own["scale"]:
             zero = own["zero"] if self._zero is None else self._zero
-            numbers = (self.bits, self.shape, self.group_size, layout_of(held.codes))
-            same = (held.bits, held.shape, held.group_size, held.layout) == numbers
-            if same and held.zero is zero and held.levels is own["levels"]:
+            same = held.bits == self.bits and held.shape == self.shape and held.group_size == self.group_size
+            same = same and held.zero is zero and held.levels is own["levels"]
+            if same and held.layout == (PLANAR if held.codes.dtype is torch.int16 else CANONICAL):
                 return held
         held = self._make_packed()
         # not those of a tracer, which puts its own tensors in the place of buffers for a while
@@ -274,11 +275,12 @@ class Packed(FixedDtypeBuffers, OffFastPath):
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Returns the dtype that autocast multiplies x in; None if it is off, or the device has none (meta)."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not autocasts():
+        return None
     kind = x.device.type
     # Dynamo of PyTorch 2.11 cannot trace the question whether a device has autocast: those it compiles for do
-    exists = kind in ("cpu", "cuda") or (
-        kind != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind))
-    )
+    exists = kind != "meta" and (compiling or torch.amp.is_autocast_available(kind))
     return torch.get_autocast_dtype(kind) if exists and torch.is_autocast_enabled(kind) else None
 
 

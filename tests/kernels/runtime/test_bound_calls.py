@@ -31,6 +31,7 @@ from gs_kernels.runtime import bound_calls, device, torch_op, triton_private
 from gs_kernels.runtime.device import Capabilities
 from gs_kernels.runtime.dispatch import INTERPRET
 from gs_kernels.tuning import tables
+from tests.helpers import frames
 from tests.kernels.traces import traced_launches
 
 pytest.importorskip("triton", reason="Triton is not installed: there are no kernels")
@@ -323,6 +324,13 @@ def layer(gpu):
 
 def pointers(launches):
     return {a[1] for launch in launches for a in launch[5] if isinstance(a, tuple)}
+
+
+@torch.no_grad()
+def test_a_bound_packed_linear_is_at_most_6_frames_deep_and_16_calls(gpu):
+    made, x = layer(gpu), rows(1, 256)
+    deepest, calls = frames(lambda: made(x))
+    assert deepest <= 6 and calls <= 16, (deepest, calls)
 
 
 def test_layers_of_one_form_share_a_bound_call(gpu):
