@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu import ceilings, contact
+from bench.gpu import ceilings, contact, decoding
 from bench.gpu.items import Item
 from bench.gpu.tiles import Tune
 from bench.gpu.timed import Forced, Kernels, Timed
@@ -166,6 +166,7 @@ def steps() -> tuple[Step, ...]:
         Step("w4a8", 25, tuple(w4a8())),
         Step("elements", 25, tuple(elements())),
         Step("conv", 35, tuple(convolutions())),
-        Step("tuner", 70, tuple(tunings())),
-        Step("again", 45, tuple(again()), fresh=True),
+        Step("decode", 30, decoding.ITEMS),
+        Step("tuner", 45, tuple(tunings())),
+        Step("again", 40, tuple(again()), fresh=True),
     )

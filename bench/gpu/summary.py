@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bench.gpu.account import Account
+from bench.gpu.decoding import decode_lines
 
 LENGTH = 10_000  # characters at most
 LINE = "{:46} {:>9} {:>9} {:>7} {:>6} {:>6}  {}"
@@ -87,7 +88,7 @@ def table(head: Sequence[str], rows: Sequence[Row], accounts: Sequence[Account],
         ]
         lines += [f"failed in {account.step}:", *bad[:12]] if bad else []
         lines += [f"  and {len(bad) - 12} more"] if len(bad) > 12 else []
-    rest = [LINE.format(*HEAD), *timed_lines(rows), *kernel_lines(rows), *tile_lines(rows)]
+    rest = [*decode_lines(rows), LINE.format(*HEAD), *timed_lines(rows), *kernel_lines(rows), *tile_lines(rows)]
     room, kept = LENGTH - len("\n".join(lines)) - len(where) - 60, []
     for i, line in enumerate(rest):
         if len(line) + 1 > room:

@@ -66,21 +66,25 @@ def decode_rows(source: str, device: str, seconds: float, widths: tuple[int, ...
     Raises:
         ValueError: if the source is no model.
     """
-    common = {"network": Path(source).name, "dtype": "bfloat16", "batch": 1}
     for bits in (0, *widths):
-        model, ids = load(source, device)
-        packed = any(isinstance(module, Packed) for module in model.modules())
-        if packed and bits:
-            return
-        row: dict[str, Any] = {**common, "weights": f"int{bits}"}
-        try:
-            row["weights"] = _pack(model, bits) if bits else "as stored" if packed else "bfloat16"
-            row["nbytes"] = sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
-            for graph in (True, False) if torch.device(device).type == "cuda" else (False,):
-                yield {**row, "graph": graph, **_rates(model, ids, graph, seconds)}
-        except Exception as error:  # noqa: BLE001  Triton's own errors are of any type: each is a row
-            yield {**row, "error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
-        model = None  # before the next one is made
+        yield from rows_of_width(source, device, seconds, bits)
+
+
+def rows_of_width(source: str, device: str, seconds: float, bits: int) -> Iterator[dict[str, Any]]:
+    """Yields the rows of one form of the weights, 0 bits for those that the source has; none to pack it twice."""
+    model, ids = load(source, device)
+    packed = any(isinstance(module, Packed) for module in model.modules())
+    if packed and bits:
+        return
+    common = {"network": Path(source).name, "dtype": "bfloat16", "batch": 1}
+    row: dict[str, Any] = {**common, "weights": f"int{bits}"}
+    try:
+        row["weights"] = _pack(model, bits) if bits else "as stored" if packed else "bfloat16"
+        row["nbytes"] = sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+        for graph in (True, False) if torch.device(device).type == "cuda" else (False,):
+            yield {**row, "graph": graph, **_rates(model, ids, graph, seconds)}
+    except Exception as error:  # noqa: BLE001  Triton's own errors are of any type: each is a row
+        yield {**row, "error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
 
 
 def _pack(model: Any, bits: int) -> str:

@@ -7,6 +7,7 @@ import queue
 import signal
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,13 +20,16 @@ if INTERPRET:
     pytest.skip("TRITON_INTERPRET=1: the run on a GPU needs kernels that compile", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed: there are no kernels to time")
 
-from bench.gpu import ceilings, contact, driver, results, sanitize, summary
+from bench.gpu import ceilings, contact, decoding, driver, results, sanitize, summary
 from bench.gpu.account import Account
 from bench.gpu.driver import Driver, Options
 from bench.gpu.items import Context, Failed
 from bench.gpu.plan import SECONDS, TABLE_SECONDS, Step, steps
 from bench.gpu.summary import LENGTH, table
 from bench.gpu.timed import Timed
+from gs_algos import quantize_weights
+from gs_algos.quant.packed.module import PackedFormat
+from gs_kernels.aot.collect import collect_launches
 
 gpu = importlib.import_module("bench.gpu.__main__")
 
@@ -62,6 +66,26 @@ def test_rows_of_a_dry_run_say_that_they_are_made_up(dry):
     ours = [row for row in timed if row["kind"] == "op" and row["provider"] == "ours"]
     assert len(ours) == sum(isinstance(item, Timed) for step in steps() for item in step.items)
     assert all(0 < row["percent_of_copy"] < 100 and 0 < row["percent_of_peak"] < 100 for row in ours)
+
+
+def test_decoding_is_measured_in_bf16_and_packed_with_a_graph_and_without(dry):
+    rows = [row for row in dry.rows if row["kind"] == "decode"]
+    assert all(row["dry"] for row in rows)
+    schemes = ["bfloat16", "int4@group:128", "int2@group:128", "int8@group:128"]
+    assert [(row["weights"], row["graph"]) for row in rows] == [(w, g) for w in schemes for g in (True, False)]
+    assert "decode/llama-8b int4@group:128 graph" in (dry.out / "table.txt").read_text()
+
+
+def test_the_decoder_s_products_are_compiled_ahead_of_a_run():
+    for item in decoding.ITEMS:
+        with collect_launches("sm_90") as kernels:
+            item.launch(Context("meta", 0.0, Path()))
+        assert bool(kernels) == bool(item.bits)
+
+
+def test_what_is_compiled_ahead_is_what_a_model_is_packed_to():
+    layer = quantize_weights(torch.nn.Sequential(torch.nn.Linear(128, 4)).bfloat16(), "int4@group:128")[0]
+    assert PackedFormat.of(layer.packed) == PackedFormat.of(decoding._empty(4, 4, 128))
 
 
 def test_the_table_is_last_and_short_and_kept(dry):
