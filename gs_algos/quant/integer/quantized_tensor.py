@@ -11,6 +11,7 @@ those that the float network's has, and in that order whatever is no layer of ou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -128,7 +129,7 @@ class QuantizedTensor(_VirtualTensor):
     ) -> Any:
         kwargs = kwargs or {}
         x = args[0] if args and isinstance(args[0], QuantizedTensor) else None
-        if func is aten.add.Tensor and any(isinstance(t, DeferredOutput) for t in args):
+        if func is aten.add.Tensor and DeferredOutput in map(type, args):
             return DeferredOutput.__torch_dispatch__(func, types, args, kwargs)
         if x is not None:
             if func in _ALIASES:
@@ -151,7 +152,7 @@ class QuantizedTensor(_VirtualTensor):
                 return (func(x.lay().float() - zero, *args[1:]) * scale).to(x.dtype)
             if func is aten.add.Tensor and not kwargs and _can_add(x, args[1]) and isinstance(args[1], QuantizedTensor):
                 return DeferredOutput(_SumOfCodes(x, args[1]), (x.shape, x.stride(), x.dtype, x.device))
-            if func._schema.is_mutable:  # PyTorch would return x as it was
+            if _is_mutable(func):  # PyTorch would return x as it was
                 raise RuntimeError(
                     f"QuantizedTensor: {func} must not write into 8-bit codes, got it outside the traced forward "
                     "(a hook?); use the operation that returns a new tensor"
@@ -236,7 +237,7 @@ class DeferredOutput(_VirtualTensor):
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        mutable = func._schema.is_mutable
+        mutable = _is_mutable(func)
         x = args[0] if isinstance(args[0], DeferredOutput) or mutable or len(args) < 2 else args[1]
         if isinstance(x, DeferredOutput):
             joined = None if kwargs else x._joined(func, args)
@@ -255,6 +256,11 @@ class DeferredOutput(_VirtualTensor):
         return func(*map(dequantized, args), **{key: dequantized(value) for key, value in kwargs.items()})
 
 
+@cache
+def _is_mutable(func: Any) -> bool:
+    return bool(func._schema.is_mutable)
+
+
 class _SumOfCodes:
     """Adds two quantized tensors, in the order and dtype in which floats are added."""
 
@@ -263,7 +269,7 @@ class _SumOfCodes:
     to_grid = True
 
     def __init__(self, a: QuantizedTensor, b: QuantizedTensor) -> None:
-        self.a, self.b = ((t.codes, t.quantizer.constants()) for t in (a, b))
+        self.a, self.b = (a.codes, a.quantizer.constants()), (b.codes, b.quantizer.constants())
         self.dtype = a.dtype
 
     def __call__(self, residual: Tensor | None, activation: str, grid: Any) -> Tensor:
