@@ -109,10 +109,9 @@ class InputStatistics:
         Raises:
             ValueError: with the layer's name, and the columns that are not.
         """
-        finite = self.gram.diagonal(dim1=1, dim2=2).isfinite()
-        finite &= self.gram.isfinite().all(1)
-        if self.cross is not None:
-            finite &= self.cross.isfinite().all(1) & self.cross.isfinite().all(2)
+        finite = self.gram.diagonal(dim1=1, dim2=2).isfinite()  # which bounds the rest
+        if self.cross is not None and bool(finite.all()):
+            finite = self.cross.isfinite().all(2)
         if not bool(finite.all()):
             bad = (~finite.flatten()).nonzero().flatten().tolist()
             names = ", ".join(map(str, bad[:SHOWN])) + (", ..." if len(bad) > SHOWN else "")
