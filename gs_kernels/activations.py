@@ -2,7 +2,7 @@
 
 A new one is an entry here, a branch of `activate` in gs_kernels/triton_lib.py and, if C++ is to have it, a number in
 gs_kernels/qconv2d/cpu/direct_int8.cpp; tests compare all of them. Captured graphs, patterns and converted layers
-recognise it by its `module` and `calls`.
+recognize it by its `module` and `calls`.
 """
 
 from __future__ import annotations

@@ -32,6 +32,6 @@ def generator() -> torch.Generator:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Every uninitialised tensor is NaN."""
+    """Every uninitialized tensor is NaN."""
     with poisoned_outputs():
         yield

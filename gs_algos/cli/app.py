@@ -60,7 +60,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the networks and the training state.")] = Path(
         "golden-stick-demo"
     ),
-    seed: Annotated[int, typer.Option(help="Of initialisation, shuffling and augmentation.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of initialization, shuffling and augmentation.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted demo in --out.")] = False,
 ) -> None:

@@ -127,7 +127,7 @@ def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def parameter_owners(model: nn.Module) -> dict[int, tuple[str, ...]]:
     """Returns `id(parameter) -> its qualified names`, one name per owning module: more than one means tied weights.
 
-    A module registered twice owns its parameters once. A parametrised weight is listed as its `original`. A parameter
+    A module registered twice owns its parameters once. A parametrized weight is listed as its `original`. A parameter
     that one layer borrows from one owner (gs_algos/fx/modularize/shared_parameters.py) counts as the borrower's alone.
     """
     owners: dict[int, tuple[str, ...]] = {}

@@ -52,7 +52,7 @@ def random_scores(seed: int) -> Importance:
 
 
 def gamma_of(model: nn.Module, layer: GroupLayer) -> Tensor | None:
-    """Returns the scale of the batch norm that normalises just this layer's channels; None if there is none."""
+    """Returns the scale of the batch norm that normalizes just this layer's channels; None if there is none."""
     if layer.norm is None:
         return None
     weight = get_module(model, layer.norm)._parameters.get("weight")

@@ -186,7 +186,7 @@ class SimQAT(QuantizationTraining):
 
     def after_calibration(self) -> None:
         for name, layer in self._layers.items():
-            layer.weight_quantizer.initialise(layer.folded_weight().detach())
+            layer.weight_quantizer.initialize(layer.folded_weight().detach())
             logger.debug("calibrated %s", name)
 
     def watch(self, model: nn.Module) -> None:

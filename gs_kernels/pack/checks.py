@@ -63,7 +63,7 @@ def check_packed_codes(
 
 
 def check_packed(who: str, weight: PackedWeight, name: str = "weight") -> None:
-    """Raises unless the tensors of the weight fit together. Reads no values, so it costs no synchronisation.
+    """Raises unless the tensors of the weight fit together. Reads no values, so it costs no synchronization.
 
     A weight that was right is only compared with what it was then: its tensors may have been changed in place.
 

@@ -67,6 +67,6 @@ def _log_untracked() -> None:
     if not _logged:
         _logged = True
         logger.info(
-            "qmatmul dequantises a weight in every call: its tensors were made in inference mode and do not tell when"
+            "qmatmul dequantizes a weight in every call: its tensors were made in inference mode and do not tell when"
             " they change; load it outside"
         )

@@ -1,4 +1,4 @@
-"""Packs codes into bytes, unpacks, repacks and dequantises them: plain tensor operations, on any device, traceable."""
+"""Packs codes into bytes, unpacks, repacks and dequantizes them: plain tensor operations, on any device, traceable."""
 
 from __future__ import annotations
 

@@ -268,7 +268,7 @@ def dequantize_block(
     ASM: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """Dequantises 128 codes of each row, planar containers `[R, 8 * BITS]`, to `[R, 128]` in T; returns its scales too.
+    """Dequantizes 128 codes of each row, planar containers `[R, 8 * BITS]`, to `[R, 128]` in T; returns its scales too.
 
     If SCALED, values are `(code - zero) * scale / weight_unit(...)`; else they are still to be multiplied by what is
     returned with them, `[R, 1]` fp32, which needs GROUP to be a multiple of 128.

@@ -1,4 +1,4 @@
-"""Launches of packed convolutions for the AOT gate, with the bounds that their machine code has to keep."""
+"""Lists launches of packed convolutions for the AOT gate, with the bounds that their machine code has to keep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convolves with a dequantised weight `[O, K]` as float layers do, and computes the gradient."""
+"""Convolves with a dequantized weight `[O, K]` as float layers do, and computes the gradient."""
 
 from __future__ import annotations
 

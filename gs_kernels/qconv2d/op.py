@@ -45,7 +45,7 @@ def _qconv2d_ref(
     activation: str,
     keep: bool,
 ) -> Tensor:
-    """Dequantises, then convolves as a float layer does: what a compiler sees without a GPU."""
+    """Dequantizes, then convolves as a float layer does: what a compiler sees without a GPU."""
     return convolve_dense(x, dequantize_packed(weight, dense_dtype(x)), bias, residual, geometry, activation)
 
 
@@ -182,7 +182,7 @@ def qconv2d(
         groups: of channels of x and y.
         activation: `none`, `relu`, `relu6`, `hardswish`, `gelu` (exact) or `silu`.
         residual: fp32 / fp16 / bf16, the shape of y, any strides.
-        keep_dense: on a CPU, dequantise the weight in the first call only and keep that while its codes live, which
+        keep_dense: on a CPU, dequantize the weight in the first call only and keep that while its codes live, which
             takes the memory of a float layer and saves up to two thirds of the time with few pixels. Changes of its
             tensors through `.data` or numpy then go unnoticed. A GPU never does.
 

@@ -89,7 +89,7 @@ def requant_params(
     out_scale: Tensor | None,
     out_zero: Tensor | None,
 ) -> RequantParams:
-    """Turns those arguments of the op into what `int8_epilogue` needs."""
+    """Turns residual and output grid of the op into what `int8_epilogue` needs."""
     if out_scale is None:
         return residual, residual_scale, residual_zero, None, None, None
     zero = torch.zeros_like(out_scale) if out_zero is None else out_zero

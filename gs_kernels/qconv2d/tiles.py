@@ -8,7 +8,7 @@ from gs_kernels.qmatmul.tiles import DENSE, Plan, rule_of
 from gs_kernels.tuning.tables import tuned
 
 FEW_PIXELS = 16
-SOME_PIXELS = 256  # in fp32, or with a table of levels, kernels do only so many: others are dequantised once
+SOME_PIXELS = 256  # in fp32, or with a table of levels, kernels do only so many: others are dequantized once
 
 FEW = Plan(scale_parts=True, block_m=FEW_PIXELS)
 # by compute capability, as RULES of gs_kernels/qmatmul/tiles.py
@@ -74,7 +74,7 @@ def default_plan(
     m: int, n: int, groups: int, *, channels: int, x_bits: int, sm: int, sm_count: int, int8_group: int
 ) -> Plan:
     """Chooses without a table, and before K is split, the largest tile of which every processor gets one, for it
-    dequantises least; else the smallest. Not timed yet."""
+    dequantizes least; else the smallest. Not timed yet."""
     plans = TILES[90 if sm >= 90 else 80]
     if m <= FEW_PIXELS:
         plans = (INT8_FEW if x_bits == 8 else FEW,)

@@ -1,4 +1,4 @@
-"""Launches of the packed matrix products for the AOT gate, with the bounds that their machine code has to keep."""
+"""Lists launches of packed products for the AOT gate, with the bounds that their machine code has to keep."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def matmul_fp8(bits: int, m: int, **bounds: Any) -> AotCase:
 
 
 def matmul_int8(bits: int, m: int, *, group: int, zero: bool = False, **bounds: Any) -> AotCase:
-    """zero: x has a zero point, and one scale for all rows, as between layers of a converted network."""
+    """Launches a product of 8-bit rows; zero: x has a zero point and one scale, as between converted layers."""
 
     def run() -> Any:
         kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
@@ -133,7 +133,7 @@ def regimes(every: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
         FLOATS[: 3 if every else 2], (4, 8, 2, 1)[: 4 if every else 2], GRIDS[: 6 if every else 2], ROWS_OF_RULES
     ):
         if m > FEW_ROWS and (dtype == torch.float32 or zero == "levels"):
-            continue  # dequantised once
+            continue  # dequantized once
 
         def run(
             dtype: Any = dtype, bits: int = bits, group: int = group, k: int = k, zero: str = zero, m: int = m

@@ -27,7 +27,7 @@ def planar_refuses(x: Tensor, weight: PackedWeight, *_: object) -> list[str]:
 
 
 def _qmatmul_ref(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str) -> Tensor:
-    """Dequantises to the dtype of x, then multiplies as a float layer does: what a compiler sees without a GPU."""
+    """Dequantizes to the dtype of x, then multiplies as a float layer does: what a compiler sees without a GPU."""
     y = torch.nn.functional.linear(x, dequantize_packed(weight, x.dtype))
     return ACTIVATIONS[activation].function(y if bias is None else (y.float() + bias.float()).to(x.dtype))
 
@@ -96,14 +96,14 @@ def qmatmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, acti
     fp16 and bf16 x: each weight is rounded once to the dtype of x, products are summed in fp32, bias and activation are
     applied there, and the result is rounded once. fp32 x: everything is fp32 (never TF32).
     On a GPU, bf16 x needs |scale| < 2**27: larger scales give infinities or NaN.
-    A GPU dequantises the weight once and multiplies as a float layer does where that is fastest (more than some 512
+    A GPU dequantizes the weight once and multiplies as a float layer does where that is fastest (more than some 512
     rows), and above 16 rows for fp32 x and tables of levels.
     Gradients: dx through the packed weight, and dbias. None to the weight, its scale and its zero points. With an
     activation, the backward pass computes its input again instead of saving it.
 
     Args:
         x: `[..., K]` fp32 / fp16 / bf16. Rows that are not evenly spaced, contiguous along K, are copied once.
-        weight: `[N, K]`. On a GPU the planar layout runs in kernels; canonical is dequantised first, each call.
+        weight: `[N, K]`. On a GPU the planar layout runs in kernels; canonical is dequantized first, each call.
         bias: `[N]` fp32 / fp16 / bf16.
         activation: `none`, `relu`, `relu6`, `hardswish`, `gelu` (exact) or `silu`.
 

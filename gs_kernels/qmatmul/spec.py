@@ -39,7 +39,7 @@ def shape(x: tuple[int, ...], n: int, bits: int, group: int, zero: str = "middle
 
 
 def make_weight(s: Shape, device: torch.device, generator: torch.Generator, dtype: torch.dtype) -> PackedWeight:
-    """Scales such that a product with a normal x is about normal."""
+    """Makes a weight with scales such that a product with a normal x is about normal."""
     n, k, bits = s["n"], s["x"][-1], s["bits"]
     draw: dict[str, Any] = {"generator": generator, "device": device}
     codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, **draw)
@@ -78,7 +78,7 @@ def make_int8(s: Shape, dtype: torch.dtype, device: torch.device, generator: tor
 
 
 def make_fp8(s: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Case:
-    """Rows that float8_e4m3 holds exactly, with scale 1: the interpreter's casts lose a bit that carries over."""
+    """Draws rows that float8_e4m3 holds exactly, with scale 1: the interpreter's casts lose a bit that carries over."""
     case = make(s, dtype, device, generator)
     x = case.args[0].float().mul(4).to(torch.float8_e4m3fn).to(dtype)
     x[..., 0] = FP8_MAX

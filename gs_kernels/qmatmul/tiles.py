@@ -10,7 +10,7 @@ from gs_kernels.tuning.tables import LAST, tuned
 
 @dataclass(frozen=True)
 class Plan:
-    """Says how a product is tiled. dense: dequantise once and multiply as a float layer does; the rest is then unused.
+    """Says how a product is tiled. dense: dequantize once and multiply as a float layer does; the rest is then unused.
 
     scale_parts: scales on the product of a block, where groups allow, not on the weights.
     split_k: at most so many programs share one tile of y.

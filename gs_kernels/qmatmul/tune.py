@@ -117,7 +117,7 @@ def _default(problem: Problem, machine: Machine) -> Tile:
 
 def describe(tile: Tile) -> str:
     if tile.get("dense"):
-        return "dequantise, then multiply"
+        return "dequantize, then multiply"
     texts = [f"{tile['block_m']} rows x {tile['block_n']} outputs, {tile['warps']} warps, {tile['stages']} stages"]
     if "scale_parts" in tile:
         texts.append("scales on products" if tile["scale_parts"] else "scales on weights")

@@ -56,7 +56,7 @@ def round_times(calls: Sequence[Call], seconds: float) -> tuple[list[float], boo
     none is written to memory that is still in the cache.
 
     Returns:
-        samples, each a replay divided by its calls, and whether a graph was replayed: a call that synchronises cannot
+        samples, each a replay divided by its calls, and whether a graph was replayed: a call that synchronizes cannot
         be captured, and is timed as it is launched.
     """
     _warm_up(calls)

@@ -80,7 +80,7 @@ def test_a_lazy_module_is_named(make):
     [
         (nn.utils.weight_norm, r"computed by a hook"),
         (nn.utils.spectral_norm, r"computed by a hook"),
-        (nn.utils.parametrizations.weight_norm, "re-parametrised"),
+        (nn.utils.parametrizations.weight_norm, "re-parametrized"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")

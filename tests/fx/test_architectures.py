@@ -17,7 +17,7 @@ REFUSED = {
     "AlbertConfig": "called 2 times",
     "GPT2Config": "Conv1D multiplies by its parameter with a matrix product",
     "MixtralConfig": "functional linear",
-    "Wav2Vec2Config": "re-parametrised",
+    "Wav2Vec2Config": "re-parametrized",
 }
 
 

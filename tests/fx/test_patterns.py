@@ -75,7 +75,7 @@ def test_the_same_roles_on_the_symbolic_trace_rung():
 def test_a_norm_over_another_axis_of_a_linear_is_refused():
     net = Chain(fc=nn.Linear(4, 4), bn=nn.BatchNorm1d(4))
     assert roles(net, torch.ones(2, 4, 4)) == [{"linear": "fc"}]
-    assert "normalises axis 1" in reasons(net, torch.ones(2, 4, 4))["bn"]
+    assert "normalizes axis 1" in reasons(net, torch.ones(2, 4, 4))["bn"]
 
 
 def test_an_activation_with_a_second_reader_still_matches_its_producer():
@@ -164,7 +164,7 @@ def test_a_fold_is_refused_and_the_conv_still_matches_alone(net, site, words):
             "has a forward of its own",
         ),
         (nn.Sequential(nn.ConvTranspose2d(3, 4, 3)), 3, "0", "ConvTranspose2d is not supported"),
-        (nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3))), 3, "0", "weight is re-parametrised"),
+        (nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3))), 3, "0", "weight is re-parametrized"),
         (nn.Sequential(spectral_norm(nn.Conv2d(3, 4, 3))), 3, "0", "weight is computed by a hook"),
         (Functional(), 3, "w1", "functional conv2d on a parameter; .*modularize"),
         (nn.Conv2d(3, 4, 3), 3, "", "the model itself is the layer"),

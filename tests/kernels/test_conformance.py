@@ -101,6 +101,6 @@ def test_two_runs_give_the_same_bits(spec, shape, dtype, device):
     assert all(same_bits(a, b) for a, b in zip(once(), once(), strict=True))
 
 
-def test_uninitialised_memory_is_poisoned_in_these_tests(poisoned, device):
+def test_uninitialized_memory_is_poisoned_in_these_tests(poisoned, device):
     assert torch.empty(3, device=device).isnan().all()
     assert (torch.empty(3, dtype=torch.int8, device=device) == 127).all()

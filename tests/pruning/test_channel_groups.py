@@ -238,8 +238,8 @@ def with_computed_weight() -> nn.Module:
 
 REFUSED: dict[str, tuple[nn.Module, str]] = {
     "unknown operation": (sequential(Call(lambda x: torch.fft.fft(x).real)), "no rule for the operation _fft_r2c in 1"),
-    "layer norm": (sequential(nn.LayerNorm(8)), "is normalised together by native_layer_norm in 1"),
-    "group norm": (sequential(nn.GroupNorm(2, 8)), "is normalised in groups by native_group_norm in 1"),
+    "layer norm": (sequential(nn.LayerNorm(8)), "is normalized together by native_layer_norm in 1"),
+    "group norm": (sequential(nn.GroupNorm(2, 8)), "is normalized in groups by native_group_norm in 1"),
     "softmax": (sequential(nn.Softmax(-1)), "is mixed by _softmax in 1"),
     "mean": (sequential(Call(lambda x: x - x.mean(-1, keepdim=True))), "is mixed by mean in 1"),
     "constant": (sequential(Call(lambda x: x + torch.ones(8))), "is combined with something of fixed size in add in 1"),

@@ -207,7 +207,7 @@ def test_conv1d_is_exported_as_a_linear_where_onnx_has_no_packed_form_of_it():
 
 def test_a_subclass_that_only_constructs_itself_is_packed_and_its_attributes_stay():
     class Scaled(nn.Linear):
-        """A plain linear with an initialisation of its own."""
+        """A plain linear with an initialization of its own."""
 
         def __init__(self, n: int) -> None:
             super().__init__(n, n)

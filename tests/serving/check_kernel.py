@@ -48,7 +48,7 @@ def chosen(config: MPLinearLayerConfig) -> str:
 
 
 def check_product(bits: int, group: int, zero_points: bool, rows_first: bool) -> None:
-    """The kernel's product is that of the dequantised weight, from compressed-tensors' words or from GPTQ's."""
+    """The kernel's product is that of the dequantized weight, from compressed-tensors' words or from GPTQ's."""
     generator = torch.Generator().manual_seed(bits)
     size = K if group == -1 else group
     codes = torch.randint(0, 2**bits, (N, K), dtype=torch.uint8, generator=generator)

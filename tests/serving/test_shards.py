@@ -44,7 +44,7 @@ def test_others_are_refused(names: list[str], said: str):
 
 @pytest.mark.parametrize(("bits", "group", "parts"), [(4, 64, 3), (1, 32, 4), (2, 384, 2), (8, 128, 3)])
 def test_a_cut_weight_is_a_part_of_the_whole(bits: int, group: int, parts: int):
-    """The bytes that `shard` describes, sliced as an engine slices them, dequantise to columns of the whole."""
+    """The bytes that `shard` describes, sliced as an engine slices them, dequantize to columns of the whole."""
     whole = packed(bits, 16, 384, group)
     columns = 384 // parts
     part = shard(PackedFormat.of(whole), "o_proj", 16, columns)

@@ -36,7 +36,7 @@ def check_name(name: str) -> None:
 
 
 def build(name: str, *, in_channels: int, num_classes: int, image_size: int) -> nn.Module:
-    """Builds a freshly initialised network of MODELS, or of `package.module:function`. The caller owns the random seed.
+    """Builds a freshly initialized network of MODELS, or of `package.module:function`. The caller owns the random seed.
 
     Raises:
         ValueError: if it is neither, or the images are too small for the network.

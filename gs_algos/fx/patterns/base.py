@@ -114,7 +114,7 @@ def refuse_parameters(view: View, node: Node) -> str | None:
     """Refuses parameters that are not plain, not the module's own, or read by something else too."""
     module = view.module(node)
     if parametrize.is_parametrized(module):
-        return f"{', '.join(module.parametrizations)} is re-parametrised"  # type: ignore[arg-type]
+        return f"{', '.join(module.parametrizations)} is re-parametrized"  # type: ignore[arg-type]
     if "weight" in module.__dict__ or (hasattr(module, "weight") and "weight" not in module._parameters):
         return "weight is computed by a hook (weight_norm, spectral_norm), not a parameter"
     for key, parameter in module._parameters.items():

@@ -147,7 +147,7 @@ def _refuse_statistics(view: View, layer: Node, norm: Node) -> str | None:
         return f"{norm.module} has {bn.num_features} channels, {layer.module} has {channels}"
     if isinstance(module, nn.Linear) and (layer.shape is None or len(layer.shape) != 2):
         shape = "of unknown rank" if layer.shape is None else f"{list(layer.shape)}"
-        return f"{norm.module} normalises axis 1, which is the feature axis of a [M, N] output only; got one {shape}"
+        return f"{norm.module} normalizes axis 1, which is the feature axis of a [M, N] output only; got one {shape}"
     return None
 
 

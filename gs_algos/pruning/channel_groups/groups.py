@@ -34,7 +34,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class GroupLayer:
-    """Names a layer that makes channels of a group. norm: the batch norm behind it, if it normalises just these."""
+    """Names a layer that makes channels of a group. norm: the batch norm behind it, if it normalizes just these."""
 
     name: str
     tensor: str

@@ -239,18 +239,18 @@ def batch_norm(flow: ChannelFlow, call: OpCall) -> list[Value]:
 
 
 def layer_norm(flow: ChannelFlow, call: OpCall) -> list[Value]:
-    """Ties the trailing dimensions, which `native_layer_norm` and `_fused_rms_norm` normalise together."""
+    """Ties the trailing dimensions, which `native_layer_norm` and `_fused_rms_norm` normalize together."""
     value = flow.value(call.args[0])
     rank = len(value.shape)
     dims = range(rank - len(call.argument("normalized_shape")), rank)
-    rests = [flow.atoms.whole(f, dims, f"is normalised together by {flow.where(call)}") for f in value.fields]
+    rests = [flow.atoms.whole(f, dims, f"is normalized together by {flow.where(call)}") for f in value.fields]
     return [Value(value.shape, tuple(f for f in rests if f is not None))]
 
 
 def group_norm(flow: ChannelFlow, call: OpCall) -> list[Value]:
     value = flow.value(call.args[0])
     dims = range(1, len(value.shape))
-    rests = [flow.atoms.whole(f, dims, f"is normalised in groups by {flow.where(call)}") for f in value.fields]
+    rests = [flow.atoms.whole(f, dims, f"is normalized in groups by {flow.where(call)}") for f in value.fields]
     return [Value(value.shape, tuple(f for f in rests if f is not None))]
 
 

@@ -39,7 +39,7 @@ from gs_algos.quant.fake_quant.quantizers import ActivationQuantizer, WeightQuan
 from gs_algos.quant.scheme import Scheme
 from gs_kernels.runtime.torch_private import _BatchNorm
 
-SMALLEST_FACTOR = 1e-6  # a zero gamma (zero-initialised residual branches) must not divide by zero
+SMALLEST_FACTOR = 1e-6  # a zero gamma (zero-initialized residual branches) must not divide by zero
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

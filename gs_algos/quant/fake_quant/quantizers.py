@@ -122,7 +122,7 @@ class WeightQuantizer(Quantizer):
     def state_rules(self) -> Rules:
         return {**super().state_rules(), "clip": NOT_NEGATIVE}
 
-    def initialise(self, weight: Tensor) -> None:
+    def initialize(self, weight: Tensor) -> None:
         """Starts the learnt steps, or the clip ratios, from the values of `weight`."""
         grouped = weight.detach().float().reshape(self.scale.numel(), -1)
         if self.scheme.learned:

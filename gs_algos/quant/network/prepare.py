@@ -105,4 +105,4 @@ def _swap_layer(model: nn.Module, row: PlanRow[LayerPlan], options: QuantOptions
         norm_children=tuple(get_module(model, name) for name in plan.norm_children),
     )
     assert isinstance(layer, FakeQuantized)
-    quantizer.initialise(layer.folded_weight().detach())
+    quantizer.initialize(layer.folded_weight().detach())

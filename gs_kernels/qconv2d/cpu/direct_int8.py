@@ -66,7 +66,7 @@ STRUCTS = (_Image, _Epilogue, _Sums, _Residual, _Sum)
 
 
 def _filter_of(geometry: ConvGeometry) -> tuple[int, ...]:
-    """Returns what `_Image` has behind its sizes."""
+    """Returns the fields of `_Image` that follow its sizes."""
     return geometry.r, geometry.s, *geometry.stride, geometry.top, geometry.left, *geometry.dilation
 
 

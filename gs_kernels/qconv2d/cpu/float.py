@@ -1,6 +1,6 @@
-"""Convolutions of float images with a packed weight on the CPU: its filters in memory, then ATen's, channels-last.
+"""Convolves float images with a packed weight on the CPU: dequantizes its filters, then calls ATen, channels-last.
 
-A weight is small against what an image takes to convolve with it: to dequantise it adds a tenth of the time at 8 images
+A weight is small against what an image takes to convolve with it: to dequantize it adds a tenth of the time at 8 images
 of 56 x 56, and as much again at one of 7 x 7 with 512 channels. So a caller decides whether they are kept.
 """
 
@@ -21,7 +21,7 @@ from gs_kernels.qmatmul.cpu.float import computed_in, without_autocast
 
 
 class FloatConvolution:
-    """Prepares `qconv2d` on a CPU: everything but image and residual is fixed, and the weight is kept dequantised.
+    """Prepares `qconv2d` on a CPU: everything but image and residual is fixed, and the weight is kept dequantized.
 
     Args:
         dtype: of images.

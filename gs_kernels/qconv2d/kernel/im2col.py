@@ -8,7 +8,7 @@ from gs_kernels.triton_epilogue import in_units, pixels
 
 @triton.jit
 def is_inside(h, H):
-    """0 <= h < H."""
+    """Says whether 0 <= h < H."""
     return h.to(tl.uint32) < H
 
 

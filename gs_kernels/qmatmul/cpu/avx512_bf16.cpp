@@ -1,6 +1,6 @@
 // y = x W^T of bf16 rows x with a row-interleaved weight (interleaved.py), by AVX-512's dot products of bf16 pairs.
 //
-// A thread takes PANEL blocks of 16 rows of the weight at a time. It dequantises a stretch of K, in fp32 and rounded
+// A thread takes PANEL blocks of 16 rows of the weight at a time. It dequantizes a stretch of K, in fp32 and rounded
 // once to bf16, into a panel that stays in its cache: pairs of neighbours along K, a row to a 32-bit lane. Tiles of up
 // to TILE rows of x then run over the panel, with their fp32 sums in registers.
 #include <immintrin.h>

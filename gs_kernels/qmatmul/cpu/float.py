@@ -1,8 +1,8 @@
 """Multiplies with a packed weight on the CPU: chooses the way for a call, and holds those that any call can go.
 
-Up to `ROWS` rows of x (or `FEW_ROWS`), C++ multiplies codes as it unpacks them, in fp32: nothing is dequantised in
+Up to `ROWS` rows of x (or `FEW_ROWS`), C++ multiplies codes as it unpacks them, in fp32: nothing is dequantized in
 memory. More rows of bf16 go to avx512_bf16.py, where the CPU has its instructions. Elsewhere blocks of the weight that
-fit the cache are dequantised one after the other and multiplied by ATen.
+fit the cache are dequantized one after the other and multiplied by ATen.
 Tables of levels and machines without a C++ compiler take plain tensor operations, block by block too.
 
 fp16 is computed in fp32: CPUs multiply it many times slower. bf16 is, where the CPU has no instructions for it.
@@ -33,8 +33,8 @@ from gs_kernels.runtime.instructions import has
 logger = logging.getLogger(__name__)
 
 ROWS = 4  # of bf16 x, that multiply as fast in fp32
-BLOCK = 1 << 21  # elements of a weight that are dequantised at a time
-# measured, 2 threads, 4096 x 4096: above, a dequantised block and ATen's product take less time
+BLOCK = 1 << 21  # elements of a weight that are dequantized at a time
+# measured, 2 threads, 4096 x 4096: above, a dequantized block and ATen's product take less time
 FEW_ROWS = {torch.bfloat16: 16, torch.float32: 64}
 
 
@@ -46,7 +46,7 @@ def qmatmul_cpu(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation
                 # the way of few rows without frames in between, which small ones feel
                 y = dot(rows.float(), interleaved(weight)) if _are_few(rows) else _many(rows, weight)
             except UnsuitableError as error:
-                logger.debug("qmatmul dequantises in every call: %s", error)
+                logger.debug("qmatmul dequantizes in every call: %s", error)
         y = _plain(rows, weight) if y is None else y[:, : weight.shape[0]]
     return epilogue(y, bias, activation, x.dtype).view(*x.shape[:-1], weight.shape[0])
 
@@ -125,7 +125,7 @@ def dequantized(
 
 
 def _plain(x: Tensor, weight: PackedWeight) -> Tensor:
-    """Dequantises some rows of the weight at a time."""
+    """Dequantizes some rows of the weight at a time."""
     n, k = weight.shape
     if x.shape[0] == 0:
         return x.new_empty(0, n)

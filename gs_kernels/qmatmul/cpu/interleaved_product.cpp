@@ -1,5 +1,5 @@
 // Multiplies with a row-interleaved weight (interleaved.py) and unpacks codes on the way: few rows of x in fp32 or int32;
-// dequantises blocks of the weight; adds one group of a product of int8 matrices.
+// dequantizes blocks of the weight; adds one group of a product of int8 matrices.
 #include "simd.h"
 
 using namespace lanes;

@@ -1,4 +1,4 @@
-"""Calls `products.cpp`: multiplies with a row-interleaved weight, or dequantises blocks of it.
+"""Calls `interleaved_product.cpp`: multiplies with a row-interleaved weight, or dequantizes blocks of it.
 
 It takes `codes [B, G, S, bits * 16]`, `grid [B, G, 32]` and the steps of x, `[M, G, S, 8]`, as interleaved.py has them.
 """

@@ -28,7 +28,7 @@ def _device(index: int) -> tuple[bool, int, int]:
 
 
 def device_of(x: Tensor) -> tuple[bool, int, int]:
-    """Whether inline PTX runs where x is, its compute capability, and its number of processors."""
+    """Returns whether inline PTX runs where x is, its compute capability, and its number of processors."""
     if INTERPRET:
         return False, 90, 132
     if x.device.type == "cuda" and (is_eager(x) or torch.cuda.is_available()):

@@ -23,7 +23,7 @@ def _dequantize_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Dequantises `[BLOCK_N, 128]` of the weight in fp32, by plain shifts, since the store takes longer."""
+    """Dequantizes `[BLOCK_N, 128]` of the weight in fp32, by plain shifts, since the store takes longer."""
     WIDTH: tl.constexpr = 8 * BITS
     block = tl.program_id(0).to(tl.int64)
     first_n = tl.program_id(1).to(tl.int64) * BLOCK_N

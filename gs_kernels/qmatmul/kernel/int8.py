@@ -143,7 +143,7 @@ def _qmatmul_int8_kernel(
 
 
 def sums_fit(weight: PackedWeight, shifted: bool) -> bool:
-    """Whether int32 holds twice the sums over a row, of a weight with one group; shifted: x has a zero point."""
+    """Says whether int32 holds twice the sums over a row of a weight with one group; shifted: x has a zero point."""
     zero, last = weight.zero, 2**weight.bits - 1
     farthest = last + 1 if isinstance(zero, Tensor) else max(zero, last - zero)  # of codes and zero points
     return weight.scale.shape[1] == 1 and 2 * weight.shape[1] * farthest * (255 if shifted else 128) < 1 << 31

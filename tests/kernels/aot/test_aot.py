@@ -199,7 +199,7 @@ def test_too_many_instructions_are_caught():
 
 
 @pytest.mark.parametrize("target", list(aot.TARGETS))
-def test_a_body_that_was_optimised_away_is_caught(target):
+def test_a_body_that_was_optimized_away_is_caught(target):
     kernel = _only(lambda: _lost_body_kernel[(1,)](_meta(), _meta(), BLOCK=1024, enable_fp_fusion=False), target)
     assert any("left a trap or removed" in fact for fact in aot.check(kernel, DOUBLE))
 

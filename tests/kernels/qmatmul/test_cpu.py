@@ -121,7 +121,7 @@ def test_sums_of_rows_with_one_scale_are_exact(bits: int, x_zero: float | None):
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_small_weights_are_multiplied_by_the_compiled_loops(bits: int, monkeypatch: pytest.MonkeyPatch):
-    """The last layer of a small network, whatever the number of rows: no reference, nothing dequantised beforehand."""
+    """The last layer of a small network, whatever the number of rows: no reference, nothing dequantized beforehand."""
     if interleaved_product.kernels() is None:
         pytest.skip("no C++ compiler")
     for module, name in ((int8, "qmatmul_int8_ref"), (float, "_plain")):

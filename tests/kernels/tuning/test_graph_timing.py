@@ -78,12 +78,12 @@ def test_the_start_of_a_graph_and_the_launches_of_the_cpu_are_lost_in_a_millisec
 
 
 def test_a_call_that_cannot_be_captured_is_timed_as_it_is_launched(clock):
-    def synchronising():
+    def synchronizing():
         if clock.capturing is not None:
             raise RuntimeError("operation not permitted when stream is capturing")
         return clock.call(0)
 
-    ms, graph = round_times([synchronising], 1e-4)
+    ms, graph = round_times([synchronizing], 1e-4)
     assert not graph and 1e3 * ms[0] == pytest.approx(KERNEL_US + LAUNCH_US)
 
 

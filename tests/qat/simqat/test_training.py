@@ -238,7 +238,7 @@ def test_the_gradient_of_a_learned_step_is_scaled_by_its_elements_and_levels():
     """Esser et al. 2020, section 2.2: g = 1 / sqrt(N * qmax)."""
     weight = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
     quantizer = WeightQuantizer(Scheme.parse("int4@channel:lsq", "weight"), weight)
-    quantizer.initialise(weight)
+    quantizer.initialize(weight)
     step = quantizer.scale.detach().clone().requires_grad_()
     fake_quant(weight, step, torch.zeros(3), qmin=-8, qmax=7, granularity=PerChannel(0)).square().sum().backward()
     quantizer(weight).square().sum().backward()
