@@ -1,9 +1,10 @@
-"""Words that were replaced by those of the field do not come back into public names, classes, modules and folders."""
+"""Words that were replaced by those of the field do not come back, and docstrings begin with what happens."""
 
 from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,20 @@ RETIRED_MODULES = {
     "work": "ir_cost",
 }
 
+# how a docstring begins that names a thing, or leaves its verb out; say what happens: "Returns ...", "Says whether ..."
+NOUN_PHRASES = (
+    *("A ", "An ", "The ", "One ", "Every ", "Each ", "All ", "No ", "Base of ", "True ", "False ", "As ", "Like "),
+    *("Whether ", "What ", "Which ", "Why ", "How ", "Where ", "When "),
+)
+
+
+@cache
+def defined() -> list[tuple[str, ast.AST]]:
+    """Every module, class and function, under its file."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    files = [(str(path.relative_to(ROOT)), ast.parse(path.read_text(encoding="utf-8"))) for path in FILES]
+    return [(path, node) for path, tree in files for node in ast.walk(tree) if isinstance(node, kinds)]
+
 
 def refusal(name: str) -> str | None:
     """What to call a thing instead; None if its name is fine."""
@@ -87,10 +102,7 @@ def test_public_names_have_no_retired_words(package):
 
 
 def test_classes_have_no_retired_words():
-    nodes = [(path, node) for path in FILES for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
-    classes = {
-        f"{path.relative_to(ROOT)}: {node.name}": node.name for path, node in nodes if type(node) is ast.ClassDef
-    }
+    classes = {f"{path}: {node.name}": node.name for path, node in defined() if isinstance(node, ast.ClassDef)}
     assert len(classes) > 200
     assert {place: refusal(name) for place, name in classes.items() if refusal(name)} == {}
 
@@ -104,3 +116,12 @@ def test_modules_and_folders_have_no_retired_words():
 
 def test_retired_words_are_found():
     assert refusal("CodesTensor") and refusal("_HandsCodes") and refusal("fused_chain") and not refusal("Chained")
+
+
+def test_docstrings_begin_with_what_happens():
+    first = {
+        f"{path}:{getattr(node, 'lineno', 1)}": (ast.get_docstring(node) or "").partition("\n")[0]
+        for path, node in defined()
+    }
+    assert len(first) > 2000
+    assert {place: line for place, line in first.items() if line.startswith(NOUN_PHRASES)} == {}

@@ -1,4 +1,4 @@
-"""The options of PTQ."""
+"""Defines the options of PTQ."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def checked_rounding(rounding: object) -> str:
 
 
 class PTQOptions(TypedDict, total=False):
-    """The fields of `PTQConfig` as keywords of `PTQ`, for type checkers."""
+    """Types the fields of `PTQConfig` as keywords of `PTQ`, for type checkers."""
 
     weight: str | Scheme
     act: str | None

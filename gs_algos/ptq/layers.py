@@ -74,7 +74,7 @@ class Rounded(nn.Module, OffFastPath):
 
     @property
     def weight(self) -> Tensor:
-        """The rounded weight. The parameter itself is `layer._parameters["weight"]`."""
+        """Returns the rounded weight. The parameter itself is `layer._parameters["weight"]`."""
         parameter = self.float_weight
         return parameter if self.solved else self.rounded(parameter)
 

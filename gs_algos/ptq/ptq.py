@@ -1,4 +1,4 @@
-"""PTQ: quantization after training, from a little data: every layer is rounded so that its output changes least.
+"""Quantizes after training, from a little data (PTQ): every layer is rounded so that its output changes least.
 
 `gptq`: Frantar et al. 2023, arXiv:2210.17323. The correction for what the layers before have done wrong is that of
 Zhang et al. (Qronos, arXiv:2505.11695), Arai and Ichikawa (QEP, arXiv:2504.09629) in one formula.
@@ -85,7 +85,7 @@ class RoundedPlan(RowSettings):
 
 
 class PTQ(Algorithm):
-    """Quantization after training. The options are those of `PTQConfig`, given by keyword.
+    """Rounds a trained network from a little data. The options are those of `PTQConfig`, given by keyword.
 
     ```python
     algo = PTQ(weight="int4@group:64")
@@ -117,7 +117,7 @@ class PTQ(Algorithm):
         self._model: nn.Module | None = None
 
     def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:
-        """The dry run: every weight, its scheme and rounding or why it stays float, and the blocks. Touches nothing."""
+        """Lists every weight, its scheme and rounding or why it stays float, and the blocks; touches nothing."""
         with ordinary_tensors(), torch.no_grad(), asked_by("PTQ.plan"):
             model = network_of(model, "PTQ.plan")
             sites = self._sites(model)
