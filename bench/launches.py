@@ -185,10 +185,10 @@ def count_calls(call: Callable[[], Any]) -> tuple[int, int]:
     return counts["call"] - 1, counts["c_call"] - 1  # the lambda, and setprofile
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.launches", description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=0.5, help="of each call (default %(default)s)")
-    seconds = parser.parse_args().seconds
+    seconds = parser.parse_args(argv).seconds
     import triton
 
     print(f"torch {torch.__version__}, triton {triton.__version__}")
