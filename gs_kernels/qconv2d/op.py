@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.pack.schema import PACKED_WEIGHT
 from gs_kernels.qconv2d.checks import check_devices, check_operands
+from gs_kernels.qconv2d.cpu.direct_int8 import ConvolvesImages
 from gs_kernels.qconv2d.cpu.float import FloatConvolution, qconv2d_cpu
 from gs_kernels.qconv2d.dense import convolve_dense, convolve_dx, dense_dtype, empty_image
 from gs_kernels.qconv2d.geometry import GEOMETRY, ConvGeometry, Padding, Pair, make_geometry
@@ -121,6 +123,25 @@ _run_dx = register(
 )
 
 
+class BoundConvolution:
+    """Prepares `qconv2d` on a GPU: nothing is kept but the other arguments, and a call launches as the last like it."""
+
+    def __init__(
+        self, weight: PackedWeight, geometry: ConvGeometry, bias: Tensor | None, activation: str, dtype: torch.dtype
+    ) -> None:
+        self.weight, self.geometry, self.bias, self.activation = weight, geometry, bias, activation
+
+    def at(self, shape: Sequence[int], residual: torch.dtype | None = None) -> ConvolvesImages:
+        """Returns the function of images and, if a dtype is named, residuals; it takes other shapes, too."""
+        weight, bias, geometry, activation = self.weight, self.bias, self.geometry, self.activation
+
+        def convolve(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            y: Tensor | None = _run.repeat(x, weight, bias, residual, geometry, activation, True)
+            return _checked(x, weight, bias, residual, geometry, activation, True) if y is None else y
+
+        return convolve
+
+
 def prepared_qconv2d(
     x: Tensor,
     weight: PackedWeight,
@@ -132,7 +153,7 @@ def prepared_qconv2d(
     dilation: Pair,
     groups: int,
     activation: str,
-) -> FloatConvolution | None:
+) -> FloatConvolution | BoundConvolution | None:
     """Prepares `qconv2d(x, ..., keep_dense=True)` for many images like x: checks all but image and residual once.
 
     `at(shape, dtype of residuals)` of the result is the function of images; nothing looks at their shapes, at
@@ -141,7 +162,8 @@ def prepared_qconv2d(
     who = "qconv2d"
     geometry = make_geometry(who, kernel_size, stride, padding, dilation, groups)
     check_operands(who, x, FLOATS, weight, bias, activation, geometry)
-    prepare = choose(who, QCONV2D, x, weight).prepare
+    chosen = choose(who, QCONV2D, x, weight)
+    prepare = BoundConvolution if chosen.name == "triton" else chosen.prepare
     try:
         return prepare and prepare(weight, geometry, bias, activation, x.dtype)
     except UnsuitableError:
@@ -192,12 +214,23 @@ def qconv2d(
     Raises:
         TypeError, ValueError: if shapes, dtypes or devices do not fit together, or an argument is none of the above.
     """
-    who = "qconv2d"
-    geometry = make_geometry(who, kernel_size, stride, padding, dilation, groups)
+    geometry = make_geometry("qconv2d", kernel_size, stride, padding, dilation, groups)
     if (y := _run.repeat(x, weight, bias, residual, geometry, activation, keep_dense)) is not None:
         return y
-    shape = check_operands(who, x, FLOATS, weight, bias, activation, geometry)
+    return _checked(x, weight, bias, residual, geometry, activation, keep_dense)
+
+
+def _checked(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: ConvGeometry,
+    activation: str,
+    keep: bool,
+) -> Tensor:
+    shape = check_operands("qconv2d", x, FLOATS, weight, bias, activation, geometry)
     if residual is not None:
-        check_tensor(who, "residual", residual, FLOATS, shape)
-        check_devices(who, x, {"residual": residual})
-    return _run(x, weight, bias, residual, geometry, activation, keep_dense)
+        check_tensor("qconv2d", "residual", residual, FLOATS, shape)
+        check_devices("qconv2d", x, {"residual": residual})
+    return _run(x, weight, bias, residual, geometry, activation, keep)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from gs_algos.quant.packed import module
+from gs_algos.quant.packed.conv import PackedConv
 from gs_algos.quant.packed.linear import PackedLinear
 from gs_kernels import (
     PerChannel,
@@ -331,6 +332,34 @@ def test_a_bound_packed_linear_is_at_most_6_frames_deep_and_16_calls(gpu):
     made, x = layer(gpu), rows(1, 256)
     deepest, calls = frames(lambda: made(x))
     assert deepest <= 6 and calls <= 16, (deepest, calls)
+
+
+def conv(gpu):
+    geometry = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1}
+    geometry |= {"padding_mode": "zeros", "pad": [1, 1, 1, 1]}
+    made = PackedConv(weight(64, 64 * 9, 64 * 9), geometry, (64, 3, 3), torch.zeros(64), torch.bfloat16).eval()
+    kept(gpu, made.codes, made.scale, made.bias)
+    return made
+
+
+@torch.no_grad()
+def test_a_bound_packed_convolution_launches_what_the_long_way_does_in_at_most_24_calls(gpu):
+    made, x = conv(gpu), torch.ones(1, 64, 7, 7, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    kept(gpu, x)
+    want = gpu.run(lambda: made(x), long_way=True)
+    assert gpu.run(lambda: made(x)) == want
+    assert gpu.run(lambda: made(x)) == want
+    deepest, calls = frames(lambda: made(x))
+    assert deepest <= 7 and calls <= 24, (deepest, calls)
+
+
+@torch.no_grad()
+def test_a_packed_convolution_refuses_a_residual_that_does_not_fit(gpu):
+    made, x = conv(gpu), torch.ones(1, 64, 7, 7, dtype=torch.bfloat16)
+    for _ in range(2):
+        made.run(x, x, "none")
+    with pytest.raises(ValueError, match="residual must have shape"):
+        made.run(x, x[:, :, :, :5], "none")
 
 
 def test_layers_of_one_form_share_a_bound_call(gpu):
