@@ -9,6 +9,7 @@ from torch.nn.grad import conv2d_input
 
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.qconv2d.geometry import ConvGeometry
+from gs_kernels.runtime.device import convolves_in_fp32
 
 
 def empty_image(x: Tensor, o: int, geometry: ConvGeometry, dtype: torch.dtype) -> Tensor:
@@ -34,7 +35,8 @@ def convolve_dense(
     if not geometry.is_symmetric:
         image, padding = pad(image, geometry.sides), (0, 0)
     inside = None if bias is None else bias.to(w.dtype)
-    y = conv2d(image, _filters(w, geometry), inside, geometry.stride, padding, geometry.dilation, geometry.groups)
+    with convolves_in_fp32(image):
+        y = conv2d(image, _filters(w, geometry), inside, geometry.stride, padding, geometry.dilation, geometry.groups)
     y = y if residual is None else y.float().add_(residual)
     y = ACTIVATIONS[activation].in_place(y)
     return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
@@ -44,8 +46,8 @@ def convolve_dx(dy: Tensor, w: Tensor, geometry: ConvGeometry, height: int, widt
     """Computes dx in the dtype of w; returns `[B, C, H, W]`, channels-last, in the dtype of dy."""
     channels = w.shape[1] // geometry.taps * geometry.groups
     size = [dy.shape[0], channels, height + geometry.top + geometry.bottom, width + geometry.left + geometry.right]
-    dx = conv2d_input(
-        size, _filters(w, geometry), dy.to(w.dtype), geometry.stride, 0, geometry.dilation, geometry.groups
-    )
+    dy_w = dy.to(w.dtype)
+    with convolves_in_fp32(dy_w):
+        dx = conv2d_input(size, _filters(w, geometry), dy_w, geometry.stride, 0, geometry.dilation, geometry.groups)
     inner = dx[:, :, geometry.top : geometry.top + height, geometry.left : geometry.left + width]
     return inner.to(dy.dtype).contiguous(memory_format=torch.channels_last)

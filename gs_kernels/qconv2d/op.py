@@ -187,8 +187,8 @@ def qconv2d(
     """`act(conv2d(x, W) + bias + residual)` with `W = (code - zero) * scale`, or `levels[code] * scale`, packed.
 
     fp16 and bf16 x: each weight is rounded once to the dtype of x, products are summed in fp32, and bias, residual and
-    activation are applied there. fp32 x: everything is fp32 (TF32 where cuDNN convolves and torch allows it). No buffer
-    of unfolded pixels. On a GPU, bf16 x needs |scale| < 2**27, as for `qmatmul`.
+    activation are applied there. fp32 x: everything is fp32 (TF32 only in compiled code, where torch allows it). No
+    buffer of unfolded pixels. On a GPU, bf16 x needs |scale| < 2**27, as for `qmatmul`.
     Gradients: dx through the packed weight, dbias, dresidual. None to the weight, its scale and its zero points.
 
     Args:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from gs_kernels.runtime.torch_private import current_gpu
+from gs_kernels.runtime.torch_private import current_gpu, is_eager
 
 # C functions, without a frame of Python. Callers take them from this module in each call, where a driver that only
 # pretends (bench/launches.py) puts its own
@@ -31,6 +33,36 @@ class Capabilities:
     sm: int
     shared_bytes: int
     sm_count: int
+
+
+_ieee_lock = threading.Lock()
+_ieee_calls = 0
+_ieee_before = ""
+
+
+@contextlib.contextmanager
+def convolves_in_fp32(x: Tensor) -> Iterator[None]:
+    """Convolutions of x inside multiply in fp32 if that is its dtype: cuDNN rounds to TF32 by default, 3e-4 off.
+
+    The setting is one of the process: meanwhile no other thread's fp32 convolutions are in TF32 either. It is as before
+    when the last call has left. Compiled and exported convolutions run under the setting of who runs them.
+    """
+    global _ieee_calls, _ieee_before
+    if x.dtype != torch.float32 or x.is_cpu or not is_eager(x):
+        yield
+        return
+    setting = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # not in torch's stub
+    with _ieee_lock:
+        if _ieee_calls == 0:
+            _ieee_before, setting.fp32_precision = setting.fp32_precision, "ieee"
+        _ieee_calls += 1
+    try:
+        yield
+    finally:
+        with _ieee_lock:
+            _ieee_calls -= 1
+            if _ieee_calls == 0:
+                setting.fp32_precision = _ieee_before
 
 
 @cache
