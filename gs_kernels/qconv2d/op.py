@@ -136,8 +136,10 @@ class BoundConvolution:
         weight, bias, geometry, activation = self.weight, self.bias, self.geometry, self.activation
 
         def convolve(x: Tensor, residual: Tensor | None = None) -> Tensor:
-            y: Tensor | None = _run.repeat(x, weight, bias, residual, geometry, activation, True)
-            return _checked(x, weight, bias, residual, geometry, activation, True) if y is None else y
+            if (y := _run.repeat(x, weight, bias, residual, geometry, activation, True)) is not None:
+                return y  # type: ignore[no-any-return]
+            _check(x, weight, bias, residual, geometry, activation)
+            return _run(x, weight, bias, residual, geometry, activation, True)  # type: ignore[no-any-return]
 
         return convolve
 
@@ -217,20 +219,19 @@ def qconv2d(
     geometry = make_geometry("qconv2d", kernel_size, stride, padding, dilation, groups)
     if (y := _run.repeat(x, weight, bias, residual, geometry, activation, keep_dense)) is not None:
         return y
-    return _checked(x, weight, bias, residual, geometry, activation, keep_dense)
+    _check(x, weight, bias, residual, geometry, activation)
+    return _run(x, weight, bias, residual, geometry, activation, keep_dense)
 
 
-def _checked(
+def _check(
     x: Tensor,
     weight: PackedWeight,
     bias: Tensor | None,
     residual: Tensor | None,
     geometry: ConvGeometry,
     activation: str,
-    keep: bool,
-) -> Tensor:
+) -> None:
     shape = check_operands("qconv2d", x, FLOATS, weight, bias, activation, geometry)
     if residual is not None:
         check_tensor("qconv2d", "residual", residual, FLOATS, shape)
         check_devices("qconv2d", x, {"residual": residual})
-    return _run(x, weight, bias, residual, geometry, activation, keep)
