@@ -17,7 +17,8 @@ from vllm.scalar_type import scalar_types
 
 from gs_algos.quant.packed.module import WEIGHT_TENSORS, PackedFormat
 from gs_algos.serving.engine_parameters import from_words, get_weight, set_weight
-from gs_kernels import PackedWeight, qmatmul
+from gs_algos.serving.engine_product import engine_qmatmul
+from gs_kernels import PackedWeight
 from gs_kernels.pack.checks import FLOATS
 
 CAPABILITY = 80  # the oldest GPUs that our kernels are compiled for
@@ -64,7 +65,7 @@ class GoldenStickLinearKernel(MPLinearKernel):
         )
 
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return qmatmul(x, get_weight(layer, self.names, self.format, self.layout), bias)
+        return engine_qmatmul(x, get_weight(layer, self.names, self.format, self.layout), bias)
 
 
 def _refusal(c: MPLinearLayerConfig) -> str | None:

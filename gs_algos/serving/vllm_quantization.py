@@ -37,9 +37,10 @@ from gs_algos.llm.packed_config import METHOD, PackedConfig, read_config
 from gs_algos.quant.packed.embedding import rows_of
 from gs_algos.quant.packed.module import WEIGHT_TENSORS, PackedFormat, tensors_of
 from gs_algos.serving.engine_parameters import get_weight, set_weight
+from gs_algos.serving.engine_product import engine_qmatmul
 from gs_algos.serving.shards import WHO, shard, stacked
 from gs_algos.serving.vllm_kernel import CAPABILITY
-from gs_kernels import PackedWeight, dequantize_packed, qmatmul
+from gs_kernels import PackedWeight, dequantize_packed
 from gs_kernels.pack.layouts import CANONICAL
 
 NAMES = {part: part for part in WEIGHT_TENSORS}  # of the parameters
@@ -208,7 +209,7 @@ class GoldenStickLinearMethod(LinearMethodBase):
         return get_weight(layer, NAMES, self.shard, self.layout)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return qmatmul(x, self.weight(layer), bias)
+        return engine_qmatmul(x, self.weight(layer), bias)
 
 
 class GoldenStickEmbeddingMethod(GoldenStickLinearMethod):
