@@ -188,7 +188,8 @@ def count_calls(call: Callable[[], Any]) -> tuple[int, int]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.launches", description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=0.5, help="of each call (default %(default)s)")
-    seconds = parser.parse_args(argv).seconds
+    parser.add_argument("--only", metavar="TEXT", default="", help="calls whose name holds this text")
+    options = parser.parse_args(argv)
     import triton
 
     print(f"torch {torch.__version__}, triton {triton.__version__}")
@@ -196,12 +197,14 @@ def main(argv: list[str] | None = None) -> None:
     with pretended_gpu() as library, torch.no_grad():
         launches = ctypes.c_long.in_dll(library, "gs_launches")
         for name, call in cases().items():
+            if options.only not in name:
+                continue
             for _ in range(3):
                 call()
             before = launches.value
             call()
             made = launches.value - before
-            us = measure(call, seconds)
+            us = measure(call, options.seconds)
             frames, c_calls = count_calls(call)
             print(f"{name:<46}{us:7.1f}{made:10}{frames:8}{c_calls:9}", flush=True)
 
