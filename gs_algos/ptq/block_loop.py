@@ -22,10 +22,11 @@ from gs_algos.core.progress import progress
 from gs_algos.ptq.blocks import Block
 from gs_algos.ptq.columns import groups_of, input_rows, token_mask
 from gs_algos.ptq.config import PTQConfig
+from gs_algos.ptq.hessian import objective
 from gs_algos.ptq.journal import Journal, Solved
 from gs_algos.ptq.layers import Rounded
 from gs_algos.ptq.report import BlockErrors, BlockReport, LayerReport, PTQReport
-from gs_algos.ptq.solve import Solution, SolveOptions, objective, solve
+from gs_algos.ptq.solve import Solution, SolveOptions, solve
 from gs_algos.ptq.stages import Stage, all_inputs, find_stages, inputs_of
 from gs_algos.ptq.statistics import InputStatistics
 from gs_algos.ptq.streams import ActivationStore, Streams

@@ -11,6 +11,7 @@ from gs_algos.ptq.statistics import InputStatistics
 
 ORDERS = ("act", "group", "none")
 LARGEST_DAMPING = 1.0  # that is tried if the factor fails
+WIDE = 512  # columns of a product with the triangle
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,26 @@ class Hessian:
     factor: Tensor | None
     pivots: Tensor | None
     notes: tuple[str, ...] = ()
+
+    def damped_loss(self, error: Tensor) -> float:
+        """Computes `tr(E (H + damping) E^T)` of `error [N, K]`; of several groups, N / groups rows of each in turn."""
+        if self.factor is None or self.pivots is None:
+            return objective(error, self.damped)
+        groups, k = self.order.shape
+        rows = error.view(groups, -1, k)
+        rows = rows.gather(2, self.order.unsqueeze(1).expand_as(rows))
+        total = 0.0
+        for first in range(0, k, WIDE):  # half the products of E H, and no large terms that cancel
+            here = slice(first, first + WIDE)
+            behind = rows[:, :, : here.stop] @ self.factor[:, : here.stop, here]
+            total += float(behind.square_().mul_(self.pivots[:, here].unsqueeze(1)).sum(dtype=torch.float64))
+        return total
+
+    def loss(self, error: Tensor) -> float:
+        """Computes `tr(E H E^T)`."""
+        squares = error.view(*self.order.shape[:1], -1, error.shape[1]).square().sum(1)
+        share = (squares * (self.damping.unsqueeze(1) + self.dead.float())).sum(dtype=torch.float64)
+        return max(0.0, self.damped_loss(error) - float(share))
 
 
 def hessian_of(statistics: InputStatistics, damp: float, order: str, group_size: int) -> Hessian:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gs_algos.ptq.hessian import objective
+from gs_algos.ptq.hessian import Hessian
 from gs_algos.ptq.sweep import BLOCK, Sweep, product, row_pieces
 from gs_algos.quant.packed.grid import Grid
 from gs_kernels import PerTensor
@@ -17,7 +17,7 @@ ROUNDING = 1e-4  # share of the objective that sums in fp32 may be off by
 
 
 @torch.no_grad()
-def refine(target: Tensor, grid: Grid, codes: Tensor, damped: Tensor, rounds: int) -> tuple[Grid, Tensor]:
+def refine(target: Tensor, grid: Grid, codes: Tensor, hessian: Hessian, rounds: int) -> tuple[Grid, Tensor]:
     """Lowers `tr(E H E^T)`, E = Q - W*, in passes over the groups of each row; never raises it.
 
     A pass moves the scale of a group to the one that loses least with its codes, then each of its codes to the one that
@@ -25,26 +25,26 @@ def refine(target: Tensor, grid: Grid, codes: Tensor, damped: Tensor, rounds: in
     by more than 3x, or that would not gain once it is rounded to the stored dtype, stays; so does one scale for all.
 
     Args:
-        target: W* `[N, K]` fp32; of G groups of `damped`, N / G rows of each in turn.
+        target: W* `[N, K]` fp32; of several groups of the Hessian, N / groups rows of each in turn.
         grid: of the weight; zero points stay.
         codes: `[N, K]`, to start from.
-        damped: H with its damping `[groups, K, K]` fp32.
+        hessian: H, here with its damping.
         rounds: passes, 0 or more.
     """
     if not rounds:
         return grid, codes
-    before = objective(grid.values(codes) - target, damped)
-    diagonal = damped.diagonal(dim1=1, dim2=2)  # [groups, K]
-    factor = damped / diagonal.unsqueeze(1)
+    before = hessian.damped_loss(grid.values(codes) - target)
+    diagonal = hessian.damped.diagonal(dim1=1, dim2=2)  # [groups, K]
+    factor = hessian.damped / diagonal.unsqueeze(1)
     parts = []
-    for rows in row_pieces(len(target), len(damped)):
+    for rows in row_pieces(len(target), len(factor)):
         part, found = grid.rows(rows), codes[rows]
         for _ in range(rounds):
             part, found = _pass(Sweep(target[rows], part.values(found), part, factor), diagonal)
         parts.append((part, found))
     grid = replace(grid, scale=torch.cat([part.scale for part, _ in parts]))
     codes = torch.cat([found for _, found in parts])
-    after = objective(grid.values(codes) - target, damped)
+    after = hessian.damped_loss(grid.values(codes) - target)
     assert after <= before * (1 + ROUNDING), (before, after)
     return grid, codes
 

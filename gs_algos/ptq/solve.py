@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gs_algos.ptq.hessian import ORDERS, hessian_of, objective
+from gs_algos.ptq.hessian import ORDERS, hessian_of
 from gs_algos.ptq.refine import refine
 from gs_algos.ptq.rounding import ROUNDINGS
 from gs_algos.ptq.statistics import InputStatistics
@@ -111,10 +111,10 @@ def solve(
     grid = grid_of(target, scheme, weight.dtype, _importance(statistics, len(rows)) if rounding == "nearest" else None)
     codes = ROUNDINGS[rounding](target, grid, hessian)
     if hessian.factor is not None:
-        grid, codes = refine(target, grid, codes, hessian.damped, options.refine)
+        grid, codes = refine(target, grid, codes, hessian, options.refine)
     plain = grid_of(rows, scheme, weight.dtype)
     ours, theirs = grid.values(codes), plain.values(plain.codes(rows))
-    loss, nearest = (objective(values - target, statistics.gram) for values in (ours, theirs))
+    loss, nearest = (hessian.loss(values - target) for values in (ours, theirs))
     return Solution(grid, codes, target, loss, nearest, hessian.notes)
 
 

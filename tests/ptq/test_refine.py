@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gs_algos.ptq.hessian import Hessian
 from gs_algos.ptq.refine import LARGEST_CHANGE, refine
 from gs_algos.ptq.rounding.gptq import gptq
 from gs_algos.ptq.solve import SolveOptions, solve
@@ -21,11 +22,11 @@ def loss(error: Tensor, damped: Tensor) -> float:
     return float(((error.double() @ damped.double()) * error.double()).sum())
 
 
-def rounded(text: str, n: int = 24, k: int = 96) -> tuple[Tensor, Grid, Tensor, Tensor]:
-    """(weight, grid, codes of gptq, damped `[1, k, k]`)."""
+def rounded(text: str, n: int = 24, k: int = 96) -> tuple[Tensor, Grid, Tensor, Hessian]:
+    """(weight, grid, codes of gptq, Hessian)."""
     weight, hessian = random(n, k), prepared(statistics(inputs(400, k)))
     grid = grid_of(weight, scheme(text))
-    return weight, grid, gptq(weight, grid, hessian), hessian.damped
+    return weight, grid, gptq(weight, grid, hessian), hessian
 
 
 def plain_pass(weight: Tensor, grid: Grid, codes: Tensor, damped: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,9 +58,9 @@ def plain_pass(weight: Tensor, grid: Grid, codes: Tensor, damped: Tensor) -> tup
 
 @pytest.mark.parametrize("text", [text for text in SCHEMES if "tensor" not in text])
 def test_a_pass_is_the_plain_loop(text: str):
-    weight, grid, codes, damped = rounded(text, k=160)
-    refined, found = refine(weight, grid, codes, damped, 1)
-    values, scale = plain_pass(weight, grid, codes, damped[0])
+    weight, grid, codes, hessian = rounded(text, k=160)
+    refined, found = refine(weight, grid, codes, hessian, 1)
+    values, scale = plain_pass(weight, grid, codes, hessian.damped[0])
     same = ((refined.values(found) - values).abs() < 1e-4).all(1)
     assert int(same.sum()) >= 20  # a tie that fp32 breaks in another way changes the rest of its row
     torch.testing.assert_close(refined.scale[same].double(), scale[same], rtol=1e-3, atol=0)
@@ -67,49 +68,50 @@ def test_a_pass_is_the_plain_loop(text: str):
 
 @pytest.mark.parametrize("text", SCHEMES)
 def test_every_round_loses_less(text: str):
-    weight, grid, codes, damped = rounded(text)
-    losses = [loss(grid.values(codes) - weight, damped[0])]
+    weight, grid, codes, hessian = rounded(text)
+    losses = [loss(grid.values(codes) - weight, hessian.damped[0])]
     for _ in range(3):
-        grid, codes = refine(weight, grid, codes, damped, 1)
-        losses.append(loss(grid.values(codes) - weight, damped[0]))
+        grid, codes = refine(weight, grid, codes, hessian, 1)
+        losses.append(loss(grid.values(codes) - weight, hessian.damped[0]))
     assert losses[3] < losses[2] < losses[1] < 0.998 * losses[0]
 
 
 def test_scales_are_refitted_as_they_are_stored():
-    weight, grid, codes, damped = rounded("int4@group:16")
-    scale = refine(weight, grid, codes, damped, 1)[0].scale
+    weight, grid, codes, hessian = rounded("int4@group:16")
+    scale = refine(weight, grid, codes, hessian, 1)[0].scale
     assert not same_bits(scale, grid.scale)
     assert grid.dtype == torch.float16 and same_bits(scale, scale.half().float())
 
 
 def test_no_scale_changes_its_sign_or_by_more_than_three_times():
-    weight, grid, codes, damped = rounded("int4@group:16")
+    weight, grid, codes, hessian = rounded("int4@group:16")
     for factor in (0.1, 10.0, -1.0):
         wrong = replace(grid, scale=grid.scale * factor)
-        ratio = refine(weight, wrong, codes, damped, 1)[0].scale / wrong.scale
+        ratio = refine(weight, wrong, codes, hessian, 1)[0].scale / wrong.scale
         assert bool(((ratio > 0.33) & (ratio < 3.01)).all())
 
 
 def test_one_scale_for_all_stays_as_it_is():
-    weight, grid, codes, damped = rounded("int4@tensor")
-    refined, found = refine(weight, grid, codes, damped, 2)
+    weight, grid, codes, hessian = rounded("int4@tensor")
+    refined, found = refine(weight, grid, codes, hessian, 2)
     assert same_bits(refined.scale, grid.scale) and not same_bits(found, codes)
 
 
 def test_groups_of_factors_are_refined_as_one_by_one():
     x = torch.stack([inputs(100, 32, seed=seed) for seed in range(3)])
-    weight, damped = random(12, 32), prepared(statistics(x, groups=3)).damped
+    weight = random(12, 32)
     grid = grid_of(weight, scheme("int4@group:16"))
-    whole, codes = refine(weight, grid, grid.codes(weight), damped, 2)
+    whole, codes = refine(weight, grid, grid.codes(weight), prepared(statistics(x, groups=3)), 2)
     for i in range(3):
         rows = slice(4 * i, 4 * i + 4)
-        part, found = refine(weight[rows], grid.rows(rows), grid.codes(weight)[rows], damped[i : i + 1], 2)
+        alone = prepared(statistics(x[i]))
+        part, found = refine(weight[rows], grid.rows(rows), grid.codes(weight)[rows], alone, 2)
         torch.testing.assert_close(whole.rows(rows).values(codes[rows]), part.values(found), rtol=1e-3, atol=1e-3)
 
 
 def test_no_round_changes_nothing():
-    weight, grid, codes, damped = rounded("int4@group:16")
-    assert refine(weight, grid, codes, damped, 0) == (grid, codes)
+    weight, grid, codes, hessian = rounded("int4@group:16")
+    assert refine(weight, grid, codes, hessian, 0) == (grid, codes)
 
 
 @pytest.mark.parametrize("text", ["int4@group:16", "int2@channel", "int3@group:32:asym"])

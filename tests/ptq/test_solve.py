@@ -102,6 +102,18 @@ def test_the_factor_of_the_hessian_gives_it_back():
     torch.testing.assert_close(back.float(), hessian.damped[0][order][:, order], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_losses_by_the_factor_are_those_of_the_second_moments(groups: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("gs_algos.ptq.hessian.WIDE", 16)
+    x = torch.stack([inputs(100, 40, seed=seed) for seed in range(groups)])
+    x[:, :, 5] = 0
+    sums, error = statistics(x if groups > 1 else x[0], groups=groups), random(4 * groups, 40)
+    hessian = prepared(sums)
+    for found, moments in ((hessian.loss(error), sums.gram), (hessian.damped_loss(error), hessian.damped)):
+        wide = error.double().view(groups, -1, 40)
+        assert found == pytest.approx(float(((wide @ moments.double()) * wide).sum()), rel=1e-4)
+
+
 def test_damping_grows_as_tokens_get_few():
     sums = statistics(random(50, 40))
     assert damping(sums, None, 40) == 0.2
