@@ -10,6 +10,7 @@ from gs_kernels.qconv2d.cpu.int8 import Int8Convolution
 from gs_kernels.qconv2d.geometry import make_geometry
 from gs_kernels.qconv2d.op import prepared_qconv2d
 from gs_kernels.qconv2d.op_int8 import prepared_qconv2d_int8
+from gs_kernels.qmatmul.checks import sums_fit
 from gs_kernels.qmatmul.op_int8 import prepared_qmatmul_int8
 from gs_kernels.requantize.cpu import is_dense
 from gs_kernels.requantize.grid import Grid, make_grid
@@ -26,5 +27,6 @@ __all__ = [
     "prepared_qconv2d_int8",
     "prepared_qmatmul_int8",
     "prepared_requantize",
+    "sums_fit",
     "to_codes_of",
 ]

@@ -46,3 +46,10 @@ def check_row_scales(who: str, x: Tensor, x_scale: Tensor, x_zero: Tensor | None
     for name, t in (("x_scale", x_scale), ("x_zero", x_zero)):
         if t is not None and t.device != x.device:
             raise ValueError(f"{who}: {name} must be on the device of x, {x.device}, got {t.device}; move it there")
+
+
+def sums_fit(weight: PackedWeight, shifted: bool) -> bool:
+    """Says whether int32 holds twice the sums over a row of a weight with one group; shifted: x has a zero point."""
+    zero, last = weight.zero, 2**weight.bits - 1
+    farthest = last + 1 if isinstance(zero, Tensor) else max(zero, last - zero)  # of codes and zero points
+    return weight.scale.shape[1] == 1 and 2 * weight.shape[1] * farthest * (255 if shifted else 128) < 1 << 31

@@ -20,7 +20,7 @@ from gs_algos.quant.integer.quantized_tensor import QuantizedTensor, dequantized
 from gs_algos.quant.integer.static_quantizer import StaticQuantizer
 from gs_algos.quant.level_grid import LevelGrid
 from gs_algos.quant.packed.conv_base import Convolution
-from gs_algos.quant.packed.module import WEIGHT_TENSORS, Packed, PackedFormat, zero_as
+from gs_algos.quant.packed.module import WEIGHT_TENSORS, Packed, PackedFormat, runs_kernels, zero_as
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import (
     PackedWeight,
@@ -37,16 +37,17 @@ from gs_kernels.for_layers import (
     Int8Convolution,
     prepared_qconv2d_int8,
     prepared_qmatmul_int8,
+    sums_fit,
 )
 from gs_kernels.pack.checks import FLOATS, dtype_name
 from gs_kernels.pack.layouts import BITS
 from gs_kernels.runtime.dispatch import backend_setting
 from gs_kernels.runtime.instructions import multiplies_int8
+from gs_kernels.tuning.arithmetic import Product, prefers_floats
 
 Residual: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]  # itself, and scale and zero point of codes
 
 NO_RESIDUAL: Residual = (None, None, None)
-INT_DEVICES = ("cpu",)
 MAX_PARTS = 64  # of a filter whose sums no int32 holds
 INTEGER = "integer: int8 x int8 -> int32"
 WITHOUT_VNNI = "integer: products of 16 bits or in fp32, for this CPU has no VNNI"
@@ -104,6 +105,22 @@ class QuantizedLayer(Packed):
         reasons = self.integer_refusals(self.packed.device)
         return f"{super().path()}: {', '.join(reasons)}" if reasons else INTEGER
 
+    def _refusals_on(self, device: torch.device) -> list[str]:
+        """Lists why a device multiplies no integers for this layer."""
+        if not runs_kernels(device):
+            return [] if device.type == "cpu" else [f"no integer products for {device.type}"]
+        reasons = self._kernel_refusals()
+        floats = None if reasons else prefers_floats(self._product(), device)
+        return reasons if floats is None else [floats]
+
+    def _kernel_refusals(self) -> list[str]:
+        """Lists why Triton's kernels do not give the integers of a CPU."""
+        raise AssertionError("every QuantizedLayer says why")
+
+    def _product(self) -> Product:
+        """Describes the product to whoever chooses its arithmetic."""
+        raise AssertionError("every QuantizedLayer has one")
+
     def _on_integers(self, x: Tensor) -> bool:
         """Says whether the product with x runs on integers; gradients need that of floats."""
         if x.dtype not in FLOATS:
@@ -152,7 +169,15 @@ class QuantizedLinear(QuantizedLayer):
     def integer_refusals(self, device: torch.device) -> list[str]:
         """Says why the product cannot run on integers; empty if it can."""
         grouped = ["scales are per group"] if self.group_size != self.in_features else []
-        return [*_refusals_of(self.input_quantizer), *grouped, *_refusals_on(device)]
+        return [*_refusals_of(self.input_quantizer), *grouped, *self._refusals_on(device)]
+
+    def _kernel_refusals(self) -> list[str]:
+        fits = sums_fit(self.packed, self._shifted())
+        wide = [] if fits or self.group_size != self.in_features else [_wide(self.in_features)]
+        return [*_zero_refusals(self.input_quantizer), *wide]
+
+    def _product(self) -> Product:
+        return Product("qmatmul", *self.shape, self.bits, 8 * self.dtype.itemsize)
 
     def forward(self, input: Tensor) -> Tensor:
         x, ready = input, self._prepared_call(input)
@@ -229,11 +254,19 @@ class QuantizedConv(Convolution, QuantizedLayer):
 
     def integer_refusals(self, device: torch.device) -> list[str]:
         """Says why the convolution cannot run on integers; empty if it can."""
-        grid = self.input_quantizer
-        beyond = grid is not None and not -128 <= grid.whole_zero <= 127
-        padding = ["no 8-bit code is the zero point of its activations"] if beyond else []
-        wide = [] if self._split_weight() else [f"no int32 holds the sums of {self.shape[1]:,} products"]
-        return [*_refusals_of(grid), *padding, *self.refusals(), *wide, *_refusals_on(device)]
+        grid, wide = self.input_quantizer, [] if self._split_weight() else [_wide(self.shape[1])]
+        return [*_refusals_of(grid), *_zero_refusals(grid), *self.refusals(), *wide, *self._refusals_on(device)]
+
+    def _kernel_refusals(self) -> list[str]:
+        one = self.packed.scale.shape[1] == 1
+        wide = [_wide(self.shape[1])] if one and self.shape[1] > LARGEST_GROUP else []
+        size = self.group_size
+        return wide + ([] if one or size % 32 == 0 else [f"scales are per {size} elements, no multiple of 32"])
+
+    def _product(self) -> Product:
+        channels, groups = self.filter[0], self.geometry["groups"]
+        n, k = self.shape[0] // groups, self.shape[1]
+        return Product("qconv2d", n, k, self.bits, 8 * self.dtype.itemsize, groups, channels)
 
     def _split_weight(self) -> PackedWeight | None:
         """Returns the weight with wide rows split so that int32 holds the sums; None if they cannot be split."""
@@ -243,6 +276,8 @@ class QuantizedConv(Convolution, QuantizedLayer):
         path = super().path()
         if path.startswith(INTEGER) and self.packed.device.type == "cpu" and not multiplies_int8():
             path = WITHOUT_VNNI + path.removeprefix(INTEGER)
+        if not path.startswith("integer"):
+            return path
         return path + (TO_CONSUMERS if self._consumer_grids else TO_OWN_GRID if self._emits_own_grid() else "")
 
     def emit_int8_to(self, consumers: Sequence[QuantizedLayer]) -> None:
@@ -361,15 +396,20 @@ def _limited(codes: Tensor, grid: StaticQuantizer) -> Tensor:
     return codes if limits is None else codes.clamp_(*limits)
 
 
+def _wide(k: int) -> str:
+    return f"no int32 holds the sums of {k:,} products"
+
+
+def _zero_refusals(quantizer: StaticQuantizer | None) -> list[str]:
+    beyond = quantizer is not None and not -128 <= quantizer.whole_zero <= 127
+    return ["no 8-bit code is the zero point of its activations"] if beyond else []
+
+
 def _refusals_of(quantizer: StaticQuantizer | None) -> list[str]:
     if quantizer is None:
         return ["activations are not quantized"]
     one_bit = quantizer.scheme.bits == 1 and quantizer.scheme.symmetric
     return ["the activation grid has no level for 0"] if one_bit else []
-
-
-def _refusals_on(device: torch.device) -> list[str]:
-    return [] if device.type in INT_DEVICES else [f"no integer products for {device.type} yet"]
 
 
 def split_rows(weight: PackedWeight, largest: int) -> PackedWeight | None:

@@ -149,7 +149,8 @@ class QuantizedTensor(_VirtualTensor):
                 ), indices
             if func in _MEANS and not kwargs:
                 scale, zero = x.quantizer.constants()[:2]
-                return (func(x.lay().float() - zero, *args[1:]) * scale).to(x.dtype)
+                mean = _mean if func is aten.mean.dim else func
+                return (mean(x.lay().float() - zero, *args[1:]) * scale).to(x.dtype)
             if func is aten.add.Tensor and not kwargs and _can_add(x, args[1]) and isinstance(args[1], QuantizedTensor):
                 return DeferredOutput(_SumOfCodes(x, args[1]), (x.shape, x.stride(), x.dtype, x.device))
             if _is_mutable(func):  # PyTorch would return x as it was
@@ -316,13 +317,21 @@ def values(x: Any) -> Any:
     return x.values() if isinstance(x, QuantizedTensor | DeferredOutput) else x
 
 
+def _mean(x: Tensor, axes: list[int] | None, keepdim: bool = False) -> Tensor:
+    """Divides the sums, which are whole and exact: a GPU's own mean multiplies by the inverse of their number."""
+    sums = x.sum(axes, keepdim)
+    return sums / torch.full_like(sums, x.numel() // max(1, sums.numel()))
+
+
 def _relu(x: QuantizedTensor) -> Tensor:
     low, high = x.quantizer.signed_limits()
     return torch.maximum(x.codes, x.quantizer.signed_zero().clamp(low, high).to(torch.int8))
 
 
 def _hardtanh(x: QuantizedTensor, low: float = -1.0, high: float = 1.0) -> Tensor:
-    ends = x.quantizer.signed_codes(torch.tensor([low, high], dtype=torch.float32, device=x.codes.device))[0]
+    limits = torch.full((2,), low, dtype=torch.float32, device=x.codes.device)  # no copy from a CPU, which would wait
+    limits[1:].fill_(high)
+    ends = x.quantizer.signed_codes(limits)[0]
     return torch.clamp(x.codes, ends[:1], ends[1:])
 
 

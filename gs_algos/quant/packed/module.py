@@ -21,13 +21,14 @@ from gs_algos.quant.fixed_dtype import FixedDtypeBuffers
 from gs_algos.quant.integer.prepared_call import PREPARED
 from gs_kernels import PackedWeight, dequantize_packed, pack_codes, repack, unpack_codes
 from gs_kernels.pack.layouts import CANONICAL, PLANAR, codes_shape
+from gs_kernels.runtime.dispatch import INTERPRET
 from gs_kernels.runtime.torch_private import autocasts
 
 WEIGHT_TENSORS = ("codes", "scale", "zero", "levels")
 SIGNS = {"any": FINITE, "positive": POSITIVE, "not negative": NOT_NEGATIVE, "not zero": NOT_ZERO}
 BITS = (1, 2, 4, 8)
 SCALE_DTYPES = ("float32", "float16", "bfloat16", "float64")
-KERNEL_DEVICES = ("cuda",)  # where the planar layout is read
+KERNEL_DEVICES = ("cuda", "cpu") if INTERPRET else ("cuda",)  # where kernels run, which read the planar layout
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ class Packed(FixedDtypeBuffers, OffFastPath):
         codes = self.codes
         if codes is None or codes.is_meta:
             return
-        wanted = PLANAR if codes.device.type in KERNEL_DEVICES else CANONICAL
+        wanted = PLANAR if runs_kernels(codes.device) else CANONICAL
         if layout_of(codes) != wanted:
             self.codes = repack(self.packed, wanted).codes
 
@@ -300,6 +301,11 @@ def zero_as(weight: PackedWeight, constant: bool) -> PackedWeight:
 def tensors_of(weight: PackedWeight) -> dict[str, Tensor]:
     """Returns the tensors of a packed weight under the names that they have in a state_dict."""
     return {part: value for part in WEIGHT_TENSORS if isinstance(value := getattr(weight, part), Tensor)}
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Says whether Triton's kernels run on a device: a GPU, or a CPU in Triton's interpreter."""
+    return device.type in KERNEL_DEVICES
 
 
 def layout_of(codes: Tensor) -> str:

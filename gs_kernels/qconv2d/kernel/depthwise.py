@@ -12,7 +12,7 @@ from gs_kernels.qconv2d.kernel.im2col import is_inside
 from gs_kernels.qconv2d.tiles import depthwise_tile
 from gs_kernels.qmatmul.kernel.dequantize import kernel_tensors
 from gs_kernels.runtime.dispatch import launch
-from gs_kernels.triton_epilogue import epilogue, in_units, pixels, split_zero, strides_of, unit_of
+from gs_kernels.triton_epilogue import epilogue, in_units, is_whole, pixels, split_zero, strides_of, unit_of
 
 
 @triton.jit
@@ -35,6 +35,7 @@ def _depthwise_kernel(
     WIDTH: tl.constexpr = 8 * BITS
     WHOLE: tl.constexpr = x_ptr.dtype.element_ty == tl.int8
     SUM: tl.constexpr = tl.int32 if WHOLE else tl.float32
+    HALVES: tl.constexpr = zero_ptr is None and is_whole(2 * ZERO)  # zero points in half steps are part of exact sums
     N = in_units(N, UNIT_N)
     tiles_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
@@ -70,14 +71,17 @@ def _depthwise_kernel(
             x = x.to(tl.int32)
             if x_zero_ptr is not None:
                 x = tl.where(inside, x - x_zero, 0)
-            part += x * code[None, :]
-            x_sums += x
+            near2, fraction = split_zero(zero, 2)
+            part += x * (2 * code - near2)[None, :]
+            if not HALVES:
+                x_sums += x
             if (k + 1) % GROUP == 0:
-                near2, fraction = split_zero(zero, 2)
-                sums = (2 * part - near2[None, :] * x_sums).to(tl.float32) * 0.5
-                acc += (sums - fraction[None, :] * x_sums.to(tl.float32)) * scale[None, :]
+                sums = part.to(tl.float32) * 0.5
+                if not HALVES:
+                    sums -= fraction[None, :] * x_sums.to(tl.float32)
+                    x_sums = tl.zeros((BLOCK_M, BLOCK_N), SUM)
+                acc += sums * scale[None, :]
                 part = tl.zeros((BLOCK_M, BLOCK_N), SUM)
-                x_sums = tl.zeros((BLOCK_M, BLOCK_N), SUM)
         elif levels_ptr is not None:
             acc += x.to(tl.float32) * (tl.load(levels_ptr + code) * scale)[None, :]
         else:

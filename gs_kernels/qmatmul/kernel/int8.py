@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.triton_unpack import code_block, code_factor, code_middle, load_grid
+from gs_kernels.qmatmul.checks import sums_fit
 from gs_kernels.qmatmul.kernel.dequantize import grouping, kernel_tensors
 from gs_kernels.qmatmul.tiles import Plan
 from gs_kernels.runtime.bound_calls import fresh
@@ -140,13 +141,6 @@ def _qmatmul_int8_kernel(
         )
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-def sums_fit(weight: PackedWeight, shifted: bool) -> bool:
-    """Says whether int32 holds twice the sums over a row of a weight with one group; shifted: x has a zero point."""
-    zero, last = weight.zero, 2**weight.bits - 1
-    farthest = last + 1 if isinstance(zero, Tensor) else max(zero, last - zero)  # of codes and zero points
-    return weight.scale.shape[1] == 1 and 2 * weight.shape[1] * farthest * (255 if shifted else 128) < 1 << 31
 
 
 def multiply_int8(
