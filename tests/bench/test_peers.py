@@ -80,3 +80,17 @@ def test_a_peer_has_the_bytes_of_its_own_weight_or_none():
     assert own_bytes("qmatmul", "float_linear", called, ours) == 2 * (64 * 256 + 3 * 256 + 3 * 64)
     assert own_bytes("qmatmul", "gemlite", called, ours) == 0
     assert own_bytes("fake_quant", "torch_fake_quantize", Case((torch.ones(4),), {}), 32) == 32
+
+
+def test_the_table_of_gemlite_is_asked_for_rows_sizes_group_and_codes_a_word():
+    table = {"GEMM": {"(64, 256, 64, 128, 8, 104)": {}}, "GEMV": {"(1, 64, 256, 128, 8, 104)": {}}}
+    known = [qmatmul.gemlite_knows(table, m, case(4).args[1]) for m in (1, 16, 64)]
+    assert known == [True, False, True]
+    assert not qmatmul.gemlite_knows(table, 1, case(2).args[1])
+
+
+def test_8_bit_floats_hold_the_codes_of_a_weight_with_one_scale_a_row():
+    weight = make(shape((3, 256), 64, 4, 256), torch.bfloat16, CPU, torch.Generator().manual_seed(0)).args[1]
+    w, scale = qmatmul._scaled_mm_parts(weight, torch.bfloat16)
+    got = w.float() * scale.view(-1, 1)
+    torch.testing.assert_close(torch.eye(256) @ got.t(), qmatmul_ref(torch.eye(256), weight), rtol=1e-6, atol=1e-7)
