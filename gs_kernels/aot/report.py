@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from gs_kernels.aot.compile import Launch, record_launches
@@ -111,8 +112,9 @@ def check(kernel: Report, case: AotCase) -> list[str]:
     broken = []
     if kernel.spills:
         broken.append(f"must not spill registers, got {kernel.spills} stack accesses")
-    if kernel.registers > case.max_regs:
-        broken.append(f"must use at most {case.max_regs} registers, got {kernel.registers}")
+    most = case.older_max_regs.get(".".join(version("triton").split(".")[:2]), case.max_regs)
+    if kernel.registers > most:
+        broken.append(f"must use at most {most} registers, got {kernel.registers}")
     if not kernel.occupancy.blocks:
         broken.append(f"one block must fit a processor, got none: too many {kernel.occupancy.limiter}")
     # 512 bytes a warp: 16 a thread for NVIDIA's 32 threads, 8 for AMD's 64

@@ -50,6 +50,7 @@ class AotCase:
     Bounds are for the whole kernel, on every target unless said: no spills ever; `max_regs` per thread;
     `max_instructions` issued per element by one thread (NVIDIA targets), `elements` being what one program handles,
     in one turn of its loop if it has one; `max_shared_stores` in the hot loop (NVIDIA), copies of the pipeline apart.
+    older_max_regs: instead of max_regs, by version of Triton ("3.6"), where an older one takes more without spilling.
     overlapped (sm_90 only): every wgmma takes its left operand from registers, and no wait in the loop is for all.
     """
 
@@ -57,6 +58,7 @@ class AotCase:
     launch: Callable[[], Any]
     elements: int
     max_regs: int = 128
+    older_max_regs: Mapping[str, int] = field(default_factory=dict)
     wide_loads: bool = True
     mma: str | None = None
     max_instructions: float | None = None

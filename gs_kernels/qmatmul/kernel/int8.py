@@ -28,16 +28,16 @@ def _add_group(
     return tl.fma(part, tl.broadcast_to((scale * (1.0 / FACTOR))[:, None], part.shape), acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "turns"])
 def _qmatmul_int8_kernel(
     y_ptr,
     x_ptr, x_scale_ptr, x_sums_ptr, x_zero_ptr, code_sums_ptr, codes_ptr, scale_ptr, zero_ptr, bias_ptr,
-    M, N, K,
+    M, N, K, turns,
     stride_xm, stride_xs, stride_sn, stride_sg, stride_cn,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr, ACTIVATION: tl.constexpr,
-    WHOLE: tl.constexpr, EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WHOLE: tl.constexpr, EVEN_K: tl.constexpr, PARTIAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """Computes a tile of y; with SPLIT_K, a partial sum over K `[SPLIT_K, M, N]`, not yet scaled by row.
+    """Computes a tile of y; if PARTIAL, a sum over `turns` blocks of K, `[parts, M, N]`, not yet scaled by row.
 
     GROUP: 0 if there is one group. WHOLE: its sums stay int32 to the end, partial ones twice that of
     `(code - zero) * x`; others are scaled, in fp32, and added.
@@ -56,7 +56,6 @@ def _qmatmul_int8_kernel(
     pid = tl.program_id(0)
     first_m = (pid % tiles_m).to(tl.int64) * BLOCK_M
     first_n = (pid // tiles_m).to(tl.int64) * BLOCK_N
-    turns = tl.cdiv(tl.cdiv(K, 128), SPLIT_K)
     first = tl.program_id(1) * turns
     rows = tl.minimum(tl.arange(0, BLOCK_M), (M - 1 - first_m).to(tl.int32))
     cols = tl.minimum(tl.arange(0, BLOCK_N), (N - 1 - first_n).to(tl.int32))
@@ -119,7 +118,7 @@ def _qmatmul_int8_kernel(
 
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = first_n + tl.arange(0, BLOCK_N)
-    if WHOLE and SPLIT_K > 1:
+    if WHOLE and PARTIAL:
         sums = twice(part, int(FACTOR))
         if not CENTRED:
             sums += (MIDDLE2 - int(2 * ZERO)) * x_sums[None, :]
@@ -132,7 +131,7 @@ def _qmatmul_int8_kernel(
         y = tl.trans(sums)
     else:
         y = tl.trans(acc)
-    if SPLIT_K > 1:
+    if PARTIAL:
         y_ptr += tl.program_id(1).to(tl.int64) * M * N
     else:
         y = epilogue(
@@ -169,10 +168,10 @@ def multiply_int8(
     launch(
         _qmatmul_int8_kernel, (tiles, split),
         sums, x, x_scale, x_sums, *x_grid, codes, scale, zero_points, bias,
-        m, n, k,
+        m, n, k, -(-blocks // split),
         x.stride(0), stride_xs, *scale.stride(), scale.shape[1],
         BITS=weight.bits, GROUP=group, ZERO=zero, ASM=asm, ACTIVATION=activation,
-        WHOLE=whole, EVEN_K=k % 128 == 0, SPLIT_K=split, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
+        WHOLE=whole, EVEN_K=k % 128 == 0, PARTIAL=split > 1, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
         num_warps=plan.warps, num_stages=plan.stages,
     )
     if split > 1:

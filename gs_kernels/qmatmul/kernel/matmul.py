@@ -14,17 +14,18 @@ from gs_kernels.runtime.dispatch import launch
 from gs_kernels.triton_epilogue import epilogue, reduce_partials
 
 
-@triton.jit
+# row counts that a server meets, and parts of K, share their code
+@triton.jit(do_not_specialize=["M", "turns"])
 def _qmatmul_kernel(
     y_ptr,
     x_ptr, codes_ptr, scale_ptr, zero_ptr, levels_ptr, bias_ptr,
-    M, N, K, G,
+    M, N, K, G, turns,
     stride_xm, stride_sn, stride_sg,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr, ACTIVATION: tl.constexpr,
-    EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr, SCALE_PARTS: tl.constexpr,
+    EVEN_K: tl.constexpr, PARTIAL: tl.constexpr, SCALE_PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """Computes a tile of y; with SPLIT_K, a partial sum over K, fp32 `[SPLIT_K, M, N]`, without bias and activation.
+    """Computes a tile of y; if PARTIAL, a sum over `turns` blocks of K, fp32 `[parts, M, N]`, without the epilogue.
 
     y^T = W x^T: on sm_90 the left operand goes to wgmma from registers, and a product that feeds the sum only is not
     waited for: scales then belong on the weights. With SCALE_PARTS they are put on the product of each block instead:
@@ -36,7 +37,6 @@ def _qmatmul_kernel(
     pid = tl.program_id(0)
     first_m = (pid % tiles_m).to(tl.int64) * BLOCK_M
     first_n = (pid // tiles_m).to(tl.int64) * BLOCK_N
-    turns = tl.cdiv(tl.cdiv(K, 128), SPLIT_K)
     first = tl.program_id(1) * turns
     # rows behind the last are the last: read, not stored
     rows = tl.minimum(tl.arange(0, BLOCK_M), (M - 1 - first_m).to(tl.int32))
@@ -77,7 +77,7 @@ def _qmatmul_kernel(
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = first_n + tl.arange(0, BLOCK_N)
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    if SPLIT_K > 1:
+    if PARTIAL:
         y_ptr += tl.program_id(1).to(tl.int64) * M * N
     else:
         acc = epilogue(
@@ -101,10 +101,10 @@ def multiply(
     launch(
         _qmatmul_kernel, (tiles, split),
         sums, x, codes, scale, zero_points, levels, bias,
-        m, n, k, scale.shape[1],
+        m, n, k, scale.shape[1], -(-blocks // split),
         x.stride(0), *scale.stride(),
         BITS=weight.bits, GROUP=group, ZERO=zero, ASM=asm, ACTIVATION=activation,
-        EVEN_K=k % 128 == 0, SPLIT_K=split, SCALE_PARTS=plan.scale_parts and group % 128 == 0,
+        EVEN_K=k % 128 == 0, PARTIAL=split > 1, SCALE_PARTS=plan.scale_parts and group % 128 == 0,
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=plan.warps, num_stages=plan.stages,
     )
     if split > 1:

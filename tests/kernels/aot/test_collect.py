@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 
+from gs_kernels.qmatmul.tune import make_weight
 from gs_kernels.runtime.dispatch import INTERPRET, UnsupportedError, meta_tensors_run_kernels, triton_refuses
 from gs_kernels.runtime.opspec import specs
 
@@ -47,6 +48,17 @@ def test_a_collected_kernel_can_be_sent_to_another_process():
     (kernel,) = aot.collect(_call("choose_qparams", 0), "sm_90")
     copy = pickle.loads(pickle.dumps(kernel))
     assert copy.fn is kernel.fn and copy.compile().hash == kernel.compile().hash
+
+
+def test_counts_of_rows_and_parts_of_k_share_the_code_of_a_product():
+    def call():
+        for k in (2048, 4096, 8192):
+            weight = make_weight(4, 4096, k, 128, torch.bfloat16, "meta")
+            for m in (1, 3, 16):
+                _spec("qmatmul").run(torch.empty(m, k, dtype=torch.bfloat16, device="meta"), weight)
+
+    kernels = [kernel for kernel in aot.collect(call, "sm_90") if kernel.name == "_qmatmul_kernel"]
+    assert len(kernels) == 1
 
 
 def test_lowering_ends_at_the_stage_that_is_asked_for():
