@@ -109,12 +109,12 @@ def solve(
     rounding = options.rounding if hessian.factor is not None else "nearest"
     target = corrected(rows, statistics, options.correct, hessian)
     grid = grid_of(target, scheme, weight.dtype, _importance(statistics, len(rows)) if rounding == "nearest" else None)
+    plain = grid if rounding != "nearest" and torch.equal(target, rows) else grid_of(rows, scheme, weight.dtype)
+    nearest = hessian.loss(plain.values(plain.codes(rows)) - target)
     codes = ROUNDINGS[rounding](target, grid, hessian)
     if hessian.factor is not None:
         grid, codes = refine(target, grid, codes, hessian, options.refine)
-    plain = grid_of(rows, scheme, weight.dtype)
-    ours, theirs = grid.values(codes), plain.values(plain.codes(rows))
-    loss, nearest = (hessian.loss(values - target) for values in (ours, theirs))
+    loss = hessian.loss(grid.values(codes) - target)
     return Solution(grid, codes, target, loss, nearest, hessian.notes)
 
 
@@ -122,7 +122,7 @@ def _importance(statistics: InputStatistics, n: int) -> Tensor:
     """Returns how much an error in each weight counts, `[N, K]`: the diagonal of H; 1 in dead columns."""
     diagonal = statistics.gram.diagonal(dim1=1, dim2=2)
     counts = torch.where(diagonal == 0, 1.0, diagonal)
-    return counts.repeat_interleave(n // statistics.groups, 0)
+    return counts.unsqueeze(1).expand(-1, n // statistics.groups, -1).reshape(n, -1)
 
 
 def _refuse(weight: Tensor, statistics: InputStatistics, scheme: Scheme, who: str) -> None:
