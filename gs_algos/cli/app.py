@@ -17,7 +17,7 @@ from gs_algos.cli.compress import run_compress
 from gs_algos.cli.demo import DemoOptions, make_algorithm, pick_device, run_demo
 from gs_algos.cli.export import TARGETS, run_export, run_import
 from gs_algos.cli.info import describe_path
-from gs_algos.cli.language import run_generate, run_perplexity, run_quantize
+from gs_algos.cli.language import CalibrationOptions, run_calibrate, run_generate, run_perplexity, run_quantize
 from gs_algos.cli.serve import run_serve
 from gs_algos.cli.tune import LAYER_HELP, LAYERS, ROWS, SHORTLIST_HELP, layers_of, parse_layer, run_tune
 from gs_algos.core.arguments import memory_bytes
@@ -26,6 +26,8 @@ from gs_algos.demo.data import DATA, load_data
 from gs_algos.demo.imported import import_network, is_imported
 from gs_algos.demo.models import MODELS, build
 from gs_algos.demo.train import Interrupted
+from gs_algos.llm.calibrate import SAMPLES
+from gs_algos.ptq.rounding import ROUNDINGS
 
 DATA_HELP = f"One of {', '.join(DATA)}; a folder goes after a colon, e.g. cifar10:DIR. Or package.module:function."
 MODEL_HELP = f"One of {', '.join(MODELS)}, or package.module:function that builds a network."
@@ -33,6 +35,7 @@ ALGORITHM_HELP = f"One of {', '.join(algorithm_names())}."
 WEIGHT_HELP = "Scheme of the weights: bits, granularity, observer."
 WEIGHTS_HELP = "Scheme, with 1, 2, 4 or 8 bits. Default: int4 with the largest group of 128, 64, 32 that divides all."
 LANGUAGE_HELP = "A packed folder, a plain Transformers folder, or a GGUF file."
+ROUNDING_HELP = f"{', '.join(ROUNDINGS)}. Default: nearest, or gptq with --calibration or --act."
 INFO_HELP = "A folder of gs_algos.save, demo, compress, quantize, export or import, a .pt2 package, or a GGUF file."
 DTYPE_HELP = "float32, float16 or bfloat16. Default: what the model is stored in."
 DEVICE_HELP = "cpu or cuda. Default: cuda if there is one."
@@ -125,9 +128,17 @@ def quantize(
     rule: Annotated[list[str] | None, typer.Option(help="PATTERN=SCHEME or PATTERN=none; may be repeated.")] = None,
     dtype: Annotated[str, typer.Option(help="What stays float is cast to it. Default: as it is.")] = "",
     device: Annotated[str, typer.Option(help="Where the weights are rounded. Default: the CPU.")] = "",
+    rounding: Annotated[str, typer.Option(help=ROUNDING_HELP)] = "",
+    act: Annotated[str, typer.Option(help="int8@token rounds the rows that linears read. Default: floats.")] = "",
+    calibration: Annotated[Path | None, typer.Option(help="A text, or JSON lines, to calibrate on.")] = None,
+    samples: Annotated[int, typer.Option(help="Windows of the calibration text, at most.")] = SAMPLES,
+    context: Annotated[int, typer.Option(help="Tokens of a window. Default: 2048, or what the model takes.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped calibration was.")] = False,
 ) -> None:
-    """Packs the weights of a language model, rounded to nearest: no data, one tensor in memory at a time."""
-    print(run_quantize(source, target, weights, embeddings, rule or [], dtype, device))
+    """Packs the weights of a language model: to nearest, one tensor in memory at a time; or calibrated on a text."""
+    options = CalibrationOptions(rounding, act, calibration, samples, context, resume)
+    common = (source, target, weights, embeddings, rule or [], dtype, device)
+    print(run_calibrate(*common, options) if options.given else run_quantize(*common))
 
 
 @app.command()

@@ -6,6 +6,7 @@ import math
 import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from rich.console import Console
 
 from gs_algos.core.arguments import as_seed
 from gs_algos.core.plan import render_layers
+from gs_algos.llm.calibrate import calibrate_language_model
 from gs_algos.llm.decode import Sampling, generate
 from gs_algos.llm.libraries import library
 from gs_algos.llm.load import DTYPES, load_language_model
 from gs_algos.llm.perplexity import perplexity
 from gs_algos.llm.quantize_checkpoint import QuantizeResult, quantize_checkpoint
+from gs_algos.ptq.config import PTQConfig
 from gs_algos.ptq.sites import WeightRule
 
 RULE = re.compile(r"(?P<pattern>.+)=(?P<scheme>none|u?int\d.*)")
@@ -78,6 +81,58 @@ def run_quantize(
         lines.append(f"{share:.1f} % of the numbers stay float, biases and norms included:")
         lines.append(render_layers(("layer", "kind", "numbers", "% of all", "why"), rows))
     return "\n".join([*lines, *(f"note: {note}" for note in written.notes)])
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """Holds the options of `golden-stick quantize` that need data. rounding: "" for that of PTQ."""
+
+    rounding: str
+    act: str
+    calibration: Path | None
+    samples: int
+    context: int
+    resume: bool
+
+    @property
+    def given(self) -> bool:
+        return bool(self.rounding not in ("", "nearest") or self.act or self.calibration or self.resume)
+
+
+def run_calibrate(
+    source: Path,
+    target: Path,
+    weights: str,
+    embeddings: str,
+    rules: list[str],
+    dtype: str,
+    device: str,
+    options: CalibrationOptions,
+) -> str:
+    """Quantizes a model with data; returns a table of its layers and lines on what was written."""
+    chosen: dict[str, Any] = {"weight": weights or "int4@group:64", "embeddings": embeddings or None}
+    chosen |= {"act": options.act or None, "rounding": options.rounding or "gptq"}
+    ruled = [(pattern, None if scheme is None else {"weight": scheme}) for pattern, scheme in parse_rules(rules)]
+    done = calibrate_language_model(
+        source,
+        target,
+        PTQConfig(rules=tuple(ruled), **chosen),
+        calibration=options.calibration,
+        samples=options.samples,
+        context=options.context or None,
+        dtype=parse_dtype(dtype),
+        device=device or "cpu",
+        resume=options.resume,
+    )
+    totals = done.plan.totals
+    assert totals is not None
+    lines = [str(done.report), f"{done.folder}: {totals.before:,} -> {totals.after:,} bytes"]
+    if done.before is not None and done.after is not None:
+        lines.append(f"perplexity behind the calibration text: {done.before:.3f} -> {done.after:.3f}")
+    lines.append(
+        f"{done.tokens:,} tokens of {done.text}, {done.seconds:.0f} s, {done.memory:,} bytes of memory at most"
+    )
+    return "\n".join([*lines, *(f"note: {note}" for note in done.notes)])
 
 
 def _size(written: QuantizeResult) -> str:

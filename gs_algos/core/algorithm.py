@@ -75,6 +75,7 @@ class Algorithm(ABC):
     name: ClassVar[str]
     row_settings: ClassVar[tuple[type[RowSettings], ...]] = ()  # of the rows of its plan; see `Restores`
     migrations: ClassVar[Mapping[int, Migration]] = {}
+    trains: ClassVar[bool] = True  # False: `calibrate` does all that is done between `apply` and `convert`
     config: Any  # an `AlgorithmConfig`: each algorithm names its own class here
     steps: int  # optimizer steps since apply
 

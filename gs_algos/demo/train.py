@@ -22,13 +22,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from gs_algos.core.algorithm import Algorithm, evaluating
+from gs_algos.core.algorithm import Algorithm, Calibrates, evaluating
 from gs_algos.core.files import write_atomically
 from gs_algos.core.progress import progress
 from gs_algos.demo.data import ImageData, batches_per_epoch, train_batches
 
 FORMAT = "golden-stick-training"
 VERSION = "1"
+CALIBRATED = 1024  # images that an algorithm is calibrated on
+CALIBRATION_BATCH = 64
 SAVE_EVERY = 30.0  # seconds of training between two states, at ends of epochs
 
 
@@ -83,7 +85,8 @@ def train(
 
     Args:
         data: on the model's device.
-        algorithm: whose `loss` is used and whose `step` is called after each optimizer step.
+        algorithm: whose `loss` is used and whose `step` is called after each optimizer step. One that does not train is
+            calibrated on training images instead.
         state: file that holds the training state: at the end, after an interrupt, and every half a minute or epoch.
         resume: continue from `state` if it is there; the result is that of an uninterrupted run, bit for bit.
         compiled: run the forward through torch.compile.
@@ -93,6 +96,8 @@ def train(
         ValueError: if `state` was written with another TrainConfig or for another network, or is damaged.
         Interrupted: after Ctrl-C (SIGINT); a second one stops at once, without saving.
     """
+    if algorithm is not None and not algorithm.trains:
+        return _calibrate(model, data, algorithm)
     optimizer = make_optimizer(model, training)
     per_epoch = batches_per_epoch(data, training.batch_size)
     total = training.epochs * per_epoch
@@ -131,6 +136,14 @@ def train(
             if interrupted() and done < total:
                 kept = "nothing is saved" if state is None else f"saved in {state}"
                 raise Interrupted(f"train: stopped after {done} of {total} steps; {kept}")
+    return time.perf_counter() - started
+
+
+def _calibrate(model: nn.Module, data: ImageData, algorithm: Algorithm) -> float:
+    """Calibrates on training images as they are; returns the seconds it took."""
+    assert isinstance(algorithm, Calibrates)
+    started = time.perf_counter()
+    algorithm.calibrate(model, data.normalize(data.train_x[:CALIBRATED]).split(CALIBRATION_BATCH))
     return time.perf_counter() - started
 
 

@@ -100,6 +100,7 @@ class PTQ(Algorithm):
     name: ClassVar[str] = "ptq"
     row_settings: ClassVar[tuple[type[RowSettings], ...]] = (RoundedPlan,)
     config_class: ClassVar[type[AlgorithmConfig]] = PTQConfig
+    trains: ClassVar[bool] = False
     config: PTQConfig
 
     def __init__(

@@ -1,0 +1,155 @@
+"""Calibrates a language model on a text and writes it as a packed folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gs_algos.core.arguments import as_device, as_path
+from gs_algos.core.plan import Plan
+from gs_algos.llm.calibration_text import calibration_text
+from gs_algos.llm.folder import read_json, whole_folder
+from gs_algos.llm.load import is_gguf, load_language_model, refuse_dtype
+from gs_algos.llm.perplexity import perplexity
+from gs_algos.ptq.config import PTQConfig
+from gs_algos.ptq.ptq import ENOUGH, PTQ
+from gs_algos.ptq.report import PTQReport
+
+WHO = "calibrate_language_model"
+SAMPLES, CONTEXT = 128, 2048
+MEASURED = 8192  # tokens of perplexity
+JOURNAL = ".journal"
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """Says what `calibrate_language_model` wrote.
+
+    Args:
+        plan: a row for each weight.
+        report: of the calibration, layer by layer.
+        text: what it was calibrated on.
+        tokens: that entered the statistics.
+        before, after: perplexity behind the calibration text; None if there was too little of it.
+        seconds: in all.
+        memory: bytes that the process held at most; 0 where the system does not tell.
+    """
+
+    folder: Path
+    plan: Plan
+    report: PTQReport
+    text: str
+    tokens: int
+    before: float | None
+    after: float | None
+    seconds: float
+    memory: int
+    notes: tuple[str, ...] = ()
+
+
+def calibrate_language_model(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    config: PTQConfig | None = None,
+    *,
+    calibration: str | os.PathLike[str] | None = None,
+    samples: int = SAMPLES,
+    context: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    resume: bool = False,
+) -> CalibrationResult:
+    """Quantizes a Transformers folder or a GGUF file by `PTQ` into the new packed folder `target`.
+
+    The whole float model is in memory. What is done is kept in `<target>.journal`, which is deleted at the end: after a
+    run that was killed, `resume` goes on there and writes the same bytes.
+
+    Args:
+        config: of PTQ; None for its defaults.
+        calibration: a UTF-8 text, or JSON lines with a `text` each (.jsonl); None for a built-in text.
+        samples: windows of the text that enter the statistics, at most.
+        context: tokens of a window; None for 2048, or as many positions as the model has.
+        dtype: of what stays float; None for that of the source.
+        device: where it is calibrated.
+        resume: go on with the journal of a run that was stopped.
+
+    Raises:
+        ValueError: if the source is no whole float model, the target is not empty, there is a journal and `resume` is
+            False, the text cannot be read or is too short, or as `PTQ`.
+    """
+    started = time.perf_counter()
+    path, out = as_path(source, f"{WHO}: the source"), as_path(target, f"{WHO}: the target")
+    as_device(device, WHO)
+    refuse_dtype(dtype, WHO)
+    journal = out.with_name(out.name + JOURNAL)
+    if journal.exists() and not resume:
+        raise ValueError(f"{WHO}: {journal} is of a run that was stopped; go on with --resume, or delete it")
+    algo = PTQ(config or PTQConfig())
+    with whole_folder(out, WHO) as folder:
+        model: Any
+        model, tokenizer = load_language_model(path, device, torch.float32)
+        _refuse_quantized(model, path)
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        context = context or min(CONTEXT, longest or CONTEXT)
+        text = calibration_text(
+            None if calibration is None else Path(calibration), tokenizer, samples, context, MEASURED, WHO
+        )
+        batches = [{"input_ids": window.to(device)} for window in text.windows]
+        measured = min(1024, context)
+        before = _perplexity(model, text.rest, measured)
+        plan = algo.plan(model, batches[0])
+        model = algo.apply(model, batches[0])
+        algo.calibrate(model, batches, journal=journal)
+        assert algo.report is not None
+        after = _perplexity(model, text.rest, measured)
+        model = algo.convert(model)
+        model.to(dtype or _dtype_of(path))
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    shutil.rmtree(journal, ignore_errors=True)
+    notes = list(plan.notes)
+    if calibration is None:
+        notes.append(
+            f"calibrated on {text.source}, since no text was given; --calibration takes one like what it reads"
+        )
+    if text.tokens < ENOUGH:
+        notes.append(f"{text.tokens:,} tokens are few: with {ENOUGH:,} and more the codes fit other text, too")
+    seconds = time.perf_counter() - started
+    return CalibrationResult(
+        out, plan, algo.report, text.source, text.tokens, before, after, seconds, _peak_memory(), tuple(notes)
+    )
+
+
+def _perplexity(model: Any, ids: torch.Tensor, context: int) -> float | None:
+    return perplexity(model, ids, context, progress=False).value if len(ids) >= context else None
+
+
+def _refuse_quantized(model: Any, path: Path) -> None:
+    if getattr(model.config, "quantization_config", None) is not None and not is_gguf(path):
+        raise ValueError(f"{WHO}: {path} must be a float model, got one that is quantized; give the float one")
+
+
+def _dtype_of(path: Path) -> torch.dtype:
+    """Returns the dtype that a folder says its model has; fp32 for a GGUF file."""
+    if is_gguf(path):
+        return torch.float32
+    config = read_json(path / "config.json", WHO)
+    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def _peak_memory() -> int:
+    """Returns the bytes that this process held at most; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

@@ -1,0 +1,152 @@
+"""`golden-stick quantize` with a calibration text: from a float folder to a packed one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gs_algos.cli.app import run
+from gs_algos.llm import calibrate
+from gs_algos.llm.calibration_text import calibration_text, read_text
+from gs_algos.llm.load import load_language_model
+from gs_algos.ptq import block_loop
+from gs_algos.ptq.config import PTQConfig
+from gs_algos.quant.packed.linear import DynamicPackedLinear
+from tests.nets.language_models import WORDS, logits, save_folder, tiny_llama, tiny_tokenizer
+
+OPTIONS = ("--weights", "int4@group:16", "--context", "16", "--samples", "6")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_folder(tmp_path_factory.mktemp("float") / "model", tiny_llama())
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(WORDS[i] for i in torch.randint(len(WORDS), (200,), generator=generator)))
+    return path
+
+
+def test_a_calibrated_folder_is_loaded_and_said_what_it_is(source, text, tmp_path, capsys):
+    target = tmp_path / "packed"
+    assert run(["quantize", str(source), str(target), *OPTIONS, "--calibration", str(text), "--act", "int8@token"]) == 0
+    told = capsys.readouterr().out
+    assert "error / nearest" in told and "model.layers.1.mlp.down_proj" in told
+    assert "perplexity behind the calibration text" in told and f"96 tokens of {text}" in told
+    model, _ = load_language_model(target)
+    assert isinstance(model.model.layers[0].mlp.up_proj, DynamicPackedLinear)
+    want, _ = load_language_model(source)
+    assert float((logits(model) - logits(want)).square().mean() / logits(want).square().mean()) < 0.05
+    assert not (tmp_path / "packed.journal").exists()
+
+
+def test_a_stopped_calibration_goes_on_and_writes_the_same_bytes(source, text, tmp_path, capsys, monkeypatch):
+    arguments = ("quantize", str(source))
+    options = (*OPTIONS, "--calibration", str(text))
+    assert run([*arguments, str(tmp_path / "whole"), *options]) == 0
+    solve, calls = block_loop.solve, []
+
+    def stopped(*args, **more):
+        calls.append(args)
+        if len(calls) == 9:
+            raise RuntimeError("stopped here")
+        return solve(*args, **more)
+
+    target = str(tmp_path / "packed")
+    monkeypatch.setattr(block_loop, "solve", stopped)
+    assert run([*arguments, target, *options]) == 2
+    assert not Path(target).exists() and (tmp_path / "packed.journal").is_dir()
+    capsys.readouterr()
+    assert run([*arguments, target, *options]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert run([*arguments, target, *options, "--resume"]) == 0
+    for file in sorted((tmp_path / "whole").iterdir()):
+        assert file.read_bytes() == (Path(target) / file.name).read_bytes(), file.name
+
+
+def test_rounding_to_nearest_takes_the_way_without_data(source, tmp_path, capsys):
+    assert run(["quantize", str(source), str(tmp_path / "packed"), "--weights", "int4@group:16"]) == 0
+    assert "error / nearest" not in capsys.readouterr().out
+
+
+def test_the_built_in_text_serves_and_is_named(source, tmp_path, capsys):
+    target = str(tmp_path / "packed")
+    assert run(["quantize", str(source), target, *OPTIONS, "--rounding", "gptq"]) == 0
+    assert "the Python language reference, since no text was given" in capsys.readouterr().out
+
+
+def test_json_lines_give_their_texts(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "one"}\n"two"\n\n{"id": 1, "content": "three"}\n')
+    assert read_text(path, "quantize")[0] == "one\n\ntwo\n\nthree"
+    for line, told in (('{"id": 1}', "must have one of text"), ("{", "a JSON object in each line")):
+        path.write_text(f'"a"\n{line}\n')
+        with pytest.raises(ValueError, match=rf"{told}.*line 2"):
+            read_text(path, "quantize")
+
+
+def test_a_text_gives_a_part_to_the_measurement(text):
+    tokens = tiny_tokenizer()(text.read_text(), return_tensors="pt").input_ids.shape[1]
+    cut = calibration_text(text, tiny_tokenizer(), 1000, 16, 64, "quantize")
+    assert cut.tokens % 16 == 0 and cut.tokens <= 0.9 * tokens and 0 < len(cut.rest) <= 64
+    assert calibration_text(text, tiny_tokenizer(), 2, 16, 64, "quantize").tokens == 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--calibration", "nothing.txt"), "must be a file, got nothing.txt"),
+        (("--rounding", "gtpq"), "rounding must be one of"),
+        (("--act", "int4"), "act must be None or 'int8@token'"),
+        (("--context", "100000", "--rounding", "gptq"), "must fill a window of 100000 tokens"),
+        (("--context", "1", "--rounding", "gptq"), "context must be at least 2"),
+        (("--samples", "0", "--rounding", "gptq"), "samples must be at least 1"),
+        (("--weights", "int4@group:7", "--rounding", "gptq"), "the group must divide"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_write_nothing(source, tmp_path, capsys, arguments, told):
+    target = tmp_path / "packed"
+    assert run(["quantize", str(source), str(target), *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert told in error and "\n" not in error
+    assert not target.exists()
+
+
+def test_a_quantized_source_is_refused(source, text, tmp_path, capsys):
+    packed = tmp_path / "packed"
+    assert run(["quantize", str(source), str(packed), "--weights", "int4@group:16"]) == 0
+    assert run(["quantize", str(packed), str(tmp_path / "again"), "--rounding", "gptq"]) == 2
+    assert "must be a float model" in capsys.readouterr().err
+
+
+def test_exports_refuse_layers_that_round_what_they_read(source, text, tmp_path, capsys):
+    packed = tmp_path / "packed"
+    run(["quantize", str(source), str(packed), *OPTIONS, "--calibration", str(text), "--act", "int8@token"])
+    config = json.loads((packed / "config.json").read_text())["quantization_config"]
+    assert set(config["acts"].values()) == {"int8@token"}
+    capsys.readouterr()
+    assert run(["export", str(packed), str(tmp_path / "out"), "--to", "gptq"]) == 2
+    assert "must read floats" in capsys.readouterr().err
+
+
+def test_calibrated_weights_are_exported_as_they_are(source, text, tmp_path):
+    packed, out = tmp_path / "packed", tmp_path / "out"
+    assert run(["quantize", str(source), str(packed), *OPTIONS, "--calibration", str(text)]) == 0
+    assert run(["export", str(packed), str(out), "--to", "compressed-tensors"]) == 0
+    assert run(["import", str(out), str(tmp_path / "back")]) == 0
+    first, back = (load_file(folder / "model.safetensors") for folder in (packed, tmp_path / "back"))
+    for name in (key for key in first if key.endswith("codes")):
+        torch.testing.assert_close(back[name], first[name], rtol=0, atol=0)
+
+
+def test_the_function_reads_a_few_windows_of_the_built_in_text(source, tmp_path):
+    config = PTQConfig(weight="int4@group:16")
+    done = calibrate.calibrate_language_model(source, tmp_path / "packed", config, samples=2, context=16)
+    assert done.tokens == 32 and done.after is not None and "few" in " ".join(done.notes)
