@@ -7,6 +7,7 @@ stream moves on. What stands outside the chain of blocks, a head or a stem, foll
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,8 +24,9 @@ from gs_algos.ptq.blocks import Block
 from gs_algos.ptq.columns import groups_of, input_rows, token_mask
 from gs_algos.ptq.config import PTQConfig
 from gs_algos.ptq.hessian import objective
-from gs_algos.ptq.journal import Journal, Solved
+from gs_algos.ptq.journal import Journal, Solved, from_bytes, to_bytes
 from gs_algos.ptq.layers import Rounded
+from gs_algos.ptq.processes import Processes
 from gs_algos.ptq.report import BlockErrors, BlockReport, LayerReport, PTQReport
 from gs_algos.ptq.solve import Solution, SolveOptions, solve
 from gs_algos.ptq.stages import Stage, all_inputs, find_stages, inputs_of
@@ -74,11 +76,11 @@ class BlockLoop:
         batches: Sequence[Inputs],
         config: PTQConfig,
         journal: Journal,
-        process_group: Any = None,
+        processes: Processes,
         who: str = "PTQ.calibrate",
     ) -> None:
         self.model, self.tasks, self.blocks, self.batches = model, tasks, blocks, batches
-        self.config, self.journal, self.group, self.who = config, journal, process_group, who
+        self.config, self.journal, self.processes, self.who = config, journal, processes, who
         self.masks = [token_mask(batch) for batch in batches]
         held = len(batches) // HELD_OUT if len(batches) >= HELD_OUT else int(len(batches) > 1)
         self.held_out = set(range(len(batches) - held, len(batches)))
@@ -115,20 +117,18 @@ class BlockLoop:
     def _round_block(self, streams: Streams, index: int, block: Block, tasks: Mapping[str, Task]) -> None:
         layers = {site: task.layer for site, task in tasks.items()}
         with floating(layer for task in self.tasks.values() for layer in task.layers):
-            stages = find_stages(streams, block, layers)
+            stages = self._stages(streams, block, layers)
             floats = self._float_pass(streams, block, stages, layers)
         if streams.whole:
             self._round_embeddings()
-        done = self.journal.read(index)
+        done = self._done(index)
         if done is None:
             solved: dict[str, Solved] = {}
             for stage in stages:
                 solved |= self._round_stage(streams, block, stage, {s: tasks[s] for s in stage.sites}, floats)
             self.journal.write(index, solved)
         else:
-            for site, one in done.items():
-                install(tasks[site].layers, one)
-                self.layers.append(one.report)
+            self._install(done)
         for inputs in floats.values():
             for tensors in inputs:
                 for tensor in tensors:
@@ -170,18 +170,16 @@ class BlockLoop:
         if not tasks:
             return
         index = len(self.blocks)
-        done = self.journal.read(index)
+        done = self._done(index)
         if done is not None:
-            for site, one in done.items():
-                install(tasks[site].layers, one)
-                self.layers.append(one.report)
+            self._install(done)
             return
         whole = [Block(("",))]
         with ActivationStore(self.config.budget) as store:
             streams = Streams(self.model, self.batches, whole, store, False, self.who)
             layers = {site: task.layer for site, task in tasks.items()}
             solved: dict[str, Solved] = {}
-            for stage in find_stages(streams, whole[0], layers):
+            for stage in self._stages(streams, whole[0], layers):
                 solved |= self._round_stage(
                     streams, whole[0], stage, {s: tasks[s] for s in stage.sites}, {stage.first: []}
                 )
@@ -189,12 +187,13 @@ class BlockLoop:
 
     def _solve(self, tasks: Mapping[str, Task], seen: _Seen) -> dict[str, Solved]:
         """Finds the codes of the layers of one stage and installs them."""
-        if self.group is not None:
-            for statistics in (seen.statistics, seen.held):
-                statistics.all_reduce(self.group)
+        if self.processes.several:
+            seen.sum_over(self.processes)
+        seen.statistics.check(f"{self.who}: {next(iter(tasks))}")  # in every process, so that none waits for another
         solved = {}
-        for site, task in tasks.items():
-            seen.statistics.check(f"{self.who}: {site}")
+        for number, (site, task) in enumerate(tasks.items()):
+            if number % self.processes.count != self.processes.rank:
+                continue
             options = SolveOptions(
                 task.rounding, self.config.correct, self.config.refine, self.config.order, self.config.damp
             )
@@ -212,12 +211,39 @@ class BlockLoop:
             )
             bias = self._bias(layer, weight, solution, seen)
             solved[site] = Solved(solution.grid, solution.codes, bias, report)
+        if self.processes.several:
+            shares = [from_bytes(share) for share in self.processes.from_all(to_bytes(solved))]
+            solved = {site: one for site in tasks for share in shares if (one := share.get(site)) is not None}
+        self._install(solved)
         for site, one in solved.items():
-            install(tasks[site].layers, one)
-            self.layers.append(one.report)
             for note in one.report.notes:
                 logger.warning("%s: %s: %s", self.who, site, note)
         return solved
+
+    def _install(self, solved: Mapping[str, Solved]) -> None:
+        for site, one in solved.items():
+            install(self.tasks[site].layers, one)
+            self.layers.append(one.report)
+
+    def _done(self, index: int) -> dict[str, Solved] | None:
+        """Returns what the journal holds of a block; it is that of the first process."""
+        found = self.journal.read(index) if self.processes.rank == 0 else None
+        if not self.processes.several:
+            return found
+        data = self.processes.from_one(b"" if found is None else to_bytes(found))
+        return from_bytes(data) if data else None
+
+    def _stages(self, streams: Streams, block: Block, layers: Mapping[str, Rounded]) -> list[Stage]:
+        """Returns the stages of a block, the same in every process, whichever of them saw a layer called."""
+        own = find_stages(streams, block, layers)
+        if not self.processes.several:
+            return own
+        told = self.processes.from_all(json.dumps([[stage.sites, stage.calls] for stage in own]).encode())
+        stages: dict[str, Stage] = {}
+        for sites, calls in sorted((one for text in told for one in json.loads(text)), key=lambda one: not one[1]):
+            if not any(site in stage.sites for site in sites for stage in stages.values()):
+                stages[sites[0]] = Stage(tuple(sites), calls)
+        return list(stages.values())
 
     def _bias(self, layer: Any, weight: Tensor, solution: Solution, seen: _Seen) -> Tensor | None:
         """Returns the bias `[N]` that gives the outputs their float mean; None if there is none to move."""
@@ -282,6 +308,15 @@ class _Seen:
                 floats = floats if floats.dim() == 3 else floats.unsqueeze(0)
                 self.float_sum += floats.sum(1, dtype=torch.float64)
                 self.float_rows += floats.shape[1]
+
+    def sum_over(self, processes: Processes) -> None:
+        """Adds what the other processes saw."""
+        for statistics in (self.statistics, self.held):
+            statistics.all_reduce(processes.group)
+        rows = torch.tensor([self.float_rows], device=self.float_sum.device)
+        processes.add(self.float_sum)
+        processes.add(rows)
+        self.float_rows = int(rows)
 
 
 def held_out_ratio(weight: Tensor, solution: Solution, held: InputStatistics) -> float:

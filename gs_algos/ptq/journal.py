@@ -75,18 +75,8 @@ class Journal:
 
     def write(self, index: int, solved: Mapping[str, Solved]) -> None:
         """Keeps what was found for one block."""
-        if self.folder is None:
-            return
-        tensors: dict[str, Tensor] = {}
-        about: dict[str, Any] = {}
-        for site, one in solved.items():
-            tensors[f"{site}.codes"] = one.codes.contiguous()
-            tensors[f"{site}.scale"], tensors[f"{site}.zero"] = one.grid.scale.contiguous(), one.grid.zero.contiguous()
-            if one.bias is not None:
-                tensors[f"{site}.bias"] = one.bias.contiguous()
-            dtype = str(one.grid.dtype).removeprefix("torch.")
-            about[site] = {"scheme": str(one.grid.scheme), "dtype": dtype, "report": one.report.to_dict()}
-        write_atomically(self._file(index), save(tensors, {"solved": json.dumps(about)}))
+        if self.folder is not None:
+            write_atomically(self._file(index), to_bytes(solved))
 
     def read(self, index: int) -> dict[str, Solved] | None:
         """Returns what was found for one block, or None.
@@ -97,33 +87,50 @@ class Journal:
         if self.folder is None or not self._file(index).is_file():
             return None
         path = self._file(index)
-        data = path.read_bytes()
         try:
-            tensors = load(data)
-            size = int.from_bytes(data[:8], "little")
-            about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["solved"])
-            return {
-                site: Solved(
-                    Grid(
-                        tensors[f"{site}.scale"],
-                        tensors[f"{site}.zero"],
-                        Scheme.parse(one["scheme"], "weight"),
-                        getattr(torch, one["dtype"]),
-                    ),
-                    tensors[f"{site}.codes"],
-                    tensors.get(f"{site}.bias"),
-                    LayerReport.from_dict(one["report"]),
-                )
-                for site, one in about.items()
-            }
+            return from_bytes(path.read_bytes())
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"{self.who}: {path} must be a block of a journal, got a damaged file; delete it"
-            ) from error
+            must = f"{self.who}: {path} must be a block of a journal"
+            raise ValueError(f"{must}, got a damaged file; delete it") from error
 
     def _file(self, index: int) -> Path:
         assert self.folder is not None
         return self.folder / f"block-{index:05}.safetensors"
+
+
+def to_bytes(solved: Mapping[str, Solved]) -> bytes:
+    """Writes what was found for some weights in the form of safetensors."""
+    tensors: dict[str, Tensor] = {}
+    about: dict[str, Any] = {}
+    for site, one in solved.items():
+        tensors[f"{site}.codes"] = one.codes.contiguous()
+        tensors[f"{site}.scale"], tensors[f"{site}.zero"] = one.grid.scale.contiguous(), one.grid.zero.contiguous()
+        if one.bias is not None:
+            tensors[f"{site}.bias"] = one.bias.contiguous()
+        dtype = str(one.grid.dtype).removeprefix("torch.")
+        about[site] = {"scheme": str(one.grid.scheme), "dtype": dtype, "report": one.report.to_dict()}
+    return save(tensors, {"solved": json.dumps(about)})
+
+
+def from_bytes(data: bytes) -> dict[str, Solved]:
+    """Reads what `to_bytes` wrote. What is wrong with other data is told by one of many exceptions."""
+    tensors = load(data)
+    size = int.from_bytes(data[:8], "little")
+    about = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["solved"])
+    return {
+        site: Solved(
+            Grid(
+                tensors[f"{site}.scale"],
+                tensors[f"{site}.zero"],
+                Scheme.parse(one["scheme"], "weight"),
+                getattr(torch, one["dtype"]),
+            ),
+            tensors[f"{site}.codes"],
+            tensors.get(f"{site}.bias"),
+            LayerReport.from_dict(one["report"]),
+        )
+        for site, one in about.items()
+    }
 
 
 def digest_of(model: nn.Module, options: Mapping[str, Any], batches: Iterable[Any]) -> str:

@@ -41,6 +41,7 @@ from gs_algos.ptq.blocks import find_blocks, first_tensor
 from gs_algos.ptq.config import PTQConfig, PTQOptions
 from gs_algos.ptq.journal import digest_of, journal_at
 from gs_algos.ptq.layers import Rounded, WeightGrid, swap_layers
+from gs_algos.ptq.processes import Processes
 from gs_algos.ptq.report import PTQReport
 from gs_algos.ptq.sites import Site, WeightRule, weight_sites
 from gs_algos.ptq.weights import NAME as PACKED
@@ -166,7 +167,8 @@ class PTQ(Algorithm):
         """Finds the codes of every weight, block by block, from `batches` of inputs.
 
         Every batch is run through each block several times, so all of them are held; a tenth enters no statistic and
-        is for the report.
+        is for the report. In several processes (`torchrun`) each gives batches of its own, and rounds its share of the
+        layers: they end with the same network, and the journal is that of the first.
 
         Args:
             journal: a folder in which what is done is kept: a call with the same model, options and data goes on there.
@@ -194,12 +196,13 @@ class PTQ(Algorithm):
         rows = rows_of(entry["plan"], self.row_settings)
         tasks = {row.site: self._task(network, row) for row in rows if row.settings is not None}
         with ordinary_tensors(), torch.no_grad(), asked_by(who):
-            log = journal_at(journal, who)
+            processes = Processes(self.process_group)
+            log = journal_at(journal if processes.rank == 0 else None, who)
             if log.folder is not None:
                 log.begin(digest_of(network, self.config.to_dict(), data))
             names = [name for row in rows if row.settings is not None for name in row.settings.names]
             blocks = find_blocks(network, names, data[0], self.config.blocks, who)
-            loop = BlockLoop(network, tasks, blocks, data, self.config, log, self.process_group, who)
+            loop = BlockLoop(network, tasks, blocks, data, self.config, log, processes, who)
             self.report = loop.run()
         live = live_entry(network)
         live["calibrated"] = True
