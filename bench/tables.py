@@ -108,6 +108,21 @@ def language(rows: Rows) -> str:
     return table(head, lines)
 
 
+def ptq(rows: Rows) -> str:
+    """Tabulates a row per setting of PTQ: perplexity, the layers' errors over rounding to nearest, time and memory."""
+    latest = last([row for row in rows if row["kind"] == "ptq"], "model", "setting", "samples", "context")
+    lines = []
+    for row in sorted(latest.values(), key=lambda row: row["perplexity"]):
+        kept = [f"{row[name]:.3f}" if name in row else "-" for name in ("ratio", "held_out")]
+        seconds = f"{row['seconds']:.0f}" if "seconds" in row else "-"
+        memory = f"{row['peak_bytes'] / 1e9:.1f} GB" if "peak_bytes" in row else "-"
+        tokens = f"{row['samples'] * row['context']:,}" if "seconds" in row else "-"
+        value = f"{row['perplexity']:.4g}" if row["perplexity"] < 1e4 else f"{row['perplexity']:,.0f}"
+        lines.append((row["setting"], value, f"{row['perplexity_change']:+.1%}", *kept, tokens, seconds, memory))
+    head = ("setting", "perplexity", "against float", "error / nearest", "held out", "tokens", "seconds", "peak")
+    return table(head, lines)
+
+
 def serving(rows: Rows) -> str:
     """Tabulates a row per width that vLLM served: one client's tokens per second, then those of many together."""
     latest = last([row for row in rows if row["kind"] == "serving"], "model", "provider", "weights", "embeddings")
@@ -274,6 +289,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "accuracy": accuracy,
     "pruned": pruned,
     "language": language,
+    "ptq": ptq,
     "products": products,
     "ops": ops,
     "models": models,

@@ -123,7 +123,7 @@ def calibrate_language_model(
         notes.append(f"{text.tokens:,} tokens are few: with {ENOUGH:,} and more the codes fit other text, too")
     seconds = time.perf_counter() - started
     return CalibrationResult(
-        out, plan, algo.report, text.source, text.tokens, before, after, seconds, _peak_memory(), tuple(notes)
+        out, plan, algo.report, text.source, text.tokens, before, after, seconds, peak_memory(), tuple(notes)
     )
 
 
@@ -145,7 +145,7 @@ def _dtype_of(path: Path) -> torch.dtype:
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Returns the bytes that this process held at most; 0 where the system does not tell."""
     try:
         import resource

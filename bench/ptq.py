@@ -1,0 +1,124 @@
+"""Measures PTQ on a language model: `python -m bench.ptq --model FILE_OR_FOLDER --text FILE`.
+
+A row per setting: perplexity on the first tokens of the text against the float model of the same run, the mean of the
+layers' errors over rounding to nearest, seconds and peak memory of the calibration. Calibration reads windows from the
+second half of the text, so no token is in both. Each row is a process of its own; `--only TEXT` runs the settings whose
+name holds the text. Where model and text come from is told in `bench.language`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import record
+from gs_algos import PTQ
+from gs_algos.llm.calibrate import peak_memory
+from gs_algos.llm.load import load_language_model
+from gs_algos.llm.perplexity import perplexity
+
+PLAIN = {"correct": 0.0, "refine": 0, "bias": False, "damp": 0.01}
+HEAD = [("lm_head", None)]
+WEIGHTS = ("int4@group:64", "int4@channel", "int3@group:64", "int2@group:64")
+# name -> (weight, options of PTQ); nearest runs no calibration
+SETTINGS: dict[str, dict[str, Any]] = {
+    "float": {},
+    **{f"{weight} nearest": {"weight": weight, "rounding": "nearest", "refine": 0} for weight in WEIGHTS},
+    **{f"{weight} gptq alone": {"weight": weight, **PLAIN} for weight in WEIGHTS},
+    **{f"{weight} gptq": {"weight": weight} for weight in WEIGHTS},
+    "int4@group:64 gptq int8@token": {"weight": "int4@group:64", "act": "int8@token"},
+    "int8@channel gptq int8@token": {"weight": "int8@channel", "act": "int8@token"},
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    torch.set_num_threads(args.threads)
+    if args.setting:
+        print(json.dumps(measure(args)))
+        return 0
+    if not args.text.is_file():
+        print(f"bench.ptq: --text must be a file, got {args.text}", file=sys.stderr)
+        return 2
+    base: dict[str, Any] = {}
+    for name in SETTINGS:
+        if args.only in name or name == "float":
+            row = _own_process(args, name)
+            base = base or row
+            row["perplexity_change"] = round(row["perplexity"] / base["perplexity"] - 1, 6)
+            text = {"text": args.text.name, "text_sha256": hashlib.sha256(args.text.read_bytes()).hexdigest()[:16]}
+            record.append({"model": args.model.name, "setting": name, **text, **row}, kind="ptq", device="cpu")
+            print(name, row, flush=True)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.ptq", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="a GGUF file or a Transformers folder")
+    parser.add_argument("--text", type=Path, required=True, help="a UTF-8 text file")
+    parser.add_argument("--tokens", type=int, default=8192, help="of the text that perplexity is measured on")
+    parser.add_argument("--context", type=int, default=1024, help="tokens of a window, of both")
+    parser.add_argument("--samples", type=int, default=16, help="windows that are calibrated on")
+    parser.add_argument("--only", default="", help="settings whose name holds this text")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--setting", default="", help=argparse.SUPPRESS)
+    return parser
+
+
+def _own_process(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    options = {"model": args.model, "text": args.text, "tokens": args.tokens, "context": args.context}
+    options |= {"samples": args.samples, "threads": args.threads, "setting": name}
+    command = [sys.executable, "-m", "bench.ptq", *(str(part) for pair in options.items() for part in _flag(*pair))]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=dict(os.environ))
+    if done.returncode != 0:
+        raise RuntimeError(f"bench.ptq: {name} failed: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _flag(name: str, value: object) -> tuple[str, str]:
+    return f"--{name}", str(value)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Quantizes the model by one setting and measures it."""
+    options = dict(SETTINGS[args.setting])
+    model, tokenizer = load_language_model(args.model, dtype=torch.float32)
+    words = args.text.read_text(encoding="utf-8")
+    ids = _tokens(tokenizer, words, args.tokens)
+    row: dict[str, Any] = {"context": args.context, "samples": args.samples if options else 0}
+    if options:
+        needed = args.samples * args.context
+        calibration = _tokens(tokenizer, words[len(words) // 2 :], needed)
+        batches = [{"input_ids": window[None]} for window in calibration.split(args.context)]
+        algo = PTQ(rules=HEAD, **options)
+        model = algo.apply(model, batches[0])
+        if algo.config.rounding != "nearest":
+            algo.calibrate(model, batches)
+            assert algo.report is not None
+            layers = algo.report.layers
+            row["ratio"] = round(statistics.fmean(layer.ratio for layer in layers), 4)
+            row["held_out"] = round(statistics.fmean(layer.held_out or 0.0 for layer in layers), 4)
+            row["seconds"] = round(algo.report.seconds, 1)
+            row["block_errors"] = [round(block.error, 5) for block in algo.report.blocks]
+        row["peak_bytes"] = peak_memory()
+        model = algo.convert(model)
+    result = perplexity(model, ids, args.context, progress=False)
+    return {**row, "perplexity": round(result.value, 4), "tokens": result.tokens}
+
+
+def _tokens(tokenizer: Any, text: str, count: int) -> torch.Tensor:
+    return tokenizer(text[: count * 16], return_tensors="pt", verbose=False).input_ids[0, :count]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
