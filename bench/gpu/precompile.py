@@ -27,6 +27,7 @@ from bench import record
 from bench.gpu import archive, conformance
 from bench.gpu.cuda_stub import build_stub, take_stub, use_driver
 from bench.gpu.items import Context
+from bench.gpu.keys import settle_keys
 from bench.gpu.plan import Step, steps
 from gs_kernels.aot.collect import Specialization, collect_launches
 
@@ -58,6 +59,7 @@ def kernels_of(
 ) -> tuple[list[Specialization], dict[str, str]]:
     """Returns the kernels that calls launch, each once, and why calls failed, by their names."""
     failed = {}
+    settle_keys()
     with collect_launches(target) as kernels:
         for name, call in calls:
             try:
@@ -88,6 +90,7 @@ _builds_launchers = False  # in a process of the pool
 def _start(stub: Path | None) -> None:
     global _builds_launchers
     torch.set_num_threads(1)
+    settle_keys()
     if stub is not None:
         take_stub(stub)
     elif torch.cuda.is_available():

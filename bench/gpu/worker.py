@@ -22,6 +22,7 @@ import torch
 
 from bench.gpu.conformance import run_tests
 from bench.gpu.items import Context, Failed, Item
+from bench.gpu.keys import settle_keys
 from bench.gpu.plan import steps
 
 LOST = 75  # exit code: an error that no later call of CUDA survives
@@ -75,6 +76,7 @@ def main(fd: int) -> None:
             events.write(json.dumps(event, default=str) + "\n")
 
         items = {item.id: item for step in steps() for item in step.items}
+        settle_keys()
         emit({"event": "ready"})
         for line in sys.stdin:
             try:

@@ -113,6 +113,27 @@ def test_every_item_of_the_plan_says_what_it_launches():
     assert {"_qmatmul_kernel", "_reduce_kernel", "_slb_weight_bwd_kernel", "_qmatmul_int8_kernel"} <= names
 
 
+def test_keys_depend_on_no_order_in_which_kernels_are_met():
+    """Two processes, the one in which _reduce_kernel comes first, which shares the epilogue of _qmatmul_kernel."""
+    code = (
+        "from gs_kernels.qmatmul.kernel import matmul\n"
+        "from gs_kernels.triton_epilogue import _reduce_kernel\n"
+        "from bench.gpu.keys import settle_keys\n"
+        "first = [kernel.cache_key for kernel in {names}]\n"
+        "settle_keys()\n"
+        "print(matmul._qmatmul_kernel.cache_key, first)"
+    )
+    keys = set()
+    for names in ("[matmul._qmatmul_kernel]", "[_reduce_kernel, matmul._qmatmul_kernel]"):
+        argv = [sys.executable, "-c", code.format(names=names)]
+        run = subprocess.run(
+            argv, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        keys.add(run.stdout.split()[0])
+    assert len(keys) == 1
+
+
 def _archive(path, members):
     with tarfile.open(path, "w:gz") as tar:
         for name, data in members.items():
