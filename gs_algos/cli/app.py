@@ -28,6 +28,7 @@ from gs_algos.demo.models import MODELS, build
 from gs_algos.demo.train import Interrupted
 from gs_algos.llm.calibrate import SAMPLES
 from gs_algos.ptq.rounding import ROUNDINGS
+from gs_algos.ptq.transforms import TRANSFORMS
 
 DATA_HELP = f"One of {', '.join(DATA)}; a folder goes after a colon, e.g. cifar10:DIR. Or package.module:function."
 MODEL_HELP = f"One of {', '.join(MODELS)}, or package.module:function that builds a network."
@@ -35,7 +36,8 @@ ALGORITHM_HELP = f"One of {', '.join(algorithm_names())}."
 WEIGHT_HELP = "Scheme of the weights: bits, granularity, observer."
 WEIGHTS_HELP = "Scheme, with 1, 2, 4 or 8 bits. Default: int4 with the largest group of 128, 64, 32 that divides all."
 LANGUAGE_HELP = "A packed folder, a plain Transformers folder, or a GGUF file."
-ROUNDING_HELP = f"{', '.join(ROUNDINGS)}. Default: nearest, or gptq with --calibration or --act."
+TRANSFORMS_HELP = f"Of {', '.join(TRANSFORMS)}, with a comma between: they make weights easier to round."
+ROUNDING_HELP = f"{', '.join(ROUNDINGS)}. Default: nearest, or gptq with --calibration, --act or --transforms."
 INFO_HELP = "A folder of gs_algos.save, demo, compress, quantize, export or import, a .pt2 package, or a GGUF file."
 DTYPE_HELP = "float32, float16 or bfloat16. Default: what the model is stored in."
 DEVICE_HELP = "cpu or cuda. Default: cuda if there is one."
@@ -130,13 +132,14 @@ def quantize(
     device: Annotated[str, typer.Option(help="Where the weights are rounded. Default: the CPU.")] = "",
     rounding: Annotated[str, typer.Option(help=ROUNDING_HELP)] = "",
     act: Annotated[str, typer.Option(help="int8@token rounds the rows that linears read. Default: floats.")] = "",
+    transforms: Annotated[str, typer.Option(help=TRANSFORMS_HELP)] = "",
     calibration: Annotated[Path | None, typer.Option(help="A text, or JSON lines, to calibrate on.")] = None,
     samples: Annotated[int, typer.Option(help="Windows of the calibration text, at most.")] = SAMPLES,
     context: Annotated[int, typer.Option(help="Tokens of a window. Default: 2048, or what the model takes.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped calibration was.")] = False,
 ) -> None:
     """Packs the weights of a language model: to nearest, one tensor in memory at a time; or calibrated on a text."""
-    options = CalibrationOptions(rounding, act, calibration, samples, context, resume)
+    options = CalibrationOptions(rounding, act, transforms, calibration, samples, context, resume)
     common = (source, target, weights, embeddings, rule or [], dtype, device)
     print(run_calibrate(*common, options) if options.given else run_quantize(*common))
 

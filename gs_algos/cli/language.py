@@ -85,10 +85,15 @@ def run_quantize(
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """Holds the options of `golden-stick quantize` that need data. rounding: "" for that of PTQ."""
+    """Holds the options of `golden-stick quantize` that need data.
+
+    rounding: "" for that of PTQ.
+    transforms: with commas between.
+    """
 
     rounding: str
     act: str
+    transforms: str
     calibration: Path | None
     samples: int
     context: int
@@ -96,7 +101,8 @@ class CalibrationOptions:
 
     @property
     def given(self) -> bool:
-        return bool(self.rounding not in ("", "nearest") or self.act or self.calibration or self.resume)
+        by_data = self.rounding not in ("", "nearest") or self.act or self.transforms
+        return bool(by_data or self.calibration or self.resume)
 
 
 def run_calibrate(
@@ -112,6 +118,7 @@ def run_calibrate(
     """Quantizes a model with data; returns a table of its layers and lines on what was written."""
     chosen: dict[str, Any] = {"weight": weights or "int4@group:64", "embeddings": embeddings or None}
     chosen |= {"act": options.act or None, "rounding": options.rounding or "gptq"}
+    chosen["transforms"] = tuple(name.strip() for name in options.transforms.split(",") if name.strip())
     ruled = [(pattern, None if scheme is None else {"weight": scheme}) for pattern, scheme in parse_rules(rules)]
     done = calibrate_language_model(
         source,

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from time import perf_counter
 from typing import Any
 
@@ -25,39 +24,21 @@ from gs_algos.ptq.columns import groups_of, input_rows, token_mask
 from gs_algos.ptq.config import PTQConfig
 from gs_algos.ptq.hessian import objective
 from gs_algos.ptq.journal import Journal, Solved, from_bytes, to_bytes
-from gs_algos.ptq.layers import Rounded
+from gs_algos.ptq.layers import Rounded, Task, floating, install
 from gs_algos.ptq.processes import Processes
 from gs_algos.ptq.report import BlockErrors, BlockReport, LayerReport, PTQReport
 from gs_algos.ptq.solve import Solution, SolveOptions, solve
 from gs_algos.ptq.stages import Stage, all_inputs, find_stages, inputs_of
 from gs_algos.ptq.statistics import InputStatistics
 from gs_algos.ptq.streams import ActivationStore, Streams
+from gs_algos.ptq.transforms import chosen_transforms
+from gs_algos.ptq.transforms.stage import Scaled, StageScaler
 from gs_algos.quant.packed.grid import grid_of
 from gs_algos.quant.packed.packable import matrix_of
-from gs_algos.quant.scheme import Scheme
 
 logger = logging.getLogger(__name__)
 
 HELD_OUT = 10  # one batch of so many enters no statistic: it says how well the codes do on other data
-
-
-@dataclass(frozen=True)
-class Task:
-    """Describes one weight to be rounded: its site, the layer that owns it, how it is to be rounded."""
-
-    site: str
-    layers: tuple[Rounded, ...]  # that share it, its owner first
-    scheme: Scheme
-    rounding: str
-
-    @property
-    def layer(self) -> Rounded:
-        return self.layers[0]
-
-    @property
-    def by_data(self) -> bool:
-        """Says whether data tells how the weight is to be rounded: not that of an embedding."""
-        return not isinstance(self.layer, nn.Embedding)
 
 
 class BlockLoop:
@@ -84,6 +65,7 @@ class BlockLoop:
         self.masks = [token_mask(batch) for batch in batches]
         held = len(batches) // HELD_OUT if len(batches) >= HELD_OUT else int(len(batches) > 1)
         self.held_out = set(range(len(batches) - held, len(batches)))
+        self.transforms = chosen_transforms(config.transforms)
         self.floats = config.correct > 0 or config.bias
         self.by_data = {site: task for site, task in tasks.items() if task.by_data}
         self.layers: list[LayerReport] = []
@@ -100,7 +82,7 @@ class BlockLoop:
                 store,
                 self.floats,
                 self.who,
-                lambda: floating(layer for task in self.tasks.values() for layer in task.layers),
+                self._float_network,
                 self._round_embeddings,
             )
             for index, block in enumerate(progress(self.blocks, "rounding blocks")):
@@ -116,7 +98,7 @@ class BlockLoop:
 
     def _round_block(self, streams: Streams, index: int, block: Block, tasks: Mapping[str, Task]) -> None:
         layers = {site: task.layer for site, task in tasks.items()}
-        with floating(layer for task in self.tasks.values() for layer in task.layers):
+        with self._float_network():
             stages = self._stages(streams, block, layers)
             floats = self._float_pass(streams, block, stages, layers)
         if streams.whole:
@@ -125,7 +107,7 @@ class BlockLoop:
         if done is None:
             solved: dict[str, Solved] = {}
             for stage in stages:
-                solved |= self._round_stage(streams, block, stage, {s: tasks[s] for s in stage.sites}, floats)
+                solved |= self._round_stage(streams, block, stage, {s: tasks[s] for s in stage.sites}, floats, solved)
             self.journal.write(index, solved)
         else:
             self._install(done)
@@ -158,12 +140,38 @@ class BlockLoop:
         stage: Stage,
         tasks: Mapping[str, Task],
         floats: Mapping[str, list[list[Tensor]]],
+        before: Mapping[str, Solved],
     ) -> dict[str, Solved]:
+        """Returns what was found for the layers of the stage, and what changed of those `before` it in the block."""
+        scaled = self._scale_stage(streams, block, stage, tasks, before)
         inputs = lambda number: inputs_of(streams, block, number, tasks[stage.first].layer, stage.calls)  # noqa: E731
-        seen = _Seen(tasks[stage.first].layer, floats[stage.first], self.config.correct > 0)
+        seen = _Seen(tasks[stage.first].layer, floats[stage.first], self.config.correct > 0, scaled.scale)
         for number in range(len(self.batches)) if stage.calls else ():
             seen.update(number, inputs(number), self.masks[number], number in self.held_out)
-        return self._solve(tasks, seen)
+        return {**scaled.solved, **self._solve(tasks, seen, scaled)}
+
+    def _scale_stage(
+        self, streams: Streams, block: Block, stage: Stage, tasks: Mapping[str, Task], before: Mapping[str, Solved]
+    ) -> Scaled:
+        """Applies the transforms to what the layers of the stage read."""
+        if not self.transforms:
+            return Scaled()
+        scaler = StageScaler(
+            self.model,
+            streams,
+            block,
+            stage,
+            tasks,
+            self.masks,
+            [number for number in range(len(self.batches)) if number not in self.held_out],
+            before,
+            self._float_network,
+            self.processes,
+        )
+        return scaler.run(self.transforms)
+
+    def _float_network(self) -> AbstractContextManager[None]:
+        return floating(layer for task in self.tasks.values() for layer in task.layers)
 
     def _round_outside(self, tasks: Mapping[str, Task]) -> None:
         """Rounds the layers outside the chain, one by one in the order of their calls, from the rounded network."""
@@ -181,11 +189,11 @@ class BlockLoop:
             solved: dict[str, Solved] = {}
             for stage in self._stages(streams, whole[0], layers):
                 solved |= self._round_stage(
-                    streams, whole[0], stage, {s: tasks[s] for s in stage.sites}, {stage.first: []}
+                    streams, whole[0], stage, {s: tasks[s] for s in stage.sites}, {stage.first: []}, solved
                 )
         self.journal.write(index, solved)
 
-    def _solve(self, tasks: Mapping[str, Task], seen: _Seen) -> dict[str, Solved]:
+    def _solve(self, tasks: Mapping[str, Task], seen: _Seen, scaled: Scaled) -> dict[str, Solved]:
         """Finds the codes of the layers of one stage and installs them."""
         if self.processes.several:
             seen.sum_over(self.processes)
@@ -208,9 +216,11 @@ class BlockLoop:
                 solution.objective / solution.nearest if solution.nearest > 0 else 1.0,
                 held,
                 solution.notes,
+                scaled.told,
             )
             bias = self._bias(layer, weight, solution, seen)
-            solved[site] = Solved(solution.grid, solution.codes, bias, report)
+            moved = scaled.moved if number == 0 else {}
+            solved[site] = Solved(solution.grid, solution.codes, bias, report, moved)
         if self.processes.several:
             shares = [from_bytes(share) for share in self.processes.from_all(to_bytes(solved))]
             solved = {site: one for site in tasks for share in shares if (one := share.get(site)) is not None}
@@ -223,6 +233,8 @@ class BlockLoop:
     def _install(self, solved: Mapping[str, Solved]) -> None:
         for site, one in solved.items():
             install(self.tasks[site].layers, one)
+            for name, value in one.moved.items():
+                self.model.get_parameter(name).copy_(value)
             self.layers.append(one.report)
 
     def _done(self, index: int) -> dict[str, Solved] | None:
@@ -283,10 +295,13 @@ class BlockLoop:
 
 
 class _Seen:
-    """Gathers what the layers of one stage see: statistics of most batches, and of those held out."""
+    """Gathers what the layers of one stage see: statistics of most batches, and of those held out.
 
-    def __init__(self, layer: Rounded, floats: list[list[Tensor]], cross: bool) -> None:
-        self.layer, self.floats = layer, floats
+    scale: `[K]` by which transforms divided the input; None if none did. It is not in the floats.
+    """
+
+    def __init__(self, layer: Rounded, floats: list[list[Tensor]], cross: bool, scale: Tensor | None) -> None:
+        self.layer, self.floats, self.scale = layer, floats, scale
         groups = groups_of(layer)
         columns = matrix_of(layer, layer.float_weight).shape[1]
         device = layer.float_weight.device
@@ -302,12 +317,26 @@ class _Seen:
             if held_out:
                 self.held.update(rows)
                 continue
-            floats = input_rows(self.layer, self.floats[number][call], mask) if self.floats else None
+            floats = self._floats(number, call, mask, rows)
             self.statistics.update(rows, floats if self.statistics.cross is not None else None)
             if floats is not None:
                 floats = floats if floats.dim() == 3 else floats.unsqueeze(0)
                 self.float_sum += floats.sum(1, dtype=torch.float64)
                 self.float_rows += floats.shape[1]
+
+    def _floats(self, number: int, call: int, mask: Tensor | None, rows: Tensor) -> Tensor | None:
+        """Returns the rows of the float network, in the scale of these rows; None if there is no float stream.
+
+        Where a router sent other tokens to the layer, rows do not correspond: then they count as their own floats.
+        """
+        if not self.floats:
+            return None
+        floats = self.floats[number]
+        if call >= len(floats):
+            return rows
+        found = input_rows(self.layer, floats[call], mask)
+        found = found if self.scale is None else found / self.scale
+        return found if found.shape == rows.shape else rows
 
     def sum_over(self, processes: Processes) -> None:
         """Adds what the other processes saw."""
@@ -325,27 +354,3 @@ def held_out_ratio(weight: Tensor, solution: Solution, held: InputStatistics) ->
     rounded = solution.grid.values(solution.codes), nearest.values(nearest.codes(weight))
     ours, theirs = (objective(values - solution.target, held.gram) for values in rounded)
     return ours / theirs if theirs > 0 else 1.0
-
-
-def install(layers: Sequence[Any], solved: Solved) -> None:
-    """Gives layers that share a weight the codes, the grid and the bias that were found for it."""
-    layers[0].set_weight(solved.grid, solved.codes)
-    for layer in layers:
-        layer.solved = True
-        if solved.bias is not None:
-            with torch.no_grad():
-                layer.bias.copy_(solved.bias)
-
-
-@contextmanager
-def floating(layers: Iterable[Rounded]) -> Iterator[None]:
-    """Lets layers that are not solved yet multiply their float weights, and read floats."""
-    layers = [layer for layer in layers if not layer.solved]
-    before = [layer.act for layer in layers]
-    for layer in layers:
-        layer.solved, layer.act = True, None
-    try:
-        yield
-    finally:
-        for layer, act in zip(layers, before, strict=True):
-            layer.solved, layer.act = False, act

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ class Block:
 
 
 @dataclass
-class _Call:
+class Call:
     """Holds the one call of a module: its number, and the tensors it got and gave."""
 
     name: str
@@ -91,7 +91,7 @@ def _grouped(path: Sequence[str], ends: Collection[str]) -> list[Block]:
 
 
 def _named(
-    model: nn.Module, calls: Mapping[str, _Call], weight: Mapping[str, int], pattern: str, who: str
+    model: nn.Module, calls: Mapping[str, Call], weight: Mapping[str, int], pattern: str, who: str
 ) -> list[Block]:
     names = [name for name, _ in model.named_modules() if name and re.fullmatch(pattern, name)]
     if not names:
@@ -110,9 +110,17 @@ def _named(
     return _grouped(names, {name for name in names if weight[name] > 0})
 
 
-def _record(model: nn.Module, inputs: Inputs, who: str) -> dict[str, _Call]:
+def _record(model: nn.Module, inputs: Inputs, who: str) -> dict[str, Call]:
     """Runs the network once and returns the call of every module that was called."""
-    calls: dict[str, _Call] = {}
+    with recorded(model.named_modules()) as calls, evaluating(model):
+        run(model, inputs, who)
+    return calls
+
+
+@contextmanager
+def recorded(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[dict[str, Call]]:
+    """Records the first call of each of the modules, by name, while the block runs."""
+    calls: dict[str, Call] = {}
     clock = 0
 
     def before(name: str) -> Callable[..., None]:
@@ -123,7 +131,7 @@ def _record(model: nn.Module, inputs: Inputs, who: str) -> dict[str, _Call]:
                 calls[name].count += 1
                 return
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            calls[name] = _Call(name, clock, tensors[0] if tensors else None, tensors[1:])
+            calls[name] = Call(name, clock, tensors[0] if tensors else None, tensors[1:])
 
         return hook
 
@@ -136,12 +144,11 @@ def _record(model: nn.Module, inputs: Inputs, who: str) -> dict[str, _Call]:
 
         return hook
 
-    with ExitStack() as stack, evaluating(model):
-        for name, module in model.named_modules():
+    with ExitStack() as stack:
+        for name, module in modules:
             stack.callback(module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(after(name), with_kwargs=True).remove)
-        run(model, inputs, who)
-    return calls
+        yield calls
 
 
 def first_tensor(output: Any) -> Tensor | None:
@@ -154,12 +161,12 @@ def storage_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _follows(a: _Call, b: _Call) -> bool:
+def _follows(a: Call, b: Call) -> bool:
     """Returns whether b ran behind a, on the very tensor that a returned."""
     return a.given is not None and b.first is a.given and a.ended < b.begun
 
 
-def _chain(calls: Mapping[str, _Call], weight: Mapping[str, int], fewest: int) -> list[str]:
+def _chain(calls: Mapping[str, Call], weight: Mapping[str, int], fewest: int) -> list[str]:
     """Returns the longest path of modules that see nothing of the path but the tensor they get first."""
     calls = dict(calls)
     while True:
@@ -172,14 +179,14 @@ def _chain(calls: Mapping[str, _Call], weight: Mapping[str, int], fewest: int) -
             del calls[name]
 
 
-def _longest(calls: Mapping[str, _Call], counts: Callable[[str], bool], weight: Mapping[str, int]) -> list[str]:
+def _longest(calls: Mapping[str, Call], counts: Callable[[str], bool], weight: Mapping[str, int]) -> list[str]:
     """Returns the path of calls with the most modules that count; of several, the one with most layers, fewest modules.
 
     A module and one inside it are never both on a path: the inner one has ended before the outer one does, and begun
     after it.
     """
     order = sorted(calls.values(), key=lambda call: call.begun)
-    takers: dict[int, list[_Call]] = {}
+    takers: dict[int, list[Call]] = {}
     for call in order:
         if call.first is not None:
             takers.setdefault(id(call.first), []).append(call)

@@ -10,6 +10,7 @@ from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.layer_rules import Rule
 from gs_algos.ptq.hessian import ORDERS
 from gs_algos.ptq.rounding import ROUNDINGS
+from gs_algos.ptq.transforms import chosen_transforms
 from gs_algos.quant.packed.linear import TOKEN
 from gs_algos.quant.packed.round_to_nearest import packable
 from gs_algos.quant.scheme import Scheme, as_text, check_rules
@@ -24,6 +25,8 @@ class PTQConfig(AlgorithmConfig):
             `int4@group:128:asym:mse`.
         act: None leaves activations float; `int8@token` rounds each row a linear reads to 8 bits with a scale of its
             own, as it runs.
+        transforms: `smooth` (arXiv:2211.10438), `smooth=0.85` for an alpha of your own, `awq` (arXiv:2306.00978):
+            scales of what layers read, which the norm or linear before them takes back. They run in this order.
         embeddings: scheme of every `nn.Embedding`, rounded to nearest; None leaves them float.
         rounding: `nearest`; `gptq` (arXiv:2210.17323), which moves the error of each column into those that follow.
         correct: 0 to 1, how much of what the layers before have done wrong a weight makes good; 0 for none.
@@ -40,6 +43,7 @@ class PTQConfig(AlgorithmConfig):
 
     weight: str | Scheme = "int4@group:128"
     act: str | None = None
+    transforms: tuple[str, ...] = ()
     embeddings: str | Scheme | None = None
     rounding: str = "gptq"
     correct: float = 0.5
@@ -61,6 +65,8 @@ class PTQConfig(AlgorithmConfig):
             if isinstance(getattr(self, name), Scheme):
                 object.__setattr__(self, name, str(getattr(self, name)))
         checked_act(self.act)
+        chosen_transforms(self.transforms)
+        object.__setattr__(self, "transforms", tuple(self.transforms))
         checked_rounding(self.rounding)
         check_rules(self.rules, "PTQ", {"weight": packable, "act": checked_act, "rounding": checked_rounding})
         object.__setattr__(self, "rules", as_text(self.rules))
@@ -100,6 +106,7 @@ class PTQOptions(TypedDict, total=False):
 
     weight: str | Scheme
     act: str | None
+    transforms: Sequence[str]
     embeddings: str | Scheme | None
     rounding: str
     correct: float

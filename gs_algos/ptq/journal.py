@@ -1,7 +1,7 @@
 """Keeps what was found for every block in a folder, so that a calibration that was killed goes on where it was.
 
 `journal.json` holds a digest of the weights, the options and the data; `block-00012.safetensors` the codes, scales,
-zero points and biases of one block. Each file appears whole or not at all.
+zero points and biases of one block, and the norms that transforms changed. Each file appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,16 @@ NAME = "journal.json"
 
 @dataclass(frozen=True)
 class Solved:
-    """Holds what was found for one weight: its grid, its codes `[N, K]`, the bias `[N]` if it has another one now."""
+    """Holds what was found for one weight: its grid, its codes `[N, K]`, the bias `[N]` if it has another one now.
+
+    moved: float parameters of other layers that transforms of its input changed, by name.
+    """
 
     grid: Grid
     codes: Tensor
     bias: Tensor | None
     report: LayerReport
+    moved: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Journal:
@@ -108,7 +112,13 @@ def to_bytes(solved: Mapping[str, Solved]) -> bytes:
         if one.bias is not None:
             tensors[f"{site}.bias"] = one.bias.contiguous()
         dtype = str(one.grid.dtype).removeprefix("torch.")
-        about[site] = {"scheme": str(one.grid.scheme), "dtype": dtype, "report": one.report.to_dict()}
+        tensors |= {f"{site}.moved.{name}": tensor.contiguous() for name, tensor in one.moved.items()}
+        about[site] = {
+            "scheme": str(one.grid.scheme),
+            "dtype": dtype,
+            "report": one.report.to_dict(),
+            "moved": list(one.moved),
+        }
     return save(tensors, {"solved": json.dumps(about)})
 
 
@@ -128,6 +138,7 @@ def from_bytes(data: bytes) -> dict[str, Solved]:
             tensors[f"{site}.codes"],
             tensors.get(f"{site}.bias"),
             LayerReport.from_dict(one["report"]),
+            {name: tensors[f"{site}.moved.{name}"] for name in one["moved"]},
         )
         for site, one in about.items()
     }

@@ -5,7 +5,9 @@ Until it is calibrated a layer rounds its float weight to nearest in each forwar
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from gs_algos.core.modules import swapped_class
 from gs_algos.core.tensor_rules import FINITE, Rules
+from gs_algos.ptq.journal import Solved
 from gs_algos.quant.fast_path import OffFastPath
 from gs_algos.quant.fixed_dtype import FixedDtypeBuffers
 from gs_algos.quant.packed.grid import Grid
@@ -123,3 +126,46 @@ def swap_layers(layers: Iterable[nn.Module], grid: WeightGrid, act: str | None) 
         live.__class__ = swapped_class(Rounded, type(layer))
         live.weight_grid, live.solved = grid, False
         live.act = act if act == TOKEN and not isinstance(layer, nn.Embedding) else None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Describes one weight to be rounded: its site, the layer that owns it, how it is to be rounded."""
+
+    site: str
+    layers: tuple[Rounded, ...]  # that share it, its owner first
+    scheme: Scheme
+    rounding: str
+
+    @property
+    def layer(self) -> Rounded:
+        return self.layers[0]
+
+    @property
+    def by_data(self) -> bool:
+        """Says whether data tells how the weight is to be rounded: not that of an embedding."""
+        return not isinstance(self.layer, nn.Embedding)
+
+
+def install(layers: Sequence[Any], solved: Solved) -> None:
+    """Gives layers that share a weight the codes, the grid and the bias that were found for it."""
+    layers[0].set_weight(solved.grid, solved.codes)
+    for layer in layers:
+        layer.solved = True
+        if solved.bias is not None:
+            with torch.no_grad():
+                layer.bias.copy_(solved.bias)
+
+
+@contextmanager
+def floating(layers: Iterable[Rounded]) -> Iterator[None]:
+    """Lets layers that are not solved yet multiply their float weights, and read floats."""
+    layers = [layer for layer in layers if not layer.solved]
+    before = [layer.act for layer in layers]
+    for layer in layers:
+        layer.solved, layer.act = True, None
+    try:
+        yield
+    finally:
+        for layer, act in zip(layers, before, strict=True):
+            layer.solved, layer.act = False, act

@@ -24,6 +24,11 @@ class Processes:
         if self.several:
             dist.all_reduce(tensor, group=self.group)
 
+    def largest(self, tensor: Tensor) -> None:
+        """Takes the largest of all processes, element by element, in place."""
+        if self.several:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+
     def from_all(self, data: bytes) -> list[bytes]:
         """Returns what every process gave, in the order of their ranks."""
         return [data] if not self.several else [self.from_one(data, rank) for rank in range(self.count)]

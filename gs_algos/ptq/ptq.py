@@ -36,11 +36,11 @@ from gs_algos.core.modules import all_or_nothing, get_module
 from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
 from gs_algos.core.plan import Plan, PlanRow, other_weights, rows_of, totals_of
 from gs_algos.core.plan_settings import RowSettings
-from gs_algos.ptq.block_loop import BlockLoop, Task
+from gs_algos.ptq.block_loop import BlockLoop
 from gs_algos.ptq.blocks import find_blocks, first_tensor
 from gs_algos.ptq.config import PTQConfig, PTQOptions
 from gs_algos.ptq.journal import digest_of, journal_at
-from gs_algos.ptq.layers import Rounded, WeightGrid, swap_layers
+from gs_algos.ptq.layers import Rounded, Task, WeightGrid, swap_layers
 from gs_algos.ptq.processes import Processes
 from gs_algos.ptq.report import PTQReport
 from gs_algos.ptq.sites import Site, WeightRule, weight_sites

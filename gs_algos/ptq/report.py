@@ -21,6 +21,8 @@ class LayerReport:
         rows: that the statistics hold.
         ratio: squared error of the layer's output over that of rounding to nearest.
         held_out: the same on data that no statistic holds; None if there was none.
+        notes: what went wrong.
+        transforms: what became of those that were asked for.
     """
 
     site: str
@@ -29,13 +31,14 @@ class LayerReport:
     ratio: float
     held_out: float | None
     notes: tuple[str, ...] = ()
+    transforms: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "notes": list(self.notes)}
+        return {**self.__dict__, "notes": list(self.notes), "transforms": list(self.transforms)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LayerReport:
-        return cls(**{**data, "notes": tuple(data["notes"])})
+        return cls(**{**data, "notes": tuple(data["notes"]), "transforms": tuple(data["transforms"])})
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class PTQReport:
                 layer.scheme,
                 f"{layer.ratio:.3f}",
                 "" if layer.held_out is None else f"{layer.held_out:.3f}",
-                "; ".join(layer.notes),
+                "; ".join((*layer.notes, *layer.transforms)),
             )
             for layer in self.layers
         ]

@@ -118,7 +118,7 @@ def grid_of(weight: Tensor, scheme: Scheme, dtype: torch.dtype | None = None, im
         for groups in _in_groups(weight.detach(), scheme)
     ]
     scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
-    dtype = _stored_dtype(weight.dtype if dtype is None else dtype, scale, zero)
+    dtype = stored_dtype(weight.dtype if dtype is None else dtype, scale, zero)
     shape = (-1, k // group_size(scheme, k))
     scale, zero = (t.view(shape).expand(n, -1).contiguous() for t in (scale.to(dtype).float(), zero))
     return Grid(scale, zero, scheme, dtype)
@@ -178,7 +178,8 @@ def _symmetric_grid(groups: Tensor, scheme: Scheme, importance: Tensor | None) -
     return torch.where(errors[0] <= errors[1], full, wide) * sign, zero
 
 
-def _stored_dtype(weight: torch.dtype, *found: Tensor) -> torch.dtype:
+def stored_dtype(weight: torch.dtype, *found: Tensor) -> torch.dtype:
+    """Returns the dtype that scales and zero points of a weight of that dtype are stored in."""
     dtype = weight if weight.itemsize == 2 else torch.float16
     exact = (((t.to(dtype).float() - t).abs() <= SMALLEST_LOSS * t.abs()).all() for t in found)
     return dtype if all(bool(fits) for fits in exact) else torch.float32

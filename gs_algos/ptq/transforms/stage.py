@@ -1,0 +1,270 @@
+"""Scales the input of one stage by the transforms that were asked for, where a layer before can take the scale back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from gs_algos.core.algorithm import evaluating
+from gs_algos.ptq.blocks import Block, first_tensor
+from gs_algos.ptq.columns import input_rows
+from gs_algos.ptq.journal import Solved
+from gs_algos.ptq.layers import Rounded, Task, install
+from gs_algos.ptq.processes import Processes
+from gs_algos.ptq.stages import Stage, inputs_of
+from gs_algos.ptq.streams import Streams, stop, without_cache
+from gs_algos.ptq.transforms import ChosenTransform
+from gs_algos.ptq.transforms.columns import StageColumns
+from gs_algos.ptq.transforms.producer import Producer, divide_output, find_producer, multiply_input, restored
+from gs_algos.quant.packed.grid import grid_of, group_size, stored_dtype
+from gs_algos.quant.packed.packable import matrix_of
+
+ROWS = 2048  # that the error of a candidate is measured on, at least where there are so many
+AS_IT_IS = "best left as it is"
+Run: TypeAlias = Callable[[], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Says what became of a stage.
+
+    Args:
+        scale: `[K]`, by which the stage's input is divided now; None if it is as it was.
+        told: what a report should say.
+        moved: parameters of float layers that changed, by name.
+        solved: layers that were rounded already and whose rows were scaled.
+    """
+
+    scale: Tensor | None = None
+    told: tuple[str, ...] = ()
+    moved: Mapping[str, Tensor] = field(default_factory=dict)
+    solved: Mapping[str, Solved] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageScaler:
+    """Scales one stage of a block. `run` does it once.
+
+    Args:
+        tasks: of the stage.
+        masks: of the tokens that count, one for each batch of the streams.
+        numbers: of the batches that enter statistics.
+        solved: what was found for the layers of the block so far.
+        float_network: gives a context in which all layers that are not rounded yet are float.
+    """
+
+    model: nn.Module
+    streams: Streams
+    block: Block
+    stage: Stage
+    tasks: Mapping[str, Task]
+    masks: Sequence[Tensor | None]
+    numbers: Sequence[int]
+    solved: Mapping[str, Solved]
+    float_network: Callable[[], AbstractContextManager[None]]
+    processes: Processes
+
+    @property
+    def sinks(self) -> dict[str, Rounded]:
+        return {site: task.layer for site, task in self.tasks.items()}
+
+    def run(self, transforms: Sequence[ChosenTransform]) -> Scaled:
+        """Applies the transforms one after the other and returns what came of it."""
+        if self.stage.calls != 1:
+            why = "no batch reaches it" if not self.stage.calls else "it is called more than once"
+            return Scaled(told=(f"not scaled: {why}",) if self.stage.calls else ())
+        producer = self._producer()
+        if isinstance(producer, str):
+            return Scaled(told=(f"not scaled: {producer}",))
+        absmax, absmean, sample = self._inputs()
+        if not bool(absmax.isfinite().all()):
+            return Scaled()  # the statistics will say which columns are not
+        total = torch.ones_like(absmax)
+        told = []
+        for chosen in transforms:
+            weights = tuple(
+                matrix_of(layer, layer.float_weight.detach()).float().clone() for layer in self.sinks.values()
+            )
+            sizes = tuple(group_size(task.scheme, len(absmax)) for task in self.tasks.values())
+            columns = StageColumns(absmax / total, absmean / total, weights, sizes)
+            candidates = chosen.transform.candidates(columns, chosen.number)
+            name, scale = self._best(candidates, chosen.transform.by_block, sample, weights)
+            if name != AS_IT_IS and self._apply(producer, scale):
+                total = total * scale
+                told.append(f"{chosen.name} {name}, {producer.name}")
+            else:
+                told.append(f"{chosen.name}: {AS_IT_IS}")
+        if bool((total == 1).all()):
+            return Scaled(told=tuple(told))
+        module = self.model.get_submodule(producer.name)
+        if producer.name in self.solved:
+            return Scaled(total, tuple(told), solved={producer.name: self._divided(producer.name, total)})
+        moved = {f"{producer.name}.{key}": p.detach().clone() for key, p in module.named_parameters(recurse=False)}
+        return Scaled(total, tuple(told), moved)
+
+    def _producer(self) -> Producer | str:
+        """Returns what the first process finds."""
+        if self.processes.rank == 0:
+            usable = lambda module, name: name in self.solved or not isinstance(module, Rounded)  # noqa: E731
+            found = find_producer(self.model, self.streams, self.block, self.sinks, usable, self.float_network)
+            told = found if isinstance(found, str) else [found.name, found.offset]
+        else:
+            told = ""
+        told = json.loads(self.processes.from_one(json.dumps(told).encode()))
+        return told if isinstance(told, str) else Producer(*told)
+
+    def _inputs(self) -> tuple[Tensor, Tensor, list[int]]:
+        """Returns max|x| and mean|x| `[K]` of the stage's input, and the batches that errors are measured on."""
+        layer = self.tasks[self.stage.first].layer
+        k = matrix_of(layer, layer.float_weight).shape[1]
+        absmax = torch.zeros(k, device=layer.float_weight.device)
+        total, count = torch.zeros_like(absmax, dtype=torch.float64), torch.zeros(1, device=absmax.device)
+        sample: list[int] = []
+        for number in self.numbers:
+            enough = int(count) >= ROWS
+            for x in inputs_of(self.streams, self.block, number, layer, self.stage.calls):
+                rows = input_rows(layer, x, self.masks[number]).float().abs()
+                if len(rows):
+                    absmax = torch.maximum(absmax, rows.amax(0))
+                    total += rows.sum(0, dtype=torch.float64)
+                    count += len(rows)
+            if not enough:
+                sample.append(number)
+        self.processes.largest(absmax)
+        self.processes.add(total)
+        self.processes.add(count)
+        return absmax, (total / count.clamp(min=1)).float(), sample
+
+    def _best(
+        self, candidates: Mapping[str, Tensor], by_block: bool, sample: Sequence[int], weights: Sequence[Tensor]
+    ) -> tuple[str, Tensor]:
+        """Returns the candidate with the least error of the output, of one that alone."""
+        if len(candidates) == 1:
+            return next(iter(candidates.items()))
+        every = {AS_IT_IS: torch.ones_like(weights[0][0]), **candidates}
+        acts = {site: layer.act for site, layer in self.sinks.items()}
+        errors = torch.zeros(len(every), dtype=torch.float64)
+        with self.float_network(), restored(self.sinks.values()), evaluating(self.model), without_cache(self.model):
+            runs = [self._run_of(number, by_block) for number in sample]
+            want = [run() for run in runs]
+            for i, scale in enumerate(every.values()):
+                with self._rounded(scale, weights, acts):
+                    for number, run, floats in zip(sample, runs, want, strict=True):
+                        errors[i] += self._error(run(), floats, self.masks[number])
+        device = weights[0].device
+        errors = errors.to(device)
+        self.processes.add(errors)
+        best = int(torch.where(errors.isfinite(), errors, torch.inf).argmin())
+        return list(every.items())[best]
+
+    def _run_of(self, number: int, by_block: bool) -> Run:
+        """Returns what computes the output that counts for one batch, from the quantized stream."""
+        whole = lambda: self.streams.run_block(self.block, number, self.streams.quantized)  # noqa: E731
+        if by_block:
+            return whole
+        names = [name for name in _above(list(self.tasks)) if name and self.block.holds(name)]
+        found: dict[str, Any] = {}
+        handles = []
+
+        def before(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+                found.setdefault(name, (module, args, kwargs))
+                if name in self.tasks:
+                    stop()
+
+            return hook
+
+        for name in names:
+            module = self.model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+        try:
+            whole()
+        finally:
+            for handle in handles:
+                handle.remove()
+        smallest = next((found[name] for name in names if name in found), None)
+        if smallest is None:
+            return whole
+        module, args, kwargs = smallest
+        return lambda: first_tensor(module(*args, **kwargs))
+
+    @contextmanager
+    def _rounded(self, scale: Tensor, weights: Sequence[Tensor], acts: Mapping[str, str | None]) -> Iterator[None]:
+        """Lets the sinks multiply what they would if their input were divided by the scale, rounded."""
+        handles = []
+        for (site, task), weight in zip(self.tasks.items(), weights, strict=True):
+            layer = task.layer
+            grid = grid_of(weight * scale, task.scheme, layer.float_weight.dtype)
+            values = grid.values(grid.codes(weight * scale)) / scale
+            matrix_of(layer, layer.float_weight.detach()).copy_(values)
+            if acts[site] is not None:
+                handles.append(layer.register_forward_pre_hook(_rounding_rows(acts[site], scale)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @staticmethod
+    def _error(got: Tensor | None, want: Tensor | None, mask: Tensor | None) -> float:
+        if got is None or want is None:
+            return 0.0
+        difference = got.float() - want.float()
+        if mask is not None and mask.shape == difference.shape[:-1]:
+            difference = difference[mask]
+        return float(difference.double().square().sum())
+
+    def _apply(self, producer: Producer, scale: Tensor) -> bool:
+        """Scales the stage's float weights and what makes their input; says whether they stay finite."""
+        module = self.model.get_submodule(producer.name)
+        changed: list[nn.Module] = [module, *self.sinks.values()]
+        before = [p.detach().clone() for one in changed for p in one.parameters(recurse=False)]
+        divide_output(module, scale, producer.offset)
+        for layer in self.sinks.values():
+            multiply_input(layer, scale)
+        now = [p for one in changed for p in one.parameters(recurse=False)]
+        if all(bool(p.isfinite().all()) for p in now):
+            return True
+        for parameter, value in zip(now, before, strict=True):
+            parameter.copy_(value)
+        return False
+
+    def _divided(self, name: str, scale: Tensor) -> Solved:
+        """Returns the codes of a layer whose output is divided: those that it has, with other scales."""
+        one = self.solved[name]
+        layer: Any = self.model.get_submodule(name)
+        scales = one.grid.scale / scale.unsqueeze(1)
+        dtype = stored_dtype(one.grid.dtype, scales)
+        grid = replace(one.grid, scale=scales.to(dtype).float(), dtype=dtype)
+        bias = getattr(layer, "bias", None)  # divided already
+        new = replace(one, grid=grid, bias=None if bias is None else bias.detach().clone())
+        install([layer], new)
+        return new
+
+
+def _above(sites: Sequence[str]) -> list[str]:
+    """Returns the names of the modules that hold all sites, the smallest first: a single site itself."""
+    parts = [site.split(".") for site in sites]
+    common = 0
+    while all(len(part) > common and part[common] == parts[0][common] for part in parts):
+        common += 1
+    return [".".join(parts[0][:end]) for end in range(common, -1, -1)]
+
+
+def _rounding_rows(act: str | None, scale: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+    """Returns a hook that rounds the rows of a layer as if its input were divided by the scale."""
+
+    def hook(layer: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        before, layer.act = layer.act, act
+        try:
+            return (layer.seen(args[0] / scale) * scale, *args[1:])
+        finally:
+            layer.act = before
+
+    return hook
