@@ -135,7 +135,9 @@ def quantize(
     transforms: Annotated[str, typer.Option(help=TRANSFORMS_HELP)] = "",
     calibration: Annotated[Path | None, typer.Option(help="A text, or JSON lines, to calibrate on.")] = None,
     samples: Annotated[int, typer.Option(help="Windows of the calibration text, at most.")] = SAMPLES,
-    context: Annotated[int, typer.Option(help="Tokens of a window. Default: 2048, or what the model takes.")] = 0,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of a window. Default: 2048, or what the model takes.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped calibration was.")] = False,
 ) -> None:
     """Packs the weights of a language model: to nearest, one tensor in memory at a time; or calibrated on a text."""

@@ -96,7 +96,7 @@ class CalibrationOptions:
     transforms: str
     calibration: Path | None
     samples: int
-    context: int
+    context: int | None
     resume: bool
 
     @property
@@ -126,7 +126,7 @@ def run_calibrate(
         PTQConfig(rules=tuple(ruled), **chosen),
         calibration=options.calibration,
         samples=options.samples,
-        context=options.context or None,
+        context=options.context,
         dtype=parse_dtype(dtype),
         device=device or "cpu",
         resume=options.resume,

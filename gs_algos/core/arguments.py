@@ -66,7 +66,9 @@ def memory_bytes() -> int:
 
 
 def refuse_file_above(path: Path, who: str) -> None:
-    """Raises ValueError if the path cannot be made, since the nearest thing above it that is there is a file."""
+    """Raises ValueError if the path cannot be made: it has no name of its own, or the nearest thing above is a file."""
+    if path.name in ("", ".."):
+        raise ValueError(f"{who} must have a name of its own, got {str(path)!r}; give the name of a new folder or file")
     above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     if not above.is_dir():
         raise ValueError(f"{who} must be in a folder, got {above}, which is a file; choose another place")

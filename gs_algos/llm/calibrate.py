@@ -88,7 +88,7 @@ def calibrate_language_model(
     path, out = as_path(source, f"{WHO}: the source"), as_path(target, f"{WHO}: the target")
     as_device(device, WHO)
     refuse_dtype(dtype, WHO)
-    journal = out.with_name(out.name + JOURNAL)
+    journal = out.parent / f"{out.name}{JOURNAL}"
     if journal.exists() and not resume:
         raise ValueError(f"{WHO}: {journal} is of a run that was stopped; go on with --resume, or delete it")
     algo = PTQ(config or PTQConfig())
@@ -97,7 +97,9 @@ def calibrate_language_model(
         model, tokenizer = load_language_model(path, device, torch.float32)
         _refuse_quantized(model, path)
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        context = context or min(CONTEXT, longest or CONTEXT)
+        context = min(CONTEXT, longest or CONTEXT) if context is None else context
+        if longest is not None and context > longest:
+            raise ValueError(f"{WHO}: --context must be at most the {longest} positions of the model, got {context}")
         text = calibration_text(
             None if calibration is None else Path(calibration), tokenizer, samples, context, MEASURED, WHO
         )

@@ -47,18 +47,18 @@ def read_text(path: Path | None, who: str) -> tuple[str, str]:
     if not path.is_file():
         raise ValueError(f"{who}: the calibration text must be a file, got {path}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{who}: {path} must be UTF-8 text, got {error}") from error
     if path.suffix == ".jsonl":
-        text = "\n\n".join(_of_line(path, i, line, who) for i, line in enumerate(text.splitlines(), 1) if line.strip())
+        text = "\n\n".join(_of_line(path, i, line, who) for i, line in enumerate(text.split("\n"), 1) if line.strip())
     return text, str(path)
 
 
 def _of_line(path: Path, number: int, line: str, who: str) -> str:
     try:
         data = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{who}: {path} must have a JSON object in each line, got {error} in line {number}") from error
     found: Any = data if isinstance(data, str) else None
     if isinstance(data, dict):

@@ -86,10 +86,20 @@ def test_json_lines_give_their_texts(tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "one"}\n"two"\n\n{"id": 1, "content": "three"}\n')
     assert read_text(path, "quantize")[0] == "one\n\ntwo\n\nthree"
-    for line, told in (('{"id": 1}', "must have one of text"), ("{", "a JSON object in each line")):
+    for line, told in (
+        ('{"id": 1}', "must have one of text"),
+        ("{", "a JSON object in each line"),
+        ("[" * 100_000, "a JSON object in each line"),
+    ):
         path.write_text(f'"a"\n{line}\n')
         with pytest.raises(ValueError, match=rf"{told}.*line 2"):
             read_text(path, "quantize")
+
+
+def test_json_lines_may_hold_any_character_and_a_byte_order_mark(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text('\ufeff{"text": "one\u2028two\x85three"}\r\n"four"\r\n', encoding="utf-8", newline="")
+    assert read_text(path, "quantize")[0] == "one\u2028two\x85three\n\nfour"
 
 
 def test_a_text_gives_a_part_to_the_measurement(text):
@@ -105,8 +115,9 @@ def test_a_text_gives_a_part_to_the_measurement(text):
         (("--calibration", "nothing.txt"), "must be a file, got nothing.txt"),
         (("--rounding", "gtpq"), "rounding must be one of"),
         (("--act", "int4"), "act must be None or 'int8@token'"),
-        (("--context", "100000", "--rounding", "gptq"), "must fill a window of 100000 tokens"),
         (("--context", "1", "--rounding", "gptq"), "context must be at least 2"),
+        (("--context", "0", "--rounding", "gptq"), "context must be at least 2, got 0"),
+        (("--context", "65", "--rounding", "gptq"), "context must be at most the 64 positions of the model, got 65"),
         (("--samples", "0", "--rounding", "gptq"), "samples must be at least 1"),
         (("--weights", "int4@group:7", "--rounding", "gptq"), "the group must divide"),
     ],
@@ -117,6 +128,21 @@ def test_wrong_arguments_are_one_line_and_write_nothing(source, tmp_path, capsys
     error = capsys.readouterr().err.strip()
     assert told in error and "\n" not in error
     assert not target.exists()
+
+
+@pytest.mark.parametrize("way", [(), ("--rounding", "gptq")])
+def test_a_target_without_a_name_of_its_own_is_refused(source, tmp_path, capsys, monkeypatch, way):
+    monkeypatch.chdir(tmp_path)
+    for place in (".", "..", "/"):
+        assert run(["quantize", str(source), place, "--weights", "int4@group:16", *way]) == 2
+        assert "must have a name of its own" in capsys.readouterr().err
+
+
+def test_a_text_that_fills_no_window_is_refused(source, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("the light")
+    arguments = ["--context", "64", "--calibration", str(tmp_path / "short.txt")]
+    assert run(["quantize", str(source), str(tmp_path / "packed"), "--weights", "int4@group:16", *arguments]) == 2
+    assert "must fill a window of 64 tokens, got 2 in" in capsys.readouterr().err
 
 
 def test_a_quantized_source_is_refused(source, text, tmp_path, capsys):
