@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gs_kernels.runtime.torch_private import autocasts
+
 COMPILED = re.compile(r"\b_orig_mod\.|\._orig_mod$")  # in names of modules and tensors
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -92,6 +94,15 @@ def without_wrappers(model: nn.Module) -> Iterator[None]:
         for parent, key, wrapper, inner in taken:
             if parent._modules.get(key) is inner:
                 parent._modules[key] = wrapper
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Turns autocast off for the block: grids, statistics and codes are computed in the dtypes that tensors have."""
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda") if autocasts() else ():
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @contextlib.contextmanager

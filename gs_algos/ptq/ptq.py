@@ -33,7 +33,7 @@ from gs_algos.core.compare import relative_error
 from gs_algos.core.config import AlgorithmConfig, signature_of
 from gs_algos.core.layer_rules import resolve
 from gs_algos.core.modules import all_or_nothing, get_module
-from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
+from gs_algos.core.network import network_of, network_to_train, ordinary_tensors, without_autocast
 from gs_algos.core.plan import Plan, PlanRow, other_weights, rows_of, totals_of
 from gs_algos.core.plan_settings import RowSettings
 from gs_algos.ptq.block_loop import BlockLoop
@@ -120,7 +120,7 @@ class PTQ(Algorithm):
 
     def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:
         """Lists every weight, its scheme and rounding or why it stays float, and the blocks; touches nothing."""
-        with ordinary_tensors(), torch.no_grad(), asked_by("PTQ.plan"):
+        with ordinary_tensors(), without_autocast(), torch.no_grad(), asked_by("PTQ.plan"):
             model = network_of(model, "PTQ.plan")
             sites = self._sites(model)
             rows: list[PlanRow] = [self._row(model, site, options) for site, options in sites]
@@ -141,7 +141,7 @@ class PTQ(Algorithm):
                 The model is then as it was.
         """
         network = network_to_train(model, "PTQ.apply")
-        with ordinary_tensors(), asked_by("PTQ.apply"):
+        with ordinary_tensors(), without_autocast(), asked_by("PTQ.apply"):
             if any(entry["algorithm"] in (self.name, PACKED) for entry in history(network)):
                 raise RuntimeError("PTQ.apply: the model must not be rounded yet, got one that is; build it anew")
             plan = self.plan(network, example_inputs)
@@ -175,7 +175,8 @@ class PTQ(Algorithm):
 
         Raises:
             TypeError: if the batches are no iterable.
-            RuntimeError: if `apply` was not called on this model, or it is calibrated already.
+            RuntimeError: if `apply` was not called on this model, it is calibrated already, or a call that failed has
+                rounded a part of it.
             ValueError: if there is no batch or a `forward_loop`, the inputs do not run through the model, what a layer
                 reads is not finite, or the journal is of another calibration. Blocks that were done by then stay
                 rounded: build the model anew, or go on with the journal.
@@ -195,7 +196,13 @@ class PTQ(Algorithm):
             raise ValueError(f"{who}: at least one batch must be given, got none")
         rows = rows_of(entry["plan"], self.row_settings)
         tasks = {row.site: self._task(network, row) for row in rows if row.settings is not None}
-        with ordinary_tensors(), torch.no_grad(), asked_by(who):
+        done = sum(task.layer.solved for task in tasks.values())
+        if done:
+            raise RuntimeError(
+                f"{who}: the model must have its float weights, got {done} of {len(tasks)} that a call which failed "
+                "has rounded; build it anew"
+            )
+        with ordinary_tensors(), without_autocast(), torch.no_grad(), asked_by(who):
             processes = Processes(self.process_group)
             log = journal_at(journal if processes.rank == 0 else None, who)
             if log.folder is not None:
@@ -229,10 +236,12 @@ class PTQ(Algorithm):
         if example is None:
             raise RuntimeError(f"{who}: a resumed algorithm has no example inputs; give example_inputs")
         rows = rows_of(entry["plan"], self.row_settings)
-        with ordinary_tensors(), torch.no_grad(), asked_by(who), all_or_nothing(network), evaluating(network):
-            want = first_tensor(run(network, example, who))
+        with ordinary_tensors(), without_autocast(), torch.no_grad(), asked_by(who), all_or_nothing(network):
+            with evaluating(network):
+                want = first_tensor(run(network, example, who))
             packed = [self._pack(network, row) for row in rows]
-            got = first_tensor(run(network, example, who))
+            with evaluating(network):
+                got = first_tensor(run(network, example, who))
             if want is not None and got is not None:
                 error, most = relative_error(got, want), OUTPUT_TOLERANCE.get(want.dtype, 1e-1)
                 if not error <= most:
@@ -251,7 +260,7 @@ class PTQ(Algorithm):
         """Returns a table of the packed layers; before `convert`, of what the last calibration did."""
         network = network_of(model, "PTQ.summary")
         if any(isinstance(module, Rounded) for module in network.modules()):
-            return str(self.report) if self.report is not None else "PTQ: rounded to nearest; not calibrated yet"
+            return str(self.report) if self.report is not None else _not_calibrated(network)
         return summary(network)
 
     @classmethod
@@ -343,6 +352,15 @@ class PTQ(Algorithm):
         new.signs = signs_of(scheme)
         plan = WeightPlan(row.settings.names, str(scheme), PackedFormat.of(packed), row.settings.act)
         return PlanRow(row.site, row.kind, "pack", str(scheme), settings=plan)
+
+
+def _not_calibrated(network: nn.Module) -> str:
+    """Says in a line how far a prepared network is."""
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, Rounded)}
+    done = [name for name, layer in layers.items() if layer.solved]
+    if not done:
+        return "PTQ: rounded to nearest; not calibrated yet"
+    return f"PTQ: the calibration failed behind {done[-1]}, layer {len(done)} of {len(layers)}; build the model anew"
 
 
 PTQ.__signature__ = signature_of(PTQ)  # type: ignore[attr-defined]

@@ -64,12 +64,12 @@ class BlockErrors:
         self.output: Tensor | None = None
 
     def update(self, want: Tensor, got: Tensor) -> None:
-        axis = 1 if want.dim() == 4 else -1  # feature maps have their channels there
-        want, got = want.movedim(axis, -1).double(), got.movedim(axis, -1).double()
-        parts = [(got - want).square().flatten(0, -2).sum(0), want.square().flatten(0, -2).sum(0)]
+        axis = 1 if want.dim() in (4, 5) else -1  # feature maps have their channels there
+        want, got = (x.movedim(axis, -1).reshape(-1, x.shape[axis]).double() for x in (want, got))
+        parts = [(got - want).square().sum(0), want.square().sum(0)]
         self.difference = parts[0] if self.difference is None else self.difference + parts[0]
         self.output = parts[1] if self.output is None else self.output + parts[1]
-        self.count += want[..., 0].numel()
+        self.count += len(want)
 
     def report(self, block: str) -> BlockReport:
         assert self.difference is not None and self.output is not None

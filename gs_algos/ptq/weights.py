@@ -13,7 +13,7 @@ from torch import nn
 from gs_algos.core.algorithm import Migration, history, remember
 from gs_algos.core.arguments import as_device
 from gs_algos.core.modules import get_module, set_module
-from gs_algos.core.network import network_of, ordinary_tensors
+from gs_algos.core.network import network_of, ordinary_tensors, without_autocast
 from gs_algos.core.plan import Plan, PlanRow, other_weights, render_layers, rows_of, totals_of, with_settings
 from gs_algos.core.plan_settings import RowSettings
 from gs_algos.core.progress import progress as progress_bar
@@ -96,7 +96,7 @@ def quantize_weights(
     _refuse_history(model)
     if device is not None:
         as_device(device, WHO)
-    with ordinary_tensors(), torch.no_grad():
+    with ordinary_tensors(), without_autocast(), torch.no_grad():
         sites = weight_sites(model, weights, embeddings, rules)
         for site in sites:
             _refuse_values(site)
@@ -125,7 +125,7 @@ def plan_weights(
     """
     model = network_of(model, WHO)
     _refuse_history(model)
-    with ordinary_tensors(), torch.no_grad():
+    with ordinary_tensors(), without_autocast(), torch.no_grad():
         sites = weight_sites(model, weights, embeddings, rules)
         rows, after = [], {}
         for site in sites:

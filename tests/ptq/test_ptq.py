@@ -321,3 +321,55 @@ def test_nearest_needs_no_data_and_is_what_quantize_weights_does():
 def test_the_config_goes_through_json():
     config = PTQ(weight="int4@group:8", rules=[("head", None)], act="int8@token").config
     assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_model_that_a_failed_call_has_rounded_in_part_is_refused_and_says_so():
+    data, algo, model = batches(), PTQ(weight="int4@group:8"), net()
+    algo.apply(model, data[0])
+    bad = model.blocks[1].register_forward_pre_hook(lambda *_: _raise_between(*model.blocks[::2]))
+    with pytest.raises(ValueError, match="on purpose"):
+        algo.calibrate(model, data)
+    bad.remove()
+    assert (
+        algo.summary(model) == "PTQ: the calibration failed behind blocks.0.down, layer 4 of 11; build the model anew"
+    )
+    with pytest.raises(RuntimeError, match="float weights, got 4 of 11 that a call which failed has rounded"):
+        algo.calibrate(model, data)
+
+
+def _raise_between(first: nn.Module, last: nn.Module) -> None:
+    if first.down.solved and not last.down.solved:
+        raise ValueError("on purpose")
+
+
+def test_autocast_changes_no_code():
+    data = batches()
+    _, want = calibrated(net(), data)
+    with torch.autocast("cpu", torch.bfloat16):
+        algo, got = calibrated(net(), data)
+        got = algo.convert(got)
+        packed = gs_algos.quantize_weights(net(), "int4@group:8")
+    assert torch.equal(got.blocks[2].down.weight, want.blocks[2].down.weight)
+    nearest = gs_algos.quantize_weights(net(), "int4@group:8")
+    assert torch.equal(packed.head.weight, nearest.head.weight)
+
+
+def test_packed_layers_take_the_training_flags_of_the_float_ones():
+    algo, model = calibrated(net().train(), batches())
+    model.head.eval()
+    model = algo.convert(model)
+    assert model.blocks[0].up.training and not model.head.training
+
+
+def test_inputs_without_a_batch_axis_are_rows():
+    data = [batch[0] for batch in batches(count=4)]
+    algo, _ = calibrated(net(), data)
+    assert algo.report.rows == 3 and len(algo.report.blocks) == 3
+
+
+def test_batches_without_a_row_round_to_nearest(caplog):
+    algo, model = calibrated(net(), [torch.empty(0, 8)] * 3)
+    model = algo.convert(model)
+    assert "saw no token" in caplog.text
+    want = gs_algos.quantize_weights(net(), "int4@group:8")
+    assert torch.equal(model.head.weight, want.head.weight)
