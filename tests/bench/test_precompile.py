@@ -65,7 +65,7 @@ def test_a_second_checkout_hits_every_kernel_of_the_archive(made, tmp_path):
     folder, printed = made
     assert "0 kernels were in the cache" in printed and "0 failed" in printed
     second, cache = tmp_path / "elsewhere", tmp_path / "cache"
-    for name in ("bench", "gs_kernels"):
+    for name in ("bench", "gs_algos", "gs_kernels"):
         shutil.copytree(ROOT / name, second / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     about = archive.unpack(folder / ARCHIVE, cache)
     env = {**os.environ, "PYTHONPATH": str(second), "TRITON_CACHE_DIR": str(cache)}
