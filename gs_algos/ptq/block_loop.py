@@ -31,7 +31,7 @@ from gs_algos.ptq.solve import Solution, SolveOptions, solve
 from gs_algos.ptq.stages import Stage, all_inputs, find_stages, inputs_of
 from gs_algos.ptq.statistics import InputStatistics
 from gs_algos.ptq.streams import ActivationStore, Streams
-from gs_algos.ptq.transforms import chosen_transforms
+from gs_algos.ptq.transforms import stage_transforms
 from gs_algos.ptq.transforms.stage import Scaled, StageScaler
 from gs_algos.quant.packed.grid import grid_of
 from gs_algos.quant.packed.packable import matrix_of
@@ -65,7 +65,7 @@ class BlockLoop:
         self.masks = [token_mask(batch) for batch in batches]
         held = len(batches) // HELD_OUT if len(batches) >= HELD_OUT else int(len(batches) > 1)
         self.held_out = set(range(len(batches) - held, len(batches)))
-        self.transforms = chosen_transforms(config.transforms)
+        self.transforms = stage_transforms(config.transforms)
         self.floats = config.correct > 0 or config.bias
         self.by_data = {site: task for site, task in tasks.items() if task.by_data}
         self.layers: list[LayerReport] = []

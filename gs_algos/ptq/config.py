@@ -25,8 +25,9 @@ class PTQConfig(AlgorithmConfig):
             `int4@group:128:asym:mse`.
         act: None leaves activations float; `int8@token` rounds each row a linear reads to 8 bits with a scale of its
             own, as it runs.
-        transforms: `smooth` (arXiv:2211.10438), `smooth=0.85` for an alpha of your own, `awq` (arXiv:2306.00978):
-            scales of what layers read, which the norm or linear before them takes back. They run in this order.
+        transforms: `equalize` (arXiv:1906.04721) makes the ranges of channels equal in layers that follow one another.
+            `smooth` (arXiv:2211.10438), `smooth=0.85` for an alpha of your own, and `awq` (arXiv:2306.00978) scale
+            what layers read, and the norm or linear before them takes the scale back. They run in this order.
         embeddings: scheme of every `nn.Embedding`, rounded to nearest; None leaves them float.
         rounding: `nearest`; `gptq` (arXiv:2210.17323), which moves the error of each column into those that follow.
         correct: 0 to 1, how much of what the layers before have done wrong a weight makes good; 0 for none.

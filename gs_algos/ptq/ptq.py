@@ -44,6 +44,7 @@ from gs_algos.ptq.layers import Rounded, Task, WeightGrid, swap_layers
 from gs_algos.ptq.processes import Processes
 from gs_algos.ptq.report import PTQReport
 from gs_algos.ptq.sites import Site, WeightRule, weight_sites
+from gs_algos.ptq.transforms import network_transforms
 from gs_algos.ptq.weights import NAME as PACKED
 from gs_algos.ptq.weights import WeightPlan, install, settings_of, summary
 from gs_algos.quant.fast_path import leave_fast_path
@@ -128,9 +129,12 @@ class PTQ(Algorithm):
             after = {row.site: row.settings.format.nbytes for row in rows if row.settings is not None}
             names = [name for row in rows if row.settings is not None for name in row.settings.names]
             blocks = find_blocks(model, names, example_inputs, self.config.blocks, "PTQ.plan")
-        what = "the whole network" if blocks[0].name == "" else f"{blocks[0].name} to {blocks[-1].name}"
-        notes = (f"{len(blocks)} {'block' if len(blocks) == 1 else 'blocks'}: {what}",)
-        return Plan(self.name, "", tuple(rows), notes, totals_of(model, after))
+            what = "the whole network" if blocks[0].name == "" else f"{blocks[0].name} to {blocks[-1].name}"
+            notes = [f"{len(blocks)} {'block' if len(blocks) == 1 else 'blocks'}: {what}"]
+            for name, transform in network_transforms(self.config.transforms).items():
+                together = "; ".join(", ".join(layers) for layers in transform.find(model, example_inputs))
+                notes.append(f"{name}: {together or 'no layers follow one another as it needs'}")
+        return Plan(self.name, "", tuple(rows), tuple(notes), totals_of(model, after))
 
     def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
         """Makes the planned layers of the live model round their weights to nearest: it runs as the packed one will.
@@ -146,6 +150,8 @@ class PTQ(Algorithm):
                 raise RuntimeError("PTQ.apply: the model must not be rounded yet, got one that is; build it anew")
             plan = self.plan(network, example_inputs)
             with all_or_nothing(network), torch.no_grad():
+                for transform in network_transforms(self.config.transforms).values():
+                    transform.run(network, example_inputs, "PTQ.apply")
                 for row in plan.acted():
                     layer: Any = get_module(network, row.site)
                     scheme = Scheme.parse(row.settings.weight, "weight")

@@ -1,7 +1,7 @@
 """Makes weights easier to round without changing the float network: every way has an entry in `TRANSFORMS`.
 
-A transform of a stage gives scales `[K]` of the tensor `x` that its layers read: the layer before returns `x / scale`
-then, and the weights that read it are `W * scale`. They are tried in the order of the table.
+They run in the order of the table. A transform of a stage gives scales `[K]` of the tensor `x` that its layers read:
+the layer before returns `x / scale` then, and the weights that read it are `W * scale`.
 """
 
 from __future__ import annotations
@@ -10,18 +10,34 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from gs_algos.core.algorithm import Inputs
 from gs_algos.core.did_you_mean import did_you_mean
 from gs_algos.ptq.transforms.awq import awq
 from gs_algos.ptq.transforms.columns import StageColumns
+from gs_algos.ptq.transforms.equalize import equalize, find_chains
 from gs_algos.ptq.transforms.smooth import smooth
 
 Candidates: TypeAlias = dict[str, Tensor]  # what it is called -> scale [K]
 
 
 @dataclass(frozen=True)
-class Transform:
+class NetworkTransform:
+    """Describes a change of the whole float network, without data, before anything is rounded.
+
+    Args:
+        find: returns the names of the layers that go together.
+        run: changes the live network, and returns what `find` did.
+    """
+
+    find: Callable[[nn.Module, Inputs], list[tuple[str, ...]]]
+    run: Callable[[nn.Module, Inputs, str], list[tuple[str, ...]]]
+    takes_number: bool = False
+
+
+@dataclass(frozen=True)
+class StageTransform:
     """Describes one way to scale the input of a stage.
 
     Args:
@@ -35,26 +51,28 @@ class Transform:
     takes_number: bool
 
 
+Transform: TypeAlias = NetworkTransform | StageTransform
 TRANSFORMS: Mapping[str, Transform] = {
-    "smooth": Transform(smooth, by_block=True, takes_number=True),
-    "awq": Transform(awq, by_block=False, takes_number=False),
+    "equalize": NetworkTransform(find_chains, equalize),
+    "smooth": StageTransform(smooth, by_block=True, takes_number=True),
+    "awq": StageTransform(awq, by_block=False, takes_number=False),
 }
 
 
-@dataclass(frozen=True)
-class ChosenTransform:
-    """Holds one transform that was asked for. number: None if none was."""
-
-    name: str
-    number: float | None
-
-    @property
-    def transform(self) -> Transform:
-        return TRANSFORMS[self.name]
+def network_transforms(texts: Sequence[str]) -> dict[str, NetworkTransform]:
+    """Returns those of `chosen_transforms` that change the network, by name."""
+    chosen = {name: TRANSFORMS[name] for name in chosen_transforms(texts)}
+    return {name: one for name, one in chosen.items() if isinstance(one, NetworkTransform)}
 
 
-def chosen_transforms(texts: Sequence[str], who: str = "PTQ") -> list[ChosenTransform]:
-    """Parses `("awq", "smooth=0.85")`; returns them in the order they run in.
+def stage_transforms(texts: Sequence[str]) -> dict[str, tuple[StageTransform, float | None]]:
+    """Returns those of `chosen_transforms` that scale the input of a stage, by name, with their numbers."""
+    chosen = {name: (TRANSFORMS[name], number) for name, number in chosen_transforms(texts).items()}
+    return {name: (one, number) for name, (one, number) in chosen.items() if isinstance(one, StageTransform)}
+
+
+def chosen_transforms(texts: Sequence[str], who: str = "PTQ") -> dict[str, float | None]:
+    """Parses `("awq", "smooth=0.85")`; returns name -> number, or None, in the order they run in.
 
     Raises:
         TypeError: if it is no sequence of texts.
@@ -62,7 +80,7 @@ def chosen_transforms(texts: Sequence[str], who: str = "PTQ") -> list[ChosenTran
     """
     if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
         raise TypeError(f"{who}: transforms must be a tuple of texts, got {texts!r}")
-    found: dict[str, ChosenTransform] = {}
+    found: dict[str, float | None] = {}
     for text in texts:
         name, equals, number = text.partition("=")
         if name not in TRANSFORMS:
@@ -70,8 +88,8 @@ def chosen_transforms(texts: Sequence[str], who: str = "PTQ") -> list[ChosenTran
             raise ValueError(f"{who}: transforms must be of {', '.join(TRANSFORMS)}, got {text!r}{near}")
         if name in found:
             raise ValueError(f"{who}: each of the transforms must be named once, got {name} again")
-        found[name] = ChosenTransform(name, _number(text, number, who) if equals else None)
-    return [found[name] for name in TRANSFORMS if name in found]
+        found[name] = _number(text, number, who) if equals else None
+    return {name: found[name] for name in TRANSFORMS if name in found}
 
 
 def _number(text: str, number: str, who: str) -> float:

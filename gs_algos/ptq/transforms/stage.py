@@ -19,11 +19,12 @@ from gs_algos.ptq.layers import Rounded, Task, install
 from gs_algos.ptq.processes import Processes
 from gs_algos.ptq.stages import Stage, inputs_of
 from gs_algos.ptq.streams import Streams, stop, without_cache
-from gs_algos.ptq.transforms import ChosenTransform
+from gs_algos.ptq.transforms import StageTransform
 from gs_algos.ptq.transforms.columns import StageColumns
 from gs_algos.ptq.transforms.producer import Producer, divide_output, find_producer, multiply_input, restored
 from gs_algos.quant.packed.grid import grid_of, group_size, stored_dtype
 from gs_algos.quant.packed.packable import matrix_of
+from gs_kernels import PerTensor
 
 ROWS = 2048  # that the error of a candidate is measured on, at least where there are so many
 AS_IT_IS = "best left as it is"
@@ -74,7 +75,7 @@ class StageScaler:
     def sinks(self) -> dict[str, Rounded]:
         return {site: task.layer for site, task in self.tasks.items()}
 
-    def run(self, transforms: Sequence[ChosenTransform]) -> Scaled:
+    def run(self, transforms: Mapping[str, tuple[StageTransform, float | None]]) -> Scaled:
         """Applies the transforms one after the other and returns what came of it."""
         if self.stage.calls != 1:
             why = "no batch reaches it" if not self.stage.calls else "it is called more than once"
@@ -87,19 +88,19 @@ class StageScaler:
             return Scaled()  # the statistics will say which columns are not
         total = torch.ones_like(absmax)
         told = []
-        for chosen in transforms:
+        for label, (transform, number) in transforms.items():
             weights = tuple(
                 matrix_of(layer, layer.float_weight.detach()).float().clone() for layer in self.sinks.values()
             )
             sizes = tuple(group_size(task.scheme, len(absmax)) for task in self.tasks.values())
             columns = StageColumns(absmax / total, absmean / total, weights, sizes)
-            candidates = chosen.transform.candidates(columns, chosen.number)
-            name, scale = self._best(candidates, chosen.transform.by_block, sample, weights)
+            candidates = transform.candidates(columns, number)
+            name, scale = self._best(candidates, transform.by_block, sample, weights)
             if name != AS_IT_IS and self._apply(producer, scale):
                 total = total * scale
-                told.append(f"{chosen.name} {name}, {producer.name}")
+                told.append(f"{label} {name}, {producer.name}")
             else:
-                told.append(f"{chosen.name}: {AS_IT_IS}")
+                told.append(f"{label}: {AS_IT_IS}")
         if bool((total == 1).all()):
             return Scaled(told=tuple(told))
         module = self.model.get_submodule(producer.name)
@@ -111,13 +112,20 @@ class StageScaler:
     def _producer(self) -> Producer | str:
         """Returns what the first process finds."""
         if self.processes.rank == 0:
-            usable = lambda module, name: name in self.solved or not isinstance(module, Rounded)  # noqa: E731
-            found = find_producer(self.model, self.streams, self.block, self.sinks, usable, self.float_network)
+            found = find_producer(
+                self.model, self.streams, self.block, self.sinks, self._rows_are_free, self.float_network
+            )
             told = found if isinstance(found, str) else [found.name, found.offset]
         else:
             told = ""
         told = json.loads(self.processes.from_one(json.dumps(told).encode()))
         return told if isinstance(told, str) else Producer(*told)
+
+    def _rows_are_free(self, module: nn.Module, name: str) -> bool:
+        """Says whether the rows of a linear may be scaled: of a float one, or codes found in this block, row by row."""
+        if name in self.solved:
+            return not isinstance(self.solved[name].grid.scheme.granularity, PerTensor)
+        return not isinstance(module, Rounded)
 
     def _inputs(self) -> tuple[Tensor, Tensor, list[int]]:
         """Returns max|x| and mean|x| `[K]` of the stage's input, and the batches that errors are measured on."""
