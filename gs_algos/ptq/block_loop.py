@@ -32,7 +32,7 @@ from gs_algos.ptq.stages import Stage, all_inputs, find_stages, inputs_of
 from gs_algos.ptq.statistics import InputStatistics
 from gs_algos.ptq.streams import ActivationStore, Streams
 from gs_algos.ptq.transforms import stage_transforms
-from gs_algos.ptq.transforms.stage import Scaled, StageScaler
+from gs_algos.ptq.transforms.stage import NOT_SCALED, Scaled, StageScaler
 from gs_algos.quant.packed.grid import grid_of
 from gs_algos.quant.packed.packable import matrix_of
 
@@ -91,6 +91,9 @@ class BlockLoop:
             peak, on_disk = store.peak, store.on_disk
         outside = {s: t for s, t in self.by_data.items() if not any(block.holds(s) for block in self.blocks)}
         self._round_outside(outside)
+        if self.transforms and all(text.startswith(NOT_SCALED) for one in self.layers for text in one.transforms):
+            names = ", ".join(self.transforms)
+            logger.warning("%s: %s scaled nothing: no layer can take a scale back; see the report", self.who, names)
         tokens = max((report.rows for report in self.layers), default=0)
         return PTQReport(
             tuple(self.layers), tuple(self.reports), tokens, perf_counter() - begun, peak, on_disk, len(self.held_out)

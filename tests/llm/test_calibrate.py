@@ -71,6 +71,19 @@ def test_a_stopped_calibration_goes_on_and_writes_the_same_bytes(source, text, t
         assert file.read_bytes() == (Path(target) / file.name).read_bytes(), file.name
 
 
+def test_transforms_are_asked_for_with_commas_and_the_norms_are_written(source, text, tmp_path, capsys):
+    target = tmp_path / "packed"
+    arguments = ["quantize", str(source), str(target), *OPTIONS, "--calibration", str(text)]
+    assert run([*arguments, "--transforms", "smooth=0.7,awq"]) == 0
+    assert "smooth 0.7, model.layers.1.input_layernorm" in capsys.readouterr().out.replace("*", "1")
+    model, _ = load_language_model(target)
+    want, _ = load_language_model(source)
+    assert not torch.equal(model.model.layers[1].input_layernorm.weight, want.model.layers[1].input_layernorm.weight)
+    assert float((logits(model) - logits(want)).square().mean() / logits(want).square().mean()) < 0.05
+    assert run([*arguments, "--transforms", "smoothe"]) == 2
+    assert "did you mean smooth" in capsys.readouterr().err
+
+
 def test_rounding_to_nearest_takes_the_way_without_data(source, tmp_path, capsys):
     assert run(["quantize", str(source), str(tmp_path / "packed"), "--weights", "int4@group:16"]) == 0
     assert "error / nearest" not in capsys.readouterr().out

@@ -247,13 +247,15 @@ class Router(nn.Module):
         (Router, {}, "1.expert", "neither a norm nor a linear"),
     ],
 )
-def test_what_cannot_be_scaled_is_left_and_said(block, options, site, why):
+def test_what_cannot_be_scaled_is_left_and_said(block, options, site, why, caplog):
     data = batches(2, 32)
     options = {"rounding": "nearest", "refine": 0} | {"model": net(block, **options)}
     model = options.pop("model")
     state = {key: value.clone() for key, value in model.state_dict().items() if "norm" in key}
     algo, model = calibrated(model, data, transforms=("smooth=0.5",), **options)
     assert why in told(algo)[site][0]
+    scaled = [text for texts in told(algo).values() for text in texts if not text.startswith("not scaled")]
+    assert ("smooth scaled nothing" in caplog.text) == (not scaled)
     for key, value in state.items():
         if site.startswith("1.") and key.startswith("1."):
             torch.testing.assert_close(model.state_dict()[key], value, rtol=0, atol=0)

@@ -27,6 +27,7 @@ from gs_algos.quant.packed.packable import matrix_of
 from gs_kernels import PerTensor
 
 ROWS = 2048  # that the error of a candidate is measured on, at least where there are so many
+NOT_SCALED = "not scaled"
 AS_IT_IS = "best left as it is"
 Run: TypeAlias = Callable[[], Tensor | None]
 
@@ -79,10 +80,10 @@ class StageScaler:
         """Applies the transforms one after the other and returns what came of it."""
         if self.stage.calls != 1:
             why = "no batch reaches it" if not self.stage.calls else "it is called more than once"
-            return Scaled(told=(f"not scaled: {why}",) if self.stage.calls else ())
+            return Scaled(told=(f"{NOT_SCALED}: {why}",) if self.stage.calls else ())
         producer = self._producer()
         if isinstance(producer, str):
-            return Scaled(told=(f"not scaled: {producer}",))
+            return Scaled(told=(f"{NOT_SCALED}: {producer}",))
         absmax, absmean, sample = self._inputs()
         if not bool(absmax.isfinite().all()):
             return Scaled()  # the statistics will say which columns are not
