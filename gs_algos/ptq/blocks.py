@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from gs_algos.core.algorithm import Inputs, evaluating, run
+from gs_kernels.runtime.torch_private import tree_leaves
 
 FEWEST = 3  # blocks that make a chain
 BIG = 2  # layers to round that make a module a block of its own

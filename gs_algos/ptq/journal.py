@@ -18,12 +18,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from gs_algos.core.files import write_atomically
 from gs_algos.ptq.report import LayerReport
 from gs_algos.quant.packed.grid import Grid
 from gs_algos.quant.scheme import Scheme
+from gs_kernels.runtime.torch_private import tree_leaves
 
 VERSION = 1
 NAME = "journal.json"

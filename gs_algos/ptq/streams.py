@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from gs_algos.core.algorithm import Inputs, evaluating, run
 from gs_algos.ptq.blocks import Block, first_tensor, submodule
+from gs_kernels.runtime.torch_private import tree_flatten, tree_leaves, tree_unflatten
 
 CACHES = ("past_key_values", "past_key_value", "cache_params", "cache_position")
 

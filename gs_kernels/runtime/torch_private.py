@@ -1,4 +1,4 @@
-"""Collects what gs_kernels and gs_algos use from private paths of PyTorch, checked with torch 2.11, 2.13 and 2.14.
+"""Collects what gs_kernels and gs_algos use from private paths of PyTorch, checked with torch 2.11 to 2.15.
 
 No other file may import or call one, `torch...._name`, which tests/kernels/runtime/test_torch_private.py checks: what a
 new version of PyTorch moves or drops is mended here. Operators (`aten._unsafe_view`), which files and graphs hold by
