@@ -86,7 +86,12 @@ def run_demo(options: DemoOptions, out: Path, resume: bool, console: Console) ->
     as_seed(options.seed, "demo: --seed")
     if options.image_size < 1:
         raise ValueError(f"demo: --image-size must be at least 1, got {options.image_size}")
-    make_algorithm(options.algorithm, options.weight, options.act)  # names that are wrong, before anything is read
+    chosen = make_algorithm(options.algorithm, options.weight, options.act)  # a wrong name, before anything is read
+    if options.epochs and not chosen.trains:
+        raise ValueError(
+            f"demo: --epochs must be 0 for {options.algorithm}, which is calibrated and not trained, got "
+            f"{options.epochs}; leave it out"
+        )
     check_name(options.model)
     device = pick_device(options.device, "demo")
     data = load_data(options.data, options.image_size).to(device)
@@ -124,11 +129,14 @@ def run_demo(options: DemoOptions, out: Path, resume: bool, console: Console) ->
         net = algo.apply(net, data.example())
     read = f", graph read by {plan.tracer}" if plan.tracer else ""
     console.print(f"{options.algorithm}: {len(plan.acted())} of {len(plan.rows)} sites{read}")
-    with bar(f"{options.algorithm}, {tune.epochs} epochs") as on_step:
-        state = out / f"{options.algorithm}.state.safetensors"
-        train(net, data, tune, algorithm=algo, state=state, resume=resume, on_step=on_step)
+    if algo.trains:
+        with bar(f"{options.algorithm}, {tune.epochs} epochs") as on_step:
+            state = out / f"{options.algorithm}.state.safetensors"
+            train(net, data, tune, algorithm=algo, state=state, resume=resume, on_step=on_step)
+    else:
+        train(net, data, tune, algorithm=algo)  # calibrates, with bars of its own
     trained = predict(net, data)
-    stages.append(_stage("trained", net, data, trained, None, None))
+    stages.append(_stage("trained" if algo.trains else "calibrated", net, data, trained, None, None))
 
     with console.status("converting"):
         net = algo.convert(net, data.example())

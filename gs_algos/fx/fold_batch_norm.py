@@ -74,15 +74,22 @@ def fold_model(model: nn.Module, example_inputs: Any, example_kwargs: dict[str, 
         if bn.training:
             _log(Refusal("fold", bn_name, "is in training mode, while the model is in eval mode"))
             continue
-        weight, bias = fold_bn(layer, bn)
-        with torch.no_grad():
-            layer.weight.copy_(weight)
-            if layer.bias is None:
-                layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
-            else:
-                layer.bias.copy_(bias)
-        set_module(model, bn_name, after_norm(model, bn_name, place.norm_children))
+        fold_into(model, layer_name, bn_name, place.norm_children)
     return model
+
+
+@torch.no_grad()
+def fold_into(model: nn.Module, layer_name: str, bn_name: str, norm_children: Sequence[str] = ()) -> None:
+    """Folds one batch norm of the live model into the layer in front of it, which gets a bias if it had none."""
+    layer: Any = get_module(model, layer_name)
+    bn: Any = get_module(model, bn_name)
+    weight, bias = fold_bn(layer, bn)
+    layer.weight.copy_(weight)
+    if layer.bias is None:
+        layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
+    else:
+        layer.bias.copy_(bias)
+    set_module(model, bn_name, after_norm(model, bn_name, norm_children))
 
 
 def after_norm(model: nn.Module, bn: str, norm_children: Sequence[str]) -> nn.Module:

@@ -206,12 +206,17 @@ class BlockLoop:
             if number % self.processes.count != self.processes.rank:
                 continue
             options = SolveOptions(
-                task.rounding, self.config.correct, self.config.refine, self.config.order, self.config.damp
+                task.rounding,
+                self.config.correct,
+                self.config.refine,
+                self.config.order,
+                self.config.damp,
+                positive=self.config.static,
             )
             layer = task.layer
             weight = matrix_of(layer, layer.float_weight.detach())
             solution = solve(weight, seen.statistics, task.scheme, options, f"{self.who}: {site}")
-            held = held_out_ratio(weight, solution, seen.held) if seen.held.count else None
+            held = held_out_ratio(weight, solution, seen.held, options.positive) if seen.held.count else None
             report = LayerReport(
                 site,
                 str(task.scheme),
@@ -351,9 +356,9 @@ class _Seen:
         self.float_rows = int(rows)
 
 
-def held_out_ratio(weight: Tensor, solution: Solution, held: InputStatistics) -> float:
+def held_out_ratio(weight: Tensor, solution: Solution, held: InputStatistics, positive: bool) -> float:
     """Returns the objective of a solution over that of rounding to nearest, on rows that no statistic holds."""
-    nearest = grid_of(weight, solution.grid.scheme, weight.dtype)
+    nearest = grid_of(weight, solution.grid.scheme, weight.dtype, positive=positive)
     rounded = solution.grid.values(solution.codes), nearest.values(nearest.codes(weight))
     ours, theirs = (objective(values - solution.target, held.gram) for values in rounded)
     return ours / theirs if theirs > 0 else 1.0

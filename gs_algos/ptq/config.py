@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.layer_rules import Rule
@@ -22,9 +22,10 @@ class PTQConfig(AlgorithmConfig):
 
     Args:
         weight: scheme of the weights, with 1, 2, 4 or 8 bits: `int4@group:64`, `int8@channel`,
-            `int4@group:128:asym:mse`.
+            `int4@group:128:asym:mse`; with static activations 2 to 8 bits.
         act: None leaves activations float; `int8@token` rounds each row a linear reads to 8 bits with a scale of its
-            own, as it runs.
+            own, as it runs. A scheme such as `int8@tensor:mse` is static, one scale for a tensor, found in calibration:
+            batch norms are folded, and layers and adds become those of SimQAT, which multiply integers.
         transforms: `equalize` (arXiv:1906.04721) makes the ranges of channels equal in layers that follow one another.
             `smooth` (arXiv:2211.10438), `smooth=0.85` for an alpha of your own, and `awq` (arXiv:2306.00978) scale
             what layers read, and the norm or linear before them takes the scale back. They run in this order.
@@ -43,7 +44,7 @@ class PTQConfig(AlgorithmConfig):
     """
 
     weight: str | Scheme = "int4@group:128"
-    act: str | None = None
+    act: str | Scheme | None = None
     transforms: tuple[str, ...] = ()
     embeddings: str | Scheme | None = None
     rounding: str = "gptq"
@@ -59,18 +60,29 @@ class PTQConfig(AlgorithmConfig):
     who: ClassVar[str] = "PTQ"
 
     def __post_init__(self) -> None:
-        packable(self.weight)
+        checked_act(self.act)
+        check_rules(self.rules, "PTQ", {"act": checked_act})
+        checked_weight = static_weight if self.static else packable
+        checked_weight(self.weight)
         if self.embeddings is not None:
             packable(self.embeddings)
-        for name in ("weight", "embeddings"):
+        for name in ("weight", "act", "embeddings"):
             if isinstance(getattr(self, name), Scheme):
                 object.__setattr__(self, name, str(getattr(self, name)))
-        checked_act(self.act)
         chosen_transforms(self.transforms)
         object.__setattr__(self, "transforms", tuple(self.transforms))
         checked_rounding(self.rounding)
-        check_rules(self.rules, "PTQ", {"weight": packable, "act": checked_act, "rounding": checked_rounding})
+        check_rules(self.rules, "PTQ", {"weight": checked_weight, "rounding": checked_rounding})
         object.__setattr__(self, "rules", as_text(self.rules))
+        if self.static and TOKEN in self._acts():
+            raise ValueError(f"PTQ: act must be {TOKEN!r} or static in all layers, got both; leave some float")
+        if self.static and self.transforms:
+            raise ValueError(f"PTQ: transforms must be () beside static activations, got {self.transforms!r}")
+        if self.static and self.embeddings is not None:
+            raise ValueError(
+                f"PTQ: embeddings stay float beside static activations, got embeddings={self.embeddings!r}; use "
+                f"embeddings=None, or act={TOKEN!r}"
+            )
         if self.order not in ORDERS:
             raise ValueError(f"PTQ: order must be one of {', '.join(ORDERS)}, got {self.order!r}")
         _refuse_unless(type(self.correct) in (int, float) and 0 <= self.correct <= 1, "correct", "0 to 1", self.correct)
@@ -82,17 +94,45 @@ class PTQConfig(AlgorithmConfig):
         _refuse_unless(blocks_fit, "blocks", "auto, none or re:<expression>", self.blocks)
         _refuse_unless(isinstance(self.bias, bool), "bias", "True or False", self.bias)
 
+    @property
+    def static(self) -> bool:
+        """Says whether activations have scales that calibration finds."""
+        return any(act not in (None, TOKEN) for act in self._acts())
+
+    def _acts(self) -> list[object]:
+        """Returns the schemes of activations, that of all layers and those of rules."""
+        rules = self.rules if isinstance(self.rules, tuple | list) else ()
+        pairs = [rule for rule in rules if isinstance(rule, tuple | list) and len(rule) == 2]
+        return [self.act, *(rule[1].get("act") for rule in pairs if isinstance(rule[1], Mapping))]
+
 
 def _refuse_unless(right: bool, option: str, must: str, got: object) -> None:
     if not right:
         raise ValueError(f"PTQ: {option} must be {must}, got {got!r}")
 
 
-def checked_act(act: object) -> str | None:
-    """Returns the scheme of activations, checked."""
-    if act is not None and act != TOKEN:
-        raise ValueError(f"PTQ: act must be None or {TOKEN!r}, got {act!r}")
-    return TOKEN if act is not None else None
+def checked_act(act: Any) -> None:
+    """Raises ValueError unless it is a scheme of activations."""
+    if act in (None, TOKEN):
+        return
+    if not isinstance(act, str | Scheme) or "@token" in str(act):
+        raise ValueError(f"PTQ: act must be None or {TOKEN!r}, or static such as 'int8@tensor', got {act!r}")
+    if Scheme.parse(act, "act").learned:
+        raise ValueError(f"PTQ: lsq needs training, got act={str(act)!r}; use minmax, percentile or mse, or SimQAT")
+
+
+def static_weight(weight: str | Scheme) -> Scheme:
+    """Parses the scheme of weights beside static activations.
+
+    Raises:
+        ValueError: if it has 1 bit, or is learned.
+    """
+    scheme = Scheme.parse(weight, "weight")
+    if scheme.bits == 1:
+        raise ValueError(f"PTQ: weights must have 2 to 8 bits beside static activations, got {scheme}")
+    if scheme.learned:
+        raise ValueError(f"PTQ: lsq needs training, got weight={str(weight)!r}; use minmax or mse, or SimQAT")
+    return scheme
 
 
 def checked_rounding(rounding: object) -> str:
@@ -106,7 +146,7 @@ class PTQOptions(TypedDict, total=False):
     """Types the fields of `PTQConfig` as keywords of `PTQ`, for type checkers."""
 
     weight: str | Scheme
-    act: str | None
+    act: str | Scheme | None
     transforms: Sequence[str]
     embeddings: str | Scheme | None
     rounding: str

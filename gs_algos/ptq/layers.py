@@ -149,9 +149,8 @@ class Task:
 
 def install(layers: Sequence[Any], solved: Solved) -> None:
     """Gives layers that share a weight the codes, the grid and the bias that were found for it."""
-    layers[0].set_weight(solved.grid, solved.codes)
     for layer in layers:
-        layer.solved = True
+        layer.set_weight(solved.grid, solved.codes)
         if solved.bias is not None:
             with torch.no_grad():
                 layer.bias.copy_(solved.bias)

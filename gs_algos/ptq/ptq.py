@@ -7,7 +7,8 @@ Zhang et al. (Qronos, arXiv:2505.11695), Arai and Ichikawa (QEP, arXiv:2504.0962
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -36,6 +37,7 @@ from gs_algos.core.modules import all_or_nothing, get_module
 from gs_algos.core.network import network_of, network_to_train, ordinary_tensors, without_autocast
 from gs_algos.core.plan import Plan, PlanRow, other_weights, rows_of, totals_of
 from gs_algos.core.plan_settings import RowSettings
+from gs_algos.ptq import static
 from gs_algos.ptq.block_loop import BlockLoop
 from gs_algos.ptq.blocks import find_blocks, first_tensor
 from gs_algos.ptq.config import PTQConfig, PTQOptions
@@ -47,7 +49,12 @@ from gs_algos.ptq.sites import Site, WeightRule, weight_sites
 from gs_algos.ptq.transforms import network_transforms
 from gs_algos.ptq.weights import NAME as PACKED
 from gs_algos.ptq.weights import WeightPlan, install, settings_of, summary
+from gs_algos.quant.fake_quant.layers import FakeQuantized
 from gs_algos.quant.fast_path import leave_fast_path
+from gs_algos.quant.network.convert import Parity, convert_model
+from gs_algos.quant.network.layer_plan import FORMS, LayerPlan
+from gs_algos.quant.network.prepare import refuse_nonfinite
+from gs_algos.quant.network.summary import summary_of
 from gs_algos.quant.packed.grid import grid_of
 from gs_algos.quant.packed.module import PackedFormat
 from gs_algos.quant.packed.packable import format_of, in_rows, matrix_of
@@ -97,10 +104,11 @@ class PTQ(Algorithm):
     ```
 
     report: what the last calibration did, layer by layer.
+    parity: with static activations, how far the last converted network was from the calibrated one.
     """
 
     name: ClassVar[str] = "ptq"
-    row_settings: ClassVar[tuple[type[RowSettings], ...]] = (RoundedPlan,)
+    row_settings: ClassVar[tuple[type[RowSettings], ...]] = (RoundedPlan, *FORMS)
     config_class: ClassVar[type[AlgorithmConfig]] = PTQConfig
     trains: ClassVar[bool] = False
     config: PTQConfig
@@ -116,6 +124,7 @@ class PTQ(Algorithm):
         self.process_group = process_group
         self.steps = 0
         self.report: PTQReport | None = None
+        self.parity: Parity | None = None
         self._example: Inputs | None = None
         self._model: nn.Module | None = None
 
@@ -123,44 +132,63 @@ class PTQ(Algorithm):
         """Lists every weight, its scheme and rounding or why it stays float, and the blocks; touches nothing."""
         with ordinary_tensors(), without_autocast(), torch.no_grad(), asked_by("PTQ.plan"):
             model = network_of(model, "PTQ.plan")
-            sites = self._sites(model)
-            rows: list[PlanRow] = [self._row(model, site, options) for site, options in sites]
-            rows += other_weights(model, rows)
-            after = {row.site: row.settings.format.nbytes for row in rows if row.settings is not None}
-            names = [name for row in rows if row.settings is not None for name in row.settings.names]
-            blocks = find_blocks(model, names, example_inputs, self.config.blocks, "PTQ.plan")
+            if self.config.static:
+                plan = static.plan_network(self.name, model, example_inputs, self.config)
+            else:
+                plan = self._plan(model)
+            blocks = find_blocks(model, weights_of(plan.rows), example_inputs, self.config.blocks, "PTQ.plan")
             what = "the whole network" if blocks[0].name == "" else f"{blocks[0].name} to {blocks[-1].name}"
             notes = [f"{len(blocks)} {'block' if len(blocks) == 1 else 'blocks'}: {what}"]
             for name, transform in network_transforms(self.config.transforms).items():
                 together = "; ".join(", ".join(layers) for layers in transform.find(model, example_inputs))
                 notes.append(f"{name}: {together or 'no layers follow one another as it needs'}")
-        return Plan(self.name, "", tuple(rows), tuple(notes), totals_of(model, after))
+        return replace(plan, notes=(*plan.notes, *notes))
+
+    def _plan(self, model: nn.Module) -> Plan:
+        """Plans layers that become packed ones."""
+        rows: list[PlanRow] = [self._row(model, site, options) for site, options in self._sites(model)]
+        rows += other_weights(model, rows)
+        after = {row.site: row.settings.format.nbytes for row in rows if row.settings is not None}
+        return Plan(self.name, "", tuple(rows), (), totals_of(model, after))
 
     def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
         """Makes the planned layers of the live model round their weights to nearest: it runs as the packed one will.
 
+        With static activations batch norms are folded, and a model that itself calls `F.conv2d` or `F.linear` becomes
+        another object with the same parameters, as in `SimQAT.apply`; `example_inputs` start the ranges.
+
         Raises:
             RuntimeError: if the model is prepared or packed already.
-            ValueError: if the inputs do not run through the model, nothing can be rounded, or a weight is not finite.
-                The model is then as it was.
+            ValueError: if the inputs do not run through the model, nothing can be rounded, or a weight, or what a layer
+                with static activations sees, is not finite. The model is then as it was.
         """
         network = network_to_train(model, "PTQ.apply")
         with ordinary_tensors(), without_autocast(), asked_by("PTQ.apply"):
             if any(entry["algorithm"] in (self.name, PACKED) for entry in history(network)):
                 raise RuntimeError("PTQ.apply: the model must not be rounded yet, got one that is; build it anew")
             plan = self.plan(network, example_inputs)
+            if not plan.acted():
+                raise ValueError(f"PTQ.apply: at least one layer must be quantizable, got none:\n{plan}")
             with all_or_nothing(network), torch.no_grad():
+                prepared, rows = network, plan.rows
+                facts: dict[str, Any] = {}
                 for transform in network_transforms(self.config.transforms).values():
                     transform.run(network, example_inputs, "PTQ.apply")
-                for row in plan.acted():
-                    layer: Any = get_module(network, row.site)
-                    scheme = Scheme.parse(row.settings.weight, "weight")
-                    grid = grid_of(matrix_of(layer, layer.weight.detach()), scheme)
-                    swap_layers(self._layers(network, row), WeightGrid(grid), row.settings.act)
-                leave_fast_path(network)
-                self.remember(network, "prepared", plan.rows, calibrated=False)
-        self._model, self._example, self.report = network, example_inputs, None
-        return model
+                if self.config.static:
+                    prepared, rows, facts = static.prepare(network, plan, example_inputs, self.config, "PTQ.apply")
+                else:
+                    self._swap_layers(network, plan)
+                leave_fast_path(prepared)
+                self.remember(prepared, "prepared", rows, calibrated=False, **facts)
+        self._model, self._example, self.report = prepared, example_inputs, None
+        return model if prepared is network else prepared
+
+    def _swap_layers(self, model: nn.Module, plan: Plan) -> None:
+        for row in plan.acted():
+            layer: Any = get_module(model, row.site)
+            scheme = Scheme.parse(row.settings.weight, "weight")
+            grid = grid_of(matrix_of(layer, layer.weight.detach()), scheme)
+            swap_layers(self._layers(model, row), WeightGrid(grid), row.settings.act)
 
     def calibrate(
         self,
@@ -201,11 +229,10 @@ class PTQ(Algorithm):
         if not data:
             raise ValueError(f"{who}: at least one batch must be given, got none")
         rows = rows_of(entry["plan"], self.row_settings)
-        tasks = {row.site: self._task(network, row) for row in rows if row.settings is not None}
-        done = sum(task.layer.solved for task in tasks.values())
+        done, count = _rounded_layers(network)
         if done:
             raise RuntimeError(
-                f"{who}: the model must have its float weights, got {done} of {len(tasks)} that a call which failed "
+                f"{who}: the model must have its float weights, got {len(done)} of {count} that a call which failed "
                 "has rounded; build it anew"
             )
         with ordinary_tensors(), without_autocast(), torch.no_grad(), asked_by(who):
@@ -213,10 +240,12 @@ class PTQ(Algorithm):
             log = journal_at(journal if processes.rank == 0 else None, who)
             if log.folder is not None:
                 log.begin(digest_of(network, self.config.to_dict(), data))
-            names = [name for row in rows if row.settings is not None for name in row.settings.names]
-            blocks = find_blocks(network, names, data[0], self.config.blocks, who)
-            loop = BlockLoop(network, tasks, blocks, data, self.config, log, processes, who)
-            self.report = loop.run()
+            with self._tasks(network, rows) as tasks:
+                blocks = find_blocks(network, weights_of(rows), data[0], self.config.blocks, who)
+                loop = BlockLoop(network, tasks, blocks, data, self.config, log, processes, who)
+                self.report = loop.run()
+            if self.config.static:
+                static.set_ranges(network, data, self._example, self.process_group, who)
         live = live_entry(network)
         live["calibrated"] = True
         live["plan"] = [self._calibrated(network, row).to_dict() for row in rows]
@@ -227,14 +256,17 @@ class PTQ(Algorithm):
     def convert(self, model: nn.Module, example_inputs: Inputs | None = None) -> nn.Module:
         """Replaces every rounded layer by packed codes, as `quantize_weights` leaves them, and compares the outputs.
 
+        With static activations the layers become those of `SimQAT.convert`, each compared with the calibrated one.
+
         Raises:
-            RuntimeError: if the model is not calibrated, though the rounding needs it, or the packed network gives
-                another output than the calibrated one.
+            RuntimeError: if the model is not calibrated, though the rounding or static activations need it, or the
+                packed network gives another output than the calibrated one.
+            ValueError: if a weight, a range or what a layer with static activations sees is not finite.
         """
         who = "PTQ.convert"
         network = network_of(model, who)
         entry = prepared_entry(network, self.name, who)
-        if not entry["calibrated"] and self._needs_data(entry):
+        if not entry["calibrated"] and (self.config.static or self._needs_data(entry)):
             raise RuntimeError(
                 f"{who}: the model must be calibrated, got one that is not; call calibrate(model, batches)"
             )
@@ -242,7 +274,19 @@ class PTQ(Algorithm):
         if example is None:
             raise RuntimeError(f"{who}: a resumed algorithm has no example inputs; give example_inputs")
         rows = rows_of(entry["plan"], self.row_settings)
-        with ordinary_tensors(), without_autocast(), torch.no_grad(), asked_by(who), all_or_nothing(network):
+        with ordinary_tensors(), without_autocast(), asked_by(who), all_or_nothing(network):
+            if self.config.static:
+                refuse_nonfinite(who, network.named_modules())
+                self.parity, rows = convert_model(network, rows, example)
+                remember(network, {**entry, "stage": "converted", "plan": [row.to_dict() for row in rows]})
+            else:
+                self._convert(network, rows, example, who)
+        self._model = None
+        return network
+
+    def _convert(self, network: nn.Module, rows: list[PlanRow], example: Inputs, who: str) -> None:
+        """Packs the rounded layers."""
+        with torch.no_grad():
             with evaluating(network):
                 want = first_tensor(run(network, example, who))
             packed = [self._pack(network, row) for row in rows]
@@ -259,15 +303,13 @@ class PTQ(Algorithm):
                 {"algorithm": PACKED, "stage": "converted", "steps": 0, "config": config, "plan": plan},
                 replaces=self.name,
             )
-        self._model = None
-        return network
 
     def summary(self, model: nn.Module) -> str:
         """Returns a table of the packed layers; before `convert`, of what the last calibration did."""
         network = network_of(model, "PTQ.summary")
-        if any(isinstance(module, Rounded) for module in network.modules()):
+        if any(isinstance(module, Rounded | FakeQuantized) for module in network.modules()):
             return str(self.report) if self.report is not None else _not_calibrated(network)
-        return summary(network)
+        return summary_of(network) if self.config.static else summary(network)
 
     @classmethod
     def resume(cls, model: nn.Module) -> Self:
@@ -283,6 +325,9 @@ class PTQ(Algorithm):
 
     @classmethod
     def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
+        config = PTQConfig.from_dict(entry["config"])
+        if config.static:
+            return static.restore(model, entry, config)
         for row in rows_of(entry["plan"], cls.row_settings):
             if row.settings is None:
                 continue
@@ -329,13 +374,19 @@ class PTQ(Algorithm):
     def _layers(model: nn.Module, row: PlanRow[RoundedPlan]) -> list[Any]:
         return [get_module(model, name) for name in row.settings.names]
 
+    def _tasks(self, model: nn.Module, rows: Sequence[PlanRow]) -> AbstractContextManager[dict[str, Task]]:
+        """Gives the weights to be rounded, by site, in a context in which the block loop can round them."""
+        if self.config.static:
+            return static.solvable_layers(model, rows, self.config)
+        return nullcontext({row.site: self._task(model, row) for row in rows if row.settings is not None})
+
     def _task(self, model: nn.Module, row: PlanRow[RoundedPlan]) -> Task:
         scheme = Scheme.parse(row.settings.weight, "weight")
         return Task(row.site, tuple(self._layers(model, row)), scheme, row.settings.rounding)
 
     def _calibrated(self, model: nn.Module, row: PlanRow) -> PlanRow:
         """Returns the row with the format that the weight has now."""
-        if row.settings is None:
+        if not isinstance(row.settings, RoundedPlan):
             return row
         layer: Any = get_module(model, row.site)
         dtype = str(layer.weight_grid.scale.dtype).removeprefix("torch.")
@@ -362,11 +413,23 @@ class PTQ(Algorithm):
 
 def _not_calibrated(network: nn.Module) -> str:
     """Says in a line how far a prepared network is."""
-    layers = {name: module for name, module in network.named_modules() if isinstance(module, Rounded)}
-    done = [name for name, layer in layers.items() if layer.solved]
+    done, count = _rounded_layers(network)
     if not done:
         return "PTQ: rounded to nearest; not calibrated yet"
-    return f"PTQ: the calibration failed behind {done[-1]}, layer {len(done)} of {len(layers)}; build the model anew"
+    return f"PTQ: the calibration failed behind {done[-1]}, layer {len(done)} of {count}; build the model anew"
+
+
+def _rounded_layers(network: nn.Module) -> tuple[list[str], int]:
+    """Returns the layers of a prepared network whose codes are found, and the number of all."""
+    layers = {n: m for n, m in network.named_modules() if isinstance(m, Rounded | FakeQuantized)}
+    done = [n for n, m in layers.items() if (m.solved if isinstance(m, Rounded) else m.weight_quantizer.fixed)]
+    return done, len(layers)
+
+
+def weights_of(rows: Iterable[PlanRow]) -> list[str]:
+    """Returns the names of the layers whose weights the rows of a plan round."""
+    rounded = [row for row in rows if isinstance(row.settings, RoundedPlan | LayerPlan)]
+    return [name for row in rounded for name in (row.site, *row.settings.other_names())]
 
 
 PTQ.__signature__ = signature_of(PTQ)  # type: ignore[attr-defined]

@@ -29,6 +29,7 @@ class SolveOptions:
         refine: rounds of scale refit and coordinate descent after the rounding.
         order: of the columns in gptq: `act`, `group` or `none`.
         damp: times the mean of the diagonal of H; None for max(.01, K / (4 T)), T tokens.
+        positive: scales are > 0, and stored in fp32, as layers that multiply integers take them.
 
     Raises:
         ValueError: if one is out of its range.
@@ -39,6 +40,7 @@ class SolveOptions:
     refine: int = 2
     order: str = "act"
     damp: float | None = None
+    positive: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (("rounding", self.rounding, ROUNDINGS), ("order", self.order, ORDERS)):
@@ -102,14 +104,16 @@ def solve(
     k = statistics.columns
     rows = weight.detach().reshape(-1, k).float()
     if statistics.count == 0:
-        grid = grid_of(rows, scheme, weight.dtype)
+        grid = grid_of(rows, scheme, weight.dtype, positive=options.positive)
         return Solution(grid, grid.codes(rows), rows, 0.0, 0.0, (UNSEEN,))
     damp = damping(statistics, options.damp, k)
     hessian = hessian_of(statistics, damp, options.order, group_size(scheme, k))
     rounding = options.rounding if hessian.factor is not None else "nearest"
     target = corrected(rows, statistics, options.correct, hessian)
-    grid = grid_of(target, scheme, weight.dtype, _importance(statistics, len(rows)) if rounding == "nearest" else None)
-    plain = grid if rounding != "nearest" and torch.equal(target, rows) else grid_of(rows, scheme, weight.dtype)
+    counts = _importance(statistics, len(rows)) if rounding == "nearest" else None
+    grid = grid_of(target, scheme, weight.dtype, counts, options.positive)
+    same = rounding != "nearest" and torch.equal(target, rows)
+    plain = grid if same else grid_of(rows, scheme, weight.dtype, positive=options.positive)
     nearest = hessian.loss(plain.values(plain.codes(rows)) - target)
     codes = ROUNDINGS[rounding](target, grid, hessian)
     if hessian.factor is not None:

@@ -178,6 +178,18 @@ def test_the_demo_prints_every_stage_and_saves_what_info_describes(tmp_path, cap
     assert "classifier.5  Linear  10x84     int8@channel:minmax:sym" in text
 
 
+def test_the_demo_calibrates_what_is_not_trained(tmp_path, capsys):
+    options = ["--model", "lenet5", "--float-epochs", "2", "--device", "cpu", "--out", str(tmp_path)]
+    assert run(["demo", "--algorithm", "ptq", "--weight", "int4@channel", "--act", "int8@tensor", *options]) == 0
+    table = capsys.readouterr().out
+    for word in ("float", "calibrated", "converted", "reloaded", "exact"):
+        assert word in table
+    assert "trained" not in table
+    assert run(["info", str(tmp_path / "model")]) == 0
+    text = capsys.readouterr().out
+    assert "1. ptq, converted" in text and "act=int8@tensor" in text
+
+
 def digest(folder: Path) -> str:
     return json.loads((folder / "model" / "golden_stick.json").read_text())["tensors"]["sha256"]
 
@@ -213,6 +225,7 @@ def test_an_interrupted_demo_resumes_to_the_same_network(tmp_path, capsys, monke
         (["demo", "--algorithm", "prune", "--act", "none"], "prune: --act is no option of Prune"),
         (["plan", "lenet5", "--algorithm", "scop", "--weight", "int8@channel"], "scop: --weight is no option of SCOP"),
         (["demo", "--algorithm", "scop", "--epochs", "0"], "--epochs must be >= 1 for scop"),
+        (["demo", "--algorithm", "ptq", "--epochs", "3"], "--epochs must be 0 for ptq"),
         (
             ["demo", "--algorithm", "slb", "--model", "mlp", "--weight", "2bit"],
             "use 2bit@channel, for all or by a rule",

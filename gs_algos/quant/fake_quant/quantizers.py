@@ -8,7 +8,8 @@ forward has no host sync, can be run twice (gradient checkpointing) with the sam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -110,6 +111,9 @@ class WeightQuantizer(Quantizer):
 
     Not learned: range -> scale -> fake-quant of the current values in each forward; percentile and mse multiply the
     range by `clip [C]`. Learned: `scale` is a parameter, started at 2 * mean|w| / sqrt(qmax).
+
+    fixed: whether scale and zero point stay what `fix` set, whatever the weight.
+    active: False passes the weight as it is.
     """
 
     clip: Tensor | None
@@ -118,6 +122,7 @@ class WeightQuantizer(Quantizer):
         super().__init__(scheme, n_scales(scheme.granularity, weight.shape), weight.device, delayed)
         clipped = scheme.observer in ("percentile", "mse") and not scheme.learned
         self.register_buffer("clip", torch.ones_like(self.scale) if clipped else None)
+        self.fixed, self.active = False, True
 
     def state_rules(self) -> Rules:
         return {**super().state_rules(), "clip": NOT_NEGATIVE}
@@ -137,8 +142,15 @@ class WeightQuantizer(Quantizer):
         elif self.clip is not None:
             self.clip.copy_(clip_ratio(grouped, self.scheme))
 
+    @torch.no_grad()
+    def fix(self, scale: Tensor, zero: Tensor) -> None:
+        """Rounds to this grid from now on: scales > 0 and zero points, `[C]` fp32 each."""
+        self.scale.copy_(scale)
+        self.zero.copy_(zero)
+        self.fixed = True
+
     def forward(self, weight: Tensor) -> Tensor:
-        return self._gated(self._fake_quant(weight)[0], weight)
+        return self._gated(self._fake_quant(weight)[0], weight) if self.active else weight
 
     def qparams(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the scale and zero `[C]` fp32 that `forward` uses for this weight."""
@@ -150,6 +162,8 @@ class WeightQuantizer(Quantizer):
         s = self.scheme
         if s.learned:
             scale, zero = self._learnt(weight.numel() // self.scale.numel())
+        elif self.fixed:
+            scale, zero = self.scale, self.zero
         elif self.clip is not None:
             x_min, x_max = minmax(weight.detach(), granularity=s.granularity)
             scale, zero = self._qparams(x_min * self.clip, x_max * self.clip)
@@ -165,7 +179,7 @@ class ActivationQuantizer(Quantizer):
 
     State besides scale and zero: `range [2]` fp32 = (-min, max); `steps [1]` int64 = merges so far.
     `pending [2]` = (-min, max) of the batches since the last merge; it is no buffer, so DDP never overwrites it.
-    `active` False passes the input through unchanged (it still observes), as calibration does.
+    `active` False passes the input through unchanged; calibration does so, and collects what it sees.
     """
 
     range: Tensor
@@ -176,7 +190,7 @@ class ActivationQuantizer(Quantizer):
         self.register_buffer("range", torch.zeros(2, device=device))
         self.register_buffer("steps", torch.zeros(1, dtype=torch.int64, device=device))
         self.pending = torch.full((2,), -math.inf, device=device)
-        self.active = True
+        self.active, self.collects = True, False
         self.samples: list[Tensor] | None = None
         self.empty_shape: tuple[int, ...] | None = None  # of the last batch without elements that calibration saw
 
@@ -197,7 +211,8 @@ class ActivationQuantizer(Quantizer):
         if not x.is_floating_point():
             raise TypeError(f"ActivationQuantizer: the input must be floating point, got {x.dtype}")
         if not self.active:
-            self._collect(x)
+            if self.collects:
+                self._collect(x)
             return x
         if x.numel() == 0:  # nothing to round or to observe; learnt steps stay in the graph, for DDP waits for them
             return sum((0.0 * p.sum().to(x.dtype) for p in self.parameters()), x)
@@ -214,13 +229,13 @@ class ActivationQuantizer(Quantizer):
         self.pending.copy_(torch.maximum(self.pending, torch.cat([-x_min, x_max])))
 
     def start_calibration(self) -> None:
-        self.active = False
+        self.active, self.collects = False, True
         self.samples = [] if self.wants_samples else None
         self.empty_shape = None
 
     def stop_calibration(self) -> None:
         """Quantizes again, and forgets what was collected."""
-        self.active = True
+        self.active, self.collects = True, False
         self.samples = None
         self.pending.fill_(-math.inf)
 
@@ -250,6 +265,19 @@ class ActivationQuantizer(Quantizer):
         moved = fn(self.pending)
         self.pending = moved if moved.dtype == self.pending.dtype else self.pending.to(moved.device)
         return self
+
+
+@contextmanager
+def passing(quantizers: Iterable[ActivationQuantizer | WeightQuantizer]) -> Iterator[None]:
+    """Lets quantizers pass what they get as it is, for the duration of the block."""
+    quantizers = list(quantizers)
+    for quantizer in quantizers:
+        quantizer.active = False
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.active = True
 
 
 @torch.no_grad()

@@ -88,7 +88,13 @@ def chunk_rows(k: int) -> int:
 
 
 @torch.no_grad()
-def grid_of(weight: Tensor, scheme: Scheme, dtype: torch.dtype | None = None, importance: Tensor | None = None) -> Grid:
+def grid_of(
+    weight: Tensor,
+    scheme: Scheme,
+    dtype: torch.dtype | None = None,
+    importance: Tensor | None = None,
+    positive: bool = False,
+) -> Grid:
     """Finds the grid of `weight [N, K]` by the scheme's observer, on its device.
 
     Scales are stored in 16 bits (in `dtype` if it has 16, else fp16), or in fp32 if that would change one by more than
@@ -106,6 +112,7 @@ def grid_of(weight: Tensor, scheme: Scheme, dtype: torch.dtype | None = None, im
         scheme: integers, granularity and observer.
         dtype: of the float weight that the packed one replaces; None for that of `weight`.
         importance: `[N, K]` or `[K]` fp32, > 0: how many times the squared error of a weight counts; None for once.
+        positive: for a layer that multiplies integers, of 2 to 8 bits: scales > 0, stored in fp32.
 
     Raises:
         ValueError: if the group does not divide K, or a weight is NaN or Inf.
@@ -114,11 +121,11 @@ def grid_of(weight: Tensor, scheme: Scheme, dtype: torch.dtype | None = None, im
     n_scales(scheme.granularity, (n, k))
     counts = None if importance is None else _in_groups(importance.float().expand(n, k), scheme)
     found = [
-        _search(groups.float(), scheme, None if counts is None else next(counts))
+        _search(groups.float(), scheme, None if counts is None else next(counts), positive)
         for groups in _in_groups(weight.detach(), scheme)
     ]
     scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
-    dtype = stored_dtype(weight.dtype if dtype is None else dtype, scale, zero)
+    dtype = torch.float32 if positive else stored_dtype(weight.dtype if dtype is None else dtype, scale, zero)
     shape = (-1, k // group_size(scheme, k))
     scale, zero = (t.view(shape).expand(n, -1).contiguous() for t in (scale.to(dtype).float(), zero))
     return Grid(scale, zero, scheme, dtype)
@@ -134,12 +141,12 @@ def _in_groups(weight: Tensor, scheme: Scheme) -> Iterator[Tensor]:
         yield part.reshape(-1, group_size(scheme, k))
 
 
-def _search(groups: Tensor, scheme: Scheme, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+def _search(groups: Tensor, scheme: Scheme, importance: Tensor | None, positive: bool) -> tuple[Tensor, Tensor]:
     """Finds (scale, zero) `[C]` fp32 of `groups [C, size]` fp32."""
     if not bool(groups.isfinite().all()):
         raise ValueError("quantize_weights: weights must be finite, got NaN or Inf")
     if scheme.bits > 1:
-        search = _symmetric_grid if one_more_below(scheme) else _range_grid
+        search = _symmetric_grid if one_more_below(scheme) and not positive else _range_grid
         return search(groups, scheme, importance)
     if scheme.symmetric:
         scale = 2 * _mean(groups.abs(), importance)
