@@ -40,8 +40,8 @@ def find_stages(streams: Streams, block: Block, layers: Mapping[str, Rounded]) -
     held: list[Tensor] = []  # so that no tensor takes the identity of another
 
     def hook(site: str) -> Any:
-        def before(module: Any, args: tuple[Any, ...]) -> None:
-            x = args[0]
+        def before(module: Any, args: Any, kwargs: Any) -> None:
+            x = input_of(args, kwargs)
             held.append(x)
             seen.setdefault(site, (id(x), _geometry(layers[site])))
             counts[site] = counts.get(site, 0) + 1
@@ -53,7 +53,7 @@ def find_stages(streams: Streams, block: Block, layers: Mapping[str, Rounded]) -
         with ExitStack() as stack:
             for site, layer in layers.items():
                 if site not in before:
-                    stack.callback(layer.register_forward_pre_hook(hook(site)).remove)
+                    stack.callback(layer.register_forward_pre_hook(hook(site), with_kwargs=True).remove)
             streams.run_block(block, number, streams.quantized)
         if len(counts) == len(layers):
             break
@@ -62,6 +62,11 @@ def find_stages(streams: Streams, block: Block, layers: Mapping[str, Rounded]) -
         groups.setdefault(key if counts[site] == 1 else site, []).append(site)
     stages = [Stage(tuple(sites), counts[sites[0]]) for sites in groups.values()]
     return stages + [Stage((site,), 0) for site in layers if site not in counts]
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Returns what a layer is called with: its only argument, by position or by name."""
+    return next(iter((*args, *kwargs.values())))
 
 
 def _geometry(layer: Any) -> Any:
@@ -80,12 +85,12 @@ def seen_by(layer: Rounded, calls: int, ends: bool) -> Iterator[list[Tensor]]:
     """
     inputs: list[Tensor] = []
 
-    def before(module: Any, args: tuple[Any, ...]) -> None:
-        inputs.append(args[0].detach())
+    def before(module: Any, args: Any, kwargs: Any) -> None:
+        inputs.append(input_of(args, kwargs).detach())
         if ends and len(inputs) == calls:
             stop()
 
-    handle = layer.register_forward_pre_hook(before)
+    handle = layer.register_forward_pre_hook(before, with_kwargs=True)
     try:
         yield inputs
     finally:

@@ -367,6 +367,16 @@ def test_inputs_without_a_batch_axis_are_rows():
     assert algo.report.rows == 3 and len(algo.report.blocks) == 3
 
 
+def test_a_layer_may_get_its_input_by_name():
+    class Named(Net):
+        def forward(self, x):
+            return self.head(input=self.stem(x))
+
+    torch.manual_seed(0)
+    algo, _ = calibrated(Named().eval(), batches())
+    assert [layer.site for layer in algo.report.layers if layer.rows] == ["stem", "head"]
+
+
 def test_batches_without_a_row_round_to_nearest(caplog):
     algo, model = calibrated(net(), [torch.empty(0, 8)] * 3)
     model = algo.convert(model)
