@@ -32,7 +32,7 @@ from gs_algos.export.example import exportable, new_file, read_by_torch
 from gs_algos.quant.integer.static_quantizer import StaticQuantizer
 from gs_algos.quant.packed.conv_base import DENSE, Convolution, channels_fastest
 from gs_algos.quant.packed.embedding import PackedEmbedding
-from gs_algos.quant.packed.linear import PackedConv1D
+from gs_algos.quant.packed.linear import DynamicPackedLinear, PackedConv1D
 from gs_algos.quant.packed.module import Packed
 from gs_kernels import repack, unpack_codes
 from gs_kernels.activations import ACTIVATIONS
@@ -140,6 +140,15 @@ class _Grid(nn.Module):
         return torch.onnx.ops.symbolic("DequantizeLinear", (codes, *operands), dtype=torch.float32, shape=x.shape)  # type: ignore[arg-type]
 
 
+class _Rows(nn.Module):
+    """Rounds each row of x to 8 bits with a scale of its own, as `DynamicPackedLinear` does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x.abs().amax(-1, keepdim=True) / 127
+        scale = torch.where(scale > 0, scale, 1.0)
+        return torch.round(x / scale) * scale
+
+
 class _OnnxLayer(nn.Module):
     """Computes what a packed linear, convolution or embedding does."""
 
@@ -147,6 +156,7 @@ class _OnnxLayer(nn.Module):
         super().__init__()
         quantizers = [getattr(layer, f"{side}_quantizer", None) for side in ("input", "output")]
         self.before, self.after = (None if q is None else _Grid(q) for q in quantizers)
+        self.rows = _Rows() if isinstance(layer, DynamicPackedLinear) else None
         self.geometry = layer.geometry if isinstance(layer, Convolution) else None
         self.activation = getattr(layer, "activation", "none")
         self.embeds = isinstance(layer, PackedEmbedding)
@@ -172,6 +182,7 @@ class _OnnxLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.before is None else self.before(x)
+        x = x if self.rows is None else self.rows(x)
         y = ACTIVATIONS[self.activation].function(self._product(x))
         return y if self.after is None else self.after(y)
 

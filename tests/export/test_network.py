@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from gs_algos import SimQAT, quantize_weights, save
+from gs_algos import PTQ, SimQAT, quantize_weights, save
 from gs_algos.cli.app import run
 from gs_algos.demo.data import load_data
 from gs_algos.demo.models import build
@@ -197,6 +197,19 @@ def test_packed_linears_become_matmul_nbits(weights: str, tmp_path: Path):
     assert "MatMul" not in operators(path)
     with torch.no_grad():
         assert relative_rms(predicted(path, x), net(x)) < 1e-5
+
+
+@pytest.mark.parametrize("weight", ["int4@group:32", "int8@channel"])
+def test_rows_rounded_as_they_come_are_rounded_in_onnx(weight: str, tmp_path: Path):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed; it is in the extra onnx")
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(64, 32)).eval(), torch.randn(16, 64)
+    x[3] = 0
+    algo = PTQ(weight=weight, act="int8@token", rounding="nearest")
+    net = algo.convert(algo.apply(net, x))
+    got = predicted(export_onnx(net, x, tmp_path / "net.onnx"), x)
+    with torch.no_grad():
+        assert relative_rms(got, net(x)) < 1e-5
 
 
 def test_the_command_exports_what_the_demo_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
