@@ -76,8 +76,6 @@ class PTQConfig(AlgorithmConfig):
         object.__setattr__(self, "rules", as_text(self.rules))
         if self.static and TOKEN in self._acts():
             raise ValueError(f"PTQ: act must be {TOKEN!r} or static in all layers, got both; leave some float")
-        if self.static and self.transforms:
-            raise ValueError(f"PTQ: transforms must be () beside static activations, got {self.transforms!r}")
         if self.static and self.embeddings is not None:
             raise ValueError(
                 f"PTQ: embeddings stay float beside static activations, got embeddings={self.embeddings!r}; use "

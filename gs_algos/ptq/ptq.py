@@ -140,7 +140,8 @@ class PTQ(Algorithm):
             what = "the whole network" if blocks[0].name == "" else f"{blocks[0].name} to {blocks[-1].name}"
             notes = [f"{len(blocks)} {'block' if len(blocks) == 1 else 'blocks'}: {what}"]
             for name, transform in network_transforms(self.config.transforms).items():
-                together = "; ".join(", ".join(layers) for layers in transform.find(model, example_inputs))
+                chains = transform.find(model, example_inputs, static.folded_norms(plan.rows))
+                together = "; ".join(", ".join(layers) for layers in chains)
                 notes.append(f"{name}: {together or 'no layers follow one another as it needs'}")
         return replace(plan, notes=(*plan.notes, *notes))
 
@@ -172,11 +173,11 @@ class PTQ(Algorithm):
             with all_or_nothing(network), torch.no_grad():
                 prepared, rows = network, plan.rows
                 facts: dict[str, Any] = {}
-                for transform in network_transforms(self.config.transforms).values():
-                    transform.run(network, example_inputs, "PTQ.apply")
                 if self.config.static:
                     prepared, rows, facts = static.prepare(network, plan, example_inputs, self.config, "PTQ.apply")
                 else:
+                    for transform in network_transforms(self.config.transforms).values():
+                        transform.run(network, example_inputs, "PTQ.apply")
                     self._swap_layers(network, plan)
                 leave_fast_path(prepared)
                 self.remember(prepared, "prepared", rows, calibrated=False, **facts)

@@ -22,6 +22,7 @@ from gs_algos.fx.fold_batch_norm import fold_into
 from gs_algos.fx.modularize.functional_calls import modularize_again
 from gs_algos.ptq.config import PTQConfig
 from gs_algos.ptq.layers import Task
+from gs_algos.ptq.transforms import network_transforms
 from gs_algos.quant.fake_quant.layers import FakeQuantized
 from gs_algos.quant.fake_quant.quantizers import ActivationQuantizer, WeightQuantizer, passing
 from gs_algos.quant.network.calibrate import observe
@@ -118,7 +119,7 @@ def plan_network(name: str, model: nn.Module, example_inputs: Inputs, config: PT
 def prepare(
     model: nn.Module, plan: Plan, example_inputs: Inputs, config: PTQConfig, who: str
 ) -> tuple[nn.Module, tuple[PlanRow, ...], dict[str, Any]]:
-    """Folds batch norms and swaps layers of the live model; an error gives the values of its tensors back.
+    """Folds batch norms, transforms and swaps layers of the live model; an error gives the values of its tensors back.
 
     Returns:
         The model, the rows of the plan of the folded network, and what a checkpoint must know beside them.
@@ -127,14 +128,23 @@ def prepare(
     model, new = with_planned_layers(model, plan, example_inputs)
     planned = layer_rows(plan.rows)
     folded = [(row.site, row.settings.bn, row.settings.norm_children) for row in planned if row.settings.bn]
-    with _values_back_on_error(get_module(model, site) for site, _, _ in folded):
+    transforms = network_transforms(config.transforms).values()
+    changed = model.modules() if transforms else (get_module(model, site) for site, _, _ in folded)
+    with _values_back_on_error(changed):
         for site, bn, norm_children in folded:
             fold_into(model, site, bn, norm_children)
+        for transform in transforms:
+            transform.run(model, example_inputs, who)
         refuse_nonfinite(who, ((row.site, get_module(model, row.site)) for row in planned))
         rows = make_plan(plan.algorithm, model, example_inputs, options).rows
         swap_layers(model, rows, options)
         observe(who, model, activations_of(model), [example_inputs])
     return model, rows, {"modularized": new, "folded": [list(place) for place in folded]}
+
+
+def folded_norms(rows: Iterable[PlanRow]) -> set[str]:
+    """Returns the names of the batch norms that the rows of a plan fold."""
+    return {row.settings.bn for row in rows if isinstance(row.settings, LayerPlan) and row.settings.bn}
 
 
 @contextmanager

@@ -112,3 +112,34 @@ def test_per_tensor_weights_lose_less_and_the_packed_network_is_loaded(tmp_path)
     assert errors[1] < 0.5 * errors[0], errors
     gs_algos.save(model, tmp_path / "packed")
     torch.testing.assert_close(gs_algos.load(tmp_path / "packed", net)(data[0]), model(data[0]), rtol=0, atol=0)
+
+
+def norms() -> nn.Sequential:
+    """A network whose batch norms give channels very different ranges."""
+    model = net(depthwise=False)
+    norm = nn.BatchNorm2d(8).eval()
+    norm.load_state_dict({key: torch.logspace(-2, 1, 8) for key in ("weight", "running_var")}, strict=False)
+    return nn.Sequential(model[0], norm, *list(model)[1:]).eval()
+
+
+@torch.no_grad()
+def test_beside_static_activations_batch_norms_are_folded_before():
+    data, errors = images(), []
+    want = norms()(data[0])
+    for transforms in ((), ("equalize",)):
+        algo = PTQ(weight="int4@tensor", act="int8@tensor", rounding="nearest", transforms=transforms)
+        assert ("equalize: 0, 4" in algo.plan(norms(), data[0]).notes) == bool(transforms)
+        model = algo.apply(norms(), data[0])
+        algo.calibrate(model, data)
+        errors.append(float((algo.convert(model)(data[0]) - want).norm() / want.norm()))
+    assert errors[1] < 0.8 * errors[0], errors
+
+
+def test_a_refused_apply_gives_the_values_back():
+    model, bad = norms(), images()[0]
+    bad[0, 0, 0, 0] = torch.nan
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises((ValueError, RuntimeError)):
+        PTQ(weight="int4@tensor", act="int8@tensor", transforms=("equalize",)).apply(model, bad)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0, msg=key)

@@ -275,7 +275,6 @@ def test_convert_needs_a_calibration_even_to_nearest():
     [
         ({"embeddings": "int8@channel"}, "embeddings stay float beside static activations"),
         ({"rules": [("fc", {"act": "int8@token"})]}, "got both"),
-        ({"transforms": ("smooth",)}, r"transforms must be \(\) beside static activations"),
         ({"act": "int8@tensor:lsq"}, "lsq needs training"),
         ({"act": "int8@channel"}, "one scale per tensor"),
         ({"act": "int8@tesnor"}, "use 'int8@tensor"),

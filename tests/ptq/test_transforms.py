@@ -193,11 +193,11 @@ def test_the_packed_saved_and_loaded_network_has_the_new_norms(tmp_path):
     assert not torch.equal(loaded[0].norm.weight, net()[0].norm.weight)
 
 
-@pytest.mark.parametrize("stopped", [3, 5, 8])
-def test_a_journal_goes_on_with_the_same_bits(tmp_path, monkeypatch, stopped):
+@pytest.mark.parametrize(("stopped", "act"), [(3, None), (8, None), (8, "int8@tensor")])
+def test_a_journal_goes_on_with_the_same_bits(tmp_path, monkeypatch, stopped, act):
     from gs_algos.ptq import block_loop
 
-    data, options = batches(), {"transforms": ("smooth=0.7",)}
+    data, options = batches(3), {"weight": "int4@channel", "act": act, "transforms": ("smooth=0.7",)}
     want, solve, calls = calibrated(net(), data, **options), block_loop.solve, []
 
     def interrupted(*args, **kwargs):
@@ -207,11 +207,11 @@ def test_a_journal_goes_on_with_the_same_bits(tmp_path, monkeypatch, stopped):
         return solve(*args, **kwargs)
 
     monkeypatch.setattr(block_loop, "solve", interrupted)
-    algo = PTQ(weight="int4@group:8", **options)
+    algo = PTQ(**options)
     model = algo.apply(net(), data[0])
     with pytest.raises(KeyboardInterrupt):
         algo.calibrate(model, data, journal=tmp_path)
-    algo = PTQ(weight="int4@group:8", **options)
+    algo = PTQ(**options)
     model = algo.apply(net(), data[0])
     algo.calibrate(model, data, journal=tmp_path)
     for key, value in want[1].state_dict().items():
@@ -270,6 +270,20 @@ def test_a_router_that_stays_float_keeps_the_norm_as_it_is():
     rules = [("re:.*router", None)]
     algo, _ = calibrated(net(Router), batches(2, 32), rounding="nearest", transforms=("smooth=0.5",), rules=rules)
     assert told(algo)["1.shared"] == ("not scaled: 1.router reads it, too",)
+
+
+def test_layers_with_static_activations_are_scaled_too():
+    data = batches(3)
+    options = {"weight": "int8@channel", "act": "int8@tensor", "transforms": ("smooth=0.6",)}
+    algo, model = calibrated(net(), data, **options)
+    assert told(algo)["1.gate"] == ("smooth 0.6, 1.norm",)
+    assert told(algo)["1.down"] == ("smooth 0.6, 1.up",)
+    with torch.no_grad():
+        want = net()(data[0])
+        plain = calibrated(net(), data, weight="int8@channel", act="int8@tensor")[1](data[0])
+        before = model(data[0])
+        assert (before - want).norm() < 0.7 * (plain - want).norm()
+        torch.testing.assert_close(algo.convert(model)(data[0]), before, rtol=1e-4, atol=1e-4)
 
 
 def test_scales_are_those_of_the_papers():

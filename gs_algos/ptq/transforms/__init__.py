@@ -6,7 +6,7 @@ the layer before returns `x / scale` then, and the weights that read it are `W *
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -27,11 +27,11 @@ class NetworkTransform:
     """Describes a change of the whole float network, without data, before anything is rounded.
 
     Args:
-        find: returns the names of the layers that go together.
+        find: returns the names of the layers that go together, once some batch norms are folded.
         run: changes the live network, and returns what `find` did.
     """
 
-    find: Callable[[nn.Module, Inputs], list[tuple[str, ...]]]
+    find: Callable[[nn.Module, Inputs, Collection[str]], list[tuple[str, ...]]]
     run: Callable[[nn.Module, Inputs, str], list[tuple[str, ...]]]
     takes_number: bool = False
 

@@ -6,7 +6,7 @@ Nagel et al. 2019 (Data-Free Quantization), arXiv:1906.04721, section 4.1. Batch
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -93,8 +93,8 @@ def equalize(model: nn.Module, example_inputs: Inputs, who: str = "equalize") ->
             if moved < SETTLED:
                 break
         got = first_tensor(run(model, example_inputs, who))
-        if want is None or got is None:
-            return chains
+        if want is None or got is None or not bool(want.isfinite().all()):
+            return chains  # inputs that are not finite are refused with the layer's name
         error, most = relative_error(got, want), max(TOLERANCE, 4 * torch.finfo(want.dtype).eps)
         if error > most:
             for parameter, value in before.items():
@@ -115,8 +115,11 @@ def _equalize_once(chain: Sequence[nn.Module]) -> float:
     return max(float((scale - 1).abs().max()) for scale in scales)
 
 
-def find_chains(model: nn.Module, example_inputs: Inputs) -> list[tuple[str, ...]]:
-    """Returns the pairs of layers to equalize, and triples whose middle one is depthwise, in the order they run in."""
+def find_chains(model: nn.Module, example_inputs: Inputs, folded: Collection[str] = ()) -> list[tuple[str, ...]]:
+    """Returns the pairs of layers to equalize, and triples whose middle one is depthwise, in the order they run in.
+
+    folded: batch norms that are to be folded, and count as nothing.
+    """
     args, kwargs = split_inputs(example_inputs)
     graph = capture(model, args, kwargs)
     if graph.tracer not in EDGES:
@@ -129,7 +132,7 @@ def find_chains(model: nn.Module, example_inputs: Inputs) -> list[tuple[str, ...
     }
     follows: dict[str, str] = {}
     for name, node in usable.items():
-        reader = _reader(graph, node)
+        reader = _reader(graph, node, folded)
         if reader is not None and reader.module in usable:
             first, second = get_module(model, name), get_module(model, reader.module)
             if len(row_ranges(first)) == len(column_ranges(second)):
@@ -149,7 +152,7 @@ def _is_usable(module: Any, graph: SiteGraph, node: Node, counts: Counter[int]) 
     return isinstance(module, LAYERS) and once and module._parameters.get("weight") is not None
 
 
-def _reader(graph: SiteGraph, node: Node) -> Node | None:
+def _reader(graph: SiteGraph, node: Node, folded: Collection[str]) -> Node | None:
     """Returns the one layer that reads the node's output, with only homogeneous functions between; None if not so."""
     linear = node.op == "linear"
     while len(node.users) == 1:
@@ -158,7 +161,7 @@ def _reader(graph: SiteGraph, node: Node) -> Node | None:
             return None
         if node.op in (*CONVS, "linear"):
             return node if (node.op == "linear") == linear else None  # channels are on the same axis
-        if node.op not in HOMOGENEOUS or (linear and node.op == "pool"):
+        if node.module not in folded and (node.op not in HOMOGENEOUS or (linear and node.op == "pool")):
             return None
     return None
 

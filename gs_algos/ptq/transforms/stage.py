@@ -126,7 +126,7 @@ class StageScaler:
         """Says whether the rows of a linear may be scaled: of a float one, or codes found in this block, row by row."""
         if name in self.solved:
             return not isinstance(self.solved[name].grid.scheme.granularity, PerTensor)
-        return not isinstance(module, Rounded)
+        return not hasattr(module, "solved")
 
     def _inputs(self) -> tuple[Tensor, Tensor, list[int]]:
         """Returns max|x| and mean|x| `[K]` of the stage's input, and the batches that errors are measured on."""
@@ -249,7 +249,7 @@ class StageScaler:
         one = self.solved[name]
         layer: Any = self.model.get_submodule(name)
         scales = one.grid.scale / scale.unsqueeze(1)
-        dtype = stored_dtype(one.grid.dtype, scales)
+        dtype = one.grid.dtype if one.grid.dtype == torch.float32 else stored_dtype(one.grid.dtype, scales)
         grid = replace(one.grid, scale=scales.to(dtype).float(), dtype=dtype)
         bias = getattr(layer, "bias", None)  # divided already
         new = replace(one, grid=grid, bias=None if bias is None else bias.detach().clone())
