@@ -194,6 +194,14 @@ def prepared_entry(
     return entry
 
 
+def refuse_prepared(model: nn.Module, who: str) -> None:
+    """Raises RuntimeError if an algorithm is still training the model, whose layers must keep their form until then."""
+    entry = history(model)[-1] if history(model) else {}
+    if entry.get("stage") == "prepared":
+        before = entry["algorithm"]
+        raise RuntimeError(f"{who}: the model must be trained, got one that {before} prepared; convert it first")
+
+
 def resumable_entry(model: nn.Module, algorithm: str, who: str) -> dict[str, Any]:
     """Returns the history entry of a model that was saved while an algorithm trained it.
 

@@ -25,6 +25,7 @@ from gs_algos.core.algorithm import (
     history,
     live_entry,
     prepared_entry,
+    refuse_prepared,
     remember,
     resumable_entry,
     run,
@@ -167,6 +168,7 @@ class PTQ(Algorithm):
         with ordinary_tensors(), without_autocast(), asked_by("PTQ.apply"):
             if any(entry["algorithm"] in (self.name, PACKED) for entry in history(network)):
                 raise RuntimeError("PTQ.apply: the model must not be rounded yet, got one that is; build it anew")
+            refuse_prepared(network, "PTQ.apply")
             plan = self.plan(network, example_inputs)
             if not plan.acted():
                 raise ValueError(f"PTQ.apply: at least one layer must be quantizable, got none:\n{plan}")

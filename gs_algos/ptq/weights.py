@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from gs_algos.core.algorithm import Migration, history, remember
+from gs_algos.core.algorithm import Migration, history, refuse_prepared, remember
 from gs_algos.core.arguments import as_device
 from gs_algos.core.modules import get_module, set_module
 from gs_algos.core.network import network_of, ordinary_tensors, without_autocast
@@ -141,12 +141,9 @@ def plan_weights(
 
 
 def _refuse_history(model: nn.Module) -> None:
-    entries = history(model)
-    if any(entry["algorithm"] == NAME for entry in entries):
+    if any(entry["algorithm"] == NAME for entry in history(model)):
         raise RuntimeError(f"{WHO}: the model must not be packed yet, got one that is; build it anew")
-    if entries and entries[-1]["stage"] == "prepared":
-        before = entries[-1]["algorithm"]
-        raise RuntimeError(f"{WHO}: the model must be trained, got one that {before} prepared; convert it first")
+    refuse_prepared(model, WHO)
 
 
 def _refuse_values(site: Site) -> None:

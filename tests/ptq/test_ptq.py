@@ -383,3 +383,9 @@ def test_batches_without_a_row_round_to_nearest(caplog):
     assert "saw no token" in caplog.text
     want = gs_algos.quantize_weights(net(), "int4@group:8")
     assert torch.equal(model.head.weight, want.head.weight)
+
+
+def test_a_network_that_another_algorithm_trains_is_refused():
+    model = gs_algos.SimQAT().apply(net(), batches()[0])
+    with pytest.raises(RuntimeError, match="must be trained, got one that simqat prepared; convert it first"):
+        PTQ(weight="int4@group:8").apply(model, batches()[0])
