@@ -286,6 +286,15 @@ def test_layers_with_static_activations_are_scaled_too():
         torch.testing.assert_close(algo.convert(model)(data[0]), before, rtol=1e-4, atol=1e-4)
 
 
+def test_rows_of_layers_that_are_called_by_keyword_are_rounded_in_the_comparison():
+    class Keyword(Block):
+        def forward(self, x):
+            return x + self.down(input=self.act(self.gate(input=self.norm(x))))
+
+    algo, _ = calibrated(net(Keyword), batches(2, 32), act="int8@token", rounding="nearest", transforms=("smooth",))
+    assert told(algo)["1.gate"][0].startswith("smooth ")
+
+
 def test_scales_are_those_of_the_papers():
     x, w = torch.tensor([4.0, 0.0, 9.0]), torch.tensor([1.0, 1.0, 4.0])
     torch.testing.assert_close(smooth_scale(x, w, 0.5), torch.tensor([2.0, 1.0, 1.5]))

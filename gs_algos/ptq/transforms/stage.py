@@ -17,7 +17,7 @@ from gs_algos.ptq.columns import input_rows
 from gs_algos.ptq.journal import Solved
 from gs_algos.ptq.layers import Rounded, Task, install
 from gs_algos.ptq.processes import Processes
-from gs_algos.ptq.stages import Stage, inputs_of
+from gs_algos.ptq.stages import Stage, input_of, inputs_of
 from gs_algos.ptq.streams import Streams, stop, without_cache
 from gs_algos.ptq.transforms import StageTransform
 from gs_algos.ptq.transforms.columns import StageColumns
@@ -213,7 +213,7 @@ class StageScaler:
             values = grid.values(grid.codes(weight * scale)) / scale
             matrix_of(layer, layer.float_weight.detach()).copy_(values)
             if acts[site] is not None:
-                handles.append(layer.register_forward_pre_hook(_rounding_rows(acts[site], scale)))
+                handles.append(layer.register_forward_pre_hook(_rounding_rows(acts[site], scale), with_kwargs=True))
         try:
             yield
         finally:
@@ -266,13 +266,13 @@ def _above(sites: Sequence[str]) -> list[str]:
     return [".".join(parts[0][:end]) for end in range(common, -1, -1)]
 
 
-def _rounding_rows(act: str | None, scale: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+def _rounding_rows(act: str | None, scale: Tensor) -> Callable[..., tuple[tuple[Tensor, ...], dict[str, Any]]]:
     """Returns a hook that rounds the rows of a layer as if its input were divided by the scale."""
 
-    def hook(layer: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def hook(layer: Any, args: Any, kwargs: Any) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         before, layer.act = layer.act, act
         try:
-            return (layer.seen(args[0] / scale) * scale, *args[1:])
+            return (layer.seen(input_of(args, kwargs) / scale) * scale,), {}
         finally:
             layer.act = before
 
