@@ -21,6 +21,7 @@ from gs_algos.llm.perplexity import perplexity
 from gs_algos.ptq.config import PTQConfig
 from gs_algos.ptq.ptq import ENOUGH, PTQ
 from gs_algos.ptq.report import PTQReport
+from gs_algos.quant.packed.linear import TOKEN
 
 WHO = "calibrate_language_model"
 SAMPLES, CONTEXT = 128, 2048
@@ -91,7 +92,12 @@ def calibrate_language_model(
     journal = out.parent / f"{out.name}{JOURNAL}"
     if journal.exists() and not resume:
         raise ValueError(f"{WHO}: {journal} is of a run that was stopped; go on with --resume, or delete it")
-    algo = PTQ(config or PTQConfig())
+    config = config or PTQConfig()
+    if config.act not in (None, TOKEN):
+        raise ValueError(
+            f"{WHO}: act must be None or {TOKEN!r}, got {str(config.act)!r}; PTQ itself takes it, on any network"
+        )
+    algo = PTQ(config)
     with whole_folder(out, WHO) as folder:
         model: Any
         model, tokenizer = load_language_model(path, device, torch.float32)

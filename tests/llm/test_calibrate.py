@@ -127,7 +127,8 @@ def test_a_text_gives_a_part_to_the_measurement(text):
     [
         (("--calibration", "nothing.txt"), "must be a file, got nothing.txt"),
         (("--rounding", "gtpq"), "rounding must be one of"),
-        (("--act", "int4"), "act must be None or 'int8@token'"),
+        (("--act", "int4"), "act must look like"),
+        (("--act", "int8@tensor"), "act must be None or 'int8@token', got 'int8@tensor"),
         (("--context", "1", "--rounding", "gptq"), "context must be at least 2"),
         (("--context", "0", "--rounding", "gptq"), "context must be at least 2, got 0"),
         (("--context", "65", "--rounding", "gptq"), "context must be at most the 64 positions of the model, got 65"),
