@@ -116,7 +116,7 @@ def ptq(rows: Rows) -> str:
         kept = [f"{row[name]:.3f}" if name in row else "-" for name in ("ratio", "held_out")]
         seconds = f"{row['seconds']:.0f}" if "seconds" in row else "-"
         memory = f"{row['peak_bytes'] / 1e9:.1f} GB" if "peak_bytes" in row else "-"
-        tokens = f"{row['samples'] * row['context']:,}" if "seconds" in row else "-"
+        tokens = f"{row['samples'] * row['context']:,}" if "ratio" in row else "-"
         value = f"{row['perplexity']:.4g}" if row["perplexity"] < 1e4 else f"{row['perplexity']:,.0f}"
         lines.append((row["setting"], value, f"{row['perplexity_change']:+.1%}", *kept, tokens, seconds, memory))
     head = ("setting", "perplexity", "against float", "error / nearest", "held out", "tokens", "seconds", "peak")
