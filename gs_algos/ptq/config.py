@@ -8,12 +8,14 @@ from typing import Any, ClassVar, TypedDict
 
 from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.layer_rules import Rule
-from gs_algos.ptq.hessian import ORDERS
 from gs_algos.ptq.rounding import ROUNDINGS
+from gs_algos.ptq.solve import check_options
 from gs_algos.ptq.transforms import chosen_transforms
 from gs_algos.quant.packed.linear import TOKEN
 from gs_algos.quant.packed.round_to_nearest import packable
 from gs_algos.quant.scheme import Scheme, as_text, check_rules
+
+WIDTHS = (1, 2, 3, 4, 8)  # bits of weights; 3 are stored in 4
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,8 @@ class PTQConfig(AlgorithmConfig):
     """Options of PTQ.
 
     Args:
-        weight: scheme of the weights, with 1, 2, 4 or 8 bits: `int4@group:64`, `int8@channel`,
-            `int4@group:128:asym:mse`; with static activations 2 to 8 bits.
+        weight: scheme of the weights, with 1, 2, 3, 4 or 8 bits: `int4@group:64`, `int8@channel`,
+            `int4@group:128:asym:mse`; 3 are stored in 4. With static activations 2 to 8 bits.
         act: None leaves activations float; `int8@token` rounds each row a linear reads to 8 bits with a scale of its
             own, as it runs. A scheme such as `int8@tensor:mse` is static, one scale for a tensor, found in calibration:
             batch norms are folded, and layers and adds become those of SimQAT, which multiply integers.
@@ -62,16 +64,16 @@ class PTQConfig(AlgorithmConfig):
     def __post_init__(self) -> None:
         checked_act(self.act)
         check_rules(self.rules, "PTQ", {"act": checked_act})
-        checked_weight = static_weight if self.static else packable
+        checked_weight = static_weight if self.static else rounded_weight
         checked_weight(self.weight)
         if self.embeddings is not None:
-            packable(self.embeddings)
+            rounded_weight(self.embeddings)
         for name in ("weight", "act", "embeddings"):
             if isinstance(getattr(self, name), Scheme):
                 object.__setattr__(self, name, str(getattr(self, name)))
         chosen_transforms(self.transforms)
         object.__setattr__(self, "transforms", tuple(self.transforms))
-        checked_rounding(self.rounding)
+        check_options(self, "PTQ")
         check_rules(self.rules, "PTQ", {"weight": checked_weight, "rounding": checked_rounding})
         object.__setattr__(self, "rules", as_text(self.rules))
         if self.static and TOKEN in self._acts():
@@ -81,12 +83,6 @@ class PTQConfig(AlgorithmConfig):
                 f"PTQ: embeddings stay float beside static activations, got embeddings={self.embeddings!r}; use "
                 f"embeddings=None, or act={TOKEN!r}"
             )
-        if self.order not in ORDERS:
-            raise ValueError(f"PTQ: order must be one of {', '.join(ORDERS)}, got {self.order!r}")
-        _refuse_unless(type(self.correct) in (int, float) and 0 <= self.correct <= 1, "correct", "0 to 1", self.correct)
-        _refuse_unless(type(self.refine) is int and self.refine >= 0, "refine", "rounds >= 0", self.refine)
-        damp_fits = self.damp is None or (type(self.damp) in (int, float) and 0 < self.damp <= 1)
-        _refuse_unless(damp_fits, "damp", "above 0 and at most 1, or None", self.damp)
         _refuse_unless(type(self.budget) is int and self.budget >= 0, "budget", "bytes >= 0", self.budget)
         blocks_fit = isinstance(self.blocks, str) and (self.blocks in ("auto", "none") or self.blocks.startswith("re:"))
         _refuse_unless(blocks_fit, "blocks", "auto, none or re:<expression>", self.blocks)
@@ -117,6 +113,15 @@ def checked_act(act: Any) -> None:
         raise ValueError(f"PTQ: act must be None or {TOKEN!r}, or static such as 'int8@tensor', got {act!r}")
     if Scheme.parse(act, "act").learned:
         raise ValueError(f"PTQ: lsq needs training, got act={str(act)!r}; use minmax, percentile or mse, or SimQAT")
+
+
+def rounded_weight(weight: str | Scheme) -> Scheme:
+    """Parses the scheme of weights whose layers read floats, or rows that are rounded as they run.
+
+    Raises:
+        ValueError: if its bits are none of `WIDTHS`, or it is learned.
+    """
+    return packable(weight, WIDTHS, "PTQ")
 
 
 def static_weight(weight: str | Scheme) -> Scheme:

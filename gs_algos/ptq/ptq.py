@@ -41,7 +41,7 @@ from gs_algos.core.plan_settings import RowSettings
 from gs_algos.ptq import static
 from gs_algos.ptq.block_loop import BlockLoop
 from gs_algos.ptq.blocks import find_blocks, first_tensor
-from gs_algos.ptq.config import PTQConfig, PTQOptions
+from gs_algos.ptq.config import WIDTHS, PTQConfig, PTQOptions
 from gs_algos.ptq.journal import digest_of, journal_at
 from gs_algos.ptq.layers import Rounded, Task, WeightGrid, swap_layers
 from gs_algos.ptq.processes import Processes
@@ -56,7 +56,7 @@ from gs_algos.quant.network.convert import Parity, convert_model
 from gs_algos.quant.network.layer_plan import FORMS, LayerPlan
 from gs_algos.quant.network.prepare import refuse_nonfinite
 from gs_algos.quant.network.summary import summary_of
-from gs_algos.quant.packed.grid import grid_of
+from gs_algos.quant.packed.grid import grid_of, stored_bits
 from gs_algos.quant.packed.module import PackedFormat
 from gs_algos.quant.packed.packable import format_of, in_rows, matrix_of
 from gs_algos.quant.packed.round_to_nearest import signs_of
@@ -353,7 +353,7 @@ class PTQ(Algorithm):
 
     def _sites(self, model: nn.Module) -> list[tuple[Site, Mapping[str, Any]]]:
         """Returns every weight with its options."""
-        sites = weight_sites(model, self.config.weight, self.config.embeddings, self._weight_rules(), "PTQ")
+        sites = weight_sites(model, self.config.weight, self.config.embeddings, self._weight_rules(), "PTQ", WIDTHS)
         layers = {name: get_module(model, name) for site in sites for name in site.names}
         options = {"weight": None, "act": self.config.act, "rounding": self.config.rounding}
         chosen = resolve(self.config.rules, layers, options, "PTQ")
@@ -369,7 +369,8 @@ class PTQ(Algorithm):
         linear = isinstance(site.layer, nn.Linear)
         rounding = "nearest" if embedding else options["rounding"]
         act = options["act"] if linear else None
-        detail = f"weight {site.scheme}, {rounding}" + (f", act {act}" if act else "")
+        stored = f" (stored in {stored_bits(site.scheme)} bits)" if site.scheme.bits != stored_bits(site.scheme) else ""
+        detail = f"weight {site.scheme}{stored}, {rounding}" + (f", act {act}" if act else "")
         plan = RoundedPlan(site.names, str(site.scheme), format_of(site.layer, weight, site.scheme), rounding, act)
         return PlanRow(site.names[0], site.kind, "round", detail, settings=plan)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from gs_algos.quant.packed.packable import CONVS, base_of, is_conv1d, matrix_of,
 from gs_algos.quant.packed.round_to_nearest import packable
 from gs_algos.quant.scheme import Scheme, n_scales
 from gs_kernels import PerChannel
+from gs_kernels.pack.layouts import BITS
 
 WHO = "quantize_weights"
 UNTOUCHED = ""  # the option of a layer that no rule sets
@@ -58,17 +60,20 @@ def weight_sites(
     embeddings: str | Scheme | None,
     rules: Sequence[WeightRule],
     who: str = WHO,
+    widths: Sequence[int] = BITS,
 ) -> list[Site]:
     """Lists every linear, convolution and embedding with its scheme, or with None and the reason why it stays float.
 
     Layers that share one weight are one site, and a rule on any of their names is for all of them; a linear that is
     tied to an embedding counts as the embedding.
 
+    widths: bits that a scheme may have.
+
     Raises:
         ValueError: if a scheme cannot be packed, a rule matches nothing, tied layers are given different schemes, a
             group does not divide a layer, a layer has no shape yet, or nothing is left to pack.
     """
-    defaults, chosen = check_schemes(weights, embeddings, rules)
+    defaults, chosen = check_schemes(weights, embeddings, rules, who, widths)
     for name, module in model.named_modules():
         if any(map(is_lazy, module._parameters.values())):
             kind, where = type(module).__name__, name or "the root"
@@ -93,16 +98,22 @@ def weight_sites(
 
 
 def check_schemes(
-    weights: str | Scheme, embeddings: str | Scheme | None, rules: Sequence[WeightRule]
+    weights: str | Scheme,
+    embeddings: str | Scheme | None,
+    rules: Sequence[WeightRule],
+    who: str = WHO,
+    widths: Sequence[int] = BITS,
 ) -> tuple[dict[type[nn.Module], Scheme | None], list[tuple[RulePattern, Any]]]:
     """Parses the schemes of a call: returns the default of each class of layer, and the rules as `resolve` takes them.
 
     Raises:
         ValueError: if a scheme cannot be packed.
     """
-    defaults = {nn.Linear: packable(weights), nn.Embedding: None if embeddings is None else packable(embeddings)}
+    parsed: Callable[[str | Scheme], Scheme] = partial(packable, widths=widths, who=who)
+    defaults = {nn.Linear: parsed(weights), nn.Embedding: None if embeddings is None else parsed(embeddings)}
     pairs = [isinstance(rule, tuple | list) and len(rule) == 2 for rule in rules]  # `resolve` refuses other kinds
-    return defaults, [(rule[0], _options(rule[1])) if pair else rule for rule, pair in zip(rules, pairs, strict=True)]
+    chosen = [(r[0], _options(r[1], parsed)) if pair else r for r, pair in zip(rules, pairs, strict=True)]
+    return defaults, chosen
 
 
 def _counted(reasons: Iterable[str]) -> str:
@@ -167,12 +178,12 @@ def _row_layout(layer: nn.Module) -> str:
     return "filters" if isinstance(layer, CONVS) else "columns" if is_conv1d(layer) else "rows"
 
 
-def _options(weight: str | Scheme | Mapping[str, Any] | None) -> Any:
+def _options(weight: str | Scheme | Mapping[str, Any] | None, parsed: Callable[[str | Scheme], Scheme]) -> Any:
     """Returns a rule's options as `resolve` takes them."""
     if weight is None:
         return None
     options = dict(weight) if isinstance(weight, Mapping) else {"weight": weight}
-    return {key: str(packable(value)) if key == "weight" else value for key, value in options.items()}
+    return {key: str(parsed(value)) if key == "weight" else value for key, value in options.items()}
 
 
 def _site(weight: _SharedWeight, ruled: dict[str, Any], default: Scheme | None, who: str) -> Site:
@@ -182,7 +193,7 @@ def _site(weight: _SharedWeight, ruled: dict[str, Any], default: Scheme | None, 
         texts = " and ".join("None" if options is None else options["weight"] for options in given)
         raise ValueError(f"{who}: {' and '.join(names)} share one weight and must get one scheme, got {texts}")
     if given:
-        scheme, reason = None if given[0] is None else packable(given[0]["weight"]), "kept by a rule"
+        scheme, reason = None if given[0] is None else Scheme.parse(given[0]["weight"], "weight"), "kept by a rule"
     else:
         scheme, reason = default, "embeddings are kept"
     if scheme is not None and weight.reason:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,15 +44,22 @@ class SolveOptions:
     positive: bool = False
 
     def __post_init__(self) -> None:
-        for name, value, known in (("rounding", self.rounding, ROUNDINGS), ("order", self.order, ORDERS)):
-            if value not in known:
-                raise ValueError(f"SolveOptions: {name} must be one of {', '.join(known)}, got {value!r}")
-        if not 0 <= self.correct <= 1:
-            raise ValueError(f"SolveOptions: correct must be in [0, 1], got {self.correct}")
-        if type(self.refine) is not int or self.refine < 0:
-            raise ValueError(f"SolveOptions: refine must be a whole number of rounds, >= 0, got {self.refine!r}")
-        if self.damp is not None and not 0 < self.damp < float("inf"):
-            raise ValueError(f"SolveOptions: damp must be above 0, or None, got {self.damp}")
+        check_options(self, "SolveOptions")
+
+
+def check_options(options: Any, who: str) -> None:
+    """Raises ValueError unless `rounding`, `order`, `correct`, `refine` and `damp` of an object are in their ranges."""
+    for name, known in (("rounding", ROUNDINGS), ("order", ORDERS)):
+        value = getattr(options, name)
+        if value not in known:
+            raise ValueError(f"{who}: {name} must be one of {', '.join(known)}, got {value!r}")
+    correct, refine, damp = options.correct, options.refine, options.damp
+    if type(correct) not in (int, float) or not 0 <= correct <= 1:
+        raise ValueError(f"{who}: correct must be in [0, 1], got {correct!r}")
+    if type(refine) is not int or refine < 0:
+        raise ValueError(f"{who}: refine must be a whole number of rounds, >= 0, got {refine!r}")
+    if damp is not None and (type(damp) not in (int, float) or not 0 < damp <= 1):
+        raise ValueError(f"{who}: damp must be above 0 and at most 1, or None, got {damp!r}")
 
 
 @dataclass(frozen=True)

@@ -270,7 +270,7 @@ def test_activations_that_are_not_finite_name_the_layer():
         ({"weight": "int4@group:7"}, "the group must divide"),
         ({"weight": "int9@channel"}, "1 to 8 bits"),
         ({"rounding": "gtpq"}, "rounding must be one of"),
-        ({"correct": 2}, "correct must be 0 to 1"),
+        ({"correct": 2}, "correct must be in .0, 1."),
         ({"refine": -1}, "refine must be"),
         ({"damp": 0}, "damp must be"),
         ({"order": "big"}, "order must be one of"),
@@ -389,3 +389,14 @@ def test_a_network_that_another_algorithm_trains_is_refused():
     model = gs_algos.SimQAT().apply(net(), batches()[0])
     with pytest.raises(RuntimeError, match="must be trained, got one that simqat prepared; convert it first"):
         PTQ(weight="int4@group:8").apply(model, batches()[0])
+
+
+def test_weights_of_3_bits_are_stored_in_4():
+    algo, model = PTQ(weight="int3@group:8"), net()
+    assert "(stored in 4 bits)" in str(algo.plan(model, batches()[0]))
+    model = algo.apply(model, batches()[0])
+    algo.calibrate(model, batches())
+    want = model(batches()[0])
+    model = algo.convert(model)
+    assert model.blocks[0].gate.bits == 4
+    torch.testing.assert_close(model(batches()[0]), want, rtol=0, atol=1e-5)

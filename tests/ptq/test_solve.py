@@ -294,7 +294,7 @@ def test_inputs_that_are_not_finite_are_refused_with_the_name_of_the_layer():
         ({"order": "desc"}, "order must be one of act, group, none, got 'desc'"),
         ({"correct": 1.5}, r"correct must be in \[0, 1\], got 1.5"),
         ({"refine": -1}, "refine must be a whole number of rounds, >= 0, got -1"),
-        ({"damp": 0.0}, "damp must be above 0, or None, got 0.0"),
+        ({"damp": 0.0}, "damp must be above 0 and at most 1, or None, got 0.0"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, object], words: str):

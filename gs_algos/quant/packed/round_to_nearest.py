@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,21 +15,23 @@ from gs_kernels import PackedWeight, PerChannel
 from gs_kernels.pack.layouts import BITS
 
 
-def packable(weight: str | Scheme) -> Scheme:
+def packable(weight: str | Scheme, widths: Sequence[int] = BITS, who: str = "quantize_weights") -> Scheme:
     """Parses a scheme, and refuses one that weights cannot be packed with.
 
+    widths: bits that it may have.
+
     Raises:
-        ValueError: if its bits are not 1, 2, 4 or 8, or it is learned.
+        ValueError: if its bits are none of these, or it is learned.
     """
     scheme = Scheme.parse(weight, "weight")
-    if scheme.bits not in BITS:
+    if scheme.bits not in widths:
         wider = min(bits for bits in BITS if bits > scheme.bits)
         raise ValueError(
-            f"quantize_weights: bits must be one of {', '.join(map(str, BITS))}, got {scheme}; {scheme.bits}-bit codes "
+            f"{who}: bits must be one of {', '.join(map(str, widths))}, got {scheme}; {scheme.bits}-bit codes "
             f"would take the bytes of {wider}-bit ones: use int{wider}"
         )
     if scheme.learned:
-        raise ValueError(f"quantize_weights: lsq needs training, got {scheme}; use minmax or mse, or SimQAT")
+        raise ValueError(f"{who}: lsq needs training, got {scheme}; use minmax or mse, or SimQAT")
     return scheme
 
 
@@ -58,16 +61,17 @@ def round_to_nearest(weight: Tensor, scheme: str | Scheme) -> PackedWeight:
 
 
 @torch.no_grad()
-def packed_format(weight: Tensor, scheme: str | Scheme) -> PackedFormat:
-    """Returns the format that `round_to_nearest` gives for `weight [N, K]`; scales of a meta tensor count as 16 bits.
+def packed_format(weight: Tensor, scheme: Scheme) -> PackedFormat:
+    """Returns the format of `weight [N, K]` on the grid of a scheme; scales of a meta tensor count as 16 bits.
 
     Raises:
-        ValueError: as `round_to_nearest`.
+        ValueError: if the group does not divide K, or a weight is NaN or Inf.
     """
-    scheme = packable(scheme)
     n, k = weight.shape
     n_scales(scheme.granularity, (n, k))
-    like = PackedFormat.of(round_to_nearest(torch.ones(1, 1, device="cpu"), replace(scheme, granularity=PerChannel(0))))
+    one = torch.ones(1, 1, device="cpu")
+    grid = grid_of(one, replace(scheme, granularity=PerChannel(0)))
+    like = PackedFormat.of(grid.packed(grid.codes(one)))
     halves = weight.dtype if weight.dtype.itemsize == 2 else torch.float16
     dtype = halves if weight.is_meta else grid_of(weight, scheme).dtype
     name = str(dtype).removeprefix("torch.")
