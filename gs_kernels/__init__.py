@@ -3,6 +3,7 @@
 from gs_kernels.fake_quant.op import fake_quant
 from gs_kernels.fake_quant.quantize import dequantize, quantize
 from gs_kernels.formats import Granularity, IntFormat, PerChannel, PerGroup, PerTensor
+from gs_kernels.gram.op import gram_
 from gs_kernels.observe.op import dynamic_fake_quant, minmax, observe_fake_quant
 from gs_kernels.observe.qparams import choose_qparams
 from gs_kernels.pack.layouts import PackedWeight
@@ -32,6 +33,7 @@ __all__ = [
     "dequantize_packed",
     "dynamic_fake_quant",
     "fake_quant",
+    "gram_",
     "minmax",
     "observe_fake_quant",
     "pack_codes",

@@ -22,6 +22,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRET else
 
 
 def poison(dtype: torch.dtype) -> float | int:
+    if dtype == torch.bool:
+        return True
     return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
 
 

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gs_kernels import gram_
+
 T = TypeVar("T")
 SHOWN = 4  # columns that a message names
 
@@ -76,21 +78,22 @@ class InputStatistics:
         if rows.shape[1] == 0:
             return
         self._derived.clear()
-        _add_product(self.gram, rows, rows)
+        gram_(self.gram, rows)
         if self.cross is not None and floats is not None:
-            _add_product(self.cross, self._rows(floats) - rows, rows)
-        self._sums += torch.stack((rows.sum(1), rows.abs().sum(1)))
+            gram_(self.cross, rows, self._rows(floats))
+        self._sums += torch.stack([t.sum(1, dtype=torch.float32) for t in (rows, rows.abs())])
         torch.maximum(self.absmax, rows.abs().amax(1), out=self.absmax)
         self.count += rows.shape[1]
 
     def _rows(self, x: Tensor) -> Tensor:
-        """Returns `[groups, T, K]` fp32."""
+        """Returns `[groups, T, K]`: fp32 on a CPU, what has 16 bits as it is on a GPU."""
         expected = (2, 3) if self.groups == 1 else (3,)
         rows = x.unsqueeze(0) if x.dim() == 2 else x
         if x.dim() not in expected or rows.shape[0] != self.groups or rows.shape[2] != self.columns:
             must = f"[T, {self.columns}]" if self.groups == 1 else f"[{self.groups}, T, {self.columns}]"
             raise ValueError(f"InputStatistics: rows must be {must}, got {list(x.shape)}")
-        return rows.detach().to(self.gram.device, torch.float32)
+        wide = self.gram.is_cpu or rows.dtype.itemsize > 2
+        return rows.detach().to(self.gram.device, torch.float32 if wide else rows.dtype)
 
     @torch.no_grad()
     def all_reduce(self, process_group: dist.ProcessGroup | None = None) -> None:
@@ -125,11 +128,3 @@ class InputStatistics:
         if key not in self._derived:
             self._derived[key] = make()
         return self._derived[key]
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds left^T right, `[groups, T, K]` each, to `total [groups, K, K]`."""
-    if total.shape[0] == 1:
-        total[0].addmm_(left[0].t(), right[0])
-    else:
-        total.baddbmm_(left.transpose(1, 2), right)

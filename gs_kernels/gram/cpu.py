@@ -1,0 +1,39 @@
+"""Sums products of columns on the CPU: BLAS, for the blocks on and above the diagonal."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+BLOCK = 256  # columns: fewer flops below the diagonal against products that BLAS is fast at; measured
+
+
+def gram__cpu(total: Tensor, x: Tensor, floats: Tensor | None, mask: Tensor | None) -> None:
+    rows = (x if mask is None else x[:, mask]).float()
+    if floats is None:
+        for sums, one in _parts(total, rows):
+            _add_square(sums, one)
+        return
+    left = (floats if mask is None else floats[:, mask]).float() - rows
+    left = left.to(x.dtype).float()
+    if total.shape[0] == 1:
+        total[0].addmm_(left[0].t(), rows[0])
+    else:
+        total.baddbmm_(left.mT, rows)
+
+
+def _parts(total: Tensor, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Splits into groups what has more than a block of columns, or is but one group."""
+    wide = total.shape[0] == 1 or total.shape[1] > BLOCK
+    return list(zip(total, rows, strict=True)) if wide else [(total, rows)]
+
+
+def _add_square(total: Tensor, rows: Tensor) -> None:
+    """Adds rows^T rows, `[T, K]`, or `[groups, T, K]` if K fits a block, to `total [K, K]` or `[groups, K, K]`."""
+    if total.dim() == 3:
+        total.baddbmm_(rows.mT, rows)
+        return
+    k = total.shape[0]
+    for first in range(0, k, BLOCK):
+        end = min(first + BLOCK, k)
+        total[first:end, first:].addmm_(rows[:, first:end].t(), rows[:, first:])
+        total[end:, first:end] = total[first:end, end:].t()
