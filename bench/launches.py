@@ -28,7 +28,7 @@ from gs_algos.quant.packed import module
 from gs_kernels.runtime import device
 from gs_kernels.runtime.device import Capabilities
 
-H200 = Capabilities("NVIDIA H200", 90, 232448, 132)
+H200 = Capabilities("NVIDIA H200", 90, 132)
 
 # what has to answer; every other function returns 0 without looking
 ANSWERS = """

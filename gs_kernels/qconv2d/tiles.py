@@ -75,7 +75,8 @@ def default_plan(
 ) -> Plan:
     """Chooses without a table, and before K is split, the largest tile of which every processor gets one, for it
     dequantizes least; else the smallest. Not timed yet."""
-    plans = TILES[90 if sm >= 90 else 80]
+    # sm_120 multiplies as sm_80 does, and has no more shared memory than sm_89
+    plans = TILES[90 if 90 <= sm < 120 else 80]
     if m <= FEW_PIXELS:
         plans = (INT8_FEW if x_bits == 8 else FEW,)
     elif x_bits == 32 or int8_group % 128 != 0 or channels % 8 != 0:

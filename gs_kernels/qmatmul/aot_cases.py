@@ -64,7 +64,7 @@ def dequantize(bits: int, **bounds: Any) -> AotCase:
 def matmul_fp8(bits: int, m: int, **bounds: Any) -> AotCase:
     def run() -> Any:
         kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
-        plan = replace(choose_int8_plan(m, N, K, 128, sm_count=132), split_k=1)
+        plan = replace(choose_int8_plan(m, N, K, bits, 128, sm_count=132), split_k=1)
         x8, sums = _meta(m, K, dtype=torch.float8_e4m3fn), _meta(K // 128, m, dtype=torch.float32)
         x_scale, weight = _meta(m, dtype=torch.float32), _weight(bits, 128, False, torch.bfloat16)
         return kernel.multiply_int8(x8, x_scale, sums, None, weight, None, "none", torch.bfloat16, plan, True)
@@ -78,7 +78,7 @@ def matmul_int8(bits: int, m: int, *, group: int, zero: bool = False, **bounds: 
     def run() -> Any:
         kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
         asm, _, sm_count = kernel.device_of(_meta(1))
-        plan = replace(choose_int8_plan(m, N, K, group, sm_count=sm_count), split_k=1)
+        plan = replace(choose_int8_plan(m, N, K, bits, group, sm_count=sm_count), split_k=1)
         weight, x = _weight(bits, group, False, torch.float32), _meta(m, K, dtype=torch.int8)
         x_scale = _meta(1 if zero else m, dtype=torch.float32)
         grid = (_meta(1, dtype=torch.float32), _meta(N, K // group, dtype=torch.int32)) if zero else None

@@ -116,18 +116,34 @@ INT8_RULES = (
 INT8 = Rule(LAST, Plan(block_m=128, warps=8, stages=3))
 
 
-def choose_int8_plan(m: int, n: int, k: int, group: int, *, sm_count: int) -> Plan:
+def choose_int8_plan(m: int, n: int, k: int, bits: int, group: int, *, sm_count: int) -> Plan:
     """Chooses the plan of 8-bit x `[m, k]` times a weight `[n, k]`, never dense: sums of integers stay exact.
 
     By the table of the present GPU, if it has one: one tile serves codes and 8-bit floats, and weights of all widths.
 
     Args:
+        bits: of the weight.
         group: elements per scale. Groups that end inside a block take a product each: registers hold only few rows.
         sm_count: number of processors.
     """
     tile = tuned("qmatmul_int8", None, m, n=n, k=k, group=0 if group >= k else group)
     rule = default_int8_rule(m, group) if tile is None else int8_rule_of(tile)
-    return _split(rule.plan, rule.programs * sm_count, m, n, k, 8)
+    plan = rule.plan if tile is None else _widened(rule.plan, timed_bits(whole=group >= k), bits)
+    return _split(plan, rule.programs * sm_count, m, n, k, 8)
+
+
+def timed_bits(whole: bool) -> int:
+    """Returns the width of weights that tiles of 8-bit x are timed with. whole: one group is a whole row."""
+    return 8 if whole else 4
+
+
+def _widened(plan: Plan, timed: int, bits: int) -> Plan:
+    """Takes stages from a tile for weights that are wider than those it was timed with: what holds no more bytes of x
+    and the weight still fits the shared memory of the GPU. Two stages always fit."""
+    if bits <= timed:
+        return plan
+    held = (plan.stages - 1) * (8 * plan.block_m + timed * plan.block_n)
+    return replace(plan, stages=min(plan.stages, max(2, 1 + held // (8 * plan.block_m + bits * plan.block_n))))
 
 
 def default_int8_rule(m: int, group: int) -> Rule:

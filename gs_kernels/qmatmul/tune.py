@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gs_kernels.pack.layouts import PLANAR, PackedWeight
-from gs_kernels.qmatmul.tiles import FEW_ROWS, Rule, choose_plan, default_int8_rule, default_rule
+from gs_kernels.qmatmul.tiles import FEW_ROWS, Rule, choose_plan, default_int8_rule, default_rule, timed_bits
 from gs_kernels.tuning.space import Machine, Problem, Space, Tile
 
 GROUP = 128  # elements per scale of the weights that are tuned for; one scale a row where it does not divide K
@@ -126,9 +126,9 @@ def describe(tile: Tile) -> str:
 
 
 def _int8_make(problem: Problem, device: str) -> tuple[Any, ...]:
-    """Makes 8-bit x with its scale, float x, and a weight: of 8 bits with one group, else of 4."""
+    """Makes 8-bit x with its scale, float x, and a weight."""
     m, n, k, group = (problem[name] for name in ("m", "n", "k", "group"))
-    weight = make_weight(4 if group else 8, n, k, group or k, torch.float32, device)
+    weight = make_weight(timed_bits(whole=not group), n, k, group or k, torch.float32, device)
     x_scale = torch.full((m,), 1 / 32, dtype=torch.float32, device=device)
     return make_normal((m, k), torch.int8, device), x_scale, make_normal((m, k), DTYPE, device), weight
 

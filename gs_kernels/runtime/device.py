@@ -19,19 +19,19 @@ on_gpu: Callable[[Tensor], bool] = Tensor.is_cuda.__get__  # type: ignore[attr-d
 index_of: Callable[[Tensor], int] = Tensor.get_device
 current_index: Callable[[], int] = current_gpu
 capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing  # a graph
+AMD_SM = 80  # whose tiles fit the 64 KiB of shared memory of an AMD GPU too; what torch says of 9.4 is no Hopper
 
 
 @dataclass(frozen=True)
 class Capabilities:
     """Holds what kernels are chosen by.
 
-    name: as the driver says it. sm: 90 for compute capability 9.0. shared_bytes: per block, opt-in. sm_count: number of
+    name: as the driver says it. sm: 90 for compute capability 9.0, AMD_SM on any AMD GPU. sm_count: number of
     processors.
     """
 
     name: str
     sm: int
-    shared_bytes: int
     sm_count: int
 
 
@@ -70,7 +70,6 @@ def capabilities(index: int = 0) -> Capabilities:
     props = torch.cuda.get_device_properties(index)
     return Capabilities(
         name=props.name,
-        sm=props.major * 10 + props.minor,
-        shared_bytes=props.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # not in torch's stub
+        sm=props.major * 10 + props.minor if torch.version.hip is None else AMD_SM,
         sm_count=props.multi_processor_count,
     )

@@ -14,7 +14,7 @@ from gs_kernels.qmatmul.kernel.quantize_rows import quantize
 from gs_kernels.qmatmul.ref import code_sums_ref
 from gs_kernels.qmatmul.tiles import choose_int8_plan, choose_plan
 from gs_kernels.runtime.bound_calls import fresh
-from gs_kernels.runtime.device import capabilities
+from gs_kernels.runtime.device import AMD_SM, capabilities
 from gs_kernels.runtime.dispatch import INTERPRET
 from gs_kernels.runtime.torch_private import is_eager
 
@@ -36,7 +36,7 @@ def device_of(x: Tensor) -> tuple[bool, int, int]:
     from triton.runtime import driver
 
     target = driver.active.get_current_target()
-    return target.backend == "cuda", target.arch if target.backend == "cuda" else 80, 132
+    return target.backend == "cuda", target.arch if target.backend == "cuda" else AMD_SM, 132
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def qmatmul_int8_triton(
     if rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], n, dtype=dtype)
     asm, _, sm_count = device_of(x)
-    plan = choose_int8_plan(rows.shape[0], n, k, grouping(k, weight.group_size), sm_count=sm_count)
+    plan = choose_int8_plan(rows.shape[0], n, k, weight.bits, grouping(k, weight.group_size), sm_count=sm_count)
     x_grid = None
     if x_zero is not None:
         if code_sums is None or code_sums.dtype != torch.int32:  # older exported programs have sums of floats
@@ -99,7 +99,7 @@ def qmatmul_fp8_triton(x: Tensor, weight: PackedWeight, bias: Tensor | None, act
     if m == 0:
         return x.new_empty(*x.shape[:-1], n)
     asm, _, sm_count = device_of(x)
-    plan = choose_int8_plan(m, n, k, grouping(k, weight.group_size), sm_count=sm_count)
+    plan = choose_int8_plan(m, n, k, weight.bits, grouping(k, weight.group_size), sm_count=sm_count)
     sums = fresh(x.new_empty(-(-k // 128), m, dtype=torch.float32))
     x8, x_scale = quantize(rows, torch.float8_e4m3fn, sums)
     y = multiply_int8(x8, x_scale, sums, None, weight, bias, activation, x.dtype, plan, asm)

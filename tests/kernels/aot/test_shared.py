@@ -14,7 +14,15 @@ pytest.importorskip("triton", reason="Triton is not installed: there are no kern
 
 from gs_kernels import aot
 from gs_kernels.aot import __main__ as command
-from gs_kernels.aot.shared import check_shared
+from gs_kernels.aot.shared import TARGETS, check_shared
+from gs_kernels.tuning import tables
+
+WIDEST = (  # 8 bits in small groups with zero points, and the rows of a whole tile
+    ("qmatmul", "w8-m64-g32-points-bfloat16"),
+    ("qmatmul", "w8-m256-g32-points-bfloat16"),
+    ("qmatmul_int8", "w8a8-m256-g128-middle"),
+    ("qconv2d", "w8-128to256-28-b32-points-bfloat16"),
+)
 
 
 def _only(op: str, name: str) -> OpSpec:
@@ -27,6 +35,34 @@ def _only(op: str, name: str) -> OpSpec:
 def test_few_fp32_rows_times_8_bits_in_groups_of_32_fit(target):
     (found,) = check_shared([_only("qmatmul", "w8-m16-g32-points-float32")], target, False)
     assert found[1:] == ("_qmatmul_kernel", found[2], "") and 16384 < found[2] <= 101376
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_largest_tiles_of_the_rules_fit_every_gpu(target):
+    found = list(check_shared([_only(*regime) for regime in WIDEST], target, False))
+    assert {kernel for _, kernel, *_ in found} >= {"_qmatmul_kernel", "_qmatmul_int8_kernel", "_qconv2d_kernel"}
+    assert [(name, wrong) for name, _, _, wrong in found if wrong] == []
+
+
+def test_the_largest_tile_of_the_rules_fits_an_amd_gpu():
+    ((_, call),) = _only("qmatmul", "w8-m256-g32-points-bfloat16").regimes(True)
+    (kernel,) = aot.collect(call, "gfx942")
+    assert 32768 < kernel.compile().metadata.shared <= aot.TARGETS["gfx942"].shared_per_block
+
+
+def test_a_tile_that_was_timed_with_4_bits_fits_with_8(tmp_path, monkeypatch):
+    tile = {"block_m": 32, "block_n": 256, "warps": 4, "stages": 5, "programs": 0}
+    timed = tables.Entry({"m": 32, "n": 14336, "k": 4096, "group": 128}, tile, 1.0)
+    tables.write_table(tmp_path / "a.json", tables.Table("A GPU", 89, 128, {}, {"qmatmul_int8": (timed,)}))
+    monkeypatch.setenv("GS_TUNING_DIR", str(tmp_path))
+    monkeypatch.setattr(tables, "present", lambda: (89, 128))
+    tables.forget()
+    try:
+        names = "w4a8-m32-g128-middle", "w8a8-m32-g128-middle"
+        (four, eight) = (next(check_shared([_only("qmatmul_int8", name)], "sm_89", False)) for name in names)
+    finally:
+        tables.forget()
+    assert four[2:] == (82944, "") and eight[2] <= four[2]
 
 
 def test_the_bytes_are_those_of_the_compiled_kernel():

@@ -234,7 +234,7 @@ def test_no_part_of_a_split_is_empty():
         for wanted in range(1, 40):
             partials = Plan(split_k=wanted).partials(blocks)
             assert 1 <= partials <= min(wanted, blocks) and (partials - 1) * -(-blocks // partials) < blocks
-    assert choose_int8_plan(1, 64, 128, 128, sm_count=132).split_k == 1
+    assert choose_int8_plan(1, 64, 128, 4, 128, sm_count=132).split_k == 1
 
 
 kernel = pytest.importorskip(

@@ -116,7 +116,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(device, "on_gpu", torch.Tensor.is_cpu.__get__)
     monkeypatch.setattr(device, "index_of", gpu.index_of)
     monkeypatch.setattr(device, "current_index", lambda: gpu.present)
-    monkeypatch.setattr(device, "capabilities", lambda index=0: Capabilities("NVIDIA H200", 90, 232448, 132))
+    monkeypatch.setattr(device, "capabilities", lambda index=0: Capabilities("NVIDIA H200", 90, 132))
     monkeypatch.setattr(device, "capturing", lambda: gpu.capturing)
     monkeypatch.setattr(torch.cuda, "device", gpu.on)
     monkeypatch.setattr(module, "KERNEL_DEVICES", ("cpu",))

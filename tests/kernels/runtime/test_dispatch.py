@@ -1,8 +1,11 @@
 """The variable GS_BACKEND counts in every call, also where it changes while a program runs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from gs_kernels.runtime.device import AMD_SM, capabilities
 from gs_kernels.runtime.dispatch import INTERPRET, Impl, UnsupportedError, choose, never, takes_cpu
 
 IMPLS = tuple(Impl(name, lambda *args: None, never) for name in ("cpu", "ref"))
@@ -36,3 +39,11 @@ def test_callers_beside_the_ops_take_the_way_of_a_cpu_as_the_ops_do(monkeypatch,
 
 def test_no_tensor_of_another_device_takes_the_way_of_a_cpu():
     assert not takes_cpu(torch.ones(1, device="meta"))
+
+
+@pytest.mark.parametrize("hip, sm", [(None, 94), ("6.4", AMD_SM)])
+def test_an_amd_gpu_takes_the_tiles_that_are_compiled_for_it(monkeypatch, hip, sm):
+    properties = SimpleNamespace(name="A GPU", major=9, minor=4, multi_processor_count=304)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert capabilities.__wrapped__(0).sm == sm
