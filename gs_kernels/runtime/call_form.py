@@ -43,7 +43,10 @@ def make_form(
             key.append(f"type({name})")
         for part, may_be_tensor in parts.items():
             body += [_TENSOR.format(part)] if may_be_tensor else []
-            key += [part] if may_be_tensor or kind is not None else [part, f"type({part})"]
+            if kind is None and type_.endswith("[]"):
+                key.append(f"tuple({part})")
+            else:
+                key += [part] if may_be_tensor or kind is not None else [part, f"type({part})"]
     lines = [
         f"def form({', '.join(names)}):",
         "    tensors, index_of, (runtime, compilation) = [], device.index_of, settings()",

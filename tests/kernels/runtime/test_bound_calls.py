@@ -27,12 +27,14 @@ from gs_kernels import (
     qmatmul,
     qmatmul_int8,
     quantize_rows,
+    slb_weight,
 )
 from gs_kernels.runtime import bound_calls, device, torch_op, triton_private
 from gs_kernels.runtime.device import Capabilities
 from gs_kernels.runtime.dispatch import INTERPRET
+from gs_kernels.runtime.opspec import OpSpec, specs
 from gs_kernels.tuning import tables
-from tests.helpers import frames
+from tests.helpers import frames, gradients, tensors
 from tests.kernels.traces import traced_launches
 
 pytest.importorskip("triton", reason="Triton is not installed: there are no kernels")
@@ -190,6 +192,27 @@ def test_a_bound_call_launches_what_the_long_way_does(gpu, make):
         recorded, bound, want = gpu.run(call), gpu.run(call), gpu.run(call, long_way=True)
         assert bound == recorded == want
     assert all(bound_calls._calls.values())  # every form was
+
+
+@pytest.mark.parametrize("spec", specs(), ids=lambda spec: spec.name)
+def test_every_op_launches_and_repeats_it_forward_and_backward(gpu, spec: OpSpec):
+    case = spec.make(spec.test_shapes[-1], next(iter(spec.tol)), torch.device("cpu"), torch.Generator().manual_seed(0))
+    leaves = [case.args[i].requires_grad_() for i in case.grad_args]
+
+    def call():
+        ys = tensors(spec.run(*case.args, **case.kwargs))
+        if leaves:
+            gradients(ys, leaves, [torch.ones_like(y) for y in ys])
+
+    first, again = gpu.run(call), gpu.run(call)
+    assert first and [launch[:5] for launch in again] == [launch[:5] for launch in first]
+
+
+def test_a_list_among_the_arguments_tells_forms_apart(gpu):
+    logits, levels, temperature = torch.zeros(8, 2, 36), torch.zeros(2), torch.ones(1)
+    for shape in ((8, 36), [8, 4, 9], (8, 36), [8, 4, 9]):
+        assert slb_weight(logits, levels, temperature, shape=shape).shape == tuple(shape)
+    assert len(bound_calls._calls) == 2
 
 
 def test_each_call_has_results_of_its_own(gpu):
