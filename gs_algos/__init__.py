@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from gs_algos.llm.load import load_language_model
     from gs_algos.llm.quantize_checkpoint import quantize_checkpoint
     from gs_algos.pipeline.pipeline import Pipeline, Stage
+    from gs_algos.search.mixed_bits import mixed_bits
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,7 @@ _LAZY = {
     "export_package": "gs_algos.export.torch_package",
     "import_language_model": "gs_algos.llm.interchange",
     "load_language_model": "gs_algos.llm.load",
+    "mixed_bits": "gs_algos.search.mixed_bits",
     "quantize_checkpoint": "gs_algos.llm.quantize_checkpoint",
 }
 
@@ -90,6 +92,7 @@ __all__ = [
     "import_language_model",
     "load",
     "load_language_model",
+    "mixed_bits",
     "plan_weights",
     "quantize_checkpoint",
     "quantize_weights",

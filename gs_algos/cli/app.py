@@ -29,6 +29,7 @@ from gs_algos.demo.train import Interrupted
 from gs_algos.llm.calibrate import SAMPLES
 from gs_algos.ptq.rounding import ROUNDINGS
 from gs_algos.ptq.transforms import TRANSFORMS
+from gs_algos.search.mixed_bits import CHOICES
 
 DATA_HELP = f"One of {', '.join(DATA)}; a folder goes after a colon, e.g. cifar10:DIR. Or package.module:function."
 MODEL_HELP = f"One of {', '.join(MODELS)}, or package.module:function that builds a network."
@@ -37,6 +38,7 @@ WEIGHT_HELP = "Scheme of the weights: bits, granularity, observer."
 WEIGHTS_HELP = "Scheme, with 1, 2, 4 or 8 bits. Default: int4 with the largest group of 128, 64, 32 that divides all."
 LANGUAGE_HELP = "A packed folder, a plain Transformers folder, or a GGUF file."
 TRANSFORMS_HELP = f"Of {', '.join(TRANSFORMS)}, with a comma between: they make weights easier to round."
+CHOICES_HELP = f"Schemes that --budget chooses from. Default: {','.join(CHOICES)}."
 ROUNDING_HELP = f"{', '.join(ROUNDINGS)}. Default: nearest, or gptq with --calibration, --act or --transforms."
 INFO_HELP = "A folder of gs_algos.save, demo, compress, quantize, export or import, a .pt2 package, or a GGUF file."
 DTYPE_HELP = "float32, float16 or bfloat16. Default: what the model is stored in."
@@ -133,6 +135,10 @@ def quantize(
     rounding: Annotated[str, typer.Option(help=ROUNDING_HELP)] = "",
     act: Annotated[str, typer.Option(help="int8@token rounds the rows that linears read. Default: floats.")] = "",
     transforms: Annotated[str, typer.Option(help=TRANSFORMS_HELP)] = "",
+    budget: Annotated[str, typer.Option(help="Bits chosen layer by layer: '4.5 bits', '80 MB', '30% bytes'.")] = "",
+    choices: Annotated[
+        str, typer.Option(help=f"Schemes that --budget chooses from. Default: {','.join(CHOICES)}")
+    ] = "",
     calibration: Annotated[Path | None, typer.Option(help="A text, or JSON lines, to calibrate on.")] = None,
     samples: Annotated[int, typer.Option(help="Windows of the calibration text, at most.")] = SAMPLES,
     context: Annotated[
@@ -141,7 +147,7 @@ def quantize(
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped calibration was.")] = False,
 ) -> None:
     """Packs the weights of a language model: to nearest, one tensor in memory at a time; or calibrated on a text."""
-    options = CalibrationOptions(rounding, act, transforms, calibration, samples, context, resume)
+    options = CalibrationOptions(rounding, act, transforms, budget, choices, calibration, samples, context, resume)
     common = (source, target, weights, embeddings, rule or [], dtype, device)
     print(run_calibrate(*common, options) if options.given else run_quantize(*common))
 

@@ -23,6 +23,7 @@ from gs_algos.llm.perplexity import perplexity
 from gs_algos.llm.quantize_checkpoint import QuantizeResult, quantize_checkpoint
 from gs_algos.ptq.config import PTQConfig
 from gs_algos.ptq.sites import WeightRule
+from gs_algos.search.mixed_bits import CHOICES
 
 RULE = re.compile(r"(?P<pattern>.+)=(?P<scheme>none|u?int\d.*)")
 
@@ -88,12 +89,14 @@ class CalibrationOptions:
     """Holds the options of `golden-stick quantize` that need data.
 
     rounding: "" for that of PTQ.
-    transforms: with commas between.
+    transforms, choices: with commas between; "" for those of the functions.
     """
 
     rounding: str
     act: str
     transforms: str
+    budget: str
+    choices: str
     calibration: Path | None
     samples: int
     context: int | None
@@ -101,7 +104,7 @@ class CalibrationOptions:
 
     @property
     def given(self) -> bool:
-        by_data = self.rounding not in ("", "nearest") or self.act or self.transforms
+        by_data = self.rounding not in ("", "nearest") or self.act or self.transforms or self.budget
         return bool(by_data or self.calibration or self.resume)
 
 
@@ -118,12 +121,16 @@ def run_calibrate(
     """Quantizes a model with data; returns a table of its layers and lines on what was written."""
     chosen: dict[str, Any] = {"weight": weights or "int4@group:64", "embeddings": embeddings or None}
     chosen |= {"act": options.act or None, "rounding": options.rounding or "gptq"}
-    chosen["transforms"] = tuple(name.strip() for name in options.transforms.split(",") if name.strip())
+    chosen["transforms"] = _names(options.transforms)
+    if options.choices and not options.budget:
+        raise ValueError("quantize: --choices needs --budget, such as --budget '4.5 bits', got none")
     ruled = [(pattern, None if scheme is None else {"weight": scheme}) for pattern, scheme in parse_rules(rules)]
     done = calibrate_language_model(
         source,
         target,
         PTQConfig(rules=tuple(ruled), **chosen),
+        budget=options.budget or None,
+        choices=_names(options.choices) or CHOICES,
         calibration=options.calibration,
         samples=options.samples,
         context=options.context,
@@ -133,13 +140,18 @@ def run_calibrate(
     )
     totals = done.plan.totals
     assert totals is not None
-    lines = [str(done.report), f"{done.folder}: {totals.before:,} -> {totals.after:,} bytes"]
+    lines = [] if done.mixed is None else [str(done.mixed)]
+    lines += [str(done.report), f"{done.folder}: {totals.before:,} -> {totals.after:,} bytes"]
     if done.before is not None and done.after is not None:
         lines.append(f"perplexity behind the calibration text: {done.before:.3f} -> {done.after:.3f}")
     lines.append(
         f"{done.tokens:,} tokens of {done.text}, {done.seconds:.0f} s, {done.memory:,} bytes of memory at most"
     )
     return "\n".join([*lines, *(f"note: {note}" for note in done.notes)])
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _size(written: QuantizeResult) -> str:

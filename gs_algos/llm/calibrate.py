@@ -6,7 +6,8 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from gs_algos.ptq.config import PTQConfig
 from gs_algos.ptq.ptq import ENOUGH, PTQ
 from gs_algos.ptq.report import PTQReport
 from gs_algos.quant.packed.linear import TOKEN
+from gs_algos.quant.scheme import Scheme
+from gs_algos.search.mixed_bits import CHOICES, MixedBits, mixed_bits
 
 WHO = "calibrate_language_model"
 SAMPLES, CONTEXT = 128, 2048
 MEASURED = 8192  # tokens of perplexity
+SENSITIVITY = 8192  # tokens that a budget is spent by
 JOURNAL = ".journal"
 
 
@@ -41,6 +45,7 @@ class CalibrationResult:
         before, after: perplexity behind the calibration text; None if there was too little of it.
         seconds: in all.
         memory: bytes that the process held at most; 0 where the system does not tell.
+        mixed: the schemes that a budget chose; None without one.
     """
 
     folder: Path
@@ -52,6 +57,7 @@ class CalibrationResult:
     after: float | None
     seconds: float
     memory: int
+    mixed: MixedBits | None
     notes: tuple[str, ...] = ()
 
 
@@ -60,6 +66,8 @@ def calibrate_language_model(
     target: str | os.PathLike[str],
     config: PTQConfig | None = None,
     *,
+    budget: str | None = None,
+    choices: Sequence[str | Scheme] = CHOICES,
     calibration: str | os.PathLike[str] | None = None,
     samples: int = SAMPLES,
     context: int | None = None,
@@ -74,6 +82,8 @@ def calibrate_language_model(
 
     Args:
         config: of PTQ; None for its defaults.
+        budget: `4.5 bits`, `80 MB` or `30% bytes`: `mixed_bits` chooses among `choices` for every layer that no rule of
+            the config is for. It takes a backward pass: of one window, all activations are in memory.
         calibration: a UTF-8 text, or JSON lines with a `text` each (.jsonl); None for a built-in text.
         samples: windows of the text that enter the statistics, at most.
         context: tokens of a window; None for 2048, or as many positions as the model has.
@@ -112,6 +122,12 @@ def calibrate_language_model(
         batches = [{"input_ids": window.to(device)} for window in text.windows]
         measured = min(1024, context)
         before = _perplexity(model, text.rest, measured)
+        mixed = None
+        if budget is not None:
+            few = batches[: max(1, SENSITIVITY // context)]
+            ruled = [rule for rule in config.rules if rule[1] is None or "weight" in rule[1]]
+            mixed = mixed_bits(model, few, budget, choices, embeddings=config.embeddings, rules=ruled)
+            algo = PTQ(replace(config, rules=(*config.rules, *mixed.rules)))
         plan = algo.plan(model, batches[0])
         model = algo.apply(model, batches[0])
         algo.calibrate(model, batches, journal=journal)
@@ -131,7 +147,7 @@ def calibrate_language_model(
         notes.append(f"{text.tokens:,} tokens are few: with {ENOUGH:,} and more the codes fit other text, too")
     seconds = time.perf_counter() - started
     return CalibrationResult(
-        out, plan, algo.report, text.source, text.tokens, before, after, seconds, peak_memory(), tuple(notes)
+        out, plan, algo.report, text.source, text.tokens, before, after, seconds, peak_memory(), mixed, tuple(notes)
     )
 
 

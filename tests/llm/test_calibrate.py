@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from gs_algos.llm.calibration_text import calibration_text, read_text
 from gs_algos.llm.load import load_language_model
 from gs_algos.ptq import block_loop
 from gs_algos.ptq.config import PTQConfig
-from gs_algos.quant.packed.linear import DynamicPackedLinear
+from gs_algos.quant.packed.linear import DynamicPackedLinear, PackedLinear
 from tests.nets.language_models import WORDS, logits, save_folder, tiny_llama, tiny_tokenizer
 
 OPTIONS = ("--weights", "int4@group:16", "--context", "16", "--samples", "6")
@@ -82,6 +83,25 @@ def test_transforms_are_asked_for_with_commas_and_the_norms_are_written(source, 
     assert float((logits(model) - logits(want)).square().mean() / logits(want).square().mean()) < 0.05
     assert run([*arguments, "--transforms", "smoothe"]) == 2
     assert "did you mean smooth" in capsys.readouterr().err
+
+
+def test_a_budget_chooses_bits_layer_by_layer(source, text, tmp_path, capsys):
+    target = tmp_path / "packed"
+    choices = ("--budget", "4.5 bits", "--choices", "int2@group:16,int4@group:16,int8@channel")
+    arguments = ["quantize", str(source), str(target), *OPTIONS, "--calibration", str(text)]
+    assert run([*arguments, *choices, "--rule", "lm_head=none"]) == 0
+    told = capsys.readouterr().out
+    assert "predicted divergence" in told and "rules=[(" in told
+    model, _ = load_language_model(target)
+    layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    assert len({layer.bits for layer in layers}) > 1
+    assert 8 * sum(layer.nbytes for layer in layers) <= 4.5 * sum(math.prod(layer.shape) for layer in layers)
+
+
+def test_choices_without_a_budget_are_refused(source, text, tmp_path, capsys):
+    arguments = ["quantize", str(source), str(tmp_path / "packed"), *OPTIONS, "--calibration", str(text)]
+    assert run([*arguments, "--choices", "int2@channel,int4@channel"]) == 2
+    assert "--choices needs --budget" in capsys.readouterr().err
 
 
 def test_rounding_to_nearest_takes_the_way_without_data(source, tmp_path, capsys):

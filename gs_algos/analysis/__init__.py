@@ -1,0 +1,1 @@
+"""Tells what compression costs: how much each layer of a network minds it."""
