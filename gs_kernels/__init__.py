@@ -4,6 +4,8 @@ from gs_kernels.fake_quant.op import fake_quant
 from gs_kernels.fake_quant.quantize import dequantize, quantize
 from gs_kernels.formats import Granularity, IntFormat, PerChannel, PerGroup, PerTensor
 from gs_kernels.gram.op import gram_
+from gs_kernels.hadamard.matrices import hadamard_block, hadamard_matrix
+from gs_kernels.hadamard.op import hadamard, hadamard_quantize_rows
 from gs_kernels.observe.op import dynamic_fake_quant, minmax, observe_fake_quant
 from gs_kernels.observe.qparams import choose_qparams
 from gs_kernels.pack.layouts import PackedWeight
@@ -34,6 +36,10 @@ __all__ = [
     "dynamic_fake_quant",
     "fake_quant",
     "gram_",
+    "hadamard",
+    "hadamard_block",
+    "hadamard_matrix",
+    "hadamard_quantize_rows",
     "minmax",
     "observe_fake_quant",
     "pack_codes",

@@ -7,8 +7,8 @@ allocated. A later call of the same form allocates and launches the same, in a f
 kept but its form: no tensor and no address, so that weights may be moved, loaded and copied, and layers of one form
 share one bound call.
 
-A call cannot be bound if it does anything else: if a pointer is neither a whole argument nor `fresh`, or the result is
-not `fresh`. Then every call takes the long way, which is always right.
+A call cannot be bound if it does anything else: if a pointer is neither a whole argument nor `fresh` nor `lasting`, or
+the result is not `fresh`. Then every call takes the long way, which is always right.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ _kept: dict[tuple[int, Any], tuple[Any, Any, int, Tensor]] = {}  # by whose: unt
 class Recording:
     """Notes what a call does.
 
-    fresh: the tensors it allocates. kept: (tensor, how it is made, of what). launches: (kernel, compiled, grid, args).
+    fresh: the tensors it allocates. lasting: tensors that live on. kept: (tensor, how it is made, of what).
+    launches: (kernel, compiled, grid, args).
     """
 
     fresh: list[Tensor] = field(default_factory=list)
+    lasting: list[Tensor] = field(default_factory=list)
     kept: list[tuple[Tensor, Callable[[Tensor], Tensor], Tensor]] = field(default_factory=list)
     launches: list[tuple[Any, Any, tuple[int, ...], dict[str, Any]]] = field(default_factory=list)
 
@@ -57,6 +59,14 @@ def fresh(t: Tensor) -> Tensor:
     recording = _thread.recording
     if recording is not None:
         recording.fresh.append(t)
+    return t
+
+
+def lasting(t: Tensor) -> Tensor:
+    """Returns t, which is no argument, but lives as long as the process and never changes: a table of constants."""
+    recording = _thread.recording
+    if recording is not None:
+        recording.lasting.append(t)
     return t
 
 
@@ -121,13 +131,15 @@ class BoundCall:
     """Holds what a call allocates and launches: `call(operands)` does it again.
 
     allocations: shape, strides and dtype of each.
+    lasting: tensors that are the same in every call.
     kept: how a tensor is made that is kept beside an operand, and the position of that.
-    launch: takes the index of the GPU, and None, operands, allocations and kept tensors in one list.
+    launch: takes the index of the GPU, and None, operands, allocations, lasting and kept tensors in one list.
     results: positions of the results among the allocations; one alone is not a tuple.
     """
 
     index: int
     allocations: tuple[tuple[Sequence[int], Sequence[int], torch.dtype], ...]
+    lasting: tuple[Tensor, ...]
     kept: tuple[tuple[Callable[[Tensor], Tensor], int], ...]
     launch: Callable[[int, Sequence[Any]], None]
     results: tuple[int, ...] | int
@@ -139,7 +151,7 @@ class BoundCall:
         make, made = operands[0].new_empty_strided, []  # which takes half as long as new_empty
         for shape, strides, dtype in self.allocations:
             made.append(make(shape, strides, dtype=dtype))
-        values = [None, *operands, *made]
+        values = [None, *operands, *made, *self.lasting]
         for how, at in self.kept:
             values.append(keep(how, operands[at]))
         self.launch(self.index, values)
@@ -151,7 +163,7 @@ def bind(recording: Recording, operands: Sequence[Tensor], result: Any) -> Bound
     """Makes the bound call of what was recorded; None if something in it is not accounted for."""
     index = device.index_of(operands[0])
     places: dict[int, int] = {}
-    known = [*operands, *recording.fresh, *(t for t, _, _ in recording.kept)]
+    known = [*operands, *recording.fresh, *recording.lasting, *(t for t, _, _ in recording.kept)]
     if any(device.index_of(t) != index for t in known) or not recording.launches:
         return None
     for i, t in enumerate(known):
@@ -189,7 +201,7 @@ def bind(recording: Recording, operands: Sequence[Tensor], result: Any) -> Bound
     made = [shown.get(i, t) for i, t in enumerate(recording.fresh)]
     allocations = tuple((t.shape, t.stride(), t.dtype) for t in made)
     places_of = tuple(shown) if isinstance(result, tuple) else next(iter(shown))
-    return BoundCall(index, allocations, tuple(kept), launcher(launches), places_of)
+    return BoundCall(index, allocations, tuple(recording.lasting), tuple(kept), launcher(launches), places_of)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

@@ -79,6 +79,7 @@ FIXED: dict[str, str] = {
     "_quantize_rows_kernel": "a program holds whole rows: the range of a row comes before its codes",
     "_choose_qparams_kernel": "one number per channel",
     "_gram_kernel": "thousands of tokens deep: a tile is as many columns as registers hold, if all processors get one",
+    "_hadamard_kernel": "a program holds whole blocks, and of rows with scales whole rows: all factors of a matrix",
     "_requantize_kernel": "copies: its programs are those of fake_quant, and bytes are its bound",
     "_dequantize_kernel": "copies: a block of 128 K-values, which is how weights are stored, and bytes are its bound",
     "_depthwise_kernel": "each product is a load: a tile is as many pixels as registers hold of its channels",

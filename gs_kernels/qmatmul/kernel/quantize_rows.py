@@ -13,7 +13,7 @@ from gs_kernels.triton_lib import SCALE_FLOOR, clamp, inverse, qparams, reduce_r
 
 
 @triton.jit
-def _codes(x, inv, zero, TOP: tl.constexpr, CODE: tl.constexpr, FP8: tl.constexpr):
+def row_codes(x, inv, zero, TOP: tl.constexpr, CODE: tl.constexpr, FP8: tl.constexpr):
     if not FP8:
         _, r = steps(x, inv, zero, -TOP, TOP)
         q = clamp(r, -TOP, TOP)
@@ -74,7 +74,7 @@ def _quantize_rows_kernel(
     tl.store(scale_ptr + offs_m, scale, mask=mask_m)
     starts = (offs_m * K)[:, None]
     if WHOLE:
-        codes = _codes(x, inv[:, None], zero[:, None], TOP, CODE, FP8)
+        codes = row_codes(x, inv[:, None], zero[:, None], TOP, CODE, FP8)
         tl.store(codes_ptr + starts + offs_k[None, :], codes, mask=mask)
         if sums_ptr is not None:
             _store_sums(sums_ptr, codes, mask, offs_m, mask_m, 0, M, K)
@@ -82,7 +82,7 @@ def _quantize_rows_kernel(
         for k in range(0, K, BLOCK_K):
             mask = mask_m[:, None] & (k + offs_k < K)[None, :]
             block = tl.load(x_ptrs + k + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
-            codes = _codes(block, inv[:, None], zero[:, None], TOP, CODE, FP8)
+            codes = row_codes(block, inv[:, None], zero[:, None], TOP, CODE, FP8)
             tl.store(codes_ptr + starts + k + offs_k[None, :], codes, mask=mask)
             if sums_ptr is not None:
                 _store_sums(sums_ptr, codes, mask, offs_m, mask_m, k, M, K)

@@ -21,6 +21,8 @@ from gs_kernels import (
     PerGroup,
     code_sums,
     fake_quant,
+    hadamard,
+    hadamard_quantize_rows,
     pack_weight,
     qconv2d,
     qconv2d_int8,
@@ -183,7 +185,14 @@ def _fake_quant(r):
     return (x, scale, zero), lambda: fake_quant(x, scale, zero, qmin=qmin, qmax=7, granularity=granularity)
 
 
-@pytest.mark.parametrize("make", [_qmatmul, _int8, _quantize, _conv, _fake_quant])
+def _hadamard(r):
+    x = rows(r.choice((1, 5)), r.choice((64, 448)), offset=r.choice((0, 1)), step=r.choice((0, 3)))
+    signs = r.choice((None, torch.ones(x.shape[1], dtype=torch.int8)))
+    run, block = r.choice((hadamard, hadamard_quantize_rows)), r.choice((x.shape[1], 32))
+    return (x, signs), lambda: run(x, signs, block=block)
+
+
+@pytest.mark.parametrize("make", [_qmatmul, _int8, _quantize, _conv, _fake_quant, _hadamard])
 def test_a_bound_call_launches_what_the_long_way_does(gpu, make):
     r = random.Random(0)
     for _ in range(60):
