@@ -80,7 +80,10 @@ def run_tests(wanted: Sequence[str] | None, deadline: float, dry: bool, emit: Em
 
 
 def launches() -> Iterator[Callable[[], None]]:
-    """Yields calls with meta tensors that launch what the tests launch: every shape, type and layout."""
+    """Yields calls with meta tensors that launch what the tests launch: every shape, type and layout.
+
+    Gradients of results are contiguous, as behind a fence, and in the test of two runs laid out as the results.
+    """
     fenced = importlib.import_module("tests.helpers").fenced
     dtypes = importlib.import_module("tests.kernels.test_conformance").DTYPES
     cpu = torch.device("cpu")
@@ -92,4 +95,7 @@ def launches() -> Iterator[Callable[[], None]]:
                     case = spec.make(shape, dtype, cpu, torch.Generator().manual_seed(0))
                     of_x, others = partial(fenced, layout=layout), fenced
                     args = [map_tensors(of_x if i == 0 else others, a) for i, a in enumerate(case.args)]
-                    yield spec_call(spec, type(case)(tuple(args), case.kwargs, case.grad_args))
+                    call = partial(spec_call, spec, type(case)(tuple(args), case.kwargs, case.grad_args))
+                    yield call(torch.contiguous_format)
+                    if case.grad_args and dtype == torch.float32 and layout == "dense":
+                        yield call()

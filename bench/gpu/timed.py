@@ -64,7 +64,7 @@ class Timed(Item):
             yield {"kind": "op", **about, **asdict(summarize([ms])), **rates}
 
     def launch(self, context: Context) -> None:
-        spec_call(self.job.spec, meta_case(self.job))()
+        spec_call(self.job.spec, meta_case(self.job), torch.contiguous_format)()
         for name in self.beside:
             if name in FLOATS and "x_scale" not in meta_case(self.job).kwargs:
                 case = meta_case(self.job)

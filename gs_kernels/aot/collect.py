@@ -155,8 +155,13 @@ def on_meta(t: Tensor) -> Tensor:
     return meta.requires_grad_(t.requires_grad)
 
 
-def spec_call(spec: OpSpec, case: Case) -> Callable[[], None]:
-    """Makes a call of the case of an op on meta tensors, with a backward pass where one is wanted."""
+def spec_call(
+    spec: OpSpec, case: Case, of_gradients: torch.memory_format = torch.preserve_format
+) -> Callable[[], None]:
+    """Makes a call of the case of an op on meta tensors, with a backward pass where one is wanted.
+
+    of_gradients: the memory format of the gradients of results, by default that of the results.
+    """
     args = [map_tensors(on_meta, a) for a in case.args]
     kwargs = {name: map_tensors(on_meta, a) for name, a in case.kwargs.items()}
     wanted = [args[i].requires_grad_() for i in case.grad_args]
@@ -165,6 +170,7 @@ def spec_call(spec: OpSpec, case: Case) -> Callable[[], None]:
         ys = spec.run(*args, **kwargs)
         ys = [y for y in (ys if isinstance(ys, tuple | list) else (ys,)) if y is not None and y.requires_grad]
         if wanted and ys:
-            torch.autograd.grad(ys, wanted, [torch.empty_like(y) for y in ys], allow_unused=True)
+            dys = [torch.empty_like(y, memory_format=of_gradients) for y in ys]
+            torch.autograd.grad(ys, wanted, dys, allow_unused=True)
 
     return call

@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from gs_kernels.runtime.dispatch import INTERPRET
 
@@ -17,10 +18,15 @@ if INTERPRET:
     pytest.skip("TRITON_INTERPRET=1: kernels cannot be compiled in this process", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed: there are no kernels to compile")
 
-from bench.gpu import archive, precompile
+from bench.gpu import archive, conformance, precompile
 from bench.gpu.items import Context
 from bench.gpu.plan import Step, steps
 from bench.gpu.precompile import ARCHIVE, is_cached, kernels_of
+from gs_kernels.aot import collect_launches
+from gs_kernels.runtime import device
+from gs_kernels.runtime.device import Capabilities
+from gs_kernels.runtime.opspec import specs
+from tests.kernels import test_conformance
 
 ROOT = Path(__file__).parents[2]
 COUNT = """
@@ -86,6 +92,29 @@ def test_launchers_are_built_without_a_gpu_where_triton_builds_them(made):
     builds = "make_launcher" in vars(nvidia)
     launchers = int(printed.split(" launchers")[0].rsplit(" ", 1)[1])
     assert (launchers > 0) == builds
+
+
+@pytest.mark.parametrize("op", ["slb_weight", "qmatmul"])
+def test_the_conformance_tests_launch_what_is_collected_for_them(monkeypatch, op):
+    """On CPU tensors that count as a GPU's: a key holds what Triton sees of addresses, sizes and strides."""
+    spec = next(spec for spec in specs() if spec.name == op)
+    monkeypatch.setattr(conformance, "specs", lambda: (spec,))
+    collected, _ = kernels_of([("conformance", call) for call in conformance.launches()], "sm_90")
+    monkeypatch.setattr(device, "on_gpu", torch.Tensor.is_cpu.__get__)
+    monkeypatch.setattr(device, "current_index", lambda: -1)
+    monkeypatch.setattr(device, "capturing", lambda: False)
+    monkeypatch.setattr(device, "capabilities", lambda index=0: Capabilities("NVIDIA H200", 90, 132))
+    monkeypatch.setattr(torch.testing, "assert_close", lambda *args, **kwargs: None)  # nothing was computed
+    monkeypatch.setattr(test_conformance, "relative_rms", lambda *args: 0.0)
+    monkeypatch.setattr(test_conformance, "same_bits", lambda *args: True)
+    with collect_launches("sm_90") as launched:
+        for shape in spec.test_shapes:
+            for dtype in spec.tol:
+                layouts = ("dense", "sliced", "reversed", "spread") if dtype == torch.float32 else ("dense",)
+                for layout in layouts[: 4 if len(shape["x"]) >= 2 else 1]:
+                    test_conformance._agrees_with_reference(spec, shape, dtype, layout, torch.device("cpu"))
+            test_conformance.test_two_runs_give_the_same_bits(spec, shape, torch.float32, torch.device("cpu"))
+    assert launched and {(k.name, k.key) for k in launched} <= {(k.name, k.key) for k in collected}
 
 
 def test_a_cache_without_the_kernels_hits_none(tmp_path, monkeypatch):
