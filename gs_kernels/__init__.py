@@ -3,6 +3,7 @@
 from gs_kernels.fake_quant.op import fake_quant
 from gs_kernels.fake_quant.quantize import dequantize, quantize
 from gs_kernels.formats import Granularity, IntFormat, PerChannel, PerGroup, PerTensor
+from gs_kernels.gptq_block.op import gptq_block
 from gs_kernels.gram.op import gram_
 from gs_kernels.hadamard.matrices import hadamard_block, hadamard_matrix
 from gs_kernels.hadamard.op import hadamard, hadamard_quantize_rows
@@ -35,6 +36,7 @@ __all__ = [
     "dequantize_packed",
     "dynamic_fake_quant",
     "fake_quant",
+    "gptq_block",
     "gram_",
     "hadamard",
     "hadamard_block",

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gs_algos.quant.packed.grid import Grid
+from gs_kernels import gptq_block
 
-BLOCK = 128  # columns between two large products
-STEP = 16  # columns between two small ones
+BLOCK = 128  # columns between two products
 ROWS = 4096  # rows that go together: a block of theirs should stay in the cache
 
 
@@ -46,11 +46,21 @@ class Sweep:
         return product(self.factor[:, columns, first:end], self.error[columns])
 
     def round(self, first: int, pull: Tensor) -> None:
-        """Rounds the columns from `first`, as many as `pull` is for."""
-        change = torch.zeros_like(pull)
-        here = slice(first, first + len(pull))
-        self._round(first, self.q[here] - pull, change, self.factor[:, here, here], BLOCK)
-        self.move(here, change)
+        """Rounds the columns from `first`, as many as `pull` is for, all of whose errors are in it."""
+        low, high = self.grid.limits
+        change = torch.empty_like(pull)
+        for left in range(0, len(pull), BLOCK):
+            part = slice(left, left + BLOCK)
+            here = slice(first + left, first + min(left + BLOCK, len(pull)))
+            values = self.q[here] - pull[part]
+            if left:
+                values -= product(self.factor[:, first : first + left, here], change[:left])
+            scale = self._of_columns(self.scale, here)
+            zero = None if self.zero is None else self._of_columns(self.zero, here)
+            change[part] = gptq_block(
+                values, self.q[here], self.factor[:, here, here], scale, zero, qmin=low, qmax=high
+            )
+        self.move(slice(first, first + len(pull)), change)
 
     def move(self, columns: slice, change: Tensor) -> None:
         """Adds to the values of columns."""
@@ -62,36 +72,9 @@ class Sweep:
         grid = replace(self.grid, scale=_rows(self.scale, None))
         return grid, grid.codes(_rows(self.q, self.order))
 
-    def _round(self, first: int, free: Tensor, change: Tensor, factor: Tensor, width: int) -> None:
-        """Writes `change` of the columns from `first`, whose values would be `free`, which is used up."""
-        for left in range(0, len(free), width):
-            here = slice(left, left + width)
-            if left:
-                free[here] -= product(factor[:, :left, here], change[:left])
-            step = self._round if width > STEP else self._round_few
-            step(first + left, free[here], change[here], factor[:, here, here], STEP)
-
-    def _round_few(self, first: int, free: Tensor, change: Tensor, factor: Tensor, width: int) -> None:
-        low, high = self.grid.limits
-        worth = factor.permute(1, 2, 0).unsqueeze(3).contiguous()  # [columns, columns, groups, 1]
-        scales = self._of_columns(self.scale, first, len(free))
-        inverses = torch.where(scales == 0, 0.0, 1.0 / scales)  # rows of zeros of 1 bit have a scale of 0
-        zeros = None if self.zero is None else self._of_columns(self.zero, first, len(free))
-        before = self.q[first : first + len(free)]
-        columns = zip(*(t.unbind() for t in (free, before, change, scales, inverses)), strict=True)
-        for j, (value, was, moved, scale, inverse) in enumerate(columns):
-            code = value * inverse
-            if zeros is None:
-                code.round_().clamp_(low, high)
-            else:
-                code.add_(zeros[j]).round_().clamp_(low, high).sub_(zeros[j])
-            torch.sub(code.mul_(scale), was, out=moved)
-            if j + 1 < len(free):
-                free[j + 1 :].addcmul_(worth[j, j + 1 :], moved, value=-1.0)
-
-    def _of_columns(self, groups: Tensor, first: int, count: int) -> Tensor:
-        """Returns `[count, groups, n]` of what each group `[G, groups, n]` has one of."""
-        index = self.group_of[first : first + count]
+    def _of_columns(self, groups: Tensor, columns: slice) -> Tensor:
+        """Returns `[columns, groups, n]` of what each group `[G, groups, n]` has one of."""
+        index = self.group_of[columns]
         if index.shape[1] == 1:
             return groups.index_select(0, index.flatten())
         return groups.gather(0, index.unsqueeze(2).expand(-1, -1, groups.shape[2]))

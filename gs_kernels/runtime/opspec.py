@@ -13,7 +13,17 @@ from typing import Any, TypeAlias
 
 import torch
 
-OPS: tuple[str, ...] = ("fake_quant", "observe", "requantize", "gram", "slb", "qmatmul", "qconv2d", "hadamard")
+OPS: tuple[str, ...] = (
+    "fake_quant",
+    "observe",
+    "requantize",
+    "gram",
+    "gptq_block",
+    "slb",
+    "qmatmul",
+    "qconv2d",
+    "hadamard",
+)
 
 Shape: TypeAlias = dict[str, Any]
 
