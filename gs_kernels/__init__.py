@@ -7,6 +7,7 @@ from gs_kernels.gptq_block.op import gptq_block
 from gs_kernels.gram.op import gram_
 from gs_kernels.hadamard.matrices import hadamard_block, hadamard_matrix
 from gs_kernels.hadamard.op import hadamard, hadamard_quantize_rows
+from gs_kernels.kv_cache.op import kv_read, kv_write_
 from gs_kernels.observe.op import dynamic_fake_quant, minmax, observe_fake_quant
 from gs_kernels.observe.qparams import choose_qparams
 from gs_kernels.pack.layouts import PackedWeight
@@ -42,6 +43,8 @@ __all__ = [
     "hadamard_block",
     "hadamard_matrix",
     "hadamard_quantize_rows",
+    "kv_read",
+    "kv_write_",
     "minmax",
     "observe_fake_quant",
     "pack_codes",

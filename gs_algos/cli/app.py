@@ -27,6 +27,7 @@ from gs_algos.demo.imported import import_network, is_imported
 from gs_algos.demo.models import MODELS, build
 from gs_algos.demo.train import Interrupted
 from gs_algos.llm.calibrate import SAMPLES
+from gs_algos.ptq.kv import FORMS
 from gs_algos.ptq.rounding import ROUNDINGS
 from gs_algos.ptq.transforms import TRANSFORMS
 from gs_algos.search.mixed_bits import CHOICES
@@ -43,6 +44,8 @@ ROUNDING_HELP = f"{', '.join(ROUNDINGS)}. Default: nearest, or gptq with --calib
 INFO_HELP = "A folder of gs_algos.save, demo, compress, quantize, export or import, a .pt2 package, or a GGUF file."
 DTYPE_HELP = "float32, float16 or bfloat16. Default: what the model is stored in."
 DEVICE_HELP = "cpu or cuda. Default: cuda if there is one."
+KV_HELP = f"Scheme of the cache: {FORMS}."
+OWN_KV_HELP = f"{KV_HELP} Default: what the model was quantized with; none for floats."
 ACT_HELP = "Scheme of the activations; none leaves them float."
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -139,6 +142,7 @@ def quantize(
     choices: Annotated[
         str, typer.Option(help=f"Schemes that --budget chooses from. Default: {','.join(CHOICES)}")
     ] = "",
+    kv: Annotated[str, typer.Option(help=f"{KV_HELP} Default: floats.")] = "",
     calibration: Annotated[Path | None, typer.Option(help="A text, or JSON lines, to calibrate on.")] = None,
     samples: Annotated[int, typer.Option(help="Windows of the calibration text, at most.")] = SAMPLES,
     context: Annotated[
@@ -148,7 +152,7 @@ def quantize(
 ) -> None:
     """Packs the weights of a language model: to nearest, one tensor in memory at a time; or calibrated on a text."""
     options = CalibrationOptions(rounding, act, transforms, budget, choices, calibration, samples, context, resume)
-    common = (source, target, weights, embeddings, rule or [], dtype, device)
+    common = (source, target, weights, embeddings, rule or [], kv, dtype, device)
     print(run_calibrate(*common, options) if options.given else run_quantize(*common))
 
 
@@ -191,9 +195,10 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "",
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "",
+    kv: Annotated[str, typer.Option(help=OWN_KV_HELP)] = "",
 ) -> None:
     """Continues a prompt, printing as it goes, and says how fast that was."""
-    print(run_generate(model, prompt, max_new_tokens, temperature, seed, dtype, device), file=sys.stderr)
+    print(run_generate(model, prompt, max_new_tokens, temperature, seed, dtype, device, kv), file=sys.stderr)
 
 
 @app.command()
@@ -205,9 +210,10 @@ def perplexity(
     max_tokens: Annotated[int | None, typer.Option(help="Read so much of the text. Default: all.")] = None,
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "",
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "",
+    kv: Annotated[str, typer.Option(help=OWN_KV_HELP)] = "",
 ) -> None:
     """Measures how well a language model expects a text: lower is better."""
-    print(run_perplexity(model, text, context, stride, max_tokens, dtype, device))
+    print(run_perplexity(model, text, context, stride, max_tokens, dtype, device, kv))
 
 
 @app.command()

@@ -83,8 +83,8 @@ def _language_model(folder: Folder) -> str:
     packed = read_config(settings.entries, settings.where)
     parts = part_names(packed)
     floats = {name: facts for name, facts in headers.items() if name not in parts}
-    asked = {key: settings.entries.get(key) for key in ("weights", "embeddings", "rules") if settings.entries.get(key)}
-    lines = [head, "packed by " + (", ".join(f"{key}={value}" for key, value in asked.items()) or "golden-stick")]
+    asked = ((key, settings.entries.get(key)) for key in ("weights", "embeddings", "rules", "kv"))
+    lines = [head, "packed by " + (", ".join(f"{key}={value}" for key, value in asked if value) or "golden-stick")]
     rows = [
         (name, "x".join(map(str, format.shape)), _scheme(format), f"{format.nbytes:,}")
         for name, format in packed.layers.items()

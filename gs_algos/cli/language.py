@@ -55,7 +55,7 @@ def parse_dtype(name: str) -> torch.dtype | None:
 
 
 def run_quantize(
-    source: Path, target: Path, weights: str, embeddings: str, rules: list[str], dtype: str, device: str
+    source: Path, target: Path, weights: str, embeddings: str, rules: list[str], kv: str, dtype: str, device: str
 ) -> str:
     """Packs a model, and returns a line on what was written."""
     started = time.perf_counter()
@@ -65,6 +65,7 @@ def run_quantize(
         weights or None,
         embeddings=embeddings or None,
         rules=parse_rules(rules),
+        kv=kv or None,
         dtype=parse_dtype(dtype),
         device=device or None,
     )
@@ -114,13 +115,14 @@ def run_calibrate(
     weights: str,
     embeddings: str,
     rules: list[str],
+    kv: str,
     dtype: str,
     device: str,
     options: CalibrationOptions,
 ) -> str:
     """Quantizes a model with data; returns a table of its layers and lines on what was written."""
     chosen: dict[str, Any] = {"weight": weights or "int4@group:64", "embeddings": embeddings or None}
-    chosen |= {"act": options.act or None, "rounding": options.rounding or "gptq"}
+    chosen |= {"act": options.act or None, "rounding": options.rounding or "gptq", "kv": kv or None}
     chosen["transforms"] = _names(options.transforms)
     if options.choices and not options.budget:
         raise ValueError("quantize: --choices needs --budget, such as --budget '4.5 bits', got none")
@@ -161,7 +163,14 @@ def _size(written: QuantizeResult) -> str:
 
 
 def run_perplexity(
-    path: Path, text: Path, context: int | None, stride: int | None, max_tokens: int | None, dtype: str, device: str
+    path: Path,
+    text: Path,
+    context: int | None,
+    stride: int | None,
+    max_tokens: int | None,
+    dtype: str,
+    device: str,
+    kv: str,
 ) -> str:
     """Measures the perplexity of a text file, and returns it as a line."""
     if not text.is_file():
@@ -173,7 +182,7 @@ def run_perplexity(
         raise ValueError(f"perplexity: {text} must be UTF-8 text, got {error}") from error
     ids = tokenizer(words, return_tensors="pt", verbose=False).input_ids[0]
     started = time.perf_counter()
-    result = perplexity(model, ids[:max_tokens], context, stride)
+    result = perplexity(model, ids[:max_tokens], context, stride, kv=kv or None)
     seconds = time.perf_counter() - started
     return (
         f"perplexity {result.value:.4f} over {result.tokens:,} tokens of {text} "
@@ -182,7 +191,7 @@ def run_perplexity(
 
 
 def run_generate(
-    path: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int, dtype: str, device: str
+    path: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int, dtype: str, device: str, kv: str
 ) -> str:
     """Streams the continuation of a prompt to stdout; returns a line with the speed."""
     if max_new_tokens < 1 or not 0 <= temperature < math.inf:
@@ -197,7 +206,8 @@ def run_generate(
     torch.manual_seed(seed)
     clock = _clock_streamer(tokenizer)
     sampling = Sampling.of(model, temperature)
-    generate(model, inputs.input_ids, max_new_tokens=max_new_tokens, sampling=sampling, streamer=clock)
+    ids = inputs.input_ids
+    generate(model, ids, max_new_tokens=max_new_tokens, sampling=sampling, streamer=clock, kv=kv or None)
     times = clock.times
     line = f"{len(times) - 1} tokens, the first after {times[1] - times[0]:.2f} s"
     return line if len(times) < 3 else f"{line}, then {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s"

@@ -121,7 +121,7 @@ def calibrate_language_model(
         )
         batches = [{"input_ids": window.to(device)} for window in text.windows]
         measured = min(1024, context)
-        before = _perplexity(model, text.rest, measured)
+        before = _perplexity(model, text.rest, measured, None)
         mixed = None
         if budget is not None:
             few = batches[: max(1, SENSITIVITY // context)]
@@ -132,7 +132,7 @@ def calibrate_language_model(
         model = algo.apply(model, batches[0])
         algo.calibrate(model, batches, journal=journal)
         assert algo.report is not None
-        after = _perplexity(model, text.rest, measured)
+        after = _perplexity(model, text.rest, measured, config.kv)
         model = algo.convert(model)
         model.to(dtype or _dtype_of(path))
         model.save_pretrained(folder)
@@ -151,8 +151,8 @@ def calibrate_language_model(
     )
 
 
-def _perplexity(model: Any, ids: torch.Tensor, context: int) -> float | None:
-    return perplexity(model, ids, context, progress=False).value if len(ids) >= context else None
+def _perplexity(model: Any, ids: torch.Tensor, context: int, kv: str | None) -> float | None:
+    return perplexity(model, ids, context, progress=False, kv=kv).value if len(ids) >= context else None
 
 
 def _refuse_quantized(model: Any, path: Path) -> None:

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gs_algos.llm.static_cache import lengths, refuse_length, static_cache, why_not_static
+from gs_algos.llm.libraries import library
+from gs_algos.llm.static_cache import cache_argument, lengths, refuse_length, static_cache, why_not_static
+from gs_algos.ptq.kv import KVScheme, chosen_kv, recorded_kv, refuse_without_cache
 from gs_kernels.runtime.dispatch import UnsupportedError
 
 logger = logging.getLogger(__name__)
@@ -117,9 +119,11 @@ class Decoder:
         stop: tokens that end a row, whose later tokens are `pad`.
         pad: what a finished row is filled with.
         capture: makes the graph of a step, `cuda_graph` on a GPU; None runs each step as it is.
+        kv: how keys and values are quantized; None leaves them float. With KIVI each step runs as it is.
 
     Raises:
-        ValueError: if batch or length is not positive, or length is more than the model's table of positions has.
+        ValueError: if batch or length is not positive, length is more than the model's table of positions has, or kv
+            does not fit the model.
         UnsupportedError: if the model cannot decode with a static cache; see `why_not_static`.
     """
 
@@ -133,6 +137,7 @@ class Decoder:
         stop: Sequence[int] = (),
         pad: int = 0,
         capture: Capture | None = None,
+        kv: KVScheme | None = None,
     ) -> None:
         if batch < 1 or length < 1:
             raise ValueError(f"{WHO}: batch and length must be positive, got {batch} and {length}")
@@ -140,10 +145,15 @@ class Decoder:
         if reason:
             raise UnsupportedError(f"{WHO}: a static cache needs a model that supports one, got {reason}")
         refuse_length(model, length, WHO)
+        if kv is not None:
+            refuse_without_cache(model, kv, WHO)
+            if kv.group and capture is not None:
+                logger.warning("%s: no CUDA graph, as %s rounds keys and values when Python counts a group", WHO, kv)
+                capture = None
         self.model, self.length, self.capture = model, length, capture
         self.pad, self.sampling = pad, sampling or Sampling()
         self.names = set(inspect.signature(model.forward).parameters)
-        self.cache = static_cache(model, length, whole=capture is not None)
+        self.cache = static_cache(model, length, whole=capture is not None, kv=kv)
         device = self.device = model.device
         self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # the last token of each row
         self.positions = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # and its position
@@ -252,7 +262,7 @@ class Decoder:
     def _logits(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """Returns the logits `[B, vocabulary]` behind the last of these tokens."""
         extra = {"logits_to_keep": 1} if "logits_to_keep" in self.names else {}
-        extra["cache" if "cache" in self.names else "past_key_values"] = self.cache
+        extra[cache_argument(self.model)] = self.cache
         output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **extra)
         return output.logits[:, -1]
 
@@ -275,6 +285,7 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     streamer: Any = None,
+    kv: str | None = None,
 ) -> Tensor:
     """Continues prompts: the tokens of `model.generate`, with a static cache, and on a GPU with one CUDA graph a step.
 
@@ -288,25 +299,28 @@ def generate(
         max_new_tokens: where to stop at the latest; a row ends at the model's `eos_token_id`.
         sampling: how the next token is chosen; default: the likeliest.
         streamer: with `put(tokens)` and `end()`, as in Transformers: gets the prompt, then the tokens of each step.
+        kv: scheme of keys and values, as of `PTQConfig`; None for that of the model's config, `none` for floats.
 
     Returns:
         `[B, T + generated]` int64: the prompts and what was generated; rows that ended are filled with the padding
         token.
 
     Raises:
-        ValueError: if max_new_tokens is not positive, or as `Decoder` and its `start`.
+        ValueError: if max_new_tokens is not positive, or as `kv_cache`, `Decoder` and its `start`.
     """
+    scheme = chosen_kv(model, kv, WHO)
     sampling = sampling or Sampling()
     if max_new_tokens < 1:
         raise ValueError(f"{WHO}: max_new_tokens must be positive, got {max_new_tokens}")
     reason = why_not_static(model) or unknown_settings(model.generation_config)
     if reason:
         logger.warning("%s: no static cache and no CUDA graph, but model.generate: %s", WHO, reason)
-        return _by_transformers(model, ids, mask, max_new_tokens, sampling, streamer)
+        return _by_transformers(model, ids, mask, max_new_tokens, sampling, streamer, scheme)
     eos, pad = ends_of(model)
     length = ids.shape[1] + max_new_tokens
     capture = cuda_graph if model.device.type == "cuda" else None
-    decoder = Decoder(model, batch=ids.shape[0], length=length, sampling=sampling, stop=eos, pad=pad, capture=capture)
+    options: dict[str, Any] = {"sampling": sampling, "stop": eos, "pad": pad, "capture": capture, "kv": scheme}
+    decoder = Decoder(model, batch=ids.shape[0], length=length, **options)
     made = run(decoder, ids, mask, max_new_tokens=max_new_tokens, streamer=streamer)
     return torch.cat([ids.to(made.device), made], 1)
 
@@ -384,9 +398,19 @@ def _to_host(ids: Tensor) -> Callable[[], Tensor]:
 
 
 def _by_transformers(
-    model: Any, ids: Tensor, mask: Tensor | None, max_new_tokens: int, sampling: Sampling, streamer: Any
+    model: Any,
+    ids: Tensor,
+    mask: Tensor | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    streamer: Any,
+    kv: KVScheme | None,
 ) -> Tensor:
     options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+    if kv is not None:
+        options[cache_argument(model)] = library("gs_algos.llm.kv_cache", "transformers").kv_cache(model, kv)
+    elif recorded_kv(model) is not None:
+        options[cache_argument(model)] = library("transformers").DynamicCache(config=model.config)
     if sampling.temperature > 0:
         options |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
     ids = ids.to(model.device)

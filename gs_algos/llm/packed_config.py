@@ -1,7 +1,7 @@
 """Writes and reads `quantization_config`: what the config.json of a language model says of every packed layer.
 
     {"quant_method": "golden-stick", "version": 1, "weights": "int4@group:64:minmax:sym", "embeddings": null,
-     "rules": [],
+     "rules": [], "kv": "int8@token",
      "layers": {"model.layers.0.mlp.up_proj": {"bits": 4, "shape": [1536, 576], "group_size": 64, "zero": 8.0,
                                                "scale_dtype": "float16", "levels": false}, ...},
      "tied": {"lm_head": "model.embed_tokens"},
@@ -10,6 +10,7 @@
 
 Layer `L` has the tensors `L.codes`, `L.scale`, and if its `zero` is null `L.zero`, canonical as gs_kernels/pack
 describes them; a tied layer has none. `acts` names the layers that round the rows they read; it may be missing.
+`kv` is the scheme of the cache of keys and values, see gs_algos/ptq/kv.py; it may be missing, for floats.
 `weights`, `embeddings` and `rules` only say how the layers came about. `files` are checked when the folder is loaded;
 it may be missing, as it is in what Transformers saves.
 """
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 from gs_algos.core.plan import PlanRow
+from gs_algos.ptq.kv import KVScheme
 from gs_algos.quant.packed.linear import TOKEN
 from gs_algos.quant.packed.module import PackedFormat
 from gs_kernels.pack.layouts import BITS
@@ -31,7 +33,7 @@ from gs_kernels.pack.layouts import BITS
 METHOD = "golden-stick"
 FOREIGN = ("compressed-tensors", "gptq", "awq")
 VERSION = 1
-FIELDS = {"quant_method", "version", "weights", "embeddings", "rules", "layers", "tied", "acts", "files"}
+FIELDS = {"quant_method", "version", "weights", "embeddings", "rules", "kv", "layers", "tied", "acts", "files"}
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class PackedConfig:
     """Holds the packed layers, for each tied layer the one whose weight it uses, and the SHA-256 of each file.
 
     acts: the scheme of the rows that a layer reads, of those that round them.
+    kv: the scheme of the cache of keys and values; None for floats.
     """
 
     layers: dict[str, PackedFormat]
     tied: dict[str, str]
     files: dict[str, str]
     acts: dict[str, str] = field(default_factory=dict)
+    kv: str | None = None
 
     def names(self, owner: str) -> list[str]:
         """Lists the layers that share the owner's weight, itself first."""
@@ -100,7 +104,13 @@ def read_config(data: Any, where: str) -> PackedConfig:
     acts = data.get("acts", {})
     if not isinstance(acts, Mapping) or not all(name in formats and act == TOKEN for name, act in acts.items()):
         raise ValueError(f"{where}: acts must map packed layers to {TOKEN!r}, got {acts!r:.80}; update golden-stick")
-    return PackedConfig(formats, dict(tied), dict(files), dict(acts))
+    kv = data.get("kv")
+    if kv is not None:
+        try:
+            kv = str(KVScheme.parse(kv, where))
+        except ValueError as error:
+            raise ValueError(f"{error}; update golden-stick") from None
+    return PackedConfig(formats, dict(tied), dict(files), dict(acts), kv)
 
 
 def _format(name: str, entry: Any, where: str) -> PackedFormat:

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from gs_algos.core.algorithm import evaluating
 from gs_algos.core.progress import progress as progress_bar
+from gs_algos.llm.libraries import library
+from gs_algos.llm.static_cache import cache_argument
+from gs_algos.ptq.kv import KVScheme, chosen_kv
 
 CONTEXT = 1024  # tokens of a window, if nobody says how many
 ROWS = 256  # tokens whose probabilities are computed at a time: a vocabulary of 100,000 is 100 MB of fp32
@@ -27,7 +30,12 @@ class Perplexity:
 
 
 def perplexity(
-    model: nn.Module, ids: Tensor, context: int | None = None, stride: int | None = None, progress: bool = True
+    model: nn.Module,
+    ids: Tensor,
+    context: int | None = None,
+    stride: int | None = None,
+    progress: bool = True,
+    kv: str | None = None,
 ) -> Perplexity:
     """Computes the perplexity of a text in windows of one length; what does not fill a last window is left out.
 
@@ -40,9 +48,13 @@ def perplexity(
         context: tokens of a window, >= 2; default: 1024, or as many positions as the model has if those are fewer.
         stride: tokens from one window's start to the next; default: context. Smaller gives every token more context,
             and takes longer.
+        kv: scheme of the keys and values that attention reads, of a language model of Transformers; None for that of
+            the model's config, `none` for floats. With KIVI a window is read a group of tokens at a time, since those
+            that a token sees as floats depend on where it is.
 
     Raises:
-        ValueError: if the text is shorter than a window, the window or stride does not fit, or a probability is NaN.
+        ValueError: if the text is shorter than a window, the window or stride does not fit, a probability is NaN, or as
+            `kv_cache`.
     """
     longest = _positions(model)
     context = min(CONTEXT, longest or CONTEXT) if context is None else context
@@ -57,13 +69,15 @@ def perplexity(
             f"perplexity: the text must fill a window of {context} tokens, got {ids.numel()}; give a smaller context"
         )
     starts = range(0, len(ids) - context + 1, stride)
+    scheme = chosen_kv(model, kv, "perplexity")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     total, tokens = 0.0, 0
     with evaluating(model):
         for start in progress_bar(starts, "perplexity") if progress else starts:
             window = ids[start : start + context].to(device)
             scored = context - 1 if start == 0 else min(stride, context - 1)
-            total += _surprise(model(window[None]), window, scored)
+            output = model(window[None]) if scheme is None else _through_cache(model, window, scheme)
+            total += _surprise(output, window, scored)
             tokens += scored
     if math.isnan(total):
         raise ValueError("perplexity: the model must give probabilities, got NaN")
@@ -78,6 +92,14 @@ def _positions(model: nn.Module) -> int | None:
         config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     return limit if type(limit) is int and limit > 0 else None
+
+
+def _through_cache(model: Any, window: Tensor, kv: KVScheme) -> Tensor:
+    """Returns the logits of a window whose keys and values go through a quantized cache."""
+    cache = library("gs_algos.llm.kv_cache", "transformers").kv_cache(model, kv)
+    options = {cache_argument(model): cache, "use_cache": True}
+    parts = window[None].split(kv.group or len(window), 1)
+    return torch.cat([model(input_ids=part, **options).logits for part in parts], 1)
 
 
 def _surprise(output: Any, window: Tensor, scored: int) -> float:

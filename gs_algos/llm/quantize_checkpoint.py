@@ -24,6 +24,7 @@ from gs_algos.llm.formats import awq, compressed_tensors, gptq
 from gs_algos.llm.load import gguf_skeleton, is_gguf, load_gguf, refuse_dtype
 from gs_algos.llm.packed_config import FOREIGN, to_config
 from gs_algos.llm.skeleton import check_ties, fit, skeleton
+from gs_algos.ptq.kv import KVScheme, refuse_without_cache
 from gs_algos.ptq.sites import SMALLEST_GROUP, Site, WeightRule, check_schemes, weight_sites
 from gs_algos.ptq.weights import settings_of, site_row
 from gs_algos.quant.packed.module import PackedFormat
@@ -72,6 +73,7 @@ def quantize_checkpoint(
     *,
     embeddings: str | Scheme | None = None,
     rules: Sequence[WeightRule] = (),
+    kv: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -88,6 +90,7 @@ def quantize_checkpoint(
             inputs of every layer, or another divisor of them if there is none.
         embeddings: as in `quantize_weights`.
         rules: as in `quantize_weights`.
+        kv: scheme of the cache of keys and values that the packed model makes, as of `PTQConfig`; None for floats.
         device: as in `quantize_weights`.
         progress: as in `quantize_weights`.
         dtype: that what stays float is cast to, and that config.json asks for; None keeps both as they are.
@@ -101,12 +104,15 @@ def quantize_checkpoint(
     if device is not None:
         as_device(device, WHO)
     refuse_dtype(dtype, WHO)
+    scheme = None if kv is None else KVScheme.parse(kv, WHO)
     gguf = is_gguf(path)
     if weights is not None:
         check_schemes(weights, embeddings, rules)
     with whole_folder(target, WHO) as out:
         origin = _Gguf(path) if gguf else _Transformers(read_folder(path, WHO))
         notes = list(origin.notes)
+        if scheme is not None:
+            refuse_without_cache(origin.model, scheme, WHO)
         if weights is None:
             weights, own_rules, note = default_scheme(origin.model, embeddings, rules)
             rules = [*own_rules, *rules]
@@ -125,7 +131,8 @@ def quantize_checkpoint(
                 formats[site.names[0]] = _pack(writer, site, tensor, device)
         writer.close()
         rows = [site_row(site, formats.get(site.names[0])) for site in sites]
-        packed = to_config(rows, settings_of(weights, embeddings, rules), writer.hashes)
+        settings = settings_of(weights, embeddings, rules, None if scheme is None else str(scheme))
+        packed = to_config(rows, settings, writer.hashes)
         config = {**origin.config, "quantization_config": packed}
         if dtype is not None:
             config = {**config, "dtype": str(dtype).removeprefix("torch.")}

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gs_algos.llm.libraries import library
+from gs_algos.ptq.kv import KVScheme
 
 ATTENTION = ("sdpa", "eager")  # implementations that mask the free part of the cache
 
@@ -38,19 +39,33 @@ def why_not_static(model: Any) -> str:
     return f"{name}, with a {others[0]}" if others else ""
 
 
-def static_cache(model: Any, length: int, whole: bool) -> Any:
+def cache_argument(model: Any) -> str:
+    """Returns the name of the argument in which a model takes a cache, by the version of Transformers."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def static_cache(model: Any, length: int, whole: bool, kv: KVScheme | None = None) -> Any:
     """Makes Transformers' static cache, its layers all of this length.
 
     Args:
         whole: attention always reads all of it, so that shapes stay the same; else only the part in use.
+        kv: how keys and values are quantized. KIVI takes only what is in use, and its memory grows.
     """
     layers = library("transformers.cache_utils")
     made = layers.StaticCache(config=model.config, max_cache_len=length)
-    kind = layers.StaticLayer if whole else _part_layer()
     for i, layer in enumerate(made.layers):
         if type(layer) in (layers.StaticLayer, layers.StaticSlidingWindowLayer):
-            made.layers[i] = kind(max_cache_len=length)
+            made.layers[i] = _layer(length, whole, kv)
     return made
+
+
+def _layer(length: int, whole: bool, kv: KVScheme | None) -> Any:
+    if kv is None:
+        kind = library("transformers.cache_utils").StaticLayer if whole else _part_layer()
+        return kind(max_cache_len=length)
+    from gs_algos.llm.kv_cache import QuantizedLayer, StaticQuantizedLayer
+
+    return StaticQuantizedLayer(kv, length) if whole else QuantizedLayer(kv)
 
 
 @cache

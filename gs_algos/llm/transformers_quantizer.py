@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gs_algos.llm.folder import read_folder
 from gs_algos.llm.integrity import check_tensors, verify_files
+from gs_algos.llm.kv_cache import GeneratesQuantized, generates_quantized
 from gs_algos.llm.packed_config import METHOD, VERSION, PackedConfig, read_config
 from gs_algos.llm.skeleton import part_names_in
 from gs_algos.ptq.weights import install
@@ -79,6 +80,8 @@ class GoldenStickQuantizer(HfQuantizer):
                 check_packed(WHO, module.packed, name)
                 check_packed_values(WHO, module.packed, name)
                 module.arrange()
+        if self.quantization_config.packed_config().kv is not None:
+            generates_quantized(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -136,10 +139,12 @@ def describe(model: nn.Module, entry: dict[str, Any]) -> None:
         part.config.quantization_config = GoldenStickConfig(**quantization)
         written.add(id(part.config))
         _untie(part)
+        if "kv" in quantization:
+            generates_quantized(part)
 
 
 def _ours(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("gs_algos.")
+    return type(module).__module__.startswith("gs_algos.") and not isinstance(module, GeneratesQuantized)
 
 
 def _quantization_of(model: nn.Module, entry: dict[str, Any]) -> dict[str, Any]:
@@ -163,6 +168,7 @@ def _quantization_of(model: nn.Module, entry: dict[str, Any]) -> dict[str, Any]:
         else:
             tied[name] = owners[id(module.owner)]
     settings = {key: entry["config"].get(key) for key in ("weights", "embeddings", "rules")}
+    settings |= {key: value for key, value in entry["config"].items() if key == "kv"}
     acts = {name: module.act for name, module in packed if isinstance(module, DynamicPackedLinear)}
     described = {"quant_method": METHOD, "version": VERSION, **settings, "layers": layers, "tied": tied}
     return {**described, **({"acts": acts} if acts else {})}

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypedDict
 
 from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.layer_rules import Rule
+from gs_algos.ptq.kv import KVScheme
 from gs_algos.ptq.rounding import ROUNDINGS
 from gs_algos.ptq.solve import check_options
 from gs_algos.ptq.transforms import chosen_transforms
@@ -28,6 +29,8 @@ class PTQConfig(AlgorithmConfig):
         act: None leaves activations float; `int8@token` rounds each row a linear reads to 8 bits with a scale of its
             own, as it runs. A scheme such as `int8@tensor:mse` is static, one scale for a tensor, found in calibration:
             batch norms are folded, and layers and adds become those of SimQAT, which multiply integers.
+        kv: None leaves the cache of a language model float; `int8@token`, `int4@token` or `int2@kivi:32` quantizes its
+            keys and values as they are written, see `gs_algos.ptq.kv`. It needs no data.
         transforms: `equalize` (arXiv:1906.04721) makes the ranges of channels equal in layers that follow one another.
             `smooth` (arXiv:2211.10438), `smooth=0.85` for an alpha of your own, and `awq` (arXiv:2306.00978) scale
             what layers read, and the norm or linear before them takes the scale back. They run in this order.
@@ -47,6 +50,7 @@ class PTQConfig(AlgorithmConfig):
 
     weight: str | Scheme = "int4@group:128"
     act: str | Scheme | None = None
+    kv: str | None = None
     transforms: tuple[str, ...] = ()
     embeddings: str | Scheme | None = None
     rounding: str = "gptq"
@@ -83,6 +87,12 @@ class PTQConfig(AlgorithmConfig):
                 f"PTQ: embeddings stay float beside static activations, got embeddings={self.embeddings!r}; use "
                 f"embeddings=None, or act={TOKEN!r}"
             )
+        if self.kv is not None:
+            object.__setattr__(self, "kv", str(KVScheme.parse(self.kv)))
+            if self.static:
+                raise ValueError(
+                    f"PTQ: kv goes with activations that are float or {TOKEN!r}, got act={str(self.act)!r}; use kv=None"
+                )
         _refuse_unless(type(self.budget) is int and self.budget >= 0, "budget", "bytes >= 0", self.budget)
         blocks_fit = isinstance(self.blocks, str) and (self.blocks in ("auto", "none") or self.blocks.startswith("re:"))
         _refuse_unless(blocks_fit, "blocks", "auto, none or re:<expression>", self.blocks)
@@ -150,6 +160,7 @@ class PTQOptions(TypedDict, total=False):
 
     weight: str | Scheme
     act: str | Scheme | None
+    kv: str | None
     transforms: Sequence[str]
     embeddings: str | Scheme | None
     rounding: str

@@ -43,6 +43,7 @@ from gs_algos.ptq.block_loop import BlockLoop
 from gs_algos.ptq.blocks import find_blocks, first_tensor
 from gs_algos.ptq.config import WIDTHS, PTQConfig, PTQOptions
 from gs_algos.ptq.journal import digest_of, journal_at
+from gs_algos.ptq.kv import KVScheme, refuse_without_cache
 from gs_algos.ptq.layers import Rounded, Task, WeightGrid, swap_layers
 from gs_algos.ptq.processes import Processes
 from gs_algos.ptq.report import PTQReport
@@ -133,6 +134,8 @@ class PTQ(Algorithm):
         """Lists every weight, its scheme and rounding or why it stays float, and the blocks; touches nothing."""
         with ordinary_tensors(), without_autocast(), torch.no_grad(), asked_by("PTQ.plan"):
             model = network_of(model, "PTQ.plan")
+            if self.config.kv is not None:
+                refuse_without_cache(model, KVScheme.parse(self.config.kv), "PTQ")
             if self.config.static:
                 plan = static.plan_network(self.name, model, example_inputs, self.config)
             else:
@@ -140,6 +143,8 @@ class PTQ(Algorithm):
             blocks = find_blocks(model, weights_of(plan.rows), example_inputs, self.config.blocks, "PTQ.plan")
             what = "the whole network" if blocks[0].name == "" else f"{blocks[0].name} to {blocks[-1].name}"
             notes = [f"{len(blocks)} {'block' if len(blocks) == 1 else 'blocks'}: {what}"]
+            if self.config.kv is not None:
+                notes.append(f"keys and values of the cache: {self.config.kv}")
             for name, transform in network_transforms(self.config.transforms).items():
                 chains = transform.find(model, example_inputs, static.folded_norms(plan.rows))
                 together = "; ".join(", ".join(layers) for layers in chains)
@@ -299,7 +304,7 @@ class PTQ(Algorithm):
                 error, most = relative_error(got, want), OUTPUT_TOLERANCE.get(want.dtype, 1e-1)
                 if not error <= most:
                     raise RuntimeError(f"{who}: outputs must agree to {most:.0%}, got a difference of {error:.2%}")
-            config = settings_of(self.config.weight, self.config.embeddings, self._weight_rules())
+            config = settings_of(self.config.weight, self.config.embeddings, self._weight_rules(), self.config.kv)
             plan = [row.to_dict() for row in packed]
             remember(
                 network,

@@ -262,8 +262,10 @@ class QuantizedWeights:
         return model
 
 
-def settings_of(weights: str | Scheme, embeddings: str | Scheme | None, rules: Sequence[WeightRule]) -> dict[str, Any]:
-    """Returns the arguments of `quantize_weights` as plain JSON values."""
+def settings_of(
+    weights: str | Scheme, embeddings: str | Scheme | None, rules: Sequence[WeightRule], kv: str | None = None
+) -> dict[str, Any]:
+    """Returns the arguments of `quantize_weights`, and the scheme of a cache, as plain JSON values."""
 
     def plain(options: Any) -> Any:
         return dict(options) if isinstance(options, Mapping) else None if options is None else str(options)
@@ -272,4 +274,5 @@ def settings_of(weights: str | Scheme, embeddings: str | Scheme | None, rules: S
         "weights": str(Scheme.parse(weights, "weight")),
         "embeddings": None if embeddings is None else str(Scheme.parse(embeddings, "weight")),
         "rules": [[p if isinstance(p, str) else f"type:{p.__name__}", plain(v)] for p, v in rules],
+        **({} if kv is None else {"kv": kv}),
     }

@@ -23,6 +23,7 @@ OPS: tuple[str, ...] = (
     "qmatmul",
     "qconv2d",
     "hadamard",
+    "kv_cache",
 )
 
 Shape: TypeAlias = dict[str, Any]

@@ -84,6 +84,8 @@ FIXED: dict[str, str] = {
     "_requantize_kernel": "copies: its programs are those of fake_quant, and bytes are its bound",
     "_dequantize_kernel": "copies: a block of 128 K-values, which is how weights are stored, and bytes are its bound",
     "_depthwise_kernel": "each product is a load: a tile is as many pixels as registers hold of its channels",
+    "_kv_write_kernel": "a program holds whole tokens of a head: the range of a token comes before its codes",
+    "_kv_read_kernel": "copies: a program holds whole tokens of a head, and bytes are its bound",
     "_reduce_kernel": "adds parts of y, which are at most as many bytes as the weight",
 }
 

@@ -1,0 +1,201 @@
+"""Holds keys or values of one layer as codes and scales: by token, or as KIVI. Tensors are `[B, H, T, D]`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gs_algos.ptq.kv import RECENT, KVScheme
+from gs_kernels import hadamard, kv_read, kv_write_
+
+ROOM = 128  # tokens that a cache grows by
+KIVI_SCALE = torch.float16
+KIVI_MOST = torch.finfo(KIVI_SCALE).max
+
+
+class TokenStore:
+    """Holds tokens with scales of their own; keys of 4 bits rotated, and rotated back as they are read.
+
+    Args:
+        like: tensor of the first tokens, for sizes and device.
+        rotated: whether a Hadamard rotation comes before the rounding.
+        room: tokens that there is memory for from the start, all 0.
+    """
+
+    def __init__(self, scheme: KVScheme, like: Tensor, rotated: bool, room: int = 0) -> None:
+        self.size, self.rotated = like.shape[-1], rotated
+        dtype, width = (torch.int8, self.size) if scheme.bits == 8 else (torch.uint8, (self.size + 1) // 2)
+        form = (*like.shape[:2], room)
+        self.codes = like.new_zeros((*form, width), dtype=dtype)
+        self.scale = like.new_zeros((*form, scheme.groups(self.size)), dtype=torch.float32)
+        self.first = self.end = 0  # the tokens in use
+
+    @property
+    def tokens(self) -> int:
+        return self.end - self.first
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scale.nbytes
+
+    def append(self, x: Tensor) -> None:
+        count = x.shape[2]
+        if self.end + count > self.codes.shape[2]:
+            self._map(lambda t: self._larger(t, count))
+            self.first, self.end = 0, self.tokens
+        if count:
+            at = slice(self.end, self.end + count)
+            kv_write_(self.codes[:, :, at], self.scale[:, :, at], self._rotated(x.float()))
+            self.end += count
+
+    def _larger(self, t: Tensor, count: int) -> Tensor:
+        room = -(-(self.tokens + count) // ROOM) * ROOM
+        larger = t.new_empty((*t.shape[:2], room, t.shape[3]))
+        larger[:, :, : self.tokens] = t[:, :, self.first : self.end]
+        return larger
+
+    def write_at(self, x: Tensor, position: Tensor) -> None:
+        """Writes tokens where a `[1]` tensor on the device says."""
+        kv_write_(self.codes, self.scale, self._rotated(x.float()), position)
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        return self._read(slice(self.first, self.end), dtype)
+
+    def read_all(self, dtype: torch.dtype) -> Tensor:
+        """Reads all that there is memory for."""
+        return self._read(slice(None), dtype)
+
+    def _read(self, at: slice, dtype: torch.dtype) -> Tensor:
+        y = kv_read(self.codes[:, :, at], self.scale[:, :, at], size=self.size, dtype=dtype)
+        return hadamard(y, transposed=True) if self.rotated and y.numel() else y
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        return hadamard(x) if self.rotated else x
+
+    def settle(self) -> None:
+        """Does nothing: tokens are codes as soon as they are there."""
+
+    def crop(self, count: int) -> None:
+        """Takes the last tokens out."""
+        self.end = max(self.first, self.end - count)
+
+    def keep_last(self, count: int) -> None:
+        """Takes all but the last tokens out."""
+        self.first = max(self.first, self.end - count)
+
+    def take_rows(self, take: Callable[[Tensor], Tensor]) -> None:
+        """Changes the rows of the batch."""
+        self._map(take)
+
+    def clear(self) -> None:
+        self._map(Tensor.zero_)
+        self.first = self.end = 0
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.codes, self.scale = change(self.codes), change(self.scale)
+
+
+def kivi_codes(x: Tensor, group: int, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rounds groups along an axis to 2 bits: codes in the shape of x, scales and minima, `x ~ codes * scale + minimum`.
+
+    The scale is (max - min) / 3; 1 where all of a group are equal.
+    """
+    parts = x.float().unflatten(axis, (-1, group))
+    low, high = parts.amin(axis + 1), parts.amax(axis + 1)
+    low = low.clamp(-KIVI_MOST, KIVI_MOST).to(KIVI_SCALE)
+    scale = ((high - low.float()) / 3).clamp(max=KIVI_MOST).to(KIVI_SCALE)
+    scale = torch.where(scale > 0, scale, 1.0).to(KIVI_SCALE)
+    steps = (parts - low.float().unsqueeze(axis + 1)) / scale.float().unsqueeze(axis + 1)
+    return steps.round().clamp(0, 3).to(torch.uint8).flatten(axis, axis + 1), scale, low
+
+
+def pack_quarters(codes: Tensor) -> Tensor:
+    """Packs codes `[..., D]` of 0..3 to bytes `[..., ceil(D / 4)]`: byte j has j, j + W, j + 2W and j + 3W, W bytes."""
+    width = -(-codes.shape[-1] // 4)
+    parts = torch.nn.functional.pad(codes, (0, 4 * width - codes.shape[-1])).unflatten(-1, (4, width))
+    return parts[..., 0, :] | parts[..., 1, :] << 2 | parts[..., 2, :] << 4 | parts[..., 3, :] << 6
+
+
+def unpack_quarters(codes: Tensor, size: int) -> Tensor:
+    """Returns the codes `[..., size]` of what `pack_quarters` packed."""
+    return torch.cat([codes & 3, codes >> 2 & 3, codes >> 4 & 3, codes >> 6], -1)[..., :size]
+
+
+class KiviStore:
+    """Holds the last tokens as floats, and those before as codes of 2 bits in whole groups.
+
+    Args:
+        like: tensor of the first tokens, for sizes, dtype and device.
+        axis: 2, groups are tokens of a channel, as keys have them; 3, channels of a token, as values.
+    """
+
+    def __init__(self, scheme: KVScheme, like: Tensor, axis: int) -> None:
+        self.group, self.axis, self.size = scheme.group, axis, like.shape[-1]
+        self.recent = like[:, :, :0]
+        self.codes, self.scale, self.low = self._quantized(self.recent)
+
+    def _quantized(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        codes, scale, low = kivi_codes(x, self.group, self.axis)
+        return pack_quarters(codes), scale, low
+
+    @property
+    def tokens(self) -> int:
+        return self.codes.shape[2] + self.recent.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scale.nbytes + self.low.nbytes + self.recent.nbytes
+
+    def append(self, x: Tensor) -> None:
+        self.recent = torch.cat([self.recent, x], 2)
+
+    def settle(self) -> None:
+        """Rounds whole groups of tokens that are no longer among the last ones."""
+        count = (self.recent.shape[2] - RECENT) // self.group * self.group
+        if count > 0:
+            parts = self._quantized(self.recent[:, :, :count])
+            held = (self.codes, self.scale, self.low)
+            self.codes, self.scale, self.low = (torch.cat(pair, 2) for pair in zip(held, parts, strict=True))
+            self.recent = self.recent[:, :, count:].clone()
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        return torch.cat([self._read(dtype), self.recent.to(dtype)], 2)
+
+    def _read(self, dtype: torch.dtype) -> Tensor:
+        parts = unpack_quarters(self.codes, self.size).float().unflatten(self.axis, (-1, self.group))
+        scale, low = (t.float().unsqueeze(self.axis + 1) for t in (self.scale, self.low))
+        return (parts * scale + low).flatten(self.axis, self.axis + 1).to(dtype)
+
+    def crop(self, count: int) -> None:
+        """Takes the last tokens out; of a group that is cut, the others become floats."""
+        left = max(0, self.tokens - count)
+        if left < self.codes.shape[2]:
+            whole = left // self.group * self.group
+            self.recent = self._read(self.recent.dtype)[:, :, whole:left]
+            per = self.group if self.axis == 2 else 1
+            self.codes = self.codes[:, :, :whole]
+            self.scale, self.low = self.scale[:, :, : whole // per], self.low[:, :, : whole // per]
+        else:
+            self.recent = self.recent[:, :, : left - self.codes.shape[2]]
+
+    def take_rows(self, take: Callable[[Tensor], Tensor]) -> None:
+        """Changes the rows of the batch."""
+        self.codes, self.scale, self.low = take(self.codes), take(self.scale), take(self.low)
+        self.recent = take(self.recent)
+
+
+def stores(scheme: KVScheme, keys: Tensor, values: Tensor, who: str, room: int = 0) -> tuple[Store, Store]:
+    """Makes what holds keys and values like these.
+
+    Raises:
+        ValueError: if the heads cannot be cut into groups.
+    """
+    if scheme.group:
+        scheme.refuse_head(values.shape[-1], who)
+        return KiviStore(scheme, keys, 2), KiviStore(scheme, values, 3)
+    return TokenStore(scheme, keys, scheme.bits == 4, room), TokenStore(scheme, values, False, room)
+
+
+Store = TokenStore | KiviStore
