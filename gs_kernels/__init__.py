@@ -19,6 +19,7 @@ from gs_kernels.qmatmul.op_fp8 import qmatmul_fp8
 from gs_kernels.qmatmul.op_int8 import code_sums, qmatmul_int8, quantize_rows, row_sums
 from gs_kernels.requantize.op import requantize
 from gs_kernels.runtime.dispatch import UnsupportedError
+from gs_kernels.search_clip_ratio.op import search_clip_ratio
 from gs_kernels.slb.op import slb_weight
 from gs_kernels.slb.optimizer_step import slb_adamw_, slb_sgd_
 from gs_kernels.slb.pack_codes import slb_codes, slb_pack
@@ -59,6 +60,7 @@ __all__ = [
     "repack",
     "requantize",
     "row_sums",
+    "search_clip_ratio",
     "slb_adamw_",
     "slb_codes",
     "slb_pack",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gs_algos.quant.scheme import Scheme
-from gs_kernels import PerChannel, choose_qparams, fake_quant
+from gs_kernels import PerChannel, fake_quant, search_clip_ratio
 
 MSE_STEPS = 80  # ratios tried, from 1 down to MSE_SMALLEST
 MSE_SMALLEST = 0.2
@@ -29,15 +29,9 @@ def clip_ratio(rows: Tensor, scheme: Scheme, importance: Tensor | None = None) -
         return torch.where(largest > 0, bound / largest, torch.ones_like(bound)).clamp(min=1e-3)
     if scheme.observer != "mse" and not scheme.learned:
         return rows.new_ones(rows.shape[0])
-    low, high = rows.amin(1), rows.amax(1)
-    best = torch.full_like(low, torch.inf)
-    ratio = torch.ones_like(low)
-    for r in torch.linspace(1.0, MSE_SMALLEST, MSE_STEPS).tolist():
-        scale, zero = choose_qparams(low * r, high * r, qmin=scheme.qmin, qmax=scheme.qmax, symmetric=scheme.symmetric)
-        error = squared_error(rows, scale, zero, scheme, importance)
-        ratio = torch.where(error < best, torch.full_like(ratio, r), ratio)
-        best = torch.minimum(error, best)
-    return ratio
+    ratios = torch.linspace(1.0, MSE_SMALLEST, MSE_STEPS, device=rows.device)
+    limits = {"qmin": scheme.qmin, "qmax": scheme.qmax}
+    return search_clip_ratio(rows, ratios, importance, **limits, symmetric=scheme.symmetric)
 
 
 def squared_error(rows: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme, importance: Tensor | None) -> Tensor:

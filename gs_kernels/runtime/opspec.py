@@ -16,6 +16,7 @@ import torch
 OPS: tuple[str, ...] = (
     "fake_quant",
     "observe",
+    "search_clip_ratio",
     "requantize",
     "gram",
     "gptq_block",

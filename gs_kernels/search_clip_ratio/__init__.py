@@ -1,0 +1,1 @@
+"""Searches the share of each row's range whose grid loses least."""
