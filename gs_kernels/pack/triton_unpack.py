@@ -300,9 +300,9 @@ def dequantize_block(
 
 
 @constexpr_function
-def code_middle(bits, fp8, asm):
-    """Returns what `code_block` subtracts from a code: the zero point of a symmetric grid, or nothing."""
-    return 0.0 if fp8 and asm else 0.5 if bits == 1 else float(2 ** (bits - 1))
+def code_middle(bits):
+    """Returns what `code_block` subtracts from a code: the zero point of a symmetric grid."""
+    return 0.5 if bits == 1 else float(2 ** (bits - 1))
 
 
 @constexpr_function
@@ -310,7 +310,8 @@ def code_factor(bits, fp8, asm):
     """Returns what `code_block` multiplies that difference by, a power of two."""
     if not asm:
         return 2.0 if bits == 1 else 1.0
-    return 2.0**-9 if fp8 else 128.0 if bits == 1 else float(2 ** (8 - bits))
+    unit = 2.0**-9 if fp8 else 64.0 if bits == 1 else float(2 ** (8 - bits))
+    return 2 * unit if bits == 1 else unit
 
 
 @constexpr_function
@@ -318,15 +319,23 @@ def code_asm(bits, fp8):
     """Writes PTX that turns each field of four containers in two registers into four bytes in one.
 
     int8: at the top of the byte, its highest bit flipped: `(code - 2**(bits - 1)) * 2**(8 - bits)`; of 1 bit, ±64.
-    fp8: at the bottom, where float8_e4m3 counts in steps of 2**-9 up to 15.
+    fp8: `code - 2**(bits - 1)`, of 1 bit ±1, as sign and magnitude at the bottom, where float8_e4m3 counts in steps of
+    2**-9 up to 15. Where the highest bit is clear, the magnitude is the other bits flipped, and 1.
     """
     count, low = 16 // bits, (1 << bits) - 1
+    high = (low + 1) // 2 * 0x01010101
+    rest = high - 0x01010101
     words = f"${count}, ${count + 1}"
-    lines = [f".reg .b32 a, b, t; prmt.b32 a, {words}, 0x6420; prmt.b32 b, {words}, 0x7531;"]
+    lines = [f".reg .b32 a, b, t, h, s, r; prmt.b32 a, {words}, 0x6420; prmt.b32 b, {words}, 0x7531;"]
     for j in range(count):
         byte, at = ("a", j * bits) if j * bits < 8 else ("b", j * bits - 8)
-        if fp8:
-            lines.append(f"shr.u32 t, {byte}, {at}; and.b32 ${j}, t, 0x{low * 0x01010101:08x};")
+        if fp8 and bits == 1:
+            lines.append(f"shl.b32 t, {byte}, {7 - at};")
+            lines.append(f"lop3.b32 ${j}, t, 0x80808080, 0x01010101, 0xae;")  # (~a & b) | c
+        elif fp8:
+            lines.append(f"shr.u32 t, {byte}, {at}; lop3.b32 h, t, 0x{high:08x}, 0, 0x0c;")  # ~a & b
+            lines.append(f"shr.u32 s, h, {bits - 1}; sub.u32 r, h, s;")
+            lines.append(f"lop3.b32 r, t, 0x{rest:08x}, r, 0x6a; mad.lo.u32 ${j}, s, 129, r;")  # (a & b) ^ c
         else:
             flip = 0xC0C0C0C0 if bits == 1 else 0x80808080
             top = (low << (8 - bits)) * 0x01010101
@@ -369,7 +378,7 @@ def _codes(
         v = fields[J].to(T, bitcast=True)
     else:
         FACTOR: tl.constexpr = code_factor(BITS, False, False)
-        SHIFT: tl.constexpr = code_middle(BITS, False, False) * FACTOR
+        SHIFT: tl.constexpr = code_middle(BITS) * FACTOR
         q = (words >> (J * BITS)).to(tl.int32) & ((1 << BITS) - 1)
         v = q * int(FACTOR) - int(SHIFT)
         v = v.to(tl.float32).to(T) if FP8 else v.to(T)
@@ -380,7 +389,8 @@ def _codes(
 def code_block(words, BITS: tl.constexpr, T: tl.constexpr, FP8: tl.constexpr, ASM: tl.constexpr):
     """Unpacks 128 codes of each row, planar containers `[R, 8 * BITS]`, to `(code - middle) * factor`, `[R, 128]`.
 
-    Exact in T: int8 or, with FP8, float8e4nv for at most 4 bits. ASM: by inline PTX, half an operation a code.
+    Exact in T: int8 or, with FP8, float8e4nv for at most 4 bits. ASM: by inline PTX, half an operation a code; to
+    floats one and a half.
     """
     if ASM:
         fields = byte_fields(words, BITS, FP8)

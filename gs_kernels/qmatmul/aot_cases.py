@@ -195,6 +195,5 @@ INT8 = (
     reduce(1, max_regs=40, max_instructions=24, targets=("sm_80", "sm_90", "gfx942")),
     reduce(16, max_regs=40, max_instructions=30, wide_loads=False, targets=("sm_90", "gfx942")),
 )
-# sums of x by block are many narrow loads, from a cache
-FP8 = (matmul_fp8(4, 256, mma="QGMMA", max_instructions=7.5, max_shared_stores=4, wide_loads=False, targets=HOPPER),)
+FP8 = (matmul_fp8(4, 256, mma="QGMMA", max_regs=208, max_instructions=4.4, max_shared_stores=4, targets=HOPPER),)
 ROWS = (quantize_rows(4096, max_instructions=26, targets=HOPPER), quantize_rows(14336, targets=("sm_80", "gfx942")))

@@ -26,6 +26,8 @@ INSTRUCTIONS = {
     "shr.u32": lambda a, n: a >> n,
     "shl.b32": lambda a, n: a << n,
     "and.b32": lambda a, b: a & b,
+    "sub.u32": lambda a, b: a - b,
+    "mad.lo.u32": lambda a, b, c: a * b + c,
     "lop3.b32": _lop3,
     "prmt.b32": _prmt,
 }

@@ -44,7 +44,7 @@ def _qconv2d_int8_kernel(
     GROUP: 0 if there is one group, the only case that splits.
     """
     WIDTH: tl.constexpr = 8 * BITS
-    MIDDLE2: tl.constexpr = int(2 * code_middle(BITS, False, ASM))
+    MIDDLE2: tl.constexpr = int(2 * code_middle(BITS))
     FACTOR: tl.constexpr = int(code_factor(BITS, False, ASM))
     CENTRED: tl.constexpr = zero_ptr is None and 2 * ZERO == MIDDLE2
     BLOCKS: tl.constexpr = (K + 127) // 128

@@ -46,7 +46,7 @@ def _qmatmul_int8_kernel(
     T: tl.constexpr = x_ptr.dtype.element_ty
     FP8: tl.constexpr = x_ptr.dtype.element_ty != tl.int8
     SUM: tl.constexpr = tl.float32 if FP8 else tl.int32
-    MIDDLE: tl.constexpr = code_middle(BITS, FP8, ASM)
+    MIDDLE: tl.constexpr = code_middle(BITS)
     FACTOR: tl.constexpr = code_factor(BITS, FP8, ASM)
     CENTRED: tl.constexpr = zero_ptr is None and ZERO == MIDDLE
     MIDDLE2: tl.constexpr = int(2 * MIDDLE)
@@ -88,10 +88,11 @@ def _qmatmul_int8_kernel(
         w = code_block(words, BITS, T, FP8, ASM)
         if GROUP % 128 == 0:
             part = tl.dot(w, tl.trans(x), part, out_dtype=SUM)
-            if x_sums_ptr is not None:
-                x_sums += tl.load(x_sums_ptr + (first + turn).to(tl.int64) * M + first_m + rows)
-            elif not CENTRED:
-                x_sums += tl.sum(x.to(SUM), 1)
+            if not CENTRED:
+                if x_sums_ptr is not None:
+                    x_sums += tl.load(x_sums_ptr + (first + turn).to(tl.int64) * M + first_m + rows)
+                else:
+                    x_sums += tl.sum(x.to(SUM), 1)
             if GROUP > 0 and ((first + turn + 1) % BLOCKS == 0 or turn + 1 == count):
                 offs = offs_s + k // GROUP * stride_sg
                 acc = _add_group(acc, part, x_sums, scale_ptr, zero_ptr, offs, ZERO, MIDDLE, FACTOR, CENTRED)

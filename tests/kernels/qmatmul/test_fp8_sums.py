@@ -36,10 +36,11 @@ def tensor_core_sum(w, x, acc):
 
 
 def emulated(x, weight, bias, activation):
-    """What `qmatmul_fp8` computes on a GPU: codes without their zero point on tensor cores, the rest in fp32."""
+    """What `qmatmul_fp8` computes on a GPU: codes around their middle on tensor cores, the rest in fp32."""
     rows = x.reshape(-1, x.shape[-1])
     x8, x_scale = quantize_rows_ref(rows, dtype=torch.float8_e4m3fn)
-    codes = unpack_codes(weight.codes, weight.bits, weight.shape, weight.layout).double()
+    middle = 2.0 ** (weight.bits - 1) if weight.bits > 1 else 0.5
+    codes = unpack_codes(weight.codes, weight.bits, weight.shape, weight.layout).double() - middle
     y = torch.zeros(rows.shape[0], weight.shape[0])
     size = weight.group_size
     for g in range(weight.scale.shape[1]):
@@ -47,7 +48,7 @@ def emulated(x, weight, bias, activation):
         columns = slice(g * size, (g + 1) * size)
         part = tensor_core_sum(codes[:, columns], x8.double()[:, columns], part)
         zero = weight.zero[:, g, None].float() if isinstance(weight.zero, torch.Tensor) else weight.zero
-        part = part.float() - zero * x8.float()[:, columns].sum(1)
+        part = part.float() + (middle - zero) * x8.float()[:, columns].sum(1)
         y += (part * weight.scale[:, g, None].float()).T
     y = y * x_scale[:, None]
     y = y if bias is None else y + bias.float()
