@@ -135,7 +135,7 @@ QCONV2D = (
     conv(4, 512, 512, 7, 3, batch=1, max_instructions=3.0, **MORE),
     conv(4, 24, 144, 56, 1, mma="HGMMA", targets=HOPPER),
     conv(4, 96, 24, 56, 1, mma="HGMMA", targets=HOPPER),
-    conv(4, 3, 64, 224, 7, stride=2, mma="HGMMA", wide_loads=False, targets=HOPPER),
+    conv(4, 3, 64, 32, 7, batch=1, stride=2, mma="HGMMA", wide_loads=False, targets=HOPPER),
     conv(4, 256, 256, 14, 3, groups=32, mma="HGMMA", targets=HOPPER),
     conv(4, 64, 64, 7, 3, batch=1, dtype=torch.float32, targets=HOPPER),
     conv(8, 192, 192, 28, 3, groups=192, wide_loads=False, targets=("sm_90", "gfx942")),

@@ -8,7 +8,9 @@ from gs_kernels.qmatmul.tiles import DENSE, Plan, rule_of
 from gs_kernels.tuning.tables import tuned
 
 FEW_PIXELS = 16
-SOME_PIXELS = 256  # in fp32, or with a table of levels, kernels do only so many: others are dequantized once
+# in fp32, with a table of levels, or where pixels are gathered by many loads, float kernels do only so many: weights of
+# others are dequantized once
+SOME_PIXELS = 256
 
 FEW = Plan(scale_parts=True, block_m=FEW_PIXELS)
 # by compute capability, as RULES of gs_kernels/qmatmul/tiles.py
@@ -53,7 +55,7 @@ def choose_plan(
     if tile is not None:
         rule = rule_of(tile)
         plan, programs = rule.plan, rule.programs
-    elif (levels or x_bits == 32) and m > SOME_PIXELS:
+    elif (levels or x_bits == 32 or (x_bits == 16 and channels % 8 != 0)) and m > SOME_PIXELS:
         return DENSE
     else:
         programs = PROGRAMS

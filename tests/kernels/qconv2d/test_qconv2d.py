@@ -330,7 +330,9 @@ def test_the_largest_tile_that_fills_the_processors_is_taken():
 
 
 def test_what_takes_many_registers_takes_few_pixels():
-    assert choose_plan(32 * 112 * 112, 64, 147, 1, **(ON_H100 | {"channels": 3})).block_m == 32
+    assert choose_plan(256, 64, 147, 1, **(ON_H100 | {"channels": 3})).block_m == 32
+    assert choose_plan(32 * 112 * 112, 64, 147, 1, **(ON_H100 | {"channels": 3})).dense
+    assert choose_plan(32 * 112 * 112, 64, 147, 1, **(ON_H100 | {"channels": 3, "x_bits": 8})).block_m == 32
     assert choose_plan(32 * 28 * 28, 128, 1152, 1, **(ON_H100 | {"x_bits": 8}), int8_group=32).block_m == 32
     assert choose_plan(1000, 128, 1152, 1, **(ON_H100 | {"x_bits": 32})).dense
     assert choose_plan(1000, 128, 1152, 1, **(ON_H100 | {"levels": True})).dense
