@@ -34,7 +34,8 @@ from gs_algos.quant.packed.conv_base import DENSE, Convolution, channels_fastest
 from gs_algos.quant.packed.embedding import PackedEmbedding
 from gs_algos.quant.packed.linear import DynamicPackedLinear, PackedConv1D
 from gs_algos.quant.packed.module import Packed
-from gs_kernels import repack, unpack_codes
+from gs_algos.quant.rotation import rotations_of
+from gs_kernels import UnsupportedError, repack, unpack_codes
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.pack.formats.onnxruntime import to_matmul_nbits
 from gs_kernels.pack.layouts import CANONICAL
@@ -65,7 +66,7 @@ def export_onnx(
         TypeError: if the model is no module.
         ValueError: if it is prepared for training and not converted, the file is there already or does not end in
             .onnx, or the example is none of the above or does not run through the network.
-        UnsupportedError: if torch cannot read the network.
+        UnsupportedError: if torch cannot read the network, or it rotates what a layer reads as it runs.
         RuntimeError: if onnx or onnxscript is not installed.
     """
     lacking = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
@@ -73,6 +74,11 @@ def export_onnx(
         raise RuntimeError(f"{WHO}: needs {', '.join(lacking)}; pip install 'golden-stick-triton[onnx]'")
     target = new_file(path, ".onnx", WHO)
     network, call = exportable(model, example, WHO)
+    if rotations := rotations_of(network):
+        raise UnsupportedError(
+            f"{WHO}: ONNX has no rotation, got {next(iter(rotations))} and {len(rotations) - 1} more modules that are "
+            "rotated as they run; quantize without rotate"
+        )
     for name, t in zip(call.names, call.tensors, strict=True):
         if t.is_floating_point() and t.dtype != torch.float32:
             raise ValueError(f"{WHO}: example must be of float32 or integers, got {name} in {t.dtype}; use .float()")

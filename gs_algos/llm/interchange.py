@@ -66,6 +66,12 @@ def export_language_model(
             f"{who}: {folder.path} must read floats, got {next(iter(config.acts))} and {len(config.acts) - 1} more "
             "that round what they read (acts in config.json); quantize it without --act"
         )
+    if config.rotations:
+        raise ValueError(
+            f"{who}: {folder.path} must run as its layers say, got {next(iter(config.rotations))} and "
+            f"{len(config.rotations) - 1} more that are rotated as they run (rotations in config.json); quantize it "
+            "without rotate"
+        )
     check_tensors(folder, config, who)
     verify_files(folder.path, config.files, who)
     model = skeleton(folder.path, who)

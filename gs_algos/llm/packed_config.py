@@ -6,11 +6,14 @@
                                                "scale_dtype": "float16", "levels": false}, ...},
      "tied": {"lm_head": "model.embed_tokens"},
      "acts": {"model.layers.0.mlp.up_proj": "int8@token", ...},
+     "rotations": {"model.layers.0.mlp.down_proj": {"input": {"block": 1536, "signs": "", ...}}, ...},
      "files": {"model.safetensors": "<SHA-256>", ...}}
 
 Layer `L` has the tensors `L.codes`, `L.scale`, and if its `zero` is null `L.zero`, canonical as gs_kernels/pack
 describes them; a tied layer has none. `acts` names the layers that round the rows they read; it may be missing.
-`kv` is the scheme of the cache of keys and values, see gs_algos/ptq/kv.py; it may be missing, for floats.
+`rotations` names the modules whose input or output is rotated as it runs, by the fields of `Rotation` in
+gs_algos/quant/rotation.py; it may be missing. `kv` is the scheme of the cache of keys and values, see
+gs_algos/ptq/kv.py; it may be missing, for floats.
 `weights`, `embeddings` and `rules` only say how the layers came about. `files` are checked when the folder is loaded;
 it may be missing, as it is in what Transformers saves.
 """
@@ -28,12 +31,25 @@ from gs_algos.core.plan import PlanRow
 from gs_algos.ptq.kv import KVScheme
 from gs_algos.quant.packed.linear import TOKEN
 from gs_algos.quant.packed.module import PackedFormat
+from gs_algos.quant.rotation import Rotation, checked_rotations
 from gs_kernels.pack.layouts import BITS
 
 METHOD = "golden-stick"
 FOREIGN = ("compressed-tensors", "gptq", "awq")
 VERSION = 1
-FIELDS = {"quant_method", "version", "weights", "embeddings", "rules", "kv", "layers", "tied", "acts", "files"}
+FIELDS = {
+    "quant_method",
+    "version",
+    "weights",
+    "embeddings",
+    "rules",
+    "kv",
+    "layers",
+    "tied",
+    "acts",
+    "rotations",
+    "files",
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,7 @@ class PackedConfig:
 
     acts: the scheme of the rows that a layer reads, of those that round them.
     kv: the scheme of the cache of keys and values; None for floats.
+    rotations: what a module rotates as it runs, by its name and side, `input` or `output`.
     """
 
     layers: dict[str, PackedFormat]
@@ -49,6 +66,7 @@ class PackedConfig:
     files: dict[str, str]
     acts: dict[str, str] = field(default_factory=dict)
     kv: str | None = None
+    rotations: dict[str, dict[str, Rotation]] = field(default_factory=dict)
 
     def names(self, owner: str) -> list[str]:
         """Lists the layers that share the owner's weight, itself first."""
@@ -110,7 +128,8 @@ def read_config(data: Any, where: str) -> PackedConfig:
             kv = str(KVScheme.parse(kv, where))
         except ValueError as error:
             raise ValueError(f"{error}; update golden-stick") from None
-    return PackedConfig(formats, dict(tied), dict(files), dict(acts), kv)
+    rotations = checked_rotations(data.get("rotations", {}), where)
+    return PackedConfig(formats, dict(tied), dict(files), dict(acts), kv, rotations)
 
 
 def _format(name: str, entry: Any, where: str) -> PackedFormat:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from gs_algos.quant.packed.conv import PackedConv
 from gs_algos.quant.packed.embedding import PackedEmbedding
 from gs_algos.quant.packed.linear import DynamicPackedLinear, PackedConv1D, PackedLinear
 from gs_algos.quant.packed.module import Packed, PackedFormat
+from gs_algos.quant.rotation import install_rotations, rotations_of
 from gs_kernels.pack.checks import check_packed, check_packed_values
 
 WHO = "from_pretrained"
@@ -69,8 +70,14 @@ class GoldenStickQuantizer(HfQuantizer):
         quantization["tied"] = config.tied
         if config.acts:
             quantization["acts"] = config.acts
+        if config.rotations:
+            quantization["rotations"] = {
+                name: {side: asdict(rotation) for side, rotation in sides.items()}
+                for name, sides in config.rotations.items()
+            }
         for owner, format in config.layers.items():
             install(model, config.names(owner), format.empty("meta"), config.acts.get(owner))
+        install_rotations(model, config.rotations)
         _untie(model)
         return model
 
@@ -171,7 +178,8 @@ def _quantization_of(model: nn.Module, entry: dict[str, Any]) -> dict[str, Any]:
     settings |= {key: value for key, value in entry["config"].items() if key == "kv"}
     acts = {name: module.act for name, module in packed if isinstance(module, DynamicPackedLinear)}
     described = {"quant_method": METHOD, "version": VERSION, **settings, "layers": layers, "tied": tied}
-    return {**described, **({"acts": acts} if acts else {})}
+    rotations = rotations_of(model)
+    return {**described, **({"acts": acts} if acts else {}), **({"rotations": rotations} if rotations else {})}
 
 
 def _of_model(config: PackedConfig, model: Any) -> PackedConfig:
@@ -200,7 +208,8 @@ def _of_model(config: PackedConfig, model: Any) -> PackedConfig:
     if lost:
         raise ValueError(f"{WHO}: {lost[0]} in config.json must be a layer of {type(model).__name__}, got none such")
     acts = {own[name]: act for name, act in config.acts.items() if name in own}
-    return replace(config, layers=layers, tied=tied, acts=acts)
+    turned = {place: sides for name, sides in config.rotations.items() if (place := _placed(name, modules, prefix))}
+    return replace(config, layers=layers, tied=tied, acts=acts, rotations=turned)
 
 
 def _placed(name: str, modules: Iterable[str], prefix: str) -> str | None:

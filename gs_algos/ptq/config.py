@@ -32,6 +32,7 @@ class PTQConfig(AlgorithmConfig):
         kv: None leaves the cache of a language model float; `int8@token`, `int4@token` or `int2@kivi:32` quantizes its
             keys and values as they are written, see `gs_algos.ptq.kv`. It needs no data.
         transforms: `equalize` (arXiv:1906.04721) makes the ranges of channels equal in layers that follow one another.
+            `rotate` (arXiv:2404.00456) mixes channels by Hadamard matrices, which spreads outliers.
             `smooth` (arXiv:2211.10438), `smooth=0.85` for an alpha of your own, and `awq` (arXiv:2306.00978) scale
             what layers read, and the norm or linear before them takes the scale back. They run in this order.
         embeddings: scheme of every `nn.Embedding`, rounded to nearest; None leaves them float.
@@ -87,6 +88,8 @@ class PTQConfig(AlgorithmConfig):
                 f"PTQ: embeddings stay float beside static activations, got embeddings={self.embeddings!r}; use "
                 f"embeddings=None, or act={TOKEN!r}"
             )
+        if self.static and "rotate" in self.transforms:
+            raise ValueError(f"PTQ: rotate needs activations that are float or {TOKEN!r}, got act={str(self.act)!r}")
         if self.kv is not None:
             object.__setattr__(self, "kv", str(KVScheme.parse(self.kv)))
             if self.static:

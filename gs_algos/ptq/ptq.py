@@ -50,7 +50,7 @@ from gs_algos.ptq.report import PTQReport
 from gs_algos.ptq.sites import Site, WeightRule, weight_sites
 from gs_algos.ptq.transforms import network_transforms
 from gs_algos.ptq.weights import NAME as PACKED
-from gs_algos.ptq.weights import WeightPlan, install, settings_of, summary
+from gs_algos.ptq.weights import WeightPlan, install, restore_rotations, rotated, settings_of, summary
 from gs_algos.quant.fake_quant.layers import FakeQuantized
 from gs_algos.quant.fast_path import leave_fast_path
 from gs_algos.quant.network.convert import Parity, convert_model
@@ -185,6 +185,7 @@ class PTQ(Algorithm):
                 else:
                     for transform in network_transforms(self.config.transforms).values():
                         transform.run(network, example_inputs, "PTQ.apply")
+                    facts = rotated(network)
                     self._swap_layers(network, plan)
                 leave_fast_path(prepared)
                 self.remember(prepared, "prepared", rows, calibrated=False, **facts)
@@ -308,7 +309,10 @@ class PTQ(Algorithm):
             plan = [row.to_dict() for row in packed]
             remember(
                 network,
-                {"algorithm": PACKED, "stage": "converted", "steps": 0, "config": config, "plan": plan},
+                {
+                    **{"algorithm": PACKED, "stage": "converted", "steps": 0, "config": config, "plan": plan},
+                    **rotated(network),
+                },
                 replaces=self.name,
             )
 
@@ -345,6 +349,7 @@ class PTQ(Algorithm):
             swap_layers(layers, grid, row.settings.act)
             for layer in layers:
                 layer.solved = entry["calibrated"]  # type: ignore[assignment]
+        restore_rotations(model, entry)
         leave_fast_path(model)
         return model
 

@@ -165,7 +165,9 @@ class Streams:
         with ExitStack() as stack, evaluating(self.model), without_cache(self.model):
             for name in names:
                 module = submodule(self.model, name)
-                stack.callback(module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
+                # in front of other hooks, which are called again when a block is run
+                handle = module.register_forward_pre_hook(before(name), prepend=True, with_kwargs=True)
+                stack.callback(handle.remove)
             stack.callback(submodule(self.model, names[-1]).register_forward_hook(lambda *_: stop()).remove)
             with stopped():
                 run(self.model, batch, self.who)

@@ -23,6 +23,7 @@ from gs_algos.quant.packed.conv_base import Convolution
 from gs_algos.quant.packed.module import Packed, PackedFormat
 from gs_algos.quant.packed.packable import format_of, in_rows, matrix_of, packed_like
 from gs_algos.quant.packed.round_to_nearest import round_to_nearest, signs_of
+from gs_algos.quant.rotation import checked_rotations, install_rotations, rotations_of
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import PackedWeight
 
@@ -258,8 +259,20 @@ class QuantizedWeights:
                 install(model, row.settings.names, row.settings.format.empty(device), row.settings.act)
                 owner: Any = get_module(model, row.settings.names[0])
                 owner.signs = signs_of(Scheme.parse(row.settings.weight, "weight"))
+        restore_rotations(model, entry)
         leave_fast_path(model)
         return model
+
+
+def rotated(model: nn.Module) -> dict[str, Any]:
+    """Returns what a history entry says of a network that rotates as it runs; {} of another."""
+    rotations = rotations_of(model)
+    return {"rotations": rotations} if rotations else {}
+
+
+def restore_rotations(model: nn.Module, entry: Mapping[str, Any]) -> None:
+    """Gives a network the rotations that a history entry tells of."""
+    install_rotations(model, checked_rotations(entry.get("rotations", {}), "load"))
 
 
 def settings_of(

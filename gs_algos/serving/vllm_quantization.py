@@ -58,6 +58,12 @@ class GoldenStickVllmConfig(QuantizationConfig):
                 f"{WHO}: layers must read floats, got {next(iter(config.acts))} and {len(config.acts) - 1} more that "
                 "round what they read (acts in quantization_config); quantize without --act, or use golden-stick serve"
             )
+        if config.rotations:
+            raise ValueError(
+                f"{WHO}: layers must read what vLLM gives them, got {next(iter(config.rotations))} and "
+                f"{len(config.rotations) - 1} more that are rotated as they run (rotations in quantization_config); "
+                "quantize without rotate, or use golden-stick serve"
+            )
 
     def get_name(self) -> str:
         return METHOD

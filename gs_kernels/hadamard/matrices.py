@@ -55,7 +55,7 @@ def hadamard_matrix(n: int) -> Tensor:
 
 @cache
 def small_rows(m: int) -> list[list[float]]:
-    """Returns the matrix of order m, 1 or one of Paley's, as numbers, which also a tracer takes."""
+    """Returns the matrix of order m, 1 or one of Paley's, as numbers, which also a tracer takes; its first row is 1."""
     if m == 1:
         return [[1.0]]
     field = _field(m)
@@ -67,11 +67,12 @@ def small_rows(m: int) -> list[list[float]]:
         return [[float(i == j) + value for j, value in enumerate(row)] for i, row in enumerate(rows)]
     rows = [[0.0] + [1.0] * q, *([1.0, *row] for row in residues)]
     one, other = ((1.0, 1.0), (1.0, -1.0)), ((1.0, -1.0), (-1.0, -1.0))
-    return [
+    matrix = [
         [(rows[i][j] * one[a][b] if i != j else other[a][b]) for j in range(q + 1) for b in range(2)]
         for i in range(q + 1)
         for a in range(2)
     ]
+    return [[value * first for value, first in zip(row, matrix[0], strict=True)] for row in matrix]
 
 
 @cache

@@ -196,6 +196,18 @@ def test_exports_refuse_layers_that_round_what_they_read(source, text, tmp_path,
     assert "must read floats" in capsys.readouterr().err
 
 
+def test_a_rotated_folder_says_the_same_after_loading_and_is_not_exported(source, text, tmp_path, capsys):
+    packed = tmp_path / "packed"
+    options = ("--calibration", str(text), "--rounding", "nearest", "--transforms", "rotate")
+    assert run(["quantize", str(source), str(packed), *OPTIONS, *options]) == 0
+    assert "rotated behind model.embed_tokens as it runs, back before model.norm" in capsys.readouterr().out
+    want, _ = load_language_model(source)
+    model, _ = load_language_model(packed)
+    assert float((logits(model) - logits(want)).square().mean() / logits(want).square().mean()) < 0.05
+    assert run(["export", str(packed), str(tmp_path / "out"), "--to", "gptq"]) == 2
+    assert "model.embed_tokens and 3 more that are rotated as they run" in capsys.readouterr().err
+
+
 def test_calibrated_weights_are_exported_as_they_are(source, text, tmp_path):
     packed, out = tmp_path / "packed", tmp_path / "out"
     assert run(["quantize", str(source), str(packed), *OPTIONS, "--calibration", str(text)]) == 0

@@ -17,6 +17,7 @@ from gs_algos.core.did_you_mean import did_you_mean
 from gs_algos.ptq.transforms.awq import awq
 from gs_algos.ptq.transforms.columns import StageColumns
 from gs_algos.ptq.transforms.equalize import equalize, find_chains
+from gs_algos.ptq.transforms.rotate import find_rotated, rotate
 from gs_algos.ptq.transforms.smooth import smooth
 
 Candidates: TypeAlias = dict[str, Tensor]  # what it is called -> scale [K]
@@ -54,6 +55,7 @@ class StageTransform:
 Transform: TypeAlias = NetworkTransform | StageTransform
 TRANSFORMS: Mapping[str, Transform] = {
     "equalize": NetworkTransform(find_chains, equalize),
+    "rotate": NetworkTransform(find_rotated, rotate),
     "smooth": StageTransform(smooth, by_block=True, takes_number=True),
     "awq": StageTransform(awq, by_block=False, takes_number=False),
 }

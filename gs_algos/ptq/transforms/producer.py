@@ -90,7 +90,7 @@ def find_producer(
     columns = matrix_of(sinks[first], sinks[first].float_weight).shape[1]
     if any(base_of(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) for layer in sinks.values()):
         return "a convolution reads it"
-    shared = _shared(model)
+    shared = shared_parameters(model)
     if any(id(layer.float_weight) in shared for layer in sinks.values()):
         return "a weight that reads it is shared with another layer"
     inside = [(name, module) for name, module in model.named_modules() if block.holds(name)]
@@ -103,7 +103,7 @@ def find_producer(
     modules = dict(inside)
     for name, call in calls.items():
         reads = any(t is x for t in (call.first, *call.others)) and call.given is not x
-        if reads and name not in sinks and _is_leaf(modules[name]):
+        if reads and name not in sinks and is_leaf(modules[name]):
             return f"{name} reads it, too"
     free = [
         call
@@ -112,12 +112,12 @@ def find_producer(
         and call.name not in sinks
         and not any(id(p) in shared for p in modules[call.name].parameters(recurse=False))
     ]
-    norms = [call for call in free if call.given is x and _is_norm(modules[call.name], columns)]
+    norms = [call for call in free if call.given is x and is_norm(modules[call.name], columns)]
     linears = [
         call
         for call in sorted(free, key=lambda call: -call.begun)
         if 0 < call.ended < calls[first].begun
-        and _has_outputs(modules[call.name], columns)
+        and has_outputs(modules[call.name], columns)
         and usable(modules[call.name], call.name)
     ]
     tried = [Producer(call.name, offset) for call in norms for offset in OFFSETS]
@@ -153,25 +153,25 @@ def _holds(
     return got is not None and relative_error(got, want) <= max(TOLERANCE, 4 * eps)
 
 
-def _shared(model: nn.Module) -> set[int]:
+def shared_parameters(model: nn.Module) -> set[int]:
     """Identifies the parameters that several modules hold."""
     counts = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     return {key for key, count in counts.items() if count > 1}
 
 
-def _is_leaf(module: nn.Module) -> bool:
+def is_leaf(module: nn.Module) -> bool:
     return isinstance(module, Rounded) or next(module.children(), None) is None
 
 
-def _is_norm(module: nn.Module, columns: int) -> bool:
+def is_norm(module: nn.Module, columns: int) -> bool:
     """Says whether a module has a weight for each column, a bias of that shape or none, and nothing else."""
     own = {name: p for name, p in module._parameters.items() if p is not None}
-    if not _is_leaf(module) or "weight" not in own or own.keys() - {"weight", "bias"}:
+    if not is_leaf(module) or "weight" not in own or own.keys() - {"weight", "bias"}:
         return False
     return all(p.shape == (columns,) and p.is_floating_point() for p in own.values())
 
 
-def _has_outputs(module: nn.Module, columns: int) -> bool:
+def has_outputs(module: nn.Module, columns: int) -> bool:
     weight: Any = module._parameters.get("weight")
     linear = base_of(module) not in (None, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return linear and weight is not None and len(matrix_of(module, weight)) == columns
