@@ -28,7 +28,7 @@ from gs_algos.demo.models import MODELS, build
 from gs_algos.demo.train import Interrupted
 from gs_algos.llm.calibrate import SAMPLES
 from gs_algos.ptq.kv import FORMS
-from gs_algos.ptq.rounding import ROUNDINGS
+from gs_algos.ptq.rounding import NAMES
 from gs_algos.ptq.transforms import TRANSFORMS
 from gs_algos.search.mixed_bits import CHOICES
 
@@ -40,7 +40,7 @@ WEIGHTS_HELP = "Scheme, with 1, 2, 4 or 8 bits. Default: int4 with the largest g
 LANGUAGE_HELP = "A packed folder, a plain Transformers folder, or a GGUF file."
 TRANSFORMS_HELP = f"Of {', '.join(TRANSFORMS)}, with a comma between: they make weights easier to round."
 CHOICES_HELP = f"Schemes that --budget chooses from. Default: {','.join(CHOICES)}."
-ROUNDING_HELP = f"{', '.join(ROUNDINGS)}. Default: nearest, or gptq with --calibration, --act or --transforms."
+ROUNDING_HELP = f"{', '.join(NAMES)}. Default: nearest, or gptq with --calibration, --act or --transforms."
 INFO_HELP = "A folder of gs_algos.save, demo, compress, quantize, export or import, a .pt2 package, or a GGUF file."
 DTYPE_HELP = "float32, float16 or bfloat16. Default: what the model is stored in."
 DEVICE_HELP = "cpu or cuda. Default: cuda if there is one."
@@ -144,6 +144,7 @@ def quantize(
     ] = "",
     kv: Annotated[str, typer.Option(help=f"{KV_HELP} Default: floats.")] = "",
     calibration: Annotated[Path | None, typer.Option(help="A text, or JSON lines, to calibrate on.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of signround and adaround. Default: 200 and 2000.")] = None,
     samples: Annotated[int, typer.Option(help="Windows of the calibration text, at most.")] = SAMPLES,
     context: Annotated[
         int | None, typer.Option(help="Tokens of a window. Default: 2048, or what the model takes.")
@@ -151,7 +152,9 @@ def quantize(
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped calibration was.")] = False,
 ) -> None:
     """Packs the weights of a language model: to nearest, one tensor in memory at a time; or calibrated on a text."""
-    options = CalibrationOptions(rounding, act, transforms, budget, choices, calibration, samples, context, resume)
+    options = CalibrationOptions(
+        rounding, act, transforms, budget, choices, steps, calibration, samples, context, resume
+    )
     common = (source, target, weights, embeddings, rule or [], kv, dtype, device)
     print(run_calibrate(*common, options) if options.given else run_quantize(*common))
 

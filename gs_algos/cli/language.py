@@ -91,6 +91,7 @@ class CalibrationOptions:
 
     rounding: "" for that of PTQ.
     transforms, choices: with commas between; "" for those of the functions.
+    steps: of a rounding that is tuned; None for its own.
     """
 
     rounding: str
@@ -98,6 +99,7 @@ class CalibrationOptions:
     transforms: str
     budget: str
     choices: str
+    steps: int | None
     calibration: Path | None
     samples: int
     context: int | None
@@ -105,8 +107,8 @@ class CalibrationOptions:
 
     @property
     def given(self) -> bool:
-        by_data = self.rounding not in ("", "nearest") or self.act or self.transforms or self.budget
-        return bool(by_data or self.calibration or self.resume)
+        chosen = self.rounding not in ("", "nearest") or self.act or self.transforms or self.budget
+        return bool(chosen or self.steps is not None or self.calibration or self.resume)
 
 
 def run_calibrate(
@@ -123,6 +125,7 @@ def run_calibrate(
     """Quantizes a model with data; returns a table of its layers and lines on what was written."""
     chosen: dict[str, Any] = {"weight": weights or "int4@group:64", "embeddings": embeddings or None}
     chosen |= {"act": options.act or None, "rounding": options.rounding or "gptq", "kv": kv or None}
+    chosen["steps"] = options.steps
     chosen["transforms"] = _names(options.transforms)
     if options.choices and not options.budget:
         raise ValueError("quantize: --choices needs --budget, such as --budget '4.5 bits', got none")

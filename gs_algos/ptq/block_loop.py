@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.core.algorithm import Inputs
-from gs_algos.core.progress import progress
+from gs_algos.core.progress import progress_bar
 from gs_algos.ptq.blocks import Block
 from gs_algos.ptq.columns import groups_of, input_rows, token_mask
 from gs_algos.ptq.config import PTQConfig
@@ -27,17 +28,20 @@ from gs_algos.ptq.journal import Journal, Solved, from_bytes, to_bytes
 from gs_algos.ptq.layers import Rounded, Task, floating, install
 from gs_algos.ptq.processes import Processes
 from gs_algos.ptq.report import BlockErrors, BlockReport, LayerReport, PTQReport
+from gs_algos.ptq.rounding import START, TUNED
 from gs_algos.ptq.solve import Solution, SolveOptions, solve
 from gs_algos.ptq.stages import Stage, all_inputs, find_stages, inputs_of
 from gs_algos.ptq.statistics import InputStatistics
 from gs_algos.ptq.streams import ActivationStore, Streams
 from gs_algos.ptq.transforms import stage_transforms
 from gs_algos.ptq.transforms.stage import NOT_SCALED, Scaled, StageScaler
+from gs_algos.ptq.tune import BlockTuner
 from gs_algos.quant.packed.grid import grid_of
 from gs_algos.quant.packed.packable import matrix_of
 
 logger = logging.getLogger(__name__)
 
+TUNING = 0.95  # share of the time of a block that is tuned, for the progress bar
 HELD_OUT = 10  # one batch of so many enters no statistic: it says how well the codes do on other data
 
 
@@ -66,7 +70,8 @@ class BlockLoop:
         held = len(batches) // HELD_OUT if len(batches) >= HELD_OUT else int(len(batches) > 1)
         self.held_out = set(range(len(batches) - held, len(batches)))
         self.transforms = stage_transforms(config.transforms)
-        self.floats = config.correct > 0 or config.bias
+        self.floats = config.correct > 0 or config.bias or any(task.rounding in TUNED for task in tasks.values())
+        self.advance: Callable[[float], None]  # of the progress bar, in blocks
         self.by_data = {site: task for site, task in tasks.items() if task.by_data}
         self.layers: list[LayerReport] = []
         self.reports: list[BlockReport] = []
@@ -74,7 +79,10 @@ class BlockLoop:
     def run(self) -> PTQReport:
         """Rounds block by block and returns what came of it."""
         begun = perf_counter()
-        with ActivationStore(self.config.budget, self.journal.folder) as store:
+        with (
+            ActivationStore(self.config.budget, self.journal.folder) as store,
+            progress_bar(len(self.blocks), "rounding blocks") as self.advance,
+        ):
             streams = Streams(
                 self.model,
                 self.batches,
@@ -85,7 +93,7 @@ class BlockLoop:
                 self._float_network,
                 self._round_embeddings,
             )
-            for index, block in enumerate(progress(self.blocks, "rounding blocks")):
+            for index, block in enumerate(self.blocks):
                 tasks = {site: task for site, task in self.by_data.items() if block.holds(site)}
                 self._round_block(streams, index, block, tasks)
             peak, on_disk = store.peak, store.on_disk
@@ -101,40 +109,90 @@ class BlockLoop:
 
     def _round_block(self, streams: Streams, index: int, block: Block, tasks: Mapping[str, Task]) -> None:
         layers = {site: task.layer for site, task in tasks.items()}
+        tuned = sorted({task.rounding for task in tasks.values()} & TUNED.keys())
         with self._float_network():
             stages = self._stages(streams, block, layers)
-            floats = self._float_pass(streams, block, stages, layers)
+            floats = self._float_pass(streams, block, stages, layers, bool(tuned))
         if streams.whole:
             self._round_embeddings()
         done = self._done(index)
         if done is None:
             solved: dict[str, Solved] = {}
             for stage in stages:
-                solved |= self._round_stage(streams, block, stage, {s: tasks[s] for s in stage.sites}, floats, solved)
+                solved |= self._round_stage(
+                    streams, block, stage, {s: tasks[s] for s in stage.sites}, floats.inputs, solved
+                )
+            for rounding in tuned:
+                chosen = {site: task for site, task in tasks.items() if task.rounding == rounding}
+                solved |= self._tune(streams, index, block, chosen, solved, floats, TUNING / len(tuned))
             self.journal.write(index, solved)
         else:
             self._install(done)
-        for inputs in floats.values():
-            for tensors in inputs:
-                for tensor in tensors:
-                    streams.store.drop(tensor)
+        for tensor in floats.kept():
+            streams.store.drop(tensor)
         self._advance(streams, block)
+        self.advance(1 - TUNING if tuned and done is None else 1)
 
     def _float_pass(
-        self, streams: Streams, block: Block, stages: Sequence[Stage], layers: Mapping[str, Rounded]
-    ) -> dict[str, list[list[Tensor]]]:
-        """Moves the float stream on; returns what the first layer of every stage saw of each batch."""
-        seen: dict[str, list[list[Tensor]]] = {stage.first: [] for stage in stages}
+        self, streams: Streams, block: Block, stages: Sequence[Stage], layers: Mapping[str, Rounded], tuned: bool
+    ) -> _Floats:
+        """Moves the float stream on; returns what the first layer of every stage saw of each batch.
+
+        tuned: whether what goes into the block and comes out of it is to be kept, too.
+        """
+        seen = _Floats({stage.first: [] for stage in stages})
         if not self.floats:
             return seen
         for number in range(len(self.batches)):
             inputs, output = all_inputs(streams, block, number, stages, layers)
             for site, tensors in inputs.items():
-                seen[site].append([streams.store.keep(x) for x in tensors])
+                seen.inputs[site].append([streams.store.keep(x) for x in tensors])
+            if tuned:
+                assert output is not None
+                seen.outputs.append(streams.store.keep(output))
+                if streams.floats:
+                    seen.block_inputs.append(streams.store.keep(streams.floats[number]))
             if not streams.whole:
                 assert output is not None
                 streams.advance(number, output, floats=True)
         return seen
+
+    def _tune(
+        self,
+        streams: Streams,
+        index: int,
+        block: Block,
+        tasks: Mapping[str, Task],
+        solved: Mapping[str, Solved],
+        floats: _Floats,
+        share: float,
+    ) -> dict[str, Solved]:
+        """Tunes the layers of the block that have one rounding, and installs what was found.
+
+        share: of the block's time, for the progress bar.
+        """
+        tuner = BlockTuner(
+            streams,
+            block,
+            index,
+            floats.block_inputs,
+            floats.outputs,
+            tasks,
+            {site: solved[site] for site in tasks},
+            self.masks,
+            sorted(self.held_out),
+            self.config.steps,
+            self.config.lr,
+            self.processes,
+            lambda done: self.advance(done * share),
+            self.who,
+        )
+        found = tuner.run()
+        for site, one in found.items():
+            install(self.tasks[site].layers, one)
+            number = next(i for i, report in enumerate(self.layers) if report.site == site)
+            self.layers[number] = one.report
+        return found
 
     def _round_stage(
         self,
@@ -194,7 +252,7 @@ class BlockLoop:
                 solved |= self._round_stage(
                     streams, whole[0], stage, {s: tasks[s] for s in stage.sites}, {stage.first: []}, solved
                 )
-        self.journal.write(index, solved)
+        self.journal.write(index, {site: replace(one, fraction=None) for site, one in solved.items()})
 
     def _solve(self, tasks: Mapping[str, Task], seen: _Seen, scaled: Scaled) -> dict[str, Solved]:
         """Finds the codes of the layers of one stage and installs them."""
@@ -205,8 +263,9 @@ class BlockLoop:
         for number, (site, task) in enumerate(tasks.items()):
             if number % self.processes.count != self.processes.rank:
                 continue
+            tuned = task.rounding in TUNED
             options = SolveOptions(
-                task.rounding,
+                START if tuned else task.rounding,
                 self.config.correct,
                 self.config.refine,
                 self.config.order,
@@ -228,7 +287,11 @@ class BlockLoop:
             )
             bias = self._bias(layer, weight, solution, seen)
             moved = scaled.moved if number == 0 else {}
-            solved[site] = Solved(solution.grid, solution.codes, bias, report, moved)
+            fraction = None
+            if tuned:
+                found = solution.target, solution.grid, solution.codes, solution.hessian
+                fraction = TUNED[task.rounding].fraction(*found)
+            solved[site] = Solved(solution.grid, solution.codes, bias, report, moved, fraction)
         if self.processes.several:
             shares = [from_bytes(share) for share in self.processes.from_all(to_bytes(solved))]
             solved = {site: one for site in tasks for share in shares if (one := share.get(site)) is not None}
@@ -300,6 +363,26 @@ class BlockLoop:
             streams.advance(number, output, floats=False)
         if errors.count:
             self.reports.append(errors.report(block.name))
+
+
+@dataclass
+class _Floats:
+    """Holds what the float network showed of one block.
+
+    Args:
+        inputs: of the first layer of every stage: of each batch, call by call.
+        block_inputs, outputs: of each batch, if the block is to be tuned; no inputs of the whole network.
+    """
+
+    inputs: dict[str, list[list[Tensor]]]
+    block_inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+
+    def kept(self) -> Iterator[Tensor]:
+        """Yields what was given to the store."""
+        yield from (tensor for batches in self.inputs.values() for batch in batches for tensor in batch)
+        yield from self.block_inputs
+        yield from self.outputs
 
 
 class _Seen:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypedDict
 from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.layer_rules import Rule
 from gs_algos.ptq.kv import KVScheme
-from gs_algos.ptq.rounding import ROUNDINGS
+from gs_algos.ptq.rounding import NAMES
 from gs_algos.ptq.solve import check_options
 from gs_algos.ptq.transforms import chosen_transforms
 from gs_algos.quant.packed.linear import TOKEN
@@ -37,12 +37,16 @@ class PTQConfig(AlgorithmConfig):
             what layers read, and the norm or linear before them takes the scale back. They run in this order.
         embeddings: scheme of every `nn.Embedding`, rounded to nearest; None leaves them float.
         rounding: `nearest`; `gptq` (arXiv:2210.17323), which moves the error of each column into those that follow.
+            `signround` (arXiv:2309.05516) and `adaround` (arXiv:2004.10568) then tune all layers of a block together by
+            gradient, on what the block returns; layers outside the blocks keep the codes of gptq.
         correct: 0 to 1, how much of what the layers before have done wrong a weight makes good; 0 for none.
         refine: rounds of scale refit and coordinate descent behind the rounding.
         order: of the columns of gptq: `act` by the size of their inputs, `group` so within groups, `none` as they are.
         damp: added to the diagonal of the statistics, as a share of its mean; None for max(0.01, K / 4T) of K inputs
             and T tokens.
         bias: True moves each bias by the difference of the mean outputs.
+        steps: of `signround` and `adaround`; None for 200 and 2,000.
+        lr: of them, learning rate; None for 1 / steps, which falls to 0, and for 1e-3.
         blocks: `auto` finds the blocks of the network, `none` takes it as one, `re:<expression>` names them.
         budget: bytes of activations in memory; what is more goes to files.
         rules: `(pattern, {"weight": ..., "act": ..., "rounding": ...} | None)`, see `gs_algos.core.layer_rules`; None
@@ -60,6 +64,8 @@ class PTQConfig(AlgorithmConfig):
     order: str = "act"
     damp: float | None = None
     bias: bool = True
+    steps: int | None = None
+    lr: float | None = None
     blocks: str = "auto"
     budget: int = 2**32
     rules: tuple[Rule, ...] = ()
@@ -78,7 +84,7 @@ class PTQConfig(AlgorithmConfig):
                 object.__setattr__(self, name, str(getattr(self, name)))
         chosen_transforms(self.transforms)
         object.__setattr__(self, "transforms", tuple(self.transforms))
-        check_options(self, "PTQ")
+        check_options(self, "PTQ", NAMES)
         check_rules(self.rules, "PTQ", {"weight": checked_weight, "rounding": checked_rounding})
         object.__setattr__(self, "rules", as_text(self.rules))
         if self.static and TOKEN in self._acts():
@@ -100,6 +106,10 @@ class PTQConfig(AlgorithmConfig):
         blocks_fit = isinstance(self.blocks, str) and (self.blocks in ("auto", "none") or self.blocks.startswith("re:"))
         _refuse_unless(blocks_fit, "blocks", "auto, none or re:<expression>", self.blocks)
         _refuse_unless(isinstance(self.bias, bool), "bias", "True or False", self.bias)
+        steps_fit = self.steps is None or (type(self.steps) is int and self.steps > 0)
+        _refuse_unless(steps_fit, "steps", "a whole number above 0, or None", self.steps)
+        lr_fits = self.lr is None or (type(self.lr) in (int, float) and 0 < self.lr < float("inf"))
+        _refuse_unless(lr_fits, "lr", "above 0, or None", self.lr)
 
     @property
     def static(self) -> bool:
@@ -153,8 +163,8 @@ def static_weight(weight: str | Scheme) -> Scheme:
 
 def checked_rounding(rounding: object) -> str:
     """Returns the name of a rounding, checked."""
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"PTQ: rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    if rounding not in NAMES:
+        raise ValueError(f"PTQ: rounding must be one of {', '.join(NAMES)}, got {rounding!r}")
     return str(rounding)
 
 
@@ -172,6 +182,8 @@ class PTQOptions(TypedDict, total=False):
     order: str
     damp: float | None
     bias: bool
+    steps: int | None
+    lr: float | None
     blocks: str
     budget: int
     rules: Sequence[Rule]

@@ -34,6 +34,7 @@ class Solved:
     """Holds what was found for one weight: its grid, its codes `[N, K]`, the bias `[N]` if it has another one now.
 
     moved: float parameters of other layers that transforms of its input changed, by name.
+    fraction: `[N, K]` how many steps the target is above the codes, of a weight that is still to be tuned.
     """
 
     grid: Grid
@@ -41,6 +42,7 @@ class Solved:
     bias: Tensor | None
     report: LayerReport
     moved: Mapping[str, Tensor] = field(default_factory=dict)
+    fraction: Tensor | None = None
 
 
 class Journal:
@@ -111,6 +113,8 @@ def to_bytes(solved: Mapping[str, Solved]) -> bytes:
         tensors[f"{site}.scale"], tensors[f"{site}.zero"] = one.grid.scale.contiguous(), one.grid.zero.contiguous()
         if one.bias is not None:
             tensors[f"{site}.bias"] = one.bias.contiguous()
+        if one.fraction is not None:
+            tensors[f"{site}.fraction"] = one.fraction.contiguous()
         dtype = str(one.grid.dtype).removeprefix("torch.")
         tensors |= {f"{site}.moved.{name}": tensor.contiguous() for name, tensor in one.moved.items()}
         about[site] = {
@@ -139,6 +143,7 @@ def from_bytes(data: bytes) -> dict[str, Solved]:
             tensors.get(f"{site}.bias"),
             LayerReport.from_dict(one["report"]),
             {name: tensors[f"{site}.moved.{name}"] for name in one["moved"]},
+            tensors.get(f"{site}.fraction"),
         )
         for site, one in about.items()
     }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gs_algos.core.modules import swapped_class
 from gs_algos.core.tensor_rules import FINITE, Rules
 from gs_algos.ptq.journal import Solved
+from gs_algos.quant.fake_quant.batch_norm import with_values
 from gs_algos.quant.fast_path import OffFastPath
 from gs_algos.quant.fixed_dtype import FixedDtypeBuffers
 from gs_algos.quant.packed.grid import Grid
@@ -112,8 +113,10 @@ class Rounded(nn.Module, OffFastPath):
         """Returns what the layer multiplies of its input: rounded, if `act` says so."""
         if self.act is None:
             return x
-        codes, scale = quantize_rows(x)
-        return (codes.float() * scale.unsqueeze(-1)).to(x.dtype)
+        with torch.no_grad():
+            codes, scale = quantize_rows(x)
+            rounded = (codes.float() * scale.unsqueeze(-1)).to(x.dtype)
+        return with_values(x, rounded) if x.requires_grad else rounded
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(self.seen(input))  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ class LayerReport:
         held_out: the same on data that no statistic holds; None if there was none.
         notes: what went wrong.
         transforms: what became of those that were asked for.
+        tuned: squared error of the block's output over that before its layers were tuned, held out; None if they were
+            not.
     """
 
     site: str
@@ -32,9 +35,14 @@ class LayerReport:
     held_out: float | None
     notes: tuple[str, ...] = ()
     transforms: tuple[str, ...] = ()
+    tuned: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "notes": list(self.notes), "transforms": list(self.transforms)}
+
+    @property
+    def tuning(self) -> tuple[str, ...]:
+        return () if self.tuned is None else (f"tuned: block error x {math.sqrt(self.tuned):.3f}",)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LayerReport:
@@ -110,7 +118,7 @@ class PTQReport:
                 layer.scheme,
                 f"{layer.ratio:.3f}",
                 "" if layer.held_out is None else f"{layer.held_out:.3f}",
-                "; ".join((*layer.notes, *layer.transforms)),
+                "; ".join((*layer.notes, *layer.transforms, *layer.tuning)),
             )
             for layer in self.layers
         ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gs_algos.ptq.hessian import ORDERS, hessian_of
+from gs_algos.ptq.hessian import ORDERS, Hessian, hessian_of
 from gs_algos.ptq.refine import refine
 from gs_algos.ptq.rounding import ROUNDINGS
 from gs_algos.ptq.statistics import InputStatistics
@@ -47,9 +48,9 @@ class SolveOptions:
         check_options(self, "SolveOptions")
 
 
-def check_options(options: Any, who: str) -> None:
+def check_options(options: Any, who: str, roundings: Collection[str] = tuple(ROUNDINGS)) -> None:
     """Raises ValueError unless `rounding`, `order`, `correct`, `refine` and `damp` of an object are in their ranges."""
-    for name, known in (("rounding", ROUNDINGS), ("order", ORDERS)):
+    for name, known in (("rounding", roundings), ("order", ORDERS)):
         value = getattr(options, name)
         if value not in known:
             raise ValueError(f"{who}: {name} must be one of {', '.join(known)}, got {value!r}")
@@ -73,6 +74,7 @@ class Solution:
         objective: `tr((Q - W*) H (Q - W*)^T)` of the weight Q, over all tokens, without damping; 0 without a token.
         nearest: the same of the weight rounded to nearest, as `round_to_nearest` does.
         notes: what a report should say.
+        hessian: of the layer's input; None without a token.
     """
 
     grid: Grid
@@ -81,6 +83,7 @@ class Solution:
     objective: float
     nearest: float
     notes: tuple[str, ...] = ()
+    hessian: Hessian | None = None
 
     @property
     def weight(self) -> PackedWeight:
@@ -127,7 +130,7 @@ def solve(
     if hessian.factor is not None:
         grid, codes = refine(target, grid, codes, hessian, options.refine)
     loss = hessian.loss(grid.values(codes) - target)
-    return Solution(grid, codes, target, loss, nearest, hessian.notes)
+    return Solution(grid, codes, target, loss, nearest, hessian.notes, hessian)
 
 
 def _importance(statistics: InputStatistics, n: int) -> Tensor:

@@ -101,10 +101,14 @@ class Solvable(nn.Module):
     def seen(self, x: Tensor) -> Tensor:
         return x
 
+    def in_shape(self, rows: Tensor) -> Tensor:
+        """Returns a matrix `[N, K]` in the shape of the layer's weight."""
+        return rows.view(self.weight.shape)
+
     @torch.no_grad()
     def set_weight(self, grid: Grid, codes: Tensor) -> None:
         """Takes codes `[N, K]` of a grid as the weight, and the grid for good."""
-        self.weight.copy_(grid.values(codes).view(self.weight.shape))
+        self.weight.copy_(self.in_shape(grid.values(codes)))
         count = self.weight_quantizer.scale.numel()
         self.weight_quantizer.fix(grid.scale.flatten()[:count], grid.zero.flatten()[:count])
         self.solved = True

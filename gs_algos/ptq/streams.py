@@ -179,14 +179,17 @@ class Streams:
 
     def run_block(self, block: Block, number: int, stream: Sequence[Tensor] | None) -> Tensor | None:
         """Runs a block on one batch of a stream; None if a hook stopped it. stream: None for the whole network."""
-        with evaluating(self.model), without_cache(self.model), stopped():
+        return self.output_of(block, number, None if self.whole or stream is None else stream[number])
+
+    def output_of(self, block: Block, number: int, x: Tensor | None, gradients: bool = False) -> Tensor | None:
+        """Runs a block on x, None for the whole network, with what a batch has beside it; None if a hook stopped it."""
+        with evaluating(self.model), without_cache(self.model), torch.set_grad_enabled(gradients), stopped():
             if self.whole:
                 return first_tensor(run(self.model, self.batches[number], self.who))
-            assert stream is not None
-            y = stream[number]
+            assert x is not None
             for name in block.names:
-                y = self.arguments[number][name].call(submodule(self.model, name), y)
-            return y
+                x = self.arguments[number][name].call(submodule(self.model, name), x)
+            return x
         return None
 
     def advance(self, number: int, new: Tensor, floats: bool) -> None:
