@@ -19,6 +19,7 @@ from gs_kernels.qmatmul.op_fp8 import qmatmul_fp8
 from gs_kernels.qmatmul.op_int8 import code_sums, qmatmul_int8, quantize_rows, row_sums
 from gs_kernels.requantize.op import requantize
 from gs_kernels.runtime.dispatch import UnsupportedError
+from gs_kernels.score_candidates.op import score_candidates
 from gs_kernels.search_clip_ratio.op import search_clip_ratio
 from gs_kernels.slb.op import slb_weight
 from gs_kernels.slb.optimizer_step import slb_adamw_, slb_sgd_
@@ -60,6 +61,7 @@ __all__ = [
     "repack",
     "requantize",
     "row_sums",
+    "score_candidates",
     "search_clip_ratio",
     "slb_adamw_",
     "slb_codes",

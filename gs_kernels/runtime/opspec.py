@@ -20,6 +20,7 @@ OPS: tuple[str, ...] = (
     "requantize",
     "gram",
     "gptq_block",
+    "score_candidates",
     "slb",
     "qmatmul",
     "qconv2d",

@@ -79,6 +79,7 @@ FIXED: dict[str, str] = {
     "_quantize_rows_kernel": "a program holds whole rows: the range of a row comes before its codes",
     "_choose_qparams_kernel": "one number per channel",
     "_search_clip_ratio_kernel": "a program holds whole rows: all ratios are tried on one read of them",
+    "_score_candidates_kernel": "rounding x comes before each product, and is half of the work whatever the tile",
     "_gptq_block_kernel": "a warp holds all columns of a block: each waits for those before",
     "_gram_kernel": "thousands of tokens deep: a tile is as many columns as registers hold, if all processors get one",
     "_hadamard_kernel": "a program holds whole blocks, and of rows with scales whole rows: all factors of a matrix",

@@ -1,0 +1,33 @@
+"""Scores candidates on the CPU: fake-quant, BLAS, and sums of its product, some rows at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gs_kernels.fake_quant.cpu import fake_quant_cpu
+from gs_kernels.score_candidates.ref import scores_of
+
+ROWS = 1024  # whose outputs are held at a time
+
+
+def score_candidates_cpu(
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    w: Tensor,
+    target: Tensor,
+    importance: Tensor | None,
+    qmin: int,
+    qmax: int,
+    pearson: bool,
+) -> Tensor:
+    scores = torch.zeros(5 if pearson else 1, len(scale), len(w))
+    wide = w.float().t()
+    for first in range(0, len(x), ROWS):
+        rows = slice(first, first + ROWS)
+        part, counts = x[rows], None if importance is None else importance[rows].float()
+        for i, (s, z) in enumerate(zip(scale.split(1), zero.split(1), strict=True)):
+            y = fake_quant_cpu(part, s, z, qmin, qmax, -1, 0).float() @ wide
+            scores[:, i] += scores_of(y, target[rows].float(), counts, pearson)
+    return scores
