@@ -39,6 +39,7 @@ WEIGHT_HELP = "Scheme of the weights: bits, granularity, observer."
 WEIGHTS_HELP = "Scheme, with 1, 2, 4 or 8 bits. Default: int4 with the largest group of 128, 64, 32 that divides all."
 LANGUAGE_HELP = "A packed folder, a plain Transformers folder, or a GGUF file."
 TRANSFORMS_HELP = f"Of {', '.join(TRANSFORMS)}, with a comma between: they make weights easier to round."
+OFFLOAD_HELP = "Keep float weights in files while calibrating. Default: if they take over half of the free memory."
 CHOICES_HELP = f"Schemes that --budget chooses from. Default: {','.join(CHOICES)}."
 ROUNDING_HELP = f"{', '.join(NAMES)}. Default: nearest, or gptq with --calibration, --act or --transforms."
 INFO_HELP = "A folder of gs_algos.save, demo, compress, quantize, export or import, a .pt2 package, or a GGUF file."
@@ -149,11 +150,12 @@ def quantize(
     context: Annotated[
         int | None, typer.Option(help="Tokens of a window. Default: 2048, or what the model takes.")
     ] = None,
+    offload: Annotated[bool | None, typer.Option(help=OFFLOAD_HELP)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped calibration was.")] = False,
 ) -> None:
     """Packs the weights of a language model: to nearest, one tensor in memory at a time; or calibrated on a text."""
     options = CalibrationOptions(
-        rounding, act, transforms, budget, choices, steps, calibration, samples, context, resume
+        rounding, act, transforms, budget, choices, steps, calibration, samples, context, offload, resume
     )
     common = (source, target, weights, embeddings, rule or [], kv, dtype, device)
     print(run_calibrate(*common, options) if options.given else run_quantize(*common))

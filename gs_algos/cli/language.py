@@ -103,6 +103,7 @@ class CalibrationOptions:
     calibration: Path | None
     samples: int
     context: int | None
+    offload: bool | None
     resume: bool
 
     @property
@@ -139,6 +140,7 @@ def run_calibrate(
         calibration=options.calibration,
         samples=options.samples,
         context=options.context,
+        offload=options.offload,
         dtype=parse_dtype(dtype),
         device=device or "cpu",
         resume=options.resume,

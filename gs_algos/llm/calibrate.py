@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +16,11 @@ from typing import Any
 import torch
 
 from gs_algos.core.arguments import as_device, as_path
+from gs_algos.core.mapped_files import in_file
 from gs_algos.core.plan import Plan
 from gs_algos.llm.calibration_text import calibration_text
-from gs_algos.llm.folder import read_json, whole_folder
-from gs_algos.llm.load import is_gguf, load_language_model, refuse_dtype
+from gs_algos.llm.folder import read_folder, read_json, whole_folder
+from gs_algos.llm.load import gguf_skeleton, is_gguf, load_language_model, refuse_dtype
 from gs_algos.llm.perplexity import perplexity
 from gs_algos.ptq.config import PTQConfig
 from gs_algos.ptq.ptq import ENOUGH, PTQ
@@ -31,6 +34,7 @@ SAMPLES, CONTEXT = 128, 2048
 MEASURED = 8192  # tokens of perplexity
 SENSITIVITY = 8192  # tokens that a budget is spent by
 JOURNAL = ".journal"
+FP32 = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,12 @@ def calibrate_language_model(
     context: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    offload: bool | None = None,
     resume: bool = False,
 ) -> CalibrationResult:
     """Quantizes a Transformers folder or a GGUF file by `PTQ` into the new packed folder `target`.
 
-    The whole float model is in memory. What is done is kept in `<target>.journal`, which is deleted at the end: after a
+    Calibration computes in fp32. What is done is kept in `<target>.journal`, which is deleted at the end: after a
     run that was killed, `resume` goes on there and writes the same bytes.
 
     Args:
@@ -89,6 +94,9 @@ def calibrate_language_model(
         context: tokens of a window; None for 2048, or as many positions as the model has.
         dtype: of what stays float; None for that of the source.
         device: where it is calibrated.
+        offload: True keeps the float weights, 4 bytes each, in files beside the target that are mapped into memory, so
+            that a model may be larger than memory; None does so where they take more than half of the memory that is
+            free. A GGUF file is dequantized in memory first.
         resume: go on with the journal of a run that was stopped.
 
     Raises:
@@ -107,11 +115,20 @@ def calibrate_language_model(
         raise ValueError(
             f"{WHO}: act must be None or {TOKEN!r}, got {str(config.act)!r}; PTQ itself takes it, on any network"
         )
+    if offload and torch.device(device).type != "cpu":
+        raise ValueError(f"{WHO}: offload keeps weights for the CPU in files, got device={str(device)!r}")
     algo = PTQ(config)
-    with whole_folder(out, WHO) as folder:
+    with whole_folder(out, WHO) as folder, tempfile.TemporaryDirectory(dir=out.parent) as files:
         model: Any
-        model, tokenizer = load_language_model(path, device, torch.float32)
+        needed = _float_bytes(path)
+        if offload is None:
+            offload = torch.device(device).type == "cpu" and needed > free_memory() / 2
+        # what is read as it is stays in its file until it is needed
+        read_as = None if offload and not is_gguf(path) else torch.float32
+        model, tokenizer = load_language_model(path, device, read_as)
         _refuse_quantized(model, path)
+        if offload:
+            _offload(model, Path(files))
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         context = min(CONTEXT, longest or CONTEXT) if context is None else context
         if longest is not None and context > longest:
@@ -143,6 +160,8 @@ def calibrate_language_model(
         notes.append(
             f"calibrated on {text.source}, since no text was given; --calibration takes one like what it reads"
         )
+    if offload:
+        notes.append(f"{needed:,} bytes of float weights were in files, not in memory: --no-offload is faster")
     if text.tokens < ENOUGH:
         notes.append(f"{text.tokens:,} tokens are few: with {ENOUGH:,} and more the codes fit other text, too")
     seconds = time.perf_counter() - started
@@ -153,6 +172,22 @@ def calibrate_language_model(
 
 def _perplexity(model: Any, ids: torch.Tensor, context: int, kv: str | None) -> float | None:
     return perplexity(model, ids, context, progress=False, kv=kv).value if len(ids) >= context else None
+
+
+def _float_bytes(path: Path) -> int:
+    """Returns the bytes of a model's tensors in fp32."""
+    if is_gguf(path):
+        return sum(FP32 * parameter.numel() for parameter in gguf_skeleton(path)[0].parameters())
+    return sum(FP32 * math.prod(shape) for _, shape in read_folder(path, WHO).headers(WHO).values())
+
+
+def _offload(model: torch.nn.Module, folder: Path) -> None:
+    """Moves the parameters of a model to fp32 files that are mapped into memory."""
+    for number, parameter in enumerate(model.parameters()):
+        parameter.data = in_file(parameter.data.float(), folder / f"{number}.bin")
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.float()
 
 
 def _refuse_quantized(model: Any, path: Path) -> None:
@@ -167,6 +202,14 @@ def _dtype_of(path: Path) -> torch.dtype:
     config = read_json(path / "config.json", WHO)
     found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def free_memory() -> int:
+    """Returns the bytes of memory that are free; a large number where the system does not tell."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows, macOS
+        return 2**62
 
 
 def peak_memory() -> int:

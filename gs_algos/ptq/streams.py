@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.core.algorithm import Inputs, evaluating, run
+from gs_algos.core.mapped_files import in_file
 from gs_algos.ptq.blocks import Block, first_tensor, submodule
 from gs_kernels.runtime.torch_private import tree_flatten, tree_leaves, tree_unflatten
 
@@ -47,10 +48,7 @@ class ActivationStore:
         if self._folder is None:
             self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(dir=self._parent)))
         self._count += 1
-        file = self._folder / f"{self._count}.bin"
-        tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tofile(file)  # an OSError where the disk is full
-        mapped = torch.from_file(str(file), shared=False, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
-        file.unlink()  # it stays mapped, and the disk is free again once nobody holds it
+        mapped = in_file(tensor, self._folder / f"{self._count}.bin")
         self.on_disk += tensor.nbytes
         return mapped
 

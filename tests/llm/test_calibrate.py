@@ -98,6 +98,26 @@ def test_a_budget_chooses_bits_layer_by_layer(source, text, tmp_path, capsys):
     assert 8 * sum(layer.nbytes for layer in layers) <= 4.5 * sum(math.prod(layer.shape) for layer in layers)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_in_files_give_the_same_bytes(dtype, text, tmp_path, capsys):
+    source = save_folder(tmp_path / "model", tiny_llama().to(dtype))
+    arguments = ["quantize", str(source)]
+    options = [*OPTIONS, "--calibration", str(text)]
+    assert run([*arguments, str(tmp_path / "memory"), *options, "--no-offload"]) == 0
+    assert "bytes of float weights were in files" not in capsys.readouterr().out
+    assert run([*arguments, str(tmp_path / "files"), *options, "--offload"]) == 0
+    assert "bytes of float weights were in files" in capsys.readouterr().out
+    for file in sorted((tmp_path / "memory").iterdir()):
+        assert file.read_bytes() == (tmp_path / "files" / file.name).read_bytes(), file.name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["files", "memory", "model"]
+
+
+def test_weights_go_to_files_where_memory_is_short(source, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(calibrate, "free_memory", lambda: 1000)
+    assert run(["quantize", str(source), str(tmp_path / "packed"), *OPTIONS, "--calibration", str(text)]) == 0
+    assert "bytes of float weights were in files" in capsys.readouterr().out
+
+
 def test_choices_without_a_budget_are_refused(source, text, tmp_path, capsys):
     arguments = ["quantize", str(source), str(tmp_path / "packed"), *OPTIONS, "--calibration", str(text)]
     assert run([*arguments, "--choices", "int2@channel,int4@channel"]) == 2
