@@ -346,6 +346,20 @@ def test_8_bit_kernels_with_assembly_give_the_bits_of_plain_ones(bits, emulated_
     assert same_bits(plain, asm)
 
 
+@interpreted
+@pytest.mark.parametrize("zero", ["middle", "points"])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_kernels_of_8_bit_floats_with_assembly_give_the_bits_of_plain_ones(bits, zero, emulated_assembly):
+    from gs_kernels.qmatmul.kernel import multiply_int8, quantize
+
+    points = {"middle": 2.0 ** (bits - 1) if bits > 1 else 0.5, "points": torch.full((33, 2), 0.25)}[zero]
+    w, sums = weight(n=33, bits=bits, zero=points), torch.empty(2, 5)
+    x8, scale = quantize(normal(5, 256), torch.float8_e4m3fn, sums)
+    rest = (sums, None, w, None, "none", torch.float32, Plan())
+    plain, asm = (multiply_int8(x8, scale, *rest, asm) for asm in (False, True))
+    assert plain.abs().max() > 1 and same_bits(plain, asm)
+
+
 @pytest.mark.skipif(not INTERPRET and not torch.cuda.is_available(), reason="the kernel runs interpreted or on a GPU")
 @pytest.mark.parametrize("split", [1, 3])
 def test_parts_of_k_sum_to_the_whole_and_twice_to_the_same_bits(split):
