@@ -1,9 +1,10 @@
 """Measures PTQ on a language model: `python -m bench.ptq --model FILE_OR_FOLDER --text FILE`.
 
 A row per setting: perplexity on the first tokens of the text against the float model of the same run, the mean of the
-layers' errors over rounding to nearest, seconds and peak memory of the calibration. Calibration reads windows from the
-second half of the text, so no token is in both. Each row is a process of its own; `--only TEXT` runs the settings whose
-name holds the text. Where model and text come from is told in `bench.language`.
+layers' errors over rounding to nearest, seconds and peak memory of the calibration; for quantized keys and values, and
+for the float model, tokens per second behind a prompt of half a window, and the bytes of the cache. Calibration reads
+windows from the second half of the text, so no token is in both. Each row is a process of its own; `--only TEXT` runs
+the settings whose name holds the text. Where model and text come from is told in `bench.language`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,15 @@ import torch
 from bench import record
 from gs_algos import PTQ, mixed_bits
 from gs_algos.llm.calibrate import peak_memory
+from gs_algos.llm.decode import generate
 from gs_algos.llm.load import load_language_model
 from gs_algos.llm.perplexity import perplexity
+from gs_algos.llm.static_cache import cache_argument
 
 PLAIN = {"correct": 0.0, "refine": 0, "bias": False, "damp": 0.01}
 HEAD = [("lm_head", None)]
+CACHES = ("int8@token", "int4@token", "int4@kivi:32", "int2@kivi:32")
+DECODED = 32  # tokens behind a prompt of half a window, whose speed is a row's
 WEIGHTS = ("int4@group:64", "int4@channel", "int3@group:64", "int2@group:64")
 # name -> (weight, options of PTQ); nearest runs no calibration
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -39,6 +45,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "int4@group:64 gptq int8@token": {"weight": "int4@group:64", "act": "int8@token"},
     "int8@channel gptq int8@token": {"weight": "int8@channel", "act": "int8@token"},
     "4.25 bits gptq": {"budget": "4.25 bits", "choices": ("int2@group:64", "int4@group:64", "int8@channel")},
+    **{f"float, cache {kv}": {"kv": kv} for kv in CACHES},
+    "int4@group:64 gptq, cache int8@token": {"weight": "int4@group:64", "kv": "int8@token"},
 }
 
 
@@ -97,8 +105,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = load_language_model(args.model, dtype=torch.float32)
     words = args.text.read_text(encoding="utf-8")
     ids = _tokens(tokenizer, words, args.tokens)
-    row: dict[str, Any] = {"context": args.context, "samples": args.samples if options else 0}
-    if options:
+    kv, weights = options.get("kv"), bool(options.keys() - {"kv"})
+    row: dict[str, Any] = {"context": args.context, "samples": args.samples if weights else 0}
+    if weights:
         needed = args.samples * args.context
         calibration = _tokens(tokenizer, words[len(words) // 2 :], needed)
         batches = [{"input_ids": window[None]} for window in calibration.split(args.context)]
@@ -119,8 +128,39 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             row["block_errors"] = [round(block.error, 5) for block in algo.report.blocks]
         row["peak_bytes"] = peak_memory()
         model = algo.convert(model)
-    result = perplexity(model, ids, args.context, progress=False)
+    result = perplexity(model, ids, args.context, progress=False, kv=kv)
+    if kv is not None or not weights:
+        row |= _decoding(model, ids[None, : args.context // 2], kv)
     return {**row, "perplexity": round(result.value, 4), "tokens": result.tokens}
+
+
+def _decoding(model: Any, ids: torch.Tensor, kv: str | None) -> dict[str, Any]:
+    """Measures tokens per second behind a prompt, and the bytes of the cache then."""
+    clock = Clock()
+    model.generation_config.eos_token_id = None  # no row ends early
+    generate(model, ids, max_new_tokens=DECODED + 1, streamer=clock, kv=kv)
+    row = {"tokens_per_s": round(DECODED / (clock.times[-1] - clock.times[1]), 2)}
+    if kv is None:
+        return row
+    from gs_algos.llm.kv_cache import kv_cache
+
+    cache = kv_cache(model, kv)
+    with torch.no_grad():
+        model(ids, **{cache_argument(model): cache})
+    return {**row, "nbytes_cache": cache.nbytes}
+
+
+class Clock:
+    """Is a streamer that notes when the prompt and each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Does nothing."""
 
 
 def _tokens(tokenizer: Any, text: str, count: int) -> torch.Tensor:

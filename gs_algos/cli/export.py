@@ -12,6 +12,7 @@ from gs_algos.demo.data import ImageData, load_data
 from gs_algos.demo.models import build
 from gs_algos.llm.folder import read_json
 from gs_algos.llm.interchange import FORMATS, InterchangeResult, export_language_model, import_language_model
+from gs_algos.ptq.kv import elsewhere
 
 NETWORKS = ("pt2", "onnx")
 TARGETS = (*FORMATS, *NETWORKS)
@@ -60,4 +61,5 @@ def run_import(source: Path, target: Path) -> str:
 
 def _described(done: InterchangeResult) -> str:
     floats = f", now float: {', '.join(done.floats)}" if done.floats else ""
-    return f"{done.folder}: {done.layers} packed layers, {done.nbytes:,} bytes{floats}"
+    line = f"{done.folder}: {done.layers} packed layers, {done.nbytes:,} bytes{floats}"
+    return line if done.kv is None else f"{line}\nnote: {elsewhere(done.kv, 'what reads it')}"

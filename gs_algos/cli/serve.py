@@ -18,6 +18,7 @@ from gs_algos.llm.folder import read_folder
 from gs_algos.llm.integrity import check_tensors, verify_files
 from gs_algos.llm.load import is_gguf
 from gs_algos.llm.packed_config import METHOD, read_config
+from gs_algos.ptq.kv import elsewhere
 
 WHO = "serve"
 
@@ -35,7 +36,10 @@ def serve_command(path: Path, options: Sequence[str] = (), verify: bool = True) 
     if path.is_dir() and not (path / "config.json").is_file():
         path = _package_in(path)
     if path.is_dir():
-        _check_language_model(path, verify)
+        kv = _check_language_model(path, verify)
+        if kv is not None:
+            note = f"{elsewhere(kv, 'vLLM')}; --kv-cache-dtype fp8 makes one of 8 bits on GPUs that have them"
+            print(f"note: {note}", file=sys.stderr)
         return [*_vllm(path), *options]
     if path.suffix != ".pt2":
         raise ValueError(_of_another_kind(path))
@@ -68,13 +72,16 @@ def _package_in(folder: Path) -> Path:
     raise ValueError(_of_another_kind(folder))
 
 
-def _check_language_model(path: Path, verify: bool) -> None:
+def _check_language_model(path: Path, verify: bool) -> str | None:
+    """Raises if the folder is damaged; returns the scheme of its cache, if it was packed with one."""
     folder = read_folder(path, WHO)
     settings = folder.config.get("quantization_config")
     if isinstance(settings, dict) and settings.get("quant_method") == METHOD:
         config = read_config(settings, f"{WHO}: {folder.path / 'config.json'}")
         check_tensors(folder, config, WHO)
         verify_files(folder.path, config.files if verify else {}, WHO)
+        return config.kv
+    return None
 
 
 def _vllm(path: Path) -> list[str]:

@@ -31,12 +31,17 @@ FORMATS: dict[str, Format] = {f.method: f for f in (compressed_tensors.FORMAT, g
 
 @dataclass(frozen=True)
 class InterchangeResult:
-    """Says what was written. layers: packed ones; floats: packed layers that the format cannot hold, now floats."""
+    """Says what was written.
+
+    layers: packed ones. floats: packed layers that the format cannot hold, now floats. kv: the scheme of the cache that
+    the source has, and the format has no words for.
+    """
 
     folder: Path
     layers: int
     floats: tuple[str, ...]
     nbytes: int
+    kv: str | None = None
 
 
 def export_language_model(
@@ -101,7 +106,8 @@ def export_language_model(
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         kept = [name for name in linears if name not in config.layers or name in floats]
         _write_config(out, folder, writer.config(kept))
-    return InterchangeResult(Path(target), len(config.layers) - len(floats), tuple(sorted(floats)), shards.nbytes)
+    layers = len(config.layers) - len(floats)
+    return InterchangeResult(Path(target), layers, tuple(sorted(floats)), shards.nbytes, config.kv)
 
 
 def import_language_model(

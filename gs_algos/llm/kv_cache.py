@@ -216,7 +216,7 @@ def kv_cache(model: Any, kv: str | KVScheme) -> QuantizedKVCache:
 
     Args:
         model: a causal language model of Transformers.
-        kv: `int8@token`, `int4@token` or `int2@kivi:32`.
+        kv: `int8@token`, `int4@token`, `int4@kivi:32` or `int2@kivi:32`.
 
     Raises:
         ValueError: if there is no such scheme, the model has no cache that it fits, or an encoder.

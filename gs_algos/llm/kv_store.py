@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gs_algos.ptq.kv import RECENT, KVScheme
 from gs_kernels import hadamard, kv_read, kv_write_
@@ -16,16 +16,15 @@ KIVI_MOST = torch.finfo(KIVI_SCALE).max
 
 
 class TokenStore:
-    """Holds tokens with scales of their own; keys of 4 bits rotated, and rotated back as they are read.
+    """Holds tokens with scales of their own; those of 4 bits rotated, and rotated back as they are read.
 
     Args:
         like: tensor of the first tokens, for sizes and device.
-        rotated: whether a Hadamard rotation comes before the rounding.
         room: tokens that there is memory for from the start, all 0.
     """
 
-    def __init__(self, scheme: KVScheme, like: Tensor, rotated: bool, room: int = 0) -> None:
-        self.size, self.rotated = like.shape[-1], rotated
+    def __init__(self, scheme: KVScheme, like: Tensor, room: int = 0) -> None:
+        self.size, self.rotated = like.shape[-1], scheme.bits == 4
         dtype, width = (torch.int8, self.size) if scheme.bits == 8 else (torch.uint8, (self.size + 1) // 2)
         form = (*like.shape[:2], room)
         self.codes = like.new_zeros((*form, width), dtype=dtype)
@@ -97,48 +96,54 @@ class TokenStore:
         self.codes, self.scale = change(self.codes), change(self.scale)
 
 
-def kivi_codes(x: Tensor, group: int, axis: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rounds groups along an axis to 2 bits: codes in the shape of x, scales and minima, `x ~ codes * scale + minimum`.
+def kivi_codes(x: Tensor, group: int, axis: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rounds groups along an axis: codes 0 to `most` in its shape, scales and minima, `x ~ code * scale + minimum`.
 
-    The scale is (max - min) / 3; 1 where all of a group are equal.
+    The scale is (max - min) / most; 1 where all of a group are equal.
     """
     parts = x.float().unflatten(axis, (-1, group))
     low, high = parts.amin(axis + 1), parts.amax(axis + 1)
     low = low.clamp(-KIVI_MOST, KIVI_MOST).to(KIVI_SCALE)
-    scale = ((high - low.float()) / 3).clamp(max=KIVI_MOST).to(KIVI_SCALE)
+    scale = ((high - low.float()) / most).clamp(max=KIVI_MOST).to(KIVI_SCALE)
     scale = torch.where(scale > 0, scale, 1.0).to(KIVI_SCALE)
     steps = (parts - low.float().unsqueeze(axis + 1)) / scale.float().unsqueeze(axis + 1)
-    return steps.round().clamp(0, 3).to(torch.uint8).flatten(axis, axis + 1), scale, low
+    return steps.round().clamp(0, most).to(torch.uint8).flatten(axis, axis + 1), scale, low
 
 
-def pack_quarters(codes: Tensor) -> Tensor:
-    """Packs codes `[..., D]` of 0..3 to bytes `[..., ceil(D / 4)]`: byte j has j, j + W, j + 2W and j + 3W, W bytes."""
-    width = -(-codes.shape[-1] // 4)
-    parts = torch.nn.functional.pad(codes, (0, 4 * width - codes.shape[-1])).unflatten(-1, (4, width))
-    return parts[..., 0, :] | parts[..., 1, :] << 2 | parts[..., 2, :] << 4 | parts[..., 3, :] << 6
+def pack_planes(codes: Tensor, bits: int) -> Tensor:
+    """Packs codes `[..., D]` to bytes `[..., W]`, W = ceil(D * bits / 8): byte j has j (lowest), j + W, ..."""
+    planes = 8 // bits
+    width = -(-codes.shape[-1] // planes)
+    parts = nn.functional.pad(codes, (0, planes * width - codes.shape[-1])).unflatten(-1, (planes, width))
+    packed = parts[..., 0, :]
+    for plane in range(1, planes):
+        packed = packed | parts[..., plane, :] << bits * plane
+    return packed
 
 
-def unpack_quarters(codes: Tensor, size: int) -> Tensor:
-    """Returns the codes `[..., size]` of what `pack_quarters` packed."""
-    return torch.cat([codes & 3, codes >> 2 & 3, codes >> 4 & 3, codes >> 6], -1)[..., :size]
+def unpack_planes(codes: Tensor, bits: int, size: int) -> Tensor:
+    """Returns the codes `[..., size]` of what `pack_planes` packed."""
+    parts = [codes >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)]
+    return torch.cat(parts, -1)[..., :size]
 
 
 class KiviStore:
-    """Holds the last tokens as floats, and those before as codes of 2 bits in whole groups.
+    """Holds the last tokens as floats, and those before as codes in whole groups.
 
     Args:
         like: tensor of the first tokens, for sizes, dtype and device.
-        axis: 2, groups are tokens of a channel, as keys have them; 3, channels of a token, as values.
+        axis: 2, groups are tokens of a channel, as keys have them; 3, channels of a rotated token, as values.
     """
 
     def __init__(self, scheme: KVScheme, like: Tensor, axis: int) -> None:
-        self.group, self.axis, self.size = scheme.group, axis, like.shape[-1]
+        self.bits, self.group, self.axis, self.size = scheme.bits, scheme.group, axis, like.shape[-1]
         self.recent = like[:, :, :0]
         self.codes, self.scale, self.low = self._quantized(self.recent)
 
     def _quantized(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        codes, scale, low = kivi_codes(x, self.group, self.axis)
-        return pack_quarters(codes), scale, low
+        x = hadamard(x.float()) if self.axis == 3 and x.numel() else x
+        codes, scale, low = kivi_codes(x, self.group, self.axis, (1 << self.bits) - 1)
+        return pack_planes(codes, self.bits), scale, low
 
     @property
     def tokens(self) -> int:
@@ -164,9 +169,10 @@ class KiviStore:
         return torch.cat([self._read(dtype), self.recent.to(dtype)], 2)
 
     def _read(self, dtype: torch.dtype) -> Tensor:
-        parts = unpack_quarters(self.codes, self.size).float().unflatten(self.axis, (-1, self.group))
+        parts = unpack_planes(self.codes, self.bits, self.size).float().unflatten(self.axis, (-1, self.group))
         scale, low = (t.float().unsqueeze(self.axis + 1) for t in (self.scale, self.low))
-        return (parts * scale + low).flatten(self.axis, self.axis + 1).to(dtype)
+        y = (parts * scale + low).flatten(self.axis, self.axis + 1).to(dtype)
+        return hadamard(y, transposed=True) if self.axis == 3 and y.numel() else y
 
     def crop(self, count: int) -> None:
         """Takes the last tokens out; of a group that is cut, the others become floats."""
@@ -195,7 +201,7 @@ def stores(scheme: KVScheme, keys: Tensor, values: Tensor, who: str, room: int =
     if scheme.group:
         scheme.refuse_head(values.shape[-1], who)
         return KiviStore(scheme, keys, 2), KiviStore(scheme, values, 3)
-    return TokenStore(scheme, keys, scheme.bits == 4, room), TokenStore(scheme, values, False, room)
+    return TokenStore(scheme, keys, room), TokenStore(scheme, values, room)
 
 
 Store = TokenStore | KiviStore

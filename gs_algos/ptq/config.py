@@ -29,8 +29,8 @@ class PTQConfig(AlgorithmConfig):
         act: None leaves activations float; `int8@token` rounds each row a linear reads to 8 bits with a scale of its
             own, as it runs. A scheme such as `int8@tensor:mse` is static, one scale for a tensor, found in calibration:
             batch norms are folded, and layers and adds become those of SimQAT, which multiply integers.
-        kv: None leaves the cache of a language model float; `int8@token`, `int4@token` or `int2@kivi:32` quantizes its
-            keys and values as they are written, see `gs_algos.ptq.kv`. It needs no data.
+        kv: None leaves the cache of a language model float; `int8@token`, `int4@token`, `int4@kivi:32` and
+            `int2@kivi:32` quantize its keys and values as they are written, see `gs_algos.ptq.kv`, without data.
         transforms: `equalize` (arXiv:1906.04721) makes the ranges of channels equal in layers that follow one another.
             `rotate` (arXiv:2404.00456) mixes channels by Hadamard matrices, which spreads outliers.
             `smooth` (arXiv:2211.10438), `smooth=0.85` for an alpha of your own, and `awq` (arXiv:2306.00978) scale

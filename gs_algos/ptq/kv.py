@@ -1,10 +1,11 @@
 """Names how keys and values of a language model's cache are quantized, and says which networks have a cache.
 
 int8@token      a scale for each token and head, max abs / 127, found as the token is written
-int4@token      the same with 4 bits and groups of 64, keys behind a Hadamard rotation (Ashkboos et al. 2024,
-                arXiv:2404.00456)
+int4@token      the same with 4 bits and groups of 64, behind a Hadamard rotation (QuaRot, arXiv:2404.00456)
 int2@kivi:32    keys in groups of 32 tokens of a channel, values in groups of 32 channels of a token, with a scale
-                and a minimum each; the last 128 tokens stay float (KIVI, Liu et al. 2024, arXiv:2402.02750)
+                and a minimum each; the last 128 tokens stay float (KIVI, Liu et al. 2024, arXiv:2402.02750).
+                Differs from the paper: values are rotated first, which takes a third off their error
+int4@kivi:32    the same with 4 bits
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import nn
 
 TOKEN_GROUP = 64  # elements that share a scale of 4 bits, if they divide a head; else the largest divisor below
 RECENT = 128  # tokens that KIVI leaves float
-FORMS = "int8@token, int4@token or int2@kivi:32"
+FORMS = "int8@token, int4@token, int4@kivi:32 or int2@kivi:32"
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class KVScheme:
     """Describes how keys and values are quantized.
 
     Args:
-        bits: 8 or 4 by token, 2 by KIVI.
+        bits: 8 or 4 by token, 4 or 2 by KIVI.
         group: 0 by token; of KIVI, the tokens of a key's channel and the channels of a value that share a scale.
     """
 
@@ -44,15 +45,15 @@ class KVScheme:
         """
         if isinstance(text, KVScheme):
             return text
-        match = re.fullmatch(r"int(8|4)@token|int2@kivi:(\d{1,6})", text) if isinstance(text, str) else None
+        match = re.fullmatch(r"int(8|4)@token|int(4|2)@kivi:(\d{1,6})", text) if isinstance(text, str) else None
         if match is None:
             raise ValueError(f"{who}: kv must be {FORMS}, got {text!r:.60}")
-        if match[2] is None:
+        if match[1]:
             return KVScheme(int(match[1]))
-        group = int(match[2])
+        group = int(match[3])
         if group < 2 or RECENT % group:
             raise ValueError(f"{who}: the group of {text} must divide the {RECENT} recent tokens, got {group}; use 32")
-        return KVScheme(2, group)
+        return KVScheme(int(match[2]), group)
 
     def refuse_head(self, size: int, who: str) -> None:
         """Raises ValueError if heads of this size cannot be cut into the groups of values."""
@@ -79,6 +80,11 @@ def chosen_kv(model: Any, kv: str | None, who: str) -> KVScheme | None:
     """
     scheme = recorded_kv(model) if kv is None else None if kv == "none" else kv
     return None if scheme is None else KVScheme.parse(scheme, who)
+
+
+def elsewhere(kv: str, engine: str) -> str:
+    """Says what becomes of a scheme in another engine, which makes caches of its own."""
+    return f"keys and values are not {kv} there: {engine} makes a cache of its own"
 
 
 def recorded_kv(model: Any) -> str | None:

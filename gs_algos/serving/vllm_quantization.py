@@ -7,6 +7,7 @@ pickled into its other processes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -34,6 +35,7 @@ from vllm.model_executor.parameter import (
 from gs_algos.llm.folder import read_folder
 from gs_algos.llm.integrity import check_tensors, verify_files
 from gs_algos.llm.packed_config import METHOD, PackedConfig, read_config
+from gs_algos.ptq.kv import elsewhere
 from gs_algos.quant.packed.embedding import rows_of
 from gs_algos.quant.packed.module import WEIGHT_TENSORS, PackedFormat, tensors_of
 from gs_algos.serving.engine_parameters import get_weight, set_weight
@@ -42,6 +44,8 @@ from gs_algos.serving.shards import WHO, shard, stacked
 from gs_algos.serving.vllm_kernel import CAPABILITY
 from gs_kernels import PackedWeight, dequantize_packed
 from gs_kernels.pack.layouts import CANONICAL
+
+logger = logging.getLogger(__name__)
 
 NAMES = {part: part for part in WEIGHT_TENSORS}  # of the parameters
 
@@ -53,6 +57,8 @@ class GoldenStickVllmConfig(QuantizationConfig):
         super().__init__()
         self.config = config
         self.layers, self.tied = dict(config.layers), dict(config.tied)
+        if config.kv is not None:
+            logger.warning("%s: %s, see its --kv-cache-dtype", WHO, elsewhere(config.kv, "vLLM"))
         if config.acts:
             raise ValueError(
                 f"{WHO}: layers must read floats, got {next(iter(config.acts))} and {len(config.acts) - 1} more that "

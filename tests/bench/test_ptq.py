@@ -18,6 +18,7 @@ def rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]
         "float": {},
         "int4 nearest": {"weight": "int4@group:32", "rounding": "nearest", "refine": 0},
         "int4 gptq": {"weight": "int4@group:32"},
+        "float, cache int4": {"kv": "int4@token"},
         "other": {"weight": "int8@channel"},
     }
     monkeypatch.setattr(ptq, "SETTINGS", settings)
@@ -38,16 +39,18 @@ def _here(args: Any, name: str) -> dict[str, Any]:
 
 
 def test_the_chosen_settings_are_held_to_the_float_model(rows):
-    assert [row["setting"] for row in rows] == ["float", "int4 nearest", "int4 gptq"]
-    full, nearest, gptq = rows
+    assert [row["setting"] for row in rows] == ["float", "int4 nearest", "int4 gptq", "float, cache int4"]
+    full, nearest, gptq, cached = rows
     assert full["perplexity_change"] == 0 and {row["tokens"] for row in rows} == {4 * 15}
     assert gptq["perplexity_change"] == pytest.approx(gptq["perplexity"] / full["perplexity"] - 1, abs=1e-6)
     assert 0 < gptq["ratio"] < 1 and gptq["seconds"] > 0 and "seconds" not in nearest
+    assert cached["perplexity_change"] != 0 and cached["samples"] == 0
+    assert min(cached["tokens_per_s"], full["tokens_per_s"], cached["nbytes_cache"]) > 0 and "nbytes_cache" not in full
 
 
 def test_the_table_has_a_line_per_setting(rows):
     lines = tables.ptq(rows).splitlines()
-    assert len(lines) == 2 + 3 and any(line.startswith("| int4 gptq |") and " 64 |" in line for line in lines)
+    assert len(lines) == 2 + 4 and any(line.startswith("| int4 gptq |") and " 64 |" in line for line in lines)
 
 
 def test_a_text_that_is_not_there_is_said(tmp_path, capsys):
