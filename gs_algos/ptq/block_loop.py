@@ -206,7 +206,7 @@ class BlockLoop:
         """Returns what was found for the layers of the stage, and what changed of those `before` it in the block."""
         scaled = self._scale_stage(streams, block, stage, tasks, before)
         inputs = lambda number: inputs_of(streams, block, number, tasks[stage.first].layer, stage.calls)  # noqa: E731
-        seen = _Seen(tasks[stage.first].layer, floats[stage.first], self.config.correct > 0, scaled.scale)
+        seen = _Seen(tasks[stage.first].layer, floats[stage.first], self.config.correct > 0, scaled)
         for number in range(len(self.batches)) if stage.calls else ():
             seen.update(number, inputs(number), self.masks[number], number in self.held_out)
         return {**scaled.solved, **self._solve(tasks, seen, scaled)}
@@ -286,6 +286,8 @@ class BlockLoop:
                 scaled.told,
             )
             bias = self._bias(layer, weight, solution, seen)
+            if bias is None and scaled.shift is not None:
+                bias = layer.bias.detach().clone()  # type: ignore[union-attr, operator]
             moved = scaled.moved if number == 0 else {}
             fraction = None
             if tuned:
@@ -388,11 +390,11 @@ class _Floats:
 class _Seen:
     """Gathers what the layers of one stage see: statistics of most batches, and of those held out.
 
-    scale: `[K]` by which transforms divided the input; None if none did. It is not in the floats.
+    scaled: what transforms did to the input. It is not in the floats.
     """
 
-    def __init__(self, layer: Rounded, floats: list[list[Tensor]], cross: bool, scale: Tensor | None) -> None:
-        self.layer, self.floats, self.scale = layer, floats, scale
+    def __init__(self, layer: Rounded, floats: list[list[Tensor]], cross: bool, scaled: Scaled) -> None:
+        self.layer, self.floats, self.scaled = layer, floats, scaled
         groups = groups_of(layer)
         columns = matrix_of(layer, layer.float_weight).shape[1]
         device = layer.float_weight.device
@@ -426,7 +428,8 @@ class _Seen:
         if call >= len(floats):
             return rows
         found = input_rows(self.layer, floats[call], mask)
-        found = found if self.scale is None else found / self.scale
+        found = found if self.scaled.scale is None else found / self.scaled.scale
+        found = found if self.scaled.shift is None else found - self.scaled.shift
         return found if found.shape == rows.shape else rows
 
     def sum_over(self, processes: Processes) -> None:

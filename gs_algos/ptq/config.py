@@ -34,7 +34,8 @@ class PTQConfig(AlgorithmConfig):
         transforms: `equalize` (arXiv:1906.04721) makes the ranges of channels equal in layers that follow one another.
             `rotate` (arXiv:2404.00456) mixes channels by Hadamard matrices, which spreads outliers.
             `smooth` (arXiv:2211.10438), `smooth=0.85` for an alpha of your own, and `awq` (arXiv:2306.00978) scale
-            what layers read, and the norm or linear before them takes the scale back. They run in this order.
+            what layers read, and the norm or linear before them takes the scale back. `relayernorm` (arXiv:2212.08254)
+            gives all channels behind a norm one range. They run in this order.
         embeddings: scheme of every `nn.Embedding`, rounded to nearest; None leaves them float.
         rounding: `nearest`; `gptq` (arXiv:2210.17323), which moves the error of each column into those that follow.
             `signround` (arXiv:2309.05516) and `adaround` (arXiv:2004.10568) then tune all layers of a block together by

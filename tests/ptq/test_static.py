@@ -301,3 +301,28 @@ def test_a_copy_of_a_calibrated_network_is_converted_apart():
     want = output(model, x)
     assert torch.equal(output(PTQ.resume(twin).convert(twin, x), x), want)
     assert torch.equal(output(algo.convert(model), x), want)
+
+
+def outlying_vit() -> SmallViT:
+    torch.manual_seed(0)
+    net = SmallViT().eval()
+    with torch.no_grad():
+        for block in net.blocks:
+            for norm, reader in ((block.norm1, block.attention.qkv), (block.norm2, block.up)):
+                norm.weight[[2, 9]], norm.bias[[2, 5]] = 25.0, 8.0
+                reader.weight[:, [2, 9]] /= 25.0
+    return net
+
+
+def test_equal_ranges_behind_norms_help_static_activations():
+    torch.manual_seed(0)
+    data = [torch.randn(16, 1, 12, 12) for _ in range(6)]
+    errors = []
+    for transforms in ((), ("relayernorm",)):
+        algo = PTQ(weight="int8@channel", act="int6@tensor", transforms=transforms)
+        net = algo.apply(outlying_vit(), data[0])
+        algo.calibrate(net, data)
+        net = algo.convert(net)
+        with torch.no_grad():
+            errors.append(relative_rms(net(data[0]), outlying_vit()(data[0])))
+    assert errors[1] < 0.5 * errors[0]

@@ -118,6 +118,49 @@ def test_the_float_network_stays_what_it_is(monkeypatch, norm, rules, changed):
         assert key not in before or not torch.equal(model.state_dict()[key], before[key]), key
 
 
+@pytest.mark.parametrize(
+    ("norm", "changed"), [(nn.LayerNorm, ("0.norm.weight", "0.norm.bias", "0.up.bias")), (Norm, ("0.norm.weight",))]
+)
+@pytest.mark.parametrize("transforms", [("relayernorm",), ("smooth=0.7", "relayernorm")])
+def test_ranges_behind_a_norm_are_made_equal_and_the_float_network_stays(monkeypatch, norm, changed, transforms):
+    data, model = batches(2), net(norm=norm)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        want = net(norm=norm)(data[0])
+    assert float_error(monkeypatch, model, want, data, transforms=transforms) <= 1e-5
+    for key in changed:
+        assert not torch.equal(model.state_dict()[key], before[key]), key
+
+
+@torch.no_grad()
+def test_channels_behind_a_norm_have_one_range_around_0():
+    data, model = batches(3), net()
+    algo, model = calibrated(model, data, transforms=("relayernorm",), rounding="nearest", refine=0)
+    h = torch.cat([model[0].norm(x) for x in data[:2]])
+    low, high = h.amin(0), h.amax(0)
+    torch.testing.assert_close(low, low.mean().expand_as(low), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(high, -low, rtol=1e-4, atol=1e-5)
+    assert told(algo)["0.up"] == ("relayernorm by ranges, 0.norm",)
+    assert told(algo)["0.down"] == ("relayernorm: no norm makes it",)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_ranges_made_equal_are_kept_by_the_journal_and_the_converted_network(tmp_path, bias):
+    data, options = batches(3), {"transforms": ("relayernorm",), "bias": bias}
+    algo = PTQ(weight="int4@group:8", **options)
+    first = algo.apply(net(), data[0])
+    algo.calibrate(first, data, journal=tmp_path / "journal")
+    again = PTQ(weight="int4@group:8", **options)
+    second = again.apply(net(), data[0])
+    again.calibrate(second, data, journal=tmp_path / "journal")
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+    want = first(data[0])
+    torch.testing.assert_close(algo.convert(first)(data[0]), want, rtol=1e-4, atol=1e-4)
+    assert error(second, net()(data[0]), data[0]) < 0.1
+
+
 @pytest.mark.parametrize("heads", [2, 4])
 def test_a_float_llama_stays_what_it_is(monkeypatch, heads):
     pytest.importorskip("transformers")
@@ -309,7 +352,7 @@ def test_groups_and_inputs_of_zeros_give_finite_scales():
     weight = torch.zeros(2, 8)
     weight[0, 4:] = 1.0
     for absmax in (torch.zeros(8), torch.tensor([0.0, 1.0] * 4)):
-        columns = StageColumns(absmax, absmax / 2, (weight,), (4,))
+        columns = StageColumns(absmax, absmax / 2, -absmax, absmax, False, (weight,), (4,))
         for scale in (*smooth(columns, None).values(), *awq(columns, None).values()):
             assert bool((scale.isfinite() & (scale > 0)).all())
 

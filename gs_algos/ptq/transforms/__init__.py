@@ -1,7 +1,8 @@
 """Makes weights easier to round without changing the float network: every way has an entry in `TRANSFORMS`.
 
 They run in the order of the table. A transform of a stage gives scales `[K]` of the tensor `x` that its layers read:
-the layer before returns `x / scale` then, and the weights that read it are `W * scale`.
+the layer before returns `x / scale` then, and the weights that read it are `W * scale`. The last of them may shift it,
+too: the layer before returns `x / scale - shift`, and biases of the layers that read it grow by `W * scale * shift`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from gs_algos.core.did_you_mean import did_you_mean
 from gs_algos.ptq.transforms.awq import awq
 from gs_algos.ptq.transforms.columns import StageColumns
 from gs_algos.ptq.transforms.equalize import equalize, find_chains
+from gs_algos.ptq.transforms.relayernorm import middle, relayernorm
 from gs_algos.ptq.transforms.rotate import find_rotated, rotate
 from gs_algos.ptq.transforms.smooth import smooth
 
@@ -45,11 +47,15 @@ class StageTransform:
         candidates: gives the scales to choose from, by the columns of the stage and the number that was asked for.
         by_block: whether the error of the block's output chooses, not that of the smallest module with all layers.
         takes_number: whether `name=number`, 0 to 1, may be asked for.
+        norms: whether only a norm can take the scale back.
+        shift: gives what is taken off the scaled input `[K]`, where biases can take it back.
     """
 
     candidates: Callable[[StageColumns, float | None], Candidates]
     by_block: bool
     takes_number: bool
+    norms: bool = False
+    shift: Callable[[StageColumns, Tensor], Tensor] | None = None
 
 
 Transform: TypeAlias = NetworkTransform | StageTransform
@@ -58,6 +64,7 @@ TRANSFORMS: Mapping[str, Transform] = {
     "rotate": NetworkTransform(find_rotated, rotate),
     "smooth": StageTransform(smooth, by_block=True, takes_number=True),
     "awq": StageTransform(awq, by_block=False, takes_number=False),
+    "relayernorm": StageTransform(relayernorm, by_block=True, takes_number=False, norms=True, shift=middle),
 }
 
 

@@ -15,12 +15,17 @@ class StageColumns:
     Args:
         absmax: `[K]` fp32, largest |x|.
         absmean: `[K]` fp32, mean |x|.
+        low, high: `[K]` fp32, smallest and largest x.
+        shifts: whether the layer before and those that read x have biases, which can take a shift of x back.
         weights: `[N, K]` fp32 each.
         group_sizes: of the grid of each weight: inputs that share a scale.
     """
 
     absmax: Tensor
     absmean: Tensor
+    low: Tensor
+    high: Tensor
+    shifts: bool
     weights: tuple[Tensor, ...]
     group_sizes: tuple[int, ...]
 

@@ -28,10 +28,12 @@ class Producer:
     """Names the layer whose output is the input of a stage, or makes it column by column.
 
     offset: of a norm, whose gain is `weight + offset`.
+    norm: whether it is a norm, whose very output they read.
     """
 
     name: str
     offset: float = 0.0
+    norm: bool = False
 
 
 def divide_output(module: nn.Module, scale: Tensor, offset: float = 0.0) -> None:
@@ -53,6 +55,16 @@ def multiply_input(layer: Rounded, scale: Tensor) -> None:
     with torch.no_grad():
         rows = matrix_of(layer, layer.float_weight)
         rows.copy_(rows.float() * scale)
+
+
+def shift_output(module: nn.Module, sinks: Iterable[Rounded], shift: Tensor) -> None:
+    """Changes the bias of a norm, so that it returns y - shift, and those of the linears that read it, `[N, K]`."""
+    with torch.no_grad():
+        bias: Any = module._parameters["bias"]
+        bias.copy_(bias.float() - shift)
+        for layer in sinks:
+            own: Any = layer._parameters["bias"]
+            own.copy_(own.float() + matrix_of(layer, layer.float_weight).float() @ shift)
 
 
 @contextmanager
@@ -120,7 +132,7 @@ def find_producer(
         and has_outputs(modules[call.name], columns)
         and usable(modules[call.name], call.name)
     ]
-    tried = [Producer(call.name, offset) for call in norms for offset in OFFSETS]
+    tried = [Producer(call.name, offset, norm=True) for call in norms for offset in OFFSETS]
     tried += [Producer(call.name) for call in linears[:TRIES]]
     for producer in tried:
         if _holds(producer, modules[producer.name], sinks, streams, block, want, float_network):

@@ -21,7 +21,14 @@ from gs_algos.ptq.stages import Stage, input_of, inputs_of
 from gs_algos.ptq.streams import Streams, stop, without_cache
 from gs_algos.ptq.transforms import StageTransform
 from gs_algos.ptq.transforms.columns import StageColumns
-from gs_algos.ptq.transforms.producer import Producer, divide_output, find_producer, multiply_input, restored
+from gs_algos.ptq.transforms.producer import (
+    Producer,
+    divide_output,
+    find_producer,
+    multiply_input,
+    restored,
+    shift_output,
+)
 from gs_algos.quant.packed.grid import grid_of, group_size, stored_dtype
 from gs_algos.quant.packed.packable import matrix_of
 from gs_kernels import PerTensor
@@ -38,12 +45,14 @@ class Scaled:
 
     Args:
         scale: `[K]`, by which the stage's input is divided now; None if it is as it was.
+        shift: `[K]`, what is taken off the quotient; None for nothing.
         told: what a report should say.
         moved: parameters of float layers that changed, by name.
         solved: layers that were rounded already and whose rows were scaled.
     """
 
     scale: Tensor | None = None
+    shift: Tensor | None = None
     told: tuple[str, ...] = ()
     moved: Mapping[str, Tensor] = field(default_factory=dict)
     solved: Mapping[str, Solved] = field(default_factory=dict)
@@ -84,31 +93,40 @@ class StageScaler:
         producer = self._producer()
         if isinstance(producer, str):
             return Scaled(told=(f"{NOT_SCALED}: {producer}",))
-        absmax, absmean, sample = self._inputs()
+        absmax, absmean, low, high, sample = self._inputs()
         if not bool(absmax.isfinite().all()):
             return Scaled()  # the statistics will say which columns are not
-        total = torch.ones_like(absmax)
+        total, shift = torch.ones_like(absmax), None
+        shifts = producer.norm and all(
+            one._parameters.get("bias") is not None
+            for one in (self.model.get_submodule(producer.name), *self.sinks.values())
+        )
         told = []
         for label, (transform, number) in transforms.items():
+            if transform.norms and not producer.norm:
+                told.append(f"{label}: no norm makes it")
+                continue
             weights = tuple(
                 matrix_of(layer, layer.float_weight.detach()).float().clone() for layer in self.sinks.values()
             )
             sizes = tuple(group_size(task.scheme, len(absmax)) for task in self.tasks.values())
-            columns = StageColumns(absmax / total, absmean / total, weights, sizes)
+            scaled = absmax / total, absmean / total, low / total, high / total
+            columns = StageColumns(*scaled, shifts, weights, sizes)
             candidates = transform.candidates(columns, number)
             name, scale = self._best(candidates, transform.by_block, sample, weights)
-            if name != AS_IT_IS and self._apply(producer, scale):
-                total = total * scale
+            own = transform.shift(columns, scale) if transform.shift is not None and shifts else None
+            if name != AS_IT_IS and self._apply(producer, scale, own):
+                total, shift = total * scale, own
                 told.append(f"{label} {name}, {producer.name}")
             else:
                 told.append(f"{label}: {AS_IT_IS}")
-        if bool((total == 1).all()):
+        if bool((total == 1).all()) and shift is None:
             return Scaled(told=tuple(told))
         module = self.model.get_submodule(producer.name)
         if producer.name in self.solved:
-            return Scaled(total, tuple(told), solved={producer.name: self._divided(producer.name, total)})
+            return Scaled(total, told=tuple(told), solved={producer.name: self._divided(producer.name, total)})
         moved = {f"{producer.name}.{key}": p.detach().clone() for key, p in module.named_parameters(recurse=False)}
-        return Scaled(total, tuple(told), moved)
+        return Scaled(total, shift, tuple(told), moved)
 
     def _producer(self) -> Producer | str:
         """Returns what the first process finds."""
@@ -116,7 +134,7 @@ class StageScaler:
             found = find_producer(
                 self.model, self.streams, self.block, self.sinks, self._rows_are_free, self.float_network
             )
-            told = found if isinstance(found, str) else [found.name, found.offset]
+            told = found if isinstance(found, str) else [found.name, found.offset, found.norm]
         else:
             told = ""
         told = json.loads(self.processes.from_one(json.dumps(told).encode()))
@@ -128,27 +146,28 @@ class StageScaler:
             return not isinstance(self.solved[name].grid.scheme.granularity, PerTensor)
         return not hasattr(module, "solved")
 
-    def _inputs(self) -> tuple[Tensor, Tensor, list[int]]:
-        """Returns max|x| and mean|x| `[K]` of the stage's input, and the batches that errors are measured on."""
+    def _inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
+        """Returns max|x|, mean|x|, min x and max x `[K]` of the stage's input, and the batches that errors are of."""
         layer = self.tasks[self.stage.first].layer
         k = matrix_of(layer, layer.float_weight).shape[1]
-        absmax = torch.zeros(k, device=layer.float_weight.device)
-        total, count = torch.zeros_like(absmax, dtype=torch.float64), torch.zeros(1, device=absmax.device)
+        extremes = torch.full((2, k), -torch.inf, device=layer.float_weight.device)  # of -x, and of x
+        total, count = torch.zeros_like(extremes[0], dtype=torch.float64), torch.zeros(1, device=extremes.device)
         sample: list[int] = []
         for number in self.numbers:
             enough = int(count) >= ROWS
             for x in inputs_of(self.streams, self.block, number, layer, self.stage.calls):
-                rows = input_rows(layer, x, self.masks[number]).float().abs()
+                rows = input_rows(layer, x, self.masks[number]).float()
                 if len(rows):
-                    absmax = torch.maximum(absmax, rows.amax(0))
-                    total += rows.sum(0, dtype=torch.float64)
+                    extremes = torch.maximum(extremes, torch.stack([-rows.amin(0), rows.amax(0)]))
+                    total += rows.abs().sum(0, dtype=torch.float64)
                     count += len(rows)
             if not enough:
                 sample.append(number)
-        self.processes.largest(absmax)
+        self.processes.largest(extremes)
         self.processes.add(total)
         self.processes.add(count)
-        return absmax, (total / count.clamp(min=1)).float(), sample
+        low, high = torch.where(count > 0, -extremes[0], 0.0), torch.where(count > 0, extremes[1], 0.0)
+        return torch.maximum(-low, high), (total / count.clamp(min=1)).float(), low, high, sample
 
     def _best(
         self, candidates: Mapping[str, Tensor], by_block: bool, sample: Sequence[int], weights: Sequence[Tensor]
@@ -229,7 +248,7 @@ class StageScaler:
             difference = difference[mask]
         return float(difference.double().square().sum())
 
-    def _apply(self, producer: Producer, scale: Tensor) -> bool:
+    def _apply(self, producer: Producer, scale: Tensor, shift: Tensor | None) -> bool:
         """Scales the stage's float weights and what makes their input; says whether they stay finite."""
         module = self.model.get_submodule(producer.name)
         changed: list[nn.Module] = [module, *self.sinks.values()]
@@ -237,6 +256,8 @@ class StageScaler:
         divide_output(module, scale, producer.offset)
         for layer in self.sinks.values():
             multiply_input(layer, scale)
+        if shift is not None:
+            shift_output(module, self.sinks.values(), shift)
         now = [p for one in changed for p in one.parameters(recurse=False)]
         if all(bool(p.isfinite().all()) for p in now):
             return True
