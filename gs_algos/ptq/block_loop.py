@@ -29,6 +29,7 @@ from gs_algos.ptq.layers import Rounded, Task, floating, install
 from gs_algos.ptq.processes import Processes
 from gs_algos.ptq.report import BlockErrors, BlockReport, LayerReport, PTQReport
 from gs_algos.ptq.rounding import START, TUNED
+from gs_algos.ptq.rounding.tuned import fraction_of
 from gs_algos.ptq.solve import Solution, SolveOptions, solve
 from gs_algos.ptq.stages import Stage, all_inputs, find_stages, inputs_of
 from gs_algos.ptq.statistics import InputStatistics
@@ -292,7 +293,7 @@ class BlockLoop:
             fraction = None
             if tuned:
                 found = solution.target, solution.grid, solution.codes, solution.hessian
-                fraction = TUNED[task.rounding].fraction(*found)
+                fraction = fraction_of(*found)
             solved[site] = Solved(solution.grid, solution.codes, bias, report, moved, fraction)
         if self.processes.several:
             shares = [from_bytes(share) for share in self.processes.from_all(to_bytes(solved))]

@@ -47,7 +47,7 @@ class PTQConfig(AlgorithmConfig):
             and T tokens.
         bias: True moves each bias by the difference of the mean outputs.
         steps: of `signround` and `adaround`; None for 200 and 2,000.
-        lr: of them, learning rate; None for 1 / steps, which falls to 0, and for 1e-3.
+        lr: of them, learning rate; None for 1 / steps, which falls to 0, and for 8 / steps.
         blocks: `auto` finds the blocks of the network, `none` takes it as one, `re:<expression>` names them.
         budget: bytes of activations in memory; what is more goes to files.
         rules: `(pattern, {"weight": ..., "act": ..., "rounding": ...} | None)`, see `gs_algos.core.layer_rules`; None

@@ -8,12 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gs_algos.ptq.hessian import Hessian
-from gs_algos.ptq.rounding.tuned import in_steps
 from gs_algos.quant.packed.grid import Grid
 from gs_kernels import PerTensor
 
-MOST = 0.499  # steps that a weight may be from its code at the start: at 0.5 it would be between two
 LARGEST = 0.5  # of an offset, in steps, and of the change of a scale, as a share of it
 SCALES = 0.3  # times the learning rate: that of scales
 
@@ -49,15 +46,6 @@ class SignRound:
         self.steps, self.done = steps, 0
         self.lr = 1 / steps if lr is None else lr
         self.curvature, self.curvature_of_change = _Product(self.start.view(codes.shape)), _Product(self.change)
-
-    @staticmethod
-    def fraction(target: Tensor, grid: Grid, codes: Tensor, hessian: Hessian | None) -> Tensor:
-        error = grid.values(codes) - target
-        if hessian is not None:
-            groups = len(hessian.damped)
-            pull = error.view(groups, -1, error.shape[1]) @ hessian.damped
-            error = (pull / hessian.damped.diagonal(dim1=1, dim2=2).unsqueeze(1)).view(error.shape)
-        return in_steps(-error, grid).clamp_(-MOST, MOST)
 
     def observe(self, gradient: Tensor) -> None:
         self.curvature.observe(gradient)
