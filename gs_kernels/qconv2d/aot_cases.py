@@ -85,7 +85,7 @@ def _regimes(dtypes: tuple[torch.dtype, ...], every: bool) -> Iterator[tuple[str
         (4, 8, 2, 1)[: 4 if every else 2],
         (128, 3, 64)[: 3 if every else 2],
         (256, 64)[: 2 if every else 1],
-        ((4, 1), (28, 32), (14, 8))[: 3 if every else 2],
+        ((4, 1), (28, 32), (8, 4), (14, 8))[: 4 if every else 2],
         ("middle", "points")[: 2 if every else 1],
     ):
 

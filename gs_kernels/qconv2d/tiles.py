@@ -81,7 +81,9 @@ def default_plan(
     plans = TILES[90 if 90 <= sm < 120 else 80]
     if m <= FEW_PIXELS:
         plans = (INT8_FEW if x_bits == 8 else FEW,)
-    elif x_bits == 32 or int8_group % 128 != 0 or channels % 8 != 0:
+    elif x_bits == 32:
+        plans = (replace(plans[-1], stages=3),)  # of elements twice as large, four do not fit sm_89
+    elif int8_group % 128 != 0 or channels % 8 != 0:
         plans = plans[-1:]
     wide = 64 if n <= 64 or x_bits == 32 else 128
     plans = tuple(replace(plan, block_n=wide) for plan in plans)
