@@ -55,7 +55,7 @@ def _aot(name: str, dtype: torch.dtype, weighed: bool = False, pearson: bool = F
     args = x, grid, grid, w, target, target if weighed else None, -128, 127, pearson
     tile = choose_tile(dtype, pearson)
     run = launcher("score_candidates", "score_candidates", *args)
-    return AotCase(name, run, elements=tile.block_m * tile.block_k, **({"max_regs": 192} | bounds))
+    return AotCase(name, run, elements=tile.block_m * tile.block_k, **({"max_regs": 255} | bounds))
 
 
 def regimes(every: bool) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -21,4 +21,4 @@ def choose_tile(dtype: torch.dtype, pearson: bool) -> Tile:
     """Returns the tile for a dtype. fp32 is not multiplied by tensor cores; five sums leave registers for less."""
     if dtype == torch.float32:
         return Tile(32, 64, 16, 4, 2)
-    return Tile(64, 64 if pearson else 128, 32, 8, 3)
+    return Tile(64, 64 if pearson else 256, 32, 8, 3)
