@@ -66,6 +66,12 @@ def test_a_tile_that_was_timed_with_4_bits_fits_with_8(tmp_path, monkeypatch):
     assert four[2:] == (82944, "") and eight[2] <= four[2]
 
 
+def test_8_bit_floats_are_left_out_where_no_gpu_multiplies_them():
+    only = _only("qmatmul_int8", "w4f8-m16-g128-middle")
+    kernels = [{name for _, name, *_ in check_shared([only], target, False)} for target in ("sm_80", "sm_89")]
+    assert "_qmatmul_int8_kernel" not in kernels[0] and "_qmatmul_int8_kernel" in kernels[1]
+
+
 def test_the_bytes_are_those_of_the_compiled_kernel():
     ((_, call),) = _only("qmatmul", "w4-m16-g128-middle-bfloat16").regimes(True)
     kernel = next(k for k in aot.collect(call, "sm_90") if k.name == "_qmatmul_kernel")
