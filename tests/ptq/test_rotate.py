@@ -10,8 +10,10 @@ from torch import nn
 
 import gs_algos
 from gs_algos.core.compare import relative_error
+from gs_algos.ptq.blocks import find_blocks, first_tensor
 from gs_algos.ptq.ptq import PTQ
-from gs_algos.ptq.transforms.residual import find_residual, norm_kind
+from gs_algos.ptq.streams import ActivationStore, Streams
+from gs_algos.ptq.transforms.residual import find_residual, is_linear, norm_kind
 from gs_algos.ptq.transforms.rotate import rotate
 from gs_algos.quant.rotation import Rotation, checked_rotations, rotations_of
 from gs_kernels import UnsupportedError, hadamard_matrix
@@ -221,6 +223,24 @@ def test_a_calibrated_network_is_packed_saved_and_loaded_with_its_rotations(tmp_
     assert torch.equal(logits(loaded), want)
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(type(model).from_pretrained(tmp_path / "again").eval()), want)
+
+
+def test_the_stream_of_calibration_is_rotated_once():
+    """In OPT it is rotated in front of the first block, whose input is stored and given to it again."""
+    model = with_gains(tiny_language_model("OPTConfig", num_hidden_layers=3))
+    rotate(model, IDS)
+    sites = [key for key, module in model.named_modules() if is_linear(module)]
+    blocks, given = find_blocks(model, sites, IDS), []
+    assert len(blocks) == 3
+    last = model.get_submodule(blocks[-1].name)
+    handle = last.register_forward_hook(lambda module, args, output: given.append(first_tensor(output)))
+    outputs(model)
+    with ActivationStore(2**20) as store:
+        streams = Streams(model, [IDS], blocks, store, False, "test")
+        for block in blocks:
+            streams.advance(0, streams.run_block(block, 0, streams.quantized), floats=False)
+        handle.remove()
+        torch.testing.assert_close(streams.quantized[0], given[0])
 
 
 def test_onnx_refuses_a_network_that_rotates_as_it_runs(tmp_path):
