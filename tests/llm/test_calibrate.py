@@ -218,7 +218,7 @@ def test_exports_refuse_layers_that_round_what_they_read(source, text, tmp_path,
 
 def test_a_rotated_folder_says_the_same_after_loading_and_is_not_exported(source, text, tmp_path, capsys):
     packed = tmp_path / "packed"
-    options = ("--calibration", str(text), "--rounding", "nearest", "--transforms", "rotate")
+    options = ("--calibration", str(text), "--rounding", "nearest", "--transforms", "rotate", "--offload")
     assert run(["quantize", str(source), str(packed), *OPTIONS, *options]) == 0
     assert "rotated behind model.embed_tokens as it runs, back before model.norm" in capsys.readouterr().out
     want, _ = load_language_model(source)

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from gs_algos.core.algorithm import Inputs, evaluating, run
 from gs_algos.core.compare import relative_error
+from gs_algos.core.mapped_files import in_file
 from gs_algos.ptq.blocks import first_tensor
 from gs_algos.ptq.streams import stop, stopped, without_cache
 from gs_algos.ptq.transforms.producer import restored
@@ -104,7 +106,7 @@ def _told(residual: Residual) -> list[tuple[str, ...]]:
 @contextmanager
 def _undone_on_error(model: nn.Module) -> Iterator[list[Any]]:
     """Yields a list for handles of hooks; an error removes them and gives parameters their values back."""
-    before = [(p, p.detach().clone()) for p in {id(p): p for p in model.parameters()}.values()]
+    before = [(p, _copy(p, f"{number}.before")) for number, p in enumerate(model.parameters())]
     handles: list[Any] = []
     try:
         yield handles
@@ -115,6 +117,12 @@ def _undone_on_error(model: nn.Module) -> Iterator[list[Any]]:
             for parameter, value in before:
                 parameter.copy_(value)
         raise
+
+
+def _copy(parameter: Tensor, name: str) -> Tensor:
+    """Copies values: to a file beside that which the parameter is mapped from, if it is, else in memory."""
+    file = parameter.untyped_storage().filename
+    return parameter.detach().clone() if file is None else in_file(parameter, Path(file).parent / name)
 
 
 def _rotate_residual(model: nn.Module, residual: Residual, handles: list[Any]) -> None:
