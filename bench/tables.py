@@ -247,6 +247,19 @@ def photographs(rows: Rows) -> str:
     return table(head, lines)
 
 
+def features(rows: Rows) -> str:
+    """Tabulates how well images are classified by the features of a network, by how it was quantized."""
+    latest = last([row for row in rows if row["kind"] == "features"], "model", "data", "setting")
+    lines = []
+    for (model, data, setting), row in latest.items():
+        images = f"{data}, {row['test']:,} of {row['train']:,}"
+        seconds = f"{row['seconds']:.0f}" if row["seconds"] >= 1 else ""
+        change = row["changed"], f"{100 * row['error']:.1f}"
+        lines.append((model, images, setting, f"{row['accuracy']:.2f}", *change, seconds))
+    head = ("network", "images", "setting", "accuracy %", "classes that differ", "error of features %", "seconds")
+    return table(head, lines)
+
+
 def _against(row: dict[str, Any] | None, base: dict[str, Any] | None) -> str:
     """Writes milliseconds, and how many times as many as those of the float network."""
     if row is None:
@@ -295,6 +308,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "models": models,
     "decode": decode,
     "photographs": photographs,
+    "features": features,
     "serving": serving,
     "convolutions": convolutions,
 }
