@@ -239,10 +239,11 @@ class PTQ(Algorithm):
             raise ValueError(f"{who}: at least one batch must be given, got none")
         rows = rows_of(entry["plan"], self.row_settings)
         done, count = _rounded_layers(network)
-        if done:
+        if done or entry.get("failed"):
+            some = f"{len(done)} of {count}" if done else f"some of {count}"
             raise RuntimeError(
-                f"{who}: the model must have its float weights, got {len(done)} of {count} that a call which failed "
-                "has rounded; build it anew"
+                f"{who}: the model must have its float weights, got {some} that a call which failed has rounded; build "
+                "it anew"
             )
         with ordinary_tensors(), without_autocast(), torch.no_grad(), asked_by(who):
             processes = Processes(self.process_group)
@@ -252,7 +253,11 @@ class PTQ(Algorithm):
             with self._tasks(network, rows) as tasks:
                 blocks = find_blocks(network, weights_of(rows), data[0], self.config.blocks, who)
                 loop = BlockLoop(network, tasks, blocks, data, self.config, log, processes, who)
-                self.report = loop.run()
+                try:
+                    self.report = loop.run()
+                except BaseException:
+                    live_entry(network)["failed"] = bool(_rounded_layers(network)[0])  # so that a saved one says it
+                    raise
             if self.config.static:
                 static.set_ranges(network, data, self._example, self.process_group, who)
         live = live_entry(network)

@@ -337,6 +337,19 @@ def test_a_model_that_a_failed_call_has_rounded_in_part_is_refused_and_says_so()
         algo.calibrate(model, data)
 
 
+def test_a_model_that_a_failed_call_has_rounded_in_part_says_so_after_loading(tmp_path):
+    data, algo, model = batches(), PTQ(weight="int4@group:8"), net()
+    algo.apply(model, data[0])
+    bad = model.blocks[1].register_forward_pre_hook(lambda *_: _raise_between(*model.blocks[::2]))
+    with pytest.raises(ValueError, match="on purpose"):
+        algo.calibrate(model, data)
+    bad.remove()
+    gs_algos.save(model, tmp_path / "saved")
+    loaded = gs_algos.load(tmp_path / "saved", net)
+    with pytest.raises(RuntimeError, match="float weights, got some of 11 that a call which failed has rounded"):
+        PTQ.resume(loaded).calibrate(loaded, data)
+
+
 def _raise_between(first: nn.Module, last: nn.Module) -> None:
     if first.down.solved and not last.down.solved:
         raise ValueError("on purpose")
