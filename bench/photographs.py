@@ -43,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ptq w4a8, depthwise w8": {
         "weight": "int4@channel:mse",
         "act": "int8@tensor",
-        "rules": [("re:.*(depthwise|stem).*", FINE)],
+        "rules": [("re:.*(depthwise|stem).*", {"weight": "int8@channel"})],
     },
 }
 
