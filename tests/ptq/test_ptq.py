@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 import gs_algos
 from gs_algos.core.algorithm import history
+from gs_algos.ptq.layers import Rounded
 from gs_algos.ptq.ptq import PTQ
 from gs_algos.quant.packed.linear import DynamicPackedLinear, PackedLinear
 
@@ -413,3 +415,44 @@ def test_weights_of_3_bits_are_stored_in_4():
     model = algo.convert(model)
     assert model.blocks[0].gate.bits == 4
     torch.testing.assert_close(model(batches()[0]), want, rtol=0, atol=1e-5)
+
+
+class Amplifier(nn.Module):
+    """Blocks in which one last bit of what they read turns over codes of all rows behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32)) for _ in range(12))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.sin(60 * block(x))
+        return x
+
+
+def test_rows_that_turn_over_do_not_stop_a_conversion_whose_layers_are_right():
+    torch.manual_seed(0)
+    data = [torch.randn(64, 32) for _ in range(3)]
+    algo = PTQ(weight="int4@group:8", act="int8@token", rounding="nearest", refine=0)
+    model = algo.apply(Amplifier().eval(), data[0])
+    algo.calibrate(model, data)
+    with torch.no_grad():
+        want = model(data[0])
+        got = algo.convert(model)(data[0])
+    assert float((got - want).norm() / want.norm()) > 0.05  # the outputs of the two are that far apart
+
+
+def test_a_packed_layer_that_gives_something_else_is_named(monkeypatch):
+    data = batches()
+    algo, model = calibrated(net(), data)
+    pack = Rounded.packed_weight
+
+    def wrong(self):
+        packed = pack(self)
+        return replace(packed, scale=packed.scale * 1.01) if self is model.blocks[1].up else packed
+
+    monkeypatch.setattr(Rounded, "packed_weight", wrong)
+    words = r"blocks\.1\.up must give what the calibrated layer gives to 0\.1%, got a difference of"
+    with pytest.raises(RuntimeError, match=words):
+        algo.convert(model)
+    assert isinstance(model.blocks[1].up, Rounded)
