@@ -158,6 +158,7 @@ def quantize(
         rounding, act, transforms, budget, choices, steps, calibration, samples, context, offload, resume
     )
     common = (source, target, weights, embeddings, rule or [], kv, dtype, device)
+    options.refuse_unless_given()
     print(run_calibrate(*common, options) if options.given else run_quantize(*common))
 
 

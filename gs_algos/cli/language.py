@@ -15,7 +15,7 @@ from rich.console import Console
 
 from gs_algos.core.arguments import as_seed
 from gs_algos.core.plan import render_layers
-from gs_algos.llm.calibrate import calibrate_language_model
+from gs_algos.llm.calibrate import SAMPLES, calibrate_language_model
 from gs_algos.llm.decode import Sampling, generate
 from gs_algos.llm.libraries import library
 from gs_algos.llm.load import DTYPES, load_language_model
@@ -110,6 +110,16 @@ class CalibrationOptions:
     def given(self) -> bool:
         chosen = self.rounding not in ("", "nearest") or self.act or self.transforms or self.budget
         return bool(chosen or self.steps is not None or self.calibration or self.resume)
+
+    def refuse_unless_given(self) -> None:
+        """Raises ValueError if there is an option that needs a calibration, and nothing that asks for one."""
+        values = {"choices": self.choices or None, "context": self.context, "offload": self.offload}
+        values["samples"] = None if self.samples == SAMPLES else self.samples
+        lost = ", ".join(f"--{name}" for name, value in values.items() if value is not None)
+        if lost and not self.given:
+            raise ValueError(
+                f"quantize: {lost} is for a calibration, got none; add --calibration FILE or --rounding gptq"
+            )
 
 
 def run_calibrate(

@@ -27,7 +27,7 @@ from gs_algos.ptq.ptq import ENOUGH, PTQ
 from gs_algos.ptq.report import PTQReport
 from gs_algos.quant.packed.linear import TOKEN
 from gs_algos.quant.scheme import Scheme
-from gs_algos.search.mixed_bits import CHOICES, MixedBits, mixed_bits
+from gs_algos.search.mixed_bits import CHOICES, Budget, MixedBits, mixed_bits
 
 WHO = "calibrate_language_model"
 SAMPLES, CONTEXT = 128, 2048
@@ -115,6 +115,8 @@ def calibrate_language_model(
         raise ValueError(
             f"{WHO}: act must be None or {TOKEN!r}, got {str(config.act)!r}; PTQ itself takes it, on any network"
         )
+    if budget is not None:
+        Budget.parse(budget)
     if offload and torch.device(device).type != "cpu":
         raise ValueError(f"{WHO}: offload keeps weights for the CPU in files, got device={str(device)!r}")
     algo = PTQ(config)

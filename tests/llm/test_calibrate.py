@@ -124,6 +124,15 @@ def test_choices_without_a_budget_are_refused(source, text, tmp_path, capsys):
     assert "--choices needs --budget" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "option", [("--choices", "int2@channel"), ("--offload",), ("--samples", "3"), ("--context", "16")]
+)
+def test_options_of_a_calibration_without_one_are_refused(source, tmp_path, capsys, option):
+    assert run(["quantize", str(source), str(tmp_path / "packed"), "--weights", "int4@group:16", *option]) == 2
+    assert f"{option[0]} is for a calibration, got none" in capsys.readouterr().err
+    assert not (tmp_path / "packed").exists()
+
+
 def test_rounding_to_nearest_takes_the_way_without_data(source, tmp_path, capsys):
     assert run(["quantize", str(source), str(tmp_path / "packed"), "--weights", "int4@group:16"]) == 0
     assert "error / nearest" not in capsys.readouterr().out
