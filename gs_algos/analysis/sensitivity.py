@@ -2,7 +2,7 @@
 
 With p the softmax of the network's outputs, rounding one weight changes the outputs y of its layer by dy, and to second
 order `KL(p_float || p_rounded) = 1/2 E<g, dy>^2`, where g is the gradient at y of `-log p(label)` for a label that is
-drawn from p itself (the Fisher information; Dong et al. 2020, arXiv:1911.03852). One forward and one backward pass of a
+drawn from p itself: the Fisher information (Martens 2014, arXiv:1412.1193). One forward and one backward pass of a
 batch give g for all layers, and each choice for a layer costs one product more.
 """
 
@@ -65,8 +65,8 @@ def weight_sensitivity(
         seed: of the labels that are drawn.
 
     Raises:
-        ValueError: if there is no batch, the network returns no logits of two classes and more, or one of its values
-            is not finite.
+        ValueError: if there is no batch, no token counts, the network returns no logits of two classes and more, or one
+            of its values is not finite.
     """
     if not batches:
         raise ValueError(f"{who}: at least one batch must be given, got none")
@@ -79,6 +79,8 @@ def weight_sensitivity(
             for number, batch in enumerate(progress(batches, "measuring sensitivity")):
                 readers = _measure(network, batch, probes, found, generator, who)
                 found.readers = found.readers if number else readers
+    if not found.samples:
+        raise ValueError(f"{who}: one token at least must count, got attention masks that leave all of them out")
     for site, scores in found.scores.items():
         for scheme, total in scores.items():
             if not total < float("inf"):
@@ -159,7 +161,7 @@ def _measure(
             def score(g: Tensor) -> None:
                 for scheme in probe.grids:
                     with torch.no_grad():
-                        per_sample = probe.per_sample(g * probe.change(x, scheme), *counted)
+                        per_sample = probe.per_sample(g.float() * probe.change(x, scheme).float(), *counted)
                     found.scores[site][scheme] += float(per_sample.double().square().sum())
 
             y.register_hook(score)
@@ -174,7 +176,7 @@ def _measure(
         logits = _logits(run(network, batch, who), who)
         kept = _kept(logits, batch)
         counted += [kept.numel(), int(logits.dim() == 3)]
-        _fisher_loss(logits, kept, generator, who).backward()
+        _fisher_loss(logits, kept, generator).backward()
     found.samples += int(kept.sum())
     return [tuple(sites) for sites in seen.values()]
 
@@ -203,7 +205,7 @@ def _kept(logits: Tensor, batch: Inputs) -> Tensor:
     return torch.ones(shape, dtype=torch.bool, device=logits.device)
 
 
-def _fisher_loss(logits: Tensor, kept: Tensor, generator: torch.Generator, who: str) -> Tensor:
+def _fisher_loss(logits: Tensor, kept: Tensor, generator: torch.Generator) -> Tensor:
     """Returns the sum of `-log p(label)` over the samples that count, with labels drawn from p."""
     rows = logits.float().movedim(1, -1) if logits.dim() == 4 else logits.float()
     flat = rows.reshape(-1, rows.shape[-1])

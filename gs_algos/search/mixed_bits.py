@@ -113,8 +113,8 @@ def mixed_bits(
     """Chooses a scheme for the weights of each layer so that outputs change least and all fit the budget.
 
     What a scheme costs is `weight_sensitivity`: the KL divergence that rounding this weight to nearest would cause,
-    from a forward and a backward pass of each batch, without labels. The sum over layers is made least by an exact
-    knapsack. Layers that read the same tensor, such as the projections of query, key and value, get the same scheme.
+    from a forward and a backward pass of each batch, without labels. `knapsack` makes the sum over layers least.
+    Layers that read the same tensor, such as the projections of query, key and value, get the same scheme.
     The network is left as it was.
 
     Args:

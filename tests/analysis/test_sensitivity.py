@@ -89,6 +89,12 @@ def test_padding_does_not_count():
     assert weight_sensitivity(net, [{"input_ids": ids, "attention_mask": mask}], {"out": SCHEMES}).samples == 8
 
 
+def test_padding_alone_is_refused():
+    ids = torch.randint(20, (2, 6))
+    with pytest.raises(ValueError, match="one token at least must count, got attention masks"):
+        weight_sensitivity(Tokens(), [{"input_ids": ids, "attention_mask": torch.zeros_like(ids)}], {"out": SCHEMES})
+
+
 def test_readers_of_one_tensor_are_found():
     found = weight_sensitivity(Tokens(), [torch.randint(20, (2, 6))], dict.fromkeys(("q", "k", "out", "head"), SCHEMES))
     assert found.readers == [("q", "k"), ("out",), ("head",)]
