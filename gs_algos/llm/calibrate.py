@@ -20,6 +20,7 @@ from gs_algos.core.mapped_files import in_file
 from gs_algos.core.plan import Plan
 from gs_algos.llm.calibration_text import calibration_text
 from gs_algos.llm.folder import read_folder, read_json, whole_folder
+from gs_algos.llm.libraries import library
 from gs_algos.llm.load import gguf_skeleton, is_gguf, load_language_model, refuse_dtype
 from gs_algos.llm.perplexity import perplexity
 from gs_algos.ptq.config import PTQConfig
@@ -207,11 +208,8 @@ def _dtype_of(path: Path) -> torch.dtype:
 
 
 def free_memory() -> int:
-    """Returns the bytes of memory that are free; a large number where the system does not tell."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # Windows, macOS
-        return 2**62
+    """Returns the bytes of memory that can be had without swapping: what is free, and what caches of files take."""
+    return int(library("psutil").virtual_memory().available)
 
 
 def peak_memory() -> int:
