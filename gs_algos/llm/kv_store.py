@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gs_algos.ptq.kv import RECENT, KVScheme
-from gs_kernels import hadamard, kv_read, kv_write_
+from gs_kernels import hadamard, kv_read, kv_write_, pack_codes, unpack_codes
 
 ROOM = 128  # tokens that a cache grows by
 KIVI_SCALE = torch.float16
@@ -110,21 +110,20 @@ def kivi_codes(x: Tensor, group: int, axis: int, most: int) -> tuple[Tensor, Ten
     return steps.round().clamp(0, most).to(torch.uint8).flatten(axis, axis + 1), scale, low
 
 
-def pack_planes(codes: Tensor, bits: int) -> Tensor:
-    """Packs codes `[..., D]` to bytes `[..., W]`, W = ceil(D * bits / 8): byte j has j (lowest), j + W, ..."""
-    planes = 8 // bits
-    width = -(-codes.shape[-1] // planes)
-    parts = nn.functional.pad(codes, (0, planes * width - codes.shape[-1])).unflatten(-1, (planes, width))
-    packed = parts[..., 0, :]
-    for plane in range(1, planes):
-        packed = packed | parts[..., plane, :] << bits * plane
-    return packed
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """Packs codes `[..., D]` to bytes `[..., W]`, W = ceil(D * bits / 8)."""
+    if not codes.numel():
+        return codes[..., : -(-codes.shape[-1] * bits // 8)]
+    return pack_codes(codes.flatten(0, -2), bits).view(*codes.shape[:-1], -1)
 
 
-def unpack_planes(codes: Tensor, bits: int, size: int) -> Tensor:
-    """Returns the codes `[..., size]` of what `pack_planes` packed."""
-    parts = [codes >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)]
-    return torch.cat(parts, -1)[..., :size]
+def unpack_rows(codes: Tensor, bits: int, size: int) -> Tensor:
+    """Returns the codes `[..., size]` of what `pack_rows` packed."""
+    form = (*codes.shape[:-1], size)
+    if not codes.numel():
+        return codes.new_empty(form)
+    rows = codes.flatten(0, -2)
+    return unpack_codes(rows, bits, (len(rows), size)).view(form)
 
 
 class KiviStore:
@@ -143,7 +142,7 @@ class KiviStore:
     def _quantized(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = hadamard(x.float()) if self.axis == 3 and x.numel() else x
         codes, scale, low = kivi_codes(x, self.group, self.axis, (1 << self.bits) - 1)
-        return pack_planes(codes, self.bits), scale, low
+        return pack_rows(codes, self.bits), scale, low
 
     @property
     def tokens(self) -> int:
@@ -169,7 +168,7 @@ class KiviStore:
         return torch.cat([self._read(dtype), self.recent.to(dtype)], 2)
 
     def _read(self, dtype: torch.dtype) -> Tensor:
-        parts = unpack_planes(self.codes, self.bits, self.size).float().unflatten(self.axis, (-1, self.group))
+        parts = unpack_rows(self.codes, self.bits, self.size).float().unflatten(self.axis, (-1, self.group))
         scale, low = (t.float().unsqueeze(self.axis + 1) for t in (self.scale, self.low))
         y = (parts * scale + low).flatten(self.axis, self.axis + 1).to(dtype)
         return hadamard(y, transposed=True) if self.axis == 3 and y.numel() else y

@@ -14,7 +14,7 @@ from gs_algos import PTQ, quantize_weights
 from gs_algos.cli.app import run
 from gs_algos.llm.decode import Decoder, generate
 from gs_algos.llm.decode import run as decode
-from gs_algos.llm.kv_store import RECENT, KiviStore, TokenStore, kivi_codes, pack_planes, unpack_planes
+from gs_algos.llm.kv_store import RECENT, KiviStore, TokenStore, kivi_codes, pack_rows, unpack_rows
 from gs_algos.llm.load import load_language_model
 from gs_algos.llm.perplexity import perplexity
 from gs_algos.ptq.kv import KVScheme
@@ -156,9 +156,9 @@ def test_a_constant_group_of_kivi_has_scale_one_and_is_exact():
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_packed_codes_come_back_also_of_odd_sizes(bits: int):
-    codes = torch.arange(11, dtype=torch.uint8) % 2**bits
-    packed = pack_planes(codes, bits)
-    assert len(packed) == -(-11 * bits // 8) and unpack_planes(packed, bits, 11).tolist() == codes.tolist()
+    codes = (torch.arange(2 * 3 * 11, dtype=torch.uint8) % 2**bits).view(2, 3, 11)
+    packed = pack_rows(codes, bits)
+    assert packed.shape == (2, 3, -(-11 * bits // 8)) and torch.equal(unpack_rows(packed, bits, 11), codes)
 
 
 @pytest.mark.parametrize("axis", [2, 3])
