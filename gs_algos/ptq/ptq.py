@@ -6,6 +6,7 @@ Zhang et al. (Qronos, arXiv:2505.11695), Arai and Ichikawa (QEP, arXiv:2504.0962
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -47,7 +48,7 @@ from gs_algos.ptq.kv import KVScheme, refuse_without_cache
 from gs_algos.ptq.layers import Rounded, Task, WeightGrid, swap_layers
 from gs_algos.ptq.processes import Processes
 from gs_algos.ptq.report import PTQReport
-from gs_algos.ptq.sites import Site, WeightRule, weight_sites
+from gs_algos.ptq.sites import FEW, Site, WeightRule, weight_sites
 from gs_algos.ptq.transforms import network_transforms
 from gs_algos.ptq.weights import NAME as PACKED
 from gs_algos.ptq.weights import WeightPlan, install, restore_rotations, rotated, settings_of, summary
@@ -62,6 +63,8 @@ from gs_algos.quant.packed.module import PackedFormat
 from gs_algos.quant.packed.packable import format_of, in_rows, matrix_of
 from gs_algos.quant.packed.round_to_nearest import signs_of
 from gs_algos.quant.scheme import Scheme
+
+logger = logging.getLogger(__name__)
 
 ENOUGH = 16_384  # tokens, below which the codes fit the calibration data better than any other
 LAYER_TOLERANCE = {  # relative error of packed products against float ones
@@ -305,6 +308,14 @@ class PTQ(Algorithm):
             packed = [self._pack(network, row) for row in rows]
             with evaluating(network), _compared(network, rounded) as errors:
                 run(network, example, who)
+            unseen = [name for name in rounded if name not in errors]
+            if unseen:
+                logger.warning(
+                    "%s: %d packed layers were not compared, since the inputs do not reach them: %s",
+                    who,
+                    len(unseen),
+                    ", ".join(unseen[:FEW]) + (", ..." if len(unseen) > FEW else ""),
+                )
             for name, (error, most) in errors.items():
                 if not error <= most:
                     raise RuntimeError(

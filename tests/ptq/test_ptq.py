@@ -325,13 +325,19 @@ def test_the_config_goes_through_json():
     assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_a_model_that_a_failed_call_has_rounded_in_part_is_refused_and_says_so():
-    data, algo, model = batches(), PTQ(weight="int4@group:8"), net()
+def calibrated_in_part(data: list[torch.Tensor]) -> tuple[PTQ, Net]:
+    algo, model = PTQ(weight="int4@group:8"), net()
     algo.apply(model, data[0])
     bad = model.blocks[1].register_forward_pre_hook(lambda *_: _raise_between(*model.blocks[::2]))
     with pytest.raises(ValueError, match="on purpose"):
         algo.calibrate(model, data)
     bad.remove()
+    return algo, model
+
+
+def test_a_model_that_a_failed_call_has_rounded_in_part_is_refused_and_says_so():
+    data = batches()
+    algo, model = calibrated_in_part(data)
     assert (
         algo.summary(model) == "PTQ: the calibration failed behind blocks.0.down, layer 4 of 11; build the model anew"
     )
@@ -340,12 +346,8 @@ def test_a_model_that_a_failed_call_has_rounded_in_part_is_refused_and_says_so()
 
 
 def test_a_model_that_a_failed_call_has_rounded_in_part_says_so_after_loading(tmp_path):
-    data, algo, model = batches(), PTQ(weight="int4@group:8"), net()
-    algo.apply(model, data[0])
-    bad = model.blocks[1].register_forward_pre_hook(lambda *_: _raise_between(*model.blocks[::2]))
-    with pytest.raises(ValueError, match="on purpose"):
-        algo.calibrate(model, data)
-    bad.remove()
+    data = batches()
+    _, model = calibrated_in_part(data)
     gs_algos.save(model, tmp_path / "saved")
     loaded = gs_algos.load(tmp_path / "saved", net)
     with pytest.raises(RuntimeError, match="float weights, got some of 11 that a call which failed has rounded"):
@@ -456,3 +458,21 @@ def test_a_packed_layer_that_gives_something_else_is_named(monkeypatch):
     with pytest.raises(RuntimeError, match=words):
         algo.convert(model)
     assert isinstance(model.blocks[1].up, Rounded)
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.used(x) if bool(x.mean() < 1e3) else self.other(x)
+
+
+def test_a_packed_layer_that_the_inputs_do_not_reach_is_said_not_to_be_compared(caplog):
+    data = batches()
+    algo = PTQ(weight="int4@group:8")
+    model = algo.apply(Routed(), data[0])
+    algo.calibrate(model, data)
+    algo.convert(model)
+    assert "1 packed layers were not compared, since the inputs do not reach them: other" in caplog.text
