@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypedDict
 from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.layer_rules import Rule
 from gs_algos.ptq.kv import KVScheme
-from gs_algos.ptq.rounding import NAMES
+from gs_algos.ptq.rounding import NAMES, TUNED
 from gs_algos.ptq.solve import check_options
 from gs_algos.ptq.transforms import chosen_transforms
 from gs_algos.quant.packed.linear import TOKEN
@@ -111,6 +111,11 @@ class PTQConfig(AlgorithmConfig):
         _refuse_unless(steps_fit, "steps", "a whole number above 0, or None", self.steps)
         lr_fits = self.lr is None or (type(self.lr) in (int, float) and 0 < self.lr < float("inf"))
         _refuse_unless(lr_fits, "lr", "above 0, or None", self.lr)
+        roundings = [self.rounding, *self._ruled("rounding")]
+        for name, value in (("steps", self.steps), ("lr", self.lr)):
+            if value is not None and not any(rounding in TUNED for rounding in roundings):
+                tuned = " or ".join(TUNED)
+                raise ValueError(f"PTQ: {name} is for {tuned}, got {name}={value!r} and rounding={self.rounding!r}")
 
     @property
     def static(self) -> bool:
@@ -119,9 +124,13 @@ class PTQConfig(AlgorithmConfig):
 
     def _acts(self) -> list[object]:
         """Returns the schemes of activations, that of all layers and those of rules."""
+        return [self.act, *self._ruled("act")]
+
+    def _ruled(self, option: str) -> list[object]:
+        """Returns what the rules set an option to; None for a rule that does not."""
         rules = self.rules if isinstance(self.rules, tuple | list) else ()
         pairs = [rule for rule in rules if isinstance(rule, tuple | list) and len(rule) == 2]
-        return [self.act, *(rule[1].get("act") for rule in pairs if isinstance(rule[1], Mapping))]
+        return [rule[1].get(option) for rule in pairs if isinstance(rule[1], Mapping)]
 
 
 def _refuse_unless(right: bool, option: str, must: str, got: object) -> None:

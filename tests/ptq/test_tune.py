@@ -210,9 +210,15 @@ def test_convolutions_with_static_activations_come_closer_and_convert_to_the_sam
     [
         ({"steps": 0}, "steps must be a whole number above 0, or None, got 0"),
         ({"lr": 0}, "lr must be above 0, or None, got 0"),
+        ({"steps": 9}, "steps is for signround or adaround, got steps=9 and rounding='gptq'"),
+        ({"lr": 0.1, "rounding": "nearest"}, "lr is for signround or adaround, got lr=0.1 and rounding='nearest'"),
         ({"rounding": "sign"}, "rounding must be one of nearest, gptq, signround, adaround, got 'sign'"),
     ],
 )
 def test_wrong_options_are_refused(options, told):
     with pytest.raises(ValueError, match=told):
         PTQ(**options)
+
+
+def test_steps_are_taken_where_only_a_rule_is_tuned():
+    assert PTQ(steps=9, rules=[("fc", {"rounding": "adaround"})]).config.steps == 9
