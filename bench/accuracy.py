@@ -25,11 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gs_algos
 from bench import record
-from bench.memory import nbytes_of, peak_bytes
 from gs_algos.cli.compress import train_compressed
-from gs_algos.cli.demo import latency_ms
 from gs_algos.core.algorithm import evaluating
+from gs_algos.core.memory import nbytes_of, peak_bytes
 from gs_algos.core.registry import algorithm_class
+from gs_algos.core.timing import forward_ms
 from gs_algos.demo.data import ImageData, batches_per_epoch, load_data
 from gs_algos.demo.models import MODELS, build
 from gs_algos.demo.train import Interrupted, TrainConfig, accuracy, predict, train
@@ -260,7 +260,7 @@ def size(net: nn.Module, data: ImageData) -> dict[str, Any]:
         "numbers": sum(t.numel() for t in net.state_dict().values()),
         "nbytes": nbytes_of(net),
         "macs": counter.get_total_flops() // 2,
-        "ms": {batch: round(latency_ms(net, images), 3) for batch, images in batches.items()},
+        "ms": {batch: round(forward_ms(net, images).p50, 3) for batch, images in batches.items()},
         "peak_bytes": peaks,
     }
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 import gs_algos
 from bench import record
-from gs_algos.cli.demo import latency_ms
 from gs_algos.core.algorithm import evaluating
 from gs_algos.core.compare import relative_error
+from gs_algos.core.timing import forward_ms
 
 SIDE = 224
 CROP = 0.875  # of the shorter side, as the network was evaluated
@@ -151,7 +151,7 @@ def measure(net: nn.Module, x: Tensor, name: str) -> dict[str, Any]:
         "parity": {"layer": parity.layer_error, "output": parity.output_error},
         "layers": [len(plan.acted()), len(plan.rows)],
         "nbytes": {"float": sum(t.numel() * t.element_size() for t in net.state_dict().values()), "converted": nbytes},
-        "ms": {"float": round(latency_ms(net, middle), 1), "converted": round(latency_ms(new, middle), 1)},
+        "ms": {"float": round(forward_ms(net, middle).p50, 1), "converted": round(forward_ms(new, middle).p50, 1)},
     }
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.memory import nbytes_of, peak_bytes
 from bench.models.networks import Network
 from bench.steps import kept_for_backward
 from bench.timing import Timing, summarize, time_calls
 from gs_algos import SLB, SimQAT
+from gs_algos.core.memory import nbytes_of, peak_bytes
 
 Make = Callable[[bool], Any]
 ALGORITHMS: dict[str, Make] = {

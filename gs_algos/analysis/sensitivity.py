@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gs_algos.core.algorithm import Inputs, evaluating, run, split_inputs
+from gs_algos.analysis.outputs import are_logits, class_rows, kept_samples, output_of
+from gs_algos.core.algorithm import Inputs, evaluating, run
 from gs_algos.core.modules import get_module
 from gs_algos.core.network import network_of, ordinary_tensors, without_autocast
 from gs_algos.core.progress import progress
@@ -174,7 +175,7 @@ def _measure(
             handle = probe.layer.register_forward_hook(watch(site, probe), with_kwargs=True)
             stack.callback(handle.remove)
         logits = _logits(run(network, batch, who), who)
-        kept = _kept(logits, batch)
+        kept = kept_samples(logits, batch)
         counted += [kept.numel(), int(logits.dim() == 3)]
         _fisher_loss(logits, kept, generator).backward()
     found.samples += int(kept.sum())
@@ -182,11 +183,9 @@ def _measure(
 
 
 def _logits(outputs: Any, who: str) -> Tensor:
-    """Returns the logits `[B, classes]`, `[B, T, classes]` or `[B, classes, H, W]` of a network's outputs."""
-    found = getattr(outputs, "logits", None)
-    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    logits = found if isinstance(found, Tensor) else next(iter(tensors), None)
-    if logits is None or logits.dim() not in (2, 3, 4) or logits.shape[-1 if logits.dim() < 4 else 1] < 2:
+    """Returns the logits of a network's outputs, checked."""
+    logits = output_of(outputs)
+    if logits is None or not are_logits(logits):
         got = "no tensor" if logits is None else f"outputs {list(logits.shape)}"
         raise ValueError(f"{who}: the network must return logits [B, classes] or [B, T, classes], got {got}")
     if not logits.requires_grad:
@@ -196,19 +195,9 @@ def _logits(outputs: Any, who: str) -> Tensor:
     return logits
 
 
-def _kept(logits: Tensor, batch: Inputs) -> Tensor:
-    """Says which samples count: `[B]`, or `[B, T]` for tokens; those of padding do not."""
-    shape = logits.shape[:2] if logits.dim() == 3 else logits.shape[:1]
-    mask = split_inputs(batch)[1].get("attention_mask")
-    if logits.dim() == 3 and isinstance(mask, Tensor) and mask.shape == shape:
-        return mask.to(logits.device) != 0
-    return torch.ones(shape, dtype=torch.bool, device=logits.device)
-
-
 def _fisher_loss(logits: Tensor, kept: Tensor, generator: torch.Generator) -> Tensor:
     """Returns the sum of `-log p(label)` over the samples that count, with labels drawn from p."""
-    rows = logits.float().movedim(1, -1) if logits.dim() == 4 else logits.float()
-    flat = rows.reshape(-1, rows.shape[-1])
+    flat = class_rows(logits.float())
     labels = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator)
     losses = -flat.log_softmax(-1).gather(1, labels).view(len(kept), -1)
     return (losses * kept.reshape(len(kept), -1)).sum()

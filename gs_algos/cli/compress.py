@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import gs_algos
-from gs_algos.cli.demo import bar, check_fit, latency_ms
+from gs_algos.cli.demo import bar, check_fit
 from gs_algos.core.algorithm import Algorithm
 from gs_algos.core.files import write_atomically
+from gs_algos.core.timing import forward_ms
 from gs_algos.demo.data import ImageData, batches_per_epoch, load_data, train_batches
 from gs_algos.demo.models import build, check_name
 from gs_algos.demo.train import TrainConfig, accuracy, predict, train
@@ -121,7 +122,7 @@ def train_compressed(
 def measure(name: str, net: nn.Module, data: ImageData, nbytes: int) -> Row:
     """Measures accuracy on the whole test set, size and latency of a network."""
     x = data.normalize(data.test_x[:1])
-    ms = {batch: latency_ms(net, x.repeat(batch, 1, 1, 1)) for batch in (1, 64)}
+    ms = {batch: forward_ms(net, x.repeat(batch, 1, 1, 1)).p50 for batch in (1, 64)}
     parameters = sum(t.numel() for key, t in net.state_dict().items() if not key.endswith(_STATISTICS))
     return Row(name, accuracy(predict(net, data), data), parameters, nbytes, ms)
 

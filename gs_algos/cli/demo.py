@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,6 +22,7 @@ from gs_algos.core.algorithm import Algorithm, evaluating, run
 from gs_algos.core.arguments import as_seed
 from gs_algos.core.files import write_atomically
 from gs_algos.core.registry import algorithm_class
+from gs_algos.core.timing import forward_ms
 from gs_algos.demo.data import ImageData, batches_per_epoch, load_data
 from gs_algos.demo.models import build, check_name
 from gs_algos.demo.train import TrainConfig, accuracy, predict, train
@@ -230,31 +229,12 @@ def bar(what: str) -> Iterator[Callable[[int, int, Tensor], None]]:
 def _stage(
     name: str, net: nn.Module, data: ImageData, logits: Tensor, before: Tensor | None, nbytes: int | None
 ) -> Stage:
-    ms = {batch: latency_ms(net, data.normalize(data.test_x[:1]).repeat(batch, 1, 1, 1)) for batch in (1, 64)}
+    ms = {batch: forward_ms(net, data.normalize(data.test_x[:1]).repeat(batch, 1, 1, 1)).p50 for batch in (1, 64)}
     error, differing = None, 0
     if before is not None:
         error = ((logits - before).square().mean() / before.square().mean().clamp(min=1e-12)).sqrt().item()
         differing = int((logits.argmax(1) != before.argmax(1)).sum())
     return Stage(name, accuracy(logits, data), nbytes, ms, error, differing)
-
-
-def latency_ms(net: nn.Module, x: Tensor, seconds: float = 0.3) -> float:
-    """Measures the median ms of forwards in eval mode: three warm-up calls, then calls for `seconds`, at least 5."""
-    times: list[float] = []
-
-    def call() -> float:
-        started = time.perf_counter()
-        net(x)
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
-        return 1000 * (time.perf_counter() - started)
-
-    with evaluating(net):
-        for _ in range(3):
-            call()
-        while len(times) < 5 or sum(times) < 1000 * seconds:
-            times.append(call())
-    return statistics.median(times)
 
 
 def _table(stages: list[Stage]) -> Table:

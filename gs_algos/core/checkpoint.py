@@ -87,7 +87,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     refuse_file(folder, "save: directory")
     if not history(model):
         raise ValueError("save: the model must have been through an algorithm's apply, got one without history")
-    tensors, aliases = _unique_tensors(model)
+    tensors, aliases = unique_tensors(model)
     data = to_bytes(tensors)
     name = f"model-{secrets.token_hex(8)}.safetensors"
     index = {
@@ -306,7 +306,7 @@ def _requirements(index: dict[str, Any]) -> Iterator[tuple[str, bool]]:
         yield "the plan of every history entry", isinstance(rows, list) and all(map(PlanRow.fits, rows))
 
 
-def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns the state dict with every storage once, and for each other name the one it shares with."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}

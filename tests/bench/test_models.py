@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from bench.memory import nbytes_of, peak_bytes
 from bench.models import __main__ as command
 from bench.models import decode
 from bench.models.networks import NETWORKS, LlamaBlock, Network, resnet
+from gs_algos.core.memory import nbytes_of, peak_bytes
 from gs_algos.llm.quantize_checkpoint import quantize_checkpoint
 from tests.nets.language_models import save_folder, tiny_llama
 
