@@ -1,0 +1,188 @@
+"""Draws charts along the depth of a network, or along the steps of a training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from gs_algos.analysis.report.formats import MINUS, significant
+from gs_algos.analysis.report.markup import Html, Node, layer_name, number
+from gs_algos.analysis.report.svg import NAME_LONGEST, WIDTH, label, mark, rule, svg, ticks
+
+LEFT, RIGHT = 64, 64  # of the charts, so that they lie above each other
+MARKED = 80  # layers up to which each has a mark on a line
+
+
+@dataclass(frozen=True)
+class Line:
+    """Holds a line of `lines`: a value for each layer, None where there is none. style: `a` or `b`."""
+
+    name: str
+    values: Sequence[float | None]
+    style: str
+
+
+def depth_bits(title: str, layers: Sequence[tuple[str, float, float | None, bool, str]]) -> Html:
+    """Draws the bits of each layer as columns on a logarithmic axis from 1 to 32, and a line for its activations.
+
+    layers: name, bits of a weight, bits of the activations or None, whether the weight stayed float, and the title.
+    """
+    top, room = 10.0, 130.0
+    step = (WIDTH - LEFT - RIGHT) / max(1, len(layers))
+    inner = step if step < 3 else step * 0.78
+
+    def y(bits: float) -> float:
+        return top + room * (1 - (1 + math.log2(min(64.0, max(0.5, bits)))) / 6)
+
+    marks: list[Node] = []
+    for power in range(6):
+        at = y(2.0**power)
+        marks += [rule(LEFT, at, WIDTH - RIGHT, at), label(str(2**power), LEFT - 8, at + 4, "n", "end")]
+    for i, (_, bits, act, is_float, said) in enumerate(layers):
+        x = LEFT + i * step + (step - inner) / 2
+        if math.isfinite(bits) and bits > 0:
+            height = top + room - y(bits)
+            style = "f0" if is_float else "f1"
+            marks.append(mark("rect", said, x=x, y=y(bits), width=inner, height=height, class_=style))
+        if act is not None:
+            marks.append(rule(x, y(act), x + inner, y(act), "act"))
+    return svg(title, WIDTH, top + room + 40, marks, _depth_axis(len(layers), top + room))
+
+
+def lines(title: str, names: Sequence[str], series: Sequence[Line], titles: Sequence[str]) -> Html:
+    """Draws values of layers in dB along the depth of a network, with the relative error on the right-hand axis.
+
+    A triangle at the top stands for an exact layer, a cross at the bottom for one that is not a number. A column over
+    each layer (over some of them where there are many) shows its title.
+    """
+    top, room, bottom = 12, 240, 252
+    known = [v for line in series for v in line.values if v is not None and math.isfinite(v)]
+    low, high = _rounded(min(known, default=0), max(known, default=40))
+    step = (WIDTH - LEFT - RIGHT) / max(1, len(names))
+
+    def x(i: float) -> float:
+        return LEFT + (i + 0.5) * step
+
+    def y(value: float) -> float:
+        return top + room * (high - min(high, max(low, value))) / (high - low)
+
+    marks: list[Node] = []
+    for value in ticks(low, high):
+        marks.append(rule(LEFT, y(value), WIDTH - RIGHT, y(value)))
+        marks.append(label(f"{value:g}".replace("-", MINUS), LEFT - 8, y(value) + 4, "n", "end"))
+        marks.append(label(_error(value), WIDTH - RIGHT + 8, y(value) + 4, "n"))
+    marks.append(label("dB", LEFT - 8, bottom + 17, "t", "end"))
+    marks.append(label("error", WIDTH - RIGHT + 8, bottom + 17))
+    for line in series:
+        marks.append(_line(line, x, y, top, bottom))
+    marks.append(_lowest(names, series, x, y, bottom))
+    every = max(1, math.ceil(len(names) / 500))
+    for i in range(0, len(names), every):
+        marks.append(mark("rect", titles[i], x=LEFT + i * step, y=top, width=step * every, height=room, class_="hover"))
+    return svg(title, WIDTH, bottom + 40, marks, _depth_axis(len(names), bottom))
+
+
+def curve(title: str, points: Sequence[tuple[float, float]]) -> Html:
+    """Draws one line through points; those that are not finite are left out."""
+    room, bottom = 150, 160
+    known = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    first, last = (min(x for x, _ in known), max(x for x, _ in known)) if known else (0.0, 1.0)
+    high = max((y for _, y in known), default=1.0)
+    low = min(0.0, min((y for _, y in known), default=0.0))
+    across, up = (WIDTH - LEFT - RIGHT) / ((last - first) or 1.0), room / ((high - low) or 1.0)
+
+    def place(x: float, y: float) -> str:
+        return f"{number(LEFT + (x - first) * across)} {number(bottom - (y - low) * up)}"
+
+    parts: list[Node] = []
+    for value in ticks(low, high, 4):
+        y = bottom - (value - low) * up
+        parts += [rule(LEFT, y, WIDTH - RIGHT, y), label(significant(value, 2), LEFT - 8, y + 4, "n", "end")]
+    for value in ticks(first, last, 10):
+        parts.append(label(significant(value), LEFT + (value - first) * across, bottom + 17, "n", "middle"))
+    if known:
+        path = "M" + "L".join(place(x, y) for x, y in known)
+        parts.append(
+            mark("path", f"{significant(known[0][1])} to {significant(known[-1][1])}", d=path, class_="line a")
+        )
+    return svg(title, WIDTH, bottom + 24, parts, rule(LEFT, bottom, WIDTH - RIGHT, bottom, "axis"))
+
+
+def _rounded(low: float, high: float) -> tuple[float, float]:
+    """Returns the range of an axis in dB around two values, multiples of 5 and 10 apart at least."""
+    low, high = max(low, -1e4), min(high, 1e4)
+    first, last = 5 * math.floor(low / 5 - 0.2), 5 * math.ceil(high / 5 + 0.2)
+    return float(first), float(max(last, first + 10))
+
+
+def _error(sqnr: float) -> str:
+    share = 100 * 10 ** (-sqnr / 20)
+    return f"{share:.0f} %" if 1 <= share < 1e4 else f"{significant(share, 1)} %"
+
+
+def _depth_axis(layers: int, y: float) -> list[Node]:
+    """Draws the axis below a chart along the depth: numbers of layers, counted from 1."""
+    step = (WIDTH - LEFT - RIGHT) / max(1, layers)
+    at = sorted({1, *(int(t) for t in ticks(1, layers, 12) if t >= 1 and t == int(t))} if layers > 1 else {1})
+    parts: list[Node] = [rule(LEFT, y, WIDTH - RIGHT, y, "axis")]
+    for n in at:
+        if n != 1 and (n - 1) * step < 24:
+            continue
+        parts.append(label(str(n), LEFT + (n - 0.5) * step, y + 17, "n", "middle"))
+    parts.append(label("layers in the order in which they run", WIDTH / 2, y + 34, "t", "middle"))
+    return parts
+
+
+def _line(
+    line: Line, x: Callable[[float], float], y: Callable[[float], float], top: float, bottom: float
+) -> list[Node]:
+    """Draws one line with gaps where there is no number, and its marks."""
+    numbered = list(enumerate(line.values))
+    runs = [list(run) for ok, run in groupby(numbered, lambda p: p[1] is not None and math.isfinite(p[1])) if ok]
+    path = "".join(
+        "".join(f"{'L' if k else 'M'}{number(x(i))} {number(y(v))}" for k, (i, v) in enumerate(run) if v is not None)
+        for run in runs
+    )
+    parts: list[Node] = [mark("path", line.name, d=path, class_=f"line {line.style}")] if path else []
+    dotted = {i for run in runs if len(run) == 1 or len(line.values) <= MARKED for i, _ in run}
+    for i, value in numbered:
+        if value is None:
+            continue
+        if math.isfinite(value):
+            if i in dotted:
+                parts.append(_dot(line, x(i), y(value)))
+        elif value > 0:
+            d = f"M{number(x(i) - 4)} {number(top + 8)}h8l-4 -7z"
+            parts.append(mark("path", f"{line.name}: exact", d=d, class_=f"dot {line.style}"))
+        else:
+            d = f"M{number(x(i) - 4)} {number(bottom - 9)}l8 8m-8 0l8 -8"
+            parts.append(mark("path", f"{line.name}: not a number", d=d, class_="cross"))
+    return parts
+
+
+def _dot(line: Line, x: float, y: float) -> Html:
+    """Draws a point of a line: round for `a`, square for `b`, so that the shape tells them apart too."""
+    said = line.name
+    if line.style == "a":
+        return mark("circle", said, cx=x, cy=y, r=2.6, class_="dot a")
+    return mark("rect", said, x=x - 2.3, y=y - 2.3, width=4.6, height=4.6, class_="dot b")
+
+
+def _lowest(
+    names: Sequence[str],
+    series: Sequence[Line],
+    x: Callable[[float], float],
+    y: Callable[[float], float],
+    bottom: float,
+) -> Node:
+    """Writes the name of the layer that is the lowest of the last line that has values."""
+    for line in reversed(series):
+        known = [(v, i) for i, v in enumerate(line.values) if v is not None and math.isfinite(v)]
+        if known:
+            value, i = min(known)
+            anchor = "start" if x(i) < WIDTH / 2 else "end"
+            offset = 9 if anchor == "start" else -9
+            return label(layer_name(names[i], NAME_LONGEST), x(i) + offset, min(bottom - 4, y(value) + 14), "m", anchor)
+    return None
