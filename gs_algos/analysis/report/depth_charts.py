@@ -112,7 +112,7 @@ def curve(title: str, points: Sequence[tuple[float, float]]) -> Html:
 
 def _rounded(low: float, high: float) -> tuple[float, float]:
     """Returns the range of an axis in dB around two values, multiples of 5 and 10 apart at least."""
-    low, high = max(low, -1e4), min(high, 1e4)
+    low, high = (min(200.0, max(-100.0, value)) for value in (low, high))
     first, last = 5 * math.floor(low / 5 - 0.2), 5 * math.ceil(high / 5 + 0.2)
     return float(first), float(max(last, first + 10))
 
