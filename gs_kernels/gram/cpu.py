@@ -7,14 +7,13 @@ from torch import Tensor
 BLOCK = 256  # columns: fewer flops below the diagonal against products that BLAS is fast at; measured
 
 
-def gram__cpu(total: Tensor, x: Tensor, floats: Tensor | None, mask: Tensor | None) -> None:
-    rows = (x if mask is None else x[:, mask]).float()
+def gram__cpu(total: Tensor, x: Tensor, floats: Tensor | None) -> None:
+    rows = x.float()
     if floats is None:
         for sums, one in _parts(total, rows):
             _add_square(sums, one)
         return
-    left = (floats if mask is None else floats[:, mask]).float() - rows
-    left = left.to(x.dtype).float()
+    left = (floats.float() - rows).to(x.dtype).float()
     if total.shape[0] == 1:
         total[0].addmm_(left[0].t(), rows[0])
     else:

@@ -1,6 +1,5 @@
 """Sums products of columns on a GPU: matrix products over tokens, added to fp32 sums that are there."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,7 +21,7 @@ def _columns(ptr, offs_t, offs_k, stride_t, stride_k, mask, BY_TOKEN: tl.constex
 @triton.jit
 def _gram_kernel(
     total_ptr,
-    x_ptr, floats_ptr, mask_ptr,
+    x_ptr, floats_ptr,
     T, K, tiles,
     stride_xg, stride_xt, stride_xk, stride_fg, stride_ft, stride_fk,
     BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -52,8 +51,6 @@ def _gram_kernel(
     for first in range(0, T, BLOCK_T):
         offs_t = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_T)  # [BLOCK_T]
         counts = offs_t < T
-        if mask_ptr is not None:
-            counts = counts & (tl.load(mask_ptr + offs_t, mask=counts, other=0) != 0)
         left = _columns(x_ptr, offs_t, offs_i, stride_xt, stride_xk, mask_i[:, None] & counts[None, :], False)
         if floats_ptr is not None:
             inside = mask_i[:, None] & counts[None, :]
@@ -72,7 +69,7 @@ def _gram_kernel(
         tl.store(total_ptr + mirrored, tl.trans(acc), mask=mask_j[:, None] & mask_i[None, :])
 
 
-def gram__triton(total: Tensor, x: Tensor, floats: Tensor | None, mask: Tensor | None) -> None:
+def gram__triton(total: Tensor, x: Tensor, floats: Tensor | None) -> None:
     groups, tokens, k = x.shape
     if not x.numel():
         return
@@ -81,7 +78,7 @@ def gram__triton(total: Tensor, x: Tensor, floats: Tensor | None, mask: Tensor |
     count = (tiles + 1) // 2 * (tiles + 1 - tiles % 2) if floats is None else tiles * tiles
     launch(
         _gram_kernel, (groups * count,),
-        total, x, floats, None if mask is None else mask.view(torch.uint8),
+        total, x, floats,
         tokens, k, tiles,
         *x.stride(), *((0, 0, 0) if floats is None else floats.stride()),
         BLOCK_K=tile.block_k, BLOCK_T=tile.block_t, num_warps=tile.warps, num_stages=tile.stages,

@@ -15,8 +15,8 @@ from gs_kernels.runtime.torch_private import is_eager
 WHO = "gram_"
 
 
-def _gram_ref(total: Tensor, x: Tensor, floats: Tensor | None, mask: Tensor | None) -> None:
-    total.copy_(gram_ref(total, x, floats, mask))
+def _gram_ref(total: Tensor, x: Tensor, floats: Tensor | None) -> None:
+    total.copy_(gram_ref(total, x, floats))
 
 
 def _nothing(*_: object) -> None:
@@ -24,10 +24,10 @@ def _nothing(*_: object) -> None:
 
 
 GRAM = implementations("gram_", _gram_ref, gram__cpu)
-_gram = register("gram_(Tensor(a!) total, Tensor x, Tensor? floats, Tensor? mask) -> ()", GRAM, _nothing)
+_gram = register("gram_(Tensor(a!) total, Tensor x, Tensor? floats) -> ()", GRAM, _nothing)
 
 
-def gram_(total: Tensor, x: Tensor, floats: Tensor | None = None, mask: Tensor | None = None) -> None:
+def gram_(total: Tensor, x: Tensor, floats: Tensor | None = None) -> None:
     """Adds `x^T x` to total, in place; with floats `(floats - x)^T x`. No gradient.
 
     Products are exact and sums are fp32, never TF32. The difference is taken in fp32 and rounded to the dtype of x; of
@@ -38,21 +38,17 @@ def gram_(total: Tensor, x: Tensor, floats: Tensor | None = None, mask: Tensor |
         total: `[K, K]` fp32, contiguous, or `[groups, K, K]`, of inputs that have sums of their own.
         x: `[T, K]` or `[groups, T, K]`, fp32 / fp16 / bf16, any strides: T tokens.
         floats: shape of x, fp32 / fp16 / bf16, any strides: the same tokens in another network.
-        mask: `[T]` bool: False leaves a token out, whatever its row holds; None for all.
 
     Raises:
         ValueError, TypeError: if a tensor is not as above, or not on the device of total.
     """
     with torch.no_grad():
-        operands = _checked(total, x, floats, mask)
-        _gram(*operands, mask)
+        _gram(*_checked(total, x, floats))
     if is_eager(total):
         torch.autograd.graph.increment_version((total,))
 
 
-def _checked(
-    total: Tensor, x: Tensor, floats: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _checked(total: Tensor, x: Tensor, floats: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns total, x and floats as `[groups, ., K]`."""
     if not isinstance(total, Tensor) or total.dtype != torch.float32:
         raise TypeError(f"{WHO}: total must be a float32 tensor, got {getattr(total, 'dtype', type(total).__name__)}")
@@ -64,9 +60,7 @@ def _checked(
     check_tensor(WHO, "x", x, FLOATS, shape)
     if floats is not None:
         check_tensor(WHO, "floats", floats, FLOATS, shape)
-    if mask is not None:
-        check_tensor(WHO, "mask", mask, (torch.bool,), (tokens,))
-    for name, t in {"x": x, "floats": floats, "mask": mask}.items():
+    for name, t in {"x": x, "floats": floats}.items():
         if t is not None and t.device != total.device:
             raise ValueError(f"{WHO}: {name} must be on the device of total, {total.device}, got {t.device}; move it")
     if total.dim() == 3:

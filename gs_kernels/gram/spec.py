@@ -1,7 +1,7 @@
 """Lists what tests, the AOT gate and the benchmarks run of summing products of columns.
 
-A shape is `x` (groups, tokens, columns), `cross` (whether another input is compared) and `masked` (whether some tokens
-do not count). `axis` and `group` are those of one sum for all tokens.
+A shape is `x` (groups, tokens, columns) and `cross` (whether another input is compared). `axis` and `group` are
+those of one sum for all tokens.
 """
 
 from __future__ import annotations
@@ -23,33 +23,30 @@ from gs_kernels.runtime.opspec import AotCase, Case, Cost, OpSpec, Shape, Tol
 TOL = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), Tol(1e-5, 1e-4))
 
 
-def shape(groups: int, tokens: int, k: int, cross: bool = False, masked: bool = False) -> Shape:
-    return {"x": (groups, tokens, k), "axis": -1, "group": 0, "cross": cross, "masked": masked}
+def shape(groups: int, tokens: int, k: int, cross: bool = False) -> Shape:
+    return {"x": (groups, tokens, k), "axis": -1, "group": 0, "cross": cross}
 
 
 def make(s: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Case:
-    """Draws tokens, with NaN in those that do not count, and sums that are there."""
-    groups, tokens, k = s["x"]
+    """Draws tokens, and sums that are there."""
+    groups, _, k = s["x"]
     draw: dict[str, Any] = {"generator": generator, "device": device}
     x, before = torch.randn(s["x"], **draw).to(dtype), torch.randn(groups, k, k, **draw)
-    floats = mask = None
+    floats = None
     if s["cross"]:
         floats = (x.float() + 0.1 * torch.randn(s["x"], **draw)).to(dtype)
-    if s["masked"]:
-        mask = torch.rand(tokens, **draw) < 0.7
-        x[:, ~mask] = torch.nan
-    return Case((x, before if s["cross"] else before + before.mT, floats, mask), {})
+    return Case((x, before if s["cross"] else before + before.mT, floats), {})
 
 
-def gram(x: Tensor, before: Tensor, floats: Tensor | None, mask: Tensor | None) -> Tensor:
+def gram(x: Tensor, before: Tensor, floats: Tensor | None) -> Tensor:
     """Calls `gram_` on a copy of the sums, and returns the copy."""
     total = before.clone()
-    gram_(total, x, floats, mask)
+    gram_(total, x, floats)
     return total
 
 
-def _ref(x: Tensor, before: Tensor, floats: Tensor | None, mask: Tensor | None) -> Tensor:
-    return gram_ref(before, x, floats, mask)
+def _ref(x: Tensor, before: Tensor, floats: Tensor | None) -> Tensor:
+    return gram_ref(before, x, floats)
 
 
 def cost(s: Shape, dtype: torch.dtype) -> Cost:
@@ -60,15 +57,14 @@ def cost(s: Shape, dtype: torch.dtype) -> Cost:
     return Cost(nbytes=inputs + sums, flops=groups * tokens * k * (2 * k if s["cross"] else k + 1))
 
 
-def _launch(k: int, dtype: torch.dtype, cross: bool, masked: bool = False) -> Callable[[], Any]:
+def _launch(k: int, dtype: torch.dtype, cross: bool) -> Callable[[], Any]:
     x, total = meta(1, 2048, k, dtype=dtype), meta(1, k, k, dtype=torch.float32)
-    mask = meta(2048, dtype=torch.bool) if masked else None
-    return launcher("gram_", "gram", total, x, x if cross else None, mask)
+    return launcher("gram_", "gram", total, x, x if cross else None)
 
 
-def _aot(name: str, k: int, dtype: torch.dtype, cross: bool = False, masked: bool = False, **bounds: Any) -> AotCase:
+def _aot(name: str, k: int, dtype: torch.dtype, cross: bool = False, **bounds: Any) -> AotCase:
     tile = choose_tile(k, dtype, cross)
-    run = _launch(k, dtype, cross, masked)
+    run = _launch(k, dtype, cross)
     return AotCase(name, run, elements=tile.block_k * tile.block_t, **({"max_regs": 255} | bounds))
 
 
@@ -84,17 +80,17 @@ AOT = (
     _aot("k4096-bf16", 4096, torch.bfloat16, max_instructions=10),
     _aot("k4096-cross-bf16", 4096, torch.bfloat16, cross=True, max_instructions=13),
     _aot("k576-bf16", 576, torch.bfloat16, mma="HGMMA", max_regs=128, max_instructions=7, targets=_HOPPER),
-    _aot("k576-masked-fp16", 576, torch.float16, masked=True, mma="HGMMA", max_instructions=8, targets=_HOPPER),
+    _aot("k576-fp16", 576, torch.float16, mma="HGMMA", max_regs=128, max_instructions=7, targets=_HOPPER),
     _aot("k4096-fp32", 4096, torch.float32, max_regs=128, max_instructions=80, targets=_HOPPER),
 )
 TEST_SHAPES = (
     shape(1, 1, 1),
     shape(1, 3, 7, cross=True),
-    shape(3, 31, 9, masked=True),
-    shape(1, 129, 63, cross=True, masked=True),
+    shape(3, 31, 9),
+    shape(1, 129, 63, cross=True),
     shape(1, 65, 129),
     shape(2, 17, 257),
-    shape(1, 33, 300, masked=True),
+    shape(1, 33, 300),
 )
 BENCH_SHAPES = {
     "cpu": (shape(1, 1024, 576), shape(1, 1024, 1536), shape(1, 1024, 4096)),
