@@ -54,11 +54,12 @@ class Hessian:
             total += float(behind.square_().mul_(self.pivots[:, here].unsqueeze(1)).sum(dtype=torch.float64))
         return total
 
-    def loss(self, error: Tensor) -> float:
-        """Computes `tr(E H E^T)`."""
+    def loss(self, error: Tensor, damped: float | None = None) -> float:
+        """Computes `tr(E H E^T)`. damped: the `damped_loss` of the same error, where it is known."""
         squares = error.view(*self.order.shape[:1], -1, error.shape[1]).square().sum(1)
         share = (squares * (self.damping.unsqueeze(1) + self.dead.float())).sum(dtype=torch.float64)
-        return max(0.0, self.damped_loss(error) - float(share))
+        damped = self.damped_loss(error) if damped is None else damped
+        return max(0.0, damped - float(share))
 
 
 def hessian_of(statistics: InputStatistics, damp: float, order: str, group_size: int) -> Hessian:

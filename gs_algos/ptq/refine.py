@@ -17,7 +17,7 @@ ROUNDING = 1e-4  # share of the objective that sums in fp32 may be off by
 
 
 @torch.no_grad()
-def refine(target: Tensor, grid: Grid, codes: Tensor, hessian: Hessian, rounds: int) -> tuple[Grid, Tensor]:
+def refine(target: Tensor, grid: Grid, codes: Tensor, hessian: Hessian, rounds: int) -> tuple[Grid, Tensor, float]:
     """Lowers `tr(E H E^T)`, E = Q - W*, in passes over the groups of each row; never raises it.
 
     A pass moves the scale of a group to the one that loses least with its codes, then each of its codes to the one that
@@ -30,10 +30,13 @@ def refine(target: Tensor, grid: Grid, codes: Tensor, hessian: Hessian, rounds: 
         codes: `[N, K]`, to start from.
         hessian: H, here with its damping.
         rounds: passes, 0 or more.
+
+    Returns:
+        The grid, the codes, and `tr(E H E^T)` of them.
     """
-    if not rounds:
-        return grid, codes
     before = hessian.damped_loss(grid.values(codes) - target)
+    if not rounds:
+        return grid, codes, before
     diagonal = hessian.damped.diagonal(dim1=1, dim2=2)  # [groups, K]
     factor = hessian.damped / diagonal.unsqueeze(1)
     parts = []
@@ -46,7 +49,7 @@ def refine(target: Tensor, grid: Grid, codes: Tensor, hessian: Hessian, rounds: 
     codes = torch.cat([found for _, found in parts])
     after = hessian.damped_loss(grid.values(codes) - target)
     assert after <= before * (1 + ROUNDING), (before, after)
-    return grid, codes
+    return grid, codes, after
 
 
 def _pass(sweep: Sweep, diagonal: Tensor) -> tuple[Grid, Tensor]:

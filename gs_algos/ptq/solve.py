@@ -127,9 +127,10 @@ def solve(
     plain = grid if same else grid_of(rows, scheme, weight.dtype, positive=options.positive)
     nearest = hessian.loss(plain.values(plain.codes(rows)) - target)
     codes = ROUNDINGS[rounding](target, grid, hessian)
+    damped = None
     if hessian.factor is not None:
-        grid, codes = refine(target, grid, codes, hessian, options.refine)
-    loss = hessian.loss(grid.values(codes) - target)
+        grid, codes, damped = refine(target, grid, codes, hessian, options.refine)
+    loss = hessian.loss(grid.values(codes) - target, damped)
     return Solution(grid, codes, target, loss, nearest, hessian.notes, hessian)
 
 

@@ -238,6 +238,16 @@ def test_solving_twice_gives_the_same_bits():
     assert runs[0].objective == runs[1].objective
 
 
+def test_the_damped_loss_is_computed_once_before_and_once_after_the_refinement(monkeypatch):
+    computed, calls = Hessian.damped_loss, []
+    monkeypatch.setattr(Hessian, "damped_loss", lambda *args: calls.append(args) or computed(*args))
+    weight, sums = random(12, 32), statistics(inputs(200, 32))
+    found = solve(weight, sums, scheme("int4@group:16:mse"), SolveOptions(correct=0))
+    assert len(calls) == 3  # and once of the weight rounded to nearest
+    error = found.grid.values(found.codes) - found.target
+    assert found.objective == pytest.approx(objective(error, sums.gram), rel=1e-3)
+
+
 def test_threads_change_the_objective_by_rounding_alone():
     x, before = inputs(300, 96), torch.get_num_threads()
     found = []
