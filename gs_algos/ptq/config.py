@@ -111,9 +111,8 @@ class PTQConfig(AlgorithmConfig):
         _refuse_unless(steps_fit, "steps", "a whole number above 0, or None", self.steps)
         lr_fits = self.lr is None or (type(self.lr) in (int, float) and 0 < self.lr < float("inf"))
         _refuse_unless(lr_fits, "lr", "above 0, or None", self.lr)
-        roundings = [self.rounding, *self._ruled("rounding")]
         for name, value in (("steps", self.steps), ("lr", self.lr)):
-            if value is not None and not any(rounding in TUNED for rounding in roundings):
+            if value is not None and not self.tuned:
                 tuned = " or ".join(TUNED)
                 raise ValueError(f"PTQ: {name} is for {tuned}, got {name}={value!r} and rounding={self.rounding!r}")
 
@@ -121,6 +120,11 @@ class PTQConfig(AlgorithmConfig):
     def static(self) -> bool:
         """Says whether activations have scales that calibration finds."""
         return any(act not in (None, TOKEN) for act in self._acts())
+
+    @property
+    def tuned(self) -> bool:
+        """Says whether codes of some layer are tuned by gradient."""
+        return any(rounding in TUNED for rounding in (self.rounding, *self._ruled("rounding")))
 
     def _acts(self) -> list[object]:
         """Returns the schemes of activations, that of all layers and those of rules."""

@@ -48,7 +48,8 @@ from gs_algos.ptq.kv import KVScheme, refuse_without_cache
 from gs_algos.ptq.layers import Rounded, Task, WeightGrid, swap_layers
 from gs_algos.ptq.processes import Processes
 from gs_algos.ptq.report import PTQReport
-from gs_algos.ptq.sites import FEW, Site, WeightRule, weight_sites
+from gs_algos.ptq.rounding import START, TUNED
+from gs_algos.ptq.sites import Site, WeightRule, some_of, weight_sites
 from gs_algos.ptq.transforms import network_transforms
 from gs_algos.ptq.weights import NAME as PACKED
 from gs_algos.ptq.weights import WeightPlan, install, restore_rotations, rotated, settings_of, summary
@@ -146,6 +147,10 @@ class PTQ(Algorithm):
             blocks = find_blocks(model, weights_of(plan.rows), example_inputs, self.config.blocks, "PTQ.plan")
             what = "the whole network" if blocks[0].name == "" else f"{blocks[0].name} to {blocks[-1].name}"
             notes = [f"{len(blocks)} {'block' if len(blocks) == 1 else 'blocks'}: {what}"]
+            roundings = self._roundings(model, plan, example_inputs) if self.config.tuned else {}
+            outside = [s for s, name in roundings.items() if name in TUNED and not any(b.holds(s) for b in blocks)]
+            if outside:
+                notes.append(f"rounded by {START} and not tuned, since outside the blocks: {some_of(outside)}")
             if self.config.kv is not None:
                 notes.append(f"keys and values of the cache: {self.config.kv}")
             for name, transform in network_transforms(self.config.transforms).items():
@@ -153,6 +158,12 @@ class PTQ(Algorithm):
                 together = "; ".join(", ".join(layers) for layers in chains)
                 notes.append(f"{name}: {together or 'no layers follow one another as it needs'}")
         return replace(plan, notes=(*plan.notes, *notes))
+
+    def _roundings(self, model: nn.Module, plan: Plan, example_inputs: Inputs) -> dict[str, str]:
+        """Returns how the weight of each layer of a plan is to be rounded."""
+        if self.config.static:
+            return static.planned_roundings(model, plan, example_inputs, self.config)
+        return {row.site: row.settings.rounding for row in plan.acted()}
 
     def _plan(self, model: nn.Module) -> Plan:
         """Plans layers that become packed ones."""
@@ -314,7 +325,7 @@ class PTQ(Algorithm):
                     "%s: %d packed layers were not compared, since the inputs do not reach them: %s",
                     who,
                     len(unseen),
-                    ", ".join(unseen[:FEW]) + (", ..." if len(unseen) > FEW else ""),
+                    some_of(unseen),
                 )
             for name, (error, most) in errors.items():
                 if not error <= most:

@@ -225,6 +225,11 @@ def _refuse_groups(sites: list[Site], who: str) -> None:
     )
 
 
+def some_of(names: Sequence[str]) -> str:
+    """Lists the first of some layers, for a message."""
+    return ", ".join(names[:FEW]) + (", ..." if len(names) > FEW else "")
+
+
 def _rule_for(sites: list[Site]) -> tuple[str, str]:
     """Makes one rule that gives all of these layers a scale a row."""
     names = [site.names[0] for site in sites]

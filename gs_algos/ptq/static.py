@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gs_algos.core.algorithm import Inputs
+from gs_algos.core.algorithm import Inputs, split_inputs
 from gs_algos.core.layer_rules import resolve
 from gs_algos.core.modules import get_module, swapped_class
 from gs_algos.core.plan import Plan, PlanRow, rows_of
@@ -28,7 +28,7 @@ from gs_algos.quant.fake_quant.quantizers import ActivationQuantizer, WeightQuan
 from gs_algos.quant.network.calibrate import observe
 from gs_algos.quant.network.convert import swap_converted_layers
 from gs_algos.quant.network.layer_plan import FORMS, LayerPlan, layer_rows
-from gs_algos.quant.network.planning import LAYERS, make_plan, with_planned_layers
+from gs_algos.quant.network.planning import LAYERS, make_plan, with_layers, with_planned_layers
 from gs_algos.quant.network.prepare import QuantOptions, refuse_nonfinite, swap_layers
 from gs_algos.quant.packed.grid import Grid
 from gs_algos.quant.scheme import Scheme
@@ -119,6 +119,18 @@ def plan_network(name: str, model: nn.Module, example_inputs: Inputs, config: PT
     return make_plan(name, model, example_inputs, StaticOptions.of(config))
 
 
+def planned_roundings(model: nn.Module, plan: Plan, example_inputs: Inputs, config: PTQConfig) -> dict[str, str]:
+    """Returns how the weight of each layer of a plan is to be rounded, by site; of calls of functions, too."""
+    return _roundings(with_layers(model, *split_inputs(example_inputs))[0], plan.rows, config)
+
+
+def _roundings(model: nn.Module, rows: Iterable[PlanRow], config: PTQConfig) -> dict[str, str]:
+    named = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    options = StaticOptions.of(config)
+    chosen = resolve(config.rules, named, options.defaults(), options.who)
+    return {row.site: (chosen[row.site] or {})["rounding"] for row in layer_rows(rows)}
+
+
 @torch.no_grad()
 def prepare(
     model: nn.Module, plan: Plan, example_inputs: Inputs, config: PTQConfig, who: str
@@ -171,9 +183,7 @@ def activations_of(model: nn.Module) -> dict[str, ActivationQuantizer]:
 def solvable_layers(model: nn.Module, rows: Sequence[PlanRow], config: PTQConfig) -> Iterator[dict[str, Task]]:
     """Yields the weights to be rounded, by site; for the duration of the block activations are float."""
     layers: dict[str, Any] = {row.site: get_module(model, row.site) for row in layer_rows(rows)}
-    named = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
-    options = StaticOptions.of(config)
-    chosen = resolve(config.rules, named, options.defaults(), options.who)
+    roundings = _roundings(model, rows, config)
     weights = [layer.weight_quantizer for layer in layers.values()]
     before = {site: type(layer) for site, layer in layers.items()}
     try:
@@ -182,8 +192,8 @@ def solvable_layers(model: nn.Module, rows: Sequence[PlanRow], config: PTQConfig
             for row in layer_rows(rows):
                 layer = layers[row.site]
                 layer.__class__ = swapped_class(Solvable, type(layer))
-                rounding = (chosen[row.site] or {})["rounding"]
-                tasks[row.site] = Task(row.site, (layer,), Scheme.parse(row.settings.weight, "weight"), rounding)
+                scheme = Scheme.parse(row.settings.weight, "weight")
+                tasks[row.site] = Task(row.site, (layer,), scheme, roundings[row.site])
             yield tasks
     finally:
         for site, layer in layers.items():

@@ -17,7 +17,7 @@ from gs_algos.core.network import network_of, ordinary_tensors, without_autocast
 from gs_algos.core.plan import Plan, PlanRow, other_weights, render_layers, rows_of, totals_of, with_settings
 from gs_algos.core.plan_settings import RowSettings
 from gs_algos.core.progress import progress as progress_bar
-from gs_algos.ptq.sites import FEW, WHO, Site, WeightRule, weight_sites
+from gs_algos.ptq.sites import WHO, Site, WeightRule, some_of, weight_sites
 from gs_algos.quant.fast_path import leave_fast_path
 from gs_algos.quant.packed.conv_base import Convolution
 from gs_algos.quant.packed.module import Packed, PackedFormat
@@ -180,10 +180,9 @@ def _pack_all(
         if not done:
             raise
         where = next((row.site for row in rows if row.reason == STOPPED), "the end")
-        names = ", ".join(done[:FEW]) + (", ..." if len(done) > FEW else "")
         text = (
             f"{WHO}: every layer must be packed, got {type(error).__name__} at {where}: {error}; "
-            f"{len(done)} of {count} layers are packed already ({names}): build the model anew to start over"
+            f"{len(done)} of {count} layers are packed already ({some_of(done)}): build the model anew to start over"
         )
         if isinstance(error, Exception):
             raise RuntimeError(text) from error

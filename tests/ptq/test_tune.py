@@ -158,6 +158,27 @@ def test_a_rule_tunes_one_layer_and_leaves_the_codes_of_the_others():
     assert [key for key, equal in same.items() if not equal] == ["blocks.0.down.weight"]
 
 
+def test_the_plan_names_the_layers_outside_the_blocks_that_are_not_tuned():
+    rules = [("stem", {"rounding": "nearest"})]
+    note = "rounded by gptq and not tuned, since outside the blocks: head"
+    assert note in PTQ(weight="int4@group:8", rounding="signround", rules=rules).plan(net(), correlated(1)[0]).notes
+    assert not any("not tuned" in text for text in PTQ(weight="int4@group:8").plan(net(), correlated(1)[0]).notes)
+
+
+def test_the_plan_names_calls_of_functions_outside_the_blocks_that_are_not_tuned():
+    class Functional(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(random(5, 4))
+
+        def forward(self, x):
+            return nn.functional.linear(super().forward(x), self.matrix)
+
+    algo = PTQ(weight="int4@channel", act="int8@tensor", rounding="adaround")
+    told = [text for text in algo.plan(Functional().eval(), correlated(1)[0]).notes if "not tuned" in text]
+    assert told == ["rounded by gptq and not tuned, since outside the blocks: head, matrix_linear"]
+
+
 def test_padding_is_not_in_the_loss():
     class Padded(Net):
         def forward(self, x, attention_mask=None):
