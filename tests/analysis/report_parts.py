@@ -7,19 +7,24 @@ import random
 from types import SimpleNamespace
 from typing import Any
 
+from gs_algos.analysis.compare import Comparison, Histogram, LayerComparison
+from gs_algos.analysis.effect import Effect, NetworkFacts
+from gs_algos.analysis.quality import Quality
 from gs_algos.analysis.report.page import Report
+from gs_algos.analysis.sensitivity import Sensitivity
+from gs_algos.core.timing import Timing
 
 SCHEMES = ("int2@channel", "int4@channel", "int8@channel")
 
 
-def histogram(low: float = -3.5, high: float = 3.5, bins: int = 64, peak: int = 900) -> SimpleNamespace:
+def histogram(low: float = -3.5, high: float = 3.5, bins: int = 64, peak: int = 900) -> Histogram:
     middle = (bins - 1) / 2
     counts = tuple(round(peak * math.exp(-(((i - middle) / bins * 5) ** 2))) for i in range(bins))
-    return SimpleNamespace(low=low, high=high, counts=counts)
+    return Histogram(low, high, counts)
 
 
-def layer(site: str = "fc", **changed: Any) -> SimpleNamespace:
-    facts = {
+def layer(site: str = "fc", **changed: Any) -> LayerComparison:
+    facts: dict[str, Any] = {
         "site": site,
         "kind": "PackedConv",
         "weight": "int4@channel",
@@ -39,23 +44,21 @@ def layer(site: str = "fc", **changed: Any) -> SimpleNamespace:
         "input_range": (0.0, 4.2),
         "share_zero": 0.11,
     }
-    return SimpleNamespace(**{**facts, **changed})
+    return LayerComparison(**{**facts, **changed})
 
 
-def comparison(layers: Any = (), output_sqnr: float = 18.2, notes: tuple[str, ...] = ()) -> SimpleNamespace:
-    return SimpleNamespace(layers=tuple(layers), output_sqnr=output_sqnr, notes=notes)
+def comparison(layers: Any = (), output_sqnr: float = 18.2, notes: tuple[str, ...] = ()) -> Comparison:
+    return Comparison(tuple(layers), output_sqnr, notes)
 
 
-def timing(p50: float) -> SimpleNamespace:
-    return SimpleNamespace(p20=p50 * 0.98, p50=p50, p80=p50 * 1.06, calls=40)
+def timing(p50: float) -> Timing:
+    return Timing(p50 * 0.98, p50, p50 * 1.06, 40)
 
 
-def facts(share: float = 1.0, ms: float = 1.0, quality: float | None = 0.912, **changed: Any) -> SimpleNamespace:
+def facts(share: float = 1.0, ms: float = 1.0, quality: float | None = 0.912, **changed: Any) -> NetworkFacts:
     measured = None
     if quality is not None:
-        measured = SimpleNamespace(
-            name="accuracy", value=quality, low=quality - 0.012, high=quality + 0.011, count=2000
-        )
+        measured = Quality("accuracy", quality, quality - 0.012, quality + 0.011, 2000)
     given = {
         "nbytes": round(1_112_224 * share),
         "disk_bytes": round(1_140_896 * share),
@@ -66,13 +69,13 @@ def facts(share: float = 1.0, ms: float = 1.0, quality: float | None = 0.912, **
         "peak_bytes": {1: 9_640_000, 32: 308_000_000},
         "quality": measured,
     }
-    return SimpleNamespace(**{**given, **changed})
+    return NetworkFacts(**{**given, **changed})
 
 
-def effect(before: Any = None, after: Any = None, **changed: Any) -> SimpleNamespace:
+def effect(before: Any = None, after: Any = None, **changed: Any) -> Effect:
     given = {"samples": 2000, "differing": 61, "divergence": 0.0231, "error": 0.0812, "notes": ()}
     pair = {"before": before or facts(), "after": after or facts(0.247, 0.76, 0.905)}
-    return SimpleNamespace(**{**pair, **given, **changed})
+    return Effect(**{**pair, **given, **changed})
 
 
 def times(total: float, layers: dict[str, float], agrees: bool = True) -> SimpleNamespace:
@@ -138,7 +141,7 @@ def full(names: list[str] | None = None, title: str = "ResNet20") -> Report:
         title,
         effect=effect(),
         comparison=comparison(layers, notes=("conv1 stayed float: a rule says so",)),
-        sensitivity=SimpleNamespace(scores=scores, readers=[], samples=512, by="kl", seconds=8.0),
+        sensitivity=Sensitivity(scores, samples=512),
         times=tuple(times(math.fsum(of.values()) * 1.08, of) for of in ms),
         advice=(advice(), advice("Recalibrate layer3.2.conv2.", why="3.1 % of its inputs are clipped.", verified="")),
         history=({"algorithm": "simqat", "stage": "converted", "config": {"weight": "int4@channel", "rules": []}},),

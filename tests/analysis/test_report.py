@@ -140,10 +140,14 @@ def test_the_verdict_has_the_numbers():
         (Report("Net"), "Nothing was measured."),
         (Report("Net", effect=parts.effect(after=parts.facts(2.0, 1.5, 0.7))), "2.00× larger on disk"),  # noqa: RUF001
         (Report("Net", effect=parts.effect(after=parts.facts(0.5, 1.5, 0.7))), "1.50× slower at batch 1"),  # noqa: RUF001
-        (Report("Net", effect=parts.effect(after=parts.facts(0.5, 1.5, 0.7))), "which the 95 % intervals tell apart"),
+        (Report("Net", effect=parts.effect(after=parts.facts(0.5, 1.5, 0.7))), "more than the 95 % intervals"),
         (
             Report("Net", effect=parts.effect(parts.facts(quality=None), parts.facts(quality=None))),
             "the outputs differ by 8.1\xa0%, and 61 of 2,000 predictions differ",
+        ),
+        (
+            Report("Net", effect=parts.effect(parts.facts(disk_bytes=None), parts.facts(0.5, disk_bytes=None))),
+            "2.00× smaller loaded (1.11\xa0MB → 556\xa0kB)",  # noqa: RUF001
         ),
         (Report("Net", comparison=parts.comparison([parts.layer()])), "7.68× smaller in the layers"),  # noqa: RUF001
         (replace(parts.full(), effect=None, comparison=None), "Of 20 layers layer1.1.conv2 is the most sensitive"),
@@ -197,7 +201,7 @@ def test_numbers_that_are_none_are_words_and_break_no_path(value):
     ]
     layers.append(parts.layer("range", weight_grid=(value, 1.0), input_range=(value, value)))
     facts = parts.facts(disk_bytes=value, nbytes=value, macs=value, quality=value)
-    facts.ms = {1: parts.timing(value)}
+    facts = replace(facts, ms={1: parts.timing(value)})
     given = replace(
         parts.full(),
         comparison=parts.comparison(layers, output_sqnr=value),

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gs_algos.analysis.report import depth_charts, svg
 from gs_algos.analysis.report.formats import percent, significant
 from gs_algos.analysis.report.markup import Html, layer_name, tag
 from gs_algos.analysis.report.tables import figure, folded, paragraph, section, table
 
+if TYPE_CHECKING:
+    from gs_algos.analysis.report.page import Report
+
 LONGEST = 4000  # characters of a config or a note that are shown
 CURVE = 200  # points of a curve of the search
 MOST = 24  # layers whose shares of levels are drawn
 
 
-def search(report: Any, most: int) -> Html:
+def search(report: Report, most: int) -> Html:
     """Shows how SLB's search went: entropy and temperature by step, and the shares of the levels it chose."""
     found = report.search
     steps = list(found.get("step", ()))
@@ -39,7 +42,7 @@ def search(report: Any, most: int) -> Html:
     return section("The search for levels", figures) if figures else Html("")
 
 
-def advice(report: Any, most: int) -> Html:
+def advice(report: Report, most: int) -> Html:
     """Shows what to do next, with rules to copy."""
     if not report.advice:
         return Html("")
@@ -56,7 +59,7 @@ def advice(report: Any, most: int) -> Html:
     return section("What to do next", tag("ol", items, class_="advice"))
 
 
-def notes(report: Any, most: int) -> Html:
+def notes(report: Report, most: int) -> Html:
     """Shows what else a reader must know."""
     found = [*(() if report.comparison is None else report.comparison.notes), *report.notes]
     if not found:
@@ -64,7 +67,7 @@ def notes(report: Any, most: int) -> Html:
     return section("Notes", tag("ul", [tag("li", _cut(note)) for note in dict.fromkeys(found)]))
 
 
-def made(report: Any, most: int) -> Html:
+def made(report: Report, most: int) -> Html:
     """Shows with what the page was made, and what had been done to the network."""
     if not report.made and not report.history:
         return Html("")

@@ -89,8 +89,10 @@ def nats(value: float | None) -> str:
     return f"{significant(value)}{SPACE}nats"
 
 
-def change(before: float, after: float, less: str, more: str, same: str) -> str:
+def change(before: float | None, after: float | None, less: str, more: str, same: str) -> str:
     """Says by what factor a number grew or shrank, such as `4.05x smaller`; "" where no factor can tell."""
+    if before is None or after is None:
+        return ""
     if not (math.isfinite(before) and math.isfinite(after) and before > 0 and after > 0):
         return ""
     ratio = before / after

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gs_algos.analysis.report import depth_charts, svg
 from gs_algos.analysis.report.formats import NONE, decibels, percent, relative_error, significant, size
 from gs_algos.analysis.report.layer_groups import ROLES, Blocks, blocks
 from gs_algos.analysis.report.markup import Html, Node, layer_name, tag
 from gs_algos.analysis.report.tables import Column, figure, layer_table, paragraph, section, table
+
+if TYPE_CHECKING:
+    from gs_algos.analysis.compare import Histogram, LayerComparison
+    from gs_algos.analysis.report.page import Report
 
 PICTURES = 12  # layers whose values are drawn
 COLUMNS = 120  # blocks in a picture
@@ -28,7 +32,7 @@ UNITS = {
 }
 
 
-def bits(report: Any, most: int) -> Html:
+def bits(report: Report, most: int) -> Html:
     """Shows how many bits each layer's weight takes: columns along the depth, or a grid of blocks."""
     layers = _layers(report)
     if not layers:
@@ -58,7 +62,7 @@ def bits(report: Any, most: int) -> Html:
     return section("Bits of the layers", figure(picture, caption, layer_table("Bits", sites, layers, columns, most)))
 
 
-def sensitivity(report: Any, most: int) -> Html:
+def sensitivity(report: Report, most: int) -> Html:
     """Shows how much the network minds the rounding of each layer, for each scheme."""
     found = report.sensitivity
     if found is None or not found.scores:
@@ -108,7 +112,7 @@ def sensitivity(report: Any, most: int) -> Html:
     )
 
 
-def drift(report: Any, most: int) -> Html:
+def drift(report: Report, most: int) -> Html:
     """Shows the error of each layer, its own and what has piled up in front of it, along the depth."""
     layers = _layers(report)
     if not any(one.sqnr is not None or one.local_sqnr is not None for one in layers):
@@ -128,7 +132,7 @@ def drift(report: Any, most: int) -> Html:
         Column[Any]("cumulative error", lambda one: _error(one.sqnr), lambda one: one.sqnr),
         Column[Any]("cosine", lambda one: significant(one.cosine, 4), lambda one: one.cosine),
     ]
-    sqnr = report.comparison.output_sqnr
+    sqnr = math.nan if report.comparison is None else report.comparison.output_sqnr
     return section(
         "Drift along the depth",
         paragraph(
@@ -147,24 +151,13 @@ def drift(report: Any, most: int) -> Html:
     )
 
 
-def weights(report: Any, most: int) -> Html:
+def weights(report: Report, most: int) -> Html:
     """Shows the weights of the worst layers with the levels that they are rounded to."""
     layers = [one for one in _layers(report) if one.weight_values is not None and one.levels]
     if not layers:
         return Html("")
     worst = sorted(layers, key=lambda one: (_rank(one.local_sqnr), _rank(one.sqnr)))[:PICTURES]
-    pictures = [
-        _small(
-            one,
-            svg.histogram(
-                f"Weights of {layer_name(one.site)}: {_span(one.weight_values)}, {_levels(one)}",
-                _bins(one.weight_values),
-                one.weight_grid,
-            ),
-            f"{one.weight}, {_levels(one)}, {decibels(one.local_sqnr)}",
-        )
-        for one in worst
-    ]
+    pictures = [_weights_picture(one, one.weight_values) for one in worst if one.weight_values is not None]
     columns = [
         Column[Any]("weight", lambda one: one.weight),
         Column[Any]("smallest", lambda one: significant(one.weight_values.low), lambda one: one.weight_values.low),
@@ -190,25 +183,13 @@ def weights(report: Any, most: int) -> Html:
     )
 
 
-def activations(report: Any, most: int) -> Html:
+def activations(report: Report, most: int) -> Html:
     """Shows the inputs of the layers that clip the most, with the range that they are clipped to."""
     layers = [one for one in _layers(report) if one.input_values is not None and one.act]
     if not layers:
         return Html("")
     worst = sorted(layers, key=lambda one: (-(one.clipped or 0.0), _rank(one.local_sqnr)))[:PICTURES]
-    pictures = [
-        _small(
-            one,
-            svg.histogram(
-                f"Inputs of {layer_name(one.site)}: {_span(one.input_values)}, {percent(one.clipped)} clipped",
-                _bins(one.input_values),
-                (),
-                one.input_range,
-            ),
-            f"{one.act}, {_clip_range(one)}{percent(one.clipped)} clipped",
-        )
-        for one in worst
-    ]
+    pictures = [_inputs_picture(one, one.input_values) for one in worst if one.input_values is not None]
     columns = [
         Column[Any]("activations", lambda one: one.act),
         Column[Any]("smallest", lambda one: significant(one.input_values.low), lambda one: one.input_values.low),
@@ -232,7 +213,7 @@ def activations(report: Any, most: int) -> Html:
     )
 
 
-def channels(report: Any, most: int) -> Html:
+def channels(report: Report, most: int) -> Html:
     """Shows how many channels pruning left in each layer."""
     if not report.channels:
         return Html("")
@@ -258,19 +239,19 @@ def act_bits(act: str) -> float | None:
     return float(found.group()) if found and len(found.group()) < 4 else None
 
 
-def _layers(report: Any) -> Sequence[Any]:
+def _layers(report: Report) -> Sequence[LayerComparison]:
     return () if report.comparison is None else report.comparison.layers
 
 
-def _is_float(one: Any) -> bool:
+def _is_float(one: LayerComparison) -> bool:
     return not one.levels
 
 
-def _bits_title(one: Any) -> str:
+def _bits_title(one: LayerComparison) -> str:
     return f"{layer_name(one.site)}: {significant(one.bits)} bits a weight ({one.weight}), inputs {one.act or 'float'}"
 
 
-def _bits_cell(layers: Sequence[Any]) -> svg.Cell:
+def _bits_cell(layers: Sequence[LayerComparison]) -> svg.Cell:
     known = [one.bits for one in layers if math.isfinite(one.bits) and one.bits > 0]
     if not known:
         return svg.Cell("?", "b0", _bits_title(layers[0]))
@@ -341,9 +322,21 @@ def _legend(entries: Sequence[tuple[str, str, str]]) -> Html:
     return tag("p", found, class_="legend")
 
 
-def _small(one: Any, picture: Html, text: str) -> Html:
+def _small(one: LayerComparison, picture: Html, text: str) -> Html:
     name = layer_name(one.site)
     return tag("figure", tag("figcaption", tag("code", layer_name(one.site, 36), title=name)), picture, paragraph(text))
+
+
+def _weights_picture(one: LayerComparison, values: Histogram) -> Html:
+    title = f"Weights of {layer_name(one.site)}: {_span(values)}, {_levels(one)}"
+    picture = svg.histogram(title, _bins(values), one.weight_grid)
+    return _small(one, picture, f"{one.weight}, {_levels(one)}, {decibels(one.local_sqnr)}")
+
+
+def _inputs_picture(one: LayerComparison, values: Histogram) -> Html:
+    title = f"Inputs of {layer_name(one.site)}: {_span(values)}, {percent(one.clipped)} clipped"
+    picture = svg.histogram(title, _bins(values), span=one.input_range)
+    return _small(one, picture, f"{one.act}, {_clip_range(one)}{percent(one.clipped)} clipped")
 
 
 def _which(shown: int, of: int, why: str) -> str:
@@ -352,15 +345,15 @@ def _which(shown: int, of: int, why: str) -> str:
     return f"The {shown} of {of:,} layers {why}; the table has all."
 
 
-def _bins(values: Any) -> tuple[float, float, Sequence[int]]:
+def _bins(values: Histogram) -> tuple[float, float, Sequence[int]]:
     return values.low, values.high, values.counts
 
 
-def _span(values: Any) -> str:
+def _span(values: Histogram) -> str:
     return f"{significant(values.low)} to {significant(values.high)}"
 
 
-def _median(values: Any) -> float:
+def _median(values: Histogram) -> float:
     """Returns the middle of the bin in which half of the values are reached."""
     half, seen = sum(values.counts) / 2, 0
     width = (values.high - values.low) / max(1, len(values.counts))
@@ -371,19 +364,19 @@ def _median(values: Any) -> float:
     return values.low
 
 
-def _levels(one: Any) -> str:
+def _levels(one: LayerComparison) -> str:
     return f"{one.levels_used} of {one.levels} levels"
 
 
-def _end(one: Any, i: int) -> float | None:
+def _end(one: LayerComparison, i: int) -> float | None:
     return one.weight_grid[i] if one.weight_grid else None
 
 
-def _clip_range(one: Any) -> str:
+def _clip_range(one: LayerComparison) -> str:
     return "" if one.input_range is None else f"{significant(_bound(one, 0))} to {significant(_bound(one, 1))}, "
 
 
-def _bound(one: Any, i: int) -> float | None:
+def _bound(one: LayerComparison, i: int) -> float | None:
     return None if one.input_range is None else one.input_range[i]
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gs_algos.analysis.report import svg
 from gs_algos.analysis.report.formats import (
@@ -25,17 +25,25 @@ from gs_algos.analysis.report.layer_groups import blocks
 from gs_algos.analysis.report.markup import Html, layer_name, tag
 from gs_algos.analysis.report.tables import figure, folded, paragraph, section, table
 
+if TYPE_CHECKING:
+    from gs_algos.analysis.effect import Effect
+    from gs_algos.analysis.quality import Quality
+    from gs_algos.analysis.report.page import Report
+    from gs_algos.core.timing import Timing
+
+Write: TypeAlias = Callable[["float | None"], str]
 Row: TypeAlias = "tuple[str, float, float]"  # a name, a value before and one after
 
 ROWS = 12  # layers with bars of their own
 SERIES = ("before", "after")
 
 
-def verdict(report: Any) -> str:
+def verdict(report: Report) -> str:
     """Says in one sentence, with its numbers, what was gained and lost."""
     if report.effect is not None:
         before, after = report.effect.before, report.effect.after
-        parts = [_factor("on disk", size, before.disk_bytes, after.disk_bytes, "smaller", "larger", "as large")]
+        where, sizes = _sizes(report.effect)
+        parts = [_factor(where, size, *sizes, "smaller", "larger", "as large")]
         batch = next(iter(_batches(report.effect)), None)
         if batch is not None:
             ms = before.ms[batch].p50, after.ms[batch].p50
@@ -47,35 +55,36 @@ def verdict(report: Any) -> str:
         sqnr = report.comparison.output_sqnr
         what = _factor("in the layers", size, before, after, "smaller", "larger", "as large")
         return f"{what}; the outputs' signal-to-noise ratio is {decibels(sqnr)}{_as_error(sqnr)}."
-    scores = [] if report.sensitivity is None else _finite_scores(report.sensitivity.scores)
+    given = {} if report.sensitivity is None else report.sensitivity.scores
+    scores = _finite_scores(given)
     if scores:
         worst, site, scheme = max(scores)
-        layers = len(report.sensitivity.scores)
-        return f"Of {layers:,} layers {layer_name(site)} is the most sensitive: {significant(worst)} at {scheme}."
+        return f"Of {len(given):,} layers {layer_name(site)} is the most sensitive: {significant(worst)} at {scheme}."
     return "Nothing was measured."
 
 
-def before_after(report: Any, most: int) -> Html:
+def before_after(report: Report, most: int) -> Html:
     """Returns the most important numbers as bars, and all of them in a table."""
     if report.effect is None:
         return Html("")
     rows = effect_rows(report.effect)
-    tiles = [_tile(*one) for one in _tiles(report.effect)]
     notes = [paragraph(note, class_="note") for note in report.effect.notes]
     return section(
         "Before and after",
-        tag("div", tiles, class_="tiles"),
+        tag("div", _tiles(report.effect), class_="tiles"),
         table("The network before and after", ("", "before", "after", "change"), rows),
         paragraph(_compared(report.effect), class_="note"),
         notes,
     )
 
 
-def effect_rows(effect: Any) -> list[tuple[str, str, str, str]]:
+def effect_rows(effect: Effect) -> list[tuple[str, str, str, str]]:
     """Returns the rows of the table of a network before and after."""
     before, after = effect.before, effect.after
 
-    def row(name: str, write: Any, a: float, b: float, less: str, more: str) -> tuple[str, str, str, str]:
+    def row(
+        name: str, write: Write, a: float | None, b: float | None, less: str, more: str
+    ) -> tuple[str, str, str, str]:
         return name, write(a), write(b), change(a, b, less, more, "same")
 
     rows = [
@@ -94,12 +103,18 @@ def effect_rows(effect: Any) -> list[tuple[str, str, str, str]]:
         peaks = before.peak_bytes[batch], after.peak_bytes[batch]
         rows.append(row(f"peak memory of a forward at batch {batch}", size, *peaks, "less", "more"))
     if before.quality is not None and after.quality is not None:
-        a, b = before.quality, after.quality
-        rows.append((a.name, _quality(a), _quality(b), _difference(a, b)))
+        rows.append(
+            (
+                before.quality.name,
+                _quality(before.quality),
+                _quality(after.quality),
+                _difference(before.quality, after.quality),
+            )
+        )
     return rows
 
 
-def where_bytes(report: Any, most: int) -> Html:
+def where_bytes(report: Report, most: int) -> Html:
     """Shows which layers take the bytes, before and after."""
     comparison = report.comparison
     if comparison is None or not comparison.layers:
@@ -125,7 +140,7 @@ def where_bytes(report: Any, most: int) -> Html:
     )
 
 
-def where_ms(report: Any, most: int) -> Html:
+def where_ms(report: Report, most: int) -> Html:
     """Shows which layers take the milliseconds, before and after."""
     if report.times is None:
         return Html("")
@@ -148,43 +163,46 @@ def where_ms(report: Any, most: int) -> Html:
     )
 
 
-def _batches(effect: Any) -> list[int]:
+def _batches(effect: Effect) -> list[int]:
     return [batch for batch in effect.before.ms if batch in effect.after.ms]
 
 
-def _factor(where: str, write: Any, before: float, after: float, less: str, more: str, same: str) -> str:
+def _factor(where: str, write: Write, before: float, after: float, less: str, more: str, same: str) -> str:
     """Says how one number changed, such as `4.05x smaller on disk (18.6 MB → 4.61 MB)`."""
     return f"{change(before, after, less, more, same)} {where} ({write(before)} → {write(after)})".strip()
 
 
-def _quality_change(effect: Any) -> str:
+def _quality_change(effect: Effect) -> str:
     """Says what became of the accuracy or the perplexity; of the outputs, where nothing has labels."""
     a, b = effect.before.quality, effect.after.quality
     if a is not None and b is not None:
+        text = f"{a.name} {_quality_format(a)(a.value)} → {_quality_format(b)(b.value)}"
+        if a.low == a.high or b.low == b.high:
+            return text
         apart = a.low > b.high or b.low > a.high
-        inside = "which the 95 % intervals tell apart" if apart else "within the 95 % intervals"
-        return f"{a.name} {_value(a)} → {_value(b)}, {inside}"
+        return f"{text}, {'more than' if apart else 'within'} the 95 % intervals"
     differ = ""
     if effect.differing is not None:
         differ = f", and {effect.differing:,} of {effect.samples:,} predictions differ"
     return f"the outputs differ by {percent(effect.error)}{differ}"
 
 
-def _value(quality: Any, value: float | None = None) -> str:
-    number = quality.value if value is None else value
-    return percent(number) if quality.name == "accuracy" else significant(number)
+def _quality_format(quality: Quality) -> Write:
+    return percent if quality.name == "accuracy" else significant
 
 
-def _quality(quality: Any) -> str:
-    interval = f"{_value(quality, quality.low)} to {_value(quality, quality.high)}"
-    return f"{_value(quality)} ({interval})"
+def _quality(quality: Quality) -> str:
+    write = _quality_format(quality)
+    if quality.low == quality.high:
+        return write(quality.value)
+    return f"{write(quality.value)} ({write(quality.low)} to {write(quality.high)})"
 
 
-def _timing(timing: Any) -> str:
+def _timing(timing: Timing) -> str:
     return f"{milliseconds(timing.p50)} ({significant(timing.p20)} to {significant(timing.p80)})"
 
 
-def _difference(before: Any, after: Any) -> str:
+def _difference(before: Quality, after: Quality) -> str:
     """Says by how much a quality changed: points of accuracy, or percent of a perplexity."""
     difference = after.value - before.value
     if not math.isfinite(difference):
@@ -195,7 +213,7 @@ def _difference(before: Any, after: Any) -> str:
     return f"{sign}{percent(difference / before.value)}" if before.value else NONE
 
 
-def _compared(effect: Any) -> str:
+def _compared(effect: Effect) -> str:
     """Says how far the outputs of both networks are from each other."""
     text = f"Outputs of {effect.samples:,} samples were compared: their relative RMS error is {percent(effect.error)}"
     if effect.differing is not None:
@@ -207,23 +225,23 @@ def _compared(effect: Any) -> str:
     return f"{text}. Times are medians with their 20th and 80th percentile{quality}."
 
 
-def _tiles(effect: Any) -> list[tuple[str, str, tuple[float, float], tuple[str, str]]]:
-    """Returns what the bars at the top show: a name, the change, both values and their texts."""
+def _tiles(effect: Effect) -> list[Html]:
+    """Returns the most important numbers, each with two bars: size, time, quality."""
     before, after = effect.before, effect.after
-    disk = before.disk_bytes, after.disk_bytes
-    found = [("Size on disk", change(*disk, "smaller", "larger", "same size"), disk, tuple(map(size, disk)))]
+    where, sizes = _sizes(effect)
+    found = [_tile(f"Size {where}", change(*sizes, "smaller", "larger", "same size"), sizes, size)]
     for batch in _batches(effect)[:1]:
         ms = before.ms[batch].p50, after.ms[batch].p50
-        found.append(
-            (f"Time at batch {batch}", change(*ms, "faster", "slower", "same time"), ms, tuple(map(milliseconds, ms)))
-        )
+        found.append(_tile(f"Time at batch {batch}", change(*ms, "faster", "slower", "same time"), ms, milliseconds))
     if before.quality is not None and after.quality is not None:
-        a, b = before.quality, after.quality
-        found.append((a.name.capitalize(), _difference(a, b), (a.value, b.value), (_value(a), _value(b))))
-    return found  # type: ignore[return-value]
+        values = before.quality.value, after.quality.value
+        name, write = before.quality.name.capitalize(), _quality_format(before.quality)
+        found.append(_tile(name, _difference(before.quality, after.quality), values, write))
+    return found
 
 
-def _tile(name: str, said: str, values: tuple[float, float], texts: tuple[str, str]) -> Html:
+def _tile(name: str, said: str, values: Sequence[float], write: Write) -> Html:
+    texts = write(values[0]), write(values[1])
     return tag(
         "div",
         paragraph(name, class_="over"),
@@ -231,6 +249,14 @@ def _tile(name: str, said: str, values: tuple[float, float], texts: tuple[str, s
         svg.pair(f"{name}: {texts[0]} before, {texts[1]} after", values, texts),
         class_="tile",
     )
+
+
+def _sizes(effect: Effect) -> tuple[str, tuple[int, int]]:
+    """Returns where bytes were counted, and both counts: on disk, or loaded if a network could not be saved."""
+    a, b = effect.before, effect.after
+    if a.disk_bytes is None or b.disk_bytes is None:
+        return "loaded", (a.nbytes, b.nbytes)
+    return "on disk", (a.disk_bytes, b.disk_bytes)
 
 
 def _sums(rows: Sequence[Row], most: int) -> list[Row]:
@@ -251,7 +277,7 @@ def _with_others(ranked: list[Row], most: int) -> list[Row]:
     return [*ranked[: most - 1], others]
 
 
-def _stacked_figure(title: str, rows: Sequence[Row], write: Any, caption: str, first: str) -> Html:
+def _stacked_figure(title: str, rows: Sequence[Row], write: Write, caption: str, first: str) -> Html:
     """Returns two stacked bars, before and after, with a legend; the last row has the colour of a rest."""
     styles = [*range(len(rows) - 1), svg.REST]
     bars = []
@@ -282,7 +308,7 @@ def _places(sites: Sequence[str], pairs: Sequence[tuple[float, float]]) -> list[
     return _sums(shown, ROWS + 1)
 
 
-def _places_figure(title: str, rows: Sequence[Row], write: Any) -> Html:
+def _places_figure(title: str, rows: Sequence[Row], write: Write) -> Html:
     made = [svg.Bar(name, (a, b), (write(a), write(b))) for name, a, b in rows]
     caption = "The largest layers: before in grey above, after in blue below."
     if any("*" in row[0] for row in rows):
@@ -292,7 +318,7 @@ def _places_figure(title: str, rows: Sequence[Row], write: Any) -> Html:
     )
 
 
-def _folded_pairs(title: str, first: str, rows: Sequence[Row], write: Any) -> Html:
+def _folded_pairs(title: str, first: str, rows: Sequence[Row], write: Write) -> Html:
     totals = sum(row[1] for row in rows), sum(row[2] for row in rows)
     cells = [
         [layer_name(name), write(a), write(b), _share(b, totals[1]), change(a, b, "less", "more", "same")]

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gs_algos.analysis.report import closing_sections, layer_sections, network_sections
 from gs_algos.analysis.report.formats import decibels
@@ -18,6 +18,11 @@ from gs_algos.analysis.report.markup import Html, layer_name, tag
 from gs_algos.analysis.report.style import style
 from gs_algos.core.files import write_atomically
 from gs_algos.core.table import Table
+
+if TYPE_CHECKING:
+    from gs_algos.analysis.compare import Comparison
+    from gs_algos.analysis.effect import Effect
+    from gs_algos.analysis.sensitivity import Sensitivity
 
 WHO = "report"
 LARGEST = 1_450_000  # bytes of a page
@@ -62,9 +67,9 @@ class Report:
     """
 
     title: str
-    effect: Any = None
-    comparison: Any = None
-    sensitivity: Any = None
+    effect: Effect | None = None
+    comparison: Comparison | None = None
+    sensitivity: Sensitivity | None = None
     times: Any = None
     advice: tuple[Any, ...] = ()
     history: tuple[Mapping[str, Any], ...] = ()

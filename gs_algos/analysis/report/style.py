@@ -195,6 +195,9 @@ PRINT = """
 .gs-report figure,.gs-report .tile,.gs-report tr,.gs-report li,.gs-report pre{break-inside:avoid}
 .gs-report h2,.gs-report caption,.gs-report summary,.gs-report figcaption{break-after:avoid}
 .gs-report figure:has(details){break-inside:auto}
+.gs-report section>p,.gs-report .legend{break-after:avoid}
+.gs-report .tiles{grid-template-columns:repeat(3,1fr)}
+.gs-report .smalls{grid-template-columns:repeat(3,1fr);gap:.75rem 1.25rem}
 .gs-report thead{display:table-header-group}
 .gs-report .scroll{overflow:visible}
 .gs-report svg{min-width:0;break-inside:avoid}

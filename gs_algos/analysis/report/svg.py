@@ -94,7 +94,7 @@ def bars(title: str, rows: Sequence[Bar], series: Sequence[str]) -> Html:
     return svg(title, WIDTH, len(rows) * height, rule(left, 0, left, len(rows) * height, "axis"), marks)
 
 
-def pair(title: str, values: tuple[float, float], texts: tuple[str, str]) -> Html:
+def pair(title: str, values: Sequence[float], texts: Sequence[str]) -> Html:
     """Draws the bars of a value before and after, small, with their texts beside them."""
     width, room, height = 240, 130, 20
     most = max((v for v in values if math.isfinite(v)), default=0) or 1
