@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PICTURES = 12  # layers whose values are drawn
 COLUMNS = 120  # blocks in a picture
 GRID = "A column is a block of the network, by its number;"
+CUT = ", and a peak over twice as high as all others is cut"
 HOT = 24  # layers in the table of sensitivities
 LINES = (
     ("a", "●", "cumulative: each network on its own inputs"),
@@ -85,7 +86,8 @@ def sensitivity(report: Report, most: int) -> Html:
         for site in ranked[:HOT]
     ]
     by = UNITS.get(getattr(found, "by", "gradient"), "score")
-    said = f"Each number is the {by}; mean of {found.samples:,} samples. More is worse."
+    said = f"Each number is the {by}; mean of {found.samples:,} samples. "
+    said += "More is worse; the colour follows the logarithm."
     shown = (
         f"The {HOT} most sensitive of {len(sites):,} layers" if len(sites) > HOT else "The most sensitive layer first"
     )
@@ -176,7 +178,7 @@ def weights(report: Report, most: int) -> Html:
         paragraph(
             f"{_which(len(worst), len(layers), 'with the largest error of their own')} The float weights, in steps of "
             "the scale that each is divided by; ticks are the levels that they are rounded to. Heights are square "
-            "roots of counts, so that tails can be seen."
+            f"roots of counts, so that tails can be seen{CUT}."
         ),
         tag("div", pictures, class_="smalls"),
         layer_table("Weights", sites, layers, columns, most),
@@ -206,7 +208,7 @@ def activations(report: Report, most: int) -> Html:
         "Activations in their range",
         paragraph(
             f"{_which(len(worst), len(layers), 'that clip the most')} Inputs of the float network; what lies in the "
-            "shaded parts, outside of the dashed lines, is clipped. Heights are square roots of counts."
+            f"shaded parts, outside of the dashed lines, is clipped. Heights are square roots of counts{CUT}."
         ),
         tag("div", pictures, class_="smalls"),
         layer_table("Activations", sites, layers, columns, most),

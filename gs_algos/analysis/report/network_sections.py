@@ -10,6 +10,7 @@ from gs_algos.analysis.report import svg
 from gs_algos.analysis.report.formats import (
     MINUS,
     NONE,
+    SPACE,
     TIMES,
     change,
     count,
@@ -169,14 +170,18 @@ def _batches(effect: Effect) -> list[int]:
 
 def _factor(where: str, write: Write, before: float, after: float, less: str, more: str, same: str) -> str:
     """Says how one number changed, such as `4.05x smaller on disk (18.6 MB → 4.61 MB)`."""
-    return f"{change(before, after, less, more, same)} {where} ({write(before)} → {write(after)})".strip()
+    return f"{change(before, after, less, more, same)} {where} ({_arrow(write(before), write(after))})".strip()
+
+
+def _arrow(before: str, after: str) -> str:
+    return f"{before}{SPACE}→{SPACE}{after}"
 
 
 def _quality_change(effect: Effect) -> str:
     """Says what became of the accuracy or the perplexity; of the outputs, where nothing has labels."""
     a, b = effect.before.quality, effect.after.quality
     if a is not None and b is not None:
-        text = f"{a.name} {_quality_format(a)(a.value)} → {_quality_format(b)(b.value)}"
+        text = f"{a.name} {_arrow(_quality_format(a)(a.value), _quality_format(b)(b.value))}"
         if a.low == a.high or b.low == b.high:
             return text
         apart = a.low > b.high or b.low > a.high
@@ -207,6 +212,8 @@ def _difference(before: Quality, after: Quality) -> str:
     difference = after.value - before.value
     if not math.isfinite(difference):
         return NONE
+    if difference == 0:
+        return "unchanged"
     sign = "+" if difference > 0 else ""
     if before.name == "accuracy":
         return f"{sign}{100 * difference:.2f} points".replace("-", MINUS)

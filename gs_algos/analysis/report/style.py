@@ -161,7 +161,7 @@ font-size:.875rem;line-height:1.5;overflow-x:auto;white-space:pre-wrap;user-sele
 .gs-report dt{color:var(--muted)}
 .gs-report dd{margin:0}
 .gs-report .t,.gs-report .n,.gs-report .m{fill:var(--muted)}
-.gs-report .n{font-variant-numeric:tabular-nums;font-size:11.5px}
+.gs-report text.n{font-variant-numeric:tabular-nums;font-size:11.5px}
 .gs-report .m{fill:var(--ink);font:11px ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace}
 .gs-report .rule{stroke:var(--line);fill:none}
 .gs-report .axis{stroke:var(--muted);fill:none}

@@ -151,7 +151,7 @@ def histogram(
     if end <= start:
         start, end = start - 0.5, end + 0.5
     scale = (width - 2 * left) / (end - start) if math.isfinite(end - start) else 0.0
-    most = max(counts, default=0) or 1
+    most = _tallest(counts)
 
     def x(value: float) -> float:
         return left + (value - start) * scale if scale else width / 2
@@ -166,7 +166,7 @@ def histogram(
         if high == low:
             edges = [x(low) - 2, x(low) + 2]
         steps = "".join(
-            f"H{number(a)}V{number(bottom - room * math.sqrt(c / most))}H{number(b)}"
+            f"H{number(a)}V{number(bottom - room * math.sqrt(min(1.0, c / most)))}H{number(b)}"
             for a, b, c in zip(edges, edges[1:], counts, strict=False)
         )
         parts.append(mark("path", title, d=f"M{number(edges[0])} {bottom}{steps}V{bottom}Z", class_="area"))
@@ -216,6 +216,12 @@ def grid(
             if 6.6 * len(found.text) <= width - 2:
                 marks.append(label(found.text, x + wide / 2, y + 14.5, f"i{found.style}", "middle"))
     return svg(title, WIDTH, top + len(rows) * height, marks)
+
+
+def _tallest(counts: Sequence[int]) -> float:
+    """Returns the count that a picture is as high as: the largest, or a little over the second if one towers above."""
+    first, second = [*sorted(counts, reverse=True), 0, 0][:2]
+    return float(min(first, 1.2 * second) if first > 4 * second > 0 else first) or 1.0
 
 
 def _room_for_names(names: Sequence[str]) -> float:

@@ -1,0 +1,92 @@
+"""A real browser shows a report: nothing is asked for, nothing fails, nothing is cut, in light, dark and print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gs_algos.analysis.report.style import DARK, LIGHT
+from tests.analysis import report_parts as parts
+from tests.analysis.chromium import Chromium, chromium, find
+
+PATH = find()
+pytestmark = pytest.mark.skipif(PATH is None, reason="no Chromium is installed: apt-get install chromium")
+PAGES = {"small": parts.full(), "deep": parts.full(parts.decoder(30), '<script>"decoder"</script>')}
+CUT = """[...document.querySelectorAll("svg")].flatMap(svg => [...svg.querySelectorAll("text")].filter(text => {
+  const box = text.getBBox(), view = svg.viewBox.baseVal;
+  return box.x < -1 || box.y < -1 || box.x + box.width > view.width + 1 || box.y + box.height > view.height + 1;
+}).map(text => text.textContent))"""
+OVERLAPPING = """[...document.querySelectorAll("svg")].flatMap(svg => {
+  const boxes = [...svg.querySelectorAll("text")].map(text => [text.textContent, text.getBBox()]);
+  return boxes.flatMap(([a, p], i) => boxes.slice(i + 1).filter(([b, q]) =>
+    p.x + p.width > q.x + 1 && q.x + q.width > p.x + 1 && p.y + p.height > q.y + 3 && q.y + q.height > p.y + 3
+  ).map(([b]) => a + " / " + b));
+})"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    assert PATH is not None
+    with chromium(PATH, tmp_path_factory.mktemp("chromium") / "profile") as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=PAGES)
+def page(request: pytest.FixtureRequest, browser: Chromium, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("page") / "report.html"
+    PAGES[request.param].save(target)
+    browser.open(target)
+    return target
+
+
+def rgb(colour: str) -> str:
+    return f"rgb({', '.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))})"
+
+
+def test_nothing_is_asked_for_and_nothing_fails(browser, page):
+    browser.open(page)
+    methods = {event["method"] for event in browser.events}
+    asked = [event["params"]["request"]["url"] for event in browser.events if "request" in event.get("params", {})]
+    assert asked == [page.as_uri()]
+    assert not methods & {"Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"}
+
+
+def test_the_title_is_that_of_the_network(browser, page):
+    assert browser.run("document.title").endswith(": compression report")
+    assert browser.run("document.querySelectorAll('script').length") == 0
+
+
+@pytest.mark.parametrize("width", [360, 768, 1280])
+def test_the_page_is_as_wide_as_its_window(browser, page, width):
+    browser.width(width)
+    browser.run("document.querySelectorAll('details').forEach(one => one.open = true)")
+    assert browser.run("document.documentElement.scrollWidth") == width
+
+
+@pytest.mark.parametrize("scheme, colours", [("light", LIGHT), ("dark", DARK)])
+def test_the_scheme_is_that_of_the_reader(browser, page, scheme, colours):
+    browser.media("screen", scheme)
+    shown = browser.run("getComputedStyle(document.body).backgroundColor")
+    text = browser.run("getComputedStyle(document.querySelector('h1')).color")
+    bar = browser.run("getComputedStyle(document.querySelector('rect.f1')).fill")
+    assert (shown, text, bar) == tuple(rgb(colours[name]) for name in ("paper", "ink", "after"))
+
+
+def test_no_text_of_a_picture_is_cut_or_covered(browser, page):
+    browser.width(1000)
+    assert browser.run(CUT) == []
+    assert browser.run(OVERLAPPING) == []
+
+
+def test_paper_is_light_and_short_tables_are_open(browser, page):
+    browser.open(page)
+    browser.media("print", "dark")
+    assert browser.run("getComputedStyle(document.body).backgroundColor") == rgb(LIGHT["paper"])
+    closed = "[...document.querySelectorAll('details:not(.long):not([open]) table')]"
+    assert browser.run(f"{closed}.length") > 0
+    assert browser.run(f"{closed}.filter(table => table.checkVisibility()).length === {closed}.length")
+    pdf = browser.call("Page.printToPDF", printBackground=True)["data"]
+    assert pdf.startswith("JVBERi0")  # %PDF-
+    browser.media()
