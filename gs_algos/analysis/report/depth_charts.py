@@ -48,7 +48,7 @@ def depth_bits(title: str, layers: Sequence[tuple[str, float, float | None, bool
             marks.append(mark("rect", said, x=x, y=y(bits), width=inner, height=height, class_=style))
         if act is not None:
             marks.append(rule(x, y(act), x + inner, y(act), "act"))
-    return svg(title, WIDTH, top + room + 40, marks, _depth_axis(len(layers), top + room))
+    return svg(title, WIDTH, top + room + 40, marks, _depth_axis(len(layers), top + room), class_="columns")
 
 
 def lines(title: str, names: Sequence[str], series: Sequence[Line], titles: Sequence[str]) -> Html:

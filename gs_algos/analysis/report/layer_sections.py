@@ -1,36 +1,29 @@
-"""Builds the sections of a report that speak of layers: bits, sensitivity, drift, weights, activations, channels."""
+"""Builds the sections of a report that speak of layers: bits, drift, weights, activations, channels."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gs_algos.analysis.report import depth_charts, svg
+from gs_algos.analysis.report.block_grid import GRID, MANY, block_grid
 from gs_algos.analysis.report.formats import NONE, decibels, percent, relative_error, significant, size
-from gs_algos.analysis.report.layer_groups import ROLES, Blocks, blocks
-from gs_algos.analysis.report.markup import Html, Node, layer_name, tag
-from gs_algos.analysis.report.tables import Column, figure, layer_table, paragraph, section, table
+from gs_algos.analysis.report.layer_groups import blocks
+from gs_algos.analysis.report.markup import Html, layer_name, tag
+from gs_algos.analysis.report.tables import Column, figure, layer_table, paragraph, section
 
 if TYPE_CHECKING:
     from gs_algos.analysis.compare import Histogram, LayerComparison
     from gs_algos.analysis.report.page import Report
 
 PICTURES = 12  # layers whose values are drawn
-COLUMNS = 120  # blocks in a picture
-GRID = "A column is a block of the network, by its number;"
 CUT = ", and a peak over twice as high as all others is cut"
-HOT = 24  # layers in the table of sensitivities
 LINES = (
     ("a", "●", "cumulative: each network on its own inputs"),
     ("b", "■", "local: the compressed layer on the float network's inputs"),
 )
-UNITS = {
-    "kl": "mean KL divergence in nats that rounding this layer alone causes",
-    "gradient": "KL divergence in nats that rounding this layer alone is predicted to cause, from gradients",
-    "nsr": "noise of the layer's output relative to its signal, from rounding this layer alone",
-}
 
 
 def bits(report: Report, most: int) -> Html:
@@ -47,9 +40,9 @@ def bits(report: Report, most: int) -> Html:
         Column[Any]("bytes", lambda one: size(one.nbytes), lambda one: one.nbytes),
         Column[Any]("bytes before", lambda one: size(one.float_nbytes), lambda one: one.float_nbytes),
     ]
-    found = blocks(sites) if len(layers) > 60 else None
+    found = blocks(sites) if len(layers) > MANY else None
     if found is not None:
-        picture = _block_grid(
+        picture = block_grid(
             "Bits a weight, by layer and block", sites, found, lambda at: _bits_cell([layers[i] for i in at])
         )
         caption = f"Bits a weight takes, scales included. {GRID} a stronger colour means more bits."
@@ -61,57 +54,6 @@ def bits(report: Report, most: int) -> Html:
             "stayed float. A line is the bits of the layer's input, where that is quantized."
         )
     return section("Bits of the layers", figure(picture, caption, layer_table("Bits", sites, layers, columns, most)))
-
-
-def sensitivity(report: Report, most: int) -> Html:
-    """Shows how much the network minds the rounding of each layer, for each scheme."""
-    found = report.sensitivity
-    if found is None or not found.scores:
-        return Html("")
-    schemes = list(dict.fromkeys(scheme for scores in found.scores.values() for scheme in scores))
-    sites = list(found.scores)
-    known = [v for scores in found.scores.values() for v in scores.values() if math.isfinite(v) and v > 0]
-    low, high = (math.log10(min(known)), math.log10(max(known))) if known else (0.0, 0.0)
-
-    def step(score: float | None) -> int:
-        if score is None or math.isnan(score) or score <= 0:
-            return 0
-        if math.isinf(score):
-            return svg.STEPS - 1
-        return min(svg.STEPS - 1, int(svg.STEPS * (math.log10(score) - low) / (high - low))) if high > low else 0
-
-    ranked = sorted(sites, key=lambda site: -_worst(found.scores[site]))
-    rows = [
-        [layer_name(site), *(_heat(found.scores[site].get(scheme), step) for scheme in schemes)]
-        for site in ranked[:HOT]
-    ]
-    by = UNITS.get(getattr(found, "by", "gradient"), "score")
-    said = f"Each number is the {by}; mean of {found.samples:,} samples. "
-    said += "More is worse; the colour follows the logarithm."
-    shown = (
-        f"The {HOT} most sensitive of {len(sites):,} layers" if len(sites) > HOT else "The most sensitive layer first"
-    )
-    columns = [_score_column(scheme) for scheme in schemes]
-    whole = layer_table("Sensitivity", sites, [found.scores[site] for site in sites], columns, most)
-    grid = blocks(sites) if len(sites) > 60 else None
-    picture: Node = None
-    if grid is not None:
-        scheme = max(schemes, key=lambda s: sum(v for d in found.scores.values() if math.isfinite(v := d.get(s, 0.0))))
-
-        def cell(indices: list[int]) -> svg.Cell:
-            score, i = max((_known(found.scores[sites[i]].get(scheme)), i) for i in indices)
-            of = f", the most of {len(indices):,}" if len(indices) > 1 else ""
-            return svg.Cell("", f"h{step(score)}", f"{layer_name(sites[i])}: {significant(score)} at {scheme}{of}")
-
-        drawn = _block_grid(f"Sensitivity at {scheme}, by layer and block", sites, grid, cell)
-        picture = figure(drawn, f"At {scheme}. {GRID} a stronger colour means more sensitive.")
-    return section(
-        "Which layers hurt",
-        paragraph(said),
-        picture,
-        tag("div", table(shown, ["layer", *schemes], rows), class_="heat"),
-        whole if len(sites) > HOT else None,
-    )
 
 
 def drift(report: Report, most: int) -> Html:
@@ -220,7 +162,7 @@ def channels(report: Report, most: int) -> Html:
     if not report.channels:
         return Html("")
     rows = [(site, int(before), int(after)) for site, (before, after) in report.channels.items()]
-    shown = sorted(rows, key=lambda row: row[2] / max(1, row[1]))[: 2 * PICTURES] if len(rows) > 60 else rows
+    shown = sorted(rows, key=lambda row: row[2] / max(1, row[1]))[: 2 * PICTURES] if len(rows) > MANY else rows
     made = [svg.Bar(site, (a, b), (f"{a:,}", f"{b:,} ({_left(a, b)})")) for site, a, b in shown]
     columns = [
         Column[Any]("before", lambda row: f"{row[1]:,}", lambda row: row[1]),
@@ -264,42 +206,6 @@ def _bits_cell(layers: Sequence[LayerComparison]) -> svg.Cell:
             f"{layer_name(layers[0].site)} and {len(layers) - 1:,} more: {significant(mean)} bits a weight on average"
         )
     return svg.Cell(f"{mean:.0f}", f"b{min(svg.STEPS - 1, max(0, round(math.log2(mean))))}", title)
-
-
-def _block_grid(title: str, sites: Sequence[str], found: Blocks, cell: Callable[[list[int]], svg.Cell]) -> Html:
-    """Draws a grid of what layers are in their blocks by number; those outside of the blocks lie in column one.
-
-    Of many blocks every second, third, ... is drawn.
-    """
-    numbers = found.numbers[:: math.ceil(len(found.numbers) / COLUMNS)]
-    outside = found.others[:PICTURES]
-    rows = [*found.roles[: 2 * ROLES], *(sites[i] for i in outside)]
-    inside = len(rows) - len(outside)
-
-    def at(row: int, column: int) -> svg.Cell | None:
-        if row < inside:
-            indices = found.at.get((rows[row], numbers[column]), [])
-        else:
-            indices = [outside[row - inside]] if column == 0 else []
-        return cell(indices) if indices else None
-
-    return svg.grid(title, rows, [str(n) for n in numbers], at)
-
-
-def _heat(score: float | None, step: Any) -> Html:
-    return tag("span", significant(score), class_=f"h{step(score)}")
-
-
-def _score_column(scheme: str) -> Column[Any]:
-    return Column(scheme, lambda scores: significant(scores.get(scheme)), lambda scores: scores.get(scheme))
-
-
-def _worst(scores: Mapping[str, float]) -> float:
-    return max((math.inf if math.isnan(v) else v for v in scores.values()), default=0.0)
-
-
-def _known(score: float | None) -> float:
-    return -math.inf if score is None or math.isnan(score) else score
 
 
 def _rank(value: float | None) -> float:

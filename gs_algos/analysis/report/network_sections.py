@@ -316,13 +316,14 @@ def _places(sites: Sequence[str], pairs: Sequence[tuple[float, float]]) -> list[
 
 
 def _places_figure(title: str, rows: Sequence[Row], write: Write) -> Html:
-    made = [svg.Bar(name, (a, b), (write(a), write(b))) for name, a, b in rows]
+    made = [svg.Bar(name, (a, b), (write(a), write(b))) for name, a, b in rows[:ROWS]]
     caption = "The largest layers: before in grey above, after in blue below."
     if any("*" in row[0] for row in rows):
         caption += " * stands for the numbers of blocks."
-    return figure(
-        svg.bars(f"{title}, before and after", made, SERIES), caption, _folded_pairs(title, "layer", rows, write)
-    )
+    for name, a, b in rows[ROWS:]:
+        caption += f" The {name} take {_arrow(write(a), write(b))}."
+    picture = svg.bars(f"{title}, before and after", made, SERIES)
+    return figure(picture, caption, _folded_pairs(title, "layer", rows, write))
 
 
 def _folded_pairs(title: str, first: str, rows: Sequence[Row], write: Write) -> Html:

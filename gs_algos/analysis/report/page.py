@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gs_algos.analysis.report import closing_sections, layer_sections, network_sections
+from gs_algos.analysis.report import closing_sections, layer_sections, network_sections, sensitivity_section
 from gs_algos.analysis.report.formats import decibels
 from gs_algos.analysis.report.markup import Html, layer_name, tag
 from gs_algos.analysis.report.style import style
@@ -32,7 +32,7 @@ SECTIONS = (
     network_sections.where_bytes,
     network_sections.where_ms,
     layer_sections.bits,
-    layer_sections.sensitivity,
+    sensitivity_section.sensitivity,
     layer_sections.drift,
     layer_sections.weights,
     layer_sections.activations,

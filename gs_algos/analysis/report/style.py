@@ -167,6 +167,7 @@ font-size:.875rem;line-height:1.5;overflow-x:auto;white-space:pre-wrap;user-sele
 .gs-report .axis{stroke:var(--muted);fill:none}
 .gs-report .f0{fill:var(--before)}
 .gs-report .f1{fill:var(--after)}
+.gs-report .columns rect{shape-rendering:crispEdges}
 .gs-report .act{stroke:var(--ink);stroke-width:2;fill:none}
 .gs-report .line{fill:none;stroke-width:1.75;stroke-linejoin:round}
 .gs-report .line.a{stroke:var(--after)}
