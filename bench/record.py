@@ -9,29 +9,18 @@ from __future__ import annotations
 
 import datetime
 import json
-import platform
 import re
 import subprocess
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gs_algos.core.machine import device_name, machine
 from gs_kernels.runtime.dispatch import variable
-from gs_kernels.runtime.instructions import described
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def device_name(device: str) -> str:
-    """Names the GPU as its driver calls it, or the CPU as the operating system does."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return model[1].strip() if model else platform.processor() or platform.machine()
 
 
 def device_text(row: dict[str, Any]) -> str:
@@ -53,13 +42,6 @@ def _git(*args: str) -> str:
     return run.stdout.strip()
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 @cache
 def _code() -> dict[str, Any]:
     # results being written do not make the code dirty
@@ -70,17 +52,7 @@ def _code() -> dict[str, Any]:
 
 def environment(device: str) -> dict[str, Any]:
     """Returns device, versions, commit, threads: everything but the code's own arguments that a number depends on."""
-    return {
-        "device": torch.device(device).type,
-        "device_name": device_name(device),
-        "instructions": described() if torch.device(device).type == "cpu" else None,
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        **_code(),
-    }
+    return {**machine(device), **_code()}
 
 
 def default_path(device: str) -> Path:

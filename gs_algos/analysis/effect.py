@@ -17,7 +17,7 @@ from gs_algos.analysis.operations import count_operations
 from gs_algos.analysis.outputs import are_logits, class_rows, kept_samples, output_of
 from gs_algos.analysis.quality import Quality, QualitySum, labels_of, quality_of
 from gs_algos.core.algorithm import Inputs, InputsError, evaluating, history, run, split_inputs
-from gs_algos.core.batches import InputsOf, checked_batches
+from gs_algos.core.batches import InputsOf, checked_batches, device_of, on_device, resized, samples_of
 from gs_algos.core.checkpoint import save, unique_tensors
 from gs_algos.core.memory import nbytes_of, peak_bytes
 from gs_algos.core.network import network_of, ordinary_tensors, without_autocast
@@ -26,7 +26,7 @@ from gs_algos.core.table import Table
 from gs_algos.core.timing import Timing, time_in_turns
 from gs_algos.quant.integer.quantized_tensor import dequantized
 from gs_algos.quant.packed.module import Packed
-from gs_kernels.runtime.torch_private import tree_leaves, tree_map_only
+from gs_kernels.runtime.torch_private import tree_leaves
 
 WHO = "effect"
 
@@ -144,9 +144,9 @@ def effect(
     _refuse_arguments(networks, inputs, batches, seconds)
     notes: list[str] = []
     with ordinary_tensors(), without_autocast():
-        inputs = _on_device(inputs, networks["before"])
+        inputs = on_device(inputs, device_of(networks["before"]))
         compared = _compare(networks, inputs, data, notes)
-        sizes = sorted(set(batches or (1, _samples(inputs))))
+        sizes = sorted(set(batches or (1, samples_of(inputs))))
         ms, peaks = _costs({"before": before, "after": after}, inputs, sizes, seconds, notes)
         before_facts, after_facts = (
             NetworkFacts(
@@ -172,43 +172,17 @@ def _refuse_arguments(
         )
     if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs)):
         raise ValueError(f"{WHO}: inputs must hold a tensor, got none; give those of one call")
-    if _samples(inputs) < 1:
+    if samples_of(inputs) < 1:
         raise ValueError(f"{WHO}: inputs must hold one sample at least, got none")
     wrong = [n for n in batches if type(n) is not int or n < 1]
     if wrong:
         raise ValueError(f"{WHO}: batches must be whole numbers from 1 on, got {wrong[0]!r}")
     if not 0 <= seconds < float("inf"):
         raise ValueError(f"{WHO}: seconds must be 0 or more, got {seconds}")
-    devices = {name: _device_of(net) for name, net in networks.items()}
+    devices = {name: device_of(net) for name, net in networks.items()}
     if None not in devices.values() and devices["before"] != devices["after"]:
         both = " and ".join(map(str, devices.values()))
         raise ValueError(f"{WHO}: before and after must be on one device, got {both}; move one")
-
-
-def _device_of(net: nn.Module) -> torch.device | None:
-    return next((t.device for t in (*net.parameters(), *net.buffers())), None)
-
-
-def _on_device(inputs: Any, net: nn.Module) -> Any:
-    device = _device_of(net)
-    return inputs if device is None else tree_map_only(Tensor, lambda t: t.to(device), inputs)
-
-
-def _samples(inputs: Inputs) -> int:
-    """Returns the size of the first axis of the first tensor."""
-    first = next(leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
-    return len(first) if first.dim() else 1
-
-
-def resized(inputs: Inputs, samples: int) -> Inputs:
-    """Returns inputs with so many samples: the first ones, from the start again where there are too few."""
-    batch = _samples(inputs)
-
-    def take(t: Tensor) -> Tensor:
-        whole = not t.dim() or len(t) != batch or samples == batch
-        return t if whole else t[torch.arange(samples, device=t.device) % batch]
-
-    return tree_map_only(Tensor, take, inputs)  # type: ignore[no-any-return]
 
 
 class _Compared:
@@ -266,7 +240,7 @@ def _compare(networks: Mapping[str, nn.Module], inputs: Inputs, data: Iterable[A
     with evaluating(networks["before"]), evaluating(networks["after"]):
         for batch in progress(checked_batches(WHO, data), "comparing outputs"):
             empty = False
-            given = _on_device(taken(batch), networks["before"])
+            given = on_device(taken(batch), device_of(networks["before"]))
             _compare_batch(networks, given, labels_of(batch, taken(batch)), found)
         if empty:
             notes.append("no data was given: outputs are those of the inputs alone, and quality is not measured")
@@ -318,7 +292,7 @@ def _costs(
     """Measures time and peak memory of forwards with so many samples; leaves out a size that a network refuses."""
     ms: dict[str, dict[int, Timing]] = {name: {} for name in networks}
     peaks: dict[str, dict[int, int]] = {name: {} for name in networks}
-    device = _device_of(networks["before"]) or torch.device("cpu")
+    device = device_of(networks["before"]) or torch.device("cpu")
     with evaluating(networks["before"]), evaluating(networks["after"]):
         for size in sizes:
             batch = resized(inputs, size)
@@ -340,7 +314,7 @@ def _operations(net: nn.Module, inputs: Inputs) -> tuple[int, int]:
     try:
         found, samples = count_operations(net, resized(inputs, 1), WHO), 1
     except InputsError:  # a network of one batch size
-        found, samples = count_operations(net, inputs, WHO), _samples(inputs)
+        found, samples = count_operations(net, inputs, WHO), samples_of(inputs)
     return found.macs // samples, found.bops // samples
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gs_algos.core.algorithm import Inputs, split_inputs
 from gs_algos.core.network import network_of
+from gs_kernels.runtime.torch_private import tree_leaves, tree_map_only
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,33 @@ def checked_batches(who: str, batches: Any) -> Iterable[Any]:
             f"{who}: batches must be an iterable of inputs, such as a DataLoader, got {type(batches).__name__}"
         )
     return batches
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Returns the device of the first parameter or buffer; None if there is none."""
+    return next((t.device for t in itertools.chain(model.parameters(), model.buffers())), None)
+
+
+def on_device(inputs: Inputs, device: torch.device | None) -> Inputs:
+    """Moves the tensors of inputs; None leaves them where they are."""
+    return inputs if device is None else tree_map_only(Tensor, lambda t: t.to(device), inputs)  # type: ignore[no-any-return]
+
+
+def samples_of(inputs: Inputs) -> int:
+    """Returns how many samples the inputs of a call hold: the size of the first axis of the first tensor."""
+    first = next(leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+    return len(first) if first.dim() else 1
+
+
+def resized(inputs: Inputs, samples: int) -> Inputs:
+    """Returns inputs with so many samples: the first ones, from the start again where there are too few."""
+    held = samples_of(inputs)
+
+    def take(t: Tensor) -> Tensor:
+        whole = not t.dim() or len(t) != held or samples == held
+        return t if whole else t[torch.arange(samples, device=t.device) % held]
+
+    return tree_map_only(Tensor, take, inputs)  # type: ignore[no-any-return]
 
 
 class InputsOf:
