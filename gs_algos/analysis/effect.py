@@ -14,7 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from gs_algos.analysis.operations import count_operations
-from gs_algos.analysis.outputs import are_logits, class_rows, kept_samples, output_of
+from gs_algos.analysis.outputs import are_logits, class_rows, kept_samples, kl_divergence, output_of
 from gs_algos.analysis.quality import Quality, QualitySum, labels_of, quality_of
 from gs_algos.core.algorithm import Inputs, InputsError, evaluating, history, run, split_inputs
 from gs_algos.core.batches import InputsOf, checked_batches, device_of, on_device, resized, samples_of
@@ -206,7 +206,7 @@ class _Compared:
             finite = q.isfinite().all(-1)
             self.differing += int(((p.argmax(-1) != q.argmax(-1)) | ~finite).sum())
             log_p = p.log_softmax(-1)
-            self.divergence += float((log_p.exp() * (log_p - q.log_softmax(-1))).sum(dtype=torch.float64))
+            self.divergence += float(kl_divergence(log_p, q.log_softmax(-1)).sum(dtype=torch.float64))
             before, after = p, q
         else:
             before, after = (t.float().flatten(1) if t.dim() > 1 else t.float().view(-1, 1) for t in (before, after))
@@ -220,7 +220,7 @@ class _Compared:
         """Returns what the sums and the facts of both networks say."""
         broken = self.not_finite > 0
         error = (self.differences / (self.squares or 1.0)) ** 0.5
-        divergence = max(0.0, self.divergence / max(1, self.samples))
+        divergence = self.divergence / max(1, self.samples)
         return Effect(
             before,
             after,

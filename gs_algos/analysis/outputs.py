@@ -41,3 +41,12 @@ def kept_samples(logits: Tensor, batch: Inputs) -> Tensor:
     if logits.dim() == 3 and isinstance(mask, Tensor) and mask.shape == shape:
         return mask.to(logits.device) != 0
     return torch.ones(shape, dtype=torch.bool, device=logits.device)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Returns KL(p || q) of each row, from log-probabilities `[rows, classes]`.
+
+    As sum p (log p - log q) + q - p, whose terms are all >= 0: distributions that are nearly one keep their difference.
+    """
+    gap = log_p - log_q
+    return (log_p.exp() * (torch.expm1(-gap) + gap)).sum(-1)

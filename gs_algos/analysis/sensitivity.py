@@ -1,203 +1,161 @@
-"""Predicts how much a network minds the rounding of each of its weights, without labels and without running it rounded.
+"""Tells how much a network minds the rounding of each of its weights, one at a time, all else left float.
 
-With p the softmax of the network's outputs, rounding one weight changes the outputs y of its layer by dy, and to second
-order `KL(p_float || p_rounded) = 1/2 E<g, dy>^2`, where g is the gradient at y of `-log p(label)` for a label that is
-drawn from p itself: the Fisher information (Martens 2014, arXiv:1412.1193). One forward and one backward pass of a
-batch give g for all layers, and each choice for a layer costs one product more.
+Three scores, for each layer and each scheme:
+
+- `kl`: the mean divergence KL(p_float || p_rounded) of class probabilities, in nats, by running the network with that
+  weight rounded; only what lies behind the layer is run again. Outputs that are no logits are compared by squared error
+  over the square of the float outputs.
+- `gradient`: the same, predicted to second order from one forward and one backward pass of a batch, without labels.
+- `nsr`: squared change of the layer's own outputs over their square; says nothing about what is behind.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from gs_algos.analysis.outputs import are_logits, class_rows, kept_samples, output_of
-from gs_algos.core.algorithm import Inputs, evaluating, run
+from gs_algos.analysis.divergence import divergence_scores
+from gs_algos.analysis.fisher import fisher_scores
+from gs_algos.analysis.noise import noise_scores
+from gs_algos.core.algorithm import Inputs
+from gs_algos.core.batches import InputsOf, checked_batches
+from gs_algos.core.did_you_mean import did_you_mean
 from gs_algos.core.modules import get_module
-from gs_algos.core.network import network_of, ordinary_tensors, without_autocast
-from gs_algos.core.progress import progress
-from gs_algos.quant.packed.grid import Grid, grid_of
-from gs_algos.quant.packed.packable import CONVS, matrix_of
-from gs_algos.quant.scheme import Scheme
-from gs_kernels.runtime.torch_private import tree_leaves
+from gs_algos.core.network import network_of
+from gs_algos.core.plan import render_layers
+from gs_algos.core.table import Table
+from gs_algos.quant.packed.packable import base_of, matrix_of, why_not
+from gs_algos.quant.scheme import PerGroup, Scheme
 
 logger = logging.getLogger(__name__)
 
+WHO = "sensitivity"
+SCORES = ("kl", "gradient", "nsr")
+MOST_RUN = 100  # layers, from which on "auto" predicts instead of running each
+CHOICES = ("int2@channel", "int4@channel", "int8@channel")
 
-@dataclass
+
+@dataclass(frozen=True)
 class Sensitivity:
-    """Holds what rounding each weight is predicted to cost.
+    """Holds what rounding each weight costs. `str(sensitivity)` is a table, the most sensitive layer first.
 
     Args:
-        scores: layer -> scheme -> predicted KL divergence in nats, a sample; 0 for a layer that no sample reached.
-        readers: layers in groups that read the same tensor, such as the projections of query, key and value.
-        samples: rows of logits that were averaged over: images, or tokens.
+        scores: layer -> scheme -> score.
+        by: `kl`, `gradient` or `nsr`.
+        samples: that the scores are means of: images, or tokens.
+        readers: layers in groups that read the same tensor, as `gradient` finds them.
+        seconds: that it took.
     """
 
-    scores: dict[str, dict[str, float]]
-    readers: list[tuple[str, ...]] = field(default_factory=list)
+    scores: Mapping[str, Mapping[str, float]]
+    by: str
     samples: int = 0
+    readers: Sequence[tuple[str, ...]] = field(default_factory=tuple)
+    seconds: float = 0.0
+
+    def table(self) -> Table:
+        schemes = list(dict.fromkeys(scheme for own in self.scores.values() for scheme in own))
+        worst = sorted(self.scores, key=lambda site: -max(self.scores[site].values(), default=0.0))
+        rows = [(site, *(_number(self.scores[site].get(scheme)) for scheme in schemes)) for site in worst]
+        of = {"kl": "divergence in nats", "gradient": "predicted divergence in nats", "nsr": "noise over signal"}
+        below = [f"{of[self.by]}, from {self.samples:,} samples in {self.seconds:.1f} s"]
+        return render_layers(("layer", *schemes), rows, WHO, below)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 
-def weight_sensitivity(
+def sensitivity(
     model: nn.Module,
-    batches: Sequence[Inputs],
-    choices: Mapping[str, Sequence[str]],
+    batches: Iterable[Inputs],
+    choices: Sequence[str | Scheme] | Mapping[str, Sequence[str | Scheme]] = CHOICES,
     *,
+    by: str = "auto",
     seed: int = 0,
-    who: str = "weight_sensitivity",
+    who: str = WHO,
 ) -> Sensitivity:
-    """Predicts the KL divergence that rounding one weight to nearest causes, for each choice of each layer.
+    """Measures what rounding each weight to nearest costs, for each scheme. The network is left as it was.
 
     A sample is a row of logits: a token where the network returns `[B, T, classes]`, else an image. Tokens that
-    `attention_mask` leaves out do not count. The network is left as it was.
+    `attention_mask` leaves out do not count. Labels are not needed: those of `(inputs, labels)` are left out.
 
     Args:
-        model: in any mode; it is run in eval mode. It returns logits, alone or first among its outputs.
-        batches: of inputs; labels are not needed.
-        choices: layer -> schemes of its weight. Layers are linears and convolutions.
-        seed: of the labels that are drawn.
+        model: in any mode; it is run in eval mode.
+        batches: of inputs; some hundred images or some thousand tokens.
+        choices: schemes of every linear and convolution that they fit, or layer -> schemes.
+        by: `kl`, `gradient` or `nsr`; `auto` is `kl`, and `gradient` from 100 layers on.
+        seed: of the labels that `gradient` draws from the network's own outputs.
 
     Raises:
-        ValueError: if there is no batch, no token counts, the network returns no logits of two classes and more, or one
-            of its values is not finite.
+        ValueError: if there is no batch, `by` or a layer is unknown, no layer fits a scheme, or a value that the
+            network gives is not finite.
     """
-    if not batches:
-        raise ValueError(f"{who}: at least one batch must be given, got none")
+    if by not in (*SCORES, "auto"):
+        raise ValueError(f"{who}: by must be one of {', '.join(SCORES)} or auto, got {by!r}{did_you_mean(by, SCORES)}")
+    started = time.perf_counter()
     network = network_of(model, who)
-    found = Sensitivity({site: dict.fromkeys(map(str, schemes), 0.0) for site, schemes in choices.items()})
-    with ordinary_tensors(), without_autocast():
-        probes = {site: _Probe.of(get_module(network, site), schemes) for site, schemes in choices.items()}
-        generator = torch.Generator(next(network.parameters()).device).manual_seed(seed)
-        with evaluating(network), torch.enable_grad(), _frozen(network):
-            for number, batch in enumerate(progress(batches, "measuring sensitivity")):
-                readers = _measure(network, batch, probes, found, generator, who)
-                found.readers = found.readers if number else readers
-    if not found.samples:
-        raise ValueError(f"{who}: one token at least must count, got attention masks that leave all of them out")
-    for site, scores in found.scores.items():
-        for scheme, total in scores.items():
-            if not total < float("inf"):
-                raise ValueError(f"{who}: the gradients of {site} must be finite, got NaN or Inf")
-            scores[scheme] = total / (2 * found.samples)
-        if not any(scores.values()):
+    inputs_of = InputsOf(who, network, None)
+    data = [inputs_of(batch) for batch in checked_batches(who, batches)]
+    if not data:
+        raise ValueError(f"{who}: at least one batch must be given, got none")
+    chosen = _choices(network, choices, who)
+    by = by if by != "auto" else "kl" if len(chosen) <= MOST_RUN else "gradient"
+    samples, readers = 0, []
+    if by == "gradient":
+        found = fisher_scores(network, data, chosen, seed, who)
+        scores, samples, readers = found.scores, found.samples, found.readers
+    elif by == "kl":
+        scores, samples = divergence_scores(network, data, chosen, who)
+    else:
+        scores = noise_scores(network, data, chosen, who)
+        samples = sum(_length(batch) for batch in data)
+    for site, own in scores.items():
+        if not any(own.values()):
             logger.warning("%s: %s makes no difference to the outputs", who, site)
+    return Sensitivity(scores, by, samples, tuple(readers), time.perf_counter() - started)
+
+
+def fitting(network: nn.Module, schemes: Sequence[str | Scheme], who: str = WHO) -> dict[str, list[str]]:
+    """Returns every linear and convolution with those of the schemes whose groups divide its weight.
+
+    Raises:
+        ValueError: if no layer fits a scheme.
+    """
+    parsed = [Scheme.parse(scheme, "weight") for scheme in schemes]
+    found: dict[str, list[str]] = {}
+    for name, module in network.named_modules():
+        if base_of(module) in (None, nn.Embedding) or why_not(module):
+            continue
+        k = matrix_of(module, module.weight).shape[1]  # type: ignore[arg-type]
+        own = [str(s) for s in parsed if not isinstance(s.granularity, PerGroup) or k % s.granularity.size == 0]
+        if own:
+            found[name] = own
+    if not found:
+        texts = ", ".join(map(str, schemes))
+        raise ValueError(f"{who}: at least one linear or convolution must fit a scheme, got none for {texts}")
     return found
 
 
-class _Probe:
-    """Computes by how much the outputs of one layer change if its weight is rounded."""
-
-    def __init__(self, layer: nn.Module, grids: dict[str, Grid]) -> None:
-        self.layer: Any = layer
-        self.grids = grids
-
-    @classmethod
-    def of(cls, layer: Any, schemes: Sequence[str]) -> _Probe:
-        rows = matrix_of(layer, layer.weight.detach())
-        return cls(layer, {str(scheme): grid_of(rows, Scheme.parse(scheme, "weight")) for scheme in schemes})
-
-    def change(self, x: Tensor, scheme: str) -> Tensor:
-        """Returns the outputs for x with the rounded weight less those with the float one."""
-        rows, grid = matrix_of(self.layer, self.layer.weight.detach()), self.grids[scheme]
-        difference = (grid.values(grid.codes(rows)) - rows.float()).to(x.dtype)
-        if isinstance(self.layer, CONVS):
-            return self.layer._conv_forward(x, difference.view(self.layer.weight.shape), None)
-        return F.linear(x, difference)
-
-    def per_sample(self, product: Tensor, samples: int, tokens: int) -> Tensor:
-        """Sums a product of the layer's outputs over each sample; over each row by itself where samples are tokens."""
-        if tokens or product.shape[0] % samples:
-            return product.sum(1 if isinstance(self.layer, CONVS) else -1).flatten()
-        return product.reshape(samples, -1).sum(1)
+def _choices(network: nn.Module, choices: Any, who: str) -> dict[str, list[str]]:
+    if not isinstance(choices, Mapping):
+        return fitting(network, choices, who)
+    for site in choices:
+        get_module(network, site)
+    return {site: [str(Scheme.parse(s, "weight")) for s in schemes] for site, schemes in choices.items()}
 
 
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Runs the block without gradients of parameters."""
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+def _length(batch: Any) -> int:
+    first = next(iter(batch.values())) if isinstance(batch, Mapping) else batch
+    return len(first[0] if isinstance(first, tuple | list) else first)
 
 
-def _measure(
-    network: nn.Module,
-    batch: Inputs,
-    probes: Mapping[str, _Probe],
-    found: Sensitivity,
-    generator: torch.Generator,
-    who: str,
-) -> list[tuple[str, ...]]:
-    """Adds the scores of one batch to `found`; returns the layers that read the same tensors."""
-    seen: dict[tuple[int, int], list[str]] = {}  # tensor and its version -> layers that read it
-    inputs: dict[tuple[int, int], Tensor] = {}  # copies: what follows may change a tensor in place
-    held: list[Tensor] = []  # so that no tensor takes the identity of another
-    counted: list[int] = []  # samples, and whether they are tokens; known when the gradients come
-
-    def watch(site: str, probe: _Probe) -> Any:
-        def after(module: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor:
-            given = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-            key = id(given), given._version
-            held.append(given)
-            if site not in seen.setdefault(key, []):
-                seen[key].append(site)
-            if key not in inputs:
-                inputs[key] = given.detach().clone()
-            x = inputs[key]
-            if not y.requires_grad:
-                y = y.detach().requires_grad_().clone()  # no leaf, which may not be changed in place
-
-            def score(g: Tensor) -> None:
-                for scheme in probe.grids:
-                    with torch.no_grad():
-                        per_sample = probe.per_sample(g.float() * probe.change(x, scheme).float(), *counted)
-                    found.scores[site][scheme] += float(per_sample.double().square().sum())
-
-            y.register_hook(score)
-            return y
-
-        return after
-
-    with ExitStack() as stack:
-        for site, probe in probes.items():
-            handle = probe.layer.register_forward_hook(watch(site, probe), with_kwargs=True)
-            stack.callback(handle.remove)
-        logits = _logits(run(network, batch, who), who)
-        kept = kept_samples(logits, batch)
-        counted += [kept.numel(), int(logits.dim() == 3)]
-        _fisher_loss(logits, kept, generator).backward()
-    found.samples += int(kept.sum())
-    return [tuple(sites) for sites in seen.values()]
-
-
-def _logits(outputs: Any, who: str) -> Tensor:
-    """Returns the logits of a network's outputs, checked."""
-    logits = output_of(outputs)
-    if logits is None or not are_logits(logits):
-        got = "no tensor" if logits is None else f"outputs {list(logits.shape)}"
-        raise ValueError(f"{who}: the network must return logits [B, classes] or [B, T, classes], got {got}")
-    if not logits.requires_grad:
-        raise ValueError(f"{who}: the outputs must depend on the layers, got outputs that do not")
-    if not bool(logits.isfinite().all()):
-        raise ValueError(f"{who}: the network must return finite logits, got NaN or Inf")
-    return logits
-
-
-def _fisher_loss(logits: Tensor, kept: Tensor, generator: torch.Generator) -> Tensor:
-    """Returns the sum of `-log p(label)` over the samples that count, with labels drawn from p."""
-    flat = class_rows(logits.float())
-    labels = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator)
-    losses = -flat.log_softmax(-1).gather(1, labels).view(len(kept), -1)
-    return (losses * kept.reshape(len(kept), -1)).sum()
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2e}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from gs_algos.analysis.sensitivity import Sensitivity, weight_sensitivity
+from gs_algos.analysis.sensitivity import Sensitivity, sensitivity
 from gs_algos.core.algorithm import Inputs
 from gs_algos.core.batches import InputsOf, checked_batches
 from gs_algos.core.layer_rules import Rule
@@ -112,9 +112,9 @@ def mixed_bits(
 ) -> MixedBits:
     """Chooses a scheme for the weights of each layer so that outputs change least and all fit the budget.
 
-    What a scheme costs is `weight_sensitivity`: the KL divergence that rounding this weight to nearest would cause,
-    from a forward and a backward pass of each batch, without labels. `knapsack` makes the sum over layers least.
-    Layers that read the same tensor, such as the projections of query, key and value, get the same scheme.
+    What a scheme costs is the `gradient` score of `sensitivity`: the KL divergence that rounding this weight to nearest
+    would cause, from a forward and a backward pass of each batch, without labels. `knapsack` makes the sum over layers
+    least. Layers that read the same tensor, such as the projections of query, key and value, get the same scheme.
     The network is left as it was.
 
     Args:
@@ -127,7 +127,7 @@ def mixed_bits(
         seed: of the labels that are drawn from the network's own outputs.
 
     Raises:
-        ValueError: if the budget cannot be met, or as `weight_sites` and `weight_sensitivity`.
+        ValueError: if the budget cannot be met, or as `weight_sites` and `sensitivity`.
     """
     schemes = [str(Scheme.parse(choice, "weight")) for choice in choices]
     if len(set(schemes)) < 2:
@@ -140,7 +140,8 @@ def mixed_bits(
     data = [inputs_of(batch) for batch in checked_batches(WHO, batches)]
     free, fixed = _sites(network, embeddings, rules)
     fits = {site.names[0]: _fitting(site, schemes) for site in free}
-    found = weight_sensitivity(network, data, {name: list(sizes) for name, sizes in fits.items()}, seed=seed, who=WHO)
+    choices_of = {name: list(sizes) for name, sizes in fits.items()}
+    found = sensitivity(network, data, choices_of, by="gradient", seed=seed, who=WHO)
     together = _together(found, list(fits), fits)
     sizes = [{s: sum(fits[name][s] for name in names) for s in _common(names, fits)} for names in together]
     scores = [

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gs_algos.analysis.sensitivity import weight_sensitivity
+from gs_algos.analysis.sensitivity import sensitivity
 from gs_algos.quant.packed.grid import grid_of
 from gs_algos.quant.scheme import Scheme
 
@@ -66,7 +66,7 @@ def divergence(net: nn.Module, site: str, scheme: str, batches: list[torch.Tenso
 def test_it_is_near_the_divergence_that_is_measured(site: str):
     net, _ = conv()
     batches = [torch.randn(128, 3, 6, 6) for _ in range(8)]
-    scores = weight_sensitivity(net, batches, {site: SCHEMES}).scores[site]
+    scores = sensitivity(net, batches, {site: SCHEMES}, by="gradient").scores[site]
     assert scores[SCHEMES[0]] == pytest.approx(divergence(net, site, SCHEMES[0], batches), rel=0.35)
     assert 0 < scores[SCHEMES[1]] < 0.02 * scores[SCHEMES[0]]  # a sixteenth of the step
 
@@ -74,7 +74,7 @@ def test_it_is_near_the_divergence_that_is_measured(site: str):
 def test_tokens_are_samples_of_their_own():
     torch.manual_seed(0)
     net, batches = Tokens().eval(), [torch.randint(20, (4, 24)) for _ in range(8)]
-    found = weight_sensitivity(net, batches, {"out": SCHEMES, "head": SCHEMES})
+    found = sensitivity(net, batches, {"out": SCHEMES, "head": SCHEMES}, by="gradient")
     assert found.samples == 8 * 4 * 24
     for site in ("out", "head"):
         want = divergence(net, site, SCHEMES[0], batches)
@@ -86,18 +86,22 @@ def test_padding_does_not_count():
     net, ids = Tokens().eval(), torch.randint(20, (2, 6))
     mask = torch.ones(2, 6, dtype=torch.long)
     mask[:, 4:] = 0
-    assert weight_sensitivity(net, [{"input_ids": ids, "attention_mask": mask}], {"out": SCHEMES}).samples == 8
+    assert sensitivity(net, [{"input_ids": ids, "attention_mask": mask}], {"out": SCHEMES}, by="gradient").samples == 8
 
 
 def test_padding_alone_is_refused():
     ids = torch.randint(20, (2, 6))
     with pytest.raises(ValueError, match="one token at least must count, got attention masks"):
-        weight_sensitivity(Tokens(), [{"input_ids": ids, "attention_mask": torch.zeros_like(ids)}], {"out": SCHEMES})
+        sensitivity(
+            Tokens(), [{"input_ids": ids, "attention_mask": torch.zeros_like(ids)}], {"out": SCHEMES}, by="gradient"
+        )
 
 
 def test_readers_of_one_tensor_are_found():
-    found = weight_sensitivity(Tokens(), [torch.randint(20, (2, 6))], dict.fromkeys(("q", "k", "out", "head"), SCHEMES))
-    assert found.readers == [("q", "k"), ("out",), ("head",)]
+    found = sensitivity(
+        Tokens(), [torch.randint(20, (2, 6))], dict.fromkeys(("q", "k", "out", "head"), SCHEMES), by="gradient"
+    )
+    assert found.readers == (("q", "k"), ("out",), ("head",))
 
 
 def test_the_network_is_left_as_it_was():
@@ -105,7 +109,7 @@ def test_the_network_is_left_as_it_was():
     net.train()
     net.a.weight.requires_grad_(False)
     before = copy.deepcopy(net.state_dict())
-    weight_sensitivity(net, batches[:1], {"a": SCHEMES})
+    sensitivity(net, batches[:1], {"a": SCHEMES}, by="gradient")
     assert net.training and not net.a.weight.requires_grad and net.b.weight.requires_grad
     assert not net.a._forward_hooks and net.b.weight.grad is None
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
@@ -113,7 +117,7 @@ def test_the_network_is_left_as_it_was():
 
 def test_seeds_give_the_same_scores_again():
     net, batches = conv()
-    first, second = (weight_sensitivity(net, batches[:2], {"a": SCHEMES}, seed=3).scores for _ in range(2))
+    first, second = (sensitivity(net, batches[:2], {"a": SCHEMES}, seed=3, by="gradient").scores for _ in range(2))
     assert first == second
 
 
@@ -140,4 +144,4 @@ class Scalar(nn.Module):
 )
 def test_what_gives_no_scores_is_refused(net: nn.Module, batches: list[torch.Tensor], words: str):
     with pytest.raises(ValueError, match=words):
-        weight_sensitivity(net, batches, {"0" if isinstance(net, nn.Sequential) else "fc": SCHEMES})
+        sensitivity(net, batches, {"0" if isinstance(net, nn.Sequential) else "fc": SCHEMES}, by="gradient")
