@@ -9,6 +9,7 @@ from typing import Any
 
 from gs_algos.analysis.compare import Comparison, Histogram, LayerComparison
 from gs_algos.analysis.effect import Effect, NetworkFacts
+from gs_algos.analysis.latency import LayerTimes
 from gs_algos.analysis.quality import Quality
 from gs_algos.analysis.report.page import Report
 from gs_algos.core.timing import Timing
@@ -77,9 +78,8 @@ def effect(before: Any = None, after: Any = None, **changed: Any) -> Effect:
     return Effect(**{**pair, **given, **changed})
 
 
-def times(total: float, layers: dict[str, float], agrees: bool = True) -> SimpleNamespace:
-    rest = total - math.fsum(layers.values())
-    return SimpleNamespace(total=total, layers=layers, rest=rest, agrees=agrees, batch=1)
+def times(total: float, layers: dict[str, float], agrees: bool = True) -> LayerTimes:
+    return LayerTimes(total, layers, total - math.fsum(layers.values()), agrees, 1, 12.0)
 
 
 def advice(text: str = "Raise two layers to 8 bits.", **changed: str) -> SimpleNamespace:
@@ -146,7 +146,7 @@ def full(names: list[str] | None = None, title: str = "ResNet20") -> Any:
         history=({"algorithm": "simqat", "stage": "converted", "config": {"weight": "int4@channel", "rules": []}},),
         search={
             "step": steps,
-            "entropy": [1.1 * math.exp(-s / 600) for s in steps],
+            "gap": {site: [math.exp(-s / (400 + 40 * i)) for s in steps] for i, site in enumerate(names)},
             "temperature": [math.exp(-s / 400) for s in steps],
             "levels": levels_of,
         },

@@ -11,7 +11,11 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from gs_algos import SLB
+from gs_algos.analysis.report.gather import channels_of, search_of
 from gs_algos.analysis.report.markup import layer_name
 from gs_algos.analysis.report.page import Report
 from gs_algos.analysis.report.style import DARK, LIGHT, style
@@ -319,7 +323,27 @@ def test_contrast_is_enough_for_texts_and_marks(colours):
 def test_sums_that_do_not_agree_are_said():
     apart = parts.times(9.0, {"a": 4.0}, agrees=False), parts.times(5.0, {"a": 4.0})
     html = Report("Net", times=apart).html()
-    assert "9.00\xa0ms before are 4.00\xa0ms in layers and 5.00\xa0ms between them, which do not agree" in html
+    assert "are 4.00\xa0ms in layers and 5.00\xa0ms between them (with hooks it took 12.0\xa0ms, so" in html
+    assert html.count("trust the total") == 1
+
+
+def test_the_search_of_slb_is_read_from_the_algorithm():
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    algorithm = SLB(weight="2bit@channel", total_steps=4, trace=3)
+    algorithm.apply(net, torch.zeros(2, 8))
+    for _ in range(3):
+        algorithm.step()
+    search = search_of(algorithm)
+    assert search["step"] == [0.0, 2.0, 4.0] and search["gap"].keys() == search["confidence"].keys() != set()
+    html = Report("Net", search=search).html()
+    assert "Quantization gap" in html and "not a number" in html  # the last point is still to come
+    assert all(picture.get("role") == "img" for picture in pictures(html))
+
+
+def test_channels_are_those_that_pruning_took():
+    before = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 5))
+    after = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3), nn.Flatten(), nn.Linear(8, 5))
+    assert channels_of(before, after) == {"0": (8, 6)}
 
 
 def test_bytes_of_layers_and_the_rest_are_those_of_the_network():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gs_algos.analysis.report import depth_charts, svg
@@ -16,27 +16,21 @@ if TYPE_CHECKING:
     from gs_algos.analysis.report.page import Report
 
 LONGEST = 4000  # characters of a config or a note that are shown
+LINES = 60  # layers of a curve
+MEANINGS = {
+    "gap": "quantization gap, the distance of the mixtures from the levels that they choose",
+    "confidence": "mean of each weight's largest probability",
+}
 CURVE = 200  # points of a curve of the search
 MOST = 24  # layers whose shares of levels are drawn
 
 
 def search(report: Report, most: int) -> Html:
-    """Shows how SLB's search went: entropy and temperature by step, and the shares of the levels it chose."""
-    found = report.search
-    steps = list(found.get("step", ()))
-    curves = [(name, list(found[name])) for name in ("entropy", "temperature") if found.get(name)]
-    shares: Mapping[str, Mapping[Any, float]] = found.get("levels") or {}
-    figures = []
-    for name, values in curves:
-        every = max(1, math.ceil(len(values) / CURVE))
-        at = steps if len(steps) == len(values) else list(range(len(values)))
-        points = [(at[i], values[i]) for i in range(0, len(values), every)]
-        rows = [(significant(float(x), 6), significant(float(v))) for x, v in points]
-        caption = f"{name.capitalize()} of the search by step"
-        picture = depth_charts.curve(caption, points)
-        figures.append(
-            figure(picture, f"{caption}.", folded(f"{caption}: table", table(caption, ("step", name), rows), len(rows)))
-        )
+    """Shows how SLB's search went: curves over its steps, and the shares of the levels that it chose."""
+    steps = [float(step) for step in report.search.get("step", ())]
+    curves = [(name, values) for name, values in report.search.items() if name not in ("step", "levels") and values]
+    figures = [_curves(name, steps, values) for name, values in curves]
+    shares: Mapping[str, Mapping[Any, float]] = report.search.get("levels") or {}
     if shares:
         figures.append(_level_shares(shares))
     return section("The search for levels", figures) if figures else Html("")
@@ -81,6 +75,30 @@ def made(report: Report, most: int) -> Html:
         for i, entry in enumerate(report.history)
     ]
     return section("How this was made", tag("dl", facts) if facts else None, done)
+
+
+def _curves(name: str, steps: Sequence[float], values: Any) -> Html:
+    """Draws one value by step, of the network or of each of its layers."""
+    lines_of = list(values.items()) if isinstance(values, Mapping) else [(name, values)]
+    at = steps if steps else [float(i) for i in range(len(lines_of[0][1]))]
+    every = max(1, math.ceil(len(at) / CURVE))
+    shown = lines_of[:: math.ceil(len(lines_of) / LINES)]
+    thinned = [(site, [float(v) for v in of[::every]]) for site, of in shown]
+    what = MEANINGS.get(name, name)
+    caption = f"{what[:1].upper()}{what[1:]}, by step"
+    layers = f": each of {len(shown):,} layers, and their mean" if len(shown) > 1 else ""
+    if len(shown) < len(lines_of):
+        layers = f": {len(shown):,} of {len(lines_of):,} layers, and their mean"
+    means = depth_charts.means([of for _, of in thinned])
+    worst = [max((of[i] for _, of in thinned if i < len(of)), default=math.nan) for i in range(len(means))]
+    best = [min((of[i] for _, of in thinned if i < len(of)), default=math.nan) for i in range(len(means))]
+    columns = zip(at[::every], best, means, worst, strict=False)
+    rows = [[significant(step, 6), *map(significant, numbers)] for step, *numbers in columns]
+    if len(shown) == 1:
+        rows = [[row[0], row[2]] for row in rows]
+    header = ("step", "least", "mean", "most") if len(shown) > 1 else ("step", name)
+    whole = folded(f"{caption}: table", table(caption, header, rows), len(rows))
+    return figure(depth_charts.curves(caption, at[::every], thinned), f"{caption}{layers}.", whole)
 
 
 def _level_shares(shares: Mapping[str, Mapping[Any, float]]) -> Html:

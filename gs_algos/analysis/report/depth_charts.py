@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TypeGuard
 
 from gs_algos.analysis.report.formats import MINUS, significant
 from gs_algos.analysis.report.markup import Html, Node, layer_name, number
@@ -58,7 +59,7 @@ def lines(title: str, names: Sequence[str], series: Sequence[Line], titles: Sequ
     each layer (over some of them where there are many) shows its title.
     """
     top, room, bottom = 12, 240, 252
-    known = [v for line in series for v in line.values if v is not None and math.isfinite(v)]
+    known = [v for line in series for v in line.values if _is_number(v)]
     low, high = _rounded(min(known, default=0), max(known, default=40))
     step = (WIDTH - LEFT - RIGHT) / max(1, len(names))
 
@@ -84,17 +85,22 @@ def lines(title: str, names: Sequence[str], series: Sequence[Line], titles: Sequ
     return svg(title, WIDTH, bottom + 40, marks, _depth_axis(len(names), bottom))
 
 
-def curve(title: str, points: Sequence[tuple[float, float]]) -> Html:
-    """Draws one line through points; those that are not finite are left out."""
+def curves(title: str, at: Sequence[float], lines_of: Sequence[tuple[str, Sequence[float]]]) -> Html:
+    """Draws lines over steps, the mean of them stronger; what is not finite leaves a gap.
+
+    lines_of: name and values of each line.
+    """
     room, bottom = 150, 160
-    known = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-    first, last = (min(x for x, _ in known), max(x for x, _ in known)) if known else (0.0, 1.0)
-    high = max((y for _, y in known), default=1.0)
-    low = min(0.0, min((y for _, y in known), default=0.0))
+    known = [v for _, values in lines_of for v in values if math.isfinite(v)]
+    first, last = min(at, default=0.0), max(at, default=1.0)
+    low, high = min([0.0, *known]), max(known, default=1.0)
     across, up = (WIDTH - LEFT - RIGHT) / ((last - first) or 1.0), room / ((high - low) or 1.0)
 
-    def place(x: float, y: float) -> str:
-        return f"{number(LEFT + (x - first) * across)} {number(bottom - (y - low) * up)}"
+    def line(name: str, values: Sequence[float], style: str) -> Node:
+        pairs = [(f"{number(LEFT + (x - first) * across)} ", y) for x, y in zip(at, values, strict=False)]
+        runs = [list(run) for ok, run in groupby(pairs, lambda pair: math.isfinite(pair[1])) if ok]
+        path = "".join("M" + "L".join(x + number(bottom - (y - low) * up) for x, y in run) for run in runs)
+        return mark("path", name, d=path, class_=style) if path else None
 
     parts: list[Node] = []
     for value in ticks(low, high, 4):
@@ -102,12 +108,19 @@ def curve(title: str, points: Sequence[tuple[float, float]]) -> Html:
         parts += [rule(LEFT, y, WIDTH - RIGHT, y), label(significant(value, 2), LEFT - 8, y + 4, "n", "end")]
     for value in ticks(first, last, 10):
         parts.append(label(significant(value), LEFT + (value - first) * across, bottom + 17, "n", "middle"))
-    if known:
-        path = "M" + "L".join(place(x, y) for x, y in known)
-        parts.append(
-            mark("path", f"{significant(known[0][1])} to {significant(known[-1][1])}", d=path, class_="line a")
-        )
-    return svg(title, WIDTH, bottom + 24, parts, rule(LEFT, bottom, WIDTH - RIGHT, bottom, "axis"))
+    if len(lines_of) > 1:
+        parts += [line(layer_name(name), values, "line c") for name, values in lines_of]
+        parts.append(line("mean", means([values for _, values in lines_of]), "line a"))
+    else:
+        parts += [line(layer_name(name), values, "line a") for name, values in lines_of]
+    parts.append(label("steps", WIDTH / 2, bottom + 34, "t", "middle"))
+    return svg(title, WIDTH, bottom + 40, parts, rule(LEFT, bottom, WIDTH - RIGHT, bottom, "axis"))
+
+
+def means(lines_of: Sequence[Sequence[float]]) -> list[float]:
+    """Returns the mean of lines at each step, of those that are finite there; NaN where none is."""
+    columns = [[v for v in column if math.isfinite(v)] for column in zip(*lines_of, strict=False)]
+    return [math.fsum(column) / len(column) if column else math.nan for column in columns]
 
 
 def _rounded(low: float, high: float) -> tuple[float, float]:
@@ -140,13 +153,18 @@ def _line(
 ) -> list[Node]:
     """Draws one line with gaps where there is no number, and its marks."""
     numbered = list(enumerate(line.values))
-    runs = [list(run) for ok, run in groupby(numbered, lambda p: p[1] is not None and math.isfinite(p[1])) if ok]
+    runs = [list(run) for ok, run in groupby(numbered, lambda p: _is_number(p[1])) if ok]
     path = "".join(
         "".join(f"{'L' if k else 'M'}{number(x(i))} {number(y(v))}" for k, (i, v) in enumerate(run) if v is not None)
         for run in runs
     )
-    parts: list[Node] = [mark("path", line.name, d=path, class_=f"line {line.style}")] if path else []
-    dotted = {i for run in runs if len(run) == 1 or len(line.values) <= MARKED for i, _ in run}
+    dense = len(line.values) > MARKED
+    dotted = {i for run in runs if len(run) == 1 or not dense for i, _ in run}
+    if dense and line.style == "b":  # what each layer does by itself: points, since lines would cover the page
+        path = "".join(f"M{number(x(i) - 1.5)} {number(y(v) - 1.5)}h3v3h-3z" for i, v in numbered if _is_number(v))
+        dotted = set()
+    style = f"dot {line.style}" if dense and line.style == "b" else f"line {line.style}"
+    parts: list[Node] = [mark("path", line.name, d=path, class_=style)] if path else []
     for i, value in numbered:
         if value is None:
             continue
@@ -160,6 +178,10 @@ def _line(
             d = f"M{number(x(i) - 4)} {number(bottom - 9)}l8 8m-8 0l8 -8"
             parts.append(mark("path", f"{line.name}: not a number", d=d, class_="cross"))
     return parts
+
+
+def _is_number(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
 
 
 def _dot(line: Line, x: float, y: float) -> Html:
@@ -179,7 +201,7 @@ def _lowest(
 ) -> Node:
     """Writes the name of the layer that is the lowest of the last line that has values."""
     for line in reversed(series):
-        known = [(v, i) for i, v in enumerate(line.values) if v is not None and math.isfinite(v)]
+        known = [(v, i) for i, v in enumerate(line.values) if _is_number(v)]
         if known:
             value, i = min(known)
             anchor = "start" if x(i) < WIDTH / 2 else "end"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from gs_algos.analysis.report import svg
 from gs_algos.analysis.report.formats import (
@@ -28,6 +28,7 @@ from gs_algos.analysis.report.tables import figure, folded, paragraph, section, 
 
 if TYPE_CHECKING:
     from gs_algos.analysis.effect import Effect
+    from gs_algos.analysis.latency import LayerTimes
     from gs_algos.analysis.quality import Quality
     from gs_algos.analysis.report.page import Report
     from gs_algos.core.timing import Timing
@@ -349,13 +350,14 @@ def _bytes_agree(totals: tuple[float, float], rest: tuple[float, float], measure
     return f"{text}: the layers below, and {size(rest[0])} and {size(rest[1])} of other tensors, such as norms."
 
 
-def _times_agree(before: Any, after: Any) -> str:
+def _times_agree(before: LayerTimes, after: LayerTimes) -> str:
     text = []
     for name, times in zip(SERIES, (before, after), strict=True):
         layers = math.fsum(times.layers.values())
         sums = f"{milliseconds(layers)} in layers and {milliseconds(times.rest)} between them"
         whole = f"{milliseconds(times.total)} {name}"
-        differs = "" if times.agrees else ", which do not agree: trust the total, not the parts"
+        hooked = f"with hooks it took {milliseconds(times.hooked)}, so trust the total, not the parts"
+        differs = "" if times.agrees else f" ({hooked})"
         text.append(f"{whole} are {sums}{differs}")
     return f"Of a forward, {'; '.join(text)}."
 

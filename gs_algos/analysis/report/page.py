@@ -22,6 +22,7 @@ from gs_algos.core.table import Table
 if TYPE_CHECKING:
     from gs_algos.analysis.compare import Comparison
     from gs_algos.analysis.effect import Effect
+    from gs_algos.analysis.latency import LayerTimes
     from gs_algos.analysis.sensitivity import Sensitivity
 
 WHO = "report"
@@ -59,9 +60,9 @@ class Report:
         times: milliseconds of the layers, before and after.
         advice: what to do next.
         history: `gs_algos.history` of the network.
-        search: of SLB; "step", "entropy" and "temperature" are sequences of one length, "levels" is layer -> level ->
-            share of its weights.
-        channels: of pruning; layer -> (output channels before, after).
+        search: of SLB, see `search_of`: "step" are numbers of steps; "levels" is layer -> level -> share of its
+            weights; any other name is a curve over the steps, or layer -> curve.
+        channels: of pruning, see `channels_of`: layer -> (output channels before, after).
         notes: what else a reader must know.
         made: with what the page was made: versions, device, date, command.
     """
@@ -70,7 +71,7 @@ class Report:
     effect: Effect | None = None
     comparison: Comparison | None = None
     sensitivity: Sensitivity | None = None
-    times: Any = None
+    times: tuple[LayerTimes, LayerTimes] | None = None
     advice: tuple[Any, ...] = ()
     history: tuple[Mapping[str, Any], ...] = ()
     search: Mapping[str, Any] = field(default_factory=dict)

@@ -35,9 +35,7 @@ def sensitivity(report: Report, most: int) -> Html:
     ranked = sorted(sites, key=lambda site: -_worst(found.scores[site]))[:HOT]
     cells = {site: [_heat(found.scores[site].get(scheme), step) for scheme in schemes] for site in ranked}
     by = UNITS.get(getattr(found, "by", "gradient"), "score")
-    said = (
-        f"Each number is the {by}; mean of {found.samples:,} samples. More is worse; the colour follows the logarithm."
-    )
+    said = f"Each number is the {by}; mean of {found.samples:,} samples. "
     shown = (
         f"The {HOT} most sensitive of {len(sites):,} layers" if len(sites) > HOT else "The most sensitive layer first"
     )

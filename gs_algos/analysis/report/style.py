@@ -171,6 +171,7 @@ font-size:.875rem;line-height:1.5;overflow-x:auto;white-space:pre-wrap;user-sele
 .gs-report .act{stroke:var(--ink);stroke-width:2;fill:none}
 .gs-report .line{fill:none;stroke-width:1.75;stroke-linejoin:round}
 .gs-report .line.a{stroke:var(--after)}
+.gs-report .line.c{stroke:var(--area);stroke-width:1}
 .gs-report .line.b{stroke:var(--local);stroke-dasharray:5 3}
 .gs-report .dot.a{fill:var(--after)}
 .gs-report .dot.b{fill:var(--local)}
@@ -186,6 +187,7 @@ font-size:.875rem;line-height:1.5;overflow-x:auto;white-space:pre-wrap;user-sele
 NARROW = """
 .gs-report .page{padding:1.25rem 1rem 2rem}
 .gs-report h1{font-size:1.625rem}
+.gs-report td{white-space:normal}
 .gs-report .verdict{font-size:1.125rem}
 """
 

@@ -1,0 +1,41 @@
+"""Reads what a report shows of a search of SLB and of pruning from the algorithm and the networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from gs_algos.qat.slb.algorithm import SLB
+
+
+def search_of(algorithm: SLB) -> dict[str, Any]:
+    """Returns the `search` of a report: what SLB kept of its training at `trace` points, before `convert`.
+
+    "step" are the points; "gap" and "confidence" have the values of each layer there: the quantization gap
+    `||W_c - W_q|| / ||W_q||`, and the mean of each weight's largest probability. {} if nothing was kept.
+    """
+    traces = algorithm.traces()
+    if not traces:
+        return {}
+    points = len(next(iter(traces.values())))
+    steps = [point * algorithm.config.schedule().total_steps / max(1, points - 1) for point in range(points)]
+    columns = {"gap": 0, "confidence": 1}
+    curves = {key: {site: trace[:, i].tolist() for site, trace in traces.items()} for key, i in columns.items()}
+    return {"step": steps, **curves}
+
+
+def channels_of(before: nn.Module, after: nn.Module) -> dict[str, tuple[int, int]]:
+    """Returns the `channels` of a report: output channels of the layers that have fewer after than before."""
+    counts = dict(before.named_modules())
+    found = {}
+    for site, module in after.named_modules():
+        pair = _outputs(counts.get(site)), _outputs(module)
+        if pair[0] is not None and pair[1] is not None and pair[1] < pair[0]:
+            found[site] = pair[0], pair[1]
+    return found
+
+
+def _outputs(module: nn.Module | None) -> int | None:
+    found = getattr(module, "out_channels", None) or getattr(module, "out_features", None)
+    return found if isinstance(found, int) else None
