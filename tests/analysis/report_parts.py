@@ -12,6 +12,7 @@ from gs_algos.analysis.effect import Effect, NetworkFacts
 from gs_algos.analysis.latency import LayerTimes
 from gs_algos.analysis.quality import Quality
 from gs_algos.analysis.report.page import Report
+from gs_algos.analysis.sensitivity import Sensitivity
 from gs_algos.core.timing import Timing
 
 SCHEMES = ("int2@channel", "int4@channel", "int8@channel")
@@ -101,7 +102,7 @@ def decoder(blocks: int) -> list[str]:
     return ["model.embed_tokens", *(f"model.layers.{b}.{role}" for b in range(blocks) for role in roles)]
 
 
-def full(names: list[str] | None = None, title: str = "ResNet20") -> Any:
+def full(names: list[str] | None = None, title: str = "ResNet20") -> Report:
     """Makes a report with all of its parts."""
     names = sites() if names is None else names
     rng = random.Random(0)
@@ -140,7 +141,7 @@ def full(names: list[str] | None = None, title: str = "ResNet20") -> Any:
         title,
         effect=effect(),
         comparison=comparison(layers, notes=("conv1 stayed float: a rule says so",)),
-        sensitivity=SimpleNamespace(scores=scores, by="kl", samples=512),
+        sensitivity=Sensitivity(scores, "kl", 512, seconds=8.0),
         times=tuple(times(math.fsum(of.values()) * 1.08, of) for of in ms),
         advice=(advice(), advice("Recalibrate layer3.2.conv2.", why="3.1 % of its inputs are clipped.", verified="")),
         history=({"algorithm": "simqat", "stage": "converted", "config": {"weight": "int4@channel", "rules": []}},),

@@ -334,9 +334,9 @@ def test_the_search_of_slb_is_read_from_the_algorithm():
     for _ in range(3):
         algorithm.step()
     search = search_of(algorithm)
-    assert search["step"] == [0.0, 2.0, 4.0] and search["gap"].keys() == search["confidence"].keys() != set()
+    assert search["step"] == [0.0, 2.0] and search["gap"].keys() == search["confidence"].keys() != set()
     html = Report("Net", search=search).html()
-    assert "Quantization gap" in html and "not a number" in html  # the last point is still to come
+    assert "Quantization gap" in html and "not a number" not in html  # the last point is still to come
     assert all(picture.get("role") == "img" for picture in pictures(html))
 
 

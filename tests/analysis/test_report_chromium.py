@@ -80,6 +80,21 @@ def test_no_text_of_a_picture_is_cut_or_covered(browser, page):
     assert browser.run(OVERLAPPING) == []
 
 
+def test_a_notebook_does_not_colour_rows(browser, tmp_path):
+    rules = ".host th,.host td{text-align:right;line-height:1} .host tbody tr:nth-child(odd){background:#fff}"
+    page = tmp_path / "notebook.html"
+    shown = PAGES["small"]._repr_html_()
+    page.write_text(f'<style>{rules}</style><div class="host"><h1>mine</h1>{shown}</div>', encoding="utf-8")
+    browser.open(page)
+    browser.media("screen", "dark")
+    assert browser.run("getComputedStyle(document.querySelector('.gs-report tbody tr')).backgroundColor").endswith(
+        ", 0)"
+    )
+    assert browser.run("getComputedStyle(document.querySelector('.gs-report tbody th')).textAlign") == "left"
+    assert browser.run("getComputedStyle(document.querySelector('.host > h1')).color") == "rgb(0, 0, 0)"
+    browser.media()
+
+
 def test_paper_is_light_and_short_tables_are_open(browser, page):
     browser.open(page)
     browser.media("print", "dark")

@@ -72,7 +72,7 @@ def lines(title: str, names: Sequence[str], series: Sequence[Line], titles: Sequ
     marks: list[Node] = []
     for value in ticks(low, high):
         marks.append(rule(LEFT, y(value), WIDTH - RIGHT, y(value)))
-        marks.append(label(f"{value:g}".replace("-", MINUS), LEFT - 8, y(value) + 4, "n", "end"))
+        marks.append(label(_tick(value), LEFT - 8, y(value) + 4, "n", "end"))
         marks.append(label(_error(value), WIDTH - RIGHT + 8, y(value) + 4, "n"))
     marks.append(label("dB", LEFT - 8, bottom + 17, "t", "end"))
     marks.append(label("error", WIDTH - RIGHT + 8, bottom + 17))
@@ -105,9 +105,9 @@ def curves(title: str, at: Sequence[float], lines_of: Sequence[tuple[str, Sequen
     parts: list[Node] = []
     for value in ticks(low, high, 4):
         y = bottom - (value - low) * up
-        parts += [rule(LEFT, y, WIDTH - RIGHT, y), label(significant(value, 2), LEFT - 8, y + 4, "n", "end")]
+        parts += [rule(LEFT, y, WIDTH - RIGHT, y), label(_tick(value), LEFT - 8, y + 4, "n", "end")]
     for value in ticks(first, last, 10):
-        parts.append(label(significant(value), LEFT + (value - first) * across, bottom + 17, "n", "middle"))
+        parts.append(label(_tick(value), LEFT + (value - first) * across, bottom + 17, "n", "middle"))
     if len(lines_of) > 1:
         parts += [line(layer_name(name), values, "line c") for name, values in lines_of]
         parts.append(line("mean", means([values for _, values in lines_of]), "line a"))
@@ -121,6 +121,10 @@ def means(lines_of: Sequence[Sequence[float]]) -> list[float]:
     """Returns the mean of lines at each step, of those that are finite there; NaN where none is."""
     columns = [[v for v in column if math.isfinite(v)] for column in zip(*lines_of, strict=False)]
     return [math.fsum(column) / len(column) if column else math.nan for column in columns]
+
+
+def _tick(value: float) -> str:
+    return f"{value:,g}".replace("-", MINUS) if value == 0 or 1e-4 <= abs(value) < 1e5 else significant(value)
 
 
 def _rounded(low: float, high: float) -> tuple[float, float]:

@@ -13,16 +13,21 @@ def search_of(algorithm: SLB) -> dict[str, Any]:
     """Returns the `search` of a report: what SLB kept of its training at `trace` points, before `convert`.
 
     "step" are the points; "gap" and "confidence" have the values of each layer there: the quantization gap
-    `||W_c - W_q|| / ||W_q||`, and the mean of each weight's largest probability. {} if nothing was kept.
+    `||W_c - W_q|| / ||W_q||`, and the mean of each weight's largest probability. Points that no step reached are left
+    out. {} if nothing was kept.
     """
     traces = algorithm.traces()
     if not traces:
         return {}
     points = len(next(iter(traces.values())))
     steps = [point * algorithm.config.schedule().total_steps / max(1, points - 1) for point in range(points)]
+    reached = [i for i in range(points) if all(bool(trace[i, 0].isfinite()) for trace in traces.values())]
     columns = {"gap": 0, "confidence": 1}
-    curves = {key: {site: trace[:, i].tolist() for site, trace in traces.items()} for key, i in columns.items()}
-    return {"step": steps, **curves}
+    curves = {
+        key: {site: trace[reached, column].tolist() for site, trace in traces.items()}
+        for key, column in columns.items()
+    }
+    return {"step": [steps[i] for i in reached], **curves}
 
 
 def channels_of(before: nn.Module, after: nn.Module) -> dict[str, tuple[int, int]]:

@@ -318,7 +318,7 @@ def _places(sites: Sequence[str], pairs: Sequence[tuple[float, float]]) -> list[
 
 def _places_figure(title: str, rows: Sequence[Row], write: Write) -> Html:
     made = [svg.Bar(name, (a, b), (write(a), write(b))) for name, a, b in rows[:ROWS]]
-    caption = "The largest layers: before in grey above, after in blue below."
+    caption = "The layers that take the most: before in grey above, after in blue below."
     if any("*" in row[0] for row in rows):
         caption += " * stands for the numbers of blocks."
     for name, a, b in rows[ROWS:]:

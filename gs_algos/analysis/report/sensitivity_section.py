@@ -34,8 +34,8 @@ def sensitivity(report: Report, most: int) -> Html:
     step = _heat_steps([score for scores in found.scores.values() for score in scores.values()])
     ranked = sorted(sites, key=lambda site: -_worst(found.scores[site]))[:HOT]
     cells = {site: [_heat(found.scores[site].get(scheme), step) for scheme in schemes] for site in ranked}
-    by = UNITS.get(getattr(found, "by", "gradient"), "score")
-    said = f"Each number is the {by}; mean of {found.samples:,} samples. "
+    by = UNITS[found.by]
+    said = f"Each number is the {by}; mean of {found.samples:,} samples, in {significant(found.seconds)} s. "
     shown = (
         f"The {HOT} most sensitive of {len(sites):,} layers" if len(sites) > HOT else "The most sensitive layer first"
     )

@@ -110,6 +110,7 @@ RULES = """
 .gs-report .over{color:var(--muted);font-size:.8125rem;margin:0 0 .25rem}
 .gs-report h1{font-size:2.125rem;line-height:1.2;font-weight:680;letter-spacing:-.015em;margin:0 0 .75rem}
 .gs-report .verdict{font-size:1.25rem;line-height:1.5;max-width:50rem;margin:0}
+.gs-report h1,.gs-report h2{color:inherit}
 .gs-report section{margin-top:3rem;padding-top:1.25rem;border-top:1px solid var(--line)}
 .gs-report h2{font-size:1.375rem;line-height:1.3;font-weight:650;letter-spacing:-.01em;margin:0 0 .5rem}
 .gs-report figure{margin:1.25rem 0 1.75rem}
@@ -129,11 +130,12 @@ margin:1.25rem 0}
 .gs-report .smalls figcaption{color:var(--ink);margin:0}
 .gs-report .smalls p{color:var(--muted);font-size:.8125rem;margin:0}
 .gs-report .smalls code{background:none;padding:0;font-size:.75rem}
-.gs-report table{border-collapse:collapse;width:100%;margin:0;font-size:.875rem;line-height:1.4;
+.gs-report table{border-collapse:collapse;table-layout:auto;width:100%;margin:0;font-size:.875rem;line-height:1.4;
 font-variant-numeric:tabular-nums;border:0}
 .gs-report caption{text-align:left;color:var(--muted);font-size:.8125rem;padding:.25rem 0 .5rem;caption-side:top}
 .gs-report th,.gs-report td{padding:.375rem .75rem .375rem 0;border:0;border-bottom:1px solid var(--line);
 background:none;color:inherit;vertical-align:baseline;text-align:right;font-weight:400;white-space:nowrap}
+.gs-report tbody tr:nth-child(n){background:none}
 .gs-report tr>*:last-child{padding-right:.25rem}
 .gs-report thead th{color:var(--muted);font-weight:600;border-bottom:1px solid var(--muted)}
 .gs-report th[scope=row],.gs-report thead th:not(.n),.gs-report td.w{text-align:left}
@@ -194,6 +196,7 @@ NARROW = """
 PRINT = """
 .gs-report{font-size:10pt;print-color-adjust:exact;-webkit-print-color-adjust:exact}
 .gs-report .page{max-width:none;padding:0}
+.gs-report h1,.gs-report h2{color:inherit}
 .gs-report section{margin-top:1.5rem}
 .gs-report figure,.gs-report .tile,.gs-report tr,.gs-report li,.gs-report pre{break-inside:avoid}
 .gs-report h2,.gs-report caption,.gs-report summary,.gs-report figcaption{break-after:avoid}
