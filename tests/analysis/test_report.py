@@ -320,6 +320,17 @@ def test_contrast_is_enough_for_texts_and_marks(colours):
     assert {pair: ratio for pair, ratio in marks.items() if ratio < 3} == {}
 
 
+def test_captions_are_the_last_or_first_of_their_figures():
+    for figure in re.findall(r"<figure>.*?</figure>", full(), re.DOTALL):
+        assert figure.startswith("<figure><figcaption>") or figure.endswith("</figcaption></figure>")
+
+
+def test_many_notes_and_levels_stay_small():
+    levels = {f"l{i}": {float(q): 0.001 for q in range(1000)} for i in range(200)}
+    html = Report("Net", notes=tuple(f"{i} {'x' * 9000}" for i in range(2000)), search={"levels": levels}).html()
+    assert len(html.encode()) < LIMIT and "1,900 more notes" in html
+
+
 def test_sums_that_do_not_agree_are_said():
     apart = parts.times(9.0, {"a": 4.0}, agrees=False), parts.times(5.0, {"a": 4.0})
     html = Report("Net", times=apart).html()

@@ -22,6 +22,8 @@ MEANINGS = {
     "confidence": "mean of each weight's largest probability",
 }
 CURVE = 200  # points of a curve of the search
+NOTES = 100
+LEVELS = 32  # of a layer
 MOST = 24  # layers whose shares of levels are drawn
 
 
@@ -58,7 +60,10 @@ def notes(report: Report, most: int) -> Html:
     found = [*(() if report.comparison is None else report.comparison.notes), *report.notes]
     if not found:
         return Html("")
-    return section("Notes", tag("ul", [tag("li", _cut(note)) for note in dict.fromkeys(found)]))
+    shown = list(dict.fromkeys(found))
+    if len(shown) > NOTES:
+        shown = [*shown[:NOTES], f"{len(shown) - NOTES:,} more notes"]
+    return section("Notes", tag("ul", [tag("li", _cut(note)) for note in shown]))
 
 
 def made(report: Report, most: int) -> Html:
@@ -104,7 +109,7 @@ def _curves(name: str, steps: Sequence[float], values: Any) -> Html:
 def _level_shares(shares: Mapping[str, Mapping[Any, float]]) -> Html:
     """Draws which share of each layer's weights took which level."""
     sites = list(shares)[:MOST]
-    levels = list(dict.fromkeys(level for site in sites for level in shares[site]))
+    levels = list(dict.fromkeys(level for site in sites for level in shares[site]))[:LEVELS]
 
     def cell(i: int, j: int) -> svg.Cell | None:
         share = shares[sites[i]].get(levels[j])

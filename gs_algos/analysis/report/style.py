@@ -113,7 +113,8 @@ RULES = """
 .gs-report h1,.gs-report h2{color:inherit}
 .gs-report section{margin-top:3rem;padding-top:1.25rem;border-top:1px solid var(--line)}
 .gs-report h2{font-size:1.375rem;line-height:1.3;font-weight:650;letter-spacing:-.01em;margin:0 0 .5rem}
-.gs-report figure{margin:1.25rem 0 1.75rem}
+.gs-report .shown{margin:1.25rem 0 1.75rem}
+.gs-report figure{margin:0}
 .gs-report figcaption{color:var(--muted);font-size:.875rem;margin:.25rem 0 .5rem;max-width:46rem}
 .gs-report .note{color:var(--muted);font-size:.875rem;margin-top:.75rem}
 .gs-report .scroll{overflow-x:auto}
@@ -126,13 +127,13 @@ RULES = """
 .gs-report .big{font-size:1.5rem;line-height:1.25;font-weight:650;letter-spacing:-.01em;margin:0 0 .5rem}
 .gs-report .smalls{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1.25rem 1.5rem;
 margin:1.25rem 0}
-.gs-report .smalls figure{margin:0}
 .gs-report .smalls figcaption{color:var(--ink);margin:0}
 .gs-report .smalls p{color:var(--muted);font-size:.8125rem;margin:0}
 .gs-report .smalls code{background:none;padding:0;font-size:.75rem}
 .gs-report table{border-collapse:collapse;table-layout:auto;width:100%;margin:0;font-size:.875rem;line-height:1.4;
 font-variant-numeric:tabular-nums;border:0}
 .gs-report caption{text-align:left;color:var(--muted);font-size:.8125rem;padding:.25rem 0 .5rem;caption-side:top}
+.gs-report details caption{position:absolute;width:1px;height:1px;padding:0;overflow:hidden;clip-path:inset(50%)}
 .gs-report th,.gs-report td{padding:.375rem .75rem .375rem 0;border:0;border-bottom:1px solid var(--line);
 background:none;color:inherit;vertical-align:baseline;text-align:right;font-weight:400;white-space:nowrap}
 .gs-report tbody tr:nth-child(n){background:none}
@@ -200,7 +201,9 @@ PRINT = """
 .gs-report section{margin-top:1.5rem}
 .gs-report figure,.gs-report .tile,.gs-report tr,.gs-report li,.gs-report pre{break-inside:avoid}
 .gs-report h2,.gs-report caption,.gs-report summary,.gs-report figcaption{break-after:avoid}
-.gs-report figure:has(details){break-inside:auto}
+.gs-report p{break-inside:avoid}
+.gs-report .legend,.gs-report figcaption{break-before:avoid}
+.gs-report .heat th[scope=row]{font-size:7.5pt}
 .gs-report section>p,.gs-report .legend{break-after:avoid}
 .gs-report .tiles{grid-template-columns:repeat(3,1fr)}
 .gs-report .smalls{grid-template-columns:repeat(3,1fr);gap:.75rem 1.25rem}

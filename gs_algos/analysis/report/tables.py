@@ -40,7 +40,9 @@ def paragraph(*children: Node, class_: str | None = None) -> Html:
 
 def figure(picture: Node, caption: Node, table: Node = None) -> Html:
     """Returns a picture in a frame that scrolls where it is too narrow, with a caption, and its table folded below."""
-    return tag("figure", tag("div", picture, class_="scroll"), tag("figcaption", caption), table)
+    return tag(
+        "div", tag("figure", tag("div", picture, class_="scroll"), tag("figcaption", caption)), table, class_="shown"
+    )
 
 
 def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Node]], words: Sequence[int] = ()) -> Html:
