@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from gs_kernels.fake_quant.cpu import fake_quant_cpu
-from gs_kernels.score_candidates.ref import scores_of
 
 ROWS = 1024  # whose outputs are held at a time
 
@@ -17,17 +16,16 @@ def score_candidates_cpu(
     zero: Tensor,
     w: Tensor,
     target: Tensor,
-    importance: Tensor | None,
+    importance: Tensor,
     qmin: int,
     qmax: int,
-    pearson: bool,
 ) -> Tensor:
-    scores = torch.zeros(5 if pearson else 1, len(scale), len(w))
+    scores = torch.zeros(len(scale), len(w))
     wide = w.float().t()
     for first in range(0, len(x), ROWS):
         rows = slice(first, first + ROWS)
-        part, counts = x[rows], None if importance is None else importance[rows].float()
+        part, wanted, counts = x[rows], target[rows].float(), importance[rows].float()
         for i, (s, z) in enumerate(zip(scale.split(1), zero.split(1), strict=True)):
             y = fake_quant_cpu(part, s, z, qmin, qmax, -1, 0).float() @ wide
-            scores[:, i] += scores_of(y, target[rows].float(), counts, pearson)
+            scores[i] += ((y - wanted) * counts).square().sum(0)
     return scores

@@ -15,8 +15,8 @@ from gs_kernels.triton_lib import clamp, inverse, steps
 def _score_candidates_kernel(
     score_ptr,
     x_ptr, scale_ptr, zero_ptr, w_ptr, target_ptr, importance_ptr,
-    M, N, K, C,
-    QMIN: tl.constexpr, QMAX: tl.constexpr, PEARSON: tl.constexpr,
+    M, N, K,
+    QMIN: tl.constexpr, QMAX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -28,10 +28,7 @@ def _score_candidates_kernel(
     scale, zero = tl.load(scale_ptr + candidate), tl.load(zero_ptr + candidate)
     inv = inverse(scale, zero)
 
-    total = tl.zeros((BLOCK_N,), tl.float32)  # of squared errors; with pearson, of t
-    if PEARSON:
-        of_y = tl.zeros((BLOCK_N,), tl.float32)
-        of_tt, of_yy, of_ty = of_y, of_y, of_y
+    total = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, M, BLOCK_M):
         offs_m = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_M)  # [BLOCK_M]
         mask_m = offs_m < M
@@ -49,40 +46,23 @@ def _score_candidates_kernel(
         mask = mask_m[:, None] & mask_n[None, :]
         offs = (offs_m * N)[:, None] + offs_n[None, :]
         target = tl.load(target_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        y = tl.where(mask, acc, 0.0)
-        if PEARSON:
-            total += tl.sum(target, 0)
-            of_y += tl.sum(y, 0)
-            of_tt += tl.sum(target * target, 0)
-            of_yy += tl.sum(y * y, 0)
-            of_ty += tl.sum(target * y, 0)
-        else:
-            error = y - target
-            if importance_ptr is not None:
-                error *= tl.load(importance_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            total += tl.sum(error * error, 0)
+        error = tl.where(mask, acc, 0.0) - target
+        error *= tl.load(importance_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(error * error, 0)
 
-    score_ptr += candidate * N + offs_n
-    tl.store(score_ptr, total, mask=mask_n)
-    if PEARSON:
-        step = tl.cast(C, tl.int64) * N
-        tl.store(score_ptr + step, of_y, mask=mask_n)
-        tl.store(score_ptr + 2 * step, of_tt, mask=mask_n)
-        tl.store(score_ptr + 3 * step, of_yy, mask=mask_n)
-        tl.store(score_ptr + 4 * step, of_ty, mask=mask_n)
+    tl.store(score_ptr + candidate * N + offs_n, total, mask=mask_n)
 
 
 def score_candidates_triton(
-    x: Tensor, scale: Tensor, zero: Tensor, w: Tensor, target: Tensor, importance: Tensor | None,
-    qmin: int, qmax: int, pearson: bool,
+    x: Tensor, scale: Tensor, zero: Tensor, w: Tensor, target: Tensor, importance: Tensor, qmin: int, qmax: int,
 ) -> Tensor:
     (m, k), n, candidates = x.shape, w.shape[0], scale.shape[0]
-    scores = fresh(x.new_empty(5 if pearson else 1, candidates, n, dtype=torch.float32))
-    tile = choose_tile(x.dtype, pearson)
+    scores = fresh(x.new_empty(candidates, n, dtype=torch.float32))
+    tile = choose_tile(x.dtype)
     launch(
         _score_candidates_kernel, (candidates * triton.cdiv(n, tile.block_n),),
-        scores, x, scale, zero, w, target, importance, m, n, k, candidates,
-        QMIN=int(qmin), QMAX=int(qmax), PEARSON=pearson,
+        scores, x, scale, zero, w, target, importance, m, n, k,
+        QMIN=int(qmin), QMAX=int(qmax),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         num_warps=tile.warps, num_stages=tile.stages,
     )
