@@ -46,6 +46,12 @@ TUNING = 0.95  # share of the time of a block that is tuned, for the progress ba
 HELD_OUT = 10  # one batch of so many enters no statistic: it says how well the codes do on other data
 
 
+def held_out(count: int) -> range:
+    """Returns the numbers of the batches, of so many, that enter no statistic: none of a single one."""
+    held = count // HELD_OUT if count >= HELD_OUT else int(count > 1)
+    return range(count - held, count)
+
+
 class BlockLoop:
     """Rounds every weight of a prepared network. `run` does it once.
 
@@ -68,8 +74,7 @@ class BlockLoop:
         self.model, self.tasks, self.blocks, self.batches = model, tasks, blocks, batches
         self.config, self.journal, self.processes, self.who = config, journal, processes, who
         self.masks = [token_mask(batch) for batch in batches]
-        held = len(batches) // HELD_OUT if len(batches) >= HELD_OUT else int(len(batches) > 1)
-        self.held_out = set(range(len(batches) - held, len(batches)))
+        self.held_out = set(held_out(len(batches)))
         self.transforms = stage_transforms(config.transforms)
         self.floats = config.correct > 0 or config.bias or any(task.rounding in TUNED for task in tasks.values())
         self.advance: Callable[[float], None]  # of the progress bar, in blocks

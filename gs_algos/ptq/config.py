@@ -16,6 +16,7 @@ from gs_algos.quant.packed.linear import TOKEN
 from gs_algos.quant.packed.round_to_nearest import packable
 from gs_algos.quant.scheme import Scheme, as_text, check_rules
 
+OBSERVED, GRADIENT = RANGES = "observed", "gradient"
 WIDTHS = (1, 2, 3, 4, 8)  # bits of weights; 3 are stored in 4
 
 
@@ -29,6 +30,9 @@ class PTQConfig(AlgorithmConfig):
         act: None leaves activations float; `int8@token` rounds each row a linear reads to 8 bits with a scale of its
             own, as it runs. A scheme such as `int8@tensor:mse` is static, one scale for a tensor, found in calibration:
             batch norms are folded, and layers and adds become those of SimQAT, which multiply integers.
+        ranges: of static activations: `observed` by the observer of their scheme; `gradient` (arXiv:2111.12293) then
+            searches those of what linears and convolutions without groups read, by their errors times the gradient of
+            the network's outputs, and takes them if the outputs of held-out batches come closer.
         kv: None leaves the cache of a language model float; `int8@token`, `int4@token`, `int4@kivi:32` and
             `int2@kivi:32` quantize its keys and values as they are written, see `gs_algos.ptq.kv`, without data.
         transforms: `equalize` (arXiv:1906.04721) makes the ranges of channels equal in layers that follow one another.
@@ -56,6 +60,7 @@ class PTQConfig(AlgorithmConfig):
 
     weight: str | Scheme = "int4@group:128"
     act: str | Scheme | None = None
+    ranges: str = OBSERVED
     kv: str | None = None
     transforms: tuple[str, ...] = ()
     embeddings: str | Scheme | None = None
@@ -97,6 +102,12 @@ class PTQConfig(AlgorithmConfig):
             )
         if self.static and "rotate" in self.transforms:
             raise ValueError(f"PTQ: rotate needs activations that are float or {TOKEN!r}, got act={str(self.act)!r}")
+        _refuse_unless(self.ranges in RANGES, "ranges", " or ".join(RANGES), self.ranges)
+        if self.ranges == GRADIENT and not self.static:
+            raise ValueError(
+                f"PTQ: ranges are of static activations, got ranges={self.ranges!r} and act={self.act!r}; use act "
+                "such as 'int8@tensor'"
+            )
         if self.kv is not None:
             object.__setattr__(self, "kv", str(KVScheme.parse(self.kv)))
             if self.static:
@@ -187,6 +198,7 @@ class PTQOptions(TypedDict, total=False):
 
     weight: str | Scheme
     act: str | Scheme | None
+    ranges: str
     kv: str | None
     transforms: Sequence[str]
     embeddings: str | Scheme | None

@@ -40,7 +40,7 @@ from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
 from gs_algos.core.plan import Plan, PlanRow, other_weights, rows_of, totals_of
 from gs_algos.core.plan_settings import RowSettings
 from gs_algos.ptq import static
-from gs_algos.ptq.block_loop import BlockLoop
+from gs_algos.ptq.block_loop import BlockLoop, held_out
 from gs_algos.ptq.blocks import find_blocks
 from gs_algos.ptq.config import WIDTHS, PTQConfig, PTQOptions
 from gs_algos.ptq.journal import digest_of, journal_at
@@ -273,7 +273,8 @@ class PTQ(Algorithm):
                     live_entry(network)["failed"] = bool(_rounded_layers(network)[0])  # so that a saved one says it
                     raise
             if self.config.static:
-                static.set_ranges(network, data, self._example, self.process_group, who)
+                held = [data[number] for number in held_out(len(data))]
+                static.set_ranges(network, data, held, self._example, self.config, processes, who)
         live = live_entry(network)
         live["calibrated"] = True
         live["plan"] = [self._calibrated(network, row).to_dict() for row in rows]

@@ -20,8 +20,10 @@ from gs_algos.core.modules import get_module, swapped_class
 from gs_algos.core.plan import Plan, PlanRow, rows_of
 from gs_algos.fx.fold_batch_norm import fold_into
 from gs_algos.fx.modularize.functional_calls import modularize_again
-from gs_algos.ptq.config import PTQConfig
+from gs_algos.ptq.act_ranges import search_ranges
+from gs_algos.ptq.config import GRADIENT, PTQConfig
 from gs_algos.ptq.layers import Task
+from gs_algos.ptq.processes import Processes
 from gs_algos.ptq.transforms import network_transforms
 from gs_algos.quant.fake_quant.layers import FakeQuantized
 from gs_algos.quant.fake_quant.quantizers import ActivationQuantizer, WeightQuantizer, passing
@@ -202,13 +204,28 @@ def solvable_layers(model: nn.Module, rows: Sequence[PlanRow], config: PTQConfig
             quantizer.active = True
 
 
-def set_ranges(model: nn.Module, batches: Iterable[Inputs], example: Inputs | None, group: Any, who: str) -> None:
-    """Sets the range of every activation from one pass of the network, whose weights are rounded.
+def set_ranges(
+    model: nn.Module,
+    batches: Sequence[Inputs],
+    held_out: Sequence[Inputs],
+    example: Inputs | None,
+    config: PTQConfig,
+    processes: Processes,
+    who: str,
+) -> None:
+    """Sets the range of every activation from one pass of the network, whose weights are rounded, and searches them.
+
+    Args:
+        held_out: of the batches, those that no search sees; none if there is only one.
 
     Raises:
         ValueError: if a layer sees what is not finite.
     """
-    observe(who, model, activations_of(model), batches, example=example, group=group)
+    quantizers = activations_of(model)
+    observe(who, model, quantizers, batches, example=example, group=processes.group)
+    if config.ranges == GRADIENT:
+        seen = batches[: len(batches) - len(held_out)]
+        search_ranges(model, quantizers, seen, held_out or seen, processes, who)
 
 
 def restore(model: nn.Module, entry: dict[str, Any], config: PTQConfig) -> nn.Module:

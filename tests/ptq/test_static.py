@@ -15,6 +15,7 @@ from gs_algos.ptq.ptq import PTQ
 from gs_algos.qat.simqat import SimQAT
 from gs_algos.quant.fake_quant.layers import FakeQuantized
 from gs_algos.quant.integer.layers import QuantizedConv, QuantizedLinear
+from gs_kernels import score_candidates
 from tests.helpers import Untouched, relative_rms
 from tests.nets.convolutional import SmallConvNet, images
 
@@ -276,6 +277,8 @@ def test_convert_needs_a_calibration_even_to_nearest():
         ({"embeddings": "int8@channel"}, "embeddings stay float beside static activations"),
         ({"rules": [("fc", {"act": "int8@token"})]}, "got both"),
         ({"act": "int8@tensor:lsq"}, "lsq needs training"),
+        ({"ranges": "gradients"}, "ranges must be observed or gradient, got 'gradients'"),
+        ({"act": None, "ranges": "gradient"}, "ranges are of static activations, got ranges='gradient' and act=None"),
         ({"act": "int8@channel"}, "one scale per tensor"),
         ({"act": "int8@tesnor"}, "use 'int8@tensor"),
         ({"weight": "int4@channel:lsq"}, "lsq needs training"),
@@ -326,3 +329,59 @@ def test_equal_ranges_behind_norms_help_static_activations():
         with torch.no_grad():
             errors.append(relative_rms(net(data[0]), outlying_vit()(data[0])))
     assert errors[1] < 0.5 * errors[0]
+
+
+def searched(ranges: str, act: str = "int6@tensor") -> tuple[PTQ, nn.Module]:
+    algo = PTQ(weight="int8@channel", act=act, ranges=ranges)
+    net = algo.apply(outlying_vit(), batches()[0])
+    algo.calibrate(net, batches())
+    return algo, net
+
+
+def test_ranges_by_gradient_bring_the_output_of_a_vit_closer_on_images_not_seen():
+    x = smooth(64, seed=99)
+    want = output(outlying_vit(), x)
+    errors = [relative_rms(output(searched(ranges)[1], x), want) for ranges in ("observed", "gradient")]
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_layers_that_read_one_tensor_get_one_range_and_convert_gives_the_same_bits():
+    class Twins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.left, self.right = nn.Linear(12, 16), nn.Linear(16, 8), nn.Linear(16, 8)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = F.gelu(self.stem(x.flatten(1, 2)))
+            return self.head(torch.tanh(self.left(x)) * torch.tanh(self.right(x)))
+
+    torch.manual_seed(0)
+    algo = PTQ(weight="int8@channel", act="int3@tensor", ranges="gradient")
+    model = algo.apply(Twins().eval(), batches()[0])
+    algo.calibrate(model, batches())
+    x = smooth(seed=99)
+    ranges = [model.get_submodule(name).input_quantizer.range for name in ("left", "right")]
+    assert torch.equal(*ranges) and not torch.equal(ranges[0], observed_range(model.left, model, batches()))
+    want = output(model, x)
+    assert torch.equal(output(algo.convert(model), x), want)
+
+
+def observed_range(layer: nn.Module, model: nn.Module, data: list[torch.Tensor]) -> torch.Tensor:
+    seen: list[torch.Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for x in data:
+        output(model, x)
+    handle.remove()
+    return torch.stack([-torch.cat(seen).min(), torch.cat(seen).max()])
+
+
+def test_ranges_by_gradient_that_are_no_better_are_left_as_observed(monkeypatch, caplog):
+    def worst(*args, **grid):
+        return -score_candidates(*args, **grid)
+
+    monkeypatch.setattr("gs_algos.ptq.act_ranges.score_candidates", worst)
+    found, want = (searched(ranges)[1].state_dict() for ranges in ("gradient", "observed"))
+    assert "no better than those observed, which stay" in caplog.text
+    for key, value in want.items():
+        assert torch.equal(found[key], value), key
