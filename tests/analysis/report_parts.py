@@ -56,9 +56,9 @@ def timing(p50: float) -> Timing:
     return Timing(p50 * 0.98, p50, p50 * 1.06, 40)
 
 
-def facts(share: float = 1.0, ms: float = 1.0, quality: float | None = 0.912, **changed: Any) -> NetworkFacts:
-    measured = None
-    if quality is not None:
+def facts(share: float = 1.0, ms: float = 1.0, quality: Quality | float | None = 0.912, **changed: Any) -> NetworkFacts:
+    measured = quality if isinstance(quality, Quality) else None
+    if isinstance(quality, float):
         measured = Quality("accuracy", quality, quality - 0.012, quality + 0.011, 2000)
     given = {
         "nbytes": round(1_112_224 * share),

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from gs_algos import SLB
+from gs_algos.analysis.quality import Quality
 from gs_algos.analysis.report.gather import channels_of, search_of
 from gs_algos.analysis.report.markup import layer_name
 from gs_algos.analysis.report.page import Report
@@ -139,6 +140,10 @@ def test_the_verdict_has_the_numbers():
     )
 
 
+def perplexity(value: float) -> Quality:
+    return Quality("perplexity", value, 0.7 * value, 1.5 * value, 512)
+
+
 @pytest.mark.parametrize(
     ("report", "said"),
     [
@@ -146,6 +151,12 @@ def test_the_verdict_has_the_numbers():
         (Report("Net", effect=parts.effect(after=parts.facts(2.0, 1.5, 0.7))), "2.00× larger on disk"),  # noqa: RUF001
         (Report("Net", effect=parts.effect(after=parts.facts(0.5, 1.5, 0.7))), "1.50× slower at batch 1"),  # noqa: RUF001
         (Report("Net", effect=parts.effect(after=parts.facts(0.5, 1.5, 0.7))), "more than the 95 % intervals"),
+        (
+            Report(
+                "Net", effect=parts.effect(parts.facts(quality=perplexity(6.0)), parts.facts(quality=perplexity(9.99)))
+            ),
+            "; perplexity 6.00\xa0→\xa09.99 (+66.5\xa0%).",
+        ),
         (
             Report("Net", effect=parts.effect(parts.facts(quality=None), parts.facts(quality=None))),
             "the outputs differ by 8.1\xa0%, and 61 of 2,000 predictions differ",
@@ -365,6 +376,14 @@ def test_bytes_of_layers_and_the_rest_are_those_of_the_network():
         "Loaded, the network takes 1.00\xa0kB before and 250\xa0B after: the layers below, and 100\xa0B and 50\xa0B"
         in html
     )
+
+
+def test_shared_tensors_count_once_in_the_sums():
+    tied = [parts.layer("embed", nbytes=800, float_nbytes=800), parts.layer("head", nbytes=800, float_nbytes=800)]
+    effect = parts.effect(parts.facts(nbytes=1000), parts.facts(nbytes=900))
+    html = Report("Net", effect=effect, comparison=parts.comparison(tied)).html()
+    assert "Its layers add up to 1.60\xa0kB and 1.60\xa0kB: some share tensors." in html
+    assert re.search(r'<th scope="row">sum</th><td>1.00\xa0kB</td><td>900\xa0B</td>', html)
 
 
 def test_rules_can_be_copied():

@@ -125,19 +125,16 @@ def where_bytes(report: Report, most: int) -> Html:
     sums = sum(one.float_nbytes for one in layers), sum(one.nbytes for one in layers)
     totals = sums if report.effect is None else (report.effect.before.nbytes, report.effect.after.nbytes)
     rest = totals[0] - sums[0], totals[1] - sums[1]
-    other: Row = ("other tensors", max(0.0, rest[0]), max(0.0, rest[1]))
     schemes = _sums([(one.weight or "float", one.float_nbytes, one.nbytes) for one in layers], 5)
+    name = "other tensors" if min(rest) >= 0 else "other tensors, less what layers share"
+    caption = "Bytes by what the weights became. Both bars have one scale."
+    if min(rest) < 0:
+        caption += " Tensors that layers share are drawn for each of them; the sums count them once."
     placed = _places([one.site for one in layers], [(one.float_nbytes, one.nbytes) for one in layers])
     return section(
         "Where the bytes go",
-        paragraph(_bytes_agree(totals, rest, report.effect is not None)),
-        _stacked_figure(
-            "Bytes by scheme",
-            [*schemes, other],
-            size,
-            "Bytes by what the weights became. Both bars have one scale.",
-            "weights",
-        ),
+        paragraph(_bytes_text(totals, rest, report.effect is not None)),
+        _stacked_figure("Bytes by scheme", [*schemes, (name, *rest)], size, caption, "weights"),
         _places_figure("Bytes of layers", placed, size),
     )
 
@@ -183,8 +180,8 @@ def _quality_change(effect: Effect) -> str:
     a, b = effect.before.quality, effect.after.quality
     if a is not None and b is not None:
         text = f"{a.name} {_arrow(_quality_format(a)(a.value), _quality_format(b)(b.value))}"
-        if a.low == a.high or b.low == b.high:
-            return text
+        if a.name != "accuracy" or a.low == a.high or b.low == b.high:  # texts differ more than networks do
+            return f"{text} ({_difference(a, b)})"
         apart = a.low > b.high or b.low > a.high
         return f"{text}, {'more than' if apart else 'within'} the 95 % intervals"
     differ = ""
@@ -245,6 +242,11 @@ def _tiles(effect: Effect) -> list[Html]:
         values = before.quality.value, after.quality.value
         name, write = before.quality.name.capitalize(), _quality_format(before.quality)
         found.append(_tile(name, _difference(before.quality, after.quality), values, write))
+    else:
+        differing = effect.differing
+        text = "" if differing is None else f"{differing:,} of {effect.samples:,} predictions differ"
+        name, error = paragraph("Error of the outputs", class_="over"), paragraph(percent(effect.error), class_="big")
+        found.append(tag("div", name, error, paragraph(text, class_="note"), class_="tile"))
     return found
 
 
@@ -341,12 +343,13 @@ def _share(part: float, whole: float) -> str:
     return percent(part / whole) if whole and math.isfinite(whole) and math.isfinite(part) else NONE
 
 
-def _bytes_agree(totals: tuple[float, float], rest: tuple[float, float], measured: bool) -> str:
-    text = f"Loaded, the network takes {size(totals[0])} before and {size(totals[1])} after"
+def _bytes_text(totals: tuple[float, float], rest: tuple[float, float], measured: bool) -> str:
     if not measured:
         return f"The layers take {size(totals[0])} before and {size(totals[1])} after."
+    text = f"Loaded, the network takes {size(totals[0])} before and {size(totals[1])} after"
     if min(rest) < 0:
-        return f"{text}. Its layers add up to more, since some share their tensors."
+        layers = size(totals[0] - rest[0]), size(totals[1] - rest[1])
+        return f"{text}. Its layers add up to {layers[0]} and {layers[1]}: some share tensors."
     return f"{text}: the layers below, and {size(rest[0])} and {size(rest[1])} of other tensors, such as norms."
 
 

@@ -122,7 +122,7 @@ def stacked(title: str, rows: Sequence[tuple[str, str, Sequence[Segment]]]) -> H
             said = f"{name}, {segment.name}: {segment.text}"
             marks.append(mark("rect", said, x=x, y=y, width=inside, height=thick, class_=f"s{segment.style}"))
             shown = next(
-                (s for s in (f"{segment.name} {segment.text}", segment.text) if 6.4 * len(s) < inside - 12), ""
+                (s for s in (f"{segment.name} {segment.text}", segment.text) if 7.2 * len(s) < inside - 12), ""
             )
             if shown:
                 marks.append(label(shown, x + 8, y + thick / 2 + 4, f"k{segment.style}"))
