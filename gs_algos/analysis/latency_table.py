@@ -1,0 +1,444 @@
+"""Measures how long each layer of a float network takes in each of our packed forms, and predicts networks from that.
+
+A layer is timed alone, on inputs of the shape that it gets in the network; layers that are alike are timed once, and
+what was measured on this machine with these versions is read again from a file. What lies between layers is measured
+on whole networks, for each choice: normalization that a converted layer takes over, codes that are handed on.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gs_algos.core.algorithm import Inputs, evaluating, run, split_inputs
+from gs_algos.core.batches import device_of, on_device, resized, samples_of
+from gs_algos.core.files import write_atomically
+from gs_algos.core.machine import PACKAGE, machine, package_version
+from gs_algos.core.modules import get_module, parameter_owners
+from gs_algos.core.network import network_of, ordinary_tensors, without_autocast
+from gs_algos.core.progress import progress
+from gs_algos.core.table import Table
+from gs_algos.core.timing import Timing, time_in_turns
+from gs_algos.ptq.weights import install
+from gs_algos.qat.simqat import SimQAT
+from gs_algos.quant.packed.conv_base import geometry_of
+from gs_algos.quant.packed.linear import TOKEN
+from gs_algos.quant.packed.module import Packed
+from gs_algos.quant.packed.packable import CONVS, base_of, in_rows, matrix_of, packed_like, why_not
+from gs_algos.quant.packed.round_to_nearest import packable, round_to_nearest
+from gs_algos.quant.scheme import Scheme
+from gs_kernels import PackedWeight
+from gs_kernels.runtime.torch_private import tree_leaves
+
+WHO = "latency_table"
+FORMAT, VERSION = "golden-stick latency table", 1
+FLOAT = "float"
+CHOICES = ("int8@channel/int8@tensor", "int8@channel", "int4@channel")
+POLICIES = 5  # random ones that are timed
+BAR = 0.1  # the median error of predictions beyond which they are not to be trusted
+
+
+@dataclass(frozen=True)
+class PolicyTime:
+    """Holds the ms of a whole network with this policy: as the table predicts it, and measured."""
+
+    policy: Mapping[str, str]
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Holds how long the layers of a network take. `str()` shows it.
+
+    Args:
+        total: ms of the float network.
+        layers: layer -> choice -> ms of the layer alone, median; "float" is a choice of all.
+        rest: choice -> ms between layers in the network whose layers all have it; below 0 where layers are faster in a
+            network than alone, such as those that hand on codes.
+        weights: layer -> elements of its outputs, by which a mixed network has its share of each rest.
+        batch: samples of a forward.
+        missing: layer -> choice -> why the layer does not have it.
+        checks: whole networks with random policies.
+        machine: what the times depend on: device, instructions, threads, versions.
+    """
+
+    total: float
+    layers: Mapping[str, Mapping[str, float]]
+    rest: Mapping[str, float]
+    weights: Mapping[str, int]
+    batch: int
+    missing: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    checks: tuple[PolicyTime, ...] = ()
+    machine: Mapping[str, Any] = field(default_factory=dict)
+
+    def predict(self, policy: Mapping[str, str]) -> float:
+        """Predicts the ms of the network: the sum of its layers, and what lies between them.
+
+        The latter is that of the float network, and for each choice the difference that it makes in all layers, by the
+        elements of the outputs of those that have it. A layer on a grid for its inputs makes one only if the layer that
+        runs after it has the same choice.
+
+        Args:
+            policy: layer -> choice; a layer that is not in it stays float.
+
+        Raises:
+            ValueError: if a layer or its choice is not in the table.
+        """
+        for name, choice in policy.items():
+            if choice not in self.layers.get(name, ()):
+                known = f"one of {', '.join(self.layers[name])}" if name in self.layers else "a layer of the table"
+                raise ValueError(f"{WHO}: {name} must be given {known}, got {choice!r}")
+        ms = sum(times[policy.get(name, FLOAT)] for name, times in self.layers.items()) + self.rest[FLOAT]
+        for choice in self.rest:
+            whole = self._counting(dict.fromkeys(self.having(choice), choice), choice)
+            if whole and choice != FLOAT:
+                ms += (self.rest[choice] - self.rest[FLOAT]) * self._counting(policy, choice) / whole
+        return ms
+
+    def _counting(self, policy: Mapping[str, str], choice: str) -> int:
+        """Sums the weights of layers with a choice; codes save nothing where the next layer reads floats."""
+        names = list(self.layers)
+        codes = choice != FLOAT and _on_grid(choice)
+        return sum(
+            self.weights[name]
+            for name, after in zip(names, [*names[1:], None], strict=True)
+            if policy.get(name) == choice and not (codes and after is not None and policy.get(after) != choice)
+        )
+
+    def having(self, choice: str) -> list[str]:
+        """Lists the layers that have a choice."""
+        return [name for name, times in self.layers.items() if choice in times]
+
+    @property
+    def error(self) -> float | None:
+        """Returns the median relative error of predictions of whole networks; None if none was timed."""
+        errors = [abs(one.predicted / one.measured - 1) for one in self.checks]
+        return statistics.median(errors) if errors else None
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+    def table(self) -> Table:
+        """Returns a table: a row for each layer, a column for each choice, in ms."""
+        shown = list(self.rest)
+        rows = [
+            (name, *(f"{times[choice]:.3f}" if choice in times else "" for choice in shown))
+            for name, times in self.layers.items()
+        ]
+        rows.append(("(between layers)", *(f"{self.rest[choice]:.3f}" for choice in shown)))
+        whole = [self.predict(dict.fromkeys(self.having(choice), choice)) for choice in shown]
+        rows.append(("(network)", *(f"{ms:.3f}" for ms in whole)))
+        about = ", ".join(str(self.machine[key]) for key in ("device_name", "instructions") if self.machine.get(key))
+        threads = self.machine.get("threads")
+        below = [f"ms of a forward of {self.batch}, median; {about}, {threads} threads, torch {torch.__version__}"]
+        for name, whys in self.missing.items():
+            below += [f"{name} has no {choice}: {why}" for choice, why in whys.items()]
+        if self.error is not None:
+            below.append(
+                f"{len(self.checks)} networks with random choices: median error of the predicted ms "
+                f"{100 * self.error:.1f} %"
+                + ("" if self.error <= BAR else f", more than {100 * BAR:.0f} %: choose nothing by these times")
+            )
+        return Table.of(("layer", *shown), rows, below=below)
+
+
+def latency_table(
+    net: nn.Module,
+    inputs: Inputs,
+    choices: Sequence[str] = CHOICES,
+    *,
+    batch: int | None = None,
+    seconds: float = 0.2,
+    policies: int = POLICIES,
+    seed: int = 0,
+    path: Path | None = None,
+) -> LatencyTable:
+    """Times every linear and convolution of a float network in each form, alone, and whole networks. Changes nothing.
+
+    Args:
+        inputs: of one call.
+        choices: `int4@channel`, weights alone; `int8@channel/int8@tensor`, inputs on a grid of their own too, or
+            `int8@channel/int8@token`. A layer that cannot have one is left out of it, with the reason.
+        batch: samples of the forward; default: those of `inputs`.
+        seconds: for how long each layer and each network is timed, in each form.
+        policies: how many whole networks with random choices are timed, to say how well they are predicted.
+        seed: of these choices.
+        path: a JSON file. Times that it holds from a machine, versions and threads like these are not measured again;
+            new ones are added, one after the other, so that an interrupted run goes on.
+
+    Raises:
+        ValueError: if a choice is no scheme, the inputs do not run, the network has no float layer, or the file is none
+            of this kind.
+    """
+    network = network_of(net, WHO)
+    for choice in choices:
+        _parse(choice)
+    if policies < 0 or not 0 <= seconds < float("inf"):
+        raise ValueError(f"{WHO}: policies and seconds must be 0 or more, got {policies} and {seconds}")
+    if batch is not None and (type(batch) is not int or batch < 1):
+        raise ValueError(f"{WHO}: batch must be a whole number from 1 on, got {batch!r}")
+    store = _Store(path)
+    with ordinary_tensors(), without_autocast(), evaluating(network):
+        given = on_device(inputs, device_of(network))
+        given = given if batch is None else resized(given, batch)
+        sites = _sites(network, given)
+        facts = machine(device_of(network) or "cpu")
+        timer = _LayerTimer(store, facts, dict.fromkeys((FLOAT, *choices)), seconds)
+        for name in progress(list(sites), "timing layers"):
+            timer.add(name, get_module(network, name), sites[name])
+        weights = {name: sum(call.outputs for call in calls) for name, calls in sites.items()}
+        missing = {name: whys for name, whys in timer.missing.items() if whys}
+        table = LatencyTable(0.0, timer.layers, {}, weights, samples_of(given), missing, (), facts)
+        return _with_networks(table, network, given, seconds, _random_policies(timer.layers, policies, seed))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Describes the input of one call of a layer, and how many elements come out."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    outputs: int
+
+    def input(self) -> Tensor:
+        """Makes random values in the same strides."""
+        x = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        return x.copy_(torch.randn(self.shape, generator=torch.Generator().manual_seed(0)))
+
+
+def _sites(net: nn.Module, inputs: Inputs) -> dict[str, list[_Call]]:
+    """Returns the calls of each linear and convolution in a forward, in the order they run."""
+    found: dict[str, list[_Call]] = defaultdict(list)
+
+    def watch(name: str) -> Any:
+        def after(layer: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
+            x = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            found[name].append(_Call(tuple(x.shape), x.stride(), x.dtype, x.device, y.numel()))
+
+        return after
+
+    packed = next((name for name, module in net.named_modules() if isinstance(module, Packed)), None)
+    if packed is not None:
+        raise ValueError(f"{WHO}: the network must be float, got a packed layer at {packed}; use layer_times")
+    with ExitStack() as stack:
+        for name, layer in net.named_modules():
+            if base_of(layer) not in (None, nn.Embedding):
+                stack.callback(layer.register_forward_hook(watch(name), with_kwargs=True).remove)
+        run(net, inputs, WHO)
+    owners = parameter_owners(net)
+    alone = {n: calls for n, calls in found.items() if len(owners.get(id(get_module(net, n).weight), ())) < 2}
+    if not alone:
+        raise ValueError(
+            f"{WHO}: the network must run a linear or a convolution with a weight of its own, got "
+            f"{type(net).__name__} without"
+        )
+    return alone
+
+
+def _parse(choice: str) -> tuple[Scheme, str | None]:
+    """Returns the scheme of the weight, and that of the inputs or None.
+
+    Raises:
+        ValueError: if the text is no choice.
+    """
+    if not isinstance(choice, str):
+        raise TypeError(f"{WHO}: a choice must be text such as 'int8@channel/int8@tensor', got {choice!r}")
+    weight, _, act = choice.partition("/")
+    if not act or act == TOKEN:
+        return packable(weight, who=WHO), act or None
+    return Scheme.parse(weight, "weight"), str(Scheme.parse(act, "act"))
+
+
+def _on_grid(choice: str) -> bool:
+    """Says whether inputs are rounded on a fixed grid, so that the layer in front can hand on codes."""
+    return _parse(choice)[1] not in (None, TOKEN)
+
+
+def _packed_weight(layer: nn.Module, scheme: Scheme, act: str | None) -> PackedWeight:
+    if act is not None and type(layer) is not nn.Linear:
+        raise ValueError(f"{act} is for linears")
+    weight: Any = layer.weight
+    return in_rows(layer, round_to_nearest(matrix_of(layer, weight.detach()), scheme))
+
+
+def _in_form(layer: nn.Module, x: Tensor, choice: str) -> nn.Module:
+    """Returns a layer in the form of a choice.
+
+    Raises:
+        ValueError, RuntimeError: if it cannot have it.
+    """
+    if choice == FLOAT:
+        return layer
+    reason = why_not(layer)
+    if reason:
+        raise ValueError(reason)
+    scheme, act = _parse(choice)
+    if act in (None, TOKEN):
+        return packed_like(layer, _packed_weight(layer, scheme, act), act)
+    algo = SimQAT(weight=scheme, act=act)
+    alone = algo.apply(nn.Sequential(copy.deepcopy(layer)), x)
+    algo.calibrate(alone, [x])
+    return algo.convert(alone, x).eval()
+
+
+class _LayerTimer:
+    """Times layers in each form.
+
+    layers: name -> choice -> ms; missing: name -> choice -> why not.
+    """
+
+    def __init__(self, store: _Store, facts: Mapping[str, Any], choices: Mapping[str, None], seconds: float) -> None:
+        self.store, self.choices, self.seconds = store, tuple(choices), seconds
+        keys = ("device", "device_name", "instructions", "threads", "torch", "triton")
+        self.facts = {**{key: facts[key] for key in keys}, "golden_stick": package_version(PACKAGE)}
+        self.layers: dict[str, dict[str, float]] = {}
+        self.missing: dict[str, dict[str, str]] = {}
+
+    def add(self, name: str, layer: nn.Module, calls: Sequence[_Call]) -> None:
+        """Adds a layer; what is neither in the store is timed, its forms in turns."""
+        sums: dict[str, float] = dict.fromkeys(self.choices, 0.0)
+        self.missing[name] = {}
+        for call in calls:
+            keys = {choice: self._key(layer, call, choice) for choice in sums if choice not in self.missing[name]}
+            self._measure(name, layer, call, {c: key for c, key in keys.items() if self.store.ms(key) is None})
+            for choice, key in keys.items():
+                sums[choice] += self.store.ms(key) or 0.0
+        self.layers[name] = {choice: ms for choice, ms in sums.items() if choice not in self.missing[name]}
+
+    def _measure(self, name: str, layer: nn.Module, call: _Call, keys: Mapping[str, str]) -> None:
+        x = call.input()
+        forms: dict[str, nn.Module] = {}
+        for choice in keys:
+            try:
+                forms[choice] = _in_form(layer, x, choice)
+            except (ValueError, RuntimeError) as error:
+                self.missing[name][choice] = str(error).splitlines()[0]
+        timings = time_in_turns([partial(form, x) for form in forms.values()], call.device, self.seconds)
+        self.store.add({keys[choice]: timing for choice, timing in zip(forms, timings, strict=True)})
+
+    def _key(self, layer: Any, call: _Call, choice: str) -> str:
+        """Returns what the time depends on, as JSON."""
+        dense = sorted(range(len(call.shape)), key=lambda axis: -call.stride[axis])
+        geometry = geometry_of(layer) if isinstance(layer, CONVS) else {}
+        weight, act = (FLOAT, None) if choice == FLOAT else _parse(choice)
+        return json.dumps(
+            {
+                **self.facts,
+                "op": str(getattr(base_of(layer), "__name__", "")),
+                "x": call.shape,
+                "order": dense,
+                "dtype": str(call.dtype).removeprefix("torch."),
+                "weight": tuple(layer.weight.shape),
+                "bias": getattr(layer, "bias", None) is not None,
+                **geometry,
+                "scheme": str(weight),
+                "act": act,
+            },
+            sort_keys=True,
+        )
+
+
+class _Store:
+    """Keeps times by what they depend on, in a file if there is a path."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.timings: dict[str, Timing] = {} if path is None or not path.exists() else _read(path)
+
+    def ms(self, key: str) -> float | None:
+        found = self.timings.get(key)
+        return None if found is None else found.p50
+
+    def add(self, timings: Mapping[str, Timing]) -> None:
+        """Adds times, and writes the file; what others have written meanwhile stays."""
+        if not timings:
+            return
+        others = _read(self.path) if self.path is not None and self.path.exists() else {}
+        self.timings = {**others, **self.timings, **timings}
+        if self.path is not None:
+            rows = [{**json.loads(key), "ms": vars(timing)} for key, timing in self.timings.items()]
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"format": FORMAT, "version": VERSION, "rows": rows}, indent=1)
+            write_atomically(self.path, text.encode())
+
+
+def _read(path: Path) -> dict[str, Timing]:
+    must = f"{WHO}: {path} must be a {FORMAT}, version {VERSION}"
+    try:
+        data = json.loads(path.read_text())
+        if (data["format"], data["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"{must}, got {data['format']!r}, version {data['version']}; choose another file")
+        rows = [({key: value for key, value in row.items() if key != "ms"}, row["ms"]) for row in data["rows"]]
+        return {json.dumps(key, sort_keys=True): Timing(**ms) for key, ms in rows}
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{must}, got {type(error).__name__}: {error}; choose another file") from error
+
+
+def _random_policies(layers: Mapping[str, Mapping[str, float]], count: int, seed: int) -> list[dict[str, str]]:
+    generator = random.Random(seed)
+    return [{name: generator.choice(list(times)) for name, times in layers.items()} for _ in range(count)]
+
+
+def _with_networks(
+    table: LatencyTable, net: nn.Module, inputs: Inputs, seconds: float, policies: Sequence[Mapping[str, str]]
+) -> LatencyTable:
+    """Times whole networks: with each choice in all layers, which gives what lies between them, and with policies."""
+    choices = list(dict.fromkeys(choice for times in table.layers.values() for choice in times))
+    uniform = [dict.fromkeys(table.having(choice), choice) for choice in choices if choice != FLOAT]
+    floats: list[float] = []
+    ratios: list[float] = []
+    for policy in progress([*uniform, *policies], "timing networks"):
+        whole = _network(net, policy, inputs)
+        before, after = _ms_of([net, whole], inputs, seconds)
+        floats.append(before)
+        ratios.append(after / before)
+    total = statistics.median(floats) if floats else _ms_of([net], inputs, seconds)[0]
+    rest = {FLOAT: total - sum(times[FLOAT] for times in table.layers.values())}
+    for policy, choice, ratio in zip(uniform, (c for c in choices if c != FLOAT), ratios, strict=False):
+        layers = sum(times[policy.get(name, FLOAT)] for name, times in table.layers.items())
+        rest[choice] = ratio * total - layers
+    done = replace(table, total=total, rest=rest)
+    measured = [ratio * total for ratio in ratios[len(uniform) :]]
+    checks = [PolicyTime(p, done.predict(p), ms) for p, ms in zip(policies, measured, strict=True)]
+    return replace(done, checks=tuple(checks))
+
+
+def _ms_of(nets: Sequence[nn.Module], inputs: Inputs, seconds: float) -> list[float]:
+    args, kwargs = split_inputs(inputs)
+    calls = [partial(net, *args, **kwargs) for net in nets]
+    return [timing.p50 for timing in time_in_turns(calls, device_of(nets[0]) or "cpu", seconds)]
+
+
+def _network(net: nn.Module, policy: Mapping[str, str], inputs: Inputs) -> nn.Module:
+    """Returns a copy of the network with each layer in the form that a policy gives it."""
+    new = copy.deepcopy(net)
+    parsed = {name: _parse(choice) for name, choice in policy.items() if choice != FLOAT}
+    static = {name: (str(w), act) for name, (w, act) in parsed.items() if _on_grid(policy[name])}
+    if static:
+        rules = [("re:.*", None), *((name, {"weight": w, "act": act}) for name, (w, act) in static.items())]
+        algo = SimQAT(rules=rules)
+        new = algo.apply(new, inputs)
+        algo.calibrate(new, [inputs])
+        new = algo.convert(new, inputs)
+    for name, (scheme, act) in parsed.items():
+        if name not in static:
+            install(new, [name], _packed_weight(get_module(new, name), scheme, act), act)
+    return new.eval()
