@@ -13,11 +13,13 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 
+from gs_algos.analysis.latency_table import CHOICES as FORMS_OF_LAYERS
 from gs_algos.cli.compress import run_compress
 from gs_algos.cli.demo import DemoOptions, make_algorithm, pick_device, run_demo
 from gs_algos.cli.export import TARGETS, run_export, run_import
 from gs_algos.cli.info import describe_path
 from gs_algos.cli.language import CalibrationOptions, run_calibrate, run_generate, run_perplexity, run_quantize
+from gs_algos.cli.latency import TOKENS, is_language_model, language_model, run_latency
 from gs_algos.cli.serve import run_serve
 from gs_algos.cli.tune import LAYER_HELP, LAYERS, ROWS, SHORTLIST_HELP, layers_of, parse_layer, run_tune
 from gs_algos.core.arguments import memory_bytes
@@ -47,6 +49,8 @@ DTYPE_HELP = "float32, float16 or bfloat16. Default: what the model is stored in
 DEVICE_HELP = "cpu or cuda. Default: cuda if there is one."
 KV_HELP = f"Scheme of the cache: {FORMS}."
 OWN_KV_HELP = f"{KV_HELP} Default: what the model was quantized with; none for floats."
+INPUT_HELP = "Of package.module:function, e.g. 1,3,224,224; of a language model, e.g. 1,128."
+FORMS_HELP = "Forms of layers, with a comma between: a scheme of weights, or weights/inputs. none: only as they are."
 ACT_HELP = "Scheme of the activations; none leaves them float."
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -117,8 +121,33 @@ def plan(
 ) -> None:
     """Prints what an algorithm would do to every layer of a network, and why not to the others."""
     algo = make_algorithm(algorithm, weight, act)
-    net, example = _imported(model, input_shape) if is_imported(model) else _built(model, data, input_shape)
+    net, example = _imported(model, input_shape) if is_imported(model) else _built(model, data, input_shape, "plan")
     print(algo.plan(net, example))
+
+
+@app.command()
+def latency(
+    model: Annotated[str, typer.Argument(help=f"{MODEL_HELP} Or the folder or GGUF file of a language model.")],
+    data: Annotated[str, typer.Option(help=f"What the network is built for. {DATA_HELP}")] = "digits",
+    input_shape: Annotated[str, typer.Option(help=INPUT_HELP)] = "",
+    choices: Annotated[str, typer.Option(help=FORMS_HELP)] = ",".join(FORMS_OF_LAYERS),
+    batch: Annotated[int | None, typer.Option(help="Samples of a forward. Default: those of the inputs.")] = None,
+    seconds: Annotated[float, typer.Option(help="Of timing, for each layer and network in each form.")] = 0.2,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "",
+    out: Annotated[Path, typer.Option(help="JSON file of the times, which is read and added to.")] = Path(
+        "golden-stick-latency.json"
+    ),
+) -> None:
+    """Times each layer of a network, float and packed, and says how well that predicts. Goes on where it stopped."""
+    if model not in MODELS and is_language_model(model):
+        shape = _shape(model, input_shape) if input_shape else TOKENS
+        net, example = language_model(model, shape)
+    elif is_imported(model):
+        net, example = _imported(model, input_shape)
+    else:
+        net, example = _built(model, data, input_shape, "latency")
+    where = pick_device(device or ("cuda" if torch.cuda.is_available() else "cpu"), "latency")
+    print(run_latency(net, example, choices, batch, seconds, where, out))
 
 
 @app.command()
@@ -264,9 +293,9 @@ def run(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _built(model: str, data: str, input_shape: str) -> tuple[nn.Module, Tensor]:
+def _built(model: str, data: str, input_shape: str, who: str) -> tuple[nn.Module, Tensor]:
     if input_shape:
-        raise ValueError(f"plan: --input-shape goes with package.module:function, got {model}; use --data")
+        raise ValueError(f"{who}: --input-shape goes with package.module:function, got {model}; use --data")
     if model not in MODELS:
         build(model, in_channels=1, num_classes=2, image_size=32)
     images = load_data(data)
@@ -274,8 +303,7 @@ def _built(model: str, data: str, input_shape: str) -> tuple[nn.Module, Tensor]:
     return net, images.example()
 
 
-def _imported(path: str, input_shape: str) -> tuple[nn.Module, Tensor]:
-    """Returns the network that `package.module:function` makes, and random inputs of the given shape."""
+def _shape(path: str, input_shape: str) -> tuple[int, ...]:
     try:
         shape = tuple(int(n) for n in input_shape.split(","))
     except ValueError:
@@ -284,6 +312,12 @@ def _imported(path: str, input_shape: str) -> tuple[nn.Module, Tensor]:
         raise ValueError(
             f"{path} needs --input-shape with positive sizes such as 1,3,224,224, got {input_shape[:60]!r}"
         )
+    return shape
+
+
+def _imported(path: str, input_shape: str) -> tuple[nn.Module, Tensor]:
+    """Returns the network that `package.module:function` makes, and random inputs of the given shape."""
+    shape = _shape(path, input_shape)
     nbytes, most = 4 * math.prod(shape), memory_bytes()
     if nbytes > most:
         raise ValueError(
