@@ -33,6 +33,7 @@ from gs_algos.quant.packed.linear import PackedLinear
 from gs_algos.quant.scheme import Scheme
 
 if TYPE_CHECKING:
+    from gs_algos.analysis.analyze import analyze, report
     from gs_algos.export.onnx import export_onnx
     from gs_algos.export.torch_package import export_package
     from gs_algos.llm.interchange import export_language_model, import_language_model
@@ -48,6 +49,7 @@ _register_with_transformers()
 _LAZY = {
     "Pipeline": "gs_algos.pipeline.pipeline",
     "Stage": "gs_algos.pipeline.pipeline",
+    "analyze": "gs_algos.analysis.analyze",
     "export_language_model": "gs_algos.llm.interchange",
     "export_onnx": "gs_algos.export.onnx",
     "export_package": "gs_algos.export.torch_package",
@@ -55,6 +57,7 @@ _LAZY = {
     "load_language_model": "gs_algos.llm.load",
     "mixed_bits": "gs_algos.search.mixed_bits",
     "quantize_checkpoint": "gs_algos.llm.quantize_checkpoint",
+    "report": "gs_algos.analysis.analyze",
 }
 
 __all__ = [
@@ -85,6 +88,7 @@ __all__ = [
     "Stage",
     "Totals",
     "__version__",
+    "analyze",
     "export_language_model",
     "export_onnx",
     "export_package",
@@ -97,6 +101,7 @@ __all__ = [
     "quantize_checkpoint",
     "quantize_weights",
     "register_algorithm",
+    "report",
     "save",
 ]
 

@@ -6,7 +6,10 @@ from fp32 logits; for outputs that are no logits it is the squared error over th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from gs_algos.analysis.probe import Probe
 from gs_algos.core.algorithm import Inputs, run
 from gs_algos.core.network import ordinary_tensors, without_autocast
 from gs_algos.core.progress import progress
+from gs_algos.quant.integer.quantized_tensor import dequantized
 
 
 def divergence_scores(
@@ -42,18 +46,51 @@ def divergence_scores(
     return {site: {s: total / samples for s, total in own.items()} for site, own in scores.items()}, samples
 
 
-def policy_divergence(
-    probe: Probe, batches: Sequence[Inputs], weights: Mapping[str, str], acts: Mapping[str, str] | None = None
-) -> float:
-    """Returns the divergence of a network with all these weights, and inputs of layers, rounded at once."""
-    total, samples = 0.0, 0
-    with ordinary_tensors(), without_autocast(), torch.no_grad():
-        for batch in batches:
-            reference = Reference(run(probe.network, batch, probe.who), batch, probe.who)
-            with probe.set(weights, acts):
-                total += reference.divergence(run(probe.network, batch, probe.who))
-            samples += reference.samples
-    return total / max(1, samples)
+@dataclass(frozen=True)
+class Outcome:
+    """Says how far outputs are from those of the float network.
+
+    Args:
+        divergence: as the scores of `divergence_scores`.
+        error: `rms(after - before) / rms(before)` of the outputs.
+        samples: images or tokens.
+    """
+
+    divergence: float
+    error: float
+    samples: int
+
+
+class Trials:
+    """Tries policies on the same batches: many weights, and inputs of layers, rounded at once."""
+
+    def __init__(self, probe: Probe, batches: Sequence[Inputs]) -> None:
+        self.probe, self.batches = probe, list(batches)
+        with self._running():
+            outputs = (run(probe.network, batch, probe.who) for batch in self.batches)
+            self.references = [Reference(y, x, probe.who) for y, x in zip(outputs, self.batches, strict=True)]
+
+    def __call__(self, weights: Mapping[str, str], acts: Mapping[str, str] | None = None) -> Outcome:
+        """Runs the network with these schemes, layer -> scheme."""
+        with self._running(), self.probe.set(weights, acts):
+            return self.compared(self.probe.network)
+
+    @torch.no_grad()
+    def compared(self, network: nn.Module) -> Outcome:
+        """Runs another network on the batches, and compares its outputs."""
+        total = difference = square = 0.0
+        for batch, reference in zip(self.batches, self.references, strict=True):
+            outputs = run(network, batch, self.probe.who)
+            total += reference.divergence(outputs)
+            difference += reference.difference(outputs)
+            square += reference.square
+        samples = sum(reference.samples for reference in self.references)
+        return Outcome(total / max(1, samples), math.sqrt(difference / (square or 1.0)), samples)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        with ordinary_tensors(), without_autocast(), torch.no_grad():
+            yield
 
 
 class Reference:
@@ -71,20 +108,25 @@ class Reference:
         self.logits = are_logits(found)
         self.kept = kept_samples(found, batch) if self.logits else torch.ones(found.shape[:1], dtype=torch.bool)
         self.samples = int(self.kept.sum())
-        self.want = self._rows(found)
-        self.square = float(self.want.double().square().sum())
+        self.outputs = dequantized(found)
+        self.square = float(self.outputs.double().square().sum())
 
-    def _rows(self, outputs: Tensor) -> Tensor:
-        return class_rows(outputs.float()).log_softmax(-1) if self.logits else outputs.float()
+    def _found(self, outputs: Any) -> Tensor:
+        found = output_of(outputs)
+        assert found is not None
+        return dequantized(found)  # type: ignore[no-any-return]
+
+    def difference(self, outputs: Any) -> float:
+        """Returns the sum of squared differences of the outputs."""
+        return float((self._found(outputs).double() - self.outputs.double()).square().sum())
 
     def divergence(self, outputs: Any) -> float:
         """Returns the sum over samples of KL(before || after); inf if the outputs are not finite."""
-        found = output_of(outputs)
-        assert found is not None
-        got = self._rows(found)
+        found = self._found(outputs)
         if not self.logits:
-            error = float((got - self.want).double().square().sum()) / (self.square or 1.0)
+            error = self.difference(found) / (self.square or 1.0)
             return error * self.samples if error == error else float("inf")
-        rows = kl_divergence(self.want, got).view(self.kept.numel(), -1).sum(-1)
+        want, got = (class_rows(t.float()).log_softmax(-1) for t in (self.outputs, found))
+        rows = kl_divergence(want, got).view(self.kept.numel(), -1).sum(-1)
         total = float(rows[self.kept.flatten()].double().sum())
         return total if total == total else float("inf")

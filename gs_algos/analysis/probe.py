@@ -23,14 +23,15 @@ from gs_kernels.runtime.torch_private import tree_leaves, tree_map_only
 class Probe:
     """Holds a copy of a network in eval mode whose weights and inputs of layers can be rounded for a while.
 
-    network: the copy. Weights are rounded to nearest and activations on the grid of the range that `ranges` found.
+    network: the copy. Weights are rounded to nearest.
+    ranges: layer -> smallest and largest value of its inputs, on whose grid they are rounded.
     """
 
     def __init__(self, model: nn.Module, who: str) -> None:
         self.who = who
         self.network = copy.deepcopy(network_of(model, who)).eval().requires_grad_(False)
         self._grids: dict[tuple[str, str], Grid] = {}
-        self._ranges: dict[str, tuple[float, float]] = {}
+        self.ranges: dict[str, tuple[float, float]] = {}
 
     def layer(self, site: str) -> Any:
         return get_module(self.network, site)
@@ -68,7 +69,7 @@ class Probe:
                 stack.callback(handle.remove)
             for batch in batches:
                 run(self.network, batch, self.who)
-        self._ranges |= {site: (min(0.0, *ends), max(0.0, *ends)) for site, ends in found.items()}
+        self.ranges |= {site: (min(0.0, *ends), max(0.0, *ends)) for site, ends in found.items()}
 
     @contextmanager
     def set(self, weights: Mapping[str, str], acts: Mapping[str, str] | None = None) -> Iterator[None]:
@@ -89,7 +90,7 @@ class Probe:
                         weight.copy_(self.rounded(site, scheme))
                         done.add(id(weight))
                 for site, scheme in (acts or {}).items():
-                    if site in self._ranges:
+                    if site in self.ranges:
                         handle = self.layer(site).register_forward_pre_hook(
                             self._rounder(site, scheme), with_kwargs=True
                         )
@@ -101,7 +102,7 @@ class Probe:
 
     def _rounder(self, site: str, text: str) -> Any:
         scheme = Scheme.parse(text, "act")
-        low, high = (torch.tensor([end]) for end in self._ranges[site])
+        low, high = (torch.tensor([end]) for end in self.ranges[site])
         scale, zero = choose_qparams(low, high, qmin=scheme.qmin, qmax=scheme.qmax, symmetric=scheme.symmetric)
 
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -10,6 +10,8 @@ from torch import nn
 
 from gs_algos.core.did_you_mean import did_you_mean
 
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")  # a whole part of a qualified name
+
 RulePattern: TypeAlias = str | type[nn.Module]
 Rule: TypeAlias = tuple[RulePattern, Mapping[str, Any] | None]
 
@@ -112,3 +114,30 @@ def _matches(pattern: RulePattern, name: str, module: nn.Module | None) -> bool:
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
     return name == pattern or name.startswith(pattern + ".")
+
+
+def rules_for(schemes: Mapping[str, str]) -> tuple[Rule, ...]:
+    """Returns rules that give each layer its scheme.
+
+    Layers whose names differ in one number share a part of an expression.
+
+    schemes: layer -> scheme of its weight.
+    """
+    rules: list[Rule] = []
+    for scheme in dict.fromkeys(schemes.values()):
+        names = [name for name, own in schemes.items() if own == scheme]
+        alike: dict[str, list[str]] = {}
+        for name in names:
+            alike.setdefault(_NUMBER.sub("#", f".{name}")[1:], []).append(name)
+        parts = [part for template, own in alike.items() for part in _expressions(template, own)]
+        rules.append((names[0] if len(names) == 1 else f"re:{'|'.join(parts)}", {"weight": scheme}))
+    return tuple(rules)
+
+
+def _expressions(template: str, names: Sequence[str]) -> list[str]:
+    """Returns expressions that match these names and no others. template: the names with # for their numbers."""
+    if template.count("#") != 1 or len(names) == 1:
+        return [re.escape(name) for name in names]
+    before, after = template.split("#")
+    numbers = (name.removeprefix(before).removesuffix(after) for name in names)
+    return [f"{re.escape(before)}({'|'.join(numbers)}){re.escape(after)}"]

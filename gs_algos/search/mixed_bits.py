@@ -13,7 +13,7 @@ from torch import nn
 from gs_algos.analysis.sensitivity import Sensitivity, sensitivity
 from gs_algos.core.algorithm import Inputs
 from gs_algos.core.batches import InputsOf, checked_batches
-from gs_algos.core.layer_rules import Rule
+from gs_algos.core.layer_rules import Rule, rules_for
 from gs_algos.core.network import network_of
 from gs_algos.core.plan import render_layers, totals_of
 from gs_algos.ptq.config import WIDTHS
@@ -25,7 +25,6 @@ from gs_algos.search.knapsack import knapsack
 WHO = "mixed_bits"
 CHOICES = ("int2@group:64", "int4@group:64", "int8@channel")
 UNITS = {"MB": 10**6, "GB": 10**9, "KB": 10**3, "kB": 10**3, "MiB": 2**20, "GiB": 2**30, "KiB": 2**10}
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def mixed_bits(
     nbytes = sum(fits[name][scheme] for name, scheme in chosen.items())
     notes = [f"{name} can take {', '.join(own) or 'none'}" for name, own in fits.items() if len(own) < len(schemes)]
     return MixedBits(
-        _rules(chosen),
+        rules_for(chosen),
         chosen,
         {name: found.scores[name][scheme] for name, scheme in chosen.items()},
         8 * nbytes / numbers,
@@ -229,25 +228,3 @@ def _together(found: Sensitivity, names: Sequence[str], fits: Mapping[str, Mappi
 
 def _common(names: Sequence[str], fits: Mapping[str, Mapping[str, int]]) -> list[str]:
     return [scheme for scheme in fits[names[0]] if all(scheme in fits[name] for name in names)]
-
-
-def _rules(schemes: Mapping[str, str]) -> tuple[Rule, ...]:
-    """Returns a rule for each scheme; layers whose names differ in one number share a part of its expression."""
-    rules: list[Rule] = []
-    for scheme in dict.fromkeys(schemes.values()):
-        names = [name for name, own in schemes.items() if own == scheme]
-        alike: dict[str, list[str]] = {}
-        for name in names:
-            alike.setdefault(_NUMBER.sub("#", f".{name}")[1:], []).append(name)
-        parts = [part for template, own in alike.items() for part in _expressions(template, own)]
-        rules.append((names[0] if len(names) == 1 else f"re:{'|'.join(parts)}", {"weight": scheme}))
-    return tuple(rules)
-
-
-def _expressions(template: str, names: Sequence[str]) -> list[str]:
-    """Returns expressions that match these names and no others. template: the names with # for their numbers."""
-    if template.count("#") != 1 or len(names) == 1:
-        return [re.escape(name) for name in names]
-    before, after = template.split("#")
-    numbers = (name.removeprefix(before).removesuffix(after) for name in names)
-    return [f"{re.escape(before)}({'|'.join(numbers)}){re.escape(after)}"]

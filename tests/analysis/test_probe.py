@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from gs_algos import quantize_weights
 from gs_algos.analysis import partial_run
-from gs_algos.analysis.divergence import Reference, policy_divergence
+from gs_algos.analysis.divergence import Trials
 from gs_algos.analysis.partial_run import PartialRun
 from gs_algos.analysis.probe import Probe
 from gs_algos.analysis.sensitivity import sensitivity
@@ -184,11 +184,14 @@ def test_outputs_that_are_no_logits_are_compared_by_squares():
 
 def test_a_policy_is_measured_with_all_of_its_weights_rounded(net, batches):
     probe = Probe(net, "t")
-    found = policy_divergence(probe, batches, dict.fromkeys(SITES, "int4@channel"))
+    found = Trials(probe, batches)(dict.fromkeys(SITES, "int4@channel"))
     packed = quantize_weights(copy.deepcopy(net), "int4@channel", progress=False)
     with torch.no_grad():
-        total = sum(Reference(net(x), x, "t").divergence(packed(x)) for x in batches)
-    assert found == pytest.approx(total / 12, rel=1e-3)
+        p, q = (torch.cat([n(x)[0] for x in batches]) for n in (net, packed))
+    divergence = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).mean()
+    assert found.divergence == pytest.approx(float(divergence), rel=1e-2) and found.samples == 12
+    assert found.error == pytest.approx(float((q - p).square().sum().sqrt() / p.square().sum().sqrt()), rel=1e-3)
+    assert Trials(probe, batches).compared(packed).error == pytest.approx(found.error, rel=1e-3)
 
 
 @pytest.mark.parametrize(
