@@ -16,9 +16,9 @@ from torch import nn
 
 from gs_algos import SLB
 from gs_algos.analysis.quality import Quality
-from gs_algos.analysis.report.gather import channels_of, search_of
 from gs_algos.analysis.report.markup import layer_name
 from gs_algos.analysis.report.page import Report
+from gs_algos.analysis.report.search import search_of
 from gs_algos.analysis.report.style import DARK, LIGHT, style
 from tests.analysis import report_parts as parts
 
@@ -336,6 +336,18 @@ def test_captions_are_the_last_or_first_of_their_figures():
         assert figure.startswith("<figure><figcaption>") or figure.endswith("</figcaption></figure>")
 
 
+def test_notes_of_all_parts_are_there_once():
+    comparison, effect = parts.comparison([parts.layer()], notes=("one", "two")), parts.effect(notes=("three",))
+    given = Report("Net", effect, comparison, notes=("two", "four"))
+    assert Page(given.html()).of("li") == ["three", "one", "two", "four"]
+    assert [line for line in str(given).split("\n") if line.startswith("note: ")] == [
+        "note: three",
+        "note: one",
+        "note: two",
+        "note: four",
+    ]
+
+
 def test_many_notes_and_levels_stay_small():
     levels = {f"l{i}": {float(q): 0.001 for q in range(1000)} for i in range(200)}
     html = Report("Net", notes=tuple(f"{i} {'x' * 9000}" for i in range(2000)), search={"levels": levels}).html()
@@ -360,12 +372,6 @@ def test_the_search_of_slb_is_read_from_the_algorithm():
     html = Report("Net", search=search).html()
     assert "Quantization gap" in html and "not a number" not in html  # the last point is still to come
     assert all(picture.get("role") == "img" for picture in pictures(html))
-
-
-def test_channels_are_those_that_pruning_took():
-    before = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 5))
-    after = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3), nn.Flatten(), nn.Linear(8, 5))
-    assert channels_of(before, after) == {"0": (8, 6)}
 
 
 def test_bytes_of_layers_and_the_rest_are_those_of_the_network():

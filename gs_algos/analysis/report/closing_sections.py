@@ -57,13 +57,17 @@ def advice(report: Report, most: int) -> Html:
 
 def notes(report: Report, most: int) -> Html:
     """Shows what else a reader must know."""
-    found = [*(() if report.comparison is None else report.comparison.notes), *report.notes]
+    found = all_notes(report)
     if not found:
         return Html("")
-    shown = list(dict.fromkeys(found))
-    if len(shown) > NOTES:
-        shown = [*shown[:NOTES], f"{len(shown) - NOTES:,} more notes"]
+    shown = found if len(found) <= NOTES else [*found[:NOTES], f"{len(found) - NOTES:,} more notes"]
     return section("Notes", tag("ul", [tag("li", _cut(note)) for note in shown]))
+
+
+def all_notes(report: Report) -> list[str]:
+    """Returns the notes of a report and of its parts, each once."""
+    parts = (report.effect, report.comparison, report)
+    return list(dict.fromkeys(note for part in parts if part is not None for note in part.notes))
 
 
 def made(report: Report, most: int) -> Html:

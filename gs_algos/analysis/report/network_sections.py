@@ -70,13 +70,11 @@ def before_after(report: Report, most: int) -> Html:
     if report.effect is None:
         return Html("")
     rows = effect_rows(report.effect)
-    notes = [paragraph(note, class_="note") for note in report.effect.notes]
     return section(
         "Before and after",
         tag("div", _tiles(report.effect), class_="tiles"),
         table("The network before and after", ("", "before", "after", "change"), rows),
         paragraph(_compared(report.effect), class_="note"),
-        notes,
     )
 
 

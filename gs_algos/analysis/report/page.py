@@ -62,7 +62,7 @@ class Report:
         history: `gs_algos.history` of the network.
         search: of SLB, see `search_of`: "step" are numbers of steps; "levels" is layer -> level -> share of its
             weights; any other name is a curve over the steps, or layer -> curve.
-        channels: of pruning, see `channels_of`: layer -> (output channels before, after).
+        channels: of pruning; layer -> (output channels before, after).
         notes: what else a reader must know.
         made: with what the page was made: versions, device, date, command.
     """
@@ -120,7 +120,7 @@ class Report:
             lines += ["", Table.of(("layers with the largest error", "weight", "cumulative", "local"), rows)]
         for one in self.advice:
             lines += ["", f"advice: {one.text}", *(f"  {text}" for text in (one.why, one.rules, one.verified) if text)]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join([*lines, *(f"note: {note}" for note in closing_sections.all_notes(self))])
 
     def _content(self) -> Html:
         """Returns the page's content, with fewer rows in its tables where it would be too large."""

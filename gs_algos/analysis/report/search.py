@@ -1,10 +1,8 @@
-"""Reads what a report shows of a search of SLB and of pruning from the algorithm and the networks."""
+"""Reads what a report shows of a search of SLB from the algorithm."""
 
 from __future__ import annotations
 
 from typing import Any
-
-from torch import nn
 
 from gs_algos.qat.slb.algorithm import SLB
 
@@ -28,19 +26,3 @@ def search_of(algorithm: SLB) -> dict[str, Any]:
         for key, column in columns.items()
     }
     return {"step": [steps[i] for i in reached], **curves}
-
-
-def channels_of(before: nn.Module, after: nn.Module) -> dict[str, tuple[int, int]]:
-    """Returns the `channels` of a report: output channels of the layers that have fewer after than before."""
-    counts = dict(before.named_modules())
-    found = {}
-    for site, module in after.named_modules():
-        pair = _outputs(counts.get(site)), _outputs(module)
-        if pair[0] is not None and pair[1] is not None and pair[1] < pair[0]:
-            found[site] = pair[0], pair[1]
-    return found
-
-
-def _outputs(module: nn.Module | None) -> int | None:
-    found = getattr(module, "out_channels", None) or getattr(module, "out_features", None)
-    return found if isinstance(found, int) else None
