@@ -8,6 +8,7 @@ batch give g for all layers, and each choice for a layer costs one product more.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,11 +20,11 @@ from torch.nn import functional as F
 
 from gs_algos.analysis.outputs import are_logits, class_rows, kept_samples, output_of
 from gs_algos.core.algorithm import Inputs, evaluating, run
-from gs_algos.core.modules import get_module
+from gs_algos.core.modules import get_module, own_forward
 from gs_algos.core.network import ordinary_tensors, without_autocast
 from gs_algos.core.progress import progress
 from gs_algos.quant.packed.grid import Grid, grid_of
-from gs_algos.quant.packed.packable import CONVS, matrix_of
+from gs_algos.quant.packed.packable import CONVS, base_of, matrix_of
 from gs_algos.quant.scheme import Scheme
 from gs_kernels.runtime.torch_private import tree_leaves
 
@@ -87,10 +88,15 @@ class RoundedLayer:
 
     def change(self, x: Tensor, scheme: str) -> Tensor:
         """Returns the outputs for x with the rounded weight less those with the float one."""
-        rows, grid = matrix_of(self.layer, self.layer.weight.detach()), self.grids[scheme]
-        difference = (grid.values(grid.codes(rows)) - rows.float()).to(x.dtype)
+        weight = self.layer.weight.detach()
+        rows, grid = matrix_of(self.layer, weight), self.grids[scheme]
+        values = grid.values(grid.codes(rows))
+        if own_forward(self.layer, base_of(self.layer) or nn.Linear):
+            rounded = values.view(weight.shape).to(weight.dtype)
+            return _with_weight(self.layer, rounded).forward(x) - _with_weight(self.layer, weight).forward(x)
+        difference = (values - rows.float()).to(x.dtype)
         if isinstance(self.layer, CONVS):
-            return self.layer._conv_forward(x, difference.view(self.layer.weight.shape), None)
+            return self.layer._conv_forward(x, difference.view(weight.shape), None)
         return F.linear(x, difference)
 
     def per_sample(self, product: Tensor, samples: int, tokens: int) -> Tensor:
@@ -98,6 +104,13 @@ class RoundedLayer:
         if tokens or product.shape[0] % samples:
             return product.sum(1 if isinstance(self.layer, CONVS) else -1).flatten()
         return product.reshape(samples, -1).sum(1)
+
+
+def _with_weight(layer: Any, weight: Tensor) -> Any:
+    """Returns a layer that shares all with this one but its weight; calling its `forward` calls no hooks."""
+    twin = copy.copy(layer)
+    twin.__dict__["_parameters"] = {**layer._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+    return twin
 
 
 @contextmanager

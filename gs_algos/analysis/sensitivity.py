@@ -29,7 +29,7 @@ from gs_algos.core.modules import get_module
 from gs_algos.core.network import network_of
 from gs_algos.core.plan import render_layers
 from gs_algos.core.table import Table
-from gs_algos.quant.packed.packable import base_of, matrix_of, why_not
+from gs_algos.quant.packed.packable import base_of, matrix_of
 from gs_algos.quant.scheme import PerGroup, Scheme
 
 logger = logging.getLogger(__name__)
@@ -132,9 +132,10 @@ def fitting(network: nn.Module, schemes: Sequence[str | Scheme], who: str = WHO)
     parsed = [Scheme.parse(scheme, "weight") for scheme in schemes]
     found: dict[str, list[str]] = {}
     for name, module in network.named_modules():
-        if base_of(module) in (None, nn.Embedding) or why_not(module):
+        weight = module._parameters.get("weight")
+        if base_of(module) in (None, nn.Embedding) or weight is None:
             continue
-        k = matrix_of(module, module.weight).shape[1]  # type: ignore[arg-type]
+        k = matrix_of(module, weight).shape[1]
         own = [str(s) for s in parsed if not isinstance(s.granularity, PerGroup) or k % s.granularity.size == 0]
         if own:
             found[name] = own

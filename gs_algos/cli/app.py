@@ -13,7 +13,9 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 
+from gs_algos.analysis.analyze import TOLERANCE
 from gs_algos.analysis.latency_table import CHOICES as FORMS_OF_LAYERS
+from gs_algos.cli.analyze import Source, check_page, run_analyze, run_report
 from gs_algos.cli.compress import run_compress
 from gs_algos.cli.demo import DemoOptions, make_algorithm, pick_device, run_demo
 from gs_algos.cli.export import TARGETS, run_export, run_import
@@ -51,6 +53,9 @@ KV_HELP = f"Scheme of the cache: {FORMS}."
 OWN_KV_HELP = f"{KV_HELP} Default: what the model was quantized with; none for floats."
 INPUT_HELP = "Of package.module:function, e.g. 1,3,224,224; of a language model, e.g. 1,128."
 FORMS_HELP = "Forms of layers, with a comma between: a scheme of weights, or weights/inputs. none: only as they are."
+ANALYZED_HELP = f"{MODEL_HELP} Or a language model: a Transformers folder, a GGUF file."
+PAGE_HELP = "Where to write the page, e.g. page.html."
+REPORT_HELP = "Also write a page that shows what was done, e.g. page.html."
 ACT_HELP = "Scheme of the activations; none leaves them float."
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -78,6 +83,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of initialization, shuffling and augmentation.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted demo in --out.")] = False,
+    report: Annotated[Path | None, typer.Option(help=REPORT_HELP)] = None,
 ) -> None:
     """Trains a float network, compresses it, converts, saves, reloads, and prints what that did."""
     options = DemoOptions(
@@ -93,7 +99,7 @@ def demo(
         seed=seed,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
-    run_demo(options, out, resume, Console())
+    run_demo(options, out, resume, Console(), report)
 
 
 @app.command()
@@ -104,10 +110,11 @@ def compress(
     ),
     device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run in --out.")] = False,
+    report: Annotated[Path | None, typer.Option(help=REPORT_HELP)] = None,
 ) -> None:
     """Runs a recipe: trains a float network, then compresses it stage by stage, measuring each."""
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    run_compress(recipe, out, resume, pick_device(name, "compress"), Console())
+    run_compress(recipe, out, resume, pick_device(name, "compress"), Console(), report)
 
 
 @app.command()
@@ -151,6 +158,40 @@ def latency(
 
 
 @app.command()
+def analyze(
+    model: Annotated[str, typer.Argument(help=ANALYZED_HELP)],
+    weights: Annotated[Path | None, typer.Option(help="The trained network: a safetensors file.")] = None,
+    data: Annotated[str, typer.Option(help=f"Of a vision network. {DATA_HELP}")] = "digits",
+    text: Annotated[Path | None, typer.Option(help="Of a language model, UTF-8. Default: a built-in one.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of a window of the text. Default: 512.")] = None,
+    choices: Annotated[
+        str, typer.Option(help="Schemes of weights, the one that layers are raised to last.")
+    ] = "int2@channel,int4@channel,int8@channel",
+    by: Annotated[str, typer.Option(help="kl, gradient or nsr. Default: kl, gradient from 100 layers on.")] = "auto",
+    tolerance: Annotated[float, typer.Option(help="KL divergence in nats that is small enough.")] = TOLERANCE,
+    out: Annotated[Path | None, typer.Option(help=PAGE_HELP)] = None,
+) -> None:
+    """Measures which layers of a float network mind few bits, and which rules mend that."""
+    names = [name.strip() for name in choices.split(",") if name.strip()]
+    print(run_analyze(model, weights, Source(data, text, context), names, by, tolerance, out))
+
+
+@app.command()
+def report(
+    before: Annotated[Path, typer.Argument(help="The float network: a safetensors file, or a language model.")],
+    after: Annotated[Path, typer.Argument(help="What was made of it: a folder of gs_algos.save, demo or quantize.")],
+    model: Annotated[str, typer.Option(help=f"What both are built by. {MODEL_HELP}")] = "",
+    data: Annotated[str, typer.Option(help=f"Of a vision network. {DATA_HELP}")] = "digits",
+    text: Annotated[Path | None, typer.Option(help="Of a language model, UTF-8. Default: a built-in one.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of a window of the text. Default: 512.")] = None,
+    tolerance: Annotated[float, typer.Option(help="KL divergence in nats that needs no advice.")] = TOLERANCE,
+    out: Annotated[Path | None, typer.Option(help=PAGE_HELP)] = None,
+) -> None:
+    """Shows what compression did to a network: size, time, accuracy, errors layer by layer, and what to do next."""
+    print(run_report(before, after, model, Source(data, text, context), tolerance, out))
+
+
+@app.command()
 def info(path: Annotated[Path, typer.Argument(help=INFO_HELP)]) -> None:
     """Describes a saved network or model from its files alone: algorithms, layers, bits, bytes."""
     print(describe_path(path))
@@ -181,6 +222,7 @@ def quantize(
     ] = None,
     offload: Annotated[bool | None, typer.Option(help=OFFLOAD_HELP)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped calibration was.")] = False,
+    report: Annotated[Path | None, typer.Option(help=REPORT_HELP)] = None,
 ) -> None:
     """Packs the weights of a language model: to nearest, one tensor in memory at a time; or calibrated on a text."""
     options = CalibrationOptions(
@@ -188,7 +230,11 @@ def quantize(
     )
     common = (source, target, weights, embeddings, rule or [], kv, dtype, device)
     options.refuse_unless_given()
+    check_page(report, "quantize")
     print(run_calibrate(*common, options) if options.given else run_quantize(*common))
+    if report is not None:
+        run_report(source, target, "", Source(text=calibration), TOLERANCE, report)
+        print(f"report: {report}")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import gs_algos
+from gs_algos.cli.analyze import check_page, write_report
 from gs_algos.cli.demo import bar, check_fit
 from gs_algos.core.algorithm import Algorithm
 from gs_algos.core.files import write_atomically
@@ -44,13 +46,18 @@ class Row:
     ms: dict[int, float]
 
 
-def run_compress(path: Path, out: Path, resume: bool, device: torch.device, console: Console) -> list[Row]:
+def run_compress(
+    path: Path, out: Path, resume: bool, device: torch.device, console: Console, page: Path | None = None
+) -> list[Row]:
     """Runs the recipe in a file, printing to `console`; `out` gets a checkpoint folder for each stage.
+
+    page: where to write what was done as a page.
 
     Raises:
         ValueError: if the recipe is wrong, data is missing, or `out` is not of this recipe.
         Interrupted: after Ctrl-C; `resume` then continues in the same `out`.
     """
+    check_page(page, "compress")
     recipe = read_recipe(path)
     check_name(recipe.model)
     data = load_data(recipe.data, recipe.image_size).to(device)
@@ -65,6 +72,7 @@ def run_compress(path: Path, out: Path, resume: bool, device: torch.device, cons
     given = None if recipe.weights is None else _given(recipe, fresh())  # before an earlier run in `out` gives way
     _claim(out, recipe, resume)
     net = _float(recipe, fresh(), data, out, resume) if given is None else given
+    before = copy.deepcopy(net) if page is not None else net  # the stages change the network itself
     rows = [measure("float", net, data, sum(t.numel() * t.element_size() for t in net.state_dict().values()))]
     steps = [batches_per_epoch(data, tune.batch_size) for tune in tunes]
     pairs = zip(recipe.stage, steps, strict=True)
@@ -89,6 +97,8 @@ def run_compress(path: Path, out: Path, resume: bool, device: torch.device, cons
     console.print(
         f"saved, and {'equal' if exact else 'NOT equal'} when loaded: golden-stick info {last}", soft_wrap=True
     )
+    if page is not None:
+        console.print(write_report(before, net, data, page, f"{recipe.model}, {path.name}"), soft_wrap=True)
     return rows
 
 

@@ -14,10 +14,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 import gs_algos
+from gs_algos.cli.analyze import check_page, write_report
 from gs_algos.core.algorithm import Algorithm, evaluating, run
 from gs_algos.core.arguments import as_seed
 from gs_algos.core.files import write_atomically
@@ -75,14 +77,17 @@ def make_algorithm(name: str, weight: str, act: str, **more: Any) -> Algorithm:
     return algorithm_class(name)(**options, **more)  # type: ignore[call-arg]
 
 
-def run_demo(options: DemoOptions, out: Path, resume: bool, console: Console) -> list[Stage]:
+def run_demo(options: DemoOptions, out: Path, resume: bool, console: Console, page: Path | None = None) -> list[Stage]:
     """Runs every stage, printing to `console`, and leaves float.safetensors and the checkpoint folder `model` in `out`.
+
+    page: where to write what was done as a page.
 
     Raises:
         ValueError: on unknown names, missing data, or an `out` that is not this demo's.
         Interrupted: after Ctrl-C; `resume` then continues in the same `out`.
     """
     as_seed(options.seed, "demo: --seed")
+    check_page(page, "demo")
     if options.image_size < 1:
         raise ValueError(f"demo: --image-size must be at least 1, got {options.image_size}")
     chosen = make_algorithm(options.algorithm, options.weight, options.act)  # a wrong name, before anything is read
@@ -147,6 +152,13 @@ def run_demo(options: DemoOptions, out: Path, resume: bool, console: Console) ->
         stages.append(_stage("reloaded", reloaded, data, predict(reloaded, data), converted, nbytes))
     console.print(_table(stages))
     console.print(f"saved: golden-stick info {out / 'model'}", soft_wrap=True)
+    if page is not None:
+        before = fresh()
+        before.load_state_dict(load_file(out / "float.safetensors"))
+        title = f"{options.model}, {options.algorithm}"
+        with console.status("writing the report"):
+            line = write_report(before, net, data, page, title)
+        console.print(line, soft_wrap=True)
     return stages
 
 

@@ -145,3 +145,21 @@ class Scalar(nn.Module):
 def test_what_gives_no_scores_is_refused(net: nn.Module, batches: list[torch.Tensor], words: str):
     with pytest.raises(ValueError, match=words):
         sensitivity(net, batches, {"0" if isinstance(net, nn.Sequential) else "fc": SCHEMES}, by="gradient")
+
+
+class PadsItself(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias)
+
+
+@pytest.mark.parametrize("by", ["gradient", "nsr", "kl"])
+def test_a_layer_with_a_forward_of_its_own_is_run_by_it(by):
+    torch.manual_seed(0)
+    net = nn.Sequential(PadsItself(3, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5)).eval()
+    plain = copy.deepcopy(net)
+    plain[0] = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(3, 8, 3, stride=2))
+    plain[0][1].load_state_dict(net[0].state_dict())
+    x = torch.randn(4, 3, 8, 8)
+    own, other = (sensitivity(n, [x], {name: SCHEMES}, by=by).scores[name] for n, name in ((net, "0"), (plain, "0.1")))
+    assert own == pytest.approx(other, rel=1e-3)
+    assert "0" in sensitivity(net, [x], SCHEMES, by="nsr").scores
