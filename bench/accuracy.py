@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import gs_algos
 from bench import record
+from gs_algos.analysis.operations import count_operations
 from gs_algos.cli.compress import train_compressed
 from gs_algos.core.algorithm import evaluating
 from gs_algos.core.memory import nbytes_of, peak_bytes
@@ -247,19 +247,17 @@ def settings_up_to(name: str) -> list[str]:
 
 
 def size(net: nn.Module, data: ImageData) -> dict[str, Any]:
-    """Measures the numbers held and their bytes, the multiply-adds of an image (of ATen products and convolutions), and
-    by batch the ms of a forward and the bytes that it takes beside them.
+    """Measures the numbers held and their bytes, the multiply-adds of an image, and by batch the ms of a forward and
+    the bytes that it takes beside them.
     """
     x = data.normalize(data.test_x[:1])
-    with FlopCounterMode(display=False) as counter:
-        predict(net, replace(data, test_x=data.test_x[:1]))
     batches = {str(batch): x.repeat(batch, 1, 1, 1) for batch in (1, 64)}
     with evaluating(net):
         peaks = {batch: peak_bytes(images.device, partial(net, images)) for batch, images in batches.items()}
     return {
         "numbers": sum(t.numel() for t in net.state_dict().values()),
         "nbytes": nbytes_of(net),
-        "macs": counter.get_total_flops() // 2,
+        "macs": count_operations(net, x, "bench.accuracy").macs,
         "ms": {batch: round(forward_ms(net, images).p50, 3) for batch, images in batches.items()},
         "peak_bytes": peaks,
     }

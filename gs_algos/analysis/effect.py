@@ -29,6 +29,7 @@ from gs_algos.quant.packed.module import Packed
 from gs_kernels.runtime.torch_private import tree_leaves
 
 WHO = "effect"
+PART = 2**24  # numbers of outputs that are compared at a time: a vocabulary of 100,000 is large
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,11 @@ def _refuse_arguments(
         raise ValueError(f"{WHO}: before and after must be on one device, got {both}; move one")
 
 
+def _sample_rows(outputs: Tensor) -> Tensor:
+    """Views outputs as `[samples, values]`."""
+    return outputs.flatten(1) if outputs.dim() > 1 else outputs.reshape(-1, 1)
+
+
 class _Compared:
     """Sums what outputs of both networks say, batch by batch."""
 
@@ -198,19 +204,20 @@ class _Compared:
     def add(self, before: Tensor, after: Tensor, batch: Inputs) -> None:
         """Adds the outputs of one batch, those of `before` finite."""
         self.logits = self.logits and are_logits(before)
-        if self.logits:
+        rows = (class_rows(before), class_rows(after)) if self.logits else (_sample_rows(before), _sample_rows(after))
+        kept = torch.ones(len(rows[0]), dtype=torch.bool, device=before.device)
+        if self.logits and before.dim() < 4:
             kept = kept_samples(before, batch).flatten()
-            p, q = (class_rows(t.float()) for t in (before, after))
-            if before.dim() < 4:
-                p, q = p[kept], q[kept]
-            finite = q.isfinite().all(-1)
-            self.differing += int(((p.argmax(-1) != q.argmax(-1)) | ~finite).sum())
-            log_p = p.log_softmax(-1)
-            self.divergence += float(kl_divergence(log_p, q.log_softmax(-1)).sum(dtype=torch.float64))
-            before, after = p, q
-        else:
-            before, after = (t.float().flatten(1) if t.dim() > 1 else t.float().view(-1, 1) for t in (before, after))
-            finite = after.isfinite().all(-1)
+        some = max(1, PART // max(1, rows[0].shape[1]))
+        for p, q, use in zip(*(t.split(some) for t in (*rows, kept)), strict=True):
+            self._add_rows(p[use].float(), q[use].float())
+
+    def _add_rows(self, before: Tensor, after: Tensor) -> None:
+        finite = after.isfinite().all(-1)
+        if self.logits:
+            self.differing += int(((before.argmax(-1) != after.argmax(-1)) | ~finite).sum())
+            divergence = kl_divergence(before.log_softmax(-1), after.log_softmax(-1))
+            self.divergence += float(divergence.sum(dtype=torch.float64))
         self.samples += len(before)
         self.not_finite += int((~finite).sum())
         self.squares += float(before.double().square().sum())

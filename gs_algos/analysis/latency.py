@@ -205,13 +205,17 @@ def _watched(net: nn.Module, clock: _Clock) -> Iterator[None]:
 
 
 def layers_in(net: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Lists the modules that are timed, each once: those with a weight, and outside of them those without children."""
+    """Lists the modules that are timed, each once and none in another: those with a weight, those without children, and
+    those that hold all parameters there are in them, such as the experts of a mixture.
+    """
     found: list[tuple[str, nn.Module]] = []
     inside: set[int] = set()
     for name, module in net.named_modules():
         if id(module) in inside or type(module) is nn.Identity:
             continue
-        if is_layer(module) or not module._modules:
+        own = any(True for _ in module.parameters(recurse=False))
+        whole = own and not any(True for child in module.children() for _ in child.parameters())
+        if is_layer(module) or not module._modules or whole:
             found.append((name, module))
             inside |= {id(child) for child in module.modules()}
     return found

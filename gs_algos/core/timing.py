@@ -13,7 +13,9 @@ from torch import nn
 from gs_algos.core.algorithm import Inputs, evaluating, split_inputs
 
 WARM_UP = 3  # calls, of which the first compile, prepare and allocate
-LEAST = 5  # calls that are timed, however long they take
+LEAST = 5  # calls that are timed
+SHORT = 0.1  # seconds of a call that is none
+FEW = 3  # those of calls that take long
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,11 @@ class Timing:
     calls: int
 
 
-def time_in_turns(
-    calls: Sequence[Callable[[], Any]], device: torch.device | str, seconds: float, least: int = LEAST
-) -> list[Timing]:
-    """Times calls in turns, a b a b ..., for `seconds` each, `least` times at least, after three calls of warm-up.
+def time_in_turns(calls: Sequence[Callable[[], Any]], device: torch.device | str, seconds: float) -> list[Timing]:
+    """Times calls in turns, a b a b ..., for `seconds` each, 5 times at least, after three calls of warm-up.
 
-    device: where they run; a GPU is waited for after each call. A call that takes longer than `seconds` is warmed up
-    once.
+    Where a call takes longer than `seconds`, 3 times must do, after one. device: where they run; a GPU is waited for
+    after each call.
     """
     cuda = torch.device(device).type == "cuda"
 
@@ -43,9 +43,11 @@ def time_in_turns(
             torch.cuda.synchronize(device)
         return 1000 * (time.perf_counter() - started)
 
+    least = LEAST
     for call in calls:
         for _ in range(WARM_UP):
-            if ms_of(call) > 1000 * seconds:
+            if ms_of(call) > 1000 * max(seconds, SHORT):
+                least = FEW
                 break
     times: list[list[float]] = [[] for _ in calls]
     while calls and (len(times[0]) < least or sum(map(sum, times)) < 1000 * seconds * len(calls)):

@@ -274,6 +274,19 @@ def test_the_table_has_both_columns():
     assert "bytes loaded" in text and "accuracy" in text and "predictions differ" in text
 
 
+def test_experts_are_counted_for_the_tokens_that_they_get():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1, "vocab_size": 99}
+    moe = {"num_local_experts": 4, "num_experts_per_tok": 2, "hidden_size": 32, "intermediate_size": 40}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **moe))
+    tokens = 16
+    block = 2 * 32 * 32 + 2 * 32 * 16 + 4 * 32 + 2 * 3 * 32 * 40
+    attention = 4 * tokens * tokens * 2 * 8
+    ids = torch.arange(tokens)[None]
+    assert count_operations(model, ids, "test").macs == tokens * (block + 32 * 99) + attention
+
+
 def test_attention_and_recurrence_are_counted():
     q = torch.ones(2, 3, 5, 8)
 

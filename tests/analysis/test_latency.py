@@ -83,6 +83,21 @@ def test_a_language_model_has_its_layers():
     assert "model.layers.1.mlp.down_proj" in found.layers and "model.norm" in found.layers
 
 
+class Experts(nn.Module):
+    """Holds weights of its own, and an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.act = nn.Parameter(torch.ones(4, 4)), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x @ self.weight)
+
+
+def test_a_module_that_holds_all_its_parameters_is_a_layer():
+    assert list(layer_times(nn.Sequential(Experts()), torch.ones(2, 4), seconds=0.0).layers) == ["0"]
+
+
 def test_times_that_do_not_add_up_are_said():
     text = str(LayerTimes(10.0, {"a": 4.0}, 6.0, False, 1, 12.0))
     assert "with hooks it took 12.000 ms" in text and "within 10 %" in text
