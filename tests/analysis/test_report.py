@@ -207,7 +207,7 @@ def test_a_long_name_keeps_both_ends():
     assert len(layer_name("\n" * 10_000)) == 64
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300, -1e300, 0.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300, -1e300, 5e-324, 0.0])
 def test_numbers_that_are_none_are_words_and_break_no_path(value):
     odd = parts.histogram(value, value)
     numbers = ("bits", "nbytes", "float_nbytes", "sqnr", "local_sqnr", "cosine", "clipped", "share_zero")
@@ -222,8 +222,8 @@ def test_numbers_that_are_none_are_words_and_break_no_path(value):
         parts.full(),
         comparison=parts.comparison(layers, output_sqnr=value),
         effect=parts.effect(after=facts, error=value, divergence=value),
-        times=(parts.times(value, {"ok": value}), parts.times(3.0, {"ok": 2.0})),
-        search={"step": [0, 1, 2], "entropy": [1.0, value, 0.5], "levels": {"ok": {-1: value, 1: 0.5}}},
+        times=(replace(parts.times(3.0, {"ok": value, "b": -value}), rest=value), parts.times(3.0, {"ok": 2.0})),
+        search={"step": [0, value, 2], "entropy": [1.0, value, 0.5], "levels": {"ok": {-1: value, 1: 0.5}}},
     )
     html = given.html()
     Page(html)

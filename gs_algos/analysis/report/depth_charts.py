@@ -10,7 +10,7 @@ from typing import TypeGuard
 
 from gs_algos.analysis.report.formats import MINUS, significant
 from gs_algos.analysis.report.markup import Html, Node, layer_name, number
-from gs_algos.analysis.report.svg import NAME_LONGEST, WIDTH, label, mark, rule, svg, ticks
+from gs_algos.analysis.report.svg import NAME_LONGEST, WIDTH, fraction, label, mark, rule, svg, ticks
 
 LEFT, RIGHT = 64, 64  # of the charts, so that they lie above each other
 MARKED = 80  # layers up to which each has a mark on a line
@@ -85,29 +85,35 @@ def lines(title: str, names: Sequence[str], series: Sequence[Line], titles: Sequ
     return svg(title, WIDTH, bottom + 40, marks, _depth_axis(len(names), bottom))
 
 
-def curves(title: str, at: Sequence[float], lines_of: Sequence[tuple[str, Sequence[float]]]) -> Html:
+def curves(title: str, steps: Sequence[float], lines_of: Sequence[tuple[str, Sequence[float]]]) -> Html:
     """Draws lines over steps, the mean of them stronger; what is not finite leaves a gap.
 
     lines_of: name and values of each line.
     """
     room, bottom = 150, 160
     known = [v for _, values in lines_of for v in values if math.isfinite(v)]
-    first, last = min(at, default=0.0), max(at, default=1.0)
+    known_steps = [step for step in steps if math.isfinite(step)]
+    first, last = min(known_steps, default=0.0), max(known_steps, default=1.0)
     low, high = min([0.0, *known]), max(known, default=1.0)
-    across, up = (WIDTH - LEFT - RIGHT) / ((last - first) or 1.0), room / ((high - low) or 1.0)
+
+    def x(step: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * fraction(step, first, last)
+
+    def y(value: float) -> float:
+        return bottom - room * fraction(value, low, high)
 
     def line(name: str, values: Sequence[float], style: str) -> Node:
-        pairs = [(f"{number(LEFT + (x - first) * across)} ", y) for x, y in zip(at, values, strict=False)]
-        runs = [list(run) for ok, run in groupby(pairs, lambda pair: math.isfinite(pair[1])) if ok]
-        path = "".join("M" + "L".join(x + number(bottom - (y - low) * up) for x, y in run) for run in runs)
+        pairs = list(zip(steps, values, strict=False))
+        runs = [list(run) for ok, run in groupby(pairs, lambda pair: all(map(math.isfinite, pair))) if ok]
+        path = "".join("M" + "L".join(f"{number(x(at))} {number(y(v))}" for at, v in run) for run in runs)
         return mark("path", name, d=path, class_=style) if path else None
 
     parts: list[Node] = []
     for value in ticks(low, high, 4):
-        y = bottom - (value - low) * up
-        parts += [rule(LEFT, y, WIDTH - RIGHT, y), label(_tick(value), LEFT - 8, y + 4, "n", "end")]
+        at_y = y(value)
+        parts += [rule(LEFT, at_y, WIDTH - RIGHT, at_y), label(_tick(value), LEFT - 8, at_y + 4, "n", "end")]
     for value in ticks(first, last, 10):
-        parts.append(label(_tick(value), LEFT + (value - first) * across, bottom + 17, "n", "middle"))
+        parts.append(label(_tick(value), x(value), bottom + 17, "n", "middle"))
     if len(lines_of) > 1:
         parts += [line(layer_name(name), values, "line c") for name, values in lines_of]
         parts.append(line("mean", means([values for _, values in lines_of]), "line a"))
@@ -120,7 +126,7 @@ def curves(title: str, at: Sequence[float], lines_of: Sequence[tuple[str, Sequen
 def means(lines_of: Sequence[Sequence[float]]) -> list[float]:
     """Returns the mean of lines at each step, of those that are finite there; NaN where none is."""
     columns = [[v for v in column if math.isfinite(v)] for column in zip(*lines_of, strict=False)]
-    return [math.fsum(column) / len(column) if column else math.nan for column in columns]
+    return [sum(column) / len(column) if column else math.nan for column in columns]
 
 
 def _tick(value: float) -> str:

@@ -29,12 +29,12 @@ def significant(value: float | None, digits: int = 3) -> str:
         return words(value)
     if value == 0:
         return "0"
-    rounded = float(f"{value:.{digits - 1}e}")
-    exponent = math.floor(math.log10(abs(rounded)))
+    text = f"{value:.{digits - 1}e}"
+    mantissa, power = text.split("e")
+    exponent = int(power)
     if -4 < exponent < 5:
-        return f"{rounded:,.{max(0, digits - 1 - exponent)}f}".replace("-", MINUS)
-    mantissa = f"{rounded / 10.0**exponent:.{digits - 1}f}".replace("-", MINUS)
-    return f"{mantissa}{SPACE}{TIMES}{SPACE}10{str(exponent).translate(_SUPERSCRIPTS)}"
+        return f"{float(text):,.{max(0, digits - 1 - exponent)}f}".replace("-", MINUS)
+    return f"{mantissa}{SPACE}{TIMES}{SPACE}10{str(exponent).translate(_SUPERSCRIPTS)}".replace("-", MINUS)
 
 
 def _scaled(value: float | None, units: Sequence[str]) -> str:
@@ -70,7 +70,7 @@ def percent(share: float | None) -> str:
     if share is None or words(share):
         return significant(share)
     number = 100 * share
-    text = f"{number:.1f}" if abs(number) >= 1 or number == 0 else significant(number, 2)
+    text = f"{number:.1f}" if 1 <= abs(number) < 1e5 or number == 0 else significant(number, 2)
     return f"{text}{SPACE}%".replace("-", MINUS)
 
 
@@ -95,10 +95,10 @@ def change(before: float | None, after: float | None, less: str, more: str, same
         return ""
     if not (math.isfinite(before) and math.isfinite(after) and before > 0 and after > 0):
         return ""
-    ratio = before / after
-    if 0.995 < ratio < 1.005:
+    factor = max(before, after) / min(before, after)
+    if factor < 1.005:
         return same
-    return f"{significant(max(ratio, 1 / ratio))}{TIMES} {less if ratio > 1 else more}"
+    return f"{significant(factor)}{TIMES} {less if after < before else more}"
 
 
 def relative_error(sqnr: float) -> float:

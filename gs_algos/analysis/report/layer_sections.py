@@ -199,7 +199,7 @@ def _bits_cell(layers: Sequence[LayerComparison]) -> svg.Cell:
     known = [one.bits for one in layers if math.isfinite(one.bits) and one.bits > 0]
     if not known:
         return svg.Cell("?", "b0", _bits_title(layers[0]))
-    mean = math.fsum(known) / len(known)
+    mean = sum(known) / len(known)
     title = _bits_title(layers[0])
     if len(layers) > 1:
         title = (

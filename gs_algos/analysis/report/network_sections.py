@@ -144,7 +144,7 @@ def where_ms(report: Report, most: int) -> Html:
     before, after = report.times
     names = list(dict.fromkeys([*before.layers, *after.layers]))
     pairs = [(before.layers.get(name, 0.0), after.layers.get(name, 0.0)) for name in names]
-    inside = math.fsum(before.layers.values()), math.fsum(after.layers.values())
+    inside = sum(before.layers.values()), sum(after.layers.values())
     sums: list[Row] = [("in layers", *inside), ("between layers", before.rest, after.rest)]
     return section(
         "Where the milliseconds go",
@@ -354,7 +354,7 @@ def _bytes_text(totals: tuple[float, float], rest: tuple[float, float], measured
 def _times_agree(before: LayerTimes, after: LayerTimes) -> str:
     text = []
     for name, times in zip(SERIES, (before, after), strict=True):
-        layers = math.fsum(times.layers.values())
+        layers = sum(times.layers.values())
         sums = f"{milliseconds(layers)} in layers and {milliseconds(times.rest)} between them"
         whole = f"{milliseconds(times.total)} {name}"
         hooked = f"with hooks it took {milliseconds(times.hooked)}, so trust the total, not the parts"

@@ -56,7 +56,7 @@ def _sensitivity_grid(scores: Mapping[str, Mapping[str, float]], schemes: Sequen
     found = blocks(sites)
     if found is None:
         return None
-    sums = {s: math.fsum(v for by in scores.values() if math.isfinite(v := by.get(s, 0.0))) for s in schemes}
+    sums = {s: sum(v for by in scores.values() if math.isfinite(v := by.get(s, 0.0))) for s in schemes}
     scheme = max(schemes, key=lambda s: sums[s])
     known = [_known(scores[site].get(scheme)) for site in sites]
     step = _heat_steps(known)

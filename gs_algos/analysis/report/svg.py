@@ -66,9 +66,15 @@ def rule(x1: float, y1: float, x2: float, y2: float, class_: str = "rule") -> Ht
     return tag("path", d=f"M{number(x1)} {number(y1)}L{number(x2)} {number(y2)}", class_=class_)
 
 
+def fraction(value: float, low: float, high: float) -> float:
+    """Returns where a value lies between two others, 0 to 1; 0.5 where floats cannot tell."""
+    span = high - low
+    return min(1.0, max(0.0, (value - low) / span)) if 0 < span < math.inf else 0.5
+
+
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Returns round numbers between low and high: multiples of 1, 2 or 5 times a power of ten."""
-    if not high > low or math.isinf(high - low):
+    if not 1e-300 < high - low < math.inf:
         return [low]
     power = 10.0 ** math.floor(math.log10((high - low) / most))
     step = next((m * power for m in (1, 2, 5, 10) if (high - low) / (m * power) <= most), 20 * power)
@@ -150,11 +156,10 @@ def histogram(
     start, end = (min(ends), max(ends)) if ends else (0.0, 1.0)
     if end <= start:
         start, end = start - 0.5, end + 0.5
-    scale = (width - 2 * left) / (end - start) if math.isfinite(end - start) else 0.0
     most = _tallest(counts)
 
     def x(value: float) -> float:
-        return left + (value - start) * scale if scale else width / 2
+        return left + (width - 2 * left) * fraction(value, start, end)
 
     bottom = top + room
     parts: list[Node] = []
