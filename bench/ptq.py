@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from bench import record
+from bench.tables import WEIGHTS
 from gs_algos import PTQ, mixed_bits
 from gs_algos.llm.calibrate import peak_memory
 from gs_algos.llm.decode import generate
@@ -35,7 +36,6 @@ PLAIN = {"correct": 0.0, "refine": 0, "bias": False, "damp": 0.01}
 HEAD = [("lm_head", None)]
 CACHES = ("int8@token", "int4@token", "int4@kivi:32", "int2@kivi:32")
 DECODED = 32  # tokens behind a prompt of half a window, whose speed is a row's
-WEIGHTS = ("int4@group:64", "int4@channel", "int3@group:64", "int2@group:64")
 # name -> (weight, options of PTQ); nearest runs no calibration
 SETTINGS: dict[str, dict[str, Any]] = {
     "float": {},
@@ -104,12 +104,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     options = dict(SETTINGS[args.setting])
     model, tokenizer = load_language_model(args.model, dtype=torch.float32)
     words = args.text.read_text(encoding="utf-8")
-    ids = _tokens(tokenizer, words, args.tokens)
+    ids = first_tokens(tokenizer, words, args.tokens)
     kv, weights = options.get("kv"), bool(options.keys() - {"kv"})
     row: dict[str, Any] = {"context": args.context, "samples": args.samples if weights else 0}
     if weights:
         needed = args.samples * args.context
-        calibration = _tokens(tokenizer, words[len(words) // 2 :], needed)
+        calibration = first_tokens(tokenizer, words[len(words) // 2 :], needed)
         batches = [{"input_ids": window[None]} for window in calibration.split(args.context)]
         rules: list[Any] = [*HEAD]
         if "budget" in options:
@@ -119,7 +119,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         algo = PTQ(rules=rules, **options)
         model = algo.apply(model, batches[0])
         if algo.config.rounding != "nearest":
+            cpu = sum(os.times()[:4])
             algo.calibrate(model, batches)
+            row["cpu_seconds"] = round(sum(os.times()[:4]) - cpu, 1)
             assert algo.report is not None
             layers = algo.report.layers
             row["ratio"] = round(statistics.fmean(layer.ratio for layer in layers), 4)
@@ -163,7 +165,8 @@ class Clock:
         """Does nothing."""
 
 
-def _tokens(tokenizer: Any, text: str, count: int) -> torch.Tensor:
+def first_tokens(tokenizer: Any, text: str, count: int) -> torch.Tensor:
+    """Returns the first `count` tokens of a text, `[count]`."""
     return tokenizer(text[: count * 16], return_tensors="pt", verbose=False).input_ids[0, :count]
 
 

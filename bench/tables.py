@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 from bench import record
 
+WEIGHTS = ("int4@group:64", "int4@channel", "int3@group:64", "int2@group:64")  # that PTQ is compared at
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 Rows: TypeAlias = Sequence[dict[str, Any]]
 _PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -110,7 +111,8 @@ def language(rows: Rows) -> str:
 
 def ptq(rows: Rows) -> str:
     """Tabulates a row per setting of PTQ: perplexity, the layers' errors over rounding to nearest, time and memory."""
-    latest = last([row for row in rows if row["kind"] == "ptq"], "model", "setting", "samples", "context")
+    ours = [row for row in rows if row["kind"] == "ptq" and "provider" not in row]
+    latest = last(ours, "model", "setting", "samples", "context")
     lines = []
     for row in sorted(latest.values(), key=lambda row: row["perplexity"]):
         kept = [f"{row[name]:.3f}" if name in row else "-" for name in ("ratio", "held_out")]
@@ -120,6 +122,28 @@ def ptq(rows: Rows) -> str:
         value = f"{row['perplexity']:.4g}" if row["perplexity"] < 1e4 else f"{row['perplexity']:,.0f}"
         lines.append((row["setting"], value, f"{row['perplexity_change']:+.1%}", *kept, tokens, seconds, memory))
     head = ("setting", "perplexity", "against float", "error / nearest", "held out", "tokens", "seconds", "peak")
+    return table(head, lines)
+
+
+def ptq_peers(rows: Rows) -> str:
+    """Tabulates rows of PTQ that round weights alone as other libraries did too: ours and theirs, by weights."""
+    measured = [row for row in rows if row["kind"] == "ptq"]
+    schemes = [scheme for scheme in WEIGHTS if any(row.get("weight") == scheme for row in measured)]
+    lines = []
+    latest = last(measured, "provider", "setting", "samples", "context", "steps").values()
+    for row in sorted(latest, key=lambda row: row["perplexity"]):
+        weight, _, method = row["setting"].partition(" ")
+        if weight not in schemes or "@" in method:  # "@": of activations or of keys and values
+            continue
+        name = f"{row['provider']} {row['version']}" if "provider" in row else "golden-stick"
+        told = f"{method}, {row['steps']} steps" if "steps" in row else method
+        value = f"{row['perplexity']:.4g}" if row["perplexity"] < 1e4 else f"{row['perplexity']:,.0f}"
+        times = (f"{row[key]:.0f}" if key in row else "-" for key in ("seconds", "cpu_seconds"))
+        memory = f"{row['peak_bytes'] / 1e9:.1f} GB" if "peak_bytes" in row else "-"
+        change = f"{row['perplexity_change']:+.1%}"
+        lines.append((weight, name, told, value, change, *times, row["threads"], memory))
+    lines.sort(key=lambda line: schemes.index(line[0]))
+    head = ("weights", "library", "method", "perplexity", "against float", "seconds", "CPU seconds", "threads", "peak")
     return table(head, lines)
 
 
@@ -303,6 +327,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "pruned": pruned,
     "language": language,
     "ptq": ptq,
+    "ptq-peers": ptq_peers,
     "products": products,
     "ops": ops,
     "models": models,
