@@ -80,7 +80,7 @@ def effect(before: Any = None, after: Any = None, **changed: Any) -> Effect:
 
 
 def times(total: float, layers: dict[str, float], agrees: bool = True) -> LayerTimes:
-    return LayerTimes(total, layers, total - math.fsum(layers.values()), agrees, 1, 12.0)
+    return LayerTimes(total, layers, total - sum(layers.values()), agrees, 1, 12.0)
 
 
 def advice(text: str = "Raise two layers to 8 bits.", **changed: str) -> SimpleNamespace:
