@@ -103,7 +103,7 @@ def report(
         tolerance: divergence in nats that needs no advice.
         samples: that layers are compared on, and advice is chosen on.
         seconds: for how long each is timed.
-        search: the traces of SLB, as its `traces` are.
+        search: what `gs_algos.analysis.report.search.search_of` read from SLB before `convert`.
         title: of the page; default: the class of the network.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,9 +104,16 @@ def is_language_model(path: Path) -> bool:
     return (path / "config.json").is_file() or (path.is_file() and is_gguf(path))
 
 
-def write_report(before: nn.Module, after: nn.Module, data: ImageData, out: Path, title: str) -> str:
+def write_report(
+    before: nn.Module,
+    after: nn.Module,
+    data: ImageData,
+    out: Path,
+    title: str,
+    search: Mapping[str, Any] | None = None,
+) -> str:
     """Writes the page of a run with images; returns a line that says where it is."""
-    report(before, after, test_batches(data), out, title=title)
+    report(before, after, test_batches(data), out, title=title, search=search)
     return f"report: {out}"
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 import gs_algos
+from gs_algos.analysis.report.search import search_of
 from gs_algos.cli.analyze import check_page, write_report
 from gs_algos.core.algorithm import Algorithm, evaluating, run
 from gs_algos.core.arguments import as_seed
@@ -29,6 +30,7 @@ from gs_algos.demo.data import ImageData, batches_per_epoch, load_data
 from gs_algos.demo.models import build, check_name
 from gs_algos.demo.train import TrainConfig, accuracy, predict, train
 from gs_algos.demo.training_defaults import float_training, tuning_training
+from gs_algos.qat.slb.algorithm import SLB
 
 OPTIONS_FILE = "demo.json"
 SMALL = 10_000  # training images below which epochs are cheap
@@ -142,6 +144,7 @@ def run_demo(options: DemoOptions, out: Path, resume: bool, console: Console, pa
     trained = predict(net, data)
     stages.append(_stage("trained" if algo.trains else "calibrated", net, data, trained, None, None))
 
+    search = search_of(algo) if isinstance(algo, SLB) else {}
     with console.status("converting"):
         net = algo.convert(net, data.example())
         converted = predict(net, data)
@@ -157,7 +160,7 @@ def run_demo(options: DemoOptions, out: Path, resume: bool, console: Console, pa
         before.load_state_dict(load_file(out / "float.safetensors"))
         title = f"{options.model}, {options.algorithm}"
         with console.status("writing the report"):
-            line = write_report(before, net, data, page, title)
+            line = write_report(before, net, data, page, title, search)
         console.print(line, soft_wrap=True)
     return stages
 

@@ -24,6 +24,13 @@ def test_a_demo_writes_the_page(demo):
     assert "mlp, simqat" in text and "accuracy" in text and "<script" not in text
 
 
+def test_a_demo_of_slb_shows_its_search(tmp_path):
+    page = tmp_path / "page.html"
+    arguments = ["--model", "mlp", "--algorithm", "slb", "--float-epochs", "1", "--epochs", "1"]
+    assert run(["demo", "--out", str(tmp_path / "demo"), "--report", str(page), *arguments]) == 0
+    assert "The search for levels" in page.read_text()
+
+
 def test_a_saved_network_is_compared_with_the_float_one(demo, tmp_path, capsys):
     out, page = demo[0], tmp_path / "page.html"
     assert run(["report", f"{out}/float.safetensors", f"{out}/model", "--model", "mlp", "--out", str(page)]) == 0
