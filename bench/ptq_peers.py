@@ -4,7 +4,8 @@ Runs in an environment that holds torch, transformers and the library, with the 
 need versions of each other that no one environment has. A row per scheme: the library's own call quantizes the float32
 model, on the windows that `bench.ptq` calibrates on, and the network that it gives back is held to the float model on
 the same tokens. Time and CPU time (user and system, children too) are of that call. Every row is a process of its own.
-`--steps` is of the libraries that tune; a row says how many were taken. `--model` is a Transformers folder of floats.
+`--steps` is of the libraries that tune; a row says how many were taken. `--model` is a Transformers folder of floats; a
+GGUF file becomes one if a new model of its config takes the state of what `load_language_model` reads, and is saved.
 """
 
 from __future__ import annotations
@@ -124,11 +125,19 @@ def _hqq(job: Job) -> Any:
 def _gptqmodel(job: Job) -> Any:
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # on two cores it chooses 1, and then refuses that
     grid = {"bits": job.bits, "group_size": job.group or -1, "sym": True}
-    model = GPTQModel.load(str(job.folder), QuantizeConfig(**grid, device="cpu"), dtype=torch.float32)
+    config = QuantizeConfig(**grid, device="cpu", offload_to_disk=False)
+    model = GPTQModel.load(str(job.folder), config, dtype=torch.float32)
     windows = [{"input_ids": window.tolist(), "attention_mask": [1] * len(window)} for window in job.windows]
     model.quantize(windows, batch_size=1, backend=BACKEND.TORCH)
-    return model.model
+    with tempfile.TemporaryDirectory() as folder:  # what it packed multiplies rightly once it is loaded again
+        model.save(folder)
+        loaded = GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH, dtype=torch.float16).model
+    for name, layer in loaded.named_modules():  # float16 alone is allowed there, so its weights go to the float32 model
+        if hasattr(layer, "dequantize_weight"):
+            job.model.get_submodule(name).weight.data = layer.dequantize_weight().T.float().contiguous()
+    return job.model
 
 
 PEERS = {
