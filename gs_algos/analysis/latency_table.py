@@ -47,6 +47,7 @@ FORMAT, VERSION = "golden-stick latency table", 1
 FLOAT = "float"
 CHOICES = ("int8@channel/int8@tensor", "int8@channel", "int4@channel")
 POLICIES = 5  # random ones that are timed
+FEW = 4  # names that a line lists
 BAR = 0.1  # the median error of predictions beyond which they are not to be trusted
 
 
@@ -147,8 +148,13 @@ class LatencyTable:
         about = ", ".join(str(self.machine[key]) for key in ("device_name", "instructions") if self.machine.get(key))
         threads = self.machine.get("threads")
         below = [f"ms of a forward of {self.batch}, median; {about}, {threads} threads, torch {torch.__version__}"]
+        without: dict[str, list[str]] = defaultdict(list)
         for name, whys in self.missing.items():
-            below += [f"{name} has no {choice}: {why}" for choice, why in whys.items()]
+            for choice, why in whys.items():
+                without[f"{choice}: {why}"].append(name)
+        for what, names in without.items():
+            more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
+            below.append(f"without {what}: {', '.join(names[:FEW])}{more}")
         if self.error is not None:
             below.append(
                 f"{len(self.checks)} networks with random choices: median error of the predicted ms "
@@ -287,11 +293,11 @@ def _in_form(layer: nn.Module, x: Tensor, choice: str) -> nn.Module:
     """
     if choice == FLOAT:
         return layer
-    reason = why_not(layer)
-    if reason:
-        raise ValueError(reason)
     scheme, act = _parse(choice)
     if act in (None, TOKEN):
+        reason = why_not(layer)
+        if reason:
+            raise ValueError(reason)
         return packed_like(layer, _packed_weight(layer, scheme, act), act)
     algo = SimQAT(weight=scheme, act=act)
     alone = algo.apply(nn.Sequential(copy.deepcopy(layer)), x)
@@ -343,7 +349,9 @@ class _LayerTimer:
             {
                 **self.facts,
                 "op": str(getattr(base_of(layer), "__name__", "")),
+                "kind": type(layer).__name__,
                 "x": call.shape,
+                "outputs": call.outputs,
                 "order": dense,
                 "dtype": str(call.dtype).removeprefix("torch."),
                 "weight": tuple(layer.weight.shape),

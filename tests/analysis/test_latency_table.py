@@ -139,10 +139,26 @@ def test_a_bad_prediction_is_said():
     assert "more than" not in str(table(checks=(good,)))
 
 
+class Padded(nn.Conv2d):
+    """Pads by itself, so that other outputs come out of the same geometry."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
+
+
+def test_a_layer_with_a_forward_of_its_own_has_integers_alone(timed):
+    net = nn.Sequential(nn.Conv2d(4, 4, 3), Padded(4, 4, 3))
+    found = latency_table(net, torch.ones(1, 4, 8, 8), (STATIC, "int4@channel"), **QUICK)
+    assert set(found.layers["0"]) == {"float", STATIC, "int4@channel"}
+    assert set(found.layers["1"]) == {"float", STATIC}
+    assert "without int4@channel: Padded has a forward of its own: 1" in str(found)
+    assert timed[0] == 3 and timed[1] == 2
+
+
 def test_a_layer_that_cannot_have_a_choice_says_why():
     found = latency_table(mlp(), torch.ones(2, 16), ("int4@group:32",), **QUICK)
     assert set(found.layers["0"]) == {"float"} and "int4@group:32" in found.layers["2"]
-    assert "0 has no int4@group:32" in str(found)
+    assert "without int4@group:32: " in str(found)
 
 
 def test_a_language_model_has_inputs_by_token_too():
