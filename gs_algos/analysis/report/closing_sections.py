@@ -74,7 +74,7 @@ def made(report: Report, most: int) -> Html:
     """Shows with what the page was made, and what had been done to the network."""
     if not report.made and not report.history:
         return Html("")
-    facts = [(tag("dt", key), tag("dd", _cut(str(value)))) for key, value in report.made.items()]
+    facts = [(tag("dt", key.replace("_", " ")), tag("dd", _cut(str(value)))) for key, value in report.made.items()]
     done = [
         folded(
             f"{i + 1}. {entry.get('algorithm', 'an algorithm')}, {entry.get('stage', 'applied')}: its config",
