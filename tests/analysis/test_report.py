@@ -20,6 +20,7 @@ from gs_algos.analysis.report.markup import layer_name
 from gs_algos.analysis.report.page import Report
 from gs_algos.analysis.report.search import search_of
 from gs_algos.analysis.report.style import DARK, LIGHT, style
+from gs_algos.analysis.sensitivity import Sensitivity
 from tests.analysis import report_parts as parts
 
 LIMIT = 1_500_000
@@ -166,7 +167,10 @@ def perplexity(value: float) -> Quality:
             "2.00× smaller loaded (1.11\xa0MB\xa0→\xa0556\xa0kB)",  # noqa: RUF001
         ),
         (Report("Net", comparison=parts.comparison([parts.layer()])), "7.68× smaller in the layers"),  # noqa: RUF001
-        (replace(parts.full(), effect=None, comparison=None), "Of 20 layers layer1.1.conv2 is the most sensitive"),
+        (
+            replace(parts.full(), effect=None, comparison=None),
+            "layer1.1.conv2 is the most sensitive of 20 layers: a divergence of 0.977\xa0nats at int2@channel.",
+        ),
     ],
 )
 def test_the_verdict_says_what_is_known(report, said):
@@ -404,6 +408,16 @@ def test_text_for_a_terminal_has_verdict_worst_layers_and_advice():
     assert text.startswith("ResNet20: 4.05×")  # noqa: RUF001
     assert "layers with the largest error" in text and "advice: Raise two layers to 8 bits." in text
     assert "bytes on disk" in text and max(map(len, text.split("\n"))) < 200
+
+
+def test_an_analysis_alone_is_a_sensitivity_report():
+    found = Sensitivity({"fc": {"int4@channel": 0.25}}, "nsr", 64)
+    page, text = Page(Report("Net", sensitivity=found).html()), str(Report("Net", sensitivity=found))
+    assert page.of("title") == ["Net: sensitivity report"]
+    assert (
+        page.of("p")[1] == "fc is the most sensitive of 1 layer: 0.250 times as much noise as signal at int4@channel."
+    )
+    assert str(found) in text
 
 
 def test_save_writes_the_page(tmp_path):

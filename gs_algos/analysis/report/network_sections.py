@@ -38,6 +38,11 @@ Row: TypeAlias = "tuple[str, float, float]"  # a name, a value before and one af
 
 ROWS = 12  # layers with bars of their own
 SERIES = ("before", "after")
+SCORES = {
+    "kl": f"a divergence of {{}}{SPACE}nats",
+    "gradient": f"a predicted divergence of {{}}{SPACE}nats",
+    "nsr": "{} times as much noise as signal",
+}
 
 
 def verdict(report: Report) -> str:
@@ -61,7 +66,9 @@ def verdict(report: Report) -> str:
     scores = _finite_scores(given)
     if scores:
         worst, site, scheme = max(scores)
-        return f"Of {len(given):,} layers {layer_name(site)} is the most sensitive: {significant(worst)} at {scheme}."
+        cost = SCORES[report.sensitivity.by].format(significant(worst)) if report.sensitivity is not None else ""
+        among = f"{len(given):,} layer{'s' if len(given) > 1 else ''}"
+        return f"{layer_name(site)} is the most sensitive of {among}: {cost} at {scheme}."
     return "Nothing was measured."
 
 

@@ -99,7 +99,7 @@ class Report:
             tag("meta", charset="utf-8"),
             tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
             tag("meta", name="color-scheme", content="light dark"),
-            tag("title", f"{layer_name(self.title)}: compression report"),
+            tag("title", f"{layer_name(self.title)}: {self._kind().lower()} report"),
             tag("style", Html(f"body{{margin:0}}\n{style()}")),
         )
         body = tag("body", self._content(), class_="gs-report")
@@ -112,6 +112,8 @@ class Report:
         lines = [f"{layer_name(self.title)}: {network_sections.verdict(self)}"]
         if self.effect is not None:
             lines += ["", Table.of(("", "before", "after", "change"), network_sections.effect_rows(self.effect))]
+        elif self.sensitivity is not None:
+            lines += ["", str(self.sensitivity)]
         layers = () if self.comparison is None else self.comparison.layers
         known = [one for one in layers if one.sqnr is not None]
         if known:
@@ -122,12 +124,15 @@ class Report:
             lines += ["", f"advice: {one.text}", *(f"  {text}" for text in (one.why, one.rules, one.verified) if text)]
         return "\n".join([*lines, *(f"note: {note}" for note in closing_sections.all_notes(self))])
 
+    def _kind(self) -> str:
+        return "Sensitivity" if self.effect is None and self.comparison is None and self.sensitivity else "Compression"
+
     def _content(self) -> Html:
         """Returns the page's content, with fewer rows in its tables where it would be too large."""
         for most in ROWS:
             content = tag(
                 "div",
-                tag("p", "Compression report", class_="over"),
+                tag("p", f"{self._kind()} report", class_="over"),
                 tag("h1", layer_name(self.title)),
                 tag("p", network_sections.verdict(self), class_="verdict"),
                 [section(self, most) for section in SECTIONS],
