@@ -210,13 +210,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _own_process(args: argparse.Namespace, task: str) -> dict[str, Any]:
-    """Measures one row in a process whose peak memory is then that row's; what the library prints goes to stderr."""
-    names = ("peer", "model", "text", "tokens", "context", "samples", "steps", "threads")
+    """Measures one row in a process whose peak memory is then that row's; what the library prints goes to stderr.
+
+    The process runs in a folder that goes with it: libraries write logs where they are.
+    """
+    names = ("peer", "tokens", "context", "samples", "steps", "threads")
     options = [part for name in names for part in (f"--{name}", str(getattr(args, name)))]
+    options += ["--model", str(args.model.resolve()), "--text", str(args.text.resolve())]
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "row.json"
         command = [sys.executable, "-m", "bench.ptq_peers", *options, "--task", task, "--result", str(result)]
-        done = subprocess.run(command, stdout=sys.stderr, cwd=Path(__file__).parents[1], env=dict(os.environ))
+        done = subprocess.run(command, stdout=sys.stderr, cwd=folder, env=environment)
         if done.returncode != 0:
             raise RuntimeError(f"bench.ptq_peers: {args.peer} failed at {task}, see above")
         return json.loads(result.read_text())
