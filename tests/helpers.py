@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -135,3 +136,15 @@ class Untouched:
             and list(state) == list(self.state)
             and all(torch.equal(state[key].nan_to_num(7), value.nan_to_num(7)) for key, value in self.state.items())
         )
+
+
+@contextlib.contextmanager
+def small_disk(nbytes: int) -> Iterator[None]:
+    """No file may grow beyond `nbytes`: what a full disk does, for this process alone."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from gs_algos.core.files import write_atomically
+from gs_algos.core.files import clear_abandoned, write_atomically
 from gs_algos.ptq.report import LayerReport
 from gs_algos.quant.packed.grid import Grid
 from gs_algos.quant.scheme import Scheme
@@ -27,6 +27,7 @@ from gs_kernels.runtime.torch_private import tree_leaves
 
 VERSION = 1
 NAME = "journal.json"
+ACTIVATIONS = "activations"  # target of the folders that a calibration keeps them in
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Journal:
         if self.folder is None:
             return 0
         path = self.folder / NAME
+        for abandoned in (path, self.folder / ACTIVATIONS):
+            clear_abandoned(abandoned)
         if path.is_file():
             try:
                 found = json.loads(path.read_text())

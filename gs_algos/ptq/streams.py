@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.core.algorithm import Inputs, evaluating, run
+from gs_algos.core.files import scratch_folder
 from gs_algos.core.mapped_files import in_file
 from gs_algos.ptq.blocks import Block, first_tensor, submodule
+from gs_algos.ptq.journal import ACTIVATIONS
 from gs_kernels.runtime.torch_private import tree_flatten, tree_leaves, tree_unflatten
 
 CACHES = ("past_key_values", "past_key_value", "cache_params", "cache_position")
@@ -46,7 +48,10 @@ class ActivationStore:
             self.peak = max(self.peak, self.held)
             return tensor
         if self._folder is None:
-            self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(dir=self._parent)))
+            if self._parent is None:
+                self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+            else:
+                self._folder = self._stack.enter_context(scratch_folder(self._parent / ACTIVATIONS))
         self._count += 1
         mapped = in_file(tensor, self._folder / f"{self._count}.bin")
         self.on_disk += tensor.nbytes

@@ -20,6 +20,7 @@ from gs_algos.cli.info_network import describe
 from gs_algos.core import checkpoint, files
 from gs_algos.core.files import abandoned, scratch_folder, whole_file, write_atomically
 from gs_algos.llm.folder import ShardWriter, whole_folder
+from tests.helpers import small_disk
 
 INDEX = "golden_stick.json"
 DIGITS = "0123456789abcdef"
@@ -170,18 +171,6 @@ def test_a_target_that_windows_keeps_for_a_reader_is_replaced_once_it_lets_go(tm
     monkeypatch.setattr(os, "replace", replace)
     write_atomically(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"new" and names(tmp_path) == ["a"]
-
-
-@contextmanager
-def small_disk(nbytes: int) -> Iterator[None]:
-    """No file may grow beyond `nbytes`: what a full disk does, for this process alone."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("nbytes, name", [(100, "model-"), (900, INDEX)], ids=["tensors", "JSON"])
