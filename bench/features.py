@@ -36,8 +36,8 @@ OLD_NAMES = {
     "attention.attention.value": "attention.v_proj",
     "attention.output.dense": "attention.o_proj",
 }
-PATCHES = "embeddings.patch_embeddings.projection"
-FINE = [(f"model.{PATCHES}", {"weight": "int8@channel", "act": "int8@tensor"})]
+PATCHES = "model.embeddings.patch_embeddings.projection"
+FINE = [(PATCHES, {"weight": "int8@channel", "act": "int8@tensor"})]
 SETTINGS: dict[str, dict[str, Any]] = {
     "float": {},
     "w8a8": {"weight": "int8@channel", "act": "int8@tensor"},
@@ -52,12 +52,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "w4a8 relayernorm": {"weight": "int4@channel:mse", "act": "int8@tensor", "transforms": ("relayernorm",)},
     "w6a6": {"weight": "int6@channel:mse", "act": "int6@tensor:mse", "rules": FINE},
-    "w6a6 gradient": {
-        "weight": "int6@channel:mse",
-        "act": "int6@tensor",
-        "rules": FINE,
-        "ranges": "gradient",
-    },
     "w6a6 relayernorm": {
         "weight": "int6@channel:mse",
         "act": "int6@tensor:mse",

@@ -35,6 +35,7 @@ from gs_algos.llm.static_cache import cache_argument
 PLAIN = {"correct": 0.0, "refine": 0, "bias": False, "damp": 0.01}
 HEAD = [("lm_head", None)]
 CACHES = ("int8@token", "int4@token", "int4@kivi:32", "int2@kivi:32")
+TUNED = 30  # steps of a rounding that is tuned
 DECODED = 32  # tokens behind a prompt of half a window, whose speed is a row's
 # name -> (weight, options of PTQ); nearest runs no calibration
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -44,6 +45,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **{f"{weight} gptq": {"weight": weight} for weight in WEIGHTS},
     "int4@group:64 gptq int8@token": {"weight": "int4@group:64", "act": "int8@token"},
     "int8@channel gptq int8@token": {"weight": "int8@channel", "act": "int8@token"},
+    "int4@group:64 awq nearest": {
+        "weight": "int4@group:64",
+        "rounding": "nearest",
+        "refine": 0,
+        "transforms": ("awq",),
+    },
+    **{f"{weight} rotate gptq": {"weight": weight, "transforms": ("rotate",)} for weight in WEIGHTS},
+    **{
+        f"{weight} signround {TUNED} steps": {"weight": weight, "rounding": "signround", "steps": TUNED}
+        for weight in WEIGHTS
+    },
     "4.25 bits gptq": {"budget": "4.25 bits", "choices": ("int2@group:64", "int4@group:64", "int8@channel")},
     **{f"float, cache {kv}": {"kv": kv} for kv in CACHES},
     "int4@group:64 gptq, cache int8@token": {"weight": "int4@group:64", "kv": "int8@token"},
@@ -118,7 +130,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             row["bits"], row["schemes"] = round(found.bits, 3), Counter(found.schemes.values())
         algo = PTQ(rules=rules, **options)
         model = algo.apply(model, batches[0])
-        if algo.config.rounding != "nearest":
+        if algo.config.rounding != "nearest" or algo.config.transforms:
             cpu = sum(os.times()[:4])
             algo.calibrate(model, batches)
             row["cpu_seconds"] = round(sum(os.times()[:4]) - cpu, 1)

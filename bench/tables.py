@@ -284,6 +284,19 @@ def features(rows: Rows) -> str:
     return table(head, lines)
 
 
+def sensitivity(rows: Rows) -> str:
+    """Makes a row for each network, range of widths and score."""
+    head = ("network", "data", "float", "bits", "score", "rank correlation", "seconds")
+    found = last([row for row in rows if row["kind"] == "sensitivity"], "model", "data", "widths", "score")
+    return table(
+        head,
+        (
+            (*key[:2], f"{row['accuracy']:.2f}", *key[2:], f"{row['correlation']:.2f}", f"{row['seconds']:.1f}")
+            for key, row in found.items()
+        ),
+    )
+
+
 def _against(row: dict[str, Any] | None, base: dict[str, Any] | None) -> str:
     """Writes milliseconds, and how many times as many as those of the float network."""
     if row is None:
@@ -327,6 +340,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "pruned": pruned,
     "language": language,
     "ptq": ptq,
+    "sensitivity": sensitivity,
     "ptq-peers": ptq_peers,
     "products": products,
     "ops": ops,

@@ -61,10 +61,18 @@ class Policies:
         before: the float network.
         chosen_on: batches that advice is chosen on.
         others: batches that it is verified on; the same where there are no more.
+        names: layer of the float network -> its name in rules, where that is another.
     """
 
-    def __init__(self, before: nn.Module, chosen_on: Sequence[Inputs], others: Sequence[Inputs], who: str) -> None:
-        self.who, self.chosen_on = who, list(chosen_on)
+    def __init__(
+        self,
+        before: nn.Module,
+        chosen_on: Sequence[Inputs],
+        others: Sequence[Inputs],
+        who: str,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        self.who, self.chosen_on, self.names = who, list(chosen_on), dict(names or {})
         self.probe = Probe(before, who)
         self.trials = Trials(self.probe, self.chosen_on)
         self.others = Trials(self.probe, others) if others else self.trials
@@ -100,13 +108,14 @@ class Policies:
         measured = self.others(policy, acts)
         held = measured.divergence <= tolerance * 1.25
         others = "other samples" if self.others is not self.trials else "the same samples"
-        target = "" if predicted.divergence <= tolerance else f", which is still above {tolerance:g}"
+        target = "" if predicted.divergence <= tolerance else f", and the divergence is still above {tolerance:g} nats"
+        named = {self._name(site): scheme for site, scheme in chosen.items()}
         return Advice(
             f"Give {_count(last, len(weights))} {to} for their weights"
             + (f"{target}: leave more of the network float" if target else ""),
             f"Rounded as it is now, the divergence is {start.divergence:.3g} nats and the error of the outputs "
-            f"{start.error:.1%}; these layers are predicted to save most: {_some(order[:last])}.",
-            f"rules={list(rules_for(chosen))!r}",
+            f"{start.error:.1%}; these layers are predicted to save most: {_some(list(named))}.",
+            f"rules={list(rules_for(named))!r}",
             f"with nearest rounding it is {predicted.divergence:.3g} nats and {predicted.error:.1%}; on "
             f"{measured.samples:,} {others} {measured.divergence:.3g} nats and {measured.error:.1%}"
             + ("." if held or target else f", more than the {tolerance:g} nats that were asked for."),
@@ -121,32 +130,32 @@ class Policies:
         start = self.trials(weights, acts)
         found: list[Advice] = []
         for one in sorted(layers, key=lambda one: -(one.clipped or 0.0))[:TRIED]:
-            if one.clipped is not None and one.clipped > CLIPPED and one.site in acts:
+            if one.clipped is not None and one.clipped > CLIPPED and one.float_site in acts:
                 found += self._wider(one, start, weights, acts)
-        unused = [one for one in layers if one.site in weights and 0 < one.levels_used < FEW_LEVELS * one.levels]
+        unused = [one for one in layers if one.float_site in weights and 0 < one.levels_used < FEW_LEVELS * one.levels]
         for one in unused[:TRIED]:
-            scheme = weights[one.site]
+            scheme = weights[one.float_site]
             other = scheme.replace(":mse", ":minmax") if ":mse" in scheme else f"{scheme.split(':minmax')[0]}:mse"
             why = f"{one.levels_used} of the {one.levels} levels of {one.site} are used."
-            found += self._instead(one.site, other, why, start, weights, acts)
-        spread = [(self._spread(one.site), one) for one in layers if "@tensor" in weights.get(one.site, "")]
+            found += self._instead(one.float_site, other, why, start, weights, acts)
+        spread = [(self._spread(one.float_site), one) for one in layers if "@tensor" in weights.get(one.float_site, "")]
         for ratio, one in sorted(spread, key=lambda pair: -pair[0])[:TRIED]:
             if ratio > SPREAD:
-                other = weights[one.site].replace("@tensor", "@channel")
+                other = weights[one.float_site].replace("@tensor", "@channel")
                 why = f"The largest channel of {one.site} is {ratio:.0f} times the median one, with one scale for both."
-                found += self._instead(one.site, other, why, start, weights, acts)
+                found += self._instead(one.float_site, other, why, start, weights, acts)
         return found
 
     def _wider(
         self, one: LayerComparison, start: Outcome, weights: Mapping[str, str], acts: Mapping[str, str]
     ) -> list[Advice]:
-        held = self.probe.ranges.pop(one.site)
-        self.probe.find_ranges(self.chosen_on, [one.site])
+        held = self.probe.ranges.pop(one.float_site)
+        self.probe.find_ranges(self.chosen_on, [one.float_site])
         now = self.trials(weights, acts)
-        self.probe.ranges[one.site] = held
+        self.probe.ranges[one.float_site] = held
         if not now.divergence < BETTER * start.divergence:
             return []
-        bits = acts[one.site].partition(":")[0]
+        bits = acts[one.float_site].partition(":")[0]
         return [
             Advice(
                 f"Let the inputs of {one.site} keep their whole range",
@@ -164,8 +173,11 @@ class Policies:
         if not now.divergence < BETTER * start.divergence:
             return []
         falls = f"the divergence falls from {start.divergence:.3g} to {now.divergence:.3g} nats."
-        rules = f"rules=[({site!r}, {{'weight': {scheme!r}}})]"
-        return [Advice(f"Round the weight of {site} by {scheme}", why, rules, falls, now)]
+        rules = f"rules=[({self._name(site)!r}, {{'weight': {scheme!r}}})]"
+        return [Advice(f"Round the weight of {self._name(site)} by {scheme}", why, rules, falls, now)]
+
+    def _name(self, site: str) -> str:
+        return self.names.get(site, site)
 
     def _spread(self, site: str) -> float:
         layer = self.probe.layer(site)
@@ -204,8 +216,9 @@ def advise(
     weights, acts = _schemes_of(comparison)
     found: list[Advice] = []
     if weights:
-        policies = Policies(before, chosen_on, others, who)
-        ranges = {one.site: one.input_range for one in comparison.layers}
+        names = {one.float_site: one.site for one in comparison.layers}
+        policies = Policies(before, chosen_on, others, who, names)
+        ranges = {one.float_site: one.input_range for one in comparison.layers}
         policies.probe.ranges |= {site: held for site in acts if (held := ranges[site]) is not None}
         acts = {site: scheme for site, scheme in acts.items() if site in policies.probe.ranges}
         raised = policies.raised(weights, acts, tolerance)
@@ -222,9 +235,9 @@ def _schemes_of(comparison: Comparison) -> tuple[dict[str, str], dict[str, str]]
     weights, acts = {}, {}
     for one in comparison.layers:
         if one.levels and one.float_nbytes and _parses(one.weight, "weight"):
-            weights[one.site] = one.weight
+            weights[one.float_site] = one.weight
             if one.act and one.input_range is not None and _parses(one.act, "act"):
-                acts[one.site] = one.act
+                acts[one.float_site] = one.act
     return weights, acts
 
 
@@ -265,7 +278,8 @@ def _slower(comparison: Comparison, measured: Effect, before: LayerTimes, after:
     if ms[1] <= SLOWER * ms[0]:
         return []
     held = {one.site for one in comparison.layers if one.levels}
-    lost = {site: ms - before.layers.get(site, 0.0) for site, ms in after.layers.items() if site in held}
+    names = {one.site: one.float_site for one in comparison.layers}
+    lost = {site: ms - before.layers.get(names[site], 0.0) for site, ms in after.layers.items() if site in held}
     worst = [site for site in sorted(lost, key=lambda site: -lost[site]) if lost[site] > 0][:MOST_SHOWN]
     what = f"{', '.join(f'{site} {lost[site]:+.2f} ms' for site in worst)}." if worst else "it is lost between layers."
     return [

@@ -76,6 +76,7 @@ class LayerComparison:
         input_values: of the float network's inputs, of the first batch.
         input_range: that inputs are clipped to.
         share_zero: of the compressed weight.
+        float_site: name of the layer in the float network, where that is another.
     """
 
     site: str
@@ -96,6 +97,7 @@ class LayerComparison:
     input_values: Histogram | None
     input_range: tuple[float, float] | None
     share_zero: float | None = None
+    float_site: str = ""
 
 
 @dataclass(frozen=True)
@@ -267,6 +269,7 @@ class _Watch:
             self.inputs,
             fact.input_range,
             fact.share_zero,
+            fact.float_site,
         )
 
 
@@ -283,9 +286,7 @@ def _observe_float(
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             watch.see_input(_first_tensor((args, kwargs)))
             if watch.fact.comparable:
-                y = watch.fact.after(*args, **kwargs)
-                y = y if watch.fact.place is watch.fact.after else watch.fact.place(y)
-                watch.got.append(_values(y).clone())
+                watch.got.append(_values(watch.fact.run(*args, **kwargs)).clone())
 
         return hook
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.core.algorithm import history
-from gs_algos.core.modules import get_module
+from gs_algos.core.modules import get_module, parent_name
 from gs_algos.core.plan import rows_of
 from gs_algos.core.registry import restorer
 from gs_algos.quant.fake_quant.integer_inference import IntegerEval
@@ -33,6 +33,7 @@ class LayerFacts:
     Args:
         after: the layer.
         before: the float one; None if there is none.
+        float_site: its name: of the module that calls the function which is the layer `site` in the compressed network.
         activation: what the layer computes beyond the modules that it took the place of, because the float network does
             so outside of modules; "" for nothing.
         place: the module of the compressed network whose output is compared.
@@ -42,6 +43,7 @@ class LayerFacts:
     site: str
     after: nn.Module
     before: nn.Module | None
+    float_site: str
     activation: str
     place: nn.Module
     weight: str
@@ -55,6 +57,14 @@ class LayerFacts:
     def comparable(self) -> bool:
         """Says whether both layers have weights of one shape."""
         return self.before is not None and _shape(self.before) == _shape(self.after)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the layer with the float network's inputs, up to what is compared."""
+        if self.place is self.after:
+            return self.after(*args, **kwargs)
+        if any(module is self.after for module in self.place.modules()):
+            return self.place(*args, **kwargs)
+        return self.place(self.after(*args, **kwargs))
 
     @property
     def nbytes(self) -> int:
@@ -166,10 +176,11 @@ def layer_facts(before: nn.Module, after: nn.Module) -> list[LayerFacts]:
     for site, module in modules.items():
         if not is_layer(module):
             continue
-        old = float_modules.get(site)
+        plan, activation, place, float_site = plans.get(site), "", module, site
+        if site not in float_modules and (inside := parent_name(site)) in float_modules:
+            float_site, place = inside, modules[inside]
+        old = float_modules.get(float_site)
         old = old if old is not None and is_layer(old) else None
-        plan = plans.get(site)
-        activation, place = "", module
         if plan is not None and isinstance(module, QuantizedLayer):
             if plan.bn is not None and plan.norm_children:
                 place = get_module(after, plan.bn)
@@ -181,6 +192,7 @@ def layer_facts(before: nn.Module, after: nn.Module) -> list[LayerFacts]:
                 site,
                 module,
                 old,
+                float_site,
                 activation,
                 place,
                 scheme or _weight_text(module),
@@ -205,7 +217,8 @@ def taken_over(before: nn.Module, after: nn.Module) -> dict[str, nn.Module]:
 
 def is_layer(module: nn.Module) -> bool:
     """Says whether a module holds a weight that is multiplied or looked up."""
-    return isinstance(module, Packed | IntegerEval) or base_of(module) is not None
+    held = base_of(module) is not None and isinstance(module._parameters.get("weight"), Tensor)
+    return held or isinstance(module, Packed | IntegerEval)
 
 
 def _weight_text(module: nn.Module) -> str:

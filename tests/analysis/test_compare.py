@@ -182,3 +182,18 @@ def test_a_histogram_counts_finite_values_only():
     assert (found.low, found.high, found.counts) == (0.0, 1.0, (1, 1, 0, 1))
     assert Histogram.of(torch.full((3,), math.nan)) is None
     assert Histogram.of(torch.full((3,), 2.0)).counts == (3,)
+
+
+class PadsItself(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
+
+
+def test_a_layer_that_calls_a_function_is_the_layer_of_that_function():
+    torch.manual_seed(0)
+    net = nn.Sequential(PadsItself(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5))
+    xs = list(torch.randn(2, 4, 3, 8, 8))
+    new = compressed(SimQAT(weight="int8@channel", act="int8@tensor"), net.eval(), xs)
+    first = compare(net, new, xs).layers[0]
+    assert (first.site, first.float_site) == ("0.weight_conv2d", "0")
+    assert first.sqnr > 30 and first.local_sqnr > 30 and first.float_nbytes == 4 * (8 * 27 + 8)
