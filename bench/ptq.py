@@ -33,6 +33,7 @@ from gs_algos.llm.perplexity import perplexity
 from gs_algos.llm.static_cache import cache_argument
 
 PLAIN = {"correct": 0.0, "refine": 0, "bias": False, "damp": 0.01}
+NEAREST = {"rounding": "nearest", "refine": 0}
 HEAD = [("lm_head", None)]
 CACHES = ("int8@token", "int4@token", "int4@kivi:32", "int2@kivi:32")
 TUNED = 30  # steps of a rounding that is tuned
@@ -40,7 +41,7 @@ DECODED = 32  # tokens behind a prompt of half a window, whose speed is a row's
 # name -> (weight, options of PTQ); nearest runs no calibration
 SETTINGS: dict[str, dict[str, Any]] = {
     "float": {},
-    **{f"{weight} nearest": {"weight": weight, "rounding": "nearest", "refine": 0} for weight in WEIGHTS},
+    **{f"{weight} nearest": {"weight": weight, **NEAREST} for weight in WEIGHTS},
     **{f"{weight} gptq alone": {"weight": weight, **PLAIN} for weight in WEIGHTS},
     **{f"{weight} gptq": {"weight": weight} for weight in WEIGHTS},
     "int4@group:64 gptq int8@token": {"weight": "int4@group:64", "act": "int8@token"},

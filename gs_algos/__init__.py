@@ -34,6 +34,12 @@ from gs_algos.quant.scheme import Scheme
 
 if TYPE_CHECKING:
     from gs_algos.analysis.analyze import analyze, report
+    from gs_algos.analysis.compare import compare
+    from gs_algos.analysis.effect import effect
+    from gs_algos.analysis.latency import layer_times
+    from gs_algos.analysis.latency_table import latency_table
+    from gs_algos.analysis.report.page import Report
+    from gs_algos.analysis.sensitivity import sensitivity
     from gs_algos.export.onnx import export_onnx
     from gs_algos.export.torch_package import export_package
     from gs_algos.llm.interchange import export_language_model, import_language_model
@@ -48,16 +54,22 @@ _register_with_transformers()
 
 _LAZY = {
     "Pipeline": "gs_algos.pipeline.pipeline",
+    "Report": "gs_algos.analysis.report.page",
     "Stage": "gs_algos.pipeline.pipeline",
     "analyze": "gs_algos.analysis.analyze",
+    "compare": "gs_algos.analysis.compare",
+    "effect": "gs_algos.analysis.effect",
     "export_language_model": "gs_algos.llm.interchange",
     "export_onnx": "gs_algos.export.onnx",
     "export_package": "gs_algos.export.torch_package",
     "import_language_model": "gs_algos.llm.interchange",
+    "latency_table": "gs_algos.analysis.latency_table",
+    "layer_times": "gs_algos.analysis.latency",
     "load_language_model": "gs_algos.llm.load",
     "mixed_bits": "gs_algos.search.mixed_bits",
     "quantize_checkpoint": "gs_algos.llm.quantize_checkpoint",
     "report": "gs_algos.analysis.analyze",
+    "sensitivity": "gs_algos.analysis.sensitivity",
 }
 
 __all__ = [
@@ -77,6 +89,7 @@ __all__ = [
     "PlanRow",
     "Prune",
     "PruneConfig",
+    "Report",
     "RowSettings",
     "SCOPConfig",
     "SLBConfig",
@@ -89,11 +102,15 @@ __all__ = [
     "Totals",
     "__version__",
     "analyze",
+    "compare",
+    "effect",
     "export_language_model",
     "export_onnx",
     "export_package",
     "history",
     "import_language_model",
+    "latency_table",
+    "layer_times",
     "load",
     "load_language_model",
     "mixed_bits",
@@ -103,6 +120,7 @@ __all__ = [
     "register_algorithm",
     "report",
     "save",
+    "sensitivity",
 ]
 
 _RENAMED = {"PruningConfig": "PruneConfig", "ScopConfig": "SCOPConfig"}
