@@ -297,6 +297,19 @@ def sensitivity(rows: Rows) -> str:
     )
 
 
+def reports(rows: Rows) -> str:
+    """Makes a row for each example page: what its first advice predicted, and what the packed network gave."""
+    head = ("network", "quantized by", "error %", "predicted %", "measured %", "KL nats", "predicted", "measured")
+    keys = ("divergence", "predicted_divergence", "measured_divergence")
+    found = last([row for row in rows if row["kind"] == "report" and "error" in row], "network", "setting")
+    errors = ("error", "predicted_error", "measured_error")
+    lines = (
+        (*key, *(f"{100 * row[e]:.1f}" for e in errors), *(f"{row[k]:.3g}" for k in keys), f"{row['seconds']:.0f}")
+        for key, row in found.items()
+    )
+    return table((*head, "seconds of the report"), lines)
+
+
 def _against(row: dict[str, Any] | None, base: dict[str, Any] | None) -> str:
     """Writes milliseconds, and how many times as many as those of the float network."""
     if row is None:
@@ -340,6 +353,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "pruned": pruned,
     "language": language,
     "ptq": ptq,
+    "reports": reports,
     "sensitivity": sensitivity,
     "ptq-peers": ptq_peers,
     "products": products,

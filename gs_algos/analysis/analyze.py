@@ -18,7 +18,7 @@ from gs_algos.analysis.latency import layer_times
 from gs_algos.analysis.report.page import Report
 from gs_algos.analysis.sensitivity import CHOICES, fitting, sensitivity
 from gs_algos.core.algorithm import Inputs, history
-from gs_algos.core.batches import InputsOf, checked_batches, samples_of
+from gs_algos.core.batches import InputsOf, checked_batches, device_of, on_device, samples_of
 from gs_algos.core.machine import machine
 from gs_algos.core.network import network_of
 from gs_algos.quant.scheme import Scheme
@@ -141,15 +141,14 @@ def _split(who: str, network: nn.Module, data: Iterable[Any], samples: int) -> t
         raise ValueError(f"{who}: samples must be at least 1, got {samples}")
     inputs_of = InputsOf(who, network, None)
     parts: list[Inputs] = []
-    count = tokens = 0
+    count = 0
     for batch in checked_batches(who, data):
-        inputs = inputs_of(batch)
+        inputs = on_device(inputs_of(batch), device_of(network))
         size = samples_of(inputs)
         length = _length(inputs)
         allowed = min(samples, max(1, TOKENS // length))
         parts += _pieces(inputs, size, allowed)
         count += size
-        tokens += size * length
         if count >= 2 * allowed:
             break
     if not parts:

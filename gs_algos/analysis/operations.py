@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from gs_algos.core.algorithm import Inputs, evaluating, run
 from gs_algos.quant.packed.embedding import PackedEmbedding
 from gs_algos.quant.packed.module import Packed
-from gs_kernels.runtime.torch_private import tree_leaves
+from gs_kernels.runtime.torch_private import TorchDispatchMode, tree_leaves
 
 aten = torch.ops.aten
 
