@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,12 @@ from gs_algos.analysis.probe import Probe
 from gs_algos.analysis.sensitivity import sensitivity
 from gs_algos.core.algorithm import Inputs, run
 from gs_algos.core.layer_rules import rules_for
+from gs_algos.quant.integer.layers import QuantizedConv, QuantizedLinear
 from gs_algos.quant.packed.packable import base_of, matrix_of
 from gs_algos.quant.scheme import Scheme
 from gs_kernels.runtime.torch_private import _BatchNorm
 
+INTEGER = (QuantizedConv.__name__, QuantizedLinear.__name__)  # layers whose scales are above 0
 RAISED = "int8@channel"  # what a layer is raised to
 BETTER = 0.95  # of the divergence, that a change must get below to be advised
 CLIPPED, FEW_LEVELS, SPREAD = 0.01, 0.5, 8.0
@@ -62,6 +64,7 @@ class Policies:
         chosen_on: batches that advice is chosen on.
         others: batches that it is verified on; the same where there are no more.
         names: layer of the float network -> its name in rules, where that is another.
+        integer: layers that multiply integers once compressed.
     """
 
     def __init__(
@@ -71,9 +74,10 @@ class Policies:
         others: Sequence[Inputs],
         who: str,
         names: Mapping[str, str] | None = None,
+        integer: Collection[str] = (),
     ) -> None:
         self.who, self.chosen_on, self.names = who, list(chosen_on), dict(names or {})
-        self.probe = Probe(before, who)
+        self.probe = Probe(before, who, integer)
         self.trials = Trials(self.probe, self.chosen_on)
         self.others = Trials(self.probe, others) if others else self.trials
 
@@ -217,7 +221,8 @@ def advise(
     found: list[Advice] = []
     if weights:
         names = {one.float_site: one.site for one in comparison.layers}
-        policies = Policies(before, chosen_on, others, who, names)
+        integer = [one.float_site for one in comparison.layers if one.kind in INTEGER]
+        policies = Policies(before, chosen_on, others, who, names, integer)
         ranges = {one.float_site: one.input_range for one in comparison.layers}
         policies.probe.ranges |= {site: held for site in acts if (held := ranges[site]) is not None}
         acts = {site: scheme for site, scheme in acts.items() if site in policies.probe.ranges}

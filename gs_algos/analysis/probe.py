@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -25,10 +25,11 @@ class Probe:
 
     network: the copy. Weights are rounded to nearest.
     ranges: layer -> smallest and largest value of its inputs, on whose grid they are rounded.
+    integer: layers that multiply integers once compressed, whose scales are above 0.
     """
 
-    def __init__(self, model: nn.Module, who: str) -> None:
-        self.who = who
+    def __init__(self, model: nn.Module, who: str, integer: Collection[str] = ()) -> None:
+        self.who, self.integer = who, frozenset(integer)
         self.network = copy.deepcopy(network_of(model, who)).eval().requires_grad_(False)
         self._grids: dict[tuple[str, str], Grid] = {}
         self.ranges: dict[str, tuple[float, float]] = {}
@@ -45,7 +46,7 @@ class Probe:
         layer = self.layer(site)
         rows = matrix_of(layer, layer.weight)
         if (site, scheme) not in self._grids:
-            self._grids[site, scheme] = grid_of(rows, Scheme.parse(scheme, "weight"))
+            self._grids[site, scheme] = grid_of(rows, Scheme.parse(scheme, "weight"), positive=site in self.integer)
         grid = self._grids[site, scheme]
         values = grid.values(grid.codes(rows)).to(layer.weight.dtype)
         return values.view(layer.weight.shape) if rows.shape[0] == layer.weight.shape[0] else values.t()
