@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gs_algos.analysis.layers import LayerFacts, layer_facts, taken_over
 from gs_algos.core.algorithm import Inputs, evaluating, history, run
-from gs_algos.core.batches import InputsOf, checked_batches
+from gs_algos.core.batches import InputsOf, checked_batches, tensor_in
 from gs_algos.core.modules import TRACING
 from gs_algos.core.network import network_of, ordinary_tensors, without_autocast
 from gs_algos.core.table import Table
@@ -284,14 +284,14 @@ def _observe_float(
 
     def before_layer(watch: _Watch) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            watch.see_input(_first_tensor((args, kwargs)))
+            watch.see_input(tensor_in((args, kwargs)))
             if watch.fact.comparable:
                 watch.got.append(_values(watch.fact.run(*args, **kwargs)).clone())
 
         return hook
 
     def note(watch: _Watch, y: Any) -> None:
-        tensor = _first_tensor(y)
+        tensor = tensor_in(y)
         newest[id(tensor)] = weakref.ref(tensor), watch
         watch.want[-1] = tensor.detach().clone()  # what follows may change it in place
 
@@ -303,7 +303,7 @@ def _observe_float(
         return hook
 
     def behind_taken(module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
-        x = _first_tensor((args, kwargs))
+        x = tensor_in((args, kwargs))
         held = newest.get(id(x))
         if held is not None and held[0]() is x:
             note(held[1], y)
@@ -359,12 +359,8 @@ def _activation(name: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[name].function if name else lambda y: y
 
 
-def _first_tensor(values: Any) -> Tensor:
-    return next(leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
-
-
 def _values(y: Any) -> Tensor:
-    return dequantized(_first_tensor(y)).detach()  # type: ignore[no-any-return]
+    return dequantized(tensor_in(y)).detach()  # type: ignore[no-any-return]
 
 
 def _floats(outputs: Any) -> list[Tensor]:

@@ -9,8 +9,8 @@ batch give g for all layers, and each choice for a layer costs one product more.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gs_algos.analysis.outputs import are_logits, class_rows, kept_samples, output_of
-from gs_algos.core.algorithm import Inputs, evaluating, run
+from gs_algos.core.algorithm import Inputs, evaluating, run, without_parameter_gradients
+from gs_algos.core.batches import tensor_in
 from gs_algos.core.modules import get_module, own_forward
 from gs_algos.core.network import ordinary_tensors, without_autocast
 from gs_algos.core.progress import progress
 from gs_algos.quant.packed.grid import Grid, grid_of
 from gs_algos.quant.packed.packable import CONVS, base_of, matrix_of
 from gs_algos.quant.scheme import Scheme
-from gs_kernels.runtime.torch_private import tree_leaves
 
 
 @dataclass
@@ -60,7 +60,7 @@ def fisher_scores(
     with ordinary_tensors(), without_autocast():
         probes = {site: RoundedLayer.of(get_module(network, site), schemes) for site, schemes in choices.items()}
         generator = torch.Generator(next(network.parameters()).device).manual_seed(seed)
-        with evaluating(network), torch.enable_grad(), _frozen(network):
+        with evaluating(network), torch.enable_grad(), without_parameter_gradients(network):
             for number, batch in enumerate(progress(batches, "measuring sensitivity")):
                 readers = _measure(network, batch, probes, found, generator, who)
                 found.readers = found.readers if number else readers
@@ -113,19 +113,6 @@ def _with_weight(layer: Any, weight: Tensor) -> Any:
     return twin
 
 
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Runs the block without gradients of parameters."""
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-
-
 def _measure(
     network: nn.Module,
     batch: Inputs,
@@ -142,7 +129,7 @@ def _measure(
 
     def watch(site: str, probe: RoundedLayer) -> Any:
         def after(module: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor:
-            given = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            given = tensor_in((args, kwargs))
             key = id(given), given._version
             held.append(given)
             if site not in seen.setdefault(key, []):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.core.algorithm import Inputs, evaluating, run, split_inputs
-from gs_algos.core.batches import device_of, on_device, resized, samples_of
+from gs_algos.core.batches import device_of, on_device, resized, samples_of, tensor_in
 from gs_algos.core.files import write_atomically
 from gs_algos.core.machine import PACKAGE, machine, package_version
 from gs_algos.core.modules import get_module, parameter_owners
@@ -40,7 +40,6 @@ from gs_algos.quant.packed.packable import CONVS, base_of, in_rows, matrix_of, p
 from gs_algos.quant.packed.round_to_nearest import packable, round_to_nearest
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import PackedWeight
-from gs_kernels.runtime.torch_private import tree_leaves
 
 WHO = "latency_table"
 FORMAT, VERSION = "golden-stick latency table", 1
@@ -236,7 +235,7 @@ def _sites(net: nn.Module, inputs: Inputs) -> dict[str, list[_Call]]:
 
     def watch(name: str) -> Any:
         def after(layer: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
-            x = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            x = tensor_in((args, kwargs))
             found[name].append(_Call(tuple(x.shape), x.stride(), x.dtype, x.device, y.numel()))
 
         return after

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from gs_algos.analysis.fisher import RoundedLayer
 from gs_algos.core.algorithm import Inputs, evaluating, run
+from gs_algos.core.batches import tensor_in
 from gs_algos.core.modules import get_module
 from gs_algos.core.network import ordinary_tensors, without_autocast
 from gs_algos.core.progress import progress
-from gs_kernels.runtime.torch_private import tree_leaves
 
 
 def noise_scores(
@@ -25,7 +25,7 @@ def noise_scores(
 
     def watch(site: str, layer: RoundedLayer) -> Any:
         def after(module: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
-            x = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            x = tensor_in((args, kwargs))
             signal[site] += float(y.double().square().sum())
             for scheme in layer.grids:
                 noise[site][scheme] += float(layer.change(x, scheme).double().square().sum())

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.core.algorithm import Inputs, run
+from gs_algos.core.batches import tensor_in
 from gs_algos.core.modules import get_module
 from gs_algos.core.network import network_of
 from gs_algos.quant.packed.grid import Grid, grid_of
 from gs_algos.quant.packed.packable import matrix_of
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import choose_qparams, fake_quant
-from gs_kernels.runtime.torch_private import tree_leaves, tree_map_only
+from gs_kernels.runtime.torch_private import tree_map_only
 
 
 class Probe:
@@ -58,7 +59,7 @@ class Probe:
 
         def watch(site: str) -> Any:
             def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-                x = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+                x = tensor_in((args, kwargs))
                 if x.is_floating_point() and x.numel():
                     found.setdefault(site, []).extend((float(x.min()), float(x.max())))
 
@@ -107,7 +108,7 @@ class Probe:
         scale, zero = choose_qparams(low, high, qmin=scheme.qmin, qmax=scheme.qmax, symmetric=scheme.symmetric)
 
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            first = tensor_in((args, kwargs))
 
             def change(x: Tensor) -> Tensor:
                 if x is not first:

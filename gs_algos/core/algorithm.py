@@ -240,6 +240,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+@contextlib.contextmanager
+def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    """Runs the block without gradients of parameters; those of tensors between layers are computed."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
 class InputsError(ValueError):
     """Says that inputs do not run through a model. text: what is wrong, without who says so."""
 

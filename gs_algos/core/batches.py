@@ -51,7 +51,7 @@ def on_device(inputs: Inputs, device: torch.device | None) -> Inputs:
 
 def samples_of(inputs: Inputs) -> int:
     """Returns how many samples the inputs of a call hold: the size of the first axis of the first tensor."""
-    first = next(leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+    first = tensor_in(inputs)
     return len(first) if first.dim() else 1
 
 
@@ -64,6 +64,11 @@ def resized(inputs: Inputs, samples: int) -> Inputs:
         return t if whole else t[torch.arange(samples, device=t.device) % held]
 
     return tree_map_only(Tensor, take, inputs)  # type: ignore[no-any-return]
+
+
+def tensor_in(values: Any) -> Tensor:
+    """Returns the first tensor in the arguments of a call, or in what it returned; there must be one."""
+    return next(leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
 
 
 class InputsOf:

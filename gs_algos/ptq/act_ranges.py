@@ -9,15 +9,15 @@ classes; weights are rounded by then, so that ranges are searched once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gs_algos.core.algorithm import Inputs, evaluating, run
+from gs_algos.core.algorithm import Inputs, evaluating, run, without_parameter_gradients
 from gs_algos.core.progress import progress
 from gs_algos.ptq.blocks import first_tensor
 from gs_algos.ptq.columns import CONVS, groups_of, input_rows
@@ -132,7 +132,7 @@ def _gather(
 
         return after
 
-    with evaluating(model), passing(quantizers.values()), _without_gradients(model), ExitStack() as stack:
+    with evaluating(model), passing(quantizers.values()), without_parameter_gradients(model), ExitStack() as stack:
         for name, layer in layers.items():
             stack.callback(layer.register_forward_hook(watch(name), with_kwargs=True).remove)
         for number, batch in enumerate(progress(batches, "searching ranges")):
@@ -216,16 +216,3 @@ def _output(model: nn.Module, batch: Inputs, who: str) -> Tensor:
             f"{who}: the network must return floats where ranges are searched, got {got}; leave out ranges"
         )
     return output
-
-
-@contextmanager
-def _without_gradients(model: nn.Module) -> Iterator[None]:
-    """Runs the block without gradients of parameters."""
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
