@@ -55,6 +55,12 @@ def analyze(
         ValueError: as `sensitivity`.
     """
     who = "analyze"
+    _refuse_tolerance(who, tolerance)
+    bits = [Scheme.parse(choice, "weight").bits for choice in choices]
+    if bits and bits[-1] < max(bits):
+        raise ValueError(
+            f"{who}: choices must end with the most bits, got {', '.join(map(str, choices))}; reorder them"
+        )
     network = network_of(model, who)
     chosen_on, others = _split(who, network, data or [inputs], samples)
     found = sensitivity(network, chosen_on, choices, by=by, who=who)
@@ -110,6 +116,7 @@ def report(
         ValueError: if there is no data, the networks do not belong together, or the page cannot be written.
     """
     who = "report"
+    _refuse_tolerance(who, tolerance)
     first, second = network_of(before, who), network_of(after, who)
     again = data if isinstance(data, Sequence) or hasattr(data, "__len__") else list(data)
     chosen_on, others = _split(who, first, again, samples)
@@ -133,6 +140,11 @@ def report(
     if path is not None:
         page.save(path)
     return page
+
+
+def _refuse_tolerance(who: str, tolerance: float) -> None:
+    if not tolerance >= 0:
+        raise ValueError(f"{who}: tolerance must be 0 nats or more, got {tolerance}")
 
 
 def _split(who: str, network: nn.Module, data: Iterable[Any], samples: int) -> tuple[list[Inputs], list[Inputs]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gs_algos.analysis.analyze import analyze, report
 from gs_algos.core.checkpoint import INDEX, load
 from gs_algos.demo.data import ImageData, load_data
-from gs_algos.demo.models import build
+from gs_algos.demo.models import MODELS, build
 from gs_algos.llm.calibration_text import calibration_text
 from gs_algos.llm.load import is_gguf, load_language_model
 
@@ -65,6 +65,8 @@ def run_analyze(
             _fill(net, weights, "analyze")
         batches = test_batches(images)
     page = analyze(net, inputs_in(batches[0]), batches, choices=choices, by=by, tolerance=tolerance)
+    if weights is None and model in MODELS:
+        page = replace(page, notes=(*page.notes, f"{model} has random weights; --weights gives it trained ones"))
     return _written(page, out)
 
 
@@ -142,6 +144,8 @@ def _built(model: str, images: ImageData) -> nn.Module:
 
 def _fill(net: nn.Module, path: Path, who: str) -> None:
     """Loads the tensors of a safetensors file into a network."""
+    if path.is_dir():
+        raise ValueError(f"{who}: {path} must be a safetensors file of the float network, got a folder")
     try:
         net.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:

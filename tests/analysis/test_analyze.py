@@ -167,6 +167,12 @@ def test_language_models_are_measured_by_perplexity(net):
         (lambda net: gs_algos.report(net, nn.Sequential(nn.Flatten(), nn.Linear(192, 6)), data(1)), "none in common"),
         (lambda net: gs_algos.analyze(net, data()[0][0], samples=0), "samples must be at least 1"),
         (lambda net: gs_algos.analyze(net, data()[0][0], choices=("int4@channle",)), "int4@channle"),
+        (lambda net: gs_algos.analyze(net, data()[0][0], tolerance=math.nan), "tolerance must be 0 nats or more"),
+        (lambda net: gs_algos.report(net, net, data(1), tolerance=-1), "tolerance must be 0 nats or more"),
+        (
+            lambda net: gs_algos.analyze(net, data()[0][0], choices=("int8@channel", "int2@channel")),
+            "must end with the most bits",
+        ),
     ],
 )
 def test_wrong_input_is_refused(net, call, message):

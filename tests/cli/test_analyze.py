@@ -45,6 +45,11 @@ def test_a_trained_network_is_analyzed(demo, tmp_path, capsys):
     assert "rules=[" in capsys.readouterr().out and page.is_file()
 
 
+def test_random_weights_are_said(capsys):
+    assert run(["analyze", "mlp", "--choices", "int2@channel,int8@channel"]) == 0
+    assert "mlp has random weights" in capsys.readouterr().out
+
+
 def test_a_language_model_is_analyzed_and_reported(tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
     from tests.nets.language_models import tiny_tokenizer
@@ -73,6 +78,8 @@ def test_a_language_model_is_analyzed_and_reported(tmp_path, capsys):
         (["analyze", "mlp", "--weights", "nowhere"], "must be a safetensors file of the float network"),
         (["analyze", "mlp", "--by", "hessian"], "by must be one of"),
         (["analyze", "mlp", "--out", "/nowhere/page.html"], "a file in a folder that is there"),
+        (["analyze", "mlp", "--tolerance", "nan"], "tolerance must be 0 nats or more"),
+        (["report", ".", "b", "--model", "mlp"], "got a folder"),
         (["report", "a", "b"], "--model must say"),
         (["demo", "--report", "/nowhere/page.html"], "a file in a folder that is there"),
     ],
