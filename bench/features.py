@@ -52,6 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "w4a8 relayernorm": {"weight": "int4@channel:mse", "act": "int8@tensor", "transforms": ("relayernorm",)},
     "w6a6": {"weight": "int6@channel:mse", "act": "int6@tensor:mse", "rules": FINE},
+    "w6a6 gradient": {"weight": "int6@channel:mse", "act": "int6@tensor", "rules": FINE, "ranges": "gradient"},
     "w6a6 relayernorm": {
         "weight": "int6@channel:mse",
         "act": "int6@tensor:mse",
