@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import gs_algos
+from gs_algos.analysis.report.search import search_of
 from gs_algos.cli.analyze import check_page, write_report
 from gs_algos.cli.demo import bar, check_fit
 from gs_algos.core.algorithm import Algorithm
@@ -30,8 +31,10 @@ from gs_algos.pipeline.pipeline import Pipeline, Stage
 from gs_algos.pipeline.recipe import Recipe, make_algorithm, read_recipe
 from gs_algos.pruning.pruner import Pruner
 from gs_algos.pruning.scop import SCOP
+from gs_algos.qat.slb.algorithm import SLB
 
 RECIPE_FILE = "recipe.json"
+SEARCH_FILE = "search.json"  # what a report shows of a search of SLB
 KNOCKOFF_BATCHES = 64  # of training images that a knock-off generator is fitted to
 
 
@@ -84,6 +87,8 @@ def run_compress(
         with bar(f"{stage.name}, {tune.epochs} epochs") as on_step:
             state = stage.folder / "training.safetensors"
             train_compressed(net, data, tune, stage.algorithm, state, stage.resumed, on_step)
+        if isinstance(stage.algorithm, SLB):
+            write_atomically(out / SEARCH_FILE, json.dumps(search_of(stage.algorithm)).encode())
 
     if resume and (out / "stages").is_dir():
         net = pipeline.resume(fresh, data.example(), train_stage)
@@ -98,7 +103,8 @@ def run_compress(
         f"saved, and {'equal' if exact else 'NOT equal'} when loaded: golden-stick info {last}", soft_wrap=True
     )
     if page is not None:
-        console.print(write_report(before, net, data, page, f"{recipe.model}, {path.name}"), soft_wrap=True)
+        search = json.loads((out / SEARCH_FILE).read_text()) if (out / SEARCH_FILE).is_file() else None
+        console.print(write_report(before, net, data, page, f"{recipe.model}, {path.name}", search), soft_wrap=True)
     return rows
 
 
@@ -176,7 +182,8 @@ def _claim(out: Path, recipe: Recipe, resume: bool) -> None:
         raise ValueError(f"compress: --out must be a new, an empty or a recipe's folder, got {out}; choose another")
     if not resume:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "float.state.safetensors").unlink(missing_ok=True)
+        for name in ("float.state.safetensors", SEARCH_FILE):
+            (out / name).unlink(missing_ok=True)
         write_atomically(path, json.dumps(ours, indent=1).encode())
         return
     try:

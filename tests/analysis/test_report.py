@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import xml.etree.ElementTree as ElementTree
@@ -373,9 +374,21 @@ def test_the_search_of_slb_is_read_from_the_algorithm():
         algorithm.step()
     search = search_of(algorithm)
     assert search["step"] == [0.0, 2.0] and search["gap"].keys() == search["confidence"].keys() != set()
+    assert search == json.loads(json.dumps(search))
     html = Report("Net", search=search).html()
     assert "Quantization gap" in html and "not a number" not in html  # the last point is still to come
     assert all(picture.get("role") == "img" for picture in pictures(html))
+
+
+def test_the_levels_of_slb_have_the_shares_of_the_largest_logits():
+    net = nn.Sequential(nn.Linear(4, 2))
+    algorithm = SLB(weight="2bit@channel", total_steps=4, trace=0)
+    net = algorithm.apply(net, torch.zeros(2, 4))
+    with torch.no_grad():
+        net[0].search.logits.zero_()[:, 3, :3] = 1.0  # three of four weights at the highest level, one at the lowest
+    assert search_of(algorithm) == {
+        "levels": {"0": {"\N{MINUS SIGN}1.0": 0.25, "\N{MINUS SIGN}0.33": 0.0, "0.33": 0.0, "1.0": 0.75}}
+    }
 
 
 def test_bytes_of_layers_and_the_rest_are_those_of_the_network():

@@ -31,6 +31,43 @@ def test_a_demo_of_slb_shows_its_search(tmp_path):
     assert "The search for levels" in page.read_text()
 
 
+RECIPE = """
+model = "lenet5"
+data = "digits"
+float_epochs = 1
+
+[[stage]]
+algorithm = "prune"
+epochs = 1
+options = { rate = 0.25 }
+
+[[stage]]
+algorithm = "slb"
+epochs = 1
+options = { weight = "2bit@channel" }
+"""
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    """The page of a recipe that is resumed although it has ended."""
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "run.toml").write_text(RECIPE)
+    arguments = ["compress", "--recipe", f"{folder}/run.toml", "--out", f"{folder}/out", "--device", "cpu"]
+    assert run(arguments) == 0
+    assert run([*arguments, "--resume", "--report", f"{folder}/page.html"]) == 0
+    return (folder / "page.html").read_text()
+
+
+def test_a_recipe_with_slb_shows_its_search_and_its_levels(compressed):
+    assert "The search for levels" in compressed and "Quantization gap" in compressed
+    assert "weights at each level" in compressed
+
+
+def test_a_recipe_with_pruning_shows_the_channels_that_are_left(compressed):
+    assert "Output channels of layers, before and after" in compressed
+
+
 def test_a_saved_network_is_compared_with_the_float_one(demo, tmp_path, capsys):
     out, page = demo[0], tmp_path / "page.html"
     assert run(["report", f"{out}/float.safetensors", f"{out}/model", "--model", "mlp", "--out", str(page)]) == 0

@@ -246,6 +246,14 @@ class SLB(QuantizationTraining):
         rows = {name: trace.cpu() for name, trace in traces.items() if trace is not None}
         return {name: trace.where(trace != NOT_YET, torch.nan) for name, trace in rows.items()}
 
+    def level_shares(self) -> dict[str, dict[float, float]]:
+        """Returns for each layer which share of its weights takes each level of the grid, by the largest logits.
+
+        Levels are those of the grid, before any scale. Where logits are sharded every rank must call it.
+        """
+        self._require_bound("level_shares")
+        return {name: layer.search.level_shares() for name, layer in self._layers.items()}
+
     def picture(self, path: Any) -> None:
         """Draws the search so far, before `convert`: gaps per layer, and how the softmax becomes one-hot (matplotlib).
 

@@ -18,7 +18,7 @@ from typing_extensions import Self
 from gs_algos.core.tensor_rules import FINITE, NOT_NEGATIVE, POSITIVE, Rules, equal_to
 from gs_algos.quant.fast_path import OffFastPath
 from gs_algos.quant.level_grid import LevelGrid
-from gs_kernels import PackedWeight, dequantize_packed, slb_pack, slb_weight
+from gs_kernels import PackedWeight, dequantize_packed, slb_pack, slb_weight, unpack_codes
 
 FP32 = ("scale", "levels", "temperature", "trace")
 NOT_YET = -1.0  # in a row of the trace that is still to come
@@ -130,6 +130,14 @@ class LevelSearch(nn.Module, OffFastPath):
         if scaled and self.scale is not None:
             scale = scale * whole(self.scale.detach()).view(-1, 1)
         return PackedWeight(codes, scale, self.grid.zero, None, self.grid.bits, self.size, self.size[1])
+
+    @torch.no_grad()
+    def level_shares(self) -> dict[float, float]:
+        """Returns the share of the weights that takes each level: the chosen one, or that of the largest logit."""
+        held = self.packed(scaled=False)
+        codes = unpack_codes(held.codes, held.bits, held.shape)
+        counts = torch.bincount(codes.flatten().int(), minlength=len(self.levels))
+        return dict(zip(self.levels.tolist(), (counts / codes.numel()).tolist(), strict=True))
 
     @torch.no_grad()
     def harden(self) -> None:
