@@ -14,7 +14,7 @@ from gs_algos.ptq.solve import check_options
 from gs_algos.ptq.transforms import chosen_transforms
 from gs_algos.quant.packed.linear import TOKEN
 from gs_algos.quant.packed.round_to_nearest import packable
-from gs_algos.quant.scheme import Scheme, as_text, check_rules
+from gs_algos.quant.scheme import Scheme, as_text, check_rules, join_scheme
 
 OBSERVED, GRADIENT = RANGES = "observed", "gradient"
 WIDTHS = (1, 2, 3, 4, 8)  # bits of weights; 3 are stored in 4
@@ -55,7 +55,7 @@ class PTQConfig(AlgorithmConfig):
         blocks: `auto` finds the blocks of the network, `none` takes it as one, `re:<expression>` names them.
         budget: bytes of activations in memory; what is more goes to files.
         rules: `(pattern, {"weight": ..., "act": ..., "rounding": ...} | None)`, see `gs_algos.core.layer_rules`; None
-            leaves the layer float.
+            leaves the layer float. With a static `act` also "join", as in `SimQATConfig`.
     """
 
     weight: str | Scheme = "int4@group:128"
@@ -80,7 +80,7 @@ class PTQConfig(AlgorithmConfig):
 
     def __post_init__(self) -> None:
         checked_act(self.act)
-        check_rules(self.rules, "PTQ", {"act": checked_act})
+        check_rules(self.rules, "PTQ", {"act": checked_act, "join": join_scheme})
         checked_weight = static_weight if self.static else rounded_weight
         checked_weight(self.weight)
         if self.embeddings is not None:

@@ -35,7 +35,7 @@ from gs_algos.quant.network.layer_plan import layer_rows
 from gs_algos.quant.network.planning import make_plan, with_planned_layers
 from gs_algos.quant.network.prepare import QuantOptions, refuse_nonfinite, swap_layers
 from gs_algos.quant.network.summary import summary_of
-from gs_algos.quant.scheme import Scheme, as_text, check_rules
+from gs_algos.quant.scheme import Scheme, as_text, check_rules, join_scheme
 from gs_kernels.runtime.torch_private import _BatchNorm
 
 logger = logging.getLogger(__name__)
@@ -56,8 +56,8 @@ class SimQATConfig(AlgorithmConfig):
             False right behind each conv or linear, whose batch norm then stays a float layer.
         quant_delay: optimizer steps before quantization starts; one number, or (activation, weight).
         freeze_bn: optimizer steps after which batch norm statistics stand still; None for never.
-        rules: `(pattern, {"weight": ..., "act": ...} | None)`, see `gs_algos.core.layer_rules`; None leaves the layer
-            float.
+        rules: `(pattern, {"weight": ..., "act": ..., "join": ...} | None)`, see `gs_algos.core.layer_rules`; None
+            leaves the layer float. `join` is the scheme of the add or concat that reads the layer, else that is `act`.
     """
 
     weight: str | Scheme = "int8@channel"
@@ -80,6 +80,7 @@ class SimQATConfig(AlgorithmConfig):
         parsers = {
             "weight": lambda value: Scheme.parse(value, "weight"),
             "act": lambda value: Scheme.parse(value, "act"),
+            "join": join_scheme,
         }
         check_rules(self.rules, "SimQAT", parsers)
         object.__setattr__(self, "rules", as_text(self.rules))

@@ -257,6 +257,11 @@ def check_rules(rules: Any, who: str, readers: Mapping[str, Callable[[Any], obje
                 raise type(error)(f"{who}: rule {pattern}: {told}") from None
 
 
+def join_scheme(value: str | Scheme) -> Scheme:
+    """Reads the option `join` of a rule: the scheme that the operands of an add or a concat share."""
+    return Scheme.parse(value, "act")
+
+
 def as_text(rules: Any, kinds: tuple[type, ...] = (Scheme,)) -> Any:
     """Turns the schemes in rules into text, as a checkpoint stores them; what is no rule stays as it is.
 

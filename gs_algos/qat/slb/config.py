@@ -15,7 +15,7 @@ from gs_algos.qat.slb.pact import parse_act
 from gs_algos.qat.slb.prepare import SearchOptions
 from gs_algos.qat.slb.schedule import T_FINAL, Schedule
 from gs_algos.quant.level_grid import LevelGrid
-from gs_algos.quant.scheme import Scheme, as_text, check_rules
+from gs_algos.quant.scheme import Scheme, as_text, check_rules, join_scheme
 
 CHOICES = {"init": ("weights", "random"), "batch_norm": ("plain", "state"), "logits": ("float32", "bfloat16")}
 # options of published recipes, for SLB(**SCHEDULES["..."], total_steps=..., steps_per_epoch=...)
@@ -82,7 +82,7 @@ class SLBConfig(AlgorithmConfig):
         parse_act(self.act)
         if isinstance(self.act, Scheme):
             object.__setattr__(self, "act", str(self.act))
-        check_rules(self.rules, "SLB", {"weight": LevelGrid.parse, "act": parse_act})
+        check_rules(self.rules, "SLB", {"weight": LevelGrid.parse, "act": parse_act, "join": join_scheme})
         object.__setattr__(self, "rules", as_text(self.rules, (Scheme, LevelGrid)))
         for name, choices in CHOICES.items():
             value = getattr(self, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -83,11 +83,11 @@ class SearchOptions(PlanOptions):
         grid, n, k = LevelGrid.parse(plan.weight), plan.shape[0], math.prod(plan.shape[1:])
         return PackedFormat(grid.bits, (n, k), k, grid.zero, "float32").nbytes
 
-    def join_scheme(self) -> Scheme:
+    def join_scheme(self, ruled: Collection[str]) -> Scheme:
         parsed = parse_act(self.act)
-        if parsed is not None and parsed[1]:
+        if not ruled and parsed is not None and parsed[1]:
             raise Refused("the bound that :pact learns belongs to one layer's input, and cannot be shared")
-        return super().join_scheme()
+        return super().join_scheme(ruled)
 
 
 def install(model: nn.Module, rows: Sequence[PlanRow], options: SearchOptions) -> nn.Module:

@@ -25,7 +25,7 @@ from gs_algos.fx.modularize.shared_parameters import Borrowed
 from gs_algos.fx.patterns import Match, Refusal, match
 from gs_algos.quant.fake_quant.layers import CONVS
 from gs_algos.quant.network.integer_flow import int8_inputs, with_consumers
-from gs_algos.quant.network.layer_plan import JoinPlan, LayerPlan, layer_rows
+from gs_algos.quant.network.layer_plan import JoinPlan, LayerPlan, join_rows, layer_rows
 from gs_algos.quant.scheme import Scheme
 
 LAYERS = (nn.Linear, *CONVS)
@@ -58,8 +58,11 @@ class PlanOptions(ABC):
     notes: ClassVar[tuple[str, ...]] = ()
 
     def defaults(self) -> dict[str, Any]:
-        """Returns what a rule may set, with the values where no rule does."""
-        return {"weight": self.weight, "act": self.act}
+        """Returns what a rule may set, with the values where no rule does.
+
+        join: the scheme of an add or concat that reads the output of the layer or of what follows it; None: `act`.
+        """
+        return {"weight": self.weight, "act": self.act, "join": None}
 
     def chosen(self, sites: Mapping[str, nn.Module], called: Sequence[str]) -> dict[str, dict[str, Any] | None]:
         """Returns the options of each layer; None: a rule leaves it float. called: the layers that run, in order."""
@@ -84,12 +87,16 @@ class PlanOptions(ABC):
     def nbytes(self, plan: LayerPlan) -> int:
         """Returns the bytes of the converted weight."""
 
-    def join_scheme(self) -> Scheme:
+    def join_scheme(self, ruled: Collection[str]) -> Scheme:
         """Returns the scheme that the operands of an add or a concat share.
 
+        ruled: schemes that rules give to it; the one with most bits is taken.
+
         Raises:
-            Refused: if they stay as they are.
+            Refused: if the operands stay as they are.
         """
+        if ruled:
+            return max((Scheme.parse(scheme, "act") for scheme in ruled), key=lambda scheme: scheme.bits)
         if self.act is None:
             raise Refused("activations are not quantized")
         return Scheme.parse(self.act, "act")
@@ -116,8 +123,9 @@ def make_plan(algorithm: str, model: nn.Module, example_inputs: Inputs, options:
         rows.setdefault(name, keep_row(name, layer, "not called on the example inputs"))
     acted = {row.site for row in layer_rows(rows.values())}
     rows = {name: with_consumers(graph, row, acted) for name, row in rows.items()}
-    quantized = {name for site, m in found.items() if site in acted for name in m.roles.values()}
+    quantized = {name: chosen[site] or {} for site, m in found.items() if site in acted for name in m.roles.values()}
     joins = [_join_row(pattern, names, quantized, graph, acted, options) for pattern, names in _join_groups(matches)]
+    _refuse_idle_joins(quantized, [name for row in join_rows(joins) for name in row.settings.operands], options.who)
     ordered = [rows[name] for name in sites] + [row for row in refused_rows(refusals, {}) if row.site not in sites]
     ordered += other_weights(model, ordered)
     after = {row.site: options.nbytes(row.settings) for row in layer_rows(ordered)}
@@ -213,6 +221,16 @@ def _role_text(role: str, name: str, model: nn.Module) -> str:
     return name[2:] if name.startswith("F.") else kind_of(get_module(model, name))
 
 
+def _refuse_idle_joins(quantized: Mapping[str, Mapping[str, Any]], operands: Sequence[str], who: str) -> None:
+    """Raises ValueError if rules set `join` for layers none of which an add or a concat with one scale reads."""
+    ruled = [name for name, options in quantized.items() if options.get("join") is not None]
+    if ruled and set(ruled).isdisjoint(operands):
+        raise ValueError(
+            f"{who}: a rule that sets join must match a layer in front of an add or a concat with one scale, got "
+            f"{', '.join(ruled[:4])}; the plan lists them as 'share scale'"
+        )
+
+
 def _join_groups(matches: list[Match]) -> list[tuple[str, tuple[str | None, ...]]]:
     """Groups adds and concats, (pattern, operands): those that read a common module become one."""
     groups: list[tuple[str, tuple[str | None, ...]]] = []
@@ -230,19 +248,20 @@ def _join_groups(matches: list[Match]) -> list[tuple[str, tuple[str | None, ...]
 def _join_row(
     pattern: str,
     operands: tuple[str | None, ...],
-    quantized: Collection[str],
+    quantized: Mapping[str, Mapping[str, Any]],
     graph: SiteGraph,
     acted: Collection[str],
     options: PlanOptions,
 ) -> PlanRow:
     """Makes the row of an add or concat whose operands can share one scale, or that says why they cannot.
 
-    quantized: layers and what follows them; acted: the layers alone.
+    quantized: layers and what follows them, with the options of the layer; acted: the layers alone.
     """
     site = f"{pattern} of {', '.join(name or 'a function' for name in operands)}"
     known = tuple(name for name in operands if name is not None)
+    ruled = [scheme for name in known if (scheme := quantized.get(name, {}).get("join")) is not None]
     try:
-        scheme = options.join_scheme()
+        scheme = options.join_scheme(ruled)
     except Refused as refusal:
         return PlanRow(site, pattern, "keep", reason=str(refusal))
     if len(known) < len(operands):

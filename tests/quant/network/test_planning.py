@@ -65,6 +65,39 @@ def test_layers_and_joins_are_typed_and_say_the_same_facts(make):
     assert isinstance(join, JoinPlan) and join.operands == ("block.bn2", "block.project.1")
 
 
+@pytest.mark.parametrize("make", ALGORITHMS.values(), ids=ALGORITHMS)
+def test_a_rule_on_a_layer_gives_the_add_behind_its_batch_norm_another_scheme(make):
+    algo = make(act="int4@tensor", rules=[("block.conv2", {"join": "int8@tensor"})])
+    net = algo.apply(SmallConvNet(), images())
+    shared = net.block.project[1].output_quantizer
+    assert shared is net.block.bn2.output_quantizer and shared.scheme.bits == 8
+    assert net.block.conv2.input_quantizer.scheme.bits == 4
+
+
+def test_of_the_layers_of_an_add_the_rule_with_most_bits_counts():
+    rules = [("block.conv2", {"join": "int4@tensor"}), ("block.project.0", {"join": "int6@tensor:mse"})]
+    plan = SimQAT(act=None, rules=rules).plan(SmallConvNet(), images())
+    assert {row.site: row.settings for row in plan.acted()}["add of block.bn2, block.project.1"].act.startswith("int6")
+
+
+def test_a_rule_for_ptq_names_the_layer_whose_batch_norm_is_folded():
+    algo = gs_algos.PTQ(weight="int8@channel", act="int4@tensor", rules=[("block.conv2", {"join": "int8@tensor"})])
+    net = algo.apply(SmallConvNet().eval(), images())
+    assert net.block.conv2.output_quantizer.scheme.bits == 8
+
+
+@pytest.mark.parametrize(
+    ("join", "site", "words"),
+    [
+        ("int8@tensor", "fc", "must match a layer in front of an add or a concat with one scale, got"),
+        ("int8@channel", "block.conv2", "rule block.conv2: .*channel"),
+    ],
+)
+def test_a_join_that_no_add_has_and_one_that_is_no_scheme_are_refused(join, site, words):
+    with pytest.raises(ValueError, match=words):
+        SimQAT(rules=[(site, {"join": join})]).plan(SmallConvNet(), images())
+
+
 @pytest.mark.parametrize("rules", [(), [("block.conv2", {"act": None})]], ids=["all", "one reads floats"])
 @pytest.mark.parametrize("make", ALGORITHMS.values(), ids=ALGORITHMS)
 def test_the_operands_of_an_add_share_one_scale_in_training_and_once_converted(make, rules, tmp_path):
