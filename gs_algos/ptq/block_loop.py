@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -30,8 +31,9 @@ from gs_algos.ptq.processes import Processes
 from gs_algos.ptq.report import BlockErrors, BlockReport, LayerReport, PTQReport
 from gs_algos.ptq.rounding import START, TUNED
 from gs_algos.ptq.rounding.tuned import fraction_of
+from gs_algos.ptq.routed import LENT, Route, places_of
 from gs_algos.ptq.solve import Solution, SolveOptions, solve
-from gs_algos.ptq.stages import Stage, all_inputs, find_stages, inputs_of
+from gs_algos.ptq.stages import Stage, all_inputs, find_stages, inputs_of, unrouted_input
 from gs_algos.ptq.statistics import InputStatistics
 from gs_algos.ptq.streams import ActivationStore, Streams
 from gs_algos.ptq.transforms import stage_transforms
@@ -125,9 +127,7 @@ class BlockLoop:
         if done is None:
             solved: dict[str, Solved] = {}
             for stage in stages:
-                solved |= self._round_stage(
-                    streams, block, stage, {s: tasks[s] for s in stage.sites}, floats.inputs, solved
-                )
+                solved |= self._round_stage(streams, block, stage, {s: tasks[s] for s in stage.sites}, floats, solved)
             for rounding in tuned:
                 chosen = {site: task for site, task in tasks.items() if task.rounding == rounding}
                 solved |= self._tune(streams, index, block, chosen, solved, floats, TUNING / len(tuned))
@@ -146,13 +146,14 @@ class BlockLoop:
 
         tuned: whether what goes into the block and comes out of it is to be kept, too.
         """
-        seen = _Floats({stage.first: [] for stage in stages})
+        seen = _Floats()
         if not self.floats:
             return seen
         for number in range(len(self.batches)):
             inputs, output = all_inputs(streams, block, number, stages, layers)
-            for site, tensors in inputs.items():
+            for site, (tensors, places) in inputs.items():
                 seen.inputs[site].append([streams.store.keep(x) for x in tensors])
+                seen.places[site].append(places)
             if tuned:
                 assert output is not None
                 seen.outputs.append(streams.store.keep(output))
@@ -206,16 +207,33 @@ class BlockLoop:
         block: Block,
         stage: Stage,
         tasks: Mapping[str, Task],
-        floats: Mapping[str, list[list[Tensor]]],
+        floats: _Floats,
         before: Mapping[str, Solved],
     ) -> dict[str, Solved]:
         """Returns what was found for the layers of the stage, and what changed of those `before` it in the block."""
         scaled = self._scale_stage(streams, block, stage, tasks, before)
-        inputs = lambda number: inputs_of(streams, block, number, tasks[stage.first].layer, stage.calls)  # noqa: E731
-        seen = _Seen(tasks[stage.first].layer, floats[stage.first], self.config.correct > 0, scaled)
+        layer = tasks[stage.first].layer
+        seen = _Seen(layer, *floats.of(stage), self.config.correct > 0, scaled)
         for number in range(len(self.batches)) if stage.calls else ():
-            seen.update(number, inputs(number), self.masks[number], number in self.held_out)
+            inputs = inputs_of(streams, block, number, layer, stage.calls, stage.route)
+            seen.update(number, *inputs, self.masks[number], number in self.held_out)
+        if self.processes.several:
+            seen.sum_over(self.processes)
+        own = seen.statistics
+        if stage.route is not None and own.count < own.columns:
+            own.lend(self._unrouted(streams, block, stage.route, layer), round(LENT * own.columns))
         return {**scaled.solved, **self._solve(tasks, seen, scaled)}
+
+    def _unrouted(self, streams: Streams, block: Block, route: Route, layer: Rounded) -> InputStatistics:
+        """Sums what a layer would see if all tokens went to it."""
+        every = InputStatistics(matrix_of(layer, layer.float_weight).shape[1], device=layer.float_weight.device)
+        for number in range(len(self.batches)):
+            if number not in self.held_out:
+                x = unrouted_input(streams, block, number, layer, route, self.masks[number])
+                every.update(input_rows(layer, layer.seen(x)))
+        if self.processes.several:
+            every.all_reduce(self.processes.group)
+        return every
 
     def _scale_stage(
         self, streams: Streams, block: Block, stage: Stage, tasks: Mapping[str, Task], before: Mapping[str, Solved]
@@ -256,14 +274,12 @@ class BlockLoop:
             solved: dict[str, Solved] = {}
             for stage in self._stages(streams, whole[0], layers):
                 solved |= self._round_stage(
-                    streams, whole[0], stage, {s: tasks[s] for s in stage.sites}, {stage.first: []}, solved
+                    streams, whole[0], stage, {s: tasks[s] for s in stage.sites}, _Floats(), solved
                 )
         self.journal.write(index, {site: replace(one, fraction=None) for site, one in solved.items()})
 
     def _solve(self, tasks: Mapping[str, Task], seen: _Seen, scaled: Scaled) -> dict[str, Solved]:
         """Finds the codes of the layers of one stage and installs them."""
-        if self.processes.several:
-            seen.sum_over(self.processes)
         seen.statistics.check(f"{self.who}: {next(iter(tasks))}")  # in every process, so that none waits for another
         solved = {}
         for number, (site, task) in enumerate(tasks.items()):
@@ -329,11 +345,12 @@ class BlockLoop:
         own = find_stages(streams, block, layers)
         if not self.processes.several:
             return own
-        told = self.processes.from_all(json.dumps([[stage.sites, stage.calls] for stage in own]).encode())
+        told = self.processes.from_all(json.dumps([asdict(stage) for stage in own]).encode())
         stages: dict[str, Stage] = {}
-        for sites, calls in sorted((one for text in told for one in json.loads(text)), key=lambda one: not one[1]):
-            if not any(site in stage.sites for site in sites for stage in stages.values()):
-                stages[sites[0]] = Stage(tuple(sites), calls)
+        for one in sorted((one for text in told for one in json.loads(text)), key=lambda one: not one["calls"]):
+            if not any(site in stage.sites for site in one["sites"] for stage in stages.values()):
+                route = None if one["route"] is None else Route(**one["route"])
+                stages[one["sites"][0]] = Stage(tuple(one["sites"]), one["calls"], route)
         return list(stages.values())
 
     def _bias(self, layer: Any, weight: Tensor, solution: Solution, seen: _Seen) -> Tensor | None:
@@ -379,12 +396,18 @@ class _Floats:
 
     Args:
         inputs: of the first layer of every stage: of each batch, call by call.
+        places: which rows of its route's source these are; empty without one.
         block_inputs, outputs: of each batch, if the block is to be tuned; no inputs of the whole network.
     """
 
-    inputs: dict[str, list[list[Tensor]]]
+    inputs: dict[str, list[list[Tensor]]] = field(default_factory=lambda: defaultdict(list))
+    places: dict[str, list[list[Tensor]]] = field(default_factory=lambda: defaultdict(list))
     block_inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
+
+    def of(self, stage: Stage) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+        """Returns inputs and places of a stage; nothing where there is no float stream."""
+        return self.inputs[stage.first], self.places[stage.first]
 
     def kept(self) -> Iterator[Tensor]:
         """Yields what was given to the store."""
@@ -396,11 +419,15 @@ class _Floats:
 class _Seen:
     """Gathers what the layers of one stage see: statistics of most batches, and of those held out.
 
-    scaled: what transforms did to the input. It is not in the floats.
+    Args:
+        floats, places: what `_Floats` holds of the stage.
+        scaled: what transforms did to the input. It is not in the floats.
     """
 
-    def __init__(self, layer: Rounded, floats: list[list[Tensor]], cross: bool, scaled: Scaled) -> None:
-        self.layer, self.floats, self.scaled = layer, floats, scaled
+    def __init__(
+        self, layer: Rounded, floats: list[list[Tensor]], places: list[list[Tensor]], cross: bool, scaled: Scaled
+    ) -> None:
+        self.layer, self.floats, self.places, self.scaled = layer, floats, places, scaled
         groups = groups_of(layer)
         columns = matrix_of(layer, layer.float_weight).shape[1]
         device = layer.float_weight.device
@@ -409,24 +436,33 @@ class _Seen:
         self.float_sum = torch.zeros(groups, columns, dtype=torch.float64, device=device)
         self.float_rows = 0
 
-    def update(self, number: int, inputs: Sequence[Tensor], mask: Tensor | None, held_out: bool) -> None:
-        """Adds what one batch showed the layer, call by call."""
+    def update(
+        self, number: int, inputs: Sequence[Tensor], places: Sequence[Tensor], mask: Tensor | None, held_out: bool
+    ) -> None:
+        """Adds what one batch showed the layer, call by call.
+
+        places: which tokens the rows of each call are, if only some of them come to the layer; else empty.
+        """
         for call, x in enumerate(inputs):
+            place = places[call] if places else None
             rows = input_rows(self.layer, self.layer.seen(x), mask)
+            floats = None if held_out else self._floats(number, call, mask, rows, place)
+            if place is not None and mask is not None:
+                counted = mask.flatten()[place]
+                rows, floats = rows[counted], None if floats is None else floats[counted]
             if held_out:
                 self.held.update(rows)
                 continue
-            floats = self._floats(number, call, mask, rows)
             self.statistics.update(rows, floats if self.statistics.cross is not None else None)
             if floats is not None:
                 floats = floats if floats.dim() == 3 else floats.unsqueeze(0)
                 self.float_sum += floats.sum(1, dtype=torch.float64)
                 self.float_rows += floats.shape[1]
 
-    def _floats(self, number: int, call: int, mask: Tensor | None, rows: Tensor) -> Tensor | None:
+    def _floats(self, number: int, call: int, mask: Tensor | None, rows: Tensor, place: Tensor | None) -> Tensor | None:
         """Returns the rows of the float network, in the scale of these rows; None if there is no float stream.
 
-        Where a router sent other tokens to the layer, rows do not correspond: then they count as their own floats.
+        A token that a router sent elsewhere there counts as its own float.
         """
         if not self.floats:
             return None
@@ -436,7 +472,10 @@ class _Seen:
         found = input_rows(self.layer, floats[call], mask)
         found = found if self.scaled.scale is None else found / self.scaled.scale
         found = found if self.scaled.shift is None else found - self.scaled.shift
-        return found if found.shape == rows.shape else rows
+        if place is None:
+            return found if found.shape == rows.shape else rows
+        at = places_of(place, self.places[number][call])
+        return torch.where((at >= 0).unsqueeze(1), found[at], rows)
 
     def sum_over(self, processes: Processes) -> None:
         """Adds what the other processes saw."""

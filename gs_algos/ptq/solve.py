@@ -19,6 +19,7 @@ from gs_algos.quant.scheme import Scheme
 from gs_kernels import PackedWeight
 
 UNSEEN = "saw no token: rounded to nearest"
+LENT = "saw {count:,} tokens: all those of its block count as {lent:,} more"
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def solve(
     _refuse(weight, statistics, scheme, who)
     k = statistics.columns
     rows = weight.detach().reshape(-1, k).float()
-    if statistics.count == 0:
+    if statistics.weight == 0:
         grid = grid_of(rows, scheme, weight.dtype, positive=options.positive)
         return Solution(grid, grid.codes(rows), rows, 0.0, 0.0, (UNSEEN,))
     damp = damping(statistics, options.damp, k)
@@ -131,7 +132,8 @@ def solve(
     if hessian.factor is not None:
         grid, codes, damped = refine(target, grid, codes, hessian, options.refine)
     loss = hessian.loss(grid.values(codes) - target, damped)
-    return Solution(grid, codes, target, loss, nearest, hessian.notes, hessian)
+    lent = (LENT.format(count=statistics.count, lent=statistics.lent),) if statistics.lent else ()
+    return Solution(grid, codes, target, loss, nearest, (*lent, *hessian.notes), hessian)
 
 
 def _importance(statistics: InputStatistics, n: int) -> Tensor:

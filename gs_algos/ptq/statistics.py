@@ -19,7 +19,8 @@ class InputStatistics:
     """Keeps sums over tokens, in fp32, of one tensor `^X [T, K]` that the layers of a stage read.
 
     gram: `^X^T ^X`, `[groups, K, K]`. cross: `(~X - ^X)^T ^X`, of the same shape, if `~X`, the same input in the float
-    network, is to be compared. absmax: `[groups, K]`, largest |x| of each column. count: tokens.
+    network, is to be compared. absmax: `[groups, K]`, largest |x| of each column. count: tokens. lent: those that the
+    second moments hold beside them, see `lend`.
 
     Args:
         columns: K.
@@ -34,7 +35,7 @@ class InputStatistics:
         square = (groups, columns, columns)
         self.gram = torch.zeros(square, dtype=torch.float32, device=device)
         self.cross = torch.zeros_like(self.gram) if cross else None
-        self.count = 0
+        self.count, self.lent = 0, 0
         self.absmax = torch.zeros(square[:2], dtype=torch.float32, device=device)
         self._sums = torch.zeros((2, *square[:2]), dtype=torch.float32, device=device)  # of x and of |x|
         self._derived: dict[Hashable, Any] = {}
@@ -46,6 +47,11 @@ class InputStatistics:
     @property
     def columns(self) -> int:
         return self.gram.shape[2]
+
+    @property
+    def weight(self) -> int:
+        """Returns how many tokens the second moments stand for."""
+        return self.count + self.lent
 
     @property
     def mean(self) -> Tensor:
@@ -105,6 +111,13 @@ class InputStatistics:
                 dist.all_reduce(t, group=process_group)
         dist.all_reduce(self.absmax, dist.ReduceOp.MAX, group=process_group)
         self.count = int(count)
+
+    def lend(self, others: InputStatistics, tokens: int) -> None:
+        """Adds the mean second moments of other tokens, as so many; drift, means and extremes stay those of its own."""
+        if others.count:
+            self._derived.clear()
+            self.gram += others.gram * (tokens / others.count)
+            self.lent += tokens
 
     def check(self, who: str) -> None:
         """Raises unless all sums are finite.

@@ -16,7 +16,7 @@ def damping(statistics: InputStatistics, damp: float | None, columns: int) -> fl
 
     The latter is a shrinkage: the fewer tokens T there are for K columns, the less their correlations are trusted.
     """
-    return max(SMALLEST_DAMPING, columns / (4 * statistics.count)) if damp is None else damp
+    return max(SMALLEST_DAMPING, columns / (4 * statistics.weight)) if damp is None else damp
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gs_algos import PTQ
+from tests.ptq.test_routed import Mixture
 
 WORLD = 2
 
@@ -31,7 +32,8 @@ class Experts(nn.Module):
 
 def _net() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), Experts(), nn.Linear(8, 4)).eval()
+    first = nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh()
+    return nn.Sequential(*first, Experts(), Mixture(8, large=0.95), nn.Linear(8, 4)).eval()
 
 
 def _batches() -> list[torch.Tensor]:
@@ -44,7 +46,7 @@ def _calibrate(batches: list[torch.Tensor], options: dict[str, Any]) -> dict[str
     algo = PTQ(weight="int4@group:8", blocks="none", **options)
     net = algo.apply(_net(), batches[0])
     algo.calibrate(net, batches)
-    assert algo.report is not None and len(algo.report.layers) == 5
+    assert algo.report is not None and len(algo.report.layers) == 17
     return {key: value.contiguous() for key, value in algo.convert(net).state_dict().items()}
 
 

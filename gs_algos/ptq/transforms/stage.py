@@ -155,7 +155,7 @@ class StageScaler:
         sample: list[int] = []
         for number in self.numbers:
             enough = int(count) >= ROWS
-            for x in inputs_of(self.streams, self.block, number, layer, self.stage.calls):
+            for x in inputs_of(self.streams, self.block, number, layer, self.stage.calls)[0]:
                 rows = input_rows(layer, x, self.masks[number]).float()
                 if len(rows):
                     extremes = torch.maximum(extremes, torch.stack([-rows.amin(0), rows.amax(0)]))
