@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from bench import record
 from bench.accuracy import first_images
-from gs_algos.analysis.probe import Probe
+from gs_algos.analysis.probe import Policy, Probe
 from gs_algos.analysis.sensitivity import SCORES, sensitivity
 from gs_algos.core.algorithm import evaluating
 from gs_algos.demo.data import ImageData, load_data
@@ -95,7 +95,7 @@ def random_policies(sites: list[str], widths: tuple[int, ...], count: int, seed:
 
 
 def loss_of(probe: Probe, policy: dict[str, str], data: ImageData) -> float:
-    with evaluating(probe.network), probe.set(policy):
+    with evaluating(probe.network), probe.set(Policy(policy)):
         return float(F.cross_entropy(predict(probe.network, data), data.test_y))
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from gs_algos.analysis.compare import Comparison, LayerComparison
+from gs_algos.analysis.compare import Comparison, JoinComparison, LayerComparison
 from gs_algos.analysis.divergence import Outcome, Trials
 from gs_algos.analysis.effect import Effect
 from gs_algos.analysis.latency import LayerTimes
-from gs_algos.analysis.probe import Probe
+from gs_algos.analysis.probe import Policy, Probe
 from gs_algos.analysis.sensitivity import sensitivity
 from gs_algos.core.algorithm import Inputs, run
 from gs_algos.core.layer_rules import rules_for
@@ -28,6 +29,7 @@ RAISED = "int8@channel"  # what a layer is raised to
 BETTER = 0.95  # of the divergence, that a change must get below to be advised
 CLIPPED, FEW_LEVELS, SPREAD = 0.01, 0.5, 8.0
 SLOWER = 1.05
+WIDE = 8  # bits that operands of an add or a concat are given
 TRIED = 4  # layers whose observer is tried, of each kind
 MOST_SHOWN = 6
 
@@ -81,16 +83,14 @@ class Policies:
         self.trials = Trials(self.probe, self.chosen_on)
         self.others = Trials(self.probe, others) if others else self.trials
 
-    def raised(
-        self, weights: Mapping[str, str], acts: Mapping[str, str], tolerance: float, to: str = RAISED
-    ) -> Advice | None:
+    def raised(self, policy: Policy, tolerance: float, to: str = RAISED) -> Advice | None:
         """Finds the fewest layers to raise so that the divergence is at most `tolerance`; None if it is already.
 
         Layers are raised in the order of what the second-order prediction says they save, and the network runs with
         all of them at once: as often as it takes to bisect their number.
         """
-        low = {site: scheme for site, scheme in weights.items() if self._may_rise(site, scheme, to)}
-        start = self.trials(weights, acts)
+        low = {site: scheme for site, scheme in policy.weights.items() if self._may_rise(site, scheme, to)}
+        start = self.trials(policy)
         if start.divergence <= tolerance or not low:
             return None
         by = "gradient" if all(one.logits for one in self.trials.references) else "nsr"
@@ -102,64 +102,82 @@ class Policies:
         first, last, at = 1, len(order), {}
         while first < last:
             middle = (first + last) // 2
-            at[middle] = self.trials({**weights, **dict.fromkeys(order[:middle], to)}, acts)
+            at[middle] = self.trials(policy.raised(dict.fromkeys(order[:middle], to)))
             first, last = (first, middle) if at[middle].divergence <= tolerance else (middle + 1, last)
         chosen = dict.fromkeys(order[:last], to)
-        policy = {**weights, **chosen}
-        predicted = at[last] if last in at else self.trials(policy, acts)
+        predicted = at[last] if last in at else self.trials(policy.raised(chosen))
         if not predicted.divergence < BETTER * start.divergence:
             return None
-        measured = self.others(policy, acts)
+        measured = self.others(policy.raised(chosen))
         held = measured.divergence <= tolerance * 1.25
-        others = "other samples" if self.others is not self.trials else "the same samples"
         target = "" if predicted.divergence <= tolerance else f", and the divergence is still above {tolerance:g} nats"
         named = {self._name(site): scheme for site, scheme in chosen.items()}
         return Advice(
-            f"Give {_count(last, len(weights))} {to} for their weights"
+            f"Give {_count(last, len(policy.weights))} {to} for their weights"
             + (f"{target}: leave more of the network float" if target else ""),
             f"Rounded as it is now, the divergence is {start.divergence:.3g} nats and the error of the outputs "
             f"{start.error:.1%}; these layers are predicted to save most: {_some(list(named))}.",
             f"rules={list(rules_for(named))!r}",
             f"with nearest rounding it is {predicted.divergence:.3g} nats and {predicted.error:.1%}; on "
-            f"{measured.samples:,} {others} {measured.divergence:.3g} nats and {measured.error:.1%}"
+            f"{measured.samples:,} {self._others} {measured.divergence:.3g} nats and {measured.error:.1%}"
             + ("." if held or target else f", more than the {tolerance:g} nats that were asked for."),
             predicted,
             measured,
         )
 
-    def observers(
-        self, layers: Sequence[LayerComparison], weights: Mapping[str, str], acts: Mapping[str, str]
-    ) -> list[Advice]:
+    def joined(self, joins: Sequence[JoinComparison], policy: Policy) -> Advice | None:
+        """Advises more bits for the operands of adds and concats that have fewer than 8, all at once."""
+        narrow = [one for one in joins if Scheme.parse(one.act, "act").bits < WIDE]
+        if not narrow:
+            return None
+        wide = {one.site: _widened(one.act) for one in narrow}
+        wider = replace(policy, joins={**policy.joins, **wide})
+        start, predicted = self.trials(policy), self.trials(wider)
+        if not predicted.divergence < BETTER * start.divergence:
+            return None
+        before, measured = self.others(policy), self.others(wider)
+        worst = min(narrow, key=lambda one: one.sqnr)
+        rules = rules_for({one.layer: wide[one.site] for one in narrow}, "join")
+        return Advice(
+            f"Give the operands of {_count(len(narrow), len(joins), 'add or concat', 'adds and concats')} {WIDE} bits",
+            f"Rounding them to {worst.act} leaves the {worst.site} an SQNR of {worst.sqnr:.1f} dB, the least of all.",
+            f"rules={list(rules)!r}",
+            f"the divergence falls from {start.divergence:.3g} to {predicted.divergence:.3g} nats and the error of the "
+            f"outputs from {start.error:.1%} to {predicted.error:.1%}; on {measured.samples:,} {self._others} from "
+            f"{before.divergence:.3g} to {measured.divergence:.3g} nats.",
+            predicted,
+            measured,
+        )
+
+    def observers(self, layers: Sequence[LayerComparison], policy: Policy) -> list[Advice]:
         """Advises other ranges where inputs are clipped, levels unused, or channels of one scale differ."""
-        start = self.trials(weights, acts)
+        start, weights, acts = self.trials(policy), policy.weights, policy.acts
         found: list[Advice] = []
         for one in sorted(layers, key=lambda one: -(one.clipped or 0.0))[:TRIED]:
             if one.clipped is not None and one.clipped > CLIPPED and one.float_site in acts:
-                found += self._wider(one, start, weights, acts)
+                found += self._wider(one, start, policy)
         unused = [one for one in layers if one.float_site in weights and 0 < one.levels_used < FEW_LEVELS * one.levels]
         for one in unused[:TRIED]:
             scheme = weights[one.float_site]
             other = scheme.replace(":mse", ":minmax") if ":mse" in scheme else f"{scheme.split(':minmax')[0]}:mse"
             why = f"{one.levels_used} of the {one.levels} levels of {one.site} are used."
-            found += self._instead(one.float_site, other, why, start, weights, acts)
+            found += self._instead(one.float_site, other, why, start, policy)
         spread = [(self._spread(one.float_site), one) for one in layers if "@tensor" in weights.get(one.float_site, "")]
         for ratio, one in sorted(spread, key=lambda pair: -pair[0])[:TRIED]:
             if ratio > SPREAD:
                 other = weights[one.float_site].replace("@tensor", "@channel")
                 why = f"The largest channel of {one.site} is {ratio:.0f} times the median one, with one scale for both."
-                found += self._instead(one.float_site, other, why, start, weights, acts)
+                found += self._instead(one.float_site, other, why, start, policy)
         return found
 
-    def _wider(
-        self, one: LayerComparison, start: Outcome, weights: Mapping[str, str], acts: Mapping[str, str]
-    ) -> list[Advice]:
+    def _wider(self, one: LayerComparison, start: Outcome, policy: Policy) -> list[Advice]:
         held = self.probe.ranges.pop(one.float_site)
         self.probe.find_ranges(self.chosen_on, [one.float_site])
-        now = self.trials(weights, acts)
+        now = self.trials(policy)
         self.probe.ranges[one.float_site] = held
         if not now.divergence < BETTER * start.divergence:
             return []
-        bits = acts[one.float_site].partition(":")[0]
+        bits = policy.acts[one.float_site].partition(":")[0]
         return [
             Advice(
                 f"Let the inputs of {one.site} keep their whole range",
@@ -170,15 +188,17 @@ class Policies:
             )
         ]
 
-    def _instead(
-        self, site: str, scheme: str, why: str, start: Outcome, weights: Mapping[str, str], acts: Mapping[str, str]
-    ) -> list[Advice]:
-        now = self.trials({**weights, site: scheme}, acts)
+    def _instead(self, site: str, scheme: str, why: str, start: Outcome, policy: Policy) -> list[Advice]:
+        now = self.trials(policy.raised({site: scheme}))
         if not now.divergence < BETTER * start.divergence:
             return []
         falls = f"the divergence falls from {start.divergence:.3g} to {now.divergence:.3g} nats."
         rules = f"rules=[({self._name(site)!r}, {{'weight': {scheme!r}}})]"
         return [Advice(f"Round the weight of {self._name(site)} by {scheme}", why, rules, falls, now)]
+
+    @property
+    def _others(self) -> str:
+        return "other samples" if self.others is not self.trials else "the same samples"
 
     def _name(self, site: str) -> str:
         return self.names.get(site, site)
@@ -225,10 +245,13 @@ def advise(
         policies = Policies(before, chosen_on, others, who, names, integer)
         ranges = {one.float_site: one.input_range for one in comparison.layers}
         policies.probe.ranges |= {site: held for site in acts if (held := ranges[site]) is not None}
+        policies.probe.ranges |= {one.site: one.grid_range for one in comparison.joins}
+        policies.probe.operands |= {one.site: one.places for one in comparison.joins}
         acts = {site: scheme for site, scheme in acts.items() if site in policies.probe.ranges}
-        raised = policies.raised(weights, acts, tolerance)
-        found += [raised] if raised is not None else []
-        found += policies.observers(comparison.layers, weights, acts)
+        policy = Policy(weights, acts, {one.site: one.act for one in comparison.joins})
+        tried = policies.raised(policy, tolerance), policies.joined(comparison.joins, policy)
+        found += sorted((one for one in tried if one is not None), key=_predicted)
+        found += policies.observers(comparison.layers, policy)
         found += _fresh_norms(after, policies)
     if measured is not None and times is not None and weights:
         found += _slower(comparison, measured, *times)
@@ -311,8 +334,17 @@ def _bits(scheme: str) -> int:
     return Scheme.parse(scheme, "weight").bits
 
 
-def _count(some: int, of: int) -> str:
-    return "every layer" if some == of else f"{some} of {of} layers"
+def _predicted(one: Advice) -> float:
+    return math.inf if one.predicted is None else one.predicted.divergence
+
+
+def _widened(scheme: str) -> str:
+    """Returns a scheme of activations with 8 bits."""
+    return scheme.replace(f"int{Scheme.parse(scheme, 'act').bits}@", f"int{WIDE}@", 1)
+
+
+def _count(some: int, of: int, one: str = "layer", more: str = "layers") -> str:
+    return f"every {one}" if some == of else f"{some} of {of} {more}"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from gs_algos.analysis.advice import Policies, advise
 from gs_algos.analysis.compare import Comparison, compare
 from gs_algos.analysis.effect import effect
 from gs_algos.analysis.latency import layer_times
+from gs_algos.analysis.probe import Policy
 from gs_algos.analysis.report.page import Report
 from gs_algos.analysis.sensitivity import CHOICES, fitting, sensitivity
 from gs_algos.core.algorithm import Inputs, history
@@ -70,7 +71,7 @@ def analyze(
     advice = []
     for scheme in texts[:-1]:
         weights = {site: scheme for site, own in fits.items() if scheme in own and texts[-1] in own}
-        raised = policies.raised(weights, {}, tolerance, texts[-1]) if weights else None
+        raised = policies.raised(Policy(weights), tolerance, texts[-1]) if weights else None
         if raised is not None:
             advice.append(raised)
     return Report(

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gs_algos.analysis.layers import LayerFacts, layer_facts, taken_over
+from gs_algos.analysis.layers import JoinFacts, LayerFacts, join_facts, layer_facts, range_of, taken_over
 from gs_algos.core.algorithm import Inputs, evaluating, history, run
 from gs_algos.core.batches import InputsOf, checked_batches, tensor_in
-from gs_algos.core.modules import TRACING
+from gs_algos.core.modules import TRACING, get_module
 from gs_algos.core.network import network_of, ordinary_tensors, without_autocast
 from gs_algos.core.table import Table
 from gs_algos.quant.integer.quantized_tensor import dequantized
@@ -101,17 +101,40 @@ class LayerComparison:
 
 
 @dataclass(frozen=True)
+class JoinComparison:
+    """Says what the one scale of an add or a concat costs.
+
+    Args:
+        site: as the plan calls it.
+        act: the scheme of its operands.
+        layer: in front of it, which a rule that sets `join` names.
+        places: modules of the float network that give the operands.
+        grid_range: smallest and largest value that operands are rounded to.
+        sqnr: dB of the operands, the float network's, when they are rounded; inf if nothing differs.
+    """
+
+    site: str
+    act: str
+    layer: str
+    places: tuple[str, ...]
+    grid_range: tuple[float, float]
+    sqnr: float
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Says how far a compressed network is from the float one. `str(comparison)` is a table.
 
     Args:
         layers: in the order they run; those that did not run come last.
         output_sqnr: dB of the network's outputs.
+        joins: adds and concats with one scale for their operands.
     """
 
     layers: tuple[LayerComparison, ...]
     output_sqnr: float
     notes: tuple[str, ...] = ()
+    joins: tuple[JoinComparison, ...] = ()
 
     def table(self) -> Table:
         rows = [
@@ -128,6 +151,7 @@ class Comparison:
             )
             for one in self.layers
         ]
+        rows += [(one.site, "", one.act, "", "", "", _decibels(one.sqnr), "", "") for one in self.joins]
         header = ("layer", "weight", "activation", "bits", "bytes", "SQNR dB", "local dB", "clipped", "levels used")
         below = [f"outputs: {_decibels(self.output_sqnr)} dB", *(f"note: {note}" for note in self.notes)]
         return Table.of(header, rows, WHO, below)
@@ -163,10 +187,11 @@ def compare(before: nn.Module, after: nn.Module, batches: Iterable[Inputs]) -> C
             f"{_some(name for name, _ in first.named_modules() if name)}, and {_some(fact.site for fact in facts)}"
         )
     watches = {fact.site: _Watch(fact) for fact in facts}
+    joins = [(fact, _Errors()) for fact in join_facts(first, second)]
     outputs, taken = _Errors(), taken_over(first, second)
     with ordinary_tensors(), without_autocast(), TRACING, evaluating(first), evaluating(second):
         for batch in data:
-            want = _observe_float(first, batch, watches, taken)
+            want = _observe_float(first, batch, watches, taken, joins)
             got = _observe_compressed(second, batch, watches)
             if [tuple(t.shape) for t in want] != [tuple(t.shape) for t in got]:
                 shapes = [[list(t.shape) for t in found] for found in (want, got)]
@@ -179,7 +204,12 @@ def compare(before: nn.Module, after: nn.Module, batches: Iterable[Inputs]) -> C
     other_basis = [name for name in changed if name in CHANGED_BASIS]
     ran = sorted(watches.values(), key=lambda watch: (watch.turn is None, watch.turn or 0))
     layers = tuple(watch.result(bool(other_basis)) for watch in ran)
-    return Comparison(layers, outputs.sqnr(), tuple(_notes(ran, layers, other_basis)))
+    joined = [
+        JoinComparison(fact.site, str(fact.grid.scheme), fact.layer, fact.places, range_of(fact.grid), errors.sqnr())
+        for fact, errors in joins
+        if errors.count
+    ]
+    return Comparison(layers, outputs.sqnr(), tuple(_notes(ran, layers, other_basis)), tuple(joined))
 
 
 class _Errors:
@@ -274,9 +304,13 @@ class _Watch:
 
 
 def _observe_float(
-    network: nn.Module, batch: Inputs, watches: Mapping[str, _Watch], taken: Mapping[str, nn.Module]
+    network: nn.Module,
+    batch: Inputs,
+    watches: Mapping[str, _Watch],
+    taken: Mapping[str, nn.Module],
+    joins: Iterable[tuple[JoinFacts, _Errors]],
 ) -> list[Tensor]:
-    """Runs the float network; keeps the outputs of layers, and compares compressed layers on its inputs.
+    """Runs the float network; keeps the outputs of layers, and compares compressed layers and adds on its values.
 
     taken: modules whose work the compressed layers do: the output of a layer is what the last of them makes of it.
     """
@@ -310,7 +344,17 @@ def _observe_float(
             if isinstance(module, _BatchNorm) and module not in held[1].norms:
                 held[1].norms.append(module)
 
+    def operand(grid: Any, errors: _Errors) -> Any:
+        def hook(module: nn.Module, args: Any, y: Any) -> None:
+            errors.update(tensor_in(y), dequantized(grid(tensor_in(y))))
+
+        return hook
+
     with ExitStack() as stack:
+        for fact, errors in joins:
+            for place in fact.places:
+                hook = operand(fact.grid, errors)
+                stack.callback(get_module(network, place).register_forward_hook(hook, prepend=True).remove)
         for watch in watches.values():
             watch.want, watch.got = [], []
             if watch.fact.before is None:

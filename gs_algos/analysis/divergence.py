@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gs_algos.analysis.outputs import are_logits, class_rows, kept_samples, kl_divergence, output_of
 from gs_algos.analysis.partial_run import PartialRun
-from gs_algos.analysis.probe import Probe
+from gs_algos.analysis.probe import Policy, Probe
 from gs_algos.core.algorithm import Inputs, run
 from gs_algos.core.network import ordinary_tensors, without_autocast
 from gs_algos.core.progress import progress
@@ -41,7 +41,7 @@ def divergence_scores(
             samples += reference.samples
             for site, schemes in choices.items():
                 for scheme in schemes:
-                    with probe.set({site: scheme}):
+                    with probe.set(Policy({site: scheme})):
                         scores[site][scheme] += reference.divergence(runs.behind(site))
     return {site: {s: total / samples for s, total in own.items()} for site, own in scores.items()}, samples
 
@@ -62,7 +62,7 @@ class Outcome:
 
 
 class Trials:
-    """Tries policies on the same batches: many weights, and inputs of layers, rounded at once."""
+    """Tries policies on the same batches: much rounded at once."""
 
     def __init__(self, probe: Probe, batches: Sequence[Inputs]) -> None:
         self.probe, self.batches = probe, list(batches)
@@ -70,9 +70,8 @@ class Trials:
             outputs = (run(probe.network, batch, probe.who) for batch in self.batches)
             self.references = [Reference(y, x, probe.who) for y, x in zip(outputs, self.batches, strict=True)]
 
-    def __call__(self, weights: Mapping[str, str], acts: Mapping[str, str] | None = None) -> Outcome:
-        """Runs the network with these schemes, layer -> scheme."""
-        with self._running(), self.probe.set(weights, acts):
+    def __call__(self, policy: Policy) -> Outcome:
+        with self._running(), self.probe.set(policy):
             return self.compared(self.probe.network)
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
-"""Says what each layer with a weight is in a compressed network, and what it was in the float one."""
+"""Says what layers with a weight, adds and concats are in a compressed network, and what they were in the float one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from gs_algos.core.algorithm import history
 from gs_algos.core.modules import get_module, parent_name
-from gs_algos.core.plan import rows_of
+from gs_algos.core.plan import PlanRow, rows_of
 from gs_algos.core.registry import restorer
 from gs_algos.quant.fake_quant.integer_inference import IntegerEval
 from gs_algos.quant.integer.layers import QuantizedLayer
 from gs_algos.quant.integer.static_quantizer import StaticQuantizer
-from gs_algos.quant.network.layer_plan import LayerPlan, layer_rows
+from gs_algos.quant.network.layer_plan import LayerPlan, join_rows, layer_rows
 from gs_algos.quant.packed.conv_base import Convolution, channels_fastest
 from gs_algos.quant.packed.module import Packed
 from gs_algos.quant.packed.packable import base_of, matrix_of
@@ -95,11 +95,7 @@ class LayerFacts:
     @cached_property
     def input_range(self) -> tuple[float, float] | None:
         """Returns the smallest and largest value that inputs are clipped to; None without a fixed grid."""
-        grid = self._grid
-        if grid is None:
-            return None
-        ends = ((torch.tensor([grid.scheme.qmin, grid.scheme.qmax]) - grid.zero.cpu()) * grid.scale.cpu()).tolist()
-        return min(ends), max(ends)
+        return None if self._grid is None else range_of(self._grid)
 
     @property
     def input_step(self) -> float:
@@ -202,6 +198,45 @@ def layer_facts(before: nn.Module, after: nn.Module) -> list[LayerFacts]:
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class JoinFacts:
+    """Describes an add or a concat whose operands a converted network rounds to one scale.
+
+    Args:
+        site: as the plan calls it.
+        layer: in front of it, which rules name.
+        places: modules of the float network that give the operands.
+        grid: what rounds them.
+    """
+
+    site: str
+    layer: str
+    places: tuple[str, ...]
+    grid: StaticQuantizer
+
+
+def join_facts(before: nn.Module, after: nn.Module) -> list[JoinFacts]:
+    """Describes every add and concat with one scale of a converted network, in the order of its plan."""
+    modules, float_modules = dict(after.named_modules()), dict(before.named_modules())
+    found = []
+    for entry, rows in _converted(after):
+        # whatever computes an operand may have been taken over by a layer, which then rounds it
+        layers = {row.site: row.site for row in layer_rows(rows)}
+        for row in layer_rows(rows):
+            layers |= dict.fromkeys(filter(None, (row.settings.bn, row.settings.fused_activation)), row.site)
+        norms = {site: norm for site, norm, _ in entry.get("folded", ())}
+        for join in join_rows(rows):
+            operands = join.settings.operands
+            places = tuple(norms.get(name, name) for name in operands)
+            holders = [modules.get(name) for operand in operands for name in (operand, layers.get(operand, ""))]
+            grids = [getattr(module, "output_quantizer", None) for module in holders]
+            grid = next((grid for grid in grids if isinstance(grid, StaticQuantizer)), None)
+            layer = next((layers[name] for name in operands if name in layers), None)
+            if grid is not None and layer is not None and all(place in float_modules for place in places):
+                found.append(JoinFacts(join.site, layer, places, grid))
+    return found
+
+
 def taken_over(before: nn.Module, after: nn.Module) -> dict[str, nn.Module]:
     """Returns the modules of the float network, by name, that are Identity in the compressed one.
 
@@ -219,6 +254,12 @@ def is_layer(module: nn.Module) -> bool:
     """Says whether a module holds a weight that is multiplied or looked up."""
     held = base_of(module) is not None and isinstance(module._parameters.get("weight"), Tensor)
     return held or isinstance(module, Packed | IntegerEval)
+
+
+def range_of(grid: StaticQuantizer) -> tuple[float, float]:
+    """Returns the smallest and largest value of a grid."""
+    ends = ((torch.tensor([grid.scheme.qmin, grid.scheme.qmax]) - grid.zero.cpu()) * grid.scale.cpu()).tolist()
+    return min(ends), max(ends)
 
 
 def _weight_text(module: nn.Module) -> str:
@@ -257,12 +298,14 @@ def _schemes(model: nn.Module) -> dict[str, tuple[str, str]]:
 
 def _plans(model: nn.Module) -> dict[str, LayerPlan]:
     """Returns the plans of converted layers, which say what their calls compute."""
-    found: dict[str, LayerPlan] = {}
+    return {row.site: row.settings for _, rows in _converted(model) for row in layer_rows(rows)}
+
+
+def _converted(model: nn.Module) -> Iterator[tuple[Mapping[str, Any], list[PlanRow]]]:
+    """Yields the entries of a model's history that were converted, with the rows of their plans."""
     for entry in history(model):
         if entry["stage"] == "converted":
-            rows = rows_of(entry["plan"], restorer(entry["algorithm"]).row_settings)
-            found |= {row.site: row.settings for row in layer_rows(rows)}
-    return found
+            yield entry, rows_of(entry["plan"], restorer(entry["algorithm"]).row_settings)
 
 
 def _float_weight(module: Any) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,34 @@ from gs_algos.quant.scheme import Scheme
 from gs_kernels import choose_qparams, fake_quant
 from gs_kernels.runtime.torch_private import tree_map_only
 
+ToGrid: TypeAlias = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Says to what a network is rounded.
+
+    Args:
+        weights: layer -> scheme of its weight.
+        acts: layer -> scheme of its inputs.
+        joins: add or concat -> scheme of its operands.
+    """
+
+    weights: Mapping[str, str]
+    acts: Mapping[str, str] = field(default_factory=dict)
+    joins: Mapping[str, str] = field(default_factory=dict)
+
+    def raised(self, schemes: Mapping[str, str]) -> Policy:
+        """Returns a policy that gives other schemes to some weights."""
+        return replace(self, weights={**self.weights, **schemes})
+
 
 class Probe:
-    """Holds a copy of a network in eval mode whose weights and inputs of layers can be rounded for a while.
+    """Holds a copy of a network in eval mode that can be rounded for a while: weights, inputs of layers, operands.
 
     network: the copy. Weights are rounded to nearest.
-    ranges: layer -> smallest and largest value of its inputs, on whose grid they are rounded.
+    ranges: layer, add or concat -> smallest and largest value of what is rounded in front of it.
+    operands: add or concat -> modules that give its operands.
     integer: layers that multiply integers once compressed, whose scales are above 0.
     """
 
@@ -34,6 +57,7 @@ class Probe:
         self.network = copy.deepcopy(network_of(model, who)).eval().requires_grad_(False)
         self._grids: dict[tuple[str, str], Grid] = {}
         self.ranges: dict[str, tuple[float, float]] = {}
+        self.operands: dict[str, tuple[str, ...]] = {}
 
     def layer(self, site: str) -> Any:
         return get_module(self.network, site)
@@ -74,47 +98,50 @@ class Probe:
         self.ranges |= {site: (min(0.0, *ends), max(0.0, *ends)) for site, ends in found.items()}
 
     @contextmanager
-    def set(self, weights: Mapping[str, str], acts: Mapping[str, str] | None = None) -> Iterator[None]:
-        """Rounds weights, and the inputs of layers, for the duration of the block.
-
-        Args:
-            weights: layer -> scheme of its weight.
-            acts: layer -> scheme of its inputs, for layers whose range `find_ranges` found; others stay float.
-        """
+    def set(self, policy: Policy) -> Iterator[None]:
+        """Rounds what a policy names for the duration of the block; what has no range stays float."""
         held: list[tuple[Tensor, Tensor]] = []
         with ExitStack() as stack, torch.no_grad():
             try:
                 done: set[int] = set()
-                for site, scheme in weights.items():
+                for site, scheme in policy.weights.items():
                     weight = self.layer(site).weight
                     if id(weight) not in done:  # a tied one is rounded once
                         held.append((weight, weight.clone()))
                         weight.copy_(self.rounded(site, scheme))
                         done.add(id(weight))
-                for site, scheme in (acts or {}).items():
+                for site, scheme in policy.acts.items():
                     if site in self.ranges:
-                        handle = self.layer(site).register_forward_pre_hook(
-                            self._rounder(site, scheme), with_kwargs=True
-                        )
-                        stack.callback(handle.remove)
+                        hook = _on_inputs(self._to_grid(site, scheme))
+                        stack.callback(self.layer(site).register_forward_pre_hook(hook, with_kwargs=True).remove)
+                for site, scheme in policy.joins.items():
+                    for place in self.operands[site]:
+                        hook = _on_outputs(self._to_grid(site, scheme))
+                        stack.callback(self.layer(place).register_forward_hook(hook).remove)
                 yield
             finally:
                 for weight, values in held:
                     weight.copy_(values)
 
-    def _rounder(self, site: str, text: str) -> Any:
+    def _to_grid(self, site: str, text: str) -> ToGrid:
+        """Returns what rounds a tensor to the grid of a scheme over the range of a site."""
         scheme = Scheme.parse(text, "act")
         low, high = (torch.tensor([end]) for end in self.ranges[site])
         scale, zero = choose_qparams(low, high, qmin=scheme.qmin, qmax=scheme.qmax, symmetric=scheme.symmetric)
+        return lambda x: fake_quant(x, scale.to(x.device), zero.to(x.device), qmin=scheme.qmin, qmax=scheme.qmax)
 
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            first = tensor_in((args, kwargs))
 
-            def change(x: Tensor) -> Tensor:
-                if x is not first:
-                    return x
-                return fake_quant(x, scale.to(x.device), zero.to(x.device), qmin=scheme.qmin, qmax=scheme.qmax)
+def _on_inputs(to_grid: ToGrid) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        first = tensor_in((args, kwargs))
+        return tree_map_only(Tensor, lambda x: to_grid(x) if x is first else x, (args, kwargs))
 
-            return tree_map_only(Tensor, change, (args, kwargs))
+    return hook
 
-        return hook
+
+def _on_outputs(to_grid: ToGrid) -> Any:
+    def hook(module: nn.Module, args: Any, y: Any) -> Any:
+        first = tensor_in(y)
+        return tree_map_only(Tensor, lambda x: to_grid(x) if x is first else x, y)
+
+    return hook

@@ -116,12 +116,12 @@ def _matches(pattern: RulePattern, name: str, module: nn.Module | None) -> bool:
     return name == pattern or name.startswith(pattern + ".")
 
 
-def rules_for(schemes: Mapping[str, str]) -> tuple[Rule, ...]:
+def rules_for(schemes: Mapping[str, str], option: str = "weight") -> tuple[Rule, ...]:
     """Returns rules that give each layer its scheme.
 
     Layers whose names differ in one number share a part of an expression.
 
-    schemes: layer -> scheme of its weight.
+    schemes: layer -> scheme; option: what of the layer has it.
     """
     rules: list[Rule] = []
     for scheme in dict.fromkeys(schemes.values()):
@@ -130,7 +130,7 @@ def rules_for(schemes: Mapping[str, str]) -> tuple[Rule, ...]:
         for name in names:
             alike.setdefault(_NUMBER.sub("#", f".{name}")[1:], []).append(name)
         parts = [part for template, own in alike.items() for part in _expressions(template, own)]
-        rules.append((names[0] if len(names) == 1 else f"re:{'|'.join(parts)}", {"weight": scheme}))
+        rules.append((names[0] if len(names) == 1 else f"re:{'|'.join(parts)}", {option: scheme}))
     return tuple(rules)
 
 

@@ -13,7 +13,7 @@ from gs_algos import quantize_weights
 from gs_algos.analysis import partial_run
 from gs_algos.analysis.divergence import Trials
 from gs_algos.analysis.partial_run import PartialRun
-from gs_algos.analysis.probe import Probe
+from gs_algos.analysis.probe import Policy, Probe
 from gs_algos.analysis.sensitivity import sensitivity
 
 
@@ -75,7 +75,7 @@ def test_a_probe_rounds_as_quantize_weights_does_and_leaves_the_network(net, bat
     packed = quantize_weights(copy.deepcopy(net), "int4@channel", progress=False)
     with torch.no_grad():
         plain = probe.network(batches[0])[0]
-        with probe.set(dict.fromkeys(SITES, "int4@channel")):
+        with probe.set(Policy(dict.fromkeys(SITES, "int4@channel"))):
             assert torch.equal(probe.layer("b").weight, packed.b.weight.float())
             torch.testing.assert_close(probe.network(batches[0])[0], packed(batches[0])[0], rtol=1e-4, atol=1e-5)
         assert torch.equal(probe.network(batches[0])[0], plain)
@@ -84,7 +84,7 @@ def test_a_probe_rounds_as_quantize_weights_does_and_leaves_the_network(net, bat
 
 def test_an_error_inside_puts_the_weights_back(net):
     probe = Probe(net, "t")
-    with pytest.raises(KeyError), probe.set({"a": "int2@channel"}):
+    with pytest.raises(KeyError), probe.set(Policy({"a": "int2@channel"})):
         raise KeyError
     assert torch.equal(probe.layer("a").weight, net.a.weight)
 
@@ -94,7 +94,7 @@ def test_inputs_are_rounded_on_the_range_that_was_found(net, batches):
     probe.find_ranges(batches, ["b"])
     seen = []
     probe.layer("b").register_forward_hook(lambda m, args, y: seen.append(args[0]))
-    with torch.no_grad(), probe.set({}, {"b": "int4@tensor", "c": "int4@tensor"}):
+    with torch.no_grad(), probe.set(Policy({}, {"b": "int4@tensor", "c": "int4@tensor"})):
         probe.network(batches[0])
     rounded = seen[-1]
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_partial_runs_give_the_bits_of_whole_runs(make):
     with torch.no_grad():
         assert all(map(torch.equal, _tensors(runs.start(x)), _tensors(net(x))))
         for site in (*sites, *sites):
-            with probe.set({site: SCHEMES[0]}):
+            with probe.set(Policy({site: SCHEMES[0]})):
                 assert all(map(torch.equal, _tensors(runs.behind(site)), _tensors(probe.network(x))))
         assert all(map(torch.equal, _tensors(runs.behind(sites[0])), _tensors(net(x))))
 
@@ -184,7 +184,7 @@ def test_outputs_that_are_no_logits_are_compared_by_squares():
 
 def test_a_policy_is_measured_with_all_of_its_weights_rounded(net, batches):
     probe = Probe(net, "t")
-    found = Trials(probe, batches)(dict.fromkeys(SITES, "int4@channel"))
+    found = Trials(probe, batches)(Policy(dict.fromkeys(SITES, "int4@channel")))
     packed = quantize_weights(copy.deepcopy(net), "int4@channel", progress=False)
     with torch.no_grad():
         p, q = (torch.cat([n(x)[0] for x in batches]) for n in (net, packed))

@@ -77,6 +77,12 @@ def drift(report: Report, most: int) -> Html:
         Column[Any]("cosine", lambda one: significant(one.cosine, 4), lambda one: one.cosine),
     ]
     sqnr = math.nan if report.comparison is None else report.comparison.output_sqnr
+    joins = () if report.comparison is None else report.comparison.joins
+    join_columns = [
+        Column[Any]("operands", lambda one: one.act),
+        Column[Any]("SQNR of their rounding", lambda one: decibels(one.sqnr), lambda one: one.sqnr),
+    ]
+    names = [one.site for one in joins]
     return section(
         "Drift along the depth",
         paragraph(
@@ -92,6 +98,7 @@ def drift(report: Report, most: int) -> Html:
             "A triangle at the top is a layer without error, a cross at the bottom one that is not a number.",
             layer_table("Drift", sites, layers, columns, most),
         ),
+        layer_table("Adds and concats with one scale", names, joins, join_columns, most) if joins else None,
     )
 
 
