@@ -1,5 +1,6 @@
 // Rounds a block of columns in turn. Rows are lanes: some of them go through all columns, and what the columns before are
 // worth in the next few is summed in registers, column by column and without fused products, as the reference does.
+#include "parallel.h"
 #include "simd.h"
 
 using namespace lanes;
@@ -85,17 +86,16 @@ struct Rows {
 
 }  // namespace
 
-extern "C" void gptq_block(const Block* block) {
+EXPORT void gptq_block(const Block* block) {
   const Block& b = *block;
   const int64_t tiles = (b.rows + ROWS - 1) / ROWS;
-#pragma omp parallel for num_threads(b.threads) schedule(static) if (b.threads > 1)
-  for (int64_t tile = 0; tile < b.groups * tiles; ++tile) {
+  parallel_for(b.threads, b.groups * tiles, [&](int64_t tile) {
     const int64_t group = tile / tiles, row = tile % tiles * ROWS;
     Rows rows{b, b.factor + group * b.columns * b.columns, group * b.rows + row, b.groups * b.rows, b.rows - row, {}};
     int64_t k = 0;
     for (; k + FEW <= b.columns; k += FEW) rows.round_few<FEW>(k);
     for (; k < b.columns; ++k) rows.round_few<1>(k);
-  }
+  });
 }
 
-extern "C" const int64_t sizeof_Block = sizeof(Block);
+EXPORT const int64_t sizeof_Block = sizeof(Block);

@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gs_kernels.cpu.library import load_functions
 from gs_kernels.gptq_block.ref import gptq_block_ref
-from gs_kernels.runtime.cpp import load_cpp
 
 PARALLEL_FROM = 1 << 20  # products, from which a second thread pays
 
@@ -33,7 +32,7 @@ FUNCTIONS: dict[str, Sequence[Any]] = {"gptq_block": (ctypes.POINTER(_Block),)}
 @cache
 def kernels() -> Any:
     """Returns the functions of `cpu.cpp`, or None if it does not compile or fails its self-test."""
-    return load_cpp(Path(__file__).with_suffix(".cpp"), FUNCTIONS, _self_test, (_Block,))
+    return load_functions("gptq_block", FUNCTIONS, _self_test, (_Block,))
 
 
 def _self_test(functions: Any) -> bool:

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gs_kernels.runtime.cpp import log_compiling, log_uncompiled
 from gs_kernels.runtime.instructions import described
 from gs_kernels.runtime.torch_private import inductor_cache_dir, standalone_compiler, vector_bits
 
@@ -41,6 +40,7 @@ FAILURES = (
 _ready: dict[tuple[Function, Hashable, int], Function] = {}
 _lock = threading.RLock()
 _usable = True
+_logged: set[str] = set()
 
 
 def compiled(
@@ -77,12 +77,12 @@ def _compile(
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
             mark = _mark_of(function, variant)
             if not mark.exists():
-                log_compiling(function.__name__, mark.parent.parent)
+                _log_compiling(function.__name__, mark.parent.parent)
             run = _compile_for(function, example(), options)
             _leave(mark)
             return run
     except FAILURES as error:
-        log_uncompiled("CPU functions run unfused", error)
+        _log_uncompiled(error)
         _usable = False
         return function
 
@@ -130,6 +130,19 @@ def _compile_for(function: Function, args: tuple[Any, ...], options: dict[str, A
         return tuple(results) if kind is tuple else results[0] if results else None
 
     return run
+
+
+def _log_uncompiled(error: BaseException) -> None:
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    text = "CPU functions run unfused, several times slower: compiling failed (%s); install a C++ compiler"
+    logger.warning(text, reason)
+
+
+def _log_compiling(what: str, folder: Path) -> None:
+    """Warns, once in a process, that a call takes seconds because it compiles, and the next one will not."""
+    if "compiling" not in _logged:
+        _logged.add("compiling")
+        logger.warning("compiling for this CPU, once: %s; kept in %s", what, folder)
 
 
 def call(function: Function, *args: Any) -> Any:

@@ -1,7 +1,8 @@
 """Says which instruction sets of this CPU are used: those that it has, less those that the user forbids.
 
 `ATEN_CPU_CAPABILITY` and `ONEDNN_MAX_CPU_ISA` forbid them to PyTorch and to oneDNN, e.g. `avx2` and `AVX2`; code of
-this library obeys both. A newer CPU so plays an older one, in one process from its start.
+this library obeys both, and `GS_CPU_ISA`, a name of `gs_kernels.cpu.compile.INSTRUCTION_SETS`, for itself alone. A
+newer CPU so plays an older one, in one process from its start.
 """
 
 from __future__ import annotations
@@ -10,11 +11,18 @@ from functools import cache
 
 import torch
 
-from gs_kernels.runtime.dispatch import variable
+from gs_kernels.cpu.compile import instruction_sets
+from gs_kernels.runtime.dispatch import UnsupportedError, variable
 
 # what oneDNN may be limited to, from old to new; another text limits nothing
 ONEDNN = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16")
-NEEDS = {"avx2": "AVX2", "fma3": "AVX2", "avx512_vnni": "AVX512_CORE_VNNI", "avx512_bf16": "AVX512_CORE_BF16"}
+NEEDS = {
+    "avx2": "AVX2",
+    "fma3": "AVX2",
+    "avx_vnni": "AVX2_VNNI",
+    "avx512_vnni": "AVX512_CORE_VNNI",
+    "avx512_bf16": "AVX512_CORE_BF16",
+}
 LEVELS = {"AVX2": 1, "AVX512": 2}  # of ATen; less is the smallest set of the architecture
 
 
@@ -44,19 +52,39 @@ def multiplies_int8() -> bool:
     return has("avx512_vnni")
 
 
-def vectors() -> str:
-    """Returns the widest vectors that C++ here is compiled for: "avx512", "avx2", or "", what every CPU has."""
-    if all(has(name) for name in ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "fma3")):
-        return "avx512"
-    return "avx2" if has("avx2") and has("fma3") and has("f16c") else ""
+# what each set of gs_kernels.cpu.compile takes for granted
+AVX2 = ("avx2", "fma3", "f16c")
+AVX512 = (*AVX2, "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq")
+REQUIRED = {
+    "generic": (),
+    "avx2": AVX2,
+    "avx_vnni": (*AVX2, "avx_vnni"),
+    "avx512": AVX512,
+    "avx512_vnni": (*AVX512, "avx512_vnni"),
+    "dotprod": ("dotprod",),
+}
+
+
+@cache
+def instruction_set() -> str:
+    """Returns the newest set of instructions that kernels are compiled for and this CPU may use.
+
+    Raises:
+        UnsupportedError: if `GS_CPU_ISA` names none of them.
+    """
+    usable = [name for name in instruction_sets() if all(map(has, REQUIRED[name]))]
+    limit = variable("GS_CPU_ISA")
+    if limit and limit not in usable:
+        raise UnsupportedError(f"GS_CPU_ISA: must be one of {', '.join(usable)} on this CPU, got {limit!r}; unset it")
+    return limit or usable[-1]
 
 
 def described() -> str:
     """Names the instructions in use for people, e.g. "AVX-512 VNNI" or "AVX2"."""
-    if vectors() == "avx512":
+    if instruction_set().startswith("avx512"):
         extra = [text for name, text in (("avx512_vnni", "VNNI"), ("avx512_bf16", "BF16")) if has(name)]
         return " ".join(["AVX-512", *extra, *(["AMX"] if has("amx_int8") or has("amx_bf16") else [])])
-    if vectors() == "avx2":
-        return "AVX2"
+    if instruction_set().startswith("avx"):
+        return "AVX2 VNNI" if instruction_set() == "avx_vnni" else "AVX2"
     arm = [text for name, text in (("sve", "SVE"), ("bf16", "BF16"), ("i8mm", "I8MM")) if has(name)]
     return " ".join(arm) or torch.backends.cpu.get_cpu_capability()

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "parallel.h"
 #include "simd.h"
 
 using namespace lanes;
@@ -91,9 +92,8 @@ float search(const Search& s, int64_t channel) {
 
 }  // namespace
 
-extern "C" void search_clip_ratio(const Search* s) {
-#pragma omp parallel for num_threads(s->threads) schedule(static) if (s->threads > 1)
-  for (int64_t channel = 0; channel < s->channels; ++channel) s->found[channel] = search(*s, channel);
+EXPORT void search_clip_ratio(const Search* s) {
+  parallel_for(s->threads, s->channels, [&](int64_t channel) { s->found[channel] = search(*s, channel); });
 }
 
-extern "C" const int64_t sizeof_Search = sizeof(Search);
+EXPORT const int64_t sizeof_Search = sizeof(Search);

@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gs_kernels.cpu.library import load_functions
 from gs_kernels.observe.ref import symmetric_zero
-from gs_kernels.runtime.cpp import load_cpp
 from gs_kernels.search_clip_ratio.ref import search_clip_ratio_ref
 
 PARALLEL_FROM = 1 << 18  # errors, from which a second thread pays
@@ -35,7 +34,7 @@ FUNCTIONS: dict[str, Sequence[Any]] = {"search_clip_ratio": (ctypes.POINTER(_Sea
 @cache
 def kernels() -> Any:
     """Returns the functions of `cpu.cpp`, or None if it does not compile or fails its self-test."""
-    return load_cpp(Path(__file__).with_suffix(".cpp"), FUNCTIONS, _self_test, (_Search,))
+    return load_functions("search_clip_ratio", FUNCTIONS, _self_test, (_Search,))
 
 
 def _self_test(functions: Any) -> bool:

@@ -8,13 +8,22 @@
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
+
+#include "parallel.h"
 #pragma GCC optimize("fp-contract=fast")
 
 #define INLINE __attribute__((always_inline)) inline
 
 namespace {
 
-constexpr int64_t LANES = 16, VECTORS = 8, TILE = LANES * VECTORS, PLANES_MAX = 256;
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16;
+#elif defined(__AVX2__)
+constexpr int64_t LANES = 8;
+#else
+constexpr int64_t LANES = 4;
+#endif
+constexpr int64_t TILE = 128, VECTORS = TILE / LANES, PLANES_MAX = 256;
 constexpr float LARGEST = std::numeric_limits<float>::max(), INFINITE = std::numeric_limits<float>::infinity();
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
@@ -193,8 +202,7 @@ struct Tile {
 template <class Use>
 INLINE void each_tile(const Logits& logits, Use use) {
   const int64_t across = (logits.columns + TILE - 1) / TILE, tiles = logits.rows * across;
-#pragma omp parallel for num_threads(logits.threads) if (logits.threads > 1)
-  for (int64_t i = 0; i < tiles; ++i) {
+  parallel_for(logits.threads, tiles, [&](int64_t i) {
     const int64_t row = i / across, column = i % across * TILE;
     if (column + TILE <= logits.columns) {
       Tile<true> tile(logits, row, column);
@@ -203,12 +211,12 @@ INLINE void each_tile(const Logits& logits, Use use) {
       Tile<false> tile(logits, row, column);
       use(tile, i);
     }
-  }
+  });
 }
 
 }  // namespace
 
-extern "C" void slb_weight(const Logits* logits, const Array* w, int hard) {
+EXPORT void slb_weight(const Logits* logits, const Array* w, int hard) {
   if (hard) {
     each_tile(*logits, [&](auto& tile, int64_t) {
       tile.choices([&](int64_t v, Ints, Floats level) { store(*w, tile.weight(v), tile.lanes(v), level * tile.scale()); });
@@ -222,7 +230,7 @@ extern "C" void slb_weight(const Logits* logits, const Array* w, int hard) {
 }
 
 // codes: [rows, columns].
-extern "C" void slb_codes(const Logits* logits, uint8_t* codes) {
+EXPORT void slb_codes(const Logits* logits, uint8_t* codes) {
   typedef uint8_t Bytes __attribute__((vector_size(LANES)));
   each_tile(*logits, [&](auto& tile, int64_t) {
     tile.choices([&](int64_t v, Ints code, Floats) {
@@ -232,7 +240,7 @@ extern "C" void slb_codes(const Logits* logits, uint8_t* codes) {
 }
 
 // da: as the logits; dscale: the sum of dW * W of each tile, [rows, tiles of a row]; each may be null.
-extern "C" void slb_backward(const Logits* logits, const Array* dw, const Array* da, float* dscale) {
+EXPORT void slb_backward(const Logits* logits, const Array* dw, const Array* da, float* dscale) {
   each_tile(*logits, [&](auto& tile, int64_t i) {
     if (da->data) {
       tile.gradients(*dw, [&](int64_t at, int64_t lanes, Floats g) { store(*da, at, lanes, g); });
@@ -255,7 +263,7 @@ struct AdamW {
   float weight1, weight2, rate, spread, eps, keep;  // 1 - beta1, 1 - beta2, lr / correction1, sqrt(correction2); 1 - lr * decay
 };
 
-extern "C" void slb_adamw(
+EXPORT void slb_adamw(
     const Logits* logits, const Array* dw, const Array* exp_avg, const Array* exp_avg_sq, const AdamW* by) {
   each_tile(*logits, [&](auto& tile, int64_t) {
     tile.gradients(*dw, [&](int64_t at, int64_t lanes, Floats g) {
@@ -275,7 +283,7 @@ struct SGD {
 };
 
 // momentum_buffer may be null.
-extern "C" void slb_sgd(const Logits* logits, const Array* dw, const Array* momentum_buffer, const SGD* by) {
+EXPORT void slb_sgd(const Logits* logits, const Array* dw, const Array* momentum_buffer, const SGD* by) {
   each_tile(*logits, [&](auto& tile, int64_t) {
     tile.gradients(*dw, [&](int64_t at, int64_t lanes, Floats g) {
       const Floats a = load(logits->a, at, lanes);
@@ -290,8 +298,8 @@ extern "C" void slb_sgd(const Logits* logits, const Array* dw, const Array* mome
   });
 }
 
-// Compared with the structs of Python by `load_cpp`.
-extern "C" const int64_t sizeof_Array = sizeof(Array);
-extern "C" const int64_t sizeof_Logits = sizeof(Logits);
-extern "C" const int64_t sizeof_AdamW = sizeof(AdamW);
-extern "C" const int64_t sizeof_SGD = sizeof(SGD);
+// Compared with the structs of Python by `load_functions`.
+EXPORT const int64_t sizeof_Array = sizeof(Array);
+EXPORT const int64_t sizeof_Logits = sizeof(Logits);
+EXPORT const int64_t sizeof_AdamW = sizeof(AdamW);
+EXPORT const int64_t sizeof_SGD = sizeof(SGD);

@@ -8,14 +8,13 @@ import mmap
 import sys
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gs_kernels.cpu.library import load_functions
 from gs_kernels.pack.pack import pack_codes
-from gs_kernels.runtime.cpp import load_cpp
 from gs_kernels.slb.memory_format import empty_weight
 from gs_kernels.slb.ref import (
     TAU_MAX,
@@ -67,7 +66,7 @@ FUNCTIONS: dict[str, Sequence[Any]] = {
 @cache
 def kernels() -> Any:
     """Returns the functions of `cpu.cpp`, or None if it does not compile or fails its self-test."""
-    return load_cpp(Path(__file__).with_suffix(".cpp"), FUNCTIONS, _self_test, (_Array, _Logits, _AdamW, _SGD))
+    return load_functions("slb", FUNCTIONS, _self_test, (_Array, _Logits, _AdamW, _SGD))
 
 
 def _self_test(functions: Any) -> bool:

@@ -3,6 +3,7 @@
 // whole numbers in fp32, exact; what follows has the order of int8_epilogue (ref.py), and is not contracted.
 #include <vector>
 
+#include "parallel.h"
 #include "simd.h"
 
 using namespace lanes;
@@ -207,9 +208,8 @@ void dense_image(
     const Residual& residual, const Epilogue& after, int64_t b, int threads) {
   frame.fill(x + b * im.h * im.w * im.c, im, after.shift);
   const int64_t size = im.r * im.s * frame.pairs;
-#pragma omp parallel for collapse(2) num_threads(threads) if (threads > 1)
-  for (int64_t channel = 0; channel < channels; channel += LANES) {
-    for (int64_t p = 0; p < im.p; ++p) {
+  parallel_for(threads, (channels + LANES - 1) / LANES * im.p, [&](int64_t i) {
+      const int64_t channel = i / im.p * LANES, p = i % im.p;
       const int32_t* by = weight + channel * size;
       const int64_t row = b * im.p + p;
       int64_t q = 0;
@@ -217,8 +217,7 @@ void dense_image(
         dense<WIDE>(frame, by, y, im, residual, after, row, p, q, channel, channels);
       }
       for (; q < im.q; ++q) dense<1>(frame, by, y, im, residual, after, row, p, q, channel, channels);
-    }
-  }
+  });
 }
 
 constexpr int64_t PIECE = 1 << 12;  // elements that a thread takes at once
@@ -226,30 +225,28 @@ constexpr int64_t PIECE = 1 << 12;  // elements that a thread takes at once
 }  // namespace
 
 // y: codes less a number, in fp32.
-extern "C" void center_codes(const int8_t* x, float* y, int64_t count, float shift, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t start = 0; start < count; start += PIECE) {
-    const int64_t end = start + PIECE < count ? start + PIECE : count;
+EXPORT void center_codes(const int8_t* x, float* y, int64_t count, float shift, int threads) {
+  parallel_for(threads, (count + PIECE - 1) / PIECE, [&](int64_t piece) {
+    const int64_t start = piece * PIECE, end = start + PIECE < count ? start + PIECE : count;
     for (int64_t i = start; i < end; i += LANES) {
       const int64_t n = end - i;
       store(y + i, in_fp32(load(x + i, n)) - all(shift), n);
     }
-  }
+  });
 }
 
 // y: codes of x on a grid, from `least` to `largest`; `moved`: what is added to them to fit int8.
-extern "C" void to_codes(
+EXPORT void to_codes(
     const float* x, int8_t* y, int64_t count, float inverse, float fraction, float whole, float least, float largest,
     int moved, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t start = 0; start < count; start += PIECE) {
-    const int64_t end = start + PIECE < count ? start + PIECE : count;
+  parallel_for(threads, (count + PIECE - 1) / PIECE, [&](int64_t piece) {
+    const int64_t start = piece * PIECE, end = start + PIECE < count ? start + PIECE : count;
     for (int64_t i = start; i < end; i += LANES) {
       const int64_t n = end - i;
       const I codes = codes_of(load(x + i, n), all(inverse), all(fraction), all(whole), all(least), all(largest));
       store(y + i, codes + all(moved), n);
     }
-  }
+  });
 }
 
 struct Sum {
@@ -259,10 +256,9 @@ struct Sum {
 };
 
 // y: the real values of codes, added, activated, and in fp32 or as codes on a grid.
-extern "C" void sum_codes(const Sum* sum, void* y, int64_t count, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t start = 0; start < count; start += PIECE) {
-    const int64_t end = start + PIECE < count ? start + PIECE : count;
+EXPORT void sum_codes(const Sum* sum, void* y, int64_t count, int threads) {
+  parallel_for(threads, (count + PIECE - 1) / PIECE, [&](int64_t piece) {
+    const int64_t start = piece * PIECE, end = start + PIECE < count ? start + PIECE : count;
     for (int64_t i = start; i < end; i += LANES) {
       const int64_t n = end - i;
       F v = (in_fp32(load(sum->a + i, n)) - all(sum->a_zero)) * all(sum->a_scale);
@@ -277,40 +273,34 @@ extern "C" void sum_codes(const Sum* sum, void* y, int64_t count, int threads) {
         store(static_cast<float*>(y) + i, v, n);
       }
     }
-  }
+  });
 }
 
-extern "C" void int8_epilogue(const Sums* sums, const Residual* residual, void* y, const Epilogue* after, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t row = 0; row < sums->rows; ++row) epilogue_row(*sums, *residual, y, *after, row);
+EXPORT void int8_epilogue(const Sums* sums, const Residual* residual, void* y, const Epilogue* after, int threads) {
+  parallel_for(threads, sums->rows, [&](int64_t row) { epilogue_row(*sums, *residual, y, *after, row); });
 }
 
 // The number of channels is a multiple of 16.
-extern "C" void depthwise_int8(
+EXPORT void depthwise_int8(
     const int8_t* x, const int32_t* weight, void* y, const Image* image, const Epilogue* after, int threads) {
   const Image& im = *image;
   const int64_t rows = im.batch * im.p, row_bytes = im.q * im.c * (after->codes ? 1 : sizeof(float));
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t row = 0; row < rows; ++row) {
+  parallel_for(threads, rows, [&](int64_t row) {
     const int8_t* from = x + row / im.p * im.h * im.w * im.c;
     one_row(from, weight, static_cast<char*>(y) + row * row_bytes, im, *after, row % im.p);
-  }
+  });
 }
 
 // Any numbers of channels. weight: [channels / 16, taps, pairs of channels of x, 16], two of 16 bits each, then zeros.
-extern "C" void dense_int8(
+EXPORT void dense_int8(
     const int8_t* x, const int32_t* weight, void* y, const Image* image, int64_t channels, const Residual* residual,
     const Epilogue* after, int threads) {
   const Image& im = *image;
   if (threads > 1 && im.batch >= threads) {  // an image a thread
-#pragma omp parallel num_threads(threads)
-    {
+    parallel_for(threads, im.batch, [&](int64_t b) {
       Frame frame(im);
-#pragma omp for
-      for (int64_t b = 0; b < im.batch; ++b) {
-        dense_image(frame, x, weight, y, im, channels, *residual, *after, b, 1);
-      }
-    }
+      dense_image(frame, x, weight, y, im, channels, *residual, *after, b, 1);
+    });
   } else {
     Frame frame(im);
     for (int64_t b = 0; b < im.batch; ++b) {
@@ -319,9 +309,9 @@ extern "C" void dense_int8(
   }
 }
 
-// Compared with the structs of Python by `load_cpp`.
-extern "C" const int64_t sizeof_Image = sizeof(Image);
-extern "C" const int64_t sizeof_Epilogue = sizeof(Epilogue);
-extern "C" const int64_t sizeof_Sums = sizeof(Sums);
-extern "C" const int64_t sizeof_Residual = sizeof(Residual);
-extern "C" const int64_t sizeof_Sum = sizeof(Sum);
+// Compared with the structs of Python by `load_functions`.
+EXPORT const int64_t sizeof_Image = sizeof(Image);
+EXPORT const int64_t sizeof_Epilogue = sizeof(Epilogue);
+EXPORT const int64_t sizeof_Sums = sizeof(Sums);
+EXPORT const int64_t sizeof_Residual = sizeof(Residual);
+EXPORT const int64_t sizeof_Sum = sizeof(Sum);

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
 from gs_kernels.activations import ACTIVATIONS
+from gs_kernels.cpu.library import load_functions
 from gs_kernels.qconv2d.geometry import ConvGeometry
-from gs_kernels.runtime.cpp import load_cpp
 
 LANES = 16  # channels of a depthwise convolution are a multiple of
 PARALLEL_FROM = 1 << 15  # products, or numbers of y, from which a second thread pays: measured
@@ -271,7 +270,7 @@ def kernels() -> Any:
         "to_codes": [pointer, pointer, size, *[single] * 5, ctypes.c_int, ctypes.c_int],
         "sum_codes": [ctypes.POINTER(_Sum), pointer, size, ctypes.c_int],
     }
-    return load_cpp(Path(__file__).with_suffix(".cpp"), functions, self_test, STRUCTS)
+    return load_functions("qconv2d_int8", functions, self_test, STRUCTS)
 
 
 def self_test(functions: Any) -> bool:

@@ -3,10 +3,13 @@
 // A thread takes PANEL blocks of 16 rows of the weight at a time. It dequantizes a stretch of K, in fp32 and rounded
 // once to bf16, into a panel that stays in its cache: pairs of neighbours along K, a row to a 32-bit lane. Tiles of up
 // to TILE rows of x then run over the panel, with their fp32 sums in registers.
+#if defined(__x86_64__)
 #include <immintrin.h>
 #include <algorithm>
 #include <cstdint>
 #include <vector>
+
+#include "parallel.h"
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi")))
 #define INLINE TARGET inline __attribute__((always_inline))
@@ -149,16 +152,16 @@ void share(const uint16_t* x, int64_t m, const Weight& w, float* y, int64_t begi
 template <int BITS>
 void run(const uint16_t* x, int64_t m, const Weight& w, float* y, int threads) {
   const int64_t panels = (w.blocks + PANEL - 1) / PANEL;
-#pragma omp parallel for num_threads(threads)
-  for (int t = 0; t < threads; ++t) share<BITS>(x, m, w, y, panels * t / threads, panels * (t + 1) / threads);
+  in_parallel(threads, [&](int64_t t, int64_t of) { share<BITS>(x, m, w, y, panels * t / of, panels * (t + 1) / of); });
 }
 
 }  // namespace
 
 // x: bf16 `[m, K]`, K as the codes are padded; y: fp32 `[m, 16 * blocks]`; bits: 1, 2, 4 or 8.
-extern "C" void qmatmul_bf16(const void* x, int64_t m, const void* codes, const void* grid, int64_t blocks,
+EXPORT void qmatmul_bf16(const void* x, int64_t m, const void* codes, const void* grid, int64_t blocks,
                              int64_t groups, int64_t steps, int bits, void* y, int threads) {
   const Weight w{static_cast<const uint8_t*>(codes), static_cast<const float*>(grid), blocks, groups, steps};
   const auto run_bits = bits == 1 ? run<1> : bits == 2 ? run<2> : bits == 4 ? run<4> : run<8>;
   run_bits(static_cast<const uint16_t*>(x), m, w, static_cast<float*>(y), threads);
 }
+#endif

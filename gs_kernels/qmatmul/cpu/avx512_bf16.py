@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gs_kernels.cpu.library import load_functions
 from gs_kernels.pack.derived import UnsuitableError
 from gs_kernels.qmatmul.cpu.interleaved import LANES, InterleavedWeight
-from gs_kernels.runtime.cpp import load_cpp
 from gs_kernels.runtime.instructions import has
 
 REQUIRED_ISA = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_bf16", "avx512_vbmi")
@@ -58,7 +57,7 @@ def _call(functions: Any, x: Tensor, weight: InterleavedWeight) -> Tensor:
 def kernels() -> Any:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     argtypes = [pointer, size, pointer, pointer, size, size, size, ctypes.c_int, pointer, ctypes.c_int]
-    return load_cpp(Path(__file__).with_suffix(".cpp"), {"qmatmul_bf16": argtypes}, self_test)
+    return load_functions("qmatmul of bfloat16", {"qmatmul_bf16": argtypes}, self_test)
 
 
 def self_test(functions: Any) -> bool:

@@ -1,5 +1,6 @@
 // Multiplies with a row-interleaved weight (interleaved.py) and unpacks codes on the way: few rows of x in fp32 or int32;
 // dequantizes blocks of the weight; adds one group of a product of int8 matrices.
+#include "parallel.h"
 #include "simd.h"
 
 using namespace lanes;
@@ -103,20 +104,18 @@ LANE_FN void int_dot_block(
 template <int BITS>
 void dot(const float* x, int64_t m, const Weight& w, float* y, int threads) {
   const int64_t apart = w.groups * w.steps * STEP, wide = w.blocks * LANES;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t block = 0; block < w.blocks; ++block) {
+  parallel_for(threads, w.blocks, [&](int64_t block) {
     int64_t row = 0;
     for (; row + ROWS <= m; row += ROWS) dot_block<BITS, ROWS>(x + row * apart, apart, w, block, y + row * wide, wide);
     if (row + 2 <= m) dot_block<BITS, 2>(x + row * apart, apart, w, block, y + row * wide, wide), row += 2;
     if (row < m) dot_block<BITS, 1>(x + row * apart, apart, w, block, y + row * wide, wide);
-  }
+  });
 }
 
 template <int BITS>
 void int_dot(const int16_t* x, int64_t m, const int32_t* x_sums, const Weight& w, int one, float* y, int threads) {
   const int64_t apart = w.groups * w.steps * STEP, wide = w.blocks * LANES;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t block = 0; block < w.blocks; ++block) {
+  parallel_for(threads, w.blocks, [&](int64_t block) {
     int64_t row = 0;
     for (; row + ROWS <= m; row += ROWS) {
       int_dot_block<BITS, ROWS>(x + row * apart, apart, x_sums + row * w.groups, w, block, one, y + row * wide, wide);
@@ -124,7 +123,7 @@ void int_dot(const int16_t* x, int64_t m, const int32_t* x_sums, const Weight& w
     for (; row < m; ++row) {
       int_dot_block<BITS, 1>(x + row * apart, apart, x_sums + row * w.groups, w, block, one, y + row * wide, wide);
     }
-  }
+  });
 }
 
 enum Kind { FP32, BF16, INT8, CODES };  // CODES: as INT8, in fp32
@@ -140,8 +139,7 @@ template <int BITS>
 void unpack(const Weight& w, void* out, int kind, int threads) {
   const int64_t all_steps = w.groups * w.steps;
   const I offset = all(BITS == 8 ? 128 : 0);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t step = 0; step < all_steps; ++step) {
+  parallel_for(threads, all_steps, [&](int64_t step) {
     const int64_t g = step / w.steps;
     for (int64_t block = 0; block < w.blocks; ++block) {
       const uint8_t* codes = w.codes + (block * all_steps + step) * BITS * LANES;
@@ -162,13 +160,13 @@ void unpack(const Weight& w, void* out, int kind, int threads) {
         }
       }
     }
-  }
+  });
 }
 
 }  // namespace
 
 // y `[m, 16 * blocks]`: x `[m, groups, steps, 8]` times the weight, in fp32. bits: 1, 2, 4 or 8.
-extern "C" void interleaved_dot(
+EXPORT void interleaved_dot(
     const float* x, int64_t m, const uint8_t* codes, const float* grid, int64_t blocks, int64_t groups, int64_t steps,
     int bits, float* y, int threads) {
   const Weight w{codes, grid, blocks, groups, steps};
@@ -176,7 +174,7 @@ extern "C" void interleaved_dot(
   run(x, m, w, y, threads);
 }
 
-extern "C" void interleaved_int_dot(
+EXPORT void interleaved_int_dot(
     const int16_t* x, int64_t m, const int32_t* x_sums, const uint8_t* codes, const float* grid, int64_t blocks,
     int64_t groups, int64_t steps, int bits, int one, float* y, int threads) {
   const Weight w{codes, grid, blocks, groups, steps};
@@ -184,7 +182,7 @@ extern "C" void interleaved_int_dot(
   run(x, m, x_sums, w, one, y, threads);
 }
 
-extern "C" void interleaved_unpack(
+EXPORT void interleaved_unpack(
     const uint8_t* codes, const float* grid, int64_t blocks, int64_t groups, int64_t steps, int bits, void* out, int kind,
     int threads) {
   const Weight w{codes, grid, blocks, groups, steps};
@@ -194,14 +192,13 @@ extern "C" void interleaved_unpack(
 
 // Adds one group to y `[m, blocks, 16]`: from int32 sums of products `[m, blocks, 16]`, sums of x `[m]`, and the group's
 // grid, `apart` floats from block to block.
-extern "C" void interleaved_add(
+EXPORT void interleaved_add(
     float* y, const int32_t* sums, const int32_t* x_sums, const float* grid, int64_t apart, int64_t m, int64_t blocks,
     int offset, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t row = 0; row < m; ++row) {
+  parallel_for(threads, m, [&](int64_t row) {
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t at = (row * blocks + block) * LANES;
       store(y + at, load(y + at) + real_sums(load(sums + at), x_sums[row], grid + block * apart, offset));
     }
-  }
+  });
 }

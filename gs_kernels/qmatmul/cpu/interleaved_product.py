@@ -8,15 +8,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gs_kernels.cpu.library import load_functions
 from gs_kernels.pack.derived import UnsuitableError
 from gs_kernels.qmatmul.cpu.interleaved import LANES, STEP, InterleavedWeight
-from gs_kernels.runtime.cpp import load_cpp
 
 OFFSET = 128  # of 8-bit codes, to fit int8
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -36,7 +35,7 @@ FUNCTIONS = {
 @cache
 def kernels() -> Any:
     """Returns the compiled functions, or None if they do not compile or fail the self-test."""
-    return load_cpp(Path(__file__).with_suffix(".cpp"), FUNCTIONS, self_test)
+    return load_functions("qmatmul", FUNCTIONS, self_test)
 
 
 def _functions() -> Any:

@@ -1,0 +1,13 @@
+// What a library says of itself, and the threads that it is given.
+#include "parallel.h"
+
+Threads threads_of_pytorch = {nullptr, nullptr, nullptr};
+
+EXPORT void use_threads(void* run, void* index, void* count) {
+  threads_of_pytorch.run = reinterpret_cast<void (*)(void (*)(void*), void*, unsigned, unsigned)>(run);
+  threads_of_pytorch.index = reinterpret_cast<int (*)()>(index);
+  threads_of_pytorch.count = reinterpret_cast<int (*)()>(count);
+}
+
+// Of all .cpp and .h files that it was built from.
+EXPORT const char source_hash[] = GS_SOURCE_HASH;

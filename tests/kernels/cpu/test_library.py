@@ -1,0 +1,284 @@
+"""The library of C++ kernels where it is missing, old or broken, and each set of instructions that this CPU has."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gs_kernels.cpu import build, compile, library
+from gs_kernels.gptq_block import cpu as gptq_block
+from gs_kernels.qconv2d.cpu import direct_int8
+from gs_kernels.qmatmul.cpu import interleaved_product
+from gs_kernels.runtime import inductor, instructions
+from gs_kernels.runtime.dispatch import INTERPRET, UnsupportedError
+from gs_kernels.search_clip_ratio import cpu as search_clip_ratio
+from gs_kernels.slb import cpu as slb
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="compiled for the CPU")
+TWICE = '#include "parallel.h"\nEXPORT void twice(float* x, int threads) { *x = 2 * *x; }\n'
+LAYER = """
+import torch
+from pathlib import Path
+from gs_kernels.cpu import library
+library.path_of = lambda name: Path("/nowhere")
+from gs_algos import quantize_weights
+net = torch.nn.Sequential(torch.nn.Linear(1024, 512), torch.nn.ReLU(), torch.nn.Linear(512, 8)).eval()
+want = net(torch.ones(2, 1024))
+got = quantize_weights(net, "int8@group:64")(torch.ones(2, 1024))
+assert (got - want).norm() < 0.02 * want.norm(), (got, want)
+"""
+
+
+class Pair(ctypes.Structure):
+    _fields_ = [("a", ctypes.c_int64), ("b", ctypes.c_int64)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_problems", {})
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A source that takes no time, in place of those of the package; its library is not loaded yet."""
+    path = tmp_path / "code.cpp"
+    path.write_text(TWICE)
+    monkeypatch.setattr(compile, "sources", lambda: [path, compile.FOLDER / "library.cpp"])
+    monkeypatch.setattr(compile, "source_hash", lambda: path.read_text()[-16:].encode().hex())
+    monkeypatch.setattr(library, "source_hash", compile.source_hash)
+    library.library.cache_clear()
+    yield path
+    library.library.cache_clear()
+
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(compile.shutil.which, compile.COMPILERS)), reason="needs a C++ compiler"
+)
+
+
+def built(place: Path) -> Path:
+    return compile.build("generic", place / "kernels.so")
+
+
+def load(
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    self_test: Callable[[Any], bool] = lambda _: True,
+    structs: Sequence[Any] = (),
+) -> Any:
+    monkeypatch.setattr(library, "path_of", lambda name: path)
+    library.library.cache_clear()
+    return library.load_functions("doubling", {"twice": (ctypes.c_void_p, ctypes.c_int)}, self_test, structs)
+
+
+def doubled(functions: Any) -> float:
+    x = ctypes.c_float(21)
+    functions.twice(ctypes.byref(x), 1)
+    return x.value
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.message for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+@needs_compiler
+def test_a_library_is_built_and_loaded_from_a_folder_of_any_name(sources: Path, tmp_path: Path, monkeypatch, caplog):
+    path = built(tmp_path / "with a space, and ü")
+    assert doubled(load(path, monkeypatch)) == 42 and not warnings(caplog)
+    assert [p.name for p in path.parent.iterdir()] == ["kernels.so"]
+
+
+@pytest.mark.parametrize("what", ["no compiler", "a compiler that fails", "wrong code", "a file for a folder"])
+def test_a_build_that_fails_says_why_in_a_line_and_writes_nothing(
+    what: str, sources: Path, tmp_path: Path, monkeypatch, capsys
+):
+    place, said = tmp_path / "out", "is in PATH"
+    if what == "no compiler":
+        monkeypatch.setenv("CXX", "no-such-compiler --fast")
+    elif what == "a compiler that fails":
+        monkeypatch.setenv("CXX", "false")
+        said = "false failed: no message"
+    elif what == "wrong code":
+        sources.write_text("not C++")
+        said = "error"
+    else:
+        place.write_text("")
+        said = "cannot be written"
+    if what in ("wrong code", "a file for a folder") and not any(map(compile.shutil.which, compile.COMPILERS)):
+        pytest.skip("needs a C++ compiler")
+    assert build.main(["--only", "generic", "--out", str(place)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and said in lines[0]
+    assert not list(tmp_path.rglob("*.so")) and not list(tmp_path.rglob("*.part"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("what", ["missing", "damaged", "of other sources", "wrong results"])
+def test_a_library_that_cannot_be_used_is_said_once_and_left(
+    what: str, sources: Path, tmp_path: Path, monkeypatch, caplog
+):
+    path = built(tmp_path)
+    if what == "missing":
+        path.unlink()
+    elif what == "damaged":
+        path.write_bytes(b"no code")
+    elif what == "of other sources":
+        sources.write_text(TWICE + "// changed\n")
+    for _ in range(2):
+        assert load(path, monkeypatch, lambda _: what != "wrong results") is None
+    said = {
+        "missing": "was not built; run `python -m gs_kernels.cpu.build`",
+        "damaged": "cannot be loaded",
+        "of other sources": "was built from other sources",
+        "wrong results": "compute wrong results on this CPU",
+    }[what]
+    assert len(warnings(caplog)) == 1 and said in warnings(caplog)[0]
+    assert len(library.problems()) == 1 and said in library.problems()[0]
+
+
+@needs_compiler
+@pytest.mark.parametrize("exported", ["the size", "a larger size", "nothing"])
+def test_a_struct_whose_size_python_has_wrong_is_said_and_the_code_left(
+    exported: str, sources: Path, tmp_path: Path, monkeypatch, caplog
+):
+    size = {"the size": 16, "a larger size": 24}.get(exported)
+    sources.write_text(TWICE + (f"EXPORT const int64_t sizeof_Pair = {size};\n" if size else ""))
+
+    def self_test(functions: Any) -> bool:
+        assert exported == "the size", "called with a struct that the code reads otherwise"
+        return doubled(functions) == 42
+
+    right = exported == "the size"
+    assert (load(built(tmp_path), monkeypatch, self_test, [Pair]) is not None) == right
+    assert len(warnings(caplog)) == (not right) and all("Pair" in text for text in warnings(caplog))
+
+
+SELF_TESTS: list[tuple[Any, Callable[[Any], bool]]] = [
+    (direct_int8, direct_int8.self_test),
+    (interleaved_product, interleaved_product.self_test),
+    (slb, slb._self_test),
+    (gptq_block, gptq_block._self_test),
+    (search_clip_ratio, search_clip_ratio._self_test),
+]
+
+
+@pytest.mark.parametrize("name", compile.instruction_sets())
+def test_every_set_of_instructions_that_this_cpu_has_computes_what_it_should(name: str):
+    """Those that it lacks are at least built."""
+    assert library.path_of(name).is_file()
+    if not all(map(instructions.has, instructions.REQUIRED[name])):
+        pytest.skip(f"this CPU has no {name}")
+    found = library.open_library(library.path_of(name))
+    for module, self_test in SELF_TESTS:
+        declared = module.kernels()
+        assert declared is not None
+        copy_declarations(declared, found)
+        assert self_test(found), module.__name__
+
+
+def copy_declarations(declared: Any, found: Any) -> None:
+    for name, function in vars(declared).items():
+        if isinstance(function, declared._FuncPtr):
+            getattr(found, name).argtypes = function.argtypes
+            getattr(found, name).restype = function.restype
+
+
+@pytest.mark.parametrize("kernels", [direct_int8.kernels, interleaved_product.kernels, slb.kernels, gptq_block.kernels])
+def test_every_struct_of_the_code_of_this_package_has_the_size_that_python_gives_it(kernels: Any, caplog):
+    assert kernels.__wrapped__() is not None and not warnings(caplog)
+
+
+def test_threads_are_those_of_pytorch():
+    started = []
+    run = library._threads_of_pytorch()
+    assert run is not None
+    body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: started.append(run[1]()))
+    run[0](body, None, 2, 0)
+    assert sorted(started) == [0, 1]
+
+
+def test_a_layer_runs_without_the_library():
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": "", "TORCHINDUCTOR_CACHE_DIR": "/nowhere"}
+    done = subprocess.run([sys.executable, "-c", LAYER], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("was not built") == 1
+
+
+def test_fused_functions_run_where_nothing_can_be_written(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    code = """
+import torch
+from gs_kernels import fake_quant
+x, scale, zero = torch.linspace(-9, 9, 1 << 17), torch.ones(1), torch.zeros(1)
+for _ in range(2):
+    assert fake_quant(x, scale, zero, qmin=-8, qmax=7).equal(x.round().clamp(-8, 7))
+"""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("compiling failed") == 1
+
+
+CACHED = (instructions.has, instructions._level, instructions.instruction_set)
+
+
+@pytest.fixture
+def other_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    def become(*names: str) -> None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True))
+        aten = "AVX512" if any(name.startswith("avx512") for name in names) else "AVX2"
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: aten)
+        for function in CACHED:
+            function.cache_clear()
+
+    monkeypatch.delenv("GS_CPU_ISA", raising=False)
+    yield become
+    monkeypatch.undo()
+    for function in CACHED:
+        function.cache_clear()
+
+
+x86 = pytest.mark.skipif("avx2" not in compile.instruction_sets(), reason="names sets of x86-64")
+NEW = (*instructions.AVX512, "avx512_vnni", "avx512_bf16") if "avx2" in compile.instruction_sets() else ()
+
+
+@x86
+@pytest.mark.parametrize("limit", ["ATen", "oneDNN", "ours", "none"])
+def test_a_newer_cpu_plays_an_older_one(limit: str, other_cpu: Callable[..., None], monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "avx2" if limit == "oneDNN" else "DEFAULT")
+    monkeypatch.setenv("GS_CPU_ISA", "avx2" if limit == "ours" else "")
+    other_cpu(*NEW)
+    if limit == "ATen":
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    found = instructions.instruction_set(), instructions.described()
+    assert found == (("avx512_vnni", "AVX-512 VNNI BF16") if limit == "none" else ("avx2", "AVX2"))
+
+
+@x86
+def test_a_cpu_has_the_newest_set_of_which_it_has_all(other_cpu: Callable[..., None], monkeypatch):
+    other_cpu()
+    assert instructions.instruction_set() == "generic"
+    other_cpu(*instructions.AVX2, "avx_vnni")
+    assert (instructions.instruction_set(), instructions.described()) == ("avx_vnni", "AVX2 VNNI")
+    other_cpu(*instructions.AVX512)
+    assert instructions.instruction_set() == "avx512"
+    other_cpu(*instructions.AVX2)
+    monkeypatch.setenv("GS_CPU_ISA", "avx512")
+    instructions.instruction_set.cache_clear()
+    with pytest.raises(UnsupportedError, match=r"GS_CPU_ISA: must be one of generic, avx2 on this CPU, got 'avx512'"):
+        instructions.instruction_set()
+
+
+def test_fused_functions_are_compiled_for_the_vectors_that_the_cpp_is():
+    """torch.compile's own key does not tell how wide the vectors are: each would run the other's code, wrongly."""
+    bits, name = inductor.vector_bits(), instructions.instruction_set()
+    assert bits == (512 if name.startswith("avx512") else 256) if name.startswith("avx") else bits >= 1
