@@ -34,6 +34,7 @@ from gs_algos.core.timing import Timing, time_in_turns
 from gs_algos.ptq.weights import install
 from gs_algos.qat.simqat import SimQAT
 from gs_algos.quant.packed.conv_base import geometry_of
+from gs_algos.quant.packed.grid import stored_bits
 from gs_algos.quant.packed.linear import TOKEN
 from gs_algos.quant.packed.module import Packed
 from gs_algos.quant.packed.packable import CONVS, base_of, in_rows, matrix_of, packed_like, why_not
@@ -44,7 +45,7 @@ from gs_kernels import PackedWeight
 WHO = "latency_table"
 FORMAT, VERSION = "golden-stick latency table", 1
 FLOAT = "float"
-CHOICES = ("int8@channel/int8@tensor", "int8@channel", "int4@channel")
+CHOICES = ("int8@channel/int8@tensor", "int8@channel", "int4@channel", "int2@channel", "int1@channel")
 POLICIES = 5  # random ones that are timed
 FEW = 4  # names that a line lists
 BAR = 0.1  # the median error of predictions beyond which they are not to be trusted
@@ -87,6 +88,9 @@ class LatencyTable:
     def predict(self, policy: Mapping[str, str]) -> float:
         """Predicts the ms of the network: the sum of its layers, and what lies between them.
 
+        A choice may have any width: codes of 3 bits run as those of 4, which they are stored in, those of 5 to 7 as
+        those of 8, and activations as those of 8 bits. How a range is found makes no difference either.
+
         The latter is that of the float network, and for each choice the difference that it makes in all layers, by the
         elements of the outputs of those that have it. A layer on a grid for its inputs makes one only if the layer that
         runs after it has the same choice.
@@ -97,16 +101,24 @@ class LatencyTable:
         Raises:
             ValueError: if a layer or its choice is not in the table.
         """
-        for name, choice in policy.items():
-            if choice not in self.layers.get(name, ()):
-                known = f"one of {', '.join(self.layers[name])}" if name in self.layers else "a layer of the table"
-                raise ValueError(f"{WHO}: {name} must be given {known}, got {choice!r}")
+        policy = {name: self._timed(name, choice) for name, choice in policy.items()}
         ms = sum(times[policy.get(name, FLOAT)] for name, times in self.layers.items()) + self.rest[FLOAT]
         for choice in self.rest:
             whole = self._counting(dict.fromkeys(self.having(choice), choice), choice)
             if whole and choice != FLOAT:
                 ms += (self.rest[choice] - self.rest[FLOAT]) * self._counting(policy, choice) / whole
         return ms
+
+    def _timed(self, name: str, choice: str) -> str:
+        """Returns the choice of the table that takes a layer as long as `choice`."""
+        known = self.layers.get(name, {})
+        if choice in known:
+            return choice
+        alike = [one for one in known if one != FLOAT and _as_run(one) == _as_run(choice)]
+        if not alike:
+            must = f"one of {', '.join(known)}" if known else "a layer of the table"
+            raise ValueError(f"{WHO}: {name} must be given {must}, got {choice!r}")
+        return alike[0]
 
     def _counting(self, policy: Mapping[str, str], choice: str) -> int:
         """Sums the weights of layers with a choice; codes save nothing where the next layer reads floats."""
@@ -270,6 +282,18 @@ def _parse(choice: str) -> tuple[Scheme, str | None]:
     if not act or act == TOKEN:
         return packable(weight, who=WHO), act or None
     return Scheme.parse(weight, "weight"), str(Scheme.parse(act, "act"))
+
+
+def _as_run(choice: str) -> tuple[Scheme, Scheme | str]:
+    """Returns a choice in the widths that its codes are stored and multiplied in, without how its ranges are found."""
+    weight, _, act = choice.partition("/")
+    scheme = Scheme.parse(weight, "weight")
+    return _plain(scheme, stored_bits(scheme)), act if act in ("", TOKEN) else _plain(Scheme.parse(act, "act"), 8)
+
+
+def _plain(scheme: Scheme, bits: int) -> Scheme:
+    form = replace(scheme.format, bits=bits, narrow=False)
+    return replace(scheme, format=form, observer="minmax", argument=None, learned=False)
 
 
 def _on_grid(choice: str) -> bool:

@@ -119,8 +119,32 @@ def test_a_network_with_one_choice_is_predicted_as_measured():
 
 
 @pytest.mark.parametrize(
+    ("choice", "stored"),
+    [
+        ("int3@channel:mse", "int4@channel"),
+        ("int4@channel:narrow", "int4@channel"),
+        ("int5@channel/int4@tensor:ema", STATIC),
+        ("int8@channel:lsq/int8@tensor:mse", STATIC),
+    ],
+)
+def test_a_width_is_read_as_the_one_that_its_codes_are_stored_in(choice, stored):
+    assert table().predict({"a": choice, "b": choice}) == table().predict({"a": stored, "b": stored})
+
+
+def test_every_width_of_weights_is_read_from_a_table_of_the_default_choices():
+    found = latency_table(mlp(), torch.ones(2, 16), **QUICK)
+    assert set(found.layers["0"]) == {"float", STATIC, *(f"int{bits}@channel" for bits in (1, 2, 4, 8))}
+    assert all(found.predict({"0": f"int{bits}@channel"}) > 0 for bits in range(1, 9))
+
+
+@pytest.mark.parametrize(
     ("policy", "words"),
-    [({"d": "float"}, "d must be given a layer of the table"), ({"c": STATIC}, "c must be given one of float, got")],
+    [
+        ({"d": "float"}, "d must be given a layer of the table"),
+        ({"c": STATIC}, "c must be given one of float, got"),
+        ({"a": "int2@channel"}, "one of float, int8"),
+        ({"a": "int8@tensor"}, "one of float, int8"),
+    ],
 )
 def test_a_policy_must_be_in_the_table(policy, words):
     with pytest.raises(ValueError, match=words):
