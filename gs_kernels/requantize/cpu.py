@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from gs_kernels.activations import ACTIVATIONS
-from gs_kernels.qconv2d.cpu.direct_int8 import sum_codes
+from gs_kernels.qconv2d.cpu.direct_int8 import sum_codes_of
 from gs_kernels.requantize.grid import Grid, make_grid
 from gs_kernels.runtime.inductor import call, compiled
 
 Operand: TypeAlias = tuple[Tensor, Grid]
+AddsCodes: TypeAlias = Callable[[Tensor, Tensor | None], Tensor]
 COMPILE_FROM = 1 << 11  # elements
 
 
@@ -32,19 +35,32 @@ def requantize_cpu(
 ) -> Tensor:
     other = None if b is None or b_scale is None or b_zero is None else (b, make_grid(b_scale, b_zero))
     out_grid = None if out_scale is None or out_zero is None else make_grid(out_scale, out_zero, qmin, qmax)
-    return add_codes((a, make_grid(a_scale, a_zero)), other, activation, dtype, out_grid)
+    return add_codes((a, make_grid(a_scale, a_zero)), other, activation, dtype, out_grid, pass_of)
 
 
-def add_codes(a: Operand, b: Operand | None, activation: str, dtype: torch.dtype, out_grid: Grid | None) -> Tensor:
-    """Computes `requantize` of eager tensors on a CPU, whose grids are known."""
-    if a[0].numel() == 0:
-        return torch.empty_like(a[0], dtype=dtype if out_grid is None else torch.int8)
-    codes, grid = a[0] if is_dense(a[0]) else torch.empty_like(a[0]).copy_(a[0]), a[1]
-    other = None if b is None else b[0] if b[0].stride() == codes.stride() else torch.empty_like(codes).copy_(b[0])
-    if dtype == torch.float32:
-        y = _in_cpp(codes, grid, other, None if b is None else b[1], activation, out_grid)
-        if y is not None:
-            return y
+def add_codes(
+    a: Operand,
+    b: Operand | None,
+    activation: str,
+    dtype: torch.dtype,
+    out_grid: Grid | None,
+    make_pass: Callable[..., AddsCodes | None],
+) -> Tensor:
+    """Computes `requantize` of eager tensors on a CPU, whose grids are known.
+
+    make_pass: `pass_of`, or `kept_pass_of` where grids are those of a layer.
+    """
+    codes, grid = a
+    other, other_grid = (None, None) if b is None else b
+    if codes.numel() == 0:
+        return torch.empty_like(codes, dtype=dtype if out_grid is None else torch.int8)
+    if not is_dense(codes):
+        codes = torch.empty_like(codes).copy_(codes)
+    if other is not None and other.stride() != codes.stride():
+        other = torch.empty_like(codes).copy_(other)
+    in_cpp = make_pass(grid, other_grid, activation, out_grid) if dtype == torch.float32 else None
+    if in_cpp is not None:
+        return in_cpp(codes, other)
     scales = (None, None) if b is None else b[1][:2]
     ends = (None, None, None, 0, 0) if out_grid is None else out_grid[2:7]
     row, order = (codes.numel(),), (1,)
@@ -59,19 +75,17 @@ def add_codes(a: Operand, b: Operand | None, activation: str, dtype: torch.dtype
     return call(run, *flat).as_strided(codes.shape, codes.stride())  # type: ignore[no-any-return]
 
 
-def _in_cpp(
-    codes: Tensor, grid: Grid, other: Tensor | None, other_grid: Grid | None, activation: str, out_grid: Grid | None
-) -> Tensor | None:
-    """Adds dense tensors with equal strides to fp32 values or codes; None where the C++ does not run."""
-    if grid.numbers is None or (out_grid is not None and out_grid.numbers is None):
+def pass_of(grid: Grid, other: Grid | None, activation: str, out_grid: Grid | None) -> AddsCodes | None:
+    """Returns what adds dense tensors with equal strides to fp32 values or codes; None where the C++ does not run."""
+    if any(one is not None and one.numbers is None for one in (grid, other, out_grid)):
         return None
-    added = None
-    if other is not None:
-        if other_grid is None or other_grid.numbers is None:
-            return None
-        added = (other, *other_grid.numbers.of_codes)
-    ends = None if out_grid is None or out_grid.numbers is None else out_grid.numbers.to_codes
-    return sum_codes((codes, *grid.numbers.of_codes), added, activation, ends)
+    first, second, out = (None if one is None else one.numbers for one in (grid, other, out_grid))
+    assert first is not None
+    added, ends = None if second is None else second.of_codes, None if out is None else out.to_codes
+    return sum_codes_of(first.of_codes, added, activation, ends)
+
+
+kept_pass_of = lru_cache(maxsize=1024)(pass_of)
 
 
 def fused_requantize(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gs_kernels.fake_quant.strided_rows import like
 from gs_kernels.requantize.checks import WHO, check_ends, check_grid, check_operand
-from gs_kernels.requantize.cpu import Operand, add_codes, requantize_cpu
+from gs_kernels.requantize.cpu import Operand, add_codes, kept_pass_of, requantize_cpu
 from gs_kernels.requantize.grid import Grid
 from gs_kernels.requantize.ref import requantize_ref
 from gs_kernels.runtime.dispatch import implementations, takes_cpu
@@ -71,7 +71,7 @@ def prepared_requantize(
         out_grid: the grid of the result; None for its values.
     """
     if takes_cpu(a[0]):
-        return add_codes(a, b, activation, dtype, out_grid)
+        return add_codes(a, b, activation, dtype, out_grid, kept_pass_of)
     other = (None, None, None) if b is None else (b[0], *b[1][:2])
     ends = (None, None, -128, 127) if out_grid is None else (out_grid.scale, out_grid.zero, out_grid.low, out_grid.high)
     return _requantize(a[0], *a[1][:2], *other, activation, dtype, *ends)  # type: ignore[no-any-return]

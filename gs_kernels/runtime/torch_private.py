@@ -42,13 +42,17 @@ __all__ = [
     "autocasts",
     "compile_package",
     "current_gpu",
+    "dispatch_modes",
     "foreach_add_",
     "foreach_copy_",
     "foreach_zero_",
+    "function_modes",
     "inductor_cache_dir",
     "int_mm",
+    "is_compiling",
     "is_eager",
     "is_plain_call",
+    "is_tracing",
     "is_view",
     "keeps_triton_ops",
     "load_package",
@@ -77,6 +81,10 @@ foreach_zero_: Callable[..., Any] = torch._foreach_zero_
 # of CUDA tensors, which have started CUDA; a build without CUDA has none of either
 current_gpu: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 autocasts: Callable[[], bool] = torch._C._is_any_autocast_enabled  # for any kind of device
+is_compiling: Callable[[], bool] = torch.compiler.is_compiling
+is_tracing: Callable[[], bool] = torch._C._is_tracing  # a trace knows ops, and not what C++ writes into memory
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 make_wrapper: Callable[..., Any] = Tensor._make_wrapper_subclass  # a tensor of a subclass, without memory of its own
 
 
@@ -85,20 +93,13 @@ def is_eager(*tensors: Tensor, plain: frozenset[type] = PLAIN) -> bool:
 
     plain: the types of tensors that count as such.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()  # a trace knows ops, and not what C++ writes into memory
-        and torch._C._len_torch_dispatch_stack() == 0
-        and plain.issuperset(map(type, tensors))
-    )
+    return not (is_compiling() or is_tracing() or dispatch_modes()) and plain.issuperset(map(type, tensors))
 
 
 def is_plain_call(x: Tensor, *, plain: frozenset[type] = PLAIN) -> bool:
     """Says whether a call with x gives values alone: `is_eager`, no transform of torch.func, no derivative."""
     return (
-        not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()
-        and torch._C._len_torch_dispatch_stack() == 0
+        not (is_compiling() or is_tracing() or dispatch_modes())
         and type(x) in plain
         and transform_of() is None
         and forward_ad._current_level < 0

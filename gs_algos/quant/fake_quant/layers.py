@@ -36,11 +36,15 @@ from gs_algos.quant.fake_quant.batch_norm import (
 )
 from gs_algos.quant.fake_quant.integer_inference import IntegerEval, centered_codes
 from gs_algos.quant.fake_quant.quantizers import ActivationQuantizer, WeightQuantizer
+from gs_algos.quant.integer.quantized_tensor import DeferredOutput
+from gs_algos.quant.integer.static_quantizer import StaticQuantizer
 from gs_algos.quant.scheme import Scheme
-from gs_kernels.runtime.torch_private import _BatchNorm
+from gs_kernels.activations import ACTIVATIONS
+from gs_kernels.runtime.torch_private import _BatchNorm, function_modes
 
 SMALLEST_FACTOR = 1e-6  # a zero gamma (zero-initialized residual branches) must not divide by zero
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+JOINED = {a.module: name for name, a in ACTIVATIONS.items() if a.cpp}  # activations that a sum of codes takes along
 
 
 class FakeQuantized(IntegerEval):
@@ -176,7 +180,12 @@ class _QuantizedOutput(nn.Module):
     output_quantizer: nn.Module
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.output_quantizer(super().forward(*args, **kwargs))
+        quantizer: Any = self._modules["output_quantizer"]
+        if type(quantizer) is StaticQuantizer and len(args) == 1 and type(args[0]) is DeferredOutput:
+            name = JOINED.get(type(self).__bases__[1])  # a class of torch.nn, and no forward of the user's
+            if name is not None and not self.inplace and not function_modes():
+                return quantizer(args[0], name)  # type: ignore[no-any-return]
+        return quantizer(super().forward(*args, **kwargs))  # type: ignore[no-any-return]
 
 
 def scaled_rows(weight: Tensor, f: Tensor) -> Tensor:

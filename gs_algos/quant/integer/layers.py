@@ -180,10 +180,11 @@ class QuantizedLinear(QuantizedLayer):
         return Product("qmatmul", *self.shape, self.bits, 8 * self.dtype.itemsize)
 
     def forward(self, input: Tensor) -> Tensor:
-        x, ready = input, self._prepared_call(input)
+        x, ready, modules = input, self._prepared_call(input), self._modules
         if ready is not None:
-            y = ready.run(ready.operand(x), self._modules["input_quantizer"]._buffers["scale"])  # type: ignore[union-attr, arg-type]
-            return y if self._modules.get("output_quantizer") is None else self._quantize_output(y)
+            y = ready.run(ready.operand(x), modules["input_quantizer"]._buffers["scale"])  # type: ignore[union-attr, arg-type]
+            output = modules.get("output_quantizer")
+            return y if output is None else output(y)  # type: ignore[no-any-return]
         if self._on_integers(x):
             return self._quantize_output(self._integer(x))
         x = x if self.input_quantizer is None else self.input_quantizer(x)
@@ -214,7 +215,7 @@ class QuantizedLinear(QuantizedLayer):
 
     def _prepare(self, x: Tensor) -> PreparedLinear | None:
         quantizer = self.input_quantizer
-        if quantizer is None or self.integer_refusals(x.device):
+        if quantizer is None or x.dtype not in FLOATS or self.integer_refusals(x.device):
             return None
         product = prepared_qmatmul_int8(
             torch.empty(tuple(x.shape), dtype=torch.int8, device=x.device),
@@ -299,7 +300,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
         ready = self.prepared_call(x, activation, None if added[0] is None else added[0].dtype)
         if ready is not None:
             y = ready(x, *added)
-            return y if ready.grid is None else QuantizedTensor(y, ready.grid, x.dtype)
+            return y if ready.grid is None else QuantizedTensor(y, ready.grid, ready.like[2])
         if self._on_integers(x):
             # a compiler sees floats, of which the next layer makes codes
             grid = self._output_grid() if may_return_int8(x) else None
@@ -352,7 +353,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
 
     def _prepare(self, x: Tensor, activation: str, residual: torch.dtype | None) -> PreparedConv | None:
         grid, quantizer = self._output_grid(), self.input_quantizer
-        if quantizer is None or x.dim() != 4 or x.numel() == 0 or not self.may_prepare:
+        if quantizer is None or not self.may_prepare_for(x):
             return None
         others = (quantizer,) if grid is None else (quantizer, grid)
         key = (activation, x.dtype, x.device, x.shape[1:], backend_setting())

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import chain
-from operator import attrgetter, is_, methodcaller
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gs_algos.quant.integer.quantized_tensor import HANDED_ON, Like
-from gs_kernels.pack.checks import FLOATS
+from gs_algos.quant.integer.quantized_tensor import HANDED_ON, Like, like_of
 from gs_kernels.runtime.dispatch import backend_setting
 from gs_kernels.runtime.torch_private import autocasts, is_plain_call
 
 MAX_ENTRIES = 64  # of one layer, which may see images of ever new sizes
 PREPARED = "_prepared_calls"  # attribute of a layer
-_buffers, _values, _version = attrgetter("_buffers"), methodcaller("values"), attrgetter("_version")
+_buffers, _version = attrgetter("_buffers"), attrgetter("_version")
 _chain = chain.from_iterable
 
 
@@ -69,9 +68,9 @@ class _Entry(NamedTuple):
 
 def kind_of(x: Tensor) -> tuple[Any, ...] | None:
     """Returns what a prepared call depends on in its input; None under tracers, gradients and autocast."""
-    if not is_plain_call(x, plain=HANDED_ON) or x.dtype not in FLOATS or autocasts():
+    if autocasts() or not is_plain_call(x, plain=HANDED_ON):
         return None
-    return type(x), x.shape, x.stride(), x.dtype, x.device, backend_setting()
+    return type(x), like_of(x), backend_setting()
 
 
 def cached(layer: nn.Module, key: Any, others: tuple[nn.Module, ...], make: Callable[[], Any]) -> Any:
@@ -82,14 +81,15 @@ def cached(layer: nn.Module, key: Any, others: tuple[nn.Module, ...], make: Call
     """
     entries: dict[Any, _Entry] | None = layer.__dict__.get(PREPARED)
     entry = None if entries is None else entries.get(key)
+    modules = (layer, *others)
     if (
         entry is not None
         and entry.others == others
-        and all(map(is_, entry.held, _chain(map(_values, map(_buffers, (layer, *others))))))
+        and all(map(is_, entry.held, _chain(map(dict.values, map(_buffers, modules)))))
         and [*map(_version, entry.tensors)] == entry.versions
     ):
         return entry.value
-    held = [*_chain(map(_values, map(_buffers, (layer, *others))))]
+    held = [*_chain(map(dict.values, map(_buffers, modules)))]
     if entries is not None and (entry is not None or len(entries) >= MAX_ENTRIES):
         entries.clear()  # the others, too, hold what was made of former tensors
     tensors = [t for t in held if t is not None]

@@ -20,7 +20,7 @@ from torch import Tensor
 from gs_algos.quant.memory_format import laid, strides_in, suggested
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.for_layers import Grid, is_dense, prepared_requantize
-from gs_kernels.runtime.torch_private import PLAIN, is_plain_call, make_wrapper
+from gs_kernels.runtime.torch_private import PLAIN, autocasts, function_modes, is_plain_call, make_wrapper
 
 aten = torch.ops.aten
 Like: TypeAlias = tuple[Any, Any, torch.dtype, torch.device]  # shape, strides, dtype, device
@@ -42,13 +42,25 @@ _MOVES = {
     aten.slice.Tensor,
     aten.select.int,
 }
-_ALIASES = {aten.detach.default, aten.alias.default}
-_MEANS = {aten.mean.dim, aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default}
 _ACTIVATION_OF = {call: name for name, activation in ACTIVATIONS.items() for call in activation.calls}
 
 
 class _VirtualTensor(Tensor):
     """Looks like a float tensor and stores none: NumPy, copies and files get plain values."""
+
+    like: Like  # shape, strides, dtype and device that it shows, which take a tenth of the time to read here
+
+    @classmethod
+    def _made(cls, like: Like) -> Any:
+        self = make_wrapper(cls, like[0], like[1], dtype=like[2], device=like[3])
+        self.like = like
+        return self
+
+    def __add__(self, other: Any) -> Any:
+        """Adds without a walk through the dispatcher where that would come to the same; also called by `x + y`."""
+        plain = type(other) in HANDED_ON and may_return_int8(self) and not (function_modes() or autocasts())
+        total = _deferred_sum(self, other) if plain else None
+        return super().__add__(other) if total is None else total
 
     def dequantize(self) -> Tensor:
         """Returns the values, with the strides that the tensor shows."""
@@ -93,10 +105,14 @@ class QuantizedTensor(_VirtualTensor):
 
     @staticmethod
     def __new__(
-        cls, codes: Tensor, quantizer: Any, dtype: torch.dtype, strides: Sequence[int] | None = None
+        cls, codes: Tensor, quantizer: Any, dtype: torch.dtype, strides: tuple[int, ...] | None = None
     ) -> QuantizedTensor:
-        shown = codes.stride() if strides is None else strides
-        self: QuantizedTensor = make_wrapper(cls, codes.shape, strides=shown, dtype=dtype, device=codes.device)
+        return cls.of(codes, quantizer, (codes.shape, strides or codes.stride(), dtype, codes.device))
+
+    @classmethod
+    def of(cls, codes: Tensor, quantizer: Any, like: Like) -> QuantizedTensor:
+        """Makes the tensor from what it shows."""
+        self: QuantizedTensor = cls._made(like)
         self.codes, self.quantizer = codes, quantizer
         return self
 
@@ -128,37 +144,20 @@ class QuantizedTensor(_VirtualTensor):
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        x = args[0] if args and isinstance(args[0], QuantizedTensor) else None
-        if func is aten.add.Tensor and DeferredOutput in map(type, args):
-            return DeferredOutput.__torch_dispatch__(func, types, args, kwargs)
-        if x is not None:
-            if func in _ALIASES:
-                return QuantizedTensor(func(x.codes), x.quantizer, x.dtype, x.stride())
-            if func in _MOVES:
-                return QuantizedTensor(func(x.lay(), *args[1:], **kwargs), x.quantizer, x.dtype)
-            if func in _ON_CODES:
-                return QuantizedTensor(_ON_CODES[func](x, *args[1:]), x.quantizer, x.dtype, x.stride())
-            if func in _IN_PLACE:
-                x.codes.copy_(_ON_CODES[_IN_PLACE[func]](x, *args[1:]))
-                return x
-            if func is aten.max_pool2d_with_indices.default:
-                # a float pool of small integers is exact; ATen pools no int8
-                y, indices = func(x.codes.float(), *args[1:], **kwargs)
-                return QuantizedTensor(
-                    y.to(torch.int8), x.quantizer, x.dtype, strides_in(y.shape, suggested(x.shape, x.stride()))
-                ), indices
-            if func in _MEANS and not kwargs:
-                scale, zero = x.quantizer.constants()[:2]
-                mean = _mean if func is aten.mean.dim else func
-                return (mean(x.lay().float() - zero, *args[1:]) * scale).to(x.dtype)
-            if func is aten.add.Tensor and not kwargs and _can_add(x, args[1]) and isinstance(args[1], QuantizedTensor):
-                return DeferredOutput(_SumOfCodes(x, args[1]), (x.shape, x.stride(), x.dtype, x.device))
+        if func is aten.add.Tensor and not kwargs:
+            total = _deferred_sum(*args)
+            return func(*map(dequantized, args)) if total is None else total
+        x = args[0] if args else None
+        if isinstance(x, QuantizedTensor):
+            on_codes = _ON_CODES.get(func)
+            if on_codes is not None:
+                return on_codes(func, x, *args[1:], **kwargs)
             if _is_mutable(func):  # PyTorch would return x as it was
                 raise RuntimeError(
                     f"QuantizedTensor: {func} must not write into 8-bit codes, got it outside the traced forward "
                     "(a hook?); use the operation that returns a new tensor"
                 )
-        if func is aten.cat.default and _alike(args[0]):
+        if func is aten.cat.default and _alike(x):
             return _cat(*args)
         return func(*map(dequantized, args), **{key: dequantized(value) for key, value in kwargs.items()})
 
@@ -175,20 +174,18 @@ class DeferredOutput(_VirtualTensor):
     """
 
     _run: Any
-    _like: Like
     _residual: Tensor | None
     _activation: str
     _result: Tensor | None
 
     @staticmethod
     def __new__(cls, run: Any, like: Like, residual: Tensor | None = None, activation: str = "none") -> DeferredOutput:
-        self: DeferredOutput = make_wrapper(cls, like[0], strides=like[1], dtype=like[2], device=like[3])
-        self._run, self._like, self._residual, self._activation = run, like, residual, activation
-        self._result = None
+        self: DeferredOutput = cls._made(like)
+        self._run, self._residual, self._activation, self._result = run, residual, activation, None
         return self
 
     @staticmethod
-    def of(result: Tensor, strides: Sequence[int]) -> DeferredOutput:
+    def of(result: Tensor, strides: tuple[int, ...]) -> DeferredOutput:
         """Wraps a computed result whose memory order differs from the strides that readers see."""
         y = DeferredOutput(None, (result.shape, strides, result.dtype, result.device))
         y._result = result
@@ -211,11 +208,13 @@ class DeferredOutput(_VirtualTensor):
             self._residual = None
         return self._result
 
-    def codes_on(self, grid: Any) -> Tensor | None:
-        """Computes int8 codes of the values on a grid; None where quantizing the values is better."""
+    def codes_on(self, grid: Any, activation: str = "none") -> Tensor | None:
+        """Computes int8 codes of the activated values on a grid; None where quantizing the values is better."""
         if self._result is not None or not self._run.to_grid:
             return None
-        codes: Tensor = self._run(self._residual, self._activation, grid)
+        if activation != "none" and (self._activation != "none" or activation not in self._run.activations):
+            return None
+        codes: Tensor = self._run(self._residual, self._activation if activation == "none" else activation, grid)
         return codes
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -228,15 +227,13 @@ class DeferredOutput(_VirtualTensor):
         if func in (aten.add.Tensor, aten.add_.Tensor):
             other = args[1] if args[0] is self else args[0]
             free = self._run.adds and self._residual is None and _can_add(self, other)
+            first = args[0] if isinstance(args[0], _VirtualTensor) or is_dense(args[0]) else None
             # a sum has the strides of its first operand
-            like = (self._like[0], args[0].stride(), *self._like[2:])
-            return (
-                (like, other, "none") if free and (isinstance(args[0], _VirtualTensor) or is_dense(args[0])) else None
-            )
+            return (like_of(first), other, "none") if free and first is not None else None
         name = _ACTIVATION_OF.get(func, "")
         if name not in self._run.activations or (name == "relu6" and args[1:] != (0.0, 6.0)):
             return None
-        return self._like, self._residual, name
+        return self.like, self._residual, name
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -283,10 +280,21 @@ class _SumOfCodes:
         return prepared_requantize(self.a, self.b, activation, self.dtype, into)
 
 
-def _can_add(x: Tensor, other: Any) -> bool:
+def _deferred_sum(a: Any, b: Any) -> DeferredOutput | None:
+    """Defers a sum of codes, or one that a layer waits for, of which one tensor is ours; None for floats to add."""
+    if type(a) is QuantizedTensor and type(b) is QuantizedTensor:
+        return DeferredOutput(_SumOfCodes(a, b), a.like) if _can_add(a, b) else None
+    waiting = a if type(a) is DeferredOutput else b
+    joined = waiting._joined(aten.add.Tensor, (a, b)) if type(waiting) is DeferredOutput else None
+    return None if joined is None else DeferredOutput(waiting._run, *joined)
+
+
+def _can_add(x: _VirtualTensor, other: Any) -> bool:
     """Says whether other has the shape, dtype and device of x, and needs no gradient."""
-    alike = isinstance(other, Tensor) and (other.shape, other.dtype, other.device) == (x.shape, x.dtype, x.device)
-    return alike and not other.requires_grad
+    if not isinstance(other, Tensor) or other.requires_grad:
+        return False
+    mine, others = x.like, like_of(other)
+    return (mine[0], *mine[2:]) == (others[0], *others[2:])
 
 
 def _cat(tensors: Sequence[QuantizedTensor], axis: int = 0) -> QuantizedTensor:
@@ -303,6 +311,11 @@ def _alike(tensors: Any) -> bool:
 
 
 HANDED_ON = PLAIN | {QuantizedTensor, DeferredOutput}
+
+
+def like_of(x: Tensor) -> Like:
+    """Returns shape, strides, dtype and device."""
+    return x.like if isinstance(x, _VirtualTensor) else (x.shape, x.stride(), x.dtype, x.device)
 
 
 def may_return_int8(x: Tensor) -> bool:
@@ -322,10 +335,42 @@ def values(x: Any) -> Any:
     return x.values() if isinstance(x, QuantizedTensor | DeferredOutput) else x
 
 
+def _alias(func: Any, x: QuantizedTensor) -> QuantizedTensor:
+    return QuantizedTensor.of(func(x.codes), x.quantizer, x.like)
+
+
+def _move(func: Any, x: QuantizedTensor, *args: Any, **kwargs: Any) -> QuantizedTensor:
+    return QuantizedTensor(func(x.lay(), *args, **kwargs), x.quantizer, x.dtype)
+
+
+def _max_pool(func: Any, x: QuantizedTensor, *args: Any, **kwargs: Any) -> tuple[QuantizedTensor, Tensor]:
+    # a float pool of small integers is exact; ATen pools no int8
+    y, indices = func(x.codes.float(), *args, **kwargs)
+    strides = strides_in(y.shape, suggested(x.shape, x.stride()))
+    return QuantizedTensor(y.to(torch.int8), x.quantizer, x.dtype, strides), indices
+
+
+def _average(func: Any, x: QuantizedTensor, *args: Any, **kwargs: Any) -> Tensor:
+    if kwargs:
+        return func(x.dequantize(), *args, **kwargs)  # type: ignore[no-any-return]
+    scale, zero = x.quantizer.constants()[:2]
+    mean = _mean if func is aten.mean.dim else func
+    return (mean(x.lay().float() - zero, *args) * scale).to(x.dtype)  # type: ignore[no-any-return]
+
+
 def _mean(x: Tensor, axes: list[int] | None, keepdim: bool = False) -> Tensor:
     """Divides the sums, which are whole and exact: a GPU's own mean multiplies by the inverse of their number."""
     sums = x.sum(axes, keepdim)
     return sums / torch.full_like(sums, x.numel() // max(1, sums.numel()))
+
+
+def _activated(func: Any, x: QuantizedTensor, *args: float) -> QuantizedTensor:
+    return QuantizedTensor.of(_ACTIVATIONS[func](x, *args), x.quantizer, x.like)
+
+
+def _activated_in_place(func: Any, x: QuantizedTensor, *args: float) -> QuantizedTensor:
+    x.codes.copy_(_ACTIVATIONS[func](x, *args))
+    return x
 
 
 def _relu(x: QuantizedTensor) -> Tensor:
@@ -340,5 +385,18 @@ def _hardtanh(x: QuantizedTensor, low: float = -1.0, high: float = 1.0) -> Tenso
     return torch.clamp(x.codes, ends[:1], ends[1:])
 
 
-_ON_CODES: dict[Any, Callable[..., Tensor]] = {aten.relu.default: _relu, aten.hardtanh.default: _hardtanh}
-_IN_PLACE = {aten.relu_.default: aten.relu.default, aten.hardtanh_.default: aten.hardtanh.default}
+_ACTIVATIONS: dict[Any, Callable[..., Tensor]] = {
+    aten.relu.default: _relu,
+    aten.relu_.default: _relu,
+    aten.hardtanh.default: _hardtanh,
+    aten.hardtanh_.default: _hardtanh,
+}
+# what becomes of codes without a way through floats: (operator, tensor, its further arguments) -> result
+_ON_CODES: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((aten.detach.default, aten.alias.default), _alias),
+    **dict.fromkeys(_MOVES, _move),
+    **dict.fromkeys((aten.relu.default, aten.hardtanh.default), _activated),
+    **dict.fromkeys((aten.relu_.default, aten.hardtanh_.default), _activated_in_place),
+    aten.max_pool2d_with_indices.default: _max_pool,
+    **dict.fromkeys((aten.mean.dim, aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default), _average),
+}

@@ -14,6 +14,7 @@ from gs_algos.core.tensor_rules import FINITE, POSITIVE, Rules, whole_within
 from gs_algos.quant.fake_quant.quantizers import Quantizer
 from gs_algos.quant.fast_path import OffFastPath
 from gs_algos.quant.fixed_dtype import FixedDtypeBuffers
+from gs_algos.quant.integer.prepared_call import PREPARED, cached, kind_of
 from gs_algos.quant.integer.quantized_tensor import (
     DeferredOutput,
     QuantizedTensor,
@@ -23,6 +24,7 @@ from gs_algos.quant.integer.quantized_tensor import (
 )
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import fake_quant, quantize
+from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.for_layers import Grid, make_grid, to_codes_of
 from gs_kernels.runtime.dispatch import takes_cpu
 from gs_kernels.runtime.torch_private import is_eager
@@ -49,10 +51,21 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
         self.refresh_zero_point()
         self._constants: tuple[Tensor, Tensor, int, int, Grid] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.returns_int8() and may_return_int8(x):
-            strides = x.stride() if isinstance(x, QuantizedTensor | DeferredOutput) else None
-            return QuantizedTensor(self.int8_codes(x), self, x.dtype, strides)
+    def forward(self, x: Tensor, activation: str = "none") -> Tensor:
+        """Quantizes f(x); activation: f, which a sum of codes takes along in the same pass."""
+        int8 = self.returns_int8() and may_return_int8(x)
+        if activation != "none":
+            codes = x.codes_on(self, activation) if int8 and type(x) is DeferredOutput else None
+            if codes is not None:
+                return QuantizedTensor.of(codes, self, x.like)  # type: ignore[attr-defined]
+            x = ACTIVATIONS[activation].function(x)
+        if int8:
+            codes = self.int8_codes(x)
+            return (
+                QuantizedTensor.of(codes, self, x.like)
+                if isinstance(x, QuantizedTensor | DeferredOutput)
+                else QuantizedTensor(codes, self, x.dtype)
+            )
         if x.numel() == 0:
             return dequantized(x)  # type: ignore[no-any-return]
         return fake_quant(dequantized(x), self.scale, self.zero, qmin=self.scheme.qmin, qmax=self.scheme.qmax)
@@ -84,6 +97,9 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
         """Says whether it returns int8 codes: 0.0 must be among them for operations that commute with rounding."""
         return self.emits_int8 and self.holds_zero()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != PREPARED}
+
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self.refresh_zero_point()
@@ -104,9 +120,10 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
         if ready is not None:
             return ready
         x = values(x)
-        run = self._prepared(x) if may_return_int8(x) and takes_cpu(x) else None
+        kind = kind_of(x)
+        run = None if kind is None else cached(self, kind, (), lambda: self._prepared(x))
         if run is not None:
-            return run(x)
+            return run(x)  # type: ignore[no-any-return]
         codes = self.codes(x)
         return codes if codes.dtype == torch.int8 else (codes ^ 128).view(torch.int8)
 
@@ -116,8 +133,8 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
         producers: other grids whose codes are those of this one.
         """
         if type(x) is QuantizedTensor:
-            return lambda x: x.codes if x.quantizer in producers else self.int8_codes(x)  # type: ignore[attr-defined]
-        run = None if type(x) is DeferredOutput or not takes_cpu(x) else self._prepared(x)
+            return lambda x: x.codes if x.quantizer in producers else x.codes_on(self)  # type: ignore[attr-defined]
+        run = None if type(x) is DeferredOutput else self._prepared(x)
         return self.int8_codes if run is None else run
 
     def _prepared(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
@@ -126,7 +143,7 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
         None where those are needed.
         """
         dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-        if not dense or x.dtype != torch.float32 or x.numel() == 0:
+        if not dense or x.dtype != torch.float32 or x.numel() == 0 or not takes_cpu(x):
             return None
         numbers = self.constants().numbers
         if numbers is None or not math.isfinite(numbers.of_floats[0]):  # the op says what is wrong

@@ -78,7 +78,7 @@ class PackedConv(Convolution):
         return ready
 
     def _prepare(self, x: Tensor, activation: str, residual: torch.dtype | None) -> PreparedConv | None:
-        if x.dim() != 4 or x.numel() == 0 or not self.may_prepare or self.refusals():
+        if not self.may_prepare_for(x) or self.refusals():
             return None
         like, geometry = torch.empty_like(values(x)), self.geometry_for(x)[1]
         convolution = prepared_qconv2d(like, self.packed, self.bias, **geometry, activation=activation)

@@ -19,6 +19,7 @@ from gs_algos.quant.packed.module import Packed
 from gs_kernels import PackedWeight, dequantize_packed, pack_codes, qconv2d, unpack_codes
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.for_layers import make_geometry
+from gs_kernels.pack.checks import FLOATS
 
 DENSE = {2: F.conv1d, 3: F.conv2d, 4: F.conv3d}  # by the axes of a filter
 
@@ -93,7 +94,7 @@ class Convolution(Packed):
             return DeferredOutput(_DeferredConv(self, input), ready.like)
         y = ready(input)
         if ready.grid is not None:
-            return QuantizedTensor(y, ready.grid, input.dtype, ready.like[1])
+            return QuantizedTensor.of(y, ready.grid, ready.like)
         as_it_lies = self.output_as_it_lies and type(y) is Tensor
         return DeferredOutput.of(y, ready.like[1]) if as_it_lies else laid(y, ready.like[1])
 
@@ -119,6 +120,10 @@ class Convolution(Packed):
     def may_prepare(self) -> bool:
         """Says whether calls with images `[B, C, H, W]` can be prepared."""
         return len(self.filter) == 3 and self.geometry["padding_mode"] == "zeros"
+
+    def may_prepare_for(self, x: Tensor) -> bool:
+        """Says whether calls with images like x can be prepared."""
+        return self.may_prepare and x.dim() == 4 and x.numel() > 0 and x.dtype in FLOATS
 
     def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         """Computes the layer with its epilogue: `act(conv(x) + residual)`."""

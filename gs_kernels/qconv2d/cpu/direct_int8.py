@@ -223,25 +223,28 @@ def to_codes_of(count: int, grid: Sequence[float], moved: int) -> Callable[[Tens
     return quantize
 
 
-def sum_codes(
-    a: tuple[Tensor, float, float], b: tuple[Tensor, float, float] | None, activation: str, grid: Sequence[float] | None
-) -> Tensor | None:
-    """Computes `act(a + b)` of dense int8 codes in one order, each with scale and zero point: fp32, or codes.
+def sum_codes_of(
+    a: tuple[float, float], b: tuple[float, float] | None, activation: str, grid: Sequence[float] | None
+) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+    """Returns the function that computes `act(a + b)` of dense int8 codes in one order: fp32, or codes.
 
-    grid: as `to_codes` takes it. None if the C++ does not run, or does not know the activation.
+    a, b: scale and zero point of each; b: None if nothing is added. grid: as `to_codes_of` takes it.
+    None if the C++ does not run, or does not know the activation.
     """
     functions = kernels()
     if functions is None or ACTIVATIONS[activation].cpp is None:
         return None
-    codes = a[0]
-    y = torch.empty_like(codes, dtype=torch.float32 if grid is None else torch.int8)
-    other = (None, 1.0, 0.0) if b is None else (b[0].data_ptr(), *b[1:])
+    run, dtype = functions.sum_codes, torch.float32 if grid is None else torch.int8
     numbers = (0.0, 0.0, 0.0, 0.0, 0.0) if grid is None else grid
-    params = _Sum(
-        codes.data_ptr(), other[0], *a[1:], *other[1:], *numbers, ACTIVATIONS[activation].cpp, grid is not None
-    )
-    functions.sum_codes(params, y.data_ptr(), codes.numel(), _threads(codes))
-    return y
+    fixed = _Sum(None, None, *a, *(b or (1.0, 0.0)), *numbers, ACTIVATIONS[activation].cpp, grid is not None)
+
+    def add(codes: Tensor, other: Tensor | None) -> Tensor:
+        y, params = torch.empty_like(codes, dtype=dtype), _Sum.from_buffer_copy(fixed)
+        params.a, params.b = codes.data_ptr(), None if other is None else other.data_ptr()
+        run(params, y.data_ptr(), codes.numel(), _threads(codes))
+        return y
+
+    return add
 
 
 def _threads(x: Tensor) -> int:
