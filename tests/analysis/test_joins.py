@@ -108,4 +108,4 @@ def test_adds_of_8_bits_need_no_advice(net):
 
 def test_the_page_has_a_table_of_adds(net):
     page = gs_algos.report(net, compressed(ALGORITHMS["simqat"](), net), batches(), seconds=0.0).html()
-    assert "Adds and concats with one scale: table of 4 layers" in page
+    assert "One scale for operands: table of 4 adds and concats" in page

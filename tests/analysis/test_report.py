@@ -43,7 +43,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert len(dict(attrs)) == len(attrs), tag
         self.tags.append((tag, dict(attrs)))
-        if tag != "meta":
+        if tag not in ("meta", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -407,6 +407,11 @@ def test_shared_tensors_count_once_in_the_sums():
     html = Report("Net", effect=effect, comparison=parts.comparison(tied)).html()
     assert "Its layers add up to 1.60\xa0kB and 1.60\xa0kB: some share tensors." in html
     assert re.search(r'<th scope="row">sum</th><td>1.00\xa0kB</td><td>900\xa0B</td>', html)
+
+
+def test_a_long_scheme_may_break_behind_its_words():
+    found = Sensitivity({"fc": {"int4@group:64:mse": 0.25}}, "nsr", 64)
+    assert '<th scope="col" class="n">int4@group:<wbr>64:<wbr>mse</th>' in Report("Net", sensitivity=found).html()
 
 
 def test_rules_can_be_copied():

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gs_algos.analysis.report.style import DARK, LIGHT
+from gs_algos.analysis.sensitivity import Sensitivity
 from tests.analysis import report_parts as parts
 from tests.analysis.chromium import Chromium, chromium, find
 
 PATH = find()
 pytestmark = pytest.mark.skipif(PATH is None, reason="no Chromium is installed: apt-get install chromium")
+EXAMPLES = sorted((Path(__file__).parents[2] / "docs/reports").glob("*.html"))
 PAGES = {"small": parts.full(), "deep": parts.full(parts.decoder(30), '<script>"decoder"</script>')}
 CUT = """[...document.querySelectorAll("svg")].flatMap(svg => [...svg.querySelectorAll("text")].filter(text => {
   const box = text.getBBox(), view = svg.viewBox.baseVal;
@@ -45,12 +48,41 @@ def rgb(colour: str) -> str:
     return f"rgb({', '.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))})"
 
 
-def test_nothing_is_asked_for_and_nothing_fails(browser, page):
+def loads_alone(browser: Chromium, page: Path) -> None:
+    """Opens a page, which must ask for nothing and report nothing."""
     browser.open(page)
     methods = {event["method"] for event in browser.events}
     asked = [event["params"]["request"]["url"] for event in browser.events if "request" in event.get("params", {})]
     assert asked == [page.as_uri()]
     assert not methods & {"Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"}
+
+
+def test_nothing_is_asked_for_and_nothing_fails(browser, page):
+    loads_alone(browser, page)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_the_example_pages_of_the_docs_load_alone_and_fit_their_window(browser, example):
+    loads_alone(browser, example)
+    browser.width(1000)
+    assert browser.run("document.querySelectorAll('section').length") > 5
+    assert browser.run("document.documentElement.scrollWidth") == 1000
+    assert browser.run(CUT) == []
+
+
+def test_tables_with_long_schemes_need_no_scrolling(browser, tmp_path):
+    report, long = parts.full(), "uint4@group:1024:percentile=99.9999:lsq:asym:narrow"
+    assert report.comparison is not None
+    layers = tuple(replace(one, weight=long, act=long) for one in report.comparison.layers)
+    scores = {site: {f"int{bits}{long[5:]}": 1.0 for bits in (2, 3, 4, 8)} for site in parts.sites()}
+    found = replace(report, comparison=parts.comparison(list(layers)), sensitivity=Sensitivity(scores, "kl", 512))
+    found.save(tmp_path / "page.html")
+    browser.open(tmp_path / "page.html")
+    browser.width(1000)
+    browser.run("document.querySelectorAll('details').forEach(one => one.open = true)")
+    assert (
+        browser.run("[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length") == 0
+    )
 
 
 def test_the_title_is_that_of_the_network(browser, page):

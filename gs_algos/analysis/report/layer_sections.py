@@ -98,7 +98,7 @@ def drift(report: Report, most: int) -> Html:
             "A triangle at the top is a layer without error, a cross at the bottom one that is not a number.",
             layer_table("Drift", sites, layers, columns, most),
         ),
-        layer_table("Adds and concats with one scale", names, joins, join_columns, most) if joins else None,
+        layer_table("One scale for operands", names, joins, join_columns, most, "adds and concats") if joins else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable
 from html import escape
@@ -17,7 +18,7 @@ class Html(str):
 Node: TypeAlias = "str | Iterable[Node] | None"
 Attribute: TypeAlias = "str | float | bool | None"
 
-VOID = ("col", "meta")
+VOID = ("col", "meta", "wbr")
 
 
 def tag(name: str, /, *children: Node, **attributes: Attribute) -> Html:
@@ -70,6 +71,14 @@ def layer_name(site: str, longest: int = LONGEST) -> str:
         ahead = longest // 2
         shown = f"{shown[:ahead]}…{shown[len(shown) - longest + ahead + 1 :]}"
     return shown or "(the whole network)"
+
+
+def breakable(text: Node) -> Node:
+    """Lets a line break behind each : and = of a text such as a scheme; markup stays as it is."""
+    if not isinstance(text, str) or isinstance(text, Html):
+        return text
+    parts = re.split(r"(?<=[:=])(?=\S)", text)
+    return [parts[0], *([tag("wbr"), part] for part in parts[1:])]
 
 
 def _attribute(key: str, value: str | float | bool) -> str:

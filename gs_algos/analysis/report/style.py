@@ -141,6 +141,7 @@ background:none;color:inherit;vertical-align:baseline;text-align:right;font-weig
 .gs-report thead th{color:var(--muted);font-weight:600;border-bottom:1px solid var(--muted)}
 .gs-report th[scope=row],.gs-report thead th:not(.n),.gs-report td.w{text-align:left}
 .gs-report th[scope=row]{white-space:normal;min-width:9rem}
+.gs-report thead th,.gs-report td.w{white-space:normal;overflow-wrap:normal}
 .gs-report .heat td{padding:0 .25rem .25rem 0;border:0}
 .gs-report .heat th[scope=row]{border:0;padding:.125rem .75rem .125rem 0;
 font:.8125rem ui-monospace,Menlo,Consolas,monospace}

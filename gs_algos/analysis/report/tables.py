@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from gs_algos.analysis.report.formats import TIMES
 from gs_algos.analysis.report.layer_groups import grouped
-from gs_algos.analysis.report.markup import Html, Node, layer_name, tag
+from gs_algos.analysis.report.markup import Html, Node, breakable, layer_name, tag
 
 PRINTED = 60  # rows of a folded table that is opened on paper
 T = TypeVar("T")
@@ -48,22 +48,21 @@ def figure(picture: Node, caption: Node, table: Node = None) -> Html:
 def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Node]], words: Sequence[int] = ()) -> Html:
     """Returns a table with a header for each column and each row; columns in `words` hold no numbers."""
     left = {0, *words}
-    head = [tag("th", title, scope="col", class_=None if i in left else "n") for i, title in enumerate(header)]
-    body = [
-        tag(
-            "tr",
-            *(
-                tag("th", cell, scope="row") if i == 0 else tag("td", cell, class_="w" if i in left else None)
-                for i, cell in enumerate(row)
-            ),
-        )
-        for row in rows
+    head = [
+        tag("th", breakable(title), scope="col", class_=None if i in left else "n") for i, title in enumerate(header)
     ]
+    body = [tag("tr", [_body_cell(cell, i, i in left) for i, cell in enumerate(row)]) for row in rows]
     return tag(
         "div",
         tag("table", tag("caption", caption), tag("thead", tag("tr", head)), tag("tbody", body)),
         class_="scroll",
     )
+
+
+def _body_cell(content: Node, column: int, words: bool) -> Html:
+    if column == 0:
+        return tag("th", content, scope="row")
+    return tag("td", breakable(content), class_="w") if words else tag("td", content)
 
 
 def folded(summary: str, content: Node, rows: int) -> Html:
@@ -72,11 +71,17 @@ def folded(summary: str, content: Node, rows: int) -> Html:
 
 
 def layer_table(
-    caption: str, sites: Sequence[str], layers: Sequence[T], columns: Sequence[Column[T]], most: int
+    caption: str,
+    sites: Sequence[str],
+    layers: Sequence[T],
+    columns: Sequence[Column[T]],
+    most: int,
+    things: str = "layers",
 ) -> Html:
     """Returns a folded table with a row for each layer, or for layers that differ in numbers of their names.
 
-    most: layers above which they are put together; if that leaves more rows, the first `most` are shown.
+    most: layers above which they are put together; if that leaves more rows, the first `most` are shown. things: what
+    the rows are.
     """
     rows = grouped(sites, most)
     shown = rows[:most]
@@ -84,7 +89,7 @@ def layer_table(
     for name, indices in shown:
         title = layer_name(name) + (f" ({TIMES}{len(indices)})" if len(indices) > 1 else "")
         cells.append([title, *(_cell([layers[i] for i in indices], column) for column in columns)])
-    summary = f"{caption}: table of {len(sites):,} layers"
+    summary = f"{caption}: table of {len(sites):,} {things}"
     if len(rows) < len(sites):
         summary += f" in {len(rows):,} rows, those that differ in a number of their name together"
     if len(shown) < len(rows):
