@@ -11,6 +11,7 @@ from gs_kernels.qconv2d.geometry import make_geometry
 from gs_kernels.qconv2d.op import prepared_qconv2d
 from gs_kernels.qconv2d.op_int8 import prepared_qconv2d_int8
 from gs_kernels.qmatmul.checks import sums_fit
+from gs_kernels.qmatmul.op import prepared_qmatmul
 from gs_kernels.qmatmul.op_int8 import prepared_qmatmul_int8
 from gs_kernels.requantize.cpu import is_dense
 from gs_kernels.requantize.grid import Grid, make_grid
@@ -25,6 +26,7 @@ __all__ = [
     "make_grid",
     "prepared_qconv2d",
     "prepared_qconv2d_int8",
+    "prepared_qmatmul",
     "prepared_qmatmul_int8",
     "prepared_requantize",
     "sums_fit",

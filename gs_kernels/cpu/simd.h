@@ -58,6 +58,8 @@ LANE_FN I operator|(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
 LANE_FN I left(I a, int n) { return {_mm512_slli_epi32(a.v, n)}; }
 LANE_FN I right(I a, int n) { return {_mm512_srli_epi32(a.v, n)}; }
 LANE_FN I pairs(I a, I b) { return {_mm512_madd_epi16(a.v, b.v)}; }
+#define LANES_LOOK_UP
+LANE_FN F look_up(F values, I at) { return {_mm512_permutexvar_ps(at.v, values.v)}; }  // by the lowest 4 bits
 LANE_FN I bits_of(F a) { return {_mm512_castps_si512(a.v)}; }
 LANE_FN I where_nan(F a, I nan, I b) { return {_mm512_mask_mov_epi32(b.v, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), nan.v)}; }
 

@@ -13,8 +13,8 @@ from gs_kernels.pack.layouts import PLANAR, PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.pack.schema import PACKED_WEIGHT
 from gs_kernels.qmatmul.checks import check_operands
-from gs_kernels.qmatmul.cpu.float import qmatmul_cpu
-from gs_kernels.runtime.dispatch import implementations, triton_refuses
+from gs_kernels.qmatmul.cpu.float import FloatProduct, qmatmul_cpu
+from gs_kernels.runtime.dispatch import choose, implementations, triton_refuses
 from gs_kernels.runtime.torch_op import register, save, saved
 
 
@@ -36,7 +36,7 @@ def _dx_ref(dy: Tensor, weight: PackedWeight) -> Tensor:
     return dy @ dequantize_packed(weight, dy.dtype)
 
 
-QMATMUL = implementations("qmatmul", _qmatmul_ref, qmatmul_cpu, planar_refuses)
+QMATMUL = implementations("qmatmul", _qmatmul_ref, qmatmul_cpu, planar_refuses, FloatProduct)
 DX = implementations("qmatmul_dx", _dx_ref, refuses=planar_refuses)
 
 
@@ -117,3 +117,16 @@ def qmatmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, acti
         return y
     check_operands("qmatmul", x, FLOATS, weight, bias, activation)
     return _run(x, weight, bias, activation)
+
+
+def prepared_qmatmul(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, activation: str = "none"
+) -> FloatProduct | None:
+    """Prepares `qmatmul` for all x of these dtype and device; `at(shape, dtype)` of the result is the function of x.
+
+    Takes and refuses what `qmatmul` does. Weight and bias must not change while the product is used, which gives no
+    gradient. None where the implementation of this device prepares nothing.
+    """
+    check_operands("qmatmul", x, FLOATS, weight, bias, activation)
+    prepare = choose("qmatmul", QMATMUL, x, weight).prepare
+    return prepare and prepare(weight, bias, activation)

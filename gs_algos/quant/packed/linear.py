@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from gs_algos.quant.integer.prepared_call import cached, kind_of
 from gs_algos.quant.packed.module import Packed, PackedFormat, autocast_dtype
 from gs_algos.quant.packed.round_to_nearest import round_to_nearest
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import PackedWeight, dequantize_packed, qmatmul, qmatmul_int8, quantize_rows
+from gs_kernels.for_layers import prepared_qmatmul
 
 TOKEN = "int8@token"  # the scheme of rows that are rounded as they come, each with a scale of its own
 
@@ -78,11 +81,23 @@ class PackedLinear(Packed):
         self.keep_rows("out_features", value)
 
     def forward(self, input: Tensor) -> Tensor:
-        dtype = autocast_dtype(input)
-        x = input if dtype is None else input.to(dtype)
         # self.bias takes four times as long where it is a parameter
         bias = self._parameters["bias"] if "bias" in self._parameters else self.bias  # noqa: SIM401
-        return qmatmul(x, self.packed, bias)
+        if input.is_cpu and (kind := kind_of(input)) is not None and not (bias is not None and bias.requires_grad):
+            owner = self.owner if self._tied_to else self
+            codes = owner._buffers["codes"]
+            # forms that change where `.data` is set, which counts no change
+            form = codes is None or codes.shape, bias is None or (bias.shape, bias.dtype)
+            others = (owner,) if self._tied_to else ()
+            ready = cached(self, (kind, bias, form), others, lambda: self._prepare(input, bias))
+            if ready is not None:
+                return ready(input)  # type: ignore[no-any-return]
+        dtype = autocast_dtype(input)
+        return qmatmul(input if dtype is None else input.to(dtype), self.packed, bias)
+
+    def _prepare(self, x: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+        product = prepared_qmatmul(x, self.packed, bias)
+        return None if product is None else product.at(x.shape, x.dtype)
 
     def extra_repr(self) -> str:
         sizes: dict[str, Any] = {"in_features": self.in_features, "out_features": self.out_features}

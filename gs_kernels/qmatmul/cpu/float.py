@@ -1,9 +1,9 @@
 """Multiplies with a packed weight on the CPU: chooses the way for a call, and holds those that any call can go.
 
-Up to `ROWS` rows of x (or `FEW_ROWS`), C++ multiplies codes as it unpacks them, in fp32: nothing is dequantized in
-memory. More rows of bf16 go to avx512_bf16.py, where the CPU has its instructions. Elsewhere blocks of the weight that
-fit the cache are dequantized one after the other and multiplied by ATen.
-Tables of levels and machines without a C++ compiler take plain tensor operations, block by block too.
+C++ multiplies codes as it unpacks them, in fp32, or dequantizes a stretch of the weight that stays in the cache and
+multiplies that with many rows (interleaved_product.cpp). More than `ROWS` rows of bf16 go to avx512_bf16.py, where the
+CPU has its instructions.
+Tables of levels and machines without a C++ compiler take plain tensor operations, some rows of the weight at a time.
 
 fp16 is computed in fp32: CPUs multiply it many times slower. bf16 is, where the CPU has no instructions for it.
 """
@@ -11,11 +11,12 @@ fp16 is computed in fp32: CPUs multiply it many times slower. bf16 is, where the
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,28 +28,59 @@ from gs_kernels.pack.layouts import CANONICAL, PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.qmatmul.cpu import avx512_bf16
 from gs_kernels.qmatmul.cpu.interleaved import LANES, STEP, InterleavedWeight, interleaved
-from gs_kernels.qmatmul.cpu.interleaved_product import dot, unpack
+from gs_kernels.qmatmul.cpu.interleaved_product import kernels, product_of, unpack
 from gs_kernels.runtime.instructions import has
 
 logger = logging.getLogger(__name__)
 
+FLOATS = (torch.float32, torch.bfloat16)  # of x and bias, that C++ reads
 ROWS = 4  # of bf16 x, that multiply as fast in fp32
 BLOCK = 1 << 21  # elements of a weight that are dequantized at a time
-# measured, 2 threads, 4096 x 4096: above, a dequantized block and ATen's product take less time
-FEW_ROWS = {torch.bfloat16: 16, torch.float32: 64}
+
+MultipliesFloats: TypeAlias = Callable[[Tensor], Tensor]  # rows `[..., K]` to `[..., N]`
 
 
 def qmatmul_cpu(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str) -> Tensor:
     with without_autocast():
-        rows, y = rows_of(x, computed_in(x.dtype)), None
-        if rows.shape[0] and weight.levels is None:
+        return FloatProduct(weight, bias, activation).at(x.shape, x.dtype)(x)
+
+
+class FloatProduct:
+    """Prepares `qmatmul` on a CPU: everything but x is fixed; `at` fixes its shape and dtype too."""
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None, activation: str) -> None:
+        self.weight, self.bias, self.activation = weight, bias, activation
+        self.interleaved: InterleavedWeight | None = None
+        if weight.levels is None and kernels() is not None:  # else the log says why
             try:
-                # the way of few rows without frames in between, which small ones feel
-                y = dot(rows.float(), interleaved(weight)) if _are_few(rows) else _many(rows, weight)
+                self.interleaved = interleaved(weight)
             except UnsuitableError as error:
                 logger.debug("qmatmul dequantizes in every call: %s", error)
-        y = _plain(rows, weight) if y is None else y[:, : weight.shape[0]]
-    return epilogue(y, bias, activation, x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+    def at(self, shape: Sequence[int], dtype: torch.dtype) -> MultipliesFloats:
+        """Returns the function of x of one shape and dtype, as `qmatmul` has it, outside autocast."""
+        weight, m = self.interleaved, math.prod(shape[:-1])
+        if weight is None or m == 0:
+            return self._plain
+        if m > ROWS and dtype == torch.bfloat16 and avx512_bf16.supports(m) and avx512_bf16.kernels() is not None:
+            return self._in_bf16
+        bias, activation = self.bias, self.activation
+        in_cpp = activation == "none" and (bias is None or bias.dtype in FLOATS)
+        computed = dtype if dtype in FLOATS else torch.float32
+        if in_cpp and computed == dtype:
+            multiply = product_of(shape, dtype, dtype, weight, bias)
+            return lambda x: multiply(x.contiguous())
+        sums = product_of(shape, computed, torch.float32, weight, None)
+        return lambda x: epilogue(sums(x.to(computed).contiguous()), bias, activation, dtype)
+
+    def _in_bf16(self, x: Tensor) -> Tensor:
+        assert self.interleaved is not None
+        y = avx512_bf16.multiply(rows_of(x, x.dtype), self.interleaved)[:, : self.weight.shape[0]]
+        return epilogue(y, self.bias, self.activation, x.dtype).view(*x.shape[:-1], -1)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        y = _plain(rows_of(x, computed_in(x.dtype)), self.weight)
+        return epilogue(y, self.bias, self.activation, x.dtype).view(*x.shape[:-1], self.weight.shape[0])
 
 
 def without_autocast() -> AbstractContextManager[Any]:
@@ -73,38 +105,6 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype that a CPU multiplies fast: fp32 for fp16, and for bf16 without instructions for it."""
     able = any(has(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return dtype if dtype == torch.bfloat16 and able else torch.float32
-
-
-def _are_few(x: Tensor) -> bool:
-    """Says whether the codes of the weight are multiplied as they are unpacked, in fp32."""
-    m = x.shape[0]
-    if m > ROWS and x.dtype == torch.bfloat16 and avx512_bf16.supports(m):
-        return False
-    return m <= FEW_ROWS[x.dtype]
-
-
-def _many(x: Tensor, weight: PackedWeight) -> Tensor:
-    """Multiplies many rows x; returns `[M, N or more]`, in fp32 or the dtype of x."""
-    if x.dtype == torch.bfloat16 and avx512_bf16.supports(x.shape[0]):
-        try:
-            return avx512_bf16.multiply(x, interleaved(weight))
-        except UnsuitableError as error:
-            logger.debug("qmatmul goes another way: %s", error)
-            if x.shape[0] <= FEW_ROWS[x.dtype]:
-                return dot(x.float(), interleaved(weight))
-    return _by_blocks(x, weight)
-
-
-def _by_blocks(x: Tensor, weight: PackedWeight) -> Tensor:
-    blocks = interleaved(weight)
-    steps = blocks.steps(x).flatten(1)
-    y = x.new_empty(x.shape[0], blocks.codes.shape[0] * LANES)
-    done = 0
-    for block, _ in dequantized(blocks, x.dtype, BLOCK):
-        columns = block.view(steps.shape[1], -1)
-        torch.mm(steps, columns, out=y[:, done : done + columns.shape[1]])
-        done += columns.shape[1]
-    return y
 
 
 def dequantized(

@@ -3,16 +3,42 @@
 #include "parallel.h"
 #include "simd.h"
 
+#include <algorithm>
+#include <memory>
+
 using namespace lanes;
 
 namespace {
 
-constexpr int STEP = 8, ROWS = 4;
+constexpr int STEP = 8;
+constexpr int ROWS = 4;  // of x, to which codes are multiplied as they are unpacked
+#ifdef LANES_LOOK_UP
+constexpr int TILE = 12, PANEL = 2;  // rows of x and blocks of a panel: their sums fill 24 of 32 registers
+#else
+constexpr int TILE = 6, PANEL = 1;  // 12 of 16
+#endif
+constexpr int64_t STRETCH = 64;  // steps of K in a panel: 64 KB or 32
+constexpr int64_t SHORT = 16;    // where up to two tiles of rows read it
+constexpr int64_t CHUNK = 512;   // rows of x at a time
 
 struct Weight {
   const uint8_t* codes;  // [B, G, S, bits * 16]
   const float* grid;     // [B, G, 32]
   int64_t blocks, groups, steps;
+};
+
+// What is fixed in calls of `interleaved_product`.
+struct Product {
+  Weight w;
+  int64_t n, k, group;              // group: columns of x in one, which may be fewer than the weight has
+  int32_t bits, x_bf16, y_bf16, bias_bf16;  // else fp32
+};
+
+// Floats that begin a line of the cache, not initialized.
+struct Floats {
+  explicit Floats(int64_t n) : held(new float[n + LANES]), data((float*)(((uintptr_t)held.get() + 63) / 64 * 64)) {}
+  std::unique_ptr<float[]> held;
+  float* data;
 };
 
 // Code j of a step.
@@ -31,9 +57,23 @@ LANE_FN I pair(const uint8_t* codes, int p) {
   return field<BITS>(codes, 2 * p) | left(field<BITS>(codes, 2 * p + 1), 16);
 }
 
-// One block times M rows of x `[groups, steps, 8]` that lie `apart`: y `[M]` rows of 16, `wide` apart.
+// Code j of a step in fp32.
+template <int BITS>
+LANE_FN F code(const uint8_t* codes, int j) {
+#ifdef LANES_LOOK_UP
+  if (BITS < 8) {
+    alignas(64) float values[LANES];
+    for (int i = 0; i < LANES; ++i) values[i] = i % (1 << BITS);
+    constexpr int PER = 8 / BITS;
+    return look_up(load(values), right(load(codes + j / PER * LANES), j % PER * BITS));
+  }
+#endif
+  return in_fp32(field<BITS>(codes, j));
+}
+
+// One block times M rows of x `[groups, steps, 8]` that lie `apart`: sums `[M]`.
 template <int BITS, int M>
-LANE_FN void dot_block(const float* x, int64_t apart, const Weight& w, int64_t block, float* y, int64_t wide) {
+LANE_FN void dot_block(const float* x, int64_t apart, const Weight& w, int64_t block, F* sums) {
   const uint8_t* codes = w.codes + block * w.groups * w.steps * BITS * LANES;
   constexpr int ACCUMULATORS = M == 1 ? 4 : M == 2 ? 2 : 1;  // of sums: one waits for each product
   F total[M];
@@ -48,7 +88,7 @@ LANE_FN void dot_block(const float* x, int64_t apart, const Weight& w, int64_t b
 #pragma GCC unroll 8
       for (int j = 0; j < STEP; ++j) {
         // the zero point is taken off each code: nothing large cancels
-        const F real = in_fp32(field<BITS>(codes, j)) - zero;
+        const F real = code<BITS>(codes, j) - zero;
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) part[m][j % ACCUMULATORS] = fma(real, all(x[m * apart + j]), part[m][j % ACCUMULATORS]);
       }
@@ -58,7 +98,7 @@ LANE_FN void dot_block(const float* x, int64_t apart, const Weight& w, int64_t b
       total[m] = fma(part[m][0], scale, total[m]);
     }
   }
-  for (int m = 0; m < M; ++m) store(y + m * wide + block * LANES, total[m]);
+  for (int m = 0; m < M; ++m) sums[m] = total[m];
 }
 
 // `(sums - zero * x_sums) * scale`, of codes that were `offset` lower: whole zero points in integers, exactly.
@@ -101,14 +141,145 @@ LANE_FN void int_dot_block(
   for (int m = 0; m < M; ++m) store(y + m * wide + block * LANES, total[m]);
 }
 
+LANE_FN I rounded_bf16(F v) {
+  const I bits = bits_of(v);
+  const I even = bits + all(0x7fff) + (right(bits, 16) & all(1));
+  return where_nan(v, all(0x7fc0), right(even, 16));
+}
+
+inline float in_fp32(uint16_t bf16) {
+  const uint32_t bits = (uint32_t)bf16 << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// Rows of x as the weight has them: fp32, groups padded with zeros, each row `apart` from the next.
+void spread(const Product& p, const void* x, int64_t rows, float* out, int64_t apart) {
+  const int64_t width = p.w.groups * p.w.steps * STEP / (p.k / p.group);  // of a padded group
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t from = 0, to = 0; from < p.k; from += p.group, to += width) {
+      float* row = out + m * apart + to;
+      if (p.x_bf16) {
+        const uint16_t* halves = static_cast<const uint16_t*>(x) + m * p.k + from;
+        for (int64_t i = 0; i < p.group; ++i) row[i] = in_fp32(halves[i]);
+      } else {
+        std::memcpy(row, static_cast<const float*>(x) + m * p.k + from, p.group * sizeof(float));
+      }
+      for (int64_t i = p.group; i < width; ++i) row[i] = 0;
+    }
+  }
+}
+
+// Writes one row's sums with a block of the weight, and the bias `[n]`, if any.
+LANE_FN void finish(const Product& p, F sums, const void* bias, int64_t block, void* y, int64_t row) {
+  const int64_t first = block * LANES, at = row * p.n + first, rest = p.n - first;
+  if (bias && p.bias_bf16) {
+    float near[LANES] = {};
+    for (int64_t i = 0; i < std::min(rest, LANES); ++i) near[i] = in_fp32(static_cast<const uint16_t*>(bias)[first + i]);
+    sums = sums + load(near);
+  } else if (bias) {
+    sums = sums + load(static_cast<const float*>(bias) + first, rest);
+  }
+  if (!p.y_bf16) return store(static_cast<float*>(y) + at, sums, rest);
+  uint16_t* halves = static_cast<uint16_t*>(y) + at;
+  if (rest >= LANES) return store(halves, rounded_bf16(sums));
+  uint16_t near[LANES];
+  store(near, rounded_bf16(sums));
+  std::memcpy(halves, near, rest * sizeof(uint16_t));
+}
+
+template <int BITS, int M>
+LANE_FN void dot_rows(const Product& p, const float* x, int64_t apart, int64_t block, const void* bias, void* y, int64_t row) {
+  F sums[M];
+  dot_block<BITS, M>(x + row * apart, apart, p.w, block, sums);
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) finish(p, sums[m], bias, block, y, row + m);
+}
+
+// Few rows: codes are multiplied as they are unpacked.
 template <int BITS>
-void dot(const float* x, int64_t m, const Weight& w, float* y, int threads) {
-  const int64_t apart = w.groups * w.steps * STEP, wide = w.blocks * LANES;
-  parallel_for(threads, w.blocks, [&](int64_t block) {
+void dot(const Product& p, const float* x, int64_t m, int64_t apart, const void* bias, void* y, int threads) {
+  parallel_for(threads, p.w.blocks, [&](int64_t block) {
     int64_t row = 0;
-    for (; row + ROWS <= m; row += ROWS) dot_block<BITS, ROWS>(x + row * apart, apart, w, block, y + row * wide, wide);
-    if (row + 2 <= m) dot_block<BITS, 2>(x + row * apart, apart, w, block, y + row * wide, wide), row += 2;
-    if (row < m) dot_block<BITS, 1>(x + row * apart, apart, w, block, y + row * wide, wide);
+    for (; row + ROWS <= m; row += ROWS) dot_rows<BITS, ROWS>(p, x, apart, block, bias, y, row);
+    if (row + 2 <= m) dot_rows<BITS, 2>(p, x, apart, block, bias, y, row), row += 2;
+    if (row < m) dot_rows<BITS, 1>(p, x, apart, block, bias, y, row);
+  });
+}
+
+// Dequantizes steps of one block into panel[step][8][PANEL][16].
+template <int BITS>
+void dequantize(const Weight& w, int64_t block, int64_t first, int64_t steps, float* panel) {
+  const uint8_t* codes = w.codes + (block * w.groups * w.steps + first) * BITS * LANES;
+  for (int64_t s = 0; s < steps;) {
+    const int64_t group = (first + s) / w.steps, until = std::min(steps, (group + 1) * w.steps - first);
+    const float* grid = w.grid + (block * w.groups + group) * 2 * LANES;
+    const F scale = load(grid), zero = load(grid + LANES);
+    for (; s < until; ++s, codes += BITS * LANES)
+#pragma GCC unroll 8
+      for (int j = 0; j < STEP; ++j) store(panel + (s * STEP + j) * PANEL * LANES, (code<BITS>(codes, j) - zero) * scale);
+  }
+}
+
+// Adds M rows of x times a panel of k rows to sums[M][PANEL][16].
+template <int M>
+void multiply(const float* x, int64_t apart, const float* panel, int64_t k, float* sums) {
+  F acc[M][PANEL];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int b = 0; b < PANEL; ++b) acc[m][b] = all(0.0f);
+  for (int64_t i = 0; i < k; ++i) {
+    F w[PANEL];
+#pragma GCC unroll 2
+    for (int b = 0; b < PANEL; ++b) w[b] = load(panel + (i * PANEL + b) * LANES);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const F one = all(x[m * apart + i]);
+#pragma GCC unroll 2
+      for (int b = 0; b < PANEL; ++b) acc[m][b] = fma(one, w[b], acc[m][b]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int b = 0; b < PANEL; ++b) {
+      float* sum = sums + (m * PANEL + b) * LANES;
+      store(sum, load(sum) + acc[m][b]);
+    }
+}
+
+template <int M>
+void multiply_rows(int64_t rows, const float* x, int64_t apart, const float* panel, int64_t k, float* sums) {
+  if (rows == M) return multiply<M>(x, apart, panel, k, sums);
+  if constexpr (M > 1) multiply_rows<M - 1>(rows, x, apart, panel, k, sums);
+}
+
+// Many rows: PANEL blocks of the weight at a time are dequantized, a stretch of K that stays in the cache after the
+// other, and multiplied with all rows.
+template <int BITS>
+void product(const Product& p, const float* x, int64_t m, int64_t apart, const void* bias, void* y, int threads) {
+  const int64_t all_steps = p.w.groups * p.w.steps, panels = (p.w.blocks + PANEL - 1) / PANEL;
+  const int64_t tiles = (m + TILE - 1) / TILE, stretch = tiles <= 2 ? SHORT : STRETCH;
+  in_parallel(threads, [&](int64_t index, int64_t of) {
+    const Floats panel_of(stretch * STEP * PANEL * LANES), sums_of(m * PANEL * LANES);
+    float *panel = panel_of.data, *sums = sums_of.data;
+    for (int64_t at = panels * index / of; at < panels * (index + 1) / of; ++at) {
+      const int64_t block = at * PANEL, blocks = std::min<int64_t>(PANEL, p.w.blocks - block);
+      std::fill_n(sums, m * PANEL * LANES, 0.0f);
+      for (int64_t first = 0; first < all_steps; first += stretch) {
+        const int64_t steps = std::min(stretch, all_steps - first);
+        for (int64_t b = 0; b < blocks; ++b) dequantize<BITS>(p.w, block + b, first, steps, panel + b * LANES);
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t from = t * m / tiles, rows = (t + 1) * m / tiles - from;
+          const float* near = x + from * apart + first * STEP;
+          multiply_rows<TILE>(rows, near, apart, panel, steps * STEP, sums + from * PANEL * LANES);
+        }
+      }
+      for (int64_t row = 0; row < m; ++row)
+        for (int64_t b = 0; b < blocks; ++b) finish(p, load(sums + (row * PANEL + b) * LANES), bias, block + b, y, row);
+    }
   });
 }
 
@@ -127,12 +298,6 @@ void int_dot(const int16_t* x, int64_t m, const int32_t* x_sums, const Weight& w
 }
 
 enum Kind { FP32, BF16, INT8, CODES };  // CODES: as INT8, in fp32
-
-LANE_FN I rounded_bf16(F v) {
-  const I bits = bits_of(v);
-  const I even = bits + all(0x7fff) + (right(bits, 16) & all(1));
-  return where_nan(v, all(0x7fc0), right(even, 16));
-}
 
 // out `[groups, steps, 8, blocks, 16]`: the weight, transposed; INT8 is its codes, those of 8 bits 128 lower.
 template <int BITS>
@@ -165,13 +330,25 @@ void unpack(const Weight& w, void* out, int kind, int threads) {
 
 }  // namespace
 
-// y `[m, 16 * blocks]`: x `[m, groups, steps, 8]` times the weight, in fp32. bits: 1, 2, 4 or 8.
-EXPORT void interleaved_dot(
-    const float* x, int64_t m, const uint8_t* codes, const float* grid, int64_t blocks, int64_t groups, int64_t steps,
-    int bits, float* y, int threads) {
-  const Weight w{codes, grid, blocks, groups, steps};
-  const auto run = bits == 1 ? dot<1> : bits == 2 ? dot<2> : bits == 4 ? dot<4> : dot<8>;
-  run(x, m, w, y, threads);
+EXPORT const int64_t sizeof_Product = sizeof(Product);
+
+// y `[m, n]`: x `[m, k]` times the weight, plus the bias, summed in fp32; both in fp32 or in bf16.
+EXPORT void interleaved_product(
+    const Product* fixed, const void* x, int64_t m, const void* bias, void* y, int threads) {
+  const Product& p = *fixed;
+  const int64_t k = p.w.groups * p.w.steps * STEP;
+  const bool few = m <= ROWS;
+  const auto run = few ? p.bits == 1 ? dot<1> : p.bits == 2 ? dot<2> : p.bits == 4 ? dot<4> : dot<8>
+                       : p.bits == 1 ? product<1> : p.bits == 2 ? product<2> : p.bits == 4 ? product<4> : product<8>;
+  if (few && !p.x_bf16 && k == p.k) return run(p, static_cast<const float*>(x), m, k, bias, y, threads);
+  const int64_t apart = k + LANES;  // rows that are a power of two apart would share few lines of the cache
+  const Floats rows(std::min(m, CHUNK) * apart);
+  const int64_t x_size = p.x_bf16 ? sizeof(uint16_t) : sizeof(float), y_size = p.y_bf16 ? sizeof(uint16_t) : sizeof(float);
+  for (int64_t first = 0; first < m; first += CHUNK) {
+    const int64_t count = std::min(CHUNK, m - first);
+    spread(p, static_cast<const uint8_t*>(x) + first * p.k * x_size, count, rows.data, apart);
+    run(p, rows.data, count, apart, bias, static_cast<uint8_t*>(y) + first * p.n * y_size, threads);
+  }
 }
 
 EXPORT void interleaved_int_dot(

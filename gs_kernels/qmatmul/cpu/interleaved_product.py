@@ -6,7 +6,8 @@ It takes `codes [B, G, S, bits * 16]`, `grid [B, G, 32]` and the steps of x, `[M
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -25,36 +26,73 @@ PARALLEL_FROM = 1 << 15  # products, from which a second thread pays
 size, number, pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
 WEIGHT = (pointer, pointer, size, size, size, number)  # codes, grid, blocks, groups, steps, bits
 FUNCTIONS = {
-    "interleaved_dot": (pointer, size, *WEIGHT, pointer, number),
+    "interleaved_product": (pointer, pointer, size, pointer, pointer, number),
     "interleaved_int_dot": (pointer, size, pointer, *WEIGHT, number, pointer, number),
     "interleaved_unpack": (*WEIGHT, pointer, number, number),
     "interleaved_add": (pointer, pointer, pointer, pointer, size, size, size, number, number),
 }
 
 
+class _Weight(ctypes.Structure):
+    _fields_ = [("codes", pointer), ("grid", pointer), ("blocks", size), ("groups", size), ("steps", size)]
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        *(("w", _Weight), ("n", size), ("k", size), ("group", size)),
+        *((name, ctypes.c_int32) for name in ("bits", "x_bf16", "y_bf16", "bias_bf16")),
+    ]
+
+
 @cache
 def kernels() -> Any:
     """Returns the compiled functions, or None if they do not compile or fail the self-test."""
-    return load_functions("qmatmul", FUNCTIONS, self_test)
+    return load_functions("qmatmul", FUNCTIONS, self_test, (_Product,))
 
 
 def _functions() -> Any:
     functions = kernels()
     if functions is None:
-        raise UnsuitableError("products.cpp does not run")  # the log says why
+        raise UnsuitableError("interleaved_product.cpp does not run")  # the log says why
     return functions
 
 
-def dot(x: Tensor, weight: InterleavedWeight, functions: Any = None) -> Tensor:
-    """Multiplies fp32 x `[M, K]` with the weight; returns fp32 `[M, 16 * B]`. functions: default `kernels()`.
+def product_of(
+    shape: Sequence[int],
+    x_dtype: torch.dtype,
+    y_dtype: torch.dtype,
+    weight: InterleavedWeight,
+    bias: Tensor | None,
+    functions: Any = None,
+) -> Callable[[Tensor], Tensor]:
+    """Returns the function that multiplies x `[..., K]` of a shape with the weight to `[..., N]`, summed in fp32.
+
+    Args:
+        x_dtype: of x, fp32 or bf16, as that of the bias is; x is contiguous.
+        y_dtype: that the sums, the bias added, are rounded to once.
+        functions: default `kernels()`.
 
     Raises:
         UnsuitableError: if the C++ does not run here.
     """
-    functions = _functions() if functions is None else functions
-    steps, y = weight.steps(x).contiguous(), _result(x, weight)
-    functions.interleaved_dot(steps.data_ptr(), x.shape[0], *_arguments(weight), y.data_ptr(), _threads(y, steps))
-    return y
+    run = (_functions() if functions is None else functions).interleaved_product
+    (n, k), m = weight.shape, math.prod(shape[:-1])
+    like = torch.empty((*shape[:-1], n), dtype=y_dtype)
+    fixed = _Weight(weight.codes.data_ptr(), weight.grid.data_ptr(), -(-n // LANES), *weight.codes.shape[1:3])
+    halves = [t == torch.bfloat16 for t in (x_dtype, y_dtype, None if bias is None else bias.dtype)]
+    product = _Product(fixed, n, k, k // weight.groups, weight.bits, *halves)
+    held, parallel = (product, weight), m * n * k >= PARALLEL_FROM
+    like.untyped_storage().resize_(0)  # `torch.empty_like` takes half the time of `torch.empty`
+    at = ctypes.addressof(product)
+
+    def multiply(x: Tensor, held: object = held) -> Tensor:
+        y = torch.empty_like(like)
+        offset = None if bias is None else bias.contiguous()  # which its owner may have replaced
+        where = None if offset is None else offset.data_ptr()
+        run(at, x.data_ptr(), m, where, y.data_ptr(), torch.get_num_threads() if parallel else 1)
+        return y
+
+    return multiply
 
 
 def int_dot_of(m: int, weight: InterleavedWeight, one: bool, functions: Any = None) -> Callable[[Tensor], Tensor]:
@@ -115,16 +153,8 @@ def _add(functions: Any, y: Tensor, sums: Tensor, x_sums: Tensor, grid: Tensor, 
     functions.interleaved_add(*pointers, grid.stride(0), *y.shape[:2], OFFSET if bits == 8 else 0, threads)
 
 
-def _result(x: Tensor, weight: InterleavedWeight) -> Tensor:
-    return torch.empty(x.shape[0], weight.codes.shape[0] * LANES)
-
-
 def _arguments(weight: InterleavedWeight) -> tuple[int, ...]:
     return weight.codes.data_ptr(), weight.grid.data_ptr(), *weight.codes.shape[:3], weight.bits
-
-
-def _threads(y: Tensor, steps: Tensor) -> int:
-    return torch.get_num_threads() if y.shape[1] * steps.numel() >= PARALLEL_FROM else 1
 
 
 def self_test(functions: Any) -> bool:
@@ -153,7 +183,13 @@ def _self_test_of(functions: Any, bits: int) -> bool:
     sums = ((x @ centered.view(32, 48).long()).int()).view(7, 3, LANES)
     _add(functions, y, sums, x.sum(1, dtype=torch.int32), grid[:, 1], bits)
     return (
-        torch.equal(dot(x.float(), interleaved, functions), want)
+        all(
+            torch.equal(
+                product_of((m, 32), dtype, dtype, interleaved, None, functions)(x[:m].to(dtype)), want[:m].to(dtype)
+            )
+            for m in (1, 3, 7)
+            for dtype in (torch.float32, torch.bfloat16)
+        )
         and all(torch.equal(int_dot_of(7, interleaved, one, functions)(x.short()), want) for one in (False, True))
         and all(torch.equal(block.float(), weight) for block in blocks[:2])
         and torch.equal(blocks[2].float(), centered)

@@ -275,6 +275,20 @@ def test_a_layer_whose_tensor_was_damaged_after_a_call_is_refused():
         layer(x)
 
 
+def test_a_bias_whose_data_was_replaced_is_read_anew():
+    layer, x = PackedLinear.from_linear(linear(), "int4@group:16"), random(2, 32)
+    layer(x)
+    assert layer.bias is not None
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        layer.bias.data = torch.zeros_like(layer.bias, dtype=dtype)
+        without = layer(x)
+        layer.bias.data = torch.full_like(layer.bias, 2)
+        torch.testing.assert_close(layer(x), without + 2)
+    layer.bias.data = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"qmatmul: bias must"):
+        layer(x)
+
+
 def test_a_copy_and_a_file_hold_a_layer_that_was_called_once():
     layer, x = PackedLinear.from_linear(linear(), "int4@group:16"), random(2, 32)
     fresh = len(pickle.dumps(layer))
