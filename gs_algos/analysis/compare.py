@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gs_algos.analysis.layers import JoinFacts, LayerFacts, join_facts, layer_facts, range_of, taken_over
+from gs_algos.analysis.layers import JoinFacts, LayerFacts, join_facts, layer_facts, range_of, stacked_note, taken_over
 from gs_algos.core.algorithm import Inputs, evaluating, history, run
 from gs_algos.core.batches import InputsOf, checked_batches, tensor_in
 from gs_algos.core.modules import TRACING, get_module
@@ -209,7 +209,8 @@ def compare(before: nn.Module, after: nn.Module, batches: Iterable[Inputs]) -> C
         for fact, errors in joins
         if errors.count
     ]
-    return Comparison(layers, outputs.sqnr(), tuple(_notes(ran, layers, other_basis)), tuple(joined))
+    notes = [*_notes(ran, layers, other_basis), *filter(None, [stacked_note(second)])]
+    return Comparison(layers, outputs.sqnr(), tuple(notes), tuple(joined))
 
 
 class _Errors:

@@ -23,6 +23,7 @@ from gs_algos.quant.packed.module import Packed
 from gs_algos.quant.packed.packable import base_of, matrix_of
 from gs_kernels import unpack_codes
 
+SHOWN = 4  # names that a note lists
 SAMPLED = 2**20  # weights of a layer that its picture counts, at most
 
 
@@ -248,6 +249,25 @@ def taken_over(before: nn.Module, after: nn.Module) -> dict[str, nn.Module]:
         for name, module in before.named_modules()
         if type(modules.get(name)) is nn.Identity and type(module) is not nn.Identity
     }
+
+
+def stacked_note(network: nn.Module) -> str:
+    """Says which parameters stack several weights, as Transformers does with experts: they are no layers; "" if none.
+
+    Such a parameter has three axes, and its module is none of PyTorch's.
+    """
+    stacked = {
+        f"{site}.{name}": weight.numel()
+        for site, module in network.named_modules()
+        if not is_layer(module) and not type(module).__module__.startswith("torch.nn.")
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.dim() == 3 and len(weight) > 1
+    }
+    if not stacked:
+        return ""
+    names = ", ".join([*stacked][:SHOWN]) + (", ..." if len(stacked) > SHOWN else "")
+    count, total = len(stacked), sum(stacked.values())
+    return f"{count} parameters of several weights each, such as experts, stay float ({total:,} weights): {names}"
 
 
 def is_layer(module: nn.Module) -> bool:

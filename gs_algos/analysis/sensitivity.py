@@ -21,6 +21,7 @@ from torch import nn
 
 from gs_algos.analysis.divergence import divergence_scores
 from gs_algos.analysis.fisher import fisher_scores
+from gs_algos.analysis.layers import stacked_note
 from gs_algos.analysis.noise import noise_scores
 from gs_algos.core.algorithm import Inputs
 from gs_algos.core.batches import InputsOf, checked_batches
@@ -50,6 +51,7 @@ class Sensitivity:
         samples: that the scores are means of: images, or tokens.
         readers: layers in groups that read the same tensor, as `gradient` finds them.
         seconds: that it took.
+        notes: what has no score, and why.
     """
 
     scores: Mapping[str, Mapping[str, float]]
@@ -57,13 +59,17 @@ class Sensitivity:
     samples: int = 0
     readers: Sequence[tuple[str, ...]] = field(default_factory=tuple)
     seconds: float = 0.0
+    notes: tuple[str, ...] = ()
 
     def table(self) -> Table:
         schemes = list(dict.fromkeys(scheme for own in self.scores.values() for scheme in own))
         worst = sorted(self.scores, key=lambda site: -max(self.scores[site].values(), default=0.0))
         rows = [(site, *(_number(self.scores[site].get(scheme)) for scheme in schemes)) for site in worst]
         of = {"kl": "divergence in nats", "gradient": "predicted divergence in nats", "nsr": "noise over signal"}
-        below = [f"{of[self.by]}, from {self.samples:,} samples in {self.seconds:.1f} s"]
+        below = [
+            f"{of[self.by]}, from {self.samples:,} samples in {self.seconds:.1f} s",
+            *(f"note: {note}" for note in self.notes),
+        ]
         return render_layers(("layer", *schemes), rows, WHO, below)
 
     def __str__(self) -> str:
@@ -120,7 +126,8 @@ def sensitivity(
     for site, own in scores.items():
         if not any(own.values()):
             logger.warning("%s: %s makes no difference to the outputs", who, site)
-    return Sensitivity(scores, by, samples, tuple(readers), time.perf_counter() - started)
+    notes = tuple(filter(None, [stacked_note(network)]))
+    return Sensitivity(scores, by, samples, tuple(readers), time.perf_counter() - started, notes)
 
 
 def fitting(network: nn.Module, schemes: Sequence[str | Scheme], who: str = WHO) -> dict[str, list[str]]:

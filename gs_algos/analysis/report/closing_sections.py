@@ -66,7 +66,7 @@ def notes(report: Report, most: int) -> Html:
 
 def all_notes(report: Report) -> list[str]:
     """Returns the notes of a report and of its parts, each once."""
-    parts = (report.effect, report.comparison, report)
+    parts = (report.effect, report.comparison, report.sensitivity, report)
     return list(dict.fromkeys(note for part in parts if part is not None for note in part.notes))
 
 

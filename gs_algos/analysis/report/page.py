@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +113,7 @@ class Report:
         if self.effect is not None:
             lines += ["", Table.of(("", "before", "after", "change"), network_sections.effect_rows(self.effect))]
         elif self.sensitivity is not None:
-            lines += ["", str(self.sensitivity)]
+            lines += ["", str(replace(self.sensitivity, notes=()))]
         layers = () if self.comparison is None else self.comparison.layers
         known = [one for one in layers if one.sqnr is not None]
         if known:
