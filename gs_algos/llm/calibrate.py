@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from gs_algos.core.arguments import as_device, as_path
+from gs_algos.core.files import scratch_folder
 from gs_algos.core.mapped_files import in_file
 from gs_algos.core.plan import Plan
 from gs_algos.llm.calibration_text import calibration_text
@@ -33,8 +33,9 @@ from gs_algos.search.mixed_bits import CHOICES, Budget, MixedBits, mixed_bits
 WHO = "calibrate_language_model"
 SAMPLES, CONTEXT = 128, 2048
 MEASURED = 8192  # tokens of perplexity
+EXAMPLE = 32  # tokens that show how the network is built
 SENSITIVITY = 8192  # tokens that a budget is spent by
-JOURNAL = ".journal"
+JOURNAL, WEIGHTS = ".journal", ".weights"  # behind the name of the target
 FP32 = 4  # bytes
 
 
@@ -95,9 +96,9 @@ def calibrate_language_model(
         context: tokens of a window; None for 2048, or as many positions as the model has.
         dtype: of what stays float; None for that of the source.
         device: where it is calibrated.
-        offload: True keeps the float weights, 4 bytes each, in files beside the target that are mapped into memory, so
-            that a model may be larger than memory; None does so where they take more than half of the memory that is
-            free. A GGUF file is dequantized in memory first.
+        offload: True keeps the float weights, 4 bytes each, and the activations of calibration in files beside the
+            target that are mapped into memory, so that a model may be larger than memory; None does so where the
+            weights take more than half of the memory that is free. A GGUF file is dequantized in memory first.
         resume: go on with the journal of a run that was stopped.
 
     Raises:
@@ -120,8 +121,7 @@ def calibrate_language_model(
         Budget.parse(budget)
     if offload and torch.device(device).type != "cpu":
         raise ValueError(f"{WHO}: offload keeps weights for the CPU in files, got device={str(device)!r}")
-    algo = PTQ(config)
-    with whole_folder(out, WHO) as folder, tempfile.TemporaryDirectory(dir=out.parent) as files:
+    with whole_folder(out, WHO) as folder, scratch_folder(out.with_name(f"{out.name}{WEIGHTS}")) as files:
         model: Any
         needed = _float_bytes(path)
         if offload is None:
@@ -131,7 +131,8 @@ def calibrate_language_model(
         model, tokenizer = load_language_model(path, device, read_as)
         _refuse_quantized(model, path)
         if offload:
-            _offload(model, Path(files))
+            _offload(model, files)
+            config = replace(config, budget=0)
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         context = min(CONTEXT, longest or CONTEXT) if context is None else context
         if longest is not None and context > longest:
@@ -147,9 +148,11 @@ def calibrate_language_model(
             few = batches[: max(1, SENSITIVITY // context)]
             ruled = [rule for rule in config.rules if rule[1] is None or "weight" in rule[1]]
             mixed = mixed_bits(model, few, budget, choices, embeddings=config.embeddings, rules=ruled)
-            algo = PTQ(replace(config, rules=(*config.rules, *mixed.rules)))
-        plan = algo.plan(model, batches[0])
-        model = algo.apply(model, batches[0])
+            config = replace(config, rules=(*config.rules, *mixed.rules))
+        algo = PTQ(config)
+        example = {"input_ids": batches[0]["input_ids"][:, :EXAMPLE]}  # activations of all modules are held for it
+        plan = algo.plan(model, example)
+        model = algo.apply(model, example)
         algo.calibrate(model, batches, journal=journal)
         assert algo.report is not None
         after = _perplexity(model, text.rest, measured, config.kv)

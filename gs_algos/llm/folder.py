@@ -344,11 +344,21 @@ def whole_folder(target: str | os.PathLike[str], who: str) -> Iterator[Path]:
             raise ValueError(
                 f"{who}: {path} must be new or an empty folder, got one that was filled meanwhile; {todo}"
             ) from error
-        except (OSError, SafetensorError) as error:
-            if isinstance(error, OSError) and error.filename is not None:
+        except Exception as error:
+            named, number = getattr(error, "filename", None), _number_of(error)
+            if number is None or (named is not None and folder not in Path(named).parents):
                 raise
             # a full disk, which neither Python nor safetensors says the place of
-            number = getattr(error, "errno", None) or errno.EIO
+            where = path if named is None else path / Path(named).relative_to(folder)
+            what = getattr(error, "strerror", None) or error
             raise OSError(
-                number, f"{who}: the folder cannot be written, got {error}; none is left", str(path)
+                number, f"{who}: the folder cannot be written, got {what}; none is left", str(where)
             ) from error
+
+
+def _number_of(error: Exception) -> int | None:
+    """Returns the number of the system's error that keeps something from being written; None of another error."""
+    if isinstance(error, OSError):
+        return error.errno or errno.EIO
+    told = re.search(r"\(os error (\d+)\)", str(error))  # in the words of safetensors and tokenizers
+    return int(told[1]) if told else errno.EIO if isinstance(error, SafetensorError) else None

@@ -263,9 +263,10 @@ class PTQ(Algorithm):
             processes = Processes(self.process_group)
             log = journal_at(journal if processes.rank == 0 else None, who)
             if log.folder is not None:
-                log.begin(digest_of(network, self.config.to_dict(), data))
+                log.begin(digest_of(network, replace(self.config, budget=0).to_dict(), data))  # which changes no code
             with self._tasks(network, rows) as tasks:
-                blocks = find_blocks(network, weights_of(rows), data[0], self.config.blocks, who)
+                example = data[0] if self._example is None else self._example
+                blocks = find_blocks(network, weights_of(rows), example, self.config.blocks, who)
                 loop = BlockLoop(network, tasks, blocks, data, self.config, log, processes, who)
                 try:
                     self.report = loop.run()

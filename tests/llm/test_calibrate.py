@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from gs_algos.cli.app import run
 from gs_algos.llm import calibrate
 from gs_algos.llm.calibration_text import calibration_text, read_text
 from gs_algos.llm.load import load_language_model
-from gs_algos.ptq import block_loop
+from gs_algos.ptq import block_loop, ptq
 from gs_algos.ptq.config import PTQConfig
 from gs_algos.quant.packed.linear import DynamicPackedLinear, PackedLinear
+from tests.helpers import small_disk
 from tests.nets.language_models import WORDS, logits, save_folder, tiny_llama, tiny_tokenizer
 
 OPTIONS = ("--weights", "int4@group:16", "--context", "16", "--samples", "6")
@@ -110,6 +113,60 @@ def test_weights_in_files_give_the_same_bytes(dtype, text, tmp_path, capsys):
     for file in sorted((tmp_path / "memory").iterdir()):
         assert file.read_bytes() == (tmp_path / "files" / file.name).read_bytes(), file.name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["files", "memory", "model"]
+
+
+NO_SPACE = "No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("writer", "error", "place"),
+    [
+        ("modeling_utils.safe_save_file", lambda _: SafetensorError(f"I/O error: {NO_SPACE} (os error 28)"), "packed"),
+        ("PreTrainedTokenizerBase.save_pretrained", lambda _: Exception(f"{NO_SPACE} (os error 28)"), "packed"),
+        (
+            "PreTrainedConfig.save_pretrained",
+            lambda folder: OSError(errno.ENOSPC, NO_SPACE, f"{folder}/config.json"),
+            "packed/config.json",
+        ),
+    ],
+)
+def test_a_full_disk_names_the_place_and_what_was_found_is_not_lost(
+    writer, error, place, source, text, tmp_path, capsys, monkeypatch
+):
+    def full(one, folder, *args, **more):
+        raise error(folder)
+
+    arguments = ["quantize", str(source), str(tmp_path / "packed"), *OPTIONS, "--calibration", str(text), "--offload"]
+    monkeypatch.setattr(f"transformers.{writer}", full)
+    assert run(arguments) == 2
+    told = capsys.readouterr().err
+    assert "Errno 28" in told and f"{NO_SPACE}" in told and f"none is left: '{tmp_path / place}'" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["packed.journal"]
+    monkeypatch.undo()
+    assert run([*arguments, "--resume"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+
+
+def test_weights_that_find_no_space_in_files_leave_nothing(source, text, tmp_path, capsys):
+    arguments = ["quantize", str(source), str(tmp_path / "packed"), *OPTIONS, "--calibration", str(text), "--offload"]
+    with small_disk(5000):
+        assert run(arguments) == 2
+    assert "nothing was written" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_activations_go_to_files_too_and_few_tokens_show_the_blocks(source, tmp_path, monkeypatch):
+    lengths, find = [], ptq.find_blocks
+
+    def found(model, sites, inputs, *args):
+        lengths.append(inputs["input_ids"].shape[1])
+        return find(model, sites, inputs, *args)
+
+    monkeypatch.setattr(ptq, "find_blocks", found)
+    config = PTQConfig(weight="int4@group:16", blocks="re:model.layers.[0-9]+")
+    result = calibrate.calibrate_language_model(source, tmp_path / "packed", config, context=48, offload=True)
+    assert result.report.in_memory == 0 and result.report.on_disk > 0
+    assert lengths and set(lengths) == {32}
 
 
 def test_weights_go_to_files_where_memory_is_short(source, text, tmp_path, capsys, monkeypatch):
