@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
@@ -35,21 +34,11 @@ def requantize_cpu(
 ) -> Tensor:
     other = None if b is None or b_scale is None or b_zero is None else (b, make_grid(b_scale, b_zero))
     out_grid = None if out_scale is None or out_zero is None else make_grid(out_scale, out_zero, qmin, qmax)
-    return add_codes((a, make_grid(a_scale, a_zero)), other, activation, dtype, out_grid, pass_of)
+    return add_codes((a, make_grid(a_scale, a_zero)), other, activation, dtype, out_grid)
 
 
-def add_codes(
-    a: Operand,
-    b: Operand | None,
-    activation: str,
-    dtype: torch.dtype,
-    out_grid: Grid | None,
-    make_pass: Callable[..., AddsCodes | None],
-) -> Tensor:
-    """Computes `requantize` of eager tensors on a CPU, whose grids are known.
-
-    make_pass: `pass_of`, or `kept_pass_of` where grids are those of a layer.
-    """
+def add_codes(a: Operand, b: Operand | None, activation: str, dtype: torch.dtype, out_grid: Grid | None) -> Tensor:
+    """Computes `requantize` of eager tensors on a CPU, whose grids are known."""
     codes, grid = a
     other, other_grid = (None, None) if b is None else b
     if codes.numel() == 0:
@@ -58,14 +47,22 @@ def add_codes(
         codes = torch.empty_like(codes).copy_(codes)
     if other is not None and other.stride() != codes.stride():
         other = torch.empty_like(codes).copy_(other)
-    in_cpp = make_pass(grid, other_grid, activation, out_grid) if dtype == torch.float32 else None
+    in_cpp = pass_of(grid, other_grid, activation, dtype, out_grid)
     if in_cpp is not None:
         return in_cpp(codes, other)
-    scales = (None, None) if b is None else b[1][:2]
-    ends = (None, None, None, 0, 0) if out_grid is None else out_grid[2:7]
+    scales = (None, None) if other_grid is None else (other_grid.scale, other_grid.zero)
+    ends: tuple[Any, ...] = (None, None, None, 0, 0)
+    if out_grid is not None:
+        ends = out_grid.inverse, out_grid.whole, out_grid.fraction, out_grid.low, out_grid.high
     row, order = (codes.numel(),), (1,)
     flat: tuple[Any, ...] = (
-        *(codes.as_strided(row, order), *grid[:2], None if other is None else other.as_strided(row, order), *scales),
+        *(
+            codes.as_strided(row, order),
+            grid.scale,
+            grid.zero,
+            None if other is None else other.as_strided(row, order),
+            *scales,
+        ),
         *(activation, dtype, *ends),
     )
     run: Any = fused_requantize
@@ -75,17 +72,16 @@ def add_codes(
     return call(run, *flat).as_strided(codes.shape, codes.stride())  # type: ignore[no-any-return]
 
 
-def pass_of(grid: Grid, other: Grid | None, activation: str, out_grid: Grid | None) -> AddsCodes | None:
-    """Returns what adds dense tensors with equal strides to fp32 values or codes; None where the C++ does not run."""
-    if any(one is not None and one.numbers is None for one in (grid, other, out_grid)):
+def pass_of(
+    grid: Grid, other: Grid | None, activation: str, dtype: torch.dtype, out_grid: Grid | None
+) -> AddsCodes | None:
+    """Returns what adds dense tensors with equal strides in one pass of C++; None where that does not run."""
+    if dtype != torch.float32 or any(one is not None and one.numbers is None for one in (grid, other, out_grid)):
         return None
     first, second, out = (None if one is None else one.numbers for one in (grid, other, out_grid))
     assert first is not None
     added, ends = None if second is None else second.of_codes, None if out is None else out.to_codes
     return sum_codes_of(first.of_codes, added, activation, ends)
-
-
-kept_pass_of = lru_cache(maxsize=1024)(pass_of)
 
 
 def fused_requantize(

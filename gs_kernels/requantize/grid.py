@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -25,8 +26,9 @@ class Numbers(NamedTuple):
     moved: int
 
 
-class Grid(NamedTuple):
-    """Holds the grid of int8 codes: real = (code - zero) * scale.
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Holds the grid of int8 codes: real = (code - zero) * scale. It is equal to itself alone, as a key of tables.
 
     Args:
         scale, zero: `[1]` fp32.
@@ -43,12 +45,6 @@ class Grid(NamedTuple):
     low: int
     high: int
     numbers: Numbers | None
-
-    def __eq__(self, other: object) -> bool:  # tensors are no keys of a table; a grid is
-        return self is other
-
-    def __hash__(self) -> int:
-        return id(self)
 
 
 def make_grid(scale: Tensor, zero: Tensor, qmin: int = -128, qmax: int = 127, lower: int = 0) -> Grid:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from gs_kernels.fake_quant.strided_rows import like
 from gs_kernels.requantize.checks import WHO, check_ends, check_grid, check_operand
-from gs_kernels.requantize.cpu import Operand, add_codes, kept_pass_of, requantize_cpu
+from gs_kernels.requantize.cpu import add_codes, is_dense, pass_of, requantize_cpu
 from gs_kernels.requantize.grid import Grid
 from gs_kernels.requantize.ref import requantize_ref
-from gs_kernels.runtime.dispatch import implementations, takes_cpu
+from gs_kernels.runtime.dispatch import INTERPRET, backend_setting, implementations, takes_cpu
 from gs_kernels.runtime.torch_op import register
+from gs_kernels.runtime.torch_private import PLAIN
 
 
 def _requantize_ref(
@@ -61,20 +65,35 @@ _requantize = register(
 )
 
 
+@lru_cache(maxsize=1024)
 def prepared_requantize(
-    a: Operand, b: Operand | None, activation: str, dtype: torch.dtype, out_grid: Grid | None
-) -> Tensor:
-    """Computes `requantize` without checks, for layers: their grids hold numbers, so that a CPU reads no tensor.
+    a: Grid, b: Grid | None, activation: str, dtype: torch.dtype, out_grid: Grid | None
+) -> Callable[..., Tensor]:
+    """Prepares `requantize` without checks, for layers: their grids hold numbers, so that a CPU reads no tensor.
 
     Args:
-        a, b: int8 codes of one shape, and their grids.
+        a, b: grids of the codes that are added; b: None for those of a alone.
         out_grid: the grid of the result; None for its values.
+
+    Returns:
+        The function of the codes: int8 of one shape, two or one.
     """
-    if takes_cpu(a[0]):
-        return add_codes(a, b, activation, dtype, out_grid, kept_pass_of)
-    other = (None, None, None) if b is None else (b[0], *b[1][:2])
+    in_cpp = None if INTERPRET else pass_of(a, b, activation, dtype, out_grid)  # for grids on a CPU alone
+    other_grid = (None, None) if b is None else (b.scale, b.zero)
     ends = (None, None, -128, 127) if out_grid is None else (out_grid.scale, out_grid.zero, out_grid.low, out_grid.high)
-    return _requantize(a[0], *a[1][:2], *other, activation, dtype, *ends)  # type: ignore[no-any-return]
+
+    def run(codes: Tensor, other: Tensor | None = None) -> Tensor:
+        direct = in_cpp is not None and type(codes) in PLAIN and not backend_setting() and is_dense(codes)
+        if direct and (other is None or other.stride() == codes.stride()):
+            return in_cpp(codes, other)  # type: ignore[misc]
+        if takes_cpu(codes):
+            added = None if other is None or b is None else (other, b)
+            return add_codes((codes, a), added, activation, dtype, out_grid)
+        return _requantize(  # type: ignore[no-any-return]
+            codes, a.scale, a.zero, other, *other_grid, activation, dtype, *ends
+        )
+
+    return run
 
 
 def requantize(

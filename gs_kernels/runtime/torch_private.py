@@ -103,7 +103,7 @@ def is_plain_call(x: Tensor, *, plain: frozenset[type] = PLAIN) -> bool:
         and type(x) in plain
         and transform_of() is None
         and forward_ad._current_level < 0
-        and not (x.requires_grad and torch.is_grad_enabled())
+        and not (torch.is_grad_enabled() and x.requires_grad)
     )
 
 

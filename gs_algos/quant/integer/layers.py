@@ -210,7 +210,7 @@ class QuantizedLinear(QuantizedLayer):
         kind, grid = kind_of(x), self._modules.get("input_quantizer")
         if kind is None or grid is None:
             return None
-        ready: PreparedLinear | None = cached(self, (kind, self._producer_grids), (grid,), lambda: self._prepare(x))
+        ready: PreparedLinear | None = cached(self, (kind, self._producer_grids), (grid,), self._prepare, x)
         return ready
 
     def _prepare(self, x: Tensor) -> PreparedLinear | None:
@@ -294,7 +294,8 @@ class QuantizedConv(Convolution, QuantizedLayer):
     def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         added = NO_RESIDUAL
         if isinstance(residual, QuantizedTensor):
-            added = (residual.codes, *residual.quantizer.constants()[:2])
+            grid = residual.quantizer.constants()
+            added = (residual.codes, grid.scale, grid.zero)
         elif residual is not None:
             added = (values(residual), None, None)
         ready = self.prepared_call(x, activation, None if added[0] is None else added[0].dtype)
@@ -348,7 +349,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
         emits = own is not None and own.emits_int8
         key = (kind, activation, residual, self.channels_last, self._producer_grids, consumers, emits)
         others = (quantizer, *consumers) if own is None else (quantizer, own, *consumers)
-        ready: PreparedConv | None = cached(self, key, others, lambda: self._prepare(x, activation, residual))
+        ready: PreparedConv | None = cached(self, key, others, self._prepare, x, activation, residual)
         return ready
 
     def _prepare(self, x: Tensor, activation: str, residual: torch.dtype | None) -> PreparedConv | None:
@@ -357,7 +358,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
             return None
         others = (quantizer,) if grid is None else (quantizer, grid)
         key = (activation, x.dtype, x.device, x.shape[1:], backend_setting())
-        convolution = cached(self, key, others, lambda: self._convolution(x, grid, activation))
+        convolution = cached(self, key, others, self._convolution, x, grid, activation)
         if convolution is None:
             return None
         run, operand = convolution.at(x.shape, residual), quantizer.codes_like(x, self._producer_grids)

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gs_algos.quant.integer.quantized_tensor import HANDED_ON, Like, like_of
+from gs_algos.quant.integer.quantized_tensor import HANDED_ON, Like
 from gs_kernels.runtime.dispatch import backend_setting
-from gs_kernels.runtime.torch_private import autocasts, is_plain_call
+from gs_kernels.runtime.torch_private import PLAIN, autocasts, is_plain_call
 
 MAX_ENTRIES = 64  # of one layer, which may see images of ever new sizes
 PREPARED = "_prepared_calls"  # attribute of a layer
@@ -70,11 +70,13 @@ def kind_of(x: Tensor) -> tuple[Any, ...] | None:
     """Returns what a prepared call depends on in its input; None under tracers, gradients and autocast."""
     if autocasts() or not is_plain_call(x, plain=HANDED_ON):
         return None
-    return type(x), like_of(x), backend_setting()
+    kind = type(x)
+    like = (x.shape, x.stride(), x.dtype, x.device) if kind in PLAIN else x.like  # type: ignore[attr-defined]
+    return kind, like, backend_setting()
 
 
-def cached(layer: nn.Module, key: Any, others: tuple[nn.Module, ...], make: Callable[[], Any]) -> Any:
-    """Returns what `make` gives, made again when a buffer of the layer or the other modules was replaced or changed.
+def cached(layer: nn.Module, key: Any, others: tuple[nn.Module, ...], make: Callable[..., Any], *args: Any) -> Any:
+    """Returns what `make(*args)` gives, made again when a buffer of the layer or of others was replaced or changed.
 
     Returns None where changes cannot be seen (tensors of inference mode). key: tells the entries of one layer apart.
     What make gives must not hold the layer, which would keep its memory for the garbage collector.
@@ -96,6 +98,6 @@ def cached(layer: nn.Module, key: Any, others: tuple[nn.Module, ...], make: Call
     if any(t.is_inference() for t in tensors):
         return None
     with torch.inference_mode(False), torch.no_grad():
-        value = make()
+        value = make(*args)
     layer.__dict__.setdefault(PREPARED, {})[key] = _Entry(others, held, tensors, [t._version for t in tensors], value)
     return value

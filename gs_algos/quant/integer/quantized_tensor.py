@@ -19,8 +19,8 @@ from torch import Tensor
 
 from gs_algos.quant.memory_format import laid, strides_in, suggested
 from gs_kernels.activations import ACTIVATIONS
-from gs_kernels.for_layers import Grid, is_dense, prepared_requantize
-from gs_kernels.runtime.torch_private import PLAIN, autocasts, function_modes, is_plain_call, make_wrapper
+from gs_kernels.for_layers import is_dense, prepared_requantize
+from gs_kernels.runtime.torch_private import PLAIN, function_modes, is_plain_call, make_wrapper
 
 aten = torch.ops.aten
 Like: TypeAlias = tuple[Any, Any, torch.dtype, torch.device]  # shape, strides, dtype, device
@@ -50,15 +50,9 @@ class _VirtualTensor(Tensor):
 
     like: Like  # shape, strides, dtype and device that it shows, which take a tenth of the time to read here
 
-    @classmethod
-    def _made(cls, like: Like) -> Any:
-        self = make_wrapper(cls, like[0], like[1], dtype=like[2], device=like[3])
-        self.like = like
-        return self
-
     def __add__(self, other: Any) -> Any:
         """Adds without a walk through the dispatcher where that would come to the same; also called by `x + y`."""
-        plain = type(other) in HANDED_ON and may_return_int8(self) and not (function_modes() or autocasts())
+        plain = type(other) in HANDED_ON and may_return_int8(self) and not function_modes()
         total = _deferred_sum(self, other) if plain else None
         return super().__add__(other) if total is None else total
 
@@ -109,11 +103,11 @@ class QuantizedTensor(_VirtualTensor):
     ) -> QuantizedTensor:
         return cls.of(codes, quantizer, (codes.shape, strides or codes.stride(), dtype, codes.device))
 
-    @classmethod
-    def of(cls, codes: Tensor, quantizer: Any, like: Like) -> QuantizedTensor:
+    @staticmethod
+    def of(codes: Tensor, quantizer: Any, like: Like) -> QuantizedTensor:
         """Makes the tensor from what it shows."""
-        self: QuantizedTensor = cls._made(like)
-        self.codes, self.quantizer = codes, quantizer
+        self: QuantizedTensor = make_wrapper(QuantizedTensor, like[0], like[1], dtype=like[2], device=like[3])
+        self.codes, self.quantizer, self.like = codes, quantizer, like
         return self
 
     def lay(self) -> Tensor:
@@ -128,13 +122,14 @@ class QuantizedTensor(_VirtualTensor):
 
     def values(self) -> Tensor:
         """Returns the values with the strides of the codes."""
-        return prepared_requantize((self.codes, self.quantizer.constants()), None, "none", self.dtype, None)
+        return prepared_requantize(self.quantizer.constants(), None, "none", self.like[2], None)(self.codes)
 
     def codes_on(self, grid: Any) -> Tensor:
         """Returns int8 codes of the values on another grid."""
         if grid is self.quantizer:
             return self.codes
-        return prepared_requantize((self.codes, self.quantizer.constants()), None, "none", self.dtype, grid.constants())
+        own = self.quantizer.constants()
+        return prepared_requantize(own, None, "none", self.like[2], grid.constants())(self.codes)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"QuantizedTensor({list(self.shape)}, {self.quantizer.scheme})"
@@ -180,8 +175,8 @@ class DeferredOutput(_VirtualTensor):
 
     @staticmethod
     def __new__(cls, run: Any, like: Like, residual: Tensor | None = None, activation: str = "none") -> DeferredOutput:
-        self: DeferredOutput = cls._made(like)
-        self._run, self._residual, self._activation, self._result = run, residual, activation, None
+        self: DeferredOutput = make_wrapper(DeferredOutput, like[0], like[1], dtype=like[2], device=like[3])
+        self.like, self._run, self._residual, self._activation, self._result = like, run, residual, activation, None
         return self
 
     @staticmethod
@@ -272,21 +267,30 @@ class _SumOfCodes:
     to_grid = True
 
     def __init__(self, a: QuantizedTensor, b: QuantizedTensor) -> None:
-        self.a, self.b = (a.codes, a.quantizer.constants()), (b.codes, b.quantizer.constants())
-        self.dtype = a.dtype
+        self.a, self.b = a, b
 
     def __call__(self, residual: Tensor | None, activation: str, grid: Any) -> Tensor:
-        into: Grid | None = None if grid is None else grid.constants()
-        return prepared_requantize(self.a, self.b, activation, self.dtype, into)
+        a, b = self.a, self.b
+        into = None if grid is None else grid.constants()
+        add = prepared_requantize(a.quantizer.constants(), b.quantizer.constants(), activation, a.like[2], into)
+        return add(a.codes, b.codes)
 
 
 def _deferred_sum(a: Any, b: Any) -> DeferredOutput | None:
-    """Defers a sum of codes, or one that a layer waits for, of which one tensor is ours; None for floats to add."""
-    if type(a) is QuantizedTensor and type(b) is QuantizedTensor:
+    """Defers a sum of codes, or one that a layer waits for, of which one tensor is ours; None for floats to add.
+
+    Where one operand is codes, the network does not return the sum: it may keep the memory order of its operands.
+    """
+    codes = (type(a) is QuantizedTensor) + (type(b) is QuantizedTensor)
+    if codes == 2:
         return DeferredOutput(_SumOfCodes(a, b), a.like) if _can_add(a, b) else None
     waiting = a if type(a) is DeferredOutput else b
-    joined = waiting._joined(aten.add.Tensor, (a, b)) if type(waiting) is DeferredOutput else None
-    return None if joined is None else DeferredOutput(waiting._run, *joined)
+    if type(waiting) is not DeferredOutput:
+        return None
+    joined = waiting._joined(aten.add.Tensor, (a, b))
+    if joined is not None:
+        return DeferredOutput(waiting._run, *joined)
+    return DeferredOutput.of(a.values() + b.values(), a.like[1]) if codes and _can_add(a, b) else None
 
 
 def _can_add(x: _VirtualTensor, other: Any) -> bool:
@@ -294,7 +298,7 @@ def _can_add(x: _VirtualTensor, other: Any) -> bool:
     if not isinstance(other, Tensor) or other.requires_grad:
         return False
     mine, others = x.like, like_of(other)
-    return (mine[0], *mine[2:]) == (others[0], *others[2:])
+    return mine[0] == others[0] and mine[2] is others[2] and mine[3] == others[3]
 
 
 def _cat(tensors: Sequence[QuantizedTensor], axis: int = 0) -> QuantizedTensor:
@@ -353,9 +357,8 @@ def _max_pool(func: Any, x: QuantizedTensor, *args: Any, **kwargs: Any) -> tuple
 def _average(func: Any, x: QuantizedTensor, *args: Any, **kwargs: Any) -> Tensor:
     if kwargs:
         return func(x.dequantize(), *args, **kwargs)  # type: ignore[no-any-return]
-    scale, zero = x.quantizer.constants()[:2]
-    mean = _mean if func is aten.mean.dim else func
-    return (mean(x.lay().float() - zero, *args) * scale).to(x.dtype)  # type: ignore[no-any-return]
+    grid, mean = x.quantizer.constants(), _mean if func is aten.mean.dim else func
+    return (mean(x.lay().float() - grid.zero, *args) * grid.scale).to(x.dtype)  # type: ignore[no-any-return]
 
 
 def _mean(x: Tensor, axes: list[int] | None, keepdim: bool = False) -> Tensor:

@@ -90,7 +90,7 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
 
     def holds_zero(self) -> bool:
         """Says whether a code stands for 0.0."""
-        low, high = self.signed_limits()
+        low, high = self._signed_limits
         return low <= self.whole_zero <= high
 
     def returns_int8(self) -> bool:
@@ -121,7 +121,7 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
             return ready
         x = values(x)
         kind = kind_of(x)
-        run = None if kind is None else cached(self, kind, (), lambda: self._prepared(x))
+        run = None if kind is None else cached(self, kind, (), self._prepared, x)
         if run is not None:
             return run(x)  # type: ignore[no-any-return]
         codes = self.codes(x)
@@ -190,7 +190,7 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
         mine, others = self.constants(), other.constants()
         if self._compared is None or self._compared[0] is not mine or self._compared[1] is not others:
             same = (
-                mine[5:7] == others[5:7]
+                (mine.low, mine.high) == (others.low, others.high)
                 and torch.equal(mine.scale, others.scale)
                 and torch.equal(mine.zero, others.zero)
             )

@@ -74,7 +74,7 @@ class PackedConv(Convolution):
             return None
         owner = () if self.owner is self else (self.owner,)
         key = (kind, activation, residual, self.channels_last, bias)
-        ready: PreparedConv | None = cached(self, key, owner, lambda: self._prepare(x, activation, residual))
+        ready: PreparedConv | None = cached(self, key, owner, self._prepare, x, activation, residual)
         return ready
 
     def _prepare(self, x: Tensor, activation: str, residual: torch.dtype | None) -> PreparedConv | None:

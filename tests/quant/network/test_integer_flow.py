@@ -234,6 +234,16 @@ def test_a_sum_of_codes_is_that_of_floats_and_gives_their_codes(other: str, size
     assert torch.equal(got + 0, want + 0)
 
 
+@pytest.mark.parametrize("add", [lambda total, x: total + x, lambda total, x: torch.add(x, total)])
+def test_a_sum_and_codes_are_added_in_the_order_they_lie_in_and_show_strides_of_floats(add: Any):
+    last = drawn(1, 2, 16, 9, 9).contiguous(memory_format=torch.channels_last)
+    codes = QuantizedTensor(GRID.codes(last), GRID, last.dtype, (1296, 81, 9, 1))
+    got, want = add(codes + codes, codes), add(GRID(last) + GRID(last), GRID(last))
+    assert type(got) is DeferredOutput and got.stride() == (1296, 81, 9, 1)
+    assert got.values().is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(got.values(), want) and torch.equal(got + 0, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_sum_in_16_bits_is_rounded_as_there(dtype: torch.dtype):
     a, b = drawn(1, 2, 16, 9, 9).to(dtype), drawn(2, 2, 16, 9, 9).to(dtype)
