@@ -36,7 +36,6 @@ from gs_algos.llm.folder import read_folder
 from gs_algos.llm.integrity import check_tensors, verify_files
 from gs_algos.llm.packed_config import METHOD, PackedConfig, read_config
 from gs_algos.ptq.kv import elsewhere
-from gs_algos.quant.packed.embedding import rows_of
 from gs_algos.quant.packed.module import WEIGHT_TENSORS, PackedFormat, tensors_of
 from gs_algos.serving.engine_parameters import get_weight, set_weight
 from gs_algos.serving.engine_product import engine_qmatmul
@@ -44,6 +43,7 @@ from gs_algos.serving.shards import WHO, shard, stacked
 from gs_algos.serving.vllm_kernel import CAPABILITY
 from gs_kernels import PackedWeight, dequantize_packed
 from gs_kernels.pack.layouts import CANONICAL
+from gs_kernels.pack.rows import rows_of
 
 logger = logging.getLogger(__name__)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -11,8 +9,8 @@ from typing_extensions import Self
 from gs_algos.quant.packed.module import Packed, PackedFormat
 from gs_algos.quant.packed.round_to_nearest import round_to_nearest
 from gs_algos.quant.scheme import Scheme
-from gs_kernels import PackedWeight, dequantize_packed
-from gs_kernels.pack.layouts import PLANAR
+from gs_kernels import PackedWeight
+from gs_kernels.pack.rows import dequantize_rows
 
 
 class PackedEmbedding(Packed):
@@ -71,19 +69,8 @@ class PackedEmbedding(Packed):
         ids = input
         if ids.numel() == 0:
             return torch.empty(*ids.shape, self.embedding_dim, dtype=self.dtype, device=ids.device)
-        return dequantize_packed(rows_of(self.packed, ids.reshape(-1)), self.dtype).view(*ids.shape, -1)
+        return dequantize_rows(self.packed, ids.reshape(-1), self.dtype).view(*ids.shape, -1)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}, {super().extra_repr()}"
-
-
-def rows_of(weight: PackedWeight, rows: Tensor) -> PackedWeight:
-    """Selects rows of a packed weight, `rows [n]` of int32 / int64."""
-    return replace(
-        weight,
-        codes=weight.codes.index_select(1 if weight.layout == PLANAR else 0, rows),
-        scale=weight.scale.index_select(0, rows),
-        zero=weight.zero.index_select(0, rows) if isinstance(weight.zero, Tensor) else weight.zero,
-        shape=(rows.shape[0], weight.shape[1]),
-    )

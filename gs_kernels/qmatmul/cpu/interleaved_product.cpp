@@ -57,25 +57,49 @@ LANE_FN I pair(const uint8_t* codes, int p) {
   return field<BITS>(codes, 2 * p) | left(field<BITS>(codes, 2 * p + 1), 16);
 }
 
-// Code j of a step in fp32.
-template <int BITS>
-LANE_FN F code(const uint8_t* codes, int j) {
 #ifdef LANES_LOOK_UP
-  if (BITS < 8) {
-    alignas(64) float values[LANES];
-    for (int i = 0; i < LANES; ++i) values[i] = i % (1 << BITS);
-    constexpr int PER = 8 / BITS;
-    return look_up(load(values), right(load(codes + j / PER * LANES), j % PER * BITS));
-  }
+constexpr bool LOOKS_UP = true;
+#else
+constexpr bool LOOKS_UP = false;
+LANE_FN F look_up(F values, I at) { return values; }
 #endif
-  return in_fp32(field<BITS>(codes, j));
+
+// Code j of a step in fp32, `less` lower, which is 0 unless a table gives the code.
+template <int BITS>
+LANE_FN F code(const uint8_t* codes, int j, int less = 0) {
+  if (!LOOKS_UP || BITS == 8) return in_fp32(field<BITS>(codes, j));
+  alignas(64) float values[LANES];
+  for (int i = 0; i < LANES; ++i) values[i] = i % (1 << BITS) - less;
+  constexpr int PER = 8 / BITS;
+  return look_up(load(values), right(load(codes + j / PER * LANES), j % PER * BITS));
+}
+
+// One block times one row: the sum of codes times x, less the zero point times x_sums `[groups]`. That takes one
+// operation less for each code; a table has taken off half of their range, so that both sums are small.
+template <int BITS>
+LANE_FN F dot_row(const float* x, const float* x_sums, const Weight& w, int64_t block) {
+  constexpr int LESS = LOOKS_UP && BITS < 8 ? 1 << (BITS - 1) : 0;
+  const uint8_t* codes = w.codes + block * w.groups * w.steps * BITS * LANES;
+  F total = all(0.0f);
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const float* grid = w.grid + (block * w.groups + g) * 2 * LANES;
+    F part[4];  // one sum waits for each product
+    for (int c = 0; c < 4; ++c) part[c] = all(0.0f);
+    for (int64_t s = 0; s < w.steps; ++s, codes += BITS * LANES, x += STEP) {
+#pragma GCC unroll 8
+      for (int j = 0; j < STEP; ++j) part[j % 4] = fma(code<BITS>(codes, j, LESS), all(x[j]), part[j % 4]);
+    }
+    const F sum = (part[0] + part[1]) + (part[2] + part[3]);
+    total = fma(sum - (load(grid + LANES) - all((float)LESS)) * all(x_sums[g]), load(grid), total);
+  }
+  return total;
 }
 
 // One block times M rows of x `[groups, steps, 8]` that lie `apart`: sums `[M]`.
 template <int BITS, int M>
 LANE_FN void dot_block(const float* x, int64_t apart, const Weight& w, int64_t block, F* sums) {
   const uint8_t* codes = w.codes + block * w.groups * w.steps * BITS * LANES;
-  constexpr int ACCUMULATORS = M == 1 ? 4 : M == 2 ? 2 : 1;  // of sums: one waits for each product
+  constexpr int ACCUMULATORS = M == 2 ? 2 : 1;  // of sums: one waits for each product
   F total[M];
   for (int m = 0; m < M; ++m) total[m] = all(0.0f);
   for (int64_t g = 0; g < w.groups; ++g) {
@@ -197,14 +221,28 @@ LANE_FN void dot_rows(const Product& p, const float* x, int64_t apart, int64_t b
   for (int m = 0; m < M; ++m) finish(p, sums[m], bias, block, y, row + m);
 }
 
+// The sum of n numbers, n a multiple of 8.
+LANE_FN float sum_of(const float* x, int64_t n) {
+  F sums = all(0.0f);
+  for (int64_t i = 0; i < n; i += LANES) sums = sums + load(x + i, n - i);
+  float lanes[LANES], sum = 0;
+  store(lanes, sums);
+  for (int l = 0; l < LANES / 2; ++l) sum += lanes[l] + lanes[l + LANES / 2];
+  return sum;
+}
+
 // Few rows: codes are multiplied as they are unpacked.
 template <int BITS>
 void dot(const Product& p, const float* x, int64_t m, int64_t apart, const void* bias, void* y, int threads) {
+  const Floats x_sums(p.w.groups);
+  for (int64_t g = 0, size = p.w.steps * STEP; g < p.w.groups && m % 2; ++g) {
+    x_sums.data[g] = sum_of(x + (m - 1) * apart + g * size, size);
+  }
   parallel_for(threads, p.w.blocks, [&](int64_t block) {
     int64_t row = 0;
     for (; row + ROWS <= m; row += ROWS) dot_rows<BITS, ROWS>(p, x, apart, block, bias, y, row);
     if (row + 2 <= m) dot_rows<BITS, 2>(p, x, apart, block, bias, y, row), row += 2;
-    if (row < m) dot_rows<BITS, 1>(p, x, apart, block, bias, y, row);
+    if (row < m) finish(p, dot_row<BITS>(x + row * apart, x_sums.data, p.w, block), bias, block, y, row);
   });
 }
 

@@ -16,6 +16,7 @@ import torch
 
 from gs_kernels.cpu import build, compile, library
 from gs_kernels.gptq_block import cpu as gptq_block
+from gs_kernels.pack import rows
 from gs_kernels.qconv2d.cpu import direct_int8
 from gs_kernels.qmatmul.cpu import interleaved_product
 from gs_kernels.runtime import inductor, instructions
@@ -165,6 +166,7 @@ def test_a_struct_whose_size_python_has_wrong_is_said_and_the_code_left(
 SELF_TESTS: list[tuple[Any, Callable[[Any], bool]]] = [
     (direct_int8, direct_int8.self_test),
     (interleaved_product, interleaved_product.self_test),
+    (rows, rows.self_test),
     (slb, slb._self_test),
     (gptq_block, gptq_block._self_test),
     (search_clip_ratio, search_clip_ratio._self_test),

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from gs_kernels import PackedWeight, code_sums, pack_weight, qmatmul, qmatmul_int8
 from gs_kernels.cpu import library
+from gs_kernels.cpu.compile import instruction_sets
 from gs_kernels.qmatmul.cpu import avx512_bf16, float, int8, interleaved_product
 from gs_kernels.qmatmul.cpu.interleaved import interleaved
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref, qmatmul_ref
 from gs_kernels.runtime.dispatch import INTERPRET
+from gs_kernels.runtime.instructions import REQUIRED, has
 from tests.helpers import relative_rms
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="compiled for the CPU")
@@ -50,6 +52,23 @@ def check_float_rows(w: PackedWeight, dtype: torch.dtype, ms: tuple[int, ...]) -
         x = rows(m, w.shape[1]).to(dtype)
         got, want = qmatmul(x, w), qmatmul_ref(x.float(), w)
         assert got.shape == want.shape and relative_rms(got.float(), want) < (1e-6 if dtype == torch.float32 else 6e-3)
+
+
+@pytest.mark.parametrize("name", instruction_sets())
+def test_float_rows_with_each_set_of_instructions(name: str):
+    if interleaved_product.kernels() is None or not all(map(has, REQUIRED[name])):
+        pytest.skip(f"no C++ for {name} runs here")
+    functions = library.open_library(library.path_of(name))
+    for function, argtypes in interleaved_product.FUNCTIONS.items():
+        getattr(functions, function).argtypes, getattr(functions, function).restype = argtypes, None
+    for of in WEIGHTS.values():
+        w, bias = weight(*of), rows(1, of[1])[0]
+        for m in (1, 2, 3, 6, 14, 29):
+            x = rows(m, w.shape[1])
+            for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 6e-3)):
+                multiply = interleaved_product.product_of(x.shape, dtype, dtype, interleaved(w), bias, functions)
+                want = qmatmul_ref(x.to(dtype).float(), w, bias)
+                assert relative_rms(multiply(x.to(dtype)).float(), want) < limit
 
 
 needs_bf16 = pytest.mark.skipif(

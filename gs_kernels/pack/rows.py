@@ -1,0 +1,90 @@
+"""Dequantizes chosen rows of a packed weight, as an embedding reads them; on a CPU in C++ (rows.cpp)."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gs_kernels.cpu.library import load_functions
+from gs_kernels.pack.checks import check_packed
+from gs_kernels.pack.layouts import CANONICAL, PLANAR, PackedWeight
+from gs_kernels.pack.pack import dequantize_packed
+from gs_kernels.runtime.dispatch import takes_cpu
+
+PARALLEL_FROM = 1 << 15  # elements, from which a second thread pays
+
+_size, _pointer = ctypes.c_int64, ctypes.c_void_p
+FUNCTIONS = {
+    "packed_rows": (
+        *(_pointer, _size, _pointer, _size, _pointer, _pointer),
+        *(_size, _size, ctypes.c_int, _pointer, ctypes.c_int),
+    )
+}
+
+
+def dequantize_rows(weight: PackedWeight, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Computes the real values `[n, K]` of rows `[n]` int32 / int64, as `dequantize_packed` does for all.
+
+    Raises:
+        IndexError: if there is no such row; a GPU stops with an assertion.
+        TypeError, ValueError: as `dequantize_packed`.
+    """
+    check_packed("dequantize_rows", weight)
+    takes = takes_cpu(rows) and weight.layout == CANONICAL and weight.levels is None
+    functions = kernels() if takes else None
+    if functions is None:
+        return dequantize_packed(rows_of(weight, rows), dtype)
+    return _dequantize(functions, weight, rows, dtype)
+
+
+def _dequantize(functions: Any, weight: PackedWeight, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    ids = rows.to(torch.int64).contiguous()
+    scale = weight.scale.detach().index_select(0, ids).float()  # which refuses rows that are not there
+    zero = weight.zero
+    zero = zero.detach().index_select(0, ids).float() if isinstance(zero, Tensor) else torch.full_like(scale, zero)
+    codes, (_, k), count = weight.codes.contiguous(), weight.shape, ids.shape[0]
+    out = torch.empty(count, k)
+    threads = torch.get_num_threads() if out.numel() >= PARALLEL_FROM else 1
+    functions.packed_rows(
+        *(ids.data_ptr(), count, codes.data_ptr(), codes.shape[1], scale.data_ptr(), zero.data_ptr()),
+        *(k, weight.group_size, weight.bits, out.data_ptr(), threads),
+    )
+    return out.to(dtype)
+
+
+def rows_of(weight: PackedWeight, rows: Tensor) -> PackedWeight:
+    """Selects rows of a packed weight, `rows [n]` of int32 / int64."""
+    return replace(
+        weight,
+        codes=weight.codes.index_select(1 if weight.layout == PLANAR else 0, rows),
+        scale=weight.scale.index_select(0, rows),
+        zero=weight.zero.index_select(0, rows) if isinstance(weight.zero, Tensor) else weight.zero,
+        shape=(rows.shape[0], weight.shape[1]),
+    )
+
+
+@cache
+def kernels() -> Any:
+    """Returns the compiled functions, or None if they were not built or fail the self-test."""
+    return load_functions("rows of packed weights", FUNCTIONS, self_test)
+
+
+def self_test(functions: Any) -> bool:
+    """Checks one small weight of each width."""
+    return all(_self_test_of(functions, bits) for bits in (1, 2, 4, 8))
+
+
+def _self_test_of(functions: Any, bits: int) -> bool:
+    codes = torch.arange(5 * 4 * bits, dtype=torch.int32).mul(37).to(torch.uint8).view(5, -1)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    fields = ((codes.unsqueeze(2) >> shifts) & (2**bits - 1)).flatten(1)  # [5, 32]
+    scale, zero = torch.arange(10).view(5, 2) * 0.5, torch.arange(10).view(5, 2) * 0.25
+    weight = PackedWeight(codes, scale, zero, None, bits, (5, 32), 16)
+    want = (fields.float() - zero.repeat_interleave(16, 1)) * scale.repeat_interleave(16, 1)
+    rows = torch.tensor([4, 0, 4])
+    return torch.equal(_dequantize(functions, weight, rows, torch.float32), want[rows])
