@@ -19,6 +19,7 @@ from gs_algos.ptq.blocks import Block, first_tensor, submodule
 from gs_algos.ptq.journal import ACTIVATIONS
 from gs_kernels.runtime.torch_private import tree_flatten, tree_leaves, tree_unflatten
 
+PLAIN = bool, int, float, str
 CACHES = ("past_key_values", "past_key_value", "cache_params", "cache_position")
 
 
@@ -112,6 +113,13 @@ class Arguments:
         assert y is not None
         return y
 
+    def same_as(self, other: Arguments) -> bool:
+        """Says whether another module gets the very same: the same tensors, and equal numbers and texts."""
+        if self.spec != other.spec or self.at != other.at:
+            return False
+        pairs = zip(self.leaves, other.leaves, strict=True)
+        return all(a is b or (isinstance(a, PLAIN) and type(a) is type(b) and a == b) for a, b in pairs)
+
 
 class Streams:
     """Holds the float and the quantized activations of every batch at one point of the network, and moves them on.
@@ -142,18 +150,26 @@ class Streams:
         self.floats: list[Tensor] | None = [] if floats else None
         if self.whole:
             return
+        names = [name for block in blocks for name in block.names]
+        first: list[Tensor] = []
+        same: dict[str, str] = {}  # module -> the first that gets the same beside its first tensor
+        until = names[-1]
         with float_network():
-            first = [self._first(batch, self.arguments) for batch in batches]
+            for batch in batches:
+                x, seen = self._first(batch, names, until)
+                same = same or {name: next(n for n in names if seen[name].same_as(seen[n])) for name in names}
+                until = max(same.values(), key=names.index)  # those behind it get nothing new
+                self.arguments.append({name: seen[same[name]] for name in names})
+                first.append(x)
         self.quantized = [store.keep(x) for x in first]
         if self.floats is not None:
             self.floats = list(self.quantized)  # the same tensors, which are counted once
         if round_first():
             for number, batch in enumerate(batches):
-                self.advance(number, self._first(batch, []), floats=False)
+                self.advance(number, self._first(batch, names, names[0])[0], floats=False)
 
-    def _first(self, batch: Inputs, arguments: list[dict[str, Arguments]]) -> Tensor:
-        """Runs the network up to its last block; returns what goes into the first, and appends what goes beside it."""
-        names = [name for block in self.blocks for name in block.names]
+    def _first(self, batch: Inputs, names: Sequence[str], until: str) -> tuple[Tensor, dict[str, Arguments]]:
+        """Returns what goes into the first module, and what goes beside it into each of `names` up to `until`."""
         seen: dict[str, Arguments] = {}
         first: list[Tensor] = []
 
@@ -162,23 +178,24 @@ class Streams:
                 if not first:
                     first.append(next(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)))
                 seen[name] = Arguments(args, kwargs)
+                if name == until:
+                    stop()
 
             return hook
 
+        wanted = names[: names.index(until) + 1]
         with ExitStack() as stack, evaluating(self.model), without_cache(self.model):
-            for name in names:
+            for name in wanted:
                 module = submodule(self.model, name)
                 # in front of other hooks, which are called again when a block is run
                 handle = module.register_forward_pre_hook(before(name), prepend=True, with_kwargs=True)
                 stack.callback(handle.remove)
-            stack.callback(submodule(self.model, names[-1]).register_forward_hook(lambda *_: stop()).remove)
             with stopped():
                 run(self.model, batch, self.who)
-        if set(seen) != set(names):
-            lost = next(name for name in names if name not in seen)
+        if len(seen) < len(wanted):
+            lost = next(name for name in wanted if name not in seen)
             raise ValueError(f"{self.who}: every batch must run through all blocks, got one that skips {lost}")
-        arguments.append(seen)
-        return first[0]
+        return first[0], seen
 
     def run_block(self, block: Block, number: int, stream: Sequence[Tensor] | None) -> Tensor | None:
         """Runs a block on one batch of a stream; None if a hook stopped it. stream: None for the whole network."""
