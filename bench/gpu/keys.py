@@ -20,7 +20,7 @@ def settle_keys() -> None:
     from triton.runtime.jit import JITFunction
 
     for module in pkgutil.walk_packages(gs_kernels.__path__, "gs_kernels."):
-        if ".kernel" in module.name:
+        if "kernel" in module.name.split("."):  # not the libraries of CPU kernels, which are no modules
             importlib.import_module(module.name)
     ours = [module for name, module in sys.modules.items() if name.startswith("gs_kernels")]
     functions: list[Any] = [f for module in ours for f in vars(module).values() if isinstance(f, JITFunction)]
