@@ -83,7 +83,7 @@ def _report(job: Job) -> dict[str, float]:
 
 
 def _aimet(job: Job) -> dict[str, float]:
-    _declare_vision_operators()
+    operators = _vision_operators()
     from aimet_torch.common.defs import QuantScheme
     from aimet_torch.common.quantsim_config.utils import get_path_for_per_channel_config
     from aimet_torch.common.utils import CallbackFunc
@@ -109,14 +109,16 @@ def _aimet(job: Job) -> dict[str, float]:
     )
     whole = evaluate(job.net, None)
     found = json.loads((job.out / "per_layer_quant_enabled.json").read_text())
+    del operators
     return {name: whole - score for name, score in found.items()}
 
 
-def _declare_vision_operators() -> None:
-    """Declares the operators without which torchvision's builds for GPUs do not import beside a torch for CPUs."""
+def _vision_operators() -> torch.library.Library:
+    """Declares, while its result lives, what torchvision's builds for GPUs need to import beside a torch for CPUs."""
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
 
 
 def _nncf(job: Job) -> dict[str, float]:
@@ -158,8 +160,8 @@ def _ppq(job: Job) -> dict[str, float]:
 
 def _exported(job: Job) -> Path:
     path = Path(tempfile.mkdtemp()) / "model.onnx"
-    names = {"input_names": ["x"], "output_names": ["y"]}
-    torch.onnx.export(job.net, (job.batches[0][0],), str(path), **names, dynamo=False, opset_version=13)
+    x = job.batches[0][0]
+    torch.onnx.export(job.net, (x,), str(path), input_names=["x"], output_names=["y"], dynamo=False, opset_version=13)
     return path
 
 
