@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from gs_algos.analysis.compare import Comparison, JoinComparison, LayerComparison
+from gs_algos.analysis.comparison import Comparison, JoinComparison, LayerComparison
 from gs_algos.analysis.divergence import Outcome, Trials
 from gs_algos.analysis.effect import Effect
 from gs_algos.analysis.latency import LayerTimes
+from gs_algos.analysis.layers import some_of
 from gs_algos.analysis.probe import Policy, Probe
 from gs_algos.analysis.sensitivity import sensitivity
 from gs_algos.core.algorithm import Inputs, run
@@ -116,7 +117,7 @@ class Policies:
             f"Give {_count(last, len(policy.weights))} {to} for their weights"
             + (f"{target}: leave more of the network float" if target else ""),
             f"Rounded as it is now, the divergence is {start.divergence:.3g} nats and the error of the outputs "
-            f"{start.error:.1%}; these layers are predicted to save most: {_some(list(named))}.",
+            f"{start.error:.1%}; these layers are predicted to save most: {some_of(named)}.",
             f"rules={list(rules_for(named))!r}",
             f"with nearest rounding it is {predicted.divergence:.3g} nats and {predicted.error:.1%}; on "
             f"{measured.samples:,} {self._others} {measured.divergence:.3g} nats and {measured.error:.1%}"
@@ -345,7 +346,3 @@ def _widened(scheme: str) -> str:
 
 def _count(some: int, of: int, one: str = "layer", more: str = "layers") -> str:
     return f"every {one}" if some == of else f"{some} of {of} {more}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:MOST_SHOWN]) + (", ..." if len(names) > MOST_SHOWN else "")

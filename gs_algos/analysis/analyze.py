@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.analysis.advice import Policies, advise
-from gs_algos.analysis.compare import Comparison, compare
+from gs_algos.analysis.compare import compare
+from gs_algos.analysis.comparison import Comparison
 from gs_algos.analysis.effect import effect
 from gs_algos.analysis.latency import layer_times
 from gs_algos.analysis.probe import Policy

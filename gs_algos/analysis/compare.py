@@ -12,155 +12,32 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gs_algos.analysis.layers import JoinFacts, LayerFacts, join_facts, layer_facts, range_of, stacked_note, taken_over
+from gs_algos.analysis.comparison import Comparison, Histogram, JoinComparison, LayerComparison
+from gs_algos.analysis.layers import (
+    JoinFacts,
+    LayerFacts,
+    join_facts,
+    layer_facts,
+    range_of,
+    some_of,
+    stacked_note,
+    taken_over,
+)
 from gs_algos.core.algorithm import Inputs, evaluating, history, run
 from gs_algos.core.batches import InputsOf, checked_batches, tensor_in
 from gs_algos.core.modules import TRACING, get_module
 from gs_algos.core.network import network_of, ordinary_tensors, without_autocast
-from gs_algos.core.table import Table
 from gs_algos.quant.integer.quantized_tensor import dequantized
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.runtime.torch_private import _BatchNorm, tree_leaves
 
 WHO = "compare"
-BINS = 64
 CHANGED_BASIS = ("rotate", "equalize", "relayernorm")  # transforms after which some layers hold other values
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Counts values in equal bins between `low` and `high`."""
-
-    low: float
-    high: float
-    counts: tuple[int, ...]
-
-    @classmethod
-    def of(cls, values: Tensor, bins: int = BINS) -> Histogram | None:
-        """Counts the finite values of a tensor; None if there are none."""
-        flat = values.detach().float().flatten()
-        flat = flat[flat.isfinite()]
-        if not flat.numel():
-            return None
-        low, high = float(flat.min()), float(flat.max())
-        if low == high:
-            return cls(low, high, (flat.numel(),))
-        return cls(low, high, tuple(map(int, torch.histc(flat, bins, low, high).tolist())))
-
-
-@dataclass(frozen=True)
-class LayerComparison:
-    """Says how far one layer is from the float one, and what it takes.
-
-    Args:
-        site: its name.
-        kind: the class of the compressed layer.
-        weight: the scheme, such as `int4@group:64`, or the dtype of a weight that stayed float.
-        act: the scheme of its inputs; "" for floats.
-        bits: that a weight takes, scales and zero points included.
-        nbytes: of the layer's tensors.
-        float_nbytes: of the float layer's; 0 if the float network has no layer of this name.
-        sqnr: dB, each network on its own inputs; inf if nothing differs, None if there is nothing to compare with.
-        local_sqnr: dB, the compressed layer on the float network's inputs.
-        cosine: between the outputs of both networks.
-        clipped: share of the inputs that lie outside of the range of `act`.
-        levels_used, levels: distinct codes of the weight, and how many there are; 0 of a float one.
-        weight_values: of the float weight, in steps of the compressed one's scales; as it is where that has none.
-        weight_grid: the levels, in the same unit; () of a float one.
-        input_values: of the float network's inputs, of the first batch.
-        input_range: that inputs are clipped to.
-        share_zero: of the compressed weight.
-        float_site: name of the layer in the float network, where that is another.
-    """
-
-    site: str
-    kind: str
-    weight: str
-    act: str
-    bits: float
-    nbytes: int
-    float_nbytes: int
-    sqnr: float | None
-    local_sqnr: float | None
-    cosine: float | None
-    clipped: float | None
-    levels_used: int
-    levels: int
-    weight_values: Histogram | None
-    weight_grid: tuple[float, ...]
-    input_values: Histogram | None
-    input_range: tuple[float, float] | None
-    share_zero: float | None = None
-    float_site: str = ""
-
-
-@dataclass(frozen=True)
-class JoinComparison:
-    """Says what the one scale of an add or a concat costs.
-
-    Args:
-        site: as the plan calls it.
-        act: the scheme of its operands.
-        layer: in front of it, which a rule that sets `join` names.
-        places: modules of the float network that give the operands.
-        grid_range: smallest and largest value that operands are rounded to.
-        sqnr: dB of the operands, the float network's, when they are rounded; inf if nothing differs.
-    """
-
-    site: str
-    act: str
-    layer: str
-    places: tuple[str, ...]
-    grid_range: tuple[float, float]
-    sqnr: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Says how far a compressed network is from the float one. `str(comparison)` is a table.
-
-    Args:
-        layers: in the order they run; those that did not run come last.
-        output_sqnr: dB of the network's outputs.
-        joins: adds and concats with one scale for their operands.
-    """
-
-    layers: tuple[LayerComparison, ...]
-    output_sqnr: float
-    notes: tuple[str, ...] = ()
-    joins: tuple[JoinComparison, ...] = ()
-
-    def table(self) -> Table:
-        rows = [
-            (
-                one.site,
-                one.weight,
-                one.act,
-                f"{one.bits:.2f}",
-                f"{one.nbytes:,}",
-                _decibels(one.sqnr),
-                _decibels(one.local_sqnr),
-                "" if one.clipped is None else f"{one.clipped:.2%}",
-                f"{one.levels_used} of {one.levels}" if one.levels else "",
-            )
-            for one in self.layers
-        ]
-        rows += [(one.site, "", one.act, "", "", "", _decibels(one.sqnr), "", "") for one in self.joins]
-        header = ("layer", "weight", "activation", "bits", "bytes", "SQNR dB", "local dB", "clipped", "levels used")
-        below = [f"outputs: {_decibels(self.output_sqnr)} dB", *(f"note: {note}" for note in self.notes)]
-        return Table.of(header, rows, WHO, below)
-
-    def __str__(self) -> str:
-        return self.table()
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def compare(before: nn.Module, after: nn.Module, batches: Iterable[Inputs]) -> Comparison:
@@ -184,7 +61,7 @@ def compare(before: nn.Module, after: nn.Module, batches: Iterable[Inputs]) -> C
     if not any(fact.before is not None for fact in facts):
         raise ValueError(
             f"{WHO}: both networks must have layers of the same names, got none in common: "
-            f"{_some(name for name, _ in first.named_modules() if name)}, and {_some(fact.site for fact in facts)}"
+            f"{some_of(name for name, _ in first.named_modules() if name)}, and {some_of(fact.site for fact in facts)}"
         )
     watches = {fact.site: _Watch(fact) for fact in facts}
     joins = [(fact, _Errors()) for fact in join_facts(first, second)]
@@ -282,25 +159,25 @@ class _Watch:
             sqnr = local = cosine = None
         values, grid = fact.weight_picture(self.norms)
         return LayerComparison(
-            fact.site,
-            fact.kind,
-            fact.weight,
-            fact.act,
-            fact.bits,
-            fact.nbytes,
-            fact.float_nbytes,
-            sqnr,
-            local,
-            cosine,
-            self.outside / self.seen if self.seen else None,
-            fact.levels_used,
-            fact.levels,
-            None if values is None else Histogram.of(values),
-            grid,
-            self.inputs,
-            fact.input_range,
-            fact.share_zero,
-            fact.float_site,
+            site=fact.site,
+            kind=fact.kind,
+            weight=fact.weight,
+            act=fact.act,
+            bits=fact.bits,
+            nbytes=fact.nbytes,
+            float_nbytes=fact.float_nbytes,
+            sqnr=sqnr,
+            local_sqnr=local,
+            cosine=cosine,
+            clipped=self.outside / self.seen if self.seen else None,
+            levels_used=fact.levels_used,
+            levels=fact.levels,
+            weight_values=None if values is None else Histogram.of(values),
+            weight_grid=grid,
+            input_values=self.inputs,
+            input_range=fact.input_range,
+            share_zero=fact.share_zero,
+            float_site=fact.float_site,
         )
 
 
@@ -425,19 +302,8 @@ def _notes(watches: list[_Watch], layers: tuple[LayerComparison, ...], other_bas
         (broken, "give NaN or Inf"),
     ):
         if names:
-            notes.append(f"{len(names)} layers {words}: {_some(names)}")
+            notes.append(f"{len(names)} layers {words}: {some_of(names)}")
     hidden = sum(one.sqnr is None for one in layers) - len({*idle, *lone, *cut})
     if other_basis and hidden > 0:
         notes.append(f"{hidden} layers hold other values than the float network's after {', '.join(other_basis)}")
     return notes
-
-
-def _some(names: Iterable[str], most: int = 5) -> str:
-    found = list(names)
-    return ", ".join(found[:most]) + (", ..." if len(found) > most else "") if found else "none"
-
-
-def _decibels(value: float | None) -> str:
-    if value is None:
-        return ""
-    return "exact" if value == math.inf else f"{value:.1f}"

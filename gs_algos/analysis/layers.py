@@ -23,7 +23,7 @@ from gs_algos.quant.packed.module import Packed
 from gs_algos.quant.packed.packable import base_of, matrix_of
 from gs_kernels import unpack_codes
 
-SHOWN = 4  # names that a note lists
+SHOWN = 5  # names that a sentence lists
 SAMPLED = 2**20  # weights of a layer that its picture counts, at most
 
 
@@ -265,9 +265,14 @@ def stacked_note(network: nn.Module) -> str:
     }
     if not stacked:
         return ""
-    names = ", ".join([*stacked][:SHOWN]) + (", ..." if len(stacked) > SHOWN else "")
-    count, total = len(stacked), sum(stacked.values())
-    return f"{count} parameters of several weights each, such as experts, stay float ({total:,} weights): {names}"
+    held = f"{len(stacked)} parameters of several weights each, such as experts, stay float"
+    return f"{held} ({sum(stacked.values()):,} weights): {some_of(stacked)}"
+
+
+def some_of(names: Iterable[str]) -> str:
+    """Lists the first of some layers, for a sentence."""
+    found = list(names)
+    return ", ".join(found[:SHOWN]) + (", ..." if len(found) > SHOWN else "") if found else "none"
 
 
 def is_layer(module: nn.Module) -> bool:

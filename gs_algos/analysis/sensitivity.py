@@ -24,7 +24,7 @@ from gs_algos.analysis.fisher import fisher_scores
 from gs_algos.analysis.layers import stacked_note
 from gs_algos.analysis.noise import noise_scores
 from gs_algos.core.algorithm import Inputs
-from gs_algos.core.batches import InputsOf, checked_batches
+from gs_algos.core.batches import InputsOf, checked_batches, samples_of
 from gs_algos.core.did_you_mean import did_you_mean
 from gs_algos.core.modules import get_module
 from gs_algos.core.network import network_of
@@ -122,7 +122,7 @@ def sensitivity(
         scores, samples = divergence_scores(network, data, chosen, who)
     else:
         scores = noise_scores(network, data, chosen, who)
-        samples = sum(_length(batch) for batch in data)
+        samples = sum(map(samples_of, data))
     for site, own in scores.items():
         if not any(own.values()):
             logger.warning("%s: %s makes no difference to the outputs", who, site)
@@ -158,11 +158,6 @@ def _choices(network: nn.Module, choices: Any, who: str) -> dict[str, list[str]]
     for site in choices:
         get_module(network, site)
     return {site: [str(Scheme.parse(s, "weight")) for s in schemes] for site, schemes in choices.items()}
-
-
-def _length(batch: Any) -> int:
-    first = next(iter(batch.values())) if isinstance(batch, Mapping) else batch
-    return len(first[0] if isinstance(first, tuple | list) else first)
 
 
 def _number(value: float | None) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-from types import SimpleNamespace
 from typing import Any
 
-from gs_algos.analysis.compare import Comparison, Histogram, LayerComparison
+from gs_algos.analysis.advice import Advice
+from gs_algos.analysis.comparison import Comparison, Histogram, LayerComparison
 from gs_algos.analysis.effect import Effect, NetworkFacts
 from gs_algos.analysis.latency import LayerTimes
 from gs_algos.analysis.quality import Quality
@@ -83,13 +83,13 @@ def times(total: float, layers: dict[str, float], agrees: bool = True) -> LayerT
     return LayerTimes(total, layers, total - sum(layers.values()), agrees, 1, 12.0)
 
 
-def advice(text: str = "Raise two layers to 8 bits.", **changed: str) -> SimpleNamespace:
+def advice(text: str = "Raise two layers to 8 bits.", **changed: str) -> Advice:
     given = {
         "why": "They cause 71 % of the predicted divergence, with 3 % of the bytes.",
         "rules": 'rules=[\n    ("layer1.0.conv1|fc", {"weight": "int8@channel"}),\n]',
         "verified": "a run with them has a KL divergence of 0.0079 nats (predicted: 0.0091).",
     }
-    return SimpleNamespace(text=text, **{**given, **changed})
+    return Advice(text, **{**given, **changed})
 
 
 def sites(blocks: int = 3, roles: tuple[str, ...] = ("conv1", "conv2")) -> list[str]:

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from gs_algos import PTQ, SLB, Prune, SimQAT, quantize_weights
-from gs_algos.analysis.compare import Histogram, compare
+from gs_algos.analysis.compare import compare
+from gs_algos.analysis.comparison import Histogram
 
 
 class Net(nn.Module):

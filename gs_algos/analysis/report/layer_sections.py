@@ -15,7 +15,7 @@ from gs_algos.analysis.report.markup import Html, layer_name, tag
 from gs_algos.analysis.report.tables import Column, figure, layer_table, paragraph, section
 
 if TYPE_CHECKING:
-    from gs_algos.analysis.compare import Histogram, LayerComparison
+    from gs_algos.analysis.comparison import Histogram, LayerComparison
     from gs_algos.analysis.report.page import Report
 
 PICTURES = 12  # layers whose values are drawn

@@ -20,7 +20,8 @@ from gs_algos.core.files import write_atomically
 from gs_algos.core.table import Table
 
 if TYPE_CHECKING:
-    from gs_algos.analysis.compare import Comparison
+    from gs_algos.analysis.advice import Advice
+    from gs_algos.analysis.comparison import Comparison
     from gs_algos.analysis.effect import Effect
     from gs_algos.analysis.latency import LayerTimes
     from gs_algos.analysis.sensitivity import Sensitivity
@@ -72,7 +73,7 @@ class Report:
     comparison: Comparison | None = None
     sensitivity: Sensitivity | None = None
     times: tuple[LayerTimes, LayerTimes] | None = None
-    advice: tuple[Any, ...] = ()
+    advice: tuple[Advice, ...] = ()
     history: tuple[Mapping[str, Any], ...] = ()
     search: Mapping[str, Any] = field(default_factory=dict)
     channels: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -121,7 +122,7 @@ class Report:
             rows = [(layer_name(one.site), one.weight, decibels(one.sqnr), decibels(one.local_sqnr)) for one in worst]
             lines += ["", Table.of(("layers with the largest error", "weight", "cumulative", "local"), rows)]
         for one in self.advice:
-            lines += ["", f"advice: {one.text}", *(f"  {text}" for text in (one.why, one.rules, one.verified) if text)]
+            lines += ["", str(one)]
         return "\n".join([*lines, *(f"note: {note}" for note in closing_sections.all_notes(self))])
 
     def _kind(self) -> str:
