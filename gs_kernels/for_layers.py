@@ -4,6 +4,8 @@ Beside `gs_kernels` itself, its `activations`, `pack`, `runtime` and `tuning`, t
 The public ops check every argument in each call and then do the same.
 """
 
+from gs_kernels.decoder_step.cpu import DecoderLayer, decoder_step_of
+from gs_kernels.pack.derived import UnsuitableError
 from gs_kernels.qconv2d.checks import LARGEST_GROUP
 from gs_kernels.qconv2d.cpu.direct_int8 import to_codes_of
 from gs_kernels.qconv2d.cpu.int8 import Int8Convolution
@@ -19,8 +21,11 @@ from gs_kernels.requantize.op import prepared_requantize
 
 __all__ = [
     "LARGEST_GROUP",
+    "DecoderLayer",
     "Grid",
     "Int8Convolution",
+    "UnsuitableError",
+    "decoder_step_of",
     "is_dense",
     "make_geometry",
     "make_grid",

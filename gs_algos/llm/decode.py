@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.llm.libraries import library
+from gs_algos.llm.llama_step import LlamaStep, llama_step
 from gs_algos.llm.static_cache import cache_argument, lengths, refuse_length, static_cache, why_not_static
 from gs_algos.ptq.kv import KVScheme, chosen_kv, recorded_kv, refuse_without_cache
 from gs_kernels.runtime.dispatch import UnsupportedError
@@ -165,6 +166,7 @@ class Decoder:
         self.ends = torch.tensor(self.stop, dtype=torch.int64, device=device)
         self.used = 0  # of the cache, known without asking the device; 0: nothing was started
         self._run: Step | None = None
+        self._logits_of_step: LlamaStep | None = None  # in the place of the model's forward, on a CPU
 
     @property
     def batch(self) -> int:
@@ -223,6 +225,8 @@ class Decoder:
         self.finished.zero_()
         self.count.zero_()
         self.used = tokens
+        plain = self.batch == 1 and self.capture is None and self.device.type == "cpu" and bool(self.mask.all())
+        self._logits_of_step = llama_step(self.model, self.cache) if plain else None
         self._append(logits)
 
     def _checked(self, ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -256,6 +260,9 @@ class Decoder:
         self._run()
 
     def _step(self) -> None:
+        if self._logits_of_step is not None:
+            self._append(self._logits_of_step(self.ids, self.positions, self.used - 1))
+            return
         mask = self.mask if self.capture is not None else self.mask[:, : self.used]
         self._append(self._logits(self.ids, self.positions, mask))
 

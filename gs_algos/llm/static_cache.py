@@ -94,6 +94,11 @@ def _part_layer() -> Any:
     return PartLayer
 
 
+def counts_in_python(cache: Any) -> bool:
+    """Says whether all layers of a cache are float ones that show the part in use, `used` tokens."""
+    return all(type(layer) is _part_layer() for layer in cache.layers)
+
+
 def lengths(cache: Any) -> list[Tensor]:
     """Lists the tensors in which the layers of a cache count what they hold."""
     return [layer.cumulative_length for layer in cache.layers if hasattr(layer, "cumulative_length")]

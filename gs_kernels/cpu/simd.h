@@ -61,6 +61,10 @@ LANE_FN I pairs(I a, I b) { return {_mm512_madd_epi16(a.v, b.v)}; }
 #define LANES_LOOK_UP
 LANE_FN F look_up(F values, I at) { return {_mm512_permutexvar_ps(at.v, values.v)}; }  // by the lowest 4 bits
 LANE_FN I bits_of(F a) { return {_mm512_castps_si512(a.v)}; }
+LANE_FN float sum(F a) { return _mm512_reduce_add_ps(a.v); }
+LANE_FN F load_bf16(const uint16_t* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
+}
 LANE_FN I where_nan(F a, I nan, I b) { return {_mm512_mask_mov_epi32(b.v, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), nan.v)}; }
 
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -110,6 +114,17 @@ LANE_FN I left(I x, int n) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi3
 LANE_FN I right(I x, int n) { return {_mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)}; }
 LANE_FN I pairs(I x, I y) { return {_mm256_madd_epi16(x.a, y.a), _mm256_madd_epi16(x.b, y.b)}; }
 LANE_FN I bits_of(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+LANE_FN F load_bf16(const uint16_t* p) {
+  const __m128i a = _mm_loadu_si128((const __m128i*)p), b = _mm_loadu_si128((const __m128i*)(p + 8));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(b), 16))};
+}
+LANE_FN float sum(F x) {
+  const __m256 eight = _mm256_add_ps(x.a, x.b);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 LANE_FN I where_nan(F x, I nan, I y) {
   const __m256i a = _mm256_castps_si256(_mm256_cmp_ps(x.a, x.a, _CMP_UNORD_Q));
   const __m256i b = _mm256_castps_si256(_mm256_cmp_ps(x.b, x.b, _CMP_UNORD_Q));
@@ -166,6 +181,17 @@ LANE_FN I operator|(I a, I b) EACH(I, a.v[i] | b.v[i])
 LANE_FN I left(I a, int n) EACH(I, (i4)((u4)a.v[i] << n))
 LANE_FN I right(I a, int n) EACH(I, (i4)((u4)a.v[i] >> n))
 LANE_FN I pairs(I a, I b) EACH(I, (a.v[i] << 16 >> 16) * (b.v[i] << 16 >> 16) + (a.v[i] >> 16) * (b.v[i] >> 16))
+LANE_FN F load_bf16(const uint16_t* p) {
+  uint32_t bits[LANES];
+  for (int i = 0; i < LANES; ++i) bits[i] = (uint32_t)p[i] << 16;
+  F y;
+  std::memcpy(y.v, bits, sizeof(y.v));
+  return y;
+}
+LANE_FN float sum(F a) {
+  const f4 four = (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]);
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
 LANE_FN I bits_of(F a) { I y; std::memcpy(y.v, a.v, sizeof(y.v)); return y; }
 LANE_FN I where_nan(F a, I nan, I b) EACH(I, a.v[i] != a.v[i] ? nan.v[i] : b.v[i])
 #define LANES_BY_COPIES
@@ -193,6 +219,13 @@ LANE_FN I load(const int8_t* p, int64_t n) { return load_first<I>(p, n); }
 LANE_FN void store(float* p, F a, int64_t n) { store_first(p, a, n); }
 LANE_FN void store(int8_t* p, I a, int64_t n) { store_first(p, a, n); }
 #endif
+
+// The bits of bf16, rounded to nearest even; one NaN for all.
+LANE_FN I rounded_bf16(F v) {
+  const I bits = bits_of(v);
+  const I even = bits + all(0x7fff) + (right(bits, 16) & all(1));
+  return where_nan(v, all(0x7fc0), right(even, 16));
+}
 
 // Codes of a grid: round(v * inverse + fraction) + whole part of the zero point, between two of them; the least of NaN.
 LANE_FN I codes_of(F v, F inverse, F fraction, F whole_zero, F least, F largest) {

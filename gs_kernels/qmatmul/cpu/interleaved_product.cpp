@@ -2,9 +2,10 @@
 // dequantizes blocks of the weight; adds one group of a product of int8 matrices.
 #include "parallel.h"
 #include "simd.h"
+#include "interleaved_product.h"
 
 #include <algorithm>
-#include <memory>
+#include <vector>
 
 using namespace lanes;
 
@@ -21,25 +22,6 @@ constexpr int64_t STRETCH = 64;  // steps of K in a panel: 64 KB or 32
 constexpr int64_t SHORT = 16;    // where up to two tiles of rows read it
 constexpr int64_t CHUNK = 512;   // rows of x at a time
 
-struct Weight {
-  const uint8_t* codes;  // [B, G, S, bits * 16]
-  const float* grid;     // [B, G, 32]
-  int64_t blocks, groups, steps;
-};
-
-// What is fixed in calls of `interleaved_product`.
-struct Product {
-  Weight w;
-  int64_t n, k, group;              // group: columns of x in one, which may be fewer than the weight has
-  int32_t bits, x_bf16, y_bf16, bias_bf16;  // else fp32
-};
-
-// Floats that begin a line of the cache, not initialized.
-struct Floats {
-  explicit Floats(int64_t n) : held(new float[n + LANES]), data((float*)(((uintptr_t)held.get() + 63) / 64 * 64)) {}
-  std::unique_ptr<float[]> held;
-  float* data;
-};
 
 // Code j of a step.
 template <int BITS>
@@ -165,12 +147,6 @@ LANE_FN void int_dot_block(
   for (int m = 0; m < M; ++m) store(y + m * wide + block * LANES, total[m]);
 }
 
-LANE_FN I rounded_bf16(F v) {
-  const I bits = bits_of(v);
-  const I even = bits + all(0x7fff) + (right(bits, 16) & all(1));
-  return where_nan(v, all(0x7fc0), right(even, 16));
-}
-
 inline float in_fp32(uint16_t bf16) {
   const uint32_t bits = (uint32_t)bf16 << 16;
   float value;
@@ -221,29 +197,33 @@ LANE_FN void dot_rows(const Product& p, const float* x, int64_t apart, int64_t b
   for (int m = 0; m < M; ++m) finish(p, sums[m], bias, block, y, row + m);
 }
 
-// The sum of n numbers, n a multiple of 8.
-LANE_FN float sum_of(const float* x, int64_t n) {
-  F sums = all(0.0f);
-  for (int64_t i = 0; i < n; i += LANES) sums = sums + load(x + i, n - i);
-  float lanes[LANES], sum = 0;
-  store(lanes, sums);
-  for (int l = 0; l < LANES / 2; ++l) sum += lanes[l] + lanes[l + LANES / 2];
-  return sum;
+// Sums each group of one row x.
+Floats sums_of(const Weight& w, const float* x) {
+  Floats sums(w.groups);
+  for (int64_t g = 0, size = w.steps * STEP; g < w.groups; ++g) {
+    F part = all(0.0f);
+    for (int64_t i = 0; i < size; i += LANES) part = part + load(x + g * size + i, size - i);
+    sums.data[g] = sum(part);
+  }
+  return sums;
 }
 
 // Few rows: codes are multiplied as they are unpacked.
 template <int BITS>
 void dot(const Product& p, const float* x, int64_t m, int64_t apart, const void* bias, void* y, int threads) {
-  const Floats x_sums(p.w.groups);
-  for (int64_t g = 0, size = p.w.steps * STEP; g < p.w.groups && m % 2; ++g) {
-    x_sums.data[g] = sum_of(x + (m - 1) * apart + g * size, size);
-  }
+  const Floats x_sums = sums_of(p.w, x + (m - 1) * apart);
   parallel_for(threads, p.w.blocks, [&](int64_t block) {
     int64_t row = 0;
     for (; row + ROWS <= m; row += ROWS) dot_rows<BITS, ROWS>(p, x, apart, block, bias, y, row);
     if (row + 2 <= m) dot_rows<BITS, 2>(p, x, apart, block, bias, y, row), row += 2;
     if (row < m) finish(p, dot_row<BITS>(x + row * apart, x_sums.data, p.w, block), bias, block, y, row);
   });
+}
+
+template <int BITS>
+void dot_blocks(
+    const Product& p, const float* x, const float* x_sums, int64_t first, int64_t end, const void* bias, void* y) {
+  for (int64_t block = first; block < end; ++block) finish(p, dot_row<BITS>(x, x_sums, p.w, block), bias, block, y, 0);
 }
 
 // Dequantizes steps of one block into panel[step][8][PANEL][16].
@@ -367,6 +347,19 @@ void unpack(const Weight& w, void* out, int kind, int threads) {
 }
 
 }  // namespace
+
+void products_of_row(
+    const Product* const* products, const void* const* biases, float* const* ys, int64_t count, const float* x, int threads) {
+  std::vector<Floats> x_sums;
+  for (int64_t i = 0; i < count; ++i) x_sums.push_back(sums_of(products[i]->w, x));
+  in_parallel(threads, [&](int64_t index, int64_t of) {
+    for (int64_t i = 0; i < count; ++i) {
+      const Product& p = *products[i];
+      const auto run = p.bits == 1 ? dot_blocks<1> : p.bits == 2 ? dot_blocks<2> : p.bits == 4 ? dot_blocks<4> : dot_blocks<8>;
+      run(p, x, x_sums[i].data, p.w.blocks * index / of, p.w.blocks * (index + 1) / of, biases[i], ys[i]);
+    }
+  });
+}
 
 EXPORT const int64_t sizeof_Product = sizeof(Product);
 

@@ -57,6 +57,16 @@ def _functions() -> Any:
     return functions
 
 
+def fixed_product(
+    weight: InterleavedWeight, x_dtype: torch.dtype, y_dtype: torch.dtype, bias_dtype: torch.dtype | None
+) -> ctypes.Structure:
+    """Returns what C++ takes as a `Product`; it does not keep the weight alive."""
+    n, k = weight.shape
+    fixed = _Weight(weight.codes.data_ptr(), weight.grid.data_ptr(), -(-n // LANES), *weight.codes.shape[1:3])
+    halves = (t == torch.bfloat16 for t in (x_dtype, y_dtype, bias_dtype))
+    return _Product(fixed, n, k, k // weight.groups, weight.bits, *halves)
+
+
 def product_of(
     shape: Sequence[int],
     x_dtype: torch.dtype,
@@ -78,9 +88,7 @@ def product_of(
     run = (_functions() if functions is None else functions).interleaved_product
     (n, k), m = weight.shape, math.prod(shape[:-1])
     like = torch.empty((*shape[:-1], n), dtype=y_dtype)
-    fixed = _Weight(weight.codes.data_ptr(), weight.grid.data_ptr(), -(-n // LANES), *weight.codes.shape[1:3])
-    halves = [t == torch.bfloat16 for t in (x_dtype, y_dtype, None if bias is None else bias.dtype)]
-    product = _Product(fixed, n, k, k // weight.groups, weight.bits, *halves)
+    product = fixed_product(weight, x_dtype, y_dtype, None if bias is None else bias.dtype)
     held, parallel = (product, weight), m * n * k >= PARALLEL_FROM
     like.untyped_storage().resize_(0)  # `torch.empty_like` takes half the time of `torch.empty`
     at = ctypes.addressof(product)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from gs_kernels.cpu import build, compile, library
+from gs_kernels.decoder_step import cpu as decoder_step
 from gs_kernels.gptq_block import cpu as gptq_block
 from gs_kernels.pack import rows
 from gs_kernels.qconv2d.cpu import direct_int8
@@ -167,6 +168,7 @@ SELF_TESTS: list[tuple[Any, Callable[[Any], bool]]] = [
     (direct_int8, direct_int8.self_test),
     (interleaved_product, interleaved_product.self_test),
     (rows, rows.self_test),
+    (decoder_step, decoder_step.self_test),
     (slb, slb._self_test),
     (gptq_block, gptq_block._self_test),
     (search_clip_ratio, search_clip_ratio._self_test),

@@ -1,0 +1,110 @@
+"""Decodes one token of a packed Llama on a CPU without its Python: all layers are one call of C++.
+
+Of a small model's step most of the time is Python and operations on a few hundred numbers. Here the model's own modules
+look the token up, make the angles of its position and compute the logits; what lies between is computed from their
+tensors, in fp32 (of a bf16 model too: only keys and values, and what goes in and out, are rounded), with the same
+formulas. Anything that is not exactly what it seems is left to the model.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gs_algos.llm.static_cache import counts_in_python, lengths
+from gs_algos.quant.packed.linear import PackedLinear
+from gs_kernels.for_layers import DecoderLayer, UnsuitableError, decoder_step_of
+from gs_kernels.runtime.dispatch import takes_cpu
+from gs_kernels.runtime.torch_private import autocasts, foreach_add_
+
+logger = logging.getLogger(__name__)
+
+PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+UNITS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+LlamaStep = Callable[[Tensor, Tensor, int], Tensor]  # ids and position `[1, 1]`, the latter as a number too, to logits
+
+
+def llama_step(model: Any, cache: Any) -> LlamaStep | None:
+    """Returns the function of the next token that gives the logits `[1, vocabulary]` behind it; None to call the model.
+
+    Weights must not change while the function is used.
+
+    Args:
+        cache: that the prompt was read into, of layers whose part in use Python counts.
+    """
+    reason = _why_not(model, cache)
+    if not reason:
+        try:
+            return _make(model, cache)
+        except UnsuitableError as error:
+            reason = str(error)
+    logger.debug("each token is decoded by the model's own forward: %s", reason)
+    return None
+
+
+def _why_not(model: Any, cache: Any) -> str:
+    if autocasts():
+        return "autocast is on"
+    code = sys.modules.get("transformers.models.llama.modeling_llama")
+    if code is None or type(model) is not code.LlamaForCausalLM:
+        return f"{type(model).__name__} is no Llama"
+    kinds = {"": code.LlamaDecoderLayer, "self_attn": code.LlamaAttention, "mlp": code.LlamaMLP}
+    kinds |= dict.fromkeys(NORMS, code.LlamaRMSNorm) | dict.fromkeys((*PROJECTIONS, *UNITS), PackedLinear)
+    for layer in model.model.layers:
+        for name, kind in kinds.items():
+            if type(layer.get_submodule(name)) is not kind:
+                return f"{name} is a {type(layer.get_submodule(name)).__name__}"
+    hooked = any(getattr(module, name) for module in model.modules() for name in HOOKS)
+    if hooked or any("forward" in module.__dict__ for module in model.modules()):
+        return "a module has hooks, or a forward of its own"
+    config = model.config
+    if type(model.model) is not code.LlamaModel or type(model.model.norm) is not code.LlamaRMSNorm:
+        return "the network around the layers is another"
+    silu = type(code.ACT2FN["silu"])
+    if any(type(layer.mlp.act_fn) is not silu for layer in model.model.layers):
+        return "its activation is not SiLU"
+    if len(model.model.layers) != config.num_hidden_layers or model.training:
+        return "its settings are others"
+    if len(cache.layers) != len(model.model.layers) or not counts_in_python(cache):
+        return "keys and values are not in a plain cache"
+    for t in (t for layer in cache.layers for t in (layer.keys, layer.values)):
+        if t.dtype not in (torch.float32, torch.bfloat16) or t.dtype != model.dtype or not takes_cpu(t):
+            return f"keys or values are {t.dtype} on {t.device}"
+    return ""
+
+
+def _make(model: Any, cache: Any) -> LlamaStep:
+    layers = []
+    for layer, cached in zip(model.model.layers, cache.layers, strict=True):
+        linears: list[Any] = [layer.get_submodule(name) for name in (*PROJECTIONS, *UNITS)]
+        norms = [layer.get_submodule(name).weight for name in NORMS]
+        weights = [(m.packed, m.bias) for m in linears]
+        layers.append(DecoderLayer(norms[0], norms[1], weights, cached.keys, cached.values))
+    last = model.model.norm
+    eps = {norm.variance_epsilon for layer in model.model.layers for norm in (layer.get_submodule(n) for n in NORMS)}
+    scaling = {layer.self_attn.scaling for layer in model.model.layers}
+    if len(eps) > 1 or scaling != {cache.layers[0].keys.shape[3] ** -0.5}:
+        raise UnsuitableError("layers have other constants")
+    run = decoder_step_of(layers, last.weight, (eps.pop(), last.variance_epsilon))
+    counts = lengths(cache)
+    words, angles, head = model.model.embed_tokens, model.model.rotary_emb, model.lm_head
+
+    def step(ids: Tensor, positions: Tensor, position: int) -> Tensor:
+        x = words(ids)
+        cos, sin = angles(x, positions)
+        y = run(x, cos, sin, position)
+        foreach_add_(counts, 1)
+        for cached in cache.layers:
+            cached.used += 1
+        logits: Tensor = head(y)[:, -1]
+        return logits
+
+    return step

@@ -1,0 +1,1 @@
+"""Computes all layers of a Llama for one token, with packed weights, on a CPU."""
