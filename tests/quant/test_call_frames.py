@@ -63,12 +63,36 @@ def test_a_small_packed_convolution_is_at_most_6_frames_deep_and_24_calls():
     assert deepest <= 6 and calls <= 24
 
 
-@torch.no_grad()
-def test_a_converted_conv_relu_and_linear_are_at_most_6_frames_deep_and_28_calls():
-    net, x = Net(), normal(2, 3, 8, 8)
-    algo = SimQAT()
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.relu, self.last = nn.ReLU(), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.last(self.relu(self.second(torch.relu(y)) + y))
+
+
+def converted(net, x, **options):
+    algo = SimQAT(**options)
     net = algo.apply(net, x)
     net.train()(x)
-    net = algo.convert(net.eval(), x).eval()
+    return algo.convert(net.eval(), x).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "net, size, options, deep, many",
+    [
+        (Net, (2, 3, 8, 8), {}, 6, 24),
+        (Net, (2, 3, 8, 8), {"act": None}, 7, 34),
+        (Residual, (2, 8, 8, 8), {}, 8, 64),
+    ],
+    ids=["conv, ReLU and linear", "weights alone", "residual block"],
+)
+def test_what_converted_networks_run_is_at_most_so_many_frames(net, size, options, deep, many):
+    x = normal(*size)
+    net = converted(net(), x, **options)
     deepest, calls = frames(lambda: net(x))
-    assert deepest <= 6 and calls <= 28
+    assert deepest <= deep and calls <= many

@@ -7,7 +7,7 @@ with their packed codes. `path()` says which and why.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gs_algos.core.tensor_rules import FINITE, Rules, whole_within
-from gs_algos.quant.integer.prepared_call import PreparedConv, PreparedLinear, cached, kind_of
+from gs_algos.quant.integer.prepared_call import PreparedConv, cached, kind_of
 from gs_algos.quant.integer.quantized_tensor import QuantizedTensor, dequantized, may_return_int8, values
 from gs_algos.quant.integer.static_quantizer import StaticQuantizer
 from gs_algos.quant.level_grid import LevelGrid
@@ -36,6 +36,7 @@ from gs_kernels.for_layers import (
     LARGEST_GROUP,
     Int8Convolution,
     prepared_qconv2d_int8,
+    prepared_qmatmul,
     prepared_qmatmul_int8,
     sums_fit,
 )
@@ -47,7 +48,6 @@ from gs_kernels.tuning.arithmetic import Product, prefers_floats
 
 Residual: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]  # itself, and scale and zero point of codes
 
-NO_RESIDUAL: Residual = (None, None, None)
 MAX_PARTS = 64  # of a filter whose sums no int32 holds
 INTEGER = "integer: int8 x int8 -> int32"
 WITHOUT_VNNI = "integer: products of 16 bits or in fp32, for this CPU has no VNNI"
@@ -180,10 +180,9 @@ class QuantizedLinear(QuantizedLayer):
         return Product("qmatmul", *self.shape, self.bits, 8 * self.dtype.itemsize)
 
     def forward(self, input: Tensor) -> Tensor:
-        x, ready, modules = input, self._prepared_call(input), self._modules
+        x, ready, output = input, self._prepared_call(input), self._modules.get("output_quantizer")
         if ready is not None:
-            y = ready.run(ready.operand(x), modules["input_quantizer"]._buffers["scale"])  # type: ignore[union-attr, arg-type]
-            output = modules.get("output_quantizer")
+            y = ready(x)
             return y if output is None else output(y)  # type: ignore[no-any-return]
         if self._on_integers(x):
             return self._quantize_output(self._integer(x))
@@ -205,31 +204,36 @@ class QuantizedLinear(QuantizedLayer):
             dtype=x.dtype,
         )
 
-    def _prepared_call(self, x: Tensor) -> PreparedLinear | None:
+    def _prepared_call(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
         """Returns the prepared product for rows like those of x; None if there is none."""
         kind, grid = kind_of(x), self._modules.get("input_quantizer")
-        if kind is None or grid is None:
+        if kind is None:
             return None
-        ready: PreparedLinear | None = cached(self, (kind, self._producer_grids), (grid,), self._prepare, x)
+        others = () if grid is None else (grid,)
+        ready: Callable[[Tensor], Tensor] | None
+        ready = cached(self, (kind, self._producer_grids), others, self._prepare, x)
         return ready
 
-    def _prepare(self, x: Tensor) -> PreparedLinear | None:
-        quantizer = self.input_quantizer
-        if quantizer is None or x.dtype not in FLOATS or self.integer_refusals(x.device):
+    def _prepare(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        if x.dtype not in FLOATS:
             return None
+        quantizer = self.input_quantizer
+        if quantizer is None or self.integer_refusals(x.device):
+            floats = prepared_qmatmul(torch.empty(x.shape, dtype=x.dtype, device=x.device), self.packed, self.bias)
+            operand = values if quantizer is None else lambda x: dequantized(quantizer(x))
+            multiply = None if floats is None else floats.at(x.shape, x.dtype)
+            return None if multiply is None else lambda x: multiply(operand(x))
+        scale, codes = quantizer.scale, quantizer.codes_like(x, self._producer_grids)
         product = prepared_qmatmul_int8(
-            torch.empty(tuple(x.shape), dtype=torch.int8, device=x.device),
-            quantizer.scale,
+            torch.empty(x.shape, dtype=torch.int8, device=x.device),
+            scale,
             self.packed,
             self.bias,
             x_zero=quantizer.signed_zero() if self._shifted() else None,
             dtype=x.dtype,
         )
-        return (
-            None
-            if product is None
-            else PreparedLinear(product.at(x.shape), quantizer.codes_like(x, self._producer_grids))
-        )
+        run = None if product is None else product.at(x.shape)
+        return None if run is None else lambda x: run(codes(x), scale)
 
 
 class QuantizedConv(Convolution, QuantizedLayer):
@@ -292,20 +296,16 @@ class QuantizedConv(Convolution, QuantizedLayer):
         return self.output_quantizer is not None and self.output_quantizer.returns_int8()
 
     def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-        added = NO_RESIDUAL
-        if isinstance(residual, QuantizedTensor):
-            grid = residual.quantizer.constants()
-            added = (residual.codes, grid.scale, grid.zero)
-        elif residual is not None:
-            added = (values(residual), None, None)
-        ready = self.prepared_call(x, activation, None if added[0] is None else added[0].dtype)
+        codes = type(residual) is QuantizedTensor
+        dtype = None if residual is None else torch.int8 if codes else residual.dtype
+        ready = self.prepared_call(x, activation, dtype)
         if ready is not None:
-            y = ready(x, *added)
+            y = ready(x, *_operands(residual)) if ready.on_integers else ready(x, values(residual))
             return y if ready.grid is None else QuantizedTensor(y, ready.grid, ready.like[2])
         if self._on_integers(x):
             # a compiler sees floats, of which the next layer makes codes
             grid = self._output_grid() if may_return_int8(x) else None
-            y = self._integer(x, grid, activation, added)
+            y = self._integer(x, grid, activation, _operands(residual))
             return self._quantize_output(y) if grid is None else QuantizedTensor(_limited(y, grid), grid, x.dtype)
         x = values(x) if self.input_quantizer is None else dequantized(self.input_quantizer(values(x)))
         return self._quantize_output(self.convolve(x, self.bias, values(residual), activation))
@@ -343,31 +343,34 @@ class QuantizedConv(Convolution, QuantizedLayer):
 
     def prepared_call(self, x: Tensor, activation: str, residual: torch.dtype | None = None) -> PreparedConv | None:
         kind, modules, consumers = kind_of(x), self._modules, self._consumer_grids
-        quantizer, own = modules.get("input_quantizer"), modules.get("output_quantizer")
-        if kind is None or quantizer is None:
+        if kind is None:
             return None
+        quantizer, own = modules.get("input_quantizer"), modules.get("output_quantizer")
         emits = own is not None and own.emits_int8
         key = (kind, activation, residual, self.channels_last, self._producer_grids, consumers, emits)
-        others = (quantizer, *consumers) if own is None else (quantizer, own, *consumers)
+        others = consumers if own is None else (own, *consumers)
+        others = others if quantizer is None else (quantizer, *others)
         ready: PreparedConv | None = cached(self, key, others, self._prepare, x, activation, residual)
         return ready
 
     def _prepare(self, x: Tensor, activation: str, residual: torch.dtype | None) -> PreparedConv | None:
         grid, quantizer = self._output_grid(), self.input_quantizer
-        if quantizer is None or not self.may_prepare_for(x):
+        if not self.may_prepare_for(x):
             return None
+        if quantizer is None or self.integer_refusals(x.device):
+            operand = values if quantizer is None else lambda x: dequantized(quantizer(values(x)))
+            added = x.dtype if residual == torch.int8 else residual
+            return self.prepare_floats(x, activation, added, operand, self.output_quantizer)
         others = (quantizer,) if grid is None else (quantizer, grid)
         key = (activation, x.dtype, x.device, x.shape[1:], backend_setting())
         convolution = cached(self, key, others, self._convolution, x, grid, activation)
         if convolution is None:
             return None
-        run, operand = convolution.at(x.shape, residual), quantizer.codes_like(x, self._producer_grids)
+        run, codes = convolution.at(x.shape, residual), quantizer.codes_like(x, self._producer_grids)
         output, limits = (self.output_quantizer, None) if grid is None else (None, _limits(grid))
-        return PreparedConv(run, operand, output, grid, limits, self._like(x))
+        return PreparedConv(run, codes, output, grid, limits, self._like(x), on_integers=True)
 
     def _convolution(self, x: Tensor, grid: StaticQuantizer | None, activation: str) -> Int8Convolution | None:
-        if self.integer_refusals(x.device):
-            return None
         quantizer, parts = self.input_quantizer, self._split_weight()
         assert quantizer is not None and parts is not None
         return prepared_qconv2d_int8(
@@ -385,6 +388,14 @@ class QuantizedConv(Convolution, QuantizedLayer):
 
     def extra_repr(self) -> str:
         return f"{(self.shape[0], *self.filter)}, {self.scheme}, stride={self.geometry['stride']}"
+
+
+def _operands(residual: Tensor | None) -> Residual:
+    """Returns what an integer convolution adds: codes and their grid, or floats."""
+    if not isinstance(residual, QuantizedTensor):
+        return values(residual), None, None
+    grid = residual.quantizer.constants()
+    return residual.codes, grid.scale, grid.zero
 
 
 def _limits(grid: StaticQuantizer) -> tuple[int, int] | None:

@@ -34,6 +34,7 @@ class PreparedConv(NamedTuple):
         grid: of the codes that the layer gives; None if it gives floats.
         limits: the smallest and largest of these codes; None if they are those of int8.
         like: shape, strides, dtype and device of the result.
+        on_integers: whether `run` takes codes, also as a residual.
     """
 
     run: Callable[..., Tensor]
@@ -42,6 +43,7 @@ class PreparedConv(NamedTuple):
     grid: Any
     limits: tuple[int, int] | None
     like: Like
+    on_integers: bool = False
 
     def __call__(self, x: Tensor, *residual: Tensor | None) -> Tensor:
         """Returns codes on `grid`, or floats."""
@@ -49,13 +51,6 @@ class PreparedConv(NamedTuple):
         if self.limits is not None:
             return y.clamp_(*self.limits)
         return y if self.output is None else self.output(y)
-
-
-class PreparedLinear(NamedTuple):
-    """Holds the prepared product for rows of one shape: of what `operand` makes of them, and their scale."""
-
-    run: Callable[[Tensor, Tensor], Tensor]
-    operand: Callable[[Tensor], Tensor]
 
 
 class _Entry(NamedTuple):

@@ -14,7 +14,6 @@ from gs_algos.quant.integer.quantized_tensor import values
 from gs_algos.quant.packed.conv_base import Convolution
 from gs_algos.quant.packed.module import Packed, PackedFormat, autocast_dtype
 from gs_kernels import PackedWeight
-from gs_kernels.for_layers import prepared_qconv2d
 
 
 class PackedConv(Convolution):
@@ -78,13 +77,7 @@ class PackedConv(Convolution):
         return ready
 
     def _prepare(self, x: Tensor, activation: str, residual: torch.dtype | None) -> PreparedConv | None:
-        if not self.may_prepare_for(x) or self.refusals():
-            return None
-        like, geometry = torch.empty_like(values(x)), self.geometry_for(x)[1]
-        convolution = prepared_qconv2d(like, self.packed, self.bias, **geometry, activation=activation)
-        if convolution is None:
-            return None
-        return PreparedConv(convolution.at(x.shape, residual), values, None, None, None, self._like(x))
+        return self.prepare_floats(x, activation, residual, values) if self.may_prepare_for(x) else None
 
     def extra_repr(self) -> str:
         return f"{(self.shape[0], *self.filter)}, stride={self.geometry['stride']}, {super().extra_repr()}"

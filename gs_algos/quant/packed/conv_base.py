@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from gs_algos.quant.integer.prepared_call import PreparedConv
-from gs_algos.quant.integer.quantized_tensor import DeferredOutput, Like, QuantizedTensor, may_return_int8
+from gs_algos.quant.integer.quantized_tensor import DeferredOutput, Like, QuantizedTensor, may_return_int8, values
 from gs_algos.quant.memory_format import CHANNELS_LAST, laid, strides_in, suggested
 from gs_algos.quant.packed.module import Packed
 from gs_kernels import PackedWeight, dequantize_packed, pack_codes, qconv2d, unpack_codes
 from gs_kernels.activations import ACTIVATIONS
-from gs_kernels.for_layers import make_geometry
+from gs_kernels.for_layers import make_geometry, prepared_qconv2d
 from gs_kernels.pack.checks import FLOATS
 
 DENSE = {2: F.conv1d, 3: F.conv2d, 4: F.conv3d}  # by the axes of a filter
@@ -40,6 +40,7 @@ class Convolution(Packed):
     computed with its channels last, and copied where that is not wanted, unless a layer reads it.
     """
 
+    bias: Tensor | None
     geometry: dict[str, Any]
     filter: tuple[int, ...]
     activation = "none"  # that is computed in the same call
@@ -95,8 +96,9 @@ class Convolution(Packed):
         y = ready(input)
         if ready.grid is not None:
             return QuantizedTensor.of(y, ready.grid, ready.like)
-        as_it_lies = self.output_as_it_lies and type(y) is Tensor
-        return DeferredOutput.of(y, ready.like[1]) if as_it_lies else laid(y, ready.like[1])
+        if type(y) is QuantizedTensor:  # by its output quantizer
+            return QuantizedTensor.of(y.codes, y.quantizer, ready.like)
+        return DeferredOutput.of(y, ready.like[1]) if self.output_as_it_lies else laid(y, ready.like[1])
 
     def unprepared(self, input: Tensor) -> Tensor:
         """Computes `forward` where nothing is prepared: under tracers and gradients, and in ways that cannot be."""
@@ -115,6 +117,23 @@ class Convolution(Packed):
     def prepared_call(self, x: Tensor, activation: str, residual: torch.dtype | None = None) -> PreparedConv | None:
         """Returns the prepared call for images like x, and residuals of this dtype; None if there is none."""
         raise AssertionError("every convolution prepares calls")
+
+    def prepare_floats(
+        self,
+        x: Tensor,
+        activation: str,
+        residual: torch.dtype | None,
+        operand: Callable[[Tensor], Tensor],
+        output: Callable[[Tensor], Tensor] | None = None,
+    ) -> PreparedConv | None:
+        """Prepares `act(conv(x) + residual)` on the floats that `operand` makes of images like x."""
+        if self.refusals():
+            return None
+        image, geometry = torch.empty_like(values(x)), self.geometry_for(x)[1]
+        convolution = prepared_qconv2d(image, self.packed, self.bias, **geometry, activation=activation)
+        if convolution is None:
+            return None
+        return PreparedConv(convolution.at(x.shape, residual), operand, output, None, None, self._like(x))
 
     @property
     def may_prepare(self) -> bool:

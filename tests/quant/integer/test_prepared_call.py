@@ -29,9 +29,9 @@ def packed_conv() -> Any:
     return layer
 
 
-def converted() -> Any:
+def converted(**options: Any) -> Any:
     torch.manual_seed(0)
-    algo = SimQAT()
+    algo = SimQAT(**options)
     net = algo.apply(nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)), X)
     net(X)
     return algo.convert(net.eval(), X)
@@ -89,6 +89,17 @@ def test_a_converted_layer_follows_the_grid_of_its_input(site: str):
     before = net(X)
     grid = net.get_submodule(site).input_quantizer
     grid.scale.mul_(0.5)
+    after, anew = net(X), copy.deepcopy(net)(X)
+    assert torch.equal(after, anew) and not torch.equal(before, after)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("site", ["0", "3"])
+@pytest.mark.parametrize("name", ["scale", "bias"])
+def test_a_converted_layer_that_multiplies_floats_follows_its_tensors(site: str, name: str):
+    net = converted(act=None)
+    before = net(X)
+    net.get_submodule(site)._buffers[name].mul_(2)
     after, anew = net(X), copy.deepcopy(net)(X)
     assert torch.equal(after, anew) and not torch.equal(before, after)
 
