@@ -28,6 +28,7 @@ from gs_algos.ptq.hessian import objective
 from gs_algos.ptq.journal import Journal, Solved, from_bytes, to_bytes
 from gs_algos.ptq.layers import Rounded, Task, floating, install
 from gs_algos.ptq.processes import Processes
+from gs_algos.ptq.replay import Replay
 from gs_algos.ptq.report import BlockErrors, BlockReport, LayerReport, PTQReport
 from gs_algos.ptq.rounding import START, TUNED
 from gs_algos.ptq.rounding.tuned import fraction_of
@@ -123,11 +124,14 @@ class BlockLoop:
             floats = self._float_pass(streams, block, stages, layers, bool(tuned))
         if streams.whole:
             self._round_embeddings()
-        done = self._done(index)
+        done, replay = self._done(index), self._replay(streams, block)
         if done is None:
             solved: dict[str, Solved] = {}
             for stage in stages:
-                solved |= self._round_stage(streams, block, stage, {s: tasks[s] for s in stage.sites}, floats, solved)
+                chosen = {site: tasks[site] for site in stage.sites}
+                solved |= self._round_stage(streams, block, stage, chosen, floats, solved, replay)
+            if tuned:
+                replay.clear()
             for rounding in tuned:
                 chosen = {site: task for site, task in tasks.items() if task.rounding == rounding}
                 solved |= self._tune(streams, index, block, chosen, solved, floats, TUNING / len(tuned))
@@ -136,7 +140,7 @@ class BlockLoop:
             self._install(done)
         for tensor in floats.kept():
             streams.store.drop(tensor)
-        self._advance(streams, block)
+        self._advance(streams, block, replay)
         self.advance(1 - TUNING if tuned and done is None else 1)
 
     def _float_pass(
@@ -209,13 +213,15 @@ class BlockLoop:
         tasks: Mapping[str, Task],
         floats: _Floats,
         before: Mapping[str, Solved],
+        replay: Replay,
     ) -> dict[str, Solved]:
         """Returns what was found for the layers of the stage, and what changed of those `before` it in the block."""
         scaled = self._scale_stage(streams, block, stage, tasks, before)
         layer = tasks[stage.first].layer
         seen = _Seen(layer, *floats.of(stage), self.config.correct > 0, scaled)
         for number in range(len(self.batches)) if stage.calls else ():
-            inputs = inputs_of(streams, block, number, layer, stage.calls, stage.route)
+            with replay.running(number):
+                inputs = inputs_of(streams, block, number, layer, stage.calls, stage.route)
             seen.update(number, *inputs, self.masks[number], number in self.held_out)
         if self.processes.several:
             seen.sum_over(self.processes)
@@ -271,11 +277,11 @@ class BlockLoop:
         with ActivationStore(self.config.budget) as store:
             streams = Streams(self.model, self.batches, whole, store, False, self.who)
             layers = {site: task.layer for site, task in tasks.items()}
+            replay = self._replay(streams, whole[0])
             solved: dict[str, Solved] = {}
             for stage in self._stages(streams, whole[0], layers):
-                solved |= self._round_stage(
-                    streams, whole[0], stage, {s: tasks[s] for s in stage.sites}, _Floats(), solved
-                )
+                chosen = {site: tasks[site] for site in stage.sites}
+                solved |= self._round_stage(streams, whole[0], stage, chosen, _Floats(), solved, replay)
         self.journal.write(index, {site: replace(one, fraction=None) for site, one in solved.items()})
 
     def _solve(self, tasks: Mapping[str, Task], seen: _Seen, scaled: Scaled) -> dict[str, Solved]:
@@ -373,13 +379,20 @@ class BlockLoop:
             install(task.layers, Solved(grid, codes, None, LayerReport(task.site, str(task.scheme), 0, 1.0, None)))
         return bool(embeddings)
 
-    def _advance(self, streams: Streams, block: Block) -> None:
+    def _replay(self, streams: Streams, block: Block) -> Replay:
+        """Returns what repeats outputs in the passes of a block: nothing where transforms change rounded layers."""
+        layers = [layer for task in self.tasks.values() for layer in task.layers] if not self.transforms else []
+        return Replay(self.model, block, layers, streams.store)
+
+    def _advance(self, streams: Streams, block: Block, replay: Replay) -> None:
         """Moves the quantized stream behind the block, and measures how far it is from the float one there."""
         if streams.whole:
             return
         errors = BlockErrors()
         for number in range(len(self.batches)):
-            output = streams.run_block(block, number, streams.quantized)
+            with replay.running(number):
+                output = streams.run_block(block, number, streams.quantized)
+            replay.forget(number)
             assert output is not None
             if not bool(output.isfinite().all()):
                 raise ValueError(f"{self.who}: what {block.name} returns must be finite, got NaN or Inf")

@@ -1,0 +1,144 @@
+"""Repeats what modules returned in an earlier pass of a block, where all that it comes from is rounded already.
+
+Each stage is reached by running the block from its start. What was computed before the first layer that is still to be
+rounded stays the same to the last bit, so attention need not run again for the layers behind it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from gs_algos.core.modules import swapped_class
+from gs_algos.ptq.blocks import Block
+from gs_algos.ptq.layers import Rounded
+from gs_algos.ptq.streams import ActivationStore
+from gs_kernels.runtime.torch_private import tree_leaves
+
+
+class _Kept:
+    """Holds what one call of a module returned."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+        self.tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        self.versions = [tensor._version for tensor in self.tensors]
+
+    @property
+    def changed(self) -> bool:
+        """Says whether something was written into it since."""
+        return any(tensor._version != version for tensor, version in zip(self.tensors, self.versions, strict=True))
+
+
+class _Replayed(nn.Module):
+    """Returns what is kept, call by call, while there is some. Mixed in front of the module's own class."""
+
+    prefix: ClassVar[str] = "Replayed"
+    kept_outputs: Iterator[_Kept]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        kept = next(self.kept_outputs, None)
+        return super().forward(*args, **kwargs) if kept is None or kept.changed else kept.output  # type: ignore[misc]
+
+
+class Replay:
+    """Keeps what the modules of one block returned, by batch, in up to half of the store's budget.
+
+    Modules without a layer to be rounded run again, and so do those with forward hooks, which see each run.
+
+    Args:
+        layers: that are to be rounded, those of the block among them; none to keep nothing.
+    """
+
+    def __init__(self, model: nn.Module, block: Block, layers: Collection[Rounded], store: ActivationStore) -> None:
+        self.layers, self.store = layers, store
+        ours = set(map(id, layers))
+        self.modules = {
+            name: module
+            for name, module in model.named_modules()
+            if name not in block.names
+            and block.holds(name)
+            and not module._forward_hooks
+            and any(id(inner) in ours for inner in module.modules())
+        }
+        self._kept: dict[int, dict[str, list[_Kept]]] = defaultdict(dict)
+
+    @contextmanager
+    def running(self, number: int) -> Iterator[None]:
+        """Repeats what is kept of a batch while the block runs on it, and keeps what it shows more."""
+        kept = self._kept[number]
+        found: dict[str, list[_Kept]] = {}
+        clean = True
+
+        def unclean(*_: object) -> None:
+            nonlocal clean
+            clean = False
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                if clean:
+                    found.setdefault(name, []).append(_Kept(output))
+
+            return hook
+
+        with ExitStack() as stack:
+            for layer in self.layers:
+                if not layer.solved:
+                    stack.callback(layer.register_forward_pre_hook(unclean).remove)
+            for name, module in self.modules.items():
+                if name in kept:
+                    stack.enter_context(_replayed(module, kept[name]))
+                elif not _inside(name, kept):
+                    stack.callback(module.register_forward_hook(keep(name)).remove)
+            yield
+        for name, outputs in found.items():
+            if not _inside(name, found) and not any(one.changed for one in outputs):
+                self._keep(kept, name, outputs)
+
+    def _keep(self, kept: dict[str, list[_Kept]], name: str, outputs: list[_Kept]) -> None:
+        """Keeps the outputs of a module in the place of those of modules inside it, if there is room."""
+        for inner in [other for other in kept if _inside(other, [name])]:
+            self._drop(kept.pop(inner))
+        tensors = [tensor for one in outputs for tensor in one.tensors]
+        if self.store.held + sum(tensor.nbytes for tensor in tensors) <= self.store.budget // 2:
+            for tensor in tensors:
+                self.store.keep(tensor)
+            kept[name] = outputs
+
+    def forget(self, number: int) -> None:
+        """Drops what is kept of a batch."""
+        for outputs in self._kept.pop(number, {}).values():
+            self._drop(outputs)
+
+    def clear(self) -> None:
+        """Drops what is kept of all batches, since a layer changes that was rounded."""
+        for number in list(self._kept):
+            self.forget(number)
+
+    def _drop(self, outputs: list[_Kept]) -> None:
+        for one in outputs:
+            for tensor in one.tensors:
+                self.store.drop(tensor)
+
+
+def _inside(name: str, others: Collection[str]) -> bool:
+    """Says whether a module is inside one of others."""
+    return any(name.startswith(f"{other}.") for other in others)
+
+
+@contextmanager
+def _replayed(module: nn.Module, outputs: list[_Kept]) -> Iterator[None]:
+    """Lets a live module return what is kept."""
+    live: Any = module
+    before = type(live)
+    live.__class__ = swapped_class(_Replayed, before)
+    live.kept_outputs = iter(outputs)
+    try:
+        yield
+    finally:
+        live.__class__ = before
+        del live.kept_outputs
