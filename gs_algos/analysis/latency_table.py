@@ -7,44 +7,29 @@ on whole networks, for each choice: normalization that a converted layer takes o
 
 from __future__ import annotations
 
-import copy
-import json
 import random
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gs_algos.core.algorithm import Inputs, evaluating, run, split_inputs
-from gs_algos.core.batches import device_of, on_device, resized, samples_of, tensor_in
-from gs_algos.core.files import write_atomically
-from gs_algos.core.machine import PACKAGE, machine, package_version
-from gs_algos.core.modules import get_module, parameter_owners
+from gs_algos.analysis.layer_forms import FLOAT, WHO, as_run, in_forms, on_grid, parse
+from gs_algos.analysis.layer_timer import LayerTimer, TimeStore, calls_of
+from gs_algos.core.algorithm import Inputs, evaluating, split_inputs
+from gs_algos.core.batches import device_of, on_device, resized, samples_of
+from gs_algos.core.machine import machine
+from gs_algos.core.modules import get_module
 from gs_algos.core.network import network_of, ordinary_tensors, without_autocast
 from gs_algos.core.progress import progress
 from gs_algos.core.table import Table
-from gs_algos.core.timing import Timing, time_in_turns
-from gs_algos.ptq.weights import install
-from gs_algos.qat.simqat import SimQAT
-from gs_algos.quant.packed.conv_base import geometry_of
-from gs_algos.quant.packed.grid import stored_bits
-from gs_algos.quant.packed.linear import TOKEN
-from gs_algos.quant.packed.module import Packed
-from gs_algos.quant.packed.packable import CONVS, base_of, in_rows, matrix_of, packed_like, why_not
-from gs_algos.quant.packed.round_to_nearest import packable, round_to_nearest
-from gs_algos.quant.scheme import Scheme
-from gs_kernels import PackedWeight
+from gs_algos.core.timing import time_in_turns
 
-WHO = "latency_table"
-FORMAT, VERSION = "golden-stick latency table", 1
-FLOAT = "float"
 CHOICES = ("int8@channel/int8@tensor", "int8@channel", "int4@channel", "int2@channel", "int1@channel")
 POLICIES = 5  # random ones that are timed
 FEW = 4  # names that a line lists
@@ -114,7 +99,7 @@ class LatencyTable:
         known = self.layers.get(name, {})
         if choice in known:
             return choice
-        alike = [one for one in known if one != FLOAT and _as_run(one) == _as_run(choice)]
+        alike = [one for one in known if one != FLOAT and as_run(one) == as_run(choice)]
         if not alike:
             must = f"one of {', '.join(known)}" if known else "a layer of the table"
             raise ValueError(f"{WHO}: {name} must be given {must}, got {choice!r}")
@@ -123,7 +108,7 @@ class LatencyTable:
     def _counting(self, policy: Mapping[str, str], choice: str) -> int:
         """Sums the weights of layers with a choice; codes save nothing where the next layer reads floats."""
         names = list(self.layers)
-        codes = choice != FLOAT and _on_grid(choice)
+        codes = choice != FLOAT and on_grid(choice)
         return sum(
             self.weights[name]
             for name, after in zip(names, [*names[1:], None], strict=True)
@@ -205,222 +190,24 @@ def latency_table(
     """
     network = network_of(net, WHO)
     for choice in choices:
-        _parse(choice)
+        parse(choice)
     if policies < 0 or not 0 <= seconds < float("inf"):
         raise ValueError(f"{WHO}: policies and seconds must be 0 or more, got {policies} and {seconds}")
     if batch is not None and (type(batch) is not int or batch < 1):
         raise ValueError(f"{WHO}: batch must be a whole number from 1 on, got {batch!r}")
-    store = _Store(path)
+    store = TimeStore(path)
     with ordinary_tensors(), without_autocast(), evaluating(network):
         given = on_device(inputs, device_of(network))
         given = given if batch is None else resized(given, batch)
-        sites = _sites(network, given)
+        sites = calls_of(network, given)
         facts = machine(device_of(network) or "cpu")
-        timer = _LayerTimer(store, facts, dict.fromkeys((FLOAT, *choices)), seconds)
+        timer = LayerTimer(store, facts, dict.fromkeys((FLOAT, *choices)), seconds)
         for name in progress(list(sites), "timing layers"):
             timer.add(name, get_module(network, name), sites[name])
         weights = {name: sum(call.outputs for call in calls) for name, calls in sites.items()}
         missing = {name: whys for name, whys in timer.missing.items() if whys}
         table = LatencyTable(0.0, timer.layers, {}, weights, samples_of(given), missing, (), facts)
         return _with_networks(table, network, given, seconds, _random_policies(timer.layers, policies, seed))
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Describes the input of one call of a layer, and how many elements come out."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    outputs: int
-
-    def input(self) -> Tensor:
-        """Makes random values in the same strides."""
-        x = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-        return x.copy_(torch.randn(self.shape, generator=torch.Generator().manual_seed(0)))
-
-
-def _sites(net: nn.Module, inputs: Inputs) -> dict[str, list[_Call]]:
-    """Returns the calls of each linear and convolution in a forward, in the order they run."""
-    found: dict[str, list[_Call]] = defaultdict(list)
-
-    def watch(name: str) -> Any:
-        def after(layer: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
-            x = tensor_in((args, kwargs))
-            found[name].append(_Call(tuple(x.shape), x.stride(), x.dtype, x.device, y.numel()))
-
-        return after
-
-    packed = next((name for name, module in net.named_modules() if isinstance(module, Packed)), None)
-    if packed is not None:
-        raise ValueError(f"{WHO}: the network must be float, got a packed layer at {packed}; use layer_times")
-    with ExitStack() as stack:
-        for name, layer in net.named_modules():
-            if base_of(layer) not in (None, nn.Embedding):
-                stack.callback(layer.register_forward_hook(watch(name), with_kwargs=True).remove)
-        run(net, inputs, WHO)
-    owners = parameter_owners(net)
-    alone = {n: calls for n, calls in found.items() if len(owners.get(id(get_module(net, n).weight), ())) < 2}
-    if not alone:
-        raise ValueError(
-            f"{WHO}: the network must run a linear or a convolution with a weight of its own, got "
-            f"{type(net).__name__} without"
-        )
-    return alone
-
-
-def _parse(choice: str) -> tuple[Scheme, str | None]:
-    """Returns the scheme of the weight, and that of the inputs or None.
-
-    Raises:
-        ValueError: if the text is no choice.
-    """
-    if not isinstance(choice, str):
-        raise TypeError(f"{WHO}: a choice must be text such as 'int8@channel/int8@tensor', got {choice!r}")
-    weight, _, act = choice.partition("/")
-    if not act or act == TOKEN:
-        return packable(weight, who=WHO), act or None
-    return Scheme.parse(weight, "weight"), str(Scheme.parse(act, "act"))
-
-
-def _as_run(choice: str) -> tuple[Scheme, Scheme | str]:
-    """Returns a choice in the widths that its codes are stored and multiplied in, without how its ranges are found."""
-    weight, _, act = choice.partition("/")
-    scheme = Scheme.parse(weight, "weight")
-    return _plain(scheme, stored_bits(scheme)), act if act in ("", TOKEN) else _plain(Scheme.parse(act, "act"), 8)
-
-
-def _plain(scheme: Scheme, bits: int) -> Scheme:
-    form = replace(scheme.format, bits=bits, narrow=False)
-    return replace(scheme, format=form, observer="minmax", argument=None, learned=False)
-
-
-def _on_grid(choice: str) -> bool:
-    """Says whether inputs are rounded on a fixed grid, so that the layer in front can hand on codes."""
-    return _parse(choice)[1] not in (None, TOKEN)
-
-
-def _packed_weight(layer: nn.Module, scheme: Scheme, act: str | None) -> PackedWeight:
-    if act is not None and type(layer) is not nn.Linear:
-        raise ValueError(f"{act} is for linears")
-    weight: Any = layer.weight
-    return in_rows(layer, round_to_nearest(matrix_of(layer, weight.detach()), scheme))
-
-
-def _in_form(layer: nn.Module, x: Tensor, choice: str) -> nn.Module:
-    """Returns a layer in the form of a choice.
-
-    Raises:
-        ValueError, RuntimeError: if it cannot have it.
-    """
-    if choice == FLOAT:
-        return layer
-    scheme, act = _parse(choice)
-    if act in (None, TOKEN):
-        reason = why_not(layer)
-        if reason:
-            raise ValueError(reason)
-        return packed_like(layer, _packed_weight(layer, scheme, act), act)
-    algo = SimQAT(weight=scheme, act=act)
-    alone = algo.apply(nn.Sequential(copy.deepcopy(layer)), x)
-    algo.calibrate(alone, [x])
-    return algo.convert(alone, x).eval()
-
-
-class _LayerTimer:
-    """Times layers in each form.
-
-    layers: name -> choice -> ms; missing: name -> choice -> why not.
-    """
-
-    def __init__(self, store: _Store, facts: Mapping[str, Any], choices: Mapping[str, None], seconds: float) -> None:
-        self.store, self.choices, self.seconds = store, tuple(choices), seconds
-        keys = ("device", "device_name", "instructions", "threads", "torch", "triton")
-        self.facts = {**{key: facts[key] for key in keys}, "golden_stick": package_version(PACKAGE)}
-        self.layers: dict[str, dict[str, float]] = {}
-        self.missing: dict[str, dict[str, str]] = {}
-
-    def add(self, name: str, layer: nn.Module, calls: Sequence[_Call]) -> None:
-        """Adds a layer; what is neither in the store is timed, its forms in turns."""
-        sums: dict[str, float] = dict.fromkeys(self.choices, 0.0)
-        self.missing[name] = {}
-        for call in calls:
-            keys = {choice: self._key(layer, call, choice) for choice in sums if choice not in self.missing[name]}
-            self._measure(name, layer, call, {c: key for c, key in keys.items() if self.store.ms(key) is None})
-            for choice, key in keys.items():
-                sums[choice] += self.store.ms(key) or 0.0
-        self.layers[name] = {choice: ms for choice, ms in sums.items() if choice not in self.missing[name]}
-
-    def _measure(self, name: str, layer: nn.Module, call: _Call, keys: Mapping[str, str]) -> None:
-        x = call.input()
-        forms: dict[str, nn.Module] = {}
-        for choice in keys:
-            try:
-                forms[choice] = _in_form(layer, x, choice)
-            except (ValueError, RuntimeError) as error:
-                self.missing[name][choice] = str(error).splitlines()[0]
-        timings = time_in_turns([partial(form, x) for form in forms.values()], call.device, self.seconds)
-        self.store.add({keys[choice]: timing for choice, timing in zip(forms, timings, strict=True)})
-
-    def _key(self, layer: Any, call: _Call, choice: str) -> str:
-        """Returns what the time depends on, as JSON."""
-        dense = sorted(range(len(call.shape)), key=lambda axis: -call.stride[axis])
-        geometry = geometry_of(layer) if isinstance(layer, CONVS) else {}
-        weight, act = (FLOAT, None) if choice == FLOAT else _parse(choice)
-        return json.dumps(
-            {
-                **self.facts,
-                "op": str(getattr(base_of(layer), "__name__", "")),
-                "kind": type(layer).__name__,
-                "x": call.shape,
-                "outputs": call.outputs,
-                "order": dense,
-                "dtype": str(call.dtype).removeprefix("torch."),
-                "weight": tuple(layer.weight.shape),
-                "bias": getattr(layer, "bias", None) is not None,
-                **geometry,
-                "scheme": str(weight),
-                "act": act,
-            },
-            sort_keys=True,
-        )
-
-
-class _Store:
-    """Keeps times by what they depend on, in a file if there is a path."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.timings: dict[str, Timing] = {} if path is None or not path.exists() else _read(path)
-
-    def ms(self, key: str) -> float | None:
-        found = self.timings.get(key)
-        return None if found is None else found.p50
-
-    def add(self, timings: Mapping[str, Timing]) -> None:
-        """Adds times, and writes the file; what others have written meanwhile stays."""
-        if not timings:
-            return
-        others = _read(self.path) if self.path is not None and self.path.exists() else {}
-        self.timings = {**others, **self.timings, **timings}
-        if self.path is not None:
-            rows = [{**json.loads(key), "ms": vars(timing)} for key, timing in self.timings.items()]
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"format": FORMAT, "version": VERSION, "rows": rows}, indent=1)
-            write_atomically(self.path, text.encode())
-
-
-def _read(path: Path) -> dict[str, Timing]:
-    must = f"{WHO}: {path} must be a {FORMAT}, version {VERSION}"
-    try:
-        data = json.loads(path.read_text())
-        if (data["format"], data["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"{must}, got {data['format']!r}, version {data['version']}; choose another file")
-        rows = [({key: value for key, value in row.items() if key != "ms"}, row["ms"]) for row in data["rows"]]
-        return {json.dumps(key, sort_keys=True): Timing(**ms) for key, ms in rows}
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{must}, got {type(error).__name__}: {error}; choose another file") from error
 
 
 def _random_policies(layers: Mapping[str, Mapping[str, float]], count: int, seed: int) -> list[dict[str, str]]:
@@ -437,7 +224,7 @@ def _with_networks(
     floats: list[float] = []
     ratios: list[float] = []
     for policy in progress([*uniform, *policies], "timing networks"):
-        whole = _network(net, policy, inputs)
+        whole = in_forms(net, policy, inputs)
         before, after = _ms_of([net, whole], inputs, seconds)
         floats.append(before)
         ratios.append(after / before)
@@ -456,20 +243,3 @@ def _ms_of(nets: Sequence[nn.Module], inputs: Inputs, seconds: float) -> list[fl
     args, kwargs = split_inputs(inputs)
     calls = [partial(net, *args, **kwargs) for net in nets]
     return [timing.p50 for timing in time_in_turns(calls, device_of(nets[0]) or "cpu", seconds)]
-
-
-def _network(net: nn.Module, policy: Mapping[str, str], inputs: Inputs) -> nn.Module:
-    """Returns a copy of the network with each layer in the form that a policy gives it."""
-    new = copy.deepcopy(net)
-    parsed = {name: _parse(choice) for name, choice in policy.items() if choice != FLOAT}
-    static = {name: (str(w), act) for name, (w, act) in parsed.items() if _on_grid(policy[name])}
-    if static:
-        rules = [("re:.*", None), *((name, {"weight": w, "act": act}) for name, (w, act) in static.items())]
-        algo = SimQAT(rules=rules)
-        new = algo.apply(new, inputs)
-        algo.calibrate(new, [inputs])
-        new = algo.convert(new, inputs)
-    for name, (scheme, act) in parsed.items():
-        if name not in static:
-            install(new, [name], _packed_weight(get_module(new, name), scheme, act), act)
-    return new.eval()

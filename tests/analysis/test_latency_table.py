@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gs_algos.analysis import latency_table as module
+from gs_algos.analysis import layer_timer
 from gs_algos.analysis.latency_table import LatencyTable, PolicyTime, latency_table
 from tests.nets.convolutional import SmallConvNet, images, mlp
 from tests.nets.language_models import IDS, tiny_llama
@@ -34,7 +35,8 @@ def timed(monkeypatch) -> list[int]:
         counts.append(len(calls))
         return times(calls, device, seconds)
 
-    monkeypatch.setattr(module, "time_in_turns", count)
+    for place in (module, layer_timer):
+        monkeypatch.setattr(place, "time_in_turns", count)
     return counts
 
 
@@ -63,14 +65,14 @@ def test_a_file_is_gone_on_with(timed, tmp_path):
 
 
 def test_an_interrupted_run_keeps_what_was_timed(monkeypatch, tmp_path):
-    add = module._LayerTimer.add
+    add = module.LayerTimer.add
 
     def stop(self, name, *rest):
         if name == "3":
             raise KeyboardInterrupt
         add(self, name, *rest)
 
-    monkeypatch.setattr(module._LayerTimer, "add", stop)
+    monkeypatch.setattr(module.LayerTimer, "add", stop)
     with pytest.raises(KeyboardInterrupt):
         latency_table(Twins(), torch.ones(2, 16), ("int8@channel",), path=tmp_path / "times.json", **QUICK)
     assert len(json.loads((tmp_path / "times.json").read_text())["rows"]) == 2
