@@ -59,8 +59,8 @@ class Advice:
         return "\n".join([f"advice: {self.text}", *(f"  {t}" for t in (self.why, self.rules, self.verified) if t)])
 
 
-class Policies:
-    """Tries schemes of a network's weights and inputs on the samples that they are chosen on, and on others.
+class Advisor:
+    """Tries policies on the samples that advice is chosen on, and verifies what helps on others.
 
     Args:
         before: the float network.
@@ -243,17 +243,17 @@ def advise(
     if weights:
         names = {one.float_site: one.site for one in comparison.layers}
         integer = [one.float_site for one in comparison.layers if one.kind in INTEGER]
-        policies = Policies(before, chosen_on, others, who, names, integer)
+        advisor = Advisor(before, chosen_on, others, who, names, integer)
         ranges = {one.float_site: one.input_range for one in comparison.layers}
-        policies.probe.ranges |= {site: held for site in acts if (held := ranges[site]) is not None}
-        policies.probe.ranges |= {one.site: one.grid_range for one in comparison.joins}
-        policies.probe.operands |= {one.site: one.places for one in comparison.joins}
-        acts = {site: scheme for site, scheme in acts.items() if site in policies.probe.ranges}
+        advisor.probe.ranges |= {site: held for site in acts if (held := ranges[site]) is not None}
+        advisor.probe.ranges |= {one.site: one.grid_range for one in comparison.joins}
+        advisor.probe.operands |= {one.site: one.places for one in comparison.joins}
+        acts = {site: scheme for site, scheme in acts.items() if site in advisor.probe.ranges}
         policy = Policy(weights, acts, {one.site: one.act for one in comparison.joins})
-        tried = policies.raised(policy, tolerance), policies.joined(comparison.joins, policy)
+        tried = advisor.raised(policy, tolerance), advisor.joined(comparison.joins, policy)
         found += sorted((one for one in tried if one is not None), key=_predicted)
-        found += policies.observers(comparison.layers, policy)
-        found += _fresh_norms(after, policies)
+        found += advisor.observers(comparison.layers, policy)
+        found += _fresh_norms(after, advisor)
     if measured is not None and times is not None and weights:
         found += _slower(comparison, measured, *times)
     return tuple(found)
@@ -270,11 +270,11 @@ def _schemes_of(comparison: Comparison) -> tuple[dict[str, str], dict[str, str]]
     return weights, acts
 
 
-def _fresh_norms(after: nn.Module, policies: Policies) -> list[Advice]:
+def _fresh_norms(after: nn.Module, advisor: Advisor) -> list[Advice]:
     """Advises to measure the statistics of batch norms anew where that helps the compressed network."""
     if not any(isinstance(module, _BatchNorm) and module.track_running_stats for module in after.modules()):
         return []
-    start = policies.trials.compared(after)
+    start = advisor.trials.compared(after)
     other = copy.deepcopy(after).eval()
     with torch.no_grad():
         for module in other.modules():
@@ -282,11 +282,11 @@ def _fresh_norms(after: nn.Module, policies: Policies) -> list[Advice]:
                 module.reset_running_stats()
                 module.momentum = None  # the mean of all batches
                 module.train()
-        for batch in policies.chosen_on:
-            run(other, batch, policies.who)
+        for batch in advisor.chosen_on:
+            run(other, batch, advisor.who)
     other.eval()
-    now = policies.others.compared(other)
-    before = start if policies.others is policies.trials else policies.others.compared(after.eval())
+    now = advisor.others.compared(other)
+    before = start if advisor.others is advisor.trials else advisor.others.compared(after.eval())
     if not now.divergence < BETTER * before.divergence:
         return []
     return [

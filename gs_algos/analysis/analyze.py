@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gs_algos.analysis.advice import Policies, advise
+from gs_algos.analysis.advice import Advisor, advise
 from gs_algos.analysis.compare import compare
 from gs_algos.analysis.comparison import Comparison
 from gs_algos.analysis.effect import effect
@@ -66,13 +66,13 @@ def analyze(
     network = network_of(model, who)
     chosen_on, others = _split(who, network, data or [inputs], samples)
     found = sensitivity(network, chosen_on, choices, by=by, who=who)
-    policies = Policies(network, chosen_on, others, who)
+    advisor = Advisor(network, chosen_on, others, who)
     texts = [str(Scheme.parse(choice, "weight")) for choice in choices]
     fits = fitting(network, texts, who)
     advice = []
     for scheme in texts[:-1]:
         weights = {site: scheme for site, own in fits.items() if scheme in own and texts[-1] in own}
-        raised = policies.raised(Policy(weights), tolerance, texts[-1]) if weights else None
+        raised = advisor.raised(Policy(weights), tolerance, texts[-1]) if weights else None
         if raised is not None:
             advice.append(raised)
     return Report(
