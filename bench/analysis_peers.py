@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     net = _network(args.weights, data, args.epochs)
     x, y = data.normalize(data.train_x[:SEEN]), data.train_y[:SEEN]
     with tempfile.TemporaryDirectory() as folder, ordinary_tensors():
-        job = Job(net, list(zip(x.split(BATCH), y.split(BATCH), strict=True)), Path(folder))
+        job = Job(copy.deepcopy(net), list(zip(x.split(BATCH), y.split(BATCH), strict=True)), Path(folder))
         started = time.perf_counter()
         scores = tool.run(job)
         seconds = time.perf_counter() - started
