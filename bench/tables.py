@@ -297,6 +297,24 @@ def sensitivity(rows: Rows) -> str:
     )
 
 
+def analysis(rows: Rows) -> str:
+    """Makes a row for each tool that analyses layers."""
+    head = ("tool", "version", "bits", "layers with a number", "predicts the loss", "seconds", "writes")
+    lines = []
+    for (tool,), row in last([row for row in rows if row["kind"] == "analysis"], "tool").items():
+        written = (
+            f"{row['files']} file{'s' if row['files'] > 1 else ''}, {row['bytes'] / 1000:,.0f} kB"
+            if row["files"]
+            else "text on the terminal"
+        )
+        written += ", which load scripts from the network" if row["loads_from_network"] else ""
+        predicts = f"{row['correlation']:.2f}" if "correlation" in row else "-"
+        lines.append(
+            (tool, row["version"], row["bits"], row["layers"] or "-", predicts, f"{row['seconds']:.1f}", written)
+        )
+    return table(head, lines)
+
+
 def reports(rows: Rows) -> str:
     """Makes a row for each example page: what its first advice predicted, and what the packed network gave."""
     head = ("network", "quantized by", "error %", "predicted %", "measured %", "KL nats", "predicted", "measured")
@@ -355,6 +373,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "ptq": ptq,
     "reports": reports,
     "sensitivity": sensitivity,
+    "analysis": analysis,
     "ptq-peers": ptq_peers,
     "products": products,
     "ops": ops,
