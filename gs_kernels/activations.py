@@ -1,7 +1,7 @@
 """Lists the activations that products and convolutions apply to their result, by name.
 
 A new one is an entry here, a branch of `activate` in gs_kernels/triton_lib.py and, if C++ is to have it, a number in
-gs_kernels/qconv2d/cpu/direct_int8.cpp; tests compare all of them. Captured graphs, patterns and converted layers
+gs_kernels/qconv2d/cpu/int8.cpp; tests compare all of them. Captured graphs, patterns and converted layers
 recognize it by its `module` and `calls`.
 """
 
@@ -29,7 +29,7 @@ class Activation:
         in_place: y of z, written over z where that can be done without a second tensor; else as `function`.
         module: the class of torch.nn that computes it; None if there is none.
         calls: the operators of ATen that compute it; those of relu6 do so with the limits 0 and 6 alone.
-        cpp: the number it has in gs_kernels/qconv2d/cpu/direct_int8.cpp; None if that does not have it.
+        cpp: the number it has in the C++ of qconv2d_int8 and requantize; None if that does not have it.
     """
 
     function: Callable[[Tensor], Tensor]

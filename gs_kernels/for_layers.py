@@ -7,7 +7,6 @@ The public ops check every argument in each call and then do the same.
 from gs_kernels.decoder_step.cpu import DecoderLayer, decoder_step_of
 from gs_kernels.pack.derived import UnsuitableError
 from gs_kernels.qconv2d.checks import LARGEST_GROUP
-from gs_kernels.qconv2d.cpu.direct_int8 import to_codes_of
 from gs_kernels.qconv2d.cpu.int8 import Int8Convolution
 from gs_kernels.qconv2d.geometry import make_geometry
 from gs_kernels.qconv2d.op import prepared_qconv2d
@@ -18,6 +17,7 @@ from gs_kernels.qmatmul.op_int8 import prepared_qmatmul_int8
 from gs_kernels.requantize.cpu import is_dense
 from gs_kernels.requantize.grid import Grid, make_grid
 from gs_kernels.requantize.op import prepared_requantize
+from gs_kernels.requantize.passes import to_codes_of
 
 __all__ = [
     "LARGEST_GROUP",

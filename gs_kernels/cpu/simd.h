@@ -4,11 +4,15 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #define LANE_FN static inline __attribute__((always_inline))
+#define LANE_FN_OF inline __attribute__((always_inline))  // in a class
 
 namespace {
 namespace lanes {
@@ -20,6 +24,13 @@ constexpr int WIDE = 8;  // of F or I that fit the registers beside others
 constexpr int WIDE = 4;
 #endif
 
+// Products of int8 codes. pairs: 2 products of 16 bits each. short_pairs: 2 of a, unsigned, and b, signed, bytes each, in
+// 16 bits, where they must fit (AVX2 and later: LANES_HAVE_SHORTS). add_quads: 4 of bytes each, added to sums; a is
+// unsigned on x86 and signed on ARM (LANES_HAVE_QUADS).
+#ifdef __AVX2__
+#define LANES_HAVE_SHORTS
+#endif
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
 struct F { __m512 v; };
@@ -29,7 +40,11 @@ LANE_FN __mmask16 first(int64_t n) { return n >= LANES ? 0xffff : (__mmask16)((1
 LANE_FN F load(const float* p) { return {_mm512_loadu_ps(p)}; }
 LANE_FN F load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
 LANE_FN void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
-LANE_FN void store(float* p, F a, int64_t n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+// a store by a mask takes many cycles on some CPUs
+LANE_FN void store(float* p, F a, int64_t n) {
+  if (n >= LANES) return store(p, a);
+  _mm512_mask_storeu_ps(p, first(n), a.v);
+}
 LANE_FN F all(float a) { return {_mm512_set1_ps(a)}; }
 LANE_FN F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
 LANE_FN F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -43,11 +58,15 @@ LANE_FN I whole(F a) { return {_mm512_cvttps_epi32(a.v)}; }
 LANE_FN I load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 LANE_FN I load(const int32_t* p, int64_t n) { return {_mm512_maskz_loadu_epi32(first(n), p)}; }
 LANE_FN void store(int32_t* p, I a) { _mm512_storeu_si512(p, a.v); }
+LANE_FN void store(int32_t* p, I a, int64_t n) { _mm512_mask_storeu_epi32(p, first(n), a.v); }
 LANE_FN I load(const int8_t* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
 LANE_FN I load(const int8_t* p, int64_t n) { return {_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p))}; }
 LANE_FN I load(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
 LANE_FN void store(int8_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }
-LANE_FN void store(int8_t* p, I a, int64_t n) { _mm_mask_storeu_epi8(p, first(n), _mm512_cvtepi32_epi8(a.v)); }
+LANE_FN void store(int8_t* p, I a, int64_t n) {
+  if (n >= LANES) return store(p, a);
+  _mm_mask_storeu_epi8(p, first(n), _mm512_cvtepi32_epi8(a.v));
+}
 LANE_FN void store(uint16_t* p, I a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(a.v)); }
 LANE_FN I all(int32_t a) { return {_mm512_set1_epi32(a)}; }
 LANE_FN I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
@@ -60,6 +79,12 @@ LANE_FN I right(I a, int n) { return {_mm512_srli_epi32(a.v, n)}; }
 LANE_FN I pairs(I a, I b) { return {_mm512_madd_epi16(a.v, b.v)}; }
 #define LANES_LOOK_UP
 LANE_FN F look_up(F values, I at) { return {_mm512_permutexvar_ps(at.v, values.v)}; }  // by the lowest 4 bits
+LANE_FN I short_pairs(I a, I b) { return {_mm512_maddubs_epi16(a.v, b.v)}; }
+LANE_FN I add_shorts(I a, I b) { return {_mm512_add_epi16(a.v, b.v)}; }
+#ifdef __AVX512VNNI__
+LANE_FN I add_quads(I sums, I a, I b) { return {_mm512_dpbusd_epi32(sums.v, a.v, b.v)}; }
+#define LANES_HAVE_QUADS
+#endif
 LANE_FN I bits_of(F a) { return {_mm512_castps_si512(a.v)}; }
 LANE_FN float sum(F a) { return _mm512_reduce_add_ps(a.v); }
 LANE_FN F load_bf16(const uint16_t* p) {
@@ -113,6 +138,14 @@ LANE_FN I operator|(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si2
 LANE_FN I left(I x, int n) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
 LANE_FN I right(I x, int n) { return {_mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)}; }
 LANE_FN I pairs(I x, I y) { return {_mm256_madd_epi16(x.a, y.a), _mm256_madd_epi16(x.b, y.b)}; }
+LANE_FN I short_pairs(I x, I y) { return {_mm256_maddubs_epi16(x.a, y.a), _mm256_maddubs_epi16(x.b, y.b)}; }
+LANE_FN I add_shorts(I x, I y) { return {_mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b)}; }
+#ifdef __AVXVNNI__
+LANE_FN I add_quads(I sums, I x, I y) {
+  return {_mm256_dpbusd_avx_epi32(sums.a, x.a, y.a), _mm256_dpbusd_avx_epi32(sums.b, x.b, y.b)};
+}
+#define LANES_HAVE_QUADS
+#endif
 LANE_FN I bits_of(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 LANE_FN F load_bf16(const uint16_t* p) {
   const __m128i a = _mm_loadu_si128((const __m128i*)p), b = _mm_loadu_si128((const __m128i*)(p + 8));
@@ -180,7 +213,11 @@ LANE_FN I operator&(I a, I b) EACH(I, a.v[i] & b.v[i])
 LANE_FN I operator|(I a, I b) EACH(I, a.v[i] | b.v[i])
 LANE_FN I left(I a, int n) EACH(I, (i4)((u4)a.v[i] << n))
 LANE_FN I right(I a, int n) EACH(I, (i4)((u4)a.v[i] >> n))
+#ifdef __SSE2__
+LANE_FN I pairs(I a, I b) EACH(I, (i4)_mm_madd_epi16((__m128i)a.v[i], (__m128i)b.v[i]))
+#else
 LANE_FN I pairs(I a, I b) EACH(I, (a.v[i] << 16 >> 16) * (b.v[i] << 16 >> 16) + (a.v[i] >> 16) * (b.v[i] >> 16))
+#endif
 LANE_FN F load_bf16(const uint16_t* p) {
   uint32_t bits[LANES];
   for (int i = 0; i < LANES; ++i) bits[i] = (uint32_t)p[i] << 16;
@@ -192,6 +229,10 @@ LANE_FN float sum(F a) {
   const f4 four = (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]);
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
+#ifdef __ARM_FEATURE_DOTPROD
+LANE_FN I add_quads(I sums, I a, I b) EACH(I, (i4)vdotq_s32((int32x4_t)sums.v[i], (int8x16_t)a.v[i], (int8x16_t)b.v[i]))
+#define LANES_HAVE_QUADS
+#endif
 LANE_FN I bits_of(F a) { I y; std::memcpy(y.v, a.v, sizeof(y.v)); return y; }
 LANE_FN I where_nan(F a, I nan, I b) EACH(I, a.v[i] != a.v[i] ? nan.v[i] : b.v[i])
 #define LANES_BY_COPIES
@@ -217,6 +258,7 @@ LANE_FN F load(const float* p, int64_t n) { return load_first<F>(p, n); }
 LANE_FN I load(const int32_t* p, int64_t n) { return load_first<I>(p, n); }
 LANE_FN I load(const int8_t* p, int64_t n) { return load_first<I>(p, n); }
 LANE_FN void store(float* p, F a, int64_t n) { store_first(p, a, n); }
+LANE_FN void store(int32_t* p, I a, int64_t n) { store_first(p, a, n); }
 LANE_FN void store(int8_t* p, I a, int64_t n) { store_first(p, a, n); }
 #endif
 
@@ -226,6 +268,19 @@ LANE_FN I rounded_bf16(F v) {
   const I even = bits + all(0x7fff) + (right(bits, 16) & all(1));
   return where_nan(v, all(0x7fc0), right(even, 16));
 }
+
+template <int... I, class Body>
+LANE_FN void each_of(std::integer_sequence<int, I...>, const Body& body) {
+  (body(std::integral_constant<int, I>{}), ...);
+}
+
+// Calls body(0), body(1), ... body(N - 1), written out with constants: elements of an array so become registers. Bodies
+// are lambdas marked INLINE.
+template <int N, class Body>
+LANE_FN void each(const Body& body) {
+  each_of(std::make_integer_sequence<int, N>{}, body);
+}
+#define INLINE __attribute__((always_inline))
 
 // Codes of a grid: round(v * inverse + fraction) + whole part of the zero point, between two of them; the least of NaN.
 LANE_FN I codes_of(F v, F inverse, F fraction, F whole_zero, F least, F largest) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import TypeAlias
@@ -13,6 +14,9 @@ from gs_kernels.runtime.torch_op import Carried
 
 Pair: TypeAlias = int | tuple[int, int]
 Padding: TypeAlias = int | tuple[int, int] | str
+# convolves images of one shape; takes the image and, if there is a residual, it and, of codes, their scale and zero
+# point; returns `[B, O, P, Q]`, channels-last
+ConvolvesImages: TypeAlias = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,9 @@ from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.pack.schema import PACKED_WEIGHT
 from gs_kernels.qconv2d.checks import check_devices, check_operands
-from gs_kernels.qconv2d.cpu.direct_int8 import ConvolvesImages
 from gs_kernels.qconv2d.cpu.float import FloatConvolution, qconv2d_cpu
 from gs_kernels.qconv2d.dense import convolve_dense, convolve_dx, dense_dtype, empty_image
-from gs_kernels.qconv2d.geometry import GEOMETRY, ConvGeometry, Padding, Pair, make_geometry
+from gs_kernels.qconv2d.geometry import GEOMETRY, ConvGeometry, ConvolvesImages, Padding, Pair, make_geometry
 from gs_kernels.qmatmul.op import planar_refuses
 from gs_kernels.runtime.dispatch import choose, implementations
 from gs_kernels.runtime.torch_op import register, save, saved

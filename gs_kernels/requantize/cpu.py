@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gs_kernels.activations import ACTIVATIONS
-from gs_kernels.qconv2d.cpu.direct_int8 import sum_codes_of
 from gs_kernels.requantize.grid import Grid, make_grid
+from gs_kernels.requantize.passes import sum_codes_of
 from gs_kernels.runtime.inductor import call, compiled
 
 Operand: TypeAlias = tuple[Tensor, Grid]

@@ -9,12 +9,12 @@ from torch import nn
 
 from gs_algos import PackedLinear, SimQAT, quantize_weights
 from gs_kernels import pack_weight, qconv2d, qmatmul, qmatmul_int8
-from gs_kernels.qconv2d.cpu import direct_int8
+from gs_kernels.qconv2d.cpu import int8_kernel
 from gs_kernels.qmatmul.cpu import interleaved_product
 from gs_kernels.runtime.dispatch import INTERPRET
 from tests.helpers import frames
 
-if INTERPRET or interleaved_product.kernels() is None or direct_int8.kernels() is None:
+if INTERPRET or interleaved_product.kernels() is None or int8_kernel.kernels() is None:
     pytest.skip("the CPU's own way is not taken here: interpreted, or no C++ compiler", allow_module_level=True)
 
 

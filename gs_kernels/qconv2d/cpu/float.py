@@ -14,9 +14,8 @@ from torch import Tensor
 from gs_kernels.pack.derived import UnsuitableError, derived
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
-from gs_kernels.qconv2d.cpu.direct_int8 import ConvolvesImages
 from gs_kernels.qconv2d.dense import convolve_dense
-from gs_kernels.qconv2d.geometry import ConvGeometry
+from gs_kernels.qconv2d.geometry import ConvGeometry, ConvolvesImages
 from gs_kernels.qmatmul.cpu.float import computed_in, without_autocast
 
 

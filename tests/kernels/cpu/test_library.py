@@ -18,7 +18,7 @@ from gs_kernels.cpu import build, compile, library
 from gs_kernels.decoder_step import cpu as decoder_step
 from gs_kernels.gptq_block import cpu as gptq_block
 from gs_kernels.pack import rows
-from gs_kernels.qconv2d.cpu import direct_int8
+from gs_kernels.qconv2d.cpu import int8_kernel
 from gs_kernels.qmatmul.cpu import interleaved_product
 from gs_kernels.runtime import inductor, instructions
 from gs_kernels.runtime.dispatch import INTERPRET, UnsupportedError
@@ -165,7 +165,7 @@ def test_a_struct_whose_size_python_has_wrong_is_said_and_the_code_left(
 
 
 SELF_TESTS: list[tuple[Any, Callable[[Any], bool]]] = [
-    (direct_int8, direct_int8.self_test),
+    (int8_kernel, int8_kernel.self_test),
     (interleaved_product, interleaved_product.self_test),
     (rows, rows.self_test),
     (decoder_step, decoder_step.self_test),
@@ -196,7 +196,7 @@ def copy_declarations(declared: Any, found: Any) -> None:
             getattr(found, name).restype = function.restype
 
 
-@pytest.mark.parametrize("kernels", [direct_int8.kernels, interleaved_product.kernels, slb.kernels, gptq_block.kernels])
+@pytest.mark.parametrize("kernels", [int8_kernel.kernels, interleaved_product.kernels, slb.kernels, gptq_block.kernels])
 def test_every_struct_of_the_code_of_this_package_has_the_size_that_python_gives_it(kernels: Any, caplog):
     assert kernels.__wrapped__() is not None and not warnings(caplog)
 

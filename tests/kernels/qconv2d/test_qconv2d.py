@@ -9,11 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gs_kernels import code_sums, dequantize_packed, pack_weight, qconv2d, qconv2d_int8, quantize, repack
 from gs_kernels.activations import ACTIVATIONS
-from gs_kernels.qconv2d.cpu import direct_int8, int8
+from gs_kernels.qconv2d.cpu import int8
+from gs_kernels.qconv2d.cpu.int8_plain import PlainSums
+from gs_kernels.qconv2d.cpu.int8_weight import make_int8_weight
 from gs_kernels.qconv2d.geometry import ConvGeometry
 from gs_kernels.qconv2d.ref import qconv2d_int8_ref, qconv2d_ref
 from gs_kernels.qconv2d.tiles import choose_plan, depthwise_tile
-from gs_kernels.qmatmul.cpu import int8 as products
 from gs_kernels.qmatmul.tiles import Plan
 from gs_kernels.runtime.dispatch import INTERPRET
 from tests.helpers import DEVICE, relative_rms, same_bits
@@ -203,28 +204,6 @@ def test_kept_weights_give_the_same_bits_and_see_changes():
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda" or INTERPRET, reason="the ways of the CPU path")
-@pytest.mark.parametrize("images, channels, size, o", [(2, 16, 64, 16), (2, 16, 24, 128)], ids=["onednn", "columns"])
-def test_large_images_in_parts_are_exact_either_way(images, channels, size, o, monkeypatch):
-    w, x = weight(o=o, k=9 * channels, bits=8), eight_bits(images, channels, size, size)
-    about = {"kernel_size": 3, "padding": 1, "x_zero": number(-128), "activation": "relu", "residual_zero": number(3)}
-    about |= {"residual": eight_bits(images, o, size, size, seed=1), "residual_scale": number(0.02)}
-    about |= {"out_scale": number(0.03), "out_zero": number(-128)}
-    monkeypatch.setattr(int8, "COPIED", 1)  # one image at a time
-    known = int8.make_int8_weight(w)
-    direct = int8.prefers_onednn(known, w, ConvGeometry(3, 3), images * size * size)
-    assert direct == (o == 16 and int8.multiplies_int8())
-    got, wanted = (f(x, number(0.02), w, normal(o), **about) for f in (qconv2d_int8, qconv2d_int8_ref))
-    assert torch.equal(got, wanted) and wanted.float().std() > 10
-
-
-@pytest.fixture
-def without_int8(monkeypatch):
-    """A CPU that has no instructions for products of int8."""
-    monkeypatch.setattr(int8, "multiplies_int8", lambda: False)
-    monkeypatch.setattr(products, "multiplies_int8", lambda: False)
-
-
-@pytest.mark.skipif(DEVICE.type == "cuda" or INTERPRET, reason="the ways of the CPU path")
 @pytest.mark.parametrize("channels, o, bits, about", [
     (16, 24, 8, {"padding": 1, "stride": 2}),
     (16, 24, 4, {"padding": 2, "dilation": 2}),
@@ -232,28 +211,19 @@ def without_int8(monkeypatch):
     (24, 16, 8, {"padding": "same", "groups": 4}),
     (1024, 8, 8, {"padding": 1}),  # in parts: all at their largest, the sums are 2**28
 ], ids=["8 bit", "4 bit", "depthwise", "groups", "deep"])  # fmt: skip
-def test_whole_numbers_in_fp32_give_the_same_bits(channels, o, bits, about, without_int8):
+def test_without_a_library_whole_numbers_in_fp32_give_the_same_bits(channels, o, bits, about, monkeypatch):
+    monkeypatch.setattr(int8, "kernels", lambda: None)
+    monkeypatch.setattr(int8, "derived", lambda weight, kind, build: build(weight))
     k = 9 * channels // about.get("groups", 1)
     w, x = weight(o=o, k=k, bits=bits), eight_bits(2, channels, 9, 7)
     if channels == 1024:
         w = pack_weight(torch.full((o, k), 255, dtype=torch.uint8), torch.full((o, 1), 1e-6), bits=8, group_size=k)
         x = torch.full_like(x, 127)
-        known = int8.make_int8_weight(w)
-        assert len(int8.exact_chunks(known.codes, -128, ConvGeometry(3, 3))) > 1
+        assert len(PlainSums(make_int8_weight(w), ConvGeometry(3, 3), -128).parts[0]) > 1
     for zero in (None, number(-128), number(77)):
         options = {"kernel_size": 3, "x_zero": zero, **about}
         got, wanted = (f(x, number(0.02), w, normal(o), **options) for f in (qconv2d_int8, qconv2d_int8_ref))
         assert torch.equal(got, wanted)
-
-
-@pytest.mark.skipif(DEVICE.type == "cuda" or INTERPRET, reason="the ways of the CPU path")
-def test_without_a_compiler_fp32_gives_the_same_bits(without_int8, monkeypatch):
-    monkeypatch.setattr(direct_int8, "kernels", lambda: None)
-    monkeypatch.setattr(int8, "supports_epilogue", lambda *_: False)
-    w, x = weight(o=24, k=144, bits=8), eight_bits(2, 16, 9, 7)
-    about = {"kernel_size": 3, "padding": 1, "x_zero": number(-128), "out_scale": number(0.03)}
-    got, wanted = (f(x, number(0.02), w, normal(24), **about) for f in (qconv2d_int8, qconv2d_int8_ref))
-    assert torch.equal(got, wanted)
 
 
 GOOD = {"kernel_size": 3}
