@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from time import perf_counter
 from typing import Any
 
@@ -24,7 +23,6 @@ from gs_algos.core.progress import progress_bar
 from gs_algos.ptq.blocks import Block
 from gs_algos.ptq.columns import groups_of, input_rows, token_mask
 from gs_algos.ptq.config import PTQConfig
-from gs_algos.ptq.hessian import objective
 from gs_algos.ptq.journal import Journal, Solved, from_bytes, to_bytes
 from gs_algos.ptq.layers import Rounded, Task, floating, install
 from gs_algos.ptq.processes import Processes
@@ -32,7 +30,8 @@ from gs_algos.ptq.replay import Replay
 from gs_algos.ptq.report import BlockErrors, BlockReport, LayerReport, PTQReport
 from gs_algos.ptq.rounding import START, TUNED
 from gs_algos.ptq.rounding.tuned import fraction_of
-from gs_algos.ptq.routed import LENT, Route, places_of
+from gs_algos.ptq.routed import LENT, Route
+from gs_algos.ptq.seen import Floats, Seen, held_out_ratio
 from gs_algos.ptq.solve import Solution, SolveOptions, solve
 from gs_algos.ptq.stages import Stage, all_inputs, find_stages, inputs_of, unrouted_input
 from gs_algos.ptq.statistics import InputStatistics
@@ -40,7 +39,6 @@ from gs_algos.ptq.streams import ActivationStore, Streams
 from gs_algos.ptq.transforms import stage_transforms
 from gs_algos.ptq.transforms.stage import NOT_SCALED, Scaled, StageScaler
 from gs_algos.ptq.tune import BlockTuner
-from gs_algos.quant.packed.grid import grid_of
 from gs_algos.quant.packed.packable import matrix_of
 
 logger = logging.getLogger(__name__)
@@ -145,12 +143,12 @@ class BlockLoop:
 
     def _float_pass(
         self, streams: Streams, block: Block, stages: Sequence[Stage], layers: Mapping[str, Rounded], tuned: bool
-    ) -> _Floats:
+    ) -> Floats:
         """Moves the float stream on; returns what the first layer of every stage saw of each batch.
 
         tuned: whether what goes into the block and comes out of it is to be kept, too.
         """
-        seen = _Floats()
+        seen = Floats()
         if not self.floats:
             return seen
         for number in range(len(self.batches)):
@@ -175,7 +173,7 @@ class BlockLoop:
         block: Block,
         tasks: Mapping[str, Task],
         solved: Mapping[str, Solved],
-        floats: _Floats,
+        floats: Floats,
         share: float,
     ) -> dict[str, Solved]:
         """Tunes the layers of the block that have one rounding, and installs what was found.
@@ -211,14 +209,14 @@ class BlockLoop:
         block: Block,
         stage: Stage,
         tasks: Mapping[str, Task],
-        floats: _Floats,
+        floats: Floats,
         before: Mapping[str, Solved],
         replay: Replay,
     ) -> dict[str, Solved]:
         """Returns what was found for the layers of the stage, and what changed of those `before` it in the block."""
         scaled = self._scale_stage(streams, block, stage, tasks, before)
         layer = tasks[stage.first].layer
-        seen = _Seen(layer, *floats.of(stage), self.config.correct > 0, scaled)
+        seen = Seen(layer, *floats.of(stage), self.config.correct > 0, scaled)
         for number in range(len(self.batches)) if stage.calls else ():
             with replay.running(number):
                 inputs = inputs_of(streams, block, number, layer, stage.calls, stage.route)
@@ -281,10 +279,10 @@ class BlockLoop:
             solved: dict[str, Solved] = {}
             for stage in self._stages(streams, whole[0], layers):
                 chosen = {site: tasks[site] for site in stage.sites}
-                solved |= self._round_stage(streams, whole[0], stage, chosen, _Floats(), solved, replay)
+                solved |= self._round_stage(streams, whole[0], stage, chosen, Floats(), solved, replay)
         self.journal.write(index, {site: replace(one, fraction=None) for site, one in solved.items()})
 
-    def _solve(self, tasks: Mapping[str, Task], seen: _Seen, scaled: Scaled) -> dict[str, Solved]:
+    def _solve(self, tasks: Mapping[str, Task], seen: Seen, scaled: Scaled) -> dict[str, Solved]:
         """Finds the codes of the layers of one stage and installs them."""
         seen.statistics.check(f"{self.who}: {next(iter(tasks))}")  # in every process, so that none waits for another
         solved = {}
@@ -359,7 +357,7 @@ class BlockLoop:
                 stages[one["sites"][0]] = Stage(tuple(one["sites"]), one["calls"], route)
         return list(stages.values())
 
-    def _bias(self, layer: Any, weight: Tensor, solution: Solution, seen: _Seen) -> Tensor | None:
+    def _bias(self, layer: Any, weight: Tensor, solution: Solution, seen: Seen) -> Tensor | None:
         """Returns the bias `[N]` that gives the outputs their float mean; None if there is none to move."""
         bias = getattr(layer, "bias", None)
         if not self.config.bias or bias is None or not seen.float_rows:
@@ -401,108 +399,3 @@ class BlockLoop:
             streams.advance(number, output, floats=False)
         if errors.count:
             self.reports.append(errors.report(block.name))
-
-
-@dataclass
-class _Floats:
-    """Holds what the float network showed of one block.
-
-    Args:
-        inputs: of the first layer of every stage: of each batch, call by call.
-        places: which rows of its route's source these are; empty without one.
-        block_inputs, outputs: of each batch, if the block is to be tuned; no inputs of the whole network.
-    """
-
-    inputs: dict[str, list[list[Tensor]]] = field(default_factory=lambda: defaultdict(list))
-    places: dict[str, list[list[Tensor]]] = field(default_factory=lambda: defaultdict(list))
-    block_inputs: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-
-    def of(self, stage: Stage) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-        """Returns inputs and places of a stage; nothing where there is no float stream."""
-        return self.inputs[stage.first], self.places[stage.first]
-
-    def kept(self) -> Iterator[Tensor]:
-        """Yields what was given to the store."""
-        yield from (tensor for batches in self.inputs.values() for batch in batches for tensor in batch)
-        yield from self.block_inputs
-        yield from self.outputs
-
-
-class _Seen:
-    """Gathers what the layers of one stage see: statistics of most batches, and of those held out.
-
-    Args:
-        floats, places: what `_Floats` holds of the stage.
-        scaled: what transforms did to the input. It is not in the floats.
-    """
-
-    def __init__(
-        self, layer: Rounded, floats: list[list[Tensor]], places: list[list[Tensor]], cross: bool, scaled: Scaled
-    ) -> None:
-        self.layer, self.floats, self.places, self.scaled = layer, floats, places, scaled
-        groups = groups_of(layer)
-        columns = matrix_of(layer, layer.float_weight).shape[1]
-        device = layer.float_weight.device
-        self.statistics = InputStatistics(columns, groups, cross=cross and bool(floats), device=device)
-        self.held = InputStatistics(columns, groups, device=device)
-        self.float_sum = torch.zeros(groups, columns, dtype=torch.float64, device=device)
-        self.float_rows = 0
-
-    def update(
-        self, number: int, inputs: Sequence[Tensor], places: Sequence[Tensor], mask: Tensor | None, held_out: bool
-    ) -> None:
-        """Adds what one batch showed the layer, call by call.
-
-        places: which tokens the rows of each call are, if only some of them come to the layer; else empty.
-        """
-        for call, x in enumerate(inputs):
-            place = places[call] if places else None
-            rows = input_rows(self.layer, self.layer.seen(x), mask)
-            floats = None if held_out else self._floats(number, call, mask, rows, place)
-            if place is not None and mask is not None:
-                counted = mask.flatten()[place]
-                rows, floats = rows[counted], None if floats is None else floats[counted]
-            if held_out:
-                self.held.update(rows)
-                continue
-            self.statistics.update(rows, floats if self.statistics.cross is not None else None)
-            if floats is not None:
-                floats = floats if floats.dim() == 3 else floats.unsqueeze(0)
-                self.float_sum += floats.sum(1, dtype=torch.float64)
-                self.float_rows += floats.shape[1]
-
-    def _floats(self, number: int, call: int, mask: Tensor | None, rows: Tensor, place: Tensor | None) -> Tensor | None:
-        """Returns the rows of the float network, in the scale of these rows; None if there is no float stream.
-
-        A token that a router sent elsewhere there counts as its own float.
-        """
-        if not self.floats:
-            return None
-        floats = self.floats[number]
-        if call >= len(floats):
-            return rows
-        found = input_rows(self.layer, floats[call], mask)
-        found = found if self.scaled.scale is None else found / self.scaled.scale
-        found = found if self.scaled.shift is None else found - self.scaled.shift
-        if place is None:
-            return found if found.shape == rows.shape else rows
-        at = places_of(place, self.places[number][call])
-        return torch.where((at >= 0).unsqueeze(1), found[at], rows)
-
-    def sum_over(self, processes: Processes) -> None:
-        """Adds what the other processes saw."""
-        for statistics in (self.statistics, self.held):
-            statistics.all_reduce(processes.group)
-        rows = torch.tensor([self.float_rows], device=self.float_sum.device)
-        processes.add(self.float_sum)
-        processes.add(rows)
-        self.float_rows = int(rows)
-
-
-def held_out_ratio(weight: Tensor, solution: Solution, held: InputStatistics, positive: bool) -> float:
-    """Returns the objective of a solution over that of rounding to nearest, on rows that no statistic holds."""
-    nearest = grid_of(weight, solution.grid.scheme, weight.dtype, positive=positive)
-    rounded = solution.grid.values(solution.codes), nearest.values(nearest.codes(weight))
-    ours, theirs = (objective(values - solution.target, held.gram) for values in rounded)
-    return ours / theirs if theirs > 0 else 1.0

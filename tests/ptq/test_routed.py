@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from gs_algos import PTQ
-from gs_algos.ptq.block_loop import _Seen
 from gs_algos.ptq.blocks import Block as Named
 from gs_algos.ptq.blocks import recorded
 from gs_algos.ptq.routed import Route, find_routes, places_of, row_keys
+from gs_algos.ptq.seen import Seen
 from gs_algos.ptq.transforms.stage import Scaled
 from tests.ptq.test_ptq import calibrated
 
@@ -132,7 +132,7 @@ def test_a_token_that_the_float_network_sends_elsewhere_is_its_own_float():
     algo = PTQ(weight="int4@group:8")
     layer = algo.apply(net(), batches()[0]).blocks[0].moe.experts[0].gate
     rows, floats = data[0][:3], torch.randn(3, WIDTH)
-    seen = _Seen(layer, [[floats]], [[torch.tensor([7, 2, 5])]], True, Scaled())
+    seen = Seen(layer, [[floats]], [[torch.tensor([7, 2, 5])]], True, Scaled())
     seen.update(0, [rows], [torch.tensor([2, 4, 5])], None, False)
     want = torch.stack([floats[1], rows[1], floats[2]])  # tokens 2 and 5 came in both
     torch.testing.assert_close(seen.statistics.cross[0], (want - rows).t() @ rows)

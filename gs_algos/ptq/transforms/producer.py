@@ -50,11 +50,18 @@ def divide_output(module: nn.Module, scale: Tensor, offset: float = 0.0) -> None
             bias.copy_(bias.float() / scale)
 
 
-def multiply_input(layer: Rounded, scale: Tensor) -> None:
+def multiply_input(layer: nn.Module, scale: Tensor) -> None:
     """Changes the float weight `[N, K]` of a linear to `W * scale`."""
+    weight: Any = layer._parameters["weight"]
     with torch.no_grad():
-        rows = matrix_of(layer, layer.float_weight)
+        rows = matrix_of(layer, weight)
         rows.copy_(rows.float() * scale)
+
+
+def probe_scale(columns: int, device: torch.device) -> Tensor:
+    """Returns powers of two `[columns]`, far from 1 on both sides, that tell whether a scale is taken back."""
+    up = torch.randint(0, 2, (columns,), generator=torch.Generator().manual_seed(0)).to(device)
+    return torch.where(up == 1, PROBE, 1 / PROBE)
 
 
 def shift_output(module: nn.Module, sinks: Iterable[Rounded], shift: Tensor) -> None:
@@ -154,8 +161,7 @@ def _holds(
     """Says whether the block's output stays the same when the producer divides and the sinks multiply."""
     layer = next(iter(sinks.values()))
     columns = matrix_of(layer, layer.float_weight).shape[1]
-    up = torch.randint(0, 2, (columns,), generator=torch.Generator().manual_seed(0)).to(layer.float_weight.device)
-    scale = torch.where(up == 1, PROBE, 1 / PROBE)
+    scale = probe_scale(columns, layer.float_weight.device)
     with restored([module, *sinks.values()]), float_network():
         divide_output(module, scale, producer.offset)
         for sink in sinks.values():

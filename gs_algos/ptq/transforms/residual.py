@@ -19,11 +19,12 @@ from gs_algos.ptq.blocks import Call, first_tensor, recorded
 from gs_algos.ptq.streams import without_cache
 from gs_algos.ptq.transforms.producer import (
     OFFSETS,
-    PROBE,
     divide_output,
     has_outputs,
     is_leaf,
     is_norm,
+    multiply_input,
+    probe_scale,
     restored,
     shared_parameters,
 )
@@ -226,15 +227,13 @@ def _is_read_by(model: nn.Module, example_inputs: Inputs, norm: ResidualNorm, li
     """Says whether all that reads a norm are these linears: if it divides and they multiply, outputs stay the same."""
     module, readers = model.get_submodule(norm.name), [model.get_submodule(name) for name in linears]
     gain: Any = module._parameters["weight"]
-    up = torch.randint(0, 2, gain.shape, generator=torch.Generator().manual_seed(0)).to(gain.device)
-    scale = torch.where(up == 1, PROBE, 1 / PROBE)
+    scale = probe_scale(len(gain), gain.device)
     with torch.no_grad(), evaluating(model), without_cache(model):
         want = first_tensor(run(model, example_inputs, who))
         with restored([module, *readers]):
             divide_output(module, scale, norm.offset)
             for layer in readers:
-                rows = _weight_of(layer)
-                rows.copy_(rows.float() * scale)
+                multiply_input(layer, scale)
             got = first_tensor(run(model, example_inputs, who))
     return want is not None and got is not None and _agree(got, want)
 
