@@ -1,167 +1,173 @@
 // y = x W^T of bf16 rows x with a row-interleaved weight (interleaved.py), by AVX-512's dot products of bf16 pairs.
 //
-// A thread takes PANEL blocks of 16 rows of the weight at a time. It dequantizes a stretch of K, in fp32 and rounded
-// once to bf16, into a panel that stays in its cache: pairs of neighbours along K, a row to a 32-bit lane. Tiles of up
-// to TILE rows of x then run over the panel, with their fp32 sums in registers.
+// Codes less half their range are whole numbers that bf16 holds exactly, so nothing but the result is rounded: a table
+// gives a pair of them, a row of the weight to a 32-bit lane, which is multiplied with up to TILE rows of x while it is in a
+// register. Scales, and zero points times sums of x, follow in fp32 behind each group.
 #if defined(__x86_64__)
 #include <immintrin.h>
+
 #include <algorithm>
-#include <cstdint>
+#include <cstring>
 #include <vector>
 
+#include "interleaved_product.h"
 #include "parallel.h"
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512vbmi")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 #define INLINE TARGET inline __attribute__((always_inline))
 
 namespace {
 
 constexpr int LANES = 16, STEP = 8, PAIRS = STEP / 2;
-constexpr int PANEL = 2;        // blocks of 16 rows
-constexpr int TILE = 12;        // rows of x: their sums with a panel fill 24 of 32 registers
-constexpr int STRETCH = 128;    // steps of K in a panel: 64 KB
-constexpr int SHORT = 32;       // the same for a single tile, which reads a panel once: 16 KB
-constexpr int64_t CHUNK = 512;  // rows of x of which a stretch stays in the cache: 1 MB
+constexpr int TILE = 16;  // rows of x: their sums fill half of the registers
 
-struct Weight {
-  const uint8_t* codes;  // [B, G, S, bits * 16]
-  const float* grid;     // [B, G, 32]
-  int64_t blocks, groups, steps;
+// Rows of x, of which tiles lie together: the pairs of one tile at pairs `[K / 2][rows]`, then those of the next.
+struct Rows {
+  std::vector<int32_t> pairs;
+  std::vector<float> sums;  // of each group, in the same order: [groups][rows]
+  int64_t m, tiles;
+
+  int64_t first(int64_t tile) const { return tile * m / tiles; }
 };
 
-// The codes of 8 rows, from row `half * 8`, at two neighbours along K: row l in dwords 2l and 2l + 1.
-// `low`: the bit of a step at which the first one begins.
+TARGET float sum_of(const uint16_t* x, int64_t n) {
+  __m512 sums = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; i += LANES) {
+    const __mmask16 mask = n - i >= LANES ? 0xffff : (1u << (n - i)) - 1;
+    const __m512i halves = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x + i));
+    sums = _mm512_add_ps(sums, _mm512_castsi512_ps(_mm512_slli_epi32(halves, 16)));
+  }
+  return _mm512_reduce_add_ps(sums);
+}
+
+Rows tiled(const Product& p, const uint16_t* x, int64_t m, int threads) {
+  const int64_t size = p.w.steps * STEP, k = p.w.groups * size, width = k / (p.k / p.group);
+  Rows rows{std::vector<int32_t>(m * k / 2), std::vector<float>(m * p.w.groups), m, (m + TILE - 1) / TILE};
+  parallel_for(threads, rows.tiles, [&](int64_t t) {
+    const int64_t first = rows.first(t), count = rows.first(t + 1) - first;
+    std::vector<uint16_t> padded(k == p.k ? 0 : k);
+    for (int64_t row = 0; row < count; ++row) {
+      const uint16_t* near = x + (first + row) * p.k;
+      if (k != p.k) {
+        for (int64_t g = 0; g * p.group < p.k; ++g) std::copy_n(near + g * p.group, p.group, padded.data() + g * width);
+        near = padded.data();
+      }
+      int32_t* pairs = rows.pairs.data() + first * k / 2 + row;
+      for (int64_t i = 0; i < k / 2; ++i) std::memcpy(pairs + i * count, near + 2 * i, sizeof(*pairs));
+      float* sums = rows.sums.data() + first * p.w.groups + row;
+      for (int64_t g = 0; g < p.w.groups; ++g) sums[g * count] = sum_of(near + g * size, size);
+    }
+  });
+  return rows;
+}
+
+// Pair i of a step.
 template <int BITS>
-INLINE __m512 unpack(const uint8_t* codes, int low, int half) {
-  alignas(64) uint8_t at[64] = {};
+INLINE __m512bh weights(const uint8_t* codes, int i, __m512i table) {
   if (BITS == 8) {
-    for (int l = 0; l < 8; ++l) at[8 * l] = 8 * half + l, at[8 * l + 4] = LANES + 8 * half + l;
-    const __m512i bytes = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(codes + low / 8 * LANES)));
-    return _mm512_cvtepi32_ps(_mm512_maskz_permutexvar_epi8(0x1111111111111111, _mm512_load_si512(at), bytes));
+    __m512i f[2];
+    for (int j = 0; j < 2; ++j) {
+      const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + (2 * i + j) * LANES)));
+      f[j] = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_sub_epi32(byte, _mm512_set1_epi32(128))));
+    }
+    return (__m512bh)_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(f[0], 16), f[1]);
   }
-  alignas(64) float values[16];
-  for (int i = 0; i < 16; ++i) values[i] = i % (1 << BITS);
-  for (int l = 0; l < 8; ++l) at[8 * l] = 8 * l + low % 8, at[8 * l + 4] = 8 * l + (low + BITS) % 8;
-  int64_t bytes;
-  __builtin_memcpy(&bytes, codes + low / 8 * LANES + 8 * half, 8);
-  const __m512i code = _mm512_multishift_epi64_epi8(_mm512_load_si512(at), _mm512_set1_epi64(bytes));
-  return _mm512_permutexvar_ps(code, _mm512_load_ps(values));  // which reads the lowest 4 bits
+  constexpr int PER = 4 / (BITS == 8 ? 4 : BITS);  // pairs in a byte
+  __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i / PER * LANES)));
+  if (i % PER) byte = _mm512_srli_epi32(byte, i % PER * 2 * BITS);
+  const __m512i both = _mm512_or_si512(byte, _mm512_slli_epi32(byte, 16 - BITS));  // a code to the low bits of each half
+  return (__m512bh)_mm512_permutexvar_epi16(both, table);                          // which reads the lowest 5
 }
 
-INLINE __m512 twice(__m512 v, int first) {
-  alignas(64) int32_t at[16];
-  for (int i = 0; i < 16; ++i) at[i] = first + i / 2;
-  return _mm512_permutexvar_ps(_mm512_load_si512(at), v);
-}
-
-// Fills panel[steps][PAIRS][stride][32] with one block of the weight, from step `first`.
 template <int BITS>
-TARGET void dequantize(const Weight& w, int64_t block, int64_t first, int64_t steps, int64_t stride, __m512i* panel) {
-  const uint8_t* codes = w.codes + (block * w.groups * w.steps + first) * BITS * LANES;
-  for (int64_t s = 0; s < steps;) {
-    const int64_t group = (first + s) / w.steps;
-    const int64_t until = std::min(steps, (group + 1) * w.steps - first);
-    const float* grid = w.grid + (block * w.groups + group) * 2 * LANES;
-    const __m512 scale = _mm512_loadu_ps(grid), zero = _mm512_loadu_ps(grid + LANES);
-    const __m512 scales[2] = {twice(scale, 0), twice(scale, 8)}, zeros[2] = {twice(zero, 0), twice(zero, 8)};
-    for (; s < until; ++s, codes += BITS * LANES)
-#pragma GCC unroll 4
-      for (int p = 0; p < PAIRS; ++p) {
-        __m512 real[2];
-        for (int half = 0; half < 2; ++half) {
-          const __m512 code = unpack<BITS>(codes, 2 * p * BITS, half);
-          real[half] = _mm512_mul_ps(_mm512_sub_ps(code, zeros[half]), scales[half]);
-        }
-        panel[(s * PAIRS + p) * stride] = (__m512i)_mm512_cvtne2ps_pbh(real[1], real[0]);
-      }
+INLINE __m512i table_of() {
+  alignas(64) uint16_t values[32];
+  for (int i = 0; i < 32; ++i) {
+    const float value = i % (1 << BITS) - (1 << (BITS - 1));
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    values[i] = bits >> 16;
+  }
+  return _mm512_load_si512(values);
+}
+
+// Writes a row's sums with one block, and the bias, if any.
+INLINE void finish(const Product& p, __m512 sums, const void* bias, int64_t block, void* y, int64_t row) {
+  const int64_t first = block * LANES, at = row * p.n + first, rest = p.n - first;
+  const __mmask16 mask = rest >= LANES ? 0xffff : (1u << rest) - 1;
+  if (bias && p.bias_bf16) {
+    const __m256i halves = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(bias) + first);
+    sums = _mm512_add_ps(sums, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)));
+  } else if (bias) {
+    sums = _mm512_add_ps(sums, _mm512_maskz_loadu_ps(mask, static_cast<const float*>(bias) + first));
+  }
+  if (p.y_bf16) {
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(y) + at, mask, (__m256i)_mm512_cvtneps_pbh(sums));
+  } else {
+    _mm512_mask_storeu_ps(static_cast<float*>(y) + at, mask, sums);
   }
 }
 
-// Adds ROWS rows of x times a panel to y, or sets it to them at the `start`; k, n: from row to row of x and y.
-template <int ROWS, int BLOCKS>
-TARGET void multiply(const uint16_t* x, int64_t k, const __m512i* panel, int64_t pairs, float* y, int64_t n,
-                     bool start) {
-  __m512 acc[ROWS][BLOCKS];
+// One tile of M rows, from row `first`, times one block of the weight.
+template <int BITS, int M>
+TARGET void multiply(
+    const Product& p, const int32_t* x, const float* x_sums, int64_t block, const void* bias, void* y, int64_t first) {
+  const Weight& w = p.w;
+  const uint8_t* codes = w.codes + block * w.groups * w.steps * BITS * LANES;
+  const __m512i table = table_of<BITS>();
+  __m512 total[M];
+  for (int m = 0; m < M; ++m) total[m] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < w.groups; ++g, x_sums += M) {
+    __m512 acc[M];
 #pragma GCC unroll 16
-  for (int m = 0; m < ROWS; ++m)
+    for (int m = 0; m < M; ++m) acc[m] = _mm512_setzero_ps();
+    for (int64_t s = 0; s < w.steps; ++s, codes += BITS * LANES)
 #pragma GCC unroll 4
-    for (int b = 0; b < BLOCKS; ++b) acc[m][b] = start ? _mm512_setzero_ps() : _mm512_loadu_ps(y + m * n + b * LANES);
-  for (int64_t p = 0; p < pairs; ++p) {
-    __m512bh w[BLOCKS];
-#pragma GCC unroll 4
-    for (int b = 0; b < BLOCKS; ++b) w[b] = (__m512bh)panel[p * BLOCKS + b];
+      for (int i = 0; i < PAIRS; ++i, x += M) {
+        const __m512bh pair = weights<BITS>(codes, i, table);
 #pragma GCC unroll 16
-    for (int m = 0; m < ROWS; ++m) {
-      int32_t pair;
-      __builtin_memcpy(&pair, x + m * k + 2 * p, sizeof(pair));
-      const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 4
-      for (int b = 0; b < BLOCKS; ++b) acc[m][b] = _mm512_dpbf16_ps(acc[m][b], w[b], both);
+        for (int m = 0; m < M; ++m) acc[m] = _mm512_dpbf16_ps(acc[m], pair, (__m512bh)_mm512_set1_epi32(x[m]));
+      }
+    const float* grid = w.grid + (block * w.groups + g) * 2 * LANES;
+    const __m512 scale = _mm512_loadu_ps(grid);
+    const __m512 zero = _mm512_sub_ps(_mm512_loadu_ps(grid + LANES), _mm512_set1_ps(1 << (BITS - 1)));
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const __m512 sum = _mm512_fnmadd_ps(zero, _mm512_set1_ps(x_sums[m]), acc[m]);
+      total[m] = _mm512_fmadd_ps(sum, scale, total[m]);
     }
   }
-#pragma GCC unroll 16
-  for (int m = 0; m < ROWS; ++m)
-#pragma GCC unroll 4
-    for (int b = 0; b < BLOCKS; ++b) _mm512_storeu_ps(y + m * n + b * LANES, acc[m][b]);
+  for (int m = 0; m < M; ++m) finish(p, total[m], bias, block, y, first + m);
 }
 
-using Multiply = void (*)(const uint16_t*, int64_t, const __m512i*, int64_t, float*, int64_t, bool);
-
-template <int BLOCKS>
-constexpr Multiply MULTIPLY[TILE + 1] = {
-    nullptr,             multiply<1, BLOCKS>, multiply<2, BLOCKS>,  multiply<3, BLOCKS>,  multiply<4, BLOCKS>,
-    multiply<5, BLOCKS>, multiply<6, BLOCKS>, multiply<7, BLOCKS>,  multiply<8, BLOCKS>,  multiply<9, BLOCKS>,
-    multiply<10, BLOCKS>, multiply<11, BLOCKS>, multiply<12, BLOCKS>};
-
-// A stretch of m rows x, `apart` elements from row to row, times that of BLOCKS blocks of the weight, added to y.
-template <int BITS, int BLOCKS>
-void add(const uint16_t* x, int64_t m, int64_t apart, const Weight& w, int64_t block, int64_t first, int64_t steps,
-         float* y, __m512i* panel) {
-  const int64_t n = w.blocks * LANES, tiles = (m + TILE - 1) / TILE;
-  for (int b = 0; b < BLOCKS; ++b) dequantize<BITS>(w, block + b, first, steps, BLOCKS, panel + b);
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t from = t * m / tiles, rows = (t + 1) * m / tiles - from;
-    float* sums = y + from * n + block * LANES;
-    MULTIPLY<BLOCKS>[rows](x + from * apart, apart, panel, steps * PAIRS, sums, n, first == 0);
-  }
+template <int BITS, int M>
+void multiply_rows(int64_t rows, const Product& p, const int32_t* x, const float* x_sums, int64_t block, const void* bias,
+                   void* y, int64_t first) {
+  if (rows == M) return multiply<BITS, M>(p, x, x_sums, block, bias, y, first);
+  if constexpr (M > 1) multiply_rows<BITS, M - 1>(rows, p, x, x_sums, block, bias, y, first);
 }
 
-// One thread's share: the panels from `begin` to `end`, for all rows. A stretch of x is copied to rows that do not lie
-// a multiple of the cache's size apart, as those of x often do.
 template <int BITS>
-void share(const uint16_t* x, int64_t m, const Weight& w, float* y, int64_t begin, int64_t end) {
-  const int64_t all = w.groups * w.steps, k = all * STEP, stretch = m <= TILE ? SHORT : STRETCH;
-  const int64_t apart = stretch * STEP + 32;
-  auto* panel = static_cast<__m512i*>(_mm_malloc(stretch * PAIRS * PANEL * sizeof(__m512i), sizeof(__m512i)));
-  std::vector<uint16_t> near(std::min(m, CHUNK) * apart);
-  for (int64_t from = 0; from < m; from += CHUNK) {
-    const int64_t rows = std::min(CHUNK, m - from);
-    for (int64_t first = 0; first < all; first += stretch) {
-      const int64_t steps = std::min(stretch, all - first);
-      for (int64_t i = 0; i < rows; ++i)
-        std::copy_n(x + (from + i) * k + first * STEP, steps * STEP, near.data() + i * apart);
-      for (int64_t block = begin * PANEL; block < end * PANEL; block += PANEL) {
-        const auto add_panel = block + PANEL <= w.blocks ? add<BITS, PANEL> : add<BITS, 1>;
-        add_panel(near.data(), rows, apart, w, block, first, steps, y + from * w.blocks * LANES, panel);
-      }
+void product(const Product& p, const Rows& rows, const void* bias, void* y, int threads) {
+  const int64_t k = p.w.groups * p.w.steps * STEP;
+  in_parallel(threads, [&](int64_t index, int64_t of) {
+    for (int64_t t = 0; t < rows.tiles; ++t) {
+      const int64_t first = rows.first(t), count = rows.first(t + 1) - first;
+      const int32_t* x = rows.pairs.data() + first * k / 2;
+      const float* sums = rows.sums.data() + first * p.w.groups;
+      for (int64_t block = p.w.blocks * index / of; block < p.w.blocks * (index + 1) / of; ++block)
+        multiply_rows<BITS, TILE>(count, p, x, sums, block, bias, y, first);
     }
-  }
-  _mm_free(panel);
-}
-
-template <int BITS>
-void run(const uint16_t* x, int64_t m, const Weight& w, float* y, int threads) {
-  const int64_t panels = (w.blocks + PANEL - 1) / PANEL;
-  in_parallel(threads, [&](int64_t t, int64_t of) { share<BITS>(x, m, w, y, panels * t / of, panels * (t + 1) / of); });
+  });
 }
 
 }  // namespace
 
-// x: bf16 `[m, K]`, K as the codes are padded; y: fp32 `[m, 16 * blocks]`; bits: 1, 2, 4 or 8.
-EXPORT void qmatmul_bf16(const void* x, int64_t m, const void* codes, const void* grid, int64_t blocks,
-                             int64_t groups, int64_t steps, int bits, void* y, int threads) {
-  const Weight w{static_cast<const uint8_t*>(codes), static_cast<const float*>(grid), blocks, groups, steps};
-  const auto run_bits = bits == 1 ? run<1> : bits == 2 ? run<2> : bits == 4 ? run<4> : run<8>;
-  run_bits(static_cast<const uint16_t*>(x), m, w, static_cast<float*>(y), threads);
+// y `[m, n]`, fp32 or bf16: bf16 x `[m, k]` times the weight, plus the bias, if any.
+EXPORT void bf16_product(const Product* fixed, const void* x, int64_t m, const void* bias, void* y, int threads) {
+  const Product& p = *fixed;
+  const Rows rows = tiled(p, static_cast<const uint16_t*>(x), m, threads);
+  const auto run = p.bits == 1 ? product<1> : p.bits == 2 ? product<2> : p.bits == 4 ? product<4> : product<8>;
+  run(p, rows, bias, y, threads);
 }
 #endif

@@ -28,13 +28,13 @@ from gs_kernels.pack.layouts import CANONICAL, PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.qmatmul.cpu import avx512_bf16
 from gs_kernels.qmatmul.cpu.interleaved import LANES, STEP, InterleavedWeight, interleaved
-from gs_kernels.qmatmul.cpu.interleaved_product import kernels, product_of, unpack
+from gs_kernels.qmatmul.cpu.interleaved_product import bind, fixed_product, kernels, unpack
 from gs_kernels.runtime.instructions import has
 
 logger = logging.getLogger(__name__)
 
 FLOATS = (torch.float32, torch.bfloat16)  # of x and bias, that C++ reads
-ROWS = 4  # of bf16 x, that multiply as fast in fp32
+ROWS = 2  # of bf16 x, that multiply as fast in fp32
 BLOCK = 1 << 21  # elements of a weight that are dequantized at a time
 
 MultipliesFloats: TypeAlias = Callable[[Tensor], Tensor]  # rows `[..., K]` to `[..., N]`
@@ -62,21 +62,18 @@ class FloatProduct:
         weight, m = self.interleaved, math.prod(shape[:-1])
         if weight is None or m == 0:
             return self._plain
-        if m > ROWS and dtype == torch.bfloat16 and avx512_bf16.supports(m) and avx512_bf16.kernels() is not None:
-            return self._in_bf16
         bias, activation = self.bias, self.activation
-        in_cpp = activation == "none" and (bias is None or bias.dtype in FLOATS)
         computed = dtype if dtype in FLOATS else torch.float32
-        if in_cpp and computed == dtype:
-            multiply = product_of(shape, dtype, dtype, weight, bias)
+        in_cpp = activation == "none" and (bias is None or bias.dtype in FLOATS) and computed == dtype
+        y_dtype, added = (dtype, bias) if in_cpp else (torch.float32, None)
+        in_halves = m > ROWS and dtype == torch.bfloat16 and avx512_bf16.supports(m)
+        halves = avx512_bf16.kernels() if in_halves else None
+        run = kernels().interleaved_product if halves is None else halves.bf16_product
+        product = fixed_product(weight, computed, y_dtype, None if added is None else added.dtype)
+        multiply = bind(run, product, shape, y_dtype, weight, added)
+        if in_cpp:
             return lambda x: multiply(x.contiguous())
-        sums = product_of(shape, computed, torch.float32, weight, None)
-        return lambda x: epilogue(sums(x.to(computed).contiguous()), bias, activation, dtype)
-
-    def _in_bf16(self, x: Tensor) -> Tensor:
-        assert self.interleaved is not None
-        y = avx512_bf16.multiply(rows_of(x, x.dtype), self.interleaved)[:, : self.weight.shape[0]]
-        return epilogue(y, self.bias, self.activation, x.dtype).view(*x.shape[:-1], -1)
+        return lambda x: epilogue(multiply(x.to(computed).contiguous()), bias, activation, dtype)
 
     def _plain(self, x: Tensor) -> Tensor:
         y = _plain(rows_of(x, computed_in(x.dtype)), self.weight)

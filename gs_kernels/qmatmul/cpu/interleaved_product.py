@@ -24,9 +24,10 @@ CODES = 3  # the codes that int8 would be, in fp32
 PARALLEL_FROM = 1 << 15  # products, from which a second thread pays
 
 size, number, pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
+PRODUCT = (pointer, pointer, size, pointer, pointer, number)  # what is fixed, x, rows, bias, y, threads
 WEIGHT = (pointer, pointer, size, size, size, number)  # codes, grid, blocks, groups, steps, bits
 FUNCTIONS = {
-    "interleaved_product": (pointer, pointer, size, pointer, pointer, number),
+    "interleaved_product": PRODUCT,
     "interleaved_int_dot": (pointer, size, pointer, *WEIGHT, number, pointer, number),
     "interleaved_unpack": (*WEIGHT, pointer, number, number),
     "interleaved_add": (pointer, pointer, pointer, pointer, size, size, size, number, number),
@@ -58,37 +59,32 @@ def _functions() -> Any:
 
 
 def fixed_product(
-    weight: InterleavedWeight, x_dtype: torch.dtype, y_dtype: torch.dtype, bias_dtype: torch.dtype | None
+    weight: InterleavedWeight, x_dtype: torch.dtype, y_dtype: torch.dtype, bias_dtype: torch.dtype | None = None
 ) -> ctypes.Structure:
-    """Returns what C++ takes as a `Product`; it does not keep the weight alive."""
+    """Returns what C++ takes as a `Product`, its dtypes fp32 or bf16; it does not keep the weight alive."""
     n, k = weight.shape
     fixed = _Weight(weight.codes.data_ptr(), weight.grid.data_ptr(), -(-n // LANES), *weight.codes.shape[1:3])
     halves = (t == torch.bfloat16 for t in (x_dtype, y_dtype, bias_dtype))
     return _Product(fixed, n, k, k // weight.groups, weight.bits, *halves)
 
 
-def product_of(
+def bind(
+    run: Any,
+    product: ctypes.Structure,
     shape: Sequence[int],
-    x_dtype: torch.dtype,
     y_dtype: torch.dtype,
     weight: InterleavedWeight,
-    bias: Tensor | None,
-    functions: Any = None,
+    bias: Tensor | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """Returns the function that multiplies x `[..., K]` of a shape with the weight to `[..., N]`, summed in fp32.
 
     Args:
-        x_dtype: of x, fp32 or bf16, as that of the bias is; x is contiguous.
+        run: `interleaved_product` of `kernels()`, or what takes the same.
+        product: `fixed_product` of the weight, and of the dtypes of contiguous x, the result and the bias.
         y_dtype: that the sums, the bias added, are rounded to once.
-        functions: default `kernels()`.
-
-    Raises:
-        UnsuitableError: if the C++ does not run here.
     """
-    run = (_functions() if functions is None else functions).interleaved_product
     (n, k), m = weight.shape, math.prod(shape[:-1])
     like = torch.empty((*shape[:-1], n), dtype=y_dtype)
-    product = fixed_product(weight, x_dtype, y_dtype, None if bias is None else bias.dtype)
     held, parallel = (product, weight), m * n * k >= PARALLEL_FROM
     like.untyped_storage().resize_(0)  # `torch.empty_like` takes half the time of `torch.empty`
     at = ctypes.addressof(product)
@@ -190,13 +186,14 @@ def _self_test_of(functions: Any, bits: int) -> bool:
     y = torch.zeros(7, 3, LANES)
     sums = ((x @ centered.view(32, 48).long()).int()).view(7, 3, LANES)
     _add(functions, y, sums, x.sum(1, dtype=torch.int32), grid[:, 1], bits)
+    run = functions.interleaved_product
     return (
         all(
             torch.equal(
-                product_of((m, 32), dtype, dtype, interleaved, None, functions)(x[:m].to(dtype)), want[:m].to(dtype)
+                bind(run, fixed_product(interleaved, t, t), (m, 32), t, interleaved)(x[:m].to(t)), want[:m].to(t)
             )
             for m in (1, 3, 7)
-            for dtype in (torch.float32, torch.bfloat16)
+            for t in (torch.float32, torch.bfloat16)
         )
         and all(torch.equal(int_dot_of(7, interleaved, one, functions)(x.short()), want) for one in (False, True))
         and all(torch.equal(block.float(), weight) for block in blocks[:2])

@@ -61,12 +61,14 @@ def test_float_rows_with_each_set_of_instructions(name: str):
     functions = library.open_library(library.path_of(name))
     for function, argtypes in interleaved_product.FUNCTIONS.items():
         getattr(functions, function).argtypes, getattr(functions, function).restype = argtypes, None
+    run = functions.interleaved_product
     for of in WEIGHTS.values():
         w, bias = weight(*of), rows(1, of[1])[0]
         for m in (1, 2, 3, 6, 14, 29):
             x = rows(m, w.shape[1])
             for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 6e-3)):
-                multiply = interleaved_product.product_of(x.shape, dtype, dtype, interleaved(w), bias, functions)
+                product = interleaved_product.fixed_product(interleaved(w), dtype, dtype, bias.dtype)
+                multiply = interleaved_product.bind(run, product, x.shape, dtype, interleaved(w), bias)
                 want = qmatmul_ref(x.to(dtype).float(), w, bias)
                 assert relative_rms(multiply(x.to(dtype)).float(), want) < limit
 
@@ -79,14 +81,15 @@ needs_bf16 = pytest.mark.skipif(
 @needs_bf16
 @pytest.mark.parametrize("of", [*WEIGHTS.values(), (2, 100, 1320, 264, True)], ids=lambda of: f"{of[0]} bit")
 def test_bf16_rows_in_cpp(of: tuple[int, int, int, int, bool], monkeypatch: pytest.MonkeyPatch):
-    """Tiles of all sizes, more than a chunk of rows, K of more than a stretch: each against products in fp32."""
-    monkeypatch.setattr(float, "product_of", None)
-    w = weight(*of)
-    dense = qmatmul_ref(torch.eye(w.shape[1]), w).to(torch.bfloat16).float()
+    """Tiles of all sizes: each against products in fp32 with weights that are not rounded."""
+    monkeypatch.setattr(interleaved_product.kernels(), "interleaved_product", None)
+    w, run = weight(*of), avx512_bf16.kernels().bf16_product
     check_float_rows(w, torch.bfloat16, (5, 12, 13, 1030))
     for m in (*range(1, 14), 1030):
         x = rows(m, w.shape[1]).to(torch.bfloat16)
-        assert relative_rms(avx512_bf16.multiply(x, interleaved(w))[:, : w.shape[0]], x.float() @ dense) < 1e-6
+        product = interleaved_product.fixed_product(interleaved(w), torch.bfloat16, torch.float32)
+        multiply = interleaved_product.bind(run, product, x.shape, torch.float32, interleaved(w))
+        assert relative_rms(multiply(x), qmatmul_ref(x.float(), w)) < 1e-6
 
 
 @needs_bf16
@@ -95,7 +98,7 @@ def test_no_cpp_no_harm(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
     w = weight(*WEIGHTS["4 bit"])
     for target, name, broken, said in (
         (library, "path_of", lambda name: Path("/no/such/file"), "was not built"),
-        (avx512_bf16, "_call", lambda functions, x, weight: torch.zeros(()), "wrong results"),
+        (avx512_bf16, "bind", lambda *_: lambda x: torch.zeros(()), "wrong results"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(library, "_problems", {})
