@@ -45,7 +45,7 @@ _MOVES = {
 _ACTIVATION_OF = {call: name for name, activation in ACTIVATIONS.items() for call in activation.calls}
 
 
-class _VirtualTensor(Tensor):
+class VirtualTensor(Tensor):
     """Looks like a float tensor and stores none: NumPy, copies and files get plain values."""
 
     like: Like  # shape, strides, dtype and device that it shows, which take a tenth of the time to read here
@@ -59,6 +59,14 @@ class _VirtualTensor(Tensor):
     def dequantize(self) -> Tensor:
         """Returns the values, with the strides that the tensor shows."""
         raise AssertionError("every tensor that layers hand on has values")
+
+    def values(self) -> Tensor:
+        """Returns the values with the strides that they, or their codes, lie in."""
+        raise AssertionError("every tensor that layers hand on has values")
+
+    def codes_on(self, grid: Any) -> Tensor | None:
+        """Returns int8 codes of the values on a grid; None where quantizing the values is better."""
+        raise AssertionError("every tensor that layers hand on says so")
 
     def numpy(self, **kwargs: Any) -> Any:
         return dequantized(self).numpy(**kwargs)
@@ -84,7 +92,7 @@ class _VirtualTensor(Tensor):
         return dequantized(self).__reduce_ex__(protocol)
 
 
-class QuantizedTensor(_VirtualTensor):
+class QuantizedTensor(VirtualTensor):
     """Looks like a float tensor and holds int8 `codes` on the grid of `quantizer`, 128 lower for an unsigned grid.
 
     Args:
@@ -157,7 +165,7 @@ class QuantizedTensor(_VirtualTensor):
         return func(*map(dequantized, args), **{key: dequantized(value) for key, value in kwargs.items()})
 
 
-class DeferredOutput(_VirtualTensor):
+class DeferredOutput(VirtualTensor):
     """Computes a result when something reads it: by then an add or an activation may have joined it.
 
     Args:
@@ -222,7 +230,7 @@ class DeferredOutput(_VirtualTensor):
         if func in (aten.add.Tensor, aten.add_.Tensor):
             other = args[1] if args[0] is self else args[0]
             free = self._run.adds and self._residual is None and _can_add(self, other)
-            first = args[0] if isinstance(args[0], _VirtualTensor) or is_dense(args[0]) else None
+            first = args[0] if isinstance(args[0], VirtualTensor) or is_dense(args[0]) else None
             # a sum has the strides of its first operand
             return (like_of(first), other, "none") if free and first is not None else None
         name = _ACTIVATION_OF.get(func, "")
@@ -293,7 +301,7 @@ def _deferred_sum(a: Any, b: Any) -> DeferredOutput | None:
     return DeferredOutput.of(a.values() + b.values(), a.like[1]) if codes and _can_add(a, b) else None
 
 
-def _can_add(x: _VirtualTensor, other: Any) -> bool:
+def _can_add(x: VirtualTensor, other: Any) -> bool:
     """Says whether other has the shape, dtype and device of x, and needs no gradient."""
     if not isinstance(other, Tensor) or other.requires_grad:
         return False
@@ -319,7 +327,7 @@ HANDED_ON = PLAIN | {QuantizedTensor, DeferredOutput}
 
 def like_of(x: Tensor) -> Like:
     """Returns shape, strides, dtype and device."""
-    return x.like if isinstance(x, _VirtualTensor) else (x.shape, x.stride(), x.dtype, x.device)
+    return x.like if isinstance(x, VirtualTensor) else (x.shape, x.stride(), x.dtype, x.device)
 
 
 def may_return_int8(x: Tensor) -> bool:
@@ -329,14 +337,14 @@ def may_return_int8(x: Tensor) -> bool:
 
 def dequantized(value: Any) -> Any:
     """Returns plain floats for the tensors of this file, also inside lists and tuples; other values as they are."""
-    if isinstance(value, _VirtualTensor):
+    if isinstance(value, VirtualTensor):
         return value.dequantize()
     return type(value)(map(dequantized, value)) if type(value) in (list, tuple) else value
 
 
 def values(x: Any) -> Any:
     """Returns plain floats in whatever strides they lie, which saves layers a copy that `dequantized` makes."""
-    return x.values() if isinstance(x, QuantizedTensor | DeferredOutput) else x
+    return x.values() if isinstance(x, VirtualTensor) else x
 
 
 def _alias(func: Any, x: QuantizedTensor) -> QuantizedTensor:

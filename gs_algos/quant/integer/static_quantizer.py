@@ -18,9 +18,9 @@ from gs_algos.quant.integer.prepared_call import PREPARED, cached, kind_of
 from gs_algos.quant.integer.quantized_tensor import (
     DeferredOutput,
     QuantizedTensor,
+    VirtualTensor,
     dequantized,
     may_return_int8,
-    values,
 )
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import fake_quant, quantize
@@ -61,11 +61,9 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
             x = ACTIVATIONS[activation].function(x)
         if int8:
             codes = self.int8_codes(x)
-            return (
-                QuantizedTensor.of(codes, self, x.like)
-                if isinstance(x, QuantizedTensor | DeferredOutput)
-                else QuantizedTensor(codes, self, x.dtype)
-            )
+            if isinstance(x, VirtualTensor):
+                return QuantizedTensor.of(codes, self, x.like)
+            return QuantizedTensor(codes, self, x.dtype)
         if x.numel() == 0:
             return dequantized(x)  # type: ignore[no-any-return]
         return fake_quant(dequantized(x), self.scale, self.zero, qmin=self.scheme.qmin, qmax=self.scheme.qmax)
@@ -116,10 +114,11 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
 
     def int8_codes(self, x: Tensor) -> Tensor:
         """Returns the codes of `signed_codes`."""
-        ready = x.codes_on(self) if isinstance(x, QuantizedTensor | DeferredOutput) else None
-        if ready is not None:
-            return ready
-        x = values(x)
+        if isinstance(x, VirtualTensor):
+            ready = x.codes_on(self)
+            if ready is not None:
+                return ready
+            x = x.values()
         kind = kind_of(x)
         run = None if kind is None else cached(self, kind, (), self._prepared, x)
         if run is not None:

@@ -14,7 +14,7 @@ from gs_algos.quant.packed.module import Packed, PackedFormat, autocast_dtype
 from gs_algos.quant.packed.round_to_nearest import round_to_nearest
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import PackedWeight, dequantize_packed, qmatmul, qmatmul_int8, quantize_rows
-from gs_kernels.for_layers import prepared_qmatmul
+from gs_kernels.for_layers import prepared_qmatmul, prepared_qmatmul_int8
 
 TOKEN = "int8@token"  # the scheme of rows that are rounded as they come, each with a scale of its own
 
@@ -89,11 +89,14 @@ class PackedLinear(Packed):
             # forms that change where `.data` is set, which counts no change
             form = codes is None or codes.shape, bias is None or (bias.shape, bias.dtype)
             others = (owner,) if self._tied_to else ()
-            ready = cached(self, (kind, bias, form), others, lambda: self._prepare(input, bias))
+            ready = cached(self, (kind, bias, form), others, self._prepare, input, bias)
             if ready is not None:
                 return ready(input)  # type: ignore[no-any-return]
         dtype = autocast_dtype(input)
-        return qmatmul(input if dtype is None else input.to(dtype), self.packed, bias)
+        return self._multiply(input if dtype is None else input.to(dtype), bias)
+
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return qmatmul(x, self.packed, bias)
 
     def _prepare(self, x: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
         product = prepared_qmatmul(x, self.packed, bias)
@@ -114,11 +117,14 @@ class DynamicPackedLinear(PackedLinear):
 
     act: ClassVar[str] = TOKEN
 
-    def forward(self, input: Tensor) -> Tensor:
-        dtype = autocast_dtype(input)
-        x = input if dtype is None else input.to(dtype)
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return qmatmul_int8(*quantize_rows(x), self.packed, bias, dtype=x.dtype)
+
+    def _prepare(self, x: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
         codes, scale = quantize_rows(x)
-        return qmatmul_int8(codes, scale, self.packed, self.bias, dtype=x.dtype)
+        product = prepared_qmatmul_int8(codes, scale, self.packed, bias, x_zero=None, dtype=x.dtype)
+        multiply = None if product is None else product.at(x.shape)
+        return None if multiply is None else lambda x: multiply(*quantize_rows(x))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act}"

@@ -64,7 +64,8 @@ def fixed_product(
     """Returns what C++ takes as a `Product`, its dtypes fp32 or bf16; it does not keep the weight alive."""
     n, k = weight.shape
     fixed = _Weight(weight.codes.data_ptr(), weight.grid.data_ptr(), -(-n // LANES), *weight.codes.shape[1:3])
-    halves = (t == torch.bfloat16 for t in (x_dtype, y_dtype, bias_dtype))
+    half = torch.bfloat16
+    halves = x_dtype == half, y_dtype == half, bias_dtype == half
     return _Product(fixed, n, k, k // weight.groups, weight.bits, *halves)
 
 
