@@ -18,6 +18,7 @@ import torch
 
 from bench import record
 from bench.models.decode import RANDOM, decode_rows
+from bench.models.llama_cpp import llama_cpp_row
 from bench.models.measure import ALGORITHMS, measure
 from bench.models.networks import NETWORKS
 
@@ -54,6 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, metavar="S", help="start nothing new after so many seconds")
     models = f"language models: folders, GGUF files, {', '.join(RANDOM)}"
     parser.add_argument("--decode", nargs="+", default=[], metavar="MODEL", help=models)
+    parser.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="where node-llama-cpp is: runs GGUF files too")
     parser.add_argument("--out", type=Path, help="default: bench/results/<device>/<date>-<commit>.jsonl")
     chosen = parser.parse_args(argv)
     if chosen.device == "cuda" and not torch.cuda.is_available():
@@ -79,6 +81,11 @@ def main(argv: list[str] | None = None) -> int:
                 print(line(row, base.get(row["phase"])), flush=True)
     for source in chosen.decode:
         for row in decode_rows(source, chosen.device, chosen.seconds):
+            record.append(row, "decode", device=chosen.device, path=chosen.out)
+            failed |= "error" in row
+            print(decode_line(row), flush=True)
+        if chosen.llama_cpp is not None and source.endswith(".gguf"):
+            row = llama_cpp_row(source, chosen.llama_cpp)
             record.append(row, "decode", device=chosen.device, path=chosen.out)
             failed |= "error" in row
             print(decode_line(row), flush=True)

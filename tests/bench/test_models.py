@@ -1,13 +1,14 @@
 """Whole networks: every phase gets a row with time and memory, and a network that fails does not stop the others."""
 
 import json
+import os
 
 import pytest
 import torch
 from torch import nn
 
 from bench.models import __main__ as command
-from bench.models import decode
+from bench.models import decode, llama_cpp
 from bench.models.networks import NETWORKS, LlamaBlock, Network, resnet
 from gs_algos.core.memory import nbytes_of, peak_bytes
 from gs_algos.llm.quantize_checkpoint import quantize_checkpoint
@@ -145,3 +146,17 @@ def test_the_peak_is_what_is_alive_at_once():
         (b + b).sum()
 
     assert 2 * x.nbytes <= peak_bytes("cpu", call) < 2.1 * x.nbytes
+
+
+def test_a_row_of_llama_cpp_holds_what_its_script_says_or_the_error(monkeypatch, tmp_path):
+    gguf, node = tmp_path / "model.gguf", tmp_path / "node"
+    gguf.write_bytes(bytes(7))
+    node.write_text('#!/bin/sh\ntest -f "$1" && echo \'{"prompt": 5, "first_ms": 1.234, "per_s": 56.789}\'\n')
+    node.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    row = llama_cpp.llama_cpp_row(str(gguf), tmp_path)
+    assert (row["per_s"], row["first_ms"], row["nbytes"], row["network"]) == (56.79, 1.23, 7, "model.gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf", "node"]
+    node.write_text("#!/bin/sh\necho 'Error: no package' >&2\nexit 1\n")
+    assert llama_cpp.llama_cpp_row(str(gguf), tmp_path)["error"] == "CalledProcessError: Error: no package"
+    assert "error" in llama_cpp.llama_cpp_row(str(gguf), tmp_path / "nowhere")
