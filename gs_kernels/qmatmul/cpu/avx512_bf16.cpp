@@ -92,7 +92,7 @@ INLINE __m512i table_of() {
 }
 
 // Writes a row's sums with one block, and the bias, if any.
-INLINE void finish(const Product& p, __m512 sums, const void* bias, int64_t block, void* y, int64_t row) {
+INLINE void epilogue(const Product& p, __m512 sums, const void* bias, int64_t block, void* y, int64_t row) {
   const int64_t first = block * LANES, at = row * p.n + first, rest = p.n - first;
   const __mmask16 mask = rest >= LANES ? 0xffff : (1u << rest) - 1;
   if (bias && p.bias_bf16) {
@@ -137,7 +137,7 @@ TARGET void multiply(
       total[m] = _mm512_fmadd_ps(sum, scale, total[m]);
     }
   }
-  for (int m = 0; m < M; ++m) finish(p, total[m], bias, block, y, first + m);
+  for (int m = 0; m < M; ++m) epilogue(p, total[m], bias, block, y, first + m);
 }
 
 template <int BITS, int M>

@@ -172,7 +172,7 @@ void spread(const Product& p, const void* x, int64_t rows, float* out, int64_t a
 }
 
 // Writes one row's sums with a block of the weight, and the bias `[n]`, if any.
-LANE_FN void finish(const Product& p, F sums, const void* bias, int64_t block, void* y, int64_t row) {
+LANE_FN void epilogue(const Product& p, F sums, const void* bias, int64_t block, void* y, int64_t row) {
   const int64_t first = block * LANES, at = row * p.n + first, rest = p.n - first;
   if (bias && p.bias_bf16) {
     float near[LANES] = {};
@@ -194,7 +194,7 @@ LANE_FN void dot_rows(const Product& p, const float* x, int64_t apart, int64_t b
   F sums[M];
   dot_block<BITS, M>(x + row * apart, apart, p.w, block, sums);
 #pragma GCC unroll 4
-  for (int m = 0; m < M; ++m) finish(p, sums[m], bias, block, y, row + m);
+  for (int m = 0; m < M; ++m) epilogue(p, sums[m], bias, block, y, row + m);
 }
 
 // Sums each group of one row x.
@@ -216,14 +216,14 @@ void dot(const Product& p, const float* x, int64_t m, int64_t apart, const void*
     int64_t row = 0;
     for (; row + ROWS <= m; row += ROWS) dot_rows<BITS, ROWS>(p, x, apart, block, bias, y, row);
     if (row + 2 <= m) dot_rows<BITS, 2>(p, x, apart, block, bias, y, row), row += 2;
-    if (row < m) finish(p, dot_row<BITS>(x + row * apart, x_sums.data, p.w, block), bias, block, y, row);
+    if (row < m) epilogue(p, dot_row<BITS>(x + row * apart, x_sums.data, p.w, block), bias, block, y, row);
   });
 }
 
 template <int BITS>
 void dot_blocks(
     const Product& p, const float* x, const float* x_sums, int64_t first, int64_t end, const void* bias, void* y) {
-  for (int64_t block = first; block < end; ++block) finish(p, dot_row<BITS>(x, x_sums, p.w, block), bias, block, y, 0);
+  for (int64_t block = first; block < end; ++block) epilogue(p, dot_row<BITS>(x, x_sums, p.w, block), bias, block, y, 0);
 }
 
 // Dequantizes steps of one block into panel[step][8][PANEL][16].
@@ -296,7 +296,7 @@ void product(const Product& p, const float* x, int64_t m, int64_t apart, const v
         }
       }
       for (int64_t row = 0; row < m; ++row)
-        for (int64_t b = 0; b < blocks; ++b) finish(p, load(sums + (row * PANEL + b) * LANES), bias, block + b, y, row);
+        for (int64_t b = 0; b < blocks; ++b) epilogue(p, load(sums + (row * PANEL + b) * LANES), bias, block + b, y, row);
     }
   });
 }
