@@ -16,7 +16,7 @@ from gs_kernels.pack.derived import UnsuitableError, derived
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.qconv2d.cpu.int8_kernel import Kernel, forms_of, kernels
 from gs_kernels.qconv2d.cpu.int8_plain import PlainSums
-from gs_kernels.qconv2d.cpu.int8_weight import Int8Weight, Panels, make_int8_weight, make_panels, make_planes
+from gs_kernels.qconv2d.cpu.int8_weight import Int8Weight, Panels, arrange, make_int8_weight
 from gs_kernels.qconv2d.geometry import ConvGeometry, ConvolvesImages
 from gs_kernels.qconv2d.ref import convolve_int8_ref, int8_epilogue, requant_params
 from gs_kernels.qmatmul.cpu.float import without_autocast
@@ -81,20 +81,15 @@ class Int8Convolution:
         self.kernel: Kernel | None = None
         self.plain: PlainSums | None = None
 
-        def kept(kind: str, build: Callable[[PackedWeight], Int8Weight | Panels]) -> Int8Weight | Panels:
-            return derived(weight, (kind, geometry), build) if keep else build(weight)
-
-        int8_weight = kept("int8", make_int8_weight)
-        assert isinstance(int8_weight, Int8Weight)
         functions = kernels()
         if functions is None:
-            self.plain = PlainSums(int8_weight, geometry, self.shift)
+            self.plain = PlainSums(make_int8_weight(weight), geometry, self.shift)
             return
-        channels = int8_weight.codes.shape[1] // geometry.taps * geometry.groups
-        depthwise = geometry.groups == channels == int8_weight.codes.shape[0] and int8_weight.scale.shape[1] == 1
-        make = make_planes if depthwise else make_panels
-        panels = kept("panels", lambda _: make(int8_weight, geometry, forms_of(functions)))
-        assert isinstance(panels, Panels)
+
+        def arranged(weight: PackedWeight) -> tuple[Int8Weight, Panels]:
+            return arrange(weight, geometry, forms_of(functions))
+
+        int8_weight, panels = derived(weight, ("images", geometry), arranged) if keep else arranged(weight)
         grid = None
         if self.in_cpp and out[0] is not None:
             inverse, whole, fraction = (0.0 if t is None else float(t) for t in out)

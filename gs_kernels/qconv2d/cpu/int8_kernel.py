@@ -94,14 +94,15 @@ class Kernel:
             *(weight.twice, ACTIVATIONS[activation].cpp, grid is not None),
         )
 
-    def at(self, b: int, h: int, w: int) -> Callable[..., Tensor]:
+    def at(self, b: int, h: int, w: int, rows: bool = False) -> Callable[..., Tensor]:
         """Returns the function of int8 images `[b, C, h, w]`, channels-last, and of what is added.
 
         Its arguments: x; its scale, `[1]` or one for each pixel of y, and 0 or 1 for that; a residual, int8 or fp32,
-        channels-last, or None; scale and zero point, `[1]`, of an int8 residual.
+        channels-last, or None; scale and zero point, `[1]`, of an int8 residual. It returns `[b, O, P, Q]`,
+        channels-last; rows: the same as `[b * P * Q, O]`.
         """
         geometry, (p, q) = self.geometry, self.geometry.output(h, w)
-        like = _without_memory((b, self.outputs, p, q), self.dtype)
+        like = _without_memory((b * p * q, self.outputs) if rows else (b, self.outputs, p, q), self.dtype)
         filters = (geometry.r, geometry.s, *geometry.stride, geometry.top, geometry.left, *geometry.dilation)
         struct = _Convolution(b, h, w, self.channels, p, q, self.outputs, geometry.groups, *filters, *self.tail)
         products = b * p * q * self.outputs * geometry.taps * (self.channels // geometry.groups)
@@ -134,8 +135,9 @@ class Kernel:
 
 
 def _without_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Makes a channels-last tensor that `torch.empty_like` takes: that is half the time of `torch.empty`."""
-    like = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+    """Makes rows, or channels-last images, that `torch.empty_like` takes: that is half the time of `torch.empty`."""
+    form = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    like = torch.empty(shape, dtype=dtype, memory_format=form)
     like.untyped_storage().resize_(0)
     return like
 

@@ -111,6 +111,22 @@ class Panels:
     code_sums: Tensor
 
 
+def arrange(weight: PackedWeight, geometry: ConvGeometry, forms: int) -> tuple[Int8Weight, Panels]:
+    """Makes what the C++ takes of a weight, by the best of some forms of products, of which forms has the bits.
+
+    Of the first the codes take no memory: every one is the same.
+
+    Raises:
+        UnsuitableError: as `make_int8_weight`.
+    """
+    int8_weight = make_int8_weight(weight)
+    codes = int8_weight.codes
+    depthwise = geometry.groups == len(codes) == codes.shape[1] // geometry.taps * geometry.groups
+    make = make_planes if depthwise and int8_weight.scale.shape[1] == 1 else make_panels
+    panels = make(int8_weight, geometry, forms)
+    return replace(int8_weight, codes=codes[:1, :1].clone().expand(codes.shape)), panels
+
+
 def make_panels(weight: Int8Weight, geometry: ConvGeometry, forms: int) -> Panels:
     """Arranges the codes for products of the best of some forms, of which forms has the bits."""
     channels = weight.codes.shape[1] // geometry.taps

@@ -112,10 +112,10 @@ def test_no_cpp_no_harm(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
     avx512_bf16.kernels.cache_clear()
 
 
-@pytest.mark.parametrize("few", [0, int8.FEW_PRODUCTS])
+@pytest.mark.parametrize("large", [0, int8.LARGE], ids=["packed codes", "panels"])
 @pytest.mark.parametrize("name", ["4 bit", "8 bit"])
-def test_integer_rows(name: str, few: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(int8, "FEW_PRODUCTS", few)
+def test_integer_rows(name: str, large: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(int8, "LARGE", large)
     w = weight(*WEIGHTS[name])
     x_scale, x_zero, sums = torch.full((1,), 0.03), torch.full((1,), 5.0), code_sums(w)
     for m in (1, 5, 33):
@@ -161,7 +161,7 @@ def test_small_weights_are_multiplied_by_the_compiled_loops(bits: int, monkeypat
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_whole_numbers_in_fp32_give_the_same_bits(bits: int, monkeypatch: pytest.MonkeyPatch):
-    """Without instructions for products of int8, in stretches of K: all codes at their ends."""
+    """Without the library, and by each of its loops: all codes at their ends."""
     n, k = 33, 2304
     codes = torch.full((n, k), 2**bits - 1, dtype=torch.uint8)
     codes[1] = 0
@@ -170,11 +170,12 @@ def test_whole_numbers_in_fp32_give_the_same_bits(bits: int, monkeypatch: pytest
     x[1] = 127
     about = {"x_zero": torch.tensor([100.0]), "code_sums": code_sums(w)}
     want = ((x.long() - 100) @ (codes.long() - 1).T).float() * 0.01
-    monkeypatch.setattr(int8, "multiplies_int8", lambda: False)
-    monkeypatch.setattr(int8, "FEW_PRODUCTS", 0)
-    for few in (0, 256):
-        monkeypatch.setattr(int8, "FEW_ROWS", {False: few})
-        assert torch.equal(qmatmul_int8(x, torch.ones(1), w, **about), want)
+    for large in (int8.LARGE, 0):
+        monkeypatch.setattr(int8, "LARGE", large)
+        assert torch.equal(qmatmul_int8(x[:4], torch.ones(1), w, **about), want[:4])
+    assert torch.equal(qmatmul_int8(x, torch.ones(1), w, **about), want)
+    monkeypatch.setattr(int8, "kernels", lambda: None)
+    assert torch.equal(qmatmul_int8(x, torch.ones(1), w, **about), want)
 
 
 @pytest.mark.parametrize("n", [4, 520])
