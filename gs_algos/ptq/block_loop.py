@@ -24,6 +24,7 @@ from gs_algos.ptq.blocks import Block
 from gs_algos.ptq.columns import groups_of, input_rows, token_mask
 from gs_algos.ptq.config import PTQConfig
 from gs_algos.ptq.journal import Journal, Solved, from_bytes, to_bytes
+from gs_algos.ptq.layer_inputs import Floats, Seen, held_out_ratio
 from gs_algos.ptq.layers import Rounded, Task, floating, install
 from gs_algos.ptq.processes import Processes
 from gs_algos.ptq.replay import Replay
@@ -31,7 +32,6 @@ from gs_algos.ptq.report import BlockErrors, BlockReport, LayerReport, PTQReport
 from gs_algos.ptq.rounding import START, TUNED
 from gs_algos.ptq.rounding.tuned import fraction_of
 from gs_algos.ptq.routed import LENT, Route
-from gs_algos.ptq.seen import Floats, Seen, held_out_ratio
 from gs_algos.ptq.solve import Solution, SolveOptions, solve
 from gs_algos.ptq.stages import Stage, all_inputs, find_stages, inputs_of, unrouted_input
 from gs_algos.ptq.statistics import InputStatistics

@@ -20,7 +20,7 @@ from gs_algos.ptq.streams import ActivationStore
 from gs_kernels.runtime.torch_private import tree_leaves
 
 
-class _Kept:
+class _LastingOutput:
     """Holds what one call of a module returned."""
 
     def __init__(self, output: Any) -> None:
@@ -38,7 +38,7 @@ class _Replayed(nn.Module):
     """Returns what is kept, call by call, while there is some. Mixed in front of the module's own class."""
 
     prefix: ClassVar[str] = "Replayed"
-    kept_outputs: Iterator[_Kept]
+    kept_outputs: Iterator[_LastingOutput]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         kept = next(self.kept_outputs, None)
@@ -65,13 +65,13 @@ class Replay:
             and not module._forward_hooks
             and any(id(inner) in ours for inner in module.modules())
         }
-        self._kept: dict[int, dict[str, list[_Kept]]] = defaultdict(dict)
+        self._kept: dict[int, dict[str, list[_LastingOutput]]] = defaultdict(dict)
 
     @contextmanager
     def running(self, number: int) -> Iterator[None]:
         """Repeats what is kept of a batch while the block runs on it, and keeps what it shows more."""
         kept = self._kept[number]
-        found: dict[str, list[_Kept]] = {}
+        found: dict[str, list[_LastingOutput]] = {}
         clean = True
 
         def unclean(*_: object) -> None:
@@ -81,7 +81,7 @@ class Replay:
         def keep(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 if clean:
-                    found.setdefault(name, []).append(_Kept(output))
+                    found.setdefault(name, []).append(_LastingOutput(output))
 
             return hook
 
@@ -99,7 +99,7 @@ class Replay:
             if not _inside(name, found) and not any(one.changed for one in outputs):
                 self._keep(kept, name, outputs)
 
-    def _keep(self, kept: dict[str, list[_Kept]], name: str, outputs: list[_Kept]) -> None:
+    def _keep(self, kept: dict[str, list[_LastingOutput]], name: str, outputs: list[_LastingOutput]) -> None:
         """Keeps the outputs of a module in the place of those of modules inside it, if there is room."""
         for inner in [other for other in kept if _inside(other, [name])]:
             self._drop(kept.pop(inner))
@@ -119,7 +119,7 @@ class Replay:
         for number in list(self._kept):
             self.forget(number)
 
-    def _drop(self, outputs: list[_Kept]) -> None:
+    def _drop(self, outputs: list[_LastingOutput]) -> None:
         for one in outputs:
             for tensor in one.tensors:
                 self.store.drop(tensor)
@@ -131,7 +131,7 @@ def _inside(name: str, others: Collection[str]) -> bool:
 
 
 @contextmanager
-def _replayed(module: nn.Module, outputs: list[_Kept]) -> Iterator[None]:
+def _replayed(module: nn.Module, outputs: list[_LastingOutput]) -> Iterator[None]:
     """Lets a live module return what is kept."""
     live: Any = module
     before = type(live)

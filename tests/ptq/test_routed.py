@@ -9,8 +9,8 @@ from torch import nn
 from gs_algos import PTQ
 from gs_algos.ptq.blocks import Block as Named
 from gs_algos.ptq.blocks import recorded
+from gs_algos.ptq.layer_inputs import Seen
 from gs_algos.ptq.routed import Route, find_routes, places_of, row_keys
-from gs_algos.ptq.seen import Seen
 from gs_algos.ptq.transforms.stage import Scaled
 from tests.ptq.test_ptq import calibrated
 

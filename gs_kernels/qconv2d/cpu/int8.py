@@ -117,7 +117,7 @@ class Int8Convolution:
         return convolve
 
     def _with_operations(self, run: Callable[..., Tensor]) -> ConvolvesImages:
-        """What the C++ has not: it adds up and scales, in fp32, and the rest follows."""
+        """Returns the function where the C++ lacks a part: it adds up and scales, in fp32, and operations follow."""
         assert self.kernel is not None
         x_scale, last = self.x_scale, torch.channels_last
         in_cpp = self.in_cpp  # then the residual alone is of another dtype
