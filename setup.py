@@ -4,6 +4,7 @@ Without a compiler the package installs all the same; a process that needs the k
 """
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,8 +31,14 @@ class BuildKernels(build_ext):
         return str(Path(*fullname.split(".")).with_suffix(".so"))
 
     def build_extension(self, ext):
+        name, target = EXTENSIONS[ext.name], Path(self.get_ext_fullpath(ext.name))
+        built = build_kernels.FOLDER / build_kernels.file_name(name)
+        if self.editable_mode and build_kernels.is_current(built):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(built, target)
+            return
         try:
-            build_kernels.build(EXTENSIONS[ext.name], Path(self.get_ext_fullpath(ext.name)))
+            build_kernels.build(name, target)
         except build_kernels.BuildError as error:
             raise CompileError(f"{error}; what runs on CPUs will be slower") from error
 

@@ -20,6 +20,7 @@ from gs_algos.cli.compress import run_compress
 from gs_algos.cli.demo import DemoOptions, make_algorithm, pick_device, run_demo
 from gs_algos.cli.export import TARGETS, run_export, run_import
 from gs_algos.cli.info import describe_path
+from gs_algos.cli.info_system import describe_system
 from gs_algos.cli.language import CalibrationOptions, run_calibrate, run_generate, run_perplexity, run_quantize
 from gs_algos.cli.latency import TOKENS, is_language_model, language_model, run_latency
 from gs_algos.cli.serve import run_serve
@@ -192,9 +193,14 @@ def report(
 
 
 @app.command()
-def info(path: Annotated[Path, typer.Argument(help=INFO_HELP)]) -> None:
+def info(
+    path: Annotated[Path | None, typer.Argument(help=INFO_HELP)] = None,
+    system: Annotated[bool, typer.Option("--system", help="Versions, instruction sets, CPU kernels, GPUs.")] = False,
+) -> None:
     """Describes a saved network or model from its files alone: algorithms, layers, bits, bytes."""
-    print(describe_path(path))
+    if (path is None) != system:
+        raise ValueError(f"info: a path or --system must be given, got {'both' if system else 'neither'}")
+    print(describe_system() if path is None else describe_path(path))
 
 
 @app.command()

@@ -64,6 +64,11 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+def is_current(library: Path) -> bool:
+    """Says whether a library is there and was built from these sources."""
+    return library.is_file() and source_hash().encode() in library.read_bytes()
+
+
 def build(instruction_set: str, target: Path, more: Sequence[str] = ()) -> Path:
     """Compiles all sources for one set of instructions into a library, written whole or not at all.
 

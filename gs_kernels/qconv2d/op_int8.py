@@ -94,12 +94,14 @@ def prepared_qconv2d_int8(
     activation: str,
     out_scale: Tensor | None,
     out_zero: Tensor | None,
+    out_limits: tuple[int, int] = (-128, 127),
     dtype: torch.dtype,
 ) -> Int8Convolution | None:
     """Prepares `qconv2d_int8(x, ...)` for many images like x: checks all but image and residual once.
 
     `at(shape, dtype of residuals)` of the result is the function of images; nothing looks at their shapes, and at
-    changes of the other tensors, any more. None where the implementation of this device prepares nothing.
+    changes of the other tensors, any more. out_limits: the least and largest code of a grid that has fewer than int8.
+    None where the implementation of this device prepares nothing.
     """
     who = "prepared_qconv2d_int8"
     geometry = make_geometry(who, kernel_size, stride, padding, dilation, groups)
@@ -110,7 +112,9 @@ def prepared_qconv2d_int8(
     prepare = choose("qconv2d_int8", INT8, x, x_scale, weight).prepare
     out = requant_params(None, None, None, out_scale, out_zero)[3:]
     try:
-        return prepare and prepare(weight, geometry, x_scale, x_zero, bias, out, activation, dtype, keep=True)
+        return prepare and prepare(
+            weight, geometry, x_scale, x_zero, bias, out, activation, dtype, keep=True, limits=out_limits
+        )
     except UnsuitableError:
         return None
 

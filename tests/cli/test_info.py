@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gs_algos import SimQAT, save
 from gs_algos.cli.app import run
@@ -16,6 +17,8 @@ from gs_algos.demo.models import build
 from gs_algos.export.torch_package import KEY, VERSION
 from gs_algos.llm.interchange import export_language_model, import_language_model
 from gs_algos.llm.quantize_checkpoint import quantize_checkpoint
+from gs_kernels.cpu import library
+from gs_kernels.runtime.instructions import instruction_set
 from tests.nets.language_models import save_folder, save_gguf, tiny_llama
 
 Said = Any
@@ -117,3 +120,24 @@ def test_what_is_something_else_is_one_line(name: str, content: bytes | None, wo
     text = said(tmp_path / "folder" if name.startswith("folder") else path, code=2)
     assert text.count("\n") == 1, text
     assert words in text
+
+
+def test_the_system_is_versions_instructions_and_kernels(capsys: pytest.CaptureFixture[str], monkeypatch):
+    assert run(["info", "--system"]) == 0
+    text = capsys.readouterr().out
+    assert f"PyTorch {torch.__version__}" in text and f"the kernels take {instruction_set()}" in text
+    assert f"CPU kernels: loaded from {library.path_of(instruction_set())}" in text
+    monkeypatch.setattr(library, "path_of", lambda name: Path("/nowhere"))
+    monkeypatch.setattr(library, "_problems", {})
+    library.library.cache_clear()
+    try:
+        assert run(["info", "--system"]) == 0
+    finally:
+        library.library.cache_clear()
+    assert "/nowhere was not built; run `python -m gs_kernels.cpu.build`" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given, got", [([], "neither"), (["--system", "a"], "both")])
+def test_a_path_or_the_system(given: list[str], got: str, capsys: pytest.CaptureFixture[str]):
+    assert run(["info", *given]) == 2
+    assert capsys.readouterr().err == f"golden-stick: info: a path or --system must be given, got {got}\n"

@@ -367,8 +367,8 @@ class QuantizedConv(Convolution, QuantizedLayer):
         if convolution is None:
             return None
         run, codes = convolution.at(x.shape, residual), quantizer.codes_like(x, self._producer_grids)
-        output, limits = (self.output_quantizer, None) if grid is None else (None, _limits(grid))
-        return PreparedConv(run, codes, output, grid, limits, self._like(x), on_integers=True)
+        output = self.output_quantizer if grid is None else None
+        return PreparedConv(run, codes, output, grid, self._like(x), on_integers=True)
 
     def _convolution(self, x: Tensor, grid: StaticQuantizer | None, activation: str) -> Int8Convolution | None:
         quantizer, parts = self.input_quantizer, self._split_weight()
@@ -383,6 +383,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
             activation=activation,
             out_scale=None if grid is None else grid.scale,
             out_zero=None if grid is None else grid.signed_zero(),
+            out_limits=(-128, 127) if grid is None else grid.signed_limits(),
             dtype=x.dtype,
         )
 
@@ -398,15 +399,10 @@ def _operands(residual: Tensor | None) -> Residual:
     return residual.codes, grid.scale, grid.zero
 
 
-def _limits(grid: StaticQuantizer) -> tuple[int, int] | None:
-    """Returns the smallest and largest code of a grid that has fewer than int8; None for all of int8."""
-    low, high = grid.signed_limits()
-    return None if (low, high) == (-128, 127) else (low, high)
-
-
 def _limited(codes: Tensor, grid: StaticQuantizer) -> Tensor:
-    limits = _limits(grid)
-    return codes if limits is None else codes.clamp_(*limits)
+    """Limits int8 codes to those that the grid has."""
+    low, high = grid.signed_limits()
+    return codes if (low, high) == (-128, 127) else codes.clamp_(low, high)
 
 
 def _wide(k: int) -> str:

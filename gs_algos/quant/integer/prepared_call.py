@@ -32,7 +32,6 @@ class PreparedConv(NamedTuple):
         operand: makes of an image what is convolved: codes or floats.
         output: what the layer does to floats; None if nothing.
         grid: of the codes that the layer gives; None if it gives floats.
-        limits: the smallest and largest of these codes; None if they are those of int8.
         like: shape, strides, dtype and device of the result.
         on_integers: whether `run` takes codes, also as a residual.
     """
@@ -41,15 +40,12 @@ class PreparedConv(NamedTuple):
     operand: Callable[[Tensor], Tensor]
     output: Callable[[Tensor], Tensor] | None
     grid: Any
-    limits: tuple[int, int] | None
     like: Like
     on_integers: bool = False
 
     def __call__(self, x: Tensor, *residual: Tensor | None) -> Tensor:
         """Returns codes on `grid`, or floats."""
         y = self.run(self.operand(x), *residual)
-        if self.limits is not None:
-            return y.clamp_(*self.limits)
         return y if self.output is None else self.output(y)
 
 

@@ -133,7 +133,7 @@ class Convolution(Packed):
         convolution = prepared_qconv2d(image, self.packed, self.bias, **geometry, activation=activation)
         if convolution is None:
             return None
-        return PreparedConv(convolution.at(x.shape, residual), operand, output, None, None, self._like(x))
+        return PreparedConv(convolution.at(x.shape, residual), operand, output, None, self._like(x))
 
     @property
     def may_prepare(self) -> bool:
