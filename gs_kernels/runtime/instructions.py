@@ -61,7 +61,7 @@ REQUIRED = {
     "avx_vnni": (*AVX2, "avx_vnni"),
     "avx512": AVX512,
     "avx512_vnni": (*AVX512, "avx512_vnni"),
-    "dotprod": ("dotprod",),
+    "dotprod": ("dot",),
 }
 
 
@@ -86,5 +86,5 @@ def described() -> str:
         return " ".join(["AVX-512", *extra, *(["AMX"] if has("amx_int8") or has("amx_bf16") else [])])
     if instruction_set().startswith("avx"):
         return "AVX2 VNNI" if instruction_set() == "avx_vnni" else "AVX2"
-    arm = [text for name, text in (("sve", "SVE"), ("bf16", "BF16"), ("i8mm", "I8MM")) if has(name)]
+    arm = [text for name, text in (("dot", "DotProd"), ("sve", "SVE"), ("bf16", "BF16"), ("i8mm", "I8MM")) if has(name)]
     return " ".join(arm) or torch.backends.cpu.get_cpu_capability()

@@ -127,14 +127,14 @@ def test_the_system_is_versions_instructions_and_kernels(capsys: pytest.CaptureF
     text = capsys.readouterr().out
     assert f"PyTorch {torch.__version__}" in text and f"the kernels take {instruction_set()}" in text
     assert f"CPU kernels: loaded from {library.path_of(instruction_set())}" in text
-    monkeypatch.setattr(library, "path_of", lambda name: Path("/nowhere"))
+    monkeypatch.setattr(library, "path_of", lambda name: Path("/no/library"))
     monkeypatch.setattr(library, "_problems", {})
     library.library.cache_clear()
     try:
         assert run(["info", "--system"]) == 0
     finally:
         library.library.cache_clear()
-    assert "/nowhere was not built; run `python -m gs_kernels.cpu.build`" in capsys.readouterr().out
+    assert "/no/library was not built; run `python -m gs_kernels.cpu.build`" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given, got", [([], "neither"), (["--system", "a"], "both")])
