@@ -55,9 +55,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, metavar="S", help="start nothing new after so many seconds")
     models = f"language models: folders, GGUF files, {', '.join(RANDOM)}"
     parser.add_argument("--decode", nargs="+", default=[], metavar="MODEL", help=models)
+    parser.add_argument("--onnx-runtime", action="store_true", help="time our exports in ONNX Runtime too")
     parser.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="where node-llama-cpp is: runs GGUF files too")
     parser.add_argument("--out", type=Path, help="default: bench/results/<device>/<date>-<commit>.jsonl")
     chosen = parser.parse_args(argv)
+    if chosen.onnx_runtime and chosen.device != "cpu":
+        parser.error(f"--onnx-runtime is timed on a CPU, got --device {chosen.device}; use --device cpu")
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs an NVIDIA GPU, and torch sees none; use --device cpu")
     return chosen
@@ -97,6 +100,7 @@ def _rows(name: str, algorithm: str, chosen: argparse.Namespace) -> Any:
     common = {"network": name, "algorithm": algorithm, "quick": chosen.quick, "input": network.size(chosen.quick)}
     batch = chosen.batch or (4 if chosen.quick else network.batch)
     options = {"device": chosen.device, "batch": batch, "quick": chosen.quick, "seconds": chosen.seconds}
+    options["onnx_runtime"] = chosen.onnx_runtime
     try:
         for row in measure(network, algorithm, **options):
             yield {**common, **row}

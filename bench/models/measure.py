@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.models.networks import Network
+from bench.models.onnx_runtime import onnx_runtime_rows
 from bench.steps import kept_for_backward
 from bench.timing import Timing, summarize, time_calls
 from gs_algos import SLB, SimQAT
@@ -47,9 +48,18 @@ def _time(call: Callable[[], Any], device: str, seconds: float) -> Timing:
 
 
 def measure(
-    network: Network, algorithm: str, *, device: str, batch: int, quick: bool, seconds: float
+    network: Network,
+    algorithm: str,
+    *,
+    device: str,
+    batch: int,
+    quick: bool,
+    seconds: float,
+    onnx_runtime: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yields three rows: "train" (a step with SGD), "latency" (one input), "throughput" (a batch) of what is converted.
+
+    onnx_runtime: two more of a network of 8-bit activations, of what ONNX Runtime makes of our export.
 
     Images and the weights of convolutions are channels-last, which is what float networks are fastest with.
     """
@@ -70,7 +80,11 @@ def measure(
     kept = _kept(net, x)
     memory = {"peak_bytes": peak_bytes(device, step)}
     yield {"phase": "train", "batch": batch, "saved_bytes": kept, **memory, **_times(_time(step, device, seconds))}
-    yield from _predicting(net.eval() if algo is None else algo.convert(net.eval()), x, device, seconds)
+    net = net.eval() if algo is None else algo.convert(net.eval())
+    yield from _predicting(net, x, device, seconds)
+    if onnx_runtime and algorithm.endswith("a8"):
+        for row in onnx_runtime_rows(net, x, seconds):
+            yield {**row, "algorithm": f"{algorithm} in ONNX Runtime"}
 
 
 def _predicting(net: nn.Module, x: Tensor, device: str, seconds: float) -> Iterator[dict[str, Any]]:

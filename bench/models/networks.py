@@ -95,6 +95,10 @@ NETWORKS: dict[str, Network] = {
     "mobilenetv2": Network(
         lambda quick: build("mobilenetv2", in_channels=3, num_classes=1000, image_size=_pixels(quick)[1]), _pixels, 64
     ),
+    # that of `golden-stick demo`, on Fashion-MNIST
+    "resnet20": Network(
+        lambda quick: build("resnet20", in_channels=1, num_classes=10, image_size=28), lambda quick: (1, 28, 28), 64
+    ),
     # of an 8B Llama; quick: of SmolLM2-135M
     "llama-block": Network(
         lambda quick: LlamaBlock(576, 9, 3, 1536) if quick else LlamaBlock(4096, 32, 8, 14336),

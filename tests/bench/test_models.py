@@ -56,6 +56,15 @@ def test_a_network_is_trained_converted_and_timed_beside_float(rows, capsys):
     assert "simqat-w4a8" in capsys.readouterr().out
 
 
+def test_our_exports_are_timed_in_onnx_runtime(rows):
+    pytest.importorskip("onnxruntime")
+    code, written = rows("--network", "tiny", "--algorithm", "float", "simqat-w8a8", "--onnx-runtime")
+    assert code == 0
+    theirs = [row for row in written if row["algorithm"] == "simqat-w8a8 in ONNX Runtime"]
+    assert [(row["phase"], row["batch"]) for row in theirs] == [("latency", 1), ("throughput", 4)]
+    assert all(row["version"] and row["ms_p50"] > 0 for row in theirs)
+
+
 def test_the_bfloat16_network_predicts_with_half_the_bytes(rows):
     code, written = rows("--network", "tiny", "--algorithm", "float", "bfloat16")
     assert code == 0
