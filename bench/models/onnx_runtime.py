@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def onnx_runtime_rows(net: nn.Module, x: Tensor, seconds: float) -> Iterator[dic
         error = float((ours - theirs).norm() / ours.norm())
         if not error <= NEAR:
             raise RuntimeError(f"bench.models: ONNX Runtime must give our outputs, got {error:.2g} of them off")
-        timing = time_cpu(lambda given=given: session.run(None, {name: given}), seconds)
+        timing = time_cpu(partial(session.run, None, {name: given}), seconds)
         times = {key: round(getattr(timing, key), 3) for key in ("ms_min", "ms_p20", "ms_p50", "ms_p80")}
         about = {"batch": len(inputs), "version": version("onnxruntime"), "nbytes": nbytes}
         yield {"phase": phase, **about, **times, "per_s": round(1e3 * len(inputs) / timing.ms_p50, 2)}
