@@ -48,8 +48,8 @@ def _allows(isa: str) -> bool:
 
 
 def multiplies_int8() -> bool:
-    """Says whether ATen and oneDNN multiply int8 faster than fp32: with VNNI. Else `torch._int_mm` is a plain loop."""
-    return has("avx512_vnni")
+    """Says whether there are instructions that add up products of 8 bits: VNNI, or ARM's dot products."""
+    return any(map(has, ("avx512_vnni", "avx_vnni", "dot")))
 
 
 # what each set of gs_kernels.cpu.compile takes for granted

@@ -48,7 +48,6 @@ __all__ = [
     "foreach_zero_",
     "function_modes",
     "inductor_cache_dir",
-    "int_mm",
     "is_compiling",
     "is_eager",
     "is_plain_call",
@@ -74,7 +73,6 @@ PLAIN = frozenset((Tensor, torch.nn.Parameter))  # types of tensors that nobody 
 
 # C functions, called as they are: a Python function around one would be a frame more in every call
 transform_of: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack  # of torch.func; None outside of any
-int_mm: Callable[[Tensor, Tensor], Tensor] = torch._int_mm  # int32 from int8
 foreach_add_: Callable[..., Any] = torch._foreach_add_
 foreach_copy_: Callable[..., Any] = torch._foreach_copy_
 foreach_zero_: Callable[..., Any] = torch._foreach_zero_

@@ -50,7 +50,7 @@ Residual: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]  # itse
 
 MAX_PARTS = 64  # of a filter whose sums no int32 holds
 INTEGER = "integer: int8 x int8 -> int32"
-WITHOUT_VNNI = "integer: products of 16 bits or in fp32, for this CPU has no VNNI"
+WITHOUT_VNNI = "integer: products of 16 bits, for this CPU has no VNNI"
 TO_CONSUMERS = " -> int8 for the next layer"
 TO_OWN_GRID = " -> int8 on its own grid"
 

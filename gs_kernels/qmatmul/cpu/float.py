@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -27,8 +27,8 @@ from gs_kernels.pack.derived import UnsuitableError
 from gs_kernels.pack.layouts import CANONICAL, PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.qmatmul.cpu import avx512_bf16
-from gs_kernels.qmatmul.cpu.interleaved import LANES, STEP, InterleavedWeight, interleaved
-from gs_kernels.qmatmul.cpu.interleaved_product import bind, fixed_product, kernels, unpack
+from gs_kernels.qmatmul.cpu.interleaved import InterleavedWeight, interleaved
+from gs_kernels.qmatmul.cpu.interleaved_product import bind, fixed_product, kernels
 from gs_kernels.runtime.instructions import has
 
 logger = logging.getLogger(__name__)
@@ -102,23 +102,6 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype that a CPU multiplies fast: fp32 for fp16, and for bf16 without instructions for it."""
     able = any(has(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return dtype if dtype == torch.bfloat16 and able else torch.float32
-
-
-def dequantized(
-    weight: InterleavedWeight, dtype: torch.dtype, size: int, as_codes: bool = False
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields blocks of the weight and their grids, as `unpack` makes them: each overwrites the one before.
-
-    About `size` elements at a time, at least two blocks of rows. Memory taken anew for each would cost more in page
-    faults than the passes that fill it.
-    """
-    count, *steps = weight.codes.shape[:3]
-    pieces = max(1, min(count // 2, count * LANES * weight.groups * weight.width // size))
-    buffer = torch.empty(*steps, STEP, -(-count // pieces), LANES, dtype=dtype)
-    for codes, grid in zip(weight.codes.tensor_split(pieces), weight.grid.tensor_split(pieces), strict=True):
-        block = buffer.flatten()[: codes.shape[0] * buffer[..., 0, :].numel()].view(*steps, STEP, -1, LANES)
-        unpack(codes, grid, weight.bits, block, as_codes)
-        yield block, grid
 
 
 def _plain(x: Tensor, weight: PackedWeight) -> Tensor:

@@ -107,11 +107,11 @@ LANE_FN void dot_block(const float* x, int64_t apart, const Weight& w, int64_t b
   for (int m = 0; m < M; ++m) sums[m] = total[m];
 }
 
-// `(sums - zero * x_sums) * scale`, of codes that were `offset` lower: whole zero points in integers, exactly.
-LANE_FN F real_sums(I sums, int32_t x_sums, const float* grid, int32_t offset) {
+// `(sums - zero * x_sums) * scale`: whole zero points in integers, exactly.
+LANE_FN F real_sums(I sums, int32_t x_sums, const float* grid) {
   const F zero = load(grid + LANES);
   const F near = min(max(round(zero), all(-256.0f)), all(256.0f));  // more would overflow; the rest goes as fractions
-  const I centered = sums - (whole(near) - all(offset)) * all(x_sums);
+  const I centered = sums - whole(near) * all(x_sums);
   return (in_fp32(centered) - (zero - near) * all((float)x_sums)) * load(grid);
 }
 
@@ -140,7 +140,7 @@ LANE_FN void int_dot_block(
     for (int m = 0; m < M; ++m) x_sum[m] += x_sums[m * w.groups + g];
     if (one && g + 1 < w.groups) continue;
     for (int m = 0; m < M; ++m) {
-      total[m] = total[m] + real_sums(part[m], x_sum[m], w.grid + (block * w.groups + g) * 2 * LANES, 0);
+      total[m] = total[m] + real_sums(part[m], x_sum[m], w.grid + (block * w.groups + g) * 2 * LANES);
       part[m] = all(0), x_sum[m] = 0;
     }
   }
@@ -315,37 +315,6 @@ void int_dot(const int16_t* x, int64_t m, const int32_t* x_sums, const Weight& w
   });
 }
 
-enum Kind { FP32, BF16, INT8, CODES };  // CODES: as INT8, in fp32
-
-// out `[groups, steps, 8, blocks, 16]`: the weight, transposed; INT8 is its codes, those of 8 bits 128 lower.
-template <int BITS>
-void unpack(const Weight& w, void* out, int kind, int threads) {
-  const int64_t all_steps = w.groups * w.steps;
-  const I offset = all(BITS == 8 ? 128 : 0);
-  parallel_for(threads, all_steps, [&](int64_t step) {
-    const int64_t g = step / w.steps;
-    for (int64_t block = 0; block < w.blocks; ++block) {
-      const uint8_t* codes = w.codes + (block * all_steps + step) * BITS * LANES;
-      const float* grid = w.grid + (block * w.groups + g) * 2 * LANES;
-      const F scale = load(grid), zero = load(grid + LANES);
-#pragma GCC unroll 8
-      for (int j = 0; j < STEP; ++j) {
-        const int64_t at = ((step * STEP + j) * w.blocks + block) * LANES;
-        const I code = field<BITS>(codes, j);
-        if (kind == INT8) {
-          store(static_cast<int8_t*>(out) + at, code - offset);
-        } else if (kind == CODES) {
-          store(static_cast<float*>(out) + at, in_fp32(code - offset));
-        } else {
-          const F real = (in_fp32(code) - zero) * scale;
-          if (kind == FP32) store(static_cast<float*>(out) + at, real);
-          if (kind == BF16) store(static_cast<uint16_t*>(out) + at, rounded_bf16(real));
-        }
-      }
-    }
-  });
-}
-
 }  // namespace
 
 void products_of_row(
@@ -388,25 +357,4 @@ EXPORT void interleaved_int_dot(
   const Weight w{codes, grid, blocks, groups, steps};
   const auto run = bits == 1 ? int_dot<1> : bits == 2 ? int_dot<2> : bits == 4 ? int_dot<4> : int_dot<8>;
   run(x, m, x_sums, w, one, y, threads);
-}
-
-EXPORT void interleaved_unpack(
-    const uint8_t* codes, const float* grid, int64_t blocks, int64_t groups, int64_t steps, int bits, void* out, int kind,
-    int threads) {
-  const Weight w{codes, grid, blocks, groups, steps};
-  const auto run = bits == 1 ? unpack<1> : bits == 2 ? unpack<2> : bits == 4 ? unpack<4> : unpack<8>;
-  run(w, out, kind, threads);
-}
-
-// Adds one group to y `[m, blocks, 16]`: from int32 sums of products `[m, blocks, 16]`, sums of x `[m]`, and the group's
-// grid, `apart` floats from block to block.
-EXPORT void interleaved_add(
-    float* y, const int32_t* sums, const int32_t* x_sums, const float* grid, int64_t apart, int64_t m, int64_t blocks,
-    int offset, int threads) {
-  parallel_for(threads, m, [&](int64_t row) {
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t at = (row * blocks + block) * LANES;
-      store(y + at, load(y + at) + real_sums(load(sums + at), x_sums[row], grid + block * apart, offset));
-    }
-  });
 }

@@ -18,9 +18,6 @@ from gs_kernels.cpu.library import load_functions
 from gs_kernels.pack.derived import UnsuitableError
 from gs_kernels.qmatmul.cpu.interleaved import LANES, STEP, InterleavedWeight
 
-OFFSET = 128  # of 8-bit codes, to fit int8
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-CODES = 3  # the codes that int8 would be, in fp32
 PARALLEL_FROM = 1 << 15  # products, from which a second thread pays
 
 size, number, pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
@@ -29,8 +26,6 @@ WEIGHT = (pointer, pointer, size, size, size, number)  # codes, grid, blocks, gr
 FUNCTIONS = {
     "interleaved_product": PRODUCT,
     "interleaved_int_dot": (pointer, size, pointer, *WEIGHT, number, pointer, number),
-    "interleaved_unpack": (*WEIGHT, pointer, number, number),
-    "interleaved_add": (pointer, pointer, pointer, pointer, size, size, size, number, number),
 }
 
 
@@ -124,40 +119,6 @@ def int_dot_of(m: int, weight: InterleavedWeight, one: bool, functions: Any = No
     return multiply
 
 
-def unpack(codes: Tensor, grid: Tensor, bits: int, out: Tensor, as_codes: bool = False) -> None:
-    """Fills out `[G, S, 8, B, 16]` with the weight, transposed; int8 is its codes, those of 8 bits 128 lower.
-
-    as_codes: out is fp32, and these codes are wanted.
-
-    Raises:
-        UnsuitableError: if the C++ does not run here.
-    """
-    _unpack(_functions(), codes, grid, bits, out, as_codes)
-
-
-def _unpack(functions: Any, codes: Tensor, grid: Tensor, bits: int, out: Tensor, as_codes: bool = False) -> None:
-    kind = CODES if as_codes else KINDS[out.dtype]
-    threads = torch.get_num_threads() if out.numel() >= PARALLEL_FROM else 1
-    functions.interleaved_unpack(
-        codes.data_ptr(), grid.data_ptr(), *codes.shape[:3], bits, out.data_ptr(), kind, threads
-    )
-
-
-def add(y: Tensor, sums: Tensor, x_sums: Tensor, grid: Tensor, bits: int) -> None:
-    """Adds one group to y `[M, B, 16]` fp32: from int32 sums of products of int8, sums of x `[M]`, grid `[B, 32]`.
-
-    Raises:
-        UnsuitableError: if the C++ does not run here.
-    """
-    _add(_functions(), y, sums, x_sums, grid, bits)
-
-
-def _add(functions: Any, y: Tensor, sums: Tensor, x_sums: Tensor, grid: Tensor, bits: int) -> None:
-    pointers = (t.data_ptr() for t in (y, sums, x_sums, grid))
-    threads = torch.get_num_threads() if y.numel() >= PARALLEL_FROM else 1
-    functions.interleaved_add(*pointers, grid.stride(0), *y.shape[:2], OFFSET if bits == 8 else 0, threads)
-
-
 def _arguments(weight: InterleavedWeight) -> tuple[int, ...]:
     return weight.codes.data_ptr(), weight.grid.data_ptr(), *weight.codes.shape[:3], weight.bits
 
@@ -178,27 +139,9 @@ def _self_test_of(functions: Any, bits: int) -> bool:
     dense = weight.view(32, 48)
     x = (torch.arange(7 * 32) % 7 - 3).view(7, 32)
     want = x.float() @ dense
-    blocks = [torch.empty(2, 2, STEP, 3, LANES, dtype=dtype) for dtype in KINDS]
-    for block in blocks:
-        _unpack(functions, codes, grid, bits, block)
-    centered = weight * 2 + zero - (OFFSET if bits == 8 else 0)
-    in_fp32 = torch.empty_like(centered)
-    _unpack(functions, codes, grid, bits, in_fp32, as_codes=True)
-    y = torch.zeros(7, 3, LANES)
-    sums = ((x @ centered.view(32, 48).long()).int()).view(7, 3, LANES)
-    _add(functions, y, sums, x.sum(1, dtype=torch.int32), grid[:, 1], bits)
     run = functions.interleaved_product
-    return (
-        all(
-            torch.equal(
-                bind(run, fixed_product(interleaved, t, t), (m, 32), t, interleaved)(x[:m].to(t)), want[:m].to(t)
-            )
-            for m in (1, 3, 7)
-            for t in (torch.float32, torch.bfloat16)
-        )
-        and all(torch.equal(int_dot_of(7, interleaved, one, functions)(x.short()), want) for one in (False, True))
-        and all(torch.equal(block.float(), weight) for block in blocks[:2])
-        and torch.equal(blocks[2].float(), centered)
-        and torch.equal(in_fp32, centered)
-        and torch.equal(y.view(7, 48), want)
-    )
+    return all(
+        torch.equal(bind(run, fixed_product(interleaved, t, t), (m, 32), t, interleaved)(x[:m].to(t)), want[:m].to(t))
+        for m in (1, 3, 7)
+        for t in (torch.float32, torch.bfloat16)
+    ) and all(torch.equal(int_dot_of(7, interleaved, one, functions)(x.short()), want) for one in (False, True))
