@@ -297,7 +297,7 @@ def test_the_summary_says_that_a_cpu_has_no_instructions_for_int8(monkeypatch):
     net = algo.convert(algo.apply(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), x), x)
     for able, words in (
         (True, "integer: int8 x int8 -> int32 + relu"),
-        (False, "products of 16 bits or in fp32, for this CPU"),
+        (False, "products of 16 bits, for this CPU"),
     ):
         monkeypatch.setattr("gs_algos.quant.integer.layers.multiplies_int8", lambda able=able: able)
         assert words in algo.summary(net)
