@@ -210,6 +210,28 @@ def test_threads_are_those_of_pytorch():
     assert sorted(started) == [0, 1]
 
 
+FORK = """
+import os, signal, torch
+from gs_kernels import pack_weight, qconv2d_int8
+torch.set_num_threads(2)
+x = torch.randint(-128, 128, (4, 64, 28, 28), dtype=torch.int8).contiguous(memory_format=torch.channels_last)
+w = pack_weight(torch.randint(256, (64, 576), dtype=torch.uint8), torch.ones(64, 1), 128.0, bits=8, group_size=576)
+# nothing large is left to PyTorch, which waits for its threads for ever
+convolve = lambda: qconv2d_int8(x, torch.ones(1), w, kernel_size=3, padding=1, keep_dense=True).numpy().tobytes()
+want = convolve()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    os._exit(0 if convolve() == want else 1)
+assert os.waitpid(child, 0)[1] == 0 and convolve() == want
+"""
+
+
+def test_a_forked_process_computes_too():
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_layer_runs_without_the_library(tmp_path: Path):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", LAYER], env=env, capture_output=True, text=True, check=False)
