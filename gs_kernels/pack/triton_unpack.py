@@ -185,11 +185,14 @@ def _field(
     WIDTH: tl.constexpr = 8 * BITS
     if GROUP % 128 != 0:
         # groups end inside a block: between two fields or, with 8 bits, inside one
-        SPAN: tl.constexpr = WIDTH if GROUP % WIDTH == 0 else 32
-        group = tl.minimum((k + J * WIDTH + SPAN * tl.arange(0, WIDTH // SPAN)) // GROUP, G - 1)
-        scale, zero = load_grid(scale_ptr, zero_ptr, offs_n[:, None] + (group * stride_sg)[None, :], ZERO)
-        if SPAN != WIDTH:
-            scale, zero = repeat(scale, SPAN), repeat(zero, SPAN)
+        if GROUP % WIDTH == 0:
+            group = tl.minimum((k + J * WIDTH) // GROUP, G - 1)
+            scale, zero = load_grid(scale_ptr, zero_ptr, offs_n + group * stride_sg, ZERO)
+            scale, zero = scale[:, None], zero[:, None]
+        else:
+            group = tl.minimum((k + J * WIDTH + 32 * tl.arange(0, WIDTH // 32)) // GROUP, G - 1)
+            scale, zero = load_grid(scale_ptr, zero_ptr, offs_n[:, None] + (group * stride_sg)[None, :], ZERO)
+            scale, zero = repeat(scale, 32), repeat(zero, 32)
     SIGN: tl.constexpr = is_sign(ZERO, zero_ptr is None and levels_ptr is None, BITS, mantissa_bits(T), ASM)
     KIND: tl.constexpr = zero_kind(ZERO, BITS, mantissa_bits(T), ASM) if zero_ptr is None else -1
     UNIT: tl.constexpr = weight_unit(ZERO, zero_ptr is None and levels_ptr is None, T, ASM, SCALED)
