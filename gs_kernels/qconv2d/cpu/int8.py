@@ -7,6 +7,7 @@ of PyTorch follow.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ from gs_kernels.qconv2d.geometry import ConvGeometry, ConvolvesImages
 from gs_kernels.qconv2d.ref import convolve_int8_ref, int8_epilogue, requant_params
 from gs_kernels.qmatmul.cpu.float import without_autocast
 from gs_kernels.qmatmul.cpu.int8 import whole_zero
+
+Residual: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]  # itself, and scale and zero point of codes
+
+NOTHING: Residual = (None, None, None)
 
 
 def qconv2d_int8_cpu(
@@ -120,7 +125,7 @@ class Int8Convolution:
         """Returns the function where the C++ lacks a part: it adds up and scales, in fp32, and operations follow."""
         assert self.kernel is not None
         x_scale, last = self.x_scale, torch.channels_last
-        in_cpp = self.in_cpp  # then the residual alone is of another dtype
+        in_cpp, one = self.in_cpp, torch.ones(1)  # in_cpp: the residual alone is of another dtype
 
         def convolve(
             x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None, zero: Tensor | None = None
@@ -129,15 +134,14 @@ class Int8Convolution:
             if added is not None and scale is None:
                 added = added.float()
             y = run(x.contiguous(memory_format=last), x_scale, 0, added, scale, zero)
-            return y if in_cpp else self._finish(y)
+            return y if in_cpp else self._finish(y, one, None)
 
         return convolve
 
-    def _finish(self, y: Tensor) -> Tensor:
-        """Activates fp32 sums, and casts or rounds them, as `int8_epilogue`."""
-        y = int8_epilogue(y, y.new_ones(1), None, (None, None, None, *self.out), self.activation, self.dtype)
-        limited = self.out[0] is not None and self.limits != (-128, 127)
-        return y.clamp_(*self.limits) if limited else y
+    def _finish(self, y: Tensor, x_scale: Tensor, bias: Tensor | None, residual: Residual = NOTHING) -> Tensor:
+        """Makes the result of fp32 sums by `int8_epilogue`, within the limits."""
+        y = int8_epilogue(y, x_scale, bias, (*residual, *self.out), self.activation, self.dtype)
+        return y if self.out[0] is None or self.limits == (-128, 127) else y.clamp_(*self.limits)
 
     def _by_operations(
         self, x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None, zero: Tensor | None = None
@@ -148,9 +152,7 @@ class Int8Convolution:
         else:
             sums = self.plain(x)
         rows = None if residual is None else residual.permute(0, 2, 3, 1)
-        requant = (rows, scale, zero, *self.out)
-        y = int8_epilogue(sums.permute(0, 2, 3, 1), self.x_scale, self.bias, requant, self.activation, self.dtype)
-        y = y.clamp_(*self.limits) if self.out[0] is not None and self.limits != (-128, 127) else y
+        y = self._finish(sums.permute(0, 2, 3, 1), self.x_scale, self.bias, (rows, scale, zero))
         return y.contiguous().permute(0, 3, 1, 2)
 
 

@@ -15,9 +15,8 @@ from gs_kernels.qconv2d.checks import LARGEST_GROUP
 from gs_kernels.qconv2d.geometry import ConvGeometry
 
 LANES = 16
-LARGEST_SYMMETRIC = (
-    1 << 15
-)  # codes of one sum that no zero point of the weight adds to: 2 * 255 * 128 times is below 2**31
+# codes of one sum that no zero point of the weight adds to: 2 * 255 * 128 times that is below 2**31
+LARGEST_SYMMETRIC = 1 << 15
 PAIRS, SHORTS, QUADS = 0, 1, 2  # forms of products, as int8.cpp has them
 SHORT = (1 << 15) - 1  # the largest sum of products in 16 bits
 
@@ -44,11 +43,6 @@ class Int8Weight:
     fraction: Tensor | None
     group_size: int
     scale: Tensor
-
-    @property
-    def has_one_sum(self) -> bool:
-        """Says whether one sum of products gives y: no groups along K, no zero points that int8 codes cannot hold."""
-        return self.scale.shape[1] == 1 and self.zero2 is None and self.fraction is None
 
 
 def make_int8_weight(weight: PackedWeight) -> Int8Weight:
