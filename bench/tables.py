@@ -342,13 +342,13 @@ def _mb(nbytes: int | None) -> str:
 
 def decode(rows: Rows) -> str:
     keys = ("device_name", "instructions", "network", "dtype", "weights", "graph")
-    latest = last([row for row in rows if row["kind"] == "decode" and "per_s" in row and "weights" in row], *keys)
+    latest = last([row for row in rows if row["kind"] == "decode" and "per_s" in row], *keys)
     lines = (
         (
             record.device_text(row),
             key[2],
             _SHORT[key[3]],
-            row["weights"],
+            row.get("weights", "-"),
             "graph" if row.get("graph") else "-",
             row.get("first_ms", "-"),
             row["per_s"],
