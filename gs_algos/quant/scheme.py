@@ -259,7 +259,10 @@ def check_rules(rules: Any, who: str, readers: Mapping[str, Callable[[Any], obje
 
 def join_scheme(value: str | Scheme) -> Scheme:
     """Reads the option `join` of a rule: the scheme that the operands of an add or a concat share."""
-    return Scheme.parse(value, "act")
+    try:
+        return Scheme.parse(value, "act")
+    except (ValueError, TypeError) as error:
+        raise type(error)(str(error).replace("Scheme: act ", "Scheme: join ", 1)) from None
 
 
 def as_text(rules: Any, kinds: tuple[type, ...] = (Scheme,)) -> Any:

@@ -154,7 +154,11 @@ WRONG_RULES: dict[str, tuple[Any, str]] = {
     "type": (("type:LSTM", None), "got type:LSTM which matches none"),
     "expression": (("re:layer.*", None), r"got re:layer\.\* which matches none"),
     "broken expression": (("re:(", None), r"must hold a regular expression, got re:\(: missing"),
-    "option": (("fc", {"wieght": "int4@channel"}), r"may set weight, act, join, got wieght in .*; did you mean weight"),
+    "option": (
+        ("fc", {"wieght": "int4@channel"}),
+        "may set weight, act, join, got wieght in rule fc; did you mean weight",
+    ),
+    "join": (("fc", {"join": "int9@tensor"}), "rule fc: join must have 1 to 8 bits, got 'int9@tensor'"),
     "scheme": (("fc", {"weight": "int9@channel"}), "weight must have 1 to 8 bits, got 'int9@channel'"),
     "no pair": ("fc", r"a rule must be \(pattern, options\), got 'fc'"),
     "text for options": (("fc", "int4@channel"), "options of rule fc must be a dict or None, got 'int4@channel'"),
