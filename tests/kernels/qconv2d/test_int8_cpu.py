@@ -139,19 +139,20 @@ def test_residuals(way: str):
     real = torch.randn(size, generator=generator)
     real[0, 0, 0, 0] = torch.nan
     scaled = {"residual_scale": torch.tensor([0.03])}
-    for residual, out in itertools.product(
+    for residual, (activation, zero), out in itertools.product(
         (
             {"residual": real},
             {"residual": real.to(torch.bfloat16)},
             {"residual": codes, **scaled},
             {"residual": codes, **scaled, "residual_zero": torch.tensor([9.0])},
         ),
+        (("none", None), ("relu", torch.tensor([-7.0])), ("relu6", None)),
         ({}, {"out_scale": torch.tensor([0.1]), "out_zero": torch.tensor([-100.25])}),
     ):
-        options = {**about, "activation": "relu", **residual, **out}
+        options = {**about, "activation": activation, "x_zero": zero, **residual, **out}
         got = qconv2d_int8(x, torch.tensor([0.05]), w, bias, **options)
         want = qconv2d_int8_ref(x, torch.tensor([0.05]), w, bias, **options)
-        assert torch.equal(got.nan_to_num(1e9), want.nan_to_num(1e9)), (residual.keys(), out.keys())
+        assert torch.equal(got.nan_to_num(1e9), want.nan_to_num(1e9)), (residual.keys(), activation, out.keys())
     each = weight(24, 9, 8)
     options = {**about, "groups": 24, "residual": torch.ones(2, 24, 5, 5)}
     ends = qconv2d_int8(x, torch.ones(1), each, **options), qconv2d_int8_ref(x, torch.ones(1), each, **options)
