@@ -36,6 +36,7 @@ from gs_algos.qat.slb.algorithm import SLB
 RECIPE_FILE = "recipe.json"
 SEARCH_FILE = "search.json"  # what a report shows of a search of SLB
 KNOCKOFF_BATCHES = 64  # of training images that a knock-off generator is fitted to
+REFITTED, REFITTED_BATCH = 512, 64  # training images that layers are refitted to after a cut
 
 
 @dataclass(frozen=True)
@@ -117,21 +118,28 @@ def train_compressed(
     resume: bool = False,
     on_step: Callable[[int, int, Tensor], None] | None = None,
 ) -> float:
-    """Runs `train`, and what pruning needs beside it: knock-offs, and fresh batch norms once channels are gone."""
+    """Runs `train`, and what pruning needs beside it: knock-offs; after the cut refitted layers, fresh batch norms."""
 
     def images() -> Iterator[Tensor]:
         return (x for x, _ in train_batches(data, recipe.batch_size, recipe.seed, 0))
 
+    def after_cut() -> None:
+        assert isinstance(algorithm, Pruner)
+        if algorithm.config.reconstruct:
+            algorithm.reconstruct(net, data.normalize(data.train_x[:REFITTED]).split(REFITTED_BATCH))
+        algorithm.refresh(net, images())
+
     def watch(done: int, total: int, loss: Tensor) -> None:
         if isinstance(algorithm, Pruner) and done == algorithm.config.select_steps:
-            algorithm.refresh(net, images())
+            after_cut()
         if on_step is not None:
             on_step(done, total, loss)
 
     if isinstance(algorithm, SCOP) and algorithm.config.knockoffs == "generator":
         algorithm.fit_knockoffs(list(itertools.islice(images(), KNOCKOFF_BATCHES)))
-    if isinstance(algorithm, Pruner) and not algorithm.config.select_steps:
-        algorithm.refresh(net, images())
+    continues = resume and state is not None and state.is_file()
+    if isinstance(algorithm, Pruner) and not algorithm.config.select_steps and not continues:
+        after_cut()
     return train(net, data, recipe, algorithm=algorithm, state=state, resume=resume, on_step=watch)
 
 

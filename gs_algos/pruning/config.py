@@ -22,6 +22,7 @@ class PruningConfig(AlgorithmConfig):
         scope: `layer` cuts every group at the same rate, `global` takes the lowest scores of the whole network.
         round_to: every layer keeps a multiple of this many channels, or all; 8 or 16 suit hardware.
         select_steps: optimizer steps before the cut is decided.
+        reconstruct: keep the weights that go until the next step, so that `reconstruct` can refit what reads them.
         rules: `(pattern, {"rate": ...} | None)`, see `gs_algos.core.layer_rules`; None leaves a layer, and what is
             coupled with it, whole.
     """
@@ -31,6 +32,7 @@ class PruningConfig(AlgorithmConfig):
     scope: str = "layer"
     round_to: int = 1
     select_steps: int = 0
+    reconstruct: bool = False
     rules: tuple[Rule, ...] = ()
 
     who: ClassVar[str] = "Prune"
@@ -43,6 +45,8 @@ class PruningConfig(AlgorithmConfig):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"{self.who}: {name} must be a whole number >= {least}, got {value!r}")
+        if type(self.reconstruct) is not bool:
+            raise ValueError(f"{self.who}: reconstruct must be True or False, got {self.reconstruct!r}")
         if self.budget is not None and Budget.parse(self.budget).kind == "latency" and self.scope == "global":
             raise ValueError(f"{self.who}: a latency budget needs scope='layer', got scope='global'; or budget flops")
         for rule in self.rules:
@@ -58,6 +62,7 @@ class PruneBaseOptions(TypedDict, total=False):
     scope: str
     round_to: int
     select_steps: int
+    reconstruct: bool
     rules: Sequence[Rule]
 
 

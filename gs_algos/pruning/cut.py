@@ -35,7 +35,7 @@ def mask(model: nn.Module, groups: Groups, keep: Tensor) -> None:
 def zeros(model: nn.Module, groups: Groups, keep: Tensor) -> list[tuple[Tensor, int, Tensor]]:
     """Lists (parameter, dimension, indices) of everything that `mask` zeroes."""
     named = dict(model.named_parameters())
-    picks = [(named[name], part) for name, part in _picks(groups, keep).items() if name in named]
+    picks = [(named[name], part) for name, part in picks_of(groups, keep).items() if name in named]
     return [(p, dim, (~kept).nonzero().flatten().to(p.device)) for p, part in picks for dim, kept in part.items()]
 
 
@@ -72,7 +72,7 @@ def cut(
         RuntimeError: if an optimizer's state has tensors of another shape than their parameter.
     """
     refuse_empty(groups, keep)
-    picks = _picks(groups, keep)
+    picks = picks_of(groups, keep)
     named = tensors_by_name(model)
     for name in picks:
         _refuse_state(name, named[name], optimizers)
@@ -137,7 +137,7 @@ def set_attributes(model: nn.Module, attributes: dict[str, dict[str, int]]) -> N
         get_module(model, name).__dict__.update(values)
 
 
-def _picks(groups: Groups, keep: Tensor) -> dict[str, dict[int, Tensor]]:
+def picks_of(groups: Groups, keep: Tensor) -> dict[str, dict[int, Tensor]]:
     """Returns tensor -> dimension -> what stays, for tensors that lose something."""
     picks: dict[str, dict[int, Tensor]] = {}
     for part in groups.slices:

@@ -7,6 +7,7 @@ cuts the zeros out.
 
 from __future__ import annotations
 
+import copy
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,6 +34,7 @@ from gs_algos.core.algorithm import (
 from gs_algos.core.batches import InputsOf, checked_batches
 from gs_algos.core.compare import relative_error
 from gs_algos.core.config import signature_of
+from gs_algos.core.input_statistics import InputStatistics
 from gs_algos.core.modules import all_or_nothing, get_module
 from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
 from gs_algos.core.plan import Plan, render_layers, rows_of
@@ -46,6 +48,7 @@ from gs_algos.pruning.channel_groups.groups import Group, Groups, refuse_foreign
 from gs_algos.pruning.config import PruningConfig
 from gs_algos.pruning.cut import cut, mask, removed, resize, zeros
 from gs_algos.pruning.planning import GroupPlan, choose_units, from_version_1, make_plan
+from gs_algos.pruning.reconstruct import reconstruct
 from gs_kernels.runtime.torch_private import _NormBase
 
 logger = logging.getLogger(__name__)
@@ -80,6 +83,7 @@ class Pruner(Algorithm):
         self._gated: dict[str, GatedLayer] = {}
         self._freezer = Freezer()
         self._zeros: list[tuple[Tensor, int, Tensor]] = []
+        self._gone: list[Tensor] = []  # what was where `_zeros` are, until the next step
         self._history: dict[str, Any] = {}
 
     @abstractmethod
@@ -198,6 +202,7 @@ class Pruner(Algorithm):
         if self._steps == self.config.select_steps:
             self._select()
         elif not self.selecting:
+            self._gone = []
             self._mask()
 
     def _refuse_unlearned(self) -> None:
@@ -210,12 +215,15 @@ class Pruner(Algorithm):
 
     def _average_gradients(self) -> None:
         """Averages the gradients of the gates over all ranks: DistributedDataParallel does not reduce buffers."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1):
+        if not self._has_ranks():
             return
         for layer in self._gated.values():
             layer.gate.grad = torch.zeros_like(layer.gate) if layer.gate.grad is None else layer.gate.grad
             dist.all_reduce(layer.gate.grad, group=self.process_group)
             layer.gate.grad /= dist.get_world_size(self.process_group)
+
+    def _has_ranks(self) -> bool:
+        return dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1
 
     def _select(self) -> None:
         """Decides which units go, and zeroes them."""
@@ -225,6 +233,8 @@ class Pruner(Algorithm):
         getattr(model, KEPT).copy_(keep)
         logger.info("%s: %.1f %% of the channels go", self.name, 100 * total_rate(self.groups, keep))
         self._enter_phase()
+        if self.config.reconstruct:
+            self._gone = [t.data.index_select(dim, index) for t, dim, index in self._zeros]
         self._mask()
 
     @torch.no_grad()
@@ -240,6 +250,49 @@ class Pruner(Algorithm):
         self._zeros = []
         if self._model is not None and self.groups is not None and not self.selecting:
             self._zeros = zeros(self._model, self.groups, getattr(self._model, KEPT).cpu())
+
+    def reconstruct(self, model: nn.Module, batches: Iterable[Inputs]) -> None:
+        """Refits what reads the pruned channels so that its outputs change least, by least squares on some batches.
+
+        Call it once the cut is decided and before the next step, then `refresh`; on every rank, with inputs of its own.
+        Some hundred inputs are enough; a batch is run through the layers in front of each refitted layer.
+
+        Args:
+            batches: of inputs; `(x, y)` counts as x.
+
+        Raises:
+            RuntimeError: if the cut is not decided, or what went is not kept: `reconstruct=False`, or a step was taken
+                since, or the algorithm was resumed.
+            TypeError: if the batches are no iterable.
+            ValueError: if no batch runs through the model, or inputs are not finite. Weights are then as they were.
+        """
+        who = f"{self.config.who}.reconstruct"
+        model = network_of(model, who)
+        if self._require_bound("reconstruct") is not model:
+            raise RuntimeError(f"{who}: the model must be the one that the algorithm trains, got another")
+        if self.selecting:
+            raise RuntimeError(f"{who}: the cut must be decided, got step {self._steps} of {self.config.select_steps}")
+        if not self._gone or self.groups is None:
+            lost = "a step, an earlier call or a resumed algorithm"
+            why = lost if self.config.reconstruct else "reconstruct=False"
+            raise RuntimeError(
+                f"{who}: the weights that went must be kept, got {why}; "
+                f"make {self.config.who}(reconstruct=True), and call this once, right after the cut is decided"
+            )
+        inputs_of = InputsOf(who, model, self._example)
+        given = [inputs_of(batch) for batch in checked_batches(who, batches)]
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        whole = copy.deepcopy(model)
+        parameters = dict(whole.named_parameters())
+        for (tensor, dim, index), values in zip(self._zeros, self._gone, strict=True):
+            parameters[names[id(tensor)]].data.index_copy_(dim, index, values)
+        keep = getattr(model, KEPT).cpu()
+        reconstruct(model, whole, self.groups, keep, given, who, self._add_up)
+        self._gone = []
+
+    def _add_up(self, statistics: InputStatistics) -> None:
+        if self._has_ranks():
+            statistics.all_reduce(self.process_group)
 
     def refresh(
         self,
@@ -330,7 +383,7 @@ class Pruner(Algorithm):
         shapes = {"shapes": done.shapes, "attributes": done.attributes, "removed": removed(groups, keep)}
         remember(model, {**converted, "stage": "converted", "steps": self._steps, **shapes})
         if own:  # a copy may be converted while the training of the original goes on
-            self._model, self._gated, self.groups, self._zeros = None, {}, None, []
+            self._model, self._gated, self.groups, self._zeros, self._gone = None, {}, None, [], []
         return model
 
     def summary(self, model: nn.Module) -> str:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.core.algorithm import Inputs, evaluating, run, without_parameter_gradients
+from gs_algos.core.input_rows import CONVS, groups_of, input_rows
 from gs_algos.core.progress import progress
 from gs_algos.ptq.blocks import first_tensor
-from gs_algos.ptq.columns import CONVS, groups_of, input_rows
 from gs_algos.ptq.processes import Processes
 from gs_algos.ptq.stages import input_of
 from gs_algos.quant.fake_quant.layers import FakeQuantized

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.core.algorithm import Inputs
+from gs_algos.core.input_rows import groups_of, input_rows, token_mask
+from gs_algos.core.input_statistics import InputStatistics
 from gs_algos.core.progress import progress_bar
 from gs_algos.ptq.blocks import Block
-from gs_algos.ptq.columns import groups_of, input_rows, token_mask
 from gs_algos.ptq.config import PTQConfig
 from gs_algos.ptq.journal import Journal, Solved, from_bytes, to_bytes
 from gs_algos.ptq.layer_inputs import Floats, Seen, held_out_ratio
@@ -34,7 +35,6 @@ from gs_algos.ptq.rounding.tuned import fraction_of
 from gs_algos.ptq.routed import LENT, Route
 from gs_algos.ptq.solve import Solution, SolveOptions, solve
 from gs_algos.ptq.stages import Stage, all_inputs, find_stages, inputs_of, unrouted_input
-from gs_algos.ptq.statistics import InputStatistics
 from gs_algos.ptq.streams import ActivationStore, Streams
 from gs_algos.ptq.transforms import stage_transforms
 from gs_algos.ptq.transforms.stage import NOT_SCALED, Scaled, StageScaler

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gs_algos.ptq.statistics import InputStatistics
+from gs_algos.core.input_statistics import InputStatistics
 
 ORDERS = ("act", "group", "none")
 LARGEST_DAMPING = 1.0  # that is tried if the factor fails

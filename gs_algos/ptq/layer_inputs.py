@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gs_algos.ptq.columns import groups_of, input_rows
+from gs_algos.core.input_rows import groups_of, input_rows
+from gs_algos.core.input_statistics import InputStatistics
 from gs_algos.ptq.hessian import objective
 from gs_algos.ptq.layers import Rounded
 from gs_algos.ptq.processes import Processes
 from gs_algos.ptq.routed import places_of
 from gs_algos.ptq.solve import Solution
 from gs_algos.ptq.stages import Stage
-from gs_algos.ptq.statistics import InputStatistics
 from gs_algos.ptq.transforms.stage import Scaled
 from gs_algos.quant.packed.grid import grid_of
 from gs_algos.quant.packed.packable import matrix_of

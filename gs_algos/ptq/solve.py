@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gs_algos.core.input_statistics import InputStatistics
 from gs_algos.ptq.hessian import ORDERS, Hessian, hessian_of
 from gs_algos.ptq.refine import refine
 from gs_algos.ptq.rounding import ROUNDINGS
-from gs_algos.ptq.statistics import InputStatistics
 from gs_algos.ptq.target import corrected, damping
 from gs_algos.quant.packed.grid import Grid, grid_of, group_size
 from gs_algos.quant.scheme import Scheme

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from gs_algos.core.algorithm import evaluating
+from gs_algos.core.input_rows import CONVS
 from gs_algos.ptq.blocks import Block, recorded
-from gs_algos.ptq.columns import CONVS
 from gs_algos.ptq.layers import Rounded
 from gs_algos.ptq.routed import Route, containers_of, find_routes, routed_rows, source_rows
 from gs_algos.ptq.streams import Streams, stop, stopped

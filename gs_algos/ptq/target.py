@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gs_algos.core.input_statistics import InputStatistics
 from gs_algos.ptq.hessian import Hessian
-from gs_algos.ptq.statistics import InputStatistics
 
 SMALLEST_DAMPING = 0.01
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from gs_algos.core.input_statistics import InputStatistics
 from gs_algos.ptq.hessian import Hessian, hessian_of, objective
 from gs_algos.ptq.rounding.gptq import gptq
 from gs_algos.ptq.solve import Solution, SolveOptions, solve
-from gs_algos.ptq.statistics import InputStatistics
 from gs_algos.ptq.target import corrected, damping
 from gs_algos.quant.packed.grid import Grid, grid_of
 from gs_algos.quant.packed.round_to_nearest import round_to_nearest

@@ -10,7 +10,7 @@ from gs_algos.core.algorithm import Inputs, split_inputs
 from gs_algos.core.untouched import untouched
 from gs_algos.fx.capture.tracers import tensors_of
 from gs_algos.pruning.channel_groups.groups import Groups, tensors_by_name
-from gs_algos.pruning.cut import _picks, _replace, cut, zeroed
+from gs_algos.pruning.cut import _replace, cut, picks_of, zeroed
 
 TOLERANCE = 1e-3  # RMS of the difference over RMS of the masked output; a wrong cut is off by far more
 
@@ -63,7 +63,7 @@ def _outputs(model: nn.Module, groups: Groups, keep: Tensor, inputs: Inputs, mas
     with untouched(model):
         if masked:
             named = tensors_by_name(model)
-            for name, picks in _picks(groups, keep).items():
+            for name, picks in picks_of(groups, keep).items():
                 if isinstance(named[name], nn.Parameter):
                     _replace(model, named[name], zeroed(named[name], picks))
         else:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.core.algorithm import evaluating
+from gs_algos.core.input_rows import input_rows
 from gs_algos.ptq.blocks import Block, first_tensor
-from gs_algos.ptq.columns import input_rows
 from gs_algos.ptq.journal import Solved
 from gs_algos.ptq.layers import Rounded, Task, install
 from gs_algos.ptq.processes import Processes

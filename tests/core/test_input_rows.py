@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gs_algos.ptq.columns import input_rows, token_mask
+from gs_algos.core.input_rows import input_rows, token_mask
 
 CONVS = [
     (nn.Conv2d(6, 8, 3, padding=1, stride=2, groups=2), (2, 6, 9, 7)),

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gs_algos.ptq.statistics import InputStatistics
+from gs_algos.core.input_statistics import InputStatistics
 from tests.helpers import same_bits
 
 
