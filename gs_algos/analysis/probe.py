@@ -15,6 +15,8 @@ from gs_algos.core.algorithm import Inputs, run
 from gs_algos.core.batches import tensor_in
 from gs_algos.core.modules import get_module
 from gs_algos.core.network import network_of
+from gs_algos.pruning.channel_groups.groups import Groups
+from gs_algos.pruning.cut import mask, zeros
 from gs_algos.quant.packed.grid import Grid, grid_of
 from gs_algos.quant.packed.packable import matrix_of
 from gs_algos.quant.scheme import Scheme
@@ -26,17 +28,19 @@ ToGrid: TypeAlias = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Policy:
-    """Says to what a network is rounded.
+    """Says to what a network is rounded, and which of its channels go.
 
     Args:
         weights: layer -> scheme of its weight.
         acts: layer -> scheme of its inputs.
         joins: add or concat -> scheme of its operands.
+        kept: groups of channels, and which of their units stay, bool `[units]`; None: all.
     """
 
     weights: Mapping[str, str]
     acts: Mapping[str, str] = field(default_factory=dict)
     joins: Mapping[str, str] = field(default_factory=dict)
+    kept: tuple[Groups, Tensor] | None = None
 
     def raised(self, schemes: Mapping[str, str]) -> Policy:
         """Returns a policy that gives other schemes to some weights."""
@@ -46,7 +50,7 @@ class Policy:
 class Probe:
     """Holds a copy of a network in eval mode that can be rounded for a while: weights, inputs of layers, operands.
 
-    network: the copy. Weights are rounded to nearest.
+    network: the copy. Weights are rounded to nearest; channels that go are zeros.
     ranges: layer, add or concat -> smallest and largest value of what is rounded in front of it.
     operands: add or concat -> modules that give its operands.
     integer: layers that multiply integers once compressed, whose scales are above 0.
@@ -56,6 +60,7 @@ class Probe:
         self.who, self.integer = who, frozenset(integer)
         self.network = copy.deepcopy(network_of(model, who)).eval().requires_grad_(False)
         self._grids: dict[tuple[str, str], Grid] = {}
+        self._masked = False
         self.ranges: dict[str, tuple[float, float]] = {}
         self.operands: dict[str, tuple[str, ...]] = {}
 
@@ -70,11 +75,18 @@ class Probe:
         """
         layer = self.layer(site)
         rows = matrix_of(layer, layer.weight)
-        if (site, scheme) not in self._grids:
-            self._grids[site, scheme] = grid_of(rows, Scheme.parse(scheme, "weight"), positive=site in self.integer)
-        grid = self._grids[site, scheme]
+        grid = self._grid(site, scheme, rows)
         values = grid.values(grid.codes(rows)).to(layer.weight.dtype)
         return values.view(layer.weight.shape) if rows.shape[0] == layer.weight.shape[0] else values.t()
+
+    def _grid(self, site: str, scheme: str, rows: Tensor) -> Grid:
+        """Returns the grid of a weight; of one whose channels are masked it is a new one each time."""
+        if self._masked or (site, scheme) not in self._grids:
+            grid = grid_of(rows, Scheme.parse(scheme, "weight"), positive=site in self.integer)
+            if self._masked:
+                return grid
+            self._grids[site, scheme] = grid
+        return self._grids[site, scheme]
 
     @torch.no_grad()
     def find_ranges(self, batches: Sequence[Inputs], sites: Sequence[str]) -> None:
@@ -103,6 +115,11 @@ class Probe:
         held: list[tuple[Tensor, Tensor]] = []
         with ExitStack() as stack, torch.no_grad():
             try:
+                if policy.kept is not None:
+                    gone = zeros(self.network, *policy.kept)
+                    held += [(t, t.clone()) for t in {id(t): t for t, _, _ in gone}.values()]
+                    mask(self.network, *policy.kept)
+                    self._masked = True
                 done: set[int] = set()
                 for site, scheme in policy.weights.items():
                     weight = self.layer(site).weight
@@ -120,7 +137,8 @@ class Probe:
                         stack.callback(self.layer(place).register_forward_hook(hook).remove)
                 yield
             finally:
-                for weight, values in held:
+                self._masked = False
+                for weight, values in reversed(held):
                     weight.copy_(values)
 
     def _to_grid(self, site: str, text: str) -> ToGrid:

@@ -22,6 +22,7 @@ Migration: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
 Loss = TypeVar("Loss", bound=Callable[..., Any])
 HISTORY = "_golden_stick_history"
 STAGES = ("prepared", "converted")
+RESOURCES = ("process_group", "source")  # of an algorithm: what lives in this process only
 listeners: list[Callable[[nn.Module, dict[str, Any]], None]] = []  # called with a model and its new history entry
 
 
@@ -144,6 +145,13 @@ class Algorithm(ABC):
     @abstractmethod
     def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
         """Gives a freshly built float model the structure that a history entry describes; `load` then fills it."""
+
+
+def share_resources(old: Algorithm, new: Algorithm) -> None:
+    """Gives an algorithm what another one of its class has of this process, and no checkpoint holds."""
+    for key in RESOURCES:
+        if hasattr(old, key):
+            setattr(new, key, getattr(old, key))
 
 
 def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -20,7 +20,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from gs_algos.core.algorithm import Algorithm, Inputs
+from gs_algos.core.algorithm import Algorithm, Inputs, share_resources
 from gs_algos.core.arguments import as_path, refuse_file
 from gs_algos.core.checkpoint import load, save
 from gs_algos.core.files import write_atomically
@@ -32,7 +32,6 @@ FORMAT = "golden-stick-pipeline"
 VERSION = 1
 INDEX = "pipeline.json"
 START = "start.safetensors"
-RESOURCES = ("process_group", "source")  # of an algorithm: what lives in this process only
 
 
 @dataclass(frozen=True)
@@ -211,9 +210,7 @@ class Pipeline:
     def _resumed(self, index: int, model: nn.Module) -> Algorithm:
         """Resumes the algorithm of a prepared model, with what the stage's own has and no checkpoint holds."""
         algorithm = type(self.algorithms[index]).resume(model)
-        for key in RESOURCES:
-            if hasattr(self.algorithms[index], key):
-                setattr(algorithm, key, getattr(self.algorithms[index], key))
+        share_resources(self.algorithms[index], algorithm)
         return algorithm
 
     def _started(self, build_model: Callable[[], nn.Module]) -> nn.Module:

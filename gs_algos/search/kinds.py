@@ -1,0 +1,96 @@
+"""Says what each kind of knob is: which rows of a plan have it, with which values, and which option its rules set.
+
+A new kind is an entry in `KINDS`; what it does to a network's size goes into `cost`, and what it does to a probe into
+`evaluate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from gs_algos.core.plan import PlanRow
+from gs_algos.pruning.budget import keep_count
+from gs_algos.pruning.config import check_rate
+from gs_algos.pruning.planning import GroupPlan
+from gs_algos.quant.network.layer_plan import LayerPlan
+from gs_algos.quant.packed.packable import base_of
+from gs_algos.quant.scheme import Scheme
+from gs_algos.search.target import FLOAT, Target
+
+Value: TypeAlias = str | float
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Describes a kind of knob.
+
+    Args:
+        option: of the algorithm, that its rules set.
+        default: values, if the user names none of this kind.
+        read: returns a choice of the user in its usual form, or None if it is of another kind.
+        offer: the values that fit a row, the one that leaves least of the network first; none if it has no such knob.
+    """
+
+    option: str
+    default: tuple[Value, ...]
+    read: Callable[[Any], Value | None]
+    offer: Callable[[Target, PlanRow, Any, Sequence[Value]], list[Value]]
+
+
+def _read_weight(choice: Any) -> Value | None:
+    if not isinstance(choice, str):
+        return None
+    return FLOAT if choice == FLOAT else str(Scheme.parse(choice, "weight"))
+
+
+def _offer_weight(target: Target, row: PlanRow, layer: Any, choices: Sequence[Value]) -> list[Value]:
+    """Returns the schemes whose groups divide the weight, by their bytes."""
+    if layer is None or not hasattr(row.settings, "weight") or base_of(layer) in (None, nn.Embedding):
+        return []
+    sizes: dict[Value, float] = {}
+    reason = ""
+    for choice in map(str, choices):
+        try:
+            sizes[choice] = target.nbytes(row, layer, layer.weight.shape, choice)
+        except ValueError as error:
+            reason = str(error)
+    if not sizes:
+        raise ValueError(f"{row.site}: one choice must fit the weight, got none: {reason}")
+    return sorted(sizes, key=lambda choice: (choice == FLOAT, sizes[choice]))
+
+
+def _read_act(choice: Any) -> Value | None:
+    return str(Scheme.parse(choice, "act")) if isinstance(choice, str) else None
+
+
+def _offer_act(target: Target, row: PlanRow, layer: Any, choices: Sequence[Value]) -> list[Value]:
+    if not isinstance(row.settings, LayerPlan) or row.settings.act is None or layer is None:
+        return []
+    return sorted(choices, key=lambda choice: Scheme.parse(str(choice), "act").bits)
+
+
+def _read_rate(choice: Any) -> Value | None:
+    if isinstance(choice, str):
+        return None
+    check_rate("search", choice)
+    return float(choice)
+
+
+def _offer_rate(target: Target, row: PlanRow, layer: Any, choices: Sequence[Value]) -> list[Value]:
+    """Returns the rates that leave different numbers of units, the highest first."""
+    if not isinstance(row.settings, GroupPlan) or target.pruned is None:
+        return []
+    group = next(g for g in target.pruned.groups.prunable() if g.name == row.site)
+    left = {keep_count(group, float(rate), target.pruned.round_to): rate for rate in sorted(choices, reverse=True)}
+    return [left[count] for count in sorted(left)]
+
+
+KINDS: dict[str, Kind] = {
+    "weight": Kind("weight", ("int2@channel", "int4@channel", "int8@channel"), _read_weight, _offer_weight),
+    "act": Kind("act", (), _read_act, _offer_act),
+    "rate": Kind("rate", (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75), _read_rate, _offer_rate),
+}
