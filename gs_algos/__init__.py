@@ -16,6 +16,8 @@ from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.plan import Plan, PlanRow, Totals
 from gs_algos.core.plan_settings import RowSettings
 from gs_algos.core.registry import register_algorithm
+from gs_algos.distill.config import DistillConfig
+from gs_algos.distill.distill import Distill
 from gs_algos.llm.registration import install as _register_with_transformers
 from gs_algos.pruning.prune import Prune, PruneConfig
 from gs_algos.pruning.scop import SCOP, SCOPConfig
@@ -79,6 +81,8 @@ __all__ = [
     "Algorithm",
     "AlgorithmConfig",
     "Calibrates",
+    "Distill",
+    "DistillConfig",
     "LevelGrid",
     "PTQConfig",
     "PackedConv",

@@ -20,15 +20,16 @@ import gs_algos
 from gs_algos.analysis.report.search import search_of
 from gs_algos.cli.analyze import check_page, write_report
 from gs_algos.cli.demo import bar, check_fit
-from gs_algos.core.algorithm import Algorithm
+from gs_algos.core.algorithm import Algorithm, inner_of
 from gs_algos.core.files import write_atomically
 from gs_algos.core.timing import forward_ms
 from gs_algos.demo.data import ImageData, batches_per_epoch, load_data, train_batches
 from gs_algos.demo.models import build, check_name
 from gs_algos.demo.train import TrainConfig, accuracy, predict, train
 from gs_algos.demo.training_defaults import float_training, tuning_training
+from gs_algos.distill.distill import frozen_copy
 from gs_algos.pipeline.pipeline import Pipeline, Stage
-from gs_algos.pipeline.recipe import Recipe, make_algorithm, read_recipe
+from gs_algos.pipeline.recipe import TEACHER, Recipe, StageRecipe, make_algorithm, read_recipe
 from gs_algos.pruning.pruner import Pruner
 from gs_algos.pruning.scop import SCOP
 from gs_algos.qat.slb.algorithm import SLB
@@ -73,14 +74,18 @@ def run_compress(
         return net.to(device)
 
     check_fit(fresh(), recipe.model, data)
-    given = None if recipe.weights is None else _given(recipe, fresh())  # before an earlier run in `out` gives way
+    # what a file lacks is told before an earlier run in `out` gives way
+    given = None if recipe.weights is None else _filled(fresh(), recipe.model, recipe.weights)
+    named = [_named_teacher(stage, data) for stage in recipe.stage]
     _claim(out, recipe, resume)
     net = _float(recipe, fresh(), data, out, resume) if given is None else given
     before = copy.deepcopy(net) if page is not None else net  # the stages change the network itself
     rows = [measure("float", net, data, sum(t.numel() * t.element_size() for t in net.state_dict().values()))]
     steps = [batches_per_epoch(data, tune.batch_size) for tune in tunes]
-    pairs = zip(recipe.stage, steps, strict=True)
-    pipeline = Pipeline([make_algorithm(stage, per_epoch) for stage, per_epoch in pairs], out / "stages")
+    pairs = zip(recipe.stage, named, strict=True)
+    teachers = [other or (None if stage.distill is None else frozen_copy(net)) for stage, other in pairs]
+    stages = zip(recipe.stage, steps, teachers, strict=True)
+    pipeline = Pipeline([make_algorithm(*stage) for stage in stages], out / "stages")
 
     def train_stage(net: nn.Module, stage: Stage) -> None:
         assert stage.folder is not None
@@ -88,8 +93,8 @@ def run_compress(
         with bar(f"{stage.name}, {tune.epochs} epochs") as on_step:
             state = stage.folder / "training.safetensors"
             train_compressed(net, data, tune, stage.algorithm, state, stage.resumed, on_step)
-        if isinstance(stage.algorithm, SLB):
-            write_atomically(out / SEARCH_FILE, json.dumps(search_of(stage.algorithm)).encode())
+        if isinstance(algorithm := inner_of(stage.algorithm), SLB):
+            write_atomically(out / SEARCH_FILE, json.dumps(search_of(algorithm)).encode())
 
     if resume and (out / "stages").is_dir():
         net = pipeline.resume(fresh, data.example(), train_stage)
@@ -119,26 +124,27 @@ def train_compressed(
     on_step: Callable[[int, int, Tensor], None] | None = None,
 ) -> float:
     """Runs `train`, and what pruning needs beside it: knock-offs; after the cut refitted layers, fresh batch norms."""
+    inner = inner_of(algorithm)
 
     def images() -> Iterator[Tensor]:
         return (x for x, _ in train_batches(data, recipe.batch_size, recipe.seed, 0))
 
     def after_cut() -> None:
-        assert isinstance(algorithm, Pruner)
-        if algorithm.config.reconstruct:
-            algorithm.reconstruct(net, data.normalize(data.train_x[:REFITTED]).split(REFITTED_BATCH))
-        algorithm.refresh(net, images())
+        assert isinstance(inner, Pruner)
+        if inner.config.reconstruct:
+            inner.reconstruct(net, data.normalize(data.train_x[:REFITTED]).split(REFITTED_BATCH))
+        inner.refresh(net, images())
 
     def watch(done: int, total: int, loss: Tensor) -> None:
-        if isinstance(algorithm, Pruner) and done == algorithm.config.select_steps:
+        if isinstance(inner, Pruner) and done == inner.config.select_steps:
             after_cut()
         if on_step is not None:
             on_step(done, total, loss)
 
-    if isinstance(algorithm, SCOP) and algorithm.config.knockoffs == "generator":
-        algorithm.fit_knockoffs(list(itertools.islice(images(), KNOCKOFF_BATCHES)))
+    if isinstance(inner, SCOP) and inner.config.knockoffs == "generator":
+        inner.fit_knockoffs(list(itertools.islice(images(), KNOCKOFF_BATCHES)))
     continues = resume and state is not None and state.is_file()
-    if isinstance(algorithm, Pruner) and not algorithm.config.select_steps and not continues:
+    if isinstance(inner, Pruner) and not inner.config.select_steps and not continues:
         after_cut()
     return train(net, data, recipe, algorithm=algorithm, state=state, resume=resume, on_step=watch)
 
@@ -172,14 +178,23 @@ def _float(recipe: Recipe, net: nn.Module, data: ImageData, out: Path, resume: b
     return net
 
 
-def _given(recipe: Recipe, net: nn.Module) -> nn.Module:
-    """Loads the tensors of the recipe's file into the float network."""
-    assert recipe.weights is not None
+def _named_teacher(stage: StageRecipe, data: ImageData) -> nn.Module | None:
+    """Makes the network that a stage names as its teacher; None if it names none."""
+    if stage.distill is None or TEACHER[0] not in stage.distill:
+        return None
+    name, weights = (stage.distill[key] for key in TEACHER)
+    check_name(name)
+    teacher = build(name, in_channels=data.channels, num_classes=data.classes, image_size=data.image_size)
+    return _filled(teacher, name, weights).to(data.train_x.device)
+
+
+def _filled(net: nn.Module, name: str, weights: str) -> nn.Module:
+    """Loads the tensors of a file into a float network."""
     try:
-        net.load_state_dict(load_file(recipe.weights))
+        net.load_state_dict(load_file(weights))
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"compress: {recipe.weights} must hold a float {recipe.model}, got: {reason}") from error
+        raise ValueError(f"compress: {weights} must hold a float {name}, got: {reason}") from error
     return net
 
 

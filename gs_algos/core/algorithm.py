@@ -22,7 +22,7 @@ Migration: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
 Loss = TypeVar("Loss", bound=Callable[..., Any])
 HISTORY = "_golden_stick_history"
 STAGES = ("prepared", "converted")
-RESOURCES = ("process_group", "source")  # of an algorithm: what lives in this process only
+RESOURCES = ("process_group", "source", "teacher")  # of an algorithm: what lives in this process only
 listeners: list[Callable[[nn.Module, dict[str, Any]], None]] = []  # called with a model and its new history entry
 
 
@@ -147,11 +147,19 @@ class Algorithm(ABC):
         """Gives a freshly built float model the structure that a history entry describes; `load` then fills it."""
 
 
+def inner_of(algorithm: Algorithm) -> Algorithm:
+    """Returns the algorithm that a wrapper such as Distill has as its `inner`, or the algorithm itself."""
+    inner = getattr(algorithm, "inner", None)
+    return algorithm if inner is None else inner
+
+
 def share_resources(old: Algorithm, new: Algorithm) -> None:
     """Gives an algorithm what another one of its class has of this process, and no checkpoint holds."""
     for key in RESOURCES:
-        if hasattr(old, key):
+        if key in vars(old) or hasattr(type(old), key):
             setattr(new, key, getattr(old, key))
+    if inner_of(old) is not old:
+        share_resources(inner_of(old), inner_of(new))
 
 
 def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copyreg
 import threading
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
@@ -90,6 +90,15 @@ def _move_hooks(old: nn.Module, new: nn.Module) -> None:
                 hook.module = weakref.ref(new)
     if new._is_full_backward_hook is None:
         new._is_full_backward_hook, old._is_full_backward_hook = old._is_full_backward_hook, None
+
+
+def remove_hooks(model: nn.Module, matches: Callable[[Any], bool]) -> None:
+    """Takes the hooks that match off every module of a model, also off a copy, whose hooks no handle refers to."""
+    for module in model.modules():
+        tables = [module.__dict__[key] for key in HOOKS]
+        for number in {number for table in tables for number, hook in table.items() if matches(hook)}:
+            for table in tables:
+                table.pop(number, None)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ ALGORITHMS = {
     "scop": "gs_algos.pruning.scop:SCOP",
     "simqat": "gs_algos.qat.simqat:SimQAT",
     "slb": "gs_algos.qat.slb.algorithm:SLB",
+    "distill": "gs_algos.distill.distill:Distill",
 }
 # functions that leave an entry in a model's history: `load` must know how to restore it, and nothing else
 FUNCTIONS = {

@@ -20,7 +20,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from gs_algos.core.algorithm import Algorithm, Inputs, share_resources
+from gs_algos.core.algorithm import Algorithm, Inputs, inner_of, share_resources
 from gs_algos.core.arguments import as_path, refuse_file
 from gs_algos.core.checkpoint import load, save
 from gs_algos.core.files import write_atomically
@@ -52,8 +52,8 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """Returns a name such as `1-scop`."""
-        return f"{self.number}-{self.algorithm.name}"
+        """Returns a name such as `1-scop`, also of a SCOP that Distill wraps."""
+        return f"{self.number}-{inner_of(self.algorithm).name}"
 
     def save(self, net: nn.Module) -> None:
         """Keeps the prepared network as it is now: a resumed pipeline goes on from here. Optimizer state is yours.
@@ -166,9 +166,8 @@ class Pipeline:
         assert self.folder is not None
         if began:
             model = load(self._part(done + 1) / "prepared", build_model)
-            return self._from(done + 1, model, example_inputs, train, after, self._resumed(done, model))
-        model = self._started(build_model) if done == 0 else load(self._folder(done), build_model)
-        return self._from(done + 1, model, example_inputs, train, after, None)
+            return self._from(done + 1, model, example_inputs, train, after, self._resumed(done, model, build_model))
+        return self._from(done + 1, self._before(done, build_model), example_inputs, train, after, None)
 
     def _from(
         self,
@@ -201,17 +200,24 @@ class Pipeline:
 
     def _folder(self, number: int) -> Path:
         assert self.folder is not None
-        return self.folder / f"{number}-{self.algorithms[number - 1].name}"
+        return self.folder / f"{number}-{inner_of(self.algorithms[number - 1]).name}"
 
     def _part(self, number: int) -> Path:
         """Returns the folder where a stage keeps what it needs until it is finished."""
         return self._folder(number).with_suffix(".part")
 
-    def _resumed(self, index: int, model: nn.Module) -> Algorithm:
+    def _resumed(self, index: int, model: nn.Module, build_model: Callable[[], nn.Module]) -> Algorithm:
         """Resumes the algorithm of a prepared model, with what the stage's own has and no checkpoint holds."""
-        algorithm = type(self.algorithms[index]).resume(model)
-        share_resources(self.algorithms[index], algorithm)
+        given: Any = self.algorithms[index]
+        algorithm: Any = type(given).resume(model)
+        share_resources(given, algorithm)
+        if getattr(algorithm, "teacher", "none needed") is None:
+            algorithm.teacher = self._before(index, build_model)  # a copy of which was the teacher
         return algorithm
+
+    def _before(self, done: int, build_model: Callable[[], nn.Module]) -> nn.Module:
+        """Makes the network that the first `done` stages have left."""
+        return self._started(build_model) if done == 0 else load(self._folder(done), build_model)
 
     def _started(self, build_model: Callable[[], nn.Module]) -> nn.Module:
         """Builds the float network with the values that `run` was given."""
@@ -227,8 +233,7 @@ class Pipeline:
 
     def _stack(self) -> list[dict[str, Any]]:
         """Returns the stages as JSON, to tell whether a folder is of this pipeline."""
-        stack = [{"algorithm": a.name, "config": a.config.to_dict()} for a in self.algorithms]
-        return json.loads(json.dumps(stack, default=_text))
+        return json.loads(json.dumps([_facts(algorithm) for algorithm in self.algorithms], default=_text))
 
     def _write(self, done: int, began: bool) -> None:
         assert self.folder is not None
@@ -261,6 +266,13 @@ class Pipeline:
         return done, began and done < len(self.algorithms)
 
 
+def _facts(algorithm: Algorithm) -> dict[str, Any]:
+    """Describes an algorithm, and what it wraps."""
+    inner = inner_of(algorithm)
+    more = {} if inner is algorithm else {"inner": _facts(inner)}
+    return {"algorithm": algorithm.name, "config": algorithm.config.to_dict(), **more}
+
+
 def _difference(theirs: Any, ours: list[dict[str, Any]]) -> str:
     """Describes the first stage that differs."""
     if not isinstance(theirs, list) or len(theirs) != len(ours):
@@ -272,6 +284,8 @@ def _difference(theirs: Any, ours: list[dict[str, Any]]) -> str:
         options = [f"{key}={value!r}" for key, value in new["config"].items() if before.get(key) != value]
         if options:
             return f"stage {number} {new['algorithm']} with {', '.join(options)}"
+        if old.get("inner") != new.get("inner"):
+            return f"stage {number} {new['algorithm']} around {json.dumps(new.get('inner'))}"
     return "other ones"
 
 

@@ -15,6 +15,9 @@ options = { rate = 0.45, round_to = 8 }
 algorithm = "simqat"
 epochs = 4
 options = { weight = "int8@channel", rules = [["fc", "none"]] }
+
+[stage.distill]               # of the stage above: the float network teaches it
+temperature = 4.0
 ```
 """
 
@@ -31,13 +34,17 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gs_algos.core.algorithm import Algorithm
+from torch import nn
+
+from gs_algos.core.algorithm import Algorithm, inner_of
 from gs_algos.core.arguments import as_path, as_seed
 from gs_algos.core.did_you_mean import did_you_mean
 from gs_algos.core.registry import algorithm_class
+from gs_algos.distill.distill import Distill
 from gs_algos.qat.training import QuantizationTraining
 
 T = TypeVar("T")
+TEACHER = ("teacher", "weights")  # of another network than the recipe's, in `StageRecipe.distill`
 NONE = "none"  # TOML has no null: this word stands for it in options
 
 
@@ -51,6 +58,8 @@ class StageRecipe:
         options: of the algorithm; the word "none" is None.
         select_epochs: of these epochs, those before a pruning algorithm decides; default: its own choice.
         lr: largest learning rate; default: the one the network is usually tuned with.
+        distill: options of `Distill`, which then wraps the algorithm; the teacher is the float network that the recipe
+            begins with, or a network named `teacher`, as `Recipe.model`, with its safetensors file `weights`.
     """
 
     algorithm: str
@@ -58,10 +67,14 @@ class StageRecipe:
     options: dict[str, Any] = field(default_factory=dict)
     select_epochs: int | None = None
     lr: float | None = None
+    distill: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.epochs < 0:
             raise ValueError(f"epochs must be >= 0, got {self.epochs}")
+        given = [key for key in TEACHER if key in (self.distill or {})]
+        if given and (len(given) < len(TEACHER) or not all(isinstance(self.distill[key], str) for key in given)):  # type: ignore[index]
+            raise ValueError(f"distill: {' and '.join(TEACHER)} must be two texts, got {given[0]} alone, or no text")
         if self.select_epochs is not None and not 0 < self.select_epochs <= self.epochs:
             raise ValueError(f"select_epochs must be in 1..epochs, got {self.select_epochs} of {self.epochs}")
         if self.lr is not None and not 0 < self.lr < math.inf:
@@ -119,7 +132,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     recipe = typed(Recipe, data, str(file))
     for number, stage in enumerate(recipe.stage, 1):
         try:
-            _check_options(stage, make_algorithm(stage, 1))
+            _check_options(stage, inner_of(make_algorithm(stage, 1)))
         except (ValueError, TypeError) as error:
             raise ValueError(f"recipe: {file}: stage {number}: {error}") from error
     names = [stage.algorithm for stage in recipe.stage]
@@ -146,8 +159,10 @@ def _check_options(stage: StageRecipe, algorithm: Algorithm) -> None:
         raise ValueError(f"{stage.algorithm}: fused needs an optimizer of its own, got fused=true; leave it out")
 
 
-def make_algorithm(stage: StageRecipe, steps_per_epoch: int) -> Algorithm:
+def make_algorithm(stage: StageRecipe, steps_per_epoch: int, teacher: nn.Module | None = None) -> Algorithm:
     """Makes the algorithm of a stage, told how long its training is.
+
+    teacher: of a stage that is distilled.
 
     Raises:
         ValueError: if the name is unknown, or an option has a wrong value.
@@ -157,7 +172,11 @@ def make_algorithm(stage: StageRecipe, steps_per_epoch: int) -> Algorithm:
     options = {**cls.training_options(stage.epochs, steps_per_epoch), **_without_none(stage.options)}
     if stage.select_epochs is not None:
         options["select_steps"] = stage.select_epochs * steps_per_epoch
-    return cls(**options)
+    algorithm: Algorithm = cls(**options)
+    if stage.distill is None:
+        return algorithm
+    own = {key: value for key, value in _without_none(stage.distill).items() if key not in TEACHER}
+    return Distill(algorithm, teacher, **own)
 
 
 def typed(cls: type[T], data: Any, where: str) -> T:

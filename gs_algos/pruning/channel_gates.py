@@ -7,13 +7,13 @@ parameters, so that the user's optimizer does not see them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gs_algos.core.modules import swapped_class
+from gs_algos.core.modules import remove_hooks, swapped_class
 from gs_algos.core.tensor_rules import FINITE, NOT_NEGATIVE, Rules
 from gs_kernels.runtime.torch_private import _ConvNd, _NormBase
 
@@ -149,13 +149,5 @@ class Freezer:
 
 
 def remove_freezers(model: nn.Module) -> None:
-    """Takes the hooks of every Freezer off a model, also off a copy, whose hooks no handle refers to."""
-    kinds = (model._forward_pre_hooks, model._forward_hooks)
-    for hooks, more in zip(kinds, ((model._forward_pre_hooks_with_kwargs,), _after_flags(model)), strict=True):
-        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Freezer)]:
-            for table in (hooks, *more):
-                table.pop(key, None)
-
-
-def _after_flags(model: nn.Module) -> Sequence[dict[int, Any]]:
-    return (model._forward_hooks_with_kwargs, model._forward_hooks_always_called)
+    """Takes the hooks of every Freezer off a model, also off a copy."""
+    remove_hooks(model, lambda hook: isinstance(getattr(hook, "__self__", None), Freezer))

@@ -1,0 +1,1 @@
+"""Distills: trains a network, compressed or not, to answer as its teacher does."""
