@@ -45,12 +45,14 @@ class Setting:
     Args:
         far: it trains at the float run's learning rate, not at that of fine-tuning.
         after: the setting whose converted network it starts from; None: the float one.
+        distill: options of the Distill around it, whose teacher is the network that it starts from; None: no Distill.
     """
 
     algorithm: str
     options: dict[str, Any]
     far: bool = False
     after: str | None = None
+    distill: dict[str, Any] | None = None
 
 
 def _search(weight: str, act: str | None = None, **options: Any) -> Setting:
@@ -61,6 +63,7 @@ def _search(weight: str, act: str | None = None, **options: Any) -> Setting:
 
 SETTINGS = {
     "simqat-w8a8": Setting("simqat", {"weight": "int8@channel", "act": "int8@tensor:ema"}),
+    "simqat-w2a8": Setting("simqat", {"weight": "int2@channel", "act": "int8@tensor:ema"}),
     "simqat-w4a8": Setting("simqat", {"weight": "int4@channel", "act": "int8@tensor:ema"}),
     **{f"slb-w{bits}": _search(f"{bits}bit@channel") for bits in (4, 2, 1)},
     **{f"slb-w{bits}a8": _search(f"{bits}bit@channel", "int8@tensor:ema") for bits in (4, 2, 1)},
@@ -72,6 +75,7 @@ SETTINGS = {
     "scop-45-slb-w2": replace(_search("2bit@channel"), after="scop-45"),
     "slb-w4a4": _search("4bit@channel", "uint4@tensor:pact", rules=(("re:stem.*|embed", {"act": "int8@tensor:ema"}),)),
 }
+SETTINGS |= {f"distill-{name}": replace(SETTINGS[name], distill={}) for name in ("simqat-w2a8", "slb-w1", "scop-45")}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -214,6 +218,7 @@ def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
         "train_images": len(data.train_x),
         "algorithm": setting.algorithm,
         "options": setting.options,
+        "distill": setting.distill,
         "training": {
             "float": stages.base.__dict__,
             "tune": stages.tune.__dict__,
@@ -266,7 +271,8 @@ def size(net: nn.Module, data: ImageData) -> dict[str, Any]:
 def make(setting: Setting, epochs: int, steps_per_epoch: int) -> gs_algos.Algorithm:
     """Makes the algorithm for a training of this length."""
     cls: Any = algorithm_class(setting.algorithm)
-    return cls(**setting.options, **cls.training_options(epochs, steps_per_epoch))
+    algorithm: gs_algos.Algorithm = cls(**setting.options, **cls.training_options(epochs, steps_per_epoch))
+    return algorithm if setting.distill is None else gs_algos.Distill(algorithm, **setting.distill)
 
 
 def calibrate(algo: Any, net: nn.Module, data: ImageData) -> None:
