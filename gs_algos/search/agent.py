@@ -36,6 +36,7 @@ from gs_algos.search.problem import Problem
 from gs_algos.search.space import Picks
 
 AGENTS = {
+    "ddpg": "gs_algos.search.ddpg:DDPG",
     "evolution": "gs_algos.search.evolution:Evolution",
     "evolution-unseeded": "gs_algos.search.evolution:Unseeded",
     "ilp": "gs_algos.search.ilp:ILP",

@@ -23,8 +23,8 @@ class SearchConfig(AlgorithmConfig):
         acts: schemes of what layers read, such as `int4@tensor`; none leaves them to the algorithm.
         budget: what the network may take: `40% bytes`, `params`, `macs`, `bops` or `latency` of the float network's;
             `3 bits` a weight that has a choice, scales included; `80 MB` or `12 ms`. Or two of them, with a comma.
-        agent: `ilp` solves for the least sum of the scores of single choices; `evolution` breeds; `random` is the
-            control. See `gs_algos.search.agent`.
+        agent: `ilp` solves for the least sum of the scores of single choices; `evolution` breeds; `ddpg` learns, as
+            AMC and HAQ do; `random` is the control. See `gs_algos.search.agent`.
         evaluations: of whole policies, at most.
         score: of single choices: `kl`, `gradient` or `nsr` as in `gs_algos.sensitivity`; `auto` is `kl`, and `gradient`
             from 100 layers on.
