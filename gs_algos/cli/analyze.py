@@ -62,7 +62,7 @@ def run_analyze(
         images = load_data(source.data or "digits")
         net = _built(model, images)
         if weights is not None:
-            _fill(net, weights, "analyze")
+            fill(net, weights, "analyze")
         batches = test_batches(images)
     page = analyze(net, inputs_in(batches[0]), batches, choices=choices, by=by, tolerance=tolerance)
     if weights is None and model in MODELS:
@@ -84,7 +84,7 @@ def run_report(before: Path, after: Path, model: str, source: Source, tolerance:
                 raise ValueError(f"report: --model must say what {before} and {after} are built by, got none")
             images = load_data(source.data or "digits")
             first = _built(model, images)
-            _fill(first, before, "report")
+            fill(first, before, "report")
             if not (after / INDEX).is_file():
                 raise ValueError(f"report: CONVERTED must be a folder of gs_algos.save, got {after}")
             second = load(after, lambda: _built(model, images))
@@ -142,7 +142,7 @@ def _built(model: str, images: ImageData) -> nn.Module:
     return build(model, in_channels=images.channels, num_classes=images.classes, image_size=images.image_size).eval()
 
 
-def _fill(net: nn.Module, path: Path, who: str) -> None:
+def fill(net: nn.Module, path: Path, who: str) -> None:
     """Loads the tensors of a safetensors file into a network."""
     if path.is_dir():
         raise ValueError(f"{who}: {path} must be a safetensors file of the float network, got a folder")

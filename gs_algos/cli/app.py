@@ -23,6 +23,8 @@ from gs_algos.cli.info import describe_path
 from gs_algos.cli.info_system import describe_system
 from gs_algos.cli.language import CalibrationOptions, run_calibrate, run_generate, run_perplexity, run_quantize
 from gs_algos.cli.latency import TOKENS, is_language_model, language_model, run_latency
+from gs_algos.cli.search import SearchFiles, algorithms_of, read_choices, run_search
+from gs_algos.cli.search_data import SAMPLES as SEARCHED_SAMPLES
 from gs_algos.cli.serve import run_serve
 from gs_algos.cli.tune import LAYER_HELP, LAYERS, ROWS, SHORTLIST_HELP, layers_of, parse_layer, run_tune
 from gs_algos.core.arguments import memory_bytes
@@ -35,6 +37,8 @@ from gs_algos.llm.calibrate import SAMPLES
 from gs_algos.ptq.kv import FORMS
 from gs_algos.ptq.rounding import NAMES
 from gs_algos.ptq.transforms import TRANSFORMS
+from gs_algos.search.agent import AGENTS
+from gs_algos.search.budget import EXAMPLES
 from gs_algos.search.mixed_bits import CHOICES
 
 DATA_HELP = f"One of {', '.join(DATA)}; a folder goes after a colon, e.g. cifar10:DIR. Or package.module:function."
@@ -58,6 +62,12 @@ ANALYZED_HELP = f"{MODEL_HELP} Or a language model: a Transformers folder, a GGU
 PAGE_HELP = "Where to write the page, e.g. page.html."
 REPORT_HELP = "Also write a page that shows what was done, e.g. page.html."
 ACT_HELP = "Scheme of the activations; none leaves them float."
+
+SEARCHED_HELP = "What has rules to find, such as simqat, ptq, slb or prune; or several in order, with a comma between."
+BUDGET_HELP = f"What the network may take: {EXAMPLES}; or two of them, with a comma."
+SEARCH_CHOICES_HELP = (
+    "Schemes of weights, float, and prune rates, with a comma between. Default: 2, 4, 8 bits; 0 to 0.75."
+)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -156,6 +166,46 @@ def latency(
         net, example = _built(model, data, input_shape, "latency")
     where = pick_device(device or ("cuda" if torch.cuda.is_available() else "cpu"), "latency")
     print(run_latency(net, example, choices, batch, seconds, where, out))
+
+
+@app.command()
+def search(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    weights: Annotated[Path | None, typer.Option(help="The trained network: a safetensors file.")] = None,
+    data: Annotated[str, typer.Option(help=f"Whose training images policies are measured on. {DATA_HELP}")] = "digits",
+    algorithm: Annotated[str, typer.Option(help=SEARCHED_HELP)] = "simqat",
+    budget: Annotated[str, typer.Option(help=BUDGET_HELP)] = "40% bytes",
+    choices: Annotated[str, typer.Option(help=SEARCH_CHOICES_HELP)] = "",
+    acts: Annotated[str, typer.Option(help="Schemes of inputs, with a comma between. Default: the algorithm's.")] = "",
+    weight: Annotated[str, typer.Option(help="Scheme of what has no choice.")] = "",
+    act: Annotated[str, typer.Option(help=ACT_HELP)] = "",
+    agent: Annotated[str, typer.Option(help=f"One of {', '.join(AGENTS)}.")] = "ilp",
+    evaluations: Annotated[int, typer.Option(help="Policies that are measured, at most.")] = 200,
+    score: Annotated[str, typer.Option(help="Of single choices: kl, gradient, nsr or auto.")] = "auto",
+    samples: Annotated[int, typer.Option(help="Training images that policies are measured on.")] = SEARCHED_SAMPLES,
+    batch: Annotated[int | None, typer.Option(help="Images of the forward that is timed. Default: 2.")] = None,
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "",
+    latency: Annotated[Path | None, typer.Option(help="JSON file of times, as golden-stick latency writes it.")] = None,
+    journal: Annotated[
+        Path | None, typer.Option(help="JSON lines of all that was measured; goes on from them.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help=PAGE_HELP)] = None,
+) -> None:
+    """Finds bits or prune rates layer by layer that fit a budget and change a network least; prints them as rules."""
+    where = pick_device(device or ("cuda" if torch.cuda.is_available() else "cpu"), "search")
+    files = SearchFiles(journal, latency, out)
+    options = {
+        "budget": budget,
+        "choices": read_choices(choices),
+        "acts": tuple(part.strip() for part in acts.split(",") if part.strip()),
+        "agent": agent,
+        "evaluations": evaluations,
+        "score": score,
+        "seed": seed,
+    }
+    algorithms = algorithms_of(algorithm, weight, act)
+    print(run_search(model, weights, data, algorithms, batch, samples, where, files, **options))
 
 
 @app.command()

@@ -20,6 +20,7 @@ import gs_algos
 from gs_algos.analysis.report.search import search_of
 from gs_algos.cli.analyze import check_page, write_report
 from gs_algos.cli.demo import bar, check_fit
+from gs_algos.cli.search_data import give_data
 from gs_algos.core.algorithm import Algorithm, inner_of
 from gs_algos.core.files import write_atomically
 from gs_algos.core.timing import forward_ms
@@ -36,6 +37,7 @@ from gs_algos.qat.slb.algorithm import SLB
 
 RECIPE_FILE = "recipe.json"
 SEARCH_FILE = "search.json"  # what a report shows of a search of SLB
+JOURNAL = "search-{}.jsonl"  # what the search of a stage has measured
 KNOCKOFF_BATCHES = 64  # of training images that a knock-off generator is fitted to
 REFITTED, REFITTED_BATCH = 512, 64  # training images that layers are refitted to after a cut
 
@@ -86,6 +88,8 @@ def run_compress(
     teachers = [other or (None if stage.distill is None else frozen_copy(net)) for stage, other in pairs]
     stages = zip(recipe.stage, steps, teachers, strict=True)
     pipeline = Pipeline([make_algorithm(*stage) for stage in stages], out / "stages")
+    for number, algorithm in enumerate(pipeline.algorithms, 1):
+        give_data(algorithm, data, out / JOURNAL.format(number))
 
     def train_stage(net: nn.Module, stage: Stage) -> None:
         assert stage.folder is not None
@@ -100,7 +104,7 @@ def run_compress(
         net = pipeline.resume(fresh, data.example(), train_stage)
     else:
         net = pipeline.run(net, data.example(), train_stage)
-    for last in (out / "stages" / f"{number}-{stage.algorithm}" for number, stage in enumerate(recipe.stage, 1)):
+    for last in pipeline.folders():
         loaded = gs_algos.load(last, fresh)
         rows.append(measure(last.name, loaded, data, folder_bytes(last)))
     exact = torch.equal(predict(loaded, data), predict(net, data))
@@ -205,8 +209,8 @@ def _claim(out: Path, recipe: Recipe, resume: bool) -> None:
         raise ValueError(f"compress: --out must be a new, an empty or a recipe's folder, got {out}; choose another")
     if not resume:
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("float.state.safetensors", SEARCH_FILE):
-            (out / name).unlink(missing_ok=True)
+        for stale in (out / "float.state.safetensors", out / SEARCH_FILE, *out.glob(JOURNAL.format("*"))):
+            stale.unlink(missing_ok=True)
         write_atomically(path, json.dumps(ours, indent=1).encode())
         return
     try:

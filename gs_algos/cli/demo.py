@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import gs_algos
 from gs_algos.analysis.report.search import search_of
 from gs_algos.cli.analyze import check_page, write_report
+from gs_algos.cli.search_data import give_data
 from gs_algos.core.algorithm import Algorithm, evaluating, run
 from gs_algos.core.arguments import as_seed
 from gs_algos.core.files import write_atomically
@@ -33,6 +34,7 @@ from gs_algos.demo.training_defaults import float_training, tuning_training
 from gs_algos.qat.slb.algorithm import SLB
 
 OPTIONS_FILE = "demo.json"
+JOURNAL = "search.jsonl"  # what a search has measured
 SMALL = 10_000  # training images below which epochs are cheap
 
 
@@ -130,9 +132,11 @@ def run_demo(options: DemoOptions, out: Path, resume: bool, console: Console, pa
     float_logits = predict(net, data)
     stages = [_stage("float", net, data, float_logits, None, (out / "float.safetensors").stat().st_size)]
 
+    give_data(algo, data, out / JOURNAL)
     with console.status("preparing"):
         plan = algo.plan(net, data.example())
         net = algo.apply(net, data.example())
+    algo = algo.active()
     read = f", graph read by {plan.tracer}" if plan.tracer else ""
     console.print(f"{options.algorithm}: {len(plan.acted())} of {len(plan.rows)} sites{read}")
     if algo.trains:
@@ -220,7 +224,7 @@ def claim_folder(out: Path, options: DemoOptions, resume: bool) -> None:
             raise ValueError(f"demo: --resume needs the options of the run in {out}: {'; '.join(differs)}")
         return
     out.mkdir(parents=True, exist_ok=True)
-    for stale in out.glob("*.state.safetensors"):
+    for stale in (*out.glob("*.state.safetensors"), *out.glob(JOURNAL)):
         stale.unlink()
     write_atomically(path, json.dumps(ours, indent=1).encode())
 

@@ -131,6 +131,13 @@ class Algorithm(ABC):
         entry = {"algorithm": self.name, "stage": stage, "steps": steps, "config": self.config.to_dict(), "plan": plan}
         return remember(model, {**entry, **facts})
 
+    def active(self) -> Algorithm:
+        """Returns the algorithm that a model is trained with once `apply` is done: this one.
+
+        One whose work ends there, such as a search, returns the algorithm that it has prepared the model with.
+        """
+        return self
+
     @classmethod
     def training_options(cls, epochs: int, steps_per_epoch: int) -> dict[str, Any]:
         """Returns the options that tell an algorithm how long its training will be; {} if it need not know."""
@@ -150,7 +157,7 @@ class Algorithm(ABC):
 def inner_of(algorithm: Algorithm) -> Algorithm:
     """Returns the algorithm that a wrapper such as Distill has as its `inner`, or the algorithm itself."""
     inner = getattr(algorithm, "inner", None)
-    return algorithm if inner is None else inner
+    return algorithm if inner is None else inner_of(inner)
 
 
 def share_resources(old: Algorithm, new: Algorithm) -> None:

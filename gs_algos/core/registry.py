@@ -22,9 +22,13 @@ from gs_algos.core.algorithm import Algorithm, Restores
 from gs_algos.core.did_you_mean import did_you_mean
 
 ALGORITHMS = {
+    "amc": "gs_algos.search.presets:AMC",
+    "haq": "gs_algos.search.presets:HAQ",
+    "nas": "gs_algos.search.presets:NAS",
     "prune": "gs_algos.pruning.prune:Prune",
     "ptq": "gs_algos.ptq.ptq:PTQ",
     "scop": "gs_algos.pruning.scop:SCOP",
+    "search": "gs_algos.search.stage:Search",
     "simqat": "gs_algos.qat.simqat:SimQAT",
     "slb": "gs_algos.qat.slb.algorithm:SLB",
     "distill": "gs_algos.distill.distill:Distill",

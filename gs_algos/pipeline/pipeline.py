@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -109,6 +109,7 @@ class Pipeline:
         self.folder = None if folder is None else as_path(folder, "Pipeline: folder")
         if self.folder is not None:
             refuse_file(self.folder, "Pipeline: folder")
+        self._stages = self._stack()  # as they were given: a search changes the rules of its own
 
     def plan(self, model: nn.Module, example_inputs: Inputs) -> Plans:
         """Plans every stage on the network as it is now, and touches nothing.
@@ -184,12 +185,13 @@ class Pipeline:
             logger.info("stage %s of %d", stage.name, len(self.algorithms))
             if algorithm is not resumed:
                 model = algorithm.apply(model, example_inputs)
+                stage = replace(stage, algorithm=algorithm.active())
                 if stage.folder is not None:
                     shutil.rmtree(stage.folder, ignore_errors=True)
                     stage.save(model)
                     self._write(done=number - 1, began=True)
             train(model, stage)
-            model = algorithm.convert(model, example_inputs)
+            model = stage.algorithm.convert(model, example_inputs)
             if stage.folder is not None:
                 save(model, self._folder(number))
                 self._write(done=number, began=False)
@@ -197,6 +199,10 @@ class Pipeline:
             if after is not None:
                 after(model, stage)
         return model
+
+    def folders(self) -> list[Path]:
+        """Returns the folder of each stage's network, in order. The pipeline has a folder."""
+        return [self._folder(number) for number in range(1, len(self.algorithms) + 1)]
 
     def _folder(self, number: int) -> Path:
         assert self.folder is not None
@@ -209,8 +215,8 @@ class Pipeline:
     def _resumed(self, index: int, model: nn.Module, build_model: Callable[[], nn.Module]) -> Algorithm:
         """Resumes the algorithm of a prepared model, with what the stage's own has and no checkpoint holds."""
         given: Any = self.algorithms[index]
-        algorithm: Any = type(given).resume(model)
-        share_resources(given, algorithm)
+        algorithm: Any = type(given.active()).resume(model)
+        share_resources(given.active(), algorithm)
         if getattr(algorithm, "teacher", "none needed") is None:
             algorithm.teacher = self._before(index, build_model)  # a copy of which was the teacher
         return algorithm
@@ -237,7 +243,7 @@ class Pipeline:
 
     def _write(self, done: int, began: bool) -> None:
         assert self.folder is not None
-        index = {"format": FORMAT, "version": VERSION, "stages": self._stack(), "done": done, "began": began}
+        index = {"format": FORMAT, "version": VERSION, "stages": self._stages, "done": done, "began": began}
         write_atomically(self.folder / INDEX, json.dumps(index, indent=1).encode())
 
     def _read(self) -> tuple[int, bool]:
@@ -258,8 +264,8 @@ class Pipeline:
                 f"Pipeline.resume: {path} must be of format {FORMAT!r} version {VERSION}, got another file"
             )
         done, began, theirs = index.get("done"), index.get("began"), index.get("stages")
-        if theirs != self._stack():
-            got = _difference(theirs, self._stack())
+        if theirs != self._stages:
+            got = _difference(theirs, self._stages)
             raise ValueError(f"Pipeline.resume: the stages must be those of the run in {self.folder}, got {got}")
         if type(done) is not int or not 0 <= done <= len(self.algorithms) or type(began) is not bool:
             raise ValueError(f"Pipeline.resume: {path} must count finished stages, got {done!r} and {began!r}")
@@ -268,8 +274,8 @@ class Pipeline:
 
 def _facts(algorithm: Algorithm) -> dict[str, Any]:
     """Describes an algorithm, and what it wraps."""
-    inner = inner_of(algorithm)
-    more = {} if inner is algorithm else {"inner": _facts(inner)}
+    inner = getattr(algorithm, "inner", None)
+    more = {} if inner is None else {"inner": _facts(inner)}
     return {"algorithm": algorithm.name, "config": algorithm.config.to_dict(), **more}
 
 

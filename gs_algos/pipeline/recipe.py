@@ -18,6 +18,9 @@ options = { weight = "int8@channel", rules = [["fc", "none"]] }
 
 [stage.distill]               # of the stage above: the float network teaches it
 temperature = 4.0
+
+[stage.search]                # finds more rules, for the other layers
+budget = "3 bits"
 ```
 """
 
@@ -42,6 +45,7 @@ from gs_algos.core.did_you_mean import did_you_mean
 from gs_algos.core.registry import algorithm_class
 from gs_algos.distill.distill import Distill
 from gs_algos.qat.training import QuantizationTraining
+from gs_algos.search.stage import Search
 
 T = TypeVar("T")
 TEACHER = ("teacher", "weights")  # of another network than the recipe's, in `StageRecipe.distill`
@@ -60,6 +64,7 @@ class StageRecipe:
         lr: largest learning rate; default: the one the network is usually tuned with.
         distill: options of `Distill`, which then wraps the algorithm; the teacher is the float network that the recipe
             begins with, or a network named `teacher`, as `Recipe.model`, with its safetensors file `weights`.
+        search: options of `SearchConfig`, to find rules of the algorithm before it is trained; None: no search.
     """
 
     algorithm: str
@@ -68,6 +73,7 @@ class StageRecipe:
     select_epochs: int | None = None
     lr: float | None = None
     distill: dict[str, Any] | None = None
+    search: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.epochs < 0:
@@ -135,8 +141,9 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
             _check_options(stage, inner_of(make_algorithm(stage, 1)))
         except (ValueError, TypeError) as error:
             raise ValueError(f"recipe: {file}: stage {number}: {error}") from error
-    names = [stage.algorithm for stage in recipe.stage]
-    quantizers = [name for name in names if issubclass(algorithm_class(name), QuantizationTraining)]
+    algorithms = [inner_of(make_algorithm(stage, 1)) for stage in recipe.stage]
+    names = [algorithm.name for algorithm in algorithms]
+    quantizers = [one.name for one in algorithms if isinstance(one, QuantizationTraining)]
     twice = [name for name in quantizers if quantizers.count(name) > 1]
     if twice:
         raise ValueError(
@@ -148,7 +155,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
 
 def _check_options(stage: StageRecipe, algorithm: Algorithm) -> None:
     """Raises ValueError if a stage cannot be trained as it says, which it would show after the stages before it."""
-    config: Any = algorithm.config
+    config: Any = algorithm.active().config
     if stage.epochs == 0 and getattr(config, "select_steps", False):
         raise ValueError(f"epochs must be >= 1 for {stage.algorithm}, which has to learn what to cut, got 0")
     for rule in getattr(config, "rules", ()):
@@ -173,6 +180,8 @@ def make_algorithm(stage: StageRecipe, steps_per_epoch: int, teacher: nn.Module 
     if stage.select_epochs is not None:
         options["select_steps"] = stage.select_epochs * steps_per_epoch
     algorithm: Algorithm = cls(**options)
+    if stage.search is not None:
+        algorithm = Search(algorithm, **_without_none(stage.search))
     if stage.distill is None:
         return algorithm
     own = {key: value for key, value in _without_none(stage.distill).items() if key not in TEACHER}

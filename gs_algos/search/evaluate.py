@@ -82,7 +82,6 @@ class Evaluations:
     def __init__(self, score: Score, journal: Journal, processes: Processes, who: str) -> None:
         self.score, self.journal, self.processes, self.who = score, journal, processes, who
         self.count = 0
-        self.seconds = 0.0
 
     def __call__(self, settings: Sequence[Setting]) -> list[float]:
         """Returns the score of each, in order; the same in every process.
@@ -93,17 +92,21 @@ class Evaluations:
         policies = [flat(setting) for setting in settings]
         new = {key_of(policy): i for i, policy in enumerate(policies) if key_of(policy) not in self.journal.policies}
         share = list(new.values())[self.processes.rank :: self.processes.count]
-        for found in shared(self.processes, [self._measured(settings[i], i) for i in share], self.who):
-            self.count += 1
-            self.seconds += found["seconds"]
-            policy, score = policies[found["index"]], found["score"]
-            if score != score:
-                chosen = ", ".join(f"{name} {value}" for name, value in policy.items())
-                raise ValueError(
-                    f"{self.who}: evaluate must return a number, got NaN for the network with {chosen:.300}"
-                )
-            self.journal.add_policy(policy, score, found["seconds"], write=self.processes.rank == 0)
+        if self.processes.several:
+            for found in shared(self.processes, [self._measured(settings[i], i) for i in share], self.who):
+                self._keep(policies[found["index"]], found)
+        else:
+            for i in share:  # each is in the journal before the next one begins
+                self._keep(policies[i], self._measured(settings[i], i))
         return [self.journal.policies[key_of(policy)] for policy in policies]
+
+    def _keep(self, policy: Mapping[str, Value], found: Mapping[str, Any]) -> None:
+        self.count += 1
+        score = found["score"]
+        if score != score:
+            chosen = ", ".join(f"{name} {value}" for name, value in policy.items()) or "nothing changed"
+            raise ValueError(f"{self.who}: evaluate must return a number, got NaN for the network with {chosen:.300}")
+        self.journal.add_policy(policy, score, found["seconds"], write=self.processes.rank == 0)
 
     def _measured(self, setting: Setting, index: int) -> dict[str, Any]:
         started = time.perf_counter()

@@ -17,8 +17,9 @@ POINTS = 12  # of the predicted curve
 def front_of(problem: Problem, found: Iterable[Evaluated]) -> tuple[Point, ...]:
     """Returns those of the evaluated networks that no other is both cheaper and better than, by rising cost."""
     kind = problem.limits[0].kind
+    predicted = problem.predicted if problem.scored else lambda picks: None
     points = sorted(
-        (Point(problem.total(one.picks, kind), one.score, problem.predicted(one.picks)) for one in found),
+        (Point(problem.total(one.picks, kind), one.score, predicted(one.picks)) for one in found),
         key=lambda point: (point.cost, -_score(point)),
     )
     front: list[Point] = []

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from gs_algos.analysis.report.page import Report
+from gs_algos.analysis.report.trade_off import TradeOff
 from gs_algos.core.algorithm import Algorithm, share_resources
 from gs_algos.core.layer_rules import Rule
 from gs_algos.core.plan import render_layers
@@ -23,7 +25,7 @@ class Point:
 
     cost: float
     score: float | None
-    predicted: float
+    predicted: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +39,12 @@ class Policy:
         limits: kind -> what it may take.
         before: kind -> what the float network takes.
         score: measured; the higher, the better. That of the float network is `baseline`.
-        predicted: the sum of the scores of single choices.
+        predicted: the sum of the scores of single choices; None if the agent asked for none.
         front: networks that were measured, by the first limit's cost: none is both dearer and worse than another.
         curve: networks of other budgets as the scores predict them.
         evaluated: policies that were measured for this search, and in how many seconds.
         notes: what there is to know beside.
+        by_divergence: whether scores are minus the KL divergence from the float network.
     """
 
     rules: tuple[tuple[Rule, ...], ...]
@@ -51,12 +54,13 @@ class Policy:
     before: Mapping[str, float]
     score: float
     baseline: float
-    predicted: float
+    predicted: float | None
     front: tuple[Point, ...]
     curve: tuple[Point, ...]
     evaluated: int
     seconds: float
     notes: tuple[str, ...] = ()
+    by_divergence: bool = True
     _given: tuple[Algorithm, ...] = field(default=(), repr=False)
     _again: Callable[[str], Policy] | None = field(default=None, repr=False)
 
@@ -72,6 +76,33 @@ class Policy:
         """
         assert self._again is not None
         return self._again(budget)
+
+    def noting(self, note: str) -> Policy:
+        """Returns the policy with another note."""
+        return replace(self, notes=(*self.notes, note))
+
+    def recipe_lines(self) -> list[str]:
+        """Returns for each algorithm the line of a TOML recipe that gives it these rules."""
+        return [f"options = {{ rules = {_toml(rules)} }}" for rules in self.rules]
+
+    def report(self, title: str) -> Report:
+        """Returns a page with the networks between cost and quality, and the rules."""
+        kind = next(iter(self.costs))
+        lost = "KL divergence in nats" if self.by_divergence else "loss of score"
+        shown_of = {"latency": "ms"}
+        found = TradeOff(
+            unit=shown_of.get(kind, kind),
+            before=self.before[kind],
+            most=self.limits[kind],
+            loss=lost,
+            chosen=(self.costs[kind], self.baseline - self.score),
+            front=[(p.cost, self.baseline - p.score) for p in self.front if p.score is not None],
+            predicted=[(p.cost, p.predicted) for p in self.curve if p.predicted is not None]
+            if self.by_divergence
+            else (),
+            rules=[f"{a.name}: rules={list(r)!r}" for a, r in zip(self._given, self.rules, strict=True)],
+        )
+        return Report(title, trade_off=found, notes=self.notes)
 
     def table(self) -> Table:
         rows = []
@@ -98,6 +129,17 @@ class Policy:
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
+
+
+def _toml(value: Any) -> str:
+    """Writes plain values as TOML; None is the word "none", as in recipes."""
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(f'{key} = {_toml(item)}' for key, item in value.items())} }}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str) or value is None:
+        return f"'{'none' if value is None else value}'"  # a literal string, in which a backslash is one
+    return repr(value)
 
 
 def with_rules(algorithm: Algorithm, rules: Sequence[Rule]) -> Algorithm:

@@ -92,6 +92,11 @@ class Problem:
         scores = self.scores_of()
         return [[scores[knob.name][value] for value in knob.values] for knob in self.knobs]
 
+    @property
+    def scored(self) -> bool:
+        """Says whether the scores have been measured: an agent that asks for none is not to pay for them."""
+        return "scores" in self.__dict__
+
     def predicted(self, picks: Picks) -> float:
         """Returns the sum of the scores."""
         return sum(scores[pick] for scores, pick in zip(self.scores, picks, strict=True))
@@ -212,6 +217,11 @@ def limits_of(budgets: Sequence[Budget], space: Space, costs: Costs, who: str) -
     least = (0,) * len(space.knobs)
     raised = [with_pick(least, place, len(knob.values) - 1) for place, knob in enumerate(space.knobs)]
     for budget in budgets:
+        if budget.kind == "latency" and any(knob.kind == "rate" for knob in space.knobs):
+            raise ValueError(
+                f"{who}: a budget of latency must be for knobs of weights and inputs, got {budget} for prune rates; "
+                "give a budget of macs, and measure the network that it gives"
+            )
         ends = [costs.total(budget.kind, space.setting(picks)) for picks in (least, *raised)]
         if max(ends) <= min(ends):
             kinds = ", ".join(dict.fromkeys(knob.kind for knob in space.knobs))

@@ -120,15 +120,9 @@ def search(
                 picks = first_picks(problem)[0]
                 found = {picks: Evaluated(picks, picks, evaluations([small.setting(picks)])[0])}
             best = min(found.values(), key=lambda one: (-one.score, problem.total(one.picks, limits[0].kind)))
-            return _policy(
-                problem,
-                best,
-                list(found.values()),
-                given,
-                evaluations.count - before,
-                time.perf_counter() - started,
-                notes,
-            )
+            measured = evaluations.count - before, time.perf_counter() - started
+            policy = _policy(problem, best, list(found.values()), given, measured, notes)
+            return replace(policy, by_divergence=evaluate is None)
 
         def again(budget: str) -> Policy:
             return replace(solve(limits_of(Budget.parse_all(budget, WHO), space, costs, WHO), ""), _again=again)
@@ -141,8 +135,7 @@ def _policy(
     best: Evaluated,
     found: Sequence[Evaluated],
     algorithms: Sequence[Algorithm],
-    evaluated: int,
-    seconds: float,
+    measured: tuple[int, float],
     notes: Sequence[str],
 ) -> Policy:
     space, kinds = problem.space, [limit.kind for limit in problem.limits]
@@ -154,11 +147,11 @@ def _policy(
         before={kind: problem.costs.before(kind) for kind in kinds},
         score=best.score,
         baseline=problem.baseline,
-        predicted=problem.predicted(best.picks),
+        predicted=problem.predicted(best.picks) if problem.scored else None,
         front=front_of(problem, found),
-        curve=curve_of(problem),
-        evaluated=evaluated,
-        seconds=seconds,
+        curve=curve_of(problem) if problem.scored else (),
+        evaluated=measured[0],
+        seconds=measured[1],
         notes=(*space.notes, *notes),
         _given=tuple(algorithms),
     )

@@ -1,33 +1,17 @@
-"""A small network, its data, and searches of it that take a moment."""
+"""Searches of a small network that take a moment, and their data."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gs_algos import SimQAT
 from gs_algos.search.policy import Policy
 from gs_algos.search.search import search
+from tests.search.nets_alone import images, net
 
-
-def net(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    layers: list[nn.Module] = []
-    for inside, out in ((3, 8), (8, 16), (16, 16), (16, 24)):
-        layers += [nn.Conv2d(inside, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
-    model = nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 12), nn.ReLU(), nn.Linear(12, 5)
-    )
-    for norm in model.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.weight.data.uniform_(0.5, 2)
-    return model.eval()
-
-
-def images(count: int = 2, seed: int = 1) -> Tensor:
-    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+__all__ = ["data", "found", "images", "net"]
 
 
 def data() -> list[Tensor]:

@@ -69,7 +69,7 @@ def verdict(report: Report) -> str:
         cost = SCORES[report.sensitivity.by].format(significant(worst)) if report.sensitivity is not None else ""
         among = f"{len(given):,} layer{'s' if len(given) > 1 else ''}"
         return f"{layer_name(site)} is the most sensitive of {among}: {cost} at {scheme}."
-    return "Nothing was measured."
+    return "Nothing was measured." if report.trade_off is None else report.trade_off.verdict()
 
 
 def before_after(report: Report, most: int) -> Html:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gs_algos.analysis.report import closing_sections, layer_sections, network_sections, sensitivity_section
+from gs_algos.analysis.report import closing_sections, layer_sections, network_sections, sensitivity_section, trade_off
 from gs_algos.analysis.report.formats import decibels
 from gs_algos.analysis.report.markup import Html, layer_name, tag
 from gs_algos.analysis.report.style import style
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gs_algos.analysis.comparison import Comparison
     from gs_algos.analysis.effect import Effect
     from gs_algos.analysis.latency import LayerTimes
+    from gs_algos.analysis.report.trade_off import TradeOff
     from gs_algos.analysis.sensitivity import Sensitivity
 
 WHO = "report"
@@ -39,6 +40,7 @@ SECTIONS = (
     layer_sections.weights,
     layer_sections.activations,
     closing_sections.search,
+    trade_off.trade_off,
     layer_sections.channels,
     closing_sections.advice,
     closing_sections.notes,
@@ -64,6 +66,7 @@ class Report:
         search: of SLB, see `search_of`: "step" are numbers of steps; "levels" is layer -> level -> share of its
             weights; any other name is a curve over the steps, or layer -> curve.
         channels: of pruning; layer -> (output channels before, after).
+        trade_off: of a search; networks between cost and quality.
         notes: what else a reader must know.
         made: with what the page was made: versions, device, date, command.
     """
@@ -77,6 +80,7 @@ class Report:
     history: tuple[Mapping[str, Any], ...] = ()
     search: Mapping[str, Any] = field(default_factory=dict)
     channels: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    trade_off: TradeOff | None = None
     notes: tuple[str, ...] = ()
     made: Mapping[str, str] = field(default_factory=dict)
 
@@ -126,6 +130,8 @@ class Report:
         return "\n".join([*lines, *(f"note: {note}" for note in closing_sections.all_notes(self))])
 
     def _kind(self) -> str:
+        if self.trade_off is not None and self.effect is None:
+            return "Search"
         return "Sensitivity" if self.effect is None and self.comparison is None and self.sensitivity else "Compression"
 
     def _content(self) -> Html:
