@@ -16,6 +16,8 @@ from gs_kernels.runtime.instructions import instruction_set
 
 logger = logging.getLogger(__name__)
 
+FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # `of_kind` of floats.h
+
 REMEDY = "run `python -m gs_kernels.cpu.build`, or install the package again, with a C++ compiler in PATH"
 
 _problems: dict[str, str] = {}  # by what is concerned: why it is not used

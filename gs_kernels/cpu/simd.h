@@ -49,6 +49,7 @@ LANE_FN F all(float a) { return {_mm512_set1_ps(a)}; }
 LANE_FN F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
 LANE_FN F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
 LANE_FN F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+LANE_FN F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
 LANE_FN F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 LANE_FN F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 LANE_FN F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
@@ -62,12 +63,18 @@ LANE_FN void store(int32_t* p, I a, int64_t n) { _mm512_mask_storeu_epi32(p, fir
 LANE_FN I load(const int8_t* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
 LANE_FN I load(const int8_t* p, int64_t n) { return {_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(n), p))}; }
 LANE_FN I load(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
+LANE_FN I load(const uint8_t* p, int64_t n) { return {_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(n), p))}; }
 LANE_FN void store(int8_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }
 LANE_FN void store(int8_t* p, I a, int64_t n) {
   if (n >= LANES) return store(p, a);
   _mm_mask_storeu_epi8(p, first(n), _mm512_cvtepi32_epi8(a.v));
 }
+LANE_FN void store(uint8_t* p, I a, int64_t n) { store((int8_t*)p, a, n); }
 LANE_FN void store(uint16_t* p, I a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(a.v)); }
+LANE_FN F load_fp16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+LANE_FN void store_fp16(uint16_t* p, F a) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 LANE_FN I all(int32_t a) { return {_mm512_set1_epi32(a)}; }
 LANE_FN I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
 LANE_FN I operator-(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
@@ -90,6 +97,10 @@ LANE_FN float sum(F a) { return _mm512_reduce_add_ps(a.v); }
 LANE_FN F load_bf16(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
+LANE_FN F where_between(F a, F low, F high, F in, F out) {  // low <= a <= high ? in : out
+  const __mmask16 inside = _mm512_cmp_ps_mask(a.v, low.v, _CMP_GE_OQ) & _mm512_cmp_ps_mask(a.v, high.v, _CMP_LE_OQ);
+  return {_mm512_mask_mov_ps(out.v, inside, in.v)};
+}
 LANE_FN I where_nan(F a, I nan, I b) { return {_mm512_mask_mov_epi32(b.v, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), nan.v)}; }
 
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -99,10 +110,26 @@ struct I { __m256i a, b; };
 
 LANE_FN F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 LANE_FN void store(float* p, F x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
+LANE_FN F load(const float* p, int64_t n) {
+  if (n >= LANES) return load(p);
+  const __m256i at = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), count = _mm256_set1_epi32((int)n);
+  const __m256i a = _mm256_cmpgt_epi32(count, at), b = _mm256_cmpgt_epi32(count, _mm256_add_epi32(at, _mm256_set1_epi32(8)));
+  return {_mm256_maskload_ps(p, a), _mm256_maskload_ps(p + 8, b)};
+}
+// by halves: a store by a mask takes many cycles on some CPUs
+LANE_FN void store(float* p, F x, int64_t n) {
+  if (n >= LANES) return store(p, x);
+  if (n & 8) _mm256_storeu_ps(p, x.a), p += 8, x.a = x.b;
+  __m128 four = _mm256_castps256_ps128(x.a);
+  if (n & 4) _mm_storeu_ps(p, four), p += 4, four = _mm256_extractf128_ps(x.a, 1);
+  if (n & 2) _mm_storel_pi((__m64*)p, four), p += 2, four = _mm_movehl_ps(four, four);
+  if (n & 1) _mm_store_ss(p, four);
+}
 LANE_FN F all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 LANE_FN F operator+(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 LANE_FN F operator-(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
 LANE_FN F operator*(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+LANE_FN F operator/(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
 LANE_FN F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
 LANE_FN F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 LANE_FN F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
@@ -126,8 +153,19 @@ LANE_FN void store(int8_t* p, I x) {
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
   _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
+LANE_FN void store(uint8_t* p, I x) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
 LANE_FN void store(uint16_t* p, I x) {
   _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8));
+}
+LANE_FN F load_fp16(const uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+}
+LANE_FN void store_fp16(uint16_t* p, F x) {
+  constexpr int how = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.a, how)), _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(x.b, how));
 }
 LANE_FN I all(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 LANE_FN I operator+(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
@@ -158,6 +196,12 @@ LANE_FN float sum(F x) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
+LANE_FN __m256 where_between(__m256 v, __m256 low, __m256 high, __m256 in, __m256 out) {
+  return _mm256_blendv_ps(out, in, _mm256_and_ps(_mm256_cmp_ps(v, low, _CMP_GE_OQ), _mm256_cmp_ps(v, high, _CMP_LE_OQ)));
+}
+LANE_FN F where_between(F x, F low, F high, F in, F out) {  // low <= x <= high ? in : out
+  return {where_between(x.a, low.a, high.a, in.a, out.a), where_between(x.b, low.b, high.b, in.b, out.b)};
+}
 LANE_FN I where_nan(F x, I nan, I y) {
   const __m256i a = _mm256_castps_si256(_mm256_cmp_ps(x.a, x.a, _CMP_UNORD_Q));
   const __m256i b = _mm256_castps_si256(_mm256_cmp_ps(x.b, x.b, _CMP_UNORD_Q));
@@ -182,6 +226,7 @@ LANE_FN F all(float a) EACH(F, (f4{a, a, a, a}))
 LANE_FN F operator+(F a, F b) EACH(F, a.v[i] + b.v[i])
 LANE_FN F operator-(F a, F b) EACH(F, a.v[i] - b.v[i])
 LANE_FN F operator*(F a, F b) EACH(F, a.v[i] * b.v[i])
+LANE_FN F operator/(F a, F b) EACH(F, a.v[i] / b.v[i])
 LANE_FN F fma(F a, F b, F c) EACH(F, a.v[i] * b.v[i] + c.v[i])
 LANE_FN F max(F a, F b) EACH(F, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
 LANE_FN F min(F a, F b) EACH(F, a.v[i] < b.v[i] ? a.v[i] : b.v[i])
@@ -204,7 +249,30 @@ LANE_FN void store(int32_t* p, I a) { std::memcpy(p, a.v, sizeof(a.v)); }
 LANE_FN I load(const int8_t* p) OF_EACH(I, p[i])
 LANE_FN I load(const uint8_t* p) OF_EACH(I, p[i])
 LANE_FN void store(int8_t* p, I a) { for (int i = 0; i < LANES; ++i) p[i] = (int8_t)a.v[i / 4][i % 4]; }
+LANE_FN void store(uint8_t* p, I a) { for (int i = 0; i < LANES; ++i) p[i] = (uint8_t)a.v[i / 4][i % 4]; }
 LANE_FN void store(uint16_t* p, I a) { for (int i = 0; i < LANES; ++i) p[i] = (uint16_t)a.v[i / 4][i % 4]; }
+inline float from_fp16(uint16_t half) {
+  const uint32_t sign = (uint32_t)(half & 0x8000) << 16, exponent = half >> 10 & 31, fraction = half & 0x3ff;
+  uint32_t bits = sign | (exponent + 112) << 23 | fraction << 13;
+  if (exponent == 31) bits = sign | 0x7f800000 | fraction << 13;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return exponent ? value : std::copysign(fraction * 0x1p-24f, value);
+}
+inline uint16_t to_fp16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint16_t sign = bits >> 16 & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return sign | 0x7e00;
+  if (bits >= 0x47800000) return sign | 0x7c00;
+  if (bits >= 0x38800000) return sign | (uint16_t)((bits + 0xfff + (bits >> 13 & 1) - 0x38000000) >> 13);
+  value = std::fabs(value) + 0.5f;  // where fp32 has the step of the smallest fp16
+  std::memcpy(&bits, &value, sizeof(bits));
+  return sign | (uint16_t)(bits - 0x3f000000);
+}
+LANE_FN F load_fp16(const uint16_t* p) OF_EACH(F, from_fp16(p[i]))
+LANE_FN void store_fp16(uint16_t* p, F a) { for (int i = 0; i < LANES; ++i) p[i] = to_fp16(a.v[i / 4][i % 4]); }
 LANE_FN I all(int32_t a) EACH(I, (i4{a, a, a, a}))
 LANE_FN I operator+(I a, I b) EACH(I, a.v[i] + b.v[i])
 LANE_FN I operator-(I a, I b) EACH(I, a.v[i] - b.v[i])
@@ -234,6 +302,8 @@ LANE_FN I add_quads(I sums, I a, I b) EACH(I, (i4)vdotq_s32((int32x4_t)sums.v[i]
 #define LANES_HAVE_QUADS
 #endif
 LANE_FN I bits_of(F a) { I y; std::memcpy(y.v, a.v, sizeof(y.v)); return y; }
+LANE_FN F where_between(F a, F low, F high, F in, F out)  // low <= a <= high ? in : out
+  EACH(F, (a.v[i] >= low.v[i]) & (a.v[i] <= high.v[i]) ? in.v[i] : out.v[i])
 LANE_FN I where_nan(F a, I nan, I b) EACH(I, a.v[i] != a.v[i] ? nan.v[i] : b.v[i])
 #define LANES_BY_COPIES
 
@@ -254,12 +324,16 @@ LANE_FN void store_first(T* p, V a, int64_t n) {
   store(near, a);
   std::memcpy(p, near, n * sizeof(T));
 }
+#ifndef __AVX2__
 LANE_FN F load(const float* p, int64_t n) { return load_first<F>(p, n); }
+LANE_FN void store(float* p, F a, int64_t n) { store_first(p, a, n); }
+#endif
 LANE_FN I load(const int32_t* p, int64_t n) { return load_first<I>(p, n); }
 LANE_FN I load(const int8_t* p, int64_t n) { return load_first<I>(p, n); }
-LANE_FN void store(float* p, F a, int64_t n) { store_first(p, a, n); }
+LANE_FN I load(const uint8_t* p, int64_t n) { return load_first<I>(p, n); }
 LANE_FN void store(int32_t* p, I a, int64_t n) { store_first(p, a, n); }
 LANE_FN void store(int8_t* p, I a, int64_t n) { store_first(p, a, n); }
+LANE_FN void store(uint8_t* p, I a, int64_t n) { store_first(p, a, n); }
 #endif
 
 // The bits of bf16, rounded to nearest even; one NaN for all.

@@ -1,149 +1,67 @@
-"""Computes fake-quant on the CPU in one fused pass over memory, compiled for large tensors."""
+"""Calls `cpu.cpp`: fake-quant, its gradient, codes, values and ranges, each in one pass over memory."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gs_kernels.fake_quant.ref import inverse
-from gs_kernels.fake_quant.strided_rows import BY_COL, BY_ROW, BY_TENSOR, Rows, like, readable, same_layout
-from gs_kernels.runtime.inductor import Function, call, compiled
-from gs_kernels.runtime.torch_private import is_eager
+from gs_kernels.cpu.library import FLOATS, load_functions
+from gs_kernels.fake_quant.as_ops import plain_backward, plain_dequantize, plain_fake_quant, plain_quantize
+from gs_kernels.fake_quant.strided_rows import BY_ROW, Rows, like, readable, same_layout
 
-COMPILE_FROM = 1 << 16  # elements; below, calling eagerly costs less than the wait for a compiler could win back
+PARALLEL_FROM = 1 << 15  # elements, from which a second thread pays
 
-# the sizes of examples: about 2**20 elements, all different
-EXAMPLES: dict[str, tuple[int, ...]] = {
-    "tensor": (1048583,),
-    "row": (1021, 1031),
-    "col": (1031, 1021),
-    "mid": (61, 127, 131),
+size, single, number, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_int32, ctypes.c_void_p
+
+
+class _Pass(ctypes.Structure):
+    _fields_ = [
+        *((name, size) for name in ("by", "rows", "cols", "channels", "per", "outer", "inner")),
+        *((name, pointer) for name in ("scale", "zero")),
+        *((name, single) for name in ("qmin", "qmax")),
+        *((name, number) for name in ("floats", "is_signed", "threads")),
+    ]
+
+
+FUNCTIONS: dict[str, Sequence[Any]] = {
+    "fake_quantize": (ctypes.POINTER(_Pass), *[pointer] * 4),
+    "fake_quantize_backward": (ctypes.POINTER(_Pass), *[pointer] * 5),
+    "quantize_floats": (ctypes.POINTER(_Pass), *[pointer] * 2),
+    "dequantize_codes": (ctypes.POINTER(_Pass), *[pointer] * 3),
+    "find_ranges": (ctypes.POINTER(_Pass), *[pointer] * 3),
 }
 
 
-def fused_fake_quant(x: Tensor, *grid: Tensor) -> Tensor:
-    s, z, inv, zi, zf, lo, hi = grid
-    return _steps(x, inv, zi, zf).clamp_(lo, hi).sub_(z).mul_(s).to(x.dtype)
-
-
-def fused_fake_quant_backward(
-    dy: Tensor, x: Tensor, for_scale: bool, for_zero: bool, *grid: Tensor
-) -> tuple[Tensor, ...]:
-    s, z, inv, zi, zf, lo, hi = grid
-    r = _steps(x, inv, zi, zf)
-    inside = (r >= lo) & (r <= hi)
-    dx = torch.where(inside, dy, 0.0)
-    ds = dz = s.new_empty(0)
-    if for_scale:
-        level = r.clamp_(lo, hi).sub_(z)
-        ds = total(torch.where(inside, level - x.float() * inv, level).mul_(dy), s)
-    if for_zero:
-        dz = total(torch.where(inside, 0.0, -s).mul_(dy), s)
-    return dx, ds, dz
-
-
-def fused_quantize(x: Tensor, dtype: torch.dtype, *grid: Tensor) -> Tensor:
-    _, _, inv, zi, zf, lo, hi = grid
-    r = _steps(x, inv, zi, zf)
-    return torch.where(r.isnan(), lo, r.clamp_(lo, hi)).to(dtype)
-
-
-def fused_dequantize(codes: Tensor, dtype: torch.dtype, s: Tensor, z: Tensor) -> Tensor:
-    return (codes.float() - z).mul_(s).to(dtype)
-
-
-def _steps(x: Tensor, inv: Tensor, zi: Tensor, zf: Tensor) -> Tensor:
-    return (x.float() * inv).add_(zf).round_().add_(zi)
-
-
-def total(t: Tensor, s: Tensor) -> Tensor:
-    """Sums over the elements of each scale: t is `[n]` or `[..., C, cols]`. By column, `[n, C]`, returns t itself."""
-    if t.dim() == 1:
-        return t.sum().view(1)
-    if s.dim() == 1:
-        return t  # summed outside: compiled, a sum over rows strides through memory, 20 times slower
-    return t.sum(-1) if t.dim() == 2 else t.sum(-1).sum(0)
-
-
-class DenseView:
-    """Views x as a dense tensor of rank 1 to 3 in memory order, and shapes scales to broadcast against it."""
-
-    def __init__(self, x: Tensor, axis: int, group: int) -> None:
-        self.given = x
-        x, rows = readable(x, axis, group)
-        self.dense = x if rows.dense else torch.empty_like(x).copy_(x)
-        self.kind, self.shape, self.strides = _kind(rows)
-        self.x = self.view(self.dense)
-
-    def view(self, t: Tensor) -> Tensor:
-        return t.as_strided(self.shape, self.strides)
-
-    def gradient(self, dy: Tensor) -> Tensor:
-        """Views dy in the order of x, after a copy if it is laid out otherwise."""
-        return self.view(dy if same_layout(dy, self.dense) else torch.empty_like(self.dense).copy_(dy))
-
-    def scales(self, t: Tensor) -> Tensor:
-        return t.view(-1, 1) if self.kind in ("row", "mid") else t
-
-    def grid(self, scale: Tensor, zero: Tensor, qmin: int, qmax: int) -> tuple[Tensor, ...]:
-        """Returns scale, zero, 1 / scale, whole part and fraction of zero, qmin, qmax, shaped to broadcast."""
-        s, z = self.scales(scale), self.scales(zero)
-        zi = z.round()
-        return s, z, inverse(s, z), zi, z - zi, _level(qmin), _level(qmax)
-
-    def restore(self, t: Tensor) -> Tensor:
-        """Returns a result with the shape and strides of x."""
-        shape, strides = self.dense.shape, self.dense.stride()
-        if is_eager(t):
-            # not a view of t: autograd forbids in-place operations, such as a ReLU, on views that an op returns
-            y = t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), shape, strides)
-        else:
-            y = t.as_strided(shape, strides)
-        return y if self.dense is self.given else like(y, self.given)
-
-    def run(self, function: Function, *args: Any) -> Any:
-        """Calls the function, compiled if x is large."""
-        if self.x.numel() < COMPILE_FROM or 1 in self.shape:
-            return call(function, *args)
-        flags = tuple(a for a in args if not isinstance(a, Tensor))
-        return call(compiled(function, (self.kind, self.x.dtype, *flags), lambda: self._example(args)), *args)
-
-    def _example(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        shape = EXAMPLES[self.kind]
-        channels = {"tensor": 1, "row": shape[0], "col": shape[-1], "mid": shape[len(shape) // 2]}[self.kind]
-
-        def enlarged(a: Any) -> Any:
-            if not isinstance(a, Tensor) or a.dim() == 0:
-                return a
-            return torch.zeros(shape, dtype=a.dtype) if a.shape == self.shape else self.scales(torch.ones(channels))
-
-        return tuple(enlarged(a) for a in args)
-
-
-@lru_cache(maxsize=4096)
-def _kind(rows: Rows) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-    """Returns kind, shape and strides of the dense view."""
-    if rows.by == BY_TENSOR:
-        return "tensor", (rows.rows * rows.cols,), (1,)
-    if rows.by == BY_COL:
-        return "col", (rows.rows, rows.cols), (rows.cols, 1)
-    c, cols = rows.channels, rows.cols
-    return (
-        ("row", (c, cols), (cols, 1)) if rows.by == BY_ROW else ("mid", (rows.rows // c, c, cols), (c * cols, cols, 1))
-    )
-
-
-@lru_cache(maxsize=256)
-def _level(q: int) -> Tensor:
-    return torch.tensor(float(q))
-
-
 def fake_quant_cpu(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, axis: int, group: int) -> Tensor:
-    view = DenseView(x, axis, group)
-    return view.restore(view.run(fused_fake_quant, view.x, *view.grid(scale, zero, qmin, qmax)))
+    functions = kernels()
+    if functions is None:
+        return _plain(plain_fake_quant, x, scale, zero, qmin, qmax, axis, group)
+    source, rows = readable(x, axis, group)
+    y = torch.empty_like(source)
+    scale, zero = scale.contiguous(), zero.contiguous()
+    params = _pass(rows, scale, zero, x.dtype, qmin, qmax)
+    functions.fake_quantize(params, source.data_ptr(), y.data_ptr(), None, None)
+    return y if source is x else like(y, x)
+
+
+def fake_quant_with_range(
+    x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Fake-quantizes by tensor and finds the range of x on the way; None if the C++ does not run."""
+    functions = kernels()
+    if functions is None:
+        return None
+    source, rows = readable(x, -1, 0)
+    y, low, high = torch.empty_like(source), torch.empty(1), torch.empty(1)
+    scale, zero = scale.contiguous(), zero.contiguous()
+    params = _pass(rows, scale, zero, x.dtype, qmin, qmax)
+    functions.fake_quantize(params, source.data_ptr(), y.data_ptr(), low.data_ptr(), high.data_ptr())
+    return y if source is x else like(y, x), low, high
 
 
 def fake_quant_backward_cpu(
@@ -158,20 +76,118 @@ def fake_quant_backward_cpu(
     for_scale: bool,
     for_zero: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    view = DenseView(x, axis, group)
-    grid = view.grid(scale, zero, qmin, qmax)
-    dx, ds, dz = view.run(fused_fake_quant_backward, view.gradient(dy), view.x, for_scale, for_zero, *grid)
-    if view.kind == "col":
-        ds, dz = (t.sum(0) if wanted else t for t, wanted in ((ds, for_scale), (dz, for_zero)))
-    return view.restore(dx), ds, dz
+    functions = kernels()
+    if functions is None:
+        return _plain(plain_backward, dy, x, scale, zero, qmin, qmax, axis, group, for_scale, for_zero)  # type: ignore[no-any-return]
+    source, rows = readable(x, axis, group)
+    dx = torch.empty_like(source)
+    if dy.dtype != x.dtype or not same_layout(dy, dx):
+        dy = torch.empty_like(dx).copy_(dy)
+    dscale, dzero = (scale.new_empty(len(scale) if wanted else 0) for wanted in (for_scale, for_zero))
+    scale, zero = scale.contiguous(), zero.contiguous()
+    functions.fake_quantize_backward(
+        _pass(rows, scale, zero, x.dtype, qmin, qmax),
+        *(dy.data_ptr(), source.data_ptr(), dx.data_ptr()),
+        *(sums.data_ptr() if wanted else None for sums, wanted in ((dscale, for_scale), (dzero, for_zero))),
+    )
+    return dx if source is x else like(dx, x), dscale, dzero
 
 
 def quantize_cpu(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, axis: int, group: int) -> Tensor:
-    view = DenseView(x, axis, group)
-    dtype = torch.int8 if qmin < 0 else torch.uint8
-    return view.restore(view.run(fused_quantize, view.x, dtype, *view.grid(scale, zero, qmin, qmax)))
+    functions = kernels()
+    if functions is None:
+        return _plain(plain_quantize, x, scale, zero, qmin, qmax, axis, group)
+    source, rows = readable(x, axis, group)
+    codes = torch.empty_like(source, dtype=torch.int8 if qmin < 0 else torch.uint8)
+    scale, zero = scale.contiguous(), zero.contiguous()
+    params = _pass(rows, scale, zero, x.dtype, qmin, qmax, codes.dtype)
+    functions.quantize_floats(params, source.data_ptr(), codes.data_ptr())
+    return codes if source is x else like(codes, x)
 
 
-def dequantize_cpu(codes: Tensor, scale: Tensor, zero: Tensor, axis: int, group: int, dtype: torch.dtype) -> Tensor:
-    view = DenseView(codes, axis, group)
-    return view.restore(view.run(fused_dequantize, view.x, dtype, view.scales(scale), view.scales(zero)))
+def dequantize_cpu(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    axis: int,
+    group: int,
+    dtype: torch.dtype,
+    levels: Tensor | None = None,
+) -> Tensor:
+    """Computes `dequantize`; levels: fp32, what each code that there may be stands for, instead of itself."""
+    functions = kernels()
+    if functions is None:
+        codes = codes if levels is None else levels.detach()[codes.int()]
+        return _plain(plain_dequantize, codes, scale, zero, axis, group, dtype)
+    source, rows = readable(codes, axis, group)
+    y = torch.empty_like(source, dtype=dtype)
+    scale, zero = scale.contiguous(), zero.contiguous()
+    params = _pass(rows, scale, zero, dtype, 0, 0, codes.dtype)
+    table = None if levels is None else levels.contiguous()
+    functions.dequantize_codes(params, source.data_ptr(), None if table is None else table.data_ptr(), y.data_ptr())
+    return y if source is codes else like(y, codes)
+
+
+def range_cpu(x: Tensor, axis: int, group: int) -> tuple[Tensor, Tensor] | None:
+    """Finds the smallest and the largest of each channel, `[C]` fp32; None if the C++ does not run."""
+    functions = kernels()
+    if functions is None:
+        return None
+    source, rows = readable(x, axis, group)
+    low, high = torch.empty(rows.channels), torch.empty(rows.channels)
+    functions.find_ranges(_pass(rows, None, None, x.dtype, 0, 0), source.data_ptr(), low.data_ptr(), high.data_ptr())
+    return low, high
+
+
+def _pass(
+    rows: Rows,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    floats: torch.dtype,
+    qmin: int,
+    qmax: int,
+    codes: torch.dtype = torch.int8,
+) -> _Pass:
+    threads = torch.get_num_threads() if rows.rows * rows.cols >= PARALLEL_FROM else 1
+    places = (None if t is None else t.data_ptr() for t in (scale, zero))
+    about = (rows.by, rows.rows, rows.cols, rows.channels, rows.per, rows.outer, rows.inner)
+    return _Pass(*about, *places, qmin, qmax, FLOATS[floats], codes == torch.int8, threads)
+
+
+def _plain(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a reference without gradients and autocast."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        return function(*args)
+
+
+@cache
+def kernels() -> Any:
+    """Returns the library, or None if its fake-quant does not run here; the log says why."""
+    return load_functions("fake-quant", FUNCTIONS, self_test, (_Pass,))
+
+
+def self_test(functions: Any) -> bool:
+    """Checks one small pass of each kind."""
+    x, dy = torch.arange(-230, 230).view(10, 46) * 0.3, torch.arange(460).view(10, 46) * 0.5
+    scale, zero = torch.arange(1, 11) * 0.25, torch.arange(10) * 0.25
+    rows = Rows(BY_ROW, 10, 46, 10, 10, 0, 46)
+    y, dx, back, codes = (torch.empty(10, 46, dtype=dtype) for dtype in (*[torch.float32] * 3, torch.int8))
+    low, high, dscale, dzero = torch.empty(4, 10)
+    params = _pass(rows, scale, zero, torch.float32, -20, 30)
+    at = params, x.data_ptr()
+    functions.fake_quantize(*at, y.data_ptr(), None, None)
+    functions.quantize_floats(*at, codes.data_ptr())
+    functions.dequantize_codes(params, codes.data_ptr(), None, back.data_ptr())
+    functions.find_ranges(*at, low.data_ptr(), high.data_ptr())
+    functions.fake_quantize_backward(
+        params, dy.data_ptr(), x.data_ptr(), dx.data_ptr(), dscale.data_ptr(), dzero.data_ptr()
+    )
+    grid = scale, zero, -20, 30, 0, 0
+    want = plain_backward(dy, x, *grid, True, True)
+    return (
+        torch.equal(y, plain_fake_quant(x, *grid))
+        and torch.equal(back, y)
+        and (torch.equal(low, x.amin(1)) and torch.equal(high, x.amax(1)))
+        and torch.equal(dx, want[0])
+        and torch.allclose(torch.stack((dscale, dzero)), torch.stack(want[1:]), rtol=1e-4)
+    )

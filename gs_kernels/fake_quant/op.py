@@ -7,39 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gs_kernels.fake_quant.as_ops import plain_backward, plain_fake_quant
 from gs_kernels.fake_quant.checks import check_granularity, check_grid, check_input, check_qparams, check_values
 from gs_kernels.fake_quant.cpu import fake_quant_backward_cpu, fake_quant_cpu
-from gs_kernels.fake_quant.ref import fake_quant_backward_ref, fake_quant_ref
-from gs_kernels.fake_quant.strided_rows import like
-from gs_kernels.formats import PER_TENSOR, Granularity, granularity_of
+from gs_kernels.formats import PER_TENSOR, Granularity
 from gs_kernels.runtime.dispatch import implementations
 from gs_kernels.runtime.torch_op import register, save, saved
 from gs_kernels.runtime.torch_private import is_eager
 
-
-def _fake_quant_ref(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, axis: int, group: int) -> Tensor:
-    return like(fake_quant_ref(x, scale, zero, qmin=qmin, qmax=qmax, granularity=granularity_of(axis, group)), x)
-
-
-def _backward_ref(
-    dy: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    qmin: int,
-    qmax: int,
-    axis: int,
-    group: int,
-    for_scale: bool,
-    for_zero: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    granularity = granularity_of(axis, group)
-    dx, ds, dz = fake_quant_backward_ref(dy, x, scale, zero, qmin=qmin, qmax=qmax, granularity=granularity)
-    return like(dx, x), ds if for_scale else scale.new_empty(0), dz if for_zero else scale.new_empty(0)
-
-
-FAKE_QUANT = implementations("fake_quant", _fake_quant_ref, fake_quant_cpu)
-BACKWARD = implementations("fake_quant_backward", _backward_ref, fake_quant_backward_cpu)
+FAKE_QUANT = implementations("fake_quant", plain_fake_quant, fake_quant_cpu)
+BACKWARD = implementations("fake_quant_backward", plain_backward, fake_quant_backward_cpu)
 
 
 def _fake_quant_fake(x: Tensor, *_: object) -> Tensor:

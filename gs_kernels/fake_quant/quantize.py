@@ -5,26 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gs_kernels.fake_quant.as_ops import plain_dequantize, plain_quantize
 from gs_kernels.fake_quant.checks import check_codes, check_granularity, check_input, check_qparams, check_values
 from gs_kernels.fake_quant.cpu import dequantize_cpu, quantize_cpu
-from gs_kernels.fake_quant.ref import dequantize_ref, quantize_ref
-from gs_kernels.fake_quant.strided_rows import like
-from gs_kernels.formats import PER_TENSOR, Granularity, granularity_of
+from gs_kernels.formats import PER_TENSOR, Granularity
 from gs_kernels.runtime.dispatch import implementations
 from gs_kernels.runtime.torch_op import register
 from gs_kernels.runtime.torch_private import is_eager
 
-
-def _quantize_ref(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, axis: int, group: int) -> Tensor:
-    return like(quantize_ref(x, scale, zero, qmin=qmin, qmax=qmax, granularity=granularity_of(axis, group)), x)
-
-
-def _dequantize_ref(codes: Tensor, scale: Tensor, zero: Tensor, axis: int, group: int, dtype: torch.dtype) -> Tensor:
-    return like(dequantize_ref(codes, scale, zero, granularity=granularity_of(axis, group), dtype=dtype), codes)
-
-
-QUANTIZE = implementations("quantize", _quantize_ref, quantize_cpu)
-DEQUANTIZE = implementations("dequantize", _dequantize_ref, dequantize_cpu)
+QUANTIZE = implementations("quantize", plain_quantize, quantize_cpu)
+DEQUANTIZE = implementations("dequantize", plain_dequantize, dequantize_cpu)
 
 
 def _quantize_fake(x: Tensor, scale: Tensor, zero: Tensor, qmin: int, *_: object) -> Tensor:

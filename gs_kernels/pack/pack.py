@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gs_kernels.fake_quant.cpu import COMPILE_FROM, EXAMPLES, dequantize_cpu
+from gs_kernels.fake_quant.cpu import dequantize_cpu
 from gs_kernels.pack.checks import (
     FLOATS,
     check_bits,
@@ -18,7 +18,6 @@ from gs_kernels.pack.checks import (
     dtype_name,
 )
 from gs_kernels.pack.layouts import BLOCK_K, CANONICAL, PLANAR, PackedWeight
-from gs_kernels.runtime.inductor import call, compiled
 from gs_kernels.runtime.torch_private import is_eager
 
 
@@ -234,27 +233,13 @@ def dequantize_packed(weight: PackedWeight, dtype: torch.dtype = torch.float32) 
     codes = codes_of(weight)
     scale, zero = weight.scale.detach().float(), weight.zero
     zero = zero.detach().float() if isinstance(zero, Tensor) else torch.full_like(scale, zero)
-    on_cpu = codes.device.type == "cpu" and is_eager(codes, scale)
+    if codes.device.type == "cpu" and is_eager(codes, scale):
+        return dequantize_cpu(codes, scale.flatten(), zero.flatten(), -1, weight.group_size, dtype, weight.levels)
     if weight.levels is not None:
-        return _look_up(codes, scale, weight.levels, weight.group_size, dtype, on_cpu)
-    if on_cpu:
-        return dequantize_cpu(codes, scale.flatten(), zero.flatten(), -1, weight.group_size, dtype)
+        return (
+            (weight.levels.detach()[codes.view(-1, weight.group_size).int()] * scale.view(-1, 1))
+            .to(dtype)
+            .view(codes.shape)
+        )
     grouped = codes.unflatten(1, (-1, weight.group_size)).float()  # [N, G, group_size]
     return ((grouped - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).to(dtype).flatten(1)
-
-
-def _look_up(codes: Tensor, scale: Tensor, levels: Tensor, group_size: int, dtype: torch.dtype, on_cpu: bool) -> Tensor:
-    rows, per_row = codes.view(-1, group_size), scale.view(-1, 1)
-    run = _fused_levels
-    if on_cpu and codes.numel() >= COMPILE_FROM and 1 not in rows.shape:
-        run = compiled(_fused_levels, (len(levels), dtype), lambda: _levels_example(len(levels), dtype))
-    return call(run, rows, per_row, levels, dtype).view(codes.shape)
-
-
-def _fused_levels(codes: Tensor, scale: Tensor, levels: Tensor, dtype: torch.dtype) -> Tensor:
-    return (levels[codes.int()] * scale).to(dtype)
-
-
-def _levels_example(n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
-    rows, cols = EXAMPLES["row"]
-    return torch.zeros(rows, cols, dtype=torch.uint8), torch.ones(rows, 1), torch.ones(n), dtype

@@ -16,6 +16,7 @@ import torch
 
 from gs_kernels.cpu import build, compile, library
 from gs_kernels.decoder_step import cpu as decoder_step
+from gs_kernels.fake_quant import cpu as fake_quant
 from gs_kernels.gptq_block import cpu as gptq_block
 from gs_kernels.pack import rows
 from gs_kernels.qconv2d.cpu import int8_kernel
@@ -170,6 +171,7 @@ SELF_TESTS: list[tuple[Any, Callable[[Any], bool]]] = [
     (interleaved_product, interleaved_product.self_test),
     (rows, rows.self_test),
     (decoder_step, decoder_step.self_test),
+    (fake_quant, fake_quant.self_test),
     (slb, slb._self_test),
     (gptq_block, gptq_block._self_test),
     (search_clip_ratio, search_clip_ratio._self_test),
@@ -197,7 +199,9 @@ def copy_declarations(declared: Any, found: Any) -> None:
             getattr(found, name).restype = function.restype
 
 
-@pytest.mark.parametrize("kernels", [int8_kernel.kernels, interleaved_product.kernels, slb.kernels, gptq_block.kernels])
+@pytest.mark.parametrize(
+    "kernels", [int8_kernel.kernels, interleaved_product.kernels, fake_quant.kernels, slb.kernels, gptq_block.kernels]
+)
 def test_every_struct_of_the_code_of_this_package_has_the_size_that_python_gives_it(kernels: Any, caplog):
     assert kernels.__wrapped__() is not None and not warnings(caplog)
 
@@ -244,10 +248,11 @@ def test_fused_functions_run_where_nothing_can_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("")
     code = """
 import torch
-from gs_kernels import fake_quant
-x, scale, zero = torch.linspace(-9, 9, 1 << 17), torch.ones(1), torch.zeros(1)
+from gs_kernels import requantize
+codes, scale, zero = torch.arange(-128, 128).repeat(512).to(torch.int8), torch.ones(1), torch.zeros(1)
 for _ in range(2):
-    assert fake_quant(x, scale, zero, qmin=-8, qmax=7).equal(x.round().clamp(-8, 7))
+    y = requantize(codes, scale, zero, activation="hardswish")
+    assert torch.allclose(y, torch.nn.functional.hardswish(codes.float()), atol=1e-5)
 """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file")}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
