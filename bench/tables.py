@@ -114,20 +114,33 @@ def ptq(rows: Rows) -> str:
     ours = [row for row in rows if row["kind"] == "ptq" and "provider" not in row]
     latest = last(ours, "model", "setting", "samples", "context")
     lines = []
-    for row in sorted(latest.values(), key=lambda row: row["perplexity"]):
+    models = list(dict.fromkeys(row["model"] for row in ours))
+    for row in sorted(latest.values(), key=lambda row: (models.index(row["model"]), row["perplexity"])):
         kept = [f"{row[name]:.3f}" if name in row else "-" for name in ("ratio", "held_out")]
         seconds = f"{row['seconds']:.0f}" if "seconds" in row else "-"
         memory = f"{row['peak_bytes'] / 1e9:.1f} GB" if "peak_bytes" in row else "-"
         tokens = f"{row['samples'] * row['context']:,}" if "ratio" in row else "-"
         value = f"{row['perplexity']:.4g}" if row["perplexity"] < 1e4 else f"{row['perplexity']:,.0f}"
-        lines.append((row["setting"], value, f"{row['perplexity_change']:+.1%}", *kept, tokens, seconds, memory))
-    head = ("setting", "perplexity", "against float", "error / nearest", "held out", "tokens", "seconds", "peak")
+        change, name = f"{row['perplexity_change']:+.1%}", Path(row["model"]).stem
+        lines.append((name, row["setting"], value, change, *kept, tokens, seconds, memory))
+    head = (
+        "model",
+        "setting",
+        "perplexity",
+        "against float",
+        "error / nearest",
+        "held out",
+        "tokens",
+        "seconds",
+        "peak",
+    )
     return table(head, lines)
 
 
 def ptq_peers(rows: Rows) -> str:
     """Tabulates rows of PTQ that round weights alone as other libraries did too: ours and theirs, by weights."""
-    measured = [row for row in rows if row["kind"] == "ptq"]
+    theirs = tuple(row["model"] for row in rows if row["kind"] == "ptq" and "provider" in row)
+    measured = [row for row in rows if row["kind"] == "ptq" and row["model"].startswith(theirs)]
     schemes = [scheme for scheme in WEIGHTS if any(row.get("weight") == scheme for row in measured)]
     lines = []
     latest = last(measured, "provider", "setting", "samples", "context", "steps").values()

@@ -84,10 +84,11 @@ def test_ours_and_theirs_stand_side_by_side_and_those_of_ours_are_not_mixed():
         {**about, "setting": "int4@channel gptq int8@token", "perplexity": 1.0},
         {**about, "setting": "int4@channel gptq, cache int8@token", "perplexity": 1.0},
         {**about, "setting": "int2@group:64 gptq", "perplexity": 1.0},
+        {**about, "model": "other", "setting": "int4@channel gptq", "perplexity": 1.0},
         {**about, **theirs, "setting": "int4@channel tuned", "perplexity": 8.0, "steps": 20},
     ]
     assert tables.ptq_peers(rows).splitlines()[2:] == [
         "| int4@channel | lib 1.2 | tuned, 20 steps | 8 | +50.0% | 10 | - | 1 | 2.0 GB |",
         "| int4@channel | golden-stick | gptq | 9 | +50.0% | - | 3 | 1 | - |",
     ]
-    assert len(tables.ptq(rows).splitlines()) == 2 + 4
+    assert len(tables.ptq(rows).splitlines()) == 2 + 5
