@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gs_algos.llm.decoder_step import DecoderStep, decoder_step
 from gs_algos.llm.libraries import library
-from gs_algos.llm.llama_step import LlamaStep, llama_step
 from gs_algos.llm.static_cache import cache_argument, lengths, refuse_length, static_cache, why_not_static
 from gs_algos.ptq.kv import KVScheme, chosen_kv, recorded_kv, refuse_without_cache
 from gs_kernels.runtime.dispatch import UnsupportedError
@@ -166,7 +166,7 @@ class Decoder:
         self.ends = torch.tensor(self.stop, dtype=torch.int64, device=device)
         self.used = 0  # of the cache, known without asking the device; 0: nothing was started
         self._run: Step | None = None
-        self._logits_of_step: LlamaStep | None = None  # in the place of the model's forward, on a CPU
+        self._logits_of_step: DecoderStep | None = None  # in the place of the model's forward, on a CPU
 
     @property
     def batch(self) -> int:
@@ -226,7 +226,7 @@ class Decoder:
         self.count.zero_()
         self.used = tokens
         plain = self.batch == 1 and self.capture is None and self.device.type == "cpu" and bool(self.mask.all())
-        self._logits_of_step = llama_step(self.model, self.cache) if plain else None
+        self._logits_of_step = decoder_step(self.model, self.cache) if plain else None
         self._append(logits)
 
     def _checked(self, ids: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,5 +1,5 @@
-// Computes the layers of a Llama for one token in fp32: norms, packed products, rotary positions, attention over cached
-// keys and values, and gated units.
+// Computes the layers of a Llama, Mistral or Qwen for one token in fp32: norms, packed products, rotary positions,
+// attention over cached keys and values, and gated units.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -21,6 +21,7 @@ struct Linear {
 
 struct Layer {
   const float *norm_before, *norm_between;  // [hidden]
+  const float *norm_q, *norm_k;  // of each head, [head_dim], or null
   Linear q, k, v, o, gate, up, down;
   void *keys, *values;  // [kv_heads, length, head_dim], fp32 or bf16
 };
@@ -75,6 +76,15 @@ LANE_FN F load_any(const float* p) { return load(p); }
 LANE_FN F load_any(const uint16_t* p) { return load_bf16(p); }
 LANE_FN void store_any(float* p, F v) { store(p, v); }
 LANE_FN void store_any(uint16_t* p, F v) { store(p, rounded_bf16(v)); }
+
+// Turns the heads of a token's queries or keys, each behind its norm if there is one, which overwrites x.
+void rotate_heads(float* x, int64_t heads, const float* norm, float eps, const float* cos, const float* sin,
+                  int64_t head_dim, float* y) {
+  for (int64_t at = 0; at < heads * head_dim; at += head_dim) {
+    if (norm) rms_norm(x + at, norm, eps, head_dim, x + at);
+    rotate(x + at, cos, sin, head_dim, y + at);
+  }
+}
 
 // One head: softmax(q K^T * scaling) V over `tokens`; p: memory for as many numbers.
 template <class T>
@@ -136,8 +146,8 @@ void layer_step(const Step& s, const Layer& layer, float* x, const float* cos, c
 
   rms_norm(x, layer.norm_before, s.eps, s.hidden, normed);
   multiply<3>({&layer.q, &layer.k, &layer.v}, {q, k, v}, normed, threads);
-  for (int64_t h = 0; h < s.heads; ++h) rotate(q + h * s.head_dim, cos, sin, s.head_dim, turned + h * s.head_dim);
-  for (int64_t h = 0; h < s.kv_heads; ++h) rotate(k + h * s.head_dim, cos, sin, s.head_dim, turned_k + h * s.head_dim);
+  rotate_heads(q, s.heads, layer.norm_q, s.eps, cos, sin, s.head_dim, turned);
+  rotate_heads(k, s.kv_heads, layer.norm_k, s.eps, cos, sin, s.head_dim, turned_k);
   (s.bf16 ? attend_all<uint16_t> : attend_all<float>)(s, layer, turned_k, v, turned, position, p, q, threads);
   multiply<1>({&layer.o}, {normed}, q, threads);
   for (int64_t i = 0; i < s.hidden; ++i) x[i] += normed[i];

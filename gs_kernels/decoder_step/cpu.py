@@ -1,5 +1,5 @@
-"""Calls `cpu.cpp`: all layers of a Llama for one token, in one call. What Python and small operations cost is most of a
-small model's time.
+"""Calls `cpu.cpp`: all layers of a Llama, Mistral or Qwen for one token, in one call. What Python and small operations
+cost is most of a small model's time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Linear(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *(("norm_before", _pointer), ("norm_between", _pointer)),
+        *((name, _pointer) for name in ("norm_before", "norm_between", "norm_q", "norm_k")),
         *((name, _Linear) for name in LINEARS),
         *(("keys", _pointer), ("values", _pointer)),
     ]
@@ -57,6 +57,7 @@ class DecoderLayer:
         linears: the seven of `LINEARS`: a packed weight, and a bias `[N]` or None.
         keys, values: `[1, kv_heads, length, head_dim]` fp32 or bf16, contiguous, head_dim a multiple of 16: those of a
             token are written at its position.
+        norm_q, norm_k: `[head_dim]`, of each head of the queries and keys before they are turned; None for none.
     """
 
     norm_before: Tensor
@@ -64,6 +65,8 @@ class DecoderLayer:
     linears: Sequence[tuple[PackedWeight, Tensor | None]]
     keys: Tensor
     values: Tensor
+    norm_q: Tensor | None = None
+    norm_k: Tensor | None = None
 
 
 def decoder_step_of(
@@ -72,7 +75,8 @@ def decoder_step_of(
     """Returns the function of x `[1, 1, hidden]` of a token, cos and sin `[1, 1, head_dim]` of its position, and that.
 
     The function returns the last norm of what the layers make of x: each adds `attention(norm(x))`, then
-    `down(silu(gate(norm(x))) * up(norm(x)))`, its norm `x / sqrt(mean(x**2) + eps) * weight`. All is computed in fp32;
+    `down(silu(gate(norm(x))) * up(norm(x)))`, its norm `x / sqrt(mean(x**2) + eps) * weight`. Norms of
+    the heads' queries and keys have the eps of the layers. All is computed in fp32;
     norms and biases in other dtypes are copied, the result has the dtype of x.
 
     Args:
@@ -98,6 +102,7 @@ def decoder_step_of(
     for layer in layers:
         shapes = [weight.shape for weight, _ in layer.linears]
         same = layer.keys.shape == layer.values.shape == (1, kv_heads, length, head_dim)
+        same &= all(norm is None or norm.shape == (head_dim,) for norm in (layer.norm_q, layer.norm_k))
         if shapes != expected or not same or heads % kv_heads or head_dim % LANES:
             raise UnsuitableError(f"the shapes of a layer do not fit together, or to the first layer: {shapes}")
     sizes = (len(layers), hidden, inner, heads, kv_heads, head_dim, length)
@@ -136,9 +141,12 @@ def _layer_of(layer: DecoderLayer, held: list[Any]) -> _Layer:
         offset = None if bias is None else _in_fp32(bias)
         held += [form, product, offset]
         linears.append(_Linear(ctypes.addressof(product), None if offset is None else offset.data_ptr()))
-    norms = _in_fp32(layer.norm_before), _in_fp32(layer.norm_between)
+    given = layer.norm_before, layer.norm_between, layer.norm_q, layer.norm_k
+    norms = [None if norm is None else _in_fp32(norm) for norm in given]
     held += norms
-    return _Layer(*(t.data_ptr() for t in norms), *linears, layer.keys.data_ptr(), layer.values.data_ptr())
+    return _Layer(
+        *(None if t is None else t.data_ptr() for t in norms), *linears, layer.keys.data_ptr(), layer.values.data_ptr()
+    )
 
 
 def _in_fp32(t: Tensor) -> Tensor:
@@ -166,32 +174,35 @@ def self_test(functions: Any) -> bool:
     shapes = ((64, 32), (32, 32), (32, 32), (32, 64), (48, 32), (48, 32), (32, 48))  # 4 heads of 16, keys 2
     linears = [(packed(n, k), random(n) if n == 64 else None) for n, k in shapes]
     keys, values, x, norms = random(1, 2, 5, 16), random(1, 2, 5, 16), random(1, 1, 32), random(3, 32)
+    of_heads = random(2, 16)
     cos, sin = random(1, 1, 16), random(1, 1, 16)
     got = []
     for dtype in (torch.float32, torch.bfloat16):
-        layer = DecoderLayer(norms[0], norms[1], linears, keys.to(dtype, copy=True), values.to(dtype, copy=True))
+        cached = keys.to(dtype, copy=True), values.to(dtype, copy=True)
+        layer = DecoderLayer(norms[0], norms[1], linears, *cached, *of_heads)
         got.append(decoder_step_of([layer], norms[2], (1e-5, 1e-6), functions)(x, cos, sin, 2).flatten())
     dense = [(dequantize_packed(weight).double(), 0 if bias is None else bias.double()) for weight, bias in linears]
-    want = _by_tensors(x.double().flatten(), norms.double(), dense, (keys, values), (cos, sin))
+    want = _by_tensors(x.double().flatten(), norms.double(), of_heads.double(), dense, (keys, values), (cos, sin))
     return all(bool((y - want).norm() < limit * want.norm()) for y, limit in zip(got, (1e-5, 2e-2), strict=True))
 
 
-def _by_tensors(x: Tensor, norms: Tensor, linears: Any, cached: Any, angles: Any) -> Tensor:
+def _by_tensors(x: Tensor, norms: Tensor, of_heads: Tensor, linears: Any, cached: Any, angles: Any) -> Tensor:
     def linear(i: int, x: Tensor) -> Tensor:
         return linears[i][0] @ x + linears[i][1]  # type: ignore[no-any-return]
 
     def norm(i: int, x: Tensor) -> Tensor:
         return norms[i] * x / (x.square().mean() + (1e-6 if i == 2 else 1e-5)).sqrt()
 
-    def turned(x: Tensor) -> Tensor:
+    def turned(x: Tensor, weight: Tensor) -> Tensor:
         x = x.view(-1, 16)
+        x = weight * x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt()
         return x * cos + torch.cat((-x[:, 8:], x[:, :8]), 1) * sin
 
     cos, sin = (t.double().view(16) for t in angles)
     keys, values = (t[0].double().clone() for t in cached)
     near = norm(0, x)
-    keys[:, 2], values[:, 2] = turned(linear(1, near)), linear(2, near).view(2, 16)
-    q = turned(linear(0, near)).view(2, 2, 16)  # [kv_heads, heads of each, head_dim]
+    keys[:, 2], values[:, 2] = turned(linear(1, near), of_heads[1]), linear(2, near).view(2, 16)
+    q = turned(linear(0, near), of_heads[0]).view(2, 2, 16)  # [kv_heads, heads of each, head_dim]
     p = (q @ keys[:, :3].mT / 4).softmax(-1)
     x = x + linear(3, (p @ values[:, :3]).flatten())
     near = norm(1, x)

@@ -82,6 +82,7 @@ WINDOWS = {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attentio
 # causal language models: class of the config and its arguments
 LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     "LlamaConfig": CAUSAL,
+    "Qwen2Config": CAUSAL,
     "Qwen3Config": {**CAUSAL, "head_dim": 8},
     "MistralConfig": {**CAUSAL, "sliding_window": 8},
     "Gemma2Config": {**CAUSAL, **WINDOWS},

@@ -1,4 +1,4 @@
-"""A packed Llama on a CPU: all layers in one call of C++, with the model's tokens; else its own forward."""
+"""A packed Llama or its kin on a CPU: all layers in one call of C++, with the model's tokens; else its own forward."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ LLAMA3 = {
 }
 
 
-def packed(scheme: str = "int4@group:16", **options: Any) -> Any:
-    model = tiny_language_model("LlamaConfig", eos_token_id=None, **{**SIZES, "max_position_embeddings": 64, **options})
+def packed(scheme: str = "int4@group:16", config: str = "LlamaConfig", **options: Any) -> Any:
+    model = tiny_language_model(config, eos_token_id=None, **{**SIZES, "max_position_embeddings": 64, **options})
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "norm.weight")):
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -50,13 +50,21 @@ def logits(model: Any, kv: KVScheme | None = None) -> tuple[torch.Tensor, bool]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"attention_bias": True, "mlp_bias": True}, {"rope_scaling": LLAMA3}, {"tie_word_embeddings": True}],
-    ids=lambda options: ", ".join(options) or "plain",
+    [
+        {},
+        {"attention_bias": True, "mlp_bias": True},
+        {"rope_scaling": LLAMA3},
+        {"tie_word_embeddings": True},
+        {"config": "MistralConfig", "sliding_window": None},
+        {"config": "Qwen2Config"},
+        {"config": "Qwen3Config", "head_dim": 32},
+    ],
+    ids=lambda options: options.get("config") or ", ".join(options) or "plain",
 )
 def test_logits_are_those_of_the_model(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     model = packed(**options)
     got, in_cpp = logits(model)
-    monkeypatch.setattr(decode, "llama_step", lambda *_: None)
+    monkeypatch.setattr(decode, "decoder_step", lambda *_: None)
     want, _ = logits(model)
     assert in_cpp and relative_rms(got, want) < 1e-5
     assert torch.equal(got.argmax(-1), want.argmax(-1))
@@ -65,7 +73,7 @@ def test_logits_are_those_of_the_model(options: dict[str, Any], monkeypatch: pyt
 def test_logits_in_bfloat16_are_nearer_to_those_in_fp32(monkeypatch: pytest.MonkeyPatch):
     want = logits(packed())[0][:2]
     got, in_cpp = logits(packed().to(torch.bfloat16))
-    monkeypatch.setattr(decode, "llama_step", lambda *_: None)
+    monkeypatch.setattr(decode, "decoder_step", lambda *_: None)
     by_model, _ = logits(packed().to(torch.bfloat16))
     assert in_cpp and relative_rms(got[:2], want) < relative_rms(by_model[:2], want)
 
@@ -110,6 +118,11 @@ OTHERS = {
     "a float layer": lambda: with_a_float_layer(packed()),
     "a narrow layer": lambda: with_a_narrow_layer(packed()),
     "another activation": lambda: another_activation(packed()),
+    "a sliding window": lambda: packed(config="MistralConfig", sliding_window=8),
+    "windows in some layers": lambda: packed(
+        config="Qwen2Config", use_sliding_window=True, max_window_layers=1, sliding_window=8
+    ),
+    "another family": lambda: packed(config="Gemma2Config", head_dim=16),
     "gelu": lambda: packed(hidden_act="gelu"),
     "heads of 8": lambda: packed(num_attention_heads=8, num_key_value_heads=8),
     "padded groups": lambda: packed("int4@group:8"),
@@ -118,7 +131,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
-def test_what_is_not_a_plain_llama_is_left_to_its_forward(make: Any):
+def test_what_is_not_plain_is_left_to_its_forward(make: Any):
     assert not logits(make())[1]
 
 
