@@ -48,15 +48,26 @@ if TYPE_CHECKING:
     from gs_algos.llm.load import load_language_model
     from gs_algos.llm.quantize_checkpoint import quantize_checkpoint
     from gs_algos.pipeline.pipeline import Pipeline, Stage
+    from gs_algos.search.config import SearchConfig
     from gs_algos.search.mixed_bits import mixed_bits
+    from gs_algos.search.policy import Policy
+    from gs_algos.search.presets import AMC, HAQ, NAS
+    from gs_algos.search.search import search_rules
+    from gs_algos.search.stage import Search
 
 __version__ = "0.1.0"
 
 _register_with_transformers()
 
 _LAZY = {
+    "AMC": "gs_algos.search.presets",
+    "HAQ": "gs_algos.search.presets",
+    "NAS": "gs_algos.search.presets",
     "Pipeline": "gs_algos.pipeline.pipeline",
+    "Policy": "gs_algos.search.policy",
     "Report": "gs_algos.analysis.report.page",
+    "Search": "gs_algos.search.stage",
+    "SearchConfig": "gs_algos.search.config",
     "Stage": "gs_algos.pipeline.pipeline",
     "analyze": "gs_algos.analysis.analyze",
     "compare": "gs_algos.analysis.compare",
@@ -71,10 +82,14 @@ _LAZY = {
     "mixed_bits": "gs_algos.search.mixed_bits",
     "quantize_checkpoint": "gs_algos.llm.quantize_checkpoint",
     "report": "gs_algos.analysis.analyze",
+    "search_rules": "gs_algos.search.search",
     "sensitivity": "gs_algos.analysis.sensitivity",
 }
 
 __all__ = [
+    "AMC",
+    "HAQ",
+    "NAS",
     "PTQ",
     "SCOP",
     "SLB",
@@ -91,6 +106,7 @@ __all__ = [
     "Pipeline",
     "Plan",
     "PlanRow",
+    "Policy",
     "Prune",
     "PruneConfig",
     "Report",
@@ -98,6 +114,8 @@ __all__ = [
     "SCOPConfig",
     "SLBConfig",
     "Scheme",
+    "Search",
+    "SearchConfig",
     "SimQAT",
     "SimQATConfig",
     "SlbAdamW",
@@ -124,6 +142,7 @@ __all__ = [
     "register_algorithm",
     "report",
     "save",
+    "search_rules",
     "sensitivity",
 ]
 

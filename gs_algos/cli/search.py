@@ -17,7 +17,7 @@ from gs_algos.core.registry import algorithm_class
 from gs_algos.demo.data import load_data
 from gs_algos.demo.models import build, check_name
 from gs_algos.search.policy import Policy
-from gs_algos.search.search import search
+from gs_algos.search.search import search_rules
 from gs_algos.search.stage import Search
 
 
@@ -63,7 +63,7 @@ def run_search(
     net = net.to(device).eval()
     example = images.example() if batch is None else images.normalize(images.train_x[:batch])
     with best_so_far("search") as on_step:
-        policy = search(
+        policy = search_rules(
             net,
             example,
             algorithms,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,8 +37,11 @@ def training_inputs(data: ImageData, samples: int) -> list[Tensor]:
 
 
 @contextmanager
-def best_so_far(what: str) -> Iterator[OnStep]:
-    """Shows a progress bar on stderr with the best score so far."""
+def best_so_far(what: str) -> Iterator[OnStep | None]:
+    """Shows a progress bar on stderr with the best score so far, if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, TextColumn("{task.fields[best]}"), console=console, transient=True) as progress:

@@ -35,7 +35,7 @@ from gs_algos.search.times import table_for
 from gs_algos.search.tuned import Tune, TunedScore
 
 
-def search(
+def search_rules(
     model: nn.Module,
     inputs: Inputs,
     algorithms: Algorithm | Sequence[Algorithm],
@@ -238,3 +238,6 @@ def _refuse_unmet(problem: Problem) -> None:
     both = ", which do not go together" if all(problem.fits_alone(limit) for limit in problem.limits) else ""
     got = ", ".join(limit.text for limit in problem.limits)
     raise ValueError(f"{WHO}: the budget must allow {' and '.join(told)}{both}, got {got!r}")
+
+
+search = search_rules

@@ -24,7 +24,7 @@ from gs_algos.search.config import SearchConfig, SearchOptions
 from gs_algos.search.driver import OnStep
 from gs_algos.search.evaluate import Evaluate
 from gs_algos.search.policy import Policy, with_rules
-from gs_algos.search.search import search
+from gs_algos.search.search import search_rules
 from gs_algos.search.tuned import Tune
 
 
@@ -44,7 +44,7 @@ class Search(Algorithm):
 
     Args:
         inner: what compresses the network; default: `SimQAT()`.
-        data, evaluate, tune, latency, journal, process_group, on_step: as of `search`.
+        data, evaluate, tune, latency, journal, process_group, on_step: as of `search_rules`.
     """
 
     name: ClassVar[str] = "search"
@@ -119,14 +119,14 @@ class Search(Algorithm):
         """Searches on a private copy, and prepares the live model by the inner algorithm with the rules found.
 
         Raises:
-            ValueError: as `search`, or if there is no data. The model is then as it was.
+            ValueError: as `search_rules`, or if there is no data. The model is then as it was.
         """
         if self.data is None:
             raise ValueError(
                 f"{self.config.who}.apply: data must be batches of training inputs, got none; set {type(self).__name__}"
                 "(data=batches)"
             )
-        policy = search(
+        policy = search_rules(
             model,
             example_inputs,
             self.given,

@@ -18,6 +18,7 @@ from gs_algos.core.batches import device_of, samples_of
 from gs_algos.core.machine import machine
 from gs_algos.ptq.processes import Processes
 
+SECONDS = 0.5  # of timing, for each layer and network in each form
 SAME = ("device", "device_name", "instructions", "threads", "torch", "triton")  # or times are others
 
 
@@ -49,7 +50,9 @@ def table_for(
         path = None if given is None else as_path(given, f"{who}: latency")
         if path is not None and path.exists():
             _refuse_foreign(path, facts, who)
-        table = _of_first(lambda: latency_table(network, inputs, forms, seed=seed, path=path), processes, who)
+        table = _of_first(
+            lambda: latency_table(network, inputs, forms, seconds=SECONDS, seed=seed, path=path), processes, who
+        )
     if table.error is not None and table.error > BAR:
         checks = "; ".join(f"{one.predicted:.3g} ms for {one.measured:.3g}" for one in table.checks)
         got = f"{100 * table.error:.0f} % in the median of {len(table.checks)} ({checks})"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gs_algos import SimQAT
 from gs_algos.search.policy import Policy
-from gs_algos.search.search import search
+from gs_algos.search.search import search_rules
 from tests.search.nets_alone import images, net
 
 __all__ = ["data", "found", "images", "net"]
@@ -20,4 +20,4 @@ def data() -> list[Tensor]:
 
 def found(algorithms: Any = None, model: nn.Module | None = None, **options: Any) -> Policy:
     algorithms = SimQAT(act=None) if algorithms is None else algorithms
-    return search(net() if model is None else model, images(), algorithms, data(), **options)
+    return search_rules(net() if model is None else model, images(), algorithms, data(), **options)

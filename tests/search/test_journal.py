@@ -9,7 +9,7 @@ import torch
 
 from gs_algos.search.evaluate import Evaluations
 from gs_algos.search.journal import Journal
-from gs_algos.search.search import search
+from gs_algos.search.search import search_rules
 from tests.search.nets import data, found, images, net
 
 OPTIONS = {"budget": "20% bytes", "agent": "evolution", "evaluations": 40}
@@ -99,5 +99,5 @@ def test_a_journal_must_be_a_file_in_a_folder_that_is_there(tmp_path):
 def test_it_searches_in_inference_mode_as_outside():
     outside, model, x, batches = found(budget="16% bytes", evaluations=3), net(), images(), data()
     with torch.inference_mode():
-        inside = search(model, x, outside._given, batches, budget="16% bytes", evaluations=3)
+        inside = search_rules(model, x, outside._given, batches, budget="16% bytes", evaluations=3)
     assert inside.rules == outside.rules

@@ -11,7 +11,7 @@ from torch import nn
 from gs_algos import Prune, SimQAT
 from gs_algos.analysis.latency_table import LatencyTable, PolicyTime
 from gs_algos.core.machine import machine
-from gs_algos.search.search import search
+from gs_algos.search.search import search_rules
 from tests.search.nets import data, found, images, net
 
 
@@ -74,10 +74,10 @@ def test_a_score_that_is_nan_is_refused():
 
 def test_fewer_data_than_a_batch_are_refused():
     with pytest.raises(ValueError, match="data must hold at least as many samples as the example inputs, 4, got 3"):
-        search(net(), images(4), SimQAT(), [images(3)])
+        search_rules(net(), images(4), SimQAT(), [images(3)])
     loader = torch.utils.data.DataLoader(images(3), batch_size=4, drop_last=True)
     with pytest.raises(ValueError, match="got 0; a loader with drop_last=True leaves out a batch that is not full"):
-        search(net(), images(), SimQAT(), loader)
+        search_rules(net(), images(), SimQAT(), loader)
 
 
 def test_nothing_to_choose_is_refused():
@@ -98,9 +98,9 @@ def test_a_choice_that_the_algorithm_cannot_have_is_refused_before_anything_is_m
 
 def test_what_has_no_rules_cannot_be_searched():
     with pytest.raises(TypeError, match="algorithms must be such as"):
-        search(net(), images(), [nn.ReLU()], data())  # type: ignore[list-item]
+        search_rules(net(), images(), [nn.ReLU()], data())  # type: ignore[list-item]
     with pytest.raises(ValueError, match="at least one algorithm must be given"):
-        search(net(), images(), [], data())
+        search_rules(net(), images(), [], data())
 
 
 def test_a_pruner_with_a_budget_of_its_own_is_refused():
