@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from gs_kernels.hadamard.matrices import factors, hadamard_block, hadamard_matrix
-from gs_kernels.qmatmul.ref import quantize_rows_ref
+from gs_kernels.qmatmul.cpu.quantize_rows import quantize_rows_cpu
 
 MOST_BITS = 7  # of the order of a factor: 128
 
@@ -41,5 +42,4 @@ def hadamard_cpu(x: Tensor, signs: Tensor | None, block: int, transposed: bool) 
 
 
 def hadamard_quantize_rows_cpu(x: Tensor, signs: Tensor | None, block: int) -> tuple[Tensor, Tensor]:
-    codes, scale = quantize_rows_ref(hadamard_cpu(x, signs, block, False))
-    return codes, scale
+    return quantize_rows_cpu(hadamard_cpu(x, signs, block, False), torch.int8)

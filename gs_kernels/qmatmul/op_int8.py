@@ -12,6 +12,7 @@ from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.schema import PACKED_WEIGHT
 from gs_kernels.qmatmul.checks import check_operands, check_row_scales
 from gs_kernels.qmatmul.cpu.int8 import Int8Product, qmatmul_int8_cpu
+from gs_kernels.qmatmul.cpu.quantize_rows import quantize_rows_cpu
 from gs_kernels.qmatmul.op import planar_refuses
 from gs_kernels.qmatmul.ref import code_sums_ref, exact_weight, qmatmul_int8_ref, quantize_rows_ref
 from gs_kernels.runtime.dispatch import choose, implementations
@@ -40,7 +41,7 @@ def _int8_ref(
     return qmatmul_int8_ref(x, x_scale, weight, bias, x_zero=x_zero, activation=activation, dtype=dtype)
 
 
-ROWS = implementations("quantize_rows", _rows_ref)
+ROWS = implementations("quantize_rows", _rows_ref, quantize_rows_cpu)
 INT8 = implementations("qmatmul_int8", _int8_ref, qmatmul_int8_cpu, _int8_refuses, Int8Product)
 
 

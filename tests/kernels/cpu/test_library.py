@@ -20,7 +20,7 @@ from gs_kernels.fake_quant import cpu as fake_quant
 from gs_kernels.gptq_block import cpu as gptq_block
 from gs_kernels.pack import rows
 from gs_kernels.qconv2d.cpu import int8_kernel
-from gs_kernels.qmatmul.cpu import interleaved_product
+from gs_kernels.qmatmul.cpu import interleaved_product, quantize_rows
 from gs_kernels.runtime import inductor, instructions
 from gs_kernels.runtime.dispatch import INTERPRET, UnsupportedError
 from gs_kernels.search_clip_ratio import cpu as search_clip_ratio
@@ -169,6 +169,7 @@ def test_a_struct_whose_size_python_has_wrong_is_said_and_the_code_left(
 SELF_TESTS: list[tuple[Any, Callable[[Any], bool]]] = [
     (int8_kernel, int8_kernel.self_test),
     (interleaved_product, interleaved_product.self_test),
+    (quantize_rows, quantize_rows.self_test),
     (rows, rows.self_test),
     (decoder_step, decoder_step.self_test),
     (fake_quant, fake_quant.self_test),

@@ -11,9 +11,9 @@ from torch import Tensor
 from gs_kernels import PackedWeight, code_sums, pack_weight, qmatmul, qmatmul_int8
 from gs_kernels.cpu import library
 from gs_kernels.cpu.compile import instruction_sets
-from gs_kernels.qmatmul.cpu import avx512_bf16, float, int8, interleaved_product
+from gs_kernels.qmatmul.cpu import avx512_bf16, float, int8, interleaved_product, quantize_rows
 from gs_kernels.qmatmul.cpu.interleaved import interleaved
-from gs_kernels.qmatmul.ref import qmatmul_int8_ref, qmatmul_ref
+from gs_kernels.qmatmul.ref import qmatmul_int8_ref, qmatmul_ref, quantize_rows_ref
 from gs_kernels.runtime.dispatch import INTERPRET
 from gs_kernels.runtime.instructions import REQUIRED, has
 from tests.helpers import relative_rms
@@ -211,3 +211,21 @@ def test_gradients_and_transforms_still_go_through_the_op():
         assert torch.equal(qmatmul(x.detach(), w), qmatmul(x, w))
     with torch.autocast("cpu", torch.bfloat16):
         assert qmatmul(rows(1, w.shape[1]), w).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", instruction_sets())
+def test_rows_are_quantized_to_the_bits_of_the_reference(name: str, dtype: torch.dtype, monkeypatch):
+    if not all(map(has, REQUIRED[name])):
+        pytest.skip(f"this CPU has no {name}")
+    declared, found = quantize_rows.kernels(), library.open_library(library.path_of(name))
+    found.quantize_rows.argtypes, found.quantize_rows.restype = declared.quantize_rows.argtypes, None
+    monkeypatch.setattr(quantize_rows, "kernels", lambda: found)
+    x = rows(9, 523) * torch.tensor([1, 1e-3, 0, 3e4, 1e-40, 1, 1, 1, -0.0]).unsqueeze(1)
+    for row, value in ((5, torch.nan), (6, torch.inf), (7, -900.0)):
+        x[row, 522] = value
+    x = x.to(dtype)
+    for part in (x, x[3], x[:, :16], x[:, 5:20], x[::2, :1], x[:, ::2], x.view(3, 3, 523).transpose(0, 1), x[:0]):
+        (codes, scale), want = quantize_rows.quantize_rows_cpu(part, torch.int8), quantize_rows_ref(part)
+        assert torch.equal(codes, want[0]) and codes.is_contiguous() and codes.dtype == torch.int8
+        assert torch.equal(scale.nan_to_num(7.0), want[1].nan_to_num(7.0)) and scale.shape == part.shape[:-1]
