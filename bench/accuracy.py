@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     try:
-        data = first_images(load_data(args.data), args.train_images).to(device)
+        data = first_images(load_data(args.data), args.train_images, args.test_images).to(device)
         row = measure(args, data)
     except (ValueError, Interrupted) as error:
         print(error, file=sys.stderr)
@@ -101,6 +101,7 @@ def parser_of(prog: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--train-images", type=int, metavar="N", help="train on the first N only, for a deep network; tests on all"
     )
+    parser.add_argument("--test-images", type=int, metavar="N", help="test on the first N only, where time is short")
     parser.add_argument(
         "--setting", "--recipe", choices=SETTINGS, default="simqat-w8a8", help="algorithm and options (once --recipe)"
     )
@@ -121,14 +122,15 @@ def parser_of(prog: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def first_images(data: ImageData, count: int | None) -> ImageData:
-    """Returns the set with its first so many training images, which its name then says, and the whole test set."""
-    if count is None:
-        return data
-    if not 1 <= count <= len(data.train_x):
-        raise ValueError(f"--train-images: must be in 1..{len(data.train_x)} for {data.name}, got {count}")
-    name = f"{data.name} ({count:,} to train)"
-    return replace(data, name=name, train_x=data.train_x[:count], train_y=data.train_y[:count])
+def first_images(data: ImageData, train: int | None, test: int | None = None) -> ImageData:
+    """Returns the set with its first so many images, None for all of them; its name then says how many."""
+    for count, images, option in ((train, data.train_x, "--train-images"), (test, data.test_x, "--test-images")):
+        if count is not None and not 1 <= count <= len(images):
+            raise ValueError(f"{option}: must be in 1..{len(images)} for {data.name}, got {count}")
+    told = [f"{count:,} to {what}" for count, what in ((train, "train"), (test, "test")) if count is not None]
+    name = f"{data.name} ({', '.join(told)})" if told else data.name
+    own = {"train_x": data.train_x[:train], "train_y": data.train_y[:train]}
+    return replace(data, name=name, **own, test_x=data.test_x[:test], test_y=data.test_y[:test])
 
 
 class Stages:
