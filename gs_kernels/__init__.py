@@ -7,6 +7,7 @@ from gs_kernels.gptq_block.op import gptq_block
 from gs_kernels.gram.op import gram_
 from gs_kernels.hadamard.matrices import hadamard_block, hadamard_matrix
 from gs_kernels.hadamard.op import hadamard, hadamard_quantize_rows
+from gs_kernels.kl_divergence.op import kl_divergence
 from gs_kernels.kv_cache.op import kv_read, kv_write_
 from gs_kernels.observe.op import dynamic_fake_quant, minmax, observe_fake_quant
 from gs_kernels.observe.qparams import choose_qparams
@@ -45,6 +46,7 @@ __all__ = [
     "hadamard_block",
     "hadamard_matrix",
     "hadamard_quantize_rows",
+    "kl_divergence",
     "kv_read",
     "kv_write_",
     "minmax",

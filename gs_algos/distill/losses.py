@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gs_kernels import kl_divergence
+
 EPSILON = 1e-7
 DEEPEST = -20.0  # smallest exponent of the kernel map
 
@@ -28,18 +30,12 @@ def logit_loss(
     """
     if standardize:
         student, teacher = standardized(student), standardized(teacher)
-    rows = kl_rows(student, teacher, temperature)
+    student, teacher = (x.float() if x.dtype == torch.float64 else x for x in (student, teacher))
+    rows = kl_divergence(student, teacher, temperature=temperature)
     if mask is None:
         return temperature**2 * rows.mean()
     counts = mask.to(rows.dtype)
     return temperature**2 * (rows * counts).sum() / counts.sum().clamp(min=1)
-
-
-def kl_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Returns `sum_v p log(p / q)`, p and q the softmax of `teacher / T` and `student / T`: `[..., V]` to `[...]`."""
-    log_q = F.log_softmax(student.float() / temperature, -1)
-    log_p = F.log_softmax(teacher.float() / temperature, -1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def standardized(logits: Tensor) -> Tensor:

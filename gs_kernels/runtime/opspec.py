@@ -26,6 +26,7 @@ OPS: tuple[str, ...] = (
     "qconv2d",
     "hadamard",
     "kv_cache",
+    "kl_divergence",
 )
 
 Shape: TypeAlias = dict[str, Any]

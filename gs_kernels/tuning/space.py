@@ -83,6 +83,8 @@ FIXED: dict[str, str] = {
     "_gptq_block_kernel": "a warp holds all columns of a block: each waits for those before",
     "_gram_kernel": "thousands of tokens deep: a tile is as many columns as registers hold, if all processors get one",
     "_hadamard_kernel": "a program holds whole blocks, and of rows with scales whole rows: all factors of a matrix",
+    "_kl_divergence_fwd_kernel": "a program holds part of a row, 16 logits of both networks a thread",
+    "_kl_divergence_bwd_kernel": "copies: bytes are its bound",
     "_requantize_kernel": "copies: its programs are those of fake_quant, and bytes are its bound",
     "_dequantize_kernel": "copies: a block of 128 K-values, which is how weights are stored, and bytes are its bound",
     "_depthwise_kernel": "each product is a load: a tile is as many pixels as registers hold of its channels",

@@ -1,0 +1,1 @@
+"""Computes the divergence of a student's softmax from its teacher's, from logits."""
