@@ -129,8 +129,8 @@ def first_images(data: ImageData, train: int | None, test: int | None = None) ->
             raise ValueError(f"{option}: must be in 1..{len(images)} for {data.name}, got {count}")
     told = [f"{count:,} to {what}" for count, what in ((train, "train"), (test, "test")) if count is not None]
     name = f"{data.name} ({', '.join(told)})" if told else data.name
-    own = {"train_x": data.train_x[:train], "train_y": data.train_y[:train]}
-    return replace(data, name=name, **own, test_x=data.test_x[:test], test_y=data.test_y[:test])
+    own = replace(data, name=name, train_x=data.train_x[:train], train_y=data.train_y[:train])
+    return replace(own, test_x=data.test_x[:test], test_y=data.test_y[:test])
 
 
 class Stages:
