@@ -310,6 +310,28 @@ def sensitivity(rows: Rows) -> str:
     )
 
 
+def search(rows: Rows) -> str:
+    """Makes a row for each way to search, of equal settings: means over its seeds."""
+    keys = ("task", "data", "float_epochs", "tune_images", "epochs", "evaluations")
+    found = last([row for row in rows if row["kind"] == "search"], *keys, "way", "seed")
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for key, row in found.items():
+        groups[key[:-1]].append(row)
+    tasks = {"bits": "3 bits", "rates": "half of the MACs"}
+    head = ("task", "way", "seeds", "bytes", "million MACs", "ms", "accuracy %", "tuned %", "each seed", "search CPU s")
+    lines = []
+    for key, members in sorted(groups.items(), key=lambda group: group[0][:-1]):
+        mean = {
+            name: fmean(row[name] for row in members)
+            for name in ("nbytes", "macs", "ms", "untuned", "accuracy", "search_cpu_seconds")
+        }
+        each = ", ".join(f"{row['accuracy']:.2f}" for row in sorted(members, key=lambda row: row["seed"]))
+        size = f"{mean['nbytes']:,.0f}", f"{mean['macs'] / 1e6:.1f}", f"{mean['ms']:.2f}"
+        tops = f"{mean['untuned']:.2f}", f"{mean['accuracy']:.2f}", each
+        lines.append((tasks[key[0]], key[-1], len(members), *size, *tops, f"{mean['search_cpu_seconds']:.0f}"))
+    return table(head, lines)
+
+
 def analysis(rows: Rows) -> str:
     """Makes a row for each tool that analyses layers."""
     head = ("tool", "version", "bits", "layers with a number", "predicts the loss", "seconds", "writes")
@@ -386,6 +408,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "ptq": ptq,
     "reports": reports,
     "sensitivity": sensitivity,
+    "search": search,
     "analysis": analysis,
     "ptq-peers": ptq_peers,
     "products": products,
