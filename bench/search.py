@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import gs_algos
 from bench import record
@@ -39,7 +38,6 @@ WAYS = {"bits": ("uniform", *AGENTS), "rates": ("uniform", "l2", *AGENTS)}
 UNIFORM, CHOICES = "int3@channel", ("int2@channel", "int4@channel", "int8@channel")
 WIDE = "int8@channel"  # of the first and the last layer
 SEEN, BATCH = 256, 64  # training images that policies are scored on
-REFITTED = 32  # of them that a pruned network is refitted to before it is scored, as in AMC
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,7 +125,6 @@ def measure(args: argparse.Namespace, net: nn.Module, data: ImageData, way: str,
     }
 
 
-@torch.no_grad()
 def chosen(
     args: argparse.Namespace, net: nn.Module, data: ImageData, way: str, seed: int
 ) -> tuple[Any, dict[str, Any]]:
@@ -150,28 +147,16 @@ def chosen(
         return gs_algos.Prune(budget="50% flops", scope="global", **pruning), {"score": None}
     generator = torch.Generator().manual_seed(seed)
     some = data.normalize(data.train_x[torch.randperm(len(data.train_x), generator=generator)[:SEEN]])
-    seen = list(some.split(BATCH))
-    logits = [net(x) for x in seen]
-
-    def refit(live: nn.Module, algorithm: Any) -> None:
-        algorithm.reconstruct(live, [some[:REFITTED]])
-
-    def agreement(live: nn.Module) -> float:
-        pairs = zip(logits, (live(x) for x in seen), strict=True)
-        return -sum(F.kl_div(y.log_softmax(1), x.softmax(1), reduction="sum").item() for x, y in pairs) / SEEN
-
-    scored: dict[str, Any] = {} if args.task == "bits" else {"tune": refit, "evaluate": agreement}
     policy = search(
         net,
         data.example(),
         base,
-        seen,
+        some.split(BATCH),
         budget=budget,
         choices=options,
         agent=way,
         evaluations=args.evaluations,
         seed=seed,
-        **scored,
     )
     return policy.algorithms()[0], {"score": policy.score, "evaluated": policy.evaluated, "budget": budget}
 

@@ -141,6 +141,12 @@ class Probe:
                 for weight, values in reversed(held):
                     weight.copy_(values)
 
+    @torch.no_grad()
+    def round(self, policy: Policy) -> None:
+        """Rounds the weights that the policy names as they are now, inside `set`, after a change of them."""
+        for site, scheme in policy.weights.items():
+            self.layer(site).weight.copy_(self.rounded(site, scheme))
+
     def _to_grid(self, site: str, text: str) -> ToGrid:
         """Returns what rounds a tensor to the grid of a scheme over the range of a site."""
         scheme = Scheme.parse(text, "act")

@@ -6,18 +6,24 @@ sensitivity too; or what the user's function returns for the network on which th
 
 from __future__ import annotations
 
+import copy
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
 from gs_algos.analysis import probe
 from gs_algos.analysis.divergence import Trials
 from gs_algos.analysis.sensitivity import sensitivity
 from gs_algos.core.algorithm import Inputs
+from gs_algos.core.batches import resized, samples_of
 from gs_algos.core.network import ordinary_tensors, without_autocast
+from gs_algos.pruning.pruner import Pruner
+from gs_algos.pruning.reconstruct import readers_of, reconstruct
 from gs_algos.ptq.processes import Processes
 from gs_algos.quant.network.layer_plan import LayerPlan
 from gs_algos.search.journal import Journal, key_of
@@ -28,10 +34,14 @@ from gs_algos.search.target import FLOAT, Target
 
 Score: TypeAlias = Callable[[Setting], float]
 Evaluate: TypeAlias = Callable[[nn.Module], float]
+REFITTED = 32  # samples that a pruned network is refitted to before it is scored
 
 
 class ProbeScore:
-    """Scores a setting on a private copy of the network: weights and inputs are rounded to nearest, channels masked."""
+    """Scores a setting on a private copy of the network: weights and inputs are rounded to nearest, channels masked.
+
+    What reads masked channels is refitted first, on some samples, if the algorithm that prunes has `reconstruct`.
+    """
 
     def __init__(
         self,
@@ -47,17 +57,40 @@ class ProbeScore:
         self.probe = probe.Probe(network, who, self.acts)
         self.trials = Trials(self.probe, self.batches)
         self.probe.find_ranges(self.batches, list(self.acts))
+        pruners = [target.algorithm for target in targets if isinstance(target.algorithm, Pruner)]
+        refits = any(pruner.config.reconstruct for pruner in pruners)
+        self.whole = copy.deepcopy(self.probe.network) if refits else None
 
     def __call__(self, setting: Setting) -> float:
-        policy = self.policy(setting)
-        if self.evaluate is None:
-            return -self.trials(policy).divergence
-        with ordinary_tensors(), without_autocast(), self.probe.set(policy):
+        with self._set(self.policy(setting)):
+            if self.evaluate is None:
+                return -self.trials.compared(self.probe.network).divergence
             return float(self.evaluate(self.probe.network))
 
     def divergence(self, setting: Setting) -> float:
         """Returns KL(float || setting), whatever scores policies; what the setting does not name stays float."""
-        return self.trials(self.policy(setting, alone=True)).divergence
+        with self._set(self.policy(setting, alone=True)):
+            return self.trials.compared(self.probe.network).divergence
+
+    @contextmanager
+    def _set(self, policy: probe.Policy) -> Iterator[None]:
+        network = self.probe.network
+        with ordinary_tensors(), without_autocast(), self.probe.set(policy):
+            if self.whole is None or policy.kept is None:
+                yield
+                return
+            layers = [self.probe.layer(reader.name) for reader in readers_of(network, *policy.kept)]
+            biases = [(x.bias, x.bias.clone()) for x in layers if x.bias is not None]  # the probe holds the weights
+            first = self.batches[0]
+            seen = [resized(first, min(REFITTED, samples_of(first)))]
+            try:
+                reconstruct(network, self.whole, *policy.kept, seen, self.who)
+                self.probe.round(policy)
+                yield
+            finally:
+                with torch.no_grad():
+                    for bias, values in biases:
+                        bias.copy_(values)
 
     def policy(self, setting: Setting, alone: bool = False) -> probe.Policy:
         """Returns what the probe is to round. alone: inputs of layers only where the setting names them."""

@@ -43,14 +43,17 @@ class AMCConfig(SearchConfig):
 
 
 class AMC(Search):
-    """Finds the share of its channels that each layer loses, the weakest by their norms, in multiples of 8."""
+    """Finds the share of its channels that each layer loses, the weakest by their norms, in multiples of 8.
+
+    What reads them is refitted by least squares before a policy is scored; `reconstruct` does it to what was found.
+    """
 
     name: ClassVar[str] = "amc"
     config_class: ClassVar[type[SearchConfig]] = AMCConfig
 
     @classmethod
     def usual(cls) -> Algorithm:
-        return Prune(importance="l2", round_to=8)
+        return Prune(importance="l2", round_to=8, reconstruct=True)
 
 
 @dataclass(frozen=True)

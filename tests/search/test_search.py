@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ import torch
 from gs_algos import PTQ, Prune, SimQAT, sensitivity
 from gs_algos.analysis.operations import count_operations
 from gs_algos.search.agent import AGENTS, Evaluated
+from gs_algos.search.evaluate import ProbeScore
 from gs_algos.search.problem import Problem
 from gs_algos.search.repair import repair
 from gs_algos.search.space import Picks
+from gs_algos.search.target import Target
 from tests.helpers import Untouched
 from tests.search.nets import data, found, images, net
 
@@ -168,3 +172,22 @@ def test_an_agent_is_one_line_and_what_it_proposes_is_made_to_fit(monkeypatch):
     (one,) = agent.found
     assert one.proposed == agent.problem.most and agent.problem.fits(one.picks) and one.score == policy.score
     assert repair(agent.problem, agent.problem.most) == one.picks == repair(agent.problem, one.picks)
+
+
+def test_a_policy_is_scored_after_what_reads_pruned_channels_is_refitted():
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    options: dict[str, Any] = {"budget": "60% macs", "evaluations": 3}
+    refitted, masked = (found(Prune(reconstruct=flag), model, **options) for flag in (True, False))
+    assert refitted.score > masked.score and refitted.predicted < masked.predicted
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_refitting_for_a_score_leaves_no_trace():
+    model = net()
+    target = Target.of(0, Prune(reconstruct=True), model, images(), "test")
+    score = ProbeScore([target], model, data(), None, "test")
+    half, most = ({"rate": {"0": rate, "6": rate}} for rate in (0.5, 0.75))
+    first = score(half)
+    assert score(most) < first == score(half)
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in score.probe.network.state_dict().items())
