@@ -6,6 +6,8 @@ The public ops check every argument in each call and then do the same.
 
 from gs_kernels.decoder_step.cpu import DecoderLayer, decoder_step_of
 from gs_kernels.pack.derived import UnsuitableError
+from gs_kernels.program.cpu import Program
+from gs_kernels.program.recording import KernelCall, OperationCall, Refusal, recording
 from gs_kernels.qconv2d.checks import LARGEST_GROUP
 from gs_kernels.qconv2d.cpu.int8 import Int8Convolution
 from gs_kernels.qconv2d.geometry import make_geometry
@@ -24,6 +26,10 @@ __all__ = [
     "DecoderLayer",
     "Grid",
     "Int8Convolution",
+    "KernelCall",
+    "OperationCall",
+    "Program",
+    "Refusal",
     "UnsuitableError",
     "decoder_step_of",
     "is_dense",
@@ -34,6 +40,7 @@ __all__ = [
     "prepared_qmatmul",
     "prepared_qmatmul_int8",
     "prepared_requantize",
+    "recording",
     "sums_fit",
     "to_codes_of",
 ]

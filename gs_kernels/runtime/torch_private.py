@@ -17,6 +17,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import (
     MappingKey,
@@ -47,6 +48,7 @@ __all__ = [
     "foreach_copy_",
     "foreach_zero_",
     "function_modes",
+    "has_global_hooks",
     "inductor_cache_dir",
     "is_compiling",
     "is_eager",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gs_algos.core.tensor_rules import FINITE, Rules, whole_within
 from gs_algos.quant.integer.prepared_call import PreparedConv, cached, kind_of
-from gs_algos.quant.integer.quantized_tensor import QuantizedTensor, dequantized, may_return_int8, values
+from gs_algos.quant.integer.quantized_tensor import QuantizedTensor, dequantized, may_return_int8, plain, values
 from gs_algos.quant.integer.static_quantizer import StaticQuantizer
 from gs_algos.quant.level_grid import LevelGrid
 from gs_algos.quant.packed.conv_base import Convolution
@@ -183,7 +183,7 @@ class QuantizedLinear(QuantizedLayer):
         x, ready, output = input, self._prepared_call(input), self._modules.get("output_quantizer")
         if ready is not None:
             y = ready(x)
-            return y if output is None else output(y)  # type: ignore[no-any-return]
+            return plain(y, y.stride()) if output is None else output(y)  # type: ignore[no-any-return]
         if self._on_integers(x):
             return self._quantize_output(self._integer(x))
         x = x if self.input_quantizer is None else self.input_quantizer(x)

@@ -10,6 +10,7 @@ those that the float network's has, and in that order whatever is no layer of ou
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, TypeAlias
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from gs_algos.quant.memory_format import laid, strides_in, suggested
 from gs_kernels.activations import ACTIVATIONS
-from gs_kernels.for_layers import is_dense, prepared_requantize
+from gs_kernels.for_layers import OperationCall, Refusal, is_dense, prepared_requantize, recording
 from gs_kernels.runtime.torch_private import PLAIN, function_modes, is_plain_call, make_wrapper
 
 aten = torch.ops.aten
@@ -116,15 +117,18 @@ class QuantizedTensor(VirtualTensor):
         """Makes the tensor from what it shows."""
         self: QuantizedTensor = make_wrapper(QuantizedTensor, like[0], like[1], dtype=like[2], device=like[3])
         self.codes, self.quantizer, self.like = codes, quantizer, like
+        if recording.calls is not None:
+            recording.results.append(weakref.ref(self))
         return self
 
     def lay(self) -> Tensor:
         """Gives the codes the strides of the values, for good, and returns them."""
-        self.codes = laid(self.codes, self.stride())
+        self.codes = _laid(self.codes, self.stride())
         return self.codes
 
     def dequantize(self) -> Tensor:
         """Returns the values, `(code - zero) * scale`."""
+        _refuse_recording("values are read")
         self.lay()
         return self.values()
 
@@ -149,20 +153,22 @@ class QuantizedTensor(VirtualTensor):
         kwargs = kwargs or {}
         if func is aten.add.Tensor and not kwargs:
             total = _deferred_sum(*args)
-            return func(*map(dequantized, args)) if total is None else total
+            return _on_values(func, args, kwargs) if total is None else total
         x = args[0] if args else None
         if isinstance(x, QuantizedTensor):
             on_codes = _ON_CODES.get(func)
             if on_codes is not None:
-                return on_codes(func, x, *args[1:], **kwargs)
+                y = on_codes(func, x, *args[1:], **kwargs)
+                return y if recording.calls is None else _recorded_on_codes(func, x, args[1:], kwargs, y)
             if _is_mutable(func):  # PyTorch would return x as it was
                 raise RuntimeError(
                     f"QuantizedTensor: {func} must not write into 8-bit codes, got it outside the traced forward "
                     "(a hook?); use the operation that returns a new tensor"
                 )
         if func is aten.cat.default and _alike(x):
+            _refuse_recording("codes are concatenated")
             return _cat(*args)
-        return func(*map(dequantized, args), **{key: dequantized(value) for key, value in kwargs.items()})
+        return _on_values(func, args, kwargs)
 
 
 class DeferredOutput(VirtualTensor):
@@ -180,11 +186,14 @@ class DeferredOutput(VirtualTensor):
     _residual: Tensor | None
     _activation: str
     _result: Tensor | None
+    recorded: Tensor | None = None  # the plain tensor that this one stands for while a forward is recorded
 
     @staticmethod
     def __new__(cls, run: Any, like: Like, residual: Tensor | None = None, activation: str = "none") -> DeferredOutput:
         self: DeferredOutput = make_wrapper(DeferredOutput, like[0], like[1], dtype=like[2], device=like[3])
         self.like, self._run, self._residual, self._activation, self._result = like, run, residual, activation, None
+        if recording.calls is not None:
+            recording.results.append(weakref.ref(self))
         return self
 
     @staticmethod
@@ -201,6 +210,7 @@ class DeferredOutput(VirtualTensor):
 
     def dequantize(self) -> Tensor:
         """Returns the values; computed once."""
+        _refuse_recording("values are read")
         self._result = laid(self.values(), self.stride())
         return self._result
 
@@ -247,6 +257,8 @@ class DeferredOutput(VirtualTensor):
         x = args[0] if isinstance(args[0], DeferredOutput) or mutable or len(args) < 2 else args[1]
         if isinstance(x, DeferredOutput):
             joined = None if kwargs else x._joined(func, args)
+            if x.recorded is not None and func is aten.as_strided_.default and _is_as_it_lies(x, *args[1:]):
+                return x  # pools give their results of one pixel other strides
             if mutable and x is args[0]:  # the result stands in the place of x, also where another reads it
                 if joined is None:
                     func(
@@ -259,7 +271,7 @@ class DeferredOutput(VirtualTensor):
                 return x
             if joined is not None:
                 return DeferredOutput(x._run, *joined)
-        return func(*map(dequantized, args), **{key: dequantized(value) for key, value in kwargs.items()})
+        return _on_values(func, args, kwargs)
 
 
 @cache
@@ -298,7 +310,13 @@ def _deferred_sum(a: Any, b: Any) -> DeferredOutput | None:
     joined = waiting._joined(aten.add.Tensor, (a, b))
     if joined is not None:
         return DeferredOutput(waiting._run, *joined)
-    return DeferredOutput.of(a.values() + b.values(), a.like[1]) if codes and _can_add(a, b) else None
+    if not codes or not _can_add(a, b):
+        return None
+    x, y = a.values(), b.values()
+    total = x + y
+    if recording.calls is not None:
+        recording.calls.append(OperationCall(torch.add, (x, y), {}, total))
+    return DeferredOutput.of(total, a.like[1])
 
 
 def _can_add(x: VirtualTensor, other: Any) -> bool:
@@ -345,6 +363,82 @@ def dequantized(value: Any) -> Any:
 def values(x: Any) -> Any:
     """Returns plain floats in whatever strides they lie, which saves layers a copy that `dequantized` makes."""
     return x.values() if isinstance(x, VirtualTensor) else x
+
+
+def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Computes an operation on values; recorded, where that is wanted and its result follows from them alone."""
+    if recording.calls is None:
+        return func(*map(dequantized, args), **{key: dequantized(value) for key, value in kwargs.items()})
+    if _is_mutable(func) or torch.Tag.nondeterministic_seeded in func.tags:
+        _refuse_recording(str(func))
+    given, named = tuple(map(_recorded_values, args)), {key: _recorded_values(value) for key, value in kwargs.items()}
+    y = func(*given, **named)
+    if func is aten.max_pool2d_with_indices.default:
+        recording.calls.append(OperationCall(lambda *args: func(*args)[0], given, named, y[0]))
+        return plain(y[0], y[0].stride()), y[1]
+    if type(y) is not Tensor:
+        _refuse_recording(f"{func} gives no tensor")
+        return y
+    recording.calls.append(OperationCall(func, given, named, y))
+    return plain(y, y.stride())
+
+
+def _is_as_it_lies(x: Tensor, shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Says whether a tensor has this shape and, but for axes of size 1, these strides."""
+    same = (n == 1 or a == b for n, a, b in zip(x.shape, x.stride(), strides, strict=True))
+    return tuple(x.shape) == tuple(shape) and all(same)
+
+
+def _recorded_values(value: Any) -> Any:
+    """Does as `dequantized`, and records the copy that gives values the strides of their tensor."""
+    if isinstance(value, VirtualTensor):
+        return _laid(value.values(), value.stride())
+    return type(value)(map(_recorded_values, value)) if type(value) in (list, tuple) else value
+
+
+def plain(y: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Returns what a layer or operation gives as a plain tensor with these strides.
+
+    While a forward is recorded a tensor stands for it that sees what becomes of its values.
+    """
+    y = _laid(y, strides)
+    if recording.calls is None:
+        return y
+    stands = DeferredOutput.of(y, strides)
+    stands.recorded = y
+    return stands
+
+
+def _laid(y: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Does as `laid`; a copy is recorded."""
+    copied = laid(y, strides)
+    if copied is not y and recording.calls is not None:
+        recording.calls.append(OperationCall(laid, (y, strides), {}, copied))
+    return copied
+
+
+def _recorded_on_codes(func: Any, x: QuantizedTensor, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
+    """Records an operation on codes that gave y."""
+    on_codes, quantizer, like = _ON_CODES[func], x.quantizer, x.like
+    result = y[0] if type(y) is tuple else y
+    is_codes = type(result) is QuantizedTensor
+
+    def again(codes: Tensor) -> Tensor:
+        y = on_codes(func, QuantizedTensor.of(codes, quantizer, like), *args, **kwargs)
+        result = y[0] if type(y) is tuple else y
+        return result.codes if is_codes else result  # type: ignore[no-any-return]
+
+    if _is_mutable(func) or not (is_codes or type(result) is Tensor):
+        _refuse_recording(f"{func} of codes")
+        return y
+    assert recording.calls is not None
+    recording.calls.append(OperationCall(again, (x.codes,), {}, result.codes if is_codes else result))
+    return y if is_codes else plain(result, result.stride())
+
+
+def _refuse_recording(why: str) -> None:
+    if recording.calls is not None:
+        recording.calls.append(Refusal(why))
 
 
 def _alias(func: Any, x: QuantizedTensor) -> QuantizedTensor:

@@ -20,6 +20,7 @@ from gs_algos.fx.graph import SiteGraph
 from gs_algos.fx.op_names import op_of_module
 from gs_algos.quant.fake_quant.layers import CONVS, class_given
 from gs_algos.quant.integer.layers import QuantizedConv, QuantizedLayer
+from gs_algos.quant.integer.recorded_forward import record_forwards
 from gs_algos.quant.integer.static_quantizer import StaticQuantizer
 from gs_algos.quant.network.layer_plan import Epilogue, IntegerFlow, LayerPlan, join_rows, layer_rows
 from gs_algos.quant.packed.conv_base import Convolution
@@ -124,7 +125,10 @@ def choose_int8_flow(model: nn.Module, row: PlanRow[LayerPlan]) -> PlanRow[Layer
 
 
 def enable_int8_flow(model: nn.Module, rows: Sequence[PlanRow]) -> None:
-    """Makes layers emit int8 to their consumers or on the grids of adds, and wait for the adds behind them."""
+    """Makes layers emit int8 to their consumers or on the grids of adds, and wait for the adds behind them.
+
+    A network of 8-bit convolutions then runs as it is recorded.
+    """
     for join in join_rows(rows):
         for name in join.settings.int8_inputs:
             quantizer = getattr(get_module(model, name), "output_quantizer", None)
@@ -140,6 +144,9 @@ def enable_int8_flow(model: nn.Module, rows: Sequence[PlanRow]) -> None:
             layer.output_quantizer.emits_int8 = True  # type: ignore[union-attr]
         layer.defers_add, layer.output_as_it_lies = plan.epilogue.defers_add, plan.flow.as_it_lies
         layer.notes = plan.notes
+    convs = [m for m in model.modules() if isinstance(m, QuantizedConv)]
+    if any(not conv.integer_refusals(conv.packed.device) for conv in convs):
+        record_forwards(model)
 
 
 def disable_int8_flow(model: nn.Module, rows: Sequence[PlanRow], reason: str) -> list[PlanRow]:

@@ -13,7 +13,14 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from gs_algos.quant.integer.prepared_call import PreparedConv
-from gs_algos.quant.integer.quantized_tensor import DeferredOutput, Like, QuantizedTensor, may_return_int8, values
+from gs_algos.quant.integer.quantized_tensor import (
+    DeferredOutput,
+    Like,
+    QuantizedTensor,
+    may_return_int8,
+    plain,
+    values,
+)
 from gs_algos.quant.memory_format import CHANNELS_LAST, laid, strides_in, suggested
 from gs_algos.quant.packed.module import Packed
 from gs_kernels import PackedWeight, dequantize_packed, pack_codes, qconv2d, unpack_codes
@@ -98,7 +105,7 @@ class Convolution(Packed):
             return QuantizedTensor.of(y, ready.grid, ready.like)
         if type(y) is QuantizedTensor:  # by its output quantizer
             return QuantizedTensor.of(y.codes, y.quantizer, ready.like)
-        return DeferredOutput.of(y, ready.like[1]) if self.output_as_it_lies else laid(y, ready.like[1])
+        return DeferredOutput.of(y, ready.like[1]) if self.output_as_it_lies else plain(y, ready.like[1])
 
     def unprepared(self, input: Tensor) -> Tensor:
         """Computes `forward` where nothing is prepared: under tracers and gradients, and in ways that cannot be."""

@@ -22,6 +22,7 @@ from gs_kernels.qconv2d.geometry import ConvGeometry, ConvolvesImages
 from gs_kernels.qconv2d.ref import convolve_int8_ref, int8_epilogue, requant_params
 from gs_kernels.qmatmul.cpu.float import without_autocast
 from gs_kernels.qmatmul.cpu.int8 import whole_zero
+from gs_kernels.requantize.passes import channels_last
 
 Residual: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]  # itself, and scale and zero point of codes
 
@@ -107,17 +108,17 @@ class Int8Convolution:
         b, _, h, w = shape
         if self.kernel is None or not b:
             return self._by_operations
-        run, x_scale, last = self.kernel.at(b, h, w), self.x_scale, torch.channels_last
+        run, x_scale = self.kernel.at(b, h, w), self.x_scale
         if not self.in_cpp or residual not in (None, torch.int8, torch.float32):
             return self._with_operations(run)
+        last = torch.channels_last
 
         def convolve(
             x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None, zero: Tensor | None = None
         ) -> Tensor:
-            x = x.contiguous(memory_format=last)
             if residual is None:
-                return run(x, x_scale)
-            return run(x, x_scale, 0, residual.contiguous(memory_format=last), scale, zero)
+                return run(channels_last(x), x_scale)
+            return run(channels_last(x), x_scale, 0, residual.contiguous(memory_format=last), scale, zero)
 
         return convolve
 
@@ -133,7 +134,7 @@ class Int8Convolution:
             added = None if residual is None else residual.contiguous(memory_format=last)
             if added is not None and scale is None:
                 added = added.float()
-            y = run(x.contiguous(memory_format=last), x_scale, 0, added, scale, zero)
+            y = run(channels_last(x), x_scale, 0, added, scale, zero)
             return y if in_cpp else self._finish(y, one, None)
 
         return convolve

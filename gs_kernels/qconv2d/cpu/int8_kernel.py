@@ -13,6 +13,7 @@ from torch.nn.functional import conv2d
 
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.cpu.library import load_functions
+from gs_kernels.program.recording import CONVOLVE, DEPTHWISE, KernelCall, recording
 from gs_kernels.qconv2d.cpu.int8_weight import Int8Weight, Panels, make_panels, make_planes
 from gs_kernels.qconv2d.geometry import ConvGeometry
 
@@ -110,6 +111,7 @@ class Kernel:
         # the struct points to `held`
         run, plan, held = self.run, ctypes.pointer(struct), self.held
         empty_like, get_num_threads = torch.empty_like, torch.get_num_threads
+        name = DEPTHWISE if self.depthwise else CONVOLVE
 
         def convolve(
             x: Tensor,
@@ -129,6 +131,9 @@ class Kernel:
                 grid = None if scale is None else scale.data_ptr(), None if zero is None else zero.data_ptr()
                 added = residual.data_ptr(), *grid
                 run(plan, x.data_ptr(), x_scale.data_ptr(), step, y.data_ptr(), *added, threads)
+            if recording.calls is not None and not step:
+                constants = x_scale, scale, zero
+                recording.calls.append(KernelCall(name, struct, held, x, y, residual, constants, parallel))
             return y
 
         return convolve

@@ -19,8 +19,10 @@ from gs_kernels.decoder_step import cpu as decoder_step
 from gs_kernels.fake_quant import cpu as fake_quant
 from gs_kernels.gptq_block import cpu as gptq_block
 from gs_kernels.pack import rows
+from gs_kernels.program import cpu as program
 from gs_kernels.qconv2d.cpu import int8_kernel
 from gs_kernels.qmatmul.cpu import interleaved_product, quantize_rows
+from gs_kernels.requantize import passes
 from gs_kernels.runtime import inductor, instructions
 from gs_kernels.runtime.dispatch import INTERPRET, UnsupportedError
 from gs_kernels.search_clip_ratio import cpu as search_clip_ratio
@@ -173,6 +175,8 @@ SELF_TESTS: list[tuple[Any, Callable[[Any], bool]]] = [
     (rows, rows.self_test),
     (decoder_step, decoder_step.self_test),
     (fake_quant, fake_quant.self_test),
+    (passes, passes.self_test),
+    (program, program.self_test),
     (slb, slb._self_test),
     (gptq_block, gptq_block._self_test),
     (search_clip_ratio, search_clip_ratio._self_test),
@@ -200,11 +204,9 @@ def copy_declarations(declared: Any, found: Any) -> None:
             getattr(found, name).restype = function.restype
 
 
-@pytest.mark.parametrize(
-    "kernels", [int8_kernel.kernels, interleaved_product.kernels, fake_quant.kernels, slb.kernels, gptq_block.kernels]
-)
-def test_every_struct_of_the_code_of_this_package_has_the_size_that_python_gives_it(kernels: Any, caplog):
-    assert kernels.__wrapped__() is not None and not warnings(caplog)
+@pytest.mark.parametrize("module", [int8_kernel, interleaved_product, fake_quant, slb, gptq_block, passes, program])
+def test_every_struct_of_the_code_of_this_package_has_the_size_that_python_gives_it(module: Any, caplog):
+    assert module.kernels.__wrapped__() is not None and not warnings(caplog)
 
 
 def test_threads_are_those_of_pytorch():

@@ -1,0 +1,1 @@
+"""Runs recorded calls of C++ kernels as one call."""

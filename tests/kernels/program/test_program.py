@@ -1,0 +1,82 @@
+"""Kernels that run one after another in one call: what they read, and the memory between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gs_kernels.pack.derived import UnsuitableError
+from gs_kernels.program.cpu import Program, kernels
+from gs_kernels.program.recording import KernelCall, recording
+from gs_kernels.requantize.passes import channels_last, sum_codes_of, to_codes_of
+from gs_kernels.runtime.dispatch import INTERPRET
+
+pytestmark = pytest.mark.skipif(INTERPRET or kernels() is None, reason="compiled for the CPU")
+GRID = (8.0, 0.0, 3.0, -128.0, 127.0)
+COUNT = 1000
+
+
+@pytest.fixture
+def calls() -> Iterator[list[Any]]:
+    noted: list[Any] = []
+    recording.calls = noted
+    yield noted
+    recording.calls = None
+
+
+def images(*size: int) -> Tensor:
+    return torch.randint(-128, 128, size, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+
+
+def chain(x: Tensor, length: int) -> Tensor:
+    """Sums of codes, each of the two before it: no more than three are needed at a time."""
+    quantize, add = to_codes_of(COUNT, GRID, 0), sum_codes_of((0.125, 3.0), (0.25, 3.0), "none", GRID)
+    assert quantize is not None and add is not None
+    a = quantize(x)
+    b = add(a, None)
+    for _ in range(length):
+        a, b = b, add(a, b)
+    return b
+
+
+def test_memory_is_used_again_once_it_was_read(calls: list[Any]):
+    x = torch.linspace(-9, 9, COUNT)
+    y = chain(x, 20)
+    program = Program(calls, [x], [y])
+    assert len(calls) == 22 and program.scratch <= 3 * (COUNT + 128)
+    scratch = torch.full((program.scratch,), 77, dtype=torch.uint8)
+    (got,) = program([x], scratch)
+    assert torch.equal(got, y)
+    (other,) = program([-x], scratch)
+    assert torch.equal(other, chain(-x, 20)) and torch.equal(got, y)
+
+
+def test_a_call_that_reads_what_nobody_wrote_is_refused(calls: list[Any]):
+    x = torch.linspace(-9, 9, COUNT)
+    y = chain(x, 2)
+    for some, given in ((calls, []), (calls[1:], [x]), ([calls[2], *calls[:2]], [x])):
+        with pytest.raises(UnsuitableError, match="a call reads what no call wrote"):
+            Program(some, given, [y])
+
+
+def test_only_who_records_notes_calls(calls: list[Any]):
+    codes = images(2, 3, 5, 7)
+    channels_last(codes)
+    recording.calls = None
+    channels_last(codes)
+    assert len(calls) == 1 and isinstance(calls[0], KernelCall)
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1, 1, 1), (2, 3, 5, 7), (1, 3, 64, 97), (2, 4, 37, 41), (3, 17, 9, 11), (1, 5000, 2, 3)]
+)
+def test_images_get_their_channels_last(size: tuple[int, ...]):
+    codes = images(*size)
+    got = channels_last(codes)
+    assert torch.equal(got, codes) and got.is_contiguous(memory_format=torch.channels_last)
+    strided = images(*size[:3], 2 * size[3])[..., ::2]
+    assert torch.equal(channels_last(strided), strided)
