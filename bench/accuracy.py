@@ -75,7 +75,12 @@ SETTINGS = {
     "scop-45-slb-w2": replace(_search("2bit@channel"), after="scop-45"),
     "slb-w4a4": _search("4bit@channel", "uint4@tensor:pact", rules=(("re:stem.*|embed", {"act": "int8@tensor:ema"}),)),
 }
-SETTINGS |= {f"distill-{name}": replace(SETTINGS[name], distill={}) for name in ("simqat-w2a8", "slb-w1", "scop-45")}
+TEACHERS: dict[str, dict[str, Any]] = {"distill": {}, "distill-t1": {"temperature": 1.0}}
+SETTINGS |= {
+    f"{prefix}-{name}": replace(SETTINGS[name], distill=options)
+    for prefix, options in TEACHERS.items()
+    for name in ("simqat-w2a8", "slb-w1", "scop-45")
+}
 
 
 def main(argv: list[str] | None = None) -> int:
