@@ -18,6 +18,7 @@ from gs_algos.core.plan_settings import RowSettings
 from gs_algos.core.registry import register_algorithm
 from gs_algos.distill.config import DistillConfig
 from gs_algos.distill.distill import Distill
+from gs_algos.distill.synthesis import Synthesis
 from gs_algos.llm.registration import install as _register_with_transformers
 from gs_algos.pruning.prune import Prune, PruneConfig
 from gs_algos.pruning.scop import SCOP, SCOPConfig
@@ -121,6 +122,7 @@ __all__ = [
     "SlbAdamW",
     "SlbSGD",
     "Stage",
+    "Synthesis",
     "Totals",
     "__version__",
     "analyze",

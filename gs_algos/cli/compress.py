@@ -28,7 +28,7 @@ from gs_algos.demo.data import ImageData, batches_per_epoch, load_data, train_ba
 from gs_algos.demo.models import build, check_name
 from gs_algos.demo.train import TrainConfig, accuracy, predict, train
 from gs_algos.demo.training_defaults import float_training, tuning_training
-from gs_algos.distill.distill import frozen_copy
+from gs_algos.distill.teacher import frozen_copy
 from gs_algos.pipeline.pipeline import Pipeline, Stage
 from gs_algos.pipeline.recipe import TEACHER, Recipe, StageRecipe, make_algorithm, read_recipe
 from gs_algos.pruning.pruner import Pruner

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,15 @@ def checked_batches(who: str, batches: Any) -> Iterable[Any]:
             f"{who}: batches must be an iterable of inputs, such as a DataLoader, got {type(batches).__name__}"
         )
     return batches
+
+
+@runtime_checkable
+class NumberedBatches(Protocol):
+    """Marks what makes the batch of a number, the same each time: a generator of images, as one of data has it."""
+
+    def batch(self, number: int) -> Inputs:
+        """Makes the inputs of this number."""
+        ...
 
 
 def device_of(model: nn.Module) -> torch.device | None:

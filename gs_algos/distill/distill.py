@@ -8,7 +8,6 @@ inputs; `convert` takes off all that was added, and the history is then that of 
 
 from __future__ import annotations
 
-import copy
 from typing import Any, ClassVar, cast
 
 import torch
@@ -35,7 +34,7 @@ from gs_algos.core.registry import algorithm_class
 from gs_algos.distill.config import DistillConfig, DistillOptions
 from gs_algos.distill.losses import feature_loss, first_projection, logit_loss
 from gs_algos.distill.recorder import Recorder, feature_of, recording, remove_recorders
-from gs_algos.distill.teacher import Pairs, check_teacher, logits_of
+from gs_algos.distill.teacher import Pairs, check_teacher, frozen_copy, logits_of
 
 PROJECTION, WIDTHS = "distill_projection_{}", "distill_widths_{}"  # parameters of the root of a prepared model
 
@@ -328,14 +327,6 @@ class Distill(Algorithm):
                 f"Distill.{method}: must come between apply and convert; call apply(model, inputs) first"
             )
         return self._model
-
-
-def frozen_copy(network: nn.Module) -> nn.Module:
-    """Returns a copy of a network in eval mode, whose parameters take no gradient."""
-    teacher = copy.deepcopy(network).eval().requires_grad_(False)
-    for parameter in teacher.parameters():
-        parameter.grad = None
-    return teacher
 
 
 def _parameter_shapes(kind: str, pairs: Pairs, channels: dict[str, tuple[int, int]]) -> dict[str, list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,14 @@ from gs_algos.distill.losses import channel_axis
 from gs_algos.distill.recorder import feature_of, recording
 
 Pairs = tuple[tuple[str, str], ...]
+
+
+def frozen_copy(network: nn.Module) -> nn.Module:
+    """Returns a copy of a network in eval mode, whose parameters take no gradient."""
+    teacher = copy.deepcopy(network).eval().requires_grad_(False)
+    for parameter in teacher.parameters():
+        parameter.grad = None
+    return teacher
 
 
 def logits_of(output: Any, who: str) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gs_algos.core.algorithm import Inputs, split_inputs
+from gs_algos.core.batches import NumberedBatches
 from gs_algos.core.progress import progress
 from gs_algos.pruning.channel_gates import Batch
 from gs_kernels.runtime.torch_private import tree_flatten, tree_map, tree_unflatten
@@ -57,7 +58,7 @@ class GivenKnockoffs:
         return {"batches": () if once else self.batches, "iterator": iter(()), "turn": self.turn}
 
     def _next(self) -> Inputs | None:
-        if isinstance(self.batches, KnockoffGenerator):
+        if isinstance(self.batches, NumberedBatches):
             return self.batches.batch(self.turn)
         given = next(self.iterator, None)
         if given is None:
