@@ -13,7 +13,7 @@ from gs_algos.search.problem import Problem, with_pick
 from gs_algos.search.space import Picks
 
 AT_ONCE = 8  # exchanges that are tried together
-PATIENCE = 2  # times that no exchange helps, after which it stops
+PATIENCE = 6  # times that no exchange helps, after which it stops
 ROUNDS = 200  # of exchanges by predicted scores
 
 
@@ -29,13 +29,26 @@ class ILP:
     def propose(self) -> list[Picks]:
         if self.best is None:
             found = first_picks(self.problem)
-        elif self.idle >= PATIENCE:
-            return []
         else:
-            near = {picks for picks in neighbours(self.problem, self.best.picks) if picks not in self.tried}
-            found = sorted(near, key=lambda picks: (self.problem.predicted(picks), picks))[:AT_ONCE]
+            found = self._exchanges(self.best.picks) if self.idle < PATIENCE else []
         self.tried.update(found)
         return found
+
+    def _exchanges(self, picks: Picks) -> list[Picks]:
+        """Returns the exchanges that were not tried and are predicted to be best."""
+        near = sorted({one for one in neighbours(self.problem, picks) if one not in self.tried}, key=self._order)
+        found: dict[Picks, None] = {}
+        for one in near:
+            self.tried.add(one)
+            full = refilled(self.problem, one)
+            if full == one or full not in self.tried:
+                found[full] = None
+            if len(found) == AT_ONCE:
+                break
+        return list(found)
+
+    def _order(self, picks: Picks) -> tuple[float, Picks]:
+        return self.problem.predicted(picks), picks
 
     def observe(self, found: Sequence[Evaluated]) -> None:
         self.tried.update(one.picks for one in found)
@@ -133,7 +146,8 @@ def swapped(problem: Problem, picks: Picks) -> Picks:
 
 
 def neighbours(problem: Problem, picks: Picks) -> list[Picks]:
-    """Returns picks with one knob raised, and others lowered by one value where that is needed to fit."""
+    """Returns picks with one knob raised, and another one lowered as far as that needs, or two where costs are sums."""
+    pairs = all(problem.additive(limit.kind) for limit in problem.limits)
     found = []
     for place, pick in enumerate(picks):
         if pick + 1 == len(problem.knobs[place].values):
@@ -142,12 +156,20 @@ def neighbours(problem: Problem, picks: Picks) -> list[Picks]:
         if problem.fits(more):
             found.append(more)
             continue
-        for other in range(len(picks)):
-            if other != place and picks[other]:
-                exchanged = with_pick(more, other, picks[other] - 1)
-                if problem.fits(exchanged):
-                    found.append(exchanged)
+        others = [other for other in range(len(picks)) if other != place and picks[other]]
+        for number, other in enumerate(others):
+            lowered = next((one for one in _lower(more, other) if problem.fits(one)), None)
+            if lowered is not None:
+                found.append(lowered)
+            elif pairs:
+                both = (one for third in others[:number] for one in _lower(_lower(more, other)[-1], third)[:1])
+                found += [one for one in both if problem.fits(one)]
     return found
+
+
+def _lower(picks: Picks, place: int) -> list[Picks]:
+    """Returns picks with one knob lowered by one value, by two, and so on."""
+    return [with_pick(picks, place, pick) for pick in reversed(range(picks[place]))]
 
 
 def _raises(problem: Problem, picks: Picks) -> list[tuple[float, Picks]]:

@@ -191,3 +191,13 @@ def test_refitting_for_a_score_leaves_no_trace():
     first = score(half)
     assert score(most) < first == score(half)
     assert all(torch.equal(model.state_dict()[k], v) for k, v in score.probe.network.state_dict().items())
+
+
+def test_pruned_networks_are_scored_with_the_batch_norm_statistics_that_they_have():
+    policy = found(Prune(importance="l2"), budget="50% macs", evaluations=1)
+    (algorithm,) = policy.algorithms()
+    model = algorithm.apply(net(), images())
+    algorithm.refresh(model, data())
+    float_logits, logits = (torch.cat([n.eval()(x) for x in data()]).log_softmax(1) for n in (net(), model))
+    kl = (float_logits.exp() * (float_logits - logits)).sum(1).mean().item()
+    assert -policy.score == pytest.approx(kl, rel=1e-3)
