@@ -42,6 +42,7 @@ from gs_algos.search.budget import EXAMPLES
 from gs_algos.search.mixed_bits import CHOICES
 
 DATA_HELP = f"One of {', '.join(DATA)}; a folder goes after a colon, e.g. cifar10:DIR. Or package.module:function."
+TRAINED_ON_HELP = "A data set in place of the recipe's; synthetic: stages see images made from the float network alone."
 MODEL_HELP = f"One of {', '.join(MODELS)}, or package.module:function that builds a network."
 ALGORITHM_HELP = f"One of {', '.join(algorithm_names())}."
 WEIGHT_HELP = "Scheme of the weights: bits, granularity, observer."
@@ -122,10 +123,11 @@ def compress(
     device: Annotated[str, typer.Option(help="cpu or cuda. Default: cuda if there is one.")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run in --out.")] = False,
     report: Annotated[Path | None, typer.Option(help=REPORT_HELP)] = None,
+    data: Annotated[str, typer.Option(help=TRAINED_ON_HELP)] = "",
 ) -> None:
     """Runs a recipe: trains a float network, then compresses it stage by stage, measuring each."""
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    run_compress(recipe, out, resume, pick_device(name, "compress"), Console(), report)
+    run_compress(recipe, out, resume, pick_device(name, "compress"), Console(), report, data)
 
 
 @app.command()

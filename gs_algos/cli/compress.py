@@ -21,6 +21,7 @@ from gs_algos.analysis.report.search import search_of
 from gs_algos.cli.analyze import check_page, write_report
 from gs_algos.cli.demo import bar, check_fit
 from gs_algos.cli.search_data import give_data
+from gs_algos.cli.synthetic import NAME, STEPS, synthetic_data
 from gs_algos.core.algorithm import Algorithm, inner_of
 from gs_algos.core.files import write_atomically
 from gs_algos.core.timing import forward_ms
@@ -36,6 +37,7 @@ from gs_algos.pruning.scop import SCOP
 from gs_algos.qat.slb.algorithm import SLB
 
 RECIPE_FILE = "recipe.json"
+IMAGES_FILE = "images.safetensors"  # the generator of synthetic images
 SEARCH_FILE = "search.json"  # what a report shows of a search of SLB
 JOURNAL = "search-{}.jsonl"  # what the search of a stage has measured
 KNOCKOFF_BATCHES = 64  # of training images that a knock-off generator is fitted to
@@ -54,11 +56,20 @@ class Row:
 
 
 def run_compress(
-    path: Path, out: Path, resume: bool, device: torch.device, console: Console, page: Path | None = None
+    path: Path,
+    out: Path,
+    resume: bool,
+    device: torch.device,
+    console: Console,
+    page: Path | None = None,
+    data_name: str = "",
 ) -> list[Row]:
     """Runs the recipe in a file, printing to `console`; `out` gets a checkpoint folder for each stage.
 
-    page: where to write what was done as a page.
+    Args:
+        page: where to write what was done as a page.
+        data_name: a data set in place of the recipe's; or "synthetic", images made from the float network, which the
+            stages are then trained on.
 
     Raises:
         ValueError: if the recipe is wrong, data is missing, or `out` is not of this recipe.
@@ -66,6 +77,10 @@ def run_compress(
     """
     check_page(page, "compress")
     recipe = read_recipe(path)
+    if data_name == NAME:
+        recipe = replace(recipe, synthetic=recipe.synthetic or STEPS)
+    elif data_name:
+        recipe = replace(recipe, data=data_name, synthetic=0)
     check_name(recipe.model)
     data = load_data(recipe.data, recipe.image_size).to(device)
     tunes = [_tune(recipe, number, data) for number in range(len(recipe.stage))]
@@ -83,6 +98,10 @@ def run_compress(
     net = _float(recipe, fresh(), data, out, resume) if given is None else given
     before = copy.deepcopy(net) if page is not None else net  # the stages change the network itself
     rows = [measure("float", net, data, sum(t.numel() * t.element_size() for t in net.state_dict().values()))]
+    if recipe.synthetic:
+        state = out / IMAGES_FILE
+        data = synthetic_data(net, data, recipe.synthetic, recipe.seed, state, resume)
+        tunes = [_tune(recipe, number, data) for number in range(len(recipe.stage))]
     steps = [batches_per_epoch(data, tune.batch_size) for tune in tunes]
     pairs = zip(recipe.stage, named, strict=True)
     teachers = [other or (None if stage.distill is None else frozen_copy(net)) for stage, other in pairs]
@@ -209,7 +228,8 @@ def _claim(out: Path, recipe: Recipe, resume: bool) -> None:
         raise ValueError(f"compress: --out must be a new, an empty or a recipe's folder, got {out}; choose another")
     if not resume:
         out.mkdir(parents=True, exist_ok=True)
-        for stale in (out / "float.state.safetensors", out / SEARCH_FILE, *out.glob(JOURNAL.format("*"))):
+        written = (out / name for name in ("float.state.safetensors", IMAGES_FILE, SEARCH_FILE))
+        for stale in (*written, *out.glob(JOURNAL.format("*"))):
             stale.unlink(missing_ok=True)
         write_atomically(path, json.dumps(ours, indent=1).encode())
         return

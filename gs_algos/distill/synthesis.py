@@ -70,7 +70,7 @@ class Synthesis:
         adversarial: float = 1.1,
         batch_size: int = 256,
         noise: int = 100,
-        width: int = 128,
+        width: int = 64,
         lr: float = 1e-3,
         seed: int = 0,
     ) -> None:

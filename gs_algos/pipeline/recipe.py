@@ -98,6 +98,8 @@ class Recipe:
         float_epochs: of training from random weights; 0 if `weights` is given.
         weights: safetensors file with the float network's tensors.
         image_size: side to which imagefolder resizes.
+        synthetic: steps of a generator of images, which the stages are trained on in place of the training set; 0: on
+            that set.
     """
 
     model: str
@@ -108,8 +110,11 @@ class Recipe:
     batch_size: int | None = None
     image_size: int = 64
     seed: int = 0
+    synthetic: int = 0
 
     def __post_init__(self) -> None:
+        if self.synthetic < 0:
+            raise ValueError(f"synthetic must be >= 0 steps, got {self.synthetic}")
         if not self.stage:
             raise ValueError("stage must be at least one table, got none; write [[stage]]")
         if self.float_epochs < 0:

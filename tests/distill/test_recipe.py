@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gs_algos import Distill, Prune
-from gs_algos.cli import compress
+from gs_algos import Distill, Prune, Synthesis
+from gs_algos.cli import compress, synthetic
 from gs_algos.cli.app import run as command
 from gs_algos.demo.models import build
 from gs_algos.pipeline.recipe import make_algorithm, read_recipe
@@ -108,3 +110,57 @@ def test_a_mistake_is_told_before_anything_is_trained(new, words, tmp_path, caps
     recipe = written(tmp_path, RECIPE.replace("temperature = 2.0", new))
     assert command(["compress", "--recipe", str(recipe), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def small_generator(monkeypatch):
+    monkeypatch.setattr(synthetic, "Synthesis", partial(Synthesis, width=8, batch_size=64))
+    monkeypatch.setattr(synthetic, "IMAGES", 320)
+    monkeypatch.setattr(compress, "STEPS", 60)
+
+
+def test_stages_are_trained_on_synthetic_images(tmp_path, monkeypatch, small_generator):
+    seen: list[Tensor] = []
+    train = compress.train_compressed
+
+    def watched(net, data, *more):
+        seen.append(data.train_x)
+        return train(net, data, *more)
+
+    monkeypatch.setattr(compress, "train_compressed", watched)
+    recipe, out = written(tmp_path, RECIPE.replace("float_epochs = 0", "float_epochs = 12")), tmp_path / "out"
+    arguments = ["compress", "--recipe", str(recipe), "--out", str(out), "--device", "cpu", "--data", "synthetic"]
+    assert command(arguments) == 0
+    assert [list(x.shape) for x in seen] == [[320, 1, 8, 8]] * 2 and seen[0].dtype == torch.uint8
+    assert json.loads((out / "recipe.json").read_text())["synthetic"] == 60
+    assert command([*arguments, "--resume"]) == 0 and len(seen) == 2  # all was done
+    assert command([*arguments[:-2], "--resume"]) == 2  # another recipe: on data
+
+
+def test_a_synthesis_goes_on_after_an_interruption(tmp_path, monkeypatch, small_generator):
+    recipe = written(tmp_path, RECIPE.replace("float_epochs = 0", "float_epochs = 12"))
+    stop = {"at": 20}
+
+    @contextmanager
+    def bar(what: str):
+        def on_step(done: int, total: int, loss: Tensor) -> None:
+            if done == stop["at"]:
+                signal.raise_signal(signal.SIGINT)
+
+        yield on_step
+
+    monkeypatch.setattr(synthetic, "bar", bar)
+    arguments = ["compress", "--recipe", str(recipe), "--device", "cpu", "--data", "synthetic"]
+    assert command([*arguments, "--out", str(tmp_path / "stopped")]) == 130
+    stop["at"] = 0
+    assert command([*arguments, "--out", str(tmp_path / "stopped"), "--resume"]) == 0
+    assert command([*arguments, "--out", str(tmp_path / "whole")]) == 0
+    got, want = (load_file(tmp_path / name / "images.safetensors") for name in ("stopped", "whole"))
+    assert all(torch.equal(got[key], value) for key, value in want.items())
+
+
+def test_a_collapsed_generator_ends_the_command(tmp_path, monkeypatch, small_generator, capsys):
+    monkeypatch.setattr(compress, "STEPS", 1)
+    recipe = written(tmp_path, RECIPE)
+    assert command(["compress", "--recipe", str(recipe), "--out", str(tmp_path / "out"), "--data", "synthetic"]) == 2
+    assert "the images must be of all classes" in capsys.readouterr().err
