@@ -2,8 +2,8 @@
 
 A float network is trained on data. Then a generator is trained against it, and a new student of the same kind on its
 images alone; an equal student sees noise. The float network is also calibrated by PTQ on images of the data, of the
-generator, and on noise. Accuracies are of the last step, on the whole test set. A row is recorded every `--every` steps,
-so that a run that is cut leaves what it had.
+generator, and on noise. Accuracies are of the last step, on the whole test set. A row is recorded every `--every`
+steps, so that a run that is cut leaves what it had.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any, TypeAlias
 
 from bench import record
+from bench.synthesis import SCHEMES
 
 WEIGHTS = ("int4@group:64", "int4@channel", "int3@group:64", "int2@group:64")  # that PTQ is compared at
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -135,6 +136,21 @@ def ptq(rows: Rows) -> str:
         "peak",
     )
     return table(head, lines)
+
+
+def synthesis(rows: Rows) -> str:
+    """Tabulates students and calibrations without data: a row per network, data and run, of its last step."""
+    measured = [row for row in rows if row["kind"] == "synthesis"]
+    lines = []
+    for row in last(measured, "model", "data", "loss", "width", "batch_size", "of", "seed").values():
+        found = row["accuracy"]
+        pairs = [(scheme, [found[f"{scheme} on {on}"] for on in ("data", "synthetic", "noise")]) for scheme in SCHEMES]
+        calibrated = (" / ".join(f"{value:.2f}" for value in values) for _, values in pairs)
+        images = f"{row['steps']:,} x {row['batch_size']}"
+        ours = (f"{found[name]:.2f}" for name in ("float", "student", "noise"))
+        lines.append((row["model"], row["data"], row["loss"], images, *ours, *calibrated))
+    told = (f"{scheme} on data / synthetic / noise" for scheme in SCHEMES)
+    return table(("network", "data", "loss", "images", "float", "student", "student on noise", *told), lines)
 
 
 def ptq_peers(rows: Rows) -> str:
@@ -411,6 +427,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "search": search,
     "analysis": analysis,
     "ptq-peers": ptq_peers,
+    "synthesis": synthesis,
     "products": products,
     "ops": ops,
     "models": models,
