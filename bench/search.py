@@ -38,6 +38,7 @@ WAYS = {"bits": ("uniform", *AGENTS), "rates": ("uniform", "l2", *AGENTS)}
 UNIFORM, CHOICES = "int3@channel", ("int2@channel", "int4@channel", "int8@channel")
 WIDE = "int8@channel"  # of the first and the last layer
 SEEN, BATCH = 256, 64  # training images that policies are scored on
+UNTUNED = 2000  # test images of the accuracy before fine-tuning
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,11 +105,14 @@ def measure(args: argparse.Namespace, net: nn.Module, data: ImageData, way: str,
         "search_seconds": round(time.perf_counter() - started, 1),
         "search_cpu_seconds": round(time.process_time() - cpu, 1),
     }
-    untuned = accuracy(predict(without_tuning(algorithm, net, data), data), data)
+    few = replace(data, test_x=data.test_x[:UNTUNED], test_y=data.test_y[:UNTUNED])
+    some = first_images(data, args.tune_images)
     tune = tuning_training(MODEL, data, args.epochs, seed, 128)
     live = algorithm.apply(copy.deepcopy(net), data.example())
+    train_compressed(live, some, replace(tune, epochs=0), algorithm)  # what pruning does before any step
+    untuned = accuracy(predict(live, few), few)
     started = time.process_time()
-    train_compressed(live, first_images(data, args.tune_images), tune, algorithm)
+    train(live, some, tune, algorithm=algorithm)
     seconds = round(time.process_time() - started, 1)
     live = algorithm.convert(live, data.example())
     x = data.normalize(data.test_x[:1])
@@ -166,13 +170,6 @@ def uniform_budget(net: nn.Module) -> str:
     convs = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)][1:]
     channels, numbers = (sum(n) for n in zip(*((c.out_channels, c.weight.numel()) for c in convs), strict=True))
     return f"{3 + 32 * channels / numbers:.4f} bits"
-
-
-def without_tuning(algorithm: Any, net: nn.Module, data: ImageData) -> nn.Module:
-    """Returns the network as the algorithm leaves it before any training, with fresh batch norms if it prunes."""
-    live = algorithm.apply(copy.deepcopy(net), data.example())
-    train_compressed(live, data, replace(tuning_training(MODEL, data, 0, 0, 128)), algorithm)
-    return live.eval()
 
 
 if __name__ == "__main__":
