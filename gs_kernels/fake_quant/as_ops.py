@@ -1,4 +1,4 @@
-"""The references with the arguments and results of the ops: what runs where no kernel does."""
+"""Gives the references the arguments and results of the ops: what runs where no kernel does."""
 
 from __future__ import annotations
 

@@ -3,8 +3,10 @@
 #include "parallel.h"
 #include "simd.h"
 #include "interleaved_product.h"
+#include "row_digits.h"
 
 #include <algorithm>
+#include <functional>
 #include <vector>
 
 using namespace lanes;
@@ -208,22 +210,49 @@ Floats sums_of(const Weight& w, const float* x) {
   return sums;
 }
 
+// Calls body with the number as a constant.
+template <class Body>
+void of_bits(int bits, const Body& body) {
+  if (bits == 1) body(std::integral_constant<int, 1>{});
+  if (bits == 2) body(std::integral_constant<int, 2>{});
+  if (bits == 4) body(std::integral_constant<int, 4>{});
+  if (bits == 8) body(std::integral_constant<int, 8>{});
+}
+
+// One row of x, prepared for all blocks of a weight, or of another whose groups are the same.
+template <int BITS>
+struct Row {
+  Row(const Weight& w, const float* x) : x(x), sums(sums_of(w, x)) {
+#ifdef HAS_ROW_DIGITS
+    if constexpr (BITS == 2 || BITS == 4) has_digits = find_digits<BITS>(w, x, digits);
+#endif
+  }
+  LANE_FN_OF F dot(const Weight& w, int64_t block) const {
+#ifdef HAS_ROW_DIGITS
+    if constexpr (BITS == 2 || BITS == 4) {
+      if (has_digits) return dot_digits<BITS>(digits, w, block);
+    }
+#endif
+    return dot_row<BITS>(x, sums.data, w, block);
+  }
+  const float* x;
+  Floats sums;
+#ifdef HAS_ROW_DIGITS
+  RowDigits digits;
+  bool has_digits = false;
+#endif
+};
+
 // Few rows: codes are multiplied as they are unpacked.
 template <int BITS>
 void dot(const Product& p, const float* x, int64_t m, int64_t apart, const void* bias, void* y, int threads) {
-  const Floats x_sums = sums_of(p.w, x + (m - 1) * apart);
+  const Row<BITS> last(p.w, x + (m - 1) * apart);
   parallel_for(threads, p.w.blocks, [&](int64_t block) {
     int64_t row = 0;
     for (; row + ROWS <= m; row += ROWS) dot_rows<BITS, ROWS>(p, x, apart, block, bias, y, row);
     if (row + 2 <= m) dot_rows<BITS, 2>(p, x, apart, block, bias, y, row), row += 2;
-    if (row < m) epilogue(p, dot_row<BITS>(x + row * apart, x_sums.data, p.w, block), bias, block, y, row);
+    if (row < m) epilogue(p, last.dot(p.w, block), bias, block, y, row);
   });
-}
-
-template <int BITS>
-void dot_blocks(
-    const Product& p, const float* x, const float* x_sums, int64_t first, int64_t end, const void* bias, void* y) {
-  for (int64_t block = first; block < end; ++block) epilogue(p, dot_row<BITS>(x, x_sums, p.w, block), bias, block, y, 0);
 }
 
 // Dequantizes steps of one block into panel[step][8][PANEL][16].
@@ -319,13 +348,23 @@ void int_dot(const int16_t* x, int64_t m, const int32_t* x_sums, const Weight& w
 
 void products_of_row(
     const Product* const* products, const void* const* biases, float* const* ys, int64_t count, const float* x, int threads) {
-  std::vector<Floats> x_sums;
-  for (int64_t i = 0; i < count; ++i) x_sums.push_back(sums_of(products[i]->w, x));
+  std::vector<std::function<F(const Weight&, int64_t)>> dots;
+  for (int64_t i = 0; i < count; ++i) {
+    const Product &p = *products[i], &before = *products[i ? i - 1 : 0];
+    if (i && p.bits == before.bits && p.w.groups == before.w.groups && p.w.steps == before.w.steps) {
+      dots.push_back(dots.back());
+    } else {
+      of_bits(p.bits, [&](auto bits) {
+        const auto row = std::make_shared<Row<bits>>(p.w, x);
+        dots.push_back([row](const Weight& w, int64_t block) { return row->dot(w, block); });
+      });
+    }
+  }
   in_parallel(threads, [&](int64_t index, int64_t of) {
     for (int64_t i = 0; i < count; ++i) {
       const Product& p = *products[i];
-      const auto run = p.bits == 1 ? dot_blocks<1> : p.bits == 2 ? dot_blocks<2> : p.bits == 4 ? dot_blocks<4> : dot_blocks<8>;
-      run(p, x, x_sums[i].data, p.w.blocks * index / of, p.w.blocks * (index + 1) / of, biases[i], ys[i]);
+      for (int64_t block = p.w.blocks * index / of; block < p.w.blocks * (index + 1) / of; ++block)
+        epilogue(p, dots[i](p.w, block), biases[i], block, ys[i], 0);
     }
   });
 }

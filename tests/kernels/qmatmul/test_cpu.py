@@ -73,6 +73,46 @@ def test_float_rows_with_each_set_of_instructions(name: str):
                 assert relative_rms(multiply(x.to(dtype)).float(), want) < limit
 
 
+# with AVX2, a row is written in digits of 8 bits where that loses nothing, which is not so of the last ones
+ROWS = {
+    "as drawn": (1.0, None),
+    "one large element of each group": (1e-4, 3e3),
+    "whole numbers": (0.0, 7.0),
+    "zeros": (0.0, None),
+    "tiny": (1e-33, None),
+    "huge": (1e32, None),
+    "infinite": (1.0, torch.inf),
+    "not a number": (1.0, torch.nan),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("name", instruction_sets())
+def test_one_row_of_any_size_with_each_set_of_instructions(name: str, bits: int, kind: str):
+    if interleaved_product.kernels() is None or not all(map(has, REQUIRED[name])):
+        pytest.skip(f"no C++ for {name} runs here")
+    functions = library.open_library(library.path_of(name))
+    for function, argtypes in interleaved_product.FUNCTIONS.items():
+        getattr(functions, function).argtypes, getattr(functions, function).restype = argtypes, None
+    w, (size, other) = weight(bits, 70, 408, 136, True), ROWS[kind]
+    x = rows(1, 408) * size
+    if other is not None:
+        x[0, 5::136] = other
+    product = interleaved_product.fixed_product(interleaved(w), torch.float32, torch.float32)
+    multiply = interleaved_product.bind(functions.interleaved_product, product, x.shape, torch.float32, interleaved(w))
+    y, want = multiply(x), qmatmul_ref(x, w)
+    if x.isfinite().all():
+        # of the products that are summed, some of which cancel
+        limit = qmatmul_ref(
+            x.abs(),
+            pack_weight(torch.full((70, 408), 2**bits - 1, dtype=torch.uint8), w.scale, 0.0, bits=bits, group_size=136),
+        )
+        assert ((y - want).abs() <= 4e-7 * limit).all()
+    else:
+        assert not y.isfinite().any()
+
+
 needs_bf16 = pytest.mark.skipif(
     not avx512_bf16.supports(8), reason="needs AVX-512 dot products of bf16, and no matrix unit"
 )
