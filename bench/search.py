@@ -30,7 +30,7 @@ from gs_algos.demo.data import ImageData, load_data
 from gs_algos.demo.models import build
 from gs_algos.demo.train import accuracy, predict, train
 from gs_algos.demo.training_defaults import float_training, tuning_training
-from gs_algos.search.search import search
+from gs_algos.search.search import search_rules
 
 MODEL = "resnet20"
 AGENTS = ("ilp", "ddpg", "random", "evolution", "evolution-unseeded")
@@ -151,7 +151,7 @@ def chosen(
         return gs_algos.Prune(budget="50% flops", scope="global", **pruning), {"score": None}
     generator = torch.Generator().manual_seed(seed)
     some = data.normalize(data.train_x[torch.randperm(len(data.train_x), generator=generator)[:SEEN]])
-    policy = search(
+    policy = search_rules(
         net,
         data.example(),
         base,

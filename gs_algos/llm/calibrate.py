@@ -28,7 +28,7 @@ from gs_algos.ptq.ptq import ENOUGH, PTQ
 from gs_algos.ptq.report import PTQReport
 from gs_algos.quant.packed.linear import TOKEN
 from gs_algos.quant.scheme import Scheme
-from gs_algos.search.mixed_bits import CHOICES, Budget, MixedBits, mixed_bits
+from gs_algos.search.mixed_bits import CHOICES, MixedBits, mixed_bits, parse_budget
 
 WHO = "calibrate_language_model"
 SAMPLES, CONTEXT = 128, 2048
@@ -118,7 +118,7 @@ def calibrate_language_model(
             f"{WHO}: act must be None or {TOKEN!r}, got {str(config.act)!r}; PTQ itself takes it, on any network"
         )
     if budget is not None:
-        Budget.parse(budget)
+        parse_budget(budget)
     if offload and torch.device(device).type != "cpu":
         raise ValueError(f"{WHO}: offload keeps weights for the CPU in files, got device={str(device)!r}")
     with whole_folder(out, WHO) as folder, scratch_folder(out.with_name(f"{out.name}{WEIGHTS}")) as files:

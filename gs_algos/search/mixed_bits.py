@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,11 @@ from gs_algos.ptq.config import WIDTHS
 from gs_algos.ptq.sites import Site, WeightRule, check_schemes, weight_sites
 from gs_algos.quant.packed.packable import format_of
 from gs_algos.quant.scheme import Scheme
+from gs_algos.search.budget import UNITS, Budget
 from gs_algos.search.knapsack import knapsack
 
 WHO = "mixed_bits"
 CHOICES = ("int2@group:64", "int4@group:64", "int8@channel")
-UNITS = {"MB": 10**6, "GB": 10**9, "KB": 10**3, "kB": 10**3, "MiB": 2**20, "GiB": 2**30, "KiB": 2**10}
 
 
 @dataclass(frozen=True)
@@ -66,37 +65,13 @@ class MixedBits:
         return render_layers(("layer", "weight", "divergence"), rows, WHO, below)
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Says how large a network may be: `4.5 bits` a weight, `80 MB` or `30% bytes` in all."""
+def parse_budget(text: str) -> Budget:
+    """Reads the text of a budget: `4.5 bits` a weight, `80 MB` or `30% bytes` in all.
 
-    amount: float
-    unit: str
-
-    @classmethod
-    def parse(cls, text: str) -> Budget:
-        """Reads the text of a budget.
-
-        Raises:
-            ValueError: if it is none of the three forms.
-        """
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%\s*bytes|\w+)\s*", text) if isinstance(text, str) else None
-        unit = match[2].replace(" ", "") if match else ""
-        if match is None or unit not in ("bits", "%bytes", *UNITS) or float(match[1]) <= 0:
-            raise ValueError(f"{WHO}: budget must be like '4.5 bits', '80 MB' or '30% bytes', got {text!r}")
-        return cls(float(match[1]), unit)
-
-    def nbytes(self, numbers: int, before: int, others: int) -> int:
-        """Returns the bytes that the layers with a choice may take.
-
-        Args:
-            numbers: how many weights these have.
-            before: bytes of the float network.
-            others: bytes of all that has no choice.
-        """
-        if self.unit == "bits":
-            return int(self.amount * numbers / 8)
-        return int(self.amount / 100 * before if self.unit == "%bytes" else self.amount * UNITS[self.unit]) - others
+    Raises:
+        ValueError: if it is none of the three forms.
+    """
+    return Budget.parse(text, WHO, ("bits", "%bytes", *UNITS), "'4.5 bits', '80 MB' or '30% bytes'")
 
 
 def mixed_bits(
@@ -133,7 +108,7 @@ def mixed_bits(
         raise ValueError(f"{WHO}: choices must be two schemes or more, got {list(map(str, choices))}")
     for scheme in schemes:
         check_schemes(scheme, embeddings, rules, WHO, WIDTHS)
-    limit = Budget.parse(budget)
+    limit = parse_budget(budget)
     network = network_of(model, WHO)
     inputs_of = InputsOf(WHO, network, None)
     data = [inputs_of(batch) for batch in checked_batches(WHO, batches)]
@@ -150,7 +125,8 @@ def mixed_bits(
     after = {site.names[0]: _nbytes(site, str(site.scheme)) for site in fixed}
     numbers = sum(_weight(site).numel() for site in free)
     totals = totals_of(network, {**dict.fromkeys(fits, 0), **after})
-    allowed = limit.nbytes(numbers, totals.before, totals.after)
+    others = 0 if limit.unit == "bits" else totals.after
+    allowed = int(limit.of(totals.before, numbers)) - others
     least = sum(min(options.values()) for options in sizes)
     if allowed < least:
         least_is = f"{8 * least / numbers:.2f} bits a weight, {totals.after + least:,} bytes in all"

@@ -238,6 +238,3 @@ def _refuse_unmet(problem: Problem) -> None:
     both = ", which do not go together" if all(problem.fits_alone(limit) for limit in problem.limits) else ""
     got = ", ".join(limit.text for limit in problem.limits)
     raise ValueError(f"{WHO}: the budget must allow {' and '.join(told)}{both}, got {got!r}")
-
-
-search = search_rules
