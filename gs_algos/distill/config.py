@@ -29,6 +29,8 @@ class DistillConfig(AlgorithmConfig):
             squared error of standardized `exp(f / (2 s^2))` with learned s and 1x1.
         standardize: True compares logits of mean 0 and standard deviation 1 in each row.
         axis: of the classes in the logits; 1 for a segmentation of images.
+        teacher_rows: inputs of the batch that the teacher sees at a time, so that its logits are never held whole;
+            None: all of them.
     """
 
     logits: float = 0.9
@@ -39,6 +41,7 @@ class DistillConfig(AlgorithmConfig):
     kind: str = "mse"
     standardize: bool = False
     axis: int = -1
+    teacher_rows: int | None = None
 
     who: ClassVar[str] = "Distill"
 
@@ -50,6 +53,11 @@ class DistillConfig(AlgorithmConfig):
             raise ValueError("Distill: logits or features must be > 0, got 0 for both; nothing would be distilled")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"Distill: temperature must be finite and > 0, got {self.temperature}")
+        if self.teacher_rows is not None and (self.teacher_rows < 1 or self.features):
+            raise ValueError(
+                "Distill: teacher_rows must be >= 1, and features 0, which need all rows at once, got "
+                f"teacher_rows={self.teacher_rows}, features={self.features}"
+            )
         if self.kind not in KINDS:
             raise ValueError(f"Distill: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if isinstance(self.pairs, str):
@@ -74,3 +82,4 @@ class DistillOptions(TypedDict, total=False):
     kind: str
     standardize: bool
     axis: int
+    teacher_rows: int | None

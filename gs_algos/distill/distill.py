@@ -32,9 +32,11 @@ from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
 from gs_algos.core.plan import Plan
 from gs_algos.core.registry import algorithm_class
 from gs_algos.distill.config import DistillConfig, DistillOptions
-from gs_algos.distill.losses import feature_loss, first_projection, logit_loss
-from gs_algos.distill.recorder import Recorder, feature_of, recording, remove_recorders
+from gs_algos.distill.losses import feature_loss, first_projection, logit_sum
+from gs_algos.distill.parts import sum_of_parts
+from gs_algos.distill.recorder import Batch, Recorder, feature_of, recording, remove_recorders
 from gs_algos.distill.teacher import Pairs, check_teacher, frozen_copy, logits_of
+from gs_kernels.runtime.torch_private import tree_map_only
 
 PROJECTION, WIDTHS = "distill_projection_{}", "distill_widths_{}"  # parameters of the root of a prepared model
 
@@ -191,25 +193,12 @@ class Distill(Algorithm):
         seen = self._recorder
         if seen.inputs is None:
             raise RuntimeError("Distill.loss: a forward of the model must come before, got none; call net(x) first")
-        args, options = seen.inputs
-        pairs = () if getattr(self.inner, "selecting", False) else self._pairs
         logits = logits_of(output, "Distill.loss")
+        pairs = () if getattr(self.inner, "selecting", False) else self._pairs
         teacher, sites = self._teacher_on(logits.device), dict.fromkeys(theirs for _, theirs in pairs)
-        with evaluating(teacher), recording(teacher, sites) as taught:
-            teacher_logits = logits_of(teacher(*args, **options), "Distill.loss: teacher").detach()
-        if teacher_logits.shape != logits.shape:
-            raise ValueError(
-                f"Distill.loss: the outputs must be what the model returned in its last forward, of the teacher's "
-                f"shape {list(teacher_logits.shape)}, got {list(logits.shape)}; shift or flatten inside of your loss"
-            )
+        with recording(teacher, sites) as taught:
+            total = self.config.logits * self._logit_term(logits, teacher, seen.inputs)
         with without_autocast():
-            total = torch.zeros((), device=logits.device)
-            if self.config.logits:
-                student, wanted = (t.movedim(self.config.axis, -1) for t in (logits, teacher_logits))
-                mask = options.get("attention_mask")
-                mask = mask if isinstance(mask, Tensor) and mask.shape == student.shape[:-1] else None
-                term = logit_loss(student, wanted, self.config.temperature, self.config.standardize, mask)
-                total = total + self.config.logits * term
             for number, (own, theirs) in enumerate(pairs):
                 student = feature_of(seen.features.get(own), own, "Distill.loss")
                 if torch.is_grad_enabled() and not student.requires_grad:
@@ -222,6 +211,34 @@ class Distill(Algorithm):
                 term = feature_loss(self.config.kind, student, teacher_feature, *parameters)
                 total = total + self.config.features * term
         return total
+
+    def _logit_term(self, logits: Tensor, teacher: nn.Module, inputs: Batch) -> Tensor:
+        """Runs the teacher on the inputs, some at a time if the options say so; returns the term on logits."""
+        axis, count, rows = self.config.axis, len(logits), self.config.teacher_rows
+        mask = inputs[1].get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.shape == logits.movedim(axis, -1).shape[:-1] else None
+
+        def part_of(t: Tensor, part: slice) -> Tensor:
+            return t[part] if t.dim() and len(t) == count else t
+
+        def term(student: Tensor, part: slice) -> Tensor:
+            args, options = tree_map_only(Tensor, lambda t: part_of(t, part), inputs)
+            with evaluating(teacher):
+                taught = logits_of(teacher(*args, **options), "Distill.loss: teacher").detach()
+            if taught.shape != student.shape:
+                raise ValueError(
+                    "Distill.loss: the outputs must be what the model returned in its last forward, of the teacher's "
+                    f"shape {list(taught.shape)}, got {list(student.shape)}; shift or flatten inside of your loss"
+                )
+            if not self.config.logits:
+                return torch.zeros((), device=logits.device)
+            own, wanted = (t.movedim(axis, -1) for t in (student, taught))
+            own_mask = None if mask is None else mask[part]
+            with without_autocast():
+                return logit_sum(own, wanted, self.config.temperature, self.config.standardize, own_mask)
+
+        total = term(logits, slice(None)) if rows is None else sum_of_parts(logits, term, rows)
+        return total / (logits.movedim(axis, -1)[..., 0].numel() if mask is None else mask.sum().clamp(min=1))
 
     def _teacher_on(self, device: torch.device) -> nn.Module:
         """Returns the network of the teacher, on a device: a copy of ours moves there, one that was given must be."""

@@ -17,10 +17,10 @@ EPSILON = 1e-7
 DEEPEST = -20.0  # smallest exponent of the kernel map
 
 
-def logit_loss(
+def logit_sum(
     student: Tensor, teacher: Tensor, temperature: float, standardize: bool = False, mask: Tensor | None = None
 ) -> Tensor:
-    """Returns `T^2 * KL(softmax(teacher / T) || softmax(student / T))`, summed over classes, mean over the rows.
+    """Returns `T^2 * KL(softmax(teacher / T) || softmax(student / T))`, summed over classes and rows.
 
     Args:
         student: `[..., classes]`.
@@ -32,10 +32,7 @@ def logit_loss(
         student, teacher = standardized(student), standardized(teacher)
     student, teacher = (x.float() if x.dtype == torch.float64 else x for x in (student, teacher))
     rows = kl_divergence(student, teacher, temperature=temperature)
-    if mask is None:
-        return temperature**2 * rows.mean()
-    counts = mask.to(rows.dtype)
-    return temperature**2 * (rows * counts).sum() / counts.sum().clamp(min=1)
+    return temperature**2 * (rows if mask is None else rows * mask.to(rows.dtype)).sum()
 
 
 def standardized(logits: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from gs_algos.core.modules import get_module, remove_hooks
 
+Batch = tuple[tuple[Any, ...], dict[str, Any]]  # args and kwargs of a forward
+
 
 class Recorder:
     """Keeps the inputs of a model's last forward, and the outputs of the layers at `sites`.
@@ -25,7 +27,7 @@ class Recorder:
 
     def clear(self) -> None:
         """Forgets the last forward."""
-        self.inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.inputs: Batch | None = None
         self.features: dict[str, Any] = {}
         self.running = False
 

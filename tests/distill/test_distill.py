@@ -235,6 +235,33 @@ def test_language_models_are_distilled_where_the_mask_is():
     assert algo.loss(lambda output, target: output)(y, None).item() == pytest.approx(kl.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("rows, seen", [(3, [3, 3, 2]), (8, [8])])
+def test_a_teacher_that_sees_parts_gives_the_same_gradients(rows, seen):
+    grads: list[list[Tensor]] = []
+    sizes: list[int] = []
+    for teacher_rows in (None, rows):
+        net, teacher = small(), small(1)
+        teacher.fc.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+        algo = Distill(SimQAT(), teacher, temperature=2.0, teacher_rows=teacher_rows)
+        net = algo.apply(net, images())
+        sizes.clear()
+        loss = algo.loss(F.cross_entropy)(net.train()(images(seed=3)), TARGET)
+        loss.backward()
+        grads.append([loss.detach(), *(p.grad for p in net.parameters() if p.grad is not None)])
+    assert sizes == seen
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*grads, strict=True))
+
+
+def test_parts_take_one_backward():
+    net = small()
+    algo = Distill(teacher_rows=4)
+    algo.apply(net, images())
+    loss = algo.loss(F.cross_entropy)(net(images()), TARGET)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward where the teacher sees parts"):
+        loss.backward()
+
+
 def test_a_copy_is_converted_while_the_training_goes_on():
     algo = Distill(SimQAT(), features=1.0, kind="attention")
     net = algo.apply(small(), images())
@@ -394,6 +421,8 @@ def test_wrong_calls_say_what_to_do():
         ({"labels": -1.0}, "labels must be finite and >= 0, got -1.0"),
         ({"logits": 0.0}, "logits or features must be > 0"),
         ({"kind": "cosine"}, "kind must be one of mse, attention, kernel, got 'cosine'"),
+        ({"teacher_rows": 0}, "teacher_rows must be >= 1"),
+        ({"teacher_rows": 2, "features": 1.0}, "and features 0, which need all rows at once"),
         ({"pairs": ["a"]}, "features must be > 0 where pairs are given"),
         ({"features": 1.0, "pairs": [("a", "b", "c")]}, "every pair must be a name"),
     ],
