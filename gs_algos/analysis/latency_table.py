@@ -167,7 +167,7 @@ def latency_table(
     *,
     batch: int | None = None,
     seconds: float = 0.2,
-    policies: int = POLICIES,
+    policies: int | Sequence[Mapping[str, str]] = POLICIES,
     seed: int = 0,
     path: Path | None = None,
 ) -> LatencyTable:
@@ -179,7 +179,8 @@ def latency_table(
             `int8@channel/int8@token`. A layer that cannot have one is left out of it, with the reason.
         batch: samples of the forward; default: those of `inputs`.
         seconds: for how long each layer and each network is timed, in each form.
-        policies: how many whole networks with random choices are timed, to say how well they are predicted.
+        policies: whole networks that are timed, to say how well they are predicted: layer -> choice of each, or how
+            many with random choices.
         seed: of these choices.
         path: a JSON file. Times that it holds from a machine, versions and threads like these are not measured again;
             new ones are added, one after the other, so that an interrupted run goes on.
@@ -191,8 +192,10 @@ def latency_table(
     network = network_of(net, WHO)
     for choice in choices:
         parse(choice)
-    if policies < 0 or not 0 <= seconds < float("inf"):
-        raise ValueError(f"{WHO}: policies and seconds must be 0 or more, got {policies} and {seconds}")
+    given_policies = None if isinstance(policies, int) else [dict(policy) for policy in policies]
+    count = policies if isinstance(policies, int) else len(policies)
+    if count < 0 or not 0 <= seconds < float("inf"):
+        raise ValueError(f"{WHO}: policies and seconds must be 0 or more, got {count} and {seconds}")
     if batch is not None and (type(batch) is not int or batch < 1):
         raise ValueError(f"{WHO}: batch must be a whole number from 1 on, got {batch!r}")
     store = TimeStore(path)
@@ -207,7 +210,8 @@ def latency_table(
         weights = {name: sum(call.outputs for call in calls) for name, calls in sites.items()}
         missing = {name: whys for name, whys in timer.missing.items() if whys}
         table = LatencyTable(0.0, timer.layers, {}, weights, samples_of(given), missing, (), facts)
-        return _with_networks(table, network, given, seconds, _random_policies(timer.layers, policies, seed))
+        drawn = _random_policies(timer.layers, count, seed) if given_policies is None else given_policies
+        return _with_networks(table, network, given, seconds, drawn)
 
 
 def _random_policies(layers: Mapping[str, Mapping[str, float]], count: int, seed: int) -> list[dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from typing_extensions import Unpack
 
-from gs_algos.analysis.latency_table import LatencyTable
+from gs_algos.analysis.latency_table import POLICIES, LatencyTable
 from gs_algos.core.algorithm import Algorithm, Inputs
 from gs_algos.core.batches import InputsOf, checked_batches, device_of, on_device, samples_of
 from gs_algos.core.network import network_of, ordinary_tensors
@@ -91,8 +92,8 @@ def search_rules(
             _algorithms(given, space, end)
         table = None
         if any(budget.kind == "latency" for budget in budgets):
-            forms = _forms(Costs(targets, network, inputs, calls, None, WHO), space)
-            table = table_for(network, inputs, forms, latency, chosen.seed, processes, WHO)
+            forms, mixed = _forms(Costs(targets, network, inputs, calls, None, WHO), space, chosen.seed)
+            table = table_for(network, inputs, forms, mixed, latency, processes, WHO)
         costs = Costs(targets, network, inputs, calls, table, WHO)
         limits = limits_of(budgets, space, costs, WHO)
         score = ProbeScore(targets, network, batches, evaluate, WHO)
@@ -190,14 +191,16 @@ def _ends(space: Space) -> list[Picks]:
     return [tuple(min(i, len(knob.values) - 1) for knob in space.knobs) for i in range(longest)]
 
 
-def _forms(costs: Costs, space: Space) -> list[str]:
-    """Returns the forms that layers can have, for the latency table."""
+def _forms(costs: Costs, space: Space, seed: int) -> tuple[list[str], list[dict[str, str]]]:
+    """Returns the forms that layers can have, and some random networks of the space, for the latency table."""
     found: dict[str, None] = {}
     for picks in _ends(space):
         for others in _ends(space):
             mixed = tuple(a if k.kind == "weight" else b for k, a, b in zip(space.knobs, picks, others, strict=True))
             found |= dict.fromkeys(costs.forms(space.setting(mixed)).values())
-    return [form for form in found if form != FLOAT]
+    generator = random.Random(seed)
+    drawn = [tuple(generator.randrange(len(k.values)) for k in space.knobs) for _ in range(POLICIES)]
+    return [form for form in found if form != FLOAT], [costs.forms(space.setting(picks)) for picks in drawn]
 
 
 def _algorithms(algorithms: Sequence[Algorithm], space: Space, picks: Picks) -> list[Algorithm]:

@@ -26,12 +26,16 @@ def table_for(
     network: nn.Module,
     inputs: Inputs,
     forms: Sequence[str],
+    policies: Sequence[Mapping[str, str]],
     given: LatencyTable | str | os.PathLike[str] | None,
-    seed: int,
     processes: Processes,
     who: str,
 ) -> LatencyTable:
     """Returns the table that was given, or one that is measured now, by the first process; times of a file are kept.
+
+    Args:
+        forms: that layers can have.
+        policies: layer -> form of whole networks, which tell how well the table predicts.
 
     Raises:
         ValueError: if it is of another machine, other versions or another batch, or predicts five whole networks with
@@ -51,7 +55,7 @@ def table_for(
         if path is not None and path.exists():
             _refuse_foreign(path, facts, who)
         table = _of_first(
-            lambda: latency_table(network, inputs, forms, seconds=SECONDS, seed=seed, path=path), processes, who
+            lambda: latency_table(network, inputs, forms, seconds=SECONDS, policies=policies, path=path), processes, who
         )
     if table.error is not None and table.error > BAR:
         checks = "; ".join(f"{one.predicted:.3g} ms for {one.measured:.3g}" for one in table.checks)

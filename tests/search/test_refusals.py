@@ -157,3 +157,17 @@ def test_a_table_of_another_batch_is_refused():
 def test_milliseconds_of_pruned_networks_are_refused():
     with pytest.raises(ValueError, match="a budget of latency must be for knobs of weights and inputs, got"):
         found(Prune(), latency=table(), budget="2 ms")
+
+
+def test_the_networks_that_a_table_is_checked_by_are_those_of_the_search(monkeypatch):
+    asked = {}
+
+    def measured(network, inputs, choices, **options):
+        asked.update(options, choices=choices)
+        return table()
+
+    monkeypatch.setattr("gs_algos.search.times.latency_table", measured)
+    found(choices=("int4@channel", "int8@channel"), budget="3 ms", evaluations=1)
+    assert len(asked["policies"]) == 5
+    values = {value for policy in asked["policies"] for value in policy.values()}
+    assert values == set(asked["choices"]) == {"int4@channel:minmax:sym", "int8@channel:minmax:sym"}

@@ -45,8 +45,8 @@ class TradeOff:
     def verdict(self) -> str:
         """Says in one sentence what was found."""
         cost, loss = self.chosen
-        share = f"{100 * cost / self.before:.1f} % of the float network's {significant(self.before)} {self.unit}"
-        return f"{share}, at {significant(loss)} of {self.loss}."
+        share = f"{100 * cost / self.before:.1f} % of the float network's {_cost(self.before)} {self.unit}"
+        return f"{share}; {self.loss}: {significant(loss)}."
 
 
 def trade_off(report: Report, most: int) -> Html:
@@ -55,10 +55,12 @@ def trade_off(report: Report, most: int) -> Html:
     if found is None:
         return Html("")
     caption = f"{found.loss[:1].upper()}{found.loss[1:]} by {found.unit}: networks that were measured"
-    rows = [[significant(c, 6), f"{100 * c / found.before:.1f} %", significant(y)] for c, y in found.front]
+    rows = [[_cost(c), f"{100 * c / found.before:.1f} %", significant(y)] for c, y in found.front]
     header = (found.unit, "of the float network", found.loss)
     whole = folded(f"{caption}: table", table(caption, header, rows), len(rows))
-    words = f"{caption}, none both dearer and worse than another; the large dot was chosen"
+    words = (
+        f"{caption}, none both dearer and worse than another; the large dot was chosen, the upright line is the budget"
+    )
     words += ", and the broken line is what the scores of single choices predict." if found.predicted else "."
     rules = [tag("pre", tag("code", text), tabindex="0") for text in found.rules]
     paste = paragraph(tag("strong", "The rules that were found:")) if rules else None
@@ -88,18 +90,21 @@ def _dots(title: str, found: TradeOff) -> Html:
         shown = significant(10**value if log else value)
         parts += [rule(LEFT, at, WIDTH - RIGHT, at), label(shown, LEFT - 8, at + 4, "n", "end")]
     for value in ticks(first, last, 6):
-        parts.append(label(significant(value), x(value), bottom + 18, "n", "middle"))
+        parts.append(label(_cost(value), x(value), bottom + 18, "n", "middle"))
     parts.append(label(found.unit, WIDTH - RIGHT, bottom + 36, "t", "end"))
-    parts.append(
-        mark("path", f"the budget: {significant(found.most)} {found.unit}", d=_line(x, found.most), class_="edge")
-    )
+    parts.append(mark("path", f"the budget: {_cost(found.most)} {found.unit}", d=_line(x, found.most), class_="edge"))
     parts += [_path(found.predicted, x, y, "predicted", "line b"), _path(found.front, x, y, "measured", "line a")]
     for style, radius, group in (("a", 3.5, found.front), ("a", 7.0, [found.chosen])):
         for cost, loss in group:
             if math.isfinite(loss):
-                said = f"{significant(cost, 6)} {found.unit}, {significant(loss)}"
+                said = f"{_cost(cost)} {found.unit}, {significant(loss)}"
                 parts.append(mark("circle", said, cx=x(cost), cy=y(loss), r=radius, class_=f"dot {style}"))
     return svg(title, WIDTH, bottom + 44, parts)
+
+
+def _cost(value: float) -> str:
+    """Writes a cost: large numbers are counts."""
+    return f"{value:,.0f}" if value >= 1000 else significant(value)
 
 
 def _line(x: object, cost: float) -> str:
