@@ -275,7 +275,8 @@ def other_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         for function in CACHED:
             function.cache_clear()
 
-    monkeypatch.delenv("GS_CPU_ISA", raising=False)
+    for name in ("GS_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
     yield become
     monkeypatch.undo()
     for function in CACHED:
