@@ -56,6 +56,7 @@ LANE_FN F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
 LANE_FN F round(F a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 LANE_FN F in_fp32(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 LANE_FN I whole(F a) { return {_mm512_cvttps_epi32(a.v)}; }
+LANE_FN I nearest(F a) { return {_mm512_cvtps_epi32(a.v)}; }
 LANE_FN I load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 LANE_FN I load(const int32_t* p, int64_t n) { return {_mm512_maskz_loadu_epi32(first(n), p)}; }
 LANE_FN void store(int32_t* p, I a) { _mm512_storeu_si512(p, a.v); }
@@ -139,6 +140,7 @@ LANE_FN F round(F x) {
 }
 LANE_FN F in_fp32(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 LANE_FN I whole(F x) { return {_mm256_cvttps_epi32(x.a), _mm256_cvttps_epi32(x.b)}; }
+LANE_FN I nearest(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 LANE_FN I load(const int32_t* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))}; }
 LANE_FN void store(int32_t* p, I x) { _mm256_storeu_si256((__m256i*)p, x.a), _mm256_storeu_si256((__m256i*)(p + 8), x.b); }
 LANE_FN I load(const int8_t* p) {
@@ -244,6 +246,13 @@ LANE_FN F round(F a) {
 }
 LANE_FN F in_fp32(I a) EACH(F, __builtin_convertvector(a.v[i], f4))
 LANE_FN I whole(F a) EACH(I, __builtin_convertvector(a.v[i], i4))
+#if defined(__SSE2__)
+LANE_FN I nearest(F a) EACH(I, (i4)_mm_cvtps_epi32((__m128)a.v[i]))
+#elif defined(__aarch64__)
+LANE_FN I nearest(F a) EACH(I, (i4)vcvtnq_s32_f32((float32x4_t)a.v[i]))
+#else
+LANE_FN I nearest(F a) { return whole(round(a)); }
+#endif
 LANE_FN I load(const int32_t* p) { I y; std::memcpy(y.v, p, sizeof(y.v)); return y; }
 LANE_FN void store(int32_t* p, I a) { std::memcpy(p, a.v, sizeof(a.v)); }
 LANE_FN I load(const int8_t* p) OF_EACH(I, p[i])

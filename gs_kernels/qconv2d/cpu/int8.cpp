@@ -37,6 +37,7 @@ struct Convolution {
   const float* fraction;      // [parts, outputs], or null
   float inverse, out_fraction, whole, least, largest;
   int32_t twice, activation, codes;  // activation: 0 none, 1 relu, 2 relu6; codes: whether y is int8
+  int32_t finite;                    // whether scale and bias are
 };
 
 // What is not the same in all calls for images of one shape.
@@ -47,6 +48,23 @@ struct Operands {
   void* y;
   const void* residual;        // the shape of y, or null
   const float *scale, *zero;   // of a residual of int8 codes; of floats null
+  // Whether the limits of activation and codes are one, `floor` and `ceiling`: of codes before they are rounded, less the
+  // whole part of their zero point. Rounding keeps the order of values and whole limits, and fp32 holds such codes. NaN,
+  // of which the result is the least code, must not come up.
+  bool joined;
+  float floor, ceiling;
+
+  Operands(
+      const Convolution& im, const int8_t* x, const float* x_scale, int64_t step, void* y, const void* residual,
+      const float* scale, const float* zero)
+      : x(x), x_scale(x_scale), step(step), y(y), residual(residual), scale(scale), zero(zero) {
+    const float least = im.least - im.whole, largest = im.largest - im.whole;
+    const float six = im.activation == 2 ? 6.0f * im.inverse + im.out_fraction : INFINITY;
+    joined = im.codes && im.finite && !residual && !step && *x_scale < INFINITY && im.inverse > 0.0f &&
+             im.inverse < INFINITY && std::fabs(im.whole) < float(1 << 22);
+    floor = std::max(im.activation ? im.out_fraction : -INFINITY, least);
+    ceiling = std::min(std::max(six, least), largest);
+  }
 };
 
 // What a group of the weight makes of sums, for n of 16 channels: its share of y, without the scale of x.
@@ -86,6 +104,8 @@ struct Finish {
   const void* residual;
   const bool has_bias, of_codes, codes;
   const F bias, scale, zero, low, high, inverse, fraction, whole, least, largest;
+  const bool joined;
+  const F floor, ceiling;
 
   LANE_FN_OF Finish(const Convolution& im, const Operands& of, int64_t channel, int64_t n)
       : outputs(im.outputs), channel(channel), n(n), step(of.step), x_scale(of.x_scale), y(of.y), residual(of.residual),
@@ -93,16 +113,21 @@ struct Finish {
         bias(im.bias ? load(im.bias + channel, n) : all(0.0f)), scale(all(of.scale ? *of.scale : 1.0f)),
         zero(all(of.zero ? *of.zero : 0.0f)), low(all(im.activation ? 0.0f : -INFINITY)),
         high(all(im.activation == 2 ? 6.0f : INFINITY)), inverse(all(im.inverse)), fraction(all(im.out_fraction)),
-        whole(all(im.whole)), least(all(im.least)), largest(all(im.largest)) {}
+        whole(all(im.whole)), least(all(im.least)), largest(all(im.largest)), joined(of.joined && n >= LANES),
+        floor(all(of.floor)), ceiling(all(of.ceiling)) {}
+
+  // One pixel of y, if `joined`.
+  LANE_FN_OF void put(int64_t row, F real, F by) const {
+    const F v = (real * by + bias) * inverse + fraction;
+    store(static_cast<int8_t*>(y) + row * outputs + channel, nearest(min(max(v, floor), ceiling)) + nearest(whole));
+  }
 
   // Of `count` pixels of y, the first numbered `row`. real(i): what their sums are worth, without the scale of x.
   template <class Real>
   LANE_FN_OF void operator()(int64_t count, int64_t row, const Real& real) const {
-    if (codes && !residual && n >= LANES) {  // the most usual one, without branches
-      for (int64_t i = 0; i < count; ++i, ++row) {
-        const F v = min(high, max(low, real(i) * all(x_scale[row * step]) + bias));
-        store(static_cast<int8_t*>(y) + row * outputs + channel, in_codes(v));
-      }
+    if (joined) {  // the most usual one, without branches
+      const F by = all(*x_scale);
+      for (int64_t i = 0; i < count; ++i) put(row + i, real(i), by);
       return;
     }
     for (int64_t i = 0; i < count; ++i, ++row) {
@@ -401,7 +426,8 @@ struct Planes {
         count((im.r + in_word - 1) / in_word),
         size(width * im.channels + LANES) {}
 
-  const int32_t* fill(const int8_t* x, int64_t p) {
+  // rows: of the image that are seen, from that of the first tap on.
+  const int32_t* fill(const int8_t* x, int64_t p, int64_t rows_seen) {
     const int64_t left = std::min(im.left, width), end = std::max(left, std::min(im.left + im.w, width));
     if (int64_t(scratch.frame.size()) < 4 * count * size) scratch.frame.resize(4 * count * size);
     if (int64_t(scratch.border.size()) < im.w * im.channels) scratch.border.resize(im.w * im.channels);
@@ -412,7 +438,7 @@ struct Planes {
       const int8_t* rows[4];
       for (int64_t i = 0; i < 4; ++i) {
         const int64_t r = plane * in_word + i, from = p * im.stride_h - im.top + r * im.dilation_h;
-        const bool is_there = i < in_word && r < im.r && from >= 0 && from < im.h;
+        const bool is_there = i < in_word && r < rows_seen && from >= 0 && from < im.h;
         rows[i] = is_there ? x + from * im.w * im.channels : scratch.border.data();
       }
       int32_t* to = words + plane * size;
@@ -475,7 +501,7 @@ LANE_FN I add_word(I sums, I x, I by, bool by_quads) {
 template <bool BY_QUADS, bool SUMS>
 void one_row(const Convolution& im, const Operands& operands, int64_t row) {
   Planes planes(im);
-  const int32_t* words = planes.fill(operands.x + row / im.p * im.h * im.w * im.channels, row % im.p);
+  const int32_t* words = planes.fill(operands.x + row / im.p * im.h * im.w * im.channels, row % im.p, im.r);
   const int64_t padded = (im.channels + LANES - 1) / LANES * LANES, less = BY_QUADS ? im.shift + UNSIGNED : 0;
   for (int64_t channel = 0; channel < im.channels; channel += LANES) {
     const int64_t n = im.channels - channel;
@@ -500,6 +526,53 @@ void one_row(const Convolution& im, const Operands& operands, int64_t row) {
   }
 }
 
+// Whether two rows of y see four rows of the image, which are the words of the planes of one.
+bool pairs_rows(const Convolution& im) {
+  return im.r == 3 && im.s == 3 && im.stride_h == 1 && im.dilation_h == 1 && !im.zero2 && !im.fraction;
+}
+
+// Rows p and p + 1 of y of an image: the taps of the second are those of the first, a row further down in each word.
+template <bool BY_QUADS>
+void two_rows(const Convolution& im, const Operands& operands, int64_t b, int64_t p) {
+  constexpr int PLANES = BY_QUADS ? 1 : 2;
+  Planes planes(im);
+  const int32_t* words = planes.fill(operands.x + b * im.h * im.w * im.channels, p, im.r + 1);
+  const int64_t padded = (im.channels + LANES - 1) / LANES * LANES, less = BY_QUADS ? im.shift + UNSIGNED : 0;
+  const int64_t row = b * im.p + p, step = im.dilation_w * im.channels;
+  const bool has_second = p + 1 < im.p;
+  for (int64_t channel = 0; channel < im.channels; channel += LANES) {
+    const int64_t n = im.channels - channel;
+    const Part share(im, channel, n, less);
+    const Finish finish(im, operands, channel, n);
+    I first[PLANES][3], second[PLANES][3];
+    for (int s = 0; s < 3; ++s) {
+      for (int i = 0; i < PLANES; ++i) first[i][s] = load(im.weight + channel + (i * 3 + s) * padded);
+      second[0][s] = left(first[0][s], BY_QUADS ? 8 : 16);
+      if (!BY_QUADS) second[PLANES - 1][s] = right(first[0][s], 16) | left(first[PLANES - 1][s], 16);
+    }
+    const F by = all(*operands.x_scale);
+    for (int64_t q = 0; q < im.q; ++q) {
+      I upper = all(0), lower = all(0);
+      each<PLANES>([&](auto i) INLINE {
+        each<3>([&](auto s) INLINE {
+          const I x = load(words + i * planes.size + q * im.stride_w * im.channels + channel + s * step);
+          upper = add_word(upper, x, first[i][s], BY_QUADS);
+          lower = add_word(lower, x, second[i][s], BY_QUADS);
+        });
+      });
+      const F real[] = {share(upper, all(0)), share(lower, all(0))};
+      for (int i = 0; i < 1 + has_second; ++i) {
+        const int64_t at = (row + i) * im.q + q;
+        if (finish.joined) {
+          finish.put(at, real[i], by);
+        } else {
+          finish(1, at, [&](int64_t) INLINE { return real[i]; });
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 // The forms of products that this library has, as bits: 1 << SHORTS, 1 << QUADS.
@@ -517,7 +590,7 @@ EXPORT void convolve_int8(
     const Convolution* of, const int8_t* x, const float* x_scale, int64_t step, void* y, const void* residual,
     const float* scale, const float* zero, int threads) {
   const Convolution& im = *of;
-  const Operands operands{x, x_scale, step, y, residual, scale, zero};
+  const Operands operands(im, x, x_scale, step, y, residual, scale, zero);
   const int64_t all_panels = (im.outputs / im.groups + LANES - 1) / LANES;
   const int64_t rows = Frame(im).rows_at_once(), pieces = (im.p + rows - 1) / rows;
   const int64_t units = im.batch * im.groups * pieces;
@@ -539,7 +612,13 @@ EXPORT void convolve_int8(
 EXPORT void depthwise_int8(
     const Convolution* of, const int8_t* x, const float* x_scale, int64_t step, void* y, const void* residual,
     const float* scale, const float* zero, int threads) {
-  const Operands operands{x, x_scale, step, y, residual, scale, zero};
+  const Operands operands(*of, x, x_scale, step, y, residual, scale, zero);
+  if (pairs_rows(*of)) {
+    const int64_t pairs = (of->p + 1) / 2;
+    const auto two = of->form == PAIRS ? two_rows<false> : two_rows<true>;
+    parallel_for(threads, of->batch * pairs, [&](int64_t i) { two(*of, operands, i / pairs, i % pairs * 2); });
+    return;
+  }
   const bool sums = of->zero2 || of->fraction;
   const auto one = of->form == PAIRS ? (sums ? one_row<false, true> : one_row<false, false>)
                                      : (sums ? one_row<true, true> : one_row<true, false>);

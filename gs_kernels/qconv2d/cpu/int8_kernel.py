@@ -31,7 +31,7 @@ class _Convolution(ctypes.Structure):
         *((name, size) for name in ("run_count", "words", "form", "joined", "shift", "parts")),
         *((name, pointer) for name in ("scale", "bias", "code_sums", "zero2", "fraction")),
         *((name, single) for name in ("inverse", "out_fraction", "whole", "least", "largest")),
-        *((name, number) for name in ("twice", "activation", "codes")),
+        *((name, number) for name in ("twice", "activation", "codes", "finite")),
     ]
 
 
@@ -87,12 +87,14 @@ class Kernel:
         )
         pointers = [None if t is None else t.data_ptr() for t in self.held]
         runs = len(panels.runs), panels.words.shape[2], panels.form, panels.joined
+        finite = grid is not None and bool(weight.scale.isfinite().all())
+        finite = finite and (bias is None or bool(bias.isfinite().all()))
         self.tail = (
             *pointers[:2],
             *(*runs, shift, weight.scale.shape[1]),
             *pointers[2:],
             *((0.0,) * 5 if grid is None else grid),
-            *(weight.twice, ACTIVATIONS[activation].cpp, grid is not None),
+            *(weight.twice, ACTIVATIONS[activation].cpp, grid is not None, finite),
         )
 
     def at(self, b: int, h: int, w: int, rows: bool = False) -> Callable[..., Tensor]:

@@ -131,6 +131,19 @@ def test_zero_points_and_groups_of_the_weight(way: str, bits: int, zero: str, gr
     check(image(16), w, torch.linspace(-1, 1, 21), GEOMETRIES["padded"])
 
 
+@pytest.mark.parametrize("zero", [0.25, -131.5, 300.0, -300.75, 5e6, 3e7])
+def test_codes_of_any_grid_are_limited_as_the_activation_and_the_grid_say(way: str, zero: float):
+    """The limits of both are one where that gives the same; NaN has the least code."""
+    out = {"out_scale": torch.tensor([0.04]), "out_zero": torch.tensor([zero])}
+    for groups, bias in itertools.product((1, 19), (torch.linspace(-9, 9, 19), torch.full((19,), torch.nan))):
+        w, about = weight(19, 19 // groups * 9, 8), {**GEOMETRIES["padded"], "groups": groups}
+        for activation, h in itertools.product(("none", "relu", "relu6"), (1, 6)):
+            options = {**about, **out, "x_zero": torch.tensor([3.0]), "activation": activation}
+            x, x_scale = image(19, 2, h, 5), torch.tensor([0.01])
+            want = qconv2d_int8_ref(x, x_scale, w, bias, **options)
+            assert torch.equal(qconv2d_int8(x, x_scale, w, bias, **options), want), (groups, activation, h)
+
+
 def test_residuals(way: str):
     about, generator = GEOMETRIES["padded"], torch.Generator().manual_seed(2)
     x, w, bias = image(24, 2, 5, 5), weight(37, 216, 8), torch.linspace(-3, 3, 37)
