@@ -432,7 +432,7 @@ struct Planes {
     if (int64_t(scratch.frame.size()) < 4 * count * size) scratch.frame.resize(4 * count * size);
     if (int64_t(scratch.border.size()) < im.w * im.channels) scratch.border.resize(im.w * im.channels);
     int32_t* words = reinterpret_cast<int32_t*>(scratch.frame.data());
-    const int32_t code = im.form == PAIRS ? 0 : 0x01010101 * int32_t(im.shift + UNSIGNED);
+    const int32_t code = im.form == PAIRS ? 0 : int32_t(0x01010101u * uint8_t(im.shift + UNSIGNED));
     std::memset(scratch.border.data(), int(im.shift), im.w * im.channels);
     for (int64_t plane = 0; plane < count; ++plane) {
       const int8_t* rows[4];
