@@ -264,6 +264,8 @@ class Pipeline:
                 f"Pipeline.resume: {path} must be of format {FORMAT!r} version {VERSION}, got another file"
             )
         done, began, theirs = index.get("done"), index.get("began"), index.get("stages")
+        if isinstance(theirs, list) and len(theirs) == len(self.algorithms):
+            theirs = [*map(_with_defaults, theirs, self.algorithms)]
         if theirs != self._stages:
             got = _difference(theirs, self._stages)
             raise ValueError(f"Pipeline.resume: the stages must be those of the run in {self.folder}, got {got}")
@@ -277,6 +279,16 @@ def _facts(algorithm: Algorithm) -> dict[str, Any]:
     inner = getattr(algorithm, "inner", None)
     more = {} if inner is None else {"inner": _facts(inner)}
     return {"algorithm": algorithm.name, "config": algorithm.config.to_dict(), **more}
+
+
+def _with_defaults(stage: Any, algorithm: Algorithm) -> Any:
+    """Returns a stage of a folder with the defaults of options that there were none of when it was written."""
+    if not isinstance(stage, dict) or not isinstance(config := stage.get("config"), dict):
+        return stage
+    options = {**json.loads(json.dumps(type(algorithm.config)().to_dict(), default=_text)), **config}
+    inner = getattr(algorithm, "inner", None)
+    more = {} if inner is None else {"inner": _with_defaults(stage.get("inner"), inner)}
+    return {**stage, "config": options, **more}
 
 
 def _difference(theirs: Any, ours: list[dict[str, Any]]) -> str:

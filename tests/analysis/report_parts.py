@@ -12,6 +12,7 @@ from gs_algos.analysis.effect import Effect, NetworkFacts
 from gs_algos.analysis.latency import LayerTimes
 from gs_algos.analysis.quality import Quality
 from gs_algos.analysis.report.page import Report
+from gs_algos.analysis.report.trade_off import TradeOff
 from gs_algos.analysis.sensitivity import Sensitivity
 from gs_algos.core.timing import Timing
 
@@ -102,6 +103,13 @@ def decoder(blocks: int) -> list[str]:
     return ["model.embed_tokens", *(f"model.layers.{b}.{role}" for b in range(blocks) for role in roles)]
 
 
+def trade_off(names: list[str]) -> TradeOff:
+    """Makes what a search found: costs and losses, a few of them predicted."""
+    front = [(2e5 * i, 0.3 / i**2) for i in range(1, 6)]
+    rules = tuple(f"({name!r}, {{'weight': 'int4@channel'}})" for name in names[:1])
+    return TradeOff("bytes", 1.1e6, 5e5, "KL divergence in nats", front[1], front, front[::2], rules)
+
+
 def full(names: list[str] | None = None, title: str = "ResNet20") -> Report:
     """Makes a report with all of its parts."""
     names = sites() if names is None else names
@@ -152,6 +160,7 @@ def full(names: list[str] | None = None, title: str = "ResNet20") -> Report:
             "levels": levels_of,
         },
         channels={site: (64, 64 - 5 * (i % 9)) for i, site in enumerate(names[:12])},
+        trade_off=trade_off(names),
         notes=("Times are of one thread.",),
         made={
             "command": "golden-stick report a b",

@@ -92,6 +92,7 @@ def test_sections_are_in_the_order_in_which_one_reads():
         "Weights under their grid",
         "Activations in their range",
         "The search for levels",
+        "Cost and quality",
         "Channels",
         "What to do next",
         "Notes",

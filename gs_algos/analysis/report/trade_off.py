@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gs_algos.analysis.report.page import Report
 
 LEFT, RIGHT, TOP, ROOM = 96, 24, 12, 260
+AT_EDGE = 16  # from the right end on, a label under the axis ends at its tick
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def _dots(title: str, found: TradeOff) -> Html:
         shown = significant(10**value if log else value)
         parts += [rule(LEFT, at, WIDTH - RIGHT, at), label(shown, LEFT - 8, at + 4, "n", "end")]
     for value in ticks(first, last, 6):
-        parts.append(label(_cost(value), x(value), bottom + 18, "n", "middle"))
+        anchor = "end" if x(value) > WIDTH - RIGHT - AT_EDGE else "middle"
+        parts.append(label(_cost(value), x(value), bottom + 18, "n", anchor))
     parts.append(label(found.unit, WIDTH - RIGHT, bottom + 36, "t", "end"))
     parts.append(mark("path", f"the budget: {_cost(found.most)} {found.unit}", d=_line(x, found.most), class_="edge"))
     parts += [_path(found.predicted, x, y, "predicted", "line b"), _path(found.front, x, y, "measured", "line a")]
