@@ -17,6 +17,7 @@ from torch import Tensor
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.pack.derived import UnsuitableError, derived
 from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.program.recording import OperationCall, recording
 from gs_kernels.qconv2d.cpu.int8_kernel import Kernel, forms_of, kernels
 from gs_kernels.qconv2d.cpu.int8_plain import PlainSums
 from gs_kernels.qconv2d.cpu.int8_weight import arrange, make_int8_weight
@@ -121,7 +122,10 @@ class Int8Product:
             y = multiply(rows - shift if shift else rows)[:, :n]
             y = y * (x_scale if x_scale.numel() == 1 else x_scale.reshape(-1, 1))
             y = y if bias is None else y + bias.float()
-            return (y if activate is None else activate(y)).to(dtype).contiguous().view(size)
+            y = (y if activate is None else activate(y)).to(dtype).contiguous().view(size)
+            if recording.calls is not None:
+                recording.calls.append(OperationCall(lambda x: product(x, x_scale), (x,), {}, y))
+            return y
 
         return product
 

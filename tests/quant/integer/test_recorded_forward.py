@@ -106,6 +106,14 @@ def test_known_networks_give_the_same_bits_and_strides(name: str, size: int, las
 
 
 @torch.no_grad()
+def test_a_linear_that_reads_packed_codes_is_recorded():
+    body = nn.Sequential(nn.Conv2d(3, 1024, 1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 1024), nn.ReLU())
+    net, x = converted(body, 1, 3, 1, 1, weight="int4@channel"), drawn(1, 3, 1, 1, seed=1)
+    assert is_recorded(net, x) and not runs_layers(net, x)
+    assert same_bits(net(3 * x), plain(net, 3 * x))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("act", ["uint8@tensor:ema", "int4@tensor:ema", "int8@tensor:ema:sym", "int8@tensor:lsq"])
 def test_every_kind_of_grid_gives_the_same_bits(act: str):
     net, x = converted(Net(), 2, 3, 9, 9, act=act), drawn(2, 3, 9, 9, seed=1)
