@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gs_kernels.activations import ACTIVATIONS
+from gs_kernels.program.recording import OperationCall, recording
 from gs_kernels.requantize.grid import Grid, make_grid
 from gs_kernels.requantize.passes import sum_codes_of
 from gs_kernels.runtime.inductor import call, compiled
@@ -37,6 +38,19 @@ def requantize_cpu(
     return add_codes((a, make_grid(a_scale, a_zero)), other, activation, dtype, out_grid)
 
 
+def _in_order_of(like: Tensor, x: Tensor) -> Tensor:
+    """Copies x into the memory order that `empty_like` gives a tensor like another one."""
+    y = torch.empty_like(like).copy_(x)
+    if recording.calls is not None:
+        strides = y.stride()
+
+        def again(x: Tensor) -> Tensor:
+            return torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
+
+        recording.calls.append(OperationCall(again, (x,), {}, y))
+    return y
+
+
 def add_codes(a: Operand, b: Operand | None, activation: str, dtype: torch.dtype, out_grid: Grid | None) -> Tensor:
     """Computes `requantize` of eager tensors on a CPU, whose grids are known."""
     codes, grid = a
@@ -44,9 +58,9 @@ def add_codes(a: Operand, b: Operand | None, activation: str, dtype: torch.dtype
     if codes.numel() == 0:
         return torch.empty_like(codes, dtype=dtype if out_grid is None else torch.int8)
     if not is_dense(codes):
-        codes = torch.empty_like(codes).copy_(codes)
+        codes = _in_order_of(codes, codes)
     if other is not None and other.stride() != codes.stride():
-        other = torch.empty_like(codes).copy_(other)
+        other = _in_order_of(codes, other)
     in_cpp = pass_of(grid, other_grid, activation, dtype, out_grid)
     if in_cpp is not None:
         return in_cpp(codes, other)

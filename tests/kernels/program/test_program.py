@@ -12,6 +12,8 @@ from torch import Tensor
 from gs_kernels.pack.derived import UnsuitableError
 from gs_kernels.program.cpu import Program, kernels
 from gs_kernels.program.recording import KernelCall, recording
+from gs_kernels.requantize.cpu import add_codes
+from gs_kernels.requantize.grid import make_grid
 from gs_kernels.requantize.passes import channels_last, sum_codes_of, to_codes_of
 from gs_kernels.runtime.dispatch import INTERPRET
 
@@ -80,3 +82,13 @@ def test_images_get_their_channels_last(size: tuple[int, ...]):
     assert torch.equal(got, codes) and got.is_contiguous(memory_format=torch.channels_last)
     strided = images(*size[:3], 2 * size[3])[..., ::2]
     assert torch.equal(channels_last(strided), strided)
+
+
+def test_the_copy_of_a_summand_in_another_memory_order_is_noted(calls: list[Any]):
+    a, b = images(2, 4, 5, 6).to(memory_format=torch.channels_last), images(2, 4, 5, 6)
+    grid = make_grid(torch.tensor([0.125]), torch.tensor([3.0]))
+    y = add_codes((a, grid), (b, grid), "none", torch.float32, grid)
+    copied, added = calls
+    assert copied.args == (b,) and added.other is copied.y and added.y is y
+    again = copied.func(*copied.args)
+    assert torch.equal(again, b) and again.stride() == a.stride()
