@@ -59,3 +59,11 @@ class _Recording(threading.local):
 
 
 recording = _Recording()
+
+
+def noted(operation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Returns what an operation makes of x; noted while somebody records, unless that is x itself."""
+    y = operation(x)
+    if recording.calls is not None and y is not x:
+        recording.calls.append(OperationCall(operation, (x,), {}, y))
+    return y

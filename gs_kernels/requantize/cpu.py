@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gs_kernels.activations import ACTIVATIONS
-from gs_kernels.program.recording import OperationCall, recording
+from gs_kernels.program.recording import noted
 from gs_kernels.requantize.grid import Grid, make_grid
 from gs_kernels.requantize.passes import sum_codes_of
 from gs_kernels.runtime.inductor import call, compiled
@@ -40,15 +40,8 @@ def requantize_cpu(
 
 def _in_order_of(like: Tensor, x: Tensor) -> Tensor:
     """Copies x into the memory order that `empty_like` gives a tensor like another one."""
-    y = torch.empty_like(like).copy_(x)
-    if recording.calls is not None:
-        strides = y.stride()
-
-        def again(x: Tensor) -> Tensor:
-            return torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
-
-        recording.calls.append(OperationCall(again, (x,), {}, y))
-    return y
+    strides = torch.empty_like(like).stride()
+    return noted(lambda x: torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x), x)
 
 
 def add_codes(a: Operand, b: Operand | None, activation: str, dtype: torch.dtype, out_grid: Grid | None) -> Tensor:

@@ -43,6 +43,13 @@ _MOVES = {
     aten.slice.Tensor,
     aten.select.int,
 }
+# give what a forward reads, and what only gradients read
+_FIRST_OF_SEVERAL = {
+    aten.max_pool2d_with_indices.default,
+    aten.native_batch_norm.default,
+    aten.native_group_norm.default,
+    aten.native_layer_norm.default,
+}
 _ACTIVATION_OF = {call: name for name, activation in ACTIVATIONS.items() for call in activation.calls}
 
 
@@ -260,7 +267,9 @@ class DeferredOutput(VirtualTensor):
             if x.recorded is not None and func is aten.as_strided_.default and _is_as_it_lies(x, *args[1:]):
                 return x  # pools give their results of one pixel other strides
             if mutable and x is args[0]:  # the result stands in the place of x, also where another reads it
-                if joined is None:
+                if joined is None and recording.calls is not None:
+                    _recorded_in_place(func, x, args[1:], kwargs)
+                elif joined is None:
                     func(
                         x.dequantize(),
                         *map(dequantized, args[1:]),
@@ -369,18 +378,31 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Computes an operation on values; recorded, where that is wanted and its result follows from them alone."""
     if recording.calls is None:
         return func(*map(dequantized, args), **{key: dequantized(value) for key, value in kwargs.items()})
-    if _is_mutable(func) or torch.Tag.nondeterministic_seeded in func.tags:
+    learns = func is aten.native_batch_norm.default and args[5]
+    if _is_mutable(func) or learns or torch.Tag.nondeterministic_seeded in func.tags:
         _refuse_recording(str(func))
     given, named = tuple(map(_recorded_values, args)), {key: _recorded_values(value) for key, value in kwargs.items()}
     y = func(*given, **named)
-    if func is aten.max_pool2d_with_indices.default:
+    if func in _FIRST_OF_SEVERAL:
         recording.calls.append(OperationCall(lambda *args: func(*args)[0], given, named, y[0]))
-        return plain(y[0], y[0].stride()), y[1]
+        return plain(y[0], y[0].stride()), *y[1:]
     if type(y) is not Tensor:
         _refuse_recording(f"{func} gives no tensor")
         return y
     recording.calls.append(OperationCall(func, given, named, y))
     return plain(y, y.stride())
+
+
+def _recorded_in_place(func: Any, x: DeferredOutput, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Writes into the values of x; recorded, where it was a recorded operation that made them."""
+    assert recording.calls is not None
+    first = x._result = x.recorded = _recorded_values(x)
+    given, named = tuple(map(_recorded_values, args)), {key: _recorded_values(value) for key, value in kwargs.items()}
+    made = any(not isinstance(call, Refusal) and call.y.data_ptr() == first.data_ptr() for call in recording.calls)
+    if not made or torch.Tag.nondeterministic_seeded in func.tags:
+        _refuse_recording(str(func))
+    func(first, *given, **named)
+    recording.calls.append(OperationCall(func, (first, *given), named, first))
 
 
 def _is_as_it_lies(x: Tensor, shape: Sequence[int], strides: Sequence[int]) -> bool:
@@ -428,7 +450,7 @@ def _recorded_on_codes(func: Any, x: QuantizedTensor, args: tuple[Any, ...], kwa
         result = y[0] if type(y) is tuple else y
         return result.codes if is_codes else result  # type: ignore[no-any-return]
 
-    if _is_mutable(func) or not (is_codes or type(result) is Tensor):
+    if not (is_codes or type(result) is Tensor):
         _refuse_recording(f"{func} of codes")
         return y
     assert recording.calls is not None

@@ -176,7 +176,7 @@ def _record(net: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> tupl
         if any(one() is not None for one in results) or not state.is_same(net):
             raise UnsuitableError("something else than the result is kept")
         with torch.inference_mode(False), torch.no_grad():
-            run = _replay_of(calls, x, y)
+            run = _replay_of(calls, x, y, state.tensors)
         again = run(x)
         if again.stride() != y.stride() or not torch.equal(_bits(again), _bits(y)):
             raise UnsuitableError("the result is not the same")
@@ -217,8 +217,10 @@ def _reads(call: KernelCall | OperationCall) -> list[Tensor]:
     return [t for t in tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor)]
 
 
-def _replay_of(calls: Sequence[Any], x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+def _replay_of(calls: Sequence[Any], x: Tensor, y: Tensor, constants: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
     """Returns what does the recorded calls again, for an input like x, and returns what was y.
+
+    constants: tensors that calls may read and that stay, such as the weight of a float layer.
 
     Raises:
         UnsuitableError: if they cannot be done again, or read or give anything else.
@@ -230,7 +232,8 @@ def _replay_of(calls: Sequence[Any], x: Tensor, y: Tensor) -> Callable[[Tensor],
     last[y.data_ptr()] = len(calls)
     if any(last.get(call.y.data_ptr(), -1) <= i for i, call in enumerate(calls)):
         raise UnsuitableError("a result is not used")  # but for something that is not recorded
-    known = {x.data_ptr()}
+    held = {t.data_ptr(): t for t in constants if t.numel()}
+    known = {*held, x.data_ptr()}
     steps: list[Callable[[dict[int, Tensor], Tensor], None]] = []
     scratch = 0
     end = 0
@@ -252,7 +255,7 @@ def _replay_of(calls: Sequence[Any], x: Tensor, y: Tensor) -> Callable[[Tensor],
     memory: list[Tensor] = []  # of calls that are done
 
     def run(x: Tensor) -> Tensor:
-        found = {given: x}
+        found = {**held, given: x}
         try:
             own = memory.pop()  # of no other thread
         except IndexError:

@@ -7,6 +7,7 @@ of PyTorch follow.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.pack.derived import UnsuitableError, derived
 from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.program.recording import noted
 from gs_kernels.qconv2d.cpu.int8_kernel import Kernel, forms_of, kernels
 from gs_kernels.qconv2d.cpu.int8_plain import PlainSums
 from gs_kernels.qconv2d.cpu.int8_weight import Int8Weight, Panels, arrange, make_int8_weight
@@ -27,6 +29,7 @@ from gs_kernels.requantize.passes import channels_last
 Residual: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]  # itself, and scale and zero point of codes
 
 NOTHING: Residual = (None, None, None)
+_channels_last = partial(torch.Tensor.contiguous, memory_format=torch.channels_last)
 
 
 def qconv2d_int8_cpu(
@@ -111,27 +114,24 @@ class Int8Convolution:
         run, x_scale = self.kernel.at(b, h, w), self.x_scale
         if not self.in_cpp or residual not in (None, torch.int8, torch.float32):
             return self._with_operations(run)
-        last = torch.channels_last
-
         def convolve(
             x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None, zero: Tensor | None = None
         ) -> Tensor:
             if residual is None:
                 return run(channels_last(x), x_scale)
-            return run(channels_last(x), x_scale, 0, residual.contiguous(memory_format=last), scale, zero)
+            return run(channels_last(x), x_scale, 0, noted(_channels_last, residual), scale, zero)
 
         return convolve
 
     def _with_operations(self, run: Callable[..., Tensor]) -> ConvolvesImages:
         """Returns the function where the C++ lacks a part: it adds up and scales, in fp32, and operations follow."""
         assert self.kernel is not None
-        x_scale, last = self.x_scale, torch.channels_last
-        in_cpp, one = self.in_cpp, torch.ones(1)  # in_cpp: the residual alone is of another dtype
+        x_scale, in_cpp, one = self.x_scale, self.in_cpp, torch.ones(1)  # in_cpp: the residual alone is of another dtype
 
         def convolve(
             x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None, zero: Tensor | None = None
         ) -> Tensor:
-            added = None if residual is None else residual.contiguous(memory_format=last)
+            added = None if residual is None else noted(_channels_last, residual)
             if added is not None and scale is None:
                 added = added.float()
             y = run(channels_last(x), x_scale, 0, added, scale, zero)

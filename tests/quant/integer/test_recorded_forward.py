@@ -124,6 +124,43 @@ def test_every_kind_of_grid_gives_the_same_bits(act: str):
         assert same_bits(net(x), want) and net(x).is_inference()
 
 
+class PartlyFloat(nn.Module):
+    """Convolutions that batch norms follow, in a residual block, with activations that write in place or do not."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(n, 16, 3, padding=1, bias=False) for n in (3, 16, 16))
+        self.norms = nn.ModuleList([nn.BatchNorm2d(16), nn.BatchNorm2d(16), nn.GroupNorm(4, 16)])
+        self.relu, self.norm, self.fc = nn.ReLU(inplace), nn.LayerNorm(16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norms[0](self.convs[0](x)))
+        y = self.relu(self.norms[1](self.convs[1](x)))
+        x = self.relu(self.norms[2](self.convs[2](y)) + x)
+        x += 1
+        return self.fc(self.norm(x.mean((2, 3))))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("left", [(0,), (1,), (2,), (0, 2), ()])
+def test_layers_left_in_float_are_part_of_a_recording(inplace: bool, left: tuple[int, ...]):
+    rules: Any = [*((f"convs.{i}", None) for i in left), *([] if left else [("fc", None)])]
+    net, x = converted(PartlyFloat(inplace), 2, 3, 9, 9, rules=rules), drawn(2, 3, 9, 9, seed=1)
+    assert is_recorded(net, x) and not runs_layers(net, x)
+    assert same_bits(net(3 * x), plain(net, 3 * x))
+    floating: Any = net.fc if not left else net.convs[left[0]]
+    floating.weight.mul_(2)  # sees that it changed
+    assert same_bits(net(x), plain(net, x))
+
+
+@torch.no_grad()
+def test_a_batch_norm_that_learns_is_not_recorded():
+    net, x = converted(PartlyFloat(True), 2, 3, 9, 9, rules=[("convs.1", None)]), drawn(2, 3, 9, 9, seed=1)
+    net.norms[1].train().num_batches_tracked = None  # so that only its statistics tell
+    assert not is_recorded(net, x)
+
+
 def test_gradients_tracers_and_other_forms_run_the_layers(net: nn.Module):
     x = drawn(2, 3, 9, 9, seed=1)
     assert is_recorded(net, x) and not runs_layers(net, x)
