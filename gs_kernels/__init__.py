@@ -1,5 +1,7 @@
 """Functions on tensors that quantize: the public ops, and nothing else. Importing it loads no triton, asks no GPU."""
 
+from gs_kernels.adder.op import adder_conv2d, adder_linear
+from gs_kernels.adder.op_int8 import adder_int8
 from gs_kernels.fake_quant.op import fake_quant
 from gs_kernels.fake_quant.quantize import dequantize, quantize
 from gs_kernels.formats import Granularity, IntFormat, PerChannel, PerGroup, PerTensor
@@ -34,6 +36,9 @@ __all__ = [
     "PerGroup",
     "PerTensor",
     "UnsupportedError",
+    "adder_conv2d",
+    "adder_int8",
+    "adder_linear",
     "choose_qparams",
     "code_sums",
     "dequantize",
