@@ -22,6 +22,7 @@ from gs_algos.distill.synthesis import Synthesis
 from gs_algos.llm.registration import install as _register_with_transformers
 from gs_algos.pruning.prune import Prune, PruneConfig
 from gs_algos.pruning.scop import SCOP, SCOPConfig
+from gs_algos.pruning.uniprune import UniPrune, UniPruneConfig
 from gs_algos.ptq.config import PTQConfig
 from gs_algos.ptq.ptq import PTQ
 from gs_algos.ptq.weights import plan_weights, quantize_weights
@@ -124,6 +125,8 @@ __all__ = [
     "Stage",
     "Synthesis",
     "Totals",
+    "UniPrune",
+    "UniPruneConfig",
     "__version__",
     "analyze",
     "compare",

@@ -16,6 +16,7 @@ from gs_algos.core.algorithm import Algorithm
 from gs_algos.core.registry import algorithm_class
 from gs_algos.demo.data import load_data
 from gs_algos.demo.models import build, check_name
+from gs_algos.pruning.pruner import Pruner
 from gs_algos.search.policy import Policy
 from gs_algos.search.search import search_rules
 from gs_algos.search.stage import Search
@@ -91,7 +92,7 @@ def algorithms_of(names: str, weight: str, act: str) -> list[Algorithm]:
             raise ValueError(
                 f"search: --algorithm must be what compresses the network, got {name}; use simqat or prune"
             )
-        takes = len(texts) == 1 or name != "prune"
+        takes = len(texts) == 1 or not issubclass(algorithm_class(name), Pruner)
         found.append(make_algorithm(name, weight if takes else "", act if takes else ""))
     return found
 

@@ -31,6 +31,7 @@ ALGORITHMS = {
     "search": "gs_algos.search.stage:Search",
     "simqat": "gs_algos.qat.simqat:SimQAT",
     "slb": "gs_algos.qat.slb.algorithm:SLB",
+    "uniprune": "gs_algos.pruning.uniprune:UniPrune",
     "distill": "gs_algos.distill.distill:Distill",
 }
 # functions that leave an entry in a model's history: `load` must know how to restore it, and nothing else

@@ -56,29 +56,29 @@ def step_of(group: Group, round_to: int) -> int:
     return math.lcm(*(round_to // math.gcd(round_to, width) for width in group.widths))
 
 
-def keep_count(group: Group, rate: float, round_to: int) -> int:
-    """Counts the units that stay: at least `1 - rate` of them, rounded up to whole steps."""
+def keep_count(group: Group, rate: float, round_to: int, floor: int = 1) -> int:
+    """Counts the units that stay: at least `1 - rate` of them, rounded up to whole steps, of which `floor` stay."""
     step = step_of(group, round_to)
     left = group.n - math.floor(rate * group.n + 1e-9)
-    return min(group.n, max(1, math.ceil(left / step)) * step)
+    return min(group.n, max(floor, math.ceil(left / step)) * step)
 
 
-def keep_by_layer(groups: Groups, scores: Tensor, rates: Rates, rate: float, round_to: int) -> Tensor:
+def keep_by_layer(groups: Groups, scores: Tensor, rates: Rates, rate: float, round_to: int, floor: int = 1) -> Tensor:
     """Keeps the best units of each group. rates: a group's own rate, which goes before the common one."""
     keep = groups.everything()
     for group in groups.prunable():
         own = rates[group.name]
-        count = keep_count(group, rate if own is None else own, round_to)
+        count = keep_count(group, rate if own is None else own, round_to, floor)
         _keep_best(keep, group, scores, count)
     return keep
 
 
-def keep_globally(groups: Groups, scores: Tensor, rates: Rates, rate: float, round_to: int) -> Tensor:
-    """Keeps the best units of all groups together, by channels; every group keeps at least one step of units.
+def keep_globally(groups: Groups, scores: Tensor, rates: Rates, rate: float, round_to: int, floor: int = 1) -> Tensor:
+    """Keeps the best units of all groups together, by channels; every group keeps at least `floor` steps of units.
 
     Scores are compared between groups as they are. A group with a rate of its own is cut at that rate.
     """
-    keep = keep_by_layer(groups, scores, rates, 0.0, round_to)
+    keep = keep_by_layer(groups, scores, rates, 0.0, round_to, floor)
     free = [group for group in groups.prunable() if rates[group.name] is None]
     if not free:
         return keep
@@ -88,7 +88,7 @@ def keep_globally(groups: Groups, scores: Tensor, rates: Rates, rate: float, rou
     for group in free:  # what a group always keeps is not counted among what can go
         best = torch.zeros(groups.n, dtype=torch.bool)
         best[group.first : group.first + group.n] = True
-        _keep_best(best, group, scores, min(group.n, step_of(group, round_to)))
+        _keep_best(best, group, scores, keep_count(group, 1.0, round_to, floor))
         safe |= best
     order = torch.argsort(torch.where(safe[index], torch.inf, scores[index]), stable=True)
     going = size[order].cumsum(0) <= rate * int(size.sum()) + 1e-9

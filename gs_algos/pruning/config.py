@@ -21,6 +21,7 @@ class PruningConfig(AlgorithmConfig):
             smallest rate that meets it is taken.
         scope: `layer` cuts every group at the same rate, `global` takes the lowest scores of the whole network.
         round_to: every layer keeps a multiple of this many channels, or all; 8 or 16 suit hardware.
+        floor: multiples of `round_to` channels that stay in every layer, whatever the budget.
         select_steps: optimizer steps before the cut is decided.
         reconstruct: keep the weights that go until the next step, so that `reconstruct` can refit what reads them.
         rules: `(pattern, {"rate": ...} | None)`, see `gs_algos.core.layer_rules`; None leaves a layer, and what is
@@ -31,6 +32,7 @@ class PruningConfig(AlgorithmConfig):
     budget: str | None = None
     scope: str = "layer"
     round_to: int = 1
+    floor: int = 1
     select_steps: int = 0
     reconstruct: bool = False
     rules: tuple[Rule, ...] = ()
@@ -41,7 +43,7 @@ class PruningConfig(AlgorithmConfig):
         check_rate(self.who, self.rate)
         if self.scope not in ("layer", "global"):
             raise ValueError(f"{self.who}: scope must be layer or global, got {self.scope!r}")
-        for name, least in (("round_to", 1), ("select_steps", 0)):
+        for name, least in (("round_to", 1), ("floor", 1), ("select_steps", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"{self.who}: {name} must be a whole number >= {least}, got {value!r}")
@@ -61,6 +63,7 @@ class PruneBaseOptions(TypedDict, total=False):
     budget: str | None
     scope: str
     round_to: int
+    floor: int
     select_steps: int
     reconstruct: bool
     rules: Sequence[Rule]

@@ -45,6 +45,12 @@ def bn_scale(model: nn.Module, layer: GroupLayer) -> Tensor | None:
     return None if gamma is None else _relative(gamma.abs())
 
 
+def scaled_norm(model: nn.Module, layer: GroupLayer) -> Tensor:
+    """Scores by `||w|| |gamma|`: the norm of each output channel times the scale of a batch norm behind it."""
+    norm, gamma = _rows(model, layer).norm(dim=1), gamma_of(model, layer)
+    return _relative(norm if gamma is None else norm * gamma.abs())
+
+
 def random_scores(seed: int) -> Importance:
     """Scores at random: the control of every comparison."""
     generator = torch.Generator().manual_seed(seed)

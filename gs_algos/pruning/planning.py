@@ -14,7 +14,16 @@ from gs_algos.core.layer_rules import resolve
 from gs_algos.core.modules import get_module
 from gs_algos.core.plan import Plan, PlanRow, with_settings
 from gs_algos.core.plan_settings import RowSettings
-from gs_algos.pruning.budget import Budget, Rates, keep_by_layer, keep_globally, latency_cost, meet, static_cost
+from gs_algos.pruning.budget import (
+    Budget,
+    Rates,
+    keep_by_layer,
+    keep_count,
+    keep_globally,
+    latency_cost,
+    meet,
+    static_cost,
+)
 from gs_algos.pruning.channel_groups.find import find_groups
 from gs_algos.pruning.channel_groups.groups import Group, Groups
 from gs_algos.pruning.config import PruningConfig
@@ -81,7 +90,7 @@ def choose_units(config: PruningConfig, groups: Groups, scores: Tensor, rates: R
 def _keep(config: PruningConfig, groups: Groups, scores: Tensor, rates: Rates, rate: float) -> Tensor:
     every = {group.name: rates.get(group.name, 0.0) for group in groups.prunable()}
     keep = keep_by_layer if config.scope == "layer" else keep_globally
-    return keep(groups, scores, every, rate, config.round_to)
+    return keep(groups, scores, every, rate, config.round_to, config.floor)
 
 
 def _rates(config: PruningConfig, model: nn.Module, groups: Groups, whole: dict[str, str]) -> Rates:
@@ -125,9 +134,13 @@ def _row(model: nn.Module, group: Group, config: PruningConfig, whole: dict[str,
     if not group.n or group.name in whole:
         return PlanRow(group.name, kind, "keep", detail, whole.get(group.name, group.reason))
     if keep is None:
-        return PlanRow(group.name, kind, f"prune some of {group.n} by score", detail, "", settings)
-    gone = int((~keep[group.first : group.first + group.n]).sum())
+        least = keep_count(group, 1.0, config.round_to, config.floor)
+        gone, action = group.n - least, f"prune some of {group.n} by score"
+    else:
+        gone = int((~keep[group.first : group.first + group.n]).sum())
+        action = f"prune {gone} of {group.n}"
     if not gone:
-        reason = f"all {group.n} units stay at this rate, in multiples of {config.round_to} channels"
+        times = f", of which {config.floor} always stay" if config.floor > 1 else ""
+        reason = f"all {group.n} units stay at this rate, in multiples of {config.round_to} channels{times}"
         return PlanRow(group.name, kind, "keep", detail, reason)
-    return PlanRow(group.name, kind, f"prune {gone} of {group.n}", detail, "", settings)
+    return PlanRow(group.name, kind, action, detail, "", settings)

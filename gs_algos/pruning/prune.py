@@ -81,6 +81,10 @@ class Prune(Pruner):
     ) -> None:
         super().__init__(config, process_group=process_group, **options)
 
+    @property
+    def scores_weights(self) -> bool:
+        return not self.config.select_steps
+
     def why_unscored(self, model: nn.Module, group: Group) -> str:
         if self.config.importance == "bn" and all(gamma_of(model, layer) is None for layer in group.layers):
             return "has no batch norm whose scale could rank it"

@@ -1,8 +1,8 @@
 """Holds what all pruning algorithms share: finds groups, masks the units of the lowest scores, and cuts them out.
 
-A prepared network trains in two phases. For `select_steps` optimizer steps its weights stand still and something is
-learned about each channel; then the worst units become zeros, which `step` keeps, and the rest is trained on. `convert`
-cuts the zeros out.
+A prepared network trains in two phases. For `select_steps` optimizer steps something is learned about each channel,
+of most algorithms while the weights stand still; then the worst units become zeros, which `step` keeps, and the rest is
+trained on. `convert` cuts the zeros out.
 """
 
 from __future__ import annotations
@@ -106,6 +106,11 @@ class Pruner(Algorithm):
         """Says why the units of a group cannot be scored; "" if they can."""
         return ""
 
+    @property
+    def scores_weights(self) -> bool:
+        """Says whether scores are of weights alone: a search can then ask for them before any step."""
+        return False
+
     def freezer(self) -> Freezer:
         """Makes the freezer of the first phase, which may change inputs and outputs of a forward."""
         return Freezer()
@@ -184,7 +189,7 @@ class Pruner(Algorithm):
         """
         model = self._require_bound("step")
         if self.selecting:
-            for name, parameter in model.named_parameters():
+            for name, parameter in model.named_parameters() if self._freezer.on else ():
                 if parameter.grad is not None:
                     how = "run the model as a whole, without gradient checkpointing"
                     raise RuntimeError(

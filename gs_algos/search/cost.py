@@ -157,8 +157,15 @@ class CutSizes:
         self._slices = [(p.tensor, p.dim, *self._counts(p.units)) for p in pruned.groups.slices if p.tensor in shapes]
         self._costs = [(macs, [self._counts(f) for f in factors]) for macs, factors in pruned.groups.costs]
         self._kept = functools.lru_cache(maxsize=None)(
-            lambda place, rate: keep_count(self.groups[place], rate, pruned.round_to) / self.groups[place].n
+            lambda place, rate: (
+                keep_count(self.groups[place], rate, pruned.round_to, pruned.floor) / self.groups[place].n
+            )
         )
+
+    def _share(self, place: int, rate: float) -> float:
+        """Returns the share of a group's units that stays at a rate."""
+        group = self.groups[place]
+        return keep_count(group, rate, self.pruned.round_to, self.pruned.floor) / group.n
 
     def _counts(self, units: Any) -> tuple[int, np.ndarray]:
         """Returns how many indices always stay, and how many belong to each group."""

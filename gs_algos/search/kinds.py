@@ -85,7 +85,9 @@ def _offer_rate(target: Target, row: PlanRow, layer: Any, choices: Sequence[Valu
     if not isinstance(row.settings, GroupPlan) or target.pruned is None:
         return []
     group = next(g for g in target.pruned.groups.prunable() if g.name == row.site)
-    left = {keep_count(group, float(rate), target.pruned.round_to): rate for rate in sorted(choices, reverse=True)}
+    pruned = target.pruned
+    rates = sorted(choices, reverse=True)
+    left = {keep_count(group, float(rate), pruned.round_to, pruned.floor): rate for rate in rates}
     return [left[count] for count in sorted(left)]
 
 

@@ -18,7 +18,6 @@ from gs_algos.pruning.budget import keep_by_layer
 from gs_algos.pruning.channel_groups.groups import Groups
 from gs_algos.pruning.importance import l2, unit_scores
 from gs_algos.pruning.planning import make_plan
-from gs_algos.pruning.prune import Prune
 from gs_algos.pruning.pruner import Pruner
 from gs_algos.ptq.ptq import RoundedPlan
 from gs_algos.quant.integer.layers import empty_codes
@@ -37,18 +36,19 @@ class Pruned:
     Args:
         scores: `[units]`, the higher, the more a unit matters.
         rates: group -> the rate that a rule gives it, or None; groups that stay whole are not in it.
-        round_to: of the channels that stay.
+        round_to, floor: of the channels that stay.
     """
 
     groups: Groups
     scores: Tensor
     rates: Mapping[str, float | None]
     round_to: int
+    floor: int = 1
 
     def keep(self, rates: Mapping[str, float]) -> Tensor:
         """Returns the units that stay at these rates, bool `[units]`; groups without a rate stay whole."""
         every = {group.name: rates.get(group.name, 0.0) for group in self.groups.prunable()}
-        return keep_by_layer(self.groups, self.scores, every, 0.0, self.round_to)
+        return keep_by_layer(self.groups, self.scores, every, 0.0, self.round_to, self.floor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +90,11 @@ class Target:
             )
         config = replace(config, rate=FINEST, scope="layer")
         plan, groups, rates = make_plan(algorithm.name, config, network, inputs, algorithm.why_unscored)
-        at_once = isinstance(algorithm, Prune) and not config.select_steps
-        scores = algorithm.scores(network, groups) if at_once else unit_scores(network, groups, l2)
+        known = algorithm.scores_weights
+        scores = algorithm.scores(network, groups) if known else unit_scores(network, groups, l2)
         scores = torch.where(scores.isnan(), torch.inf, scores)
         free = frozenset(name for name, rate in rates.items() if rate is not None)
-        pruned = Pruned(groups, scores, rates, config.round_to)
+        pruned = Pruned(groups, scores, rates, config.round_to, config.floor)
         return cls(number, algorithm, plan.acted(), {"rate": free}, pruned)
 
     def nbytes(self, row: PlanRow, layer: Any, shape: Sequence[int], scheme: str) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gs_algos import SCOP, SLB, Prune, SimQAT, SlbSGD, quantize_weights
+from gs_algos import SCOP, SLB, Prune, SimQAT, SlbSGD, UniPrune, quantize_weights
 from gs_algos.core.algorithm import Algorithm, history
 from gs_algos.fx.modularize.functional_calls import Modularized
 from gs_algos.pruning.channel_gates import Freezer
@@ -53,6 +53,7 @@ STATES: dict[str, tuple[Callable[[], Algorithm], Callable[[], nn.Module], int]] 
     "slb, fused": (lambda: SLB(weight="1bit@channel", total_steps=2, fused=True), SmallConvNet, 2),
     "prune": (lambda: Prune(rate=0.4), SmallConvNet, 2),
     "taylor": (lambda: Prune(rate=0.4, importance="taylor", select_steps=2), SmallConvNet, 2),
+    "uniprune": (lambda: UniPrune(rate=0.4, round_to=2, select_steps=2, every=1), SmallConvNet, 2),
     "scop": (lambda: SCOP(rate=0.4, select_steps=2), SmallConvNet, 2),
     "scop, given": (lambda: SCOP(rate=0.4, select_steps=2, knockoffs=[images(seed=9)]), SmallConvNet, 2),
 }
