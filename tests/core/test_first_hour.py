@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from gs_algos import SCOP, SLB, Prune, SimQAT, UniPrune
+from gs_algos import SCOP, SLB, Prune, SimQAT
 from gs_algos.core.algorithm import Algorithm
 
 
@@ -27,12 +27,7 @@ def slb(**options: Any) -> SLB:
 
 
 QUANTIZE: dict[str, Callable[..., Algorithm]] = {"simqat": SimQAT, "slb": slb}
-EVERY: dict[str, Callable[..., Algorithm]] = {
-    **QUANTIZE,
-    "scop": lambda: SCOP(select_steps=1),
-    "prune": Prune,
-    "uniprune": UniPrune,
-}
+EVERY: dict[str, Callable[..., Algorithm]] = {**QUANTIZE, "scop": lambda: SCOP(select_steps=1), "prune": Prune}
 
 
 @pytest.mark.parametrize("make", QUANTIZE.values(), ids=QUANTIZE)
