@@ -7,7 +7,7 @@ The public ops check every argument in each call and then do the same.
 from gs_kernels.decoder_step.cpu import DecoderLayer, decoder_step_of
 from gs_kernels.pack.derived import UnsuitableError
 from gs_kernels.program.cpu import Program
-from gs_kernels.program.recording import KernelCall, OperationCall, Refusal, recording
+from gs_kernels.program.recording import KernelCall, OperationCall, Refusal, noted, recording
 from gs_kernels.qconv2d.checks import LARGEST_GROUP
 from gs_kernels.qconv2d.cpu.int8 import Int8Convolution
 from gs_kernels.qconv2d.geometry import make_geometry

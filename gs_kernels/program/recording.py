@@ -61,9 +61,9 @@ class _Recording(threading.local):
 recording = _Recording()
 
 
-def noted(operation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Returns what an operation makes of x; noted while somebody records, unless that is x itself."""
-    y = operation(x)
+def noted(operation: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> Tensor:
+    """Returns what an operation makes of x and others; noted while somebody records, unless that is x itself."""
+    y = operation(x, *others)
     if recording.calls is not None and y is not x:
-        recording.calls.append(OperationCall(operation, (x,), {}, y))
+        recording.calls.append(OperationCall(operation, (x, *others), {}, y))
     return y

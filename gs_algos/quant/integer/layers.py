@@ -16,7 +16,14 @@ from torch import Tensor
 
 from gs_algos.core.tensor_rules import FINITE, Rules, whole_within
 from gs_algos.quant.integer.prepared_call import PreparedConv, cached, kind_of
-from gs_algos.quant.integer.quantized_tensor import QuantizedTensor, dequantized, may_return_int8, plain, values
+from gs_algos.quant.integer.quantized_tensor import (
+    QuantizedTensor,
+    dequantized,
+    may_return_int8,
+    on_values,
+    plain,
+    values,
+)
 from gs_algos.quant.integer.static_quantizer import StaticQuantizer
 from gs_algos.quant.level_grid import LevelGrid
 from gs_algos.quant.packed.conv_base import Convolution
@@ -220,9 +227,8 @@ class QuantizedLinear(QuantizedLayer):
         quantizer = self.input_quantizer
         if quantizer is None or self.integer_refusals(x.device):
             floats = prepared_qmatmul(torch.empty(x.shape, dtype=x.dtype, device=x.device), self.packed, self.bias)
-            operand = values if quantizer is None else lambda x: dequantized(quantizer(x))
             multiply = None if floats is None else floats.at(x.shape, x.dtype)
-            return None if multiply is None else lambda x: multiply(operand(x))
+            return None if multiply is None else lambda x: on_values(multiply, x if quantizer is None else quantizer(x))
         scale, codes = quantizer.scale, quantizer.codes_like(x, self._producer_grids)
         product = prepared_qmatmul_int8(
             torch.empty(x.shape, dtype=torch.int8, device=x.device),
@@ -358,7 +364,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
         if not self.may_prepare_for(x):
             return None
         if quantizer is None or self.integer_refusals(x.device):
-            operand = values if quantizer is None else lambda x: dequantized(quantizer(values(x)))
+            operand = values if quantizer is None else lambda x: values(quantizer(x))
             added = x.dtype if residual == torch.int8 else residual
             return self.prepare_floats(x, activation, added, operand, self.output_quantizer)
         others = (quantizer,) if grid is None else (quantizer, grid)

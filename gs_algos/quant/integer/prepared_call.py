@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.quant.integer.quantized_tensor import HANDED_ON, Like
+from gs_kernels.for_layers import OperationCall, recording
 from gs_kernels.runtime.dispatch import backend_setting
 from gs_kernels.runtime.torch_private import PLAIN, autocasts, is_plain_call
 
@@ -45,7 +46,10 @@ class PreparedConv(NamedTuple):
 
     def __call__(self, x: Tensor, *residual: Tensor | None) -> Tensor:
         """Returns codes on `grid`, or floats."""
-        y = self.run(self.operand(x), *residual)
+        x = self.operand(x)
+        y = self.run(x, *residual)
+        if recording.calls is not None and not self.on_integers:  # kernels of integers note themselves
+            recording.calls.append(OperationCall(self.run, (x, *residual), {}, y))
         return y if self.output is None else self.output(y)
 
 

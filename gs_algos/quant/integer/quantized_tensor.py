@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gs_algos.quant.memory_format import laid, strides_in, suggested
 from gs_kernels.activations import ACTIVATIONS
-from gs_kernels.for_layers import OperationCall, Refusal, is_dense, prepared_requantize, recording
+from gs_kernels.for_layers import OperationCall, Refusal, is_dense, noted, prepared_requantize, recording
 from gs_kernels.runtime.torch_private import PLAIN, function_modes, is_plain_call, make_wrapper
 
 aten = torch.ops.aten
@@ -381,7 +381,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     learns = func is aten.native_batch_norm.default and args[5]
     if _is_mutable(func) or learns or torch.Tag.nondeterministic_seeded in func.tags:
         _refuse_recording(str(func))
-    given, named = tuple(map(_recorded_values, args)), {key: _recorded_values(value) for key, value in kwargs.items()}
+    given, named = tuple(map(laid_values, args)), {key: laid_values(value) for key, value in kwargs.items()}
     y = func(*given, **named)
     if func in _FIRST_OF_SEVERAL:
         recording.calls.append(OperationCall(lambda *args: func(*args)[0], given, named, y[0]))
@@ -396,8 +396,8 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _recorded_in_place(func: Any, x: DeferredOutput, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Writes into the values of x; recorded, where it was a recorded operation that made them."""
     assert recording.calls is not None
-    first = x._result = x.recorded = _recorded_values(x)
-    given, named = tuple(map(_recorded_values, args)), {key: _recorded_values(value) for key, value in kwargs.items()}
+    first = x._result = x.recorded = laid_values(x)
+    given, named = tuple(map(laid_values, args)), {key: laid_values(value) for key, value in kwargs.items()}
     made = any(not isinstance(call, Refusal) and call.y.data_ptr() == first.data_ptr() for call in recording.calls)
     if not made or torch.Tag.nondeterministic_seeded in func.tags:
         _refuse_recording(str(func))
@@ -411,11 +411,17 @@ def _is_as_it_lies(x: Tensor, shape: Sequence[int], strides: Sequence[int]) -> b
     return tuple(x.shape) == tuple(shape) and all(same)
 
 
-def _recorded_values(value: Any) -> Any:
-    """Does as `dequantized`, and records the copy that gives values the strides of their tensor."""
+def laid_values(value: Any) -> Any:
+    """Does as `dequantized` for an operation that is recorded, with the copy that gives values their strides."""
     if isinstance(value, VirtualTensor):
         return _laid(value.values(), value.stride())
-    return type(value)(map(_recorded_values, value)) if type(value) in (list, tuple) else value
+    return type(value)(map(laid_values, value)) if type(value) in (list, tuple) else value
+
+
+def on_values(operation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Computes what follows from the values of x alone, as a part of a recording."""
+    y = noted(operation, laid_values(x))
+    return y if recording.calls is None else plain(y, y.stride())
 
 
 def plain(y: Tensor, strides: tuple[int, ...]) -> Tensor:

@@ -21,6 +21,7 @@ from gs_algos.quant.integer.quantized_tensor import (
     VirtualTensor,
     dequantized,
     may_return_int8,
+    on_values,
 )
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import fake_quant, quantize
@@ -66,7 +67,8 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
             return QuantizedTensor(codes, self, x.dtype)
         if x.numel() == 0:
             return dequantized(x)  # type: ignore[no-any-return]
-        return fake_quant(dequantized(x), self.scale, self.zero, qmin=self.scheme.qmin, qmax=self.scheme.qmax)
+        scale, zero, ends = self.scale, self.zero, {"qmin": self.scheme.qmin, "qmax": self.scheme.qmax}
+        return on_values(lambda x: fake_quant(x, scale, zero, **ends), x)
 
     @torch.no_grad()
     def copy_from(self, quantizer: Quantizer) -> None:

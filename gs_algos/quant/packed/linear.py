@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from gs_algos.quant.integer.prepared_call import cached, kind_of
+from gs_algos.quant.integer.quantized_tensor import VirtualTensor, on_values
 from gs_algos.quant.packed.module import Packed, PackedFormat, autocast_dtype
 from gs_algos.quant.packed.round_to_nearest import round_to_nearest
 from gs_algos.quant.scheme import Scheme
@@ -99,14 +101,19 @@ class PackedLinear(Packed):
         return qmatmul(x, self.packed, bias)
 
     def _prepare(self, x: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-        product = prepared_qmatmul(x, self.packed, bias)
-        return None if product is None else product.at(x.shape, x.dtype)
+        product = prepared_qmatmul(torch.empty(x.shape, dtype=x.dtype, device=x.device), self.packed, bias)
+        return None if product is None else _of_values(product.at(x.shape, x.dtype), x)
 
     def extra_repr(self) -> str:
         sizes: dict[str, Any] = {"in_features": self.in_features, "out_features": self.out_features}
         return (
             f"{', '.join(f'{k}={v}' for k, v in sizes.items())}, bias={self.bias is not None}, {super().extra_repr()}"
         )
+
+
+def _of_values(multiply: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Returns what multiplies inputs of the type of x: plain ones, or those that stand for values."""
+    return partial(on_values, multiply) if isinstance(x, VirtualTensor) else multiply
 
 
 class DynamicPackedLinear(PackedLinear):
@@ -121,10 +128,10 @@ class DynamicPackedLinear(PackedLinear):
         return qmatmul_int8(*quantize_rows(x), self.packed, bias, dtype=x.dtype)
 
     def _prepare(self, x: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-        codes, scale = quantize_rows(x)
+        codes, scale = quantize_rows(torch.zeros(x.shape, dtype=x.dtype, device=x.device))
         product = prepared_qmatmul_int8(codes, scale, self.packed, bias, x_zero=None, dtype=x.dtype)
         multiply = None if product is None else product.at(x.shape)
-        return None if multiply is None else lambda x: multiply(*quantize_rows(x))
+        return None if multiply is None else _of_values(lambda x: multiply(*quantize_rows(x)), x)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act}"

@@ -18,6 +18,7 @@ from gs_algos.quant.integer import recorded_forward
 from gs_algos.quant.integer.layers import QuantizedConv
 from gs_algos.quant.integer.prepared_call import PREPARED
 from gs_algos.quant.integer.recorded_forward import RecordsForward
+from gs_algos.quant.packed.linear import DynamicPackedLinear, PackedLinear
 from gs_kernels.program.cpu import kernels
 from gs_kernels.runtime.dispatch import INTERPRET
 from tests.helpers import same_bits
@@ -152,6 +153,16 @@ def test_layers_left_in_float_are_part_of_a_recording(inplace: bool, left: tuple
     floating: Any = net.fc if not left else net.convs[left[0]]
     floating.weight.mul_(2)  # sees that it changed
     assert same_bits(net(x), plain(net, x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [PackedLinear, DynamicPackedLinear])
+def test_packed_layers_with_float_inputs_are_part_of_a_recording(kind: type[PackedLinear]):
+    rules: Any = [("convs.1", {"weight": "int4@channel", "act": None}), ("fc", None)]
+    net, x = converted(PartlyFloat(False), 2, 3, 9, 9, rules=rules), drawn(2, 3, 9, 9, seed=1)
+    net.fc = kind.from_linear(net.fc, "int4@channel")
+    assert is_recorded(net, x)
+    assert same_bits(net(3 * x), plain(net, 3 * x))
 
 
 @torch.no_grad()
