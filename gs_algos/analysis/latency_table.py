@@ -1,8 +1,8 @@
 """Measures how long each layer of a float network takes in each of our packed forms, and predicts networks from that.
 
 A layer is timed alone, on inputs of the shape that it gets in the network; layers that are alike are timed once, and
-what was measured on this machine with these versions is read again from a file. What lies between layers is measured
-on whole networks, for each choice: normalization that a converted layer takes over, codes that are handed on.
+what was measured on this machine with these versions is read again from a file. What lies between layers is fitted to
+whole networks: those with one choice in all layers, and some with random ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gs_algos.analysis.layer_forms import FLOAT, WHO, as_run, in_forms, on_grid, parse
+from gs_algos.analysis.between_layers import fit, shares
+from gs_algos.analysis.layer_forms import FLOAT, WHO, as_run, in_forms, parse
 from gs_algos.analysis.layer_timer import LayerTimer, TimeStore, calls_of
 from gs_algos.core.algorithm import Inputs, evaluating, split_inputs
 from gs_algos.core.batches import device_of, on_device, resized, samples_of
@@ -32,6 +33,7 @@ from gs_algos.core.timing import time_in_turns
 
 CHOICES = ("int8@channel/int8@tensor", "int8@channel", "int4@channel", "int2@channel", "int1@channel")
 POLICIES = 5  # random ones that are timed
+FITTED = 2  # networks with random choices, for each choice, that what lies between layers is fitted to
 FEW = 4  # names that a line lists
 BAR = 0.1  # the median error of predictions beyond which they are not to be trusted
 
@@ -55,6 +57,7 @@ class LatencyTable:
         rest: choice -> ms between layers in the network whose layers all have it; below 0 where layers are faster in a
             network than alone, such as those that hand on codes.
         weights: layer -> elements of its outputs, by which a mixed network has its share of each rest.
+        mixed: ms more that mixed networks take, if all of the network were so: see `gs_algos.analysis.between_layers`.
         batch: samples of a forward.
         missing: layer -> choice -> why the layer does not have it.
         checks: whole networks with random policies.
@@ -66,6 +69,7 @@ class LatencyTable:
     rest: Mapping[str, float]
     weights: Mapping[str, int]
     batch: int
+    mixed: Mapping[str, float] = field(default_factory=dict)
     missing: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     checks: tuple[PolicyTime, ...] = ()
     machine: Mapping[str, Any] = field(default_factory=dict)
@@ -78,7 +82,7 @@ class LatencyTable:
 
         The latter is that of the float network, and for each choice the difference that it makes in all layers, by the
         elements of the outputs of those that have it. A layer on a grid for its inputs makes one only if the layer that
-        runs after it has the same choice.
+        runs after it has one too, which then reads codes. What mixed networks take besides was fitted to some.
 
         Args:
             policy: layer -> choice; a layer that is not in it stays float.
@@ -87,12 +91,15 @@ class LatencyTable:
             ValueError: if a layer or its choice is not in the table.
         """
         policy = {name: self._timed(name, choice) for name, choice in policy.items()}
-        ms = sum(times[policy.get(name, FLOAT)] for name, times in self.layers.items()) + self.rest[FLOAT]
-        for choice in self.rest:
-            whole = self._counting(dict.fromkeys(self.having(choice), choice), choice)
-            if whole and choice != FLOAT:
-                ms += (self.rest[choice] - self.rest[FLOAT]) * self._counting(policy, choice) / whole
-        return ms
+        ms = self._in_layers(policy) + self.rest[FLOAT]
+        known = {**{choice: ms - self.rest[FLOAT] for choice, ms in self.rest.items()}, **self.mixed}
+        return ms + sum(known.get(key, 0.0) * share for key, share in self._shares(policy).items())
+
+    def _in_layers(self, policy: Mapping[str, str]) -> float:
+        return sum(times[policy.get(name, FLOAT)] for name, times in self.layers.items())
+
+    def _shares(self, policy: Mapping[str, str]) -> dict[str, float]:
+        return shares(policy, {name: self.weights[name] for name in self.layers}, self.having)
 
     def _timed(self, name: str, choice: str) -> str:
         """Returns the choice of the table that takes a layer as long as `choice`."""
@@ -104,16 +111,6 @@ class LatencyTable:
             must = f"one of {', '.join(known)}" if known else "a layer of the table"
             raise ValueError(f"{WHO}: {name} must be given {must}, got {choice!r}")
         return alike[0]
-
-    def _counting(self, policy: Mapping[str, str], choice: str) -> int:
-        """Sums the weights of layers with a choice; codes save nothing where the next layer reads floats."""
-        names = list(self.layers)
-        codes = choice != FLOAT and on_grid(choice)
-        return sum(
-            self.weights[name]
-            for name, after in zip(names, [*names[1:], None], strict=True)
-            if policy.get(name) == choice and not (codes and after is not None and policy.get(after) != choice)
-        )
 
     def having(self, choice: str) -> list[str]:
         """Lists the layers that have a choice."""
@@ -209,9 +206,9 @@ def latency_table(
             timer.add(name, get_module(network, name), sites[name])
         weights = {name: sum(call.outputs for call in calls) for name, calls in sites.items()}
         missing = {name: whys for name, whys in timer.missing.items() if whys}
-        table = LatencyTable(0.0, timer.layers, {}, weights, samples_of(given), missing, (), facts)
+        table = LatencyTable(0.0, timer.layers, {}, weights, samples_of(given), {}, missing, (), facts)
         drawn = _random_policies(timer.layers, count, seed) if given_policies is None else given_policies
-        return _with_networks(table, network, given, seconds, drawn)
+        return _with_networks(table, network, given, seconds, drawn, seed)
 
 
 def _random_policies(layers: Mapping[str, Mapping[str, float]], count: int, seed: int) -> list[dict[str, str]]:
@@ -220,27 +217,42 @@ def _random_policies(layers: Mapping[str, Mapping[str, float]], count: int, seed
 
 
 def _with_networks(
-    table: LatencyTable, net: nn.Module, inputs: Inputs, seconds: float, policies: Sequence[Mapping[str, str]]
+    table: LatencyTable,
+    net: nn.Module,
+    inputs: Inputs,
+    seconds: float,
+    policies: Sequence[Mapping[str, str]],
+    seed: int,
 ) -> LatencyTable:
-    """Times whole networks: with each choice in all layers, which gives what lies between them, and with policies."""
-    choices = list(dict.fromkeys(choice for times in table.layers.values() for choice in times))
-    uniform = [dict.fromkeys(table.having(choice), choice) for choice in choices if choice != FLOAT]
+    """Times whole networks: with each choice in all layers, with random ones to fit to, and with policies to check."""
+    choices = [*dict.fromkeys(choice for times in table.layers.values() for choice in times if choice != FLOAT)]
+    uniform = [dict.fromkeys(table.having(choice), choice) for choice in choices]
+    fitted = _random_policies(table.layers, FITTED * len(choices) if len(choices) > 1 or policies else 0, ~seed)
     floats: list[float] = []
     ratios: list[float] = []
-    for policy in progress([*uniform, *policies], "timing networks"):
+    for policy in progress([*uniform, *fitted, *policies], "timing networks"):
         whole = in_forms(net, policy, inputs)
         before, after = _ms_of([net, whole], inputs, seconds)
         floats.append(before)
         ratios.append(after / before)
     total = statistics.median(floats) if floats else _ms_of([net], inputs, seconds)[0]
-    rest = {FLOAT: total - sum(times[FLOAT] for times in table.layers.values())}
-    for policy, choice, ratio in zip(uniform, (c for c in choices if c != FLOAT), ratios, strict=False):
-        layers = sum(times[policy.get(name, FLOAT)] for name, times in table.layers.items())
-        rest[choice] = ratio * total - layers
-    done = replace(table, total=total, rest=rest)
-    measured = [ratio * total for ratio in ratios[len(uniform) :]]
-    checks = [PolicyTime(p, done.predict(p), ms) for p, ms in zip(policies, measured, strict=True)]
-    return replace(done, checks=tuple(checks))
+    measured = [ratio * total for ratio in ratios]
+    base = total - table._in_layers({})
+    known = {
+        choice: ms - table._in_layers(policy) - base
+        for choice, policy, ms in zip(choices, uniform, measured, strict=False)
+    }
+    rows = [*zip([*uniform, *fitted], measured, strict=False)]
+    between = fit(
+        [table._shares(policy) for policy, _ in rows],
+        known,
+        [ms - table._in_layers(policy) - base for policy, ms in rows],
+        [ms for _, ms in rows],
+    )
+    rest = {FLOAT: base, **{choice: base + between.pop(choice) for choice in choices}}
+    done = replace(table, total=total, rest=rest, mixed=between)
+    checks = zip(policies, measured[len(rows) :], strict=True)
+    return replace(done, checks=tuple(PolicyTime(policy, done.predict(policy), ms) for policy, ms in checks))
 
 
 def _ms_of(nets: Sequence[nn.Module], inputs: Inputs, seconds: float) -> list[float]:

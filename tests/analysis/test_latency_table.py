@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from gs_algos.analysis import latency_table as module
 from gs_algos.analysis import layer_timer
+from gs_algos.analysis.between_layers import MIXED, fit, shares
 from gs_algos.analysis.latency_table import LatencyTable, PolicyTime, latency_table
 from tests.nets.convolutional import SmallConvNet, images, mlp
 from tests.nets.language_models import IDS, tiny_llama
@@ -118,6 +120,27 @@ def test_a_network_with_one_choice_is_predicted_as_measured():
     every = dict.fromkeys(found.layers, STATIC)
     assert found.predict(every) == pytest.approx(sum(t[STATIC] for t in found.layers.values()) + found.rest[STATIC])
     assert found.predict({}) == pytest.approx(found.total)
+
+
+def test_what_lies_between_layers_is_fitted_to_mixed_networks():
+    weights = {str(i): 10 + i for i in range(8)}
+    choices = (STATIC, "int4@channel/int8@tensor", "int4@channel")
+    draw = random.Random(0)
+    policies = [dict.fromkeys(weights, choice) for choice in choices]
+    policies += [{name: draw.choice(("float", *choices)) for name in weights} for _ in range(12)]
+    found = [shares(policy, weights, lambda choice: list(weights)) for policy in policies]
+    true = dict(zip((*choices, *MIXED), (-5.0, -4.0, 2.0, 1.5, 0.5, -0.5), strict=True))
+    between = [sum(true[key] * share for key, share in row.items()) for row in found]
+    known = {choice: between[i] for i, choice in enumerate(choices)}
+    rows = found, known, between, [20 + ms for ms in between]
+    fitted = fit(*rows)
+    for row, ms in zip(found, between, strict=True):
+        assert sum(fitted[key] * share for key, share in row.items()) == pytest.approx(ms, abs=0.2)
+    rows[2][5] += 15  # something else ran beside one
+    rows[3][5] += 15
+    strange = fit(*rows)
+    for row, ms in zip(found[6:], between[6:], strict=True):
+        assert sum(strange[key] * share for key, share in row.items()) == pytest.approx(ms, abs=1)
 
 
 @pytest.mark.parametrize(

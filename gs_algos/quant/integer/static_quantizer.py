@@ -67,8 +67,8 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
             return QuantizedTensor(codes, self, x.dtype)
         if x.numel() == 0:
             return dequantized(x)  # type: ignore[no-any-return]
-        scale, zero, ends = self.scale, self.zero, {"qmin": self.scheme.qmin, "qmax": self.scheme.qmax}
-        return on_values(lambda x: fake_quant(x, scale, zero, **ends), x)
+        scale, zero, low, high = self.scale, self.zero, self.scheme.qmin, self.scheme.qmax
+        return on_values(lambda x: fake_quant(x, scale, zero, qmin=low, qmax=high), x)
 
     @torch.no_grad()
     def copy_from(self, quantizer: Quantizer) -> None:

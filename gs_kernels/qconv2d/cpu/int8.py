@@ -114,6 +114,7 @@ class Int8Convolution:
         run, x_scale = self.kernel.at(b, h, w), self.x_scale
         if not self.in_cpp or residual not in (None, torch.int8, torch.float32):
             return self._with_operations(run)
+
         def convolve(
             x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None, zero: Tensor | None = None
         ) -> Tensor:
@@ -126,7 +127,11 @@ class Int8Convolution:
     def _with_operations(self, run: Callable[..., Tensor]) -> ConvolvesImages:
         """Returns the function where the C++ lacks a part: it adds up and scales, in fp32, and operations follow."""
         assert self.kernel is not None
-        x_scale, in_cpp, one = self.x_scale, self.in_cpp, torch.ones(1)  # in_cpp: the residual alone is of another dtype
+        x_scale, in_cpp, one = (
+            self.x_scale,
+            self.in_cpp,
+            torch.ones(1),
+        )  # in_cpp: the residual alone is of another dtype
 
         def convolve(
             x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None, zero: Tensor | None = None
