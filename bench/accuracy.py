@@ -72,6 +72,8 @@ SETTINGS = {
     "scop-45": Setting("scop", {"rate": 0.45}, far=True),
     **{f"{by}-45": Setting("prune", {"rate": 0.45, "importance": by}, far=True) for by in ("l2", "random")},
     "uniprune-32": Setting("uniprune", {"budget": "31.74% flops", "round_to": 4}, far=True),  # what rate 0.45 leaves
+    "heads-50": Setting("heads", {"rate": 0.5}),
+    "heads-50-gradient": Setting("heads", {"rate": 0.5, "importance": "gradient"}),
     "scop-45-simqat-w8a8": Setting("simqat", {"weight": "int8@channel", "act": "int8@tensor:ema"}, after="scop-45"),
     "scop-45-slb-w2": replace(_search("2bit@channel"), after="scop-45"),
     "slb-w4a4": _search("4bit@channel", "uint4@tensor:pact", rules=(("re:stem.*|embed", {"act": "int8@tensor:ema"}),)),

@@ -20,6 +20,7 @@ from gs_algos.distill.config import DistillConfig
 from gs_algos.distill.distill import Distill
 from gs_algos.distill.synthesis import Synthesis
 from gs_algos.llm.registration import install as _register_with_transformers
+from gs_algos.pruning.heads import Heads, HeadsConfig
 from gs_algos.pruning.prune import Prune, PruneConfig
 from gs_algos.pruning.scop import SCOP, SCOPConfig
 from gs_algos.pruning.uniprune import UniPrune, UniPruneConfig
@@ -100,6 +101,8 @@ __all__ = [
     "Calibrates",
     "Distill",
     "DistillConfig",
+    "Heads",
+    "HeadsConfig",
     "LevelGrid",
     "PTQConfig",
     "PackedConv",

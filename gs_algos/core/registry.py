@@ -24,6 +24,7 @@ from gs_algos.core.did_you_mean import did_you_mean
 ALGORITHMS = {
     "amc": "gs_algos.search.presets:AMC",
     "haq": "gs_algos.search.presets:HAQ",
+    "heads": "gs_algos.pruning.heads:Heads",
     "nas": "gs_algos.search.presets:NAS",
     "prune": "gs_algos.pruning.prune:Prune",
     "ptq": "gs_algos.ptq.ptq:PTQ",

@@ -1,4 +1,4 @@
-"""Runs a model without leaving a trace: flags, attributes, buffers and random state come back as they were."""
+"""Runs a model without leaving a trace: flags, classes, attributes, buffers and random state come back as they were."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
     """
     modules = list(model.modules())
     attributes = [(module, dict(module.__dict__)) for module in modules]
+    classes = [type(module) for module in modules]
     containers = [(value, _copy(value)) for _, saved in attributes for value in saved.values() if _is_container(value)]
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference() and not b.is_meta]
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
@@ -33,7 +34,9 @@ def untouched(model: nn.Module, training: bool = False) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        for module, saved in attributes:
+        for (module, saved), own in zip(attributes, classes, strict=True):
+            if type(module) is not own:
+                module.__class__ = own
             module.__dict__.clear()
             module.__dict__.update(saved)
         for value, saved in containers:

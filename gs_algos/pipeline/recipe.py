@@ -161,7 +161,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
 def _check_options(stage: StageRecipe, algorithm: Algorithm) -> None:
     """Raises ValueError if a stage cannot be trained as it says, which it would show after the stages before it."""
     config: Any = algorithm.active().config
-    if stage.epochs == 0 and getattr(config, "select_steps", False):
+    if stage.epochs == 0 and algorithm.trains and getattr(config, "select_steps", False):
         raise ValueError(f"epochs must be >= 1 for {stage.algorithm}, which has to learn what to cut, got 0")
     for rule in getattr(config, "rules", ()):
         pair = isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str)

@@ -38,6 +38,13 @@ class GatedLayer(nn.Module):
         first = isinstance(self, (_ConvNd, _NormBase))  # channels are on axis 1, else on the last one
         return self.gated(y, gate.view(-1, *[1] * (y.dim() - 2)) if first else gate)
 
+    def remove_gate(self) -> None:
+        """Takes off what `add_gate` put on."""
+        for key in BUFFERS:
+            del self._buffers[key]
+        del self.gate_on
+        self.__class__ = type(self).__bases__[1]  # type: ignore[assignment]
+
     def gated(self, y: Tensor, gate: Tensor) -> Tensor:
         """Applies the gate to the output. gate: in the shape of y along the channels, 1 elsewhere."""
         raise AssertionError("every gate says what it does to an output")
@@ -58,6 +65,13 @@ class KnockoffGate(GatedLayer):
 
     prefix = "Blending"
 
+    def remove_gate(self) -> None:
+        """Takes off what `add_gate` put on."""
+        for key in BUFFERS:
+            del self._buffers[key]
+        del self.gate_on
+        self.__class__ = type(self).__bases__[1]  # type: ignore[assignment]
+
     def gated(self, y: Tensor, gate: Tensor) -> Tensor:
         if y.size(0) % 2:
             raise ValueError(f"SCOP: a layer must see as many knock-offs as inputs, got {y.size(0)} rows in all")
@@ -69,6 +83,13 @@ class ScaleGate(GatedLayer):
     """Multiplies by the gate: with a gate of 1 its gradient says what the loss would be without the channel."""
 
     prefix = "Scaled"
+
+    def remove_gate(self) -> None:
+        """Takes off what `add_gate` put on."""
+        for key in BUFFERS:
+            del self._buffers[key]
+        del self.gate_on
+        self.__class__ = type(self).__bases__[1]  # type: ignore[assignment]
 
     def gated(self, y: Tensor, gate: Tensor) -> Tensor:
         return y * gate
@@ -88,14 +109,6 @@ def add_gate(module: Any, kind: type[GatedLayer], size: int, start: float) -> No
     module.gate.requires_grad_()
     module.gate_on = False
     module.__class__ = swapped_class(kind, type(module))
-
-
-def remove_gate(module: Any) -> None:
-    """Takes off what `add_gate` put on."""
-    for key in BUFFERS:
-        del module._buffers[key]
-    del module.gate_on
-    module.__class__ = type(module).__bases__[1]
 
 
 class Freezer:

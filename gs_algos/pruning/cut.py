@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gs_algos.core.modules import get_module, parent_name
 from gs_algos.pruning.channel_groups.groups import Groups, stays, tensors_by_name
+from gs_algos.pruning.counted_attention import count_heads
 from gs_kernels.runtime.torch_private import _ConvNd, _ConvTransposeNd, _NormBase
 
 
@@ -133,8 +134,12 @@ def resize(model: nn.Module, shapes: dict[str, list[int]], attributes: dict[str,
 
 
 def set_attributes(model: nn.Module, attributes: dict[str, dict[str, int]]) -> None:
+    """Sets integers of modules; an `nn.MultiheadAttention` becomes one whose heads need not fill its width."""
     for name, values in attributes.items():
-        get_module(model, name).__dict__.update(values)
+        module = get_module(model, name)
+        module.__dict__.update(values)
+        if isinstance(module, nn.MultiheadAttention):
+            count_heads(module)
 
 
 def picks_of(groups: Groups, keep: Tensor) -> dict[str, dict[int, Tensor]]:

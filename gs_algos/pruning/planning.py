@@ -27,6 +27,9 @@ from gs_algos.pruning.budget import (
 from gs_algos.pruning.channel_groups.find import find_groups
 from gs_algos.pruning.channel_groups.groups import Group, Groups
 from gs_algos.pruning.config import PruningConfig
+from gs_algos.quant.packed.module import Packed
+
+PACKED = "is packed, and its codes cannot be cut; prune before quantizing"
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def from_version_1(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 # why an algorithm cannot score the units of a group; empty if it can
-WhyUnscored = Callable[[nn.Module, Group], str]
+WhyUnscored = Callable[[nn.Module, Group, Groups], str]
 
 
 def make_plan(
@@ -64,12 +67,14 @@ def make_plan(
         ValueError: if the inputs do not run through the model, a rule matches nothing, or no cut meets the budget.
     """
     groups = find_groups(model, example_inputs)
-    whole = {group.name: why for group in groups.prunable() if (why := why_unscored(model, group))}
+    whole = {group.name: why for group in groups.prunable() if (why := why_unscored(model, group, groups))}
     rates = _rates(config, model, groups, whole)
     rates = _with_budget(config, model, groups, rates, example_inputs)
     # the counts of scope="layer" do not depend on the scores
     keep = choose_units(config, groups, torch.zeros(groups.n), rates, model) if config.scope == "layer" else None
     rows = [_row(model, group, config, whole, keep) for group in groups.groups]
+    packed = {name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, Packed)}
+    rows += [PlanRow(name, kind, "keep", "", PACKED) for name, kind in packed.items()]
     return Plan(name, "running it", tuple(rows), groups.notes), groups, rates
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from gs_algos.core.modules import get_module
+from gs_algos.pruning.budget import Rates
 from gs_algos.pruning.channel_gates import GatedLayer, ScaleGate, add_gate, can_gate
 from gs_algos.pruning.channel_groups.groups import Group, GroupLayer, Groups
 from gs_algos.pruning.config import PruneBaseOptions, PruningConfig
@@ -85,19 +86,19 @@ class Prune(Pruner):
     def scores_weights(self) -> bool:
         return not self.config.select_steps
 
-    def why_unscored(self, model: nn.Module, group: Group) -> str:
+    def why_unscored(self, model: nn.Module, group: Group, groups: Groups) -> str:
         if self.config.importance == "bn" and all(gamma_of(model, layer) is None for layer in group.layers):
             return "has no batch norm whose scale could rank it"
         if self.config.importance == "taylor" and not any(_site(model, layer) for layer in group.layers):
             return "is made by layers whose outputs cannot be scaled"
         return ""
 
-    def gated_layer_sizes(self, model: nn.Module, groups: Groups) -> dict[str, int]:
+    def gated_layer_sizes(self, model: nn.Module, groups: Groups, rates: Rates) -> dict[str, int]:
         layers = [layer for group in groups.prunable() for layer in group.layers]
         return {site: len(layer.units) for layer in layers if (site := _site(model, layer))}
 
-    def put_gate(self, module: nn.Module, size: int) -> None:
-        add_gate(module, ScaleGate, size, start=1.0)
+    def put_gate(self, model: nn.Module, site: str, size: int, groups: Groups) -> None:
+        add_gate(get_module(model, site), ScaleGate, size, start=1.0)
 
     @torch.no_grad()
     def learn(self, layers: Iterable[GatedLayer]) -> None:

@@ -41,10 +41,10 @@ from gs_algos.core.plan import Plan, render_layers, rows_of
 from gs_algos.core.plan_settings import RowSettings
 from gs_algos.core.progress import progress
 from gs_algos.core.untouched import untouched
-from gs_algos.fx.capture.tracers import tensors_of
 from gs_algos.pruning.budget import Rates, total_rate
-from gs_algos.pruning.channel_gates import Freezer, GatedLayer, remove_freezers, remove_gate
+from gs_algos.pruning.channel_gates import Freezer, GatedLayer, remove_freezers
 from gs_algos.pruning.channel_groups.groups import Group, Groups, refuse_foreign_groups
+from gs_algos.pruning.channel_groups.trace import answers_of
 from gs_algos.pruning.config import PruningConfig
 from gs_algos.pruning.cut import cut, mask, removed, resize, zeros
 from gs_algos.pruning.planning import GroupPlan, choose_units, from_version_1, make_plan
@@ -87,12 +87,12 @@ class Pruner(Algorithm):
         self._history: dict[str, Any] = {}
 
     @abstractmethod
-    def gated_layer_sizes(self, model: nn.Module, groups: Groups) -> dict[str, int]:
-        """Returns module -> channels, of the layers that get a gate for the first phase."""
+    def gated_layer_sizes(self, model: nn.Module, groups: Groups, rates: Rates) -> dict[str, int]:
+        """Returns module -> channels, of the layers that get a gate for the first phase. rates: of what may be cut."""
 
     @abstractmethod
-    def put_gate(self, module: nn.Module, size: int) -> None:
-        """Puts a gate on a layer."""
+    def put_gate(self, model: nn.Module, site: str, size: int, groups: Groups) -> None:
+        """Puts a gate on a layer of the model."""
 
     @abstractmethod
     def learn(self, layers: Iterable[GatedLayer]) -> None:
@@ -102,9 +102,14 @@ class Pruner(Algorithm):
     def scores(self, model: nn.Module, groups: Groups) -> Tensor:
         """Returns `[units]`: the higher, the more a unit matters; NaN where nothing tells."""
 
-    def why_unscored(self, model: nn.Module, group: Group) -> str:
+    def why_unscored(self, model: nn.Module, group: Group, groups: Groups) -> str:
         """Says why the units of a group cannot be scored; "" if they can."""
         return ""
+
+    @property
+    def still(self) -> bool:
+        """Says whether weights stand still in the first phase, if layers have gates."""
+        return True
 
     @property
     def scores_weights(self) -> bool:
@@ -163,7 +168,7 @@ class Pruner(Algorithm):
             raise ValueError(f"{self.config.who}.apply: at least one group must lose a unit, got none{_why(plan)}")
         self._example = example_inputs
         with all_or_nothing(model):
-            sites = self.gated_layer_sizes(model, groups) if self.config.select_steps else {}
+            sites = self.gated_layer_sizes(model, groups, rates) if self.config.select_steps else {}
             prepare(self, model, groups, sites)
             entry = {
                 "algorithm": self.name,
@@ -249,9 +254,10 @@ class Pruner(Algorithm):
 
     def _enter_phase(self) -> None:
         """Turns the gates on in the first phase; in the second finds the tensors that hold the zeros."""
-        self._freezer.on = self.selecting and bool(self._gated)
+        gating = self.selecting and bool(self._gated)
+        self._freezer.on = gating and self.still
         for layer in self._gated.values():
-            layer.gate_on = self._freezer.on
+            layer.gate_on = gating
         self._zeros = []
         if self._model is not None and self.groups is not None and not self.selecting:
             self._zeros = zeros(self._model, self.groups, getattr(self._model, KEPT).cpu())
@@ -458,9 +464,9 @@ def prepare(algo: Pruner, model: nn.Module, groups: Groups, gates: dict[str, int
     """Gives a model the gates and the buffer of a prepared one."""
     for name, size in gates.items():
         module = get_module(model, name)
-        if size not in getattr(module, "weight", torch.empty(0)).shape:
+        if not any(size in parameter.shape for parameter in module.parameters()):
             raise ValueError(f"{algo.config.who}: {name} must have {size} channels; the model is another one")
-        algo.put_gate(module, size)
+        algo.put_gate(model, name, size, groups)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     model.register_buffer(KEPT, torch.ones(groups.n, dtype=torch.bool, device=device))
     for parameter in model.parameters():
@@ -470,7 +476,8 @@ def prepare(algo: Pruner, model: nn.Module, groups: Groups, gates: dict[str, int
 def release(model: nn.Module, gates: Iterable[str]) -> None:
     """Takes off what `prepare` put on."""
     for name in gates:
-        remove_gate(get_module(model, name))
+        module: Any = get_module(model, name)
+        module.remove_gate()
     remove_freezers(model)
     del model._buffers[KEPT]
 
@@ -482,10 +489,10 @@ def _compare(who: str, model: nn.Module, groups: Groups, keep: Tensor, example_i
         RuntimeError: if it is more than rounding.
     """
     with evaluating(model):
-        want = [t.clone() for t in tensors_of(run(model, example_inputs, who)) if t.is_floating_point()]
+        want = [t.clone() for t in answers_of(run(model, example_inputs, who)) if t.is_floating_point()]
     with untouched(model):
         cut(model, groups, keep, fresh=True)
-        got = [t for t in tensors_of(run(model, example_inputs, who)) if t.is_floating_point()]
+        got = [t for t in answers_of(run(model, example_inputs, who)) if t.is_floating_point()]
     worst = 0.0
     for g, w in zip(got, want, strict=True):
         error = relative_error(g, w)

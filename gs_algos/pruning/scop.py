@@ -22,6 +22,7 @@ from typing_extensions import Unpack
 from gs_algos.core.algorithm import Inputs
 from gs_algos.core.batches import checked_batches
 from gs_algos.core.modules import get_module
+from gs_algos.pruning.budget import Rates
 from gs_algos.pruning.channel_gates import Freezer, GatedLayer, KnockoffGate, add_gate, can_gate
 from gs_algos.pruning.channel_groups.groups import Group, GroupLayer, Groups
 from gs_algos.pruning.config import PruneBaseOptions, PruningConfig
@@ -165,17 +166,17 @@ class SCOP(Pruner):
         super()._enter_phase()
         self._doubling.turn = self.steps
 
-    def why_unscored(self, model: nn.Module, group: Group) -> str:
+    def why_unscored(self, model: nn.Module, group: Group, groups: Groups) -> str:
         sites = [type(get_module(model, layer.name)).__name__ for layer in group.layers]
         can = any(can_gate(get_module(model, layer.name)) for layer in group.layers)
         return "" if can else f"is made by {', '.join(sites)}, whose outputs cannot be mixed with their control"
 
-    def gated_layer_sizes(self, model: nn.Module, groups: Groups) -> dict[str, int]:
+    def gated_layer_sizes(self, model: nn.Module, groups: Groups, rates: Rates) -> dict[str, int]:
         layers = [layer for group in groups.prunable() for layer in group.layers]
         return {x.name: len(x.units) for x in layers if can_gate(get_module(model, x.name))}
 
-    def put_gate(self, module: nn.Module, size: int) -> None:
-        add_gate(module, KnockoffGate, size, start=0.5)
+    def put_gate(self, model: nn.Module, site: str, size: int, groups: Groups) -> None:
+        add_gate(get_module(model, site), KnockoffGate, size, start=0.5)
 
     @torch.no_grad()
     def learn(self, layers: Iterable[GatedLayer]) -> None:

@@ -1,8 +1,8 @@
 """Prunes blocks of channels of the whole network together, in rounds: what was cut by mistake may grow back.
 
 The units of a group are sorted by `||w|| |gamma|` and taken in blocks of `round_to` channels, so every layer keeps a
-width that hardware likes. Every `every` steps the blocks that matter least in the whole network become zeros, until
-the budget is met; the training goes on, and zeros may grow until the last round, which decides.
+width that hardware likes. Every `every` steps the blocks that matter least in the whole network become zeros, more of
+them each time; the training goes on, and zeros may grow until the last round, which meets the budget and decides.
 
 A block matters as much as its median, relative to that of the best block of its group: layers of any scale compare.
 
@@ -14,7 +14,7 @@ is negative stays off.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from gs_algos.core.modules import get_module
-from gs_algos.pruning.budget import step_of
+from gs_algos.pruning.budget import Budget, Rates, step_of
 from gs_algos.pruning.channel_gates import GatedLayer
 from gs_algos.pruning.channel_groups.groups import GroupLayer, Groups, stays, tensors_by_name
 from gs_algos.pruning.config import PruneBaseOptions, PruningConfig
@@ -99,10 +99,10 @@ class UniPrune(Pruner):
     def scores_weights(self) -> bool:
         return True
 
-    def gated_layer_sizes(self, model: nn.Module, groups: Groups) -> dict[str, int]:
+    def gated_layer_sizes(self, model: nn.Module, groups: Groups, rates: Rates) -> dict[str, int]:
         return {}
 
-    def put_gate(self, module: nn.Module, size: int) -> None:
+    def put_gate(self, model: nn.Module, site: str, size: int, groups: Groups) -> None:
         raise AssertionError("UniPrune gates no layer")
 
     @torch.no_grad()
@@ -111,9 +111,17 @@ class UniPrune(Pruner):
         if (self.steps + 1) % self.config.every or self.steps + 1 == self.config.select_steps:
             return
         assert self._model is not None and self.groups is not None
-        keep = choose_units(self.config, self.groups, self.scores(self._model, self.groups), self._rates, self._model)
+        config, rates = self._so_far((self.steps + 1) / self.config.select_steps)
+        keep = choose_units(config, self.groups, self.scores(self._model, self.groups), rates, self._model)
         for tensor, dim, index in switches(self._model, self.groups, keep):
             tensor.index_fill_(dim, index, 0)
+
+    def _so_far(self, done: float) -> tuple[UniPruneConfig, Rates]:
+        """Returns the options and rates of a round: what goes grows in equal steps to what goes in the last one."""
+        budget = None if self.config.budget is None else Budget.parse(self.config.budget)
+        left = None if budget is None else str(replace(budget, percent=100 - done * (100 - budget.percent)))
+        rates = {name: None if rate is None else done * rate for name, rate in self._rates.items()}
+        return replace(self.config, rate=done * self.config.rate, budget=left), rates
 
     def scores(self, model: nn.Module, groups: Groups) -> Tensor:
         """Returns the importance of each unit's block.

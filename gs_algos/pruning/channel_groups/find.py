@@ -70,6 +70,7 @@ def resolve(flow: ChannelFlow, notes: tuple[str, ...] = ()) -> Groups:
     unit_of = torch.full((max(flow.atoms.n, 1),), FIXED)  # class -> unit
     n, groups = 0, []
     norms = _norms(flow, axes, starts)
+    heads = _heads(flow, classes)
     for layers in members:
         own = torch.cat([classes[axis.atoms()] for axis in layers]).unique()
         free = own[[c not in reasons for c in own.tolist()]]
@@ -79,7 +80,8 @@ def resolve(flow: ChannelFlow, notes: tuple[str, ...] = ()) -> Groups:
             why = why or ["consists of one unit, which cannot go"]
         unit_of[free] = torch.arange(n, n + len(free))
         made = [(axis, norms.get(axis.start)) for axis in layers]
-        groups.append(_GroupDraft(made, n, len(free), "; ".join(why[:2]) if not len(free) else ""))
+        attends = len(free) > 0 and bool(torch.isin(free, heads).all())
+        groups.append(_GroupDraft(made, n, len(free), "; ".join(why[:2]) if not len(free) else "", attends))
         n += len(free)
     units = unit_of[classes] if flow.atoms.n else unit_of
     slices = [Slice(axis.tensor, axis.dim, units[axis.atoms()]) for axis in axes]
@@ -92,8 +94,8 @@ def resolve(flow: ChannelFlow, notes: tuple[str, ...] = ()) -> Groups:
 class _GroupDraft:
     """Holds a group whose layers' units are not numbered yet."""
 
-    def __init__(self, made: list[tuple[Axis, str | None]], first: int, n: int, reason: str) -> None:
-        self.made, self.first, self.n, self.reason = made, first, n, reason
+    def __init__(self, made: list[tuple[Axis, str | None]], first: int, n: int, reason: str, attends: bool) -> None:
+        self.made, self.first, self.n, self.reason, self.attends = made, first, n, reason, attends
 
     def group(self, units: Tensor, slices: list[Slice]) -> Group:
         layers = tuple(
@@ -109,7 +111,9 @@ class _GroupDraft:
         ]
         own = {layer.name for layer in layers} | {layer.norm for layer in layers}
         readers = tuple(dict.fromkeys(name for name in touched if name not in own))
-        return Group(layers, readers, self.first, self.n, sum(len(x.units) for x in layers), self.reason)
+        channels = sum(len(layer.units) for layer in layers)
+        group = Group(layers, readers, self.first, self.n, channels, self.reason)
+        return replace(group, heads=self.attends and max(group.widths) > 1)
 
 
 def _settled_classes(flow: ChannelFlow) -> Tensor:
@@ -137,6 +141,12 @@ def _shrinking_dim(flow: ChannelFlow, box: ReshapedChannels, dims: list[int]) ->
     module = get_module(flow.model, box.scope)
     counts = {getattr(module, name, None) for name in COUNTS}
     return next((d for d in dims if box.labels.size(d) in counts), dims[-1])
+
+
+def _heads(flow: ChannelFlow, classes: Tensor) -> Tensor:
+    """Returns the classes over each of which attention runs by itself."""
+    labels = torch.cat(flow.heads) if flow.heads else torch.zeros(0, dtype=torch.int64)
+    return classes[labels[labels >= 0]].unique()
 
 
 def _reasons(flow: ChannelFlow, classes: Tensor, axes: list[Axis]) -> dict[int, str]:

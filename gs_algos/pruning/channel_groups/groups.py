@@ -55,7 +55,10 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Group:
-    """Holds units `first .. first + n - 1`, made by `layers`, read by `readers`. reason: why none can go (n = 0)."""
+    """Holds units `first .. first + n - 1`, made by `layers`, read by `readers`.
+
+    reason: why none can go (n = 0); heads: attention runs over each unit by itself.
+    """
 
     layers: tuple[GroupLayer, ...]
     readers: tuple[str, ...]
@@ -63,6 +66,7 @@ class Group:
     n: int
     channels: int  # output channels of the layers, in all
     reason: str = ""
+    heads: bool = False
 
     @property
     def name(self) -> str:
@@ -131,6 +135,7 @@ class Groups:
                     "n": g.n,
                     "channels": g.channels,
                     "reason": g.reason,
+                    "heads": g.heads,
                 }
                 for g in self.groups
             ],
@@ -151,6 +156,7 @@ class Groups:
                 g["n"],
                 g["channels"],
                 g["reason"],
+                g.get("heads", False),  # earlier checkpoints do not have it
             )
             for g in data["groups"]
         )

@@ -211,6 +211,8 @@ def reduction(flow: ChannelFlow, call: OpCall) -> list[Value]:
 def along(flow: ChannelFlow, call: OpCall) -> list[Value]:
     value = flow.value(call.args[0])
     dim = call.argument("dim", -1) % len(value.shape)
+    if call.op.endswith("softmax"):
+        flow.heads += [f.flatten() for f in value.fields if varying(f) - {dim}]
     rests = [flow.atoms.whole(f, [dim], f"is mixed by {flow.where(call)}") for f in value.fields]
     return [Value(tuple(out.shape), tuple(f for f in rests if f is not None)) for out in call.outputs]
 

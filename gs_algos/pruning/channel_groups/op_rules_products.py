@@ -78,6 +78,7 @@ def attention(flow: ChannelFlow, call: OpCall) -> list[Value]:
     scores = contract(flow, q, turned, where)
     rests = [flow.atoms.whole(f, [len(scores.shape) - 1], f"is mixed by {where}") for f in scores.fields]
     scores = Value(scores.shape, tuple(f for f in rests if f is not None))
+    flow.heads += [f.flatten() for f in scores.fields if varying(f) - {len(scores.shape) - 1}]
     bias = flow.value(call.argument("attn_mask", call.argument("attn_bias")))
     scores = combine(flow, [scores, bias], scores.shape, where)
     return [contract(flow, scores, v, where)]

@@ -82,6 +82,7 @@ class ChannelFlow:
     atoms: Atoms = field(default_factory=Atoms)
     produced: list[Tensor] = field(default_factory=list)  # labels of output channels of layers
     norms: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # labels that a batch norm reads, and its weight's
+    heads: list[Tensor] = field(default_factory=list)  # labels that come through a softmax along another dimension
     boxes: list[ReshapedChannels] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     ran: set[int] = field(default_factory=set)  # ids of parameters that an operation read
@@ -143,12 +144,18 @@ def trace_flow(
     try:
         with untouched(flow.model, training), _scopes(flow), _FlowTracer(flow, rules, before):
             outputs = run(flow.model, inputs, "prune")
-        for tensor in tensors_of(outputs):
+        for tensor in answers_of(outputs):
             for labels in flow.value(tensor).fields:
                 flow.atoms.freeze(labels, "is an output of the network")
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         flow.seen.clear()
+
+
+def answers_of(outputs: Any) -> Iterator[Tensor]:
+    """Yields the tensors of a network's outputs, but those of a key-value cache, which it alone reads again."""
+    held = outputs.values() if isinstance(outputs, dict) else outputs if isinstance(outputs, tuple | list) else ()
+    return tensors_of(outputs, {id(value) for value in held if hasattr(value, "get_seq_length")})
 
 
 class _FlowTracer(TorchDispatchMode):

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from gs_algos.core.algorithm import Inputs, split_inputs
 from gs_algos.core.untouched import untouched
-from gs_algos.fx.capture.tracers import tensors_of
 from gs_algos.pruning.channel_groups.groups import Groups, tensors_by_name
+from gs_algos.pruning.channel_groups.trace import answers_of
 from gs_algos.pruning.cut import _replace, cut, picks_of, zeroed
 
 TOLERANCE = 1e-3  # RMS of the difference over RMS of the masked output; a wrong cut is off by far more
@@ -69,4 +69,4 @@ def _outputs(model: nn.Module, groups: Groups, keep: Tensor, inputs: Inputs, mas
         else:
             cut(model, groups, keep, fresh=True)
         args, kwargs = split_inputs(inputs)
-        return [t.clone() for t in tensors_of(model(*args, **kwargs)) if t.is_floating_point()]
+        return [t.clone() for t in answers_of(model(*args, **kwargs)) if t.is_floating_point()]
