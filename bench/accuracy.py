@@ -72,6 +72,8 @@ SETTINGS = {
     "scop-45": Setting("scop", {"rate": 0.45}, far=True),
     **{f"{by}-45": Setting("prune", {"rate": 0.45, "importance": by}, far=True) for by in ("l2", "random")},
     "uniprune-32": Setting("uniprune", {"budget": "31.74% flops", "round_to": 4}, far=True),  # what rate 0.45 leaves
+    "uniprune-60": Setting("uniprune", {"budget": "60% flops", "round_to": 16}, far=True),
+    "l2-60": Setting("prune", {"budget": "60% flops", "round_to": 16, "importance": "l2"}, far=True),
     "heads-50": Setting("heads", {"rate": 0.5}),
     "heads-50-gradient": Setting("heads", {"rate": 0.5, "importance": "gradient"}),
     "scop-45-simqat-w8a8": Setting("simqat", {"weight": "int8@channel", "act": "int8@tensor:ema"}, after="scop-45"),
