@@ -4,7 +4,7 @@ from gs_kernels.adder.op import adder_conv2d, adder_linear
 from gs_kernels.adder.op_int8 import adder_int8
 from gs_kernels.fake_quant.op import fake_quant
 from gs_kernels.fake_quant.quantize import dequantize, quantize
-from gs_kernels.formats import Granularity, IntFormat, PerChannel, PerGroup, PerTensor
+from gs_kernels.formats import FloatFormat, Granularity, IntFormat, PerChannel, PerGroup, PerTensor
 from gs_kernels.gptq_block.op import gptq_block
 from gs_kernels.gram.op import gram_
 from gs_kernels.hadamard.matrices import hadamard_block, hadamard_matrix
@@ -29,6 +29,7 @@ from gs_kernels.slb.optimizer_step import slb_adamw_, slb_sgd_
 from gs_kernels.slb.pack_codes import slb_codes, slb_pack
 
 __all__ = [
+    "FloatFormat",
     "Granularity",
     "IntFormat",
     "PackedWeight",

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+E2M1 = tuple(sign * size for sign in (1.0, -1.0) for size in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))  # by code
+E2M1_MAX = 6.0
+
 
 @dataclass(frozen=True)
 class IntFormat:
@@ -27,6 +30,47 @@ class IntFormat:
     @property
     def qmax(self) -> int:
         return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """Describes a grid of 4-bit floats, e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 of either sign, in groups with 8-bit scales.
+
+    `mxfp4`: groups of 32, whose scales are powers of two (e8m0). `nvfp4`: groups of 16, whose scales are floats (e4m3),
+    divided by one number of the whole tensor.
+
+    Source: OCP Microscaling Formats 1.0, section 5; NVIDIA, Pretraining LLMs with NVFP4, arXiv:2509.25149, section 2.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name not in FLOAT_GROUPS:
+            raise ValueError(f"FloatFormat: name must be {' or '.join(FLOAT_GROUPS)}, got {self.name!r}")
+
+    @property
+    def bits(self) -> int:
+        return 4
+
+    @property
+    def signed(self) -> bool:
+        return True
+
+    @property
+    def narrow(self) -> bool:
+        return False
+
+    @property
+    def group_size(self) -> int:
+        return FLOAT_GROUPS[self.name]
+
+    @property
+    def divided(self) -> bool:
+        """Says whether scales are divided by one number of the tensor."""
+        return self.name == "nvfp4"
+
+
+FLOAT_GROUPS = {"mxfp4": 32, "nvfp4": 16}  # name -> elements that share a scale
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from gs_algos.quant.packed.grid import stored_bits
 from gs_algos.quant.packed.linear import TOKEN
 from gs_algos.quant.packed.packable import in_rows, matrix_of, packed_like, why_not
 from gs_algos.quant.packed.round_to_nearest import packable, round_to_nearest
-from gs_algos.quant.scheme import Scheme
+from gs_algos.quant.scheme import Scheme, of_integers
 from gs_kernels import PackedWeight
 
 WHO = "latency_table"
@@ -35,7 +35,7 @@ def parse(choice: str) -> tuple[Scheme, str | None]:
     weight, _, act = choice.partition("/")
     if not act or act == TOKEN:
         return packable(weight, who=WHO), act or None
-    return Scheme.parse(weight, "weight"), str(Scheme.parse(act, "act"))
+    return of_integers(weight, WHO), str(Scheme.parse(act, "act"))
 
 
 def as_run(choice: str) -> tuple[Scheme, Scheme | str]:
@@ -46,7 +46,9 @@ def as_run(choice: str) -> tuple[Scheme, Scheme | str]:
 
 
 def _plain(scheme: Scheme, bits: int) -> Scheme:
-    form = replace(scheme.format, bits=bits, narrow=False)
+    if scheme.is_float:
+        return replace(scheme, observer="minmax")
+    form = replace(scheme.integers, bits=bits, narrow=False)
     return replace(scheme, format=form, observer="minmax", argument=None, learned=False)
 
 

@@ -49,6 +49,8 @@ def refuse_values(model: nn.Module, state: Mapping[str, Tensor], who: str) -> No
         for part, must in rules.items():
             key = f"{name}.{part}" if name else part
             tensor = state.get(key)
+            if tensor is not None and tensor.is_floating_point() and tensor.itemsize == 1:
+                tensor = tensor.float()  # floats of 8 bits have no comparisons
             if tensor is None or tensor.is_meta or bool((right := must.holds(tensor)).all()):
                 continue
             at = (~right).nonzero()[0].tolist()

@@ -24,7 +24,7 @@ from gs_algos.quant.packed.module import WEIGHT_TENSORS, PackedFormat
 from gs_algos.quant.packed.packable import base_of, float_weight, matrix_of
 from gs_kernels import PackedWeight, unpack_codes
 from gs_kernels.pack.checks import check_packed_values
-from gs_kernels.pack.serialize import to_tensors
+from gs_kernels.pack.serialize import loaded_scale, to_tensors
 
 FORMATS: dict[str, Format] = {f.method: f for f in (compressed_tensors.FORMAT, gptq.FORMAT, awq.FORMAT)}
 
@@ -268,7 +268,9 @@ def _grouped(tensors: Any, layers: Any, known: tuple[str, ...] = WEIGHT_TENSORS)
 def _packed(format: PackedFormat, tensors: dict[str, Tensor]) -> PackedWeight:
     zero: Any = tensors["zero"] if format.zero is None else format.zero
     levels = tensors.get("levels")
-    return PackedWeight(tensors["codes"], tensors["scale"], zero, levels, format.bits, format.shape, format.group_size)
+    args = format.bits, format.shape, format.group_size
+    scale = loaded_scale(tensors["scale"])
+    return PackedWeight(tensors["codes"], scale, zero, levels, *args, divisor=tensors.get("divisor"))
 
 
 def _check_weight(who: str, layer: nn.Linear, name: str, weight: PackedWeight) -> None:
@@ -278,7 +280,7 @@ def _check_weight(who: str, layer: nn.Linear, name: str, weight: PackedWeight) -
         raise ValueError(
             f"{who}: {name} must be of shape {shape} as config.json says, got a packed weight of {list(weight.shape)}"
         )
-    lost = weight.scale == 0
+    lost = weight.scale.float() == 0
     if bool(lost.any()):
         grouped = unpack_codes(weight.codes, weight.bits, weight.shape).unflatten(1, (-1, weight.group_size))
         zero = weight.zero[..., None] if isinstance(weight.zero, Tensor) else weight.zero

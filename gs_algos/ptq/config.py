@@ -14,7 +14,7 @@ from gs_algos.ptq.solve import check_options
 from gs_algos.ptq.transforms import chosen_transforms
 from gs_algos.quant.packed.linear import TOKEN
 from gs_algos.quant.packed.round_to_nearest import packable
-from gs_algos.quant.scheme import Scheme, as_text, check_rules, join_scheme
+from gs_algos.quant.scheme import Scheme, as_text, check_rules, join_scheme, of_integers
 
 OBSERVED, GRADIENT = RANGES = "observed", "gradient"
 WIDTHS = (1, 2, 3, 4, 8)  # bits of weights; 3 are stored in 4
@@ -26,7 +26,8 @@ class PTQConfig(AlgorithmConfig):
 
     Args:
         weight: scheme of the weights, with 1, 2, 3, 4 or 8 bits: `int4@group:64`, `int8@channel`,
-            `int4@group:128:asym:mse`; 3 are stored in 4. With static activations 2 to 8 bits.
+            `int4@group:128:asym:mse`; 3 are stored in 4. With static activations 2 to 8 bits. Or 4-bit floats, `mxfp4`
+            and `nvfp4`, by `nearest` or `gptq`.
         act: None leaves activations float; `int8@token` rounds each row a linear reads to 8 bits with a scale of its
             own, as it runs. A scheme such as `int8@tensor:mse` is static, one scale for a tensor, found in calibration:
             batch norms are folded, and layers and adds become those of SimQAT, which multiply integers.
@@ -178,7 +179,7 @@ def static_weight(weight: str | Scheme) -> Scheme:
     Raises:
         ValueError: if it has 1 bit, or is learned.
     """
-    scheme = Scheme.parse(weight, "weight")
+    scheme = of_integers(weight, "PTQ")
     if scheme.bits == 1:
         raise ValueError(f"PTQ: weights must have 2 to 8 bits beside static activations, got {scheme}")
     if scheme.learned:

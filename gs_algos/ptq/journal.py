@@ -114,6 +114,8 @@ def to_bytes(solved: Mapping[str, Solved]) -> bytes:
     for site, one in solved.items():
         tensors[f"{site}.codes"] = one.codes.contiguous()
         tensors[f"{site}.scale"], tensors[f"{site}.zero"] = one.grid.scale.contiguous(), one.grid.zero.contiguous()
+        if one.grid.divisor is not None:
+            tensors[f"{site}.divisor"] = one.grid.divisor
         if one.bias is not None:
             tensors[f"{site}.bias"] = one.bias.contiguous()
         if one.fraction is not None:
@@ -141,6 +143,7 @@ def from_bytes(data: bytes) -> dict[str, Solved]:
                 tensors[f"{site}.zero"],
                 Scheme.parse(one["scheme"], "weight"),
                 getattr(torch, one["dtype"]),
+                tensors.get(f"{site}.divisor"),
             ),
             tensors[f"{site}.codes"],
             tensors.get(f"{site}.bias"),

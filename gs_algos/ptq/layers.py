@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.core.modules import swapped_class
-from gs_algos.core.tensor_rules import FINITE, Rules
+from gs_algos.core.tensor_rules import FINITE, POSITIVE, Rules
 from gs_algos.ptq.journal import Solved
 from gs_algos.quant.fake_quant.batch_norm import with_values
 from gs_algos.quant.fast_path import OffFastPath
@@ -28,37 +28,43 @@ from gs_kernels import PackedWeight, quantize_rows
 
 
 class WeightGrid(FixedDtypeBuffers):
-    """Holds the grid of a weight: scales and zero points `[N, G]` as they are stored."""
+    """Holds the grid of a weight: scales and zero points `[N, G]` as they are stored; scales of 8 bits in fp32."""
 
-    fixed_dtype: ClassVar[tuple[str, ...]] = ("scale", "zero")
+    fixed_dtype: ClassVar[tuple[str, ...]] = ("scale", "zero", "divisor")
     scale: Tensor
     zero: Tensor
+    divisor: Tensor | None
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()
-        self.scheme = grid.scheme
-        self.register_buffer("scale", grid.scale.to(grid.dtype))
-        self.register_buffer("zero", grid.zero.to(grid.dtype))
+        self.scheme, self._dtype = grid.scheme, grid.dtype
+        dtype = torch.float32 if grid.scheme.is_float else grid.dtype
+        self.register_buffer("scale", grid.scale.to(dtype))
+        self.register_buffer("zero", grid.zero.to(dtype))
+        self.register_buffer("divisor", grid.divisor)
 
     @classmethod
     def empty(cls, format: PackedFormat, scheme: Scheme, device: torch.device) -> WeightGrid:
         """Makes one that is still to be filled."""
         weight = format.empty(device)
         scale = torch.ones_like(weight.scale, dtype=torch.float32)
-        return cls(Grid(scale, torch.zeros_like(scale), scheme, weight.scale.dtype))
+        return cls(Grid(scale, torch.zeros_like(scale), scheme, weight.scale.dtype, weight.divisor))
 
     @property
     def grid(self) -> Grid:
-        return Grid(self.scale.float(), self.zero.float(), self.scheme, self.scale.dtype)
+        # an integer grid's buffers may have been loaded in another dtype than it was made with
+        dtype = self._dtype if self.scheme.is_float else self.scale.dtype
+        return Grid(self.scale.float(), self.zero.float(), self.scheme, dtype, self.divisor)
 
     def set(self, grid: Grid) -> None:
         """Takes another grid of the same weight."""
         with torch.no_grad():
-            self.scale = grid.scale.to(grid.dtype)
-            self.zero = grid.zero.to(grid.dtype)
+            dtype = torch.float32 if grid.scheme.is_float else grid.dtype
+            self.scale, self.zero, self.divisor = grid.scale.to(dtype), grid.zero.to(dtype), grid.divisor
+            self._dtype = grid.dtype
 
     def state_rules(self) -> Rules:
-        return {"scale": FINITE, "zero": FINITE}
+        return {"scale": FINITE, "zero": FINITE, "divisor": POSITIVE}
 
     def extra_repr(self) -> str:
         return str(self.scheme)

@@ -409,6 +409,12 @@ class PTQ(Algorithm):
         linear = isinstance(site.layer, nn.Linear)
         rounding = "nearest" if embedding else options["rounding"]
         act = options["act"] if linear else None
+        if site.scheme.is_float and (rounding in TUNED or act is not None):
+            given = f"rounding {rounding!r}" if rounding in TUNED else f"act {act!r}"
+            raise ValueError(
+                f"PTQ: layers of 4-bit floats are rounded by nearest or gptq, and read floats, got {site.scheme} with "
+                f"{given} for {site.names[0]}; change one, for all or by a rule"
+            )
         stored = f" (stored in {stored_bits(site.scheme)} bits)" if site.scheme.bits != stored_bits(site.scheme) else ""
         detail = f"weight {site.scheme}{stored}, {rounding}" + (f", act {act}" if act else "")
         plan = RoundedPlan(site.names, str(site.scheme), format_of(site.layer, weight, site.scheme), rounding, act)
@@ -433,7 +439,7 @@ class PTQ(Algorithm):
         if not isinstance(row.settings, RoundedPlan):
             return row
         layer: Any = get_module(model, row.site)
-        dtype = str(layer.weight_grid.scale.dtype).removeprefix("torch.")
+        dtype = str(layer.weight_grid.grid.dtype).removeprefix("torch.")
         format = replace(row.settings.format, scale_dtype=dtype)
         return replace(row, settings=replace(row.settings, format=format))
 

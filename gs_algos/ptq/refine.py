@@ -79,7 +79,7 @@ def _move_scale(sweep: Sweep, diagonal: Tensor, group: int, columns: slice, pull
     slope, curvature = ((weighted * t[inside]).sum(0) for t in (pull, worth))
     ratio = 1 - slope / torch.where(curvature > 0, curvature, torch.inf)
     fits = (ratio >= 1 / LARGEST_CHANGE) & (ratio <= LARGEST_CHANGE)
-    moved = torch.where(fits, scale * ratio, scale).to(sweep.grid.dtype).float()
+    moved = sweep.grid.storable(torch.where(fits, scale * ratio, scale))
     moved = torch.where(moved.isfinite() & (moved != 0), moved, scale)
     change = torch.where(scale == 0, 0.0, moved / scale - 1)
     gains = change * (2 * slope + change * curvature) < 0

@@ -218,6 +218,11 @@ def _refuse_groups(sites: list[Site], who: str) -> None:
     every = [site for group in bad.values() for site in group]
     what = "weights of a filter" if isinstance(first.layer, CONVS) else "inputs"
     fits = math.gcd(k, size)
+    if every[0].scheme is not None and every[0].scheme.is_float:
+        raise ValueError(
+            f"{who}: groups of {size} must divide the {k} {what} of {first.names[0]}, got {scheme} ({len(every)} such "
+            f"layers); give these layers integers by a rule: rules=[{_rule_for(every)!r}]"
+        )
     way = f"group:{fits} or channel" if fits >= SMALLEST_GROUP else "channel"
     raise ValueError(
         f"{who}: the group must divide the {k} {what} of {first.names[0]}, got {scheme} ({len(every)} such layers); "
@@ -238,4 +243,4 @@ def _rule_for(sites: list[Site]) -> tuple[str, str]:
     pattern = pattern or f"re:(.*\\.)?({'|'.join(ends)})"
     scheme = sites[0].scheme
     assert scheme is not None
-    return pattern, str(replace(scheme, granularity=PerChannel(0)))
+    return pattern, "int8@channel" if scheme.is_float else str(replace(scheme, granularity=PerChannel(0)))

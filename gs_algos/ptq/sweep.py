@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gs_algos.quant.packed.float_grid import nearest_values
 from gs_algos.quant.packed.grid import Grid
 from gs_kernels import gptq_block
 
@@ -47,7 +48,6 @@ class Sweep:
 
     def round(self, first: int, pull: Tensor) -> None:
         """Rounds the columns from `first`, as many as `pull` is for, all of whose errors are in it."""
-        low, high = self.grid.limits
         change = torch.empty_like(pull)
         for left in range(0, len(pull), BLOCK):
             part = slice(left, left + BLOCK)
@@ -57,10 +57,15 @@ class Sweep:
                 values -= product(self.factor[:, first : first + left, here], change[:left])
             scale = self._of_columns(self.scale, here)
             zero = None if self.zero is None else self._of_columns(self.zero, here)
-            change[part] = gptq_block(
-                values, self.q[here], self.factor[:, here, here], scale, zero, qmin=low, qmax=high
-            )
+            round_block = _round_floats if self.grid.scheme.is_float else self._round_integers
+            change[part] = round_block(values, self.q[here], self.factor[:, here, here], scale, zero)
         self.move(slice(first, first + len(pull)), change)
+
+    def _round_integers(
+        self, values: Tensor, start: Tensor, factor: Tensor, scale: Tensor, zero: Tensor | None
+    ) -> Tensor:
+        low, high = self.grid.limits
+        return gptq_block(values, start, factor, scale, zero, qmin=low, qmax=high)
 
     def move(self, columns: slice, change: Tensor) -> None:
         """Adds to the values of columns."""
@@ -78,6 +83,15 @@ class Sweep:
         if index.shape[1] == 1:
             return groups.index_select(0, index.flatten())
         return groups.gather(0, index.unsqueeze(2).expand(-1, -1, groups.shape[2]))
+
+
+def _round_floats(values: Tensor, start: Tensor, factor: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """Does for grids of 4-bit floats what `gptq_block` does for integers."""
+    change = torch.empty_like(start)
+    for j in range(len(values)):
+        change[j] = nearest_values(values[j] / scale[j]) * scale[j] - start[j]
+        values[j + 1 :] -= factor[:, j, j + 1 :].t().unsqueeze(2) * change[j]
+    return change
 
 
 def row_pieces(n: int, groups: int) -> Iterator[slice]:

@@ -35,7 +35,7 @@ from gs_algos.quant.network.layer_plan import layer_rows
 from gs_algos.quant.network.planning import make_plan, with_planned_layers
 from gs_algos.quant.network.prepare import QuantOptions, refuse_nonfinite, swap_layers
 from gs_algos.quant.network.summary import summary_of
-from gs_algos.quant.scheme import Scheme, as_text, check_rules, join_scheme
+from gs_algos.quant.scheme import Scheme, as_text, check_rules, join_scheme, of_integers
 from gs_kernels.runtime.torch_private import _BatchNorm
 
 logger = logging.getLogger(__name__)
@@ -71,14 +71,14 @@ class SimQATConfig(AlgorithmConfig):
     who: ClassVar[str] = "SimQAT"
 
     def __post_init__(self) -> None:
-        Scheme.parse(self.weight, "weight")
+        of_integers(self.weight, "SimQAT")
         if self.act is not None:
             Scheme.parse(self.act, "act")
         for name in ("weight", "act"):
             if isinstance(getattr(self, name), Scheme):
                 object.__setattr__(self, name, str(getattr(self, name)))
         parsers = {
-            "weight": lambda value: Scheme.parse(value, "weight"),
+            "weight": lambda value: of_integers(value, "SimQAT"),
             "act": lambda value: Scheme.parse(value, "act"),
             "join": join_scheme,
         }

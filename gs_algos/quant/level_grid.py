@@ -56,7 +56,7 @@ class LevelGrid:
         """
         if isinstance(text, LevelGrid):
             return text
-        if isinstance(text, Scheme) or (isinstance(text, str) and re.match(r"u?int\d", text)):
+        if isinstance(text, Scheme) or (isinstance(text, str) and re.match(r"u?int\d|mxfp|nvfp", text)):
             return _of_scheme(text)
         match = re.fullmatch(r"(\d+)bit(?:@(tensor|channel))?(:learned)?", text) if isinstance(text, str) else None
         if match is None or int(match[1]) not in BITS:
@@ -101,6 +101,10 @@ def _of_scheme(text: str | Scheme) -> LevelGrid:
         scheme = Scheme.parse(text, "weight")
     except ValueError as error:
         raise ValueError(f"SLB: {str(error).removeprefix('Scheme: ')}") from None
+    if scheme.is_float:
+        raise ValueError(
+            f"SLB: weight must have levels that lie evenly around 0, got {str(text)!r}; use 'int4@channel'"
+        )
     bits = min((width for width in BITS if width >= scheme.bits), default=max(BITS))
     per = "tensor" if isinstance(scheme.granularity, PerTensor) else "channel"
     grid = LevelGrid(bits, per, scheme.learned)

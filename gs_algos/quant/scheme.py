@@ -1,4 +1,4 @@
-"""Describes the grid of one tensor, as data and as text: `int8@channel`, `int4@group:128:mse`, `uint8@tensor:ema`."""
+"""Describes the grid of a tensor, as data and as text: `int8@channel`, `int4@group:64:mse`, `uint8@tensor`, `mxfp4`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from gs_kernels import Granularity, IntFormat, PerChannel, PerGroup, PerTensor
+from gs_kernels import FloatFormat, Granularity, IntFormat, PerChannel, PerGroup, PerTensor
+from gs_kernels.formats import FLOAT_GROUPS
 
 Role = Literal["weight", "act"]
 OBSERVERS = {
@@ -17,15 +18,16 @@ OBSERVERS = {
     "act": ("ema", "minmax", "percentile", "mse"),
 }
 DEFAULT_ARGUMENT = {"ema": 0.01, "percentile": 99.99}
+FLOAT_OBSERVERS = ("minmax", "mse")
 GRAMMAR = "[u]int<1..8>@<tensor|channel|group:N>[:<ema|minmax|percentile|mse>[=<number>]][:lsq][:sym|:asym][:narrow]"
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Describes an integer grid and how its range is found.
+    """Describes a grid of integers, or of 4-bit floats for weights, and how its range is found.
 
     Args:
-        format: the integer grid.
+        format: the grid. 4-bit floats are symmetric, in groups of their own size, with `minmax` or `mse`.
         granularity: which elements share a scale; the channel axis of a weight is its output axis.
         symmetric: range [-a, a] (zero point 0 on a signed grid) instead of [min, max].
         observer: `minmax` running extremes (weights: of the current values) · `ema` moving average, argument = share of
@@ -41,7 +43,7 @@ class Scheme:
         TypeError: if the format or the granularity is none.
     """
 
-    format: IntFormat
+    format: IntFormat | FloatFormat
     granularity: Granularity
     symmetric: bool = True
     observer: str = "minmax"
@@ -49,8 +51,9 @@ class Scheme:
     learned: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.format, IntFormat):
-            raise TypeError(f"Scheme: format must be an IntFormat such as IntFormat(4), got {self.format!r}")
+        if not isinstance(self.format, IntFormat | FloatFormat):
+            must = "a FloatFormat or an IntFormat such as IntFormat(4)"
+            raise TypeError(f"Scheme: format must be {must}, got {self.format!r}")
         if not isinstance(self.granularity, PerTensor | PerChannel | PerGroup):
             must = "PerTensor(), PerChannel() or PerGroup(size)"
             raise TypeError(f"Scheme: granularity must be {must}, got {self.granularity!r}")
@@ -59,6 +62,12 @@ class Scheme:
         if self.argument is None:
             object.__setattr__(self, "argument", DEFAULT_ARGUMENT.get(self.observer))
         _refuse_argument(self.observer, self.argument, repr(self.argument))
+        if isinstance(self.format, FloatFormat):
+            size = self.format.group_size
+            right = self.granularity == PerGroup(size) and self.symmetric and not self.learned
+            if not right or self.observer not in FLOAT_OBSERVERS:
+                must = f"be symmetric, in groups of {size}, found by {' or '.join(FLOAT_OBSERVERS)}, and not learned"
+                raise ValueError(f"Scheme: {self.format.name} must {must}; use Scheme.parse({self.format.name!r})")
 
     @staticmethod
     def parse(text: str | Scheme, role: Role) -> Scheme:
@@ -83,10 +92,14 @@ class Scheme:
 
     @staticmethod
     def _read(text: str, role: Role) -> Scheme:
+        name, *options = text.split(":")
+        if name in FLOAT_GROUPS:
+            return _floats(name, options, text, role)
         head, at, tail = text.partition("@")
         match = re.fullmatch(r"(u?)int([0-9])", head)
         if not match or not at:
-            raise ValueError(f"Scheme: {role} must look like {GRAMMAR}, got {text!r}")
+            floats = f" or {'|'.join(FLOAT_GROUPS)}[:{'|'.join(FLOAT_OBSERVERS)}]" if role == "weight" else ""
+            raise ValueError(f"Scheme: {role} must look like {GRAMMAR}{floats}, got {text!r}")
         if not 1 <= int(match[2]) <= 8:
             raise ValueError(f"Scheme: {role} must have 1 to 8 bits, got {text!r}")
         words = tail.split(":")
@@ -123,14 +136,27 @@ class Scheme:
         return self.format.bits
 
     @property
+    def is_float(self) -> bool:
+        """Says whether the grid is one of 4-bit floats."""
+        return isinstance(self.format, FloatFormat)
+
+    @property
     def qmin(self) -> int:
-        return self.format.qmin
+        return self.integers.qmin
 
     @property
     def qmax(self) -> int:
-        return self.format.qmax
+        return self.integers.qmax
+
+    @property
+    def integers(self) -> IntFormat:
+        """Returns the format, which must be one of integers."""
+        assert isinstance(self.format, IntFormat), f"{self.format.name} is no grid of integers"
+        return self.format
 
     def __str__(self) -> str:
+        if isinstance(self.format, FloatFormat):
+            return f"{self.format.name}:{self.observer}"
         where = {PerTensor: "tensor", PerChannel: "channel"}.get(type(self.granularity))
         if isinstance(self.granularity, PerGroup):
             where = f"group:{self.granularity.size}"
@@ -181,6 +207,30 @@ def nearest(text: str, role: Role) -> str:
     return repr(guess)
 
 
+def _floats(name: str, options: list[str], text: str, role: Role) -> Scheme:
+    if role == "act":
+        raise ValueError(f"Scheme: activations are rounded to integers, got {text!r}; use int8@tensor")
+    if len(options) > 1 or not set(options) <= set(FLOAT_OBSERVERS):
+        raise ValueError(f"Scheme: {name} takes at most one of {', '.join(FLOAT_OBSERVERS)}, got {text!r}")
+    format = FloatFormat(name)
+    return Scheme(format, PerGroup(format.group_size), observer=options[0] if options else FLOAT_OBSERVERS[0])
+
+
+def of_integers(text: str | Scheme, who: str) -> Scheme:
+    """Parses the scheme of a weight whose grid must be one of integers.
+
+    Raises:
+        ValueError: if it is not, or as `Scheme.parse`.
+    """
+    scheme = Scheme.parse(text, "weight")
+    if scheme.is_float:
+        raise ValueError(
+            f"{who}: weight must be integers, got {str(text)!r}; use int4@group:32, or 4-bit floats in "
+            "quantize_weights, or in PTQ without static activations"
+        )
+    return scheme
+
+
 def _granularity(words: list[str], text: str, role: Role) -> Granularity:
     """Takes the granularity's words off the front of `words`."""
     kind = words.pop(0)
@@ -215,7 +265,7 @@ def _apply_word(scheme: Scheme, word: str, text: str, role: Role) -> Scheme:
     if word in ("sym", "asym"):
         return replace(scheme, symmetric=word == "sym")
     if word == "narrow":
-        return replace(scheme, format=replace(scheme.format, narrow=True))
+        return replace(scheme, format=replace(scheme.integers, narrow=True))
     allowed = ", ".join((*OBSERVERS[role], "lsq", "sym", "asym", "narrow"))
     raise ValueError(f"Scheme: options of {role} are {allowed}, got {word!r} in {text!r}")
 

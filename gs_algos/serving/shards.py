@@ -9,10 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from gs_algos.quant.packed.module import PackedFormat
+from gs_algos.quant.packed.module import SCALES_8, PackedFormat
 
 WHO = "golden-stick in vLLM"
 PARALLEL = range(1, 65)  # the sizes of tensor parallelism among which an error looks for those that fit
+
+
+def refuse_floats(layers: Mapping[str, PackedFormat]) -> None:
+    """Raises if a layer holds 4-bit floats, whose 8-bit scales no parameter here carries.
+
+    Raises:
+        ValueError: so.
+    """
+    floats = [name for name, format in layers.items() if format.scale_dtype in SCALES_8]
+    if floats:
+        raise ValueError(
+            f"{WHO}: layers must be packed in integers, got {floats[0]} and {len(floats) - 1} more in 4-bit floats; "
+            "vLLM reads what golden-stick export --to compressed-tensors writes of them, or use golden-stick serve"
+        )
 
 
 def stacked(layers: Mapping[str, PackedFormat], names: Sequence[str]) -> PackedFormat | None:

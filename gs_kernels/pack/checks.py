@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gs_kernels.formats import E2M1
 from gs_kernels.pack.layouts import BITS, CANONICAL, LAYOUTS, PackedWeight, codes_dtype, codes_shape
 from gs_kernels.runtime.torch_private import PLAIN
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+SCALES_8 = (torch.float8_e8m0fnu, torch.float8_e4m3fn)  # of weights with levels
 CHECKED = "_checked"  # attribute of a weight: its form when it was right; no field, so that a changed copy has none
 
 
@@ -84,11 +86,13 @@ def check_packed(who: str, weight: PackedWeight, name: str = "weight") -> None:
 
 def _form(weight: PackedWeight) -> tuple[Any, ...]:
     """Gives what the checks look at that can change: of each tensor its shape, dtype and device."""
-    codes, scale, zero, levels = weight.codes, weight.scale, weight.zero, weight.levels
+    codes, scale, zero = weight.codes, weight.scale, weight.zero
     form: tuple[Any, ...] = (codes.shape, codes.dtype, codes.device, scale.shape, scale.dtype, scale.device)
     if isinstance(zero, Tensor):
         form += (zero.shape, zero.dtype, zero.device)
-    return form if levels is None else (*form, levels.shape, levels.dtype, levels.device)
+    for t in (weight.levels, weight.divisor):
+        form += (None,) if t is None else (t.shape, t.dtype, t.device)
+    return form
 
 
 def _check_parts(who: str, weight: PackedWeight, name: str) -> None:
@@ -96,7 +100,8 @@ def _check_parts(who: str, weight: PackedWeight, name: str) -> None:
     n, k = weight.shape
     check_group(f"{who}: {name}", k, weight.group_size)
     grouped = (n, k // weight.group_size)
-    check_tensor(who, f"{name}.scale", weight.scale, FLOATS, grouped)
+    dtypes = FLOATS if weight.levels is None else (*FLOATS, *SCALES_8)
+    check_tensor(who, f"{name}.scale", weight.scale, dtypes, grouped)
     if isinstance(weight.zero, Tensor):
         check_tensor(who, f"{name}.zero", weight.zero, FLOATS, grouped)
     elif isinstance(weight.zero, bool) or not isinstance(weight.zero, int | float):
@@ -108,7 +113,8 @@ def _check_parts(who: str, weight: PackedWeight, name: str) -> None:
         if isinstance(weight.zero, Tensor) or weight.zero != 0:
             got = "a tensor" if isinstance(weight.zero, Tensor) else weight.zero
             raise ValueError(f"{who}: {name}.zero must be 0 with levels, got {got}; subtract it from the levels")
-    for part in ("scale", "zero", "levels"):
+    _check_divisor(who, weight, name)
+    for part in ("scale", "zero", "levels", "divisor"):
         t = getattr(weight, part)
         if isinstance(t, Tensor) and t.device != weight.codes.device:
             raise ValueError(
@@ -117,19 +123,48 @@ def _check_parts(who: str, weight: PackedWeight, name: str) -> None:
             )
 
 
+def _check_divisor(who: str, weight: PackedWeight, name: str) -> None:
+    divisor, n = weight.divisor, weight.shape[0]
+    if (divisor is not None) != (weight.scale.dtype == torch.float8_e4m3fn):
+        got = "none" if divisor is None else f"one beside {dtype_name(weight.scale.dtype)}"
+        raise ValueError(f"{who}: {name}.divisor must come with scales of float8_e4m3fn and no others, got {got}")
+    if divisor is not None:
+        rows = tuple(divisor.shape) if isinstance(divisor, Tensor) else ()
+        if len(rows) != 1 or rows[0] < 1 or n % rows[0]:
+            raise ValueError(f"{who}: {name}.divisor must be [D], D a divisor of the {n} rows, got {list(rows)}")
+        check_tensor(who, f"{name}.divisor", divisor, (torch.float32,), rows)
+
+
+def check_e2m1(who: str, weight: PackedWeight, name: str = "weight") -> None:
+    """Raises unless the levels beside scales of 8 bits are those of 4-bit floats, which kernels compute. Reads values.
+
+    Raises:
+        ValueError: so.
+    """
+    if weight.scale.dtype in SCALES_8 and weight.levels is not None and weight.levels.tolist() != list(E2M1):
+        raise ValueError(
+            f"{who}: {name}.levels must be those of e2m1 beside scales of {dtype_name(weight.scale.dtype)}, got "
+            f"{weight.levels.tolist()}; use float scales for other levels"
+        )
+
+
 def check_packed_values(who: str, weight: PackedWeight, name: str = "weight") -> None:
-    """Raises if a scale, zero point or level is NaN or infinite, or a canonical row has bits set behind its end.
+    """Raises if a scale, zero point, level or divisor is NaN or infinite, or a canonical row has bits behind its end.
 
     Reads values: for load time. Negative scales are allowed: some methods fold a sign into them.
     """
-    for part in ("scale", "zero", "levels"):
+    for part in ("scale", "zero", "levels", "divisor"):
         t = getattr(weight, part)
+        t = t.float() if isinstance(t, Tensor) and t.dtype in SCALES_8 else t  # which have no isfinite
         if isinstance(t, Tensor) and not bool(torch.isfinite(t).all()):
             at = (~torch.isfinite(t)).nonzero()[0].tolist()
             raise ValueError(
                 f"{who}: {name}.{part} must be finite, got {float(t[tuple(at)])} at {at};"
                 f" the file is damaged or the weight was calibrated on such values"
             )
+    check_e2m1(who, weight, name)
+    if weight.divisor is not None and not bool((weight.divisor > 0).all()):
+        raise ValueError(f"{who}: {name}.divisor must be above 0, got {float(weight.divisor.min())}")
     used = weight.shape[1] * weight.bits % 8
     if weight.layout == CANONICAL and used and bool((weight.codes[:, -1] >> used).any()):
         row = int((weight.codes[:, -1] >> used).nonzero()[0, 0])

@@ -37,7 +37,7 @@ def derived(weight: PackedWeight, kind: Hashable, build: Callable[[PackedWeight]
     key = (id(storage), int(weight.codes.storage_offset()), kind)
     state: list[Any] = [weight.bits, weight.shape, weight.group_size, weight.layout]
     owners = []
-    for t in (weight.codes, weight.scale, weight.zero, weight.levels):
+    for t in (weight.codes, weight.scale, weight.zero, weight.levels, weight.divisor):
         if not isinstance(t, Tensor):
             state.append(t)
         elif t.is_inference():

@@ -37,9 +37,13 @@ def codes_dtype(layout: str) -> torch.dtype:
 class PackedWeight:
     """Holds a weight `[N, K]` as packed codes: `real = (code - zero) * scale`, or `levels[code] * scale`.
 
+    With levels, scales may have 8 bits, and a divisor: `real = levels[code] * (scale / divisor)`, as 4-bit floats have
+    it. Those of NVFP4 come with the divisor, not with its inverse, which would round once more.
+
     Args:
         codes: packed as `layout` says.
-        scale: `[N, G]` fp32 / fp16 / bf16; G = K / group_size groups along K.
+        scale: `[N, G]` fp32 / fp16 / bf16, or with levels float8_e8m0fnu (powers of two) or float8_e4m3fn; G = K /
+            group_size groups along K.
         zero: `[N, G]` in a float dtype, which may have fractions, or one number for all: `2 ** (bits - 1)` for a
             symmetric grid, 0.5 for the two values ±scale / 2 of 1 bit, 1.5 for the four evenly spaced levels of SLB.
         levels: `[2 ** bits]` fp32 for a grid that is not evenly spaced (NF4); then zero is 0.
@@ -47,6 +51,7 @@ class PackedWeight:
         shape: (N, K).
         group_size: elements of a row that share a scale; K for one scale per row.
         layout: `canonical` or `planar`.
+        divisor: `[D]` fp32 for scales of float8_e4m3fn, else None: each is for N / D rows in turn.
     """
 
     codes: Tensor
@@ -57,6 +62,7 @@ class PackedWeight:
     shape: tuple[int, int]
     group_size: int
     layout: str = CANONICAL
+    divisor: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -64,12 +70,21 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Counts the bytes of codes, scales, zero points and levels."""
-        parts = (self.codes, self.scale, self.zero, self.levels)
+        """Counts the bytes of codes, scales, zero points, levels and divisors."""
+        parts = (self.codes, self.scale, self.zero, self.levels, self.divisor)
         return sum(t.numel() * t.element_size() for t in parts if isinstance(t, Tensor))
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """Copies the weight to another device."""
         zero = self.zero.to(device) if isinstance(self.zero, Tensor) else self.zero
         levels = None if self.levels is None else self.levels.to(device)
-        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), zero=zero, levels=levels)
+        divisor = None if self.divisor is None else self.divisor.to(device)
+        moved = replace(self, zero=zero, levels=levels, divisor=divisor)
+        return replace(moved, codes=self.codes.to(device), scale=self.scale.to(device))
+
+    def real_scale(self) -> Tensor:
+        """Returns the scales `[N, G]` fp32 as values are multiplied by them."""
+        scale = self.scale.detach().float()
+        if self.divisor is None:
+            return scale
+        return scale / self.divisor.detach().repeat_interleave(self.shape[0] // self.divisor.shape[0]).unsqueeze(1)

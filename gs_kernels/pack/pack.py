@@ -10,7 +10,9 @@ from torch import Tensor
 from gs_kernels.fake_quant.cpu import dequantize_cpu
 from gs_kernels.pack.checks import (
     FLOATS,
+    SCALES_8,
     check_bits,
+    check_e2m1,
     check_group,
     check_layout,
     check_packed,
@@ -125,6 +127,7 @@ def pack_weight(
     group_size: int | None = None,
     levels: Tensor | None = None,
     layout: str = CANONICAL,
+    divisor: Tensor | None = None,
 ) -> PackedWeight:
     """Makes a weight of its codes: `real = (code - zero) * scale`, or `levels[code] * scale`. Rounds nothing.
 
@@ -132,7 +135,8 @@ def pack_weight(
 
     Args:
         codes: `[N, K]` uint8 in `0..2 ** bits - 1`, or int8 in `-2 ** (bits - 1)..2 ** (bits - 1) - 1`.
-        scale: `[N, G]` fp32 / fp16 / bf16, or as `quantize` takes it: flat, `[N * G]`, or `[1]` for one for all.
+        scale: `[N, G]` fp32 / fp16 / bf16, with levels also float8_e8m0fnu / float8_e4m3fn, or as `quantize` takes it:
+            flat, `[N * G]`, or `[1]` for one for all.
         zero: the code, of those given, that stands for 0.0: like scale, or one number. None is the middle of the grid:
             0 for int8 codes, `2 ** (bits - 1)` for uint8, half a step lower for 1 bit, whose values are ±scale / 2; 0
             with levels. A tensor of one value everywhere is kept as a number (not while tracing).
@@ -140,6 +144,7 @@ def pack_weight(
         group_size: elements of a row that share a scale; None for K.
         levels: `[2 ** bits]` fp32 for a grid that is not evenly spaced; codes are then uint8 and zero 0.
         layout: `canonical` or `planar`.
+        divisor: `[D]` fp32 that scales of float8_e4m3fn are divided by, each for N / D rows in turn.
 
     Raises:
         TypeError, ValueError: if the arguments do not fit together.
@@ -165,8 +170,10 @@ def pack_weight(
         zero = float(zero) + (half if signed else 0)
     unsigned = _unsigned(codes, bits) if signed else codes
     packed = pack_codes(unsigned, bits, layout)
-    weight = PackedWeight(packed, scale, zero, levels, bits, (n, k), group_size, layout)
+    weight = PackedWeight(packed, scale, zero, levels, bits, (n, k), group_size, layout, divisor)
     check_packed("pack_weight", weight)
+    if is_eager(scale):
+        check_e2m1("pack_weight", weight)
     return weight
 
 
@@ -183,7 +190,7 @@ def _unsigned(codes: Tensor, bits: int) -> Tensor:
 
 def _grouped(name: str, t: Tensor, n: int, groups: int) -> Tensor:
     """Returns `[N, G]` of that, of `[N * G]`, or of `[1]`."""
-    if not isinstance(t, Tensor) or t.dtype not in FLOATS:
+    if not isinstance(t, Tensor) or t.dtype not in (*FLOATS, *SCALES_8):
         got = dtype_name(t.dtype) if isinstance(t, Tensor) else type(t).__name__
         raise TypeError(f"pack_weight: {name} must be a float32 / float16 / bfloat16 tensor, got {got}")
     t = t.detach()
@@ -231,7 +238,7 @@ def dequantize_packed(weight: PackedWeight, dtype: torch.dtype = torch.float32) 
         names = " / ".join(map(dtype_name, FLOATS))
         raise TypeError(f"dequantize_packed: dtype must be {names}, got {dtype}")
     codes = codes_of(weight)
-    scale, zero = weight.scale.detach().float(), weight.zero
+    scale, zero = weight.real_scale(), weight.zero
     zero = zero.detach().float() if isinstance(zero, Tensor) else torch.full_like(scale, zero)
     if codes.device.type == "cpu" and is_eager(codes, scale):
         return dequantize_cpu(codes, scale.flatten(), zero.flatten(), -1, weight.group_size, dtype, weight.levels)

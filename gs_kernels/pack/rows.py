@@ -57,14 +57,31 @@ def _dequantize(functions: Any, weight: PackedWeight, rows: Tensor, dtype: torch
     return out.to(dtype)
 
 
+def rows_between(weight: PackedWeight, start: int, stop: int) -> PackedWeight:
+    """Views the rows from start to stop of a packed weight, without a copy of its codes."""
+    if start == 0 and stop >= weight.shape[0]:
+        return weight
+    codes = weight.codes[start:stop] if weight.layout == CANONICAL else weight.codes[:, start:stop]
+    zero = weight.zero[start:stop] if isinstance(weight.zero, Tensor) else weight.zero
+    scale, divisor = weight.scale[start:stop], weight.divisor
+    if divisor is not None and divisor.shape[0] > 1:
+        divisor = divisor.repeat_interleave(weight.shape[0] // divisor.shape[0])[start:stop]
+    shape = (scale.shape[0], weight.shape[1])
+    return replace(weight, codes=codes, scale=scale, zero=zero, divisor=divisor, shape=shape)
+
+
 def rows_of(weight: PackedWeight, rows: Tensor) -> PackedWeight:
     """Selects rows of a packed weight, `rows [n]` of int32 / int64."""
+    divisor = weight.divisor
+    if divisor is not None and divisor.shape[0] > 1:
+        divisor = divisor.index_select(0, rows // (weight.shape[0] // divisor.shape[0]))
     return replace(
         weight,
         codes=weight.codes.index_select(1 if weight.layout == PLANAR else 0, rows),
         scale=weight.scale.index_select(0, rows),
         zero=weight.zero.index_select(0, rows) if isinstance(weight.zero, Tensor) else weight.zero,
         shape=(rows.shape[0], weight.shape[1]),
+        divisor=divisor,
     )
 
 

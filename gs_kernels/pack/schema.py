@@ -11,7 +11,7 @@ from gs_kernels.runtime.torch_op import Carried
 
 SCHEMA = (
     "Tensor codes, Tensor scale, Tensor? zero_points, float zero, Tensor? levels,"
-    " int bits, SymInt n, SymInt k, int group_size, str layout"
+    " int bits, SymInt n, SymInt k, int group_size, str layout, Tensor? divisor"
 )
 
 # codes, scale, zero points or None, the zero of all otherwise, levels or None
@@ -27,7 +27,7 @@ def tensors_of(weight: PackedWeight) -> Tensors:
 
 def flatten(weight: PackedWeight) -> tuple[Tensor | float | str | None, ...]:
     """Gives a weight as the arguments that `SCHEMA` names."""
-    return *tensors_of(weight), weight.bits, *weight.shape, weight.group_size, weight.layout
+    return *tensors_of(weight), weight.bits, *weight.shape, weight.group_size, weight.layout, weight.divisor
 
 
 def unflatten(
@@ -41,10 +41,11 @@ def unflatten(
     k: int,
     group_size: int,
     layout: str,
+    divisor: Tensor | None,
 ) -> PackedWeight:
     """Makes the weight that `flatten` took apart."""
     points = zero if zero_points is None else zero_points
-    return PackedWeight(codes, scale, points, levels, bits, (n, k), group_size, layout)
+    return PackedWeight(codes, scale, points, levels, bits, (n, k), group_size, layout, divisor)
 
 
-PACKED_WEIGHT = Carried(PackedWeight, SCHEMA, flatten, unflatten, ("codes", "scale", "zero", "levels"))
+PACKED_WEIGHT = Carried(PackedWeight, SCHEMA, flatten, unflatten, ("codes", "scale", "zero", "levels", "divisor"))

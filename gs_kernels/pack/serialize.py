@@ -5,28 +5,41 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from gs_kernels.pack.checks import check_layout, check_packed, check_packed_values
+from gs_kernels.pack.checks import SCALES_8, check_layout, check_packed, check_packed_values
 from gs_kernels.pack.layouts import CANONICAL, PackedWeight
 from gs_kernels.pack.pack import repack
 
 FORMAT = "golden-stick-packed"
-VERSION = 1
+VERSION = 2  # of weights whose scales have 8 bits; others are of version 1
+_PARTS = {"codes", "scale", "zero", "levels", "divisor"}
 _KEYS = {"format", "version", "bits", "shape", "group_size", "zero"}
 
 
+def stored_scale(scale: Tensor) -> Tensor:
+    """Views scales as files keep them: powers of two as bytes, for which safetensors has no other dtype in PyTorch."""
+    return scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
+
+
+def loaded_scale(scale: Tensor) -> Tensor:
+    """Undoes `stored_scale`."""
+    return scale.view(torch.float8_e8m0fnu) if isinstance(scale, Tensor) and scale.dtype == torch.uint8 else scale
+
+
 def to_tensors(weight: PackedWeight) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns the tensors `codes`, `scale`, and if it has them `zero` and `levels`; and what JSON must keep.
+    """Returns the tensors `codes`, `scale`, and if it has them `zero`, `levels`, `divisor`; and what JSON must keep.
 
     Codes are canonical whatever the layout of the weight; tensors that need no repacking are not copied.
     """
     check_packed("to_tensors", weight)
     weight = repack(weight, CANONICAL)
-    tensors = {"codes": weight.codes, "scale": weight.scale, "zero": weight.zero, "levels": weight.levels}
+    tensors = {name: getattr(weight, name) for name in ("codes", "scale", "zero", "levels", "divisor")}
+    tensors["scale"] = stored_scale(weight.scale)
     metadata: dict[str, Any] = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if weight.scale.dtype in SCALES_8 else 1,
         "bits": weight.bits,
         "shape": list(weight.shape),
         "group_size": weight.group_size,
@@ -42,7 +55,7 @@ def from_tensors(
     """Makes the weight that `to_tensors` described. Everything is checked, values too.
 
     Args:
-        tensors: `codes`, `scale`, and perhaps `zero`, `levels`; nothing else.
+        tensors: `codes`, `scale`, and perhaps `zero`, `levels`, `divisor`; nothing else.
         metadata: as JSON gives it back.
         layout: of the result.
         name: of the weight in error messages.
@@ -56,10 +69,10 @@ def from_tensors(
     wanted = _KEYS - {"zero"} if "zero" in tensors else _KEYS
     if set(metadata) != wanted:
         raise ValueError(f"{who}: metadata of {name} must have {_listed(wanted)}, got {_listed(set(metadata))}")
-    names = {"codes", "scale", "zero", "levels"}
-    if not {"codes", "scale"} <= set(tensors) <= names:
+    if not {"codes", "scale"} <= set(tensors) <= _PARTS:
         raise ValueError(
-            f"{who}: tensors of {name} must be codes, scale and at most zero and levels, got {_listed(set(tensors))}"
+            f"{who}: tensors of {name} must be codes, scale and at most zero, levels and divisor, "
+            f"got {_listed(set(tensors))}"
         )
     zero = tensors["zero"] if "zero" in tensors else _number(who, metadata, "zero", (int, float), name)
     shape = metadata["shape"]
@@ -67,12 +80,13 @@ def from_tensors(
         raise ValueError(f"{who}: shape of {name} must be two integers, got {shape!r}")
     weight = PackedWeight(
         codes=tensors["codes"],
-        scale=tensors["scale"],
+        scale=loaded_scale(tensors["scale"]),
         zero=zero,
         levels=tensors.get("levels"),
         bits=_number(who, metadata, "bits", (int,), name),
         shape=(shape[0], shape[1]),
         group_size=_number(who, metadata, "group_size", (int,), name),
+        divisor=tensors.get("divisor"),
     )
     check_packed(who, weight, name)
     check_packed_values(who, weight, name)

@@ -77,6 +77,30 @@ def sign_asm(mantissa):
 
 
 @constexpr_function
+def e2m1_factor(mantissa):
+    """Returns what makes a 4-bit float of its bits in those of another: its exponents are so much less than theirs."""
+    return 2.0**14 if mantissa == 10 else 2.0**126
+
+
+@constexpr_function
+def e2m1_asm(mantissa):
+    """Writes PTX that turns each field of two containers in a register into two floats: e2m1 over `e2m1_factor`.
+
+    The sign of a field goes to that of the float, its other three bits to the last of the exponent and the first of the
+    mantissa.
+    """
+    lines, at = [".reg .b32 s, t;"], mantissa - 1
+    for j in range(4):
+        lines += [
+            f"{'shl.b32' if to >= 0 else 'shr.u32'} {name}, $4, {abs(to)};"
+            for name, to in (("s", 12 - 4 * j), ("t", at - 4 * j))
+        ]
+        lines.append(f"and.b32 t, t, 0x{(7 << at) * 0x10001:08x};")
+        lines.append(f"lop3.b32 ${j}, s, 0x80008000, t, 0xea;")  # (a & b) | c
+    return "{ " + " ".join(lines) + " }"
+
+
+@constexpr_function
 def field_constraints(bits):
     return ",".join(["=r"] * (16 // bits) + ["r"])
 
@@ -116,9 +140,51 @@ def float_fields(words, BITS: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.co
 
 
 @triton.jit
+def e2m1_fields(words, MANTISSA: tl.constexpr):
+    """Turns every field into the bits of a 16-bit float by `e2m1_asm`: a tuple of `[R, 32]`."""
+    ASM: tl.constexpr = e2m1_asm(MANTISSA)
+    return tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,r", [words], dtype=(tl.int16,) * 4, is_pure=True, pack=2)
+
+
+@triton.jit
+def e2m1(words, floats, J: tl.constexpr, T: tl.constexpr, ASM: tl.constexpr):
+    """Returns field J of each container of 4-bit floats, `[R, 32]` in T, exact."""
+    if ASM and mantissa_bits(T) > 0:
+        v = floats[J].to(T, bitcast=True) * tl.full((1, 1), e2m1_factor(mantissa_bits(T)), T)
+    else:
+        codes = (words >> (4 * J)).to(tl.int32)
+        bits = ((codes & 7) << 22) | ((codes & 8) << 28)
+        v = (bits.to(tl.float32, bitcast=True) * e2m1_factor(0)).to(T)
+    return v
+
+
+@constexpr_function
+def is_e2m1(scale):
+    """Says whether scales of a dtype are bytes, as those of 4-bit floats are."""
+    return str(scale) in ("uint8", "int8")
+
+
+@triton.jit
+def load_scale(scale_ptr, offs):
+    """Loads scales at offs, fp32. Bytes without a sign are e8m0, those with one e4m3: as integers on every GPU."""
+    scale = tl.load(scale_ptr + offs)
+    if scale_ptr.dtype.element_ty == tl.uint8:
+        bits = scale.to(tl.int32)
+        real = tl.where(bits == 0, 1 << 22, bits << 23).to(tl.float32, bitcast=True)  # 2**-127 has no exponent
+    elif scale_ptr.dtype.element_ty == tl.int8:
+        bits = scale.to(tl.int32)
+        # the exponent as one of fp32, which is 120 less than it should be
+        size = ((bits & 127) << 20).to(tl.float32, bitcast=True) * 2.0**120
+        real = tl.where(bits < 0, -size, size)
+    else:
+        real = scale.to(tl.float32)
+    return real
+
+
+@triton.jit
 def load_grid(scale_ptr, zero_ptr, offs, ZERO: tl.constexpr):
     """Loads scale and zero point at offs, fp32. ZERO: the zero of all where zero_ptr is None."""
-    scale = tl.load(scale_ptr + offs).to(tl.float32)
+    scale = load_scale(scale_ptr, offs)
     if zero_ptr is None:
         zero = tl.full(scale.shape, ZERO, tl.float32)
     else:
@@ -190,9 +256,10 @@ def _field(
             scale, zero = load_grid(scale_ptr, zero_ptr, offs_n + group * stride_sg, ZERO)
             scale, zero = scale[:, None], zero[:, None]
         else:
-            group = tl.minimum((k + J * WIDTH + 32 * tl.arange(0, WIDTH // 32)) // GROUP, G - 1)
+            PART: tl.constexpr = 32 if GROUP % 32 == 0 else 16
+            group = tl.minimum((k + J * WIDTH + PART * tl.arange(0, WIDTH // PART)) // GROUP, G - 1)
             scale, zero = load_grid(scale_ptr, zero_ptr, offs_n[:, None] + (group * stride_sg)[None, :], ZERO)
-            scale, zero = repeat(scale, 32), repeat(zero, 32)
+            scale, zero = repeat(scale, PART), repeat(zero, PART)
     SIGN: tl.constexpr = is_sign(ZERO, zero_ptr is None and levels_ptr is None, BITS, mantissa_bits(T), ASM)
     KIND: tl.constexpr = zero_kind(ZERO, BITS, mantissa_bits(T), ASM) if zero_ptr is None else -1
     UNIT: tl.constexpr = weight_unit(ZERO, zero_ptr is None and levels_ptr is None, T, ASM, SCALED)
@@ -200,7 +267,9 @@ def _field(
     STEP: tl.constexpr = step_of(ZERO, levels_ptr is not None, zero_ptr is None, BITS, mantissa_bits(T), ASM)
     rest = (near - zero) * (scale if SCALED else STEP)
     codes = (words >> (J * BITS)).to(tl.int32) & ((1 << BITS) - 1)
-    if levels_ptr is not None:
+    if is_e2m1(scale_ptr.dtype.element_ty):
+        v = e2m1(words, floats, J, T, ASM)
+    elif levels_ptr is not None:
         v = tl.load(levels_ptr + codes).to(T)
     elif not ASM:
         v = (codes.to(tl.float32) - near).to(T)
@@ -282,7 +351,7 @@ def dequantize_block(
             2**27: else values are infinite or NaN.
         ASM: one logic operation a code by inline PTX; else plain shifts, for other GPUs and the interpreter.
     """
-    tl.static_assert(GROUP % 32 == 0)
+    tl.static_assert(GROUP % 16 == 0)
     tl.static_assert(SCALED or GROUP % 128 == 0)
     scale_ptr, zero_ptr, levels_ptr, offs_n, stride_sg, k, _ = grid
     scale, zero = load_grid(scale_ptr, zero_ptr, offs_n + k // GROUP * stride_sg, ZERO)
@@ -290,7 +359,9 @@ def dequantize_block(
     MANTISSA: tl.constexpr = mantissa_bits(T)
     SIGN: tl.constexpr = is_sign(ZERO, zero_ptr is None and levels_ptr is None, BITS, MANTISSA, ASM)
     KIND: tl.constexpr = zero_kind(ZERO, BITS, MANTISSA, ASM) if zero_ptr is None else -1
-    if not ASM or MANTISSA == 0 or levels_ptr is not None:
+    if ASM and MANTISSA > 0 and is_e2m1(scale_ptr.dtype.element_ty):
+        floats = e2m1_fields(words, MANTISSA)
+    elif not ASM or MANTISSA == 0 or levels_ptr is not None:
         floats = (words,)
     else:
         floats = float_fields(words, BITS, MANTISSA, 1 if KIND == 1 and MANTISSA == 10 else 0, SIGN)

@@ -34,6 +34,8 @@ def conv_refuses(x: Tensor, weight: PackedWeight, *rest: object) -> list[str]:
     size = weight.group_size
     if size % 32 != 0 and size != weight.shape[1]:
         reasons.append(f"needs groups of a multiple of 32 elements, or one group, got {size}")
+    if weight.divisor is not None:
+        reasons.append("needs scales without a divisor")
     return reasons
 
 

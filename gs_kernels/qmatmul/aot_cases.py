@@ -88,6 +88,21 @@ def matmul_int8(bits: int, m: int, *, group: int, zero: bool = False, **bounds: 
     return AotCase(name, run, elements=128 * 128, **({"max_regs": 255} | bounds))
 
 
+def matmul_fp4(name: str, m: int, **bounds: Any) -> AotCase:
+    """Launches a product with 4-bit floats, `mxfp4` or `nvfp4`."""
+
+    def run() -> Any:
+        kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
+        group, dtype = (32, torch.float8_e8m0fnu) if name == "mxfp4" else (16, torch.float8_e4m3fn)
+        scale, levels = _meta(N, K // group, dtype=dtype), _meta(16, dtype=torch.float32)
+        divisor = None if name == "mxfp4" else _meta(1, dtype=torch.float32)
+        codes = _meta(K // 128, N, 32, dtype=torch.int16)
+        weight = PackedWeight(codes, scale, 0.0, levels, 4, (N, K), group, PLANAR, divisor)
+        return kernel.qmatmul_triton(_meta(m, K), weight, None, "none")
+
+    return AotCase(f"{name}-m{m}", run, elements=128 * 128, **({"max_regs": 255} | bounds))
+
+
 def reduce(m: int, **bounds: Any) -> AotCase:
     """Adds four partial sums of a product of 8-bit rows, then the epilogue."""
 
@@ -185,6 +200,9 @@ MATMUL = (
     matmul(4, 256, targets=ELSEWHERE),
     matmul(4, 16, dtype=torch.float32, targets=HOPPER),
     dequantize(4, targets=HOPPER),
+    matmul_fp4("mxfp4", 16, targets=ALL),
+    matmul_fp4("nvfp4", 16, targets=ALL),
+    matmul_fp4("nvfp4", 256, targets=ALL),
 )
 INT8 = (
     matmul_int8(4, 16, group=128, mma="IGMMA", max_instructions=2.0, max_shared_stores=4, targets=HOPPER),

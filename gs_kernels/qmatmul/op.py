@@ -23,6 +23,8 @@ def planar_refuses(x: Tensor, weight: PackedWeight, *_: object) -> list[str]:
     reasons = triton_refuses(x)
     if not reasons and weight.layout != PLANAR:
         reasons.append("needs the planar layout, got canonical; use repack(weight, 'planar') once, at load")
+    if not reasons and weight.group_size % 16 and weight.group_size != weight.shape[1]:
+        reasons.append(f"needs groups of a multiple of 16 elements, or one group, got {weight.group_size}")
     return reasons
 
 

@@ -1,8 +1,9 @@
 """Tells tests, the AOT gate and the benchmarks what to run of products with packed weights.
 
 A shape is `x` (sizes, the last is K), `n`, `bits`, `group` (elements per scale), `zero`: "middle" (that of a symmetric
-grid), "half" (half a step off), "points" (one per group, with fractions) or "levels" (a table instead), `activation`,
-`bias`; of 8-bit rows, `static`: one scale and zero point for all rows.
+grid), "half" (half a step off), "points" (one per group, with fractions), "levels" (a table instead), "mxfp4" or
+"nvfp4" (4-bit floats with 8-bit scales, `divisors` of them), `activation`, `bias`; of 8-bit rows, `static`: one scale
+and zero point for all rows.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gs_kernels.formats import E2M1, FLOAT_GROUPS
 from gs_kernels.pack.layouts import PLANAR, PackedWeight
 from gs_kernels.pack.pack import pack_weight
 from gs_kernels.qmatmul.aot_cases import FP8, INT8, MATMUL, ROWS, int8_regimes, regimes
@@ -35,7 +37,7 @@ EXACT = {torch.float32: Tol(0, 0), torch.float16: Tol(0, 0), torch.bfloat16: Tol
 
 def shape(x: tuple[int, ...], n: int, bits: int, group: int, zero: str = "middle", **more: Any) -> Shape:
     fields = {"x": x, "n": n, "bits": bits, "group": group, "zero": zero}
-    return fields | {"activation": "none", "bias": True, "static": False, "axis": -1} | more
+    return fields | {"activation": "none", "bias": True, "static": False, "axis": -1, "divisors": 1} | more
 
 
 def make_weight(s: Shape, device: torch.device, generator: torch.Generator, dtype: torch.dtype) -> PackedWeight:
@@ -45,6 +47,8 @@ def make_weight(s: Shape, device: torch.device, generator: torch.Generator, dtyp
     codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, **draw)
     step = 2 / (2**bits * k**0.5)
     scale = torch.rand(n, k // s["group"], **draw).add_(1).mul_(step).to(dtype)
+    if s["zero"] in FLOAT_GROUPS:
+        return _of_floats(s, codes, scale.float())
     middle = 0.5 if bits == 1 else 2.0 ** (bits - 1)
     zero: Tensor | float = {"middle": middle, "half": middle - 0.5, "levels": 0.0}.get(s["zero"], 0.0)
     if s["zero"] == "points":
@@ -52,6 +56,17 @@ def make_weight(s: Shape, device: torch.device, generator: torch.Generator, dtyp
     levels = torch.randn(2**bits, **draw).mul_(2**bits / 3) if s["zero"] == "levels" else None
     group = s["group"]
     return pack_weight(codes, scale, zero, bits=bits, group_size=group, levels=levels, layout=PLANAR)
+
+
+def _of_floats(s: Shape, codes: Tensor, scale: Tensor) -> PackedWeight:
+    """Makes a weight of 4-bit floats, with as many divisors as the shape says, with scales near those given."""
+    args: dict[str, Any] = {"bits": 4, "group_size": s["group"], "layout": PLANAR}
+    args["levels"] = torch.tensor(E2M1, device=codes.device)
+    if s["zero"] == "mxfp4":
+        return pack_weight(codes, scale.log2().round().exp2().to(torch.float8_e8m0fnu), **args)
+    divisor = torch.linspace(300.0, 1000.0, s["divisors"], device=codes.device)
+    each = divisor.repeat_interleave(len(scale) // s["divisors"]).unsqueeze(1)
+    return pack_weight(codes, (scale * each).to(torch.float8_e4m3fn), divisor=divisor, **args)
 
 
 def _bias(s: Shape, device: torch.device, generator: torch.Generator, dtype: torch.dtype) -> Tensor | None:
@@ -128,6 +143,10 @@ TEST_SHAPES = (
     shape((7, 1024), 60, 4, 256, "points"),
     shape((33, 96), 7, 4, 32, "levels", bias=False),
     shape((131, 128), 40, 2, 64, "points", bias=False),
+    shape((5, 160), 33, 4, 32, "mxfp4"),
+    shape((17, 144), 34, 4, 16, "nvfp4", activation="relu"),
+    shape((3, 48), 6, 4, 16, "nvfp4", divisors=2),
+    shape((5, 80), 31, 8, 16, "points"),
 )
 INT8_SHAPES = (
     shape((1, 1), 3, 4, 1),

@@ -205,5 +205,5 @@ def bind(recording: Recording, operands: Sequence[Tensor], result: Any) -> Bound
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    """Returns whether a is b, or all of it in other axes."""
-    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.numel() == b.numel()
+    """Returns whether a is b, or all of it in other axes, or as other numbers of its size."""
+    return a.data_ptr() == b.data_ptr() and a.itemsize == b.itemsize and a.numel() == b.numel()

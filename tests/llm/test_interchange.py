@@ -202,7 +202,7 @@ REFUSED = {
     "activations": (
         "compressed-tensors",
         lambda c, t: c["config_groups"]["group_0"].update(input_activations={"num_bits": 8}),
-        "must have format 'pack-quantized' and float activations",
+        "must have format pack-quantized, .* and float activations, got .* quantized ones",
     ),
     "no target": (
         "compressed-tensors",

@@ -132,7 +132,10 @@ def test_a_scheme_that_is_built_is_the_one_that_is_read():
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: Scheme("int4", PerTensor()), "format must be an IntFormat such as IntFormat.4., got 'int4'"),
+        (
+            lambda: Scheme("int4", PerTensor()),
+            "must be a FloatFormat or an IntFormat such as .* got .int4",
+        ),
         (lambda: Scheme(IntFormat(4), "channel"), r"granularity must be PerTensor\(\), .* got 'channel'"),
         (lambda: Scheme(IntFormat(4), PerTensor(), observer="max"), "observer must be one of ema, .* got 'max'"),
         (lambda: Scheme(IntFormat(4), PerTensor(), observer="ema", argument=2), r"ema must be in \(0, 1\], got 2"),

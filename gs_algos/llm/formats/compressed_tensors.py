@@ -1,4 +1,4 @@
-"""Reads and writes compressed-tensors `pack-quantized`, as llm-compressor, vLLM and Transformers do."""
+"""Reads and writes compressed-tensors: `pack-quantized` integers, and `nvfp4-` and `mxfp4-pack-quantized` floats."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ from gs_algos.llm.formats.base import Format, compiled, refuse_unknown, strings,
 from gs_algos.quant.packed.module import PackedFormat
 from gs_kernels import PackedWeight
 from gs_kernels.pack.formats.compressed_tensors import from_compressed_tensors, to_compressed_tensors
+from gs_kernels.pack.formats.fp4 import KINDS, MXFP4, NVFP4, from_compressed_fp4, is_fp4, to_compressed_fp4
 
-KIND = "pack-quantized"
-PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+INTEGERS = "pack-quantized"
+MIXED = "mixed-precision"  # formats that differ by group
+PARTS = (
+    *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
+    "weight_global_scale",
+)
+FLOATS = {NVFP4: ("tensor_group", 16, "float8_e4m3fn"), MXFP4: ("group", 32, "uint8")}  # strategy, group, scales
 USED = (
     "quant_method", "format", "quantization_status", "global_compression_ratio", "ignore", "config_groups", "version",
     "sparsity_config", "run_compressed",
@@ -32,23 +38,26 @@ class CompressedTensorsWriter:
     """Writes a config group for every combination of bits and groups; a single one has all `Linear`."""
 
     def __init__(self, formats: Collection[PackedFormat] = ()) -> None:
-        self.groups: list[tuple[dict[str, Any], list[str]]] = []
+        self.groups: list[tuple[dict[str, Any], str, list[str]]] = []
 
     def layer(self, name: str, weight: PackedWeight) -> dict[str, Tensor]:
-        tensors, args = to_compressed_tensors(weight, name)
-        for other, names in self.groups:
+        if is_fp4(weight):
+            tensors, args, kind = to_compressed_fp4(weight, name)
+        else:
+            (tensors, args), kind = to_compressed_tensors(weight, name), INTEGERS
+        for other, _, names in self.groups:
             if other == args:
                 names.append(name)
                 break
         else:
-            self.groups.append((args, [name]))
+            self.groups.append((args, kind, [name]))
         return tensors
 
     def config(self, floats: list[str]) -> dict[str, Any]:
-        alone = len(self.groups) == 1
+        alone, kinds = len(self.groups) == 1, {kind for _, kind, _ in self.groups}
         return {
             "quant_method": "compressed-tensors",
-            "format": KIND,
+            "format": MIXED if len(kinds) > 1 else next(iter(kinds)),
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "kv_cache_scheme": None,
@@ -59,18 +68,20 @@ class CompressedTensorsWriter:
                     "input_activations": None,
                     "output_activations": None,
                     "weights": {**args, "dynamic": False, "actorder": None, "observer": "minmax"},
+                    **({"format": kind} if len(kinds) > 1 else {}),
                 }
-                for i, (args, names) in enumerate(self.groups)
+                for i, (args, kind, names) in enumerate(self.groups)
             },
         }
 
 
 @dataclass(frozen=True)
 class Group:
-    """Holds one config group: what its name, targets and weights say."""
+    """Holds one config group: what its name, targets, format and weights say."""
 
     name: str
     targets: list[str]
+    kind: str
     bits: int
     symmetric: bool
     strategy: str
@@ -103,26 +114,34 @@ class CompressedTensorsReader:
         if not isinstance(group, Mapping):
             raise ValueError(f"{self.where}: {name} must be an object, got {group!r:.40}; presets are not read")
         kind = group.get("format") or config.get("format")
-        if kind != KIND or group.get("input_activations") or group.get("output_activations"):
+        acts = "quantized" if group.get("input_activations") or group.get("output_activations") else "float"
+        if kind not in (INTEGERS, *KINDS) or acts != "float":
             raise ValueError(
-                f"{self.where}: {name} must have format {KIND!r} and float activations, got format {kind!r}; "
-                "load it with compressed-tensors"
+                f"{self.where}: {name} must have format {', '.join((INTEGERS, *KINDS))} and float activations, got "
+                f"format {kind!r} and {acts} ones; load it with compressed-tensors"
             )
         refuse_unknown(group, ("targets", "weights", "format"), f"{self.where}: {name}")
         weights, where = take(group, "weights", Mapping, self.where), f"{self.where}: weights of {name}"
         refuse_unknown(weights, WEIGHTS, where)
         strategy = str(weights.get("strategy") or ("group" if weights.get("group_size") else "tensor"))
-        for key, got, right in (
-            ("type", weights.get("type") or "int", ("int",)),
-            ("dynamic", weights.get("dynamic") or False, (False,)),
-            ("strategy", strategy, ("tensor", "channel", "group")),
-        ):
+        must: list[tuple[str, Any, tuple[Any, ...]]] = [("dynamic", weights.get("dynamic") or False, (False,))]
+        if kind == INTEGERS:
+            must += [("type", weights.get("type") or "int", ("int",))]
+            must += [("strategy", strategy, ("tensor", "channel", "group"))]
+        else:
+            how, elements, scales = FLOATS[str(kind)]
+            said = str(weights.get("scale_dtype") or scales).removeprefix("torch.")
+            must += [("type", weights.get("type"), ("float",)), ("num_bits", weights.get("num_bits"), (4,))]
+            must += [("strategy", strategy, (how,)), ("group_size", weights.get("group_size"), (elements,))]
+            must += [("scale_dtype", said, (scales,)), ("symmetric", weights.get("symmetric", True), (True,))]
+        for key, got, right in must:
             if got not in right:
                 raise ValueError(f"{where}: {key} must be {' or '.join(map(str, right))}, got {got!r}")
         size, order = weights.get("group_size"), weights.get("actorder")
         return Group(
             name=name,
             targets=strings(take(group, "targets", list, self.where), "targets", self.where),
+            kind=str(kind),
             bits=take(weights, "num_bits", int, self.where),
             symmetric=take(weights, "symmetric", bool, where, True),
             strategy=strategy,
@@ -146,6 +165,8 @@ class CompressedTensorsReader:
         if group is None:
             named = ", ".join(target for group in self.groups for target in group.targets)
             raise ValueError(f"{self.where}: a config group must name {name}, got {named}")
+        if group.kind in KINDS:
+            return self._floats(name, group, tensors)
         g_idx = tensors.get("weight_g_idx")
         rest = {part: tensor for part, tensor in tensors.items() if part != "weight_g_idx"}
         zero = rest.get("weight_zero_point")
@@ -173,6 +194,15 @@ class CompressedTensorsReader:
                 f"{'a' if g_idx is not None else 'no'} weight_g_idx; quantize with actorder 'static' or none"
             )
         return weight
+
+    def _floats(self, name: str, group: Group, tensors: Mapping[str, Tensor]) -> PackedWeight:
+        divided = "weight_global_scale" in tensors
+        if divided != (group.kind == NVFP4):
+            raise ValueError(
+                f"{self.where}: {name} must have {'a' if group.kind == NVFP4 else 'no'} weight_global_scale as "
+                f"{group.kind} of {group.name} has, got {'one' if divided else 'none'}"
+            )
+        return from_compressed_fp4(tensors, name=name)
 
     def _find(self, name: str, layer: nn.Module) -> Group | None:
         """Returns the group of a layer; groups that have its name come before patterns, and these before classes.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from gs_algos.quant.packed import float_grid
 from gs_algos.quant.packed.module import zero_as
 from gs_algos.quant.ranges import search_range, squared_error
 from gs_algos.quant.scheme import Scheme, n_scales
-from gs_kernels import PackedWeight, PerChannel, PerGroup, PerTensor, choose_qparams, pack_weight, quantize
+from gs_kernels import FloatFormat, PackedWeight, PerChannel, PerGroup, PerTensor, choose_qparams, pack_weight, quantize
 from gs_kernels.pack.layouts import BITS
 
 CHUNK = 2**24  # weights that are worked on at a time: bounds what a large layer needs beside itself
@@ -23,22 +24,34 @@ SMALLEST_LOSS = 2.0**-8  # largest relative change of a scale that storing it in
 class Grid:
     """Holds the grid of a weight `[N, K]`: `real = (code - zero) * scale`, a scale for each group of each row.
 
+    Of 4-bit floats it is `real = e2m1 of the code * scale`, and zeros are 0.
+
     Args:
         scale: `[N, G]` fp32, rounded to `dtype` already; G = K / group size. May be negative.
         zero: `[N, G]` fp32; whole numbers except for 1 bit, whose zero points `packed` rounds to `dtype`.
         scheme: its integers are the codes, which are stored in the next of 1, 2, 4 or 8 bits.
         dtype: that scales and zero points are stored in.
+        divisor: `[1]` fp32 that scales of nvfp4 are divided by, `scale` already; else None.
     """
 
     scale: Tensor
     zero: Tensor
     scheme: Scheme
     dtype: torch.dtype
+    divisor: Tensor | None = None
 
     @property
     def stored_zero(self) -> Tensor:
         """Returns the zero points `[N, G]` fp32 as they are stored."""
+        if isinstance(self.scheme.format, FloatFormat):
+            return self.zero
         return self.zero.to(self.dtype).float()
+
+    def storable(self, scale: Tensor) -> Tensor:
+        """Rounds scales, fp32, to the nearest that can be stored, fp32."""
+        if isinstance(self.scheme.format, FloatFormat):
+            return float_grid.storable(scale, self.scheme.format, self.divisor)
+        return scale.to(self.dtype).float()
 
     @property
     def limits(self) -> tuple[int, int]:
@@ -47,11 +60,13 @@ class Grid:
 
     def rows(self, rows: slice) -> Grid:
         """Returns the grid of some rows of the weight."""
-        return Grid(self.scale[rows], self.zero[rows], self.scheme, self.dtype)
+        return replace(self, scale=self.scale[rows], zero=self.zero[rows])
 
     def codes(self, weight: Tensor) -> Tensor:
-        """Rounds `weight [N, K]` to the nearest codes: int8, or uint8 for an unsigned grid and for 1 bit."""
+        """Rounds `weight [N, K]` to the nearest codes: int8, or uint8 for unsigned grids, floats and 1 bit."""
         groups, scale, zero = weight.float().reshape(self.scale.numel(), -1), self.scale.flatten(), self.zero.flatten()
+        if self.scheme.is_float:
+            return float_grid.nearest_codes(groups / scale.unsqueeze(1)).view(weight.shape)
         if self.scheme.bits == 1:
             middle = (0.5 - zero) * scale
             return (groups >= middle.unsqueeze(1)).to(torch.uint8).view(weight.shape)
@@ -61,11 +76,18 @@ class Grid:
 
     def values(self, codes: Tensor) -> Tensor:
         """Computes the real values `[N, K]` fp32 of codes."""
+        if self.scheme.is_float:
+            values = float_grid.levels(codes.device)[codes.int()].view(*self.scale.shape, -1)
+            return (values * self.scale.unsqueeze(-1)).view(codes.shape)
         groups = codes.float().view(*self.scale.shape, -1)
         return ((groups - self.stored_zero.unsqueeze(-1)) * self.scale.unsqueeze(-1)).view(codes.shape)
 
     def packed(self, codes: Tensor) -> PackedWeight:
         """Packs codes `[N, K]`, canonical."""
+        if isinstance(self.scheme.format, FloatFormat):
+            scale = float_grid.stored(self.scale, self.scheme.format, self.divisor)
+            size, table = self.scheme.format.group_size, float_grid.levels(codes.device)
+            return pack_weight(codes, scale, bits=4, group_size=size, levels=table, divisor=self.divisor)
         scale, zero = self.scale.to(self.dtype), self.zero.to(self.dtype)
         size = codes.shape[1] // scale.shape[1]
         weight = pack_weight(codes, scale, zero, bits=stored_bits(self.scheme), group_size=size)
@@ -98,7 +120,7 @@ def grid_of(
     """Finds the grid of `weight [N, K]` by the scheme's observer, on its device.
 
     Scales are stored in 16 bits (in `dtype` if it has 16, else fp16), or in fp32 if that would change one by more than
-    2**-8.
+    2**-8. Those of 4-bit floats are stored in 8, see `float_grid`.
 
     Symmetric, 2 to 4 bits: a signed grid has one level more below 0 than above, so each group's scale has the sign
     that brings its largest weight to that level (as llama.cpp's Q4_0; scales may be negative), unless the grid of a
@@ -120,6 +142,10 @@ def grid_of(
     n, k = weight.shape
     n_scales(scheme.granularity, (n, k))
     counts = None if importance is None else _in_groups(importance.float().expand(n, k), scheme)
+    if isinstance(scheme.format, FloatFormat):
+        if positive:
+            raise ValueError(f"quantize_weights: layers that multiply integers take grids of integers, got {scheme}")
+        return _float_grid(weight, scheme, scheme.format, counts)
     found = [
         _search(groups.float(), scheme, None if counts is None else next(counts), positive)
         for groups in _in_groups(weight.detach(), scheme)
@@ -129,6 +155,20 @@ def grid_of(
     shape = (-1, k // group_size(scheme, k))
     scale, zero = (t.view(shape).expand(n, -1).contiguous() for t in (scale.to(dtype).float(), zero))
     return Grid(scale, zero, scheme, dtype)
+
+
+def _float_grid(weight: Tensor, scheme: Scheme, format: FloatFormat, counts: Iterator[Tensor] | None) -> Grid:
+    _refuse_nonfinite(weight)
+    divisor = float_grid.divisor_of(weight) if format.divided else None
+    scale = torch.cat(
+        [
+            float_grid.find_scales(
+                groups.float(), format, scheme.observer, divisor, None if counts is None else next(counts)
+            )
+            for groups in _in_groups(weight.detach(), scheme)
+        ]
+    ).view(len(weight), -1)
+    return Grid(scale, torch.zeros_like(scale), scheme, float_grid.SCALE_DTYPES[format.name], divisor)
 
 
 def _in_groups(weight: Tensor, scheme: Scheme) -> Iterator[Tensor]:
@@ -143,8 +183,7 @@ def _in_groups(weight: Tensor, scheme: Scheme) -> Iterator[Tensor]:
 
 def _search(groups: Tensor, scheme: Scheme, importance: Tensor | None, positive: bool) -> tuple[Tensor, Tensor]:
     """Finds (scale, zero) `[C]` fp32 of `groups [C, size]` fp32."""
-    if not bool(groups.isfinite().all()):
-        raise ValueError("quantize_weights: weights must be finite, got NaN or Inf")
+    _refuse_nonfinite(groups)
     if scheme.bits > 1:
         search = _symmetric_grid if one_more_below(scheme) and not positive else _range_grid
         return search(groups, scheme, importance)
@@ -161,6 +200,11 @@ def _search(groups: Tensor, scheme: Scheme, importance: Tensor | None, positive:
     return scale, -low / scale
 
 
+def _refuse_nonfinite(weight: Tensor) -> None:
+    if not bool(weight.isfinite().all()):
+        raise ValueError("quantize_weights: weights must be finite, got NaN or Inf")
+
+
 def _mean(groups: Tensor, importance: Tensor | None) -> Tensor:
     return groups.mean(1) if importance is None else (groups * importance).sum(1) / importance.sum(1)
 
@@ -172,7 +216,7 @@ def _range_grid(groups: Tensor, scheme: Scheme, importance: Tensor | None) -> tu
 
 def one_more_below(scheme: Scheme) -> bool:
     """Says whether scales take the sign of their group: of few bits, and one level more below 0 than above."""
-    return scheme.symmetric and scheme.qmin < -scheme.qmax and 1 < scheme.bits <= FEW_BITS
+    return not scheme.is_float and scheme.symmetric and scheme.qmin < -scheme.qmax and 1 < scheme.bits <= FEW_BITS
 
 
 def _symmetric_grid(groups: Tensor, scheme: Scheme, importance: Tensor | None) -> tuple[Tensor, Tensor]:

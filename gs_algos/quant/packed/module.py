@@ -21,13 +21,17 @@ from gs_algos.quant.fixed_dtype import FixedDtypeBuffers
 from gs_algos.quant.integer.prepared_call import PREPARED
 from gs_kernels import PackedWeight, dequantize_packed, pack_codes, repack, unpack_codes
 from gs_kernels.pack.layouts import CANONICAL, PLANAR, codes_shape
+from gs_kernels.pack.serialize import loaded_scale, stored_scale
 from gs_kernels.runtime.dispatch import INTERPRET
 from gs_kernels.runtime.torch_private import autocasts
 
-WEIGHT_TENSORS = ("codes", "scale", "zero", "levels")
+WEIGHT_TENSORS = ("codes", "scale", "zero", "levels", "divisor")
+MADE = ("_packed_cache", "_packed_scale", PREPARED)  # attributes made of a layer's tensors
+EXPONENTS = Must("exponents below 255, which is NaN", lambda t: t < 255)  # powers of two, as bytes
 SIGNS = {"any": FINITE, "positive": POSITIVE, "not negative": NOT_NEGATIVE, "not zero": NOT_ZERO}
 BITS = (1, 2, 4, 8)
 SCALE_DTYPES = ("float32", "float16", "bfloat16", "float64")
+SCALES_8 = {"float8_e8m0fnu": False, "float8_e4m3fn": True}  # of 4-bit floats: whether they come with divisors
 KERNEL_DEVICES = ("cuda", "cpu") if INTERPRET else ("cuda",)  # where kernels run, which read the planar layout
 
 
@@ -39,6 +43,7 @@ class PackedFormat:
         zero: the zero point of all groups, or None if each has its own.
         scale_dtype: of the scales and zero points, e.g. "float16".
         levels: whether there is a table of levels.
+        divisors: how many numbers the scales of nvfp4 are divided by; else 0.
     """
 
     bits: int
@@ -47,6 +52,7 @@ class PackedFormat:
     zero: float | None
     scale_dtype: str
     levels: bool = False
+    divisors: int = 0
 
     @staticmethod
     def of(weight: PackedWeight) -> PackedFormat:
@@ -57,6 +63,7 @@ class PackedFormat:
             zero=None if isinstance(weight.zero, Tensor) else float(weight.zero),
             scale_dtype=str(weight.scale.dtype).removeprefix("torch."),
             levels=weight.levels is not None,
+            divisors=0 if weight.divisor is None else weight.divisor.shape[0],
         )
 
     @staticmethod
@@ -74,9 +81,10 @@ class PackedFormat:
                 and len(format.shape) == 2
                 and format.bits in BITS
                 and format.shape[1] % format.group_size == 0
-                and format.scale_dtype in SCALE_DTYPES
+                and (format.scale_dtype in SCALE_DTYPES or format._of_floats())
                 and (format.zero is None or (type(format.zero) in (int, float) and math.isfinite(format.zero)))
                 and isinstance(format.levels, bool)
+                and (format.divisors == 0 or format.scale_dtype in SCALES_8)
             )
         except (TypeError, KeyError):
             right = False
@@ -84,8 +92,18 @@ class PackedFormat:
             raise ValueError(f"PackedFormat: it must be the format of a packed weight, got {data!r:.200}")
         return format
 
+    def _of_floats(self) -> bool:
+        """Says whether it is the format of 4-bit floats with 8-bit scales."""
+        divided = SCALES_8.get(self.scale_dtype)
+        many = type(self.divisors) is int and self.divisors > 0 and self.shape[0] % self.divisors == 0
+        right = divided is not None and self.bits == 4 and self.levels is True and self.zero == 0
+        return right and (many if divided else self.divisors == 0)
+
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "shape": list(self.shape)}
+        data = {**asdict(self), "shape": list(self.shape)}
+        if not self.divisors:
+            del data["divisors"]  # as versions before know it
+        return data
 
     @property
     def nbytes(self) -> int:
@@ -104,6 +122,7 @@ class PackedFormat:
             bits=self.bits,
             shape=self.shape,
             group_size=self.group_size,
+            divisor=torch.empty(self.divisors, device=device) if self.divisors else None,
         )
 
 
@@ -121,7 +140,9 @@ class Packed(FixedDtypeBuffers, OffFastPath):
     scale: Tensor | None
     zero: Tensor | None
     levels: Tensor | None
+    divisor: Tensor | None
     _packed_cache: PackedWeight | None = None  # what `packed` gave last, while the buffers are the same
+    _packed_scale: Tensor | None = None  # the buffer of its scales, which may be a view of it
 
     def __init__(self, weight: PackedWeight | Packed, dtype: torch.dtype) -> None:
         super().__init__()
@@ -131,18 +152,19 @@ class Packed(FixedDtypeBuffers, OffFastPath):
         held = weight.packed if isinstance(weight, Packed) else weight
         self.bits, self.shape, self.group_size = held.bits, held.shape, held.group_size
         self._zero = None if isinstance(held.zero, Tensor) else float(held.zero)
+        tensors = {} if self._tied_to else tensors_of(held)
         for part in WEIGHT_TENSORS:
-            value = getattr(held, part)
-            own = isinstance(value, Tensor) and not self._tied_to
-            self.register_buffer(part, value if own else None)
+            self.register_buffer(part, tensors.get(part))
         self.arrange()
 
     def state_rules(self) -> Rules:
         # the zero point of GPTQ may be one beyond the codes
+        scale = self.scale
         return {
-            "scale": SIGNS[self.signs],
+            "scale": EXPONENTS if scale is not None and scale.dtype == torch.uint8 else SIGNS[self.signs],
             "zero": self._zero_rule(-1, 2**self.bits),
             "levels": FINITE,
+            "divisor": POSITIVE,
             "codes": self._code_rule(),
         }
 
@@ -178,23 +200,26 @@ class Packed(FixedDtypeBuffers, OffFastPath):
         if torch.compiler.is_compiling():
             return self._make_packed()
         own, held = self._buffers, self._packed_cache
-        if held is not None and held.codes is own["codes"] and held.scale is own["scale"]:
+        if held is not None and held.codes is own["codes"] and self._packed_scale is own["scale"]:
             zero = own["zero"] if self._zero is None else self._zero
             same = held.bits == self.bits and held.shape == self.shape and held.group_size == self.group_size
-            same = same and held.zero is zero and held.levels is own["levels"]
+            same = same and held.zero is zero and held.levels is own["levels"] and held.divisor is own["divisor"]
             if same and held.layout == (PLANAR if held.codes.dtype is torch.int16 else CANONICAL):
                 return held
         held = self._make_packed()
         # not those of a tracer, which puts its own tensors in the place of buffers for a while
         self.__dict__["_packed_cache"] = held if type(held.codes) is Tensor else None
+        self.__dict__["_packed_scale"] = own["scale"]
         return held
 
     def _make_packed(self) -> PackedWeight:
         codes, scale = self.codes, self.scale
         assert codes is not None and scale is not None
+        scale, divisor = loaded_scale(scale), self.divisor
         zero = self.zero if self._zero is None else self._zero
         assert zero is not None
-        return PackedWeight(codes, scale, zero, self.levels, self.bits, self.shape, self.group_size, layout_of(codes))
+        layout = layout_of(codes)
+        return PackedWeight(codes, scale, zero, self.levels, self.bits, self.shape, self.group_size, layout, divisor)
 
     @property
     def weight(self) -> Tensor:
@@ -236,10 +261,10 @@ class Packed(FixedDtypeBuffers, OffFastPath):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves what is made of its tensors out of copies and files, which make their own."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("_packed_cache", PREPARED)}
+        return {key: value for key, value in self.__dict__.items() if key not in MADE}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        for key in ("_packed_cache", PREPARED):  # whose tensors would outlive a move to another device
+        for key in MADE:  # whose tensors would outlive a move to another device
             self.__dict__.pop(key, None)
         device = None if self.codes is None else self.codes.device
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
@@ -256,7 +281,7 @@ class Packed(FixedDtypeBuffers, OffFastPath):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         given = {part: state_dict.get(prefix + part) for part in WEIGHT_TENSORS}
-        for part in ("scale", "zero", "levels"):
+        for part in ("scale", "zero", "levels", "divisor"):
             own, new = self._buffers[part], given[part]
             if own is not None and isinstance(new, Tensor) and new.dtype != own.dtype and new.is_floating_point():
                 self._buffers[part] = torch.empty_like(own, dtype=new.dtype)  # a cast would change the values
@@ -299,8 +324,9 @@ def zero_as(weight: PackedWeight, constant: bool) -> PackedWeight:
 
 
 def tensors_of(weight: PackedWeight) -> dict[str, Tensor]:
-    """Returns the tensors of a packed weight under the names that they have in a state_dict."""
-    return {part: value for part in WEIGHT_TENSORS if isinstance(value := getattr(weight, part), Tensor)}
+    """Returns the tensors of a packed weight under the names, and in the dtypes, that they have in a state_dict."""
+    tensors = {part: value for part in WEIGHT_TENSORS if isinstance(value := getattr(weight, part), Tensor)}
+    return {**tensors, "scale": stored_scale(weight.scale)}
 
 
 def runs_kernels(device: torch.device) -> bool:

@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gs_algos.quant.packed.float_grid import SCALE_DTYPES
 from gs_algos.quant.packed.grid import chunk_rows, grid_of, group_size, one_more_below
 from gs_algos.quant.packed.module import PackedFormat
 from gs_algos.quant.scheme import Scheme, n_scales
-from gs_kernels import PackedWeight, PerChannel
+from gs_kernels import FloatFormat, PackedWeight, PerChannel
 from gs_kernels.pack.layouts import BITS
 
 
@@ -69,6 +70,9 @@ def packed_format(weight: Tensor, scheme: Scheme) -> PackedFormat:
     """
     n, k = weight.shape
     n_scales(scheme.granularity, (n, k))
+    if isinstance(scheme.format, FloatFormat):
+        name = str(SCALE_DTYPES[scheme.format.name]).removeprefix("torch.")
+        return PackedFormat(4, (n, k), scheme.format.group_size, 0.0, name, True, int(scheme.format.divided))
     one = torch.ones(1, 1, device="cpu")
     grid = grid_of(one, replace(scheme, granularity=PerChannel(0)))
     like = PackedFormat.of(grid.packed(grid.codes(one)))

@@ -11,7 +11,7 @@ from gs_kernels.qconv2d.kernel.depthwise import convolve_depthwise
 from gs_kernels.qconv2d.kernel.int8 import convolve_int8
 from gs_kernels.qconv2d.tiles import choose_plan
 from gs_kernels.qmatmul.kernel import device_of
-from gs_kernels.qmatmul.kernel.dequantize import dequantize
+from gs_kernels.qmatmul.kernel.dequantize import dequantize, has_table
 from gs_kernels.qmatmul.ref import code_sums_ref
 from gs_kernels.runtime.bound_calls import fresh
 from gs_kernels.triton_epilogue import can_split
@@ -34,7 +34,7 @@ def qconv2d_triton(
         return y
     plan = choose_plan(
         m, n // geometry.groups, k, geometry.groups,
-        channels=k // geometry.taps, x_bits=8 * x.itemsize, levels=weight.levels is not None, sm=sm, sm_count=sm_count,
+        channels=k // geometry.taps, x_bits=8 * x.itemsize, levels=has_table(weight), sm=sm, sm_count=sm_count,
     )
     if plan.dense:
         return convolve_dense(x, dequantize(weight, x.dtype), bias, residual, geometry, activation)

@@ -14,7 +14,6 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -24,8 +23,9 @@ from torch.nn.functional import linear
 
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.pack.derived import UnsuitableError
-from gs_kernels.pack.layouts import CANONICAL, PackedWeight
+from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
+from gs_kernels.pack.rows import rows_between
 from gs_kernels.qmatmul.cpu import avx512_bf16
 from gs_kernels.qmatmul.cpu.interleaved import InterleavedWeight, interleaved
 from gs_kernels.qmatmul.cpu.interleaved_product import bind, fixed_product, kernels
@@ -51,7 +51,7 @@ class FloatProduct:
     def __init__(self, weight: PackedWeight, bias: Tensor | None, activation: str) -> None:
         self.weight, self.bias, self.activation = weight, bias, activation
         self.interleaved: InterleavedWeight | None = None
-        if weight.levels is None and kernels() is not None:  # else the log says why
+        if kernels() is not None:  # else the log says why
             try:
                 self.interleaved = interleaved(weight)
             except UnsuitableError as error:
@@ -110,14 +110,5 @@ def _plain(x: Tensor, weight: PackedWeight) -> Tensor:
     if x.shape[0] == 0:
         return x.new_empty(0, n)
     size = max(1, BLOCK // k)
-    ys = [linear(x, dequantize_packed(_slice(weight, i, i + size), x.dtype)) for i in range(0, n, size)]
+    ys = [linear(x, dequantize_packed(rows_between(weight, i, i + size), x.dtype)) for i in range(0, n, size)]
     return ys[0] if len(ys) == 1 else torch.cat(ys, 1)
-
-
-def _slice(weight: PackedWeight, start: int, stop: int) -> PackedWeight:
-    if start == 0 and stop >= weight.shape[0]:
-        return weight
-    codes = weight.codes[start:stop] if weight.layout == CANONICAL else weight.codes[:, start:stop]
-    zero = weight.zero[start:stop] if isinstance(weight.zero, Tensor) else weight.zero
-    scale = weight.scale[start:stop]
-    return replace(weight, codes=codes, scale=scale, zero=zero, shape=(scale.shape[0], weight.shape[1]))

@@ -7,14 +7,14 @@ used, and cached (pack/derived.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gs_kernels.pack.derived import derived
+from gs_kernels.pack.derived import UnsuitableError, derived
 from gs_kernels.pack.layouts import CANONICAL, PackedWeight
 from gs_kernels.pack.pack import codes_of, pack_codes
 
@@ -58,7 +58,13 @@ class InterleavedWeight:
 
 
 def interleave(weight: PackedWeight) -> InterleavedWeight:
-    """Builds the row-interleaved form of a weight `[N, K]`."""
+    """Builds the row-interleaved form of a weight `[N, K]`; of one with levels from 8-bit codes in even steps.
+
+    Raises:
+        UnsuitableError: if the levels are in no such steps.
+    """
+    if weight.levels is not None:
+        weight = _evenly_spaced(weight)
     n, k = weight.shape
     groups = k // weight.group_size
     halves = 2 if groups == 1 else 1
@@ -76,6 +82,20 @@ def interleave(weight: PackedWeight) -> InterleavedWeight:
     grid = pad(torch.stack((scale, zero), 1), (0, 0, 0, 0, 0, rows - n)).view(-1, LANES, 2, groups)
     grid = grid.permute(0, 3, 2, 1).flatten(2).repeat(1, halves, 1)
     return InterleavedWeight(codes, grid.contiguous(), weight.bits, weight.shape, width)
+
+
+def _evenly_spaced(weight: PackedWeight) -> PackedWeight:
+    """Returns a weight of 8-bit codes with the same values, whose levels are halves, as those of 4-bit floats are."""
+    assert weight.levels is not None
+    twice = 2 * weight.levels.detach()
+    zero = -twice.min()  # the smallest: what codes are larger than values costs digits of their sums
+    if not bool(((twice == twice.round()) & (twice + zero < 256)).all()):
+        raise UnsuitableError("its levels are no whole or half numbers, or too far apart for 8 bits")
+    codes = (twice + zero).to(torch.uint8)[codes_of(weight).int()]
+    scale = weight.real_scale() * 0.5
+    return replace(
+        weight, codes=codes, scale=scale, zero=float(zero), levels=None, divisor=None, bits=8, layout=CANONICAL
+    )
 
 
 def _up(n: int, multiple: int) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.pack.layouts import PackedWeight
-from gs_kernels.qmatmul.kernel.dequantize import dequantize, grouping
+from gs_kernels.qmatmul.kernel.dequantize import dequantize, grouping, has_table
 from gs_kernels.qmatmul.kernel.int8 import multiply_int8
 from gs_kernels.qmatmul.kernel.matmul import multiply
 from gs_kernels.qmatmul.kernel.quantize_rows import quantize
@@ -50,7 +50,7 @@ def qmatmul_triton(x: Tensor, weight: PackedWeight, bias: Tensor | None, activat
     asm, sm, sm_count = device_of(x)
     plan = choose_plan(
         rows.shape[0], n, k, weight.bits,
-        x_bits=8 * x.itemsize, levels=weight.levels is not None, sm=sm, sm_count=sm_count,
+        x_bits=8 * x.itemsize, levels=has_table(weight), sm=sm, sm_count=sm_count,
     )
     if rows.shape[0] == 0:
         y = x.new_empty(0, n)

@@ -12,13 +12,14 @@ from gs_kernels.runtime.bound_calls import fresh
 from gs_kernels.runtime.dispatch import launch
 
 BLOCK_N = 32
+BYTES = {torch.float8_e8m0fnu: torch.uint8, torch.float8_e4m3fn: torch.int8}  # that 8-bit scales are read as
 
 
 @triton.jit
 def _dequantize_kernel(
     w_ptr,
-    codes_ptr, scale_ptr, zero_ptr, levels_ptr,
-    N, K, G,
+    codes_ptr, scale_ptr, zero_ptr, levels_ptr, divisor_ptr,
+    N, K, G, divided,
     stride_sn, stride_sg,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -32,6 +33,8 @@ def _dequantize_kernel(
     offs_s = (first_n + cols) * stride_sn
     grid = (scale_ptr, zero_ptr, levels_ptr, offs_s, stride_sg, (block * 128).to(tl.int32), G)
     w, _ = dequantize_block(words, grid, BITS, GROUP, ZERO, tl.float32, False, True)
+    if divisor_ptr is not None:
+        w = tl.div_rn(w, tl.broadcast_to(tl.load(divisor_ptr + (first_n + cols) // divided)[:, None], w.shape))
     offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_k = block * 128 + tl.arange(0, 128)
     mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
@@ -53,9 +56,23 @@ def same_strides(scale: Tensor, zero_points: Tensor | None) -> Tensor | None:
 
 
 def kernel_tensors(weight: PackedWeight) -> Tensors:
-    """Returns the tensors of a weight as kernels read them: zero points are laid out as the scales are."""
+    """Returns the tensors of a weight as kernels read them: zero points are laid out as the scales are.
+
+    Scales of 8 bits are bytes: with a sign if they are e4m3, without if e8m0.
+    """
     codes, scale, zero_points, zero, levels = tensors_of(weight)
-    return codes, scale, same_strides(scale, zero_points), zero, levels
+    kind = BYTES.get(scale.dtype)
+    return codes, scale if kind is None else scale.view(kind), same_strides(scale, zero_points), zero, levels
+
+
+def has_table(weight: PackedWeight) -> bool:
+    """Says whether kernels look values of codes up: those of 4-bit floats they compute."""
+    return weight.levels is not None and weight.scale.dtype not in BYTES
+
+
+def rows_a_divisor(weight: PackedWeight) -> int:
+    """Returns how many rows in turn one divisor is for."""
+    return weight.shape[0] // (1 if weight.divisor is None else weight.divisor.shape[0])
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -65,7 +82,8 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     w = fresh(codes.new_empty(n, k, dtype=dtype))
     launch(
         _dequantize_kernel, (-(-k // 128), -(-n // BLOCK_N)),
-        w, codes, scale, zero_points, levels, n, k, scale.shape[1], *scale.stride(),
+        w, codes, scale, zero_points, levels, weight.divisor,
+        n, k, scale.shape[1], rows_a_divisor(weight), *scale.stride(),
         BITS=weight.bits, GROUP=grouping(k, weight.group_size), ZERO=zero, BLOCK_N=BLOCK_N, num_warps=4,
     )
     return w

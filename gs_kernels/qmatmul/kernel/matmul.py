@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.triton_unpack import dequantize_block, weight_unit
-from gs_kernels.qmatmul.kernel.dequantize import grouping, kernel_tensors
+from gs_kernels.qmatmul.kernel.dequantize import grouping, kernel_tensors, rows_a_divisor
 from gs_kernels.qmatmul.tiles import Plan
 from gs_kernels.runtime.bound_calls import fresh
 from gs_kernels.runtime.dispatch import launch
@@ -18,8 +18,8 @@ from gs_kernels.triton_epilogue import epilogue, reduce_partials
 @triton.jit(do_not_specialize=["M", "turns"])
 def _qmatmul_kernel(
     y_ptr,
-    x_ptr, codes_ptr, scale_ptr, zero_ptr, levels_ptr, bias_ptr,
-    M, N, K, G, turns,
+    x_ptr, codes_ptr, scale_ptr, zero_ptr, levels_ptr, divisor_ptr, bias_ptr,
+    M, N, K, G, divided, turns,
     stride_xm, stride_sn, stride_sg,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr, ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr, PARTIAL: tl.constexpr, SCALE_PARTS: tl.constexpr,
@@ -73,6 +73,8 @@ def _qmatmul_kernel(
         codes_ptr += N * WIDTH
 
     UNIT: tl.constexpr = weight_unit(ZERO, zero_ptr is None and levels_ptr is None, T, ASM, not SCALE_PARTS)
+    if divisor_ptr is not None:
+        acc = acc / tl.load(divisor_ptr + (first_n + cols) // divided)[:, None]
     acc = tl.trans(acc) * UNIT
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = first_n + tl.arange(0, BLOCK_N)
@@ -100,8 +102,8 @@ def multiply(
     tiles = -(-m // plan.block_m) * -(-n // plan.block_n)
     launch(
         _qmatmul_kernel, (tiles, split),
-        sums, x, codes, scale, zero_points, levels, bias,
-        m, n, k, scale.shape[1], -(-blocks // split),
+        sums, x, codes, scale, zero_points, levels, weight.divisor, bias,
+        m, n, k, scale.shape[1], rows_a_divisor(weight), -(-blocks // split),
         x.stride(0), *scale.stride(),
         BITS=weight.bits, GROUP=group, ZERO=zero, ASM=asm, ACTIVATION=activation,
         EVEN_K=k % 128 == 0, PARTIAL=split > 1, SCALE_PARTS=plan.scale_parts and group % 128 == 0,

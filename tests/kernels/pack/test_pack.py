@@ -237,7 +237,7 @@ def test_state_is_canonical_and_says_what_it_is():
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"version": 2}, "version of fc must be at most 1, got 2; a newer golden-stick wrote it: upgrade"),
+        ({"version": 3}, "version of fc must be at most 2, got 3; a newer golden-stick wrote it: upgrade"),
         ({"version": 0}, "version of fc must be at least 1"),
         ({"version": "1"}, "version of fc must be int, got '1'"),
         ({"format": "gguf"}, "format of fc must be 'golden-stick-packed', got 'gguf'"),

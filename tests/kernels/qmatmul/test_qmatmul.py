@@ -19,6 +19,7 @@ from gs_kernels import (
     repack,
 )
 from gs_kernels.activations import ACTIVATIONS
+from gs_kernels.formats import E2M1
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref, qmatmul_ref
 from gs_kernels.qmatmul.tiles import Plan, choose_int8_plan, choose_plan
 from gs_kernels.runtime.dispatch import INTERPRET
@@ -295,6 +296,13 @@ def test_one_bf16_operation_makes_a_code_less_its_zero_point(bits, zeros):
             terms = torch.from_numpy(_halves(field, 7) * factor - zero * step)
             assert torch.equal(terms.bfloat16().double(), terms)
             assert np.array_equal(terms.numpy() / step, codes.astype(np.float64) - zero)
+
+
+@pytest.mark.parametrize("mantissa", [10, 7])
+def test_assembly_makes_each_field_a_4_bit_float_over_a_power_of_two(mantissa):
+    for j, field in enumerate(ptx.run(kernel.e2m1_asm(mantissa), [WORDS], 4)):
+        floats = _halves(field, mantissa) * kernel.e2m1_factor(mantissa)
+        assert np.array_equal(floats, np.array(E2M1)[(CONTAINERS >> (4 * j)) & 15])
 
 
 @pytest.mark.parametrize("mantissa", [10, 7])
