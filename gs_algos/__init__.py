@@ -19,6 +19,8 @@ from gs_algos.core.registry import register_algorithm
 from gs_algos.distill.config import DistillConfig
 from gs_algos.distill.distill import Distill
 from gs_algos.distill.synthesis import Synthesis
+from gs_algos.ghost.config import GhostConfig
+from gs_algos.ghost.ghost import Ghost
 from gs_algos.llm.registration import install as _register_with_transformers
 from gs_algos.pruning.heads import Heads, HeadsConfig
 from gs_algos.pruning.prune import Prune, PruneConfig
@@ -101,6 +103,8 @@ __all__ = [
     "Calibrates",
     "Distill",
     "DistillConfig",
+    "Ghost",
+    "GhostConfig",
     "Heads",
     "HeadsConfig",
     "LevelGrid",

@@ -35,6 +35,7 @@ __all__ = [
     "is_dense",
     "make_geometry",
     "make_grid",
+    "noted",
     "prepared_qconv2d",
     "prepared_qconv2d_int8",
     "prepared_qmatmul",

@@ -110,6 +110,11 @@ class Algorithm(ABC):
     def summary(self, model: nn.Module) -> str:
         """Returns a table of the compressed layers: bits, bytes, and the arithmetic each one runs in."""
 
+    @property
+    def calibrate_first(self) -> bool:
+        """Says whether `calibrate`, before the first step, would improve on what `apply` alone could know."""
+        return False
+
     def remember(
         self, model: nn.Module, stage: str, rows: Iterable[PlanRow] = (), steps: int = 0, **facts: Any
     ) -> dict[str, Any]:

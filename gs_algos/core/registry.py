@@ -23,6 +23,7 @@ from gs_algos.core.did_you_mean import did_you_mean
 
 ALGORITHMS = {
     "amc": "gs_algos.search.presets:AMC",
+    "ghost": "gs_algos.ghost.ghost:Ghost",
     "haq": "gs_algos.search.presets:HAQ",
     "heads": "gs_algos.pruning.heads:Heads",
     "nas": "gs_algos.search.presets:NAS",

@@ -86,7 +86,7 @@ def train(
     Args:
         data: on the model's device.
         algorithm: whose `loss` is used and whose `step` is called after each optimizer step. One that does not train is
-            calibrated on training images instead.
+            calibrated on training images instead, and one that starts better from data is so before the first step.
         state: file that holds the training state: at the end, after an interrupt, and every half a minute or epoch.
         resume: continue from `state` if it is there; the result is that of an uninterrupted run, bit for bit.
         compiled: run the forward through torch.compile.
@@ -106,6 +106,8 @@ def train(
         done, before = load_state(state, model, optimizer, training, algorithm)
     saved = time.perf_counter()
     started = saved - before
+    if algorithm is not None and algorithm.calibrate_first and not done:
+        _calibrate(model, data, algorithm)
     loss_fn = torch.nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
     loss_fn = loss_fn if algorithm is None else algorithm.loss(loss_fn)
     forward = torch.compile(model) if compiled else model

@@ -24,6 +24,7 @@ DEFAULTS = {
     "resnet56": TrainingDefaults(lr=0.15, tune_lr=0.01),
     "resnet18": TrainingDefaults(lr=0.1, tune_lr=0.01),
     "mobilenetv2": TrainingDefaults(lr=0.1, tune_lr=0.01),
+    "ghostnet": TrainingDefaults(lr=0.1, tune_lr=0.01),
     "mlp": TrainingDefaults(lr=0.1, tune_lr=0.01),
     "vit-tiny": TrainingDefaults(lr=1e-3, tune_lr=1e-4, optimizer="adamw", weight_decay=0.05),
 }

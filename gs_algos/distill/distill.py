@@ -107,6 +107,10 @@ class Distill(Algorithm):
         if self.inner is not None:
             self.inner.steps = value
 
+    @property
+    def calibrate_first(self) -> bool:
+        return self.inner is not None and self.inner.calibrate_first
+
     def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:
         """Lists what the inner algorithm will do; touches nothing, and checks the teacher on the example inputs.
 

@@ -9,7 +9,7 @@ from gs_algos.fx.graph import Node, SiteGraph
 from gs_algos.fx.op_names import ACTIVATIONS
 
 # commute with rounding to a grid; dropout: in eval mode
-COMMUTES = ("relu", "relu6", "identity", "dropout", "flatten", "contiguous", "clone", "cat")
+COMMUTES = ("relu", "relu6", "identity", "dropout", "flatten", "contiguous", "clone", "cat", "index_select")
 COMPUTED_FROM_CODES = ("add", "pool")  # are computed from codes as they are from floats
 EDGES = ("export", "symbolic_trace")  # tracers that see every edge
 

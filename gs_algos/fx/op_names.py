@@ -22,7 +22,10 @@ DROPPED = ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_si
 # op of a call by the tracer's own name, in-place underscore removed; anything else is "other"
 _BY_NAME = {
     **{name: name for name in (*CONVS, *TRANSPOSED_CONVS, *ACTIVATIONS)},
-    **{name: name for name in ("linear", "batch_norm", "add", "cat", "embedding", "flatten", "dropout", "softmax")},
+    **{
+        name: name
+        for name in ("linear", "batch_norm", "add", "cat", "index_select", "embedding", "flatten", "dropout", "softmax")
+    },
     **{name: name for name in ("layer_norm", "group_norm", "instance_norm", "rms_norm", "lstm", "gru", "contiguous")},
     **{
         name: name for name in ("clone", "matmul", "addmm", "bmm", "mm", "sigmoid", "tanh", "hardsigmoid", "leaky_relu")

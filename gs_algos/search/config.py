@@ -18,8 +18,9 @@ class SearchConfig(AlgorithmConfig):
     """Options of a search.
 
     Args:
-        choices: schemes of weights, such as `int4@channel` or `float`, and prune rates; of a kind that none is of, the
-            usual ones: 2, 4 and 8 bits, and rates from 0 to 0.75.
+        choices: schemes of weights, such as `int4@channel` or `float`, prune rates, and ratios of ghosts, such as
+            `ghost 2`; of a kind that none is of, the usual ones: 2, 4 and 8 bits, rates from 0 to 0.75, and ratios of
+            2 and 4 beside the layer as it is.
         acts: schemes of what layers read, such as `int4@tensor`; none leaves them to the algorithm.
         budget: what the network may take: `40% bytes`, `params`, `macs`, `bops` or `latency` of the float network's;
             `3 bits` a weight that has a choice, scales included; `80 MB` or `12 ms`. Or two of them, with a comma.

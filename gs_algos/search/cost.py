@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,12 @@ from gs_algos.analysis.latency_table import LatencyTable
 from gs_algos.analysis.operations import count_operations
 from gs_algos.core.algorithm import Inputs
 from gs_algos.core.modules import parameter_owners, parent_name
+from gs_algos.ghost.planning import ghost_numbers, numbers_of
 from gs_algos.pruning.budget import keep_count
 from gs_algos.pruning.channel_groups.groups import FIXED
 from gs_algos.quant.scheme import Scheme
 from gs_algos.search.space import LayerCall, Setting
-from gs_algos.search.target import FLOAT, Pruned, Target
+from gs_algos.search.target import FLOAT, GHOST_RATIO, Pruned, Target
 
 FLOAT_BITS = 32
 
@@ -62,6 +64,7 @@ class Costs:
         self.whole_macs = count_operations(network, inputs, who).macs
         pruned = [target.pruned for target in targets if target.pruned is not None]
         self.cut = CutSizes(pruned[0], self.shapes) if pruned else None
+        self._ghost = functools.lru_cache(maxsize=None)(self._one_ghost)
         self._nbytes = functools.lru_cache(maxsize=None)(self._packed_nbytes)
 
     def total(self, kind: str, setting: Setting) -> float:
@@ -88,7 +91,7 @@ class Costs:
     def _bytes(self, setting: Setting, shapes: Mapping[str, tuple[int, ...]]) -> float:
         taken = {self.weight_of[s]: self._weight(s, str(v), shapes) for s, v in setting.get("weight", {}).items()}
         rest = sum(math.prod(shape) * self.itemsize[name] for name, shape in shapes.items() if name not in taken)
-        return rest + sum(taken.values())
+        return rest + sum(taken.values()) + self._ghosts(setting).nbytes
 
     def _weight(self, site: str, scheme: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
         return self._nbytes(site, scheme, shapes[self.weight_of[site]])
@@ -98,11 +101,27 @@ class Costs:
         return target.nbytes(row, self.layers[site], shape, scheme)
 
     def _params(self, setting: Setting, shapes: Mapping[str, tuple[int, ...]]) -> float:
-        return sum(map(math.prod, shapes.values()))
+        return sum(map(math.prod, shapes.values())) + self._ghosts(setting).numbers
 
     def _macs(self, setting: Setting, shapes: Mapping[str, tuple[int, ...]]) -> float:
         rates = setting.get("rate", {})
-        return self.whole_macs if self.cut is None or not rates else self.cut.macs(rates)
+        whole = self.whole_macs if self.cut is None or not rates else self.cut.macs(rates)
+        return whole + self._ghosts(setting).macs
+
+    def _ghosts(self, setting: Setting) -> Change:
+        """Returns what the ghost layers of a setting change."""
+        found = Change()
+        for site, ratio in setting.get(GHOST_RATIO, {}).items():
+            if ratio != FLOAT:
+                found = found.plus(self._ghost(site, int(ratio)))
+        return found
+
+    def _one_ghost(self, site: str, ratio: int) -> Change:
+        conv, plan = self.layers[site], self.rows[site][1].settings
+        before, after = numbers_of(conv, plan.norm is not None), ghost_numbers(conv, plan, ratio)
+        numbers = after[0] + after[1] - before[0] - before[1]
+        macs = self.calls[site].positions * (after[0] - before[0])
+        return Change(macs, numbers, numbers * self.itemsize[self.weight_of[site]])
 
     def _bops(self, setting: Setting, shapes: Mapping[str, tuple[int, ...]]) -> float:
         total = self._macs(setting, shapes) * FLOAT_BITS**2
@@ -143,6 +162,18 @@ class Costs:
 def _bits_of(text: str, role: Any) -> int:
     """Returns the bits of a scheme, or of a grid of SLB."""
     return int(text.partition("bit")[0]) if text[0].isdigit() else Scheme.parse(text, role).bits
+
+
+@dataclass(frozen=True)
+class Change:
+    """Holds what replaced layers add to a network; less than 0 where they save."""
+
+    macs: float = 0.0
+    numbers: int = 0
+    nbytes: int = 0
+
+    def plus(self, other: Change) -> Change:
+        return Change(self.macs + other.macs, self.numbers + other.numbers, self.nbytes + other.nbytes)
 
 
 class CutSizes:

@@ -26,11 +26,12 @@ from gs_algos.pruning.pruner import Pruner
 from gs_algos.pruning.reconstruct import readers_of, reconstruct
 from gs_algos.ptq.processes import Processes
 from gs_algos.quant.network.layer_plan import LayerPlan
+from gs_algos.search.ghosts import GhostTrials
 from gs_algos.search.journal import Journal, key_of
 from gs_algos.search.kinds import Value
 from gs_algos.search.problem import Scores
 from gs_algos.search.space import Knob, Setting
-from gs_algos.search.target import FLOAT, Target
+from gs_algos.search.target import FLOAT, GHOST_RATIO, Target
 from gs_kernels.runtime.torch_private import _NormBase
 
 Score: TypeAlias = Callable[[Setting], float]
@@ -60,26 +61,32 @@ class ProbeScore:
         self.probe.find_ranges(self.batches, list(self.acts))
         pruners = [target.algorithm for target in targets if isinstance(target.algorithm, Pruner)]
         refits = any(pruner.config.reconstruct for pruner in pruners)
+        self.ghosts = GhostTrials(targets, self.probe.network, self.batches, who)
         self.whole = copy.deepcopy(self.probe.network) if refits else None
 
     def __call__(self, setting: Setting) -> float:
-        with self._set(self.policy(setting)) as network:
+        with self._set(self.policy(setting), setting) as network:
             if self.evaluate is None:
                 return -self.trials.compared(network).divergence
             return float(self.evaluate(network))
 
     def divergence(self, setting: Setting) -> float:
         """Returns KL(float || setting), whatever scores policies; what the setting does not name stays float."""
-        with self._set(self.policy(setting, alone=True)) as network:
+        with self._set(self.policy(setting, alone=True), setting) as network:
             return self.trials.compared(network).divergence
 
     @contextmanager
-    def _set(self, policy: probe.Policy) -> Iterator[nn.Module]:
+    def _set(self, policy: probe.Policy, setting: Setting) -> Iterator[nn.Module]:
         """Sets a policy on the copy. Without channels it is refitted if the algorithm would be, and has the statistics
         of batch norm that it then has.
         """
         network = self.probe.network
-        with ordinary_tensors(), without_autocast(), self.probe.set(policy):
+        ghosts = {site: int(value) for site, value in setting.get(GHOST_RATIO, {}).items() if value != FLOAT}
+        with ordinary_tensors(), without_autocast(), self.probe.set(policy), self.ghosts.put_in(ghosts):
+            if ghosts:
+                with fresh_statistics(network, self.batches, self.who):
+                    yield network
+                return
             if policy.kept is None:
                 yield network
                 return

@@ -13,15 +13,18 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from gs_algos.core.plan import PlanRow
+from gs_algos.ghost.config import check_ratio
+from gs_algos.ghost.planning import GhostPlan
 from gs_algos.pruning.budget import keep_count
 from gs_algos.pruning.config import check_rate
 from gs_algos.pruning.planning import GroupPlan
 from gs_algos.quant.network.layer_plan import LayerPlan
 from gs_algos.quant.packed.packable import base_of
 from gs_algos.quant.scheme import Scheme
-from gs_algos.search.target import FLOAT, Target
+from gs_algos.search.target import FLOAT, GHOST_RATIO, Target
 
 Value: TypeAlias = str | float
+GHOST = "ghost "  # in front of a ratio, in choices
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Kind:
 
 
 def _read_weight(choice: Any) -> Value | None:
-    if not isinstance(choice, str):
+    if not isinstance(choice, str) or choice.startswith(GHOST):
         return None
     return FLOAT if choice == FLOAT else str(Scheme.parse(choice, "weight"))
 
@@ -91,8 +94,28 @@ def _offer_rate(target: Target, row: PlanRow, layer: Any, choices: Sequence[Valu
     return [left[count] for count in sorted(left)]
 
 
+def _read_ghost(choice: Any) -> Value | None:
+    if choice == FLOAT:
+        return FLOAT
+    if not isinstance(choice, str) or not choice.startswith(GHOST):
+        return None
+    number = choice.removeprefix(GHOST)
+    ratio = int(number) if number.isdecimal() else number
+    check_ratio(ratio, "search: ghost")
+    return ratio
+
+
+def _offer_ghost(target: Target, row: PlanRow, layer: Any, choices: Sequence[Value]) -> list[Value]:
+    """Returns the ratios that the channels allow, the highest first, and last the layer as it is."""
+    if not isinstance(row.settings, GhostPlan):
+        return []
+    ratios = [int(choice) for choice in choices if choice != FLOAT and int(choice) <= layer.out_channels]
+    return [*sorted(ratios, reverse=True), *([FLOAT] if FLOAT in choices else [])]
+
+
 KINDS: dict[str, Kind] = {
     "weight": Kind("weight", ("int2@channel", "int4@channel", "int8@channel"), _read_weight, _offer_weight),
     "act": Kind("act", (), _read_act, _offer_act),
     "rate": Kind("rate", (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75), _read_rate, _offer_rate),
+    GHOST_RATIO: Kind("ratio", ("ghost 4", "ghost 2", FLOAT), _read_ghost, _offer_ghost),
 }

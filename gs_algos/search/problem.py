@@ -207,6 +207,21 @@ def with_pick(picks: Picks, place: int, pick: int) -> Picks:
     return (*picks[:place], pick, *picks[place + 1 :])
 
 
+def refuse_untimed(budgets: Sequence[Budget], space: Space, who: str) -> None:
+    """Raises ValueError for a budget of latency where knobs change the sizes of layers, which no table of times has."""
+    for budget in budgets:
+        if budget.kind == "latency" and (sized := _sized(space)):
+            raise ValueError(
+                f"{who}: a budget of latency must be for knobs of weights and inputs, got {budget} for knobs of "
+                f"{sized}; give a budget of macs, and measure the network that it gives"
+            )
+
+
+def _sized(space: Space) -> str:
+    """Returns the kind of a knob that changes the sizes of layers; "" if there is none."""
+    return next((knob.kind for knob in space.knobs if knob.kind not in ("weight", "act")), "")
+
+
 def limits_of(budgets: Sequence[Budget], space: Space, costs: Costs, who: str) -> tuple[Limit, ...]:
     """Returns the limits that budgets set on a network.
 
@@ -217,11 +232,6 @@ def limits_of(budgets: Sequence[Budget], space: Space, costs: Costs, who: str) -
     least = (0,) * len(space.knobs)
     raised = [with_pick(least, place, len(knob.values) - 1) for place, knob in enumerate(space.knobs)]
     for budget in budgets:
-        if budget.kind == "latency" and any(knob.kind == "rate" for knob in space.knobs):
-            raise ValueError(
-                f"{who}: a budget of latency must be for knobs of weights and inputs, got {budget} for prune rates; "
-                "give a budget of macs, and measure the network that it gives"
-            )
         ends = [costs.total(budget.kind, space.setting(picks)) for picks in (least, *raised)]
         if max(ends) <= min(ends):
             kinds = ", ".join(dict.fromkeys(knob.kind for knob in space.knobs))
@@ -232,7 +242,7 @@ def limits_of(budgets: Sequence[Budget], space: Space, costs: Costs, who: str) -
         before = costs.before(budget.kind)
         weights = [knob.site for knob in space.knobs if knob.kind == "weight"]
         if budget.unit == "bits":
-            if any(knob.kind == "rate" for knob in space.knobs) or not weights:
+            if _sized(space) or not weights:
                 raise ValueError(f"{who}: a budget of bits must be for knobs of weights alone, got {budget}")
             setting = space.setting(least)
             inside = {"weight": {site: setting["weight"][site] for site in weights}}

@@ -17,6 +17,7 @@ from gs_algos.analysis.latency_table import POLICIES, LatencyTable
 from gs_algos.core.algorithm import Algorithm, Inputs
 from gs_algos.core.batches import InputsOf, checked_batches, device_of, on_device, samples_of
 from gs_algos.core.network import network_of, ordinary_tensors
+from gs_algos.ghost.ghost import Ghost
 from gs_algos.ptq.journal import digest_of
 from gs_algos.ptq.processes import Processes
 from gs_algos.search.agent import Evaluated, agent_class
@@ -29,7 +30,7 @@ from gs_algos.search.front import curve_of, front_of
 from gs_algos.search.ilp import first_picks
 from gs_algos.search.journal import Journal
 from gs_algos.search.policy import WHO, Policy, with_rules
-from gs_algos.search.problem import Limit, Problem, Scores, limits_of, reduced, shown
+from gs_algos.search.problem import Limit, Problem, Scores, limits_of, reduced, refuse_untimed, shown
 from gs_algos.search.space import Picks, Setting, Space, layer_calls, make_space
 from gs_algos.search.target import FLOAT, Target
 from gs_algos.search.times import table_for
@@ -90,6 +91,7 @@ def search_rules(
         space = make_space(targets, network, calls, chosen.choices, chosen.acts, WHO)
         for end in _ends(space):  # a value that an algorithm cannot have is refused before anything is measured
             _algorithms(given, space, end)
+        refuse_untimed(budgets, space, WHO)
         table = None
         if any(budget.kind == "latency" for budget in budgets):
             forms, mixed = _forms(Costs(targets, network, inputs, calls, None, WHO), space, chosen.seed)
@@ -166,6 +168,12 @@ def _refuse_unsearchable(algorithms: Sequence[Any]) -> None:
             raise TypeError(f"{WHO}: algorithms must be such as SimQAT(), got {algorithm!r:.60}")
         if not hasattr(algorithm.config, "rules"):
             raise ValueError(f"{WHO}: an algorithm must have rules to search for, got {algorithm.name} without")
+    if len(algorithms) > 1 and any(isinstance(algorithm, Ghost) for algorithm in algorithms):
+        names = ", ".join(algorithm.name for algorithm in algorithms)
+        raise ValueError(
+            f"{WHO}: ghost must be searched alone, since it replaces the layers that others have rules for, got "
+            f"{names}; search for the others on the network that it leaves"
+        )
 
 
 def _batches(network: nn.Module, inputs: Inputs, data: Iterable[Any]) -> list[Inputs]:

@@ -138,7 +138,7 @@ def make_space(
                 if not values or row.site in target.ruled.get(kind, ()):
                     if own is not None and (layer is not None or kind == "rate"):
                         fixed[kind][row.site] = own
-                elif row.site in ends and kind != "rate":
+                elif row.site in ends and kind in ("weight", "act"):
                     fixed[kind][row.site] = wide = _wide(values, kind, own)
                     if wide != own:
                         given[target.number][kind][row.site] = wide

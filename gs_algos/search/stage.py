@@ -97,6 +97,10 @@ class Search(Algorithm):
         return self.inner.trains
 
     @property
+    def calibrate_first(self) -> bool:
+        return self.inner.calibrate_first
+
+    @property
     def steps(self) -> int:  # type: ignore[override]
         return self.inner.steps
 

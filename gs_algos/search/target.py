@@ -14,6 +14,7 @@ from gs_algos.core.algorithm import Algorithm, Inputs
 from gs_algos.core.layer_rules import resolve
 from gs_algos.core.modules import get_module
 from gs_algos.core.plan import PlanRow
+from gs_algos.ghost.planning import GhostPlan
 from gs_algos.pruning.budget import keep_by_layer
 from gs_algos.pruning.channel_groups.groups import Groups
 from gs_algos.pruning.importance import l2, unit_scores
@@ -26,6 +27,8 @@ from gs_algos.quant.packed.packable import format_of
 from gs_algos.quant.scheme import Scheme, n_scales
 
 FLOAT = "float"  # the choice of a layer that is left as it is
+GHOST_RATIO = "ghost ratio"  # the kind of knob that Ghost has
+OPTIONS = (("weight", "weight"), ("act", "act"), (GHOST_RATIO, "ratio"))  # kinds of knobs, and what rules set
 FINEST = 1 - 1e-9  # a rate at which every group loses all the units that it can
 
 
@@ -58,7 +61,7 @@ class Target:
     Args:
         number: its place among them.
         rows: those of its plan that act.
-        ruled: option -> layers for which a rule of the user sets it.
+        ruled: kind of knob -> layers for which a rule of the user sets it.
         pruned: of an algorithm that cuts channels.
     """
 
@@ -79,7 +82,7 @@ class Target:
             return cls._of_pruner(number, algorithm, network, inputs, who)
         rows = algorithm.plan(network, inputs).acted()
         sites = {row.site: _module(network, row.site) for row in rows}
-        return cls(number, algorithm, rows, {option: ruled(algorithm, option, sites) for option in ("weight", "act")})
+        return cls(number, algorithm, rows, {kind: ruled(algorithm, option, sites) for kind, option in OPTIONS})
 
     @classmethod
     def _of_pruner(cls, number: int, algorithm: Pruner, network: nn.Module, inputs: Inputs, who: str) -> Target:
@@ -121,8 +124,10 @@ class Target:
         """Returns what the algorithm does to a layer without a rule of the search."""
         if kind == "rate":
             return None if self.pruned is None else self.pruned.rates.get(row.site)
+        if isinstance(row.settings, GhostPlan):
+            return row.settings.ratio if kind == GHOST_RATIO else None
         if isinstance(row.settings, LayerPlan | RoundedPlan):
-            return getattr(row.settings, kind)  # type: ignore[no-any-return]
+            return getattr(row.settings, kind, None)  # type: ignore[no-any-return]
         return None
 
 

@@ -23,7 +23,7 @@ def test_every_network_classifies_images_of_every_data_set(name, channels, size)
         assert net(torch.zeros(2, channels, size, size)).shape == (2, 7)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2", "vit-tiny"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2", "ghostnet", "vit-tiny"])
 def test_large_images_take_the_imagenet_stem(name):
     net = build(name, in_channels=3, num_classes=10, image_size=96).eval()
     first = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
@@ -37,6 +37,7 @@ def test_large_images_take_the_imagenet_stem(name):
     [
         ("resnet18", 1000, 224, 11_689_512),  # as torchvision's
         ("mobilenetv2", 1000, 224, 3_504_872),  # as torchvision's
+        ("ghostnet", 1000, 224, 5_182_508),  # 5.2 M in the paper
         ("vit-tiny", 1000, 224, 5_717_416 - 2 * 192),  # DeiT-tiny without its class token
         ("resnet20", 10, 32, 272_474),
     ],

@@ -11,6 +11,7 @@ from torch import nn
 
 from gs_algos.core.did_you_mean import did_you_mean
 from gs_algos.demo.imported import import_network, is_imported
+from gs_algos.demo.models.ghostnet import GhostNet
 from gs_algos.demo.models.lenet5 import LeNet5
 from gs_algos.demo.models.mlp import MLP
 from gs_algos.demo.models.mobilenetv2 import MobileNetV2
@@ -23,6 +24,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet56": resnet56,
     "resnet18": resnet18,
     "mobilenetv2": MobileNetV2,
+    "ghostnet": GhostNet,
     "vit-tiny": vit_tiny,
     "mlp": MLP,
 }

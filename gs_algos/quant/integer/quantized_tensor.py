@@ -34,6 +34,7 @@ _MOVES = {
     aten.clone.default,
     aten.expand.default,
     aten.permute.default,
+    aten.index_select.default,
     aten.t.default,
     aten.transpose.int,
     aten.unsqueeze.default,
@@ -173,7 +174,6 @@ class QuantizedTensor(VirtualTensor):
                     "(a hook?); use the operation that returns a new tensor"
                 )
         if func is aten.cat.default and _alike(x):
-            _refuse_recording("codes are concatenated")
             return _cat(*args)
         return _on_values(func, args, kwargs)
 
@@ -338,7 +338,10 @@ def _can_add(x: VirtualTensor, other: Any) -> bool:
 
 def _cat(tensors: Sequence[QuantizedTensor], axis: int = 0) -> QuantizedTensor:
     """Concatenates codes on one grid."""
-    codes = torch.cat([t.codes for t in tensors], axis)
+    parts = tuple(t.codes for t in tensors)
+    codes = torch.cat(parts, axis)
+    if recording.calls is not None:
+        recording.calls.append(OperationCall(lambda *parts: torch.cat(parts, axis), parts, {}, codes))
     formats = {suggested(t.shape, t.stride()) for t in tensors}
     into = formats.pop() if len(formats) == 1 else torch.contiguous_format
     return QuantizedTensor(codes, tensors[0].quantizer, tensors[0].dtype, strides_in(codes.shape, into))

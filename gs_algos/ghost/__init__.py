@@ -1,0 +1,1 @@
+"""Makes some channels of convolutions from others, by depthwise convolutions (GhostNet)."""

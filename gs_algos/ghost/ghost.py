@@ -1,0 +1,300 @@
+"""Replaces convolutions by ghost layers: a part of the channels is computed, cheap depthwise filters make the others.
+
+Han et al. 2020, arXiv:1911.11907. Trained networks hold pairs of feature maps of which one is nearly a filtered copy of
+the other. Differs from the paper, which trains such networks from random weights: the channels that are computed are
+those from which the others follow best, and the filters start at their least squares, so that a trained network stays
+near to what it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import nn
+from typing_extensions import Self, Unpack
+
+from gs_algos.core.algorithm import (
+    Algorithm,
+    Inputs,
+    asked_by,
+    evaluating,
+    history,
+    live_entry,
+    prepared_entry,
+    refuse_prepared,
+    resumable_entry,
+    run,
+)
+from gs_algos.core.batches import InputsOf, checked_batches
+from gs_algos.core.config import signature_of
+from gs_algos.core.modules import all_or_nothing, get_module, set_module
+from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
+from gs_algos.core.plan import Plan, PlanRow, render_layers, rows_of
+from gs_algos.core.plan_settings import RowSettings
+from gs_algos.core.progress import progress
+from gs_algos.core.untouched import untouched
+from gs_algos.fx.capture.tracers import tensors_of
+from gs_algos.ghost.config import GhostConfig, GhostOptions
+from gs_algos.ghost.fit import Moments, OutputWatch, error_of, fitted, moments_of_filters, write
+from gs_algos.ghost.layers import GhostConv2d, can_split
+from gs_algos.ghost.planning import GhostPlan, make_plan, put_in, refuse_empty, why_kept
+
+logger = logging.getLogger(__name__)
+
+
+class Ghost(Algorithm):
+    """Replaces convolutions by ghost layers. Options: those of `GhostConfig`, by keyword.
+
+    ```python
+    algo = Ghost(ratio=2)
+    print(algo.plan(net, example_inputs))  # multiply-adds, bytes, ms and error of each layer, before and after
+    net = algo.apply(net, example_inputs)
+    algo.calibrate(net, batches)  # if there are data: refits layers where that is better on some of them
+    ...; algo.step()
+    net = algo.convert(net)
+    ```
+    The layers are in place from `apply` on, and `convert` only ends the training. What comes next, such as SimQAT, sees
+    plain convolutions and batch norms.
+
+    errors: layer -> (error of the fit of its filters, error of the fit of its outputs) on the last quarter of the
+        batches that `calibrate` was given, as shares of the outputs' variance. The lower one is taken.
+    """
+
+    name: ClassVar[str] = "ghost"
+    row_settings: ClassVar[tuple[type[RowSettings], ...]] = (GhostPlan,)
+    config_class: ClassVar[type[GhostConfig]] = GhostConfig
+    config: GhostConfig
+
+    def __init__(self, config: GhostConfig | None = None, **options: Unpack[GhostOptions]) -> None:
+        self.config = self.config_class.choose(config, options)
+        self.steps = 0
+        self.errors: dict[str, tuple[float, float]] = {}
+        self._example: Inputs | None = None
+        self._model: nn.Module | None = None
+        self._replaced: dict[str, tuple[nn.Conv2d, str | None, Any]] = {}  # layer -> it, its norm by name, its norm
+        self._history: dict[str, Any] = {}
+
+    def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:
+        """Lists every convolution, what a ghost layer in its place takes and leaves out, or why it stays.
+
+        Layers are timed, before and after in turns; a slower one stays unless `force`. Touches nothing.
+
+        Raises:
+            ValueError: if the inputs hold no sample or do not run through the model, or a rule matches nothing.
+        """
+        with ordinary_tensors(), asked_by("Ghost.plan"):
+            return make_plan(self.name, self.config, network_of(model, "Ghost.plan"), example_inputs)[0]
+
+    def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
+        """Puts ghost layers into the live model; their parameters are new, for an optimizer that is made after this.
+
+        A batch norm right behind a replaced convolution becomes two in the ghost layer, and an identity in its place.
+
+        Raises:
+            RuntimeError: if the model is prepared by another algorithm, or was through this one.
+            ValueError: as `plan`, or if no convolution can be replaced. The model is then as it was.
+        """
+        who = "Ghost.apply"
+        network = network_to_train(model, who)
+        refuse_prepared(network, who)
+        if any(entry["algorithm"] == self.name for entry in history(network)):
+            raise RuntimeError(f"{who}: the model must have no ghost layers yet, got one that has; build it anew")
+        with ordinary_tensors(), asked_by(who):
+            plan, made = make_plan(self.name, self.config, network, example_inputs)
+            if not plan.acted():
+                raise ValueError(f"{who}: at least one convolution must be replaceable, got none:\n{plan}")
+            replaced: dict[str, Any] = {}
+            with all_or_nothing(network):
+                for row in plan.acted():
+                    norm = row.settings.norm
+                    bn = None if norm is None else get_module(network, norm)
+                    replaced[row.site] = (get_module(network, row.site), norm, bn)
+                    put_in(network, row.site, made[row.site], norm)
+                self._history = self.remember(network, "prepared", plan.rows)
+        self.steps, self.errors = 0, {}
+        self._model, self._example = network, example_inputs
+        self._replaced = replaced if self.config.fit else {}
+        return model
+
+    @property
+    def calibrate_first(self) -> bool:
+        return bool(self._replaced) and not self.errors
+
+    def calibrate(
+        self,
+        model: nn.Module,
+        batches: Iterable[Inputs] | None = None,
+        forward_loop: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        """Fits every layer to the outputs that the replaced one has on data, and takes that fit where it is better.
+
+        Three of four batches are fitted to; on the others both fits are measured. Of one batch, all of it is both. Call
+        it between `apply` and the first `step`, before any training.
+
+        Args:
+            batches: of inputs; `(x, y)` counts as x.
+            forward_loop: runs the model on inputs of its own, instead.
+
+        Raises:
+            RuntimeError: if `apply` was not called on this model, a step was taken, or there is no fit.
+            TypeError: if the batches are no iterable.
+            ValueError: if not exactly one of the two is given, no batch runs through the model, or what a layer gives
+                is not finite. The layers are then as they were.
+        """
+        who = "Ghost.calibrate"
+        network = network_of(model, who)
+        if self._require_bound("calibrate") is not network:
+            raise RuntimeError(f"{who}: the model must be the one that the algorithm trains, got another")
+        if not self._replaced:
+            why = "fit=False" if not self.config.fit else "a step, or a resumed algorithm"
+            raise RuntimeError(f"{who}: the layers that were replaced must be kept, got {why}; call it after apply")
+        if (batches is None) == (forward_loop is None):
+            raise ValueError(f"{who}: give either batches or forward_loop")
+        with ordinary_tensors(), asked_by(who):
+            seen = self._moments(network, batches, forward_loop)
+            for row in self._rows(network):
+                conv, _, norm = self._replaced[row.site]
+                layer = cast(GhostConv2d, get_module(network, row.site))
+                known, held_out = seen[row.site]
+                of_filters = moments_of_filters(conv, norm, row.settings.kernel)
+                fits = fitted(of_filters, row.settings.ratio), fitted(known, row.settings.ratio)
+                errors = error_of(fits[0], held_out), error_of(fits[1], held_out)
+                write(layer, conv, norm, fits[errors[1] < errors[0]], known)
+                self.errors[row.site] = errors
+                logger.info("%s: error %.4f by filters, %.4f by outputs", row.site, *errors)
+
+    def _moments(
+        self, network: nn.Module, batches: Iterable[Inputs] | None, forward_loop: Callable[[nn.Module], None] | None
+    ) -> dict[str, tuple[Moments, Moments]]:
+        """Runs the network with the replaced layers back in place; returns moments to fit to, and to measure on."""
+        who = "Ghost.calibrate"
+        rows = self._rows(network)
+        sizes = {row.site: (self._replaced[row.site][0].out_channels, row.settings.kernel) for row in rows}
+        inputs_of = InputsOf(who, network, self._example)
+        with ExitStack() as stack, untouched(network), evaluating(network):
+            for row in rows:
+                conv, norm, bn = self._replaced[row.site]
+                for name, module in ((row.site, conv), (norm, bn)):
+                    if name is not None:
+                        stack.callback(set_module, network, name, get_module(network, name))
+                        set_module(network, name, module)
+            watch = OutputWatch({s: bn or conv for s, (conv, _, bn) in self._replaced.items()}, sizes, who)
+            stack.callback(watch.remove)
+            if forward_loop is not None:
+                forward_loop(network)
+            for batch in progress(checked_batches(who, () if batches is None else batches), "fitting ghosts"):
+                inputs = inputs_of(batch)
+                refuse_empty(inputs)
+                run(network, inputs, who)
+        return watch.moments()
+
+    def step(self) -> None:
+        """Counts optimizer steps. Call it after every one.
+
+        Raises:
+            RuntimeError: if `apply` was not called.
+        """
+        self._require_bound("step")
+        self.steps += 1
+        self._replaced = {}
+        self._history["steps"] = self.steps
+
+    def convert(self, model: nn.Module, example_inputs: Inputs | None = None) -> nn.Module:
+        """Ends the training: the layers are already what they will be, so the outputs are those of the trained model.
+
+        Raises:
+            RuntimeError: if the model is not prepared by this algorithm.
+            ValueError: if what it gives on the example inputs is not finite. The model is then as it was.
+        """
+        who = "Ghost.convert"
+        network = network_of(model, who)
+        entry = prepared_entry(network, self.name, who)
+        if self._model is None:
+            raise RuntimeError(
+                f"{who}: the model must be the one that the algorithm trains, got another, or it is done; "
+                "use Ghost.resume(model).convert(model, example_inputs)"
+            )
+        example = self._example if example_inputs is None else example_inputs
+        if example is None:
+            raise RuntimeError(f"{who}: a resumed algorithm has no example inputs; give example_inputs")
+        with ordinary_tensors(), asked_by(who), untouched(network), evaluating(network):
+            refuse_empty(example)
+            outputs = tensors_of(run(network, example, who))
+        if not all(bool(t.isfinite().all()) for t in outputs if t.is_floating_point()):
+            raise ValueError(f"{who}: the trained network must give finite outputs, got NaN or Inf")
+        self.remember(network, "converted", rows_of(entry["plan"], self.row_settings), self.steps)
+        if network is self._model:  # a copy may be converted while the training of the original goes on
+            self._model, self._replaced = None, {}
+        return network
+
+    def summary(self, model: nn.Module) -> str:
+        """Returns a table of the ghost layers: channels computed, parameters before and after, error of the fit."""
+        network = network_of(model, "Ghost.summary")
+        rows = []
+        for row in self._rows(network):
+            layer = cast(GhostConv2d, get_module(network, row.site))
+            made = layer.primary.weight[0].numel()
+            numbers = layer.primary.weight.numel() + layer.cheap.weight.numel()
+            error = "" if row.settings.error is None else f"{100 * row.settings.error:.1f} %"
+            measured = " / ".join(f"{100 * one:.1f} %" for one in self.errors.get(row.site, ()))
+            channels = f"{layer.primary.out_channels} of {layer.out_channels}"
+            rows.append((row.site, channels, f"{made * layer.out_channels:,}", f"{numbers:,}", error, measured))
+        if not rows:
+            return f"{self.name}: not applied"
+        header = ("layer", "computed", "weights before", "weights", "error", "on data: filters / outputs")
+        return render_layers(header, rows)
+
+    @classmethod
+    def resume(cls, model: nn.Module) -> Self:
+        """Returns the algorithm of a prepared model that `load` gave back, at the step where it was saved.
+
+        Raises:
+            RuntimeError: if the model was not saved while prepared.
+        """
+        network = network_of(model, "Ghost.resume")
+        entry = resumable_entry(network, cls.name, "Ghost")
+        algo = cls(GhostConfig.from_dict(entry["config"]))
+        algo._model, algo._history, algo.steps = network, live_entry(network), entry["steps"]
+        return algo
+
+    @classmethod
+    def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
+        for row in rows_of(entry["plan"], cls.row_settings):
+            if isinstance(row.settings, GhostPlan):
+                _restore(model, row)
+        return model
+
+    def _rows(self, network: nn.Module) -> list[PlanRow[GhostPlan]]:
+        entry = next((e for e in reversed(history(network)) if e["algorithm"] == self.name), None)
+        rows = [] if entry is None else rows_of(entry["plan"], self.row_settings)
+        return [row for row in rows if isinstance(row.settings, GhostPlan)]
+
+    def _require_bound(self, method: str) -> nn.Module:
+        if self._model is None:
+            raise RuntimeError(f"Ghost.{method}: must come between apply and convert; call apply(model, inputs) first")
+        return self._model
+
+
+def _restore(model: nn.Module, row: PlanRow[GhostPlan]) -> None:
+    """Puts the ghost layer of a row into a freshly built model.
+
+    Raises:
+        ValueError: if the model has no such convolution.
+    """
+    plan, conv = row.settings, get_module(model, row.site)
+    replace(GhostConfig(), ratio=plan.ratio, kernel=plan.kernel)  # checks them
+    reason = why_kept(model, row.site, conv, {"ratio": plan.ratio})
+    norm = None if plan.norm is None else get_module(model, plan.norm)
+    if reason or (norm is not None and not can_split(norm)):
+        raise ValueError(f"{row.site} must be a convolution that can have ghosts; it {reason or 'has another norm'}")
+    with torch.random.fork_rng(devices=[]):
+        layer = GhostConv2d(cast(nn.Conv2d, conv), norm, plan.ratio, plan.kernel, plan.ordered)
+    put_in(model, row.site, layer, plan.norm)
+
+
+Ghost.__signature__ = signature_of(Ghost)  # type: ignore[attr-defined]
