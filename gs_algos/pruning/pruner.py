@@ -23,7 +23,6 @@ from gs_algos.core.algorithm import (
     Inputs,
     Migration,
     asked_by,
-    evaluating,
     history,
     live_entry,
     prepared_entry,
@@ -32,7 +31,6 @@ from gs_algos.core.algorithm import (
     run,
 )
 from gs_algos.core.batches import InputsOf, checked_batches
-from gs_algos.core.compare import relative_error
 from gs_algos.core.config import signature_of
 from gs_algos.core.input_statistics import InputStatistics
 from gs_algos.core.modules import all_or_nothing, get_module
@@ -40,11 +38,10 @@ from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
 from gs_algos.core.plan import Plan, render_layers, rows_of
 from gs_algos.core.plan_settings import RowSettings
 from gs_algos.core.progress import progress
-from gs_algos.core.untouched import untouched
 from gs_algos.pruning.budget import Rates, total_rate
 from gs_algos.pruning.channel_gates import Freezer, GatedLayer, remove_freezers
 from gs_algos.pruning.channel_groups.groups import Group, Groups, refuse_foreign_groups
-from gs_algos.pruning.channel_groups.trace import answers_of
+from gs_algos.pruning.channel_groups.trial_cut import compared
 from gs_algos.pruning.config import PruningConfig
 from gs_algos.pruning.cut import cut, mask, removed, resize, zeros
 from gs_algos.pruning.planning import GroupPlan, choose_units, from_version_1, make_plan
@@ -54,7 +51,6 @@ from gs_kernels.runtime.torch_private import _NormBase
 logger = logging.getLogger(__name__)
 
 KEPT = "kept_units"  # buffer on the root of a prepared model: bool [units], which stay
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 class Pruner(Algorithm):
@@ -387,7 +383,7 @@ class Pruner(Algorithm):
         own = model is self._model
         with ordinary_tensors():
             mask(model, groups, keep)
-            self.error = _compare(who, model, groups, keep, example)
+            self.error = compared(who, model, groups, keep, example)
             release(model, entry["gates"])
             done = cut(model, groups, keep, optimizers)
         converted = {key: value for key, value in entry.items() if key not in ("groups", "gates", "rates")}
@@ -480,24 +476,3 @@ def release(model: nn.Module, gates: Iterable[str]) -> None:
         module.remove_gate()
     remove_freezers(model)
     del model._buffers[KEPT]
-
-
-def _compare(who: str, model: nn.Module, groups: Groups, keep: Tensor, example_inputs: Inputs) -> float:
-    """Returns the relative RMS of the cut network's outputs against the masked one's, the worst of all.
-
-    Raises:
-        RuntimeError: if it is more than rounding.
-    """
-    with evaluating(model):
-        want = [t.clone() for t in answers_of(run(model, example_inputs, who)) if t.is_floating_point()]
-    with untouched(model):
-        cut(model, groups, keep, fresh=True)
-        got = [t for t in answers_of(run(model, example_inputs, who)) if t.is_floating_point()]
-    worst = 0.0
-    for g, w in zip(got, want, strict=True):
-        error = relative_error(g, w)
-        bound = TOLERANCE.get(w.dtype, 0.0)
-        if not error <= bound:
-            raise RuntimeError(f"{who}: the cut network must give the masked outputs within {bound:g}, got {error:.3g}")
-        worst = max(worst, error)
-    return worst

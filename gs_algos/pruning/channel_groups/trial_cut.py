@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
-from gs_algos.core.algorithm import Inputs, split_inputs
+from gs_algos.core.algorithm import Inputs, evaluating, run, split_inputs
+from gs_algos.core.compare import relative_error
 from gs_algos.core.untouched import untouched
 from gs_algos.pruning.channel_groups.groups import Groups, tensors_by_name
 from gs_algos.pruning.channel_groups.trace import answers_of
 from gs_algos.pruning.cut import _replace, cut, picks_of, zeroed
 
+ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 TOLERANCE = 1e-3  # RMS of the difference over RMS of the masked output; a wrong cut is off by far more
 
 
@@ -70,3 +73,24 @@ def _outputs(model: nn.Module, groups: Groups, keep: Tensor, inputs: Inputs, mas
             cut(model, groups, keep, fresh=True)
         args, kwargs = split_inputs(inputs)
         return [t.clone() for t in answers_of(model(*args, **kwargs)) if t.is_floating_point()]
+
+
+def compared(who: str, model: nn.Module, groups: Groups, keep: Tensor, example_inputs: Inputs) -> float:
+    """Returns the relative RMS of the cut network's outputs against the masked one's, the worst of all.
+
+    Raises:
+        RuntimeError: if it is more than rounding.
+    """
+    with evaluating(model):
+        want = [t.clone() for t in answers_of(run(model, example_inputs, who)) if t.is_floating_point()]
+    with untouched(model):
+        cut(model, groups, keep, fresh=True)
+        got = [t for t in answers_of(run(model, example_inputs, who)) if t.is_floating_point()]
+    worst = 0.0
+    for g, w in zip(got, want, strict=True):
+        error = relative_error(g, w)
+        bound = ROUNDING.get(w.dtype, 0.0)
+        if not error <= bound:
+            raise RuntimeError(f"{who}: the cut network must give the masked outputs within {bound:g}, got {error:.3g}")
+        worst = max(worst, error)
+    return worst
