@@ -81,7 +81,7 @@ def pruned(rows: Rows) -> str:
     counts = ("numbers", None, 1e6, 2), ("macs", None, 1e6, 1)
     columns = *counts, ("ms", "1", 1.0, 1), ("ms", "64", 1.0, 1), ("nbytes", None, 1e6, 2), ("peak_bytes", "64", 1e6, 1)
     alone = [row for row in rows if row["kind"] == "accuracy" and row.get("distill") is None]
-    cuts = [row for row in alone if row["algorithm"] in ("scop", "prune")]
+    cuts = [row for row in alone if row["algorithm"] in ("scop", "prune", "uniprune", "heads")]
     sized = [row for row in cuts if "sizes" in row]
     lines = []
     for (model, data, setting), row in sorted(last(sized, "model", "data", "recipe").items()):

@@ -147,5 +147,5 @@ def gate_place(model: nn.Module, groups: Groups, group: Group) -> tuple[str, Ten
             if part.tensor == weight and part.dim == _in_dim(module) and bool(inside.any()):
                 found[site] = torch.where(inside, part.units - group.first, FIXED)
     if len(found) != 1:
-        raise ValueError(f"are read by {', '.join(found) or 'no layer'}, got no one layer whose inputs could be gated")
+        raise ValueError(f"are read by {', '.join(found) or 'no layer'}, not by one layer whose inputs can be gated")
     return next(iter(found.items()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from typing import Any
 
@@ -434,3 +435,35 @@ def test_gpt2_counts_what_its_split_needs():
     attention = net.transformer.h[0].attn
     assert (attention.num_heads, attention.split_size, attention.c_attn.nf, attention.c_proj.nx) == (2, 12, 36, 12)
     assert llama().config.num_attention_heads == 8
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda e: e["groups"]["groups"][0].update(readers=[3]), "readers must be names of layers, got"),
+        (
+            lambda e: e["groups"]["groups"][0].update(readers=["fc"]),
+            "attention must read the heads of a group, got none",
+        ),
+        (lambda e: e["groups"]["groups"][0].update(heads=False), "attention must read the heads of a group, got none"),
+        (lambda e: e["gates"].update(attention=4), "attention must read 4 columns of heads, got 24"),
+        (lambda e: e["gates"].update(fc=24), "fc must read the heads of a group, got none"),
+    ],
+)
+def test_a_hostile_history_is_a_value_error(change, words, tmp_path):
+    net, x = made("own")
+    gs_algos.save(Heads(rate=0.5).apply(net, x), tmp_path)
+    index = json.loads((tmp_path / "golden_stick.json").read_text())
+    change(index["history"][0])
+    (tmp_path / "golden_stick.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=words):
+        gs_algos.load(tmp_path, OwnAttention)
+
+
+def test_a_budget_sets_how_many_gates_stay_open():
+    net, x = made("encoder")
+    algo = Heads(budget="85% flops", select_steps=4, lr=0.2)
+    net = algo.apply(net, x)
+    train(net, algo, x, 5)
+    net = algo.convert(net)
+    assert sum(layer.self_attn.num_heads for layer in net[0].layers) == 6

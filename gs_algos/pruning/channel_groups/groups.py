@@ -179,6 +179,8 @@ def refuse_foreign_groups(groups: Groups, model: nn.Module) -> None:
         numbers = (group.first, group.n, group.channels)
         if not all(type(n) is int and n >= 0 for n in numbers) or (group.n and group.first != first):
             raise ValueError(f"Groups: units of a group must follow those of the one before, got {numbers}")
+        if not all(isinstance(reader, str) for reader in group.readers):
+            raise ValueError(f"Groups: readers must be names of layers, got {group.readers}")
         first += group.n
     named = tensors_by_name(model)
     parts: list[Slice | GroupLayer] = [*groups.slices, *(layer for group in groups.groups for layer in group.layers)]
