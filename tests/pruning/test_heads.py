@@ -443,10 +443,10 @@ def test_gpt2_counts_what_its_split_needs():
         (lambda e: e["groups"]["groups"][0].update(readers=[3]), "readers must be names of layers, got"),
         (
             lambda e: e["groups"]["groups"][0].update(readers=["fc"]),
-            "attention must read the heads of a group, got none",
+            "read by no layer, not by one layer whose",
         ),
         (lambda e: e["groups"]["groups"][0].update(heads=False), "attention must read the heads of a group, got none"),
-        (lambda e: e["gates"].update(attention=4), "attention must read 4 columns of heads, got 24"),
+        (lambda e: e["gates"].update(attention=4), "attention must have 4 channels; the model is another one"),
         (lambda e: e["gates"].update(fc=24), "fc must read the heads of a group, got none"),
     ],
 )
