@@ -16,7 +16,7 @@ from bench.timing import time_cpu
 from gs_algos.export.onnx import export_onnx
 from gs_kernels.runtime.instructions import multiplies_int8
 
-NEAR = 0.05  # a row is of the same network: ONNX Runtime rounds the biases of 8-bit layers
+NEAR = 0.2  # a row is of the same network: ONNX Runtime rounds biases, and 50 random layers amplify a code that differs
 
 
 def onnx_runtime_rows(net: nn.Module, x: Tensor, seconds: float) -> Iterator[dict[str, Any]]:
