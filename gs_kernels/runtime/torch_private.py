@@ -42,6 +42,7 @@ __all__ = [
     "_NormBase",
     "autocasts",
     "compile_package",
+    "convolve_prepacked",
     "current_gpu",
     "dispatch_modes",
     "foreach_add_",
@@ -58,6 +59,7 @@ __all__ = [
     "keeps_triton_ops",
     "load_package",
     "make_wrapper",
+    "prepack_filters",
     "standalone_compiler",
     "transform_of",
     "tree_flatten",
@@ -86,6 +88,11 @@ is_tracing: Callable[[], bool] = torch._C._is_tracing  # a trace knows ops, and 
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 make_wrapper: Callable[..., Any] = Tensor._make_wrapper_subclass  # a tensor of a subclass, without memory of its own
+
+
+# of oneDNN: filters in the memory order of one size of images, and the convolution with them. None without oneDNN
+prepack_filters: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_reorder_convolution_weight", None)
+convolve_prepacked: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
 
 
 def is_eager(*tensors: Tensor, plain: frozenset[type] = PLAIN) -> bool:
