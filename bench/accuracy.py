@@ -79,6 +79,8 @@ SETTINGS = {
     "ghost-2": Setting("ghost", {"ratio": 2, "force": True}, far=True),
     "ghost-2-random": Setting("ghost", {"ratio": 2, "force": True, "fit": False}, far=True),
     "ghost-2-simqat-w8a8": Setting("simqat", {"weight": "int8@channel", "act": "int8@tensor:ema"}, after="ghost-2"),
+    "adder": Setting("adder", {}, far=True),
+    "adder-int8": Setting("adder", {"int8": True}, far=True),
     "scop-45-simqat-w8a8": Setting("simqat", {"weight": "int8@channel", "act": "int8@tensor:ema"}, after="scop-45"),
     "scop-45-slb-w2": replace(_search("2bit@channel"), after="scop-45"),
     "slb-w4a4": _search("4bit@channel", "uint4@tensor:pact", rules=(("re:stem.*|embed", {"act": "int8@tensor:ema"}),)),
@@ -87,7 +89,7 @@ TEACHERS: dict[str, dict[str, Any]] = {"distill": {}, "distill-t1": {"temperatur
 SETTINGS |= {
     f"{prefix}-{name}": replace(SETTINGS[name], distill=options)
     for prefix, options in TEACHERS.items()
-    for name in ("simqat-w2a8", "slb-w1", "scop-45", "ghost-2")
+    for name in ("simqat-w2a8", "slb-w1", "scop-45", "ghost-2", "adder")
 }
 
 

@@ -10,6 +10,8 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from gs_algos.adder.adder import Adder
+from gs_algos.adder.config import AdderConfig
 from gs_algos.core.algorithm import Algorithm, Calibrates, history
 from gs_algos.core.checkpoint import load, save
 from gs_algos.core.config import AlgorithmConfig
@@ -98,6 +100,8 @@ __all__ = [
     "PTQ",
     "SCOP",
     "SLB",
+    "Adder",
+    "AdderConfig",
     "Algorithm",
     "AlgorithmConfig",
     "Calibrates",

@@ -20,10 +20,10 @@ from torch import nn
 
 import gs_algos
 import gs_kernels
-from gs_algos import PTQ, SCOP, SLB, Distill, Ghost, Prune, SimQAT
+from gs_algos import PTQ, SCOP, SLB, Adder, Distill, Ghost, Prune, SimQAT
 
 ROOT = Path(__file__).parents[1]
-ALGORITHMS: tuple[Any, ...] = (SimQAT, SLB, SCOP, Prune, PTQ, Distill, Ghost)
+ALGORITHMS: tuple[Any, ...] = (SimQAT, SLB, SCOP, Prune, PTQ, Distill, Ghost, Adder)
 CODE = """
 import json, sys, torch
 before = set(sys.modules)

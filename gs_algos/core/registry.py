@@ -22,6 +22,7 @@ from gs_algos.core.algorithm import Algorithm, Restores
 from gs_algos.core.did_you_mean import did_you_mean
 
 ALGORITHMS = {
+    "adder": "gs_algos.adder.adder:Adder",
     "amc": "gs_algos.search.presets:AMC",
     "ghost": "gs_algos.ghost.ghost:Ghost",
     "haq": "gs_algos.search.presets:HAQ",

@@ -20,6 +20,7 @@ class TrainingDefaults:
 
 DEFAULTS = {
     "lenet5": TrainingDefaults(lr=0.05, tune_lr=0.005),
+    "lenet5-bn": TrainingDefaults(lr=0.1, tune_lr=0.01),
     "resnet20": TrainingDefaults(lr=0.15, tune_lr=0.01),
     "resnet56": TrainingDefaults(lr=0.15, tune_lr=0.01),
     "resnet18": TrainingDefaults(lr=0.1, tune_lr=0.01),

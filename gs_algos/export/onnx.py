@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gs_algos.adder.layers import AdderConv2dInt8, AdderLayer
 from gs_algos.core.algorithm import Inputs, evaluating
 from gs_algos.core.files import whole_file
 from gs_algos.core.modules import set_module
@@ -66,7 +67,8 @@ def export_onnx(
         TypeError: if the model is no module.
         ValueError: if it is prepared for training and not converted, the file is there already or does not end in
             .onnx, or the example is none of the above or does not run through the network.
-        UnsupportedError: if torch cannot read the network, or it rotates what a layer reads as it runs.
+        UnsupportedError: if torch cannot read the network, it rotates what a layer reads as it runs, or it has adder
+            layers.
         RuntimeError: if onnx or onnxscript is not installed.
     """
     lacking = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
@@ -78,6 +80,11 @@ def export_onnx(
         raise UnsupportedError(
             f"{WHO}: ONNX has no rotation, got {next(iter(rotations))} and {len(rotations) - 1} more modules that are "
             "rotated as they run; quantize without rotate"
+        )
+    if adders := [name for name, m in network.named_modules() if isinstance(m, AdderLayer | AdderConv2dInt8)]:
+        raise UnsupportedError(
+            f"{WHO}: ONNX has no operator for sums of absolute differences, got {', '.join(adders[:4])}"
+            f"{' and more' if len(adders) > 4 else ''}; use export_package, which keeps ours"
         )
     for name, t in zip(call.names, call.tensors, strict=True):
         if t.is_floating_point() and t.dtype != torch.float32:

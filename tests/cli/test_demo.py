@@ -216,7 +216,10 @@ def test_an_interrupted_demo_resumes_to_the_same_network(tmp_path, capsys, monke
     [
         (["demo", "--data", "cifar9"], "one of digits, fashion-mnist, mnist, cifar10, imagefolder, got 'cifar9'"),
         (["demo", "--data", "fashion-mnist:/nowhere"], "dataset-fashion-mnist"),
-        (["demo", "--model", "alexnet"], "one of lenet5, resnet20, resnet56, resnet18, mobilenetv2, ghostnet"),
+        (
+            ["demo", "--model", "alexnet"],
+            "one of lenet5, lenet5-bn, resnet20, resnet56, resnet18, mobilenetv2, ghostnet",
+        ),
         (["demo", "--algorithm", "magic"], "name must be one of"),
         (["demo", "--weight", "int9@channel"], "must have 1 to 8 bits"),
         (["demo", "--model", "resnet21"], "did you mean resnet20"),

@@ -12,7 +12,7 @@ from torch import nn
 from gs_algos.core.did_you_mean import did_you_mean
 from gs_algos.demo.imported import import_network, is_imported
 from gs_algos.demo.models.ghostnet import GhostNet
-from gs_algos.demo.models.lenet5 import LeNet5
+from gs_algos.demo.models.lenet5 import LeNet5, LeNet5BN
 from gs_algos.demo.models.mlp import MLP
 from gs_algos.demo.models.mobilenetv2 import MobileNetV2
 from gs_algos.demo.models.resnet import resnet18, resnet20, resnet56
@@ -20,6 +20,7 @@ from gs_algos.demo.models.vit import vit_tiny
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "lenet5": LeNet5,
+    "lenet5-bn": LeNet5BN,
     "resnet20": resnet20,
     "resnet56": resnet56,
     "resnet18": resnet18,

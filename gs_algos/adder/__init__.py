@@ -1,0 +1,1 @@
+"""Swaps convolutions for sums of absolute differences (AdderNet)."""

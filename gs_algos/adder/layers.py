@@ -1,0 +1,157 @@
+"""Computes with sums of absolute differences where a convolution multiplies: in training, and with 8-bit codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gs_kernels import adder_conv2d, adder_int8, choose_qparams
+
+LOWEST, HIGHEST = -128, 127
+MOMENTUM = 0.1  # of what a batch tells of the range of inputs
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """Gives a weight on as it is; its gradient comes back with a norm of `eta * sqrt(numel)`, zeros as zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, eta: float) -> Tensor:
+        ctx.eta = eta
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, dw: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        norm = torch.linalg.vector_norm(dw, dtype=torch.float32)
+        factor = ctx.eta * dw.numel() ** 0.5 / norm
+        return dw * torch.where(norm > 0, factor, torch.zeros_like(factor)).to(dw.dtype), None
+
+
+class _OnGrid(torch.autograd.Function):
+    """Computes an adder convolution of x and weight rounded to one grid, exactly: `-scale * sum |codes - codes|`.
+
+    Gradients are those of the adder convolution of the rounded values, where they are inside of the grid; 0 outside.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, geometry: Any) -> Tensor:
+        ctx.save_for_backward(x, weight, scale, zero)
+        ctx.geometry = geometry
+        codes, filters = (to_codes(t, scale, zero) - zero for t in (x, weight))
+        return (adder_conv2d(codes, filters, *geometry) * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, scale, zero = ctx.saved_tensors
+        with torch.enable_grad():
+            real = [
+                ((to_codes(t, scale, zero) - zero) * scale).to(t.dtype).requires_grad_(needed)
+                for t, needed in zip((x, weight), ctx.needs_input_grad, strict=False)
+            ]
+            y = adder_conv2d(*real, *ctx.geometry)
+            wanted = [t for t in real if t.requires_grad]
+            found = iter(torch.autograd.grad(y, wanted, dy))
+        low, high = ((end - zero) * scale for end in (LOWEST - 0.5, HIGHEST + 0.5))
+        grads = [
+            next(found) * ((t >= low) & (t <= high)) if r.requires_grad else None
+            for t, r in zip((x, weight), real, strict=True)
+        ]
+        return *grads, None, None, None
+
+
+def to_codes(t: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Rounds to codes of a grid, as fp32: `clamp(round(t / scale) + zero, -128, 127)`."""
+    return (torch.round(t.float() / scale) + zero).clamp(LOWEST, HIGHEST)
+
+
+class AdderLayer(nn.Module):
+    """Makes of a live convolution `y = -sum |x - w| + bias`, by a swap of its class.
+
+    eta: of the gradient. On a grid there are `input_low` and `input_high`, `[1]`, the range of inputs.
+    """
+
+    prefix = "Adder"  # of the class's name
+    adder_eta: float
+    on_grid: bool
+    weight: Tensor
+    bias: Tensor | None
+    input_low: Tensor
+    input_high: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = torch.is_grad_enabled() and self.weight.requires_grad
+        weight = _ScaledGradient.apply(self.weight, self.adder_eta) if scaled else self.weight
+        if self.on_grid:
+            if self.training:
+                self.observe(x)
+            y = _OnGrid.apply(x, weight, *self.grid(), self._geometry())
+        else:
+            y = adder_conv2d(x, weight, *self._geometry())
+        return y if self.bias is None else y + self.bias[:, None, None]
+
+    def _geometry(self) -> tuple[Any, Any, Any]:
+        conv: Any = self
+        return conv.stride, conv.padding, conv.dilation
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Moves the range towards that of a batch; the first one sets it."""
+        if not x.numel():
+            return
+        low, high = (t.float().view(1) for t in torch.aminmax(x.detach()))
+        first = self.input_high < self.input_low
+        for held, new in ((self.input_low, low), (self.input_high, high)):
+            held.copy_(torch.where(first, new, held + MOMENTUM * (new - held)))
+
+    @torch.no_grad()
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Returns the (scale, zero point) of the grid that inputs and weight share, `[1]` fp32."""
+        low, high = (t.float().view(1) for t in torch.aminmax(self.weight.detach()))
+        low, high = torch.minimum(low, self.input_low), torch.maximum(high, self.input_high)
+        return choose_qparams(low, high, qmin=LOWEST, qmax=HIGHEST, symmetric=False)
+
+
+class AdderConv2dInt8(nn.Module):
+    """Computes `-scale * sum |codes of x - weight| + bias` of 8-bit codes on one grid, exactly.
+
+    `Adder.convert` makes it.
+
+    Args:
+        conv: the convolution whose sizes it has.
+    """
+
+    weight: Tensor  # int8 [O, C, R, S]
+    scale: Tensor  # fp32 [1]
+    zero: Tensor  # fp32 [1], a whole number
+    bias: Tensor | None
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        device = conv.weight.device
+        self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
+        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
+        self.register_buffer("weight", torch.zeros(conv.weight.shape, dtype=torch.int8, device=device))
+        self.register_buffer("scale", torch.ones(1, device=device))
+        self.register_buffer("zero", torch.zeros(1, device=device))
+        self.register_buffer("bias", None if conv.bias is None else torch.zeros_like(conv.bias))
+
+    @torch.no_grad()
+    def take(self, layer: AdderLayer) -> None:
+        """Takes the weight of a trained layer, and its grid as it is now."""
+        scale, zero = layer.grid()
+        self.scale.copy_(scale)
+        self.zero.copy_(zero)
+        self.weight.copy_(to_codes(layer.weight, scale, zero).to(torch.int8))
+        if self.bias is not None and layer.bias is not None:
+            self.bias.copy_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = to_codes(x, self.scale, self.zero).to(torch.int8)
+        where: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        y = adder_int8(codes, self.weight, self.scale, zero=self.zero, dtype=x.dtype, **where)
+        y = y.contiguous()
+        return y if self.bias is None else y + self.bias[:, None, None]
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
