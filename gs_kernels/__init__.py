@@ -20,6 +20,7 @@ from gs_kernels.qconv2d.op_int8 import qconv2d_int8
 from gs_kernels.qmatmul.op import qmatmul
 from gs_kernels.qmatmul.op_fp8 import qmatmul_fp8
 from gs_kernels.qmatmul.op_int8 import code_sums, qmatmul_int8, quantize_rows, row_sums
+from gs_kernels.qmatmul_grouped.op import qmatmul_grouped
 from gs_kernels.requantize.op import requantize
 from gs_kernels.runtime.dispatch import UnsupportedError
 from gs_kernels.score_candidates.op import score_candidates
@@ -63,6 +64,7 @@ __all__ = [
     "qconv2d_int8",
     "qmatmul",
     "qmatmul_fp8",
+    "qmatmul_grouped",
     "qmatmul_int8",
     "quantize",
     "quantize_rows",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from gs_kernels.cpu.library import load_functions
 from gs_kernels.pack.checks import check_packed
 from gs_kernels.pack.layouts import CANONICAL, PLANAR, PackedWeight
-from gs_kernels.pack.pack import dequantize_packed
+from gs_kernels.pack.pack import dequantize_packed, repack
 from gs_kernels.runtime.dispatch import takes_cpu
 
 PARALLEL_FROM = 1 << 15  # elements, from which a second thread pays
@@ -65,9 +66,47 @@ def rows_between(weight: PackedWeight, start: int, stop: int) -> PackedWeight:
     zero = weight.zero[start:stop] if isinstance(weight.zero, Tensor) else weight.zero
     scale, divisor = weight.scale[start:stop], weight.divisor
     if divisor is not None and divisor.shape[0] > 1:
-        divisor = divisor.repeat_interleave(weight.shape[0] // divisor.shape[0])[start:stop]
+        each = weight.shape[0] // divisor.shape[0]
+        whole = start % each == 0 and stop % each == 0
+        divisor = divisor[start // each : stop // each] if whole else divisor.repeat_interleave(each)[start:stop]
     shape = (scale.shape[0], weight.shape[1])
     return replace(weight, codes=codes, scale=scale, zero=zero, divisor=divisor, shape=shape)
+
+
+def stack_rows(weights: Sequence[PackedWeight]) -> PackedWeight:
+    """Puts packed weights of one form below one another, canonical: those of experts, or parts of one.
+
+    Raises:
+        ValueError: if their bits, groups, inputs, levels or dtypes differ.
+    """
+    first = weights[0]
+    divisors = [weight.divisor for weight in weights]
+    for weight in weights:
+        same = weight.bits == first.bits and weight.group_size == first.group_size and weight.shape == first.shape
+        table = (weight.levels is None) == (first.levels is None)
+        if not same or not table or (weight.divisor is None) != (first.divisor is None):
+            raise ValueError(
+                f"stack_rows: weights must have one form, got {first.bits} bits of {list(first.shape)} in groups of "
+                f"{first.group_size} and {weight.bits} of {list(weight.shape)} in groups of {weight.group_size}"
+            )
+        if first.levels is not None and not torch.equal(weight.levels, first.levels):  # type: ignore[arg-type]
+            raise ValueError("stack_rows: weights must have the same levels, got different ones")
+    zeros = [weight.zero for weight in weights]
+    one = not any(isinstance(zero, Tensor) for zero in zeros) and len(set(zeros)) == 1
+    zero = zeros[0] if one else torch.cat([_points(weight) for weight in weights])
+    return replace(
+        first,
+        codes=torch.cat([repack(weight, CANONICAL).codes for weight in weights]),
+        scale=torch.cat([weight.scale for weight in weights]),
+        zero=zero,
+        divisor=None if first.divisor is None else torch.cat([d for d in divisors if d is not None]),
+        shape=(sum(weight.shape[0] for weight in weights), first.shape[1]),
+        layout=CANONICAL,
+    )
+
+
+def _points(weight: PackedWeight) -> Tensor:
+    return weight.zero if isinstance(weight.zero, Tensor) else torch.full_like(weight.scale, weight.zero)
 
 
 def rows_of(weight: PackedWeight, rows: Tensor) -> PackedWeight:

@@ -23,6 +23,7 @@ OPS: tuple[str, ...] = (
     "score_candidates",
     "slb",
     "qmatmul",
+    "qmatmul_grouped",
     "qconv2d",
     "hadamard",
     "kv_cache",

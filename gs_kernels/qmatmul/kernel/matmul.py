@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gs_kernels.fake_quant.tiles import power_of_two
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.triton_unpack import dequantize_block, weight_unit
 from gs_kernels.qmatmul.kernel.dequantize import grouping, kernel_tensors, rows_a_divisor
@@ -14,18 +15,40 @@ from gs_kernels.runtime.dispatch import launch
 from gs_kernels.triton_epilogue import epilogue, reduce_partials
 
 
+@triton.jit
+def _tile_of_expert(offsets_ptr, tile, M, E, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Returns expert, first row and the end of the rows of a tile, when tiles are counted expert by expert.
+
+    Rows behind the last offset are those of an expert E, and tiles behind the last one of an expert behind that.
+    """
+    e = tl.arange(0, EXPERTS)  # more than E
+    ends = tl.load(offsets_ptr + e, mask=e < E, other=0).to(tl.int64)
+    ends = tl.where(e < E, ends, M)
+    starts = tl.load(offsets_ptr + e - 1, mask=(e > 0) & (e <= E), other=0).to(tl.int64)
+    starts = tl.where(e <= E, starts, M)
+    tiles = (ends - starts + BLOCK_M - 1) // BLOCK_M
+    upto = tl.cumsum(tiles, 0)
+    expert = tl.sum((upto <= tile).to(tl.int32), 0)
+    mine = e == expert
+    first_m = tl.sum(tl.where(mine, starts + (tile - upto + tiles) * BLOCK_M, 0), 0)
+    return expert, first_m, tl.sum(tl.where(mine, ends, 0), 0)
+
+
 # row counts that a server meets, and parts of K, share their code
-@triton.jit(do_not_specialize=["M", "turns"])
+@triton.jit(do_not_specialize=["M", "turns", "tiles"])
 def _qmatmul_kernel(
     y_ptr,
-    x_ptr, codes_ptr, scale_ptr, zero_ptr, levels_ptr, divisor_ptr, bias_ptr,
-    M, N, K, G, divided, turns,
+    x_ptr, codes_ptr, scale_ptr, zero_ptr, levels_ptr, divisor_ptr, bias_ptr, offsets_ptr,
+    M, N, K, G, divided, turns, E, tiles,
     stride_xm, stride_sn, stride_sg,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr, ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr, PARTIAL: tl.constexpr, SCALE_PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Computes a tile of y; if PARTIAL, a sum over `turns` blocks of K, fp32 `[parts, M, N]`, without the epilogue.
+
+    With EXPERTS, a power of two above E, the weight is that of E experts, N rows each, and offsets say where the rows
+    of x of each end; `tiles` is at least the number of tiles of rows. Else offsets_ptr is None.
 
     y^T = W x^T: on sm_90 the left operand goes to wgmma from registers, and a product that feeds the sum only is not
     waited for: scales then belong on the weights. With SCALE_PARTS they are put on the product of each block instead:
@@ -33,23 +56,35 @@ def _qmatmul_kernel(
     """
     WIDTH: tl.constexpr = 8 * BITS
     T: tl.constexpr = x_ptr.dtype.element_ty
-    tiles_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
-    first_m = (pid % tiles_m).to(tl.int64) * BLOCK_M
+    if EXPERTS == 0:
+        tiles_m = tl.cdiv(M, BLOCK_M)
+        first_m = (pid % tiles_m).to(tl.int64) * BLOCK_M
+        end = M
+        stacked = N
+    else:
+        tiles_m = tiles
+        expert, first_m, end = _tile_of_expert(offsets_ptr, pid % tiles, M, E, EXPERTS, BLOCK_M)
+        if expert > E:
+            return
+        stacked = N * E
     first_n = (pid // tiles_m).to(tl.int64) * BLOCK_N
     first = tl.program_id(1) * turns
     # rows behind the last are the last: read, not stored
-    rows = tl.minimum(tl.arange(0, BLOCK_M), (M - 1 - first_m).to(tl.int32))
+    rows = tl.minimum(tl.arange(0, BLOCK_M), (end - 1 - first_m).to(tl.int32))
     cols = tl.minimum(tl.arange(0, BLOCK_N), (N - 1 - first_n).to(tl.int32))
     offs_k = tl.arange(0, 128)
     offs_x = rows[:, None] * stride_xm + offs_k[None, :]  # [BLOCK_M, 128]
     offs_w = cols[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]  # [BLOCK_N, WIDTH]
     offs_s = cols * stride_sn  # [BLOCK_N]
     x_ptr += first_m * stride_xm + first * 128
-    codes_ptr += (first.to(tl.int64) * N + first_n) * WIDTH
-    scale_ptr += first_n * stride_sn
+    first_w = first_n
+    if EXPERTS > 0:
+        first_w += tl.minimum(expert, E - 1).to(tl.int64) * N
+    codes_ptr += (first.to(tl.int64) * stacked + first_w) * WIDTH
+    scale_ptr += first_w * stride_sn
     if zero_ptr is not None:
-        zero_ptr += first_n * stride_sn
+        zero_ptr += first_w * stride_sn
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     # at least one turn, and the compiler must see it: else acc = 0 has a path of its own around the loop, and ptxas
@@ -70,43 +105,54 @@ def _qmatmul_kernel(
         else:
             acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
         x_ptr += 128
-        codes_ptr += N * WIDTH
+        codes_ptr += stacked * WIDTH
 
     UNIT: tl.constexpr = weight_unit(ZERO, zero_ptr is None and levels_ptr is None, T, ASM, not SCALE_PARTS)
     if divisor_ptr is not None:
-        acc = acc / tl.load(divisor_ptr + (first_n + cols) // divided)[:, None]
+        acc = acc / tl.load(divisor_ptr + (first_w + cols) // divided)[:, None]
     acc = tl.trans(acc) * UNIT
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = first_n + tl.arange(0, BLOCK_N)
-    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    mask = (offs_m < end)[:, None] & (offs_n < N)[None, :]
+    if bias_ptr is not None:
+        bias_ptr += first_w - first_n
     if PARTIAL:
         y_ptr += tl.program_id(1).to(tl.int64) * M * N
     else:
         acc = epilogue(
-            acc, offs_m, offs_n, offs_m < M, offs_n < N, None, None, None, None, 0, 0, 0, 0,
+            acc, offs_m, offs_n, offs_m < end, offs_n < N, None, None, None, None, 0, 0, 0, 0,
             None, bias_ptr, None, None, None, None, None, ACTIVATION, 1,
         )
+    if EXPERTS > 0:
+        acc = tl.where(expert < E, acc, 0.0)
     tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def multiply(
     x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str, plan: Plan, asm: bool,
+    offsets: Tensor | None = None,
 ) -> Tensor:
-    """Multiplies x `[M, K]`, contiguous along K, by the plan's tiles: `[M, N]`."""
+    """Multiplies x `[M, K]`, contiguous along K, by the plan's tiles: `[M, N]`.
+
+    offsets: of experts, whose weights are below one another, then without a split of K; None for one weight.
+    """
     codes, scale, zero_points, zero, levels = kernel_tensors(weight)
-    n, k = weight.shape
+    experts = 0 if offsets is None else offsets.shape[0]
+    n, k = weight.shape[0] // max(1, experts), weight.shape[1]
     group, m, blocks = grouping(k, weight.group_size), x.shape[0], -(-k // 128)
     y = fresh(x.new_empty(m, n))
     split = plan.partials(blocks)
     sums = y if split == 1 else fresh(x.new_empty(split, m, n, dtype=torch.float32))
-    tiles = -(-m // plan.block_m) * -(-n // plan.block_n)
+    # of each expert the last tile may hold few rows, and so may the one of rows that go to none
+    tiles = -(-m // plan.block_m) if offsets is None else m // plan.block_m + 1 + (experts if experts < m else m)
     launch(
-        _qmatmul_kernel, (tiles, split),
-        sums, x, codes, scale, zero_points, levels, weight.divisor, bias,
-        m, n, k, scale.shape[1], rows_a_divisor(weight), -(-blocks // split),
+        _qmatmul_kernel, (tiles * -(-n // plan.block_n), split),
+        sums, x, codes, scale, zero_points, levels, weight.divisor, bias, offsets,
+        m, n, k, scale.shape[1], rows_a_divisor(weight), -(-blocks // split), experts, tiles,
         x.stride(0), *scale.stride(),
         BITS=weight.bits, GROUP=group, ZERO=zero, ASM=asm, ACTIVATION=activation,
         EVEN_K=k % 128 == 0, PARTIAL=split > 1, SCALE_PARTS=plan.scale_parts and group % 128 == 0,
+        EXPERTS=0 if offsets is None else power_of_two(experts + 1, 1 << 20),
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=plan.warps, num_stages=plan.stages,
     )
     if split > 1:
