@@ -23,13 +23,13 @@ from gs_algos.llm.foreign_config import settings_of as settings_of_folder
 from gs_algos.llm.formats import awq, compressed_tensors, gptq
 from gs_algos.llm.load import gguf_skeleton, is_gguf, load_gguf, refuse_dtype
 from gs_algos.llm.packed_config import FOREIGN, to_config
-from gs_algos.llm.skeleton import check_ties, fit, skeleton
+from gs_algos.llm.skeleton import check_ties, fit, put_together, skeleton, sources_of
 from gs_algos.ptq.kv import KVScheme, refuse_without_cache
 from gs_algos.ptq.sites import SMALLEST_GROUP, Site, WeightRule, check_schemes, weight_sites
 from gs_algos.ptq.weights import settings_of, site_row
+from gs_algos.quant.packed.experts import ExpertStack
 from gs_algos.quant.packed.module import PackedFormat
-from gs_algos.quant.packed.packable import in_rows, matrix_of
-from gs_algos.quant.packed.round_to_nearest import round_to_nearest
+from gs_algos.quant.packed.packable import matrix_of, rounded
 from gs_algos.quant.scheme import Scheme
 from gs_kernels.pack.serialize import to_tensors
 
@@ -118,16 +118,27 @@ def quantize_checkpoint(
             rules = [*own_rules, *rules]
             notes.append(note)
         sites = weight_sites(origin.model, weights, embeddings, rules)
-        stored = _stored_names(sites, origin.names, path)
+        parts = origin.parts(sites)
+        stored = _stored_names(sites, origin.names, parts, path)
         origin.check()
         plan = _Planned(origin.model, sites)
         writer = ShardWriter(out, shard_bytes)
         formats: dict[str, PackedFormat] = {}
+        held: dict[str, dict[str, Tensor]] = {}  # of experts, until all that make a stack are there
         for name, tensor in origin.tensors(progress):
             site = stored.get(name)
             if site is None or site.scheme is None:
                 writer.add(name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor)
-            elif site.names[0] not in formats:
+                continue
+            own = parts.get(site.names[0])
+            if own is not None:
+                waiting = held.setdefault(site.names[0], {})
+                waiting[name] = tensor
+                if len(waiting) < len(own):
+                    continue
+                del held[site.names[0]]
+                tensor = put_together(origin.model, site.names[0], {part: waiting[part] for part in own})
+            if site.names[0] not in formats:
                 formats[site.names[0]] = _pack(writer, site, tensor, device)
         writer.close()
         rows = [site_row(site, formats.get(site.names[0])) for site in sites]
@@ -161,11 +172,11 @@ def default_scheme(
     Raises:
         ValueError: as `weight_sites`.
     """
-    given = {id(site.layer): site.scheme for site in weight_sites(model, WHOLE_ROWS, embeddings, rules)}
+    given = {site.names[0]: site.scheme for site in weight_sites(model, WHOLE_ROWS, embeddings, rules)}
     sites = [site for site in weight_sites(model, "int4@channel:asym", embeddings, rules) if site.scheme is not None]
     widths: dict[str, int] = {}
     for site in sites:
-        if given[id(site.layer)] != site.scheme:  # it follows the default, so no rule
+        if given[site.names[0]] != site.scheme:  # it follows the default, so no rule
             weight: Any = site.layer.weight
             widths[site.names[0]] = matrix_of(site.layer, weight).shape[1]
     for odd in (  # layers that get whole rows, the fewest that leave a group for the others
@@ -230,6 +241,12 @@ class _Transformers:
         self.fit = fit(self.model, self.headers)
         replace(self.fit, missing=(), unused=()).refuse(WHO, folder.path, self.model)
 
+    def parts(self, sites: Sequence[Site]) -> dict[str, list[str]]:
+        """Returns name of a stack of experts -> the tensors that it is put together of."""
+        stacks = {site.names[0] for site in sites if isinstance(site.layer, ExpertStack)}
+        sources = sources_of(self.model, self.names) if stacks else {}
+        return {name: own for name, own in sources.items() if name in stacks}
+
     def check(self) -> None:
         """Raises unless the folder holds every tensor of the model and no other."""
         self.fit.refuse(WHO, self.folder.path, self.model)
@@ -266,6 +283,10 @@ class _Gguf:
             )
         self.names = set(self.model.state_dict())
 
+    def parts(self, sites: Sequence[Site]) -> dict[str, list[str]]:
+        """Returns the stacks of experts, which Transformers has put together."""
+        return {name: [name] for site in sites if isinstance(site.layer, ExpertStack) for name in site.names}
+
     def check(self) -> None:
         """Does nothing: Transformers checks a GGUF file when it reads it."""
 
@@ -286,13 +307,17 @@ class _Gguf:
         self.generation.save_pretrained(out)
 
 
-def _stored_names(sites: list[Site], names: set[str], path: Path) -> dict[str, Site]:
+def _stored_names(
+    sites: list[Site], names: set[str], parts: Mapping[str, Sequence[str]], path: Path
+) -> dict[str, Site]:
     """Returns tensor name -> the site whose weight it is.
 
     Raises:
         ValueError: if the weight of a layer to pack is not among the names.
     """
-    lost = [site for site in sites if site.scheme is not None and not any(f"{n}.weight" in names for n in site.names)]
+    stacks = {name: site for site in sites if isinstance(site.layer, ExpertStack) for name in site.names}
+    layers = [site for site in sites if not isinstance(site.layer, ExpertStack)]
+    lost = [site for site in layers if site.scheme is not None and not any(f"{n}.weight" in names for n in site.names)]
     if lost:
         other = [part for part in sorted(FOREIGN_PARTS) if f"{lost[0].names[0]}.{part}" in names]
         if other:
@@ -304,7 +329,8 @@ def _stored_names(sites: list[Site], names: set[str], path: Path) -> dict[str, S
             f"{WHO}: {path} must hold {lost[0].names[0]}.weight, got no tensor of that name ({len(lost)} such layers); "
             "load the model with transformers and save_pretrained it, which renames tensors to those of the model"
         )
-    return {f"{name}.weight": site for site in sites for name in site.names}
+    stored = {f"{name}.weight": site for site in layers for name in site.names}
+    return {**stored, **{part: site for name, site in stacks.items() for part in parts.get(name, ())}}
 
 
 def _pack(writer: ShardWriter, site: Site, tensor: Tensor, device: torch.device | str | None) -> PackedFormat:
@@ -315,8 +341,7 @@ def _pack(writer: ShardWriter, site: Site, tensor: Tensor, device: torch.device 
             f"{WHO}: {site.names[0]}.weight must be {list(shape)} as config.json says, got {list(tensor.shape)}"
         )
     try:
-        rows = matrix_of(site.layer, tensor if device is None else tensor.to(device))
-        packed = in_rows(site.layer, round_to_nearest(rows, site.scheme))
+        packed = rounded(site.layer, tensor if device is None else tensor.to(device), site.scheme)
     except ValueError as error:
         raise ValueError(f"{error} in {site.names[0]}.weight") from error
     for part, value in to_tensors(packed)[0].items():

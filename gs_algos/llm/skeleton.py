@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -153,6 +154,46 @@ def check_ties(model: Any, folder: Folder, get: Callable[[str], Tensor], who: st
             )
 
 
+def sources_of(model: Any, names: Collection[str]) -> dict[str, list[str]]:
+    """Maps a tensor of the model to those of the folder that it is put together of, in the order of Transformers."""
+    from transformers.core_model_loading import dot_natural_key
+
+    parts: dict[str, list[str]] = {}
+    for name, (keys, _) in _renamed(model, names).items():
+        parts.setdefault(keys[0], []).append(name)
+    return {key: sorted(own, key=dot_natural_key) for key, own in parts.items()}
+
+
+def put_together(model: Any, key: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Makes a tensor of the model of those of the folder, in the order of `sources_of`, as Transformers does."""
+    from transformers.core_model_loading import rename_source_key
+
+    if list(tensors) == [key]:
+        return tensors[key]
+    converters, renamings = _conversions(model)
+    converter, state = None, model.state_dict()
+    for name, tensor in tensors.items():
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if pattern is None:
+            return tensor  # renamed only
+        if converter is None:
+            converter = copy.deepcopy(next(entry for entry in converters if pattern in entry.source_patterns))
+        converter.add_tensor(renamed, name, pattern, tensor)
+    assert converter is not None
+    made = converter.convert(key, model=model, config=model.config)[key]
+    return made[0] if isinstance(made, list) else made
+
+
+def _conversions(model: Any) -> tuple[list[Any], list[Any]]:
+    """Returns what puts tensors of a folder together, and what renames them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    conversions = get_model_conversion_mapping(model)
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    return converters, [entry for entry in conversions if not isinstance(entry, WeightConverter)]
+
+
 def _any(patterns: Collection[str], name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
@@ -176,12 +217,9 @@ def _renamed(model: Any, names: Collection[str]) -> dict[str, tuple[list[str], b
 
     Transformers renames tensors of older folders, and puts some together or takes them apart, as experts.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
+    from transformers.core_model_loading import rename_source_key
 
-    conversions = get_model_conversion_mapping(model)
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    renamings: list[Any] = [entry for entry in conversions if not isinstance(entry, WeightConverter)]
+    converters, renamings = _conversions(model)
     state = model.state_dict()
     sources: dict[str, tuple[list[str], bool]] = {}
     for name in names:

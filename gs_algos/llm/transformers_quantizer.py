@@ -24,6 +24,7 @@ from gs_algos.llm.skeleton import part_names_in
 from gs_algos.ptq.weights import install
 from gs_algos.quant.packed.conv import PackedConv
 from gs_algos.quant.packed.embedding import PackedEmbedding
+from gs_algos.quant.packed.experts import PackedExperts, PackedStack, is_experts, stacks_of
 from gs_algos.quant.packed.linear import DynamicPackedLinear, PackedConv1D, PackedLinear
 from gs_algos.quant.packed.module import Packed, PackedFormat
 from gs_algos.quant.rotation import install_rotations, rotations_of
@@ -36,6 +37,7 @@ LAYERS = (
     PackedConv1D,
     PackedConv,
     PackedEmbedding,
+    PackedStack,
 )  # those that a description can name
 
 
@@ -89,6 +91,7 @@ class GoldenStickQuantizer(HfQuantizer):
                 module.arrange()
         if self.quantization_config.packed_config().kv is not None:
             generates_quantized(model)
+        _keep_stacks(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -146,12 +149,14 @@ def describe(model: nn.Module, entry: dict[str, Any]) -> None:
         part.config.quantization_config = GoldenStickConfig(**quantization)
         written.add(id(part.config))
         _untie(part)
+        _keep_stacks(part)
         if "kv" in quantization:
             generates_quantized(part)
 
 
 def _ours(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("gs_algos.") and not isinstance(module, GeneratesQuantized)
+    ours = type(module).__module__.startswith("gs_algos.")
+    return ours and not isinstance(module, GeneratesQuantized | PackedExperts)
 
 
 def _quantization_of(model: nn.Module, entry: dict[str, Any]) -> dict[str, Any]:
@@ -189,6 +194,8 @@ def _of_model(config: PackedConfig, model: Any) -> PackedConfig:
         ValueError: if it has none.
     """
     modules = {name for name, _ in model.named_modules()}
+    for name, module in model.named_modules():
+        modules |= {f"{name}.{part}" for part in stacks_of(module)} if is_experts(module) else set()
     prefix = model.base_model_prefix
     own = {name: found for name in (*config.layers, *config.tied) if (found := _placed(name, modules, prefix))}
     layers = {own[name]: format for name, format in config.layers.items() if name in own}
@@ -218,6 +225,26 @@ def _placed(name: str, modules: Iterable[str], prefix: str) -> str | None:
         if candidate in modules:
             return candidate
     return None
+
+
+def _keep_stacks(model: Any) -> None:
+    """Has `save_pretrained` write stacks of experts as they are: it takes the tensors of packed ones for floats."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightConverter
+
+    if not any(isinstance(module, PackedStack) for module in model.modules()):
+        return
+    held = getattr(model, "_weight_conversions", None)
+    if held is None:
+        held = [
+            one for one in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(one, PrefixChange)
+        ]
+    targets = (".gate_up_proj", ".up_proj", ".down_proj")
+    model._weight_conversions = [
+        one
+        for one in held
+        if not (isinstance(one, WeightConverter) and any(t.endswith(targets) for t in one.target_patterns))
+    ]
 
 
 def _untie(model: nn.Module) -> None:

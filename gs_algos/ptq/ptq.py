@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Self, Unpack
 
 from gs_algos.core.algorithm import (
@@ -32,7 +32,6 @@ from gs_algos.core.algorithm import (
     run,
 )
 from gs_algos.core.batches import InputsOf, checked_batches
-from gs_algos.core.compare import relative_error
 from gs_algos.core.config import AlgorithmConfig, signature_of
 from gs_algos.core.layer_rules import resolve
 from gs_algos.core.modules import all_or_nothing, get_module
@@ -42,7 +41,9 @@ from gs_algos.core.plan_settings import RowSettings
 from gs_algos.ptq import static
 from gs_algos.ptq.block_loop import BlockLoop, held_out
 from gs_algos.ptq.blocks import find_blocks
+from gs_algos.ptq.compared import compared
 from gs_algos.ptq.config import WIDTHS, PTQConfig, PTQOptions
+from gs_algos.ptq.experts import close_experts, in_experts, open_experts, opened, refuse_different
 from gs_algos.ptq.journal import digest_of, journal_at
 from gs_algos.ptq.kv import KVScheme, refuse_without_cache
 from gs_algos.ptq.layers import Rounded, Task, WeightGrid, swap_layers
@@ -68,11 +69,6 @@ from gs_algos.quant.scheme import Scheme
 logger = logging.getLogger(__name__)
 
 ENOUGH = 16_384  # tokens, below which the codes fit the calibration data better than any other
-LAYER_TOLERANCE = {  # relative error of packed products against float ones
-    torch.float32: 1e-3,
-    torch.float16: 1e-2,
-    torch.bfloat16: 5e-2,
-}
 
 
 @dataclass(frozen=True)
@@ -166,11 +162,13 @@ class PTQ(Algorithm):
         return {row.site: row.settings.rounding for row in plan.acted()}
 
     def _plan(self, model: nn.Module) -> Plan:
-        """Plans layers that become packed ones."""
-        rows: list[PlanRow] = [self._row(model, site, options) for site, options in self._sites(model)]
-        rows += other_weights(model, rows)
-        after = {row.site: row.settings.format.nbytes for row in rows if row.settings is not None}
-        return Plan(self.name, "", tuple(rows), (), totals_of(model, after))
+        """Plans layers that become packed ones; experts are rows of their own."""
+        with opened(model):
+            rows: list[PlanRow] = [self._row(model, site, options) for site, options in self._sites(model)]
+            refuse_different(rows, model, "PTQ")
+            rows += other_weights(model, rows)
+            after = {row.site: row.settings.format.nbytes for row in rows if row.settings is not None}
+            return Plan(self.name, "", tuple(rows), (), totals_of(model, after))
 
     def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
         """Makes the planned layers of the live model round their weights to nearest: it runs as the packed one will.
@@ -197,6 +195,7 @@ class PTQ(Algorithm):
                 if self.config.static:
                     prepared, rows, facts = static.prepare(network, plan, example_inputs, self.config, "PTQ.apply")
                 else:
+                    open_experts(network, weights_of(plan.acted()))
                     for transform in network_transforms(self.config.transforms).values():
                         transform.run(network, example_inputs, "PTQ.apply")
                     facts = rotated(network)
@@ -319,7 +318,7 @@ class PTQ(Algorithm):
         with torch.no_grad():
             rounded = {name: get_module(network, name) for name in weights_of(rows)}
             packed = [self._pack(network, row) for row in rows]
-            with evaluating(network), _compared(network, rounded) as errors:
+            with evaluating(network), compared(network, rounded) as errors:
                 run(network, example, who)
             unseen = [name for name in rounded if name not in errors]
             if unseen:
@@ -336,6 +335,7 @@ class PTQ(Algorithm):
                         f"{error:.2%}"
                     )
             config = settings_of(self.config.weight, self.config.embeddings, self._weight_rules(), self.config.kv)
+            packed = close_experts(network, packed)
             plan = [row.to_dict() for row in packed]
             remember(
                 network,
@@ -370,7 +370,9 @@ class PTQ(Algorithm):
         config = PTQConfig.from_dict(entry["config"])
         if config.static:
             return static.restore(model, entry, config)
-        for row in rows_of(entry["plan"], cls.row_settings):
+        rows = rows_of(entry["plan"], cls.row_settings)
+        open_experts(model, weights_of(rows))
+        for row in rows:
             if row.settings is None:
                 continue
             layers = cls._layers(model, row)
@@ -397,7 +399,8 @@ class PTQ(Algorithm):
         layers = {name: get_module(model, name) for site in sites for name in site.names}
         options = {"weight": None, "act": self.config.act, "rounding": self.config.rounding}
         chosen = resolve(self.config.rules, layers, options, "PTQ")
-        return [(site, chosen[site.names[0]] or options) for site in sites]
+        given = [(site, chosen[site.names[0]] or options) for site in sites]
+        return [(site, {**own, "act": None} if in_experts(model, site.names[0]) else own) for site, own in given]
 
     def _row(self, model: nn.Module, site: Site, options: Mapping[str, Any]) -> PlanRow:
         if site.scheme is None:
@@ -459,32 +462,6 @@ class PTQ(Algorithm):
         new.signs = signs_of(scheme)
         plan = WeightPlan(row.settings.names, str(scheme), PackedFormat.of(packed), row.settings.act)
         return PlanRow(row.site, row.kind, "pack", str(scheme), settings=plan)
-
-
-@contextmanager
-def _compared(network: nn.Module, before: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[float, float]]]:
-    """Collects the relative errors of packed layers, as the network runs, and what each may be.
-
-    Layer by layer on the same input: where rows are rounded as they run, what a last bit changes in one layer becomes
-    other codes in those behind it, so the outputs of two networks differ by as much as that rounding costs.
-
-    before: the layers in whose place they are.
-    """
-    errors: dict[str, tuple[float, float]] = {}
-
-    def compare(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, got: Tensor) -> None:
-            want = before[name].forward(*args, **kwargs)
-            error = max(relative_error(got, want), errors.get(name, (0.0, 0.0))[0])
-            errors[name] = error, LAYER_TOLERANCE.get(want.dtype, 1e-1)
-
-        return hook
-
-    with ExitStack() as stack:
-        for name in before:
-            hook = get_module(network, name).register_forward_hook(compare(name), with_kwargs=True)
-            stack.callback(hook.remove)
-        yield errors
 
 
 def _not_calibrated(network: nn.Module) -> str:

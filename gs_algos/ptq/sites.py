@@ -17,6 +17,7 @@ from gs_algos.core.layer_rules import RulePattern, resolve
 from gs_algos.core.modules import owner_of, parameter_owners
 from gs_algos.core.network import is_compiled
 from gs_algos.core.plan import PlanRow, other_weights
+from gs_algos.quant.packed.experts import ExpertStack, is_experts, stacks_of
 from gs_algos.quant.packed.grid import group_size
 from gs_algos.quant.packed.packable import CONVS, base_of, is_conv1d, matrix_of, why_not
 from gs_algos.quant.packed.round_to_nearest import packable
@@ -42,7 +43,7 @@ class Site:
 
     @property
     def kind(self) -> str:
-        return type(self.layer).__name__
+        return self.layer.kind if isinstance(self.layer, ExpertStack) else type(self.layer).__name__
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,15 @@ def _counted(reasons: Iterable[str]) -> str:
 
 
 def _shared_weights(model: nn.Module, who: str) -> list[_SharedWeight]:
-    """Lists the weights of all linears, convolutions and embeddings, each once, with all layers that use it."""
+    """Lists the weights of all linears, convolutions, embeddings and experts, each once, with all that use it."""
     members: dict[Any, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         if base_of(module) is not None:
             members.setdefault(_memory_key(module), []).append((name, module))
+        elif is_experts(module):
+            for part in stacks_of(module):
+                stack = ExpertStack(module, part)
+                members.setdefault(_memory_key(stack), []).append((f"{name}.{part}" if name else part, stack))
     if not members:
         why = _counted(row.reason for row in other_weights(model, []))
         done = ", ".join(entry["algorithm"] for entry in history(model))
@@ -163,9 +168,13 @@ def _why_kept(model: nn.Module, layers: Sequence[tuple[str, nn.Module]], owners:
             return "is the model itself, which cannot be replaced in place; put it into a nn.Sequential"
         if reason := why_not(layer):
             return reason if name == first else f"its weight is also that of {name}: {reason}"
-        if is_compiled(model, name):
+        stack = isinstance(layer, ExpertStack)
+        if stack and "." not in name:
+            return "is held by the model itself, which cannot be replaced in place; put it into a nn.Sequential"
+        if is_compiled(model, name.rpartition(".")[0] if stack else name):
             return "is wrapped by torch.compile, which calls the float layer; compile after packing"
-        used = {full.rpartition(".")[0] for full in owners.get(id(layer._parameters["weight"]), ())}
+        full_names = owners.get(id(layer._parameters["weight"]), ())
+        used = set(full_names) if stack else {full.rpartition(".")[0] for full in full_names}
         if others := sorted(used - names):
             return f"its weight is also used by {', '.join(others)}, which is no such layer"
     if len({_row_layout(layer) for _, layer in layers}) > 1:

@@ -20,9 +20,10 @@ from gs_algos.core.progress import progress as progress_bar
 from gs_algos.ptq.sites import WHO, Site, WeightRule, some_of, weight_sites
 from gs_algos.quant.fast_path import leave_fast_path
 from gs_algos.quant.packed.conv_base import Convolution
+from gs_algos.quant.packed.experts import ExpertStack, put_stack, stack_at
 from gs_algos.quant.packed.module import Packed, PackedFormat
-from gs_algos.quant.packed.packable import format_of, in_rows, matrix_of, packed_like
-from gs_algos.quant.packed.round_to_nearest import round_to_nearest, signs_of
+from gs_algos.quant.packed.packable import format_of, matrix_of, packed_like, rounded
+from gs_algos.quant.packed.round_to_nearest import signs_of
 from gs_algos.quant.rotation import checked_rotations, install_rotations, rotations_of
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import PackedWeight
@@ -71,9 +72,9 @@ def quantize_weights(
 ) -> nn.Module:
     """Packs the weights of the live model and returns it: no data, no training. `gs_algos.save` and `load` know it.
 
-    Packed are `nn.Linear`, `nn.Conv1d` to `nn.Conv3d`, Conv1D of Transformers, and if asked for `nn.Embedding`; what
-    stays float is a row of `plan_weights`, with the reason. Hooks of a layer act on the packed one. Of a wrapper of
-    torch.compile or DistributedDataParallel the network inside is packed and returned.
+    Packed are `nn.Linear`, `nn.Conv1d` to `nn.Conv3d`, Conv1D of Transformers, the stacked experts of its mixtures, and
+    if asked for `nn.Embedding`; what stays float is a row of `plan_weights`, with the reason. Hooks of a layer act on
+    the packed one. Of a wrapper of torch.compile or DistributedDataParallel the network inside is packed and returned.
 
     A layer's float weight is freed before the next one is packed, so the peak is one layer above the float model.
     Whatever can be refused is refused before the first one.
@@ -198,9 +199,8 @@ def pack_site(model: nn.Module, site: Site, device: torch.device | str | None = 
     """Replaces the layers of one site by packed ones."""
     assert site.scheme is not None
     weight: Any = site.layer.weight
-    rows = matrix_of(site.layer, weight if device is None else weight.to(device))
-    packed = round_to_nearest(rows, site.scheme).to(weight.device)
-    install(model, site.names, in_rows(site.layer, packed))
+    packed = rounded(site.layer, weight if device is None else weight.to(device), site.scheme).to(weight.device)
+    install(model, site.names, packed)
     return PackedFormat.of(packed)
 
 
@@ -220,14 +220,22 @@ def install(model: nn.Module, names: Iterable[str], weight: PackedWeight, act: s
     new: dict[str, Packed] = {}
     owner: Packed | None = None
     for name in names:
-        old: Any = get_module(model, name)
+        old = layer_at(model, name)
         shape = tuple(matrix_of(old, old.weight).shape)
         if shape != weight.shape:
             raise ValueError(f"quantize_weights: {name}.weight must be {list(weight.shape)}, got {list(shape)}")
+        if isinstance(old, ExpertStack):
+            owner = put_stack(model, name, weight if owner is None else owner)
+            continue
         new[name] = packed_like(old, weight if owner is None else owner, act)
         owner = owner or new[name]
     for name, layer in new.items():
         set_module(model, name, layer)
+
+
+def layer_at(model: nn.Module, name: str) -> Any:
+    """Returns the layer at a qualified name, or the stack of experts whose parameter has it."""
+    return stack_at(model, name) or get_module(model, name)
 
 
 def summary(model: nn.Module) -> str:
@@ -254,7 +262,7 @@ class QuantizedWeights:
     def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
         for row in rows_of(entry["plan"], cls.row_settings):
             if row.settings is not None and row.settings.format is not None:
-                device: Any = get_module(model, row.site).weight.device
+                device: Any = layer_at(model, row.site).weight.device
                 install(model, row.settings.names, row.settings.format.empty(device), row.settings.act)
                 owner: Any = get_module(model, row.settings.names[0])
                 owner.signs = signs_of(Scheme.parse(row.settings.weight, "weight"))

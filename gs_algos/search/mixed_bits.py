@@ -17,6 +17,7 @@ from gs_algos.core.network import network_of
 from gs_algos.core.plan import render_layers, totals_of
 from gs_algos.ptq.config import WIDTHS
 from gs_algos.ptq.sites import Site, WeightRule, check_schemes, weight_sites
+from gs_algos.quant.packed.experts import ExpertStack
 from gs_algos.quant.packed.packable import format_of
 from gs_algos.quant.scheme import Scheme
 from gs_algos.search.budget import UNITS, Budget
@@ -165,6 +166,12 @@ def _sites(
     one, other = (weight_sites(network, scheme, embeddings, rules, WHO, WIDTHS) for scheme in _PROBES)
     quantized = [(a, b) for a, b in zip(one, other, strict=True) if a.scheme is not None]
     free = [a for a, b in quantized if a.scheme != b.scheme]
+    stack = next((site for site in free if isinstance(site.layer, ExpertStack)), None)
+    if stack is not None:
+        raise ValueError(
+            f"{WHO}: experts must be given a scheme by a rule, got none for {stack.names[0]}; add "
+            "('re:.*experts.*', 'int4@group:32') to rules"
+        )
     if not free:
         raise ValueError(f"{WHO}: at least one layer must have a choice, got none that no rule sets")
     return free, [a for a, b in quantized if a.scheme == b.scheme]

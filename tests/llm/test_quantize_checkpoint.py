@@ -70,7 +70,8 @@ def test_layers_that_no_group_divides_get_whole_rows(tmp_path: Path):
 
 
 def test_the_command_says_what_it_chose_and_what_stays_float(moe: Path, tmp_path: Path, capsys: Any):
-    assert run(["quantize", str(moe), str(tmp_path / "out")]) == 0
+    rule = "re:.*experts.*=none"
+    assert run(["quantize", str(moe), str(tmp_path / "out"), "--rule", rule]) == 0
     said = capsys.readouterr().out
     assert "9 weights packed, 7 kept float" in said
     assert "note: int4@group:64, the largest of 128, 64 and 32 that divides the inputs of every layer" in said
@@ -80,8 +81,9 @@ def test_the_command_says_what_it_chose_and_what_stays_float(moe: Path, tmp_path
     assert f"{100 * 4 * 192 * 64 / total:.1f}" in line
 
 
-def test_experts_stay_float_and_are_rows_with_their_size(moe: Path, tmp_path: Path):
-    written = quantize_checkpoint(moe, tmp_path / "out", "int8@group:32", progress=False)
+def test_experts_that_a_rule_keeps_are_rows_with_their_size(moe: Path, tmp_path: Path):
+    rules = [("re:.*experts.*", None)]
+    written = quantize_checkpoint(moe, tmp_path / "out", "int8@group:32", rules=rules, progress=False)
     sizes = {row.site: numbers for row, numbers in written.floats()}
     assert sizes["model.layers.1.mlp.experts.down_proj"] == 4 * 64 * 96
     assert all(row.reason for row, _ in written.floats())
@@ -90,7 +92,8 @@ def test_experts_stay_float_and_are_rows_with_their_size(moe: Path, tmp_path: Pa
     assert sum(sizes.values()) <= totals.numbers - totals.quantized < sum(sizes.values()) + 1000
     from transformers import AutoModelForCausalLM
 
-    want = quantize_weights(AutoModelForCausalLM.from_pretrained(moe).eval(), "int8@group:32", progress=False)
+    float_model = AutoModelForCausalLM.from_pretrained(moe).eval()
+    want = quantize_weights(float_model, "int8@group:32", rules=rules, progress=False)
     assert torch.equal(logits(load_language_model(tmp_path / "out")[0]), logits(want))
 
 
@@ -108,7 +111,7 @@ def test_conv1d_of_gpt2_is_packed_from_disk(tmp_path: Path):
 def test_a_group_that_does_not_divide_is_found_by_the_headers(source: Path, tmp_path: Path, monkeypatch: Any):
     pytest.importorskip("gguf", reason="the package gguf reads GGUF files")
     monkeypatch.setattr(checkpoint, "load_gguf", lambda *args: pytest.fail("read the tensors"))
-    monkeypatch.setattr(checkpoint, "round_to_nearest", lambda *args: pytest.fail("rounded"))
+    monkeypatch.setattr(checkpoint, "rounded", lambda *args: pytest.fail("rounded"))
     for path in (save_gguf(tmp_path / "a.gguf", tiny_llama()), source):
         with pytest.raises(ValueError, match="the group must divide the 64 inputs"):
             quantize_checkpoint(path, tmp_path / "out", "int4@group:48", progress=False)
@@ -169,7 +172,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_source_that_is_not_whole_is_refused_by_name(case: str, source: Path, tmp_path: Path, monkeypatch: Any):
-    monkeypatch.setattr(checkpoint, "round_to_nearest", lambda *args: pytest.fail("rounded"))
+    monkeypatch.setattr(checkpoint, "rounded", lambda *args: pytest.fail("rounded"))
     spoil, words = REFUSED[case]
     folder = Path(shutil.copytree(source, tmp_path / "copy"))
     spoil(folder)

@@ -408,7 +408,7 @@ def test_a_device_that_cannot_round_is_refused_before_anything_is_touched(device
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -> None:
-    original, calls = weights_module.round_to_nearest, []
+    original, calls = weights_module.rounded, []
 
     def failing(*args: Any) -> Any:
         calls.append(1)
@@ -416,7 +416,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) ->
             raise error
         return original(*args)
 
-    monkeypatch.setattr(weights_module, "round_to_nearest", failing)
+    monkeypatch.setattr(weights_module, "rounded", failing)
 
 
 def test_a_failure_at_the_first_layer_leaves_the_model_float(monkeypatch: pytest.MonkeyPatch):

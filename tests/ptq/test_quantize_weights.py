@@ -151,13 +151,13 @@ def test_each_float_weight_is_freed_before_the_next_is_packed(monkeypatch: pytes
     model = net(tied=False)
     floats = [weakref.ref(layer.weight) for layer in (model.block[0], model.block[2], model.head)]
     alive: list[int] = []
-    original = weights_module.round_to_nearest
+    original = weights_module.rounded
 
     def watched(*args: Any) -> PackedWeight:
         alive.append(sum(weight() is not None for weight in floats))
         return original(*args)
 
-    monkeypatch.setattr(weights_module, "round_to_nearest", watched)
+    monkeypatch.setattr(weights_module, "rounded", watched)
     quantize_weights(model, "int4@channel")
     assert alive == [3, 2, 1]
 

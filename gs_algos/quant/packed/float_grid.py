@@ -28,7 +28,7 @@ def levels(device: torch.device | str) -> Tensor:
 
 def nearest_codes(u: Tensor) -> Tensor:
     """Rounds u, fp32 in units of the scale, to the codes of the nearest e2m1: half to even, beyond 6 to 6."""
-    size = torch.bucketize(u.abs(), torch.tensor(_BOUNDS, device=u.device), out_int32=True)
+    size = torch.bucketize(u.abs().contiguous(), torch.tensor(_BOUNDS, device=u.device), out_int32=True)
     return (size + 8 * (u < 0)).to(torch.uint8)
 
 

@@ -7,6 +7,7 @@ Layers of torch.nn, of subclasses that only construct themselves in another way 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from gs_algos.fx.modularize.functional_calls import multiplies_alone
 from gs_algos.quant.packed.conv import PackedConv
 from gs_algos.quant.packed.conv_base import conv_rows, geometry_of, is_channels_last
 from gs_algos.quant.packed.embedding import PackedEmbedding
+from gs_algos.quant.packed.experts import ExpertStack
 from gs_algos.quant.packed.linear import DynamicPackedLinear, PackedConv1D, PackedLinear
 from gs_algos.quant.packed.module import Packed, PackedFormat
-from gs_algos.quant.packed.round_to_nearest import packed_format
+from gs_algos.quant.packed.round_to_nearest import packed_format, round_to_nearest
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import PackedWeight
+from gs_kernels.pack.rows import stack_rows
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # that a packed layer computes in
@@ -45,6 +48,8 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 def why_not(layer: nn.Module) -> str:
     """Says why a layer that has a `base_of` cannot be packed; "" if it can."""
+    if isinstance(layer, ExpertStack):
+        return _why_not_dtype(layer.weight)
     base: Any = base_of(layer)
     kind, cls = type(layer).__name__, type(layer)
     weight = layer._parameters.get("weight")
@@ -69,6 +74,10 @@ def why_not(layer: nn.Module) -> str:
         return "max_norm changes rows as they are read"
     if type(weight) is not nn.Parameter and type(weight) is not Tensor:
         return f"its weight is a {type(weight).__name__}, not a plain tensor"
+    return _why_not_dtype(weight)
+
+
+def _why_not_dtype(weight: Tensor) -> str:
     if weight.dtype not in FLOATS:
         return (
             f"its weight is {str(weight.dtype).removeprefix('torch.')}; only float32, float16 and bfloat16 are packed"
@@ -77,7 +86,9 @@ def why_not(layer: nn.Module) -> str:
 
 
 def matrix_of(layer: nn.Module, weight: Tensor) -> Tensor:
-    """Views the layer's weight, or a tensor of its shape, as `[N, K]`."""
+    """Views the layer's weight, or a tensor of its shape, as `[N, K]`; those of experts below one another."""
+    if isinstance(layer, ExpertStack):
+        return layer.rows(weight)
     if is_conv1d(layer):
         return weight.t()
     return weight.flatten(1)
@@ -98,7 +109,24 @@ def float_weight(layer: nn.Module, weight: PackedWeight, dtype: torch.dtype) -> 
 
 def format_of(layer: nn.Module, weight: Tensor, scheme: Scheme) -> PackedFormat:
     """Returns the format that the layer's packed weight will have."""
-    return packed_format(matrix_of(layer, weight), scheme)
+    if not isinstance(layer, ExpertStack):
+        return packed_format(matrix_of(layer, weight), scheme)
+    formats = [packed_format(rows, scheme) for rows in matrix_of(layer, weight).chunk(layer.experts)]
+    first, dtypes = formats[0], {format.scale_dtype for format in formats}
+    return replace(
+        first,
+        shape=(first.shape[0] * layer.experts, first.shape[1]),
+        scale_dtype=first.scale_dtype if len(dtypes) == 1 else "float32",
+        divisors=first.divisors * layer.experts,
+    )
+
+
+def rounded(layer: nn.Module, weight: Tensor, scheme: Scheme) -> PackedWeight:
+    """Rounds the layer's weight, or a tensor of its shape, to nearest; of experts each on its own."""
+    rows = matrix_of(layer, weight)
+    if isinstance(layer, ExpertStack):
+        return stack_rows([round_to_nearest(own, scheme) for own in rows.chunk(layer.experts)])
+    return in_rows(layer, round_to_nearest(rows, scheme))
 
 
 def packed_like(layer: Any, weight: PackedWeight | Packed, act: str | None = None) -> Packed:
