@@ -45,6 +45,7 @@ IMPORTANCES = ("gates", "gradient")
 BETAS = (0.9, 0.99)  # of the Adam that trains a
 PRICE_RATE = 0.05  # by which the price rises in a step, times the share of heads that are too many
 STIFFNESS = 1.0  # of the price that follows the count at once, and keeps it from swinging
+TRAVEL = 16.0  # how far a can move in the first phase, at least
 RAMP = 0.5  # share of the first phase in which the wanted count falls from all heads to those that stay
 
 
@@ -59,13 +60,14 @@ class HeadsConfig(PruningConfig):
         importance: `gates`, trained beside the weights for `select_steps`; or `gradient`, from some batches, by
             `calibrate` or by `select_steps` batches of your own loss, while the weights stand still.
         select_steps: optimizer steps before the heads are chosen.
-        lr: learning rate of a.
+        lr: learning rate of a; None: max(0.05, 16 / select_steps), at most 0.5. Gates that are to close must get from 3 to
+            -3 and have time to settle.
     """
 
     scope: str = "global"
     select_steps: int = 1000
     importance: str = "gates"
-    lr: float = 0.05
+    lr: float | None = None
 
     who: ClassVar[str] = "Heads"
 
@@ -75,7 +77,7 @@ class HeadsConfig(PruningConfig):
             raise ValueError(f"Heads: importance must be {' or '.join(IMPORTANCES)}, got {self.importance!r}")
         if self.select_steps < 1:
             raise ValueError(f"Heads: select_steps must be >= 1, got {self.select_steps}; gates need gradients")
-        if not self.lr > 0:
+        if self.lr is not None and not self.lr > 0:
             raise ValueError(f"Heads: lr must be > 0, got {self.lr}")
 
 
@@ -83,7 +85,7 @@ class HeadsOptions(PruneBaseOptions, total=False):
     """Types the fields of `HeadsConfig` as keywords of `Heads`, for type checkers."""
 
     importance: str
-    lr: float
+    lr: float | None
 
 
 class Heads(Pruner):
@@ -192,7 +194,8 @@ class Heads(Pruner):
         elif live:
             for members, wanted in self._counted:
                 self._charge(members, wanted)
-            optimizer = torch.optim.Adam([layer.gate for layer in live], self.config.lr, betas=BETAS)
+            lr = min(0.5, max(0.05, TRAVEL / self.config.select_steps)) if self.config.lr is None else self.config.lr
+            optimizer = torch.optim.Adam([layer.gate for layer in live], lr, betas=BETAS)
             for layer in live:
                 moments = {"exp_avg": layer.gate_mean, "exp_avg_sq": layer.gate_square}
                 optimizer.state[layer.gate] = {"step": torch.tensor(float(self.steps)), **moments}
