@@ -72,7 +72,7 @@ def accuracy(rows: Rows) -> str:
 
 
 def pruned(rows: Rows) -> str:
-    """Tabulates what pruning, and what came after it, took off a network: each cell before -> after."""
+    """Tabulates what pruning and ghosts, and what came after, took off a network: each cell before -> after."""
 
     def cell(ends: Sequence[dict[str, Any]], key: str, batch: str | None, unit: float, digits: int) -> str:
         values = [end.get(key) if batch is None else end.get(key, {}).get(batch) for end in ends]
@@ -81,7 +81,7 @@ def pruned(rows: Rows) -> str:
     counts = ("numbers", None, 1e6, 2), ("macs", None, 1e6, 1)
     columns = *counts, ("ms", "1", 1.0, 1), ("ms", "64", 1.0, 1), ("nbytes", None, 1e6, 2), ("peak_bytes", "64", 1e6, 1)
     alone = [row for row in rows if row["kind"] == "accuracy" and row.get("distill") is None]
-    cuts = [row for row in alone if row["algorithm"] in ("scop", "prune", "uniprune", "heads")]
+    cuts = [row for row in alone if row["algorithm"] in ("scop", "prune", "uniprune", "heads", "ghost")]
     sized = [row for row in cuts if "sizes" in row]
     lines = []
     for (model, data, setting), row in sorted(last(sized, "model", "data", "recipe").items()):

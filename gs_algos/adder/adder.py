@@ -49,7 +49,8 @@ class Adder(Algorithm):
         loss_fn(net(x), target).backward(); optimizer.step(); optimizer.zero_grad(); algo.step()
     net = algo.convert(net)
     ```
-    Parameters and their names stay. In several processes each scales its own gradient, before they are averaged.
+    Parameters and their names stay. In several processes each scales its own gradient, before they are averaged, and
+    ranges are those of the first, whose buffers DistributedDataParallel gives to all.
     """
 
     name: ClassVar[str] = "adder"

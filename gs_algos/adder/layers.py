@@ -96,13 +96,14 @@ class AdderLayer(nn.Module):
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Moves the range towards that of a batch; the first one sets it."""
+        """Moves the range towards that of a batch; the first one sets it. One that is not finite counts for nothing."""
         if not x.numel():
             return
         low, high = (t.float().view(1) for t in torch.aminmax(x.detach()))
         first = self.input_high < self.input_low
         for held, new in ((self.input_low, low), (self.input_high, high)):
-            held.copy_(torch.where(first, new, held + MOMENTUM * (new - held)))
+            moved = torch.where(first, new, held + MOMENTUM * (new - held))
+            held.copy_(torch.where((high - low).isfinite(), moved, held))
 
     @torch.no_grad()
     def grid(self) -> tuple[Tensor, Tensor]:

@@ -122,6 +122,24 @@ def test_on_a_grid_values_are_those_of_codes_and_gradients_stop_outside():
     assert x.grad[~outside].any()
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_backward_pass_keeps_no_more_than_that_of_convolutions(int8):
+    def kept(model: nn.Module) -> int:
+        held: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = model.train()(images(count=16))
+        assert y.requires_grad
+        return sum(held.values())
+
+    swapped, _ = prepared(int8=int8)
+    assert kept(swapped) <= 1.1 * kept(net())
+
+
 @pytest.mark.parametrize("start", ["normal", "float"])
 def test_weights_start_as_the_option_says(start):
     model, before = net(), net().a.weight
@@ -253,6 +271,15 @@ def test_wrong_calls_are_refused():
     converted = algo.convert(other)
     with pytest.raises(RuntimeError, match="no adder layers yet"):
         Adder().apply(converted, images())
+
+
+def test_a_batch_that_is_not_finite_moves_no_range():
+    model, _ = prepared(int8=True)
+    before = model.a.input_high.clone()
+    model.train()(images() * float("inf"))
+    assert torch.equal(model.a.input_high, before)
+    model(images())
+    assert not torch.equal(model.a.input_high, before)
 
 
 def test_a_call_that_fails_leaves_the_network_as_it_was():
