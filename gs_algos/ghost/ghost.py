@@ -167,6 +167,7 @@ class Ghost(Algorithm):
                 write(layer, conv, norm, fits[errors[1] < errors[0]], known)
                 self.errors[row.site] = errors
                 logger.info("%s: error %.4f by filters, %.4f by outputs", row.site, *errors)
+        self._history["errors"] = {site: list(errors) for site, errors in self.errors.items()}
 
     def _moments(
         self, network: nn.Module, batches: Iterable[Inputs] | None, forward_loop: Callable[[nn.Module], None] | None
@@ -227,7 +228,8 @@ class Ghost(Algorithm):
             outputs = tensors_of(run(network, example, who))
         if not all(bool(t.isfinite().all()) for t in outputs if t.is_floating_point()):
             raise ValueError(f"{who}: the trained network must give finite outputs, got NaN or Inf")
-        self.remember(network, "converted", rows_of(entry["plan"], self.row_settings), self.steps)
+        rows = rows_of(entry["plan"], self.row_settings)
+        self.remember(network, "converted", rows, self.steps, errors=entry.get("errors", {}))
         if network is self._model:  # a copy may be converted while the training of the original goes on
             self._model, self._replaced = None, {}
         return network
@@ -235,13 +237,15 @@ class Ghost(Algorithm):
     def summary(self, model: nn.Module) -> str:
         """Returns a table of the ghost layers: channels computed, parameters before and after, error of the fit."""
         network = network_of(model, "Ghost.summary")
+        entries = [entry for entry in history(network) if entry["algorithm"] == self.name]
+        errors: dict[str, list[float]] = entries[-1].get("errors", {}) if entries else {}
         rows = []
         for row in self._rows(network):
             layer = cast(GhostConv2d, get_module(network, row.site))
             made = layer.primary.weight[0].numel()
             numbers = layer.primary.weight.numel() + layer.cheap.weight.numel()
             error = "" if row.settings.error is None else f"{100 * row.settings.error:.1f} %"
-            measured = " / ".join(f"{100 * one:.1f} %" for one in self.errors.get(row.site, ()))
+            measured = " / ".join(f"{100 * one:.1f} %" for one in errors.get(row.site, ()))
             channels = f"{layer.primary.out_channels} of {layer.out_channels}"
             rows.append((row.site, channels, f"{made * layer.out_channels:,}", f"{numbers:,}", error, measured))
         if not rows:
@@ -260,6 +264,9 @@ class Ghost(Algorithm):
         entry = resumable_entry(network, cls.name, "Ghost")
         algo = cls(GhostConfig.from_dict(entry["config"]))
         algo._model, algo._history, algo.steps = network, live_entry(network), entry["steps"]
+        algo.errors = {site: (found[0], found[1]) for site, found in entry.get("errors", {}).items()}
+        if algo.config.fit and not algo.steps and not algo.errors:
+            logger.warning("Ghost.resume: ghosts are fitted to filters alone: a checkpoint has no replaced layers")
         return algo
 
     @classmethod

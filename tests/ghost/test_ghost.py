@@ -181,6 +181,21 @@ def test_calibration_takes_the_fit_that_is_better_on_what_it_was_not_fitted_to()
     assert "%" in algo.summary(model)
 
 
+def test_what_calibration_found_is_in_the_checkpoint(tmp_path, caplog):
+    algo = Ghost(force=True)
+    model = algo.apply(net(), images())
+    early = gs_algos.load(gs_algos.save(model, tmp_path / "early"), net)
+    Ghost.resume(early)
+    assert "fitted to filters alone" in caplog.text
+    caplog.clear()
+    algo.calibrate(model, [images(seed) for seed in range(4)])
+    loaded = gs_algos.load(gs_algos.save(model, tmp_path / "fitted"), net)
+    assert Ghost.resume(loaded).errors == algo.errors
+    assert not caplog.text
+    summary = algo.summary(model)
+    assert algo.summary(gs_algos.load(gs_algos.save(algo.convert(model), tmp_path / "done"), net)) == summary
+
+
 def test_calibration_that_fails_changes_nothing():
     algo = Ghost(force=True)
     model = algo.apply(net(), images())
