@@ -4,6 +4,7 @@ Beside `gs_kernels` itself, its `activations`, `pack`, `runtime` and `tuning`, t
 The public ops check every argument in each call and then do the same.
 """
 
+from gs_kernels.adder.op_int8 import prepared_adder_int8
 from gs_kernels.decoder_step.cpu import DecoderLayer, decoder_step_of
 from gs_kernels.pack.derived import UnsuitableError
 from gs_kernels.program.cpu import Program
@@ -36,6 +37,7 @@ __all__ = [
     "make_geometry",
     "make_grid",
     "noted",
+    "prepared_adder_int8",
     "prepared_qconv2d",
     "prepared_qconv2d_int8",
     "prepared_qmatmul",

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from torch.nn.grad import conv2d_weight
 
 from gs_kernels.adder.checks import check_conv, check_operand
+from gs_kernels.adder.cpu.float import POINT, adder_conv2d_cpu, adder_conv2d_dx_cpu, adder_linear_cpu
 from gs_kernels.adder.unfolded import l1_products, l1_products_dx
 from gs_kernels.pack.checks import FLOATS
 from gs_kernels.qconv2d.checks import check_devices
@@ -17,8 +18,6 @@ from gs_kernels.qconv2d.geometry import GEOMETRY, ConvGeometry, Padding, Pair
 from gs_kernels.runtime.device import convolves_in_fp32
 from gs_kernels.runtime.dispatch import implementations
 from gs_kernels.runtime.torch_op import register, save, saved
-
-POINT = ConvGeometry(1, 1)
 
 
 def as_image(rows: Tensor) -> Tensor:
@@ -88,9 +87,9 @@ def _no_second_gradient(ctx: Any, wanted: set[str], *grads: Tensor) -> dict[str,
     raise RuntimeError("adder_conv2d: its gradient has no gradient of its own; call backward without create_graph=True")
 
 
-ADDER_CONV2D = implementations("adder_conv2d", _conv2d_ref)
-ADDER_LINEAR = implementations("adder_linear", _linear_ref)
-DX = implementations("adder_conv2d_dx", _dx_ref)
+ADDER_CONV2D = implementations("adder_conv2d", _conv2d_ref, adder_conv2d_cpu)
+ADDER_LINEAR = implementations("adder_linear", _linear_ref, adder_linear_cpu)
+DX = implementations("adder_conv2d_dx", _dx_ref, adder_conv2d_dx_cpu)
 _run = register(
     "adder_conv2d(Tensor x, Tensor weight, ConvGeometry geometry) -> Tensor",
     ADDER_CONV2D,

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from gs_kernels.adder.checks import check_conv, check_epilogue
-from gs_kernels.adder.unfolded import l1_products
+from gs_kernels.adder.cpu.int8 import Int8Adder, adder_int8_cpu, kernels, whole_zero
+from gs_kernels.adder.unfolded import int8_by_operations
 from gs_kernels.qconv2d.dense import empty_image
 from gs_kernels.qconv2d.geometry import GEOMETRY, ConvGeometry, Padding, Pair
-from gs_kernels.qconv2d.ref import int8_epilogue, requant_params
-from gs_kernels.runtime.dispatch import implementations
+from gs_kernels.qconv2d.ref import requant_params
+from gs_kernels.runtime.dispatch import implementations, takes_cpu
 from gs_kernels.runtime.torch_op import register
 
 WHO = "adder_int8"
@@ -31,12 +32,8 @@ def _ref(
     activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    sums = l1_products(x, weight, geometry, 0.0 if zero is None else zero, torch.int32).permute(0, 2, 3, 1)
-    if scale is None:
-        return sums.contiguous().permute(0, 3, 1, 2)
     requant = requant_params(residual, residual_scale, residual_zero, out_scale, out_zero)
-    rows = (None if residual is None else residual.permute(0, 2, 3, 1), *requant[1:])
-    return int8_epilogue(sums.float(), scale, bias, rows, activation, dtype).contiguous().permute(0, 3, 1, 2)
+    return int8_by_operations(x, weight, scale, bias, geometry, zero, requant, activation, dtype)
 
 
 def _fake(
@@ -58,7 +55,7 @@ def _fake(
     return empty_image(x, weight.shape[0], geometry, made)
 
 
-ADDER_INT8 = implementations("adder_int8", _ref)
+ADDER_INT8 = implementations("adder_int8", _ref, adder_int8_cpu)
 _run = register(
     "adder_int8(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, ConvGeometry geometry, Tensor? zero,"
     " Tensor? residual, Tensor? residual_scale, Tensor? residual_zero, Tensor? out_scale, Tensor? out_zero,"
@@ -67,6 +64,38 @@ _run = register(
     _fake,
     carried=(GEOMETRY,),
 )
+
+
+def prepared_adder_int8(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    *,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    zero: Tensor | None,
+    activation: str,
+    out_scale: Tensor | None,
+    out_zero: Tensor | None,
+    dtype: torch.dtype,
+) -> Int8Adder | None:
+    """Prepares `adder_int8(x, ...)` for many images like x: checks all but image and residual once.
+
+    The weight is arranged once too. The result is the function of images, of any sizes, and of a residual, its scale
+    and zero point; nothing looks at changes of the other tensors any more. None where the implementation of this device
+    prepares nothing.
+    """
+    who = "prepared_adder_int8"
+    geometry = check_conv(who, x, weight, (torch.int8,), stride, padding, dilation)
+    tensors = {"scale": scale, "bias": bias, "zero": zero, "out_scale": out_scale, "out_zero": out_zero}
+    tensors |= dict.fromkeys(("residual", "residual_scale", "residual_zero"))
+    check_epilogue(who, x, weight, geometry, activation, dtype, tensors)
+    if not takes_cpu(x) or kernels() is None:
+        return None
+    out = requant_params(None, None, None, out_scale, out_zero)[3:]
+    return Int8Adder(weight, geometry, scale, bias, whole_zero(zero), out, activation, dtype)
 
 
 def adder_int8(

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import fold, pad, unfold
 
 from gs_kernels.qconv2d.geometry import ConvGeometry
+from gs_kernels.qconv2d.ref import RequantParams, int8_epilogue
 from gs_kernels.runtime.torch_private import is_eager
 
 
@@ -53,3 +54,22 @@ def l1_products_dx(dy: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry
     size = (height + top + bottom, width + left + right)
     dx = fold(columns, size, (geometry.r, geometry.s), geometry.dilation, 0, geometry.stride)
     return dx[:, :, top : top + height, left : left + width].contiguous()
+
+
+def int8_by_operations(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    zero: Tensor | None,
+    requant: RequantParams,
+    activation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Computes `adder_int8`, channels-last."""
+    sums = l1_products(x, weight, geometry, 0.0 if zero is None else zero, torch.int32).permute(0, 2, 3, 1)
+    if scale is None:
+        return sums.contiguous().permute(0, 3, 1, 2)
+    rows = (None if requant[0] is None else requant[0].permute(0, 2, 3, 1), *requant[1:])
+    return int8_epilogue(sums.float(), scale, bias, rows, activation, dtype).contiguous().permute(0, 3, 1, 2)

@@ -53,6 +53,8 @@ LANE_FN F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
 LANE_FN F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 LANE_FN F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 LANE_FN F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
+LANE_FN F absolute(F a) { return {_mm512_abs_ps(a.v)}; }
+LANE_FN F limited(F a, F most) { return {_mm512_range_ps(a.v, most.v, 2)}; }  // to [-most, most]; NaN to one of them
 LANE_FN F round(F a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 LANE_FN F in_fp32(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 LANE_FN I whole(F a) { return {_mm512_cvttps_epi32(a.v)}; }
@@ -134,6 +136,10 @@ LANE_FN F operator/(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x
 LANE_FN F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
 LANE_FN F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 LANE_FN F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+LANE_FN F absolute(F x) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+}
 LANE_FN F round(F x) {
   constexpr int how = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(x.a, how), _mm256_round_ps(x.b, how)};
@@ -232,6 +238,7 @@ LANE_FN F operator/(F a, F b) EACH(F, a.v[i] / b.v[i])
 LANE_FN F fma(F a, F b, F c) EACH(F, a.v[i] * b.v[i] + c.v[i])
 LANE_FN F max(F a, F b) EACH(F, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
 LANE_FN F min(F a, F b) EACH(F, a.v[i] < b.v[i] ? a.v[i] : b.v[i])
+LANE_FN F absolute(F a) EACH(F, (f4)((i4)a.v[i] & i4{INT32_MAX, INT32_MAX, INT32_MAX, INT32_MAX}))
 LANE_FN F round(F a) {
   // adding and taking off 1.5 * 2**23 rounds to even; what is larger is whole, or is rounded by itself
   F y;
@@ -316,6 +323,10 @@ LANE_FN F where_between(F a, F low, F high, F in, F out)  // low <= a <= high ? 
 LANE_FN I where_nan(F a, I nan, I b) EACH(I, a.v[i] != a.v[i] ? nan.v[i] : b.v[i])
 #define LANES_BY_COPIES
 
+#endif
+
+#ifndef __AVX512F__
+LANE_FN F limited(F a, F most) { return min(most, max(all(0.0f) - most, a)); }
 #endif
 
 #ifdef LANES_BY_COPIES

@@ -28,6 +28,7 @@ OPS: tuple[str, ...] = (
     "hadamard",
     "kv_cache",
     "kl_divergence",
+    "adder",
 )
 
 Shape: TypeAlias = dict[str, Any]
@@ -64,7 +65,8 @@ class AotCase:
 
     Bounds are for the whole kernel, on every target unless said: no spills ever; `max_regs` per thread;
     `max_instructions` issued per element by one thread (NVIDIA targets), `elements` being what one program handles,
-    in one turn of its loop if it has one; `max_shared_stores` in the hot loop (NVIDIA), copies of the pipeline apart.
+    in one turn of its loop if it has one, of the kernel named `main` if others are launched too; `max_shared_stores`
+    in the hot loop (NVIDIA), copies of the pipeline apart.
     older_max_regs: instead of max_regs, by version of Triton ("3.6"), where an older one takes more without spilling.
     overlapped (sm_90 only): every wgmma takes its left operand from registers, and no wait in the loop is for all.
     """
@@ -77,6 +79,7 @@ class AotCase:
     wide_loads: bool = True
     mma: str | None = None
     max_instructions: float | None = None
+    main: str | None = None
     max_shared_stores: int | None = None
     overlapped: bool = False
     targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")

@@ -24,9 +24,9 @@ def test_two_pixels_by_hand(device):
     assert y.dtype == torch.int32 and y.tolist() == [[[[-(97 + 27), -(200 + 255), -(28 + 130)]]]]
 
 
-@pytest.mark.parametrize("k", [1, 7, 8, 9, 300])
+@pytest.mark.parametrize("k", [1, 7, 8, 9, 70])
 def test_the_farthest_codes_add_up(k, device):
-    x = torch.full((1, k, 1, 70), -128, dtype=torch.int8, device=device)
+    x = torch.full((1, k, 1, 20), -128, dtype=torch.int8, device=device)
     assert (adder_int8(x, torch.full((3, k, 1, 1), 127, dtype=torch.int8, device=device)) == -255 * k).all()
 
 
