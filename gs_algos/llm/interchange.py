@@ -5,27 +5,31 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from gs_algos.llm import mx_blocks
 from gs_algos.llm.folder import Folder, ShardWriter, opened_all, read_folder, whole_folder
 from gs_algos.llm.foreign_config import BESIDE, ENTRY, OLD_ENTRY, settings_of
 from gs_algos.llm.formats import awq, compressed_tensors, gptq
 from gs_algos.llm.formats.base import Format, Reader
 from gs_algos.llm.integrity import check_tensors, part_names, verify_files
-from gs_algos.llm.packed_config import METHOD, VERSION, PackedConfig, read_config
-from gs_algos.llm.skeleton import check_ties, fit, skeleton
+from gs_algos.llm.packed_config import FOREIGN, METHOD, VERSION, PackedConfig, read_config
+from gs_algos.llm.skeleton import check_ties, expert_rows, fit, routers, skeleton, stacks_in
+from gs_algos.quant.packed.experts import ExpertStack, PackedStack
 from gs_algos.quant.packed.module import WEIGHT_TENSORS, PackedFormat
 from gs_algos.quant.packed.packable import base_of, float_weight, matrix_of
 from gs_kernels import PackedWeight, unpack_codes
 from gs_kernels.pack.checks import check_packed_values
+from gs_kernels.pack.rows import rows_between, stack_rows
 from gs_kernels.pack.serialize import loaded_scale, to_tensors
 
+Experts: TypeAlias = Mapping[str, Mapping[str, tuple[int, int]]]  # as `expert_rows` gives them
 FORMATS: dict[str, Format] = {f.method: f for f in (compressed_tensors.FORMAT, gptq.FORMAT, awq.FORMAT)}
 
 
@@ -50,6 +54,7 @@ def export_language_model(
     """Writes a packed folder as the new folder `target` in the format `to`: the same codes, scales and zero points.
 
     Embeddings, layers tied to one, and for gptq and awq the output head become floats in the dtype of config.json.
+    Stacks of experts are written as linears of single experts, or as floats where Transformers has no names for these.
 
     Args:
         to: "compressed-tensors", "gptq" or "awq".
@@ -84,10 +89,12 @@ def export_language_model(
     plain = {name: facts for name, facts in folder.headers(who).items() if name not in held}
     fit(model, plain, [*config.layers, *config.tied]).refuse(who, folder.path, model)
     _check_packed_shapes(model, config, where)
-    floats = _floats(model, config, format)
+    experts = expert_rows(model)
+    floats = _floats(model, config, format, experts)
     writer = format.writer([f for name, f in config.layers.items() if name not in floats])
     if len(floats) == len(config.layers):
         raise ValueError(f"{who}: {folder.path} must have a packed linear layer that {to} can hold, got none")
+    stacks = stacks_in(model)
     dtype = getattr(torch, str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "float32"))
     with whole_folder(target, who) as out, opened_all(folder, who) as get:
         shards = ShardWriter(out, shard_bytes)
@@ -98,13 +105,19 @@ def export_language_model(
             weight = _packed(config.layers[name], {part: get(f"{name}.{part}") for part in parts})
             check_packed_values(who, weight, name)
             if name in floats:
-                shards.add(f"{name}.weight", float_weight(model.get_submodule(name), weight, dtype))
+                stack = stacks.get(name)
+                if stack is not None:
+                    shards.add(name, PackedStack(weight, stack.experts, stack.transposed, dtype).weight)
+                else:
+                    shards.add(f"{name}.weight", float_weight(model.get_submodule(name), weight, dtype))
                 continue
-            for part, tensor in writer.layer(name, weight).items():
-                shards.add(f"{name}.{part}", tensor)
+            for linear, (first, end) in experts.get(name, {name: (0, weight.shape[0])}).items():
+                for part, tensor in writer.layer(linear, rows_between(weight, first, end)).items():
+                    shards.add(f"{linear}.{part}", tensor)
         shards.close()
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         kept = [name for name in linears if name not in config.layers or name in floats]
+        kept += routers(model) if experts else []
         _write_config(out, folder, writer.config(kept))
     layers = len(config.layers) - len(floats)
     return InterchangeResult(Path(target), layers, tuple(sorted(floats)), shards.nbytes, config.kv)
@@ -113,7 +126,9 @@ def export_language_model(
 def import_language_model(
     source: str | os.PathLike[str], target: str | os.PathLike[str], *, shard_bytes: int = 2**31
 ) -> InterchangeResult:
-    """Reads a compressed-tensors, GPTQ or AWQ folder into the new packed folder `target`, exactly.
+    """Reads a compressed-tensors, GPTQ or AWQ folder, or the MX blocks of gpt-oss, into the new packed folder `target`.
+
+    Exact. Linears of single experts become stacks.
 
     The settings are those of config.json, or of the quantize_config.json or quant_config.json beside it.
 
@@ -126,20 +141,29 @@ def import_language_model(
     folder = read_folder(source, who)
     settings = settings_of(folder, who)
     method = None if settings is None else settings.method
-    if settings is None or not isinstance(method, str) or method not in FORMATS:
+    if settings is None or not isinstance(method, str) or method not in FOREIGN:
         where = f"{who}: {folder.path / 'config.json'}" if settings is None else settings.where
         advice = "it is packed already" if method == METHOD else "for a float model use quantize"
-        raise ValueError(f"{where}: quant_method must be one of {', '.join(FORMATS)}, got {method!r}; {advice}")
+        raise ValueError(f"{where}: quant_method must be one of {', '.join(FOREIGN)}, got {method!r}; {advice}")
+    if method == mx_blocks.METHOD:
+        with whole_folder(target, who) as out:
+            shards, formats = mx_blocks.read_mx_blocks(folder, settings, out, shard_bytes, who)
+            _write_config(out, folder, _imported(formats, method, shards))
+        return InterchangeResult(Path(target), len(formats), (), shards.nbytes)
     format = FORMATS[method]
     reader = format.reader(settings.entries, settings.where)
     model = skeleton(folder.path, who)
-    layers = _foreign_layers(folder, model, format, who)
+    experts = expert_rows(model)
+    layers = _foreign_layers(folder, model, format, experts, who)
+    parts_of = {linear: stack for stack, own in experts.items() for linear in own if linear in layers}
+    _refuse_holes(experts, layers, folder, format, who)
     _check_layers_agree(model, layers, reader, format, settings.where)
-    formats: dict[str, PackedFormat] = {}
+    formats = {}
     with opened_all(folder, who) as get:
-        idle = _check_floats(folder, model, layers, format, get, who)
+        idle = _check_floats(folder, model, [*layers, *parts_of.values()], format, get, who)
         with whole_folder(target, who) as out:
             shards = ShardWriter(out, shard_bytes)
+            held: dict[str, dict[str, PackedWeight]] = {}  # of experts, until a stack is whole
             for name, parts in _grouped(folder.tensors, layers, format.parts).items():
                 if parts is None:
                     if name not in idle:
@@ -150,24 +174,57 @@ def import_language_model(
                 except TypeError as error:  # of a tensor, which is no argument of the caller: the file is wrong
                     raise ValueError(f"{error}; {folder.path} is damaged") from error
                 _check_weight(who, layers[name], name, weight)
+                if name in parts_of:
+                    stack = parts_of[name]
+                    waiting = held.setdefault(stack, {})
+                    waiting[name] = weight
+                    if len(waiting) < len(experts[stack]):
+                        continue
+                    name, weight = stack, stack_rows([waiting[linear] for linear in experts[stack]])
+                    del held[stack]
                 formats[name] = PackedFormat.of(weight)
                 for part, tensor in to_tensors(weight)[0].items():
                     shards.add(f"{name}.{part}", tensor)
             shards.close()
-            described = {name: format.to_dict() for name, format in formats.items()}
-            quantization = {"quant_method": METHOD, "version": VERSION, "weights": f"from {method}"}
-            quantization["layers"] = described
-            _write_config(out, folder, {**quantization, "tied": {}, "files": shards.hashes})
+            _write_config(out, folder, _imported(formats, method, shards))
     return InterchangeResult(Path(target), len(formats), (), shards.nbytes)
 
 
-def _foreign_layers(folder: Folder, model: nn.Module, format: Format, who: str) -> dict[str, nn.Linear]:
-    """Finds the linear layers of the model of which the folder has tensors of the format.
+def _imported(formats: Mapping[str, PackedFormat], method: str, shards: ShardWriter) -> dict[str, Any]:
+    """Returns the `quantization_config` of what was imported."""
+    described = {name: format.to_dict() for name, format in formats.items()}
+    written = {"quant_method": METHOD, "version": VERSION, "weights": f"from {method}", "layers": described}
+    return {**written, "tied": {}, "files": shards.hashes}
+
+
+def _refuse_holes(experts: Experts, layers: Collection[str], folder: Folder, format: Format, who: str) -> None:
+    """Raises unless all experts of a stack are in the folder, or none.
+
+    Raises:
+        ValueError: so.
+    """
+    for linears in experts.values():
+        lost = [linear for linear in linears if linear not in layers]
+        if lost and len(lost) < len(linears):
+            raise ValueError(
+                f"{who}: {folder.path} must hold all experts of a stack in {format.method}, got no {lost[0]}."
+                f"{format.marker} ({len(lost)} of {len(linears)} such); the folder is incomplete"
+            )
+
+
+def _foreign_layers(
+    folder: Folder, model: nn.Module, format: Format, experts: Experts, who: str
+) -> dict[str, nn.Linear]:
+    """Finds the linear layers of the model, and linears of its experts, of which the folder has tensors of the format.
 
     Raises:
         ValueError: if there are none, or there are parts of something else.
     """
     modules = dict(model.named_modules())
+    for stack, linears in experts.items():
+        columns = matrix_of(stacks_in(model)[stack], model.get_parameter(stack)).shape[1]
+        for linear, (first, end) in linears.items():
+            modules[linear] = nn.Linear(columns, end - first, bias=False, device="meta")
     foreign: dict[str, nn.Linear] = {}
     for tensor in folder.tensors:
         name, _, part = tensor.rpartition(".")
@@ -187,13 +244,14 @@ def _foreign_layers(folder: Folder, model: nn.Module, format: Format, who: str) 
     return foreign
 
 
-def _check_layers_agree(model: nn.Module, layers: Collection[str], reader: Reader, format: Format, where: str) -> None:
+def _check_layers_agree(
+    model: nn.Module, layers: Mapping[str, nn.Linear], reader: Reader, format: Format, where: str
+) -> None:
     """Raises if the config says of a linear layer that it is packed and it is not, or the other way round."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     tied: Any = model.all_tied_weights_keys
-    for name, layer in model.named_modules():
-        if not isinstance(layer, nn.Linear):
-            continue
+    own = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    for name, layer in {**own, **layers}.items():
         says = reader.packs(name, layer, layer is head)
         if says is not None and says[0] != (name in layers) and (says[0] is False or f"{name}.weight" not in tied):
             want, got = ("packed", f"no {name}.{format.marker}") if says[0] else ("float", f"{name}.{format.marker}")
@@ -225,18 +283,18 @@ def _check_floats(
 
 def _check_packed_shapes(model: nn.Module, config: PackedConfig, where: str) -> None:
     """Raises unless every packed layer is one of the model, and of its shape."""
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = {**dict(model.named_modules()), **stacks_in(model)}
     for owner, format in config.layers.items():
         for name in config.names(owner):
             layer = modules.get(name)
-            if layer is None or base_of(layer) is None:
+            if layer is None or (base_of(layer) is None and not isinstance(layer, ExpertStack)):
                 raise ValueError(f"{where}: {name} must be a layer of a {type(model).__name__}, got none such")
             shape = tuple(matrix_of(layer, layer.weight).shape)  # type: ignore[arg-type]
             if shape != format.shape:
                 raise ValueError(f"{where}: {name} must be {list(shape)} as the rest says, got {list(format.shape)}")
 
 
-def _floats(model: nn.Module, config: PackedConfig, format: Format) -> set[str]:
+def _floats(model: nn.Module, config: PackedConfig, format: Format, experts: Experts) -> set[str]:
     """Lists the packed layers that the format cannot hold."""
     modules = dict(model.named_modules())
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -244,9 +302,9 @@ def _floats(model: nn.Module, config: PackedConfig, format: Format) -> set[str]:
     return {
         name
         for name in config.layers
-        if not isinstance(modules.get(name), nn.Linear)
+        if (not isinstance(modules.get(name), nn.Linear) and name not in experts)
         or name in shared
-        or (modules[name] is head and not format.heads)
+        or (modules.get(name) is head and not format.heads)
     }
 
 

@@ -35,7 +35,7 @@ from gs_algos.quant.rotation import Rotation, checked_rotations
 from gs_kernels.pack.layouts import BITS
 
 METHOD = "golden-stick"
-FOREIGN = ("compressed-tensors", "gptq", "awq")
+FOREIGN = ("compressed-tensors", "gptq", "awq", "mxfp4")
 VERSION = 1
 FIELDS = {
     "quant_method",

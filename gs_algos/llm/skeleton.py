@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gs_algos.llm.folder import Folder
 from gs_algos.llm.libraries import library
+from gs_algos.quant.packed.experts import ExpertStack, is_experts, stacks_of
 from gs_algos.quant.packed.module import WEIGHT_TENSORS
 
 OLD = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")  # once stored, now computed
@@ -99,7 +100,7 @@ def fit(
         tied: whether a tensor may be missing whose partner is there.
     """
     state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    layers = {f"{name}.weight" for name in packed}
+    layers = {*packed, *(f"{name}.weight" for name in packed)}  # stacks of experts are named as they are
     filled: set[str] = set()
     unused, wrong = [], []
     for name, (keys, whole) in _renamed(model, tensors).items():
@@ -182,6 +183,48 @@ def put_together(model: Any, key: str, tensors: Mapping[str, Tensor]) -> Tensor:
     assert converter is not None
     made = converter.convert(key, model=model, config=model.config)[key]
     return made[0] if isinstance(made, list) else made
+
+
+def stacks_in(model: nn.Module) -> dict[str, ExpertStack]:
+    """Returns the stacks of experts of a model, by the names of their parameters."""
+    return {
+        f"{name}.{part}": ExpertStack(module, part)
+        for name, module in model.named_modules()
+        if is_experts(module)
+        for part in stacks_of(module)
+    }
+
+
+def expert_rows(model: Any) -> dict[str, dict[str, tuple[int, int]]]:
+    """Maps a stack of experts to the linears that folders hold it as: name -> its first row and the one behind it.
+
+    Transformers is asked to save the numbers of the rows. Stacks that it saves as they are, are not here.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, stack in stacks_in(model).items():
+        n = stack.rows(stack.weight).shape[0] // stack.experts
+        numbers = torch.arange(stack.experts * n).view(stack.experts, n, 1)
+        saved = revert_weight_conversion(model, {name: numbers})
+        if name not in saved:
+            ends = {key.removesuffix(".weight"): (int(t[0]), int(t[-1]) + 1) for key, t in saved.items()}
+            found[name] = dict(sorted(ends.items(), key=lambda item: item[1]))
+    return found
+
+
+def routers(model: Any) -> list[str]:
+    """Lists the modules that multiply a weight of their own and are no linears, by their names in a folder."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    found = {
+        f"{name}.weight": torch.empty(1)
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Linear | nn.Embedding)
+        and (weight := module._parameters.get("weight")) is not None
+        and weight.dim() == 2
+    }
+    return [name.removesuffix(".weight") for name in revert_weight_conversion(model, found)]
 
 
 def _conversions(model: Any) -> tuple[list[Any], list[Any]]:

@@ -39,7 +39,7 @@ from gs_algos.ptq.kv import elsewhere
 from gs_algos.quant.packed.module import WEIGHT_TENSORS, PackedFormat, tensors_of
 from gs_algos.serving.engine_parameters import get_weight, set_weight
 from gs_algos.serving.engine_product import engine_qmatmul
-from gs_algos.serving.shards import WHO, refuse_floats, shard, stacked
+from gs_algos.serving.shards import WHO, refuse_unserved, shard, stacked
 from gs_algos.serving.vllm_kernel import CAPABILITY
 from gs_kernels import PackedWeight, dequantize_packed
 from gs_kernels.pack.layouts import CANONICAL
@@ -57,7 +57,7 @@ class GoldenStickVllmConfig(QuantizationConfig):
         super().__init__()
         self.config = config
         self.layers, self.tied = dict(config.layers), dict(config.tied)
-        refuse_floats(self.layers)
+        refuse_unserved(self.layers)
         if config.kv is not None:
             logger.warning("%s: %s, see its --kv-cache-dtype", WHO, elsewhere(config.kv, "vLLM"))
         if config.acts:

@@ -67,8 +67,9 @@ def rows_between(weight: PackedWeight, start: int, stop: int) -> PackedWeight:
     scale, divisor = weight.scale[start:stop], weight.divisor
     if divisor is not None and divisor.shape[0] > 1:
         each = weight.shape[0] // divisor.shape[0]
-        whole = start % each == 0 and stop % each == 0
-        divisor = divisor[start // each : stop // each] if whole else divisor.repeat_interleave(each)[start:stop]
+        first, last = start // each, -(-stop // each)
+        whole = last - first == 1 or (start % each == 0 and stop % each == 0)
+        divisor = divisor[first:last] if whole else divisor.repeat_interleave(each)[start:stop]
     shape = (scale.shape[0], weight.shape[1])
     return replace(weight, codes=codes, scale=scale, zero=zero, divisor=divisor, shape=shape)
 

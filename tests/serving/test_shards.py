@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gs_algos.quant.packed.module import PackedFormat
-from gs_algos.serving.shards import shard, stacked
+from gs_algos.serving.shards import refuse_unserved, shard, stacked
 from gs_kernels import PackedWeight, dequantize_packed, pack_weight
 
 FORMAT = PackedFormat(bits=4, shape=(96, 384), group_size=64, zero=8.0, scale_dtype="float16")
@@ -72,3 +72,19 @@ def test_a_cut_through_a_byte_is_refused():
     per_row = PackedFormat(bits=1, shape=(8, 24), group_size=24, zero=0.5, scale_dtype="float32")
     with pytest.raises(ValueError, match=r"must be a whole number of bytes of codes, got 24 / 2 = 12; .* of 1, 3, or"):
         shard(per_row, "down", 8, 12)
+
+
+FLOATS = {"scale_dtype": "float8_e8m0fnu", "levels": True, "zero": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("model.layers.0.mlp.down_proj", FLOATS, "in 4-bit floats"),
+        ("model.layers.0.mlp.experts.down_proj", {}, "0 more stacks of experts; vLLM reads what golden-stick export"),
+    ],
+)
+def test_what_an_engine_has_no_parameters_for_is_refused(name: str, change: dict, words: str):
+    refuse_unserved({"model.layers.0.mlp.down_proj": FORMAT})
+    with pytest.raises(ValueError, match=words):
+        refuse_unserved({name: replace(FORMAT, **change)})
