@@ -288,6 +288,17 @@ def convolutions(rows: Rows) -> str:
     return table(head, lines)
 
 
+def adder(rows: Rows) -> str:
+    """Tabulates L1 products on a CPU beside convolutions: milliseconds."""
+    latest = last([row for row in rows if row["kind"] == "adder"], "device_name", "instructions", "layer")
+    names = ("adder", "conv2d", "cdist", "adder dx", "conv2d dx", "adder int8", "conv2d int8")
+    lines = []
+    for row in latest.values():
+        layer = " ".join(f"{k}={v}" for k, v in row["layer"].items())
+        lines.append((record.device_text(row), layer, *(f"{row['ms'][name]:.2f}" for name in names), row["busy"]))
+    return table(("device", "layer", *names, "load"), lines)
+
+
 def photographs(rows: Rows) -> str:
     """Tabulates what is left of a network's outputs on photographs, by how it was quantized."""
     latest = last([row for row in rows if row["kind"] == "photographs" and "sqnr_db" in row], "model", "setting")
@@ -437,6 +448,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "features": features,
     "serving": serving,
     "convolutions": convolutions,
+    "adder": adder,
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bench.peers import fake_quant, observe, qconv2d, qmatmul
+from bench.peers import adder, fake_quant, observe, qconv2d, qmatmul
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.runtime.opspec import Case
 
@@ -21,6 +21,8 @@ def peers(op: str) -> dict[str, Callable[..., Any]]:
     if op == "qmatmul":
         return qmatmul.providers()
     by_op: dict[str, dict[str, Callable[..., Any]]] = {
+        "adder_conv2d": {"cdist": adder.cdist_conv2d},
+        "adder_linear": {"cdist": adder.cdist_linear},
         "fake_quant": {"torch_fake_quantize": fake_quant.fake_quantize, "torch_learnable": fake_quant.learnable},
         "minmax": {"torch_aminmax": observe.aminmax},
         "qmatmul_fp8": {"float_linear": qmatmul.float_linear, "scaled_mm": qmatmul.scaled_mm},

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from gs_kernels.adder.checks import check_conv, check_epilogue
-from gs_kernels.adder.cpu.int8 import Int8Adder, adder_int8_cpu, kernels, whole_zero
+from gs_kernels.adder.cpu.int8 import Int8Adder, adder_int8_cpu, whole_zero
 from gs_kernels.adder.unfolded import int8_by_operations
+from gs_kernels.pack.derived import UnsuitableError
 from gs_kernels.qconv2d.dense import empty_image
 from gs_kernels.qconv2d.geometry import GEOMETRY, ConvGeometry, Padding, Pair
 from gs_kernels.qconv2d.ref import requant_params
@@ -92,10 +93,13 @@ def prepared_adder_int8(
     tensors = {"scale": scale, "bias": bias, "zero": zero, "out_scale": out_scale, "out_zero": out_zero}
     tensors |= dict.fromkeys(("residual", "residual_scale", "residual_zero"))
     check_epilogue(who, x, weight, geometry, activation, dtype, tensors)
-    if not takes_cpu(x) or kernels() is None:
+    if not takes_cpu(x):
         return None
     out = requant_params(None, None, None, out_scale, out_zero)[3:]
-    return Int8Adder(weight, geometry, scale, bias, whole_zero(zero), out, activation, dtype)
+    try:
+        return Int8Adder(weight, geometry, scale, bias, whole_zero(zero), out, activation, dtype)
+    except UnsuitableError:
+        return None
 
 
 def adder_int8(

@@ -13,6 +13,7 @@ from torch import Tensor
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.adder.unfolded import int8_by_operations, l1_products
 from gs_kernels.cpu.library import load_functions
+from gs_kernels.pack.derived import UnsuitableError
 from gs_kernels.program.recording import Refusal, recording
 from gs_kernels.qconv2d.geometry import ConvGeometry
 from gs_kernels.qconv2d.ref import int8_epilogue, requant_params
@@ -64,7 +65,10 @@ class Int8Adder:
     Args:
         zero: the code that stands for 0.0.
         out: inverse scale of the result's codes, whole part and fraction of their zero point (`requant_params`).
-        functions: the library, default `kernels()`, which must not be None.
+        functions: the library, default `kernels()`.
+
+    Raises:
+        UnsuitableError: if there is no library.
     """
 
     def __init__(
@@ -80,6 +84,8 @@ class Int8Adder:
         functions: Any = None,
     ) -> None:
         self.functions = kernels() if functions is None else functions
+        if self.functions is None:
+            raise UnsuitableError("no C++ runs here")
         self.geometry, self.zero, self.activation, self.dtype, self.out = geometry, zero, activation, dtype, out
         self.in_cpp = ACTIVATIONS[activation].cpp is not None and (out[0] is not None or dtype == torch.float32)
         o = weight.shape[0]
@@ -153,8 +159,8 @@ def adder_int8_cpu(
     dtype: torch.dtype,
 ) -> Tensor:
     requant = requant_params(residual, residual_scale, residual_zero, out_scale, out_zero)
-    outside = whole_zero(zero)
-    if kernels() is None:
+    try:
+        run = Int8Adder(weight, geometry, scale, bias, whole_zero(zero), requant[3:], activation, dtype)
+    except UnsuitableError:
         return int8_by_operations(x, weight, scale, bias, geometry, zero, requant, activation, dtype)
-    run = Int8Adder(weight, geometry, scale, bias, outside, requant[3:], activation, dtype)
     return run(x, residual, residual_scale, residual_zero)
