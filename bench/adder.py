@@ -106,12 +106,13 @@ def providers(layer: Layer) -> dict[str, Callable[[], Tensor]]:
     leaf = x.clone().requires_grad_()
     y = adder_conv2d(leaf, w, layer.stride, padding)
     dy = torch.randn(y.shape, generator=generator)
-    one, where = torch.ones(1), {"stride": layer.stride, "padding": padding, "dilation": 1}
+    one = torch.ones(1)
+    where: dict[str, Any] = {"stride": layer.stride, "padding": padding, "dilation": 1}
     grid: dict[str, Any] = {"activation": "relu", "dtype": torch.float32, "out_scale": one, "out_zero": None}
     ours = prepared_adder_int8(image, filters, one, None, **where, zero=None, **grid)
     codes = (filters.permute(0, 2, 3, 1).flatten(1).int() + 128).to(torch.uint8)
     packed = pack_weight(codes, torch.ones(layer.o, 1), torch.full((layer.o, 1), 128.0), bits=8, group_size=k)
-    whole = {"kernel_size": layer.kernel, **where, "groups": 1}
+    whole: dict[str, Any] = {"kernel_size": layer.kernel, **where, "groups": 1}
     theirs = prepared_qconv2d_int8(image, one, packed, None, **whole, x_zero=None, **grid)
     if ours is None or theirs is None:
         raise RuntimeError("bench.adder: needs the C++ kernels; run `python -m gs_kernels.cpu.build`")

@@ -1,7 +1,7 @@
 """Lists what tests, the AOT gate and the benchmarks run of L1 products: shapes, tolerances, costs, launches.
 
 A shape is `x` (B, C, H, W), or (.., K) of a linear layer, `o`, the channels of y, and of a convolution its geometry as
-`torch.nn.Conv2d` has it. Of codes it is also what the result is: `out`, "int32", "float" or "int8"; the activation; and
+`torch.nn.Conv2d` has it. Of codes it is also what the result is: `out`, "int32", "float" or None, int8; the activation; and
 `residual`: None, "float" or "int8".
 """
 
@@ -32,7 +32,7 @@ GEOMETRY = ("stride", "padding", "dilation")
 
 def shape(x: tuple[int, ...], o: int, kernel_size: tuple[int, int] = (1, 1), **more: Any) -> Shape:
     fields: Shape = {"x": x, "o": o, "kernel_size": kernel_size, "stride": 1, "padding": 0, "dilation": 1}
-    fields |= {"out": "int8", "activation": "none", "residual": None, "zero": False, "axis": -1, "group": 0}
+    fields |= {"out": None, "activation": "none", "residual": None, "zero": False, "axis": -1, "group": 0}
     return fields | more
 
 
@@ -79,7 +79,7 @@ def make_int8(s: Shape, dtype: torch.dtype, device: torch.device, generator: tor
         kwargs["residual_zero"] = number(-128, 127).round_()
     elif s["residual"]:
         kwargs["residual"] = torch.randn(_result(s), **draw).to(dtype)
-    if s["out"] == "int8":
+    if s["out"] is None:
         kwargs |= {"out_scale": number(0.1, 0.2), "out_zero": number(-40, 40).round_()}
     return Case(args, kwargs)
 
@@ -100,7 +100,7 @@ def backward_cost(s: Shape, dtype: torch.dtype) -> Cost:
 
 
 def int8_cost(s: Shape, dtype: torch.dtype) -> Cost:
-    return _cost(s, 1, {"int8": 1, "int32": 4, "float": dtype.itemsize}[s["out"]])
+    return _cost(s, 1, {None: 1, "int32": 4, "float": dtype.itemsize}[s["out"]])
 
 
 def linear_cost(s: Shape, dtype: torch.dtype) -> Cost:
