@@ -1,8 +1,8 @@
 """Lists what tests, the AOT gate and the benchmarks run of L1 products: shapes, tolerances, costs, launches.
 
 A shape is `x` (B, C, H, W), or (.., K) of a linear layer, `o`, the channels of y, and of a convolution its geometry as
-`torch.nn.Conv2d` has it. Of codes it is also what the result is: `out`, "int32", "float" or None, int8; the activation; and
-`residual`: None, "float" or "int8".
+`torch.nn.Conv2d` has it. Of codes it is also what the result is: `out`, "int32", "float" or None for int8; the
+activation; and `residual`: None, "float" or "int8".
 """
 
 from __future__ import annotations
