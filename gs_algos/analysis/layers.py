@@ -19,6 +19,7 @@ from gs_algos.quant.integer.layers import QuantizedLayer
 from gs_algos.quant.integer.static_quantizer import StaticQuantizer
 from gs_algos.quant.network.layer_plan import LayerPlan, join_rows, layer_rows
 from gs_algos.quant.packed.conv_base import Convolution, channels_fastest
+from gs_algos.quant.packed.float_grid import NAMES
 from gs_algos.quant.packed.module import Packed
 from gs_algos.quant.packed.packable import base_of, matrix_of
 from gs_kernels import unpack_codes
@@ -294,6 +295,9 @@ def _weight_text(module: nn.Module) -> str:
         return str(module.scheme)
     if isinstance(module, Packed):
         whole = module.group_size == module.shape[1]
+        name = NAMES.get(str(module.packed.scale.dtype).removeprefix("torch."), "")
+        if name:
+            return name
         return f"int{module.bits}@channel" if whole else f"int{module.bits}@group:{module.group_size}"
     return str(_float_weight(module).dtype).removeprefix("torch.")
 

@@ -19,6 +19,7 @@ from gs_algos.llm.integrity import part_names
 from gs_algos.llm.load import gguf_skeleton, is_gguf
 from gs_algos.llm.packed_config import METHOD, read_config
 from gs_algos.pipeline.pipeline import INDEX as PIPELINE_FILE
+from gs_algos.quant.packed.float_grid import NAMES
 from gs_algos.quant.packed.module import PackedFormat
 
 WHO = "info"
@@ -97,6 +98,8 @@ def _language_model(folder: Folder) -> str:
 
 
 def _scheme(format: PackedFormat) -> str:
+    if format.scale_dtype in NAMES:
+        return NAMES[format.scale_dtype]
     grain = "channel" if format.group_size == format.shape[1] else f"group:{format.group_size}"
     return f"int{format.bits}@{grain}{':asym' if format.zero is None else ''}"
 

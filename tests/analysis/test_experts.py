@@ -74,13 +74,20 @@ def test_each_expert_is_compared_and_an_idle_one_is_named(net, batches):
 
 
 def test_experts_that_share_a_parameter_are_said_to_stay_float(stacked):
-    new = gs_algos.quantize_weights(copy.deepcopy(stacked), "int4@group:32", progress=False)
+    rules = [("re:.*experts.*", None)]
+    new = gs_algos.quantize_weights(copy.deepcopy(stacked), "int4@group:32", rules=rules, progress=False)
     found = gs_algos.report(stacked, new, windows(), seconds=0.0)
     held = sum(p.numel() for name, p in new.named_parameters() if ".experts." in name)
     assert f"2 parameters of several weights each, such as experts, stay float ({held:,} weights): model.l" in str(
         found
     )
     assert str(found).count("such as experts") == found.html().count("such as experts") == 1
+
+
+def test_stacks_that_are_packed_are_layers_of_the_report(stacked):
+    new = gs_algos.quantize_weights(copy.deepcopy(stacked), "int4@group:32", progress=False)
+    found = gs_algos.report(stacked, new, windows(), seconds=0.0)
+    assert "such as experts, stay float" not in str(found) and "experts.gate_up_proj" in str(found)
 
 
 def test_an_analysis_says_which_experts_it_has_no_scores_of(stacked):

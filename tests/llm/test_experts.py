@@ -15,6 +15,7 @@ from gs_algos.llm.load import load_language_model
 from gs_algos.llm.quantize_checkpoint import quantize_checkpoint
 from gs_algos.quant.packed.experts import PackedExperts, PackedStack
 from gs_algos.quant.packed.module import Packed
+from gs_kernels import dequantize_packed
 from tests.helpers import relative_rms, same_bits
 from tests.nets.language_models import tiny_tokenizer
 
@@ -108,6 +109,10 @@ def test_a_folder_is_packed_as_the_model_is(make: Callable[[], Any], tmp_path: P
     with torch.no_grad():
         assert same_bits(loaded(IDS).logits, model(IDS).logits)
     assert done.after == done.plan.totals.after and not floats_left(loaded)
+    half, _ = load_language_model(tmp_path / "packed", dtype=torch.bfloat16)
+    stacks = [[m.packed for m in one.modules() if isinstance(m, PackedStack)] for one in (loaded, half)]
+    for a, b in zip(*stacks, strict=True):  # tables and divisors, too, keep their dtypes
+        assert same_bits(dequantize_packed(a), dequantize_packed(b))
 
 
 def test_rules_name_experts_and_what_they_keep_is_a_row():

@@ -8,6 +8,7 @@ from torch import Tensor
 from gs_kernels.formats import E2M1, E2M1_MAX, FloatFormat
 
 SCALE_DTYPES = {"mxfp4": torch.float8_e8m0fnu, "nvfp4": torch.float8_e4m3fn}
+NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in SCALE_DTYPES.items()}  # by the dtype of scales
 E4M3_MAX, E4M3_LEAST = 448.0, 2.0**-9
 E8M0_LEAST, E8M0_MOST = 2.0**-127, 2.0**127
 RATIOS = {  # of the scale of `minmax`, that `mse` tries beside it
@@ -23,12 +24,12 @@ _BOUNDS = tuple(
 
 def levels(device: torch.device | str) -> Tensor:
     """Returns the values of the 16 codes, fp32."""
-    return torch.tensor(E2M1, device=device)
+    return torch.tensor(E2M1, dtype=torch.float32, device=device)
 
 
 def nearest_codes(u: Tensor) -> Tensor:
     """Rounds u, fp32 in units of the scale, to the codes of the nearest e2m1: half to even, beyond 6 to 6."""
-    size = torch.bucketize(u.abs().contiguous(), torch.tensor(_BOUNDS, device=u.device), out_int32=True)
+    size = torch.bucketize(u.abs().contiguous(), torch.tensor(_BOUNDS, dtype=u.dtype, device=u.device), out_int32=True)
     return (size + 8 * (u < 0)).to(torch.uint8)
 
 

@@ -118,11 +118,11 @@ class PackedFormat:
             codes=torch.empty(codes_shape(CANONICAL, n, k, self.bits), dtype=torch.uint8, device=device),
             scale=torch.empty(grouped, dtype=dtype, device=device),
             zero=torch.empty(grouped, dtype=dtype, device=device) if self.zero is None else self.zero,
-            levels=torch.empty(2**self.bits, device=device) if self.levels else None,
+            levels=torch.empty(2**self.bits, dtype=torch.float32, device=device) if self.levels else None,
             bits=self.bits,
             shape=self.shape,
             group_size=self.group_size,
-            divisor=torch.empty(self.divisors, device=device) if self.divisors else None,
+            divisor=torch.empty(self.divisors, dtype=torch.float32, device=device) if self.divisors else None,
         )
 
 

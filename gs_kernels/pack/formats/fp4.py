@@ -94,7 +94,7 @@ def _made(who: str, codes: Tensor, scale: Tensor, size: int, divisor: Tensor | N
         raise ValueError(
             f"{who}: {name} of [{n}, {k}] must have a scale for every {size} inputs, got scales {list(scale.shape)}"
         )
-    table = torch.tensor(E2M1, device=codes.device)
+    table = torch.tensor(E2M1, dtype=torch.float32, device=codes.device)
     weight = PackedWeight(codes.contiguous(), scale.contiguous(), 0.0, table, 4, (n, k), size, divisor=divisor)
     return checked(who, weight, name)
 
