@@ -60,8 +60,8 @@ class HeadsConfig(PruningConfig):
         importance: `gates`, trained beside the weights for `select_steps`; or `gradient`, from some batches, by
             `calibrate` or by `select_steps` batches of your own loss, while the weights stand still.
         select_steps: optimizer steps before the heads are chosen.
-        lr: learning rate of a; None: max(0.05, 16 / select_steps), at most 0.5. Gates that are to close must get from 3 to
-            -3 and have time to settle.
+        lr: learning rate of a; None: max(0.05, 16 / select_steps), at most 0.5. Gates that are to close must get from 3
+            to -3 and have time to settle.
     """
 
     scope: str = "global"

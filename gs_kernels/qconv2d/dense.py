@@ -14,7 +14,6 @@ from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.qconv2d.geometry import ConvGeometry
 from gs_kernels.runtime.device import convolves_in_fp32
 
-
 Convolves: TypeAlias = Callable[[Tensor, Tensor | None, tuple[int, int]], Tensor]  # of the image, bias and padding
 
 
