@@ -19,8 +19,8 @@ from gs_algos.quant.integer.prepared_call import PreparedConv, cached, kind_of
 from gs_algos.quant.integer.quantized_tensor import (
     QuantizedTensor,
     dequantized,
+    laid_values,
     may_return_int8,
-    on_values,
     plain,
     values,
 )
@@ -42,6 +42,7 @@ from gs_kernels import (
 from gs_kernels.for_layers import (
     LARGEST_GROUP,
     Int8Convolution,
+    noted,
     prepared_qconv2d_int8,
     prepared_qmatmul,
     prepared_qmatmul_int8,
@@ -228,7 +229,8 @@ class QuantizedLinear(QuantizedLayer):
         if quantizer is None or self.integer_refusals(x.device):
             floats = prepared_qmatmul(torch.empty(x.shape, dtype=x.dtype, device=x.device), self.packed, self.bias)
             multiply = None if floats is None else floats.at(x.shape, x.dtype)
-            return None if multiply is None else lambda x: on_values(multiply, x if quantizer is None else quantizer(x))
+            operand = laid_values if quantizer is None else lambda x: laid_values(quantizer(x))
+            return None if multiply is None else lambda x: noted(multiply, operand(x))
         scale, codes = quantizer.scale, quantizer.codes_like(x, self._producer_grids)
         product = prepared_qmatmul_int8(
             torch.empty(x.shape, dtype=torch.int8, device=x.device),

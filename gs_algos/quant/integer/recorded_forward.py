@@ -52,7 +52,8 @@ class RecordsForward(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if len(args) == 1 and not kwargs else None
-        kind = kind_of(x) if type(x) in PLAIN and recording.calls is None else None  # type: ignore[arg-type]
+        recordable = type(x) in PLAIN and x.is_cpu and recording.calls is None  # type: ignore[union-attr]
+        kind = kind_of(x) if recordable else None  # type: ignore[arg-type]
         if kind is None or function_modes() or has_global_hooks():
             return super().__call__(*args, **kwargs)
         assert x is not None

@@ -127,7 +127,7 @@ def choose_int8_flow(model: nn.Module, row: PlanRow[LayerPlan]) -> PlanRow[Layer
 def enable_int8_flow(model: nn.Module, rows: Sequence[PlanRow]) -> None:
     """Makes layers emit int8 to their consumers or on the grids of adds, and wait for the adds behind them.
 
-    A network of 8-bit convolutions then runs as it is recorded.
+    A network of convolutions then runs as it is recorded.
     """
     for join in join_rows(rows):
         for name in join.settings.int8_inputs:
@@ -144,8 +144,7 @@ def enable_int8_flow(model: nn.Module, rows: Sequence[PlanRow]) -> None:
             layer.output_quantizer.emits_int8 = True  # type: ignore[union-attr]
         layer.defers_add, layer.output_as_it_lies = plan.epilogue.defers_add, plan.flow.as_it_lies
         layer.notes = plan.notes
-    convs = [m for m in model.modules() if isinstance(m, QuantizedConv)]
-    if any(not conv.integer_refusals(conv.packed.device) for conv in convs):
+    if any(isinstance(module, Convolution) for module in model.modules()):
         record_forwards(model)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gs_algos import SimQAT
+from gs_algos import SLB, SimQAT
 from gs_algos.demo import models
 from gs_algos.quant.integer import recorded_forward
 from gs_algos.quant.integer.layers import QuantizedConv
@@ -153,6 +153,18 @@ def test_layers_left_in_float_are_part_of_a_recording(inplace: bool, left: tuple
     floating: Any = net.fc if not left else net.convs[left[0]]
     floating.weight.mul_(2)  # sees that it changed
     assert same_bits(net(x), plain(net, x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("algo", [SimQAT(weight="int4@channel", act=None), SLB(weight="1bit@channel", total_steps=1)])
+def test_networks_of_weights_alone_are_recorded(algo: Any):
+    x = drawn(2, 3, 9, 9, seed=1)
+    net = algo.apply(PartlyFloat(True).eval(), x)
+    net.train()(x)
+    algo.step()
+    net = algo.convert(net.eval())
+    assert is_recorded(net, x) and not runs_layers(net, x)
+    assert same_bits(net(3 * x), plain(net, 3 * x))
 
 
 @torch.no_grad()
