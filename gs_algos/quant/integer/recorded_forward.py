@@ -252,6 +252,8 @@ def _replay_of(calls: Sequence[Any], x: Tensor, y: Tensor, constants: Sequence[T
             if any(t.data_ptr() not in known for t in _reads(call)):
                 raise UnsuitableError("a call reads what no call wrote")
             known.add(call.y.data_ptr())
+    if y.data_ptr() not in known:
+        raise UnsuitableError("no call wrote the result")
     result, given = _Place.of(y), x.data_ptr()
     memory: list[Tensor] = []  # of calls that are done
 
