@@ -14,7 +14,8 @@ from gs_algos.analysis.layer_forms import FLOAT, on_grid
 
 READ_AS_FLOATS = "codes read as floats"  # outputs of layers on a grid that are followed by one that reads floats
 CALLS = {True: "calls on a grid", False: "calls of weights alone"}
-MIXED = (READ_AS_FLOATS, *CALLS.values())
+FLOATS = "calls of floats beside others"  # which run as recorded, as those of a float network do not
+MIXED = (READ_AS_FLOATS, *CALLS.values(), FLOATS)
 TRUST = 0.1  # in what is known of networks with one form: the weight of its relative error beside that of a network
 STRANGE = 0.05  # relative error from which a network counts less: something else ran beside it
 ROUNDS = 5
@@ -48,6 +49,8 @@ def shares(
         found[calls] = found.get(calls, 0.0) + len(mine) / len(weights)
         read = (outputs(mine) - outputs(handing)) / (outputs(weights) or 1)
         found[READ_AS_FLOATS] = found.get(READ_AS_FLOATS, 0.0) + read
+    if found:
+        found[FLOATS] = sum(policy.get(name, FLOAT) == FLOAT for name in weights) / len(weights)
     return found
 
 
