@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gs_algos.quant.integer.prepared_call import PREPARED, cached, kind_of
 from gs_kernels import adder_conv2d, adder_int8, choose_qparams
+from gs_kernels.for_layers import prepared_adder_int8
 
 LOWEST, HIGHEST = -128, 127
 MOMENTUM = 0.1  # of what a batch tells of the range of inputs
@@ -149,10 +152,22 @@ class AdderConv2dInt8(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         codes = to_codes(x, self.scale, self.zero).to(torch.int8)
-        where: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        y = adder_int8(codes, self.weight, self.scale, zero=self.zero, dtype=x.dtype, **where)
+        prepares = kind_of(x) is not None and type(codes) is Tensor and codes.numel() > 0
+        ready = cached(self, (x.dtype, x.device), (), self._prepare, codes, x.dtype) if prepares else None
+        y = self._sums(adder_int8, codes, x.dtype) if ready is None else ready(codes)
         y = y.contiguous()
         return y if self.bias is None else y + self.bias[:, None, None]
+
+    def _sums(self, function: Callable[..., Any], codes: Tensor, dtype: torch.dtype, **more: Any) -> Any:
+        where: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        return function(codes, self.weight, self.scale, zero=self.zero, dtype=dtype, **where, **more)
+
+    def _prepare(self, codes: Tensor, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+        nothing = {"bias": None, "activation": "none", "out_scale": None, "out_zero": None}
+        return self._sums(prepared_adder_int8, codes, dtype, **nothing)  # type: ignore[no-any-return]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in super().__getstate__().items() if key != PREPARED}
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"

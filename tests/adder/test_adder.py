@@ -172,6 +172,18 @@ def test_the_converted_network_is_the_trained_one_and_saved_so(tmp_path, int8):
         assert torch.equal(loaded(images(4)), want)
 
 
+@torch.no_grad()
+def test_a_prepared_layer_sees_a_change_of_its_weight_and_is_copied():
+    model, algo = prepared(int8=True)
+    model.train()(images())
+    layer: Any = algo.convert(model.eval(), images()).a
+    x = images(1)[:, :1].repeat(1, 8, 1, 1)
+    before = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), before)
+    layer.weight.copy_(layer.weight.flip(0))
+    assert torch.equal(layer(x), before.flip(1)) and not torch.equal(before, before.flip(1))
+
+
 def test_a_copy_trains_on_alone():
     model, _ = prepared(int8=True)
     twin = copy.deepcopy(model)
