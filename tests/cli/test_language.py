@@ -340,8 +340,8 @@ def test_a_run_that_is_stopped_leaves_nothing_and_can_be_run_again(
             raise KeyboardInterrupt
         return original(*args)
 
-    original = checkpoint.round_to_nearest
-    monkeypatch.setattr(checkpoint, "round_to_nearest", stopped)
+    original = checkpoint.rounded
+    monkeypatch.setattr(checkpoint, "rounded", stopped)
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(source, target, "int4@channel", progress=False)
     assert list(tmp_path.iterdir()) == []
