@@ -207,7 +207,7 @@ class DeferredOutput(VirtualTensor):
     def of(result: Tensor, strides: tuple[int, ...]) -> DeferredOutput:
         """Wraps a computed result whose memory order differs from the strides that readers see."""
         y = DeferredOutput(None, (result.shape, strides, result.dtype, result.device))
-        y._result = result
+        y._result = _unwrapped(result)
         return y
 
     def watch(self, wrap: Callable[[Any], Any]) -> None:
@@ -224,7 +224,7 @@ class DeferredOutput(VirtualTensor):
     def values(self) -> Tensor:
         """Returns the values with the strides they were computed in; computed once."""
         if self._result is None:
-            self._result = self._run(self._residual, self._activation, None)
+            self._result = _unwrapped(self._run(self._residual, self._activation, None))
             self._residual = None
         return self._result
 
@@ -281,6 +281,11 @@ class DeferredOutput(VirtualTensor):
             if joined is not None:
                 return DeferredOutput(x._run, *joined)
         return _on_values(func, args, kwargs)
+
+
+def _unwrapped(y: Tensor) -> Tensor:
+    """Returns what an output quantizer gave while a forward is recorded, and other results as they are."""
+    return y.values() if type(y) is DeferredOutput else y
 
 
 @cache
@@ -432,7 +437,7 @@ def plain(y: Tensor, strides: tuple[int, ...]) -> Tensor:
 
     While a forward is recorded a tensor stands for it that sees what becomes of its values.
     """
-    y = _laid(y, strides)
+    y = _laid(_unwrapped(y), strides)
     if recording.calls is None:
         return y
     stands = DeferredOutput.of(y, strides)

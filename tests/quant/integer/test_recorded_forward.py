@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -153,6 +154,18 @@ def test_layers_left_in_float_are_part_of_a_recording(inplace: bool, left: tuple
     floating: Any = net.fc if not left else net.convs[left[0]]
     floating.weight.mul_(2)  # sees that it changed
     assert same_bits(net(x), plain(net, x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(4))
+def test_a_network_with_any_of_its_layers_in_float_is_recorded(seed: int):
+    draw = random.Random(seed)
+    built = models.build("resnet20", in_channels=3, num_classes=10, image_size=12).to(memory_format=torch.channels_last)
+    left = [name for name, m in built.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and draw.random() < 0.3]
+    net = converted(built, 2, 3, 12, 12, rules=[(name, None) for name in left])
+    x = drawn(2, 3, 12, 12, seed=1).contiguous(memory_format=torch.channels_last)
+    assert left and is_recorded(net, x) and not runs_layers(net, x)
+    assert same_bits(net(3 * x), plain(net, 3 * x))
 
 
 @torch.no_grad()
