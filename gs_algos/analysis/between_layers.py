@@ -14,8 +14,9 @@ from gs_algos.analysis.layer_forms import FLOAT, on_grid
 
 READ_AS_FLOATS = "codes read as floats"  # outputs of layers on a grid that are followed by one that reads floats
 CALLS = {True: "calls on a grid", False: "calls of weights alone"}
+ROUNDED = "floats read as codes"  # outputs of other layers that are followed by one on a grid
 FLOATS = "calls of floats beside others"  # which run as recorded, as those of a float network do not
-MIXED = (READ_AS_FLOATS, *CALLS.values(), FLOATS)
+MIXED = (READ_AS_FLOATS, ROUNDED, *CALLS.values(), FLOATS)
 TRUST = 0.1  # in what is known of networks with one form: the weight of its relative error beside that of a network
 STRANGE = 0.05  # relative error from which a network counts less: something else ran beside it
 ROUNDS = 5
@@ -51,15 +52,19 @@ def shares(
         found[READ_AS_FLOATS] = found.get(READ_AS_FLOATS, 0.0) + read
     if found:
         found[FLOATS] = sum(policy.get(name, FLOAT) == FLOAT for name in weights) / len(weights)
+        rounded = [name for name, after in followers.items() if not _on_grid(policy, name) and _on_grid(policy, after)]
+        found[ROUNDED] = outputs(rounded) / (outputs(weights) or 1)
     return found
 
 
 def _hands_on(choice: str, after: str | None, policy: Mapping[str, str]) -> bool:
     """Says whether a layer saves the time that it saves in a network of its choice alone."""
-    if not on_grid(choice) or after is None:
-        return True
-    reader = policy.get(after, FLOAT)
-    return reader != FLOAT and on_grid(reader)
+    return not on_grid(choice) or after is None or _on_grid(policy, after)
+
+
+def _on_grid(policy: Mapping[str, str], name: str | None) -> bool:
+    choice = FLOAT if name is None else policy.get(name, FLOAT)
+    return choice != FLOAT and on_grid(choice)
 
 
 def fit(

@@ -33,7 +33,7 @@ from gs_algos.core.timing import time_in_turns
 
 CHOICES = ("int8@channel/int8@tensor", "int8@channel", "int4@channel", "int2@channel", "int1@channel")
 POLICIES = 5  # random ones that are timed
-FITTED = 2  # networks with random choices, for each choice, that what lies between layers is fitted to
+FITTED = 4  # networks with random choices, for each choice, that what lies between layers is fitted to
 FEW = 4  # names that a line lists
 BAR = 0.1  # the median error of predictions beyond which they are not to be trusted
 

@@ -129,7 +129,7 @@ def test_what_lies_between_layers_is_fitted_to_mixed_networks():
     policies = [dict.fromkeys(weights, choice) for choice in choices]
     policies += [{name: draw.choice(("float", *choices)) for name in weights} for _ in range(12)]
     found = [shares(policy, weights, lambda choice: list(weights)) for policy in policies]
-    true = dict(zip((*choices, *MIXED), (-5.0, -4.0, 2.0, 1.5, 0.5, -0.5, -1.0), strict=True))
+    true = dict(zip((*choices, *MIXED), (-5.0, -4.0, 2.0, 1.5, 0.8, 0.5, -0.5, -1.0), strict=True))
     between = [sum(true[key] * share for key, share in row.items()) for row in found]
     known = {choice: between[i] for i, choice in enumerate(choices)}
     rows = found, known, between, [20 + ms for ms in between]
