@@ -406,8 +406,13 @@ def _recorded_in_place(func: Any, x: DeferredOutput, args: tuple[Any, ...], kwar
     assert recording.calls is not None
     first = x._result = x.recorded = laid_values(x)
     given, named = tuple(map(laid_values, args)), {key: laid_values(value) for key, value in kwargs.items()}
-    made = any(not isinstance(call, Refusal) and call.y.data_ptr() == first.data_ptr() for call in recording.calls)
-    if not made or torch.Tag.nondeterministic_seeded in func.tags:
+    own = first.untyped_storage().data_ptr()
+    made = [call for call in recording.calls if not isinstance(call, Refusal)]
+    # what starts with a view was there before, such as a part of the network's input
+    whole = next((call for call in made if call.y.untyped_storage().data_ptr() == own), None)
+    reads = whole.args if isinstance(whole, OperationCall) else ()
+    old = any(isinstance(t, Tensor) and t.untyped_storage().data_ptr() == own for t in reads)
+    if whole is None or old or torch.Tag.nondeterministic_seeded in func.tags:
         _refuse_recording(str(func))
     func(first, *given, **named)
     recording.calls.append(OperationCall(func, (first, *given), named, first))

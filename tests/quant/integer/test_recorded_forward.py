@@ -316,6 +316,12 @@ class WritesInPlace(Net):
         return super().body(x.clamp_(-1, 1))
 
 
+class WritesIntoAView(Net):
+    def body(self, x: Tensor) -> Tensor:
+        x[:, 1:].mul_(2)
+        return super().body(x)
+
+
 class LooksAtValues(Net):
     def body(self, x: Tensor) -> Tensor:
         y = super().body(x)
@@ -329,7 +335,19 @@ class GivesMore(Net):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "kind", [Branches, BranchesInside, Keeps, KeepsElsewhere, Counts, Draws, WritesInPlace, LooksAtValues, GivesMore]
+    "kind",
+    [
+        Branches,
+        BranchesInside,
+        Keeps,
+        KeepsElsewhere,
+        Counts,
+        Draws,
+        WritesInPlace,
+        WritesIntoAView,
+        LooksAtValues,
+        GivesMore,
+    ],
 )
 def test_what_depends_on_more_than_the_form_of_the_input_is_not_recorded(kind: type[Net]):
     net = converted(kind(), 2, 3, 9, 9)
