@@ -85,12 +85,14 @@ SETTINGS = {
     "scop-45-slb-w2": replace(_search("2bit@channel"), after="scop-45"),
     "slb-w4a4": _search("4bit@channel", "uint4@tensor:pact", rules=(("re:stem.*|embed", {"act": "int8@tensor:ema"}),)),
 }
+PKKD = {"train_teacher": True, "features": 1.0, "kind": "kernel"}  # a twin beside, compared through kernels
 TEACHERS: dict[str, dict[str, Any]] = {"distill": {}, "distill-t1": {"temperature": 1.0}}
 SETTINGS |= {
     f"{prefix}-{name}": replace(SETTINGS[name], distill=options)
     for prefix, options in TEACHERS.items()
     for name in ("simqat-w2a8", "slb-w1", "scop-45", "ghost-2", "adder")
 }
+SETTINGS["pkkd-adder"] = replace(SETTINGS["adder"], distill=PKKD)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -29,7 +29,7 @@ from gs_algos.demo.data import ImageData, batches_per_epoch, load_data, train_ba
 from gs_algos.demo.models import build, check_name
 from gs_algos.demo.train import TrainConfig, accuracy, predict, train
 from gs_algos.demo.training_defaults import float_training, tuning_training
-from gs_algos.distill.teacher import frozen_copy
+from gs_algos.distill.teacher import teacher_from
 from gs_algos.pipeline.pipeline import Pipeline, Stage
 from gs_algos.pipeline.recipe import TEACHER, Recipe, StageRecipe, make_algorithm, read_recipe
 from gs_algos.pruning.pruner import Pruner
@@ -104,7 +104,10 @@ def run_compress(
         tunes = [_tune(recipe, number, data) for number in range(len(recipe.stage))]
     steps = [batches_per_epoch(data, tune.batch_size) for tune in tunes]
     pairs = zip(recipe.stage, named, strict=True)
-    teachers = [other or (None if stage.distill is None else frozen_copy(net)) for stage, other in pairs]
+    teachers = [
+        other or (None if stage.distill is None else teacher_from(net, stage.distill.get("train_teacher", False)))
+        for stage, other in pairs
+    ]
     stages = zip(recipe.stage, steps, teachers, strict=True)
     pipeline = Pipeline([make_algorithm(*stage) for stage in stages], out / "stages")
     for number, algorithm in enumerate(pipeline.algorithms, 1):

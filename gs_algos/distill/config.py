@@ -31,6 +31,8 @@ class DistillConfig(AlgorithmConfig):
         axis: of the classes in the logits; 1 for a segmentation of images.
         teacher_rows: inputs of the batch that the teacher sees at a time, so that its logits are never held whole;
             None: all of them.
+        train_teacher: train the teacher at the same time, by your own loss on what it returns; nothing flows from the
+            student to it. Its tensors are then tensors of the prepared network.
     """
 
     logits: float = 0.9
@@ -42,6 +44,7 @@ class DistillConfig(AlgorithmConfig):
     standardize: bool = False
     axis: int = -1
     teacher_rows: int | None = None
+    train_teacher: bool = False
 
     who: ClassVar[str] = "Distill"
 
@@ -57,6 +60,13 @@ class DistillConfig(AlgorithmConfig):
             raise ValueError(
                 "Distill: teacher_rows must be >= 1, and features 0, which need all rows at once, got "
                 f"teacher_rows={self.teacher_rows}, features={self.features}"
+            )
+        if not isinstance(self.train_teacher, bool):
+            raise ValueError(f"Distill: train_teacher must be True or False, got {self.train_teacher!r}")
+        if self.train_teacher and self.teacher_rows is not None:
+            raise ValueError(
+                "Distill: teacher_rows must be None where the teacher is trained, which sees the whole batch, got "
+                f"{self.teacher_rows}"
             )
         if self.kind not in KINDS:
             raise ValueError(f"Distill: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
@@ -83,3 +93,4 @@ class DistillOptions(TypedDict, total=False):
     standardize: bool
     axis: int
     teacher_rows: int | None
+    train_teacher: bool

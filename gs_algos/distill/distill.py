@@ -2,12 +2,15 @@
 
 The loss is `labels * yours + logits * T^2 * KL(teacher || student) + features * (sum over pairs of layers)`. Hinton et
 al. 2015, arXiv:1503.02531; the terms on layers are those of `gs_algos.distill.losses`. The teacher is a frozen copy of
-the network as it was before, unless another is given. Hooks record what the student is given, because a loss sees no
-inputs; `convert` takes off all that was added, and the history is then that of the inner algorithm alone.
+the network as it was before, unless another is given; or one that is trained at the same time, a twin (Xu et al. 2020,
+arXiv:2009.13044). Hooks record what the student is given, because a loss sees no inputs; `convert` takes off all that
+was added, and the history is then that of the inner algorithm alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -35,7 +38,8 @@ from gs_algos.distill.config import DistillConfig, DistillOptions
 from gs_algos.distill.losses import feature_loss, first_projection, logit_sum
 from gs_algos.distill.parts import sum_of_parts
 from gs_algos.distill.recorder import Batch, Recorder, feature_of, recording, remove_recorders
-from gs_algos.distill.teacher import Pairs, check_teacher, frozen_copy, logits_of
+from gs_algos.distill.teacher import Pairs, check_teacher, logits_of, teacher_from
+from gs_algos.distill.twin import Fact, check_trainable, facts_of, hold, release, tie
 from gs_kernels.runtime.torch_private import tree_map_only
 
 PROJECTION, WIDTHS = "distill_projection_{}", "distill_widths_{}"  # parameters of the root of a prepared model
@@ -58,7 +62,7 @@ class Distill(Algorithm):
     Args:
         inner: what compresses the network; None only trains it.
         teacher: runs in eval mode without gradients, and stays as it is; None for a copy of the network, made at
-            `apply`.
+            `apply`. With `train_teacher` it is trained: in the mode of the student, by your own loss.
     """
 
     name: ClassVar[str] = "distill"
@@ -120,6 +124,8 @@ class Distill(Algorithm):
         with ordinary_tensors(), asked_by("Distill.plan"):
             network = network_of(model, "Distill.plan")
             check_teacher(self.config, network, self.teacher, example_inputs, "Distill.plan")
+            if self.config.train_teacher:
+                check_trainable(network if self.teacher is None else self.teacher, "Distill.plan")
         if self.inner is None:
             return Plan(self.name, "", (), ("nothing is compressed: the network is trained by its teacher",))
         return self.inner.plan(model, example_inputs)
@@ -128,7 +134,8 @@ class Distill(Algorithm):
         """Copies the teacher if none was given, has the inner algorithm prepare the live model, and adds its hooks.
 
         Where channels of compared layers differ, and for kind `kernel`, the root of the model gets parameters, for an
-        optimizer that is made after this; `feature_parameters()` returns them.
+        optimizer that is made after this; `feature_parameters()` returns them. So it gets the parameters of a teacher
+        that is trained, which are those of the teacher itself.
 
         Raises:
             RuntimeError: if the model is already prepared or converted by the inner algorithm.
@@ -143,16 +150,21 @@ class Distill(Algorithm):
             raise RuntimeError(f"{who}: the model is still prepared by {history(network)[-1]['algorithm']}; convert it")
         with ordinary_tensors(), asked_by(who):
             pairs, channels = check_teacher(self.config, network, self.teacher, example_inputs, who)
-            teacher = frozen_copy(network) if self.teacher is None else self.teacher
+            teacher = teacher_from(network, self.config.train_teacher) if self.teacher is None else self.teacher
+            twin: list[Fact] = []
+            if self.config.train_teacher:
+                check_trainable(teacher, who)
+                twin = facts_of(network_of(teacher, f"{who}: teacher"))
             with all_or_nothing(network):
                 if self.inner is not None:
                     model = self.inner.apply(model, example_inputs)
                 prepared = network_of(model, who)
                 shapes = _parameter_shapes(self.config.kind, pairs, channels)
                 _add_parameters(prepared, shapes)
+                hold(prepared, twin, network_of(teacher, f"{who}: teacher"))
                 self._copied, self.teacher = self._copied or self.teacher is None, teacher
                 self._bind(prepared, pairs)
-                facts = {"pairs": [list(pair) for pair in pairs], "parameters": shapes}
+                facts = {"pairs": [list(pair) for pair in pairs], "parameters": shapes, "twin": twin}
                 self._history = self.remember(prepared, "prepared", **facts)
         self._steps = 0
         return model
@@ -173,17 +185,24 @@ class Distill(Algorithm):
     def loss(self, fn: Loss) -> Loss:
         """Returns the loss to train with: called as `fn`, once behind each forward of the model, with what it returned.
 
-        With `target=None` there is no term on labels. Of language models a position counts where the student's input
-        `attention_mask` is not 0. While SCOP decides what to cut, only logits are distilled.
+        A teacher that is trained adds `fn` of what it returns itself, and needs targets. With `target=None` there is no
+        term on labels. Of language models a position counts where the student's input `attention_mask` is not 0. While
+        SCOP decides what to cut, only logits are distilled, and no teacher is trained.
 
         Raises:
             RuntimeError: when it is called, if no forward came before or `apply` was not called, or no gradient reaches
                 a compared layer.
-            ValueError: when it is called, if the outputs are not those of the model.
+            ValueError: when it is called, if the outputs are not those of the model, or a teacher that is trained gets
+                no targets.
         """
 
         def distilled(output: Any, target: Any = None, *args: Any, **options: Any) -> Tensor:
-            total = self._distilled(output)
+            if self.config.train_teacher and target is None:
+                raise ValueError(
+                    "Distill.loss: a teacher that is trained must have targets, got None; give them, or leave "
+                    "train_teacher out"
+                )
+            total = self._distilled(output, lambda taught: fn(taught, target, *args, **options))
             if self.config.labels and target is not None:
                 total = total + self.config.labels * fn(output, target, *args, **options)
             return total
@@ -191,23 +210,29 @@ class Distill(Algorithm):
         own = cast(Loss, distilled)
         return own if self.inner is None else self.inner.loss(own)
 
-    def _distilled(self, output: Any) -> Tensor:
-        """Returns the terms on logits and on features."""
+    def _distilled(self, output: Any, own: Callable[[Any], Tensor]) -> Tensor:
+        """Returns the terms on logits and on features. own: the loss of a teacher that is trained, which is added."""
         model = self._require_bound("loss")
         seen = self._recorder
         if seen.inputs is None:
             raise RuntimeError("Distill.loss: a forward of the model must come before, got none; call net(x) first")
         logits = logits_of(output, "Distill.loss")
-        pairs = () if getattr(self.inner, "selecting", False) else self._pairs
+        selecting = getattr(self.inner, "selecting", False)
+        pairs = () if selecting else self._pairs
         teacher, sites = self._teacher_on(logits.device), dict.fromkeys(theirs for _, theirs in pairs)
         with recording(teacher, sites) as taught:
-            total = self.config.logits * self._logit_term(logits, teacher, seen.inputs)
+            if self.config.train_teacher and not selecting:
+                args, options = seen.inputs
+                answer = teacher.train(model.training)(*args, **options)
+                total = self._logit_term(logits, lambda *_, **__: answer, seen.inputs) + own(answer)
+            else:
+                total = self._logit_term(logits, partial(_asked, teacher), seen.inputs)
         with without_autocast():
-            for number, (own, theirs) in enumerate(pairs):
-                student = feature_of(seen.features.get(own), own, "Distill.loss")
+            for number, (mine, theirs) in enumerate(pairs):
+                student = feature_of(seen.features.get(mine), mine, "Distill.loss")
                 if torch.is_grad_enabled() and not student.requires_grad:
                     raise RuntimeError(
-                        f"Distill.loss: a gradient must reach the layers that are compared, got none at {own}; in "
+                        f"Distill.loss: a gradient must reach the layers that are compared, got none at {mine}; in "
                         "gradient checkpointing set use_reentrant=False"
                     )
                 parameters = (model._parameters.get(name.format(number)) for name in (PROJECTION, WIDTHS))
@@ -216,8 +241,8 @@ class Distill(Algorithm):
                 total = total + self.config.features * term
         return total
 
-    def _logit_term(self, logits: Tensor, teacher: nn.Module, inputs: Batch) -> Tensor:
-        """Runs the teacher on the inputs, some at a time if the options say so; returns the term on logits."""
+    def _logit_term(self, logits: Tensor, ask: Callable[..., Any], inputs: Batch) -> Tensor:
+        """Asks the teacher on the inputs, some at a time if the options say so; returns the weighted term on logits."""
         axis, count, rows = self.config.axis, len(logits), self.config.teacher_rows
         mask = inputs[1].get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.shape == logits.movedim(axis, -1).shape[:-1] else None
@@ -227,8 +252,7 @@ class Distill(Algorithm):
 
         def term(student: Tensor, part: slice) -> Tensor:
             args, options = tree_map_only(Tensor, lambda t: part_of(t, part), inputs)
-            with evaluating(teacher):
-                taught = logits_of(teacher(*args, **options), "Distill.loss: teacher").detach()
+            taught = logits_of(ask(*args, **options), "Distill.loss: teacher").detach()
             if taught.shape != student.shape:
                 raise ValueError(
                     "Distill.loss: the outputs must be what the model returned in its last forward, of the teacher's "
@@ -242,7 +266,8 @@ class Distill(Algorithm):
                 return logit_sum(own, wanted, self.config.temperature, self.config.standardize, own_mask)
 
         total = term(logits, slice(None)) if rows is None else sum_of_parts(logits, term, rows)
-        return total / (logits.movedim(axis, -1)[..., 0].numel() if mask is None else mask.sum().clamp(min=1))
+        rows_in_all = logits.movedim(axis, -1)[..., 0].numel() if mask is None else mask.sum().clamp(min=1)
+        return self.config.logits * (total / rows_in_all)
 
     def _teacher_on(self, device: torch.device) -> nn.Module:
         """Returns the network of the teacher, on a device: a copy of ours moves there, one that was given must be."""
@@ -252,6 +277,9 @@ class Distill(Algorithm):
                 "that it began with"
             )
         network = network_of(self.teacher, "Distill.loss: teacher")
+        if self.config.train_teacher:
+            tie(self._require_bound("loss"), self._history["twin"], network, "Distill.loss")
+            return network
         if device_of(network) not in (None, device):
             if not self._copied:
                 raise ValueError(
@@ -289,6 +317,7 @@ class Distill(Algorithm):
             remove_recorders(network)
             for name in entry["parameters"]:
                 del network._parameters[name]
+            release(network, entry.get("twin", []))
             if self.inner is not None:
                 network = self.inner.convert(network, example_inputs, **options)
             else:
@@ -306,7 +335,8 @@ class Distill(Algorithm):
     def resume(cls, model: nn.Module) -> Self:
         """Returns the algorithm of a prepared model that `load` gave back, at the step where it was saved.
 
-        A checkpoint holds no teacher: set `teacher` to the network that the training began with.
+        A checkpoint holds no teacher: set `teacher` to the network that the training began with. Of one that is trained
+        it holds the tensors: set `teacher` to a network of its form, which then computes with them.
 
         Raises:
             RuntimeError: if the model was not saved while prepared.
@@ -331,6 +361,7 @@ class Distill(Algorithm):
     def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
         if entry["stage"] == "prepared":
             _add_parameters(model, entry["parameters"])
+            hold(model, entry.get("twin", []))
         return model
 
     def remember(self, *args: Any, **facts: Any) -> dict[str, Any]:
@@ -348,6 +379,12 @@ class Distill(Algorithm):
                 f"Distill.{method}: must come between apply and convert; call apply(model, inputs) first"
             )
         return self._model
+
+
+def _asked(teacher: nn.Module, *args: Any, **options: Any) -> Any:
+    """Returns what a teacher gives in eval mode, without gradients."""
+    with evaluating(teacher):
+        return teacher(*args, **options)
 
 
 def _parameter_shapes(kind: str, pairs: Pairs, channels: dict[str, tuple[int, int]]) -> dict[str, list[int]]:

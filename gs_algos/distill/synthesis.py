@@ -23,7 +23,7 @@ from gs_algos.core.network import network_of
 from gs_algos.core.progress import progress
 from gs_algos.core.untouched import untouched
 from gs_algos.distill.generator import SMALLEST, ImageGenerator
-from gs_algos.distill.teacher import frozen_copy, logits_of
+from gs_algos.distill.teacher import logits_of, teacher_from
 from gs_kernels.runtime.torch_private import _BatchNorm
 
 WHO = "Synthesis"
@@ -90,7 +90,7 @@ class Synthesis:
         if len(shape) != 3 or min(shape) < 1 or min(shape[1:]) < SMALLEST:
             raise ValueError(f"{WHO}: shape must be (C, H, W) with at least {SMALLEST} pixels a side, got {shape}")
         self.weights, self.shape, self.batch_size, self.seed = weights, shape, batch_size, as_seed(seed, f"{WHO}: seed")
-        self.teacher = frozen_copy(network_of(teacher, WHO))
+        self.teacher = teacher_from(network_of(teacher, WHO))
         device = device_of(self.teacher) or torch.device("cpu")
         self.classes = self._classes(device)
         with torch.random.fork_rng(devices=[]):

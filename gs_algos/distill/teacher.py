@@ -19,9 +19,11 @@ from gs_algos.distill.recorder import feature_of, recording
 Pairs = tuple[tuple[str, str], ...]
 
 
-def frozen_copy(network: nn.Module) -> nn.Module:
-    """Returns a copy of a network in eval mode, whose parameters take no gradient."""
-    teacher = copy.deepcopy(network).eval().requires_grad_(False)
+def teacher_from(network: nn.Module, trained: bool = False) -> nn.Module:
+    """Returns a copy of a network as its teacher: frozen and in eval mode, or one that is trained as the network is."""
+    teacher = copy.deepcopy(network)
+    if not trained:
+        teacher.eval().requires_grad_(False)
     for parameter in teacher.parameters():
         parameter.grad = None
     return teacher

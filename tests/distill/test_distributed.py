@@ -1,4 +1,4 @@
-"""Two processes that see different data end with the same student and the same projections, under DDP."""
+"""Two processes that see different data end with the same student, twin and projections, under DDP."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _worker(rank: int, rendezvous: str, results: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
     torch.manual_seed(0)
     net, teacher = SmallConvNet(), SmallConvNet()
-    algo = Distill(SimQAT(act="int8@tensor:minmax"), teacher, features=1.0, kind="kernel")
+    algo = Distill(SimQAT(act="int8@tensor:minmax"), teacher, features=1.0, kind="kernel", train_teacher=True)
     net = algo.apply(net, images())
     wrapped = DistributedDataParallel(net)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
@@ -39,9 +39,9 @@ def _worker(rank: int, rendezvous: str, results: str) -> None:
     os._exit(0)
 
 
-def test_ranks_agree_on_the_student_and_the_projections(tmp_path):
+def test_ranks_agree_on_the_student_its_twin_and_the_projections(tmp_path):
     mp.spawn(_worker, (str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=WORLD)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD))
-    assert {"distill_projection_0", "distill_widths_0"} <= first["trained"].keys()
+    assert {"distill_projection_0", "distill_widths_0", "distill_teacher_0"} <= first["trained"].keys()
     assert all(torch.equal(value, second["trained"][name]) for name, value in first["trained"].items())
     assert first["left"] == second["left"] == []

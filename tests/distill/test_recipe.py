@@ -40,6 +40,7 @@ epochs = 1
 options = { weight = "int4@channel" }
 
 [stage.distill]
+train_teacher = true
 temperature = 2.0
 """
 
