@@ -18,14 +18,11 @@ def hadamard_ref(
     y = x.float()
     if signs is not None and not transposed:
         y = y * signs
-    y = y.unflatten(-1, (-1, m, power))
-    y = torch.einsum("...ip,ij->...jp", y, matrix.t() if transposed else matrix)
-    half = 1
-    while half < power:  # sums and differences of elements that are `half` apart
-        a, b = y.unflatten(-1, (-1, 2, half)).unbind(-2)
-        y = torch.stack((a + b, a - b), -2).flatten(-3)
-        half *= 2
-    y = y.flatten(-3) * n**-0.5
+    y = (matrix if transposed else matrix.t()) @ y.reshape(-1, m, power)  # one leading size: quickly traced, if unknown
+    for _ in range(power.bit_length() - 1):  # on neighbours: their place becomes the highest bit of the index
+        a, b = y[..., ::2], y[..., 1::2]
+        y = torch.cat((a + b, a - b), -1)
+    y = y.reshape(x.shape) * n**-0.5
     if signs is not None and transposed:
         y = y * signs
     return y.to(x.dtype)

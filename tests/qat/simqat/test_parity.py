@@ -94,9 +94,9 @@ class Eight(nn.Module):
         return torch.stack([net(x[:, i]) for i, net in enumerate(self.nets)])
 
 
-def test_a_thousand_networks_convert_to_the_same_function():
+def test_two_hundred_networks_convert_to_the_same_function():
     widths = [(f"re:nets.{i}.*", {"weight": f"int{1 + i}@channel"}) for i in range(8)]
-    for seed in range(125):
+    for seed in range(25):
         torch.manual_seed(seed)
         x = torch.randn(4, 8, 6)
         algo = SimQAT(weight="int8@channel", act="int8@tensor:minmax", rules=widths)
