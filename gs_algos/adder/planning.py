@@ -9,8 +9,8 @@ from torch import nn
 
 from gs_algos.adder.config import AdderConfig
 from gs_algos.adder.layers import AdderLayer
-from gs_algos.core.algorithm import Inputs, InputsError, split_inputs
-from gs_algos.core.batches import samples_of
+from gs_algos.core.algorithm import Inputs, split_inputs
+from gs_algos.core.batches import refuse_empty
 from gs_algos.core.layer_rules import resolve
 from gs_algos.core.modules import own_forward
 from gs_algos.core.network import is_compiled
@@ -48,8 +48,7 @@ def make_plan(name: str, config: AdderConfig, model: nn.Module, inputs: Inputs) 
     Raises:
         ValueError: if the inputs hold no sample or do not run through the model, or a rule matches nothing.
     """
-    if not samples_of(inputs):
-        raise InputsError("Adder", "the inputs must hold at least one sample, got an empty batch")
+    refuse_empty(inputs, "Adder")
     graph = capture(model, *split_inputs(inputs))
     _, refusals = match(graph, model)
     refusals = [one for one in refusals if one.pattern == "conv_bn_act"]

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from gs_algos.core.algorithm import Inputs, split_inputs
+from gs_algos.core.algorithm import Inputs, InputsError, split_inputs
 from gs_algos.core.network import network_of
 from gs_kernels.runtime.torch_private import tree_leaves, tree_map_only
 
@@ -62,6 +62,12 @@ def samples_of(inputs: Inputs) -> int:
     """Returns how many samples the inputs of a call hold: the size of the first axis of the first tensor."""
     first = tensor_in(inputs)
     return len(first) if first.dim() else 1
+
+
+def refuse_empty(inputs: Inputs, who: str) -> None:
+    """Raises InputsError if inputs hold no sample."""
+    if not samples_of(inputs):
+        raise InputsError(who, "the inputs must hold at least one sample, got an empty batch")
 
 
 def resized(inputs: Inputs, samples: int) -> Inputs:

@@ -29,11 +29,11 @@ from gs_algos.core.algorithm import (
     resumable_entry,
 )
 from gs_algos.core.batches import device_of
-from gs_algos.core.config import signature_of
 from gs_algos.core.modules import all_or_nothing
 from gs_algos.core.network import network_of, network_to_train, ordinary_tensors, without_autocast
 from gs_algos.core.plan import Plan
 from gs_algos.core.registry import algorithm_class
+from gs_algos.core.training import TrainingAlgorithm
 from gs_algos.distill.config import DistillConfig, DistillOptions
 from gs_algos.distill.losses import feature_loss, first_projection, logit_sum
 from gs_algos.distill.parts import sum_of_parts
@@ -45,7 +45,7 @@ from gs_kernels.runtime.torch_private import tree_map_only
 PROJECTION, WIDTHS = "distill_projection_{}", "distill_widths_{}"  # parameters of the root of a prepared model
 
 
-class Distill(Algorithm):
+class Distill(TrainingAlgorithm):
     """Trains a network, and what an inner algorithm makes of it, to answer as a teacher does.
 
     ```python
@@ -84,14 +84,12 @@ class Distill(Algorithm):
             raise TypeError(f"Distill: inner must be an algorithm that trains, got {type(inner).__name__}")
         if teacher is not None and not isinstance(teacher, nn.Module):
             raise TypeError(f"Distill: teacher must be a nn.Module, got {type(teacher).__name__}")
-        self.config = DistillConfig.choose(config, options)
+        super().__init__(config, **options)
         self.inner, self.teacher = inner, teacher
         self._copied = False  # the teacher is a copy of ours
         self._steps = 0
-        self._model: nn.Module | None = None
         self._pairs: Pairs = ()
         self._recorder = Recorder()
-        self._history: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
         """Gives what only the inner algorithm has."""
@@ -373,13 +371,6 @@ class Distill(Algorithm):
         self._recorder = Recorder(dict.fromkeys(own for own, _ in pairs))
         self._recorder.attach(model)
 
-    def _require_bound(self, method: str) -> nn.Module:
-        if self._model is None:
-            raise RuntimeError(
-                f"Distill.{method}: must come between apply and convert; call apply(model, inputs) first"
-            )
-        return self._model
-
 
 def _asked(teacher: nn.Module, *args: Any, **options: Any) -> Any:
     """Returns what a teacher gives in eval mode, without gradients."""
@@ -405,6 +396,3 @@ def _add_parameters(model: nn.Module, shapes: dict[str, list[int]]) -> None:
     for name, shape in shapes.items():
         value = torch.ones(2) if len(shape) == 1 else first_projection(*shape)
         model.register_parameter(name, nn.Parameter(value.to(device)))
-
-
-Distill.__signature__ = signature_of(Distill)  # type: ignore[attr-defined]

@@ -16,38 +16,26 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
-from typing_extensions import Self, Unpack
+from typing_extensions import Unpack
 
-from gs_algos.core.algorithm import (
-    Algorithm,
-    Inputs,
-    asked_by,
-    evaluating,
-    history,
-    live_entry,
-    prepared_entry,
-    refuse_prepared,
-    resumable_entry,
-    run,
-)
-from gs_algos.core.batches import InputsOf, checked_batches
-from gs_algos.core.config import signature_of
-from gs_algos.core.modules import all_or_nothing, get_module, set_module
-from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
+from gs_algos.core.algorithm import Inputs, asked_by, evaluating, run
+from gs_algos.core.batches import InputsOf, checked_batches, refuse_empty
+from gs_algos.core.modules import get_module, set_module
+from gs_algos.core.network import network_of, ordinary_tensors
 from gs_algos.core.plan import Plan, PlanRow, render_layers, rows_of
 from gs_algos.core.plan_settings import RowSettings
 from gs_algos.core.progress import progress
+from gs_algos.core.training import LayerReplacement
 from gs_algos.core.untouched import untouched
-from gs_algos.fx.capture.tracers import tensors_of
 from gs_algos.ghost.config import GhostConfig, GhostOptions
 from gs_algos.ghost.fit import Moments, OutputWatch, error_of, fitted, moments_of_filters, write
 from gs_algos.ghost.layers import GhostConv2d, can_split
-from gs_algos.ghost.planning import GhostPlan, make_plan, put_in, refuse_empty, why_kept
+from gs_algos.ghost.planning import GhostPlan, make_plan, put_in, why_kept
 
 logger = logging.getLogger(__name__)
 
 
-class Ghost(Algorithm):
+class Ghost(LayerReplacement):
     """Replaces convolutions by ghost layers. Options: those of `GhostConfig`, by keyword.
 
     ```python
@@ -58,8 +46,10 @@ class Ghost(Algorithm):
     ...; algo.step()
     net = algo.convert(net)
     ```
-    The layers are in place from `apply` on, and `convert` only ends the training. What comes next, such as SimQAT, sees
-    plain convolutions and batch norms.
+    `plan` times layers, before and after in turns; a slower one stays unless `force`. The layers are in place from
+    `apply` on, with new parameters, for an optimizer that is made after it, and `convert` only ends the training. A
+    batch norm right behind a replaced convolution becomes two in the ghost layer, and an identity in its place. What
+    comes next, such as SimQAT, sees plain convolutions and batch norms.
 
     errors: layer -> (error of the fit of its filters, error of the fit of its outputs) on the last quarter of the
         batches that `calibrate` was given, as shares of the outputs' variance. The lower one is taken.
@@ -68,58 +58,26 @@ class Ghost(Algorithm):
     name: ClassVar[str] = "ghost"
     row_settings: ClassVar[tuple[type[RowSettings], ...]] = (GhostPlan,)
     config_class: ClassVar[type[GhostConfig]] = GhostConfig
+    layers: ClassVar[str] = "ghost layers"
+    possible: ClassVar[str] = "replaceable"
     config: GhostConfig
 
     def __init__(self, config: GhostConfig | None = None, **options: Unpack[GhostOptions]) -> None:
-        self.config = self.config_class.choose(config, options)
-        self.steps = 0
+        super().__init__(config, **options)
         self.errors: dict[str, tuple[float, float]] = {}
-        self._example: Inputs | None = None
-        self._model: nn.Module | None = None
         self._replaced: dict[str, tuple[nn.Conv2d, str | None, Any]] = {}  # layer -> it, its norm by name, its norm
-        self._history: dict[str, Any] = {}
 
-    def plan(self, model: nn.Module, example_inputs: Inputs) -> Plan:
-        """Lists every convolution, what a ghost layer in its place takes and leaves out, or why it stays.
+    def planned(self, network: nn.Module, example_inputs: Inputs) -> tuple[Plan, dict[str, GhostConv2d]]:
+        return make_plan(self.name, self.config, network, example_inputs)
 
-        Layers are timed, before and after in turns; a slower one stays unless `force`. Touches nothing.
-
-        Raises:
-            ValueError: if the inputs hold no sample or do not run through the model, or a rule matches nothing.
-        """
-        with ordinary_tensors(), asked_by("Ghost.plan"):
-            return make_plan(self.name, self.config, network_of(model, "Ghost.plan"), example_inputs)[0]
-
-    def apply(self, model: nn.Module, example_inputs: Inputs) -> nn.Module:
-        """Puts ghost layers into the live model; their parameters are new, for an optimizer that is made after this.
-
-        A batch norm right behind a replaced convolution becomes two in the ghost layer, and an identity in its place.
-
-        Raises:
-            RuntimeError: if the model is prepared by another algorithm, or was through this one.
-            ValueError: as `plan`, or if no convolution can be replaced. The model is then as it was.
-        """
-        who = "Ghost.apply"
-        network = network_to_train(model, who)
-        refuse_prepared(network, who)
-        if any(entry["algorithm"] == self.name for entry in history(network)):
-            raise RuntimeError(f"{who}: the model must have no ghost layers yet, got one that has; build it anew")
-        with ordinary_tensors(), asked_by(who):
-            plan, made = make_plan(self.name, self.config, network, example_inputs)
-            if not plan.acted():
-                raise ValueError(f"{who}: at least one convolution must be replaceable, got none:\n{plan}")
-            replaced: dict[str, Any] = {}
-            with all_or_nothing(network):
-                for row in plan.acted():
-                    norm = row.settings.norm
-                    bn = None if norm is None else get_module(network, norm)
-                    replaced[row.site] = (get_module(network, row.site), norm, bn)
-                    put_in(network, row.site, made[row.site], norm)
-                self._history = self.remember(network, "prepared", plan.rows)
-        self.steps, self.errors = 0, {}
-        self._model, self._example = network, example_inputs
-        self._replaced = replaced if self.config.fit else {}
-        return model
+    def put_in(self, network: nn.Module, plan: Plan, made: dict[str, GhostConv2d], example_inputs: Inputs) -> None:
+        replaced: dict[str, Any] = {}
+        for row in plan.acted():
+            norm = row.settings.norm
+            bn = None if norm is None else get_module(network, norm)
+            replaced[row.site] = (get_module(network, row.site), norm, bn)
+            put_in(network, row.site, made[row.site], norm)
+        self.errors, self._replaced = {}, replaced if self.config.fit else {}
 
     @property
     def calibrate_first(self) -> bool:
@@ -190,55 +148,24 @@ class Ghost(Algorithm):
                 forward_loop(network)
             for batch in progress(checked_batches(who, () if batches is None else batches), "fitting ghosts"):
                 inputs = inputs_of(batch)
-                refuse_empty(inputs)
+                refuse_empty(inputs, who)
                 run(network, inputs, who)
         return watch.moments()
 
     def step(self) -> None:
-        """Counts optimizer steps. Call it after every one.
-
-        Raises:
-            RuntimeError: if `apply` was not called.
-        """
-        self._require_bound("step")
-        self.steps += 1
+        super().step()
         self._replaced = {}
-        self._history["steps"] = self.steps
 
     def convert(self, model: nn.Module, example_inputs: Inputs | None = None) -> nn.Module:
-        """Ends the training: the layers are already what they will be, so the outputs are those of the trained model.
-
-        Raises:
-            RuntimeError: if the model is not prepared by this algorithm.
-            ValueError: if what it gives on the example inputs is not finite. The model is then as it was.
-        """
-        who = "Ghost.convert"
-        network = network_of(model, who)
-        entry = prepared_entry(network, self.name, who)
+        network = super().convert(model, example_inputs)
         if self._model is None:
-            raise RuntimeError(
-                f"{who}: the model must be the one that the algorithm trains, got another, or it is done; "
-                "use Ghost.resume(model).convert(model, example_inputs)"
-            )
-        example = self._example if example_inputs is None else example_inputs
-        if example is None:
-            raise RuntimeError(f"{who}: a resumed algorithm has no example inputs; give example_inputs")
-        with ordinary_tensors(), asked_by(who), untouched(network), evaluating(network):
-            refuse_empty(example)
-            outputs = tensors_of(run(network, example, who))
-        if not all(bool(t.isfinite().all()) for t in outputs if t.is_floating_point()):
-            raise ValueError(f"{who}: the trained network must give finite outputs, got NaN or Inf")
-        rows = rows_of(entry["plan"], self.row_settings)
-        self.remember(network, "converted", rows, self.steps, errors=entry.get("errors", {}))
-        if network is self._model:  # a copy may be converted while the training of the original goes on
-            self._model, self._replaced = None, {}
+            self._replaced = {}
         return network
 
     def summary(self, model: nn.Module) -> str:
         """Returns a table of the ghost layers: channels computed, parameters before and after, error of the fit."""
         network = network_of(model, "Ghost.summary")
-        entries = [entry for entry in history(network) if entry["algorithm"] == self.name]
-        errors: dict[str, list[float]] = entries[-1].get("errors", {}) if entries else {}
+        errors: dict[str, list[float]] = (self.entry_of(network) or {}).get("errors", {})
         rows = []
         for row in self._rows(network):
             layer = cast(GhostConv2d, get_module(network, row.site))
@@ -253,38 +180,21 @@ class Ghost(Algorithm):
         header = ("layer", "computed", "weights before", "weights", "error", "on data: filters / outputs")
         return render_layers(header, rows)
 
-    @classmethod
-    def resume(cls, model: nn.Module) -> Self:
-        """Returns the algorithm of a prepared model that `load` gave back, at the step where it was saved.
-
-        Raises:
-            RuntimeError: if the model was not saved while prepared.
-        """
-        network = network_of(model, "Ghost.resume")
-        entry = resumable_entry(network, cls.name, "Ghost")
-        algo = cls(GhostConfig.from_dict(entry["config"]))
-        algo._model, algo._history, algo.steps = network, live_entry(network), entry["steps"]
-        algo.errors = {site: (found[0], found[1]) for site, found in entry.get("errors", {}).items()}
-        if algo.config.fit and not algo.steps and not algo.errors:
+    def bind_again(self, model: nn.Module, entry: dict[str, Any]) -> None:
+        super().bind_again(model, entry)
+        self.errors = {site: (found[0], found[1]) for site, found in entry.get("errors", {}).items()}
+        if self.config.fit and not entry["steps"] and not self.errors:
             logger.warning("Ghost.resume: ghosts are fitted to filters alone: a checkpoint has no replaced layers")
-        return algo
 
     @classmethod
     def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
-        for row in rows_of(entry["plan"], cls.row_settings):
-            if isinstance(row.settings, GhostPlan):
-                _restore(model, row)
+        for row in cls.own(rows_of(entry["plan"], cls.row_settings)):
+            _restore(model, row)
         return model
 
     def _rows(self, network: nn.Module) -> list[PlanRow[GhostPlan]]:
-        entry = next((e for e in reversed(history(network)) if e["algorithm"] == self.name), None)
-        rows = [] if entry is None else rows_of(entry["plan"], self.row_settings)
-        return [row for row in rows if isinstance(row.settings, GhostPlan)]
-
-    def _require_bound(self, method: str) -> nn.Module:
-        if self._model is None:
-            raise RuntimeError(f"Ghost.{method}: must come between apply and convert; call apply(model, inputs) first")
-        return self._model
+        entry = self.entry_of(network)
+        return [] if entry is None else self.own(rows_of(entry["plan"], self.row_settings))
 
 
 def _restore(model: nn.Module, row: PlanRow[GhostPlan]) -> None:
@@ -302,6 +212,3 @@ def _restore(model: nn.Module, row: PlanRow[GhostPlan]) -> None:
     with torch.random.fork_rng(devices=[]):
         layer = GhostConv2d(cast(nn.Conv2d, conv), norm, plan.ratio, plan.kernel, plan.ordered)
     put_in(model, row.site, layer, plan.norm)
-
-
-Ghost.__signature__ = signature_of(Ghost)  # type: ignore[attr-defined]

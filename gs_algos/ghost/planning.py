@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gs_algos.core.algorithm import Inputs, InputsError, evaluating, run, split_inputs
-from gs_algos.core.batches import samples_of
+from gs_algos.core.algorithm import Inputs, evaluating, run, split_inputs
+from gs_algos.core.batches import refuse_empty
 from gs_algos.core.layer_rules import resolve
 from gs_algos.core.modules import get_module, own_forward, set_module
 from gs_algos.core.network import is_compiled
@@ -70,7 +70,7 @@ def make_plan(name: str, config: GhostConfig, model: nn.Module, inputs: Inputs) 
     Raises:
         ValueError: if the inputs hold no sample or do not run through the model, or a rule matches nothing.
     """
-    refuse_empty(inputs)
+    refuse_empty(inputs, "Ghost")
     graph = capture(model, *split_inputs(inputs))
     matches, refusals = match(graph, model)
     convs = {site: m for site, m in model.named_modules() if isinstance(m, CONVS)}
@@ -103,12 +103,6 @@ def make_plan(name: str, config: GhostConfig, model: nn.Module, inputs: Inputs) 
     notes = (*graph.notes, *([_changes("the layers that are replaced", *sums)] if made else []))
     ordered = [rows[site] for site in convs] + functions
     return Plan(name, graph.tracer, tuple(ordered), notes), made
-
-
-def refuse_empty(inputs: Inputs) -> None:
-    """Raises ValueError if inputs hold no sample."""
-    if not samples_of(inputs):
-        raise InputsError("Ghost", "the inputs must hold at least one sample, got an empty batch")
 
 
 def why_kept(model: nn.Module, site: str, conv: Any, chosen: Mapping[str, Any] | None) -> str:

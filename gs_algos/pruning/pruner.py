@@ -16,28 +16,23 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from gs_algos.core.algorithm import (
-    Algorithm,
     Inputs,
     Migration,
     asked_by,
     history,
-    live_entry,
-    prepared_entry,
     remember,
-    resumable_entry,
     run,
 )
 from gs_algos.core.batches import InputsOf, checked_batches
-from gs_algos.core.config import signature_of
 from gs_algos.core.input_statistics import InputStatistics
 from gs_algos.core.modules import all_or_nothing, get_module
 from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
 from gs_algos.core.plan import Plan, render_layers, rows_of
 from gs_algos.core.plan_settings import RowSettings
 from gs_algos.core.progress import progress
+from gs_algos.core.training import TrainingAlgorithm
 from gs_algos.pruning.budget import Rates, total_rate
 from gs_algos.pruning.channel_gates import Freezer, GatedLayer, remove_freezers
 from gs_algos.pruning.channel_groups.groups import Group, Groups, refuse_foreign_groups
@@ -53,7 +48,7 @@ logger = logging.getLogger(__name__)
 KEPT = "kept_units"  # buffer on the root of a prepared model: bool [units], which stay
 
 
-class Pruner(Algorithm):
+class Pruner(TrainingAlgorithm):
     """Finds, masks and cuts channels. A subclass says which layers get gates, what a step learns, and the scores."""
 
     row_settings: ClassVar[tuple[type[RowSettings], ...]] = (GroupPlan,)
@@ -61,26 +56,19 @@ class Pruner(Algorithm):
     config_class: ClassVar[type[PruningConfig]] = PruningConfig
     config: PruningConfig
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.__signature__ = signature_of(cls)  # type: ignore[attr-defined]
-
     def __init__(
         self, config: PruningConfig | None = None, *, process_group: dist.ProcessGroup | None = None, **options: Any
     ) -> None:
-        self.config = self.config_class.choose(config, options)
+        super().__init__(config, **options)
         self.process_group = process_group
         self.groups: Groups | None = None
         self.error: float | None = None  # of convert: relative RMS of the cut network's outputs
         self._steps = 0
         self._rates: Rates = {}
-        self._example: Inputs | None = None
-        self._model: nn.Module | None = None
         self._gated: dict[str, GatedLayer] = {}
         self._freezer = Freezer()
         self._zeros: list[tuple[Tensor, int, Tensor]] = []
         self._gone: list[Tensor] = []  # what was where `_zeros` are, until the next step
-        self._history: dict[str, Any] = {}
 
     @abstractmethod
     def gated_layer_sizes(self, model: nn.Module, groups: Groups, rates: Rates) -> dict[str, int]:
@@ -366,18 +354,9 @@ class Pruner(Algorithm):
                 model is then as it was.
         """
         who = f"{self.config.who}.convert"
-        model = network_of(model, who)
-        entry = prepared_entry(model, self.name, who)
-        if self._model is None:
-            raise RuntimeError(
-                f"{who}: the model must be the one that the algorithm trains, got another, or it is done; "
-                f"use {self.config.who}.resume(model).convert(model, example_inputs)"
-            )
+        model, entry, example = self.to_convert(model, example_inputs, who)
         if self.selecting:
             raise RuntimeError(f"{who}: the cut must be decided, got step {self._steps} of {self.config.select_steps}")
-        example = self._example if example_inputs is None else example_inputs
-        if example is None:
-            raise RuntimeError(f"{who}: a resumed algorithm has no example inputs; give example_inputs")
         groups = Groups.from_dict(entry["groups"])
         keep = getattr(model, KEPT).cpu()
         own = model is self._model
@@ -409,15 +388,8 @@ class Pruner(Algorithm):
                 rows.append((row.site, row.kind, left, ", ".join(row.settings.layers[1:])))
         return render_layers(("group", "kind", "units left", "and with it"), rows)
 
-    @classmethod
-    def resume(cls, model: nn.Module) -> Self:
-        model = network_of(model, f"{cls.config_class.who}.resume")
-        entry = resumable_entry(model, cls.name, cls.config_class.who)
-        algo = cls(cls.config_class.from_dict(entry["config"]))
-        algo._history = live_entry(model)
-        algo._bind(model, Groups.from_dict(entry["groups"]), entry["rates"])
-        algo.steps = entry["steps"]
-        return algo
+    def bind_again(self, model: nn.Module, entry: dict[str, Any]) -> None:
+        self._bind(model, Groups.from_dict(entry["groups"]), entry["rates"])
 
     @classmethod
     def restore(cls, model: nn.Module, entry: dict[str, Any]) -> nn.Module:
@@ -439,13 +411,6 @@ class Pruner(Algorithm):
             remove_freezers(model)  # a model that was pickled has those of its old algorithm
             self._freezer.attach(model)
         self._enter_phase()
-
-    def _require_bound(self, method: str) -> nn.Module:
-        if self._model is None:
-            raise RuntimeError(
-                f"{self.config.who}.{method}: must come between apply and convert; call apply(model, inputs) first"
-            )
-        return self._model
 
 
 def _why(plan: Plan) -> str:

@@ -10,24 +10,20 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from typing_extensions import Self
 
 from gs_algos.core.algorithm import (
-    Algorithm,
     Inputs,
     Migration,
     asked_by,
     history,
-    live_entry,
-    prepared_entry,
     remember,
-    resumable_entry,
 )
-from gs_algos.core.config import AlgorithmConfig, signature_of
+from gs_algos.core.config import AlgorithmConfig
 from gs_algos.core.modules import all_or_nothing
 from gs_algos.core.network import network_of, network_to_train, ordinary_tensors
 from gs_algos.core.plan import Plan, PlanRow, rows_of
 from gs_algos.core.plan_settings import RowSettings
+from gs_algos.core.training import TrainingAlgorithm
 from gs_algos.qat.optimizer_watch import TrainingWatch
 from gs_algos.quant.fake_quant.quantizers import SMALLEST_SCALE, ActivationQuantizer, Quantizer, update_ranges
 from gs_algos.quant.network.calibrate import observe
@@ -38,7 +34,7 @@ from gs_algos.quant.network.prepare import refuse_nonfinite
 logger = logging.getLogger(__name__)
 
 
-class QuantizationTraining(Algorithm):
+class QuantizationTraining(TrainingAlgorithm):
     """Trains a network to be quantized. A subclass says what its layers are, how they are swapped in and converted.
 
     parity: how far the last converted network was from the trained one.
@@ -50,19 +46,14 @@ class QuantizationTraining(Algorithm):
     layer_class: ClassVar[type[nn.Module]]
     done: ClassVar[str]  # what a model that has been through `apply` is, e.g. "quantized"
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.__signature__ = signature_of(cls)  # type: ignore[attr-defined]
-
     def __init__(
         self, config: AlgorithmConfig | None = None, *, process_group: dist.ProcessGroup | None = None, **options: Any
     ) -> None:
-        self.config = self.config_class.choose(config, options)
+        super().__init__(config, **options)
         self.who = self.config_class.who
         self.steps = 0
         self.parity: Parity | None = None
         self.process_group = process_group
-        self._example: Inputs | None = None
         self._watch: TrainingWatch | None = None
         self._layers: dict[str, Any] = {}
         self._quantizers: dict[str, Quantizer] = {}
@@ -177,16 +168,7 @@ class QuantizationTraining(Algorithm):
         self._history["steps"] = self.steps
 
     def convert(self, model: nn.Module, example_inputs: Inputs | None = None) -> nn.Module:
-        model = network_of(model, f"{self.who}.convert")
-        entry = prepared_entry(model, self.name, f"{self.who}.convert")
-        if not self._layers:
-            raise RuntimeError(
-                f"{self.who}.convert: the model must be the one that the algorithm trains, got another, or it is done; "
-                f"use {self.who}.resume(model).convert(model, example_inputs)"
-            )
-        example = self._example if example_inputs is None else example_inputs
-        if example is None:
-            raise RuntimeError(f"{self.who}.convert: a resumed algorithm has no example inputs; give example_inputs")
+        model, entry, example = self.to_convert(model, example_inputs, f"{self.who}.convert")
         for name, layer in model.named_modules():
             if isinstance(layer, self.layer_class) and any(p.dtype == torch.float64 for p in layer.parameters()):
                 raise ValueError(
@@ -203,20 +185,8 @@ class QuantizationTraining(Algorithm):
             self._unbind()
         return model
 
-    @classmethod
-    def resume(cls, model: nn.Module) -> Self:
-        """Returns the algorithm of a prepared model that `load` gave back, at the step where it was saved.
-
-        Raises:
-            RuntimeError: if the model was not saved while prepared.
-        """
-        model = network_of(model, f"{cls.config_class.who}.resume")
-        entry = resumable_entry(model, cls.name, cls.config_class.who)
-        algo = cls(cls.config_class.from_dict(entry["config"]))
-        algo._bind(model)
-        algo._history = live_entry(model)
-        algo.steps = entry["steps"]
-        return algo
+    def bind_again(self, model: nn.Module, entry: dict[str, Any]) -> None:
+        self._bind(model)
 
     def _observe(self, method: str, model: nn.Module, *data: Any, provisional: bool = False) -> None:
         who = f"{self.who}.{method}"
@@ -225,17 +195,12 @@ class QuantizationTraining(Algorithm):
 
     def _bind(self, model: nn.Module) -> None:
         """Remembers the live layers and quantizers that `step` has to visit."""
+        self._model = model
         self._layers = {name: m for name, m in model.named_modules() if isinstance(m, self.layer_class)}
         self._quantizers = {name: m for name, m in model.named_modules() if isinstance(m, Quantizer)}
 
     def _unbind(self) -> None:
-        self._layers, self._quantizers, self._watch = {}, {}, None
+        self._model, self._layers, self._quantizers, self._watch = None, {}, {}, None
 
     def _activations(self) -> dict[str, ActivationQuantizer]:
         return {n: q for n, q in self._quantizers.items() if isinstance(q, ActivationQuantizer)}
-
-    def _require_bound(self, method: str) -> None:
-        if not self._layers:
-            raise RuntimeError(
-                f"{self.who}.{method}: must come between apply and convert; call apply(model, inputs) first"
-            )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gs_algos.core.nested_tensors import tensors_of
 from gs_algos.fx import op_names
 from gs_algos.fx.capture.graph_reader import Constant, FxGraphReader, ModuleNames, NodeDraft
 from gs_kernels.runtime.torch_private import tree_map
@@ -100,25 +101,6 @@ class _FlatOutput(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         return tuple(tensors_of(self.traced(*args, **kwargs)))
-
-
-def tensors_of(value: Any, seen: set[int] | None = None) -> Iterator[torch.Tensor]:
-    """Yields every tensor in nested tuples, lists, dicts and objects (a key-value cache), each object once."""
-    seen = set() if seen is None else seen
-    if isinstance(value, torch.Tensor):
-        yield value
-        return
-    if id(value) in seen or isinstance(value, (str, bytes, int, float, type, nn.Module)) or value is None:
-        return
-    seen.add(id(value))
-    if isinstance(value, dict):
-        items = list(value.values())
-    elif isinstance(value, (list, tuple, set)):
-        items = list(value)
-    else:
-        items = list(getattr(value, "__dict__", {}).values())
-    for item in items:
-        yield from tensors_of(item, seen)
 
 
 class OwnThreadTracer(torch.fx.Tracer):

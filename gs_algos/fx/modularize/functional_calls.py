@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from gs_algos.core.modules import TRACING, get_module, set_module
+from gs_algos.core.nested_tensors import tensors_of
 from gs_algos.core.untouched import untouched
 from gs_algos.fx.capture.call_recorder import Call, first_calls
 from gs_algos.fx.capture.capture import capture, unwrap
-from gs_algos.fx.capture.tracers import OwnThreadTracer, fixed_arguments, tensors_of
+from gs_algos.fx.capture.tracers import OwnThreadTracer, fixed_arguments
 from gs_algos.fx.graph import Node, SiteGraph
 from gs_algos.fx.modularize.matrix_products import CONVS, products, unflipped
 from gs_algos.fx.modularize.shared_parameters import Borrowed, BorrowedLinear, borrow

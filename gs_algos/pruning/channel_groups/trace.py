@@ -19,8 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from gs_algos.core.algorithm import Inputs, run
 from gs_algos.core.modules import canonical_names, parameter_owners
+from gs_algos.core.nested_tensors import tensors_of
 from gs_algos.core.untouched import untouched
-from gs_algos.fx.capture.tracers import tensors_of
 from gs_algos.pruning.channel_groups.labels import Atoms, Value
 from gs_kernels.runtime.torch_private import TorchDispatchMode, tree_leaves
 

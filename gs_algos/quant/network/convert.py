@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from gs_algos.core.algorithm import Inputs, evaluating, run
 from gs_algos.core.compare import relative_error
 from gs_algos.core.modules import TRACING, get_module, set_module
+from gs_algos.core.nested_tensors import tensors_of
 from gs_algos.core.plan import PlanRow
-from gs_algos.fx.capture.tracers import tensors_of
 from gs_algos.fx.fold_batch_norm import after_norm
 from gs_algos.fx.modularize.functional_calls import release
 from gs_algos.quant.fake_quant.integer_inference import rounded_bias, rounds_bias
