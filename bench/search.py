@@ -1,9 +1,11 @@
 """Compares ways to search, all else equal: `python -m bench.search --task bits --data fashion-mnist`.
 
-`bits`: a scheme for each weight of ResNet-20, in as many bits as 3 for every weight, which are held as 4.
-`rates`: a prune rate for each group of channels, at half of the multiply-adds. Every row starts from one float network,
-has the same data, number of evaluations, repair and fine-tuning, and is tested on the whole test set. A row is recorded
-as soon as it is there, and not measured again.
+`bits`: a scheme for each weight of a network, in as many bits as 3 for every weight, which are held as 4.
+`rates`: a prune rate for each group of channels, at half of the multiply-adds.
+`both`: rates and schemes in 6 % of the bytes, found in one search, or in two of half the evaluations one after the
+other: rates for half of the multiply-adds, then schemes for the network that they leave.
+Every row starts from one float network, has the same data, number of evaluations, repair and fine-tuning, and is tested
+on the whole test set. A row is recorded as soon as it is there, and not measured again.
 """
 
 from __future__ import annotations
@@ -27,23 +29,25 @@ from gs_algos.cli.compress import train_compressed
 from gs_algos.core.memory import nbytes_of
 from gs_algos.core.timing import forward_ms
 from gs_algos.demo.data import ImageData, load_data
-from gs_algos.demo.models import build
-from gs_algos.demo.train import accuracy, predict, train
+from gs_algos.demo.models import MODELS, build
+from gs_algos.demo.train import TrainConfig, accuracy, predict, train
 from gs_algos.demo.training_defaults import float_training, tuning_training
 from gs_algos.search.search import search_rules
 
-MODEL = "resnet20"
 AGENTS = ("ilp", "ddpg", "random", "evolution", "evolution-unseeded")
-WAYS = {"bits": ("uniform", *AGENTS), "rates": ("uniform", "l2", *AGENTS)}
+WAYS = {"bits": ("uniform", *AGENTS), "rates": ("uniform", "l2", *AGENTS), "both": ("one search", "two searches")}
 UNIFORM, CHOICES = "int3@channel", ("int2@channel", "int4@channel", "int8@channel")
 WIDE = "int8@channel"  # of the first and the last layer
 SEEN, BATCH = 256, 64  # training images that policies are scored on
+HALF, SMALL = "50% macs", "6% bytes"
+PRUNING: dict[str, Any] = {"importance": "l2", "reconstruct": True}
 UNTUNED = 2000  # test images of the accuracy before fine-tuning
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.search", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--task", choices=WAYS, default="bits")
+    parser.add_argument("--model", choices=MODELS, default="resnet20")
     parser.add_argument("--ways", nargs="+", metavar="WAY", help="default: all of the task")
     parser.add_argument("--data", default="fashion-mnist", help="as golden-stick demo --data")
     parser.add_argument("--train-images", type=int, default=12000, metavar="N", help="of the float training")
@@ -69,8 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     for seed in args.seeds:
         for way in ways:
             row = {
-                **{key: getattr(args, key) for key in ("task", "float_epochs", "epochs", "evaluations")},
-                **{"model": MODEL, "data": data.name, "tune_images": args.tune_images, "way": way, "seed": seed},
+                **{key: getattr(args, key) for key in ("task", "model", "float_epochs", "epochs", "evaluations")},
+                **{"data": data.name, "tune_images": args.tune_images, "way": way, "seed": seed},
             }
             if not is_recorded(row):
                 row |= {"float": floating, **measure(args, net, data, way, seed)}
@@ -83,10 +87,10 @@ def main(argv: list[str] | None = None) -> int:
 def float_network(args: argparse.Namespace, data: ImageData) -> tuple[nn.Module, float]:
     """Returns the float network, trained here or before, with its accuracy; all seeds start from it."""
     torch.manual_seed(0)
-    net = build(MODEL, in_channels=data.channels, num_classes=data.classes, image_size=data.image_size)
+    net = build(args.model, in_channels=data.channels, num_classes=data.classes, image_size=data.image_size)
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    name = f"{MODEL}-{args.data.partition(':')[0]}-{args.train_images}-s0-float{args.float_epochs}.safetensors"
-    train(net, data, float_training(MODEL, data, args.float_epochs, 0, 128), state=args.state / name, resume=True)
+    name = f"{args.model}-{args.data.partition(':')[0]}-{args.train_images}-s0-float{args.float_epochs}.safetensors"
+    train(net, data, float_training(args.model, data, args.float_epochs, 0, 128), state=args.state / name, resume=True)
     return net.eval(), round(accuracy(predict(net, data), data), 2)
 
 
@@ -100,16 +104,19 @@ def is_recorded(row: dict[str, Any]) -> bool:
 def measure(args: argparse.Namespace, net: nn.Module, data: ImageData, way: str, seed: int) -> dict[str, Any]:
     """Finds a policy, fine-tunes the network with it, and tests it."""
     started, cpu = time.perf_counter(), time.process_time()
-    algorithm, found = chosen(args, net, data, way, seed)
+    stages, found = chosen(args, net, data, way, seed)
     spent = {
         "search_seconds": round(time.perf_counter() - started, 1),
         "search_cpu_seconds": round(time.process_time() - cpu, 1),
     }
     few = replace(data, test_x=data.test_x[:UNTUNED], test_y=data.test_y[:UNTUNED])
     some = first_images(data, args.tune_images)
-    tune = tuning_training(MODEL, data, args.epochs, seed, 128)
-    live = algorithm.apply(copy.deepcopy(net), data.example())
-    train_compressed(live, some, replace(tune, epochs=0), algorithm)  # what pruning does before any step
+    tune = tuning_training(args.model, data, args.epochs, seed, 128)
+    live = net
+    for stage in stages[:-1]:
+        live = stage.convert(untrained(stage, live, some, tune), data.example())
+    algorithm = stages[-1]
+    live = untrained(algorithm, live, some, tune)
     untuned = accuracy(predict(live, few), few)
     started = time.process_time()
     train(live, some, tune, algorithm=algorithm)
@@ -119,7 +126,7 @@ def measure(args: argparse.Namespace, net: nn.Module, data: ImageData, way: str,
     return {
         **found,
         **spent,
-        "rules": [list(rule) for rule in algorithm.config.rules],
+        "rules": [list(rule) for stage in stages for rule in stage.config.rules],
         "nbytes": nbytes_of(live),
         "macs": count_operations(live, x, "bench.search").macs,
         "ms": round(forward_ms(live, x).p50, 3),
@@ -129,40 +136,55 @@ def measure(args: argparse.Namespace, net: nn.Module, data: ImageData, way: str,
     }
 
 
+def untrained(algorithm: Any, net: nn.Module, data: ImageData, tune: TrainConfig) -> nn.Module:
+    """Returns a copy of the network as the algorithm has it before any step: what pruning does then is done."""
+    live: nn.Module = algorithm.apply(copy.deepcopy(net), data.example())
+    train_compressed(live, data, replace(tune, epochs=0), algorithm)
+    return live
+
+
 def chosen(
     args: argparse.Namespace, net: nn.Module, data: ImageData, way: str, seed: int
-) -> tuple[Any, dict[str, Any]]:
-    """Returns the algorithm with its rules, and what the search says of it."""
-    pruning: dict[str, Any] = {"importance": "l2", "reconstruct": True}
+) -> tuple[list[Any], dict[str, Any]]:
+    """Returns the algorithms, one after the other, with their rules, and what the search says of them."""
+    generator = torch.Generator().manual_seed(seed)
+    some = data.normalize(data.train_x[torch.randperm(len(data.train_x), generator=generator)[:SEEN]]).split(BATCH)
+    options: dict[str, Any] = {"evaluations": args.evaluations, "seed": seed}
+    if args.task == "both":
+        quantizing = quantizer(net)
+        if way == "one search":
+            options |= {"choices": CHOICES, "budget": SMALL}
+            policy = search_rules(net, data.example(), [gs_algos.Prune(**PRUNING), quantizing], some, **options)
+            return list(policy.algorithms()), {"score": policy.score, "evaluated": policy.evaluated}
+        options["evaluations"] //= 2
+        rates = search_rules(net, data.example(), gs_algos.Prune(**PRUNING), some, budget=HALF, **options)
+        (prune,) = rates.algorithms()
+        tune = tuning_training(args.model, data, args.epochs, seed, 128)
+        cut = prune.convert(untrained(prune, net, data, tune), data.example())
+        left = f"{nbytes_of(net) * 0.06 / 1e3:.3f} kB"
+        bits = search_rules(cut, data.example(), quantizing, some, budget=left, choices=CHOICES, **options)
+        evaluated = rates.evaluated + bits.evaluated
+        return [rates.algorithms()[0], *bits.algorithms()], {"score": bits.score, "evaluated": evaluated}
     uniform: Any
     base: Any
-    options: tuple[str, ...] = ()
     if args.task == "bits":
-        ends = [name for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-        rules = [(name, {"weight": WIDE}) for name in (ends[0], ends[-1])]
-        uniform = gs_algos.SimQAT(weight=UNIFORM, act=None, rules=rules)
-        base, budget, options = gs_algos.SimQAT(act=None, rules=rules), uniform_budget(net), CHOICES
+        base, budget, options["choices"] = quantizer(net), uniform_budget(net), CHOICES
+        uniform = gs_algos.SimQAT(weight=UNIFORM, act=None, rules=base.config.rules)
     else:
-        uniform = gs_algos.Prune(budget="50% flops", **pruning)
-        base, budget = gs_algos.Prune(**pruning), "50% macs"
+        uniform = gs_algos.Prune(budget="50% flops", **PRUNING)
+        base, budget = gs_algos.Prune(**PRUNING), HALF
     if way == "uniform":
-        return uniform, {"score": None}
+        return [uniform], {"score": None}
     if way == "l2":
-        return gs_algos.Prune(budget="50% flops", scope="global", **pruning), {"score": None}
-    generator = torch.Generator().manual_seed(seed)
-    some = data.normalize(data.train_x[torch.randperm(len(data.train_x), generator=generator)[:SEEN]])
-    policy = search_rules(
-        net,
-        data.example(),
-        base,
-        some.split(BATCH),
-        budget=budget,
-        choices=options,
-        agent=way,
-        evaluations=args.evaluations,
-        seed=seed,
-    )
-    return policy.algorithms()[0], {"score": policy.score, "evaluated": policy.evaluated, "budget": budget}
+        return [gs_algos.Prune(budget="50% flops", scope="global", **PRUNING)], {"score": None}
+    policy = search_rules(net, data.example(), base, some, budget=budget, agent=way, **options)
+    return [policy.algorithms()[0]], {"score": policy.score, "evaluated": policy.evaluated, "budget": budget}
+
+
+def quantizer(net: nn.Module) -> gs_algos.SimQAT:
+    """Makes the algorithm whose weights are searched, the first and the last layer of 8 bits."""
+    ends = [name for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    return gs_algos.SimQAT(act=None, rules=[(name, {"weight": WIDE}) for name in (ends[0], ends[-1])])
 
 
 def uniform_budget(net: nn.Module) -> str:

@@ -340,13 +340,25 @@ def sensitivity(rows: Rows) -> str:
 
 def search(rows: Rows) -> str:
     """Makes a row for each way to search, of equal settings: means over its seeds."""
-    keys = ("task", "data", "float_epochs", "tune_images", "epochs", "evaluations")
+    keys = ("model", "task", "data", "float_epochs", "tune_images", "epochs", "evaluations")
     found = last([row for row in rows if row["kind"] == "search"], *keys, "way", "seed")
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for key, row in found.items():
         groups[key[:-1]].append(row)
-    tasks = {"bits": "3 bits", "rates": "half of the MACs"}
-    head = ("task", "way", "seeds", "bytes", "million MACs", "ms", "accuracy %", "tuned %", "each seed", "search CPU s")
+    tasks = {"bits": "3 bits", "rates": "half of the MACs", "both": "6 % of the bytes"}
+    head = (
+        "network",
+        "task",
+        "way",
+        "seeds",
+        "bytes",
+        "million MACs",
+        "ms",
+        "accuracy %",
+        "tuned %",
+        "each seed",
+        "search CPU s",
+    )
     lines = []
     for key, members in sorted(groups.items(), key=lambda group: group[0][:-1]):
         mean = {
@@ -355,8 +367,8 @@ def search(rows: Rows) -> str:
         }
         each = ", ".join(f"{row['accuracy']:.2f}" for row in sorted(members, key=lambda row: row["seed"]))
         size = f"{mean['nbytes']:,.0f}", f"{mean['macs'] / 1e6:.1f}", f"{mean['ms']:.2f}"
-        tops = f"{mean['untuned']:.2f}", f"{mean['accuracy']:.2f}", each
-        lines.append((tasks[key[0]], key[-1], len(members), *size, *tops, f"{mean['search_cpu_seconds']:.0f}"))
+        got = f"{mean['untuned']:.2f}", f"{mean['accuracy']:.2f}", each
+        lines.append((key[0], tasks[key[1]], key[-1], len(members), *size, *got, f"{mean['search_cpu_seconds']:.0f}"))
     return table(head, lines)
 
 

@@ -231,8 +231,16 @@ def test_a_page_that_is_not_there_is_one_line(capsys, tmp_path):
 
 def test_ways_to_search_are_means_over_seeds():
     row = {"kind": "search", "task": "bits", "data": "set", "float_epochs": 1, "tune_images": 9, "epochs": 2}
-    row |= {"evaluations": 60, "way": "ilp", "nbytes": 1000, "macs": 2e6, "ms": 0.5, "untuned": 40.0}
+    row |= {
+        "model": "resnet20",
+        "evaluations": 60,
+        "way": "ilp",
+        "nbytes": 1000,
+        "macs": 2e6,
+        "ms": 0.5,
+        "untuned": 40.0,
+    }
     rows = [{**row, "seed": n, "accuracy": 80.0 + n, "search_cpu_seconds": 10 * n, "time": str(n)} for n in (1, 0, 2)]
     rows.append({**rows[0], "accuracy": 0.0, "time": "0"})  # an older row of the same run
     line = tables.search(rows).splitlines()[2]
-    assert line == "| 3 bits | ilp | 3 | 1,000 | 2.0 | 0.50 | 40.00 | 81.00 | 80.00, 81.00, 82.00 | 10 |"
+    assert line == "| resnet20 | 3 bits | ilp | 3 | 1,000 | 2.0 | 0.50 | 40.00 | 81.00 | 80.00, 81.00, 82.00 | 10 |"
