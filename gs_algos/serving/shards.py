@@ -6,30 +6,21 @@ any row. Tensor parallelism cuts rows (N) anywhere, and columns (K) between grou
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from gs_algos.quant.packed.module import SCALES_8, PackedFormat
 
 WHO = "golden-stick in vLLM"
-STACK = re.compile(r"\.experts\.(gate_up_proj|up_proj|down_proj)$")
 PARALLEL = range(1, 65)  # the sizes of tensor parallelism among which an error looks for those that fit
 
 
 def refuse_unserved(layers: Mapping[str, PackedFormat]) -> None:
-    """Raises for 4-bit floats, whose 8-bit scales no parameter here carries, and for stacks of experts.
+    """Raises for 4-bit floats, whose 8-bit scales no parameter here carries.
 
     Raises:
         ValueError: so.
     """
-    stacks = [name for name in layers if STACK.search(name)]
-    if stacks:
-        raise ValueError(
-            f"{WHO}: layers must be linears, embeddings or heads, got {stacks[0]} and {len(stacks) - 1} more stacks of "
-            "experts; vLLM reads what golden-stick export --to compressed-tensors writes of them, or use golden-stick "
-            "serve"
-        )
     floats = [name for name, format in layers.items() if format.scale_dtype in SCALES_8]
     if floats:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Loads our packed checkpoints in vLLM (`quant_method: golden-stick`): linear layers, embeddings and heads.
+"""Loads our packed checkpoints in vLLM (`quant_method: golden-stick`): linear layers, experts, embeddings, heads.
 
 vLLM builds each layer with the parameters that its method creates, fills them by name from the checkpoint, cutting them
 for tensor parallelism, and calls `process_weights_after_loading`. Its classes have to be at module level: they are
@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -25,6 +28,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
@@ -35,11 +39,14 @@ from vllm.model_executor.parameter import (
 from gs_algos.llm.folder import read_folder
 from gs_algos.llm.integrity import check_tensors, verify_files
 from gs_algos.llm.packed_config import METHOD, PackedConfig, read_config
+from gs_algos.llm.skeleton import part_names_in, skeleton
 from gs_algos.ptq.kv import elsewhere
 from gs_algos.quant.packed.module import WEIGHT_TENSORS, PackedFormat, tensors_of
 from gs_algos.serving.engine_parameters import get_weight, set_weight
 from gs_algos.serving.engine_product import engine_qmatmul
+from gs_algos.serving.expert_shards import STACK, check_cuts, experts_at
 from gs_algos.serving.shards import WHO, refuse_unserved, shard, stacked
+from gs_algos.serving.vllm_experts import GoldenStickExpertsMethod, refuse_loader
 from gs_algos.serving.vllm_kernel import CAPABILITY
 from gs_kernels import PackedWeight, dequantize_packed
 from gs_kernels.pack.layouts import CANONICAL
@@ -48,6 +55,7 @@ from gs_kernels.pack.rows import rows_of
 logger = logging.getLogger(__name__)
 
 NAMES = {part: part for part in WEIGHT_TENSORS}  # of the parameters
+MERGED = {"gate_up_proj": ["gate_proj", "up_proj"]}  # which models with some layers of experts say only when built
 
 
 class GoldenStickVllmConfig(QuantizationConfig):
@@ -57,6 +65,8 @@ class GoldenStickVllmConfig(QuantizationConfig):
         super().__init__()
         self.config = config
         self.layers, self.tied = dict(config.layers), dict(config.tied)
+        self.mixtures: dict[str, str] = {}  # names of modules of experts that differ in vLLM
+        self.parts = 0  # among which the experts are known to be cut
         refuse_unserved(self.layers)
         if config.kv is not None:
             logger.warning("%s: %s, see its --kv-cache-dtype", WHO, elsewhere(config.kv, "vLLM"))
@@ -94,7 +104,9 @@ class GoldenStickVllmConfig(QuantizationConfig):
         """Checks the files of a local folder, before any process loads them; of a name on a hub there is none yet."""
         if Path(model_name).is_dir():
             folder = read_folder(model_name, WHO, code=True)  # vLLM has decided about code by now
-            check_tensors(folder, self.config, WHO)
+            stacks = any(STACK.match(name) for name in self.config.layers)  # which a model may rename as it is saved
+            names = part_names_in(skeleton(folder.path, WHO), folder.tensors) if stacks else {}
+            check_tensors(folder, self.config, WHO, names)
             verify_files(folder.path, self.config.files, WHO)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -103,9 +115,19 @@ class GoldenStickVllmConfig(QuantizationConfig):
         owners = hf_to_vllm_mapper.apply_dict(self.tied)
         self.tied = {name: hf_to_vllm_mapper.apply_list([owner])[0] for name, owner in owners.items()}
 
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
+        """Renames modules of experts in the names of tensors, as vLLM's own mapper of the model does not."""
+        return WeightsMapper(orig_to_new_substr=self.mixtures)
+
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        self._check_experts()
+        if isinstance(layer, RoutedExperts):
+            owner, stacks = experts_at(self.layers, prefix)
+            if owner != prefix:
+                self.mixtures[_tail(owner)] = _tail(prefix)
+            return GoldenStickExpertsMethod(layer, owner, stacks) if stacks else None
         parent, _, last = prefix.rpartition(".")
-        parts = self.packed_modules_mapping.get(last, [last])
+        parts = (MERGED | self.packed_modules_mapping).get(last, [last])
         names = [f"{parent}.{part}" if parent else part for part in parts]
         if isinstance(layer, LinearBase):
             format = stacked(self.layers, names)
@@ -114,6 +136,20 @@ class GoldenStickVllmConfig(QuantizationConfig):
             owner = self.tied.get(prefix, prefix) or self._table_of(layer)
             return GoldenStickEmbeddingMethod(self.layers[owner], [owner]) if owner in self.layers else None
         return None
+
+    def _check_experts(self) -> None:
+        """Raises if vLLM's model does not load stacks of experts, or tensor parallelism cannot cut them.
+
+        Of the latter vLLM asserts less, and without a word.
+        """
+        stacks = [name for name in self.config.layers if STACK.match(name)]
+        if stacks and not self.parts:
+            refuse_loader(stacks[0])
+        whole = get_current_vllm_config().parallel_config.enable_expert_parallel
+        parts = 1 if whole else get_tensor_model_parallel_world_size()
+        if parts != self.parts:
+            check_cuts(self.layers, parts)
+            self.parts = parts
 
     def _table_of(self, layer: VocabParallelEmbedding) -> str:
         """Finds the packed table of an embedding whose model, as vLLM's Llama, gives no name; "" if there is none."""
@@ -251,6 +287,11 @@ class TiedMethod(LinearMethodBase):
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.owner.quant_method.apply(self.owner, x, bias)
+
+
+def _tail(name: str) -> str:
+    """Returns the last two modules of a name, between dots: those of a mixture and of its experts."""
+    return f".{'.'.join(name.split('.')[-2:])}."
 
 
 def register() -> None:

@@ -5,6 +5,7 @@ WORK holds the folders that vllm.sh makes. Exits with 1, and says where, if toke
 - q4 behind the HTTP API, alone and with eight clients at once for some seconds; then by two processes
 - ct, the export of q4 to compressed-tensors, whose layers our kernel multiplies
 - q2, up to ties
+- packed experts of tiny mixtures, which it makes
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import check_experts
 import check_kernel
 from reference import PROMPTS, TOKENS, Completion, by_transformers, difference
 
@@ -84,6 +87,7 @@ def main() -> int:
         os.environ["VLLM_DISABLED_KERNELS"] = check_kernel.THEIRS  # it would come before ours, and has no fp32
         wrong += compare("q4 as compressed-tensors", q4, engine("ct"), CLOSE["q4"])
         wrong += compare("q2", q2, engine("q2"), CLOSE["q2"])
+        wrong += check_experts.check(Path("experts"))
         wrong += compare("q4 over HTTP", q4, answers.result(), CLOSE["q4"])
     return 1 if wrong else 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,8 +11,8 @@ from torch import Tensor, nn
 from gs_algos.quant.packed.module import WEIGHT_TENSORS, PackedFormat
 from gs_algos.quant.packed.round_to_nearest import round_to_nearest
 from gs_algos.serving.engine_parameters import get_weight, set_weight
-from gs_algos.serving.engine_product import engine_qmatmul
-from gs_kernels import PackedWeight, qmatmul
+from gs_algos.serving.engine_product import engine_qmatmul, engine_qmatmul_grouped
+from gs_kernels import PackedWeight, qmatmul, qmatmul_grouped
 from gs_kernels.pack.schema import flatten
 from gs_kernels.runtime.dispatch import INTERPRET
 from tests.llm.recorded_graph import RecordedGraphs
@@ -41,9 +43,9 @@ def rows(count: int) -> Tensor:
     return torch.randn(count, 64, generator=torch.Generator().manual_seed(count))
 
 
-@pytest.mark.parametrize("scheme", ["int4@group:32", "int2@group:32:asym", "int8@channel", "int1@group:32"])
-def test_a_compiled_layer_is_one_op_for_all_numbers_of_rows(scheme: str):
-    layer, graphs = Layer(scheme), []
+def targets_of(layer: nn.Module, calls: list[tuple[Tensor, ...]], want: Callable[..., Tensor]) -> list[str]:
+    """The ops of the one graph that a layer is compiled to for all calls, whose results are as wanted."""
+    graphs = []
 
     def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]):
         graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
@@ -51,14 +53,34 @@ def test_a_compiled_layer_is_one_op_for_all_numbers_of_rows(scheme: str):
 
     from torch._dynamo.backends.common import aot_autograd
 
-    backend = aot_autograd(fw_compiler=compiler)
     torch.compiler.reset()
     with torch.no_grad():
-        compiled = torch.compile(layer, backend=backend, dynamic=True, fullgraph=True)
-        for count in (5, 2, 300):
-            assert torch.equal(compiled(rows(count)), qmatmul(rows(count), layer.weight(), layer.bias))
+        compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=compiler), dynamic=True, fullgraph=True)
+        for args in calls:
+            assert torch.equal(compiled(*args), want(*args))
     assert len(graphs) == 1
-    assert [target for target in graphs[0] if not target.startswith("aten.sym")] == ["gs_serving.qmatmul.default"]
+    return [target for target in graphs[0] if not target.startswith("aten.sym")]
+
+
+@pytest.mark.parametrize("scheme", ["int4@group:32", "int2@group:32:asym", "int8@channel", "int1@group:32"])
+def test_a_compiled_layer_is_one_op_for_all_numbers_of_rows(scheme: str):
+    layer = Layer(scheme)
+    targets = targets_of(layer, [(rows(n),) for n in (5, 2, 300)], lambda x: qmatmul(x, layer.weight(), layer.bias))
+    assert targets == ["gs_serving.qmatmul.default"]
+
+
+class Experts(Layer):
+    """Three experts of 16 rows."""
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        return engine_qmatmul_grouped(x, self.weight(), offsets)
+
+
+def test_compiled_experts_are_one_op_for_all_numbers_of_rows():
+    layer = Experts()
+    calls = [(rows(n), torch.tensor([n // 2, n // 2, n])) for n in (5, 2, 300)]
+    targets = targets_of(layer, calls, lambda x, offsets: qmatmul_grouped(x, layer.weight(), offsets))
+    assert targets == ["gs_serving.qmatmul_grouped.default"]
 
 
 def test_a_graph_of_a_layer_runs_again_on_other_values():
@@ -79,3 +101,5 @@ def test_the_op_is_right_by_torch_s_own_checks():
     layer = Layer()
     args = (rows(3), *flatten(layer.weight()), layer.bias)
     torch.library.opcheck(torch.ops.gs_serving.qmatmul.default, args)
+    experts = (rows(3), *flatten(layer.weight()), torch.tensor([1, 1, 3]))
+    torch.library.opcheck(torch.ops.gs_serving.qmatmul_grouped.default, experts)

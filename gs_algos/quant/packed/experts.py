@@ -18,7 +18,7 @@ from gs_algos.quant.packed.module import Packed, autocast_dtype
 from gs_kernels import PackedWeight, dequantize_packed, qmatmul_grouped
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
-SAYS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")  # what experts say of them
+SAYS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # what experts say of them in Transformers 5.19
 EQUAL = "Llama4TextExperts"  # says nothing of itself: transposed, and every expert gets the same number of rows
 
 
@@ -142,14 +142,7 @@ class PackedExperts(nn.Module, OffFastPath):
             rows = hidden_states.view(-1, hidden_states.shape[-1])
             each = rows.shape[0] // self.count
             return self.products(rows, torch.arange(1, self.count + 1, device=rows.device) * each)
-        tokens, k = top_k_index.shape
-        ids = top_k_index.reshape(-1)
-        ordered, order = torch.sort(ids, stable=True)
-        experts = torch.arange(self.count, device=ids.device, dtype=ids.dtype)
-        offsets = torch.searchsorted(ordered, experts, right=True)  # ids that are no expert's come behind
-        y = self.products(hidden_states[order // k], offsets) * top_k_weights.reshape(-1)[order].unsqueeze(1)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return y[back].view(tokens, k, y.shape[1]).sum(1).to(hidden_states.dtype)
+        return weighted_sums(hidden_states, top_k_index, top_k_weights, self.count, self.products)
 
     def products(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Computes the outputs of rows `[M, H]`, sorted by expert, not weighted."""
@@ -179,6 +172,29 @@ class PackedExperts(nn.Module, OffFastPath):
 
     def extra_repr(self) -> str:
         return f"experts={self.count}, of {self._kind.__name__}"
+
+
+def weighted_sums(
+    x: Tensor, ids: Tensor, weights: Tensor, count: int, products: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Adds the weighted outputs of each token's experts, in the order of `grouped_mm_experts_forward` of Transformers.
+
+    Args:
+        x: `[M, H]`, the tokens.
+        ids: `[M, k]` integers, the experts of each token; one of `count` or more is none.
+        weights: `[M, k]`, of their outputs.
+        products: of rows `[M * k, H]`, sorted by expert, and offsets `[count]`, as `qmatmul_grouped` takes them.
+
+    Returns:
+        `[M, H]`, dtype of x.
+    """
+    tokens, k = ids.shape
+    ordered, order = torch.sort(ids.reshape(-1), stable=True)
+    experts = torch.arange(count, device=ids.device, dtype=ids.dtype)
+    offsets = torch.searchsorted(ordered, experts, right=True)  # ids that are no expert's come behind
+    y = products(x[order // k], offsets) * weights.reshape(-1)[order].unsqueeze(1)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return y[back].view(tokens, k, y.shape[1]).sum(1).to(x.dtype)
 
 
 def put_stack(model: nn.Module, name: str, weight: PackedWeight | Packed) -> PackedStack:
