@@ -242,6 +242,14 @@ def test_a_concatenation_of_modules_outputs():
     assert [m.operands for m in joins] == [("a", "b", None)]
 
 
+def test_an_add_of_a_concatenation_reads_what_went_into_it():
+    net = Joins()
+    order = torch.arange(6).flip(0)
+    net.forward = lambda x: torch.cat([net.a(x), net.b(x)], 1).index_select(1, order) + net.act(x.repeat(1, 2, 1, 1))
+    joins = [m for m in found(net, image())[0] if m.pattern == "add"]
+    assert [m.operands for m in joins] == [("a", "b", "act")]
+
+
 @pytest.mark.parametrize("net", [Opaque(), FlatOpaque(), UnknownToExport(), TiedConvs(), ParallelBranches()])
 def test_every_layer_is_in_one_match_or_one_refusal(net):
     matches, refusals = found(net, image(4 if isinstance(net, ParallelBranches) else 3))

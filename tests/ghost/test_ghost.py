@@ -282,6 +282,41 @@ def test_ghosts_then_simqat_is_equal_to_the_trained_network_and_joins_codes(tmp_
         assert torch.equal(loaded(images()), trained["2-simqat"])
 
 
+class Residual(nn.Module):
+    """Adds what a convolution gives to what it read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.act = nn.Conv2d(3, 16, 3, padding=1), nn.ReLU()
+        self.a, self.bn = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.last = nn.Conv2d(16, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.stem(x))
+        return self.last(F.relu(self.bn(self.a(x)) + x)).mean((2, 3))
+
+
+def test_a_sum_behind_ghosts_is_of_codes_on_one_grid(monkeypatch):
+    torch.manual_seed(0)
+    model = Residual().eval()
+    ghosts, algo = Ghost(force=True), SimQAT(weight="int8@channel", act="int8@tensor:ema")
+    model = ghosts.convert(ghosts.apply(model, images()))
+    (join,) = (row for row in algo.plan(model, images()).acted() if row.kind in ("add", "cat"))
+    assert join.settings.operands == ("a.primary_norm", "a.cheap_norm", "act")
+    model = algo.apply(model, images())
+    train(model, algo, x=images())
+    trained = model.eval()(images()).detach()
+    model = algo.convert(model)
+
+    def refuse(self: Any) -> Tensor:
+        raise AssertionError("a value was read as a float")
+
+    monkeypatch.setattr(quantized_tensor.QuantizedTensor, "values", refuse)
+    with torch.no_grad():
+        for _ in range(3):  # as it is, recorded, replayed
+            assert torch.equal(model(images()), trained)
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 def test_exported_networks_give_the_same(tmp_path, quantized):
     runtime = pytest.importorskip("onnxruntime")
