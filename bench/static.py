@@ -1,11 +1,12 @@
 """Reports what can be known of every kernel without a GPU: `python -m bench.static`; `--check` guards against worse.
 
-Nothing here is timed. Three tables go to `bench/results/static/`, as JSON lines and as one page to read:
+Nothing here is timed. Tables go to `bench/results/static/`, as JSON lines and as one page to read:
 
 - `kernels.jsonl`: registers, shared memory, instructions, bytes and occupancy of every launch of the ahead-of-time gate
   on sm_80, sm_90 and sm_100, and what it takes at least on the card of that kind, by `gs_kernels.tuning.cost_model`.
 - `steps.jsonl`: launches, calls of torch's own ops and bytes kept for backward of one training step.
 - `ops.jsonl`: what every op takes at least on an H100 at the shapes that benchmarks time.
+- `layers.jsonl`: how products with packed weights use the SMs of three cards, and what they take at least.
 
 `--check` measures the first two again and fails if one is worse than what is kept. To accept a change: run without it.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 
 from bench import record
 from bench.guard import worse
+from bench.layers import layer_rows, layers_table
 from bench.predict import predict_op
 from bench.shapes import bench_shapes
 from bench.steps import step_rows
@@ -44,6 +46,8 @@ Written by `python -m bench.static`, with torch {torch} and triton {triton}. "at
 bytes, matrix products and instructions. A run on a GPU takes longer; by how much,
 `python -m bench.predict` says of its rows.
 """
+OF_LAYERS = """Programs take equal shares of the blocks of all tiles, or one a tile; busy SMs: the work of the average
+SM as a share of that of the busiest. bf16: what a library reaches at the card's peaks."""
 
 
 def versions() -> dict[str, Any]:
@@ -130,7 +134,11 @@ def _float_us(shape: Shape, card: Card) -> float:
 
 
 def page(
-    kernels: list[dict[str, Any]], steps: list[dict[str, Any]], ops: list[dict[str, Any]], made_with: dict[str, Any]
+    kernels: list[dict[str, Any]],
+    steps: list[dict[str, Any]],
+    ops: list[dict[str, Any]],
+    layers: list[dict[str, Any]],
+    made_with: dict[str, Any],
 ) -> str:
     of_kernels = table(
         (
@@ -168,6 +176,7 @@ def page(
         "Kernels of the ahead-of-time gate, on A100, H100 and B200": of_kernels,
         "A training step, on an H100": of_steps,
         "Ops at the shapes of the benchmarks, on an H100": of_ops,
+        "Layers of packed products, in groups of 128, bf16": f"{OF_LAYERS}\n\n{layers_table(layers)}",
     }
     sections = [f"## {title}\n\n{text}\n" for title, text in parts.items()]
     return "\n".join([HEAD.format(**made_with), *sections])
@@ -188,10 +197,37 @@ def check(folder: Path, cards: Iterable[Card] = TYPICAL) -> list[str]:
     ]
 
 
+def _anew(name: str, chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns the rows of a table: kept ones, if there are any, where the arguments do not ask for new ones."""
+    kept, op = record.read_rows(path) if (path := chosen.folder / f"{name}.jsonl").exists() else [], chosen.op
+    if name == "kernels":
+        return _replaced(kept, kernel_rows(op=op), lambda row: row["case"].partition("/")[0], op)
+    if name == "steps":
+        return kept if kept and op else list(step_rows())
+    if kept and not chosen.ops:
+        return kept
+    if name == "ops":
+        return _replaced(kept, op_rows(op=op), lambda row: row["op"], op)
+    return kept if kept and op not in (None, "qmatmul") else list(layer_rows())
+
+
+def _replaced(
+    kept: list[dict[str, Any]], rows: Iterable[dict[str, Any]], op_of: Callable[[dict[str, Any]], str], op: str | None
+) -> list[dict[str, Any]]:
+    """Returns new rows, where all are new; else kept rows with those of one op replaced, in their place."""
+    new = list(rows)
+    if op is None or not kept:
+        return new
+    at = next((i for i, row in enumerate(kept) if op_of(row) == op), len(kept))
+    others = [row for row in kept if op_of(row) != op]
+    return [*others[:at], *new, *others[at:]]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare with what is kept, write nothing")
-    parser.add_argument("--ops", action="store_true", help="also predict ops anew: takes minutes")
+    parser.add_argument("--ops", action="store_true", help="also predict ops and layers anew: takes minutes")
+    parser.add_argument("--op", choices=[spec.name for spec in specs()], help="only rows of this op, others are kept")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="default: bench/results/static")
     chosen = parser.parse_args(argv)
     if INTERPRET:
@@ -200,9 +236,7 @@ def main(argv: list[str] | None = None) -> int:
         figures = check(chosen.folder)
         print("\n".join([*figures, f"{len(figures)} figures are worse than those kept in {chosen.folder}"]))
         return int(bool(figures))
-    ops = chosen.folder / "ops.jsonl"
-    made = {"kernels": list(kernel_rows()), "steps": list(step_rows())}
-    made["ops"] = list(op_rows()) if chosen.ops or not ops.exists() else record.read_rows(ops)
+    made = {name: _anew(name, chosen) for name in ("kernels", "steps", "ops", "layers")}
     for name, rows in made.items():
         write(chosen.folder / f"{name}.jsonl", rows)
     (chosen.folder / "README.md").write_text(page(**made, made_with=versions()))

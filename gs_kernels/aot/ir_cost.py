@@ -6,7 +6,7 @@ import math
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,16 @@ class Work:
         return self.loaded + self.stored
 
 
+def _end(lines: Sequence[str], at: int) -> int:
+    """Returns where the region ends that line `at` is the first of."""
+    depth = 1
+    while depth:
+        line = lines[at]
+        depth += line.endswith("{") - line.startswith("}")
+        at += 1
+    return at
+
+
 class _Reader:
     """Follows the first program through the IR: integers that it can know, and which argument a pointer points into."""
 
@@ -63,25 +73,28 @@ class _Reader:
         self.integers: dict[str, int] = {}
         self.nbytes: dict[str, int] = {}  # of the tensor that an argument is
         self.arguments: dict[str, str] = {}  # that a pointer points into
-        self.regions: list[int] = []  # turns of each open loop, 1 for what is no loop
+        self.repeats = 1  # of what is read: turns of the loop around it, if there is one
         self.loaded: set[str] = set()
         self.stored: set[str] = set()
         self.flops: Counter[str] = Counter()
         self.turns = 1
 
-    def read(self, line: str) -> None:
-        if line.startswith("}"):
-            self.regions.pop()
-        if line.startswith("tt.func"):
-            self._parameters(line)
-        elif loop := _LOOP.search(line):
-            self._loop(line, *loop.groups())
-        elif match := _DEFINITION.match(line):
-            self._define(*match.groups())
-        elif line.startswith("tt.store"):
-            self._touch(self.stored, line)
-        if line.endswith("{") and not _LOOP.search(line):
-            self.regions.append(1)
+    def read(self, lines: Sequence[str]) -> None:
+        """Reads lines in the order in which the first program runs them: a loop that has others in it turn by turn."""
+        at = 0
+        while at < len(lines):
+            line = lines[at]
+            at += 1
+            if line.startswith("tt.func"):
+                self._parameters(line)
+            elif loop := _LOOP.search(line):
+                end = _end(lines, at)
+                self._loop(line, lines[at:end], *loop.groups())
+                at = end
+            elif match := _DEFINITION.match(line):
+                self._define(*match.groups())
+            elif line.startswith("tt.store"):
+                self._touch(self.stored, line)
 
     def _parameters(self, line: str) -> None:
         for name, value in zip(_PARAMETER.findall(line), self.values, strict=True):
@@ -90,17 +103,28 @@ class _Reader:
             elif isinstance(value, int):
                 self.integers[name] = int(value)
 
-    def _loop(self, line: str, counter: str, first: str, last: str, step: str) -> None:
+    def _loop(self, line: str, body: Sequence[str], counter: str, first: str, last: str, step: str) -> None:
         start, stop, by = (self.integers.get(name) for name in (first, last, step))
         if start is None or stop is None or not by:
             raise ValueError(
                 f"gs_kernels.aot: bounds of a loop must follow from sizes and program ids, got {line[:120]}"
             )
-        self.regions.append(max(0, -(-(stop - start) // by)))
-        self.turns = max(self.turns, math.prod(self.regions))
-        self.integers[counter] = start
+        turns = range(start, stop, by)
         for inside, outside in _CARRIED.findall(line.partition("iter_args(")[2]):
             self._same(inside, outside)
+        if any(_LOOP.search(other) for other in body):
+            before, sums = self.turns, 0
+            for turn in turns:
+                self.integers[counter], self.turns = turn, 0
+                self.read(body)
+                sums += self.turns
+            self.turns = max(before, sums)
+            return
+        self.integers[counter] = start
+        self.repeats = len(turns)
+        self.read(body)
+        self.repeats = 1
+        self.turns = max(self.turns, len(turns))
 
     def _same(self, name: str, other: str) -> None:
         if other in self.integers:
@@ -129,7 +153,7 @@ class _Reader:
         elif op == "tt.dot" and (dot := _DOT.search(rest)):
             m, k = dot[1].split("x")
             n = dot[3].split("x")[1]
-            self.flops[KINDS.get(dot[2], "fp8")] += 2 * int(m) * int(n) * int(k) * math.prod(self.regions)
+            self.flops[KINDS.get(dot[2], "fp8")] += 2 * int(m) * int(n) * int(k) * self.repeats
 
     def _touch(self, touched: set[str], text: str) -> None:
         touched.update(self.arguments[operand] for operand in _VALUE.findall(text)[:1] if operand in self.arguments)
@@ -143,10 +167,8 @@ def work_of(launch: Launch) -> Work:
     """
     signature = launch.compiled.src.signature
     reader = _Reader([launch.args.get(name) for name, kind in signature.items() if kind != "constexpr"])
-    for line in launch.compiled.asm["ttir"].splitlines():
-        text = line.strip()
-        if not text.startswith("#"):
-            reader.read(text if text.startswith("tt.func") else _LOCATION.sub("", text))
+    lines = [line.strip() for line in launch.compiled.asm["ttir"].splitlines()]
+    reader.read([line if line.startswith("tt.func") else _LOCATION.sub("", line) for line in lines if line[:1] != "#"])
     programs = math.prod(launch.grid)
     return Work(
         programs=programs,

@@ -54,7 +54,7 @@ def choose_plan(
         tile = tuned("qconv2d", (sm, sm_count), m, **sizes)
     if tile is not None:
         rule = rule_of(tile)
-        plan, programs = rule.plan, rule.programs
+        plan, programs = rule.plan, rule.per_sm
     elif (levels or x_bits == 32 or (x_bits == 16 and channels % 8 != 0)) and m > SOME_PIXELS:
         return DENSE
     else:

@@ -24,7 +24,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "block_n": (64, 128),
     "warps": (4, 8),
     "stages": (2, 3, 4),
-    "programs": (0, 1, 2, 4),
+    "programs": (0, 1, 2, 3, 4),
 }
 DENSE: Tile = {name: True if name == "dense" else values[0] for name, values in CHOICES.items()}
 
@@ -80,7 +80,7 @@ def _default(problem: Problem, machine: Machine) -> Tile:
     m, n, groups = (problem[name] for name in ("m", "n", "groups"))
     options = {"channels": problem["channels"], "x_bits": problem["x_bits"], "int8_group": 0}
     plan = default_plan(m, n, groups, sm=machine.sm, sm_count=machine.sm_count, **options)
-    fields = {"programs": PROGRAMS, **asdict(plan)}
+    fields = {**asdict(plan), "programs": PROGRAMS}
     return {name: fields[name] for name in CHOICES}
 
 

@@ -32,24 +32,33 @@ def _weight(bits: int, group: int, points: bool, dtype: torch.dtype) -> PackedWe
     return PackedWeight(codes, scale, scale if points else zero, None, bits, (N, K), group, PLANAR)
 
 
-def _launcher(bits: int, m: int, group: int, points: bool, dtype: torch.dtype) -> Callable[[], Any]:
+def _launcher(bits: int, m: int, group: int, points: bool, dtype: torch.dtype, shared: bool) -> Callable[[], Any]:
     def run() -> Any:
         kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
         x = _meta(m, K, dtype=dtype)
         asm, sm, sm_count = kernel.device_of(x)
         plan = choose_plan(m, N, K, bits, x_bits=8 * x.itemsize, levels=False, sm=sm, sm_count=sm_count)
         weight = _weight(bits, group, points, dtype)
-        return kernel.multiply(x, weight, None, "none", replace(plan, split_k=1), asm)
+        return kernel.multiply(x, weight, None, "none", plan if shared else replace(plan, shares=0), asm)
 
     return run
 
 
 def matmul(
-    bits: int, m: int, *, group: int = 128, points: bool = False, dtype: torch.dtype = torch.bfloat16, **bounds: Any
+    bits: int,
+    m: int,
+    *,
+    group: int = 128,
+    points: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    shared: bool = False,
+    **bounds: Any,
 ) -> AotCase:
-    name = f"w{bits}-m{m}-g{group}{'-points' if points else ''}-{str(dtype).removeprefix('torch.')}"
+    """Launches a product. shared: as the rules share its blocks among programs, else a tile each."""
+    kind = f"{'-points' if points else ''}{'-shared' if shared else ''}"
+    name = f"w{bits}-m{m}-g{group}{kind}-{str(dtype).removeprefix('torch.')}"
     block_n = choose_plan(m, N, K, bits, x_bits=8 * dtype.itemsize, levels=False, sm=90, sm_count=132).block_n
-    launch = _launcher(bits, m, group, points, dtype)
+    launch = _launcher(bits, m, group, points, dtype, shared)
     return AotCase(name, launch, elements=128 * block_n, **({"max_regs": 255} | bounds))
 
 
@@ -184,6 +193,8 @@ def int8_regimes(every: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
 # at 2 and 1.1 at 1. More rows: weights stay in registers between their bytes and the product, which is not waited for
 FEW: dict[str, Any] = {"mma": "HGMMA", "max_regs": 168, "max_shared_stores": 4, "targets": HOPPER}
 MORE: dict[str, Any] = {"mma": "HGMMA", "max_shared_stores": 4, "overlapped": True, "targets": HOPPER}
+# two programs an SM are all that there are then: they may fill it
+SHARED: dict[str, Any] = {"main": "_qmatmul_kernel", "targets": HOPPER}
 
 MATMUL = (
     matmul(4, 16, max_instructions=2.4, **FEW),
@@ -191,6 +202,11 @@ MATMUL = (
     matmul(1, 16, max_instructions=2.1, **FEW),
     matmul(8, 16, max_instructions=2.7, **FEW),
     matmul(4, 64, max_instructions=2.7, **MORE),
+    matmul(4, 16, shared=True, max_instructions=2.4, **SHARED),
+    matmul(2, 16, shared=True, max_instructions=2.2, **SHARED),
+    matmul(1, 16, shared=True, max_instructions=2.1, **SHARED),
+    matmul(8, 16, shared=True, max_instructions=2.7, **SHARED),
+    matmul(4, 64, shared=True, max_instructions=2.7, **SHARED),
     matmul(4, 256, max_instructions=3.6, **MORE),
     matmul(4, 256, dtype=torch.float16, max_instructions=4.0, **MORE),
     matmul(2, 256, max_instructions=3.6, **MORE),
@@ -198,6 +214,8 @@ MATMUL = (
     matmul(4, 256, group=64, points=True, max_instructions=6, **MORE),
     matmul(4, 16, targets=ELSEWHERE),
     matmul(4, 256, targets=ELSEWHERE),
+    matmul(4, 16, shared=True, targets=ELSEWHERE),
+    matmul(4, 64, shared=True, targets=ELSEWHERE),
     matmul(4, 16, dtype=torch.float32, targets=HOPPER),
     dequantize(4, targets=HOPPER),
     matmul_fp4("mxfp4", 16, targets=ALL),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from gs_kernels.tuning.tables import LAST, tuned
@@ -13,7 +14,10 @@ class Plan:
     """Says how a product is tiled. dense: dequantize once and multiply as a float layer does; the rest is then unused.
 
     scale_parts: scales on the product of a block, where groups allow, not on the weights.
-    split_k: at most so many programs share one tile of y.
+    split_k: at most so many programs share one tile of y, of 8-bit x and of convolutions.
+    shares: so many programs take equal shares of the blocks along K of all tiles, of float x, and there are as many
+        blocks or more; 0: each does a tile.
+    per_sm: how many of these programs are for one processor, a divisor of shares.
     """
 
     dense: bool = False
@@ -21,6 +25,8 @@ class Plan:
     block_m: int = 16
     block_n: int = 128
     split_k: int = 1
+    shares: int = 0
+    per_sm: int = 1
     warps: int = 4
     stages: int = 4
 
@@ -29,14 +35,21 @@ class Plan:
         turns = -(-blocks // self.split_k)
         return -(-blocks // turns)
 
+    def parts(self, tiles: int, blocks: int) -> int:
+        """Counts the programs, at most, whose shares meet in one of `tiles` tiles of `blocks` blocks along K."""
+        return min((blocks - 1) * self.shares // (tiles * blocks) + 2, blocks)
+
 
 @dataclass(frozen=True)
 class Rule:
-    """Holds the plan of products with at most `rows` rows. programs: how many an SM should have to do, for split-K."""
+    """Holds the plan of products with at most `rows` rows. per_sm: how many programs an SM should have to do.
+
+    Where a tile each leaves processors idle, K is split. 0: never.
+    """
 
     rows: int
     plan: Plan
-    programs: int = 1
+    per_sm: int = 1
 
 
 DENSE = Plan(dense=True)
@@ -45,16 +58,16 @@ FEW = Plan(scale_parts=True, block_m=FEW_ROWS)
 
 # chosen by machine code: no spills, wgmma fed from registers and in flight, most programs per SM. Not timed yet
 MORE_ROWS = (
-    Rule(32, Plan(block_m=32), programs=2),
-    Rule(64, Plan(block_m=64), programs=2),
+    Rule(32, Plan(block_m=32), per_sm=2),
+    Rule(64, Plan(block_m=64), per_sm=2),
     Rule(512, Plan(block_m=128, warps=8, stages=3)),
 )
 RULES: dict[int, tuple[Rule, ...]] = {
-    100: (Rule(FEW_ROWS, Plan(block_m=FEW_ROWS), programs=2), *MORE_ROWS),
-    90: (Rule(FEW_ROWS, FEW, programs=2), *MORE_ROWS),
+    100: (Rule(FEW_ROWS, Plan(block_m=FEW_ROWS), per_sm=2), *MORE_ROWS),
+    90: (Rule(FEW_ROWS, FEW, per_sm=2), *MORE_ROWS),
     80: (
-        Rule(FEW_ROWS, FEW, programs=2),
-        Rule(32, Plan(block_m=32), programs=2),
+        Rule(FEW_ROWS, FEW, per_sm=2),
+        Rule(32, Plan(block_m=32), per_sm=2),
         Rule(256, Plan(block_m=64, warps=8, stages=3)),
     ),
 }
@@ -87,8 +100,7 @@ def choose_plan(
         return DENSE
     # in fp32 a tile of weights takes twice the registers
     plan = rule.plan if x_bits == 16 else replace(rule.plan, block_n=rule.plan.block_n // 2)
-    # partials are no more bytes to move than the weight
-    return _split(plan, rule.programs * sm_count, m, n, k, k * bits // (32 * plan.block_m))
+    return _share(plan, rule.per_sm, m, n, k, sm_count)
 
 
 def default_rule(m: int, sm: int) -> Rule:
@@ -102,6 +114,42 @@ def rule_of(tile: dict[str, Any]) -> Rule:
     return Rule(LAST, Plan(**{name: v for name, v in tile.items() if name != "programs"}), tile["programs"])
 
 
+SHORTEST = 3  # blocks of a share: what a pipeline of four stages loads before it multiplies
+# a part of a tile is written, and read again, through L2; half of that is behind the products of others. In blocks of
+# weights, for each row of a tile: H100, some 24 bytes a clock and SM, where a block of 128 x 128 takes 500 clocks
+PART = 1 / 32
+MOST_TILES = 8  # of rows: with more, each is a tile
+
+
+def _share(plan: Plan, per_sm: int, m: int, n: int, k: int, sm_count: int) -> Plan:
+    """Has programs share the blocks of all tiles evenly, where processors are done sooner than with a tile each."""
+    tiles_m = next((count for count in range(1, MOST_TILES + 1) if m <= count * plan.block_m), 0)
+    per_sm, shares = share(tiles_m * -(-n // plan.block_n), -(-k // 128), plan.block_m, per_sm, sm_count)
+    return replace(plan, shares=shares, per_sm=per_sm)
+
+
+@lru_cache(maxsize=4096)
+def share(tiles: int, blocks: int, rows: int, per_sm: int, sm_count: int) -> tuple[int, int]:
+    """Returns how many programs an SM should get, and how many there are in all: (1, 0) if each does a tile.
+
+    Time is counted in blocks of the busiest SM; with shares, that is what all have, and what parts of tiles cost.
+
+    Args:
+        blocks: of a tile, along K.
+        rows: of a tile.
+        per_sm: how many programs an SM should get at most; fewer, if that is what pays.
+    """
+    work, whole = tiles * blocks, -(-tiles // sm_count) * blocks
+    for each in range(per_sm, 0, -1):
+        programs = min(each * sm_count, work // SHORTEST) if each == 1 else each * sm_count
+        if work < SHORTEST * programs or programs == 0:
+            continue
+        parts = (programs + tiles) / min(programs, sm_count) * rows * PART
+        if -(-work // min(programs, sm_count)) + parts < whole:
+            return each, programs
+    return 1, 0
+
+
 def _split(plan: Plan, programs: int, m: int, n: int, k: int, most: int) -> Plan:
     """Splits K into so many programs, if each has four turns to fill its pipeline."""
     tiles = -(-n // plan.block_n) * (1 if m <= plan.block_m else -(-m // plan.block_m))
@@ -109,9 +157,9 @@ def _split(plan: Plan, programs: int, m: int, n: int, k: int, most: int) -> Plan
 
 
 INT8_RULES = (
-    Rule(FEW_ROWS, Plan(block_m=FEW_ROWS), programs=2),
-    Rule(32, Plan(block_m=32), programs=2),
-    Rule(64, Plan(block_m=64), programs=2),
+    Rule(FEW_ROWS, Plan(block_m=FEW_ROWS), per_sm=2),
+    Rule(32, Plan(block_m=32), per_sm=2),
+    Rule(64, Plan(block_m=64), per_sm=2),
 )
 INT8 = Rule(LAST, Plan(block_m=128, warps=8, stages=3))
 
@@ -129,7 +177,7 @@ def choose_int8_plan(m: int, n: int, k: int, bits: int, group: int, *, sm_count:
     tile = tuned("qmatmul_int8", None, m, n=n, k=k, group=0 if group >= k else group)
     rule = default_int8_rule(m, group) if tile is None else int8_rule_of(tile)
     plan = rule.plan if tile is None else _widened(rule.plan, timed_bits(whole=group >= k), bits)
-    return _split(plan, rule.programs * sm_count, m, n, k, 8)
+    return _split(plan, rule.per_sm * sm_count, m, n, k, 8)
 
 
 def timed_bits(whole: bool) -> int:

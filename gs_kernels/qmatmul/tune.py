@@ -26,7 +26,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "block_n": (32, 64, 128, 256),
     "warps": (2, 4, 8),
     "stages": (1, 2, 3, 4, 5, 6),
-    "programs": (0, 1, 2, 4),
+    "programs": (0, 1, 2, 3, 4),
 }
 INT8_CHOICES = {name: values for name, values in CHOICES.items() if name not in ("dense", "scale_parts")}
 DENSE: Tile = {name: True if name == "dense" else values[0] for name, values in CHOICES.items()}
@@ -106,7 +106,7 @@ def _candidates(problem: Problem) -> Iterator[Tile]:
 
 
 def tile_of(rule: Rule, names: Any) -> Tile:
-    fields = {"programs": rule.programs, **asdict(rule.plan)}
+    fields = {**asdict(rule.plan), "programs": rule.per_sm}
     return {name: fields[name] for name in names}
 
 

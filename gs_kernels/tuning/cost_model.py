@@ -9,6 +9,8 @@ slowest, after the launch itself. Nothing here is timed; `bench.predict` says ho
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 from gs_kernels.aot.compile import Launch
 from gs_kernels.aot.ir_cost import Work, work_of
@@ -78,8 +80,13 @@ def _in_flight(kernel: Report, work: Work, card: Card) -> float:
     return running * max(kernel.shared_bytes if kernel.opcodes["LDGSTS"] else 0, loads)
 
 
+@lru_cache(maxsize=256)
+def _reported(compiled: Any, target: str) -> Report:
+    return report(compiled, target, elements=1)
+
+
 def predict(launch: Launch, card: Card) -> Prediction:
-    return estimate(report(launch.compiled, card.target, elements=1), work_of(launch), card)
+    return estimate(_reported(launch.compiled, card.target), work_of(launch), card)
 
 
 def predict_call(call: Call, card: Card) -> Prediction:

@@ -96,6 +96,7 @@ FIXED: dict[str, str] = {
     "_depthwise_kernel": "each product is a load: a tile is as many pixels as registers hold of its channels",
     "_kv_write_kernel": "a program holds whole tokens of a head: the range of a token comes before its codes",
     "_kv_read_kernel": "copies: a program holds whole tokens of a head, and bytes are its bound",
+    "_add_parts_kernel": "adds parts of y, which are at most as many bytes as the weight",
     "_reduce_kernel": "adds parts of y, which are at most as many bytes as the weight",
 }
 

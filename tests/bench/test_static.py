@@ -37,7 +37,7 @@ def test_no_kernel_and_no_training_step_is_worse_than_what_is_kept():
 
 
 def test_the_page_is_that_of_the_rows():
-    made = {name: record.read_rows(static.FOLDER / f"{name}.jsonl") for name in ("kernels", "steps", "ops")}
+    made = {name: record.read_rows(static.FOLDER / f"{name}.jsonl") for name in ("kernels", "steps", "ops", "layers")}
     assert {(row["torch"], row["triton"]) for rows in made.values() for row in rows}
     text = (static.FOLDER / "README.md").read_text()
     assert "nothing here was timed" in text
@@ -78,10 +78,11 @@ def test_a_row_that_is_gone_is_named_a_new_one_is_fine_and_other_versions_say_no
 def test_the_command_checks_writes_and_says_which_figures_are_worse(monkeypatch, tmp_path, capsys):
     slow = {name: ROW[name] for name in ROW if name not in guard.VERSIONS}
     times = {"us": 1.0, "bound": "bytes", "shared_bytes": 0, "limiter": "warps", "per_element": 2.0}
-    monkeypatch.setattr(static, "kernel_rows", lambda *cards: iter([{**slow, **times}]))
+    monkeypatch.setattr(static, "kernel_rows", lambda *cards, **op: iter([{**slow, **times}]))
     step = {"network": "n", "algorithm": "a", "launches": 3, "calls": 9, "saved_bytes": 10}
     monkeypatch.setattr(static, "step_rows", lambda: iter([step]))
-    shutil.copy(static.FOLDER / "ops.jsonl", tmp_path)
+    for name in ("ops", "layers"):
+        shutil.copy(static.FOLDER / f"{name}.jsonl", tmp_path)
     where = ["--folder", str(tmp_path)]
     assert static.main(where) == 0
     assert "| op/case | sm_90 | 64 |" in (tmp_path / "README.md").read_text()

@@ -140,7 +140,7 @@ def test_products_run_with_the_tile_of_the_table(folder):
     write_table(folder / "b.json", table(entry(16, block_n=32), sm=80))
     tables.forget()
     got = plan(16)
-    assert (got.block_n, got.warps, got.split_k) == (256, 8, 1) and got != before
+    assert (got.block_n, got.warps, got.shares) == (256, 8, 0) and got != before
     assert plan(64) == got
     assert plan(65) == plan(100_000) == DENSE_PLAN
     assert plan(16, bits=2).block_n == 64
@@ -153,10 +153,10 @@ def test_products_run_with_the_tile_of_the_table(folder):
     assert plan(16, x_bits=32).block_n == 64 and plan(16, levels=True).block_n == 128
 
 
-def test_programs_of_a_tile_split_k_as_rules_do(folder):
-    write_table(folder / "a.json", table(entry(16, programs=2)))
-    tiles = 4096 // 64
-    assert plan(16).split_k == min(2 * 132 // tiles, 4096 // 128 // 4)
+@pytest.mark.parametrize("programs", [0, 1, 2, 3])
+def test_programs_of_a_tile_share_k_as_rules_do(folder, programs):
+    write_table(folder / "a.json", table(entry(16, programs=programs)))
+    assert (plan(16).shares, plan(16).per_sm) == (132 * programs, max(programs, 1))
 
 
 INT8_TILE = {"block_m": 64, "block_n": 64, "warps": 4, "stages": 3, "programs": 0}
