@@ -23,6 +23,7 @@ from gs_algos.core.network import network_of
 from gs_algos.core.plan import Plan, PlanRow, render_layers, rows_of
 from gs_algos.core.plan_settings import RowSettings
 from gs_algos.core.training import LayerReplacement
+from gs_algos.quant.integer.recorded_forward import record_forwards
 
 
 class Adder(LayerReplacement):
@@ -87,6 +88,8 @@ class Adder(LayerReplacement):
         rows = [row for row in rows if row.settings.int8]
         for row in rows:
             _convert(network, row)
+        if rows:
+            record_forwards(network)
         return bool(rows)
 
     def summary(self, model: nn.Module) -> str:
@@ -113,6 +116,7 @@ class Adder(LayerReplacement):
             swap(model, row)
             if entry["stage"] == "converted" and row.settings.int8:
                 set_module(model, row.site, AdderConv2dInt8(get_module(model, row.site)))  # type: ignore[arg-type]
+                record_forwards(model)
         return model
 
 

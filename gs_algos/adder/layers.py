@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gs_algos.quant.integer.prepared_call import PREPARED, cached, kind_of
+from gs_algos.quant.integer.quantized_tensor import plain, values
+from gs_algos.quant.memory_format import strides_in
 from gs_kernels import adder_conv2d, adder_int8, choose_qparams
-from gs_kernels.for_layers import prepared_adder_int8
+from gs_kernels.for_layers import is_dense, make_grid, noted, prepared_adder_int8, to_codes_of
 
 LOWEST, HIGHEST = -128, 127
 MOMENTUM = 0.1  # of what a batch tells of the range of inputs
@@ -64,8 +66,12 @@ class _OnGrid(torch.autograd.Function):
 
 
 def to_codes(t: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Rounds to codes of a grid, as fp32: `clamp(round(t / scale) + zero, -128, 127)`."""
-    return (torch.round(t.float() / scale) + zero).clamp(LOWEST, HIGHEST)
+    """Rounds to codes of a grid, as fp32 and as `quantize` does: `clamp(round(t * (1 / scale)) + zero, -128, 127)`."""
+    return (torch.round(t.float() * (1.0 / scale)) + zero).clamp(LOWEST, HIGHEST)
+
+
+def _codes(t: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return to_codes(t, scale, zero).to(torch.int8)
 
 
 class AdderLayer(nn.Module):
@@ -151,20 +157,31 @@ class AdderConv2dInt8(nn.Module):
             self.bias.copy_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        codes = to_codes(x, self.scale, self.zero).to(torch.int8)
-        prepares = kind_of(x) is not None and type(codes) is Tensor and codes.numel() > 0
-        ready = cached(self, (x.dtype, x.device), (), self._prepare, codes, x.dtype) if prepares else None
-        y = self._sums(adder_int8, codes, x.dtype) if ready is None else ready(codes)
-        y = y.contiguous()
-        return y if self.bias is None else y + self.bias[:, None, None]
+        x = values(x)
+        kind, bias = kind_of(x), self.bias
+        ready = cached(self, kind, (), self._prepare, x) if kind is not None and x.numel() else None
+        y = self._sums(adder_int8, _codes(x, self.scale, self.zero), x.dtype) if ready is None else ready(x)
+        if bias is not None:
+            y = noted(lambda y: y + bias[:, None, None], y)
+        return plain(y, strides_in(y.shape, torch.contiguous_format))
 
     def _sums(self, function: Callable[..., Any], codes: Tensor, dtype: torch.dtype, **more: Any) -> Any:
         where: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
         return function(codes, self.weight, self.scale, zero=self.zero, dtype=dtype, **where, **more)
 
-    def _prepare(self, codes: Tensor, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    def _prepare(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """Returns what computes the sums of images like x, scaled; None where the device prepares nothing."""
+        scale, zero = self.scale, self.zero
         nothing = {"bias": None, "activation": "none", "out_scale": None, "out_zero": None}
-        return self._sums(prepared_adder_int8, codes, dtype, **nothing)  # type: ignore[no-any-return]
+        compare = self._sums(prepared_adder_int8, _codes(x, scale, zero), x.dtype, **nothing)
+        if compare is None:
+            return None
+        numbers, quantize = make_grid(scale, zero, LOWEST, HIGHEST).numbers, None
+        if numbers is not None and is_dense(x) and x.dtype == torch.float32:
+            quantize = to_codes_of(x.numel(), numbers.of_floats, numbers.moved)
+        if quantize is None:
+            return lambda x: compare(noted(_codes, x, scale, zero))
+        return lambda x: compare(quantize(x))
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in super().__getstate__().items() if key != PREPARED}

@@ -6,6 +6,7 @@ struct Convolution;
 struct Codes;
 struct Sum;
 struct Image;
+struct AdderCodes;
 
 extern "C" {
 void convolve_int8(
@@ -15,11 +16,12 @@ void depthwise_int8(
 void to_codes(const Codes*, const float*, int8_t*, int);
 void sum_codes(const Sum*, const int8_t*, const int8_t*, void*, int);
 void lay_channels_last(const Image*, const int8_t*, int8_t*, int);
+void adder_codes(const AdderCodes*, const int8_t*, void*, const void*, const float*, const float*, int);
 }
 
 namespace {
 
-enum Kernel { CONVOLVE, DEPTHWISE, QUANTIZE, ADD, CHANNELS_LAST };
+enum Kernel { CONVOLVE, DEPTHWISE, QUANTIZE, ADD, CHANNELS_LAST, COMPARE };
 
 }  // namespace
 
@@ -60,6 +62,9 @@ EXPORT void run_calls(const Call* calls, int64_t count, char* scratch, char* con
         break;
       case CHANNELS_LAST:
         lay_channels_last(static_cast<const Image*>(call->fixed), x, y, of);
+        break;
+      case COMPARE:
+        adder_codes(static_cast<const AdderCodes*>(call->fixed), x, y, other, call->scale, call->zero, of);
         break;
     }
   }

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 # which kernel a call is of, as cpu.cpp has them
-CONVOLVE, DEPTHWISE, QUANTIZE, ADD, CHANNELS_LAST = range(5)
+CONVOLVE, DEPTHWISE, QUANTIZE, ADD, CHANNELS_LAST, COMPARE = range(6)
 
 
 class KernelCall(NamedTuple):

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 import gs_algos
 from gs_algos import Adder, Distill, Pipeline, SimQAT
-from gs_algos.adder.layers import AdderConv2dInt8, AdderLayer
-from gs_kernels import adder_conv2d
+from gs_algos.adder.layers import AdderConv2dInt8, AdderLayer, to_codes
+from gs_kernels import adder_conv2d, quantize
 from gs_kernels.runtime.dispatch import UnsupportedError
 from tests.nets.convolutional import train
+from tests.quant.integer.test_recorded_forward import is_recorded
 
 
 class Net(nn.Module):
@@ -53,6 +54,15 @@ def prepared(seed: int = 0, **options: Any) -> tuple[nn.Module, Adder]:
     model, algo = net(seed), Adder(**options)
     torch.manual_seed(seed)
     return algo.apply(model, images()), algo
+
+
+def fit(model: nn.Module, algo: Adder) -> None:
+    """Trains a network so far that its outputs depend on its inputs: sums are far from what fresh norms expect."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.9
+    train(model, algo, x=images())
+    model.eval()
 
 
 def test_every_convolution_is_swapped_or_says_why_not():
@@ -153,10 +163,11 @@ def test_weights_start_as_the_option_says(start):
 @pytest.mark.parametrize("int8", [False, True])
 def test_the_converted_network_is_the_trained_one_and_saved_so(tmp_path, int8):
     model, algo = prepared(int8=int8)
-    train(model, algo, x=images())
+    fit(model, algo)
     gs_algos.save(model, tmp_path / "prepared")
     with torch.no_grad():
-        want = model.eval()(images(4))
+        want = model(images(4))
+    assert len(want.unique(dim=0)) == len(want)
     resumed = gs_algos.load(tmp_path / "prepared", net).eval()
     with torch.no_grad():
         assert torch.equal(resumed(images(4)), want)
@@ -172,7 +183,36 @@ def test_the_converted_network_is_the_trained_one_and_saved_so(tmp_path, int8):
         assert torch.equal(loaded(images(4)), want)
 
 
+def test_a_converted_network_runs_as_it_was_recorded(tmp_path):
+    model, algo = prepared(int8=True)
+    fit(model, algo)
+    trained = [model(images(seed)).detach() for seed in range(2)]
+    assert not torch.equal(*trained)
+    gs_algos.save(algo.convert(model), tmp_path)
+    check_recorded(model, trained)
+    check_recorded(gs_algos.load(tmp_path, net).eval(), trained)
+
+
 @torch.no_grad()
+def check_recorded(one: nn.Module, trained: list[Tensor]) -> None:
+    assert torch.equal(one(images()), trained[0])  # layer by layer
+    assert is_recorded(one, images())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AdderConv2dInt8, "forward", None)  # no layer is called
+        assert torch.equal(one(images(1)), trained[1])
+    one.get_submodule("a").scale.mul_(2.0)  # is seen
+    assert not torch.equal(one(images(1)), trained[1])
+
+
+def test_codes_are_rounded_as_the_public_quantize_does():
+    scale, zero = torch.tensor([0.0371]), torch.tensor([-7.0])
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 4
+    ties = (torch.arange(-300, 300) + 0.5) * scale
+    for t in (x, ties):
+        want = quantize(t, scale, zero, qmin=-128, qmax=127)
+        assert torch.equal(to_codes(t, scale, zero).to(torch.int8), want)
+
+
 def test_a_prepared_layer_sees_a_change_of_its_weight_and_is_copied():
     model, algo = prepared(int8=True)
     model.train()(images())

@@ -235,7 +235,7 @@ def _replay_of(calls: Sequence[Any], x: Tensor, y: Tensor, constants: Sequence[T
         raise UnsuitableError("a result is not used")  # but for something that is not recorded
     held = {t.data_ptr(): t for t in constants if t.numel()}
     known = {*held, x.data_ptr()}
-    steps: list[Callable[[dict[int, Tensor], Tensor], None]] = []
+    steps: list[tuple[Callable[[dict[int, Tensor], Tensor], None], list[int]]] = []  # with what nothing reads behind it
     scratch = 0
     end = 0
     for kind, some in groupby(calls, type):
@@ -244,10 +244,11 @@ def _replay_of(calls: Sequence[Any], x: Tensor, y: Tensor, constants: Sequence[T
         if kind is KernelCall:
             later = {memory for memory, i in last.items() if i >= end}
             step, nbytes = _program_of(group, known, later)
-            steps.append(step)
+            steps.append((step, [memory for memory, i in last.items() if end - len(group) <= i < end]))
             scratch = max(scratch, nbytes)
         else:
-            steps.extend(_operation_of(call) for call in group)
+            for number, call in enumerate(group, end - len(group)):
+                steps.append((_operation_of(call), [memory for memory, i in last.items() if i == number]))
         for call in group:
             if any(t.data_ptr() not in known for t in _reads(call)):
                 raise UnsuitableError("a call reads what no call wrote")
@@ -263,8 +264,10 @@ def _replay_of(calls: Sequence[Any], x: Tensor, y: Tensor, constants: Sequence[T
             own = memory.pop()  # of no other thread
         except IndexError:
             own = torch.empty(scratch, dtype=torch.uint8)
-        for step in steps:
+        for step, read in steps:
             step(found, own)
+            for one in read:  # its memory is for the next results
+                found.pop(one, None)
         memory.append(own)
         return result.find(found)
 

@@ -14,7 +14,7 @@ from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.adder.unfolded import int8_by_operations, l1_products
 from gs_kernels.cpu.library import load_functions
 from gs_kernels.pack.derived import UnsuitableError
-from gs_kernels.program.recording import Refusal, recording
+from gs_kernels.program.recording import COMPARE, KernelCall, Refusal, recording
 from gs_kernels.qconv2d.geometry import ConvGeometry
 from gs_kernels.qconv2d.ref import int8_epilogue, requant_params
 from gs_kernels.requantize.passes import channels_last
@@ -126,9 +126,12 @@ class Int8Adder:
             threads = torch.get_num_threads() if y.numel() * self.k >= PARALLEL_FROM else 1
             self.functions.adder_codes(fixed, *pointers, threads)
             if recording.calls is not None:
-                recording.calls.append(Refusal("adder_int8 is not among the kernels that a program repeats"))
+                given = image, y, residual, (None, scale, zero), threads > 1
+                recording.calls.append(KernelCall(COMPARE, fixed, held, *given))
         if self.scale is None or self.in_cpp:
             return y
+        if recording.calls is not None:
+            recording.calls.append(Refusal("what follows the L1 product is not computed in C++"))
         rows = int8_epilogue(
             y.permute(0, 2, 3, 1), torch.ones(1), None, (None, None, None, *self.out), self.activation, self.dtype
         )
