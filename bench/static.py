@@ -34,7 +34,7 @@ from gs_kernels.aot.ir_cost import work_of
 from gs_kernels.aot.trace import traced
 from gs_kernels.runtime.dispatch import INTERPRET
 from gs_kernels.runtime.opspec import AotCase, OpSpec, Shape, specs
-from gs_kernels.tuning.cost_model import Prediction, estimate, predict_call
+from gs_kernels.tuning.cost_model import Prediction, bandwidth_share, estimate, predict_call
 from gs_kernels.tuning.gpu_specs import CARDS, TYPICAL, Card
 
 FOLDER = record.RESULTS / "static"
@@ -44,7 +44,9 @@ HEAD = """# Static figures: nothing here was timed
 Written by `python -m bench.static`, with torch {torch} and triton {triton}. "at least" is what the cost model
 (`gs_kernels/tuning/cost_model.py`) gives on the card of that kind, by its data sheet: the launch, then the slowest of
 bytes, matrix products and instructions. A run on a GPU takes longer; by how much,
-`python -m bench.predict` says of its rows.
+`python -m bench.predict` says of its rows. "of bandwidth" is the share of the card's memory bandwidth that a kernel
+whose programs load, compute and store once is predicted to reach, with as many programs as an SM holds and with what
+schedulers reach in practice.
 """
 OF_LAYERS = """Programs take equal shares of the blocks of all tiles, or one a tile; busy SMs: the work of the average
 SM as a share of that of the busiest. bf16: what a library reaches at the card's peaks."""
@@ -83,6 +85,7 @@ def kernel_rows(cards: Iterable[Card] = TYPICAL, op: str | None = None) -> Itera
 
 def _kernel_row(launch: Launch, case: AotCase, card: Card) -> dict[str, Any]:
     kernel, work = report(launch.compiled, card.target, case.elements), work_of(launch)
+    share = bandwidth_share(kernel, work, card)
     return {
         "kernel": kernel.kernel,
         "registers": kernel.registers,
@@ -95,6 +98,7 @@ def _kernel_row(launch: Launch, case: AotCase, card: Card) -> dict[str, Any]:
         "per_element": round(kernel.per_element, 3),
         "nbytes": work.nbytes,
         **_times(estimate(kernel, work, card)),
+        "bandwidth_share": None if share is None else round(share, 3),
     }
 
 
@@ -152,14 +156,16 @@ def page(
             "MB",
             "at least us",
             "bound",
+            "of bandwidth",
         ),
         (
-            (r["case"], r["target"], *["-"] * 7, r["why"])
+            (r["case"], r["target"], *["-"] * 7, r["why"], "-")
             if "why" in r
             else (
                 *(r[name] for name in ("case", "target", "registers", "spills", "shared_bytes")),
                 f"{r['warps_per_sm']} ({r['limiter']})",
                 *(r["per_element"], f"{r['nbytes'] / 1e6:.1f}", r["us"], r["bound"]),
+                "-" if r.get("bandwidth_share") is None else f"{r['bandwidth_share']:.0%}",
             )
             for r in kernels
         ),

@@ -12,7 +12,7 @@ from gs_kernels.fake_quant.tiles import power_of_two
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.triton_unpack import load_grid
 from gs_kernels.runtime.dispatch import launch
-from gs_kernels.triton_lib import activate, clamp, inverse, round_half_even, steps
+from gs_kernels.triton_lib import activate, inverse, nearest_level, round_half_even
 
 
 @triton.jit
@@ -128,8 +128,8 @@ def epilogue(
             zero = scale * 0.0
         else:
             zero = tl.load(out_zero_ptr)
-        _, level = steps(y, inverse(scale, zero), zero, -128, 127)
-        y = tl.where(level == level, clamp(level, -128.0, 127.0), -128.0)
+        level = nearest_level(y, inverse(scale, zero), zero, -128, 127)
+        y = tl.where(level == level, level, -128.0)
     return y
 
 

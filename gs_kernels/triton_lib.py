@@ -30,37 +30,56 @@ def clamp(v, low, high):
 
 
 @triton.jit
-def tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Returns the rows of this program, its first column, its columns from there, and which rows and columns exist."""
-    pid = tl.program_id(0).to(tl.int64)
-    tiles = tl.cdiv(N, BLOCK_N)
-    offs_m = pid // tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M] int64
-    first = pid % tiles * BLOCK_N
-    offs_n = tl.arange(0, BLOCK_N)  # [BLOCK_N] int32
-    return offs_m, first, offs_n, offs_m < M, offs_n < N - first
+def tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr):
+    """Returns the first row and column of this program, its rows `[1, BLOCK_M, 1]` and columns from there, and masks.
 
-
-@triton.jit
-def row_starts(offs_m, N, per, stride_outer, stride_inner, STRIDED: tl.constexpr):
-    """Returns where rows begin in memory: see gs_kernels/fake_quant/strided_rows.py."""
-    if STRIDED:
-        starts = offs_m // per * stride_outer + offs_m % per * stride_inner
+    Elements are `[BLOCK_N / CHUNK, BLOCK_M, CHUNK]`, columns `[BLOCK_N / CHUNK, 1, CHUNK]`: with short chunks a thread
+    has several elements of one row, and does once what is done for a row. WHOLE: BLOCK_N covers a row.
+    """
+    pid = tl.program_id(0)
+    if WHOLE:
+        first_m = pid.to(tl.int64) * BLOCK_M
+        first_n = tl.zeros((), tl.int64)
     else:
-        starts = offs_m * N
-    return starts
+        tiles = tl.cdiv(N, BLOCK_N)
+        first_m = (pid // tiles).to(tl.int64) * BLOCK_M
+        first_n = (pid % tiles).to(tl.int64) * BLOCK_N
+    rows = tl.arange(0, BLOCK_M)[None, :, None]
+    cols = tl.arange(0, BLOCK_N // CHUNK)[:, None, None] * CHUNK + tl.arange(0, CHUNK)[None, None, :]
+    mask_m = rows < tl.minimum(M - first_m, BLOCK_M).to(tl.int32)
+    mask_n = cols < tl.minimum(N - first_n, BLOCK_N).to(tl.int32)
+    return first_m, first_n, rows, cols, mask_m, mask_n
 
 
 @triton.jit
-def load_channel(ptr, offs_m, first, offs_n, mask_m, mask_n, C, BY: tl.constexpr):
-    """Loads the value of each element's channel, shaped to broadcast against [BLOCK_M, BLOCK_N]; 1 outside."""
+def dense_offsets(first_m, first_n, rows, cols, N):
+    """Returns where elements lie in a dense tensor: from its begin to the program's first one, and from there."""
+    # rows of a tile that has several are short, but those of tiles by column
+    return first_m * N + first_n, rows.to(tl.int64) * N + cols
+
+
+@triton.jit
+def offsets(first_m, first_n, rows, cols, N, per, stride_outer, stride_inner, STRIDED: tl.constexpr):
+    """Returns the same in memory as gs_kernels/fake_quant/strided_rows.py describes it."""
+    if STRIDED:
+        at = first_m + rows
+        begin, offs = first_n, at // per * stride_outer + at % per * stride_inner + cols
+    else:
+        begin, offs = dense_offsets(first_m, first_n, rows, cols, N)
+    return begin, offs
+
+
+@triton.jit
+def load_channel(ptr, first_m, first_n, rows, cols, mask_m, mask_n, C, BY: tl.constexpr):
+    """Loads the value of each element's channel, shaped to broadcast against elements; 1 outside."""
     if BY == BY_TENSOR:
         v = tl.load(ptr)
     elif BY == BY_ROW:
-        v = tl.load(ptr + offs_m, mask=mask_m, other=1.0)[:, None]
+        v = tl.load(ptr + first_m + rows, mask=mask_m, other=1.0)
     elif BY == BY_CYCLE:
-        v = tl.load(ptr + offs_m % C, mask=mask_m, other=1.0)[:, None]
+        v = tl.load(ptr + (first_m + rows) % C, mask=mask_m, other=1.0)
     else:
-        v = tl.load(ptr + first + offs_n, mask=mask_n, other=1.0)[None, :]
+        v = tl.load(ptr + first_n + cols, mask=mask_n, other=1.0)
     return v
 
 
@@ -69,6 +88,18 @@ def inverse(scale, zero):
     """Computes 1 / scale, correctly rounded; NaN if scale or zero is out of range."""
     valid = (scale >= SCALE_MIN) & (scale <= SCALE_MAX) & (tl.abs(zero) <= ZERO_MAX)
     return tl.where(valid, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), float("nan"))
+
+
+@triton.jit
+def nearest_level(x, inv, zero, QMIN: tl.constexpr, QMAX: tl.constexpr):
+    """Computes the level of x, `clamp(round(x / s + zero - zi) + zi, QMIN, QMAX)` with zi the nearest integer to zero.
+
+    x / s is what is clamped, to where the ends of the grid are: it is rounded to them from there, and rounding keeps
+    the order. It also keeps compilers from contracting product and sum. NaN stays NaN.
+    """
+    zi = round_half_even(zero)
+    t = clamp(x * inv, QMIN - zero, QMAX - zero)
+    return ((t + (zero - zi)) + MAGIC) - (MAGIC - zi)  # all integers below 2**24
 
 
 @triton.jit
@@ -88,6 +119,15 @@ def reduce_range(x, mask, axis: tl.constexpr):
     nan = tl.max(tl.where(mask & (x != x), 1, 0), axis) > 0
     low = tl.min(tl.where(mask, x, float("inf")), axis)
     high = tl.max(tl.where(mask, x, float("-inf")), axis)
+    return tl.where(nan, float("nan"), low), tl.where(nan, float("nan"), high)
+
+
+@triton.jit
+def row_range(x, mask):
+    """Finds the smallest and largest of each row of the elements of a tile, `[1, BLOCK_M, 1]`, NaN if there is one."""
+    nan = tl.max(tl.max(tl.where(mask & (x != x), 1, 0), 0, keep_dims=True), 2, keep_dims=True) > 0
+    low = tl.min(tl.min(tl.where(mask, x, float("inf")), 0, keep_dims=True), 2, keep_dims=True)
+    high = tl.max(tl.max(tl.where(mask, x, float("-inf")), 0, keep_dims=True), 2, keep_dims=True)
     return tl.where(nan, float("nan"), low), tl.where(nan, float("nan"), high)
 
 

@@ -13,7 +13,17 @@ from gs_kernels.runtime.bound_calls import fresh
 from gs_kernels.runtime.dispatch import launch
 from gs_kernels.triton_lib import BY_COL as COL
 from gs_kernels.triton_lib import BY_TENSOR as TENSOR
-from gs_kernels.triton_lib import clamp, inverse, load_channel, reduce_range, row_starts, steps, tile
+from gs_kernels.triton_lib import (
+    clamp,
+    dense_offsets,
+    inverse,
+    load_channel,
+    nearest_level,
+    offsets,
+    reduce_range,
+    steps,
+    tile,
+)
 
 
 @triton.jit
@@ -24,23 +34,23 @@ def _fake_quant_fwd_kernel(
     per, stride_outer, stride_inner,
     QMIN: tl.constexpr, QMAX: tl.constexpr,
     BY: tl.constexpr, STRIDED: tl.constexpr, CODES: tl.constexpr, RANGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
 ):
-    offs_m, first, offs_n, mask_m, mask_n = tile(M, N, BLOCK_M, BLOCK_N)
-    mask = mask_m[:, None] & mask_n[None, :]
-    scale = load_channel(scale_ptr, offs_m, first, offs_n, mask_m, mask_n, C, BY)
-    zero = load_channel(zero_ptr, offs_m, first, offs_n, mask_m, mask_n, C, BY)
-    starts = row_starts(offs_m, N, per, stride_outer, stride_inner, STRIDED) + first
-    x = tl.load(x_ptr + starts[:, None] + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    first_m, first_n, rows, cols, mask_m, mask_n = tile(M, N, BLOCK_M, BLOCK_N, CHUNK, WHOLE)
+    mask = mask_m & mask_n
+    scale = load_channel(scale_ptr, first_m, first_n, rows, cols, mask_m, mask_n, C, BY)
+    zero = load_channel(zero_ptr, first_m, first_n, rows, cols, mask_m, mask_n, C, BY)
+    begin_x, offs_x = offsets(first_m, first_n, rows, cols, N, per, stride_outer, stride_inner, STRIDED)
+    begin, offs = dense_offsets(first_m, first_n, rows, cols, N)
+    x = tl.load(x_ptr + begin_x + offs_x, mask=mask, other=0.0).to(tl.float32)
 
-    _, r = steps(x, inverse(scale, zero), zero, QMIN, QMAX)
-    q = clamp(r, QMIN, QMAX)
+    q = nearest_level(x, inverse(scale, zero), zero, QMIN, QMAX)
     if CODES:
         q = tl.where(q == q, q, QMIN)
         y = q.to(y_ptr.dtype.element_ty)
     else:
         y = ((q - zero) * scale).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + (offs_m * N + first)[:, None] + offs_n[None, :], y, mask=mask)
+    tl.store(y_ptr + begin + offs, y, mask=mask)
     if RANGE:
         low, high = reduce_range(x, mask, None)
         tl.store(low_ptr + tl.program_id(0), low)
@@ -55,40 +65,54 @@ def _fake_quant_bwd_kernel(
     per, stride_outer, stride_inner,
     QMIN: tl.constexpr, QMAX: tl.constexpr,
     BY: tl.constexpr, STRIDED: tl.constexpr, FOR_SCALE: tl.constexpr, FOR_ZERO: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
 ):
-    offs_m, first, offs_n, mask_m, mask_n = tile(M, N, BLOCK_M, BLOCK_N)
-    mask = mask_m[:, None] & mask_n[None, :]
-    scale = load_channel(scale_ptr, offs_m, first, offs_n, mask_m, mask_n, C, BY)
-    zero = load_channel(zero_ptr, offs_m, first, offs_n, mask_m, mask_n, C, BY)
-    starts = row_starts(offs_m, N, per, stride_outer, stride_inner, STRIDED) + first
-    x = tl.load(x_ptr + starts[:, None] + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-    offs = (offs_m * N + first)[:, None] + offs_n[None, :]  # [BLOCK_M, BLOCK_N]
-    dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    first_m, first_n, rows, cols, mask_m, mask_n = tile(M, N, BLOCK_M, BLOCK_N, CHUNK, WHOLE)
+    mask = mask_m & mask_n
+    scale = load_channel(scale_ptr, first_m, first_n, rows, cols, mask_m, mask_n, C, BY)
+    zero = load_channel(zero_ptr, first_m, first_n, rows, cols, mask_m, mask_n, C, BY)
+    begin_x, offs_x = offsets(first_m, first_n, rows, cols, N, per, stride_outer, stride_inner, STRIDED)
+    begin, offs = dense_offsets(first_m, first_n, rows, cols, N)
+    x = tl.load(x_ptr + begin_x + offs_x, mask=mask, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + begin + offs, mask=mask, other=0.0).to(tl.float32)
 
     t, r = steps(x, inverse(scale, zero), zero, QMIN, QMAX)
-    inside = (r >= QMIN) & (r <= QMAX)
-    tl.store(dx_ptr + offs, tl.where(inside, dy, 0.0).to(dx_ptr.dtype.element_ty), mask=mask)
+    q = clamp(r, QMIN, QMAX)
+    inside = q == r
+    dx = tl.where(inside, dy, 0.0)
+    tl.store(dx_ptr + begin + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if FOR_SCALE:
-        level = clamp(r, QMIN, QMAX) - zero
         # inside the grid t did not saturate
-        _store_sum(dscale_ptr, dy * tl.where(inside, level - t, level), first, offs_m, offs_n, mask_m, mask_n, N, BY)
+        v = dy * ((q - zero) - tl.where(inside, t, 0.0))
+        store_partial(dscale_ptr, _sum(v, BY), first_m, first_n, rows, cols, mask_m, mask_n, N, BY)
     if FOR_ZERO:
-        _store_sum(dzero_ptr, dy * tl.where(inside, 0.0, -scale), first, offs_m, offs_n, mask_m, mask_n, N, BY)
+        v = -scale * _sum(dy - dx, BY)
+        store_partial(dzero_ptr, v, first_m, first_n, rows, cols, mask_m, mask_n, N, BY)
 
 
 @triton.jit
-def _store_sum(ptr, v, first, offs_m, offs_n, mask_m, mask_n, N, BY: tl.constexpr):
-    """Stores the sums of v over this tile: one number by tensor, one per row `[rows, tiles]` or column `[tiles, N]`."""
-    BLOCK_N: tl.constexpr = v.shape[1]
-    tiles = tl.cdiv(N, BLOCK_N)
+def _sum(v, BY: tl.constexpr):
+    """Sums elements over this tile, to what broadcasts against them: by tensor a number, else one per row or column."""
     if BY == TENSOR:
-        tl.store(ptr + tl.program_id(0), tl.sum(tl.sum(v, 1), 0))
+        v = tl.sum(v)
     elif BY == COL:
-        row = tl.program_id(0).to(tl.int64) // tiles
-        tl.store(ptr + row * N + first + offs_n, tl.sum(v, 0), mask=mask_n)
+        v = tl.sum(v, 1, keep_dims=True)
     else:
-        tl.store(ptr + offs_m * tiles + first // BLOCK_N, tl.sum(v, 1), mask=mask_m)
+        v = tl.sum(tl.sum(v, 0, keep_dims=True), 2, keep_dims=True)
+    return v
+
+
+@triton.jit
+def store_partial(ptr, v, first_m, first_n, rows, cols, mask_m, mask_n, N, BY: tl.constexpr):
+    """Stores what is one number for this tile by tensor, one per row `[rows, tiles]` or column `[tiles, N]`."""
+    BLOCK_M: tl.constexpr = rows.shape[1]
+    BLOCK_N: tl.constexpr = cols.shape[0] * cols.shape[2]
+    if BY == TENSOR:
+        tl.store(ptr + tl.program_id(0), v)
+    elif BY == COL:
+        tl.store(ptr + first_m // BLOCK_M * N + first_n + cols, v, mask=mask_n)
+    else:
+        tl.store(ptr + (first_m + rows) * tl.cdiv(N, BLOCK_N) + first_n // BLOCK_N, v, mask=mask_m)
 
 
 @triton.jit
@@ -98,16 +122,17 @@ def _dequantize_kernel(
     M, N, C,
     per, stride_outer, stride_inner,
     BY: tl.constexpr, STRIDED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
 ):
-    offs_m, first, offs_n, mask_m, mask_n = tile(M, N, BLOCK_M, BLOCK_N)
-    mask = mask_m[:, None] & mask_n[None, :]
-    scale = load_channel(scale_ptr, offs_m, first, offs_n, mask_m, mask_n, C, BY)
-    zero = load_channel(zero_ptr, offs_m, first, offs_n, mask_m, mask_n, C, BY)
-    starts = row_starts(offs_m, N, per, stride_outer, stride_inner, STRIDED) + first
-    q = tl.load(codes_ptr + starts[:, None] + offs_n[None, :], mask=mask, other=0).to(tl.float32)
+    first_m, first_n, rows, cols, mask_m, mask_n = tile(M, N, BLOCK_M, BLOCK_N, CHUNK, WHOLE)
+    mask = mask_m & mask_n
+    scale = load_channel(scale_ptr, first_m, first_n, rows, cols, mask_m, mask_n, C, BY)
+    zero = load_channel(zero_ptr, first_m, first_n, rows, cols, mask_m, mask_n, C, BY)
+    begin_x, offs_x = offsets(first_m, first_n, rows, cols, N, per, stride_outer, stride_inner, STRIDED)
+    begin, offs = dense_offsets(first_m, first_n, rows, cols, N)
+    q = tl.load(codes_ptr + begin_x + offs_x, mask=mask, other=0).to(tl.float32)
     y = ((q - zero) * scale).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + (offs_m * N + first)[:, None] + offs_n[None, :], y, mask=mask)
+    tl.store(y_ptr + begin + offs, y, mask=mask)
 
 
 def addressing(rows: Rows) -> tuple[int, ...]:
@@ -117,7 +142,8 @@ def addressing(rows: Rows) -> tuple[int, ...]:
 def flags(rows: Rows, cut: Tile) -> dict[str, Any]:
     return {
         "BY": rows.by, "STRIDED": not rows.dense,
-        "BLOCK_M": cut.rows, "BLOCK_N": cut.cols, "num_warps": cut.warps,
+        "BLOCK_M": cut.rows, "BLOCK_N": cut.cols, "CHUNK": cut.chunk(rows), "WHOLE": cut.cols >= rows.cols,
+        "num_warps": cut.warps,
     }
 
 

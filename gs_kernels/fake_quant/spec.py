@@ -18,6 +18,7 @@ from torch import Tensor
 from gs_kernels.fake_quant.op import fake_quant
 from gs_kernels.fake_quant.quantize import dequantize, quantize
 from gs_kernels.fake_quant.ref import dequantize_ref, fake_quant_ref, quantize_ref
+from gs_kernels.fake_quant.tiles import COLUMN_ELEMENTS, ELEMENTS
 from gs_kernels.formats import granularity_of
 from gs_kernels.runtime.opspec import AotCase, Case, Cost, OpSpec, Shape, Tol
 
@@ -100,17 +101,17 @@ _NVIDIA = ("sm_90",)
 
 
 def _aot(name: str, op: str, *args: Any, **bounds: Any) -> AotCase:
-    return AotCase(name, launcher(op, "fake_quant", *args), elements=4096, **bounds)
+    return AotCase(name, launcher(op, "fake_quant", *args), **({"elements": ELEMENTS} | bounds))
 
 
 AOT = (
-    _aot("row-bf16", "fake_quant", _X, _ROWS, _ROWS, -8, 7, 0, 0, max_regs=40, max_instructions=21),
-    _aot("group-bf16", "fake_quant", _X, _GROUPS, _GROUPS, -8, 7, -1, 128, max_regs=56, max_instructions=26),
-    _aot("column-bf16", "fake_quant", _X, _COLS, _COLS, -8, 7, 1, 0, targets=_NVIDIA),
-    _aot("tensor-fp32", "fake_quant", _X.float(), _ONE, _ONE, 0, 255, -1, 0, max_instructions=21, targets=_NVIDIA),
+    _aot("row-bf16", "fake_quant", _X, _ROWS, _ROWS, -8, 7, 0, 0, max_regs=40, max_instructions=18),
+    _aot("group-bf16", "fake_quant", _X, _GROUPS, _GROUPS, -8, 7, -1, 128, max_regs=48, max_instructions=20),
+    _aot("column-bf16", "fake_quant", _X, _COLS, _COLS, -8, 7, 1, 0, elements=COLUMN_ELEMENTS, targets=_NVIDIA),
+    _aot("tensor-fp32", "fake_quant", _X.float(), _ONE, _ONE, 0, 255, -1, 0, max_instructions=18, targets=_NVIDIA),
 )
 BACKWARD_AOT = (
-    _aot("row-lsq-bf16", "fake_quant_backward", _X, _X, _ROWS, _ROWS, -8, 7, 0, 0, True, True, max_instructions=40),
+    _aot("row-lsq-bf16", "fake_quant_backward", _X, _X, _ROWS, _ROWS, -8, 7, 0, 0, True, True, max_instructions=36),
     _aot("row-ste-bf16", "fake_quant_backward", _X, _X, _ROWS, _ROWS, -8, 7, 0, 0, False, False, max_instructions=23),
 )
 QUANTIZE_AOT = (_aot("row-bf16", "quantize", _X, _ROWS, _ROWS, -8, 7, 0, 0, max_instructions=26, targets=_NVIDIA),)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gs_kernels.fake_quant.strided_rows import BY_COL, BY_CYCLE, BY_ROW, BY_TENSOR
-from gs_kernels.fake_quant.tiles import ELEMENTS, WARPS
+from gs_kernels.fake_quant.tiles import default_tile
 from gs_kernels.tuning.space import Machine, Problem, Space, Tile
 
 DTYPE = torch.bfloat16  # of the tensor that is timed: tiles serve all dtypes
@@ -59,7 +59,7 @@ def _candidates(problem: Problem) -> Iterator[Tile]:
 
 
 def _default(problem: Problem, machine: Machine) -> Tile:
-    return {"elements": ELEMENTS, "warps": WARPS}
+    return dict(zip(CHOICES, default_tile(problem["by"]), strict=True))
 
 
 def _describe(tile: Tile) -> str:

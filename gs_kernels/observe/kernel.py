@@ -5,15 +5,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gs_kernels.fake_quant.kernel import addressing, fake_quant_triton, flags, forward
+from gs_kernels.fake_quant.kernel import addressing, fake_quant_triton, flags, forward, store_partial
 from gs_kernels.fake_quant.strided_rows import BY_COL, BY_CYCLE, BY_TENSOR, Rows, like, readable
-from gs_kernels.fake_quant.tiles import Tile, choose_tile, power_of_two
+from gs_kernels.fake_quant.tiles import ELEMENTS, WARPS, Tile, choose_tile, power_of_two
 from gs_kernels.observe.ref import symmetric_zero
 from gs_kernels.runtime.bound_calls import fresh
 from gs_kernels.runtime.dispatch import launch
 from gs_kernels.triton_lib import BY_COL as COL
 from gs_kernels.triton_lib import BY_TENSOR as TENSOR
-from gs_kernels.triton_lib import clamp, inverse, qparams, reduce_range, row_starts, steps, tile
+from gs_kernels.triton_lib import dense_offsets, inverse, nearest_level, offsets, qparams, reduce_range, row_range, tile
 
 ROW_MAX = 16384  # elements of a row that one program holds: 32 per thread of 16 warps
 
@@ -25,28 +25,21 @@ def _minmax_kernel(
     M, N, C,
     per, stride_outer, stride_inner,
     BY: tl.constexpr, STRIDED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
 ):
-    offs_m, first, offs_n, mask_m, mask_n = tile(M, N, BLOCK_M, BLOCK_N)
-    mask = mask_m[:, None] & mask_n[None, :]
-    starts = row_starts(offs_m, N, per, stride_outer, stride_inner, STRIDED) + first
-    x = tl.load(x_ptr + starts[:, None] + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-    tiles = tl.cdiv(N, BLOCK_N)
+    first_m, first_n, rows, cols, mask_m, mask_n = tile(M, N, BLOCK_M, BLOCK_N, CHUNK, WHOLE)
+    mask = mask_m & mask_n
+    begin, offs = offsets(first_m, first_n, rows, cols, N, per, stride_outer, stride_inner, STRIDED)
+    x = tl.load(x_ptr + begin + offs, mask=mask, other=0.0).to(tl.float32)
     if BY == TENSOR:
         low, high = reduce_range(x, mask, None)
-        offs = tl.program_id(0)
-        tl.store(low_ptr + offs, low)
-        tl.store(high_ptr + offs, high)
     elif BY == COL:
-        low, high = reduce_range(x, mask, 0)
-        offs = tl.program_id(0).to(tl.int64) // tiles * N + first + offs_n
-        tl.store(low_ptr + offs, low, mask=mask_n)
-        tl.store(high_ptr + offs, high, mask=mask_n)
-    else:
         low, high = reduce_range(x, mask, 1)
-        offs = offs_m * tiles + first // BLOCK_N
-        tl.store(low_ptr + offs, low, mask=mask_m)
-        tl.store(high_ptr + offs, high, mask=mask_m)
+        low, high = low[:, None, :], high[:, None, :]
+    else:
+        low, high = row_range(x, mask)
+    store_partial(low_ptr, low, first_m, first_n, rows, cols, mask_m, mask_n, N, BY)
+    store_partial(high_ptr, high, first_m, first_n, rows, cols, mask_m, mask_n, N, BY)
 
 
 @triton.jit
@@ -74,22 +67,21 @@ def _dynamic_fake_quant_kernel(
     per, stride_outer, stride_inner,
     QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr, ZERO: tl.constexpr,
     BY: tl.constexpr, STRIDED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
 ):
     """Fake-quantizes whole rows, each with the scale and zero of its own range."""
-    offs_m, _, offs_n, mask_m, mask_n = tile(M, N, BLOCK_M, BLOCK_N)
-    mask = mask_m[:, None] & mask_n[None, :]
-    starts = row_starts(offs_m, N, per, stride_outer, stride_inner, STRIDED)
-    x = tl.load(x_ptr + starts[:, None] + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    first_m, first_n, rows, cols, mask_m, mask_n = tile(M, N, BLOCK_M, BLOCK_N, CHUNK, WHOLE)
+    mask = mask_m & mask_n
+    begin_x, offs_x = offsets(first_m, first_n, rows, cols, N, per, stride_outer, stride_inner, STRIDED)
+    x = tl.load(x_ptr + begin_x + offs_x, mask=mask, other=0.0).to(tl.float32)
 
-    low, high = reduce_range(x, mask, 1)  # [BLOCK_M]
+    low, high = row_range(x, mask)
     scale, zero = qparams(low, high, QMIN, QMAX, SYMMETRIC, ZERO)
-    tl.store(scale_ptr + offs_m, scale, mask=mask_m)
-    tl.store(zero_ptr + offs_m, zero, mask=mask_m)
-    inv = inverse(scale, zero)
-    _, r = steps(x, inv[:, None], zero[:, None], QMIN, QMAX)
-    y = (clamp(r, QMIN, QMAX) - zero[:, None]) * scale[:, None]
-    tl.store(y_ptr + (offs_m * N)[:, None] + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(scale_ptr + first_m + rows, scale, mask=mask_m)
+    tl.store(zero_ptr + first_m + rows, zero, mask=mask_m)
+    y = (nearest_level(x, inverse(scale, zero), zero, QMIN, QMAX) - zero) * scale
+    begin, offs = dense_offsets(first_m, first_n, rows, cols, N)
+    tl.store(y_ptr + begin + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def _partials(x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -158,8 +150,8 @@ def dynamic_fake_quant_triton(
 
 def _whole_rows(rows: Rows) -> Tile:
     cols = power_of_two(rows.cols, ROW_MAX)
-    height = power_of_two(rows.rows, max(1, 4096 // cols))
-    return Tile(height, cols, warps=16 if cols > 8192 else 8 if height * cols >= 4096 else 4)
+    height = power_of_two(rows.rows, max(1, ELEMENTS // cols))
+    return Tile(height, cols, warps=16 if cols > 8192 else 8 if cols > ELEMENTS else WARPS)
 
 
 def observe_fake_quant_triton(

@@ -22,6 +22,7 @@ from gs_kernels.fake_quant.spec import (
     meta,
     shape,
 )
+from gs_kernels.fake_quant.tiles import ELEMENTS
 from gs_kernels.formats import granularity_of
 from gs_kernels.observe.op import dynamic_fake_quant, minmax, observe_fake_quant
 from gs_kernels.observe.qparams import choose_qparams
@@ -73,7 +74,7 @@ _ROWS = meta(4096, dtype=torch.float32)
 _NVIDIA = ("sm_90",)
 
 
-def _aot(name: str, op: str, *args: Any, elements: int = 4096, **bounds: Any) -> AotCase:
+def _aot(name: str, op: str, *args: Any, elements: int = ELEMENTS, **bounds: Any) -> AotCase:
     return AotCase(name, launcher(op, "observe", *args), elements, **bounds)
 
 

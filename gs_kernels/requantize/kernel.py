@@ -6,11 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from gs_kernels.fake_quant.strided_rows import same_layout
-from gs_kernels.fake_quant.tiles import ELEMENTS, SOME_WARPS, WARPS, power_of_two
+from gs_kernels.fake_quant.tiles import ELEMENTS, WARPS, power_of_two
 from gs_kernels.requantize.cpu import is_dense
 from gs_kernels.runtime.bound_calls import fresh
 from gs_kernels.runtime.dispatch import launch
-from gs_kernels.triton_lib import SCALE_MAX, activate, clamp, inverse, steps
+from gs_kernels.triton_lib import SCALE_MAX, activate, clamp, inverse, nearest_level
 
 ROUNDED = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -49,8 +49,8 @@ def _requantize_kernel(
     y = _rounded(activate(y, ACTIVATION), ROUND)
     if out_scale_ptr is not None:
         scale, zero = tl.load(out_scale_ptr), tl.load(out_zero_ptr)
-        _, level = steps(y, inverse(scale, zero), zero, QMIN, QMAX)
-        y = tl.where(level == level, clamp(level, QMIN, QMAX), QMIN)
+        level = nearest_level(y, inverse(scale, zero), zero, QMIN, QMAX)
+        y = tl.where(level == level, level, QMIN)
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -69,6 +69,6 @@ def requantize_triton(
     launch(
         _requantize_kernel, (-(-n // block),), y, a, a_scale, a_zero, b, b_scale, b_zero, out_scale, out_zero, n,
         QMIN=qmin, QMAX=qmax, ACTIVATION=activation, ROUND=ROUNDED[dtype],
-        BLOCK=block, num_warps=WARPS if block == ELEMENTS else SOME_WARPS,
+        BLOCK=block, num_warps=WARPS,
     )
     return y

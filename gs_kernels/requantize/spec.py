@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from gs_kernels.fake_quant.spec import EXACT, launcher, meta
+from gs_kernels.fake_quant.tiles import ELEMENTS
 from gs_kernels.requantize.op import requantize
 from gs_kernels.requantize.ref import requantize_ref
 from gs_kernels.runtime.opspec import AotCase, Case, Cost, OpSpec, Shape
@@ -48,7 +49,7 @@ _A, _B, _NONE = (_CODES, _ONE, _ONE), (_CODES, _ONE, _ONE), (None, None, None)
 
 
 def _aot(name: str, *args: Any, **bounds: Any) -> AotCase:
-    return AotCase(name, launcher("requantize", "requantize", *args), elements=4096, **bounds)
+    return AotCase(name, launcher("requantize", "requantize", *args), elements=ELEMENTS, **bounds)
 
 
 AOT = (

@@ -8,7 +8,7 @@ from torch import Tensor
 from gs_kernels.runtime.bound_calls import fresh
 from gs_kernels.runtime.dispatch import launch
 from gs_kernels.score_candidates.tiles import choose_tile
-from gs_kernels.triton_lib import clamp, inverse, steps
+from gs_kernels.triton_lib import inverse, nearest_level
 
 
 @triton.jit
@@ -40,8 +40,7 @@ def _score_candidates_kernel(
             x = tl.load(x_ptr + (offs_m * K)[:, None] + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
             mask = mask_k[:, None] & mask_n[None, :]
             w = tl.load(w_ptr + (offs_n * K)[None, :] + offs_k[:, None], mask=mask, other=0.0)
-            _, level = steps(x, inv, zero, QMIN, QMAX)
-            x = ((clamp(level, QMIN, QMAX) - zero) * scale).to(DTYPE)
+            x = ((nearest_level(x, inv, zero, QMIN, QMAX) - zero) * scale).to(DTYPE)
             acc = tl.dot(x, w, acc, input_precision="ieee")
         mask = mask_m[:, None] & mask_n[None, :]
         offs = (offs_m * N)[:, None] + offs_n[None, :]

@@ -9,7 +9,7 @@ from gs_kernels.fake_quant.tiles import power_of_two
 from gs_kernels.observe.ref import symmetric_zero
 from gs_kernels.runtime.bound_calls import fresh
 from gs_kernels.runtime.dispatch import launch
-from gs_kernels.triton_lib import clamp, inverse, qparams, reduce_range, steps
+from gs_kernels.triton_lib import inverse, nearest_level, qparams, reduce_range
 
 ELEMENTS = 2048  # of a program with shorter rows: 16 a thread
 
@@ -37,8 +37,8 @@ def _search_clip_ratio_kernel(
     for step in range(R):
         ratio = tl.load(ratios_ptr + step)
         scale, zero = qparams(low * ratio, high * ratio, QMIN, QMAX, SYMMETRIC, ZERO)
-        _, level = steps(x, inverse(scale, zero)[:, None], zero[:, None], QMIN, QMAX)
-        error = (clamp(level, QMIN, QMAX) - zero[:, None]) * scale[:, None] - x
+        level = nearest_level(x, inverse(scale, zero)[:, None], zero[:, None], QMIN, QMAX)
+        error = (level - zero[:, None]) * scale[:, None] - x
         error *= error
         if importance_ptr is not None:
             error *= importance

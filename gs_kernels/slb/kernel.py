@@ -87,6 +87,14 @@ def _levels(v_ptr, start, PLANES: tl.constexpr, BLOCK_L: tl.constexpr):
 
 
 @triton.jit
+def _inverse_sum(s):
+    """Computes 1 / s for 1 <= s <= 256, in half the instructions of a division; exact for powers of two."""
+    r = tl.rsqrt(s)
+    r = r * r
+    return tl.fma(r, tl.fma(-s, r, 1.0), r)  # a step of Newton's
+
+
+@triton.jit
 def _mix(a_ptr, v_ptr, offs, mask, K, c, PLANES: tl.constexpr, BLOCK_L: tl.constexpr):
     """Computes the softmax over levels and the weights W_c, the levels' mean under it.
 
@@ -111,7 +119,7 @@ def _mix(a_ptr, v_ptr, offs, mask, K, c, PLANES: tl.constexpr, BLOCK_L: tl.const
             s = s * old + tl.sum(e, 0)
             acc = acc * old + tl.sum(e * _levels(v_ptr, start, PLANES, BLOCK_L), 0)
             m = top
-    r = 1.0 / s
+    r = _inverse_sum(s)
     return m, r, acc * r, a, e
 
 

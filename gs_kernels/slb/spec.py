@@ -161,15 +161,15 @@ def _aot(name: str, op: str, s: tuple[int, ...], dtype: torch.dtype, last: bool 
 # instructions per weight; at 3 TB/s an H100 has time for 9.9 of them per byte moved
 WEIGHT_AOT = (
     # Triton 3.6 holds all 16 levels of a weight in registers on sm_100: 168 of them, 12 warps an SM, and no spill
-    _aot("4bit-bf16", "slb_weight", (512, 16, 4608), torch.bfloat16, max_instructions=180, older_max_regs={"3.6": 168}),
-    _aot("1bit-bf16", "slb_weight", (512, 1, 4608), torch.bfloat16, max_regs=48, max_instructions=32, targets=_NVIDIA),
-    _aot("2bit-fp32", "slb_weight", (512, 4, 576), torch.float32, max_regs=48, max_instructions=68, targets=_NVIDIA),
-    _aot("2bit-last", "slb_weight", (512, 4, 4608), torch.bfloat16, True, max_instructions=75, targets=_NVIDIA),
+    _aot("4bit-bf16", "slb_weight", (512, 16, 4608), torch.bfloat16, max_instructions=170, older_max_regs={"3.6": 168}),
+    _aot("1bit-bf16", "slb_weight", (512, 1, 4608), torch.bfloat16, max_regs=64, max_instructions=24, targets=_NVIDIA),
+    _aot("2bit-fp32", "slb_weight", (512, 4, 576), torch.float32, max_regs=48, max_instructions=60, targets=_NVIDIA),
+    _aot("2bit-last", "slb_weight", (512, 4, 4608), torch.bfloat16, True, max_instructions=68, targets=_NVIDIA),
 )
 BACKWARD_AOT = (
-    _aot("4bit-grad-bf16", "slb_weight_backward", (512, 16, 4608), torch.bfloat16, max_regs=255, max_instructions=270),
-    _aot("2bit-grad-bf16", "slb_weight_backward", (512, 4, 4608), torch.bfloat16, max_instructions=90, targets=_NVIDIA),
-    _aot("1bit-grad-bf16", "slb_weight_backward", (512, 1, 4608), torch.bfloat16, max_instructions=46, targets=_NVIDIA),
+    _aot("4bit-grad-bf16", "slb_weight_backward", (512, 16, 4608), torch.bfloat16, max_regs=255, max_instructions=255),
+    _aot("2bit-grad-bf16", "slb_weight_backward", (512, 4, 4608), torch.bfloat16, max_instructions=80, targets=_NVIDIA),
+    _aot("1bit-grad-bf16", "slb_weight_backward", (512, 1, 4608), torch.bfloat16, max_instructions=37, targets=_NVIDIA),
 )
 PACK_AOT = (_aot("4bit-bf16", "slb_pack", (512, 16, 4608), torch.bfloat16, max_instructions=140, targets=_NVIDIA),)
 ADAMW_AOT = (

@@ -10,6 +10,8 @@ from gs_kernels.tuning.tables import tuned
 VECTOR = 16  # bytes of one access of a thread
 CHUNK = 16  # levels that a thread holds at once; more are mixed chunk by chunk
 UPDATE_CHUNK = 4  # in an optimizer step, which holds the state of each level beside its logit
+WARPS = 1  # a program of one waits for no other, and while some load and store others compute
+UPDATE_WARPS = 4  # of an optimizer step, which waits for memory most of the time
 COLUMNS_MIN = 64  # of a row: whole 128-byte lines in 16-bit logits
 
 
@@ -43,8 +45,7 @@ def choose_tile(o: int, r: int, planes: int, itemsize: int, *, columns_min: int 
 
 def default_threads(planes: int, vectors_max: int) -> tuple[int, int]:
     """Returns the accesses of a thread to each plane, and the warps, without a table."""
-    vectors = min(2 if planes <= 2 else 1, vectors_max)
-    return vectors, 4 * vectors
+    return (2 if planes <= 2 else 1, WARPS) if vectors_max > 1 else (1, UPDATE_WARPS)
 
 
 def _columns(r: int, elements: int) -> int:

@@ -15,7 +15,7 @@ from gs_kernels.slb.tiles import default_threads
 from gs_kernels.tuning.space import Machine, Problem, Space, Tile
 
 ROWS = 512  # of the weight that is timed
-CHOICES: dict[str, tuple[Any, ...]] = {"vectors": (1, 2, 4), "warps": (2, 4, 8)}
+CHOICES: dict[str, tuple[Any, ...]] = {"vectors": (1, 2, 4), "warps": (1, 2, 4, 8)}
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 

@@ -8,6 +8,7 @@ slowest, after the launch itself. Nothing here is timed; `bench.predict` says ho
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,6 +18,9 @@ from gs_kernels.aot.ir_cost import Work, work_of
 from gs_kernels.aot.report import Report, report
 from gs_kernels.aot.trace import Call, Trace
 from gs_kernels.tuning.gpu_specs import Card
+
+ALONE = 2.0  # cycles between two instructions of a warp that waits for no other. No number of a data sheet
+ISSUED = 0.7  # of what schedulers could issue, when warps are many. No number of a data sheet
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,26 @@ def _in_flight(kernel: Report, work: Work, card: Card) -> float:
 @lru_cache(maxsize=256)
 def _reported(compiled: Any, target: str) -> Report:
     return report(compiled, target, elements=1)
+
+
+def bandwidth_share(kernel: Report, work: Work, card: Card) -> float | None:
+    """Predicts the share of its memory's bandwidth that a kernel reaches whose programs load, compute and store once.
+
+    Programs that an SM holds do so in turn, and wait for one another at the schedulers and at the memory: the mean
+    values of a closed queueing network (Reiser and Lavenberg 1980, J. ACM 27, 313). None for kernels that multiply
+    matrices or loop: they load while they compute.
+    """
+    if work.flops or kernel.loop_instructions:
+        return None
+    moving = 1e6 * work.nbytes / work.programs / (card.bandwidth * 1e9 / card.sm_count)
+    issuing = 1e6 * kernel.num_warps * kernel.instructions / (card.issue_rate * ISSUED)
+    waiting = card.latency_us + max(0.0, ALONE * kernel.instructions / (card.clock * 1e3) - issuing)
+    at_memory = at_schedulers = rate = 0.0
+    for programs in range(1, min(kernel.occupancy.blocks, math.ceil(work.programs / card.sm_count)) + 1):
+        moved, issued = moving * (1 + at_memory), issuing * (1 + at_schedulers)
+        rate = programs / (waiting + moved + issued)
+        at_memory, at_schedulers = rate * moved, rate * issued
+    return rate * moving
 
 
 def predict(launch: Launch, card: Card) -> Prediction:

@@ -9,14 +9,13 @@ from gs_kernels.qmatmul.ref import FP8_MAX, LEVELS
 from gs_kernels.qmatmul.tiles import rows_tile
 from gs_kernels.runtime.bound_calls import fresh
 from gs_kernels.runtime.dispatch import launch
-from gs_kernels.triton_lib import SCALE_FLOOR, clamp, inverse, qparams, reduce_range, steps
+from gs_kernels.triton_lib import SCALE_FLOOR, clamp, inverse, nearest_level, qparams, reduce_range
 
 
 @triton.jit
 def row_codes(x, inv, zero, TOP: tl.constexpr, CODE: tl.constexpr, FP8: tl.constexpr):
     if not FP8:
-        _, r = steps(x, inv, zero, -TOP, TOP)
-        q = clamp(r, -TOP, TOP)
+        q = nearest_level(x, inv, zero, -TOP, TOP)
         codes = tl.where(q == q, q, -TOP).to(CODE)
     else:
         codes = clamp(x * inv, -TOP, TOP).to(CODE)
