@@ -307,7 +307,7 @@ def export(
 
 @app.command(name="import")
 def import_(
-    source: Annotated[Path, typer.Argument(help="A compressed-tensors, GPTQ or AWQ folder.")],
+    source: Annotated[Path, typer.Argument(help="A compressed-tensors, GPTQ or AWQ folder, or a gpt-oss.")],
     target: Annotated[Path, typer.Argument(help="A new folder for the packed model.")],
 ) -> None:
     """Reads a language model that another library quantized, exactly, into a packed folder of ours."""

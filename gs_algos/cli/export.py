@@ -11,11 +11,11 @@ from gs_algos.cli.demo import OPTIONS_FILE
 from gs_algos.demo.data import ImageData, load_data
 from gs_algos.demo.models import build
 from gs_algos.llm.folder import read_json
-from gs_algos.llm.interchange import FORMATS, InterchangeResult, export_language_model, import_language_model
+from gs_algos.llm.interchange import EXPORTS, InterchangeResult, export_language_model, import_language_model
 from gs_algos.ptq.kv import elsewhere
 
 NETWORKS = ("pt2", "onnx")
-TARGETS = (*FORMATS, *NETWORKS)
+TARGETS = (*EXPORTS, *NETWORKS)
 
 
 def run_export(source: Path, target: Path, to: str) -> str:

@@ -17,7 +17,7 @@ from gs_algos.llm import mx_blocks
 from gs_algos.llm.folder import Folder, ShardWriter, opened_all, read_folder, whole_folder
 from gs_algos.llm.foreign_config import BESIDE, ENTRY, OLD_ENTRY, settings_of
 from gs_algos.llm.formats import awq, compressed_tensors, gptq
-from gs_algos.llm.formats.base import Format, Reader
+from gs_algos.llm.formats.base import Format, Reader, Writer
 from gs_algos.llm.integrity import check_tensors, part_names, verify_files
 from gs_algos.llm.packed_config import FOREIGN, METHOD, VERSION, PackedConfig, read_config
 from gs_algos.llm.skeleton import check_ties, expert_rows, fit, routers, skeleton, stacks_in
@@ -31,6 +31,7 @@ from gs_kernels.pack.serialize import loaded_scale, to_tensors
 
 Experts: TypeAlias = Mapping[str, Mapping[str, tuple[int, int]]]  # as `expert_rows` gives them
 FORMATS: dict[str, Format] = {f.method: f for f in (compressed_tensors.FORMAT, gptq.FORMAT, awq.FORMAT)}
+EXPORTS = (*FORMATS, mx_blocks.METHOD)
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,10 @@ def export_language_model(
 
     Embeddings, layers tied to one, and for gptq and awq the output head become floats in the dtype of config.json.
     Stacks of experts are written as linears of single experts, or as floats where Transformers has no names for these.
+    mxfp4 is the form of gpt-oss: its stacks in MX blocks, all else as floats.
 
     Args:
-        to: "compressed-tensors", "gptq" or "awq".
+        to: "compressed-tensors", "gptq", "awq" or "mxfp4".
         shard_bytes: largest tensor file.
 
     Raises:
@@ -65,9 +67,8 @@ def export_language_model(
             groups or zero points that the format cannot hold.
     """
     who = "export_language_model"
-    if to not in FORMATS:
-        raise ValueError(f"{who}: to must be one of {', '.join(FORMATS)}, got {to!r}")
-    format = FORMATS[to]
+    if to not in EXPORTS:
+        raise ValueError(f"{who}: to must be one of {', '.join(EXPORTS)}, got {to!r}")
     folder = read_folder(source, who)
     where = f"{who}: {folder.path / 'config.json'}"
     config = read_config(folder.config.get("quantization_config"), where)
@@ -90,8 +91,13 @@ def export_language_model(
     fit(model, plain, [*config.layers, *config.tied]).refuse(who, folder.path, model)
     _check_packed_shapes(model, config, where)
     experts = expert_rows(model)
-    floats = _floats(model, config, format, experts)
-    writer = format.writer([f for name, f in config.layers.items() if name not in floats])
+    writer: Writer
+    if to == mx_blocks.METHOD:
+        writer = mx_blocks.MxBlocksWriter(model, config.layers, where)
+        floats = {name for name in config.layers if name not in writer.stacks}
+    else:
+        floats = _floats(model, config, FORMATS[to], experts)
+        writer = FORMATS[to].writer([f for name, f in config.layers.items() if name not in floats])
     if len(floats) == len(config.layers):
         raise ValueError(f"{who}: {folder.path} must have a packed linear layer that {to} can hold, got none")
     stacks = stacks_in(model)
@@ -113,7 +119,7 @@ def export_language_model(
                 continue
             for linear, (first, end) in experts.get(name, {name: (0, weight.shape[0])}).items():
                 for part, tensor in writer.layer(linear, rows_between(weight, first, end)).items():
-                    shards.add(f"{linear}.{part}", tensor)
+                    shards.add(f"{linear}{part if part.startswith('_') else f'.{part}'}", tensor)
         shards.close()
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         kept = [name for name in linears if name not in config.layers or name in floats]

@@ -1,20 +1,28 @@
-"""Imports folders whose experts are MX blocks of 4-bit floats, `quant_method: mxfp4`, as those of gpt-oss."""
+"""Reads and writes folders whose experts are MX blocks of 4-bit floats, `quant_method: mxfp4`, as those of gpt-oss."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
 
 from gs_algos.llm.folder import Folder, ShardWriter, opened_all
 from gs_algos.llm.foreign_config import Settings
 from gs_algos.llm.formats.base import refuse_unknown
 from gs_algos.llm.skeleton import check_ties, fit, skeleton, stacks_in
+from gs_algos.quant.packed.experts import ExpertStack
 from gs_algos.quant.packed.module import PackedFormat
 from gs_algos.quant.packed.packable import matrix_of
-from gs_kernels.pack.formats.fp4 import from_mx_blocks
+from gs_kernels import PackedWeight
+from gs_kernels.pack.formats.fp4 import BLOCK, from_mx_blocks, to_mx_blocks
 from gs_kernels.pack.serialize import to_tensors
 
 METHOD = "mxfp4"
 BLOCKS, SCALES = "_blocks", "_scales"  # behind the name of a stack of experts
+KIND = "GptOssExperts"  # the only ones that Transformers and vLLM read in this form
+FLOATS = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]  # as gpt-oss says
 USED = ("quant_method", "modules_to_not_convert", "dequantize")
 
 
@@ -65,3 +73,35 @@ def read_mx_blocks(
                     shards.add(f"{stack}.{part}", tensor)
         shards.close()
     return shards, formats
+
+
+class MxBlocksWriter:
+    """Writes all stacks of experts of a gpt-oss; what else is packed has to become floats.
+
+    Raises:
+        ValueError: if the model is another, or one of its stacks is not of mxfp4.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, PackedFormat], where: str) -> None:
+        self.stacks: dict[str, ExpertStack] = stacks_in(model)
+        if not self.stacks or any(stack.kind != KIND for stack in self.stacks.values()):
+            raise ValueError(
+                f"{where}: a model must be a gpt-oss to be written in MX blocks, got a {type(model).__name__}; "
+                "export it to compressed-tensors"
+            )
+        for name in self.stacks:
+            format = layers.get(name)
+            kind = (format.scale_dtype, format.group_size) if format is not None else None
+            if kind != ("float8_e8m0fnu", BLOCK):
+                got = "floats" if format is None else f"{format.bits} bits, {format.scale_dtype} scales"
+                raise ValueError(
+                    f"{where}: {name}, as every stack of experts, must be packed in mxfp4, got {got}; quantize with "
+                    '--weights mxfp4, or with the rule "re:.*experts.*=mxfp4"'
+                )
+
+    def layer(self, name: str, weight: PackedWeight) -> dict[str, Tensor]:
+        blocks, scales = to_mx_blocks(weight, self.stacks[name].experts, name=name)
+        return {BLOCKS: blocks, SCALES: scales}
+
+    def config(self, floats: list[str]) -> dict[str, Any]:
+        return {"quant_method": METHOD, "modules_to_not_convert": FLOATS}

@@ -149,7 +149,8 @@ def refuse_loader(stack: str) -> None:
     """
     model, name = get_model_architecture(get_current_vllm_config().model_config)
     if hasattr(sys.modules[model.__module__], "fused_moe_make_expert_params_mapping"):
-        raise ValueError(f"{WHO}: vLLM's {name} must load stacks of experts, got {stack}, and it loads none; {ADVICE}")
+        advice = "vLLM reads a gpt-oss packed in mxfp4 and exported --to mxfp4" if "GptOss" in name else ADVICE
+        raise ValueError(f"{WHO}: vLLM's {name} must load stacks of experts, got {stack}, and it loads none; {advice}")
 
 
 def _refuse_layer(layer: Any, owner: str) -> None:

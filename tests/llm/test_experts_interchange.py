@@ -10,13 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gs_algos import quantize_weights
 from gs_algos.llm.interchange import export_language_model, import_language_model
 from gs_algos.llm.load import load_language_model
 from gs_algos.llm.quantize_checkpoint import quantize_checkpoint
 from gs_algos.quant.packed.experts import PackedStack
-from tests.helpers import same_bits
+from tests.helpers import relative_rms, same_bits
 from tests.llm.test_experts import IDS, gpt_oss, mixtral, qwen
 from tests.nets.language_models import tiny_tokenizer
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed; it is in the extra hf")
 
 
 def packed(make: Any, scheme: str, path: Path) -> Path:
@@ -104,6 +107,45 @@ def test_blocks_of_gpt_oss_are_imported_with_the_values_of_transformers_bit_for_
         assert stack.packed.scale.itemsize == 1
         assert same_bits(stack.weight.to(torch.bfloat16).contiguous(), dense[name])
     assert torch.isfinite(model(IDS).logits).all()
+
+
+def test_blocks_of_gpt_oss_come_back_bit_for_bit_as_they_were(tmp_path: Path):
+    blocks(tmp_path / "theirs")
+    import_language_model(tmp_path / "theirs", tmp_path / "ours")
+    done = export_language_model(tmp_path / "ours", tmp_path / "back", "mxfp4")
+    want, got = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "back"))
+    assert (done.layers, done.floats) == (4, ()) and want.keys() == got.keys()
+    assert all(same_bits(got[name], tensor) for name, tensor in want.items())
+
+
+def test_a_gpt_oss_packed_here_is_read_by_transformers(tmp_path: Path):
+    folder = packed(gpt_oss, "mxfp4", tmp_path)
+    done = export_language_model(folder, tmp_path / "out", "mxfp4")
+    assert done.layers == 4 and "model.layers.0.self_attn.q_proj" in done.floats
+    config = transformers.Mxfp4Config(dequantize=True)  # which it does of itself without a GPU, with a warning
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=config)
+    ours, _ = load_language_model(folder)
+    stacks = {name: module for name, module in ours.named_modules() if isinstance(module, PackedStack)}
+    for name, stack in stacks.items():
+        assert same_bits(model.get_parameter(name).contiguous(), stack.weight.contiguous())
+    with torch.no_grad():
+        assert relative_rms(model(IDS).logits, ours(IDS).logits) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("make", "rules", "words"),
+    [
+        (qwen, [], "a model must be a gpt-oss .*, got a Qwen3MoeForCausalLM; export it to compressed-tensors"),
+        (gpt_oss, [("re:.*down_proj", "int4@group:32")], "down_proj, as every stack .* mxfp4, got 4 bits, float"),
+        (gpt_oss, [("re:.*1.mlp.experts.gate_up_proj", None)], r"1\.mlp\.experts\.gate_up_proj, as .*, got floats"),
+    ],
+)
+def test_what_is_no_gpt_oss_in_mxfp4_is_refused(make: Any, rules: list[Any], words: str, tmp_path: Path):
+    model = quantize_weights(make(), "mxfp4", rules=rules)
+    model.save_pretrained(tmp_path / "packed")
+    with pytest.raises(ValueError, match=words):
+        export_language_model(tmp_path / "packed", tmp_path / "out", "mxfp4")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

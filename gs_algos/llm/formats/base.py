@@ -30,7 +30,7 @@ class Writer(Protocol):
     """Turns packed layers into the tensors of a format, and afterwards describes them all."""
 
     def layer(self, name: str, weight: PackedWeight) -> dict[str, Tensor]:
-        """Returns the tensors of one layer, by their names behind the layer's."""
+        """Returns the tensors of one layer, by their names behind the layer's, and a dot if they begin with no `_`."""
 
     def config(self, floats: list[str]) -> dict[str, Any]:
         """Returns the `quantization_config`; floats: linear layers that were not given to `layer`."""

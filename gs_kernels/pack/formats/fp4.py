@@ -78,6 +78,24 @@ def from_mx_blocks(blocks: Tensor, scales: Tensor, *, name: str = "weight") -> P
     return _of_exponents(who, blocks.reshape(-1, groups * BLOCK // 2), scales.reshape(-1, groups), name)
 
 
+def to_mx_blocks(weight: PackedWeight, experts: int, *, name: str = "weight") -> tuple[Tensor, Tensor]:
+    """Writes a weight `[E * N, K]` of mxfp4 as blocks `[E, N, K / 32, 16]` and scales `[E, N, K / 32]`, uint8. Exact.
+
+    Raises:
+        ValueError: if the weight is of another format, or E does not divide its rows.
+    """
+    who = "to_mx_blocks"
+    check_packed(who, weight, name)
+    if weight.scale.dtype != torch.float8_e8m0fnu or weight.group_size != BLOCK:
+        got = f"{dtype_name(weight.scale.dtype)} scales for {weight.group_size} inputs"
+        raise ValueError(f"{who}: {name} must be of mxfp4, got {got}")
+    if experts < 1 or weight.shape[0] % experts:
+        raise ValueError(f"{who}: experts must divide the {weight.shape[0]} rows of {name}, got {experts}")
+    codes, groups = repack(weight, CANONICAL).codes, weight.shape[1] // BLOCK
+    scales = weight.scale.contiguous().view(torch.uint8).view(experts, -1, groups)
+    return codes.view(experts, -1, groups, BLOCK // 2), scales
+
+
 def _of_exponents(who: str, codes: Tensor, scale: Tensor, name: str) -> PackedWeight:
     nan = (scale == NAN).nonzero()
     if len(nan):
