@@ -18,6 +18,7 @@ from gs_algos.llm.folder import read_folder
 from gs_algos.llm.integrity import check_tensors, verify_files
 from gs_algos.llm.load import is_gguf
 from gs_algos.llm.packed_config import METHOD, read_config
+from gs_algos.llm.skeleton import renamed_parts
 from gs_algos.ptq.kv import elsewhere
 
 WHO = "serve"
@@ -78,7 +79,7 @@ def _check_language_model(path: Path, verify: bool) -> str | None:
     settings = folder.config.get("quantization_config")
     if isinstance(settings, dict) and settings.get("quant_method") == METHOD:
         config = read_config(settings, f"{WHO}: {folder.path / 'config.json'}")
-        check_tensors(folder, config, WHO)
+        check_tensors(folder, config, WHO, renamed_parts(folder, config.layers, WHO))
         verify_files(folder.path, config.files if verify else {}, WHO)
         return config.kv
     return None

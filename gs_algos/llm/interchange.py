@@ -20,7 +20,7 @@ from gs_algos.llm.formats import awq, compressed_tensors, gptq
 from gs_algos.llm.formats.base import Format, Reader, Writer
 from gs_algos.llm.integrity import check_tensors, part_names, verify_files
 from gs_algos.llm.packed_config import FOREIGN, METHOD, VERSION, PackedConfig, read_config
-from gs_algos.llm.skeleton import check_ties, expert_rows, fit, routers, skeleton, stacks_in
+from gs_algos.llm.skeleton import check_ties, expert_rows, fit, renamed_parts, routers, skeleton, stacks_in
 from gs_algos.quant.packed.experts import ExpertStack, PackedStack
 from gs_algos.quant.packed.module import WEIGHT_TENSORS, PackedFormat
 from gs_algos.quant.packed.packable import base_of, float_weight, matrix_of
@@ -83,10 +83,11 @@ def export_language_model(
             f"{len(config.rotations) - 1} more that are rotated as they run (rotations in config.json); quantize it "
             "without rotate"
         )
-    check_tensors(folder, config, who)
+    names = renamed_parts(folder, config.layers, who)
+    check_tensors(folder, config, who, names)
     verify_files(folder.path, config.files, who)
     model = skeleton(folder.path, who)
-    held = part_names(config)
+    held = {names.get(name, name) for name in part_names(config)}
     plain = {name: facts for name, facts in folder.headers(who).items() if name not in held}
     fit(model, plain, [*config.layers, *config.tied]).refuse(who, folder.path, model)
     _check_packed_shapes(model, config, where)
@@ -104,11 +105,13 @@ def export_language_model(
     dtype = getattr(torch, str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "float32"))
     with whole_folder(target, who) as out, opened_all(folder, who) as get:
         shards = ShardWriter(out, shard_bytes)
-        for name, parts in _grouped(folder.tensors, config.layers).items():
+        ours = {theirs: name for name, theirs in names.items()}
+        for name, parts in _grouped([ours.get(name, name) for name in folder.tensors], config.layers).items():
             if parts is None:
                 shards.add(name, get(name))
                 continue
-            weight = _packed(config.layers[name], {part: get(f"{name}.{part}") for part in parts})
+            own = {part: names.get(f"{name}.{part}", f"{name}.{part}") for part in parts}
+            weight = _packed(config.layers[name], {part: get(tensor) for part, tensor in own.items()})
             check_packed_values(who, weight, name)
             if name in floats:
                 stack = stacks.get(name)

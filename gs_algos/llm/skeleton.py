@@ -138,6 +138,16 @@ def part_names_in(model: Any, names: Collection[str]) -> dict[str, str]:
     }
 
 
+def renamed_parts(folder: Folder, layers: Collection[str], who: str) -> dict[str, str]:
+    """Maps names of parts of packed layers from the model to the folder; empty if the folder has the model's names.
+
+    Transformers saves the modules of some models under names of older folders, as `block_sparse_moe` for `mlp`.
+    """
+    if all(f"{name}.codes" in folder.tensors for name in layers):
+        return {}
+    return part_names_in(skeleton(folder.path, who), folder.tensors)
+
+
 def check_ties(model: Any, folder: Folder, get: Callable[[str], Tensor], who: str) -> None:
     """Raises if the folder holds two tensors with different values that the config ties: one would be lost.
 

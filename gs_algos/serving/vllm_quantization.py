@@ -39,7 +39,7 @@ from vllm.model_executor.parameter import (
 from gs_algos.llm.folder import read_folder
 from gs_algos.llm.integrity import check_tensors, verify_files
 from gs_algos.llm.packed_config import METHOD, PackedConfig, read_config
-from gs_algos.llm.skeleton import part_names_in, skeleton
+from gs_algos.llm.skeleton import renamed_parts
 from gs_algos.ptq.kv import elsewhere
 from gs_algos.quant.packed.module import WEIGHT_TENSORS, PackedFormat, tensors_of
 from gs_algos.serving.engine_parameters import get_weight, set_weight
@@ -104,9 +104,7 @@ class GoldenStickVllmConfig(QuantizationConfig):
         """Checks the files of a local folder, before any process loads them; of a name on a hub there is none yet."""
         if Path(model_name).is_dir():
             folder = read_folder(model_name, WHO, code=True)  # vLLM has decided about code by now
-            stacks = any(STACK.match(name) for name in self.config.layers)  # which a model may rename as it is saved
-            names = part_names_in(skeleton(folder.path, WHO), folder.tensors) if stacks else {}
-            check_tensors(folder, self.config, WHO, names)
+            check_tensors(folder, self.config, WHO, renamed_parts(folder, self.config.layers, WHO))
             verify_files(folder.path, self.config.files, WHO)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:

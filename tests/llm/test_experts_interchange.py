@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gs_algos import quantize_weights
+from gs_algos.cli.serve import serve_command
 from gs_algos.llm.interchange import export_language_model, import_language_model
 from gs_algos.llm.load import load_language_model
 from gs_algos.llm.quantize_checkpoint import quantize_checkpoint
@@ -49,6 +50,19 @@ def test_experts_are_exported_one_by_one_and_imported_as_stacks(make: Any, schem
     assert len(per_expert) == 2 * 3  # gate, up and down of two layers
     import_language_model(tmp_path / "out", tmp_path / "back")
     assert same_bits(logits(tmp_path / "back"), logits(folder))
+
+
+def test_a_saved_model_whose_modules_have_other_names_in_folders_is_taken(tmp_path: Path, monkeypatch: Any):
+    folder = packed(mixtral, "int4@group:32", tmp_path)
+    model, _ = load_language_model(folder)
+    model.save_pretrained(tmp_path / "saved")
+    assert any("block_sparse_moe.experts.down_proj" in name for name in load_file(tmp_path / "saved/model.safetensors"))
+    monkeypatch.setattr("shutil.which", lambda name: name)  # vLLM need not be here
+    assert str(tmp_path / "saved") in serve_command(tmp_path / "saved")
+    for name in ("packed", "saved"):
+        export_language_model(tmp_path / name, tmp_path / f"of {name}", "compressed-tensors")
+    want, got = (load_file(tmp_path / f"of {name}" / "model.safetensors") for name in ("packed", "saved"))
+    assert want.keys() == got.keys() and all(same_bits(got[name], tensor) for name, tensor in want.items())
 
 
 def test_the_router_is_named_as_float(tmp_path: Path):

@@ -241,7 +241,7 @@ def test_a_bias_of_zeros_that_the_model_has_not_is_left_out(packed: Any, tmp_pat
         ("compressed-tensors", "int1@group:32", r"must be integers in 0\.\.1, got 0\.5"),
         ("awq", "int8@group:32", "must have 4 bits, got 8"),
         ("awq", "mixed", "must have one group size, got .* and .* in model"),
-        ("gguf", "int4@group:32", "to must be one of compressed-tensors, gptq, awq, got 'gguf'"),
+        ("gguf", "int4@group:32", "to must be one of compressed-tensors, gptq, awq, mxfp4, got 'gguf'"),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused(to: str, weights: str, words: str, packed: Any, tmp_path: Path):
@@ -273,7 +273,7 @@ def test_the_commands_export_and_import(packed: Any, tmp_path: Path, capsys: pyt
     assert run(["import", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
     assert run(["generate", str(tmp_path / "back"), "in the", "--max-new-tokens", "2"]) == 0
     assert run(["export", str(source), str(tmp_path / "x"), "--to", "exe"]) == 2
-    assert "--to must be one of compressed-tensors, gptq, awq, pt2, onnx, got 'exe'" in capsys.readouterr().err
+    assert "--to must be one of compressed-tensors, gptq, awq, mxfp4, pt2, onnx, got 'exe'" in capsys.readouterr().err
 
 
 def test_a_packed_folder_with_holes_is_not_exported(packed: Any, tmp_path: Path):
