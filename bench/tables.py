@@ -299,6 +299,17 @@ def adder(rows: Rows) -> str:
     return table(("device", "layer", *names, "load"), lines)
 
 
+def adder_planes(rows: Rows) -> str:
+    """Tabulates L1 products of codes of few bits beside products of their planes: milliseconds."""
+    latest = last([row for row in rows if row["kind"] == "adder planes"], "device_name", "instructions", "layer")
+    lines = []
+    for row in latest.values():
+        layer, ms = " ".join(f"{k}={v}" for k, v in row["layer"].items()), row["ms"]
+        planes = (f"{ms[name]:.2f} ({ms[name] / ms['adder int8']:.1f}x)" for name in ("planes 2 bit", "planes 3 bit"))
+        lines.append((record.device_text(row), layer, f"{ms['adder int8']:.2f}", *planes, row["busy"]))
+    return table(("device", "layer", "adder int8", "planes, 2 bits", "planes, 3 bits", "load"), lines)
+
+
 def photographs(rows: Rows) -> str:
     """Tabulates what is left of a network's outputs on photographs, by how it was quantized."""
     latest = last([row for row in rows if row["kind"] == "photographs" and "sqnr_db" in row], "model", "setting")
@@ -461,6 +472,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "serving": serving,
     "convolutions": convolutions,
     "adder": adder,
+    "adder-planes": adder_planes,
 }
 
 
