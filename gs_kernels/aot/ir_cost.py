@@ -42,6 +42,7 @@ class Work:
 
     flops: of matrix products, by the kind of their operands: "16bit", "int8", "fp8" or "fp32".
     turns: of its longest loop, as the first program runs it; 1 without a loop.
+    early: whether it is launched while the launch before it runs, and waits for that on the GPU.
     """
 
     programs: int
@@ -49,6 +50,7 @@ class Work:
     stored: int
     flops: dict[str, int]
     turns: int
+    early: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -176,4 +178,5 @@ def work_of(launch: Launch) -> Work:
         stored=sum(reader.nbytes[name] for name in reader.stored),
         flops={kind: flops * programs for kind, flops in sorted(reader.flops.items())},
         turns=reader.turns,
+        early=bool(launch.args.get("launch_pdl")),
     )

@@ -18,6 +18,7 @@ class Plan:
     shares: so many programs take equal shares of the blocks along K of all tiles, of float x, and there are as many
         blocks or more; 0: each does a tile.
     per_sm: how many of these programs are for one processor, a divisor of shares.
+    early: whether what adds the parts of shares is launched while they are made, and waits on the GPU.
     """
 
     dense: bool = False
@@ -27,6 +28,7 @@ class Plan:
     split_k: int = 1
     shares: int = 0
     per_sm: int = 1
+    early: bool = False
     warps: int = 4
     stages: int = 4
 
@@ -100,7 +102,7 @@ def choose_plan(
         return DENSE
     # in fp32 a tile of weights takes twice the registers
     plan = rule.plan if x_bits == 16 else replace(rule.plan, block_n=rule.plan.block_n // 2)
-    return _share(plan, rule.per_sm, m, n, k, sm_count)
+    return _share(plan, rule.per_sm, m, n, k, sm, sm_count)
 
 
 def default_rule(m: int, sm: int) -> Rule:
@@ -118,14 +120,15 @@ SHORTEST = 3  # blocks of a share: what a pipeline of four stages loads before i
 # a part of a tile is written, and read again, through L2; half of that is behind the products of others. In blocks of
 # weights, for each row of a tile: H100, some 24 bytes a clock and SM, where a block of 128 x 128 takes 500 clocks
 PART = 1 / 32
+EARLY_SM = 90  # the first compute capability with programmatic dependent launches
 MOST_TILES = 8  # of rows: with more, each is a tile
 
 
-def _share(plan: Plan, per_sm: int, m: int, n: int, k: int, sm_count: int) -> Plan:
+def _share(plan: Plan, per_sm: int, m: int, n: int, k: int, sm: int, sm_count: int) -> Plan:
     """Has programs share the blocks of all tiles evenly, where processors are done sooner than with a tile each."""
     tiles_m = next((count for count in range(1, MOST_TILES + 1) if m <= count * plan.block_m), 0)
     per_sm, shares = share(tiles_m * -(-n // plan.block_n), -(-k // 128), plan.block_m, per_sm, sm_count)
-    return replace(plan, shares=shares, per_sm=per_sm)
+    return replace(plan, shares=shares, per_sm=per_sm, early=shares > 0 and sm >= EARLY_SM)
 
 
 @lru_cache(maxsize=4096)

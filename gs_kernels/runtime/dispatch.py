@@ -155,19 +155,23 @@ def implementations(
     return tuple(impls)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **flags: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, early: Any = False, **flags: Any) -> None:
     """Launches `kernel[grid](*args, **flags)` on the device of args[0], a * b + c not contracted.
 
     While tracing, the launch goes through `wrap_triton`, so that `torch.compile` and AOTInductor see it. That knows no
     `enable_fp_fusion`: kernels are written so that contraction changes no element, only the last bits of sums.
+
+    early: whether to start while the launch before still runs, once that allows it (compute capability 9.0 and above):
+        the kernel waits by itself, with `gdc_wait`, before it reads what that writes. Not while tracing.
     """
     out: torch.Tensor = args[0]
     if not is_eager(out):
         torch.library.wrap_triton(kernel)[grid](*args, **flags)
         return
+    options = {"enable_fp_fusion": False, "launch_pdl": True} if early else {"enable_fp_fusion": False}
     if device.on_gpu(out) and (index := device.index_of(out)) != device.current_index():
         with torch.cuda.device(index):
-            compiled = kernel[grid](*args, enable_fp_fusion=False, **flags)
+            compiled = kernel[grid](*args, **options, **flags)
     else:
-        compiled = kernel[grid](*args, enable_fp_fusion=False, **flags)
+        compiled = kernel[grid](*args, **options, **flags)
     note_launch(kernel, compiled, grid, args, flags)

@@ -68,7 +68,7 @@ def estimate(kernel: Report, work: Work, card: Card) -> Prediction:
     if unknown:
         raise ValueError(f"gs_kernels.tuning: {card.name} must know a peak for {', '.join(unknown)} products, got none")
     return Prediction(
-        launch_us=card.launch_us,
+        launch_us=card.early_us if work.early else card.launch_us,
         bytes_us=work.nbytes / min(card.bandwidth * 1e3, _in_flight(kernel, work, card) / card.latency_us),
         products_us=sum(uneven * flops / card.peaks[kind] / 1e6 for kind, flops in work.flops.items()),
         instructions_us=busiest * kernel.num_warps * issued / card.issue_rate * 1e6,

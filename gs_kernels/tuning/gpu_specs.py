@@ -14,8 +14,9 @@ class Card:
     target: a name of `gs_kernels.aot.TARGETS`. bandwidth: of its memory, GB/s. clock: highest of its SMs, GHz.
 
     peaks: TFLOP/s (or TOP/s) of dense products, by the kind of operands that `Work.flops` names.
-    launch_us: from the start of a kernel in a CUDA graph to its first instruction. latency_us: of memory under load.
-    Both are round numbers, of no data sheet.
+    launch_us: from the start of a kernel in a CUDA graph to its first instruction. early_us: from the end of the kernel
+    before it to the first instruction that waited for that. latency_us: of memory under load. All three are round
+    numbers, of no data sheet.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Card:
     peaks: dict[str, float]
     source: str
     launch_us: float = 2.0
+    early_us: float = 1.0
     latency_us: float = 0.7
 
     @property

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gs_kernels.fake_quant.tiles import power_of_two
 from gs_kernels.pack.layouts import PackedWeight
@@ -115,7 +116,7 @@ def _qmatmul_kernel(
     M, N, K, G, divided, E, tiles, programs, per_sm,
     stride_xm, stride_sn, stride_sg,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr, ACTIVATION: tl.constexpr,
-    EVEN_K: tl.constexpr, SCALE_PARTS: tl.constexpr,
+    EVEN_K: tl.constexpr, SCALE_PARTS: tl.constexpr, EARLY: tl.constexpr,
     EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Computes a tile of y; if parts_ptr is not None, a share of all blocks of all tiles, without the epilogue.
@@ -126,9 +127,18 @@ def _qmatmul_kernel(
     Blocks of K are counted tile by tile, and program r takes those from `r * total // programs` on: its share ends a
     tile, does whole ones, begins another. Programs r and r + 1 that follow one another are on one processor, whose
     share is even to a block. The part of tile t by program r is number t + r of the parts.
+
+    No two programs write the same part, none reads one, and `_add_parts_kernel` reads only when all are there, in their
+    order: no order of programs changes a bit. A counter by which the last program of a tile would add its parts could
+    save that launch, in the same loop; but it has to be zero before each launch. Calls on other streams and replays of
+    graphs would share it, and a launch cannot zero it first for all its programs.
     """
     pid = tl.program_id(0)
     if parts_ptr is not None:
+        if EARLY:
+            # once all programs are here, none of which waits for another, those of `_add_parts_kernel` may take what
+            # room they leave; on parts they wait by themselves
+            gdc_launch_dependents()
         tiles_m = tl.cdiv(M, BLOCK_M)
         blocks = tl.cdiv(K, 128)
         total = tl.cast(tiles_m * tl.cdiv(N, BLOCK_N), tl.int64) * blocks
@@ -189,7 +199,8 @@ def _add_parts_kernel(
     y_ptr,
     parts_ptr, bias_ptr,
     M, N, K, programs,
-    ACTIVATION: tl.constexpr, MOST: tl.constexpr, TILE_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, EARLY: tl.constexpr, MOST: tl.constexpr,
+    TILE_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Adds the parts of a tile `[TILE_M, BLOCK_N]` in their order, at most MOST, of BLOCK_M rows, then the epilogue."""
     tiles_m = tl.cdiv(M, TILE_M)
@@ -204,6 +215,10 @@ def _add_parts_kernel(
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = (rows < size)[:, None]
     parts_ptr += (first + tile) * size * BLOCK_N
+    if EARLY:
+        # until all programs of the launch before have ended, and what they wrote is seen here. Launched without the
+        # attribute that lets it start early (by torch.compile), this waits for nothing: that launch has ended
+        gdc_wait()
     offs = rows[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     acc = tl.load(parts_ptr + offs, mask=mask, other=0.0)
     for i in tl.static_range(1, MOST):  # all on their way at once
@@ -234,7 +249,7 @@ def multiply(
     # of each expert the last tile may hold few rows, and so may the one of rows that go to none
     tiles_m = -(-m // plan.block_m) if offsets is None else m // plan.block_m + 1 + (experts if experts < m else m)
     tiles = tiles_m * -(-n // plan.block_n)
-    parts, size = None, m if m <= plan.block_m else plan.block_m
+    parts, size, early = None, m if m <= plan.block_m else plan.block_m, plan.early and asm
     if plan.shares:
         parts = fresh(x.new_empty(tiles + plan.shares, size, plan.block_n, dtype=torch.float32))
     launch(
@@ -243,7 +258,7 @@ def multiply(
         m, n, k, scale.shape[1], rows_a_divisor(weight), experts, tiles_m, plan.shares, plan.per_sm,
         x.stride(0), *scale.stride(),
         BITS=weight.bits, GROUP=group, ZERO=zero, ASM=asm, ACTIVATION=activation,
-        EVEN_K=k % 128 == 0, SCALE_PARTS=plan.scale_parts and group % 128 == 0,
+        EVEN_K=k % 128 == 0, SCALE_PARTS=plan.scale_parts and group % 128 == 0, EARLY=early,
         EXPERTS=0 if offsets is None else power_of_two(experts + 1, 1 << 20),
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=plan.warps, num_stages=plan.stages,
     )
@@ -251,7 +266,7 @@ def multiply(
         block_m = power_of_two(size, 4)
         launch(
             _add_parts_kernel, (tiles, -(-size // block_m)), y, parts, bias, m, n, k, plan.shares,
-            ACTIVATION=activation, MOST=plan.parts(tiles, -(-k // 128)),
-            TILE_M=plan.block_m, BLOCK_M=block_m, BLOCK_N=plan.block_n, num_warps=4,
+            ACTIVATION=activation, EARLY=early, MOST=plan.parts(tiles, -(-k // 128)),
+            TILE_M=plan.block_m, BLOCK_M=block_m, BLOCK_N=plan.block_n, num_warps=4, early=early,
         )
     return y

@@ -20,7 +20,9 @@ from gs_kernels import (
     repack,
 )
 from gs_kernels.activations import ACTIVATIONS
+from gs_kernels.aot.report import launches_of
 from gs_kernels.formats import E2M1
+from gs_kernels.qmatmul.aot_cases import matmul
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref, qmatmul_ref
 from gs_kernels.qmatmul.spec import LAYERS
 from gs_kernels.qmatmul.tiles import Plan, choose_int8_plan, choose_plan
@@ -252,6 +254,27 @@ def test_the_busiest_sm_has_as_much_as_the_average(sm_count):
         assert share >= wanted and (wanted == 0.95 or share < 0.95), (m, n, k, share)
 
 
+def test_every_block_has_one_program_and_every_part_a_place_of_its_own():
+    """What the kernels compute of program ids, in Python: parts of a tile lie side by side, in the order of K."""
+    for tiles, blocks, shares, per_sm in itertools.product((1, 2, 5, 32), (1, 3, 32), (1, 2, 6, 30), (1, 2, 3)):
+        total = tiles * blocks
+        if shares > total or shares % per_sm:
+            continue
+        owner, places = {}, {}
+        for pid in range(shares):
+            rank = pid % (shares // per_sm) * per_sm + pid // (shares // per_sm)
+            for block in range(rank * total // shares, (rank + 1) * total // shares):
+                assert owner.setdefault(block, rank) == rank
+                places.setdefault(block // blocks + rank, set()).add((block // blocks, rank))
+        assert len(owner) == total and all(len(writers) == 1 for writers in places.values())
+        assert max(places) < tiles + shares
+        for tile in range(tiles):
+            first, last = (((tile * blocks + b) * shares - 1) // total for b in (1, blocks))
+            assert [owner[tile * blocks], owner[(tile + 1) * blocks - 1]] == [first, last]
+            assert last - first + 1 <= Plan(shares=shares).parts(tiles, blocks)
+            assert all((tile, rank) in places[tile + rank] for rank in range(first, last + 1))
+
+
 def test_little_work_is_no_more_than_shares_of_three_blocks():
     assert [choose_plan(1, 64, k, 4, **ON_H100).shares for k in (128, 640, 768, 1280, 128 * 300)] == [0, 0, 2, 3, 100]
     assert choose_plan(1, 64, 128 * 400, 4, **ON_H100).shares == 132
@@ -408,3 +431,14 @@ def test_shares_of_all_tiles_sum_to_the_whole_and_twice_to_the_same_bits(m, shar
     assert same_bits(once, twice)
     wanted = qmatmul_ref(x, w, bias, activation="relu")
     torch.testing.assert_close(once, wanted, rtol=2e-3, atol=0.1)
+
+
+@pytest.mark.skipif(INTERPRET, reason="kernels cannot be compiled under TRITON_INTERPRET=1")
+@pytest.mark.parametrize("target, early", [("sm_90", True), ("sm_80", False)])
+def test_parts_are_added_by_a_kernel_that_starts_early_and_waits_before_it_reads(target, early):
+    launches = launches_of(matmul(4, 16, shared=True), target)
+    product, add = (launch.compiled.asm["ptx"] for launch in launches)
+    assert [bool(launch.args.get("launch_pdl")) for launch in launches] == [False, early]
+    assert ("griddepcontrol.launch_dependents" in product, "griddepcontrol.wait" in add) == (early, early)
+    assert not early or add.index("griddepcontrol.wait") < add.index("ld.global")
+    assert "griddepcontrol.wait" not in product and "atom" not in product

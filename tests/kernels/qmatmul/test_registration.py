@@ -123,8 +123,8 @@ def test_traced_for_a_gpu_each_regime_launches_what_it_says_and_writes_only_resu
         parts = torch.empty(32, 96, 32, dtype=torch.int16, device="cuda"), torch.empty(96, 32, device="cuda")
         bias = torch.empty(96, device="cuda", dtype=torch.bfloat16)
         for m, written, aten in (
-            (1, [["y_ptr"], ["y_ptr"]], set()),
-            (200, [["y_ptr"], ["y_ptr"]], set()),
+            (1, [["parts_ptr"], ["y_ptr"]], set()),
+            (200, [["parts_ptr"], ["y_ptr"]], set()),
             (2048, [["w_ptr"]], {"addmm", "relu", "t", "permute"}),
         ):
             x = torch.empty(m, 4096, device="cuda", dtype=torch.bfloat16)
