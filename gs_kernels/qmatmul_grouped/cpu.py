@@ -14,6 +14,11 @@ def qmatmul_grouped_cpu(x: Tensor, weight: PackedWeight, offsets: Tensor, bias: 
     y, first = x.new_empty(x.shape[0], n), 0
     with without_autocast():
         for e, end in enumerate(offsets.tolist()):
+            if not first <= end <= x.shape[0]:
+                raise ValueError(
+                    f"qmatmul_grouped: offsets must not fall, and lie in 0..{x.shape[0]}, the rows of x, got {end} "
+                    f"behind {first}, for expert {e}"
+                )
             if end > first:
                 own, rows = rows_between(weight, e * n, (e + 1) * n), x[first:end]
                 offset = None if bias is None else bias[e * n : (e + 1) * n]

@@ -119,14 +119,14 @@ def qmatmul_grouped(x: Tensor, weight: PackedWeight, offsets: Tensor, bias: Tens
         x: `[M, K]` fp32 / fp16 / bf16, sorted by expert.
         weight: `[E * N, K]`, the N rows of expert 0, then those of expert 1, ... On a GPU planar, as of `qmatmul`.
         offsets: `[E]` int32 / int64, not falling: rows `offsets[e - 1]` up to `offsets[e]` go to expert e, from 0 on.
-            Values are not checked, which would wait for a GPU. Rows behind the last give 0.
+            A GPU's values are not checked, which would wait for it. Rows behind the last give 0.
         bias: `[E * N]` fp32 / fp16 / bf16.
 
     Returns:
         `[M, N]`, dtype of x, contiguous.
 
     Raises:
-        TypeError, ValueError: if shapes, dtypes or devices do not fit together.
+        TypeError, ValueError: if shapes, dtypes or devices do not fit together, or offsets fall or leave x (CPU).
     """
     if (y := _run.repeat(x, weight, offsets, bias)) is not None:
         return y  # type: ignore[no-any-return]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gs_kernels import PackedWeight, dequantize_packed, qmatmul_grouped
+from gs_kernels import PackedWeight, dequantize_packed, pack_weight, qmatmul_grouped
+from gs_kernels.qmatmul_grouped.cpu import qmatmul_grouped_cpu
 from gs_kernels.qmatmul_grouped.spec import make, shape
 from gs_kernels.qmatmul_grouped.tiles import choose_grouped_plan
 from gs_kernels.runtime.torch_op import SOURCE
@@ -51,6 +52,15 @@ def test_results_do_not_depend_on_what_other_experts_get():
 def test_what_does_not_fit_is_refused(change, error, words: str):
     with pytest.raises(error, match=words):
         qmatmul_grouped(*change(*case()))
+
+
+@pytest.mark.parametrize(
+    ("ends", "words"), [([3, 1, 6], "got 1 behind 3, for expert 1"), ([-1, 2, 6], "got -1"), ([2, 4, 9], "got 9")]
+)
+def test_offsets_that_fall_or_leave_the_rows_are_refused_on_a_cpu(ends: list[int], words: str):
+    weight = pack_weight(torch.ones(18, 64, dtype=torch.uint8), torch.ones(18, 1), 8.0, bits=4, group_size=64)
+    with pytest.raises(ValueError, match=rf"must not fall, and lie in 0\.\.6, the rows of x, {words}"):
+        qmatmul_grouped_cpu(torch.ones(6, 64), weight, torch.tensor(ends), None)
 
 
 def test_the_op_is_registered_as_torch_asks():
