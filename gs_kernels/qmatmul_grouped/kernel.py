@@ -13,6 +13,8 @@ def qmatmul_grouped_triton(x: Tensor, weight: PackedWeight, offsets: Tensor, bia
     rows, experts = rows_of(x), offsets.shape[0]
     if rows.shape[0] == 0:
         return x.new_empty(0, weight.shape[0] // experts)
-    asm, sm, _ = device_of(x)
-    plan = choose_grouped_plan(rows.shape[0], experts, x_bits=8 * x.itemsize, levels=has_table(weight), sm=sm)
+    asm, sm, sm_count = device_of(x)
+    sizes = rows.shape[0], experts, weight.shape[0] // experts
+    table = has_table(weight)
+    plan = choose_grouped_plan(*sizes, x_bits=8 * x.itemsize, levels=table, sm=sm, sm_count=sm_count)
     return multiply(rows, weight, bias, "none", plan, asm, offsets)

@@ -85,7 +85,7 @@ def _launcher(m: int, experts: int, n: int, k: int, bits: int) -> Callable[[], A
 
 def _aot(name: str, m: int, experts: int, n: int, k: int, bits: int, **bounds: Any) -> AotCase:
     launch = _launcher(m, experts, n, k, bits)
-    return AotCase(name, launch, elements=128 * 128, **({"max_regs": 255} | bounds))
+    return AotCase(name, launch, **({"elements": 128 * 128, "max_regs": 255} | bounds))
 
 
 def regimes(every: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -98,6 +98,8 @@ def regimes(every: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
 AOT = (
     _aot("w4-few", 128, 128, 1536, 2048, 4, max_instructions=2.6, targets=("sm_90",)),
     _aot("w4-few", 128, 128, 1536, 2048, 4, targets=("sm_80", "sm_100", "gfx942")),
+    _aot("w4-one", 2, 8, 4096, 14336, 4, elements=128 * 64, max_instructions=2.6, targets=("sm_90", "sm_100")),
+    _aot("w4-one", 2, 8, 4096, 14336, 4, elements=128 * 64, targets=("sm_80", "gfx942")),
     _aot("w2-few", 128, 128, 1536, 2048, 2, targets=("sm_90",)),
     _aot("w4-many", 4096, 8, 28672, 4096, 4, mma="HGMMA", max_shared_stores=4, targets=("sm_90",)),
     _aot("w4-many", 4096, 8, 28672, 4096, 4, targets=("sm_80", "sm_100", "gfx942")),

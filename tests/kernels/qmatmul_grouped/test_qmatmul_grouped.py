@@ -79,10 +79,27 @@ def test_a_compiler_traces_it_without_a_break():
     assert relative_rms(compiled(x, weight, offsets), qmatmul_grouped(x, weight, offsets)) < 1e-5
 
 
+GPU = {"x_bits": 16, "levels": False, "sm": 90, "sm_count": 132}
+
+
 def test_tiles_follow_the_rows_of_one_expert_and_never_split():
     for m in (1, 8, 64, 1000, 1 << 20):
         for experts in (1, 8, 128):
-            plan = choose_grouped_plan(m, experts, x_bits=16, levels=False, sm=90)
-            assert not plan.dense and plan.split_k == 1
+            plan = choose_grouped_plan(m, experts, 1536, **GPU)
+            assert not plan.dense and plan.split_k == 1 and plan.shares == 0
             assert plan.block_m <= 128 and (plan.block_m == 16) == (-(-m // experts) <= 16)
-    assert choose_grouped_plan(4096, 8, x_bits=32, levels=False, sm=90).block_m == 16
+    assert choose_grouped_plan(4096, 8, 1536, **{**GPU, "x_bits": 32}).block_m == 16
+
+
+@pytest.mark.parametrize(
+    ("rows", "experts", "n", "block_n"),
+    [
+        (2, 8, 4096, 64),  # 64 tiles for 132 processors: twice as many
+        (1, 16, 5120, 64),
+        (8, 128, 2048, 128),  # 128 of them: halves would be two for most
+        (128, 8, 4096, 128),
+    ],
+)
+def test_tiles_are_halved_where_processors_would_be_idle(rows: int, experts: int, n: int, block_n: int):
+    plan = choose_grouped_plan(rows, experts, n, **GPU)
+    assert (plan.block_n, plan.warps) == (block_n, block_n // 32)
