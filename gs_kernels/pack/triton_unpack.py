@@ -386,20 +386,25 @@ def code_factor(bits, fp8, asm):
 
 
 @constexpr_function
-def code_asm(bits, fp8):
+def code_asm(bits, fp8, halves=False):
     """Writes PTX that turns each field of four containers in two registers into four bytes in one.
 
     int8: at the top of the byte, its highest bit flipped: `(code - 2**(bits - 1)) * 2**(8 - bits)`; of 1 bit, ±64.
     fp8: `code - 2**(bits - 1)`, of 1 bit ±1, as sign and magnitude at the bottom, where float8_e4m3 counts in steps of
     2**-9 up to 15. Where the highest bit is clear, the magnitude is the other bits flipped, and 1.
+
+    halves: every other field only, from the first or, where the third register is odd, from the second.
     """
-    count, low = 16 // bits, (1 << bits) - 1
+    step = 2 * bits if halves else bits
+    count, low = 16 // step, (1 << bits) - 1
     high = (low + 1) // 2 * 0x01010101
     rest = high - 0x01010101
     words = f"${count}, ${count + 1}"
     lines = [f".reg .b32 a, b, t, h, s, r; prmt.b32 a, {words}, 0x6420; prmt.b32 b, {words}, 0x7531;"]
+    if halves:
+        lines.append(f"and.b32 h, ${count + 2}, 1; shr.u32 a, a, h; shr.u32 b, b, h;")
     for j in range(count):
-        byte, at = ("a", j * bits) if j * bits < 8 else ("b", j * bits - 8)
+        byte, at = ("a", j * step) if j * step < 8 else ("b", j * step - 8)
         if fp8 and bits == 1:
             lines.append(f"shl.b32 t, {byte}, {7 - at};")
             lines.append(f"lop3.b32 ${j}, t, 0x80808080, 0x01010101, 0xae;")  # (~a & b) | c
@@ -418,6 +423,20 @@ def code_asm(bits, fp8):
 @constexpr_function
 def code_constraints(bits):
     return ",".join(["=r"] * (16 // bits) + ["r", "r"])
+
+
+@triton.jit
+def bit_halves(words, FP8: tl.constexpr):
+    """Turns every other bit of each container to a byte, one thread the even ones and another the odd: int8 `[R, 16]`.
+
+    Tensor cores take from a thread four neighboring codes, and the four that are 16 further on; bits are 8 apart. With
+    all bits of a container in one thread, every byte would go through shared memory.
+    """
+    ASM: tl.constexpr = code_asm(1, FP8, True)
+    REGISTERS: tl.constexpr = "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r"
+    words = tl.reshape(tl.broadcast_to(words[:, None, :], (words.shape[0], 2, 8)), (words.shape[0], 16))
+    odd = tl.broadcast_to((tl.arange(0, 16) // 8).to(tl.int16)[None, :], words.shape)
+    return tl.inline_asm_elementwise(ASM, REGISTERS, [words, odd], dtype=(tl.int8,) * 8, is_pure=True, pack=4)
 
 
 @triton.jit
@@ -457,14 +476,17 @@ def _codes(
 
 
 @triton.jit
-def code_block(words, BITS: tl.constexpr, T: tl.constexpr, FP8: tl.constexpr, ASM: tl.constexpr):
+def code_block(words, BITS: tl.constexpr, T: tl.constexpr, FP8: tl.constexpr, ASM: tl.constexpr, HALVES: tl.constexpr):
     """Unpacks 128 codes of each row, planar containers `[R, 8 * BITS]`, to `(code - middle) * factor`, `[R, 128]`.
 
     Exact in T: int8 or, with FP8, float8e4nv for at most 4 bits. ASM: by inline PTX, half an operation a code; to
-    floats one and a half.
+    floats one and a half. HALVES: of 1 bit by `bit_halves`; products of few rows take codes from registers.
     """
-    if ASM:
+    if ASM and BITS == 1 and HALVES:
+        fields = bit_halves(words, FP8)
+    elif ASM:
         fields = byte_fields(words, BITS, FP8)
     else:
         fields = (words,)
-    return _codes(words, fields, 0, 16 // BITS, BITS, T, FP8, ASM)
+    FIELDS: tl.constexpr = 8 if ASM and BITS == 1 and HALVES else 16 // BITS
+    return _codes(words, fields, 0, FIELDS, BITS, T, FP8, ASM)

@@ -224,6 +224,9 @@ MATMUL = (
 )
 INT8 = (
     matmul_int8(4, 16, group=128, mma="IGMMA", max_instructions=2.0, max_shared_stores=4, targets=HOPPER),
+    # all codes of a container in one thread, and then through shared memory, were 5.2 instructions a weight
+    matmul_int8(1, 16, group=128, mma="IGMMA", max_instructions=1.7, max_shared_stores=4, targets=HOPPER),
+    matmul_int8(1, 64, group=128, max_instructions=3.6, max_shared_stores=4, targets=("sm_80", "sm_90")),
     matmul_int8(8, 256, group=K, mma="IGMMA", max_instructions=2.5, max_shared_stores=4, targets=HOPPER),
     matmul_int8(8, 256, group=K, zero=True, mma="IGMMA", max_instructions=2.5, max_shared_stores=4, targets=HOPPER),
     matmul_int8(4, 256, group=32, max_shared_stores=16, targets=("sm_90", "sm_100")),

@@ -16,8 +16,8 @@ def emulated_assembly(monkeypatch):
 
     def elementwise(asm, constraints, args, dtype, is_pure, pack):
         containers = args[0].handle.data
-        words = np.ascontiguousarray(containers).view(np.uint32).reshape(-1, pack // 2)
-        outputs = ptx.run(asm, [words[:, i].copy() for i in range(pack // 2)], len(dtype))
+        words = [np.ascontiguousarray(a.handle.data).view(np.uint32).reshape(-1, pack // 2) for a in args]
+        outputs = ptx.run(asm, [w[:, i].copy() for w in words for i in range(pack // 2)], len(dtype))
         fields = [o.view(np.int16 if pack == 2 else np.int8).reshape(containers.shape) for o in outputs]
         return tuple(
             tl.core.tensor(TensorHandle(f, t.scalar), tl.block_type(t.scalar, list(f.shape)))

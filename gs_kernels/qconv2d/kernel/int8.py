@@ -75,7 +75,7 @@ def _qconv2d_int8_kernel(
             x_ptr + offs_x, first_h, first_w, bits, k, H, W, stride_xc, stride_xh, stride_xw, outside_ptr,
             K, CG, S, DILATION_H, DILATION_W, PADDED, UNIT,
         )
-        w = code_block(words, BITS, tl.int8, False, ASM)
+        w = code_block(words, BITS, tl.int8, False, ASM, False)
         if GROUP == 0:
             part = tl.dot(w, tl.trans(x), part, out_dtype=tl.int32)
             if not CENTRED:

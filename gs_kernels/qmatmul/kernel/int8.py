@@ -85,7 +85,7 @@ def _qmatmul_int8_kernel(
             x = tl.load(x_ptr + offs_x)
         else:
             x = tl.load(x_ptr + offs_x, mask=offs_k[None, :] < K - k, other=0.0)
-        w = code_block(words, BITS, T, FP8, ASM)
+        w = code_block(words, BITS, T, FP8, ASM, BLOCK_M <= 64)
         if GROUP % 128 == 0:
             part = tl.dot(w, tl.trans(x), part, out_dtype=SUM)
             if not CENTRED:

@@ -394,13 +394,13 @@ def test_kernels_with_assembly_give_the_bits_of_plain_ones(bits, zero, scale_par
 
 
 @interpreted
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_8_bit_kernels_with_assembly_give_the_bits_of_plain_ones(bits, emulated_assembly):
+@pytest.mark.parametrize("bits, block_m", [(1, 16), (1, 128), (2, 16), (4, 16), (8, 16)])
+def test_8_bit_kernels_with_assembly_give_the_bits_of_plain_ones(bits, block_m, emulated_assembly):
     from gs_kernels.qmatmul.kernel import multiply_int8
 
     w = weight(n=33, bits=bits, zero=torch.linspace(0, 2**bits - 1, 66).view(33, 2))
     codes, scale = quantize_rows(normal(5, 256))
-    rest = (None, None, w, None, "none", torch.float32, Plan())
+    rest = (None, None, w, None, "none", torch.float32, Plan(block_m=block_m))
     plain, asm = (multiply_int8(codes, scale, *rest, asm) for asm in (False, True))
     assert same_bits(plain, asm)
 
