@@ -52,6 +52,16 @@ def test_experts_are_exported_one_by_one_and_imported_as_stacks(make: Any, schem
     assert same_bits(logits(tmp_path / "back"), logits(folder))
 
 
+@pytest.mark.parametrize("make", [mixtral, qwen])
+@torch.no_grad()
+def test_exported_experts_are_read_by_compressed_tensors_own_library(make: Any, tmp_path: Path):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    folder = packed(make, "int4@group:32", tmp_path)
+    export_language_model(folder, tmp_path / "out", "compressed-tensors")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert relative_rms(theirs(IDS).logits, logits(folder)) < 2e-3  # it multiplies codes and scales in fp16
+
+
 def test_a_saved_model_whose_modules_have_other_names_in_folders_is_taken(tmp_path: Path, monkeypatch: Any):
     folder = packed(mixtral, "int4@group:32", tmp_path)
     model, _ = load_language_model(folder)
