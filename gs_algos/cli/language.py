@@ -25,7 +25,7 @@ from gs_algos.ptq.config import PTQConfig
 from gs_algos.ptq.sites import WeightRule
 from gs_algos.search.mixed_bits import CHOICES
 
-RULE = re.compile(r"(?P<pattern>.+)=(?P<scheme>none|u?int\d.*)")
+RULE = re.compile(r"(?P<pattern>.+)=(?P<scheme>none|u?int\d.*|(mx|nv)fp4.*)")
 
 
 def parse_rules(texts: list[str]) -> list[WeightRule]:

@@ -168,6 +168,7 @@ def test_rules_are_read_from_text():
     assert parse_rules(["lm_head=int8@group:64:percentile=99", "re:.*(?=x)y=none", "a=b=uint4@channel:asym"]) == [
         ("lm_head", "int8@group:64:percentile=99"), ("re:.*(?=x)y", None), ("a=b", "uint4@channel:asym")
     ]  # fmt: skip
+    assert parse_rules(["re:.*experts.*=mxfp4", "a=nvfp4:mse"]) == [("re:.*experts.*", "mxfp4"), ("a", "nvfp4:mse")]
 
 
 def write_truncated(folder: Path) -> None:
