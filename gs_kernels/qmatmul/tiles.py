@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -46,12 +47,14 @@ class Plan:
 class Rule:
     """Holds the plan of products with at most `rows` rows. per_sm: how many programs an SM should have to do.
 
-    Where a tile each leaves processors idle, K is split. 0: never.
+    Where a tile each leaves processors idle, K is split. 0: never. wider: a plan with more rows a tile, which
+    dequantizes less, taken where that is done sooner.
     """
 
     rows: int
     plan: Plan
     per_sm: int = 1
+    wider: Plan | None = None
 
 
 DENSE = Plan(dense=True)
@@ -59,18 +62,19 @@ FEW_ROWS = 16  # in fp32, or with a table of levels, kernels do only products wi
 FEW = Plan(scale_parts=True, block_m=FEW_ROWS)
 
 # chosen by machine code: no spills, wgmma fed from registers and in flight, most programs per SM. Not timed yet
-MORE_ROWS = (
-    Rule(32, Plan(block_m=32), per_sm=2),
-    Rule(64, Plan(block_m=64), per_sm=2),
-    Rule(512, Plan(block_m=128, warps=8, stages=3)),
-)
+SOME_ROWS = (Rule(32, Plan(block_m=32), per_sm=2), Rule(64, Plan(block_m=64), per_sm=2))
+MANY = Plan(block_m=128, warps=8, stages=3)
+# above, dequantizing once takes less than a tenth of the product, which a library then does
+MORE_ROWS = (*SOME_ROWS, Rule(2048, MANY, wider=replace(MANY, block_m=256)))
 RULES: dict[int, tuple[Rule, ...]] = {
+    # 99 KiB of shared memory hold no tile of 256 rows
+    120: (Rule(FEW_ROWS, Plan(block_m=FEW_ROWS), per_sm=2), *SOME_ROWS, Rule(512, MANY)),
     100: (Rule(FEW_ROWS, Plan(block_m=FEW_ROWS), per_sm=2), *MORE_ROWS),
     90: (Rule(FEW_ROWS, FEW, per_sm=2), *MORE_ROWS),
     80: (
         Rule(FEW_ROWS, FEW, per_sm=2),
         Rule(32, Plan(block_m=32), per_sm=2),
-        Rule(256, Plan(block_m=64, warps=8, stages=3)),
+        Rule(512, Plan(block_m=64, warps=8, stages=3)),
     ),
 }
 
@@ -102,7 +106,13 @@ def choose_plan(
         return DENSE
     # in fp32 a tile of weights takes twice the registers
     plan = rule.plan if x_bits == 16 else replace(rule.plan, block_n=rule.plan.block_n // 2)
-    return _share(plan, rule.per_sm, m, n, k, sm, sm_count)
+    plan, cost = _share(plan, rule.per_sm, m, n, k, sm, sm_count)
+    # beside 256 rows of sums, 8-bit weights in small groups do not fit the registers
+    if rule.wider is not None and bits < 8:
+        wider, cost_of_wider = _share(rule.wider, rule.per_sm, m, n, k, sm, sm_count)
+        if cost_of_wider < cost:
+            return wider
+    return plan
 
 
 def default_rule(m: int, sm: int) -> Rule:
@@ -121,19 +131,27 @@ SHORTEST = 3  # blocks of a share: what a pipeline of four stages loads before i
 # weights, for each row of a tile: H100, some 24 bytes a clock and SM, where a block of 128 x 128 takes 500 clocks
 PART = 1 / 32
 EARLY_SM = 90  # the first compute capability with programmatic dependent launches
+# what dequantizing a block of 128 x 128 weights takes and products do not hide, in rows of products: half of the 420 to
+# 480 clocks in which an H100 issues its instructions, where a row takes 8
+UNHIDDEN = 28
 MOST_TILES = 8  # of rows: with more, each is a tile
 
 
-def _share(plan: Plan, per_sm: int, m: int, n: int, k: int, sm: int, sm_count: int) -> Plan:
-    """Has programs share the blocks of all tiles evenly, where processors are done sooner than with a tile each."""
+def _share(plan: Plan, per_sm: int, m: int, n: int, k: int, sm: int, sm_count: int) -> tuple[Plan, float]:
+    """Has programs share the blocks of all tiles evenly, where processors are done sooner than with a tile each.
+
+    Returns the plan, and what it costs the busiest processor, in rows of blocks.
+    """
     tiles_m = next((count for count in range(1, MOST_TILES + 1) if m <= count * plan.block_m), 0)
-    per_sm, shares = share(tiles_m * -(-n // plan.block_n), -(-k // 128), plan.block_m, per_sm, sm_count)
-    return replace(plan, shares=shares, per_sm=per_sm, early=shares > 0 and sm >= EARLY_SM)
+    tiles = tiles_m * -(-n // plan.block_n)
+    per_sm, shares, cost = share(tiles, -(-k // 128), plan.block_m, per_sm, sm_count)
+    plan = replace(plan, shares=shares, per_sm=per_sm, early=shares > 0 and sm >= EARLY_SM)
+    return plan, cost * (plan.block_m + UNHIDDEN) if tiles else math.inf
 
 
 @lru_cache(maxsize=4096)
-def share(tiles: int, blocks: int, rows: int, per_sm: int, sm_count: int) -> tuple[int, int]:
-    """Returns how many programs an SM should get, and how many there are in all: (1, 0) if each does a tile.
+def share(tiles: int, blocks: int, rows: int, per_sm: int, sm_count: int) -> tuple[int, int, float]:
+    """Returns how many programs an SM should get, how many there are in all, 0 if each does a tile, and what it costs.
 
     Time is counted in blocks of the busiest SM; with shares, that is what all have, and what parts of tiles cost.
 
@@ -148,9 +166,10 @@ def share(tiles: int, blocks: int, rows: int, per_sm: int, sm_count: int) -> tup
         if work < SHORTEST * programs or programs == 0:
             continue
         parts = (programs + tiles) / min(programs, sm_count) * rows * PART
-        if -(-work // min(programs, sm_count)) + parts < whole:
-            return each, programs
-    return 1, 0
+        cost = -(-work // min(programs, sm_count)) + parts
+        if cost < whole:
+            return each, programs, cost
+    return 1, 0, whole
 
 
 def _split(plan: Plan, programs: int, m: int, n: int, k: int, most: int) -> Plan:

@@ -17,9 +17,10 @@ from gs_kernels.aot import __main__ as command
 from gs_kernels.aot.shared import TARGETS, check_shared
 from gs_kernels.tuning import tables
 
-WIDEST = (  # 8 bits in small groups with zero points, the rows of a whole tile; fp32 pixels gathered one by one
+WIDEST = (  # 8 or, of more rows, 4 bits in small groups with zero points, whole tiles; fp32 pixels gathered one by one
     ("qmatmul", "w8-m64-g32-points-bfloat16"),
     ("qmatmul", "w8-m256-g32-points-bfloat16"),
+    ("qmatmul", "w4-m256-g32-points-bfloat16"),
     ("qmatmul_int8", "w8a8-m256-g128-middle"),
     ("qconv2d", "w8-128to256-28-b32-points-bfloat16"),
     ("qconv2d", "w8-3to256-8-b4-middle-float32"),
