@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from gs_algos.quant.fixed_dtype import FixedDtypeBuffers
 from gs_algos.quant.integer.prepared_call import PREPARED, cached, kind_of
 from gs_algos.quant.integer.quantized_tensor import plain, values
 from gs_algos.quant.memory_format import strides_in
@@ -122,7 +123,7 @@ class AdderLayer(nn.Module):
         return choose_qparams(low, high, qmin=LOWEST, qmax=HIGHEST, symmetric=False)
 
 
-class AdderConv2dInt8(nn.Module):
+class AdderConv2dInt8(FixedDtypeBuffers):
     """Computes `-scale * sum |codes of x - weight| + bias` of 8-bit codes on one grid, exactly.
 
     `Adder.convert` makes it.
@@ -131,6 +132,7 @@ class AdderConv2dInt8(nn.Module):
         conv: the convolution whose sizes it has.
     """
 
+    fixed_dtype: ClassVar[tuple[str, ...]] = ("weight", "scale", "zero")
     weight: Tensor  # int8 [O, C, R, S]
     scale: Tensor  # fp32 [1]
     zero: Tensor  # fp32 [1], a whole number

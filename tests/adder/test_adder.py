@@ -16,6 +16,7 @@ from gs_algos import Adder, Distill, Pipeline, SimQAT
 from gs_algos.adder.layers import AdderConv2dInt8, AdderLayer, to_codes
 from gs_kernels import adder_conv2d, quantize
 from gs_kernels.runtime.dispatch import UnsupportedError
+from tests.helpers import relative_rms
 from tests.nets.convolutional import train
 from tests.quant.integer.test_recorded_forward import is_recorded
 
@@ -222,6 +223,22 @@ def test_a_prepared_layer_sees_a_change_of_its_weight_and_is_copied():
     assert torch.equal(copy.deepcopy(layer)(x), before)
     layer.weight.copy_(layer.weight.flip(0))
     assert torch.equal(layer(x), before.flip(1)) and not torch.equal(before, before.flip(1))
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float16, 0.01), (torch.bfloat16, 0.05)])
+@torch.no_grad()
+def test_a_converted_network_that_is_cast_keeps_its_grids(dtype, near):
+    model, algo = prepared(int8=True)
+    with torch.enable_grad():
+        fit(model, algo)
+    model = algo.convert(model)
+    want, grid = model(images()), model.a.scale.clone()
+    model = model.to(dtype)
+    assert torch.equal(model.a.scale, grid) and model.a.weight.dtype == torch.int8
+    x = images().to(dtype)
+    got = [model(x) for _ in range(3)]  # as it is, and with what was prepared
+    assert all(y.dtype == dtype and torch.equal(y, got[0]) for y in got)
+    assert relative_rms(got[0], want) < near
 
 
 def test_a_copy_trains_on_alone():
