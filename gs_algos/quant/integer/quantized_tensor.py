@@ -1,7 +1,6 @@
 """Defines the tensors that converted layers pass on where floats are not needed: int8 codes, and deferred results.
 
-Operations that commute with rounding run on the codes, exactly as on floats that are quantized afterwards: rounding
-keeps the order of values, and 0 and 6 are rounded as the values are. A sum is computed when something reads it, for a
+Some operations run on the codes (`gs_algos.quant.integer.on_codes`). A sum is computed when something reads it, for a
 layer straight to codes, in one pass. Every other operation sees the dequantized values.
 
 Layers leave their codes and values with the channels last, which is fastest. The strides that such a tensor shows are
@@ -18,6 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from gs_algos.quant.integer.on_codes import ON_CODES
 from gs_algos.quant.memory_format import laid, strides_in, suggested
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.for_layers import OperationCall, Refusal, is_dense, noted, prepared_requantize, recording
@@ -26,24 +26,6 @@ from gs_kernels.runtime.torch_private import PLAIN, function_modes, is_plain_cal
 aten = torch.ops.aten
 Like: TypeAlias = tuple[Any, Any, torch.dtype, torch.device]  # shape, strides, dtype, device
 
-# change no value, or keep some of them
-_MOVES = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten._reshape_alias.default,
-    aten.clone.default,
-    aten.expand.default,
-    aten.permute.default,
-    aten.index_select.default,
-    aten.t.default,
-    aten.transpose.int,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.slice.Tensor,
-    aten.select.int,
-}
 # give what a forward reads, and what only gradients read
 _FIRST_OF_SEVERAL = {
     aten.max_pool2d_with_indices.default,
@@ -164,7 +146,7 @@ class QuantizedTensor(VirtualTensor):
             return _on_values(func, args, kwargs) if total is None else total
         x = args[0] if args else None
         if isinstance(x, QuantizedTensor):
-            on_codes = _ON_CODES.get(func)
+            on_codes = ON_CODES.get(func)
             if on_codes is not None:
                 y = on_codes(func, x, *args[1:], **kwargs)
                 return y if recording.calls is None else _recorded_on_codes(func, x, args[1:], kwargs, y)
@@ -460,7 +442,7 @@ def _laid(y: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 def _recorded_on_codes(func: Any, x: QuantizedTensor, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
     """Records an operation on codes that gave y."""
-    on_codes, quantizer, like = _ON_CODES[func], x.quantizer, x.like
+    on_codes, quantizer, like = ON_CODES[func], x.quantizer, x.like
     result = y[0] if type(y) is tuple else y
     is_codes = type(result) is QuantizedTensor
 
@@ -480,69 +462,3 @@ def _recorded_on_codes(func: Any, x: QuantizedTensor, args: tuple[Any, ...], kwa
 def _refuse_recording(why: str) -> None:
     if recording.calls is not None:
         recording.calls.append(Refusal(why))
-
-
-def _alias(func: Any, x: QuantizedTensor) -> QuantizedTensor:
-    return QuantizedTensor.of(func(x.codes), x.quantizer, x.like)
-
-
-def _move(func: Any, x: QuantizedTensor, *args: Any, **kwargs: Any) -> QuantizedTensor:
-    return QuantizedTensor(func(x.lay(), *args, **kwargs), x.quantizer, x.dtype)
-
-
-def _max_pool(func: Any, x: QuantizedTensor, *args: Any, **kwargs: Any) -> tuple[QuantizedTensor, Tensor]:
-    # a float pool of small integers is exact; ATen pools no int8
-    y, indices = func(x.codes.float(), *args, **kwargs)
-    strides = strides_in(y.shape, suggested(x.shape, x.stride()))
-    return QuantizedTensor(y.to(torch.int8), x.quantizer, x.dtype, strides), indices
-
-
-def _average(func: Any, x: QuantizedTensor, *args: Any, **kwargs: Any) -> Tensor:
-    if kwargs:
-        return func(x.dequantize(), *args, **kwargs)  # type: ignore[no-any-return]
-    grid, mean = x.quantizer.constants(), _mean if func is aten.mean.dim else func
-    return (mean(x.lay().float() - grid.zero, *args) * grid.scale).to(x.dtype)  # type: ignore[no-any-return]
-
-
-def _mean(x: Tensor, axes: list[int] | None, keepdim: bool = False) -> Tensor:
-    """Divides the sums, which are whole and exact: a GPU's own mean multiplies by the inverse of their number."""
-    sums = x.sum(axes, keepdim)
-    return sums / torch.full_like(sums, x.numel() // max(1, sums.numel()))
-
-
-def _activated(func: Any, x: QuantizedTensor, *args: float) -> QuantizedTensor:
-    return QuantizedTensor.of(_ACTIVATIONS[func](x, *args), x.quantizer, x.like)
-
-
-def _activated_in_place(func: Any, x: QuantizedTensor, *args: float) -> QuantizedTensor:
-    x.codes.copy_(_ACTIVATIONS[func](x, *args))
-    return x
-
-
-def _relu(x: QuantizedTensor) -> Tensor:
-    low, high = x.quantizer.signed_limits()
-    return torch.maximum(x.codes, x.quantizer.signed_zero().clamp(low, high).to(torch.int8))
-
-
-def _hardtanh(x: QuantizedTensor, low: float = -1.0, high: float = 1.0) -> Tensor:
-    limits = torch.full((2,), low, dtype=torch.float32, device=x.codes.device)  # no copy from a CPU, which would wait
-    limits[1:].fill_(high)
-    ends = x.quantizer.signed_codes(limits)[0]
-    return torch.clamp(x.codes, ends[:1], ends[1:])
-
-
-_ACTIVATIONS: dict[Any, Callable[..., Tensor]] = {
-    aten.relu.default: _relu,
-    aten.relu_.default: _relu,
-    aten.hardtanh.default: _hardtanh,
-    aten.hardtanh_.default: _hardtanh,
-}
-# what becomes of codes without a way through floats: (operator, tensor, its further arguments) -> result
-_ON_CODES: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys((aten.detach.default, aten.alias.default), _alias),
-    **dict.fromkeys(_MOVES, _move),
-    **dict.fromkeys((aten.relu.default, aten.hardtanh.default), _activated),
-    **dict.fromkeys((aten.relu_.default, aten.hardtanh_.default), _activated_in_place),
-    aten.max_pool2d_with_indices.default: _max_pool,
-    **dict.fromkeys((aten.mean.dim, aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default), _average),
-}
