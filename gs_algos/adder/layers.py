@@ -14,6 +14,7 @@ from gs_algos.quant.integer.quantized_tensor import plain, values
 from gs_algos.quant.memory_format import strides_in
 from gs_kernels import adder_conv2d, adder_int8, choose_qparams
 from gs_kernels.for_layers import is_dense, make_grid, noted, prepared_adder_int8, to_codes_of
+from gs_kernels.pack.checks import FLOATS, dtype_name
 
 LOWEST, HIGHEST = -128, 127
 MOMENTUM = 0.1  # of what a batch tells of the range of inputs
@@ -168,6 +169,11 @@ class AdderConv2dInt8(FixedDtypeBuffers):
         return plain(y, strides_in(y.shape, torch.contiguous_format))
 
     def _sums(self, function: Callable[..., Any], codes: Tensor, dtype: torch.dtype, **more: Any) -> Any:
+        if dtype not in FLOATS:
+            raise TypeError(
+                "AdderConv2dInt8: the input must be float32 / float16 / bfloat16, got "
+                f"{dtype_name(dtype)}; cast it first"
+            )
         where: dict[str, Any] = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
         return function(codes, self.weight, self.scale, zero=self.zero, dtype=dtype, **where, **more)
 

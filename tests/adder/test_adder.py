@@ -239,6 +239,8 @@ def test_a_converted_network_that_is_cast_keeps_its_grids(dtype, near):
     got = [model(x) for _ in range(3)]  # as it is, and with what was prepared
     assert all(y.dtype == dtype and torch.equal(y, got[0]) for y in got)
     assert relative_rms(got[0], want) < near
+    with pytest.raises(TypeError, match=r"the input must be float32 .* float64; cast it first"):
+        model.a(x.double().repeat(1, 3, 1, 1)[:, :8])
 
 
 def test_a_copy_trains_on_alone():
