@@ -100,16 +100,16 @@ def test_kernels_move_the_bytes_that_their_spec_says_cannot_be_avoided(spec):
 
 def test_a_product_as_a_float_layer_does_it_is_in_the_trace_with_what_it_multiplies():
     (spec,) = (s for s in specs() if s.name == "qmatmul")
-    (shape,) = (s for s in spec.bench_shapes["w4"] if s["n"] == 4096 and s["x"] == (1024, 4096))
+    (shape,) = (s for s in spec.bench_shapes["w4"] if s["n"] == 4096 and s["x"] == (4096, 4096))
     case = spec.make(shape, torch.bfloat16, torch.device("meta"), torch.Generator())
     trace = traced(lambda: spec.run(*case.args, **case.kwargs), "sm_90")
     assert [launch.compiled.name for launch in trace.launches] == ["_dequantize_kernel"]
     assert [(call.name, call.flops, call.kind) for call in trace.calls] == [
-        ("aten::linear", 2 * 1024 * 4096 * 4096, "16bit")
+        ("aten::linear", 2 * 4096**3, "16bit")
     ]
     dequantize, multiply = predict_trace(trace, H100)
     assert dequantize.bound == "bytes" and multiply.bound == "products"
-    assert multiply.products_us == pytest.approx(2 * 1024 * 4096 * 4096 / 989.4e6)
+    assert multiply.products_us == pytest.approx(2 * 4096**3 / 989.4e6)
 
 
 def test_ops_on_a_cpu_are_traced_and_computed():
