@@ -104,9 +104,7 @@ def test_a_product_as_a_float_layer_does_it_is_in_the_trace_with_what_it_multipl
     case = spec.make(shape, torch.bfloat16, torch.device("meta"), torch.Generator())
     trace = traced(lambda: spec.run(*case.args, **case.kwargs), "sm_90")
     assert [launch.compiled.name for launch in trace.launches] == ["_dequantize_kernel"]
-    assert [(call.name, call.flops, call.kind) for call in trace.calls] == [
-        ("aten::linear", 2 * 4096**3, "16bit")
-    ]
+    assert [(call.name, call.flops, call.kind) for call in trace.calls] == [("aten::linear", 2 * 4096**3, "16bit")]
     dequantize, multiply = predict_trace(trace, H100)
     assert dequantize.bound == "bytes" and multiply.bound == "products"
     assert multiply.products_us == pytest.approx(2 * 4096**3 / 989.4e6)
