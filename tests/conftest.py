@@ -19,6 +19,14 @@ def pytest_report_header() -> str:
     return f"CPU: {device_name('cpu')}, {described()}, {threads} threads, torch {torch.__version__}{gpu}"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def many_networks_compile() -> None:
+    """Lets `torch.compile` take as many networks of one class as the tests of a process have: behind the eighth, a
+    forward of `nn.Sequential` would run as it is, and `fullgraph=True` refuse it.
+    """
+    torch._dynamo.config.recompile_limit = 256
+
+
 @pytest.fixture
 def device() -> torch.device:
     """The GPU if there is one and kernels compile, else the CPU."""
