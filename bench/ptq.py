@@ -44,8 +44,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **{f"{weight} nearest": {"weight": weight, **NEAREST} for weight in WEIGHTS},
     **{f"{weight} gptq alone": {"weight": weight, **PLAIN} for weight in WEIGHTS},
     **{f"{weight} gptq": {"weight": weight} for weight in WEIGHTS},
-    "int4@group:64 gptq int8@token": {"weight": "int4@group:64", "act": "int8@token"},
-    "int8@channel gptq int8@token": {"weight": "int8@channel", "act": "int8@token"},
+    **{
+        f"{weight} {named}gptq int8@token": {"weight": weight, "act": "int8@token", "transforms": transforms}
+        for weight in ("int4@group:64", "int8@channel")
+        for named, transforms in (("", ()), ("smooth ", ("smooth",)), ("rotate ", ("rotate",)))
+    },
     "int4@group:64 awq nearest": {
         "weight": "int4@group:64",
         "rounding": "nearest",
