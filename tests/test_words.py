@@ -59,7 +59,6 @@ RETIRED_MODULES = {
     "assemble": "node_builder",
     "borrowed": "shared_parameters",
     "cards": "gpu_specs",
-    "compiled": "runtime/inductor",
     "exact": "integer_flow",
     "flow": "trace",
     "gate": "aot_cases",

@@ -1,4 +1,4 @@
-"""Requantizes on a CPU: one pass over memory in C++; where that does not run, a compiled function of operations."""
+"""Requantizes on a CPU: one pass over memory in C++, three with an activation that it does not know; else operations."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from torch import Tensor
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.program.recording import noted
 from gs_kernels.requantize.grid import Grid, make_grid
-from gs_kernels.requantize.passes import sum_codes_of
-from gs_kernels.runtime.inductor import call, compiled
+from gs_kernels.requantize.passes import sum_codes_of, to_codes_of
+from gs_kernels.requantize.ref import requantize_ref
 
 Operand: TypeAlias = tuple[Tensor, Grid]
 AddsCodes: TypeAlias = Callable[[Tensor, Tensor | None], Tensor]
-COMPILE_FROM = 1 << 11  # elements
 
 
 def requantize_cpu(
@@ -57,26 +56,15 @@ def add_codes(a: Operand, b: Operand | None, activation: str, dtype: torch.dtype
     in_cpp = pass_of(grid, other_grid, activation, dtype, out_grid)
     if in_cpp is not None:
         return in_cpp(codes, other)
-    scales = (None, None) if other_grid is None else (other_grid.scale, other_grid.zero)
-    ends: tuple[Any, ...] = (None, None, None, 0, 0)
-    if out_grid is not None:
-        ends = out_grid.inverse, out_grid.whole, out_grid.fraction, out_grid.low, out_grid.high
-    row, order = (codes.numel(),), (1,)
-    flat: tuple[Any, ...] = (
-        *(
-            codes.as_strided(row, order),
-            grid.scale,
-            grid.zero,
-            None if other is None else other.as_strided(row, order),
-            *scales,
-        ),
-        *(activation, dtype, *ends),
-    )
-    run: Any = fused_requantize
-    if dtype == torch.float32 and codes.numel() >= COMPILE_FROM:
-        kinds = tuple(t.dtype if isinstance(t, Tensor) else t for t in flat)
-        run = compiled(fused_requantize, kinds, lambda: _example(kinds))
-    return call(run, *flat).as_strided(codes.shape, codes.stride())  # type: ignore[no-any-return]
+    sums = pass_of(grid, other_grid, "none", dtype, None)
+    if sums is None:
+        return _in_operations(codes, grid, other, other_grid, activation, dtype, out_grid)
+    y = noted(ACTIVATIONS[activation].function, sums(codes, other))  # one that C++ does not know
+    if out_grid is None or out_grid.numbers is None:
+        return y
+    to_codes = to_codes_of(y.numel(), out_grid.numbers.to_codes, 0)
+    assert to_codes is not None
+    return to_codes(y)
 
 
 def pass_of(
@@ -91,29 +79,20 @@ def pass_of(
     return sum_codes_of(first.of_codes, added, activation, ends)
 
 
-def fused_requantize(
+def _in_operations(
     a: Tensor,
-    a_scale: Tensor,
-    a_zero: Tensor,
+    grid: Grid,
     b: Tensor | None,
-    b_scale: Tensor | None,
-    b_zero: Tensor | None,
+    other: Grid | None,
     activation: str,
     dtype: torch.dtype,
-    inverse: Tensor | None,
-    whole: Tensor | None,
-    fraction: Tensor | None,
-    low: int,
-    high: int,
+    out: Grid | None,
 ) -> Tensor:
-    y = ((a.float() - a_zero) * a_scale).to(dtype)
-    if b is not None and b_scale is not None and b_zero is not None:
-        y = y + ((b.float() - b_zero) * b_scale).to(dtype)
-    y = ACTIVATIONS[activation].function(y)
-    if inverse is None or whole is None or fraction is None:
-        return y
-    level = torch.round(y.float() * inverse + fraction) + whole
-    return torch.where(level.isnan(), low, level.clamp(low, high)).to(torch.int8)
+    added = (b, None, None) if other is None else (b, other.scale, other.zero)
+    ends: dict[str, Any] = {}
+    if out is not None:
+        ends = {"out_scale": out.scale, "out_zero": out.zero, "qmin": out.low, "qmax": out.high}
+    return requantize_ref(a, grid.scale, grid.zero, *added, **ends, activation=activation, dtype=dtype)
 
 
 def is_dense(t: Tensor) -> bool:
@@ -127,9 +106,3 @@ def is_dense(t: Tensor) -> bool:
                 return False
             step *= size
     return t.numel() > 0
-
-
-def _example(kinds: tuple[Any, ...]) -> tuple[Any, ...]:
-    sizes = {0: 10007, 3: 10007}
-    places = [i for i, kind in enumerate(kinds) if i not in (6, 7) and isinstance(kind, torch.dtype)]
-    return tuple(torch.ones(sizes.get(i, 1), dtype=k) if i in places else k for i, k in enumerate(kinds))

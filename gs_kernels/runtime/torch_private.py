@@ -50,7 +50,6 @@ __all__ = [
     "foreach_zero_",
     "function_modes",
     "has_global_hooks",
-    "inductor_cache_dir",
     "is_compiling",
     "is_eager",
     "is_plain_call",
@@ -60,7 +59,6 @@ __all__ = [
     "load_package",
     "make_wrapper",
     "prepack_filters",
-    "standalone_compiler",
     "transform_of",
     "tree_flatten",
     "tree_flatten_with_path",
@@ -69,7 +67,6 @@ __all__ = [
     "tree_map_only",
     "tree_unflatten",
     "triton_launches_directly",
-    "vector_bits",
     "wants_tangents",
 ]
 
@@ -136,29 +133,6 @@ def triton_launches_directly() -> AbstractContextManager[None]:
     from torch._library.triton import set_wrap_triton_enabled
 
     return set_wrap_triton_enabled(False)
-
-
-def vector_bits() -> int:
-    """Returns how wide the vectors are that inductor compiles for on this CPU, in bits; 1 if it knows of none."""
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-
-    isa = pick_vec_isa()
-    return isa.bit_width() if isa else 1
-
-
-def inductor_cache_dir() -> str:
-    """Returns the folder in which inductor keeps what it compiled."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return cache_dir()
-
-
-def standalone_compiler() -> tuple[Any, Any, Any]:
-    """Returns inductor's `standalone_compile`, and the `TracingContext` and `tracing` that it is called under."""
-    from torch._guards import TracingContext, tracing
-    from torch._inductor import standalone_compile  # importing it takes a second
-
-    return standalone_compile, TracingContext, tracing
 
 
 def compile_package(program: Any, path: str, metadata: dict[str, str]) -> None:
