@@ -33,7 +33,7 @@ class BuildKernels(build_ext):
     def build_extension(self, ext):
         name, target = EXTENSIONS[ext.name], Path(self.get_ext_fullpath(ext.name))
         built = build_kernels.FOLDER / build_kernels.file_name(name)
-        if self.editable_mode and build_kernels.is_current(built):
+        if build_kernels.is_current(built, name):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(built, target)
             return

@@ -1,7 +1,7 @@
 """Lists the activations that products and convolutions apply to their result, by name.
 
 A new one is an entry here, a branch of `activate` in gs_kernels/triton_lib.py and, if C++ is to have it, a number in
-gs_kernels/qconv2d/cpu/int8.cpp; tests compare all of them. Captured graphs, patterns and converted layers
+gs_kernels/qconv2d/cpu/int8.h; tests compare all of them. Captured graphs, patterns and converted layers
 recognize it by its `module` and `calls`.
 """
 

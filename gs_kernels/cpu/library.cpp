@@ -13,5 +13,6 @@ EXPORT void use_threads(void* run, void* index, void* count) {
   pthread_atfork(nullptr, nullptr, [] { threads_of_pytorch.run = nullptr; });
 }
 
-// Of all .cpp and .h files that it was built from.
+// Of all .cpp and .h files that it was built from, and of the compiler's flags.
 EXPORT const char source_hash[] = GS_SOURCE_HASH;
+EXPORT const char flags_hash[] = GS_FLAGS_HASH;

@@ -1,4 +1,4 @@
-"""Calls `int8.cpp`: convolutions of 8-bit images, from codes to codes or fp32."""
+"""Calls `int8.cpp` and `depthwise_int8.cpp`: convolutions of 8-bit images, from codes to codes or fp32."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from gs_kernels.qconv2d.geometry import ConvGeometry
 LANES = 16
 # codes of one sum that no zero point of the weight adds to: 2 * 255 * 128 times that is below 2**31
 LARGEST_SYMMETRIC = 1 << 15
-PAIRS, SHORTS, QUADS = 0, 1, 2  # forms of products, as int8.cpp has them
+PAIRS, SHORTS, QUADS = 0, 1, 2  # forms of products, as int8.h has them
 SHORT = (1 << 15) - 1  # the largest sum of products in 16 bits
 
 

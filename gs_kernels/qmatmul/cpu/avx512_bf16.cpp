@@ -3,7 +3,7 @@
 // Codes less half their range are whole numbers that bf16 holds exactly, so nothing but the result is rounded: a table
 // gives a pair of them, a row of the weight to a 32-bit lane, which is multiplied with up to TILE rows of x while it is in a
 // register. Scales, and zero points times sums of x, follow in fp32 behind each group.
-#if defined(__x86_64__)
+#if defined(__AVX512VNNI__)  // which every CPU with these dot products has
 #include <immintrin.h>
 
 #include <algorithm>

@@ -13,9 +13,8 @@ import torch
 from gs_kernels.cpu.library import load_functions
 from gs_kernels.qmatmul.cpu.interleaved import LANES, InterleavedWeight
 from gs_kernels.qmatmul.cpu.interleaved_product import PRODUCT, bind, fixed_product
-from gs_kernels.runtime.instructions import has
+from gs_kernels.runtime.instructions import has, instruction_set
 
-REQUIRED_ISA = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_bf16")
 FUNCTIONS = {"bf16_product": PRODUCT}
 FEW_ROWS_OF_AMX = 32  # above, the matrix unit that ATen uses should make up for the passes over memory; not measured
 
@@ -28,7 +27,7 @@ def supports(m: int) -> bool:
 
 @cache
 def _abilities() -> tuple[bool, bool]:
-    return all(map(has, REQUIRED_ISA)), has("amx_bf16")
+    return instruction_set() == "avx512_vnni" and has("avx512_bf16"), has("amx_bf16")
 
 
 @cache
