@@ -1,4 +1,4 @@
-"""Requantizes on a CPU: one pass over memory in C++, three with an activation that it does not know; else operations."""
+"""Requantizes on a CPU: one pass over memory in C++, three with an activation that it does not know, or operations."""
 
 from __future__ import annotations
 
