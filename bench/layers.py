@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
-from bench.tables import table
+from bench.tables.cells import table
 from gs_kernels.aot.trace import Call, trace_launcher
 from gs_kernels.qmatmul.spec import LAYERS
 from gs_kernels.qmatmul.tiles import Plan, choose_plan

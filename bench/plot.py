@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import record
-from bench.tables import rows_of
+from bench.tables.cells import rows_of
 from gs_algos.core.files import whole_file
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bench.record import read_rows
-from bench.tables import shape_text
+from bench.tables.cells import shape_text
 from gs_kernels.aot.trace import traced
 from gs_kernels.runtime.opspec import OpSpec, Shape, specs
 from gs_kernels.tuning.cost_model import Prediction, predict_trace

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from bench import record
-from bench.tables import WEIGHTS
+from bench.tables.language import WEIGHTS
 from gs_algos import PTQ, mixed_bits
 from gs_algos.llm.calibrate import peak_memory
 from gs_algos.llm.decode import generate

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from bench import record
 from bench.ptq import first_tokens
-from bench.tables import WEIGHTS
+from bench.tables.language import WEIGHTS
 from gs_algos.llm.calibrate import peak_memory
 from gs_algos.llm.load import load_language_model
 from gs_algos.llm.perplexity import perplexity

@@ -25,7 +25,7 @@ from bench.agree import agreement, outputs_of, step
 from bench.peers import absent, own_bytes, peers
 from bench.roofline import copy_bandwidth, peak_of, product_peaks
 from bench.shapes import bench_shapes
-from bench.tables import shape_text
+from bench.tables.cells import shape_text
 from bench.timing import time_calls
 from gs_kernels.runtime.dispatch import INTERPRET
 from gs_kernels.runtime.opspec import Case, OpSpec, Shape, map_tensors, specs

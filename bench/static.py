@@ -28,7 +28,7 @@ from bench.layers import layer_rows, layers_table
 from bench.predict import predict_op
 from bench.shapes import bench_shapes
 from bench.steps import step_rows
-from bench.tables import shape_text, table
+from bench.tables.cells import shape_text, table
 from gs_kernels.aot import Launch, launches_of, report
 from gs_kernels.aot.ir_cost import work_of
 from gs_kernels.aot.trace import traced

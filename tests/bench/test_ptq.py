@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from bench import ptq, record, tables
+from bench import ptq, record
+from bench.tables import language
 from tests.nets.language_models import TEXT, save_folder, tiny_llama
 
 
@@ -49,7 +50,7 @@ def test_the_chosen_settings_are_held_to_the_float_model(rows):
 
 
 def test_the_table_has_a_line_per_setting(rows):
-    lines = tables.ptq(rows).splitlines()
+    lines = language.ptq(rows).splitlines()
     assert len(lines) == 2 + 4 and any("| model | int4 gptq |" in line and " 64 |" in line for line in lines)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from bench import ptq_peers, record, tables
+from bench import ptq_peers, record
+from bench.tables import language
 from tests.nets.language_models import TEXT, save_folder, tiny_llama
 
 SIZES = ["--tokens", "64", "--context", "16", "--samples", "2", "--threads", "1", "--steps", "3"]
@@ -87,8 +88,8 @@ def test_ours_and_theirs_stand_side_by_side_and_those_of_ours_are_not_mixed():
         {**about, "model": "other", "setting": "int4@channel gptq", "perplexity": 1.0},
         {**about, **theirs, "setting": "int4@channel tuned", "perplexity": 8.0, "steps": 20},
     ]
-    assert tables.ptq_peers(rows).splitlines()[2:] == [
+    assert language.ptq_peers(rows).splitlines()[2:] == [
         "| int4@channel | lib 1.2 | tuned, 20 steps | 8 | +50.0% | 10 | - | 1 | 2.0 GB |",
         "| int4@channel | golden-stick | gptq | 9 | +50.0% | - | 3 | 1 | - |",
     ]
-    assert len(tables.ptq(rows).splitlines()) == 2 + 5
+    assert len(language.ptq(rows).splitlines()) == 2 + 5

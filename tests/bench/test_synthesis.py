@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from bench import record, synthesis, tables
+from bench import record, synthesis
+from bench.tables import networks
 
 
 def test_a_run_leaves_a_row_every_so_many_steps(tmp_path, monkeypatch):
@@ -23,7 +24,7 @@ def test_the_table_has_the_last_row_of_a_run():
     about = {"kind": "synthesis", "model": "net", "data": "set", "loss": "dafl", "width": 8, "batch_size": 64}
     about |= {"of": 80, "seed": 0, "accuracy": {"float": 98.0, "student": 50.0, "noise": 20.0, **calibrated}}
     last = {**about, "steps": 80, "time": "2", "accuracy": {**about["accuracy"], "student": 97.0}}
-    text = tables.synthesis([last, {**about, "steps": 40, "time": "1"}])
+    text = networks.synthesis([last, {**about, "steps": 40, "time": "1"}])
     assert text.splitlines()[2:] == [
         "| net | set | dafl | 80 x 64 | 98.00 | 97.00 | 20.00 | 90.00 / 90.00 / 90.00 | 90.00 / 90.00 / 90.00 |"
     ]
