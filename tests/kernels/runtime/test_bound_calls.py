@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
-import pickle
 import random
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gs_algos.quant.packed import module
-from gs_algos.quant.packed.conv import PackedConv
-from gs_algos.quant.packed.linear import PackedLinear
 from gs_kernels import (
     PerChannel,
     PerGroup,
@@ -23,7 +17,6 @@ from gs_kernels import (
     fake_quant,
     hadamard,
     hadamard_quantize_rows,
-    pack_weight,
     qconv2d,
     qconv2d_int8,
     qmatmul,
@@ -31,119 +24,18 @@ from gs_kernels import (
     quantize_rows,
     slb_weight,
 )
-from gs_kernels.runtime import bound_calls, device, torch_op, triton_private
-from gs_kernels.runtime.device import Capabilities
+from gs_kernels.runtime import bound_calls, triton_private
 from gs_kernels.runtime.dispatch import INTERPRET
 from gs_kernels.runtime.opspec import OpSpec, specs
 from gs_kernels.tuning import tables
-from tests.helpers import frames, gradients, tensors
+from tests.helpers import gradients, tensors
+from tests.kernels.runtime.pretended_gpus import kept, pointers, rows, weight
 from tests.kernels.traces import traced_launches
 
 pytest.importorskip("triton", reason="Triton is not installed: there are no kernels")
 if INTERPRET:
     pytest.skip("the interpreter launches nothing", allow_module_level=True)
 from gs_kernels.qconv2d.kernel import int8
-
-
-class Gpu:
-    """Two GPUs, as far as Triton's JIT and gs_kernels ask: kernels are specialized, not compiled, and launch nothing.
-
-    launches: (kernel, what it was specialized by, GPU, grid, stream, arguments) of each.
-    """
-
-    def __init__(self) -> None:
-        self.launches: list[tuple] = []
-        self.present, self.stream, self.capturing = 0, 0, False
-        self.first: set[int] | None = None  # addresses of memory on the first GPU, if not all is
-
-    def index_of(self, t: torch.Tensor) -> int:
-        return int(self.first is not None and t.untyped_storage().data_ptr() not in self.first)
-
-    @contextlib.contextmanager
-    def on(self, index):
-        before, self.present = self.present, int(getattr(index, "index", index) or 0)
-        try:
-            yield
-        finally:
-            self.present = before
-
-    def run(self, call, *, long_way: bool = False):
-        """The launches of a call; operands are compared by address, what the call allocates by its size."""
-        self.launches.clear()
-        with pytest.MonkeyPatch.context() as patch:
-            if long_way:
-                patch.setattr(torch_op, "launches_directly", lambda: False)
-            call()
-        return list(self.launches)
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import CompiledKernel
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    gpu = Gpu()
-
-    class Kernel(CompiledKernel):
-        def __init__(self, fn, key):
-            self.module, self.function, self.packed_metadata, self.name = 1, (fn.__name__, key), (), fn.__name__
-            self.src, self._module_pid = None, None
-            self.index = gpu.present
-            self._run = self.launch
-
-        def launch(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
-            if enter is not None and enter.calls:
-                enter(launch_metadata)
-            assert gpu.present == self.index  # a kernel is loaded into the context of one GPU
-            shown = [(a.dtype, a.data_ptr() if keep(a) else a.numel()) if torch.is_tensor(a) else a for a in args]
-            gpu.launches.append((*self.function, self.index, (x, y, z), stream, shown))
-
-        def __del__(self):
-            pass
-
-    def compile_nothing(self, key, signature, device, constexprs, options, attrs, warmup):
-        kernel = self.device_caches[device][0][key] = Kernel(self, key)
-        return kernel
-
-    gpu.kept = set()
-    keep = lambda t: t.untyped_storage().data_ptr() in gpu.kept  # noqa: E731
-    name = object()  # of our own in the caches of kernels
-    stub = SimpleNamespace(
-        get_current_device=lambda: (name, gpu.present),
-        get_current_stream=lambda index: gpu.stream,
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-    )
-    monkeypatch.setattr(driver, "_active", stub)
-    monkeypatch.setattr(JITFunction, "_do_compile", compile_nothing)
-    monkeypatch.setattr(device, "on_gpu", torch.Tensor.is_cpu.__get__)
-    monkeypatch.setattr(device, "index_of", gpu.index_of)
-    monkeypatch.setattr(device, "current_index", lambda: gpu.present)
-    monkeypatch.setattr(device, "capabilities", lambda index=0: Capabilities("NVIDIA H200", 90, 132))
-    monkeypatch.setattr(device, "capturing", lambda: gpu.capturing)
-    monkeypatch.setattr(torch.cuda, "device", gpu.on)
-    monkeypatch.setattr(module, "KERNEL_DEVICES", ("cpu",))
-    bound_calls.forget()
-    yield gpu
-    bound_calls.forget()
-
-
-def kept(gpu, *tensors):
-    gpu.kept |= {t.untyped_storage().data_ptr() for t in tensors if t is not None}
-    return tensors if len(tensors) > 1 else tensors[0]
-
-
-def weight(n=64, k=256, group=128, *, bits=4, dtype=torch.bfloat16, points=False):
-    codes = torch.arange(n * k, dtype=torch.int32).view(n, k).remainder(1 << bits).to(torch.uint8)
-    scale = torch.full((n, k // group), 0.5, dtype=dtype)
-    zero = torch.arange(scale.numel()).view(scale.shape).remainder(3).to(dtype) if points else float(1 << (bits - 1))
-    return pack_weight(codes, scale, zero, bits=bits, group_size=group, layout="planar")
-
-
-def rows(m, k, *, offset=0, step=0, dtype=torch.bfloat16):
-    """`[m, k]`, `offset` elements behind an address that is a multiple of 64, rows `step` elements further apart."""
-    return torch.ones(m * (k + step) + offset, dtype=dtype)[offset:].view(m, k + step)[:, :k]
 
 
 def _qmatmul(r):
@@ -347,81 +239,6 @@ def test_a_tracer_sees_the_launches_of_a_bound_call(gpu):
     qmatmul(x, w)
     launches, _ = traced_launches(lambda x, codes, scale: qmatmul(x, copy.copy(w)), x, w.codes, w.scale)
     assert launches == [["y_ptr"]] and not gpu.run(lambda: None)
-
-
-def layer(gpu):
-    made = PackedLinear.from_packed(weight(), torch.zeros(64), torch.bfloat16).eval()
-    kept(gpu, made.codes, made.scale, made.bias)
-    return made
-
-
-def pointers(launches):
-    return {a[1] for launch in launches for a in launch[5] if isinstance(a, tuple)}
-
-
-@torch.no_grad()
-def test_a_bound_packed_linear_is_at_most_6_frames_deep_and_16_calls(gpu):
-    made, x = layer(gpu), rows(1, 256)
-    deepest, calls = frames(lambda: made(x))
-    assert deepest <= 6 and calls <= 16, (deepest, calls)
-
-
-def conv(gpu):
-    geometry = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1}
-    geometry |= {"padding_mode": "zeros", "pad": [1, 1, 1, 1]}
-    made = PackedConv(weight(64, 64 * 9, 64 * 9), geometry, (64, 3, 3), torch.zeros(64), torch.bfloat16).eval()
-    kept(gpu, made.codes, made.scale, made.bias)
-    return made
-
-
-@torch.no_grad()
-def test_a_bound_packed_convolution_launches_what_the_long_way_does_in_at_most_24_calls(gpu):
-    made, x = conv(gpu), torch.ones(1, 64, 7, 7, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-    kept(gpu, x)
-    want = gpu.run(lambda: made(x), long_way=True)
-    assert gpu.run(lambda: made(x)) == want
-    assert gpu.run(lambda: made(x)) == want
-    deepest, calls = frames(lambda: made(x))
-    assert deepest <= 7 and calls <= 24, (deepest, calls)
-
-
-@torch.no_grad()
-def test_a_packed_convolution_refuses_a_residual_that_does_not_fit(gpu):
-    made, x = conv(gpu), torch.ones(1, 64, 7, 7, dtype=torch.bfloat16)
-    for _ in range(2):
-        made.run(x, x, "none")
-    with pytest.raises(ValueError, match="residual must have shape"):
-        made.run(x, x[:, :, :, :5], "none")
-
-
-def test_layers_of_one_form_share_a_bound_call(gpu):
-    a, b, x = layer(gpu), layer(gpu), rows(1, 256)
-    a(x), b(x)
-    assert len(bound_calls._calls) == 1
-    assert a.codes.data_ptr() in pointers(gpu.run(lambda: a(x)))
-    assert b.codes.data_ptr() in pointers(gpu.run(lambda: b(x)))
-
-
-def test_copies_and_files_of_a_layer_hold_no_bound_call(gpu):
-    made, x = layer(gpu), rows(1, 256)
-    before = pickle.dumps(layer(gpu))
-    made(x), made(x)
-    assert len(pickle.dumps(made)) == len(before)
-    copied = copy.deepcopy(made)
-    kept(gpu, copied.codes)
-    assert copied.codes.data_ptr() in pointers(gpu.run(lambda: copied(x)))
-
-
-def test_a_layer_reads_what_was_loaded_into_it_or_put_in_its_place(gpu):
-    made, x = layer(gpu), rows(1, 256)
-    made(x)
-    made.load_state_dict({k: v.clone() for k, v in made.state_dict().items()})
-    kept(gpu, made.codes)
-    assert made.codes.data_ptr() in pointers(gpu.run(lambda: made(x)))
-    made.codes.data = kept(gpu, made.codes.data.clone())
-    assert made.codes.data_ptr() in pointers(gpu.run(lambda: made(x)))
-    made.codes = kept(gpu, made.codes.clone())
-    assert made.codes.data_ptr() in pointers(gpu.run(lambda: made(x)))
 
 
 def test_a_call_that_computes_something_by_itself_is_not_bound(gpu):
