@@ -25,6 +25,7 @@ from gs_algos.core.algorithm import (
     asked_by,
     evaluating,
     history,
+    inner_of,
     prepared_entry,
     resumable_entry,
 )
@@ -81,7 +82,7 @@ class Distill(TrainingAlgorithm):
         if isinstance(inner, Distill):
             raise TypeError("Distill: inner must be an algorithm that compresses, got another Distill")
         if inner is not None and not inner.trains:
-            raise TypeError(f"Distill: inner must be an algorithm that trains, got {type(inner).__name__}")
+            raise TypeError(f"Distill: inner must be an algorithm that trains, got {type(inner_of(inner)).__name__}")
         if teacher is not None and not isinstance(teacher, nn.Module):
             raise TypeError(f"Distill: teacher must be a nn.Module, got {type(teacher).__name__}")
         super().__init__(config, **options)
@@ -363,7 +364,8 @@ class Distill(TrainingAlgorithm):
         return model
 
     def remember(self, *args: Any, **facts: Any) -> dict[str, Any]:
-        return super().remember(*args, **facts, inner=None if self.inner is None else self.inner.name)
+        # a search leaves what it searched for
+        return super().remember(*args, **facts, inner=None if self.inner is None else self.inner.active().name)
 
     def _bind(self, model: nn.Module, pairs: Pairs) -> None:
         self._model, self._pairs = model, pairs

@@ -19,6 +19,7 @@ from gs_algos.core.algorithm import Algorithm, Inputs, Loss, history
 from gs_algos.core.config import signature_of
 from gs_algos.core.plan import Plan
 from gs_algos.core.registry import algorithm_class
+from gs_algos.distill.distill import Distill
 from gs_algos.qat.simqat import SimQAT
 from gs_algos.search.config import SearchConfig, SearchOptions
 from gs_algos.search.driver import OnStep
@@ -75,6 +76,12 @@ class Search(Algorithm):
             raise TypeError(f"{self.config.who}: inner must be an algorithm such as SimQAT(), got {given!r:.60}")
         if isinstance(given, Search):
             raise TypeError(f"{self.config.who}: inner must be what compresses a network, got another search")
+        if isinstance(given, Distill):
+            own = "" if given.inner is None else type(given.inner).__name__
+            raise TypeError(
+                f"{self.config.who}: inner must be what compresses a network, got Distill({own}); distill outside, as "
+                f"in Distill({type(self).__name__}({own or 'SimQAT'}(), data=batches))"
+            )
         self.given = self.inner = given
         self.data, self.evaluate, self.tune = data, evaluate, tune
         self.latency, self.journal = latency, journal
