@@ -1,9 +1,9 @@
 """Distills and calibrates without data, and records what that gave: `python -m bench.synthesis --model lenet5 ...`.
 
 A float network is trained on data. Then a generator is trained against it, and a new student of the same kind on its
-images alone; an equal student sees noise. The float network is also calibrated by PTQ on images of the data, of the
-generator, and on noise. Accuracies are of the last step, on the whole test set. A row is recorded every `--every`
-steps, so that a run that is cut leaves what it had.
+images alone, `--replay` batches a step; an equal student sees as many batches of noise. The float network is also
+calibrated by PTQ on images of the data, of the generator, and on noise. Accuracies are of the last step, on the whole
+test set. A row is recorded every `--every` steps, so that a run that is cut leaves what it had.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from gs_algos.demo.train import accuracy, predict, train
 from gs_algos.demo.training_defaults import float_training
 
 SCHEMES = {"w8a8": "int8@channel", "w4a8": "int4@channel:mse"}
-DAFL = {"one_hot": 1.0, "statistics": 0.0, "adversarial": 0.0}
-STUDENT_LR = 2e-3
+DAFL: dict[str, Any] = {"one_hot": 1.0, "statistics": 0.0, "adversarial": 0.0}
+STUDENT_LR, WARMUP = 5e-3, 0.1  # of Adam; share of its steps in which the rate rises
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--float-epochs", type=int, default=10)
     parser.add_argument("--steps", type=int, default=2000, help="of generator and student")
     parser.add_argument("--every", type=int, default=500, help="steps between two rows")
-    parser.add_argument("--loss", choices=("dafl", "default"), default="dafl")
+    parser.add_argument("--loss", choices=("dafl", "default"), default="default")
+    parser.add_argument("--replay", type=int, default=4, help="batches for the student a step, earlier images too")
     parser.add_argument("--width", type=int, default=64, help="channels of the generator")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=4.0)
@@ -77,14 +78,16 @@ def measure(args: argparse.Namespace, data: ImageData) -> Any:
     found = {"float": accuracy(predict(teacher, data), data)}
     print(f"float: {found['float']:.2f} %", flush=True)
     shape = (data.channels, data.image_size, data.image_size)
-    weights: dict[str, Any] = DAFL if args.loss == "dafl" else {}
+    weights = DAFL if args.loss == "dafl" else {}
     images = Synthesis(teacher, shape, width=args.width, batch_size=args.batch_size, seed=args.seed, **weights)
     students = {name: Student(fresh(args.seed + 1), teacher, shape, args) for name in ("student", "noise")}
     noise = torch.Generator().manual_seed(args.seed)
     seen = data.normalize(data.train_x[: args.batch_size])
     for step in range(1, args.steps + 1):
-        students["student"].step(images.step(students["student"].net), step)
-        students["noise"].step(torch.randn(args.batch_size, *shape, generator=noise).to(seen.device), step)
+        images.step(students["student"].net)
+        for x in images.replay(args.replay):
+            students["student"].step(x)
+            students["noise"].step(torch.randn(args.batch_size, *shape, generator=noise).to(seen.device))
         if step % args.every and step != args.steps:
             continue
         entropy = images.check()
@@ -93,24 +96,25 @@ def measure(args: argparse.Namespace, data: ImageData) -> Any:
         found |= calibrated("synthetic", teacher, data, images.batches(1))
         found |= calibrated("noise", teacher, data, [torch.randn(seen.shape, generator=noise).to(seen.device)])
         print({"step": step, **{key: round(value, 2) for key, value in found.items()}}, flush=True)
-        keys = ("model", "train_images", "float_epochs", "loss", "width", "batch_size", "temperature", "seed")
+        keys = ("model", "train_images", "float_epochs", "loss", "width", "batch_size", "replay", "temperature", "seed")
         told = {key: getattr(args, key) for key in keys}
         yield {**told, "data": data.name, "steps": step, "of": args.steps, "entropy": entropy, "accuracy": dict(found)}
 
 
 class Student:
-    """Trains a network on images by its teacher's answers, by Adam with a cosine to 0."""
+    """Trains a network on images by its teacher's answers, by Adam; its rate rises, then falls to 0 by a cosine."""
 
     def __init__(self, net: nn.Module, teacher: nn.Module, shape: tuple[int, ...], args: argparse.Namespace) -> None:
         self.algo = Distill(None, teacher, labels=0.0, logits=1.0, temperature=args.temperature)
         self.net = self.algo.apply(net, torch.zeros(2, *shape, device=next(net.parameters()).device))
         self.optimizer = torch.optim.Adam(self.net.parameters(), STUDENT_LR)
         self.loss: Callable[..., Tensor] = self.algo.loss(nn.functional.cross_entropy)
-        self.steps = args.steps
+        self.steps = args.steps * args.replay
 
-    def step(self, x: Tensor, number: int) -> None:
+    def step(self, x: Tensor) -> None:
+        done = self.algo.steps / self.steps
         for group in self.optimizer.param_groups:
-            group["lr"] = STUDENT_LR * 0.5 * (1 + math.cos(math.pi * (number - 1) / self.steps))
+            group["lr"] = STUDENT_LR * min(1, (done + 1 / self.steps) / WARMUP) * 0.5 * (1 + math.cos(math.pi * done))
         self.optimizer.zero_grad()
         self.loss(self.net.train()(x), None).backward()
         self.optimizer.step()

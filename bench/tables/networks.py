@@ -59,15 +59,16 @@ def synthesis(rows: Rows) -> str:
     """Tabulates students and calibrations without data: a row per network, data and run, of its last step."""
     measured = [row for row in rows if row["kind"] == "synthesis"]
     lines = []
-    for row in last(measured, "model", "data", "loss", "width", "batch_size", "of", "seed").values():
+    for row in last(measured, "model", "data", "loss", "width", "batch_size", "replay", "of", "seed").values():
         found = row["accuracy"]
         pairs = [(scheme, [found[f"{scheme} on {on}"] for on in ("data", "synthetic", "noise")]) for scheme in SCHEMES]
         calibrated = (" / ".join(f"{value:.2f}" for value in values) for _, values in pairs)
         images = f"{row['steps']:,} x {row['batch_size']}"
         ours = (f"{found[name]:.2f}" for name in ("float", "student", "noise"))
-        lines.append((row["model"], row["data"], row["loss"], images, *ours, *calibrated))
+        lines.append((row["model"], row["data"], row["loss"], images, row.get("replay", 1), *ours, *calibrated))
     told = (f"{scheme} on data / synthetic / noise" for scheme in SCHEMES)
-    return table(("network", "data", "loss", "images", "float", "student", "student on noise", *told), lines)
+    head = ("network", "data", "loss", "images", "batches a step", "float", "student", "student on noise")
+    return table((*head, *told), lines)
 
 
 def search(rows: Rows) -> str:

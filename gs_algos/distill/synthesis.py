@@ -2,7 +2,8 @@
 
 Chen et al. 2019, arXiv:1904.01186 (DAFL): images of which the network is certain, that move its last features, and that
 are of all classes together. Statistics of batch norms: Yin et al. 2020, arXiv:1912.08795. Images on which a student
-still errs: Fang et al. 2022, arXiv:2112.06448, whose weights are the defaults.
+still errs: Fang et al. 2022, arXiv:2112.06448, whose weights are the defaults. Earlier images shown to a student again:
+Fang et al. 2021, arXiv:2105.08584; differs from it: they are moved by some pixels, not cropped and flipped.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from gs_algos.core.network import network_of
 from gs_algos.core.progress import progress
 from gs_algos.core.untouched import untouched
 from gs_algos.distill.generator import SMALLEST, ImageGenerator
+from gs_algos.distill.memory import ImageMemory, moved
 from gs_algos.distill.teacher import logits_of, teacher_from
 from gs_kernels.runtime.torch_private import _BatchNorm
 
@@ -40,6 +42,12 @@ class Synthesis:
     SCOP(knockoffs=images)  # knock-offs
     for turn in range(steps):  # training, with the teacher's answers in place of labels
         loss_fn(net(images.batch(turn)), None).backward()
+
+    images = Synthesis(teacher, (3, 32, 32))  # or the generator and a student in turns, which is better
+    for turn in range(steps):
+        images.step(net)
+        for x in images.replay(4):
+            loss_fn(net(x), None).backward()
     ```
     The loss of a step is `one_hot * CE(y, argmax y) + balance * sum_c m_c log m_c - activation * mean |f|
     + statistics * S - adversarial * KL(teacher || student)`, with y the network's logits, m the mean of its
@@ -53,6 +61,8 @@ class Synthesis:
         noise: numbers that an image is made from.
         width: channels of the generator.
         lr: of the generator's Adam.
+        memory: images that `replay` keeps, the newest, 2 bytes a number.
+        shift: pixels by which `replay` moves images at most.
         seed: of the generator and its noise.
 
     steps: of the generator so far.
@@ -72,6 +82,8 @@ class Synthesis:
         noise: int = 100,
         width: int = 64,
         lr: float = 1e-3,
+        memory: int = 50_000,
+        shift: int = 2,
         seed: int = 0,
     ) -> None:
         weights = {"one_hot": one_hot, "balance": balance, "activation": activation}
@@ -84,6 +96,10 @@ class Synthesis:
         for name, count in {"batch_size": batch_size, "noise": noise, "width": width}.items():
             if count < 2:
                 raise ValueError(f"{WHO}: {name} must be >= 2, got {count}")
+        if memory < batch_size:
+            raise ValueError(f"{WHO}: memory must hold a batch, >= {batch_size} images, got {memory}")
+        if shift < 0:
+            raise ValueError(f"{WHO}: shift must be >= 0 pixels, got {shift}")
         if not 0 < lr < math.inf:
             raise ValueError(f"{WHO}: lr must be finite and > 0, got {lr}")
         shape = tuple(shape)  # type: ignore[assignment]
@@ -98,6 +114,9 @@ class Synthesis:
             self.generator = ImageGenerator(shape, noise, width).to(device)
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr, betas=(0.5, 0.999))
         self.steps = 0
+        self.memory, self.shift = ImageMemory(memory), shift
+        self._last: Tensor | None = None  # images of the last step
+        self._remembered = False  # they are in the memory
         self._checked = -1  # steps at which the classes were looked at
         self._read: list[Tensor] = []  # by the last linear layer
         self._distances: list[Tensor] = []  # of the batch norms
@@ -108,7 +127,7 @@ class Synthesis:
                 module.register_forward_pre_hook(self._keep_distance)
 
     def step(self, student: nn.Module | None = None) -> Tensor:
-        """Trains the generator by one batch; returns its images `[batch_size, C, H, W]`, for the student's step.
+        """Trains the generator by one batch; returns its images `[batch_size, C, H, W]`. `replay` shows them a student.
 
         student: for the adversarial term, a network for the same classes; it is run in eval mode and stays as it is.
 
@@ -128,7 +147,33 @@ class Synthesis:
         loss.backward()
         self.optimizer.step()
         self.steps += 1
-        return x.detach()
+        self._last, self._remembered = x.detach(), False
+        return self._last
+
+    def replay(self, count: int = 4) -> Iterator[Tensor]:
+        """Yields so many batches to train a student on: images of the last step, then of all steps that were replayed.
+
+        Images of a step are few, and a student forgets those of before: to see them again costs much less than to make
+        others. Each is moved by up to `shift` pixels, another way each time.
+
+        Raises:
+            RuntimeError: if no step came before.
+            ValueError: if count < 1.
+        """
+        if count < 1:
+            raise ValueError(f"{WHO}.replay: count must be >= 1, got {count}")
+        if self._last is None:
+            raise RuntimeError(f"{WHO}.replay: a step must come before, got none; call step(student) first")
+        if not self._remembered:
+            self.memory.add(self._last)
+            self._remembered = True
+        return self._replayed(self._last, count)
+
+    def _replayed(self, last: Tensor, count: int) -> Iterator[Tensor]:
+        random = torch.Generator().manual_seed(self.seed * 1_000_003 + self.steps)
+        yield moved(last, self.shift, random)
+        for _ in range(count - 1):
+            yield moved(self.memory.draw(self.batch_size, random), self.shift, random)
 
     def fit(self, steps: int = 2000, on_step: Callable[[int, int], None] | None = None) -> Synthesis:
         """Trains the generator until it has had so many steps, and looks at its classes.
@@ -182,17 +227,20 @@ class Synthesis:
         return map(self.batch, itertools.count())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns what goes on from here: generator, optimizer, steps. All tensors."""
+        """Returns what goes on from here: generator, optimizer, steps, the images of `replay`. All tensors."""
         state = {f"generator.{key}": value for key, value in self.generator.state_dict().items()}
         for index, slots in self.optimizer.state_dict()["state"].items():
             state |= {f"optimizer.{index}.{slot}": value for slot, value in slots.items()}
+        if len(self.memory):
+            state |= {"memory.images": self.memory.images[: len(self.memory)]}
+            state |= {"memory.added": torch.tensor(self.memory.added)}
         return {**state, "steps": torch.tensor(self.steps)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continues where `state_dict` was taken.
 
         Raises:
-            ValueError: if it is not of a synthesis of this shape and noise.
+            ValueError: if it is not of a synthesis of this shape, noise and memory.
         """
         slots: dict[int, dict[str, Tensor]] = {}
         own: dict[str, Tensor] = {}
@@ -207,9 +255,15 @@ class Synthesis:
             self.generator.load_state_dict(own)
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
             self.steps = int(state["steps"])
+            self.memory, self._last = ImageMemory(self.memory.most), None
+            if "memory.images" in state:
+                images = state["memory.images"].to(self.generator.start.weight.device)
+                self.memory.restore(images, int(state["memory.added"]), self.shape)
         except (RuntimeError, KeyError, ValueError) as error:
             told = " ".join(str(error).split())
-            raise ValueError(f"{WHO}.load_state_dict: the state must be of this shape and noise, got {told}") from error
+            raise ValueError(
+                f"{WHO}.load_state_dict: the state must be of this shape, noise and memory, got {told}"
+            ) from error
 
     def _images(self, number: int) -> Tensor:
         self.generator.eval()

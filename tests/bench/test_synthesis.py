@@ -11,6 +11,7 @@ from bench.tables import networks
 def test_a_run_leaves_a_row_every_so_many_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
     sizes = ["--width", "8", "--batch-size", "64", "--steps", "60", "--every", "60", "--float-epochs", "10"]
+    sizes += ["--replay", "2"]
     place = ["--device", "cpu", "--threads", "1", "--state", str(tmp_path / "state")]
     assert synthesis.main(["--data", "digits", *sizes, *place]) == 0
     (path,) = (tmp_path / "results").rglob("*.jsonl")
@@ -26,5 +27,5 @@ def test_the_table_has_the_last_row_of_a_run():
     last = {**about, "steps": 80, "time": "2", "accuracy": {**about["accuracy"], "student": 97.0}}
     text = networks.synthesis([last, {**about, "steps": 40, "time": "1"}])
     assert text.splitlines()[2:] == [
-        "| net | set | dafl | 80 x 64 | 98.00 | 97.00 | 20.00 | 90.00 / 90.00 / 90.00 | 90.00 / 90.00 / 90.00 |"
+        "| net | set | dafl | 80 x 64 | 1 | 98.00 | 97.00 | 20.00 | 90.00 / 90.00 / 90.00 | 90.00 / 90.00 / 90.00 |"
     ]

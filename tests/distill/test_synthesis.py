@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gs_algos import PTQ, SCOP, Distill, SimQAT, Synthesis
+from gs_algos.distill.memory import ImageMemory, moved
 from tests.nets.convolutional import SmallConvNet
 
 SHAPE = (1, 8, 8)
@@ -105,8 +106,63 @@ def test_a_synthesis_goes_on_bit_for_bit():
     again.load_state_dict(state)
     assert again.steps == 2 and torch.equal(again.step(), whole.step())
     assert torch.equal(again._images(0), whole._images(0))
-    with pytest.raises(ValueError, match="must be of this shape and noise"):
+    with pytest.raises(ValueError, match="must be of this shape, noise and memory"):
         Synthesis(Quadrants(), SHAPE, batch_size=64, noise=9, width=8).load_state_dict(state)
+
+
+def test_a_student_sees_the_images_of_a_step_and_then_earlier_ones():
+    images = Synthesis(Quadrants(), SHAPE, **OPTIONS, shift=0)
+    made = []
+    for _ in range(3):
+        made.append(images.step())
+        first, *others = images.replay(3)
+        assert torch.equal(first, made[-1]) and len(others) == 2
+        known = {tuple(image) for image in torch.cat(made).half().flatten(1).tolist()}
+        assert all(x.shape == first.shape and x.dtype == torch.float32 for x in others)
+        assert {tuple(image) for x in others for image in x.flatten(1).tolist()} <= known
+    again = list(images.replay(3))  # of the same step: nothing is kept twice
+    assert len(images.memory) == 3 * 64 and all(torch.equal(a, b) for a, b in zip(again[1:], others, strict=True))
+
+
+def test_images_are_moved_each_by_itself_and_edges_repeated():
+    x = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5).repeat(8, 1, 1, 1)
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    found = set()
+    for image, border in zip(moved(x, 1, torch.Generator().manual_seed(0)), padded, strict=True):
+        places = [(i, j) for i in range(3) for j in range(3) if torch.equal(image, border[:, i : i + 4, j : j + 5])]
+        found.add(places[0])
+    assert len(found) > 4 and torch.equal(moved(x, 0, torch.Generator()), x)
+
+
+def test_a_memory_keeps_the_newest_images():
+    memory = ImageMemory(5)
+    for start in (0, 2, 4, 6):
+        memory.add(torch.arange(start, start + 2.0).view(2, 1, 1, 1))
+    assert len(memory) == 5 and sorted(memory.images.flatten().tolist()) == [3, 4, 5, 6, 7]
+    drawn = memory.draw(100, torch.Generator().manual_seed(0))
+    assert drawn.shape == (100, 1, 1, 1) and set(drawn.flatten().tolist()) == {3, 4, 5, 6, 7}
+
+
+def test_a_replay_goes_on_bit_for_bit():
+    def turns(images: Synthesis, count: int) -> list[torch.Tensor]:
+        return [x for _ in range(count) for x in (images.step(), *images.replay(3))]
+
+    options = {**OPTIONS, "memory": 100}  # images go after two steps
+    whole, stopped, again = (Synthesis(Quadrants(), SHAPE, **options) for _ in range(3))
+    want = turns(whole, 4)
+    turns(stopped, 2)
+    again.load_state_dict(stopped.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(turns(again, 2), want[8:], strict=True))
+    with pytest.raises(ValueError, match=r"noise and memory, got images \[100, 1, 8, 8\]"):
+        Synthesis(Quadrants(), SHAPE, **{**options, "memory": 99}).load_state_dict(stopped.state_dict())
+
+
+def test_a_replay_needs_a_step():
+    images = Synthesis(Quadrants(), SHAPE, **OPTIONS)
+    with pytest.raises(RuntimeError, match="replay: a step must come before, got none"):
+        images.replay()
+    with pytest.raises(ValueError, match="replay: count must be >= 1, got 0"):
+        images.replay(0)
 
 
 def test_a_collapsed_generator_is_refused():
@@ -142,6 +198,8 @@ class NanNet(Quadrants):
         (Quadrants(), SHAPE, {"balance": -1.0}, "balance must be finite and >= 0, got -1.0"),
         (Quadrants(), SHAPE, {"batch_size": 1}, "batch_size must be >= 2, got 1"),
         (Quadrants(), SHAPE, {"lr": 0.0}, "lr must be finite and > 0"),
+        (Quadrants(), SHAPE, {"memory": 255}, "memory must hold a batch, >= 256 images, got 255"),
+        (Quadrants(), SHAPE, {"shift": -1}, "shift must be >= 0 pixels, got -1"),
     ],
 )
 def test_wrong_arguments_are_refused(teacher, shape, options, words):
