@@ -61,7 +61,7 @@ class Synthesis:
         noise: numbers that an image is made from.
         width: channels of the generator.
         lr: of the generator's Adam.
-        memory: images that `replay` keeps, the newest, 2 bytes a number.
+        memory: images that `replay` keeps, the newest, 2 bytes a number; at least `batch_size`.
         shift: pixels by which `replay` moves images at most.
         seed: of the generator and its noise.
 
@@ -93,13 +93,11 @@ class Synthesis:
                 raise ValueError(f"{WHO}: {name} must be finite and >= 0, got {value}")
         if not any(weights.values()):
             raise ValueError(f"{WHO}: a weight of the loss must be > 0, got 0 for all")
-        for name, count in {"batch_size": batch_size, "noise": noise, "width": width}.items():
-            if count < 2:
-                raise ValueError(f"{WHO}: {name} must be >= 2, got {count}")
-        if memory < batch_size:
-            raise ValueError(f"{WHO}: memory must hold a batch, >= {batch_size} images, got {memory}")
-        if shift < 0:
-            raise ValueError(f"{WHO}: shift must be >= 0 pixels, got {shift}")
+        counts = {"batch_size": (batch_size, 2), "noise": (noise, 2), "width": (width, 2)}
+        counts |= {"memory": (memory, batch_size), "shift": (shift, 0)}
+        for name, (count, least) in counts.items():
+            if type(count) is not int or count < least:
+                raise ValueError(f"{WHO}: {name} must be a whole number >= {least}, got {count}")
         if not 0 < lr < math.inf:
             raise ValueError(f"{WHO}: lr must be finite and > 0, got {lr}")
         shape = tuple(shape)  # type: ignore[assignment]

@@ -196,10 +196,11 @@ class NanNet(Quadrants):
         (nn.Conv2d(1, 4, 3), SHAPE, {}, r"teacher must give logits \[B, classes\]"),
         (NanNet(), SHAPE, {}, "teacher must give finite logits"),
         (Quadrants(), SHAPE, {"balance": -1.0}, "balance must be finite and >= 0, got -1.0"),
-        (Quadrants(), SHAPE, {"batch_size": 1}, "batch_size must be >= 2, got 1"),
+        (Quadrants(), SHAPE, {"batch_size": 1}, "batch_size must be a whole number >= 2, got 1"),
         (Quadrants(), SHAPE, {"lr": 0.0}, "lr must be finite and > 0"),
-        (Quadrants(), SHAPE, {"memory": 255}, "memory must hold a batch, >= 256 images, got 255"),
-        (Quadrants(), SHAPE, {"shift": -1}, "shift must be >= 0 pixels, got -1"),
+        (Quadrants(), SHAPE, {"memory": 255}, "memory must be a whole number >= 256, got 255"),
+        (Quadrants(), SHAPE, {"memory": 5e4}, "memory must be a whole number >= 256, got 50000.0"),
+        (Quadrants(), SHAPE, {"shift": -1}, "shift must be a whole number >= 0, got -1"),
     ],
 )
 def test_wrong_arguments_are_refused(teacher, shape, options, words):
