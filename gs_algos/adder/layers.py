@@ -79,10 +79,12 @@ def _codes(t: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 class AdderLayer(nn.Module):
     """Makes of a live convolution `y = -sum |x - w| + bias`, by a swap of its class.
 
-    eta: of the gradient. On a grid there are `input_low` and `input_high`, `[1]`, the range of inputs.
+    adder_site: its name in the network, for messages. adder_eta: of the gradient. On a grid there are `input_low` and
+    `input_high`, `[1]`, the range of inputs.
     """
 
     prefix = "Adder"  # of the class's name
+    adder_site: str
     adder_eta: float
     on_grid: bool
     weight: Tensor
@@ -91,6 +93,12 @@ class AdderLayer(nn.Module):
     input_high: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
+        for what, t in (("input", x), ("weight", self.weight)):
+            if t.dtype not in FLOATS:
+                raise TypeError(
+                    f"Adder: the {what} of {self.adder_site} must be float32 / float16 / bfloat16, got "
+                    f"{dtype_name(t.dtype)}; cast the network and its inputs, with .float() for example"
+                )
         scaled = torch.is_grad_enabled() and self.weight.requires_grad
         weight = _ScaledGradient.apply(self.weight, self.adder_eta) if scaled else self.weight
         if self.on_grid:

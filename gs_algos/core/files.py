@@ -105,7 +105,7 @@ def publish_folder(folder: Path, target: Path) -> None:
     """Renames a finished scratch folder to its target, whose place must be free or an empty folder, and all is on disk.
 
     Raises:
-        FileExistsError: if the target has content.
+        FileExistsError: if the target is a file, or has content.
     """
     for file in folder.iterdir():
         with open(file, "rb") as data:
@@ -119,7 +119,8 @@ def publish_folder(folder: Path, target: Path) -> None:
             os.rename(folder, target)
         except OSError as error:
             if target.exists():
-                raise FileExistsError(error.errno, "a folder with content is there", str(target)) from error
+                what = "a folder with content" if target.is_dir() else "a file"
+                raise FileExistsError(error.errno, f"{what} is there", str(target)) from error
             raise
 
 

@@ -51,9 +51,17 @@ class ExpertShard:
         """Returns the format of the part.
 
         Raises:
-            ValueError: if the cut goes through a group, or through a byte of codes.
+            ValueError: if rows do not divide among experts, or they or columns among parts, or the cut goes through a
+                group, or through a byte of codes.
         """
         n, k = self.whole.shape
+        parts = self.place.experts * (self.blocks * self.place.parts or 1)
+        if n % parts:
+            cut = f", {self.blocks} blocks of each and {self.place.parts} parts of those" if self.blocks else ""
+            raise ValueError(
+                f"{WHO}: the {n} rows of {self.name} must divide among {self.place.experts} experts{cut}, got a rest of"
+                f" {n % parts}; use another tensor_parallel_size, or {WHOLE}"
+            )
         rows = n // self.place.experts * len(self.place.own)
         if self.blocks:
             return replace(self.whole, shape=(rows // self.place.parts, k))

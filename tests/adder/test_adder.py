@@ -243,6 +243,14 @@ def test_a_converted_network_that_is_cast_keeps_its_grids(dtype, near):
         model.a(x.double().repeat(1, 3, 1, 1)[:, :8])
 
 
+@pytest.mark.parametrize("int8", [True, False])
+@torch.no_grad()
+def test_a_prepared_network_in_fp64_is_refused_with_the_name_of_the_layer(int8):
+    model, _ = prepared(int8=int8)
+    with pytest.raises(TypeError, match=r"the input of a must be float32 .* got float64; cast the network and its inp"):
+        model.double()(images().double())
+
+
 def test_a_copy_trains_on_alone():
     model, _ = prepared(int8=True)
     twin = copy.deepcopy(model)

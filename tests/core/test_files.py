@@ -244,6 +244,18 @@ def test_a_folder_that_was_filled_meanwhile_is_left_alone(tmp_path):
     assert names(target) == ["b"] and names(tmp_path) == ["out"]
 
 
+def test_a_file_or_a_full_folder_in_the_place_of_a_new_one_is_said_and_left(tmp_path):
+    target = tmp_path / "out"
+    target.write_text("theirs")
+    with pytest.raises(
+        ValueError, match=r"out must be new or an empty folder, got a file; choose another or delete it"
+    ):
+        fill(target, "who", lambda _: None)
+    with pytest.raises(ValueError, match="must be new or an empty folder, got one with content"):
+        fill(tmp_path, "who", lambda _: None)
+    assert target.read_text() == "theirs" and names(tmp_path) == ["out"]
+
+
 @locks
 def test_a_folder_clears_what_killed_commands_left_beside_it(tmp_path):
     for name in (f".out.{DIGITS}", f".out.{DIGITS[::-1]}", ".out.partial"):

@@ -127,6 +127,13 @@ def test_what_does_not_fit_the_model_is_refused():
         shards(Place(E, ()))
 
 
+def test_rows_that_do_not_divide_are_refused():
+    with pytest.raises(
+        ValueError, match=r"the 640 rows of .*gate_up_proj must divide among 5 experts, 2 .* got a rest of 10"
+    ):
+        shards(Place(E, tuple(range(E)), 0, 3))[0].format  # noqa: B018
+
+
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
