@@ -27,12 +27,31 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(10_000, 10, 10)
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries complain at the end of a process of objects that are left
+
+
 @pytest.fixture(scope="session", autouse=True)
 def many_networks_compile() -> None:
     """Lets `torch.compile` take as many networks of one class as the tests of a process have: behind the eighth, a
     forward of `nn.Sequential` would run as it is, and `fullgraph=True` refuse it.
     """
     torch._dynamo.config.recompile_limit = 256
+
+
+@pytest.fixture(scope="session", autouse=True)
+def networks_are_timed_by_few_calls() -> Iterator[None]:
+    """Has commands and reports time five calls, not a second of them: no test asks how long a network takes."""
+    from gs_algos.analysis.analyze import report
+    from gs_algos.analysis.effect import effect
+    from gs_algos.analysis.latency import layer_times
+    from gs_algos.core.timing import forward_ms
+
+    with pytest.MonkeyPatch.context() as patch:
+        for function in (report, effect, layer_times):
+            patch.setitem(function.__kwdefaults__, "seconds", 0.0)
+        patch.setattr(forward_ms, "__defaults__", (0.0,))
+        yield
 
 
 @pytest.fixture
