@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 from bench.record import device_name
 from gs_kernels.runtime.instructions import described
 from tests.helpers import DEVICE, poisoned_outputs
+
+FOLDER = Path(__file__).parent
 
 
 def pytest_report_header() -> str:
@@ -37,6 +40,16 @@ def many_networks_compile() -> None:
     forward of `nn.Sequential` would run as it is, and `fullgraph=True` refuse it.
     """
     torch._dynamo.config.recompile_limit = 256
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels_run_on_two_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Gives tests of C++ kernels two threads at least, though a process of the suite may have one (OMP_NUM_THREADS)."""
+    before, folder = torch.get_num_threads(), request.path.relative_to(FOLDER).as_posix()
+    if folder.startswith(("kernels/", "quant/integer/")):
+        torch.set_num_threads(max(2, before))
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

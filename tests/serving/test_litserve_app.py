@@ -74,12 +74,12 @@ def wait_for(port: int, server: subprocess.Popen[str]) -> None:
 
 @pytest.fixture(scope="module")
 def served(package: Path) -> Iterator[tuple[int, str]]:
-    """(port, the command that was printed) of a server that waits for four requests, or a second."""
+    """(port, the command that was printed) of a server that waits for four requests, or a fifth of a second."""
     pytest.importorskip("litserve", reason="litserve is not installed; it is in the extra serve")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = ["--port", str(port), "--max-batch-size", "4", "--batch-timeout", "1"]
+    options = ["--port", str(port), "--max-batch-size", "4", "--batch-timeout", "0.2"]
     command = [sys.executable, "-m", "gs_algos.cli.main", "serve", str(package), *options]
     server = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True

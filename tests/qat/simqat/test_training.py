@@ -273,9 +273,19 @@ def test_a_step_has_no_host_sync():
     assert modes.seen == []
 
 
-@pytest.mark.parametrize(("fold", "backend"), [("one_conv", "inductor"), ("two_conv", "aot_eager")])
-def test_compiled_step_is_one_graph_and_never_recompiles(fold, backend):
-    net, algo = prepared(quant_delay=2, freeze_bn=3, fold_bn=fold)
+def plain() -> nn.Module:
+    layers = nn.Conv2d(1, 6, 3, stride=2, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(6 * 25, 4))
+
+
+# inductor takes seconds for each layer
+@pytest.mark.parametrize(
+    ("fold", "backend", "make"), [("one_conv", "inductor", plain), ("two_conv", "aot_eager", SmallConvNet)]
+)
+def test_compiled_step_is_one_graph_and_never_recompiles(fold, backend, make):
+    torch.manual_seed(0)
+    algo = SimQAT(quant_delay=2, freeze_bn=3, fold_bn=fold)
+    net = algo.apply(make(), images())
     eager = copy.deepcopy(net)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
