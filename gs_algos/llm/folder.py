@@ -330,8 +330,8 @@ def whole_folder(target: str | os.PathLike[str], who: str) -> Iterator[Path]:
     refuse_file_above(path, f"{who}: the target")
     todo = "choose another or delete it"
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        what = "one with content" if path.is_dir() else "a file"
-        raise ValueError(f"{who}: {path} must be new or an empty folder, got {what}; {todo}")
+        there = "one with content" if path.is_dir() else "a file"
+        raise ValueError(f"{who}: {path} must be new or an empty folder, got {there}; {todo}")
     if being_written(path):
         raise ValueError(f"{who}: {path} must be for this call alone, got one that another call is writing now")
     shutil.rmtree(path.parent / f".{path.name}.partial", ignore_errors=True)  # of versions before this one
