@@ -22,7 +22,7 @@ from bench.tables.cells import shape_text
 from gs_kernels.aot.trace import traced
 from gs_kernels.runtime.opspec import OpSpec, Shape, specs
 from gs_kernels.tuning.cost_model import Prediction, predict_trace
-from gs_kernels.tuning.gpu_specs import Card, card_of
+from gs_kernels.tuning.gpu_specs import Card, assumed, card_of
 
 COLUMNS = "{:22} {:28} {:>5} {:>9} {:>9} {:>9} {:>9}  {}"
 
@@ -54,7 +54,8 @@ def predict_op(spec: OpSpec, shape: Shape, dtype: torch.dtype, direction: str, c
             y = y[0] if isinstance(y, tuple) else y
             y.backward(torch.empty_like(y))
 
-    return predict_trace(traced(call, card.target), card)
+    with assumed(card):
+        return predict_trace(traced(call, card.target), card)
 
 
 def compare(rows: Iterable[dict[str, Any]]) -> list[Compared]:

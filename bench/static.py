@@ -49,7 +49,8 @@ whose programs load, compute and store once is predicted to reach, with as many 
 schedulers reach in practice.
 """
 OF_LAYERS = """Programs take equal shares of the blocks of all tiles, or one a tile; busy SMs: the work of the average
-SM as a share of that of the busiest. bf16: what a library reaches at the card's peaks."""
+SM as a share of that of the busiest. The other way: a tile each instead of shares, or shares instead of a tile each.
+bf16: what a library reaches at the card's peaks; its tiles' bytes through L2 are not counted, those of ours are."""
 
 
 def versions() -> dict[str, Any]:

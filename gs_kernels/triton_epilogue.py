@@ -82,6 +82,22 @@ def real_sums(
     return y * scale[:, None]
 
 
+@triton.jit
+def scale_twice(y, offs_n, N, K, scale_ptr, stride_sn, x_zero_ptr, code_sums_ptr, ZERO: tl.constexpr):
+    """Computes `scale * sum((code - zero) * (x - x_zero))`, fp32, of y, int32: twice `sum((code - zero) * x)`.
+
+    Args:
+        y: `[BLOCK_M, BLOCK_N]`, of one group of K elements. offs_n: of its columns, `[BLOCK_N]`, N of them in all.
+        x_zero_ptr, code_sums_ptr: the zero point of x, if it has one, and the sums of the codes of each row.
+        ZERO: the zero point of the weight.
+    """
+    exist = tl.minimum(offs_n, N - 1)
+    if x_zero_ptr is not None:
+        x_zero = tl.load(x_zero_ptr).to(tl.int32)
+        y -= (x_zero * (2 * tl.load(code_sums_ptr + exist) - int(2 * ZERO) * K))[None, :]
+    return y.to(tl.float32) * 0.5 * tl.load(scale_ptr + exist * stride_sn).to(tl.float32)[None, :]
+
+
 def can_split(weight: PackedWeight) -> bool:
     """Says whether partial sums over K add up exactly, as integers do: one group, zero points in half steps."""
     return weight.scale.shape[1] == 1 and not isinstance(weight.zero, Tensor) and is_whole(2 * float(weight.zero))
@@ -159,11 +175,7 @@ def _reduce_kernel(
         partials_ptr += tl.cast(M, tl.int64) * N
         y += tl.load(partials_ptr + offs, mask=mask, other=0)
     if scale_ptr is not None:
-        exist = tl.minimum(offs_n, N - 1)
-        if x_zero_ptr is not None:
-            x_zero = tl.load(x_zero_ptr).to(tl.int32)
-            y -= (x_zero * (2 * tl.load(code_sums_ptr + exist) - int(2 * ZERO) * K))[None, :]
-        y = y.to(tl.float32) * 0.5 * tl.load(scale_ptr + exist * stride_sn).to(tl.float32)[None, :]
+        y = scale_twice(y, offs_n, N, K, scale_ptr, stride_sn, x_zero_ptr, code_sums_ptr, ZERO)
     if residual_ptr is None:
         image, p, q = None, None, None
     else:

@@ -10,8 +10,7 @@ from bench import record
 from bench.gpu.items import Context, Item, Row
 from bench.roofline import copy_bandwidth, product_peaks
 from gs_kernels.runtime.device import capabilities
-from gs_kernels.tuning.gpu_specs import CARDS, Card
-from gs_kernels.tuning.tuner import card_for
+from gs_kernels.tuning.gpu_specs import CARDS, Card, card_for
 
 DRY_CARD = CARDS["h200"]  # whose data sheet a dry run takes for measured
 SHARE = 0.8  # of it

@@ -24,7 +24,7 @@ from bench.gpu.children import ROOT, Child, Children, Event, environment
 from bench.gpu.plan import SECONDS, TABLE_SECONDS, Step
 from bench.gpu.results import Results
 from bench.gpu.summary import table
-from gs_kernels.tuning.tuner import card_for
+from gs_kernels.tuning.gpu_specs import card_for
 
 NUMBER_S = 0.05  # that one number is measured for
 ITEM_S = 60.0  # an item that tells nothing for so long hangs

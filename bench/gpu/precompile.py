@@ -25,11 +25,13 @@ import torch
 
 from bench import record
 from bench.gpu import archive, conformance
+from bench.gpu.ceilings import DRY_CARD
 from bench.gpu.cuda_stub import build_stub, take_stub, use_driver
 from bench.gpu.items import Context
 from bench.gpu.keys import settle_keys
 from bench.gpu.plan import Step, steps
 from gs_kernels.aot.collect import Specialization, collect_launches
+from gs_kernels.tuning.gpu_specs import assumed
 
 ARCHIVE = "cache.tar.gz"
 LAUNCHER = "*/__triton_launcher*.so"
@@ -57,10 +59,13 @@ def calls_of(plan: Sequence[Step], shortlist: Path | None) -> Iterator[tuple[str
 def kernels_of(
     calls: Iterable[tuple[str, Callable[[], None]]], target: str
 ) -> tuple[list[Specialization], dict[str, str]]:
-    """Returns the kernels that calls launch, each once, and why calls failed, by their names."""
+    """Returns the kernels that calls launch, each once, and why calls failed, by their names.
+
+    Tiles are those that rules choose on the card of the plan, if it is of this target, else on a typical one.
+    """
     failed = {}
     settle_keys()
-    with collect_launches(target) as kernels:
+    with collect_launches(target) as kernels, assumed(DRY_CARD):
         for name, call in calls:
             try:
                 call()

@@ -7,7 +7,7 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,6 +20,7 @@ _VALUE = re.compile(r"%[\w#]+")
 _NUMBER = re.compile(r"(?:-?\d+|true|false)\b")
 _LOOP = re.compile(r"scf\.for (%\w+) = (%[\w#]+) to (%[\w#]+) step (%[\w#]+)")
 _CARRIED = re.compile(r"(%\w+) = (%[\w#]+)")
+_ACCESS = re.compile(r": tensor<(?:([\dx]+)x)?!tt\.ptr<[a-z]*(\d+)")
 _DOT = re.compile(r"tensor<([\dx]+)x(\w+)> \* tensor<([\dx]+)x\w+> ->")
 
 _ARITHMETIC: dict[str, Callable[[int, int], int]] = {
@@ -40,6 +41,8 @@ KINDS = {"bf16": "16bit", "f16": "16bit", "i8": "int8", "f32": "fp32"}
 class Work:
     """Counts the work of a whole launch. loaded, stored: bytes of the tensors that it reads and writes, each once.
 
+    asked: bytes that its programs load and store in all, the same ones by several too: what passes L2.
+    reads, writes: those tensors, by `id`, each with its bytes.
     flops: of matrix products, by the kind of their operands: "16bit", "int8", "fp8" or "fp32".
     turns: of its longest loop, as the first program runs it; 1 without a loop.
     early: whether it is launched while the launch before it runs, and waits for that on the GPU.
@@ -51,6 +54,9 @@ class Work:
     flops: dict[str, int]
     turns: int
     early: bool = False
+    asked: int = 0
+    reads: dict[int, int] = field(default_factory=dict, compare=False)
+    writes: dict[int, int] = field(default_factory=dict, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -72,6 +78,7 @@ class _Reader:
 
     def __init__(self, values: list[object]) -> None:
         self.values = values
+        self.tensors: dict[str, torch.Tensor] = {}
         self.integers: dict[str, int] = {}
         self.nbytes: dict[str, int] = {}  # of the tensor that an argument is
         self.arguments: dict[str, str] = {}  # that a pointer points into
@@ -79,6 +86,7 @@ class _Reader:
         self.loaded: set[str] = set()
         self.stored: set[str] = set()
         self.flops: Counter[str] = Counter()
+        self.asked: Counter[str] = Counter()  # "load" or "store" -> bytes
         self.turns = 1
 
     def read(self, lines: Sequence[str]) -> None:
@@ -96,12 +104,12 @@ class _Reader:
             elif match := _DEFINITION.match(line):
                 self._define(*match.groups())
             elif line.startswith("tt.store"):
-                self._touch(self.stored, line)
+                self._touch(self.stored, line, "store")
 
     def _parameters(self, line: str) -> None:
         for name, value in zip(_PARAMETER.findall(line), self.values, strict=True):
             if isinstance(value, torch.Tensor):
-                self.arguments[name], self.nbytes[name] = name, value.nbytes
+                self.arguments[name], self.nbytes[name], self.tensors[name] = name, value.nbytes, value
             elif isinstance(value, int):
                 self.integers[name] = int(value)
 
@@ -149,16 +157,18 @@ class _Reader:
         elif op in _POINTERS and operands[0] in self.arguments:
             self.arguments[name] = self.arguments[operands[0]]
         elif op in ("tt.load", "tt.atomic_rmw"):
-            self._touch(self.loaded, rest)
+            self._touch(self.loaded, rest, "load")
             if op == "tt.atomic_rmw":
-                self._touch(self.stored, rest)
+                self._touch(self.stored, rest, "store")
         elif op == "tt.dot" and (dot := _DOT.search(rest)):
             m, k = dot[1].split("x")
             n = dot[3].split("x")[1]
             self.flops[KINDS.get(dot[2], "fp8")] += 2 * int(m) * int(n) * int(k) * self.repeats
 
-    def _touch(self, touched: set[str], text: str) -> None:
+    def _touch(self, touched: set[str], text: str, how: str) -> None:
         touched.update(self.arguments[operand] for operand in _VALUE.findall(text)[:1] if operand in self.arguments)
+        if access := _ACCESS.search(text):
+            self.asked[how] += math.prod(map(int, access[1].split("x"))) * int(access[2]) // 8 * self.repeats
 
 
 def work_of(launch: Launch) -> Work:
@@ -172,11 +182,16 @@ def work_of(launch: Launch) -> Work:
     lines = [line.strip() for line in launch.compiled.asm["ttir"].splitlines()]
     reader.read([line if line.startswith("tt.func") else _LOCATION.sub("", line) for line in lines if line[:1] != "#"])
     programs = math.prod(launch.grid)
+    stored = sum(reader.nbytes[name] for name in reader.stored)
     return Work(
         programs=programs,
         loaded=sum(reader.nbytes[name] for name in reader.loaded),
-        stored=sum(reader.nbytes[name] for name in reader.stored),
+        stored=stored,
         flops={kind: flops * programs for kind, flops in sorted(reader.flops.items())},
         turns=reader.turns,
         early=bool(launch.args.get("launch_pdl")),
+        # other programs may store more than the first, but none what another does
+        asked=reader.asked["load"] * programs + max(reader.asked["store"] * programs, stored),
+        reads={id(reader.tensors[name]): reader.nbytes[name] for name in reader.loaded},
+        writes={id(reader.tensors[name]): reader.nbytes[name] for name in reader.stored},
     )

@@ -119,6 +119,18 @@ def int8_regimes(every: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     return _regimes((torch.int8,), every)
 
 
+def reduce(m: int, **bounds: Any) -> AotCase:
+    """Adds four partial sums of a convolution with 1024 channels, then the epilogue."""
+
+    def run() -> Any:
+        kernel = importlib.import_module("gs_kernels.triton_epilogue")
+        x_scale, bias = _meta(m, dtype=torch.float32), _meta(1024, dtype=torch.float32)
+        partials = _meta(4, m, 1024, dtype=torch.float32)
+        return kernel.reduce_partials(_meta(m, 1024), partials, bias, "relu", x_scale=x_scale, stride_xs=1)
+
+    return AotCase(f"reduce-m{m}", run, elements=512, **bounds)
+
+
 # as products with packed weights (gs_kernels/qmatmul/aot_cases.py), and half an instruction a weight to gather pixels;
 # with 64 channels twice that, for half as many weights share a gather
 MORE: dict[str, Any] = {"mma": "HGMMA", "max_shared_stores": 4, "overlapped": True, "targets": HOPPER}
@@ -151,4 +163,6 @@ INT8 = (
     conv(4, 128, 128, 28, 3, dtype=torch.int8, group=32, targets=HOPPER),
     conv(8, 192, 192, 28, 3, groups=192, dtype=torch.int8, wide_loads=False, targets=("sm_90", "gfx942")),
     conv(8, 128, 128, 28, 3, dtype=torch.int8, targets=ELSEWHERE),
+    reduce(1, max_regs=40, max_instructions=24, targets=("sm_80", "sm_90", "gfx942")),
+    reduce(16, max_regs=40, max_instructions=30, wide_loads=False, targets=("sm_90", "gfx942")),
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gs_kernels.pack.layouts import PLANAR, PackedWeight
-from gs_kernels.qmatmul.tiles import FEW_ROWS, choose_int8_plan, choose_plan, rows_tile
+from gs_kernels.qmatmul.tiles import FEW_ROWS, Plan, choose_int8_plan, choose_plan, rows_tile
 from gs_kernels.runtime.opspec import AotCase
 
 N, K = 14336, 4096
@@ -32,6 +32,14 @@ def _weight(bits: int, group: int, points: bool, dtype: torch.dtype) -> PackedWe
     return PackedWeight(codes, scale, scale if points else zero, None, bits, (N, K), group, PLANAR)
 
 
+def _shared(plan: Plan, shared: bool, sm: int, sm_count: int) -> Plan:
+    """Returns the plan with a tile each, or with equal shares whatever the rules would do: so many as an SM holds."""
+    each = 2 if plan.warps == 4 else 1
+    return replace(
+        plan, shares=each * sm_count if shared else 0, per_sm=each if shared else 1, early=shared and sm >= 90
+    )
+
+
 def _launcher(bits: int, m: int, group: int, points: bool, dtype: torch.dtype, shared: bool) -> Callable[[], Any]:
     def run() -> Any:
         kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
@@ -39,7 +47,7 @@ def _launcher(bits: int, m: int, group: int, points: bool, dtype: torch.dtype, s
         asm, sm, sm_count = kernel.device_of(x)
         plan = choose_plan(m, N, K, bits, x_bits=8 * x.itemsize, levels=False, sm=sm, sm_count=sm_count)
         weight = _weight(bits, group, points, dtype)
-        return kernel.multiply(x, weight, None, "none", plan if shared else replace(plan, shares=0), asm)
+        return kernel.multiply(x, weight, None, "none", _shared(plan, shared, sm, sm_count), asm)
 
     return run
 
@@ -54,7 +62,7 @@ def matmul(
     shared: bool = False,
     **bounds: Any,
 ) -> AotCase:
-    """Launches a product. shared: as the rules share its blocks among programs, else a tile each."""
+    """Launches a product. shared: programs take equal shares of its blocks, else a tile each."""
     kind = f"{'-points' if points else ''}{'-shared' if shared else ''}"
     name = f"w{bits}-m{m}-g{group}{kind}-{str(dtype).removeprefix('torch.')}"
     block_n = choose_plan(m, N, K, bits, x_bits=8 * dtype.itemsize, levels=False, sm=90, sm_count=132).block_n
@@ -70,30 +78,36 @@ def dequantize(bits: int, **bounds: Any) -> AotCase:
     return AotCase(f"dequantize-w{bits}", run, elements=128 * 32, **bounds)
 
 
-def matmul_fp8(bits: int, m: int, **bounds: Any) -> AotCase:
+def matmul_fp8(bits: int, m: int, *, shared: bool = False, **bounds: Any) -> AotCase:
     def run() -> Any:
         kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
-        plan = replace(choose_int8_plan(m, N, K, bits, 128, sm_count=132), split_k=1)
+        _, sm, sm_count = kernel.device_of(_meta(1))
+        plan = _shared(choose_int8_plan(m, N, K, bits, 128, sm=sm, sm_count=sm_count), shared, sm, sm_count)
         x8, sums = _meta(m, K, dtype=torch.float8_e4m3fn), _meta(K // 128, m, dtype=torch.float32)
         x_scale, weight = _meta(m, dtype=torch.float32), _weight(bits, 128, False, torch.bfloat16)
         return kernel.multiply_int8(x8, x_scale, sums, None, weight, None, "none", torch.bfloat16, plan, True)
 
-    return AotCase(f"w{bits}f8-m{m}", run, elements=128 * 128, **({"max_regs": 255} | bounds))
+    return AotCase(
+        f"w{bits}f8-m{m}{'-shared' if shared else ''}", run, elements=128 * 128, **({"max_regs": 255} | bounds)
+    )
 
 
-def matmul_int8(bits: int, m: int, *, group: int, zero: bool = False, **bounds: Any) -> AotCase:
-    """Launches a product of 8-bit rows; zero: x has a zero point and one scale, as between converted layers."""
+def matmul_int8(bits: int, m: int, *, group: int, zero: bool = False, shared: bool = False, **bounds: Any) -> AotCase:
+    """Launches a product of 8-bit rows; zero: x has a zero point and one scale, as between converted layers.
+
+    shared: as of `matmul`.
+    """
 
     def run() -> Any:
         kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
-        asm, _, sm_count = kernel.device_of(_meta(1))
-        plan = replace(choose_int8_plan(m, N, K, bits, group, sm_count=sm_count), split_k=1)
+        asm, sm, sm_count = kernel.device_of(_meta(1))
+        plan = _shared(choose_int8_plan(m, N, K, bits, group, sm=sm, sm_count=sm_count), shared, sm, sm_count)
         weight, x = _weight(bits, group, False, torch.float32), _meta(m, K, dtype=torch.int8)
         x_scale = _meta(1 if zero else m, dtype=torch.float32)
         grid = (_meta(1, dtype=torch.float32), _meta(N, K // group, dtype=torch.int32)) if zero else None
         return kernel.multiply_int8(x, x_scale, None, grid, weight, None, "none", torch.bfloat16, plan, asm)
 
-    name = f"w{bits}a8-m{m}-g{group}{'-zero' if zero else ''}"
+    name = f"w{bits}a8-m{m}-g{group}{'-zero' if zero else ''}{'-shared' if shared else ''}"
     return AotCase(name, run, elements=128 * 128, **({"max_regs": 255} | bounds))
 
 
@@ -110,18 +124,6 @@ def matmul_fp4(name: str, m: int, **bounds: Any) -> AotCase:
         return kernel.qmatmul_triton(_meta(m, K), weight, None, "none")
 
     return AotCase(f"{name}-m{m}", run, elements=128 * 128, **({"max_regs": 255} | bounds))
-
-
-def reduce(m: int, **bounds: Any) -> AotCase:
-    """Adds four partial sums of a product of 8-bit rows, then the epilogue."""
-
-    def run() -> Any:
-        kernel = importlib.import_module("gs_kernels.triton_epilogue")
-        x_scale, bias = _meta(m, dtype=torch.float32), _meta(N, dtype=torch.float32)
-        partials = _meta(4, m, N, dtype=torch.float32)
-        return kernel.reduce_partials(_meta(m, N), partials, bias, "relu", x_scale=x_scale, stride_xs=1)
-
-    return AotCase(f"reduce-m{m}", run, elements=512, **bounds)
 
 
 def quantize_rows(k: int, **bounds: Any) -> AotCase:
@@ -193,8 +195,10 @@ def int8_regimes(every: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
 # at 2 and 1.1 at 1. More rows: weights stay in registers between their bytes and the product, which is not waited for
 FEW: dict[str, Any] = {"mma": "HGMMA", "max_regs": 168, "max_shared_stores": 4, "targets": HOPPER}
 MORE: dict[str, Any] = {"mma": "HGMMA", "max_shared_stores": 4, "overlapped": True, "targets": HOPPER}
-# two programs an SM are all that there are then: they may fill it
-SHARED: dict[str, Any] = {"main": "_qmatmul_kernel", "targets": HOPPER}
+# of shares two programs an SM are all that there are: they may fill it. What adds their parts has no bounds of its own
+SHARED: dict[str, Any] = {"main": "_qmatmul_kernel", "mma": "HGMMA", "max_shared_stores": 4, "targets": HOPPER}
+FEW_SHARED = SHARED | {"max_regs": 168}
+MORE_SHARED = SHARED | {"overlapped": True}
 
 MATMUL = (
     matmul(4, 16, max_instructions=2.4, **FEW),
@@ -202,11 +206,13 @@ MATMUL = (
     matmul(1, 16, max_instructions=2.1, **FEW),
     matmul(8, 16, max_instructions=2.7, **FEW),
     matmul(4, 64, max_instructions=2.7, **MORE),
-    matmul(4, 16, shared=True, max_instructions=2.4, **SHARED),
-    matmul(2, 16, shared=True, max_instructions=2.2, **SHARED),
-    matmul(1, 16, shared=True, max_instructions=2.1, **SHARED),
+    matmul(4, 16, shared=True, max_instructions=2.4, **FEW_SHARED),
+    matmul(2, 16, shared=True, max_instructions=2.2, **FEW_SHARED),
+    matmul(1, 16, shared=True, max_instructions=2.1, **FEW_SHARED),
     matmul(8, 16, shared=True, max_instructions=2.7, **SHARED),
-    matmul(4, 64, shared=True, max_instructions=2.7, **SHARED),
+    matmul(4, 64, shared=True, max_instructions=2.7, **MORE_SHARED),
+    matmul(4, 128, max_instructions=3.6, **MORE),
+    matmul(4, 128, shared=True, max_instructions=3.6, **MORE_SHARED),
     # of tiles of 256 rows, where a weight serves twice as many as in those of 128
     matmul(4, 256, max_instructions=4.0, **MORE),
     matmul(4, 256, dtype=torch.float16, max_instructions=4.4, **MORE),
@@ -224,17 +230,25 @@ MATMUL = (
     matmul_fp4("nvfp4", 16, targets=ALL),
     matmul_fp4("nvfp4", 256, targets=ALL),
 )
+INT8_SHARED: dict[str, Any] = {"main": "_qmatmul_int8_kernel", "shared": True, "max_shared_stores": 4}
 INT8 = (
     matmul_int8(4, 16, group=128, mma="IGMMA", max_instructions=2.0, max_shared_stores=4, targets=HOPPER),
     # all codes of a container in one thread, and then through shared memory, were 5.2 instructions a weight
     matmul_int8(1, 16, group=128, mma="IGMMA", max_instructions=1.7, max_shared_stores=4, targets=HOPPER),
+    matmul_int8(4, 16, group=128, mma="IGMMA", max_instructions=2.0, **INT8_SHARED, targets=HOPPER),
+    matmul_int8(1, 16, group=128, mma="IGMMA", max_instructions=1.7, **INT8_SHARED, targets=HOPPER),
+    matmul_int8(8, 64, group=K, zero=True, mma="IGMMA", max_instructions=2.5, **INT8_SHARED, targets=HOPPER),
+    matmul_int8(4, 64, group=128, max_instructions=3.6, **INT8_SHARED, targets=("sm_80", "sm_90")),
+    matmul_int8(4, 16, group=128, **INT8_SHARED, targets=("sm_80", "sm_100", "gfx942")),
     matmul_int8(1, 64, group=128, max_instructions=3.6, max_shared_stores=4, targets=("sm_80", "sm_90")),
     matmul_int8(8, 256, group=K, mma="IGMMA", max_instructions=2.5, max_shared_stores=4, targets=HOPPER),
     matmul_int8(8, 256, group=K, zero=True, mma="IGMMA", max_instructions=2.5, max_shared_stores=4, targets=HOPPER),
     matmul_int8(4, 256, group=32, max_shared_stores=16, targets=("sm_90", "sm_100")),
     matmul_int8(8, 256, group=K, targets=("sm_80", "gfx942")),
-    reduce(1, max_regs=40, max_instructions=24, targets=("sm_80", "sm_90", "gfx942")),
-    reduce(16, max_regs=40, max_instructions=30, wide_loads=False, targets=("sm_90", "gfx942")),
 )
-FP8 = (matmul_fp8(4, 256, mma="QGMMA", max_regs=208, max_instructions=4.4, max_shared_stores=4, targets=HOPPER),)
+FP8 = (
+    matmul_fp8(4, 16, mma="QGMMA", max_instructions=4.4, **INT8_SHARED, targets=HOPPER),
+    matmul_fp8(4, 64, mma="QGMMA", max_instructions=4.4, **INT8_SHARED, targets=HOPPER),
+    matmul_fp8(4, 256, mma="QGMMA", max_regs=208, max_instructions=4.4, max_shared_stores=4, targets=HOPPER),
+)
 ROWS = (quantize_rows(4096, max_instructions=26, targets=HOPPER), quantize_rows(14336, targets=("sm_80", "gfx942")))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
+from gs_kernels.qmatmul.shares import Tile, split, tiles_of_rows
+from gs_kernels.tuning.gpu_specs import card_here
 from gs_kernels.tuning.tables import LAST, tuned
 
 
@@ -15,9 +16,9 @@ class Plan:
     """Says how a product is tiled. dense: dequantize once and multiply as a float layer does; the rest is then unused.
 
     scale_parts: scales on the product of a block, where groups allow, not on the weights.
-    split_k: at most so many programs share one tile of y, of 8-bit x and of convolutions.
-    shares: so many programs take equal shares of the blocks along K of all tiles, of float x, and there are as many
-        blocks or more; 0: each does a tile.
+    split_k: at most so many programs share one tile of y, of convolutions.
+    shares: so many programs take equal shares of the blocks along K of all tiles, and there are as many blocks or more;
+        0: each does a tile.
     per_sm: how many of these programs are for one processor, a divisor of shares.
     early: whether what adds the parts of shares is launched while they are made, and waits on the GPU.
     """
@@ -47,14 +48,15 @@ class Plan:
 class Rule:
     """Holds the plan of products with at most `rows` rows. per_sm: how many programs an SM should have to do.
 
-    Where a tile each leaves processors idle, K is split. 0: never. wider: a plan with more rows a tile, which
-    dequantizes less, taken where that is done sooner.
+    K is split where that is done sooner than a tile each. 0: never. wider: a plan with more rows a tile, which
+    dequantizes less, taken where that is done sooner. timed: whether the plan was timed with K split as it says.
     """
 
     rows: int
     plan: Plan
     per_sm: int = 1
     wider: Plan | None = None
+    timed: bool = False
 
 
 DENSE = Plan(dense=True)
@@ -104,80 +106,74 @@ def choose_plan(
     rule = default_rule(m, sm) if tile is None else rule_of(tile)
     if rule.plan.dense or ((levels or x_bits == 32) and not m <= FEW_ROWS):
         return DENSE
+    return plan_of(rule, m, n, k, bits, x_bits=x_bits, sm=sm, sm_count=sm_count)
+
+
+def plan_of(rule: Rule, m: int, n: int, k: int, bits: int, *, x_bits: int, sm: int, sm_count: int) -> Plan:
+    """Returns the plan of a rule for the sizes of a product, as `choose_plan` has them."""
     # in fp32 a tile of weights takes twice the registers
     plan = rule.plan if x_bits == 16 else replace(rule.plan, block_n=rule.plan.block_n // 2)
-    plan, cost = _share(plan, rule.per_sm, m, n, k, sm, sm_count)
+    plan, us = _share(plan, _float_tile(plan, bits, x_bits, sm), rule, m, n, k, sm, sm_count)
     # beside 256 rows of sums, 8-bit weights in small groups do not fit the registers
     if rule.wider is not None and bits < 8:
-        wider, cost_of_wider = _share(rule.wider, rule.per_sm, m, n, k, sm, sm_count)
-        if cost_of_wider < cost:
+        tile = _float_tile(rule.wider, bits, x_bits, sm)
+        wider, wider_us = _share(rule.wider, tile, rule, m, n, k, sm, sm_count)
+        if wider_us < us:
             return wider
     return plan
 
 
 def default_rule(m: int, sm: int) -> Rule:
     """Returns the rule of a GPU without a table."""
-    rules = RULES[max((least for least in RULES if least <= sm), default=min(RULES))]
-    return next((rule for rule in rules if m <= rule.rows), Rule(LAST, DENSE))
+    return next((rule for rule in _least(RULES, sm) if m <= rule.rows), Rule(LAST, DENSE))
 
 
 def rule_of(tile: dict[str, Any]) -> Rule:
     """Turns a tile of a table into a rule for any number of rows."""
-    return Rule(LAST, Plan(**{name: v for name, v in tile.items() if name != "programs"}), tile["programs"])
+    plan = Plan(**{name: v for name, v in tile.items() if name != "programs"})
+    return Rule(LAST, plan, tile["programs"], timed=True)
 
 
-SHORTEST = 3  # blocks of a share: what a pipeline of four stages loads before it multiplies
-# a part of a tile is written, and read again, through L2; half of that is behind the products of others. In blocks of
-# weights, for each row of a tile: H100, some 24 bytes a clock and SM, where a block of 128 x 128 takes 500 clocks
-PART = 1 / 32
 EARLY_SM = 90  # the first compute capability with programmatic dependent launches
-# what dequantizing a block of 128 x 128 weights takes and products do not hide, in rows of products: half of the 420 to
-# 480 clocks in which an H100 issues its instructions, where a row takes 8
-UNHIDDEN = 28
-MOST_TILES = 8  # of rows: with more, each is a tile
+# by compute capability, as RULES: instructions a weight, and a row of a tile, of products with 16-bit x
+ISSUED = {120: (1.2, 0.055), 100: (2.5, 0.0065), 90: (2.1, 0.0065), 80: (1.2, 0.055)}
+ISSUED_FP32 = 25.0
+REGISTERS = 150  # of a thread, beside its sums
 
 
-def _share(plan: Plan, per_sm: int, m: int, n: int, k: int, sm: int, sm_count: int) -> tuple[Plan, float]:
-    """Has programs share the blocks of all tiles evenly, where processors are done sooner than with a tile each.
+def _least(table: dict[int, Any], sm: int) -> Any:
+    """Returns what is for the nearest compute capability that is not newer, else for the oldest."""
+    return table[max((least for least in table if least <= sm), default=min(table))]
 
-    Returns the plan, and what it costs the busiest processor, in rows of blocks.
+
+def _float_tile(plan: Plan, bits: int, x_bits: int, sm: int) -> Tile:
+    least, a_row = _least(ISSUED, sm)
+    kind, issued = ("16bit", least + a_row * plan.block_m) if x_bits == 16 else ("fp32", ISSUED_FP32)
+    return _tile(plan, bits, x_bits // 8, kind, issued, REGISTERS)
+
+
+def _tile(plan: Plan, bits: int, x_bytes: int, kind: str, issued: float, registers: int) -> Tile:
+    # scales of 16 bits in groups of 128
+    weight_bytes = bits / 8 + 1 / 64
+    return Tile(plan.block_m, plan.block_n, x_bytes, weight_bytes, kind, issued, registers, plan.warps, plan.stages)
+
+
+def _share(plan: Plan, tile: Tile, rule: Rule, m: int, n: int, k: int, sm: int, sm_count: int) -> tuple[Plan, float]:
+    """Has programs share the blocks of all tiles evenly, where that is predicted to take less than a tile each.
+
+    Returns the plan, and the microseconds that it is predicted to take.
     """
-    tiles_m = next((count for count in range(1, MOST_TILES + 1) if m <= count * plan.block_m), 0)
-    tiles = tiles_m * -(-n // plan.block_n)
-    per_sm, shares, cost = share(tiles, -(-k // 128), plan.block_m, per_sm, sm_count)
-    plan = replace(plan, shares=shares, per_sm=per_sm, early=shares > 0 and sm >= EARLY_SM)
-    return plan, cost * (plan.block_m + UNHIDDEN) if tiles else math.inf
+    tiles_m = tiles_of_rows(m, plan.block_m)
+    if tiles_m == 0:
+        return plan, math.inf
+    tiles, blocks, early = tiles_m * -(-n // plan.block_n), -(-k // 128), sm >= EARLY_SM
+    rows = 1 if m <= 1 else plan.block_m
+    got = split(tile, tiles, blocks, rows, rule.per_sm, card_here(sm, sm_count), early, rule.timed)
+    return replace(plan, shares=got.shares, per_sm=got.per_sm, early=got.shares > 0 and early), got.us
 
 
-@lru_cache(maxsize=4096)
-def share(tiles: int, blocks: int, rows: int, per_sm: int, sm_count: int) -> tuple[int, int, float]:
-    """Returns how many programs an SM should get, how many there are in all, 0 if each does a tile, and what it costs.
-
-    Time is counted in blocks of the busiest SM; with shares, that is what all have, and what parts of tiles cost.
-
-    Args:
-        blocks: of a tile, along K.
-        rows: of a tile.
-        per_sm: how many programs an SM should get at most; fewer, if that is what pays.
-    """
-    work, whole = tiles * blocks, -(-tiles // sm_count) * blocks
-    for each in range(per_sm, 0, -1):
-        programs = min(each * sm_count, work // SHORTEST) if each == 1 else each * sm_count
-        if work < SHORTEST * programs or programs == 0:
-            continue
-        parts = (programs + tiles) / min(programs, sm_count) * rows * PART
-        cost = -(-work // min(programs, sm_count)) + parts
-        if cost < whole:
-            return each, programs, cost
-    return 1, 0, whole
-
-
-def _split(plan: Plan, programs: int, m: int, n: int, k: int, most: int) -> Plan:
-    """Splits K into so many programs, if each has four turns to fill its pipeline."""
-    tiles = -(-n // plan.block_n) * (1 if m <= plan.block_m else -(-m // plan.block_m))
-    return replace(plan, split_k=max(1, min(programs // tiles, -(-k // 128) // 4, most)))
-
-
+INT8_ISSUED = {90: (1.3, 0.016), 80: (1.0, 0.035)}  # as ISSUED, of 8-bit x
+INT8_REGISTERS = 100
 INT8_RULES = (
     Rule(FEW_ROWS, Plan(block_m=FEW_ROWS), per_sm=2),
     Rule(32, Plan(block_m=32), per_sm=2),
@@ -186,7 +182,7 @@ INT8_RULES = (
 INT8 = Rule(LAST, Plan(block_m=128, warps=8, stages=3))
 
 
-def choose_int8_plan(m: int, n: int, k: int, bits: int, group: int, *, sm_count: int) -> Plan:
+def choose_int8_plan(m: int, n: int, k: int, bits: int, group: int, *, sm: int, sm_count: int) -> Plan:
     """Chooses the plan of 8-bit x `[m, k]` times a weight `[n, k]`, never dense: sums of integers stay exact.
 
     By the table of the present GPU, if it has one: one tile serves codes and 8-bit floats, and weights of all widths.
@@ -194,12 +190,19 @@ def choose_int8_plan(m: int, n: int, k: int, bits: int, group: int, *, sm_count:
     Args:
         bits: of the weight.
         group: elements per scale. Groups that end inside a block take a product each: registers hold only few rows.
-        sm_count: number of processors.
+        sm, sm_count: as `choose_plan` has them.
     """
-    tile = tuned("qmatmul_int8", None, m, n=n, k=k, group=0 if group >= k else group)
+    tile = tuned("qmatmul_int8", (sm, sm_count), m, n=n, k=k, group=0 if group >= k else group)
     rule = default_int8_rule(m, group) if tile is None else int8_rule_of(tile)
     plan = rule.plan if tile is None else _widened(rule.plan, timed_bits(whole=group >= k), bits)
-    return _split(plan, rule.per_sm * sm_count, m, n, k, 8)
+    return int8_plan_of(replace(rule, plan=plan), m, n, k, bits, sm=sm, sm_count=sm_count)
+
+
+def int8_plan_of(rule: Rule, m: int, n: int, k: int, bits: int, *, sm: int, sm_count: int) -> Plan:
+    """Returns the plan of a rule for the sizes of a product, as `choose_int8_plan` has them."""
+    least, a_row = _least(INT8_ISSUED, sm)
+    tile = _tile(rule.plan, bits, 1, "int8", least + a_row * rule.plan.block_m, INT8_REGISTERS)
+    return _share(rule.plan, tile, rule, m, n, k, sm, sm_count)[0]
 
 
 def timed_bits(whole: bool) -> int:

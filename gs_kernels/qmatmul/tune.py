@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from gs_kernels.pack.layouts import PLANAR, PackedWeight
-from gs_kernels.qmatmul.tiles import FEW_ROWS, Rule, choose_plan, default_int8_rule, default_rule, timed_bits
+from gs_kernels.qmatmul.tiles import (
+    FEW_ROWS,
+    Plan,
+    choose_plan,
+    default_int8_rule,
+    default_rule,
+    int8_plan_of,
+    plan_of,
+    timed_bits,
+)
 from gs_kernels.tuning.space import Machine, Problem, Space, Tile
 
 GROUP = 128  # elements per scale of the weights that are tuned for; one scale a row where it does not divide K
@@ -105,14 +114,15 @@ def _candidates(problem: Problem) -> Iterator[Tile]:
             yield tile
 
 
-def tile_of(rule: Rule, names: Any) -> Tile:
-    fields = {**asdict(rule.plan), "programs": rule.per_sm}
+def tile_of(plan: Plan, programs: int, names: Any) -> Tile:
+    fields = {**asdict(plan), "programs": programs}
     return {name: fields[name] for name in names}
 
 
 def _default(problem: Problem, machine: Machine) -> Tile:
-    rule = default_rule(problem["m"], machine.sm)
-    return DENSE if rule.plan.dense else tile_of(rule, CHOICES)
+    m, n, k, bits = (problem[name] for name in ("m", "n", "k", "bits"))
+    plan = plan_of(default_rule(m, machine.sm), m, n, k, bits, x_bits=16, sm=machine.sm, sm_count=machine.sm_count)
+    return DENSE if plan.dense else tile_of(plan, plan.per_sm if plan.shares else 0, CHOICES)
 
 
 def describe(tile: Tile) -> str:
@@ -157,7 +167,10 @@ def _int8_candidates(problem: Problem) -> Iterator[Tile]:
 
 
 def _int8_default(problem: Problem, machine: Machine) -> Tile:
-    return tile_of(default_int8_rule(problem["m"], problem["group"]), INT8_CHOICES)
+    m, n, k, group = (problem[name] for name in ("m", "n", "k", "group"))
+    bits, rule = timed_bits(whole=not group), default_int8_rule(m, group)
+    plan = int8_plan_of(rule, m, n, k, bits, sm=machine.sm, sm_count=machine.sm_count)
+    return tile_of(plan, plan.per_sm if plan.shares else 0, INT8_CHOICES)
 
 
 SPACES = (

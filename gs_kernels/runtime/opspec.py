@@ -65,8 +65,8 @@ class AotCase:
 
     Bounds are for the whole kernel, on every target unless said: no spills ever; `max_regs` per thread;
     `max_instructions` issued per element by one thread (NVIDIA targets), `elements` being what one program handles,
-    in one turn of its loop if it has one, of the kernel named `main` if others are launched too; `max_shared_stores`
-    in the hot loop (NVIDIA), copies of the pipeline apart.
+    in one turn of its loop if it has one; `max_shared_stores` in the hot loop (NVIDIA), copies of the pipeline apart.
+    main: the kernel that they are for, where others are launched too, which must not spill and must fit.
     older_max_regs: instead of max_regs, by version of Triton ("3.6"), where an older one takes more without spilling.
     overlapped (sm_90 only): every wgmma takes its left operand from registers, and no wait in the loop is for all.
     """

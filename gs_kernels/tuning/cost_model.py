@@ -9,6 +9,7 @@ slowest, after the launch itself. Nothing here is timed; `bench.predict` says ho
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,8 +19,8 @@ from gs_kernels.aot.ir_cost import Work, work_of
 from gs_kernels.aot.report import Report, report
 from gs_kernels.aot.trace import Call, Trace
 from gs_kernels.tuning.gpu_specs import Card
+from gs_kernels.tuning.launch_time import ALONE, TURN, Program, launch_times
 
-ALONE = 2.0  # cycles between two instructions of a warp that waits for no other. No number of a data sheet
 ISSUED = 0.7  # of what schedulers could issue, when warps are many. No number of a data sheet
 
 
@@ -46,42 +47,51 @@ class Prediction:
         return max(parts, key=lambda name: parts[name])
 
 
-def estimate(kernel: Report, work: Work, card: Card) -> Prediction:
-    """Predicts from what a launch does and what its machine code costs.
+def estimate(kernel: Report, work: Work, card: Card, cached: int = 0) -> Prediction:
+    """Predicts from what a launch does and what its machine code costs, as `launch_times` assumes.
 
-    The busiest SM has `ceil(programs / SMs)` programs to issue and to multiply. Memory gives what has been asked for:
-    the loads of the programs on SMs at a time, one latency later, and no more than its bandwidth.
+    cached: bytes that it writes for a launch behind it, or reads of one before, and that stay in L2 meanwhile.
 
     Raises:
         ValueError: if the kernel was compiled for another target than the card's, or no block of it fits.
     """
     if kernel.target != card.target:
         raise ValueError(f"gs_kernels.tuning: {card.name} runs {card.target}, got a kernel for {kernel.target}")
-    if not kernel.occupancy.blocks:
+    held = kernel.occupancy.blocks
+    if not held:
         raise ValueError(f"gs_kernels.tuning: a block of {kernel.kernel} must fit an SM, got none on {card.name}")
-    busiest = -(-work.programs // card.sm_count)
-    uneven = busiest * card.sm_count / work.programs
-    issued = float(kernel.instructions)
-    if kernel.loop_instructions:
-        issued += kernel.loop_instructions * (work.turns / kernel.unroll - 1)
     unknown = set(work.flops) - set(card.peaks)
     if unknown:
         raise ValueError(f"gs_kernels.tuning: {card.name} must know a peak for {', '.join(unknown)} products, got none")
+    issued = float(kernel.instructions)
+    if kernel.loop_instructions:
+        issued += kernel.loop_instructions * (work.turns / kernel.unroll - 1)
+    multiplies = kernel.loop_instructions > 0 and kernel.mma is not None
+    memory, asked = work.nbytes - cached, max(work.asked, work.nbytes)
+    products_us = sum(flops / card.peaks[kind] / 1e6 for kind, flops in work.flops.items())
+    program = Program(
+        memory=memory / work.programs,
+        through_l2=asked / work.programs,
+        waiting=_waiting(kernel) * (memory / asked if multiplies else 1),
+        products_us=products_us * card.sm_count / work.programs,
+        issue_us=kernel.num_warps * issued / card.issue_rate * 1e6,
+        alone_us=(ALONE * issued + TURN * work.turns) / card.clock / 1e3 if multiplies else 0.0,
+        loops=multiplies,
+    )
+    times = launch_times(work.programs, held, program, card)
     return Prediction(
         launch_us=card.early_us if work.early else card.launch_us,
-        bytes_us=work.nbytes / min(card.bandwidth * 1e3, _in_flight(kernel, work, card) / card.latency_us),
-        products_us=sum(uneven * flops / card.peaks[kind] / 1e6 for kind, flops in work.flops.items()),
-        instructions_us=busiest * kernel.num_warps * issued / card.issue_rate * 1e6,
-        waves=work.programs / (kernel.occupancy.blocks * card.sm_count),
+        bytes_us=times.bytes_us,
+        products_us=times.products_us,
+        instructions_us=times.instructions_us,
+        waves=work.programs / (held * card.sm_count),
     )
 
 
-def _in_flight(kernel: Report, work: Work, card: Card) -> float:
-    """Returns the bytes that programs on the card wait for at once: in a pipeline what its shared memory holds."""
-    running = min(work.programs, kernel.occupancy.blocks * card.sm_count)
-    threads = 32 * kernel.num_warps
-    loads = sum(nbytes * n for nbytes, n in kernel.loads.items()) * threads / kernel.unroll
-    return running * max(kernel.shared_bytes if kernel.opcodes["LDGSTS"] else 0, loads)
+def _waiting(kernel: Report) -> float:
+    """Returns the bytes that a program waits for at once: in a pipeline what its shared memory holds."""
+    loads = sum(nbytes * n for nbytes, n in kernel.loads.items()) * 32 * kernel.num_warps / kernel.unroll
+    return max(kernel.shared_bytes if kernel.opcodes["LDGSTS"] else 0, loads)
 
 
 @lru_cache(maxsize=256)
@@ -113,6 +123,16 @@ def predict(launch: Launch, card: Card) -> Prediction:
     return estimate(_reported(launch.compiled, card.target), work_of(launch), card)
 
 
+def estimate_all(kernels: Sequence[Report], works: Sequence[Work], card: Card) -> list[Prediction]:
+    """Predicts launches one after the other: what one leaves for another stays in L2, if half of it holds that."""
+    found = []
+    for i, (kernel, work) in enumerate(zip(kernels, works, strict=True)):
+        left = [nbytes for t, nbytes in work.writes.items() if any(t in other.reads for other in works[i + 1 :])]
+        left += [nbytes for t, nbytes in work.reads.items() if any(t in other.writes for other in works[:i])]
+        found.append(estimate(kernel, work, card, cached=sum(n for n in left if n <= card.l2_bytes // 2)))
+    return found
+
+
 def predict_call(call: Call, card: Card) -> Prediction:
     """Predicts one of torch's ops, at the card's peak: what a library could reach, not what it does."""
     return Prediction(
@@ -126,4 +146,6 @@ def predict_call(call: Call, card: Card) -> Prediction:
 
 def predict_trace(trace: Trace, card: Card) -> list[Prediction]:
     """Predicts everything in a trace that was taken for the card's target, one after the other."""
-    return [predict(launch, card) for launch in trace.launches] + [predict_call(call, card) for call in trace.calls]
+    kernels = [_reported(launch.compiled, card.target) for launch in trace.launches]
+    works = [work_of(launch) for launch in trace.launches]
+    return estimate_all(kernels, works, card) + [predict_call(call, card) for call in trace.calls]

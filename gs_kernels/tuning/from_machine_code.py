@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 from gs_kernels.aot.ir_cost import work_of
 from gs_kernels.aot.report import Report, report
 from gs_kernels.aot.trace import trace_launcher
-from gs_kernels.tuning.cost_model import estimate, predict_call
-from gs_kernels.tuning.gpu_specs import Card
+from gs_kernels.tuning.cost_model import estimate_all, predict_call
+from gs_kernels.tuning.gpu_specs import Card, assumed
 from gs_kernels.tuning.space import Machine, Problem, Space, Tile, find_space
 from gs_kernels.tuning.tables import forced
 
@@ -65,7 +65,7 @@ class Static:
         """
         operands = space.make(problem, "meta")
         try:
-            with forced(space.op, tile):
+            with forced(space.op, tile), assumed(self.card):
                 trace = trace_launcher(lambda: space.run(problem, operands, self.machine), self.card.target)
         except Exception as error:  # noqa: BLE001  the compiler's own errors have no common class
             return f"does not compile: {type(error).__name__}"
@@ -74,8 +74,7 @@ class Static:
             return "spills"
         if tight := [kernel.occupancy.limiter for kernel in kernels if not kernel.occupancy.blocks]:
             return f"does not fit: {tight[0]}"
-        launches = zip(kernels, trace.launches, strict=True)
-        parts = [estimate(kernel, work_of(launch), self.card) for kernel, launch in launches]
+        parts = estimate_all(kernels, [work_of(launch) for launch in trace.launches], self.card)
         parts += [predict_call(call, self.card) for call in trace.calls]
         launched = tuple((launch.compiled.hash, launch.grid) for launch in trace.launches)
         return Ranked(tile, sum(p.us for p in parts), sum(p.instructions_us for p in parts), launched)

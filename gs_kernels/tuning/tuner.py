@@ -24,7 +24,7 @@ from gs_kernels.runtime.device import capabilities
 from gs_kernels.runtime.opspec import map_tensors
 from gs_kernels.runtime.torch_private import tree_leaves
 from gs_kernels.tuning.from_machine_code import Predict, Predicted, Progress, Ranking, Static
-from gs_kernels.tuning.gpu_specs import TYPICAL, Card, card_of
+from gs_kernels.tuning.gpu_specs import Card, card_for
 from gs_kernels.tuning.graph_timing import copies_beyond_cache, round_times
 from gs_kernels.tuning.shortlists import ShortList
 from gs_kernels.tuning.space import Machine, Problem, Space, Tile, find_space
@@ -129,12 +129,6 @@ def open_table(path: Path, device: str) -> Table:
         logger.warning("%s was made with %s: tuning all of it again", path, table.made_with)
         return fresh
     return table
-
-
-def card_for(device_name: str, sm: int) -> Card:
-    """Returns the description that ranks tiles for a GPU: its own, else that of the nearest kind that is not newer."""
-    older = [card for card in TYPICAL if int(card.target.removeprefix("sm_")) <= sm]
-    return card_of(device_name) or (older or TYPICAL)[-1 if older else 0]
 
 
 _static: Static | None = None  # of a process that only compiles

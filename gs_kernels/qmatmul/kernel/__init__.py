@@ -17,6 +17,7 @@ from gs_kernels.runtime.bound_calls import fresh
 from gs_kernels.runtime.device import AMD_SM, capabilities
 from gs_kernels.runtime.dispatch import INTERPRET
 from gs_kernels.runtime.torch_private import is_eager
+from gs_kernels.tuning.gpu_specs import assumed_card
 
 MAX_STRIDE = 1 << 22  # offsets inside a tile of x are 32-bit
 
@@ -36,7 +37,9 @@ def device_of(x: Tensor) -> tuple[bool, int, int]:
     from triton.runtime import driver
 
     target = driver.active.get_current_target()
-    return target.backend == "cuda", target.arch if target.backend == "cuda" else AMD_SM, 132
+    card = assumed_card()
+    sm_count = 132 if card is None else card.sm_count
+    return target.backend == "cuda", target.arch if target.backend == "cuda" else AMD_SM, sm_count
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -82,8 +85,9 @@ def qmatmul_int8_triton(
     rows, (n, k) = rows_of(x), weight.shape
     if rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], n, dtype=dtype)
-    asm, _, sm_count = device_of(x)
-    plan = choose_int8_plan(rows.shape[0], n, k, weight.bits, grouping(k, weight.group_size), sm_count=sm_count)
+    asm, sm, sm_count = device_of(x)
+    group = grouping(k, weight.group_size)
+    plan = choose_int8_plan(rows.shape[0], n, k, weight.bits, group, sm=sm, sm_count=sm_count)
     x_grid = None
     if x_zero is not None:
         if code_sums is None or code_sums.dtype != torch.int32:  # older exported programs have sums of floats
@@ -98,8 +102,8 @@ def qmatmul_fp8_triton(x: Tensor, weight: PackedWeight, bias: Tensor | None, act
     m = rows.shape[0]
     if m == 0:
         return x.new_empty(*x.shape[:-1], n)
-    asm, _, sm_count = device_of(x)
-    plan = choose_int8_plan(m, n, k, weight.bits, grouping(k, weight.group_size), sm_count=sm_count)
+    asm, sm, sm_count = device_of(x)
+    plan = choose_int8_plan(m, n, k, weight.bits, grouping(k, weight.group_size), sm=sm, sm_count=sm_count)
     sums = fresh(x.new_empty(-(-k // 128), m, dtype=torch.float32))
     x8, x_scale = quantize(rows, torch.float8_e4m3fn, sums)
     y = multiply_int8(x8, x_scale, sums, None, weight, bias, activation, x.dtype, plan, asm)

@@ -4,16 +4,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gs_kernels.fake_quant.tiles import power_of_two
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.triton_unpack import dequantize_block, weight_unit
 from gs_kernels.qmatmul.kernel.dequantize import grouping, kernel_tensors, rows_a_divisor
+from gs_kernels.qmatmul.kernel.shares import add_parts, make_parts, part_of, share_of, store_part, store_tile
 from gs_kernels.qmatmul.tiles import Plan
 from gs_kernels.runtime.bound_calls import fresh
 from gs_kernels.runtime.dispatch import launch
-from gs_kernels.triton_epilogue import epilogue
 
 
 @triton.jit
@@ -90,24 +89,6 @@ def _sum_blocks(
     return tl.trans(acc) * UNIT
 
 
-@triton.jit
-def _store_tile(
-    y_ptr, acc, bias_ptr, keep, first_m, first_n, rows_end, N,
-    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):
-    """Stores sums `[BLOCK_M, BLOCK_N]` after the epilogue; zeros instead if keep, where it is not None, is false."""
-    offs_m = first_m + tl.arange(0, BLOCK_M)
-    offs_n = first_n + tl.arange(0, BLOCK_N)
-    acc = epilogue(
-        acc, offs_m, offs_n, offs_m < rows_end, offs_n < N, None, None, None, None, 0, 0, 0, 0,
-        None, bias_ptr, None, None, None, None, None, ACTIVATION, 1,
-    )
-    if keep is not None:
-        acc = tl.where(keep, acc, 0.0)
-    mask = (offs_m < rows_end)[:, None] & (offs_n < N)[None, :]
-    tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
-
-
 # row counts that a server meets, and shares of K, have their code in common
 @triton.jit(do_not_specialize=["M", "tiles", "programs", "per_sm"])
 def _qmatmul_kernel(
@@ -119,41 +100,20 @@ def _qmatmul_kernel(
     EVEN_K: tl.constexpr, SCALE_PARTS: tl.constexpr, EARLY: tl.constexpr,
     EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """Computes a tile of y; if parts_ptr is not None, a share of all blocks of all tiles, without the epilogue.
+    """Computes a tile of y; if parts_ptr is not None, parts of tiles, a share of the blocks of all of them.
 
     With EXPERTS, a power of two above E, the weight is that of E experts, N rows each, and offsets say where the rows
     of x of each end; `tiles` is at least the number of tiles of rows. Else offsets_ptr is None.
-
-    Blocks of K are counted tile by tile, and program r takes those from `r * total // programs` on: its share ends a
-    tile, does whole ones, begins another. Programs r and r + 1 that follow one another are on one processor, whose
-    share is even to a block. The part of tile t by program r is number t + r of the parts.
-
-    No two programs write the same part, none reads one, and `_add_parts_kernel` reads only when all are there, in their
-    order: no order of programs changes a bit. A counter by which the last program of a tile would add its parts could
-    save that launch, in the same loop; but it has to be zero before each launch. Calls on other streams and replays of
-    graphs would share it, and a launch cannot zero it first for all its programs.
     """
     pid = tl.program_id(0)
     if parts_ptr is not None:
-        if EARLY:
-            # once all programs are here, none of which waits for another, those of `_add_parts_kernel` may take what
-            # room they leave; on parts they wait by themselves
-            gdc_launch_dependents()
         tiles_m = tl.cdiv(M, BLOCK_M)
         blocks = tl.cdiv(K, 128)
-        total = tl.cast(tiles_m * tl.cdiv(N, BLOCK_N), tl.int64) * blocks
-        processors = programs // per_sm
-        rank = pid % processors * per_sm + pid // processors
-        begin = rank * total // programs
-        end = (rank + 1) * total // programs
-        size = tl.minimum(M, BLOCK_M)
-        mask = (tl.arange(0, BLOCK_M) < size)[:, None]
-        offs = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        rank, begin, end = share_of(tiles_m * tl.cdiv(N, BLOCK_N), blocks, programs, per_sm, EARLY)
         first_tile = (begin // blocks).to(tl.int32)
         for i in range(tl.cdiv(end, blocks).to(tl.int32) - first_tile):
             tile = first_tile + i
-            first = tl.maximum(begin - tile.to(tl.int64) * blocks, 0).to(tl.int32)
-            last = tl.minimum(end - tile.to(tl.int64) * blocks, blocks).to(tl.int32)
+            first, last = part_of(tile, begin, end, blocks)
             first_m = (tile % tiles_m).to(tl.int64) * BLOCK_M
             first_n = (tile // tiles_m).to(tl.int64) * BLOCK_N
             acc = _sum_blocks(
@@ -162,7 +122,7 @@ def _qmatmul_kernel(
                 stride_xm, stride_sn, stride_sg,
                 BITS, GROUP, ZERO, ASM, EVEN_K, SCALE_PARTS, BLOCK_M, BLOCK_N,
             )
-            tl.store(parts_ptr + (tile + rank).to(tl.int64) * size * BLOCK_N + offs, acc, mask=mask)
+            store_part(parts_ptr, acc, tile, rank, M, BLOCK_M, BLOCK_N)
     else:
         if EXPERTS == 0:
             tiles_m = tl.cdiv(M, BLOCK_M)
@@ -191,46 +151,9 @@ def _qmatmul_kernel(
             keep = None
         else:
             keep = expert < E
-        _store_tile(y_ptr, acc, bias_ptr, keep, first_m, first_n, rows_end, N, ACTIVATION, BLOCK_M, BLOCK_N)
-
-
-@triton.jit(do_not_specialize=["M", "programs"])
-def _add_parts_kernel(
-    y_ptr,
-    parts_ptr, bias_ptr,
-    M, N, K, programs,
-    ACTIVATION: tl.constexpr, EARLY: tl.constexpr, MOST: tl.constexpr,
-    TILE_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):
-    """Adds the parts of a tile `[TILE_M, BLOCK_N]` in their order, at most MOST, of BLOCK_M rows, then the epilogue."""
-    tiles_m = tl.cdiv(M, TILE_M)
-    blocks = tl.cdiv(K, 128)
-    total = tl.cast(tiles_m * tl.cdiv(N, BLOCK_N), tl.int64) * blocks
-    tile = tl.program_id(0)
-    begin = tile.to(tl.int64) * blocks
-    # who has block b: the last whose share begins at b or before
-    first = ((begin + 1) * programs - 1) // total
-    last = ((begin + blocks) * programs - 1) // total
-    size = tl.minimum(M, TILE_M)
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask = (rows < size)[:, None]
-    parts_ptr += (first + tile) * size * BLOCK_N
-    if EARLY:
-        # until all programs of the launch before have ended, and what they wrote is seen here. Launched without the
-        # attribute that lets it start early (by torch.compile), this waits for nothing: that launch has ended
-        gdc_wait()
-    offs = rows[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    acc = tl.load(parts_ptr + offs, mask=mask, other=0.0)
-    for i in tl.static_range(1, MOST):  # all on their way at once
-        exist = tl.where(first + i <= last, size, 0)
-        acc += tl.load(parts_ptr + i * size * BLOCK_N + offs, mask=(rows < exist)[:, None], other=0.0)
-    first_m = (tile % tiles_m).to(tl.int64) * TILE_M
-    first_n = (tile // tiles_m).to(tl.int64) * BLOCK_N
-    rows_end = tl.minimum(first_m + TILE_M, M)
-    _store_tile(
-        y_ptr, acc, bias_ptr, None, first_m + tl.program_id(1) * BLOCK_M, first_n, rows_end, N,
-        ACTIVATION, BLOCK_M, BLOCK_N,
-    )
+        store_tile(
+            y_ptr, acc, bias_ptr, keep, first_m, first_n, rows_end, N, None, None, ACTIVATION, BLOCK_M, BLOCK_N
+        )
 
 
 def multiply(
@@ -249,9 +172,7 @@ def multiply(
     # of each expert the last tile may hold few rows, and so may the one of rows that go to none
     tiles_m = -(-m // plan.block_m) if offsets is None else m // plan.block_m + 1 + (experts if experts < m else m)
     tiles = tiles_m * -(-n // plan.block_n)
-    parts, size, early = None, m if m <= plan.block_m else plan.block_m, plan.early and asm
-    if plan.shares:
-        parts = fresh(x.new_empty(tiles + plan.shares, size, plan.block_n, dtype=torch.float32))
+    parts, early = make_parts(x, m, tiles, plan, torch.float32), plan.early and asm
     launch(
         _qmatmul_kernel, (plan.shares or tiles,),
         y, parts, x, codes, scale, zero_points, levels, weight.divisor, bias, offsets,
@@ -262,11 +183,6 @@ def multiply(
         EXPERTS=0 if offsets is None else power_of_two(experts + 1, 1 << 20),
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=plan.warps, num_stages=plan.stages,
     )
-    if plan.shares:
-        block_m = power_of_two(size, 4)
-        launch(
-            _add_parts_kernel, (tiles, -(-size // block_m)), y, parts, bias, m, n, k, plan.shares,
-            ACTIVATION=activation, EARLY=early, MOST=plan.parts(tiles, -(-k // 128)),
-            TILE_M=plan.block_m, BLOCK_M=block_m, BLOCK_N=plan.block_n, num_warps=4, early=early,
-        )
+    if parts is not None:
+        add_parts(y, parts, bias, activation, k, tiles, plan, early)
     return y

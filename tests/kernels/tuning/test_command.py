@@ -48,7 +48,7 @@ def test_a_described_card_gets_a_ranking_that_is_called_a_prediction(few, monkey
     out = " ".join(capsys.readouterr().out.split())
     assert "No GPU is timed: what the cost model predicts for NVIDIA H100" in out
     assert "qmatmul m=16 n=4096 k=4096 bits=4" in out and "scales on products" in out and "Left out: none." in out
-    assert "K not split" in out and "at least 0" not in out
+    assert "K split until an SM has 2 programs" in out and "at least 0" not in out
     assert not list(tmp_path.iterdir())
 
 

@@ -18,7 +18,7 @@ tl = pytest.importorskip("triton.language", reason="Triton is not installed: the
 from gs_kernels.aot import record_launches, report  # noqa: E402
 from gs_kernels.aot.ir_cost import work_of  # noqa: E402
 from gs_kernels.aot.trace import traced  # noqa: E402
-from gs_kernels.tuning.cost_model import estimate, predict_trace  # noqa: E402
+from gs_kernels.tuning.cost_model import estimate, estimate_all, predict_trace  # noqa: E402
 from gs_kernels.tuning.gpu_specs import CARDS, card_of, find_card  # noqa: E402
 
 H100 = CARDS["h100"]
@@ -159,6 +159,24 @@ def test_few_programs_share_in_the_bandwidth_of_few_processors(measured):
     kernel, work = measured
     half, all_ = (estimate(kernel, dataclasses.replace(work, programs=n), H100).bytes_us for n in (66, 132))
     assert half == pytest.approx(2 * all_)
+
+
+def test_what_one_launch_leaves_for_the_next_stays_in_l2_if_it_fits(measured):
+    kernel, work = measured
+    first = dataclasses.replace(work, programs=1320, loaded=0, stored=20 << 20, writes={1: 20 << 20})
+    second = dataclasses.replace(work, programs=1320, loaded=20 << 20, stored=4, reads={1: 20 << 20})
+    alone = [estimate(kernel, one, H100).bytes_us for one in (first, second)]
+    got = [one.bytes_us for one in estimate_all([kernel, kernel], [first, second], H100)]
+    assert got == pytest.approx([us * 3350 / H100.l2_bandwidth for us in alone], rel=1e-3)
+    large = [dataclasses.replace(one, reads={1: 30 << 20}, writes={1: 30 << 20}) for one in (first, second)]
+    assert [one.bytes_us for one in estimate_all([kernel, kernel], large, H100)] == pytest.approx(alone)
+
+
+def test_what_several_programs_ask_for_passes_l2_for_each():
+    x = _meta(64 * 1000, torch.float16)
+    with record_launches("sm_90") as launches:
+        _product_kernel[(300, 1)](_meta(64 * 64), x, x, 1000, SPLIT=1, BLOCK=64)
+    assert work_of(launches[0]).asked == 300 * (16 * 2 * 64 * 64 * 2 + 4 * 64 * 64)
 
 
 def test_what_does_not_fit_the_card_is_refused(measured):

@@ -166,9 +166,9 @@ def test_8_bit_products_run_with_the_tile_of_the_table(folder):
     problem = {"m": 64, "n": 4096, "k": 4096, "group": 0}
     write_table(folder / "a.json", table(Entry(problem, INT8_TILE, 1.0), op="qmatmul_int8"))
     tables.forget()
-    got = choose_int8_plan(64, 4096, 4096, 8, 4096, sm_count=132)
-    assert (got.dense, got.block_m, got.block_n, got.stages, got.split_k) == (False, 64, 64, 3, 1)
-    assert choose_int8_plan(64, 4096, 4096, 4, 128, sm_count=132).block_n == 128  # groups were not tuned
+    got = choose_int8_plan(64, 4096, 4096, 8, 4096, sm=90, sm_count=132)
+    assert (got.dense, got.block_m, got.block_n, got.stages, got.shares) == (False, 64, 64, 3, 0)
+    assert choose_int8_plan(64, 4096, 4096, 4, 128, sm=90, sm_count=132).block_n == 128  # groups were not tuned
 
 
 def test_stages_of_a_tile_are_as_timed_with_no_wider_weights(folder):
@@ -177,7 +177,8 @@ def test_stages_of_a_tile_are_as_timed_with_no_wider_weights(folder):
         problem = {"m": 64, "n": 4096, "k": 4096, "group": group}
         write_table(folder / "a.json", table(Entry(problem, tile, 1.0), op="qmatmul_int8"))
         tables.forget()
-        stages = [choose_int8_plan(64, 4096, 4096, bits, group or 4096, sm_count=132).stages for bits in (1, 2, 4, 8)]
+        of = {"group": group or 4096, "sm": 90, "sm_count": 132}
+        stages = [choose_int8_plan(64, 4096, 4096, bits, **of).stages for bits in (1, 2, 4, 8)]
         assert stages == [5, 5, 5, 3 if timed == 4 else 5]
 
 
@@ -440,10 +441,3 @@ def test_only_tiles_that_give_the_result_of_the_reference_are_timed(monkeypatch,
     found = tuner.measure(space, {"m": 1}, [{"block": n} for n in (1, 2, 3)], "cpu")
     assert [(e.tile, e.us) for e in found] == [({"block": 1}, 8.0)]
     assert "is off by 5.0e-01 of the reference" in caplog.text and "too much shared memory" in caplog.text
-
-
-def test_the_nearest_kind_ranks_for_a_gpu_without_a_description():
-    assert tuner.card_for("NVIDIA L40S", 89) is CARDS["a100"]
-    assert tuner.card_for("NVIDIA GH200 480GB", 90) is CARDS["h100"]
-    assert tuner.card_for("NVIDIA RTX 5090", 120) is CARDS["b200"]
-    assert tuner.card_for("Tesla T4", 75) is CARDS["a100"]
