@@ -266,6 +266,15 @@ def test_the_command_prints_a_verdict_per_kernel_and_exits_with_it(monkeypatch, 
     assert "sm_90" in line and "_double_kernel" in line and verdict in line
 
 
+@pytest.mark.parametrize("main, broken", [(None, True), ("_double_kernel", True), ("_other_kernel", False)])
+def test_bounds_are_for_the_kernel_that_a_case_names(main, broken):
+    case = dataclasses.replace(DOUBLE, max_regs=8, mma="HGMMA", main=main)
+    (kernel,) = aot.reports(case, "sm_90")
+    assert len(aot.check(kernel, case)) == 2 * broken
+    spilled = dataclasses.replace(kernel, spills=3)
+    assert "must not spill registers, got 3 stack accesses" in aot.check(spilled, case)
+
+
 def test_a_wrapped_kernel_is_compiled_too_and_nothing_stays_changed():
     from torch._library.triton import is_wrap_triton_enabled
     from triton.runtime import driver
