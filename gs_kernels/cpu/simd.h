@@ -24,7 +24,8 @@ constexpr int WIDE = 8;  // of F or I that fit the registers beside others
 constexpr int WIDE = 4;
 #endif
 
-// Products of int8 codes. pairs: 2 products of 16 bits each. short_pairs: 2 of a, unsigned, and b, signed, bytes each, in
+// Products of whole numbers. pairs: 2 products of 16 bits each; add_pairs adds them to sums, at once where an instruction
+// does (LANES_ADD_PAIRS). short_pairs: 2 of a, unsigned, and b, signed, bytes each, in
 // 16 bits, where they must fit (AVX2 and later: LANES_HAVE_SHORTS). add_quads: 4 of bytes each, added to sums; a is
 // unsigned on x86 and signed on ARM (LANES_HAVE_QUADS).
 #ifdef __AVX2__
@@ -86,6 +87,7 @@ LANE_FN I operator&(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
 LANE_FN I operator|(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
 LANE_FN I left(I a, int n) { return {_mm512_slli_epi32(a.v, n)}; }
 LANE_FN I right(I a, int n) { return {_mm512_srli_epi32(a.v, n)}; }
+LANE_FN I quotient(I a, int n) { return {_mm512_srai_epi32(a.v, n)}; }
 LANE_FN I pairs(I a, I b) { return {_mm512_madd_epi16(a.v, b.v)}; }
 #define LANES_LOOK_UP
 LANE_FN F look_up(F values, I at) { return {_mm512_permutexvar_ps(at.v, values.v)}; }  // by the lowest 4 bits
@@ -93,6 +95,8 @@ LANE_FN I short_pairs(I a, I b) { return {_mm512_maddubs_epi16(a.v, b.v)}; }
 LANE_FN I add_shorts(I a, I b) { return {_mm512_add_epi16(a.v, b.v)}; }
 #ifdef __AVX512VNNI__
 LANE_FN I add_quads(I sums, I a, I b) { return {_mm512_dpbusd_epi32(sums.v, a.v, b.v)}; }
+LANE_FN I add_pairs(I sums, I a, I b) { return {_mm512_dpwssd_epi32(sums.v, a.v, b.v)}; }
+#define LANES_ADD_PAIRS
 #define LANES_HAVE_QUADS
 #endif
 LANE_FN I bits_of(F a) { return {_mm512_castps_si512(a.v)}; }
@@ -183,6 +187,7 @@ LANE_FN I operator&(I x, I y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_s
 LANE_FN I operator|(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 LANE_FN I left(I x, int n) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
 LANE_FN I right(I x, int n) { return {_mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)}; }
+LANE_FN I quotient(I x, int n) { return {_mm256_srai_epi32(x.a, n), _mm256_srai_epi32(x.b, n)}; }
 LANE_FN I pairs(I x, I y) { return {_mm256_madd_epi16(x.a, y.a), _mm256_madd_epi16(x.b, y.b)}; }
 LANE_FN I short_pairs(I x, I y) { return {_mm256_maddubs_epi16(x.a, y.a), _mm256_maddubs_epi16(x.b, y.b)}; }
 LANE_FN I add_shorts(I x, I y) { return {_mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b)}; }
@@ -190,6 +195,10 @@ LANE_FN I add_shorts(I x, I y) { return {_mm256_add_epi16(x.a, y.a), _mm256_add_
 LANE_FN I add_quads(I sums, I x, I y) {
   return {_mm256_dpbusd_avx_epi32(sums.a, x.a, y.a), _mm256_dpbusd_avx_epi32(sums.b, x.b, y.b)};
 }
+LANE_FN I add_pairs(I sums, I x, I y) {
+  return {_mm256_dpwssd_avx_epi32(sums.a, x.a, y.a), _mm256_dpwssd_avx_epi32(sums.b, x.b, y.b)};
+}
+#define LANES_ADD_PAIRS
 #define LANES_HAVE_QUADS
 #endif
 LANE_FN I bits_of(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
@@ -297,6 +306,7 @@ LANE_FN I operator&(I a, I b) EACH(I, a.v[i] & b.v[i])
 LANE_FN I operator|(I a, I b) EACH(I, a.v[i] | b.v[i])
 LANE_FN I left(I a, int n) EACH(I, (i4)((u4)a.v[i] << n))
 LANE_FN I right(I a, int n) EACH(I, (i4)((u4)a.v[i] >> n))
+LANE_FN I quotient(I a, int n) EACH(I, a.v[i] >> n)
 #ifdef __SSE2__
 LANE_FN I pairs(I a, I b) EACH(I, (i4)_mm_madd_epi16((__m128i)a.v[i], (__m128i)b.v[i]))
 #else
@@ -323,6 +333,19 @@ LANE_FN F where_between(F a, F low, F high, F in, F out)  // low <= a <= high ? 
 LANE_FN I where_nan(F a, I nan, I b) EACH(I, a.v[i] != a.v[i] ? nan.v[i] : b.v[i])
 #define LANES_BY_COPIES
 
+#endif
+
+#ifndef LANES_ADD_PAIRS
+LANE_FN I add_pairs(I sums, I a, I b) {
+  sums = sums + pairs(a, b);
+  // now: GCC adds up products of several steps first otherwise, more than there are registers for
+#if defined(__AVX512F__)
+  asm("" : "+v"(sums.v));
+#elif defined(__AVX2__)
+  asm("" : "+x"(sums.a), "+x"(sums.b));
+#endif
+  return sums;
+}
 #endif
 
 #ifndef __AVX512F__

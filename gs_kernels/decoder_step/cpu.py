@@ -76,8 +76,9 @@ def decoder_step_of(
 
     The function returns the last norm of what the layers make of x: each adds `attention(norm(x))`, then
     `down(silu(gate(norm(x))) * up(norm(x)))`, its norm `x / sqrt(mean(x**2) + eps) * weight`. Norms of
-    the heads' queries and keys have the eps of the layers. All is computed in fp32;
-    norms and biases in other dtypes are copied, the result has the dtype of x.
+    the heads' queries and keys have the eps of the layers. All is computed in fp32; norms and biases in other dtypes
+    are copied, the result has the dtype of x. Where the last norm has 16 bits, packed weights are multiplied as with
+    x of 16 bits (row_pieces.h).
 
     Args:
         norm: `[hidden]`.
@@ -85,15 +86,14 @@ def decoder_step_of(
         functions: default `kernels()`.
 
     Raises:
-        UnsuitableError: if there is no C++ here, sizes do not fit, or a weight has levels, padded groups or tensors of
-            inference mode.
+        UnsuitableError: if there is no C++ here, sizes do not fit, or a weight has levels or tensors of inference mode.
     """
     functions = kernels() if functions is None else functions
     if functions is None:
         raise UnsuitableError("decoder_step/cpu.cpp does not run")  # the log says why
-    norm = _in_fp32(norm)
+    x_short, norm = norm.dtype != torch.float32, _in_fp32(norm)
     held: list[Any] = [layers, norm]
-    made = (_Layer * len(layers))(*(_layer_of(layer, held) for layer in layers))
+    made = (_Layer * len(layers))(*(_layer_of(layer, x_short, held) for layer in layers))
     (hidden,), (_, kv_heads, length, head_dim) = norm.shape, layers[0].keys.shape
     heads, inner = layers[0].linears[0][0].shape[0] // head_dim, layers[0].linears[4][0].shape[0]
     width, kv_width = heads * head_dim, kv_heads * head_dim
@@ -129,15 +129,13 @@ def decoder_step_of(
     return compute
 
 
-def _layer_of(layer: DecoderLayer, held: list[Any]) -> _Layer:
+def _layer_of(layer: DecoderLayer, x_short: bool, held: list[Any]) -> _Layer:
     linears = []
     for weight, bias in layer.linears:
         if weight.levels is not None:
             raise UnsuitableError("a weight has a table of levels")
         form = interleaved(weight)
-        if form.width != weight.group_size:
-            raise UnsuitableError(f"groups of {weight.group_size} are padded")
-        product = interleaved_product.fixed_product(form, torch.float32, torch.float32, torch.float32)
+        product = interleaved_product.fixed_product(form, torch.float32, torch.float32, torch.float32, x_short)
         offset = None if bias is None else _in_fp32(bias)
         held += [form, product, offset]
         linears.append(_Linear(ctypes.addressof(product), None if offset is None else offset.data_ptr()))

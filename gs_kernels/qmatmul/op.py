@@ -96,7 +96,9 @@ def qmatmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, acti
     """`act(x @ W^T + bias)` with `W = (code - zero) * scale`, or `levels[code] * scale`, of a packed weight.
 
     fp16 and bf16 x: each weight is rounded once to the dtype of x (in C++ on a CPU, not at all), products are summed in
-    fp32, bias and activation are applied there, and the result is rounded once. fp32 x: all is fp32 (never TF32).
+    fp32, bias and activation are applied there, and the result is rounded once. A CPU rounds such x to 16 bits below
+    the largest of a group, where that loses little beside the rounding of the result (see Numerics). fp32 x: all is
+    fp32 (never TF32).
     On a GPU, bf16 x needs |scale| < 2**27: larger scales give infinities or NaN.
     A GPU dequantizes the weight once and multiplies as a float layer does where that is fastest (more than some 512
     rows), and above 16 rows for fp32 x and tables of levels.

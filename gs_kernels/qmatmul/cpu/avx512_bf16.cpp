@@ -18,7 +18,7 @@
 
 namespace {
 
-constexpr int LANES = 16, STEP = 8, PAIRS = STEP / 2;
+constexpr int LANES = 16;
 constexpr int TILE = 16;  // rows of x: their sums fill half of the registers
 
 // Rows of x, of which tiles lie together: the pairs of one tile at pairs `[K / 2][rows]`, then those of the next.
@@ -41,7 +41,7 @@ TARGET float sum_of(const uint16_t* x, int64_t n) {
 }
 
 Rows tiled(const Product& p, const uint16_t* x, int64_t m, int threads) {
-  const int64_t size = p.w.steps * STEP, k = p.w.groups * size, width = k / (p.k / p.group);
+  const int64_t size = p.w.words * 32 / p.bits, k = p.w.groups * size;
   Rows rows{std::vector<int32_t>(m * k / 2), std::vector<float>(m * p.w.groups), m, (m + TILE - 1) / TILE};
   parallel_for(threads, rows.tiles, [&](int64_t t) {
     const int64_t first = rows.first(t), count = rows.first(t + 1) - first;
@@ -49,7 +49,7 @@ Rows tiled(const Product& p, const uint16_t* x, int64_t m, int threads) {
     for (int64_t row = 0; row < count; ++row) {
       const uint16_t* near = x + (first + row) * p.k;
       if (k != p.k) {
-        for (int64_t g = 0; g * p.group < p.k; ++g) std::copy_n(near + g * p.group, p.group, padded.data() + g * width);
+        for (int64_t g = 0; g * p.group < p.k; ++g) std::copy_n(near + g * p.group, p.group, padded.data() + g * size);
         near = padded.data();
       }
       int32_t* pairs = rows.pairs.data() + first * k / 2 + row;
@@ -61,22 +61,19 @@ Rows tiled(const Product& p, const uint16_t* x, int64_t m, int threads) {
   return rows;
 }
 
-// Pair i of a step.
+// Pair i of words.
 template <int BITS>
-INLINE __m512bh weights(const uint8_t* codes, int i, __m512i table) {
+INLINE __m512bh weights(__m512i words, int i, __m512i table) {
+  const __m512i both = i ? _mm512_srli_epi32(words, BITS * i) : words;  // codes at the low ends of the halves
   if (BITS == 8) {
     __m512i f[2];
     for (int j = 0; j < 2; ++j) {
-      const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + (2 * i + j) * LANES)));
+      const __m512i byte = _mm512_and_si512(j ? _mm512_srli_epi32(both, 16) : both, _mm512_set1_epi32(255));
       f[j] = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_sub_epi32(byte, _mm512_set1_epi32(128))));
     }
     return (__m512bh)_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(f[0], 16), f[1]);
   }
-  constexpr int PER = 4 / (BITS == 8 ? 4 : BITS);  // pairs in a byte
-  __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + i / PER * LANES)));
-  if (i % PER) byte = _mm512_srli_epi32(byte, i % PER * 2 * BITS);
-  const __m512i both = _mm512_or_si512(byte, _mm512_slli_epi32(byte, 16 - BITS));  // a code to the low bits of each half
-  return (__m512bh)_mm512_permutexvar_epi16(both, table);                          // which reads the lowest 5
+  return (__m512bh)_mm512_permutexvar_epi16(both, table);  // which reads the lowest 5 bits
 }
 
 template <int BITS>
@@ -113,7 +110,7 @@ template <int BITS, int M>
 TARGET void multiply(
     const Product& p, const int32_t* x, const float* x_sums, int64_t block, const void* bias, void* y, int64_t first) {
   const Weight& w = p.w;
-  const uint8_t* codes = w.codes + block * w.groups * w.steps * BITS * LANES;
+  const int32_t* codes = w.codes + block * w.groups * w.words * LANES;
   const __m512i table = table_of<BITS>();
   __m512 total[M];
   for (int m = 0; m < M; ++m) total[m] = _mm512_setzero_ps();
@@ -121,13 +118,15 @@ TARGET void multiply(
     __m512 acc[M];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) acc[m] = _mm512_setzero_ps();
-    for (int64_t s = 0; s < w.steps; ++s, codes += BITS * LANES)
+    for (int64_t s = 0; s < w.words; ++s, codes += LANES) {
+      const __m512i words = _mm512_loadu_si512(codes);
 #pragma GCC unroll 4
-      for (int i = 0; i < PAIRS; ++i, x += M) {
-        const __m512bh pair = weights<BITS>(codes, i, table);
+      for (int i = 0; i < 16 / BITS; ++i, x += M) {
+        const __m512bh pair = weights<BITS>(words, i, table);
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) acc[m] = _mm512_dpbf16_ps(acc[m], pair, (__m512bh)_mm512_set1_epi32(x[m]));
       }
+    }
     const float* grid = w.grid + (block * w.groups + g) * 2 * LANES;
     const __m512 scale = _mm512_loadu_ps(grid);
     const __m512 zero = _mm512_sub_ps(_mm512_loadu_ps(grid + LANES), _mm512_set1_ps(1 << (BITS - 1)));
@@ -149,7 +148,7 @@ void multiply_rows(int64_t rows, const Product& p, const int32_t* x, const float
 
 template <int BITS>
 void product(const Product& p, const Rows& rows, const void* bias, void* y, int threads) {
-  const int64_t k = p.w.groups * p.w.steps * STEP;
+  const int64_t k = p.w.groups * p.w.words * 32 / BITS;
   in_parallel(threads, [&](int64_t index, int64_t of) {
     for (int64_t t = 0; t < rows.tiles; ++t) {
       const int64_t first = rows.first(t), count = rows.first(t + 1) - first;

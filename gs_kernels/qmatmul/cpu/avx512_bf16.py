@@ -37,11 +37,12 @@ def kernels() -> Any:
 
 def self_test(functions: Any) -> bool:
     """Compares small products, exact in bf16, with the same products by torch."""
-    codes = torch.arange(3 * 2 * 4 * 64, dtype=torch.int32).mul(37).to(torch.uint8).view(3, 2, 4, 64)
+    codes = torch.arange(3 * 2 * 4 * LANES).mul(0x2545F491).to(torch.int32).view(3, 2, 4, LANES)
     grid = torch.tensor([0.5, 3.0]).repeat_interleave(LANES).repeat(3, 2, 1)
     x = (torch.arange(19 * 64) % 7 - 3).view(19, 64).to(torch.bfloat16)
-    fields = torch.stack((codes & 15, codes >> 4), -1).view(3, 8, 4, LANES, 2)  # [block, step, byte, row, code]
-    dense = fields.permute(0, 3, 1, 2, 4).reshape(3 * LANES, 64).float().sub(3).mul(0.5)
+    shifts = torch.tensor([16 * (j % 2) + 4 * (j // 2) for j in range(8)])
+    fields = (codes.unsqueeze(-1) >> shifts & 15).permute(0, 3, 1, 2, 4)  # [block, row, group, word, code]
+    dense = fields.reshape(3 * LANES, 64).float().sub(3).mul(0.5)
     weight = InterleavedWeight(codes, grid, 4, (48, 64), 32)
     product = fixed_product(weight, torch.bfloat16, torch.float32)
     multiply = bind(functions.bf16_product, product, x.shape, torch.float32, weight)

@@ -1,11 +1,10 @@
 """Multiplies with a packed weight on the CPU: chooses the way for a call, and holds those that any call can go.
 
-C++ multiplies codes as it unpacks them, in fp32, or dequantizes a stretch of the weight that stays in the cache and
-multiplies that with many rows (interleaved_product.cpp). More than `ROWS` rows of bf16 go to avx512_bf16.py, where the
-CPU has its instructions.
-Tables of levels and machines without a C++ compiler take plain tensor operations, some rows of the weight at a time.
-
-fp16 is computed in fp32: CPUs multiply it many times slower. bf16 is, where the CPU has no instructions for it.
+C++ multiplies codes with rows in whole numbers (row_pieces.h) as it unpacks them. For many rows of fp32 it dequantizes
+a stretch of the weight that stays in the cache (interleaved_product.cpp). More than `ROWS` rows of bf16 go to
+avx512_bf16.py, where the CPU has its instructions.
+Tables of levels and machines without a C++ compiler take plain tensor operations, some rows of the weight at a time: in
+fp32 for fp16, which CPUs multiply many times slower, and for bf16 where the CPU has no instructions for it.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from gs_kernels.runtime.instructions import has
 logger = logging.getLogger(__name__)
 
 FLOATS = (torch.float32, torch.bfloat16)  # of x and bias, that C++ reads
-ROWS = 2  # of bf16 x, that multiply as fast in fp32
+ROWS = 4  # of bf16 x, that multiply faster in whole numbers
 BLOCK = 1 << 21  # elements of a weight that are dequantized at a time
 
 MultipliesFloats: TypeAlias = Callable[[Tensor], Tensor]  # rows `[..., K]` to `[..., N]`
@@ -69,7 +68,8 @@ class FloatProduct:
         in_halves = m > ROWS and dtype == torch.bfloat16 and avx512_bf16.supports(m)
         halves = avx512_bf16.kernels() if in_halves else None
         run = kernels().interleaved_product if halves is None else halves.bf16_product
-        product = fixed_product(weight, computed, y_dtype, None if added is None else added.dtype)
+        added_dtype = None if added is None else added.dtype
+        product = fixed_product(weight, computed, y_dtype, added_dtype, x_short=dtype != torch.float32)
         multiply = bind(run, product, shape, y_dtype, weight, added)
         if in_cpp:
             return lambda x: multiply(x.contiguous())

@@ -1,14 +1,14 @@
-"""Interleaves the rows of a packed weight for CPUs: bytes of 16 rows lie side by side, one row to a lane of a register.
+"""Interleaves the rows of a packed weight for CPUs: words of 16 rows lie side by side, one row to a lane of a register.
 
-A kernel then multiplies 16 codes with one element of x at once, whatever the width of a code and the size of a group,
-and never sums across lanes. The codes take the bytes of the canonical form. The form is built when a weight is first
-used, and cached (pack/derived.py).
+A kernel then multiplies codes of 16 rows with the same elements of x at once, whatever the width of a code and the size
+of a group, and never sums across lanes. The codes of a word lie so that one shift brings two neighbours to the low ends
+of its halves, where one instruction multiplies both with 16-bit numbers and adds. They take the bytes of the canonical
+form. The form is built when a weight is first used, and cached (pack/derived.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,19 +19,19 @@ from gs_kernels.pack.layouts import CANONICAL, PackedWeight
 from gs_kernels.pack.pack import codes_of, pack_codes
 
 LANES = 16
-STEP = 8  # codes of a row that a kernel takes at once: whole bytes, whatever their width
+WORD = 32  # bits
 
 
 @dataclass(frozen=True)
 class InterleavedWeight:
-    """Holds rows in blocks of 16, groups of codes in steps of 8; at least two of each, which compiled code relies on.
+    """Holds rows in blocks of 16, groups of codes in words.
 
     Args:
-        codes: uint8 `[B, G, S, bits * 16]`: byte r of step s of group g of row `16 * b + l` is at `16 * r + l`.
+        codes: int32 `[B, G, W, 16]`: a word of each row. Its code j begins at bit `16 * (j % 2) + bits * (j // 2)`.
         grid: fp32 `[B, G, 32]`: the scales of 16 rows, then their zero points. Rows behind the last have scale 0.
         bits: 1, 2, 4 or 8.
         shape: (N, K) of the weight.
-        width: codes of one group of the weight, and 0 behind them. One scale per row: two groups, half the width each.
+        width: codes of one group of the weight, and 0 behind them, in whole words.
     """
 
     codes: Tensor
@@ -40,21 +40,18 @@ class InterleavedWeight:
     shape: tuple[int, int]
     width: int
 
-    @cached_property
+    @property
     def groups(self) -> int:
-        """Counts the groups of the weight itself."""
-        return self.codes.shape[1] * self.codes.shape[2] * STEP // self.width
+        return self.codes.shape[1]
 
     @property
     def nbytes(self) -> int:
-        return self.codes.numel() + 4 * self.grid.numel()
+        return 4 * (self.codes.numel() + self.grid.numel())
 
-    def steps(self, x: Tensor) -> Tensor:
-        """Reshapes rows x `[M, K]` to `[M, G, S, 8]`, 0 where codes are padded."""
+    def padded(self, x: Tensor) -> Tensor:
+        """Reshapes rows x `[M, K]` to `[M, G, width]`, 0 where codes are padded."""
         x = x.view(x.shape[0], self.groups, -1)
-        if x.shape[2] != self.width:
-            x = pad(x, (0, self.width - x.shape[2]))
-        return x.view(x.shape[0], *self.codes.shape[1:3], STEP)
+        return x if x.shape[2] == self.width else pad(x, (0, self.width - x.shape[2]))
 
 
 def interleave(weight: PackedWeight) -> InterleavedWeight:
@@ -66,22 +63,34 @@ def interleave(weight: PackedWeight) -> InterleavedWeight:
     if weight.levels is not None:
         weight = _evenly_spaced(weight)
     n, k = weight.shape
-    groups = k // weight.group_size
-    halves = 2 if groups == 1 else 1
-    width = _up(max(weight.group_size, 2 * STEP * halves), STEP * halves)
+    groups, bits = k // weight.group_size, weight.bits
+    width = _up(weight.group_size, WORD // bits)
     if weight.layout == CANONICAL and width == weight.group_size:
         packed = weight.codes
     else:
         codes = codes_of(weight).view(n, groups, -1)
-        packed = pack_codes(pad(codes, (0, width - weight.group_size)).view(n, -1), weight.bits)
-    rows = max(_up(n, LANES), 2 * LANES)
-    split = pad(packed, (0, 0, 0, rows - n)).view(-1, LANES, groups * halves, width // (STEP * halves), weight.bits)
-    codes = split.permute(0, 2, 3, 4, 1).flatten(3).contiguous()
+        packed = pack_codes(pad(codes, (0, width - weight.group_size)).view(n, -1), bits)
+    rows = _up(n, LANES)
+    words = _spread(pad(packed, (0, 0, 0, rows - n)).contiguous().view(torch.int32), bits)
+    codes = words.view(-1, LANES, groups, width * bits // WORD).permute(0, 2, 3, 1).contiguous()
     scale = weight.scale.detach().float()
     zero = weight.zero.detach().float() if isinstance(weight.zero, Tensor) else torch.full_like(scale, weight.zero)
     grid = pad(torch.stack((scale, zero), 1), (0, 0, 0, 0, 0, rows - n)).view(-1, LANES, 2, groups)
-    grid = grid.permute(0, 3, 2, 1).flatten(2).repeat(1, halves, 1)
-    return InterleavedWeight(codes, grid.contiguous(), weight.bits, weight.shape, width)
+    return InterleavedWeight(codes, grid.permute(0, 3, 2, 1).flatten(2).contiguous(), bits, weight.shape, width)
+
+
+def _spread(words: Tensor, bits: int) -> Tensor:
+    """Moves code j of each int32, which begins at bit `bits * j`, to bit `16 * (j % 2) + bits * (j // 2)`.
+
+    Of four neighbours, the two in the middle change places: codes, then pairs of them, ... up to bytes.
+    """
+    size = bits
+    while size <= 8:
+        second = sum(((1 << size) - 1) << at + size for at in range(0, WORD, 4 * size))
+        changed = (words >> size).bitwise_xor_(words).bitwise_and_(second)
+        words = changed.bitwise_left_shift(size).bitwise_xor_(changed).bitwise_xor_(words)
+        size *= 2
+    return words
 
 
 def _evenly_spaced(weight: PackedWeight) -> PackedWeight:

@@ -1,6 +1,6 @@
 """Calls `interleaved_product.cpp`: multiplies with a row-interleaved weight, or dequantizes blocks of it.
 
-It takes `codes [B, G, S, bits * 16]`, `grid [B, G, 32]` and the steps of x, `[M, G, S, 8]`, as interleaved.py has them.
+It takes `codes [B, G, W, 16]`, `grid [B, G, 32]` and rows of x as interleaved.py has them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from gs_kernels.cpu.library import load_functions
 from gs_kernels.pack.derived import UnsuitableError
-from gs_kernels.qmatmul.cpu.interleaved import LANES, STEP, InterleavedWeight
+from gs_kernels.qmatmul.cpu.interleaved import LANES, WORD, InterleavedWeight
 
 PARALLEL_FROM = 1 << 15  # products, from which a second thread pays
 
 size, number, pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
 PRODUCT = (pointer, pointer, size, pointer, pointer, number)  # what is fixed, x, rows, bias, y, threads
-WEIGHT = (pointer, pointer, size, size, size, number)  # codes, grid, blocks, groups, steps, bits
+WEIGHT = (pointer, pointer, size, size, size, number)  # codes, grid, blocks, groups, words, bits
 FUNCTIONS = {
     "interleaved_product": PRODUCT,
     "interleaved_int_dot": (pointer, size, pointer, *WEIGHT, number, pointer, number),
@@ -30,13 +30,13 @@ FUNCTIONS = {
 
 
 class _Weight(ctypes.Structure):
-    _fields_ = [("codes", pointer), ("grid", pointer), ("blocks", size), ("groups", size), ("steps", size)]
+    _fields_ = [("codes", pointer), ("grid", pointer), ("blocks", size), ("groups", size), ("words", size)]
 
 
 class _Product(ctypes.Structure):
     _fields_ = [
         *(("w", _Weight), ("n", size), ("k", size), ("group", size)),
-        *((name, ctypes.c_int32) for name in ("bits", "x_bf16", "y_bf16", "bias_bf16")),
+        *((name, ctypes.c_int32) for name in ("bits", "x_bf16", "y_bf16", "bias_bf16", "x_short")),
     ]
 
 
@@ -54,14 +54,23 @@ def _functions() -> Any:
 
 
 def fixed_product(
-    weight: InterleavedWeight, x_dtype: torch.dtype, y_dtype: torch.dtype, bias_dtype: torch.dtype | None = None
+    weight: InterleavedWeight,
+    x_dtype: torch.dtype,
+    y_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None = None,
+    x_short: bool = False,
 ) -> ctypes.Structure:
-    """Returns what C++ takes as a `Product`, its dtypes fp32 or bf16; it does not keep the weight alive."""
+    """Returns what C++ takes as a `Product`, its dtypes fp32 or bf16; it does not keep the weight alive.
+
+    Args:
+        x_short: x in fp32 has come from 16-bit floats: it may be rounded to 16 bits below the largest of a group, where
+            what is lost is small beside what a bf16 result loses (row_pieces.h). So is x in bf16.
+    """
     n, k = weight.shape
-    fixed = _Weight(weight.codes.data_ptr(), weight.grid.data_ptr(), -(-n // LANES), *weight.codes.shape[1:3])
+    fixed = _Weight(weight.codes.data_ptr(), weight.grid.data_ptr(), *weight.codes.shape[:3])
     half = torch.bfloat16
     halves = x_dtype == half, y_dtype == half, bias_dtype == half
-    return _Product(fixed, n, k, k // weight.groups, weight.bits, *halves)
+    return _Product(fixed, n, k, k // weight.groups, weight.bits, *halves, x_short or x_dtype == half)
 
 
 def bind(
@@ -110,10 +119,10 @@ def int_dot_of(m: int, weight: InterleavedWeight, one: bool, functions: Any = No
     like.untyped_storage().resize_(0)  # `torch.empty_like` takes half the time of `torch.empty`
 
     def multiply(x: Tensor) -> Tensor:
-        steps, y = weight.steps(x).contiguous(), torch.empty_like(like)
-        x_sums = steps.sum((2, 3), dtype=torch.int32)  # [M, G]
+        rows, y = weight.padded(x).contiguous(), torch.empty_like(like)
+        x_sums = rows.sum(2, dtype=torch.int32)  # [M, G]
         threads = torch.get_num_threads() if parallel else 1
-        run(steps.data_ptr(), m, x_sums.data_ptr(), *arguments, one, y.data_ptr(), threads)
+        run(rows.data_ptr(), m, x_sums.data_ptr(), *arguments, one, y.data_ptr(), threads)
         return y
 
     return multiply
@@ -129,19 +138,20 @@ def self_test(functions: Any) -> bool:
 
 
 def _self_test_of(functions: Any, bits: int) -> bool:
-    codes = torch.arange(3 * 2 * 2 * bits * LANES, dtype=torch.int32).mul(37).to(torch.uint8).view(3, 2, 2, -1)
+    per_word = WORD // bits
+    codes = torch.arange(3 * 2 * 2 * LANES).mul(0x2545F491).to(torch.int32).view(3, 2, 2, LANES)  # 2 groups of 2 words
     zero = 2.0 ** (bits - 1)
     grid = torch.tensor([0.5, zero]).repeat_interleave(LANES).repeat(3, 2, 1)
-    interleaved = InterleavedWeight(codes, grid, bits, (48, 32), 16)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    fields = (codes.view(3, 2, 2, bits, LANES, 1) >> shifts) & (2**bits - 1)  # [block, group, step, byte, row, code]
-    weight = (fields.permute(1, 2, 3, 5, 0, 4).contiguous().view(2, 2, STEP, 3, LANES).float() - zero) * 0.5
-    dense = weight.view(32, 48)
-    x = (torch.arange(7 * 32) % 7 - 3).view(7, 32)
+    k = 4 * per_word
+    interleaved = InterleavedWeight(codes, grid, bits, (48, k), k // 2)
+    shifts = torch.tensor([16 * (j % 2) + bits * (j // 2) for j in range(per_word)])
+    fields = codes.unsqueeze(-1) >> shifts & 2**bits - 1  # [block, group, word, row, code]
+    dense = (fields.permute(1, 2, 4, 0, 3).reshape(k, 48).float() - zero) * 0.5
+    x = (torch.arange(7 * k) % 7 - 3).view(7, k)
     want = x.float() @ dense
     run = functions.interleaved_product
     return all(
-        torch.equal(bind(run, fixed_product(interleaved, t, t), (m, 32), t, interleaved)(x[:m].to(t)), want[:m].to(t))
+        torch.equal(bind(run, fixed_product(interleaved, t, t), (m, k), t, interleaved)(x[:m].to(t)), want[:m].to(t))
         for m in (1, 3, 7)
         for t in (torch.float32, torch.bfloat16)
     ) and all(torch.equal(int_dot_of(7, interleaved, one, functions)(x.short()), want) for one in (False, True))

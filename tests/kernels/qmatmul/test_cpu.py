@@ -13,7 +13,7 @@ from gs_kernels.cpu import library
 from gs_kernels.cpu.compile import instruction_sets
 from gs_kernels.qmatmul.cpu import avx512_bf16, float, int8, interleaved_product, quantize_rows
 from gs_kernels.qmatmul.cpu.interleaved import interleaved
-from gs_kernels.qmatmul.ref import qmatmul_int8_ref, qmatmul_ref, quantize_rows_ref
+from gs_kernels.qmatmul.ref import exact_weight, qmatmul_int8_ref, qmatmul_ref, quantize_rows_ref
 from gs_kernels.runtime.dispatch import INTERPRET
 from gs_kernels.runtime.instructions import REQUIRED, has
 from tests.helpers import relative_rms
@@ -56,24 +56,30 @@ def check_float_rows(w: PackedWeight, dtype: torch.dtype, ms: tuple[int, ...]) -
 
 @pytest.mark.parametrize("name", instruction_sets())
 def test_float_rows_with_each_set_of_instructions(name: str):
-    if interleaved_product.kernels() is None or not all(map(has, REQUIRED[name])):
-        pytest.skip(f"no C++ for {name} runs here")
-    functions = library.open_library(library.path_of(name))
-    for function, argtypes in interleaved_product.FUNCTIONS.items():
-        getattr(functions, function).argtypes, getattr(functions, function).restype = argtypes, None
-    run = functions.interleaved_product
     for of in WEIGHTS.values():
         w, bias = weight(*of), rows(1, of[1])[0]
         for m in (1, 2, 3, 6, 14, 29):
             x = rows(m, w.shape[1])
             for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 6e-3)):
-                product = interleaved_product.fixed_product(interleaved(w), dtype, dtype, bias.dtype)
-                multiply = interleaved_product.bind(run, product, x.shape, dtype, interleaved(w), bias)
                 want = qmatmul_ref(x.to(dtype).float(), w, bias)
-                assert relative_rms(multiply(x.to(dtype)).float(), want) < limit
+                assert relative_rms(multiplied(name, x.to(dtype), w, dtype, bias).float(), want) < limit
 
 
-# with AVX2, a row is written in digits of 8 bits where that loses nothing, which is not so of the last ones
+def multiplied(
+    name: str, x: Tensor, w: PackedWeight, y_dtype: torch.dtype = torch.float32, bias: Tensor | None = None
+) -> Tensor:
+    """Multiplies by the C++ of a set of instructions."""
+    if interleaved_product.kernels() is None or not all(map(has, REQUIRED[name])):
+        pytest.skip(f"no C++ for {name} runs here")
+    functions = library.open_library(library.path_of(name))
+    for function, argtypes in interleaved_product.FUNCTIONS.items():
+        getattr(functions, function).argtypes, getattr(functions, function).restype = argtypes, None
+    form, bias_dtype = interleaved(w), None if bias is None else bias.dtype
+    product = interleaved_product.fixed_product(form, x.dtype, y_dtype, bias_dtype)
+    return interleaved_product.bind(functions.interleaved_product, product, x.shape, y_dtype, form, bias)(x)
+
+
+# of x: size, and a number every 136 elements. Rows are written in whole numbers of two pieces, but for the last four
 ROWS = {
     "as drawn": (1.0, None),
     "one large element of each group": (1e-4, 3e3),
@@ -87,30 +93,50 @@ ROWS = {
 
 
 @pytest.mark.parametrize("kind", ROWS)
-@pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("name", instruction_sets())
-def test_one_row_of_any_size_with_each_set_of_instructions(name: str, bits: int, kind: str):
-    if interleaved_product.kernels() is None or not all(map(has, REQUIRED[name])):
-        pytest.skip(f"no C++ for {name} runs here")
-    functions = library.open_library(library.path_of(name))
-    for function, argtypes in interleaved_product.FUNCTIONS.items():
-        getattr(functions, function).argtypes, getattr(functions, function).restype = argtypes, None
-    w, (size, other) = weight(bits, 70, 408, 136, True), ROWS[kind]
-    x = rows(1, 408) * size
+def test_few_rows_of_any_size_with_each_set_of_instructions(name: str, kind: str):
+    size, other = ROWS[kind]
+    x = rows(3, 408) * size
     if other is not None:
         x[0, 5::136] = other
-    product = interleaved_product.fixed_product(interleaved(w), torch.float32, torch.float32)
-    multiply = interleaved_product.bind(functions.interleaved_product, product, x.shape, torch.float32, interleaved(w))
-    y, want = multiply(x), qmatmul_ref(x, w)
-    if x.isfinite().all():
-        # of the products that are summed, some of which cancel
-        limit = qmatmul_ref(
-            x.abs(),
-            pack_weight(torch.full((70, 408), 2**bits - 1, dtype=torch.uint8), w.scale, 0.0, bits=bits, group_size=136),
-        )
-        assert ((y - want).abs() <= 4e-7 * limit).all()
-    else:
-        assert not y.isfinite().any()
+    for bits in (1, 2, 4, 8):
+        w = weight(bits, 70, 408, 136, True)
+        y, want = multiplied(name, x, w), x.double() @ exact_weight(w).T
+        finite = x.isfinite().all(1)
+        assert not y[~finite].isfinite().any() and y[finite].isfinite().all()
+        # of what is summed before zero points are taken off
+        limit = x.abs().sum(1, keepdim=True) * w.scale.max() * 2**bits
+        assert ((y - want).abs() <= 2e-7 * limit)[finite].all()
+
+
+@pytest.mark.parametrize("large", [1.0, 20.0, 100.0, 1e4])
+@pytest.mark.parametrize("name", instruction_sets())
+def test_bf16_rows_lose_little_of_the_elements_beside_large_ones(name: str, large: float):
+    """Large elements meet weights of 0: the result is that of the others, which a bf16 result rounds by up to 2**-9."""
+    x, bits, group = rows(5, 384), 4, 128
+    x[:, 7::64] = large
+    x = x.to(torch.bfloat16)
+    codes = torch.randint(16, (40, 384), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    codes[:, 7::64] = 8
+    w = pack_weight(codes, torch.full((40, 3), 0.01), 8.0, bits=bits, group_size=group)
+    y, dense = multiplied(name, x, w), exact_weight(w)
+    others = x.double()
+    others[:, 7::64] = 0
+    limit = 2**-12 * others.abs().sum(1, keepdim=True) * dense.abs().max() + 2**-22 * large
+    assert ((y - others @ dense.T).abs() <= limit).all()
+    assert relative_rms(y.float(), others @ dense.T) < 2**-11
+
+
+@pytest.mark.parametrize("name", instruction_sets())
+def test_bits_of_a_row_are_those_that_it_has_alone(name: str):
+    w = weight(*WEIGHTS["4 bit"])
+    x = rows(9, w.shape[1])
+    x[1, 3], x[4] = 1e4, 0  # more digits than its neighbours, fewer
+    x[6, 0], x[7] = torch.nan, 1e-38
+    x = x.to(torch.bfloat16)
+    together = multiplied(name, x, w)
+    for i, alone in enumerate(x):
+        assert torch.equal(together[i].nan_to_num(3.0), multiplied(name, alone.view(1, -1), w)[0].nan_to_num(3.0))
 
 
 needs_bf16 = pytest.mark.skipif(
