@@ -7,13 +7,15 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from gs_kernels.adder.cpu import float as adder
+from gs_kernels.adder.cpu import int8 as adder_int8
 from gs_kernels.cpu import build, compile, library
 from gs_kernels.decoder_step import cpu as decoder_step
 from gs_kernels.fake_quant import cpu as fake_quant
@@ -189,6 +191,8 @@ SELF_TESTS: list[tuple[Any, Callable[[Any], bool]]] = [
     (slb, slb._self_test),
     (gptq_block, gptq_block._self_test),
     (search_clip_ratio, search_clip_ratio._self_test),
+    (adder, adder._self_test),
+    (adder_int8, adder_int8._self_test),
 ]
 
 
@@ -202,15 +206,14 @@ def test_every_set_of_instructions_that_this_cpu_has_computes_what_it_should(nam
     for module, self_test in SELF_TESTS:
         declared = module.kernels()
         assert declared is not None
-        copy_declarations(declared, found)
+        copy_declarations(declared, found, module.FUNCTIONS)
         assert self_test(found), module.__name__
 
 
-def copy_declarations(declared: Any, found: Any) -> None:
-    for name, function in vars(declared).items():
-        if isinstance(function, declared._FuncPtr):
-            getattr(found, name).argtypes = function.argtypes
-            getattr(found, name).restype = function.restype
+def copy_declarations(declared: Any, found: Any, names: Iterable[str]) -> None:
+    for name in names:
+        getattr(found, name).argtypes = getattr(declared, name).argtypes
+        getattr(found, name).restype = getattr(declared, name).restype
 
 
 @pytest.mark.parametrize("module", [int8_kernel, interleaved_product, fake_quant, slb, gptq_block, passes, program])

@@ -186,7 +186,7 @@ def test_an_implementation_that_is_forced_later_runs(gpu, monkeypatch):
 def test_a_tile_that_is_forced_later_is_taken(gpu):
     x, w = rows(1, 256), weight()
     qmatmul(x, w)
-    tile = {"dense": False, "scale_parts": False, "block_m": 16, "block_n": 32, "warps": 4, "stages": 2, "programs": 1}
+    tile = {"dense": False, "scale_parts": False, "block_m": 16, "block_n": 32, "warps": 4, "stages": 2, "programs": 0}
     with tables.forced("qmatmul", tile):
         inside = gpu.run(lambda: qmatmul(x, w))
     assert inside[0][3][0] == 2  # 64 columns in tiles of 32
