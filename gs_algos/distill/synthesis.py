@@ -156,10 +156,10 @@ class Synthesis:
 
         Raises:
             RuntimeError: if no step came before.
-            ValueError: if count < 1.
+            ValueError: if count is no whole number >= 1.
         """
-        if count < 1:
-            raise ValueError(f"{WHO}.replay: count must be >= 1, got {count}")
+        if type(count) is not int or count < 1:
+            raise ValueError(f"{WHO}.replay: count must be a whole number >= 1, got {count!r:.60}")
         if self._last is None:
             raise RuntimeError(f"{WHO}.replay: a step must come before, got none; call step(student) first")
         if not self._remembered:

@@ -161,8 +161,9 @@ def test_a_replay_needs_a_step():
     images = Synthesis(Quadrants(), SHAPE, **OPTIONS)
     with pytest.raises(RuntimeError, match="replay: a step must come before, got none"):
         images.replay()
-    with pytest.raises(ValueError, match="replay: count must be >= 1, got 0"):
-        images.replay(0)
+    for count in (0, 2.5, "3", True):
+        with pytest.raises(ValueError, match=f"replay: count must be a whole number >= 1, got {count!r}"):
+            images.replay(count)
 
 
 def test_a_collapsed_generator_is_refused():
