@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import subprocess
 import tempfile
+import zlib
 from bisect import bisect_left
+from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 
 from gs_kernels.aot.machine_code import Code, Instruction
 
@@ -17,6 +21,7 @@ _LEFT_REGISTERS = re.compile(r"[HQI]GMMA\S*\s+R\d+, R\d+, gdesc")
 _WIDTH = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 _LOADS = ("LDG", "LDGSTS", "LD")
 _STORES = ("STG", "ST", "RED", "REDG", "ATOM", "ATOMG")
+_TEXT = "disassembled.zlib"  # file of a cache
 _BULK = {"UTMALDG": "load", "UBLKCP": "load", "UTMASTG": "store", "UTMAREDG": "store"}
 
 
@@ -89,8 +94,20 @@ def parse(text: str) -> Code:
 
 @lru_cache(maxsize=512)
 def read_cubin(cubin: bytes) -> Code:
-    """Returns `parse(disassemble(cubin))`, done once a process: the disassembler takes most of the time of a report."""
-    return parse(disassemble(cubin))
+    """Returns `parse(disassemble(cubin))`, the text kept in Triton's cache by the cubin's bytes, for other processes.
+
+    The disassembler takes a quarter of a second of the smallest kernel: most of the time of a report.
+    """
+    import triton
+    from triton.runtime.cache import get_cache_manager
+
+    cache = get_cache_manager(hashlib.sha256(triton.__version__.encode() + cubin).hexdigest())
+    if (path := cache.get_file(_TEXT)) is not None:
+        with suppress(zlib.error):  # of a file that a crash has cut short
+            return parse(zlib.decompress(Path(path).read_bytes()).decode())
+    text = disassemble(cubin)
+    cache.put(zlib.compress(text.encode()), _TEXT)
+    return parse(text)
 
 
 def _pending(opcode: str, operands: str) -> int | None:

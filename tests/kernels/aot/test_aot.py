@@ -19,6 +19,7 @@ tl = pytest.importorskip("triton.language", reason="Triton is not installed: the
 
 from gs_kernels import aot  # noqa: E402
 from gs_kernels.aot import __main__ as command  # noqa: E402
+from gs_kernels.aot import sass  # noqa: E402
 from gs_kernels.aot.isa_text import classify_gcn  # noqa: E402
 from gs_kernels.aot.sass import classify, find_cuobjdump, parse  # noqa: E402
 
@@ -255,6 +256,31 @@ def test_a_missing_disassembler_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="needs cuobjdump, got none in triton/backends/nvidia/bin or on PATH"):
         find_cuobjdump()
+
+
+def test_a_kernel_is_disassembled_once_for_all_processes_and_again_where_the_text_is_broken(monkeypatch, tmp_path):
+    runs = []
+
+    def disassembled(cubin):
+        runs.append(cubin)
+        return disassemble(cubin)
+
+    def read():
+        sass.read_cubin.cache_clear()  # as another process
+        return sass.read_cubin(cubin)
+
+    with aot.compile_launches("sm_90") as kernels:
+        _double()
+    cubin = kernels[0].asm["cubin"]
+    disassemble = sass.disassemble
+    monkeypatch.setattr(sass, "disassemble", disassembled)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    code = read()
+    assert code == read() == parse(disassemble(cubin)) and runs == [cubin]
+    (kept,) = tmp_path.glob("*/*.zlib")
+    kept.write_bytes(kept.read_bytes()[:-5])
+    assert read() == code and len(runs) == 2
+    assert read() == code and len(runs) == 2
 
 
 @pytest.mark.parametrize("max_regs, code, verdict", [(128, 0, "PASS"), (8, 1, "FAIL: must use at most 8 registers")])
