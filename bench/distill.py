@@ -1,10 +1,10 @@
 """Trains a language model at few bits by distillation: `python -m bench.distill --model FILE_OR_FOLDER --text FILE`.
 
-The student's linears are quantized by SimQAT with learned steps; its teacher is the float model. It starts from the float
-weights, or from where PTQ has moved them (`--start ptq`), and is trained on windows of the second half of the text, as the
-teacher answers there: labels are not used. Perplexity is that of the converted model on the first tokens of the text, so
-no token is in both. A row is recorded at the start, and every `--every` steps, so that a run that is cut leaves what it
-had. Where model and text come from is told in `bench.language`.
+The student's linears are quantized by SimQAT with learned steps; its teacher is the float model. It starts from the
+float weights, or from where PTQ moves them (`--start ptq`), and is trained on windows of the second half of the text,
+as the teacher answers there: labels are not used. Perplexity is that of the converted model on the first tokens of the
+text, so no token is in both. A row is recorded at the start, and every `--every` steps, so that a run that is cut
+leaves what it had. Where model and text come from is told in `bench.language`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from gs_algos.llm.load import load_language_model
 from gs_algos.llm.perplexity import perplexity
 
 CONTEXT = 1024  # tokens of a window of perplexity and of PTQ's calibration, as in `bench.ptq`
+SLOWER = 4  # rate of the weights over that of their learned steps
 WARMUP = 0.05  # share of the steps in which the rate rises; it then falls like half a cosine
 
 
@@ -56,12 +57,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, required=True, help="a GGUF file or a Transformers folder")
     parser.add_argument("--text", type=Path, required=True, help="a UTF-8 text file")
     parser.add_argument("--weight", default="int2@group:64:asym", help="scheme of the linears but the head")
-    parser.add_argument("--start", choices=("ptq", "float"), default="ptq", help="weights that the training starts from")
-    parser.add_argument("--samples", type=int, default=16, help=f"windows of {CONTEXT} tokens that PTQ is calibrated on")
+    parser.add_argument(
+        "--start", choices=("ptq", "float"), default="ptq", help="weights that the training starts from"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=16, help=f"windows of {CONTEXT} tokens that PTQ is calibrated on"
+    )
     parser.add_argument("--steps", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=2, help="windows of a step")
     parser.add_argument("--context", type=int, default=256, help="tokens of a window of the training")
-    parser.add_argument("--lr", type=float, default=2e-4, help="of AdamW, at its highest")
+    parser.add_argument("--lr", type=float, default=3e-4, help="of AdamW, at its highest")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--every", type=int, default=64, help="steps between two rows")
     parser.add_argument("--tokens", type=int, default=8192, help="of the text that perplexity is measured on")
@@ -85,7 +90,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     about["float"] = _value(model, ids)
     teacher = copy.deepcopy(model)
     if args.start == "ptq":
-        model.load_state_dict(_moved_by_ptq(copy.deepcopy(model), args.weight, train, args.samples))
+        _move_by_ptq(model, args.weight, train, args.samples)
     windows = train[: args.steps * args.batch_size * args.context].view(args.steps, args.batch_size, args.context)
     windows = windows[torch.randperm(args.steps, generator=torch.Generator().manual_seed(args.seed))]
     weight = args.weight if ":lsq" in args.weight else f"{args.weight}:mse:lsq"
@@ -93,7 +98,12 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         SimQAT(weight=weight, act=None, rules=HEAD), teacher, logits=1.0, labels=0.0, temperature=args.temperature
     )
     model = algo.apply(model, windows[0])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    learned = set(algo.learned_parameters())
+    groups = [
+        {"params": [parameter for parameter in model.parameters() if parameter not in learned], "lr": args.lr},
+        {"params": list(learned), "lr": args.lr / SLOWER},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, args.steps))
     loss_fn = algo.loss(_next_token)
     seconds, cpu, losses = 0.0, 0.0, []
@@ -120,13 +130,16 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         print(f"step {step + 1} of {args.steps}: loss {losses[-1]:.4f}, {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
-def _moved_by_ptq(model: nn.Module, weight: str, train: Tensor, samples: int) -> dict[str, Tensor]:
-    """Returns the float model with the weights of its linears where PTQ has moved them, each on its grid."""
+def _move_by_ptq(model: nn.Module, weight: str, train: Tensor, samples: int) -> None:
+    """Moves the weights and biases of the float model to where PTQ has them behind its calibration, on their grids."""
     batches = [{"input_ids": window[None]} for window in train[: samples * CONTEXT].split(CONTEXT)]
     algo = PTQ(weight=weight.replace(":lsq", ""), rules=HEAD)
-    model = algo.apply(model, batches[0])
-    algo.calibrate(model, batches)
-    return model.state_dict()
+    calibrated = algo.apply(copy.deepcopy(model), batches[0])
+    algo.calibrate(calibrated, batches)
+    parameters = dict(calibrated.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(parameters[name])
 
 
 def _rate(step: int, steps: int) -> float:

@@ -59,6 +59,34 @@ def ptq(rows: Rows) -> str:
     return table(head, lines)
 
 
+def distilled(rows: Rows) -> str:
+    """Tabulates a row per language model that its float self taught: perplexity before, behind, and of the teacher."""
+    runs: dict[tuple[object, ...], dict[int, dict[str, object]]] = defaultdict(dict)
+    for row in (row for row in rows if row["kind"] == "distill"):
+        key = tuple(row[name] for name in ("model", "weight", "start", "of", "batch_size", "context", "lr", "seed"))
+        runs[key][row["step"]] = row
+    lines = []
+    for steps in runs.values():
+        first, row = steps[0], steps[max(steps)]
+        name = Path(str(row["model"])).stem
+        values = (f"{step['perplexity']:.4g}" for step in (first, row))
+        told = f"{row['trained_tokens']:,}", *values, f"{row['float']:.4g}", row["lr"]
+        lines.append((name, row["weight"], row["start"], *told, f"{float(str(row['cpu_seconds'])) / 60:.0f}"))
+    lines.sort(key=lambda line: (str(line[0]), str(line[1]), str(line[3])))
+    head = (
+        "model",
+        "weights",
+        "from",
+        "tokens",
+        "perplexity before",
+        "behind",
+        "of the teacher",
+        "rate",
+        "CPU minutes",
+    )
+    return table(head, lines)
+
+
 def ptq_peers(rows: Rows) -> str:
     """Tabulates rows of PTQ that round weights alone as other libraries did too: ours and theirs, by weights."""
     theirs = tuple(row["model"] for row in rows if row["kind"] == "ptq" and "provider" in row)

@@ -31,6 +31,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "analysis": analyses.analysis,
     "ptq-peers": language.ptq_peers,
     "synthesis": networks.synthesis,
+    "distilled": language.distilled,
     "products": times.products,
     "ops": times.ops,
     "models": times.models,

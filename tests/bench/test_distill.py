@@ -1,0 +1,40 @@
+"""The rows of a language model that its float self teaches, and their table."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import distill, record
+from bench.tables import language
+from tests.nets.language_models import TEXT, save_folder, tiny_llama
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(distill, "CONTEXT", 16)
+    (tmp_path / "text.txt").write_text(f"{TEXT} " * 12)
+    model = save_folder(tmp_path / "model", tiny_llama())
+    return ["--model", str(model), "--text", str(tmp_path / "text.txt"), "--threads", "1", "--context", "8"]
+
+
+def test_a_run_leaves_a_row_at_its_start_and_every_so_many_steps(place, tmp_path):
+    sizes = ["--weight", "int2@group:32:asym", "--steps", "4", "--every", "2", "--samples", "2", "--tokens", "64"]
+    assert distill.main([*place, *sizes]) == 0
+    rows = [json.loads(line) for file in (tmp_path / "results").rglob("*.jsonl") for line in file.open()]
+    assert [(row["kind"], row["step"], row["trained_tokens"]) for row in rows] == [
+        ("distill", 0, 0),
+        ("distill", 2, 32),
+        ("distill", 4, 64),
+    ]
+    assert all(row["perplexity"] > 1 and row["float"] > 1 for row in rows)
+    table = language.distilled(rows).splitlines()
+    assert len(table) == 3
+    assert f"| 64 | {rows[0]['perplexity']:.4g} | {rows[2]['perplexity']:.4g} |" in table[2]
+
+
+def test_a_text_that_is_too_short_is_refused(place, capsys):
+    assert distill.main([*place, "--steps", "1000"]) == 2
+    assert "half of the text must hold 16000 tokens, got 126; lower --steps" in capsys.readouterr().err
