@@ -110,7 +110,8 @@ class WeightQuantizer(Quantizer):
     """Fake-quantizes a weight `[O, ...]` (O = output axis): per tensor, per output channel, or per group of the rest.
 
     Not learned: range -> scale -> fake-quant of the current values in each forward; percentile and mse multiply the
-    range by `clip [C]`. Learned: `scale` is a parameter, started at 2 * mean|w| / sqrt(qmax).
+    range by `clip [C]`. Learned: `scale` is a parameter, started at 2 * mean|w| / sqrt(qmax), as its authors have it;
+    asymmetric, or where the scheme names percentile or mse, at that of the range found.
 
     fixed: whether scale and zero point stay what `fix` set, whatever the weight.
     active: False passes the weight as it is.
@@ -131,11 +132,9 @@ class WeightQuantizer(Quantizer):
         """Starts the learnt steps, or the clip ratios, from the values of `weight`."""
         grouped = weight.detach().float().reshape(self.scale.numel(), -1)
         if self.scheme.learned:
-            x_min, x_max = search_range(grouped, self.scheme)
-            _, zero = self._qparams(x_min, x_max)
-            step = 2 * grouped.abs().mean(1) / math.sqrt(max(self.scheme.qmax, 1))
-            if not self.scheme.symmetric:
-                step, _ = self._qparams(x_min, x_max)
+            step, zero = self._qparams(*search_range(grouped, self.scheme))
+            if self.scheme.symmetric and self.scheme.observer == "minmax":
+                step = 2 * grouped.abs().mean(1) / math.sqrt(max(self.scheme.qmax, 1))
             with torch.no_grad():
                 self.scale.copy_(step.clamp(min=SMALLEST_SCALE))
                 self.zero.copy_(zero)

@@ -245,6 +245,17 @@ def test_the_gradient_of_a_learned_step_is_scaled_by_its_elements_and_levels():
     torch.testing.assert_close(quantizer.scale.grad, step.grad / (40 * 7) ** 0.5)
 
 
+@pytest.mark.parametrize("granularity", ["channel", "group:16", "tensor"])
+def test_learned_steps_start_at_the_least_error_where_the_scheme_says_so(granularity):
+    weight, errors = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)), {}
+    for flags in ("", ":lsq", ":mse", ":mse:lsq"):
+        quantizer = WeightQuantizer(Scheme.parse(f"int2@{granularity}{flags}", "weight"), weight)
+        quantizer.initialize(weight)
+        errors[flags] = float((quantizer(weight) - weight).square().sum().detach())
+    assert errors[":mse:lsq"] == pytest.approx(errors[":mse"], rel=1e-5)
+    assert errors[":mse:lsq"] < 0.95 * errors[":lsq"]
+
+
 @pytest.mark.parametrize("weight, act", [("int4@channel:lsq", "int8@tensor:lsq"), ("int4@channel:mse", "int8@tensor")])
 def test_a_cast_of_the_model_leaves_ranges_and_steps_as_they_are(weight, act):
     torch.manual_seed(0)
