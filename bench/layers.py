@@ -80,7 +80,7 @@ def _parts(x: str, m: int, n: int, k: int, bits: int, plan: Plan, card: Card) ->
 
     def run() -> None:
         if plan.dense:
-            torch.nn.functional.linear(rows, kernel.dequantize(weight, rows.dtype))
+            kernel.multiply_dense(rows, weight, None, "none")
         elif x == "bf16":
             kernel.multiply(rows, weight, None, "none", plan, True)
         else:

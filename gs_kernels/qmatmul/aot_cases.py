@@ -72,7 +72,7 @@ def matmul(
 
 def dequantize(bits: int, **bounds: Any) -> AotCase:
     def run() -> Any:
-        kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
+        kernel = importlib.import_module("gs_kernels.qmatmul.kernel.dequantize")
         return kernel.dequantize(_weight(bits, 128, True, torch.bfloat16), torch.bfloat16)
 
     return AotCase(f"dequantize-w{bits}", run, elements=128 * 32, **bounds)

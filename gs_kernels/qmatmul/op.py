@@ -100,8 +100,8 @@ def qmatmul(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, acti
     the largest of a group, where that loses little beside the rounding of the result (see Numerics). fp32 x: all is
     fp32 (never TF32).
     On a GPU, bf16 x needs |scale| < 2**27: larger scales give infinities or NaN.
-    A GPU dequantizes the weight once and multiplies as a float layer does where that is fastest (more than some 512
-    rows), and above 16 rows for fp32 x and tables of levels.
+    A GPU dequantizes the weight, 256 MiB of it at a time, and multiplies as a float layer does where that is fastest
+    (more than 2,048 rows on Hopper, 512 on Ampere), above 16 rows for fp32 x and tables of levels, and for dx.
     Gradients: dx through the packed weight, and dbias. None to the weight, its scale and its zero points. With an
     activation, the backward pass computes its input again instead of saving it.
 

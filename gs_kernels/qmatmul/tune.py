@@ -83,9 +83,9 @@ def _run(problem: Problem, operands: Any, machine: Machine) -> Tensor:
     m, n, k, bits = (problem[name] for name in ("m", "n", "k", "bits"))
     plan = choose_plan(m, n, k, bits, x_bits=16, levels=False, sm=machine.sm, sm_count=machine.sm_count)
     if plan.dense:
-        w = kernel.dequantize(weight, x.dtype)
-        return torch.nn.functional.linear(x, w)
-    y: Tensor = kernel.multiply(x, weight, None, "none", plan, torch.version.hip is None)
+        y: Tensor = kernel.multiply_dense(x, weight, None, "none")
+    else:
+        y = kernel.multiply(x, weight, None, "none", plan, torch.version.hip is None)
     return y
 
 

@@ -5,9 +5,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.pack.layouts import PackedWeight
-from gs_kernels.qmatmul.kernel.dequantize import dequantize, grouping, has_table
+from gs_kernels.qmatmul.kernel.dense import multiply_dense, multiply_dense_dx
+from gs_kernels.qmatmul.kernel.dequantize import grouping, has_table
 from gs_kernels.qmatmul.kernel.int8 import multiply_int8
 from gs_kernels.qmatmul.kernel.matmul import multiply
 from gs_kernels.qmatmul.kernel.quantize_rows import quantize
@@ -58,16 +58,14 @@ def qmatmul_triton(x: Tensor, weight: PackedWeight, bias: Tensor | None, activat
     if rows.shape[0] == 0:
         y = x.new_empty(0, n)
     elif plan.dense:
-        w = dequantize(weight, x.dtype)
-        y = torch.nn.functional.linear(rows, w, None if bias is None else bias.to(x.dtype))
-        y = ACTIVATIONS[activation].function(y)
+        y = multiply_dense(rows, weight, bias, activation)
     else:
         y = multiply(rows, weight, bias, activation, plan, asm)
     return y.view(*x.shape[:-1], n)
 
 
 def qmatmul_dx_triton(dy: Tensor, weight: PackedWeight) -> Tensor:
-    return dy @ dequantize(weight, dy.dtype)
+    return multiply_dense_dx(dy, weight)
 
 
 def quantize_rows_triton(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
