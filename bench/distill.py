@@ -1,10 +1,10 @@
 """Trains a language model at few bits by distillation: `python -m bench.distill --model FILE_OR_FOLDER --text FILE`.
 
-The student's linears are quantized by SimQAT with learned steps; its teacher is the float model. It starts from the
-float weights, or from where PTQ moves them (`--start ptq`), and is trained on windows of the second half of the text,
-as the teacher answers there: labels are not used. Perplexity is that of the converted model on the first tokens of the
-text, so no token is in both. A row is recorded at the start, and every `--every` steps, so that a run that is cut
-leaves what it had. Where model and text come from is told in `bench.language`.
+The student's linears are quantized by SimQAT with learned steps and zero points; its teacher is the float model. It
+starts from weights and steps of PTQ, or from the float weights (`--start float`), and is trained on windows of the
+second half of the text, as the teacher answers there: labels are not used. Perplexity is that of the converted model on
+the first tokens of the text, so no token is in both. A row is recorded at the start, and every `--every` steps, so that
+a run that is cut leaves what it had. Where model and text come from is told in `bench.language`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from gs_algos import PTQ, Distill, SimQAT
 from gs_algos.llm.calibrate import peak_memory
 from gs_algos.llm.load import load_language_model
 from gs_algos.llm.perplexity import perplexity
+from gs_algos.quant.packed.linear import PackedLinear
+from gs_kernels import PackedWeight
 
 CONTEXT = 1024  # tokens of a window of perplexity and of PTQ's calibration, as in `bench.ptq`
 SLOWER = 4  # rate of the weights over that of their learned steps
@@ -58,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", type=Path, required=True, help="a UTF-8 text file")
     parser.add_argument("--weight", default="int2@group:64:asym", help="scheme of the linears but the head")
     parser.add_argument(
-        "--start", choices=("ptq", "float"), default="ptq", help="weights that the training starts from"
+        "--start", default="int2@group:64", metavar="SCHEME", help="that PTQ moves the weights to before; or float"
     )
     parser.add_argument(
         "--samples", type=int, default=16, help=f"windows of {CONTEXT} tokens that PTQ is calibrated on"
@@ -89,8 +91,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     about |= {"batch_size": args.batch_size, "temperature": args.temperature, "seed": args.seed, "amp": args.amp}
     about["float"] = _value(model, ids)
     teacher = copy.deepcopy(model)
-    if args.start == "ptq":
-        _move_by_ptq(model, args.weight, train, args.samples)
+    steps = {} if args.start == "float" else _move_by_ptq(model, args.start, train, args.samples)
     windows = train[: args.steps * args.batch_size * args.context].view(args.steps, args.batch_size, args.context)
     windows = windows[torch.randperm(args.steps, generator=torch.Generator().manual_seed(args.seed))]
     weight = args.weight if ":lsq" in args.weight else f"{args.weight}:mse:lsq"
@@ -98,6 +99,8 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         SimQAT(weight=weight, act=None, rules=HEAD), teacher, logits=1.0, labels=0.0, temperature=args.temperature
     )
     model = algo.apply(model, windows[0])
+    for name, (scale, zero) in steps.items():
+        model.get_submodule(name).weight_quantizer.fix(scale, zero)
     learned = set(algo.learned_parameters())
     groups = [
         {"params": [parameter for parameter in model.parameters() if parameter not in learned], "lr": args.lr},
@@ -131,16 +134,29 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         print(f"step {step + 1} of {args.steps}: loss {losses[-1]:.4f}, {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
-def _move_by_ptq(model: nn.Module, weight: str, train: Tensor, samples: int) -> None:
-    """Moves the weights and biases of the float model to where PTQ has them behind its calibration, on their grids."""
+def _move_by_ptq(model: nn.Module, scheme: str, train: Tensor, samples: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Moves the weights of the float model to where PTQ has them behind its calibration.
+
+    Returns:
+        For each of its layers the steps > 0 and zero points of signed codes, `[C]` fp32.
+    """
     batches = [{"input_ids": window[None]} for window in train[: samples * CONTEXT].split(CONTEXT)]
-    algo = PTQ(weight=weight.replace(":lsq", ""), rules=HEAD)
+    algo = PTQ(weight=scheme, rules=HEAD)
     calibrated = algo.apply(copy.deepcopy(model), batches[0])
     algo.calibrate(calibrated, batches)
-    parameters = dict(calibrated.named_parameters())
+    parameters = {name: parameter.detach() for name, parameter in calibrated.named_parameters()}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(parameters[name])
+    layers = {n: m for n, m in algo.convert(calibrated).named_modules() if isinstance(m, PackedLinear)}
+    return {name: _positive(layer.packed) for name, layer in layers.items()}
+
+
+def _positive(weight: PackedWeight) -> tuple[Tensor, Tensor]:
+    """Turns groups of negative scales around: `(q - z) s = (-1 - q - (-1 - z)) |s|`, q signed."""
+    scale = weight.scale.float().flatten()
+    zero = torch.as_tensor(weight.zero).float().expand(weight.scale.shape).flatten() - 2 ** (weight.bits - 1)
+    return scale.abs(), torch.where(scale < 0, -1 - zero, zero)
 
 
 def _rate(step: int, steps: int) -> float:
