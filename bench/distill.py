@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from gs_algos import PTQ, Distill, SimQAT
 from gs_algos.llm.calibrate import peak_memory
 from gs_algos.llm.load import load_language_model
 from gs_algos.llm.perplexity import perplexity
+from gs_algos.quant.fake_quant.quantizers import WeightQuantizer
 from gs_algos.quant.packed.linear import PackedLinear
 from gs_kernels import PackedWeight
 
@@ -100,7 +101,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     )
     model = algo.apply(model, windows[0])
     for name, (scale, zero) in steps.items():
-        model.get_submodule(name).weight_quantizer.fix(scale, zero)
+        cast(WeightQuantizer, model.get_submodule(f"{name}.weight_quantizer")).fix(scale, zero)
     learned = set(algo.learned_parameters())
     groups = [
         {"params": [parameter for parameter in model.parameters() if parameter not in learned], "lr": args.lr},
