@@ -194,18 +194,6 @@ def test_other_activations_dtypes_and_no_images(way: str):
     assert qconv2d_int8(image(8, 0), x_scale, w, **about).shape == (0, 32, 7, 9)
 
 
-def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch):
-    x, w = image(24, 3, 14, 14), weight(100, 216, 4)
-    results, count = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            results.append(qconv2d_int8(x, torch.tensor([0.05]), w, kernel_size=3, padding=1))
-    finally:
-        torch.set_num_threads(count)
-    assert all(torch.equal(results[0], other) for other in results[1:])
-
-
 def test_a_library_that_computes_something_else_is_not_used(monkeypatch, caplog):
     monkeypatch.setattr(int8_kernel, "self_test", lambda functions: False)
     monkeypatch.setattr(library, "_problems", {})
