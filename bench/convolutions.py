@@ -2,8 +2,9 @@
 
 A row holds the milliseconds of one shape with bias and ReLU, as they follow each other in a network: `F.conv2d` of
 float32 and of bfloat16, channels-last, and `torch.compile` of the former if asked for; a packed 4-bit weight whose
-floats are kept, as a converted layer keeps them; and 8-bit codes in and out, as consecutive converted layers hand them
-on. Nothing is timed before it agrees with the float32 one.
+floats are kept, as a converted layer calls it (w4), and by `qconv2d` (w4 qconv2d), which looks at its arguments in each
+call; and 8-bit codes in and out, as consecutive converted layers hand them on. Nothing is timed before it agrees with
+the float32 one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from bench import record
 from bench.shapes import NETWORKS, Layer
 from bench.timing import time_cpu
 from gs_kernels import dequantize_packed, pack_weight, qconv2d, quantize
+from gs_kernels.qconv2d.op import prepared_qconv2d
 from gs_kernels.qconv2d.op_int8 import prepared_qconv2d_int8, qconv2d_int8
 
 Calls = dict[str, Callable[[], Tensor]]
@@ -101,6 +103,9 @@ def providers(layer: Layer, batch: int) -> tuple[Calls, dict[str, float]]:
     grid |= {"activation": "relu", "dtype": torch.float32}
     prepared = prepared_qconv2d_int8(image, x_scale, eight, bias, **packed_window, dilation=1, **grid)
     ready = None if prepared is None else prepared.at(image.shape)
+    kept = prepared_qconv2d(x, four, bias, **packed_window, dilation=1, activation="relu")
+    assert kept is not None  # a CPU keeps what a weight outside inference mode gives
+    convolve = kept.at(x.shape)
 
     def integers() -> Tensor:
         if ready is None:
@@ -110,7 +115,8 @@ def providers(layer: Layer, batch: int) -> tuple[Calls, dict[str, float]]:
     calls: Calls = {
         "float32": whole,
         "bfloat16": lambda: F.conv2d(halves[0], halves[1], halves[2], **window).relu_(),
-        "w4": lambda: qconv2d(x, four, bias, **packed_window, activation="relu", keep_dense=True),
+        "w4": lambda: convolve(x),
+        "w4 qconv2d": lambda: qconv2d(x, four, bias, **packed_window, activation="relu", keep_dense=True),
         "w8a8": integers,
     }
     wanted = quantize(whole(), out, grid["out_zero"], qmin=-128, qmax=127).int()

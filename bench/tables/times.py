@@ -91,7 +91,7 @@ def _against(row: dict[str, Any] | None, base: dict[str, Any] | None) -> str:
 
 
 def convolutions(rows: Rows) -> str:
-    """Tabulates each network, every shape counted once: milliseconds, ratios to float32, and our slowest shape."""
+    """Tabulates each network, every shape counted once: milliseconds, ratios to float32, and our slowest shapes."""
     keys = ("device_name", "instructions", "network", "batch", "layer")
     latest = last([row for row in rows if row["kind"] == "convolution"], *keys)
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
@@ -101,17 +101,21 @@ def convolutions(rows: Rows) -> str:
     for network, members in sorted(groups.items()):
         float32 = sum(row["ms"]["float32"] for row in members)
         cells = []
-        for name in ("bfloat16", "compile", "w4", "w8a8"):
+        for name in ("bfloat16", "compile", "w4", "w4 qconv2d", "w8a8"):
             timed = [row["ms"] for row in members if name in row["ms"]]
             share = sum(ms[name] for ms in timed) / sum(ms["float32"] for ms in timed) if timed else 0.0
             cells.append(f"{share:.2f}x" if timed else "-")
-        ratio, slow = max(
-            ((row["ms"]["w8a8"] / row["ms"]["float32"], row) for row in members), key=lambda pair: pair[0]
-        )
-        layer = " ".join(f"{k}={v}" for k, v in slow["layer"].items())
-        lines.append((*network, len(members), f"{float32:.2f}", *cells, f"{ratio:.2f}x {layer}"))
-    head = ("device", "network", "batch", "shapes", "fp32 ms", "bf16", "compile", "w4", "w8a8", "slowest w8a8")
-    return table(head, lines)
+        slowest = [_slowest(members, name) for name in ("w4", "w8a8")]
+        lines.append((*network, len(members), f"{float32:.2f}", *cells, *slowest))
+    head = ("device", "network", "batch", "shapes", "fp32 ms", "bf16", "compile", "w4", "w4 by `qconv2d`", "w8a8")
+    return table((*head, "slowest w4", "slowest w8a8"), lines)
+
+
+def _slowest(rows: Rows, name: str) -> str:
+    """Writes the largest ratio to float32, and of which shape."""
+    slow = max(rows, key=lambda row: row["ms"][name] / row["ms"]["float32"])
+    layer = " ".join(f"{k}={v}" for k, v in slow["layer"].items())
+    return f"{slow['ms'][name] / slow['ms']['float32']:.2f}x {layer}"
 
 
 def adder(rows: Rows) -> str:

@@ -15,7 +15,7 @@ from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.pack.pack import dequantize_packed
 from gs_kernels.pack.schema import PACKED_WEIGHT
 from gs_kernels.qconv2d.checks import check_devices, check_operands
-from gs_kernels.qconv2d.cpu.float import FloatConvolution, qconv2d_cpu
+from gs_kernels.qconv2d.cpu.float import FloatConvolution, qconv2d_cpu, repeated
 from gs_kernels.qconv2d.dense import convolve_dense, convolve_dx, dense_dtype, empty_image
 from gs_kernels.qconv2d.geometry import GEOMETRY, ConvGeometry, ConvolvesImages, Padding, Pair, make_geometry
 from gs_kernels.qmatmul.op import planar_refuses
@@ -219,6 +219,8 @@ def qconv2d(
     """
     geometry = make_geometry("qconv2d", kernel_size, stride, padding, dilation, groups)
     if (y := _run.repeat(x, weight, bias, residual, geometry, activation, keep_dense)) is not None:
+        return y
+    if keep_dense and (y := repeated(x, weight, bias, residual, geometry, activation)) is not None:
         return y
     _check(x, weight, bias, residual, geometry, activation)
     return _run(x, weight, bias, residual, geometry, activation, keep_dense)

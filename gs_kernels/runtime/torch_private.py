@@ -89,7 +89,8 @@ make_wrapper: Callable[..., Any] = Tensor._make_wrapper_subclass  # a tensor of 
 
 # of oneDNN: filters in the memory order of one size of images, and the convolution with them. None without oneDNN
 prepack_filters: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_reorder_convolution_weight", None)
-convolve_prepacked: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+_pointwise = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+convolve_prepacked: Callable[..., Tensor] | None = getattr(_pointwise, "default", None)  # not chosen in every call
 
 
 def is_eager(*tensors: Tensor, plain: frozenset[type] = PLAIN) -> bool:

@@ -19,7 +19,7 @@ def test_a_shape_is_a_row_with_the_times_of_every_provider(monkeypatch, capsys):
     assert [(kind, row["batch"], row["layer"]) for kind, row in rows] == [
         ("convolution", batch, layer.__dict__) for batch in (1, 2) for layer in LAYERS
     ]
-    assert all(row["ms"].keys() == {"float32", "bfloat16", "w4", "w8a8"} for _, row in rows)
+    assert all(row["ms"].keys() == {"float32", "bfloat16", "w4", "w4 qconv2d", "w8a8"} for _, row in rows)
     assert all(ms > 0 for _, row in rows for ms in row["ms"].values())
 
 

@@ -78,7 +78,7 @@ def test_convolutions_of_a_network_add_up_and_the_slowest_of_ours_is_named():
         {**row, "layer": {"c": 4, "o": 4}, "ms": {"float32": 3.0, "bfloat16": 1.0, "w4": 5.0, "w8a8": 1.0}},
     ]
     lines = times.convolutions(rows).splitlines()
-    assert lines[2:] == ["| CPU | net | 1 | 2 | 4.00 | 0.50x | - | 1.50x | 1.00x | 3.00x c=3 o=4 |"]
+    assert lines[2:] == ["| CPU | net | 1 | 2 | 4.00 | 0.50x | - | 1.50x | - | 1.00x | 1.67x c=4 o=4 | 3.00x c=3 o=4 |"]
 
 
 def test_another_library_stands_beside_the_width_it_has():

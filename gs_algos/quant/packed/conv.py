@@ -68,7 +68,7 @@ class PackedConv(Convolution):
         return self.convolve(values(x), self.bias, added, activation) if ready is None else ready(x, added)
 
     def prepared_call(self, x: Tensor, activation: str, residual: torch.dtype | None = None) -> PreparedConv | None:
-        kind, bias = kind_of(x), self.bias
+        kind, bias = kind_of(x), self._parameters.get("bias")  # past the slow look-up of modules
         if kind is None or (bias is not None and bias.requires_grad and torch.is_grad_enabled()):
             return None
         owner = () if self.owner is self else (self.owner,)

@@ -1,5 +1,7 @@
 """Convolutions of floats on a CPU, with filters that are kept in the order oneDNN multiplies them in."""
 
+import weakref
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -65,3 +67,55 @@ def test_a_small_call_keeps_the_filters_as_they_are(monkeypatch):
     x = torch.randn(1, 8, 5, 5, generator=torch.Generator().manual_seed(1))
     y = qconv2d(x, packed, kernel_size=3, keep_dense=True)
     torch.testing.assert_close(y, F.conv2d(x, filters.float()))
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_few_products_of_pixels_alone_are_those_of_a_matrix(monkeypatch, memory_format):
+    monkeypatch.setattr(module, "prepack_filters", None)
+    packed, filters = weight(24, 16, (1, 1))
+    draw = torch.Generator().manual_seed(1)
+    x, bias = (
+        torch.randn(3, 16, 7, 5, generator=draw).contiguous(memory_format=memory_format),
+        torch.randn(24, generator=draw),
+    )
+    x[1, 2, 3, 4] = float("nan")
+    y = qconv2d(x, packed, bias, kernel_size=1, activation="relu", keep_dense=True)
+    want = F.relu(F.conv2d(x.double(), filters, bias.double())).float()
+    torch.testing.assert_close(y, want, equal_nan=True)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_repeated_call_sees_what_has_changed():
+    packed, filters = weight(8, 8, (3, 3))
+    x, bias = torch.randn(1, 8, 5, 5, generator=torch.Generator().manual_seed(1)), torch.zeros(8)
+
+    def call(x=x, bias=bias, **more):
+        return qconv2d(x, packed, bias, kernel_size=3, keep_dense=True, **more)
+
+    call()
+    residual = torch.ones(1, 8, 3, 3)
+    bias.add_(1)
+    packed.scale.mul_(2)
+    want = F.conv2d(x, 2 * filters.float(), bias)
+    torch.testing.assert_close(call(), want)
+    torch.testing.assert_close(call(activation="relu"), want.relu())
+    torch.testing.assert_close(call(residual=residual), want + 1)
+    torch.testing.assert_close(call(torch.cat([x, x])), torch.cat([want, want]))
+    torch.testing.assert_close(call(x.double().float(), bias.bfloat16()), want)
+    with pytest.raises(ValueError, match="bias must have shape"):
+        call(bias=torch.zeros(9))
+    with pytest.raises(TypeError, match="bias must be a tensor"):
+        call(bias=1.0)
+    with torch.autocast("cpu"):
+        torch.testing.assert_close(call(), want)
+    bias.requires_grad_()
+    call().sum().backward()
+    assert bias.grad.tolist() == [9.0] * 8
+
+
+def test_a_weight_takes_along_what_was_kept():
+    packed, _ = weight(8, 8, (3, 3))
+    qconv2d(torch.ones(1, 8, 5, 5), packed, kernel_size=3, keep_dense=True)
+    codes = weakref.ref(packed.codes)
+    del packed
+    assert codes() is None
