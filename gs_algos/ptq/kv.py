@@ -1,7 +1,8 @@
 """Names how keys and values of a language model's cache are quantized, and says which networks have a cache.
 
 int8@token      a scale for each token and head, max abs / 127, found as the token is written
-int4@token      the same with 4 bits and groups of 64, behind a Hadamard rotation (QuaRot, arXiv:2404.00456)
+int4@token      the same with 4 bits and groups of 64, behind a Hadamard rotation (QuaRot, arXiv:2404.00456); the
+                number that is largest in size, of either sign, is -8 times the scale
 int2@kivi:32    keys in groups of 32 tokens of a channel, values in groups of 32 channels of a token, with a scale
                 and a minimum each; the last 128 tokens stay float (KIVI, Liu et al. 2024, arXiv:2402.02750).
                 Differs from the paper: values are rotated first, in SmolLM2-135M perplexity 8.76 to 8.36 (float 7.28)

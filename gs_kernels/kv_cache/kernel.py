@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gs_kernels.fake_quant.tiles import power_of_two
-from gs_kernels.kv_cache.ref import OFFSET, QMAX
+from gs_kernels.kv_cache.ref import LIMITS, OFFSET
 from gs_kernels.observe.ref import SCALE_FLOOR
 from gs_kernels.runtime.bound_calls import fresh
 from gs_kernels.runtime.dispatch import launch
@@ -33,7 +33,7 @@ def _kv_write_kernel(
     x_ptr, position_ptr,
     H, T, C,
     stride_cb, stride_ch, stride_ct, stride_sb, stride_sh, stride_st, stride_xb, stride_xh, stride_xt,
-    SIZE: tl.constexpr, GROUPS: tl.constexpr, QMAX: tl.constexpr,
+    SIZE: tl.constexpr, GROUPS: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
     WIDTH: tl.constexpr, PLANES: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
     b, h, offs_t, mask_t = _tokens(H, T, BLOCK_T)
@@ -58,13 +58,17 @@ def _kv_write_kernel(
         nan = tl.max(tl.max(tl.where(size == size, 0, 1), 2), 1) > 0
         most = tl.where(nan, float("nan"), tl.max(tl.max(size, 2), 1))  # [BLOCK_T]
         span = most + most
-        scale = tl.div_rn(span, tl.full(span.shape, 2 * QMAX, tl.float32))
+        scale = tl.div_rn(span, tl.full(span.shape, -2 * QMIN, tl.float32))
         scale = tl.where(span == 0.0, 1.0, tl.maximum(scale, FLOOR, propagate_nan=tl.PropagateNan.ALL))
-        tl.store(scale_ptr + to * stride_st + g, scale, mask=mask_t)
-        inv = tl.where(own[None, :, :], inverse(scale, scale * 0.0)[:, None, None], inv)
+        sign = 1.0
+        if QMAX < -QMIN:  # the largest in size gets the lowest code
+            top = tl.max(tl.max(tl.where(own[None, :, :], x, 0.0), 2), 1)
+            sign = tl.where((top == most) & (most > 0.0), -1.0, 1.0)
+        tl.store(scale_ptr + to * stride_st + g, scale * sign, mask=mask_t)
+        inv = tl.where(own[None, :, :], (inverse(scale, scale * 0.0) * sign)[:, None, None], inv)
 
-    level = clamp(round_half_even(clamp(x * inv, -QMAX - 2, QMAX + 2)), -QMAX, QMAX)
-    code = tl.where(level == level, level, -QMAX).to(tl.int32)
+    level = clamp(round_half_even(clamp(x * inv, QMIN - 2, QMAX + 2)), QMIN, QMAX)
+    code = tl.where(level == level, level, QMIN).to(tl.int32)
     if PLANES == 2:
         code = tl.sum((tl.where(inside[None, :, :], code, 0) + EIGHT) << (4 * plane)[None, :, None], 1)
     else:
@@ -121,9 +125,10 @@ def _rows(codes: Tensor, scale: Tensor, size: int, tokens: int) -> tuple[tuple[i
 def kv_write__triton(codes: Tensor, scale: Tensor, x: Tensor, position: Tensor | None) -> None:
     tokens, size = x.shape[2:]
     grid, flags = _rows(codes, scale, size, tokens)
+    low, high = LIMITS[codes.dtype]
     launch(
         _kv_write_kernel, grid, codes, scale, x, position, codes.shape[1], tokens, codes.shape[2],
-        *codes.stride()[:3], *scale.stride()[:3], *x.stride()[:3], QMAX=QMAX[codes.dtype], **flags,
+        *codes.stride()[:3], *scale.stride()[:3], *x.stride()[:3], QMIN=low, QMAX=high, **flags,
     )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gs_kernels.fake_quant.checks import FLOATS
-from gs_kernels.kv_cache.ref import QMAX, kv_codes_ref, kv_read_ref
+from gs_kernels.kv_cache.ref import LIMITS, kv_codes_ref, kv_read_ref
 from gs_kernels.runtime.dispatch import implementations, triton_refuses
 from gs_kernels.runtime.torch_op import register
 from gs_kernels.runtime.torch_private import is_eager
@@ -50,9 +50,11 @@ _read = register("kv_read(Tensor codes, Tensor scale, int size, ScalarType dtype
 
 
 def kv_write_(codes: Tensor, scale: Tensor, x: Tensor, position: Tensor | None = None) -> None:
-    """Writes tokens into a quantized cache: `scale = max |x| / qmax` of each group, `codes = round(x / scale)`.
+    """Writes tokens into a quantized cache: a scale of each group, `codes = clamp(round(x / scale), qmin, qmax)`.
 
-    qmax is 127 for int8 codes, 7 for codes of 4 bits. The extremes are those of the call: nothing is calibrated.
+    For int8 codes -127..127 the scale is `max |x| / 127`. For codes of 4 bits, -8..7, it is `-e / 8`, e the element
+    that is largest in size, of either sign: all 16 levels are used. The extremes are those of the call: nothing is
+    calibrated.
 
     Args:
         codes: `[B, H, C, W]` of C tokens, any strides with the last one 1: int8, W = D; or uint8, which holds two codes
@@ -110,7 +112,7 @@ def kv_read(codes: Tensor, scale: Tensor, *, size: int, dtype: torch.dtype = tor
 
 
 def _check_cache(who: str, codes: Tensor, scale: Tensor, size: int) -> None:
-    for name, t, dtypes in (("codes", codes, tuple(QMAX)), ("scale", scale, (torch.float32,))):
+    for name, t, dtypes in (("codes", codes, tuple(LIMITS)), ("scale", scale, (torch.float32,))):
         if not isinstance(t, Tensor) or t.dtype not in dtypes:
             kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise TypeError(f"{who}: {name} must be a tensor of {kinds}, got {getattr(t, 'dtype', t)!s:.60}")

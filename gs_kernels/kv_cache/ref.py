@@ -9,7 +9,7 @@ from gs_kernels.fake_quant.ref import quantize_ref
 from gs_kernels.formats import PerGroup
 from gs_kernels.observe.ref import choose_qparams_ref
 
-QMAX = {torch.int8: 127, torch.uint8: 7}  # by the dtype of the codes: uint8 holds two of 4 bits
+LIMITS = {torch.int8: (-127, 127), torch.uint8: (-8, 7)}  # by the dtype of the codes: uint8 holds two of 4 bits
 OFFSET = 8  # that a code of 4 bits is stored with
 
 
@@ -28,11 +28,15 @@ def unpack_halves(codes: Tensor, size: int) -> Tensor:
 
 def kv_codes_ref(x: Tensor, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Computes the codes `[..., W]` of x `[..., D]` and their scales `[..., groups]`."""
-    qmax, group = QMAX[dtype], PerGroup(x.shape[-1] // groups)
-    most = x.float().unflatten(-1, (groups, -1)).abs().amax(-1)
-    scale, zero = choose_qparams_ref(-most, most, qmin=-qmax, qmax=qmax, symmetric=True)
-    codes = quantize_ref(x.contiguous(), scale.flatten(), zero.flatten(), qmin=-qmax, qmax=qmax, granularity=group)
-    return codes if dtype == torch.int8 else pack_halves(codes.to(torch.int16)), scale
+    (low, high), group = LIMITS[dtype], PerGroup(x.shape[-1] // groups)
+    parts = x.float().unflatten(-1, (groups, -1))
+    most = parts.abs().amax(-1)
+    scale, zero = choose_qparams_ref(-most, most, qmin=low, qmax=-low, symmetric=True)
+    turned = (parts.amax(-1) == most) & (most > 0) & (high < -low)  # the largest in size gets the lowest code
+    sign = torch.where(turned, -1.0, 1.0)
+    rows = (parts * sign[..., None]).flatten(-2)
+    codes = quantize_ref(rows, scale.flatten(), zero.flatten(), qmin=low, qmax=high, granularity=group)
+    return codes if dtype == torch.int8 else pack_halves(codes.to(torch.int16)), scale * sign
 
 
 def kv_read_ref(codes: Tensor, scale: Tensor, *, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
