@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gs_kernels.pack.layouts import PLANAR, PackedWeight
-from gs_kernels.qmatmul.tiles import FEW_ROWS, Plan, choose_int8_plan, choose_plan, rows_tile
+from gs_kernels.qmatmul.tiles import BROAD, FEW_ROWS, Plan, choose_int8_plan, choose_plan, default_rule, rows_tile
 from gs_kernels.runtime.opspec import AotCase
 
 N, K = 14336, 4096
@@ -40,12 +40,21 @@ def _shared(plan: Plan, shared: bool, sm: int, sm_count: int) -> Plan:
     )
 
 
-def _launcher(bits: int, m: int, group: int, points: bool, dtype: torch.dtype, shared: bool) -> Callable[[], Any]:
+def _plan(bits: int, m: int, x_bits: int, broad: bool, sm: int, sm_count: int) -> Plan:
+    if broad:
+        return next(rule.larger for rule in BROAD if rule.larger is not None and m == rule.rows)
+    plan = choose_plan(m, N, K, bits, x_bits=x_bits, levels=False, sm=sm, sm_count=sm_count)
+    return plan if m > BROAD[-1].rows or x_bits == 32 else default_rule(m, sm).plan
+
+
+def _launcher(
+    bits: int, m: int, group: int, points: bool, dtype: torch.dtype, shared: bool, broad: bool
+) -> Callable[[], Any]:
     def run() -> Any:
         kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
         x = _meta(m, K, dtype=dtype)
         asm, sm, sm_count = kernel.device_of(x)
-        plan = choose_plan(m, N, K, bits, x_bits=8 * x.itemsize, levels=False, sm=sm, sm_count=sm_count)
+        plan = _plan(bits, m, 8 * x.itemsize, broad, sm, sm_count)
         weight = _weight(bits, group, points, dtype)
         return kernel.multiply(x, weight, None, "none", _shared(plan, shared, sm, sm_count), asm)
 
@@ -60,13 +69,19 @@ def matmul(
     points: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     shared: bool = False,
+    broad: bool = False,
     **bounds: Any,
 ) -> AotCase:
-    """Launches a product. shared: programs take equal shares of its blocks, else a tile each."""
-    kind = f"{'-points' if points else ''}{'-shared' if shared else ''}"
+    """Launches a product.
+
+    Args:
+        shared: programs take equal shares of its blocks, else a tile each.
+        broad: tiles of 256 columns.
+    """
+    kind = f"{'-points' if points else ''}{'-broad' if broad else ''}{'-shared' if shared else ''}"
     name = f"w{bits}-m{m}-g{group}{kind}-{str(dtype).removeprefix('torch.')}"
-    block_n = choose_plan(m, N, K, bits, x_bits=8 * dtype.itemsize, levels=False, sm=90, sm_count=132).block_n
-    launch = _launcher(bits, m, group, points, dtype, shared)
+    block_n = _plan(bits, m, 8 * dtype.itemsize, broad, 90, 132).block_n
+    launch = _launcher(bits, m, group, points, dtype, shared, broad)
     return AotCase(name, launch, elements=128 * block_n, **({"max_regs": 255} | bounds))
 
 
@@ -214,6 +229,10 @@ MATMUL = (
     matmul(1, 16, shared=True, max_instructions=2.1, **FEW_SHARED),
     matmul(8, 16, shared=True, max_instructions=2.7, **SHARED),
     matmul(4, 64, shared=True, max_instructions=2.7, **MORE_SHARED),
+    matmul(4, 64, shared=True, broad=True, max_instructions=2.7, **MORE_SHARED),
+    matmul(8, 64, shared=True, broad=True, max_instructions=2.9, **MORE_SHARED),
+    matmul(4, 32, shared=True, broad=True, max_instructions=2.6, **MORE_SHARED),
+    matmul(4, 64, group=32, points=True, shared=True, broad=True, **MORE_SHARED | {"max_shared_stores": 8}),
     matmul(4, 128, max_instructions=3.6, **MORE),
     matmul(4, 128, shared=True, max_instructions=3.6, **MORE_SHARED),
     # of tiles of 256 rows, where a weight serves twice as many as in those of 128

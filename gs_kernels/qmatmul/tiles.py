@@ -48,14 +48,15 @@ class Plan:
 class Rule:
     """Holds the plan of products with at most `rows` rows. per_sm: how many programs an SM should have to do.
 
-    K is split where that is done sooner than a tile each. 0: never. wider: a plan with more rows a tile, which
-    dequantizes less, taken where that is done sooner. timed: whether the plan was timed with K split as it says.
+    K is split where that is done sooner than a tile each. 0: never. larger: a plan with larger tiles, taken where that
+    is done sooner: of more rows, which dequantizes less, or of more columns, which loads x less often. timed: whether
+    the plan was timed with K split as it says.
     """
 
     rows: int
     plan: Plan
     per_sm: int = 1
-    wider: Plan | None = None
+    larger: Plan | None = None
     timed: bool = False
 
 
@@ -67,12 +68,14 @@ FEW = Plan(scale_parts=True, block_m=FEW_ROWS)
 SOME_ROWS = (Rule(32, Plan(block_m=32), per_sm=2), Rule(64, Plan(block_m=64), per_sm=2))
 MANY = Plan(block_m=128, warps=8, stages=3)
 # above, dequantizing once takes less than a tenth of the product, which a library then does
-MORE_ROWS = (*SOME_ROWS, Rule(2048, MANY, wider=replace(MANY, block_m=256)))
+MORE_ROWS = Rule(2048, MANY, larger=replace(MANY, block_m=256))
+# on Hopper x for two programs an SM is most of what passes L2
+BROAD = tuple(replace(rule, larger=replace(MANY, block_m=rule.rows, block_n=256)) for rule in SOME_ROWS)
 RULES: dict[int, tuple[Rule, ...]] = {
     # 99 KiB of shared memory hold no tile of 256 rows
     120: (Rule(FEW_ROWS, Plan(block_m=FEW_ROWS), per_sm=2), *SOME_ROWS, Rule(512, MANY)),
-    100: (Rule(FEW_ROWS, Plan(block_m=FEW_ROWS), per_sm=2), *MORE_ROWS),
-    90: (Rule(FEW_ROWS, FEW, per_sm=2), *MORE_ROWS),
+    100: (Rule(FEW_ROWS, Plan(block_m=FEW_ROWS), per_sm=2), *SOME_ROWS, MORE_ROWS),
+    90: (Rule(FEW_ROWS, FEW, per_sm=2), *BROAD, MORE_ROWS),
     80: (
         Rule(FEW_ROWS, FEW, per_sm=2),
         Rule(32, Plan(block_m=32), per_sm=2),
@@ -115,11 +118,11 @@ def plan_of(rule: Rule, m: int, n: int, k: int, bits: int, *, x_bits: int, sm: i
     plan = rule.plan if x_bits == 16 else replace(rule.plan, block_n=rule.plan.block_n // 2)
     plan, us = _share(plan, _float_tile(plan, bits, x_bits, sm), rule, m, n, k, sm, sm_count)
     # beside 256 rows of sums, 8-bit weights in small groups do not fit the registers
-    if rule.wider is not None and bits < 8:
-        tile = _float_tile(rule.wider, bits, x_bits, sm)
-        wider, wider_us = _share(rule.wider, tile, rule, m, n, k, sm, sm_count)
-        if wider_us < us:
-            return wider
+    if rule.larger is not None and (bits < 8 or rule.larger.block_m < 256):
+        tile = _float_tile(rule.larger, bits, x_bits, sm)
+        larger, larger_us = _share(rule.larger, tile, rule, m, n, k, sm, sm_count)
+        if larger_us < us:
+            return larger
     return plan
 
 

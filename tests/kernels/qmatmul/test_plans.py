@@ -29,7 +29,7 @@ def test_few_rows_share_k_and_many_are_dense():
 
 
 def test_an_unknown_gpu_takes_the_rules_below_it():
-    for newer, known in ((120, 90), (89, 80), (75, 80)):
+    for newer, known in ((103, 100), (89, 80), (75, 80)):
         plans = [choose_plan(64, 4096, 4096, 4, **(ON_H100 | {"sm": sm})) for sm in (newer, known)]
         tiles = [(plan.block_m, plan.block_n, plan.warps, plan.stages) for plan in plans]
         assert tiles[0] == tiles[1]
@@ -60,8 +60,9 @@ SHARED = {
     ("h100", 1, 4096, 4096, 4): True,  # 32 tiles for 132 SMs
     ("h100", 1, 14336, 4096, 4): True,  # one program an SM waits for itself more than for memory
     ("h100", 1, 28672, 8192, 4): False,  # bytes: 36.5 us, with two programs on most SMs
-    ("h100", 64, 28672, 8192, 4): False,  # parts of 16 MB
-    ("h200", 64, 28672, 8192, 4): False,
+    ("h100", 64, 28672, 8192, 1): False,  # parts of 16 MB
+    ("h200", 64, 28672, 8192, 1): False,
+    ("h200", 64, 28672, 8192, 4): True,  # x for 112 tiles of 256 columns, where 224 tiles load it twice
     ("h200", 1, 28672, 8192, 2): True,  # instructions: 13 us of bytes
     ("h200", 1, 28672, 8192, 1): True,
 }
@@ -72,6 +73,17 @@ def test_shares_are_taken_where_they_are_predicted_to_be_sooner(case):
     name, m, n, k, bits = case
     with assumed(CARDS[name]):
         assert (choose_plan(m, n, k, bits, **ON_H100).shares > 0) is SHARED[case]
+
+
+def test_some_rows_get_tiles_of_256_columns_where_loading_x_takes_longest():
+    """Two tiles of 128 columns load the same x twice: 16 KB a block for 8 KB of 4-bit weights, 2 KB of 1-bit ones."""
+    with assumed(CARDS["h200"]):
+        some = choose_plan(64, 8192, 8192, 4, **ON_H100)
+        assert (some.block_m, some.block_n, some.warps, some.shares, some.per_sm) == (64, 256, 8, 132, 1)
+        assert choose_plan(64, 8192, 8192, 1, **ON_H100).block_n == 128  # instructions decide, and two programs share
+        assert choose_plan(32, 8192, 8192, 4, **ON_H100).block_n == 256
+        assert choose_plan(16, 8192, 8192, 4, **ON_H100).block_n == 128
+    assert choose_plan(64, 8192, 8192, 4, **(ON_H100 | {"sm": 120})).block_n == 128
 
 
 def test_8_bit_products_share_as_float_ones_do():

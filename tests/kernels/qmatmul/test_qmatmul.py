@@ -342,18 +342,28 @@ def test_kernels_of_8_bit_floats_with_assembly_give_the_bits_of_plain_ones(bits,
     assert plain.abs().max() > 1 and same_bits(plain, asm)
 
 
+NARROW = Plan(block_n=32, scale_parts=True)
+SHARES = ((1, 2, 1), (3, 6, 2), (3, 15, 3), (19, 1, 1), (33, 7, 1))  # rows, shares, of them for one SM
+
+
 @pytest.mark.skipif(not INTERPRET and not torch.cuda.is_available(), reason="the kernel runs interpreted or on a GPU")
-@pytest.mark.parametrize("m, shares, per_sm", [(1, 2, 1), (3, 6, 2), (3, 15, 3), (19, 1, 1), (33, 7, 1)])
-def test_shares_of_all_tiles_sum_to_the_whole_and_twice_to_the_same_bits(m, shares, per_sm):
+@pytest.mark.parametrize(
+    "m, n, plan",
+    [
+        *((m, 70, replace(NARROW, shares=shares, per_sm=per_sm)) for m, shares, per_sm in SHARES),
+        (33, 257, Plan(block_m=64, block_n=256, warps=8, stages=3, shares=3)),
+    ],
+    ids=lambda one: f"{one.block_n}-{one.shares}-{one.per_sm}" if isinstance(one, Plan) else str(one),
+)
+def test_shares_of_all_tiles_sum_to_the_whole_and_twice_to_the_same_bits(m, n, plan):
     """Shares end inside tiles, at their ends, hold several, or a block."""
     from gs_kernels.qmatmul.kernel import multiply
 
-    w, x, bias = weight(n=70, k=640), normal(m, 640, dtype=torch.float16), normal(70)
-    plan, asm = Plan(block_n=32, shares=shares, per_sm=per_sm, scale_parts=True), not INTERPRET
+    w, x, bias, asm = weight(n=n, k=640), normal(m, 640, dtype=torch.float16), normal(n), not INTERPRET
     once, twice = (multiply(x, w, bias, "relu", plan, asm) for _ in range(2))
     assert same_bits(once, twice)
     wanted = qmatmul_ref(x, w, bias, activation="relu")
-    torch.testing.assert_close(once, wanted, rtol=2e-3, atol=0.1)
+    torch.testing.assert_close(once, wanted, rtol=2e-3, atol=0.2)  # 6 sigma of weights rounded to fp16
 
 
 # bits, group, zero points of the weight, whether x has one; rows of x, shares, of them one after the other on an SM
