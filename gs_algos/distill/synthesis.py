@@ -30,6 +30,7 @@ from gs_kernels.runtime.torch_private import _BatchNorm
 
 WHO = "Synthesis"
 CHECKED = 1024  # images whose classes tell whether the generator has collapsed
+MEMORY, MEMORY_BYTES = 50_000, 2**30  # images that `replay` keeps unless told, and what they may take
 DIVERSE = 0.8  # the least entropy of their classes, of the most there can be
 
 
@@ -61,7 +62,8 @@ class Synthesis:
         noise: numbers that an image is made from.
         width: channels of the generator.
         lr: of the generator's Adam.
-        memory: images that `replay` keeps, the newest, 2 bytes a number; at least `batch_size`.
+        memory: images that `replay` keeps, the newest, 2 bytes a number; at least `batch_size`. None for 50,000, or as
+            many as 1 GiB holds where that is less: 3,566 of `(3, 224, 224)`.
         shift: pixels by which `replay` moves images at most.
         seed: of the generator and its noise.
 
@@ -82,7 +84,7 @@ class Synthesis:
         noise: int = 100,
         width: int = 64,
         lr: float = 1e-3,
-        memory: int = 50_000,
+        memory: int | None = None,
         shift: int = 2,
         seed: int = 0,
     ) -> None:
@@ -93,8 +95,9 @@ class Synthesis:
                 raise ValueError(f"{WHO}: {name} must be finite and >= 0, got {value}")
         if not any(weights.values()):
             raise ValueError(f"{WHO}: a weight of the loss must be > 0, got 0 for all")
-        counts = {"batch_size": (batch_size, 2), "noise": (noise, 2), "width": (width, 2)}
-        counts |= {"memory": (memory, batch_size), "shift": (shift, 0)}
+        counts = {"batch_size": (batch_size, 2), "noise": (noise, 2), "width": (width, 2), "shift": (shift, 0)}
+        if memory is not None:
+            counts |= {"memory": (memory, batch_size)}
         for name, (count, least) in counts.items():
             if type(count) is not int or count < least:
                 raise ValueError(f"{WHO}: {name} must be a whole number >= {least}, got {count}")
@@ -112,6 +115,8 @@ class Synthesis:
             self.generator = ImageGenerator(shape, noise, width).to(device)
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr, betas=(0.5, 0.999))
         self.steps = 0
+        if memory is None:
+            memory = max(batch_size, min(MEMORY, MEMORY_BYTES // (2 * math.prod(shape))))
         self.memory, self.shift = ImageMemory(memory), shift
         self._last: Tensor | None = None  # images of the last step
         self._remembered = False  # they are in the memory

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from bench import record, synthesis
 from bench.tables import networks
 
@@ -18,6 +20,13 @@ def test_a_run_leaves_a_row_every_so_many_steps(tmp_path, monkeypatch):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(row["kind"], row["steps"], row["of"]) for row in rows] == [("synthesis", 60, 60)]
     assert rows[0]["accuracy"].keys() >= {"float", "student", "noise", "w8a8 on data", "w4a8 on synthetic"}
+
+
+def test_counts_below_one_are_refused_before_anything_is_read(capsys):
+    for name in ("float-epochs", "steps", "every", "replay"):
+        with pytest.raises(SystemExit):
+            synthesis.main(["--data", "nowhere", f"--{name}", "0"])
+        assert f"--{name} must be >= 1, got 0" in capsys.readouterr().err
 
 
 def test_the_table_has_the_last_row_of_a_run():

@@ -143,6 +143,15 @@ def test_a_memory_keeps_the_newest_images():
     assert drawn.shape == (100, 1, 1, 1) and set(drawn.flatten().tolist()) == {3, 4, 5, 6, 7}
 
 
+@pytest.mark.parametrize(
+    "shape, batch_size, kept", [((1, 8, 8), 64, 50_000), ((1, 1024, 1024), 64, 512), ((1, 1024, 1024), 600, 600)]
+)
+def test_a_memory_holds_no_more_than_a_gibibyte_unless_told(shape, batch_size, kept):
+    pooled = nn.Sequential(nn.AvgPool2d(shape[1] // 8), Quadrants())
+    images = Synthesis(pooled, shape, batch_size=batch_size, noise=2, width=2)
+    assert images.memory.most == kept
+
+
 def test_a_replay_goes_on_bit_for_bit():
     def turns(images: Synthesis, count: int) -> list[torch.Tensor]:
         return [x for _ in range(count) for x in (images.step(), *images.replay(3))]
