@@ -1,4 +1,4 @@
-"""Prepares second moments for the solvers: dead columns, damping, the order of columns, the triangular factor."""
+"""Prepares second moments for the solvers: damping, the order of columns, the triangular factor."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ class Hessian:
     rounded one after the other.
 
     Args:
-        damped: `[groups, K, K]` fp32, in the order of the weight's columns; 1 on the diagonal of dead columns.
+        damped: `[groups, K, K]` fp32, in the order of the weight's columns.
         damping: `[groups]`, that is on its diagonal.
-        dead: `[groups, K]`, columns that were always 0.
         order: `[groups, K]`, in which columns are rounded.
         factor: R `[groups, K, K]` fp32; None if it failed.
         pivots: `[groups, K]` fp32.
@@ -34,7 +33,6 @@ class Hessian:
 
     damped: Tensor
     damping: Tensor
-    dead: Tensor
     order: Tensor
     factor: Tensor | None
     pivots: Tensor | None
@@ -57,7 +55,7 @@ class Hessian:
     def loss(self, error: Tensor, damped: float | None = None) -> float:
         """Computes `tr(E H E^T)`. damped: the `damped_loss` of the same error, where it is known."""
         squares = error.view(*self.order.shape[:1], -1, error.shape[1]).square().sum(1)
-        share = (squares * (self.damping.unsqueeze(1) + self.dead.float())).sum(dtype=torch.float64)
+        share = (squares * self.damping.unsqueeze(1)).sum(dtype=torch.float64)
         damped = self.damped_loss(error) if damped is None else damped
         return max(0.0, damped - float(share))
 
@@ -65,10 +63,11 @@ class Hessian:
 def hessian_of(statistics: InputStatistics, damp: float, order: str, group_size: int) -> Hessian:
     """Prepares the second moments, once for all layers of a stage.
 
-    If the factor fails, damping grows tenfold, up to 1; notes say so.
+    If the factor fails, damping grows tenfold, up to 1; notes say so. A column that was always 0 has only the damping:
+    what is lost in it counts little, and its weights stay, for inputs that the tokens have not shown.
 
     Args:
-        damp: times the mean of the diagonal over columns that are not dead.
+        damp: times the mean of the diagonal over columns that were not always 0; times 1 if all were.
         order: `act`: descending diagonal · `group`: descending inside groups, these by their largest · `none`.
         group_size: columns of a group, for `group`.
     """
@@ -85,14 +84,14 @@ def objective(error: Tensor, gram: Tensor) -> float:
 @torch.no_grad()
 def _prepare(gram: Tensor, damp: float, order: str, group_size: int) -> Hessian:
     diagonal = gram.diagonal(dim1=1, dim2=2)
-    dead = diagonal == 0
-    mean = diagonal.sum(1) / (~dead).sum(1).clamp(min=1)
+    seen = (diagonal != 0).sum(1)
+    mean = torch.where(seen > 0, diagonal.sum(1) / seen.clamp(min=1), 1.0)
     columns = _column_order(diagonal, order, group_size)
     notes: list[str] = []
     while True:
         damping = mean * damp
         damped = gram.clone()
-        damped.diagonal(dim1=1, dim2=2).add_(torch.where(dead, 1.0, 0.0)).add_(damping.unsqueeze(1))
+        damped.diagonal(dim1=1, dim2=2).add_(damping.unsqueeze(1))
         factor, pivots = _factor(damped, columns)
         if factor is not None or damp >= LARGEST_DAMPING:
             break
@@ -101,7 +100,7 @@ def _prepare(gram: Tensor, damp: float, order: str, group_size: int) -> Hessian:
         damp = larger
     if factor is None:
         notes.append(f"no factor with damping {damp:.3g}: rounded to nearest")
-    return Hessian(damped, damping, dead, columns, factor, pivots, tuple(notes))
+    return Hessian(damped, damping, columns, factor, pivots, tuple(notes))
 
 
 def _column_order(diagonal: Tensor, order: str, group_size: int) -> Tensor:

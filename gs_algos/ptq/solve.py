@@ -99,8 +99,9 @@ def solve(
     """Quantizes one weight so that its layer's output over the tokens of `statistics` changes least.
 
     The target is `W* = W + correct W C (H + damping)^-1`, its grid is fixed by the scheme's observer, codes follow by
-    `rounding`, and `refine` improves both. Columns whose input was always 0 become 0. Without a token, or if no damping
-    gives a factor of H, codes are those of round to nearest, and a note says so.
+    `rounding`, and `refine` improves both. A column whose input was always 0 is rounded to nearest: other inputs may not
+    be 0 there. Without a token, or if no damping gives a factor of H, codes are those of round to nearest, and a note
+    says so.
 
     Args:
         weight: `[N, K]` fp32 / fp16 / bf16, or of a grouped convolution `[groups, N / groups, K]`.
@@ -137,7 +138,7 @@ def solve(
 
 
 def _importance(statistics: InputStatistics, n: int) -> Tensor:
-    """Returns how much an error in each weight counts, `[N, K]`: the diagonal of H; 1 in dead columns."""
+    """Returns how much an error in each weight counts, `[N, K]`: the diagonal of H; 1 where it is 0."""
     diagonal = statistics.gram.diagonal(dim1=1, dim2=2)
     counts = torch.where(diagonal == 0, 1.0, diagonal)
     return counts.unsqueeze(1).expand(-1, n // statistics.groups, -1).reshape(n, -1)

@@ -21,7 +21,7 @@ def damping(statistics: InputStatistics, damp: float | None, columns: int) -> fl
 
 @torch.no_grad()
 def corrected(weight: Tensor, statistics: InputStatistics, alpha: float, hessian: Hessian) -> Tensor:
-    """Computes `W* = W + alpha W C (H + damping)^-1`, `[N, K]` fp32, 0 in dead columns.
+    """Computes `W* = W + alpha W C (H + damping)^-1`, `[N, K]` fp32; columns that were always 0 stay.
 
     `|Q ^X^T - W ~X^T|^2` is `|(Q - W*) ^X^T|^2` and a constant at alpha = 1 and without damping: what is best for W* is
     best for the float output (Qronos, arXiv:2505.11695; QEP, arXiv:2504.09629; GPTAQ, arXiv:2504.02692).
@@ -34,14 +34,13 @@ def corrected(weight: Tensor, statistics: InputStatistics, alpha: float, hessian
     """
     groups, k = statistics.groups, statistics.columns
     rows = weight.view(groups, -1, k)
-    rows = rows.masked_fill(hessian.dead.unsqueeze(1), 0.0)
     if alpha and hessian.factor is not None and statistics.cross is not None:
         cross = statistics.cross
         if rows.shape[1] >= k:  # one solve for all layers of the stage
             change = rows @ statistics.once(("correction", hessian), lambda: _divided(cross, hessian))
         else:
             change = _divided(rows @ cross, hessian)
-        rows = rows + alpha * change.masked_fill(hessian.dead.unsqueeze(1), 0.0)
+        rows = rows + alpha * change
     return rows.reshape(weight.shape)
 
 
