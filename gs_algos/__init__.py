@@ -20,6 +20,7 @@ from gs_algos.core.plan_settings import RowSettings
 from gs_algos.core.registry import register_algorithm
 from gs_algos.distill.config import DistillConfig
 from gs_algos.distill.distill import Distill
+from gs_algos.distill.distilled_images import distilled_images
 from gs_algos.distill.synthesis import Synthesis
 from gs_algos.ghost.config import GhostConfig
 from gs_algos.ghost.ghost import Ghost
@@ -141,6 +142,7 @@ __all__ = [
     "__version__",
     "analyze",
     "compare",
+    "distilled_images",
     "effect",
     "export_language_model",
     "export_onnx",

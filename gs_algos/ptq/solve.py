@@ -99,9 +99,9 @@ def solve(
     """Quantizes one weight so that its layer's output over the tokens of `statistics` changes least.
 
     The target is `W* = W + correct W C (H + damping)^-1`, its grid is fixed by the scheme's observer, codes follow by
-    `rounding`, and `refine` improves both. A column whose input was always 0 is rounded to nearest: other inputs may not
-    be 0 there. Without a token, or if no damping gives a factor of H, codes are those of round to nearest, and a note
-    says so.
+    `rounding`, and `refine` improves both. A column whose input was always 0 is rounded to nearest, since other inputs
+    may not be 0 there. Without a token, or if no damping gives a factor of H, codes are those of round to nearest, and
+    a note says so.
 
     Args:
         weight: `[N, K]` fp32 / fp16 / bf16, or of a grouped convolution `[groups, N / groups, K]`.
