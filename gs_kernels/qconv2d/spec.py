@@ -2,7 +2,7 @@
 
 A shape is `x` (B, C, H, W), `n` (channels of y), the geometry as `torch.nn.Conv2d` has it, `bits`, `group`, `zero` and
 `activation` as for products (gs_kernels/qmatmul/spec.py), `residual`: None, "float" or, for 8-bit images, "int8",
-`x_zero`: whether x has a zero point, and `out`: whether y is codes.
+`x_zero`: whether x has a zero point, and `out`: whether y is codes; with both, sums of codes were made before.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from gs_kernels.qconv2d.geometry import ConvGeometry, make_geometry
 from gs_kernels.qconv2d.op import qconv2d
 from gs_kernels.qconv2d.op_int8 import qconv2d_int8
 from gs_kernels.qconv2d.ref import qconv2d_int8_ref, qconv2d_ref
+from gs_kernels.qmatmul.op_int8 import code_sums
 from gs_kernels.qmatmul.spec import EXACT, GRAD_TOL, TOL, make_weight
 from gs_kernels.runtime.opspec import Case, Cost, OpSpec, Shape
 
@@ -76,6 +77,8 @@ def make_int8(s: Shape, dtype: torch.dtype, device: torch.device, generator: tor
     kwargs: dict[str, Any] = {name: s[name] for name in (*GEOMETRY, "activation")} | {"dtype": dtype}
     if s["x_zero"]:
         kwargs["x_zero"] = number(-128, 127, whole=True)
+    if s["x_zero"] and s["out"]:
+        kwargs["code_sums"] = code_sums(weight)  # made once, as between converted layers
     if s["residual"] == "int8":
         kwargs |= {"residual": codes(_sizes(s)[2]), "residual_scale": number(0.01, 0.03)}
         kwargs["residual_zero"] = number(-128, 127, whole=True)
