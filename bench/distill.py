@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,6 @@ from gs_algos import PTQ, Distill, SimQAT
 from gs_algos.llm.calibrate import peak_memory
 from gs_algos.llm.load import load_language_model
 from gs_algos.llm.perplexity import perplexity
-from gs_algos.quant.fake_quant.quantizers import WeightQuantizer
-from gs_algos.quant.packed.linear import PackedLinear
-from gs_kernels import PackedWeight
 
 CONTEXT = 1024  # tokens of a window of perplexity and of PTQ's calibration, as in `bench.ptq`
 SLOWER = 4  # rate of the weights over that of their learned steps
@@ -92,7 +89,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     about |= {"batch_size": args.batch_size, "temperature": args.temperature, "seed": args.seed, "amp": args.amp}
     about["float"] = _value(model, ids)
     teacher = copy.deepcopy(model)
-    steps = {} if args.start == "float" else _move_by_ptq(model, args.start, train, args.samples)
+    packed = None if args.start == "float" else _by_ptq(model, args.start, train, args.samples)
     windows = train[: args.steps * args.batch_size * args.context].view(args.steps, args.batch_size, args.context)
     windows = windows[torch.randperm(args.steps, generator=torch.Generator().manual_seed(args.seed))]
     weight = args.weight if ":lsq" in args.weight else f"{args.weight}:mse:lsq"
@@ -100,8 +97,8 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         SimQAT(weight=weight, act=None, rules=HEAD), teacher, logits=1.0, labels=0.0, temperature=args.temperature
     )
     model = algo.apply(model, windows[0])
-    for name, (scale, zero) in steps.items():
-        cast(WeightQuantizer, model.get_submodule(f"{name}.weight_quantizer")).fix(scale, zero)
+    if packed is not None:
+        algo.start_from(packed)
     learned = set(algo.learned_parameters())
     groups = [
         {"params": [parameter for parameter in model.parameters() if parameter not in learned], "lr": args.lr},
@@ -135,29 +132,13 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         print(f"step {step + 1} of {args.steps}: loss {losses[-1]:.4f}, {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
-def _move_by_ptq(model: nn.Module, scheme: str, train: Tensor, samples: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Moves the weights of the float model to where PTQ has them behind its calibration.
-
-    Returns:
-        For each of its layers the steps > 0 and zero points of signed codes, `[C]` fp32.
-    """
+def _by_ptq(model: nn.Module, scheme: str, train: Tensor, samples: int) -> nn.Module:
+    """Returns the model as PTQ packs it; the one that was given stays as it is."""
     batches = [{"input_ids": window[None]} for window in train[: samples * CONTEXT].split(CONTEXT)]
     algo = PTQ(weight=scheme, rules=HEAD)
     calibrated = algo.apply(copy.deepcopy(model), batches[0])
     algo.calibrate(calibrated, batches)
-    parameters = {name: parameter.detach() for name, parameter in calibrated.named_parameters()}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(parameters[name])
-    layers = {n: m for n, m in algo.convert(calibrated).named_modules() if isinstance(m, PackedLinear)}
-    return {name: _positive(layer.packed) for name, layer in layers.items()}
-
-
-def _positive(weight: PackedWeight) -> tuple[Tensor, Tensor]:
-    """Turns groups of negative scales around: `(q - z) s = (-1 - q - (-1 - z)) |s|`, q signed."""
-    scale = weight.scale.float().flatten()
-    zero = torch.as_tensor(weight.zero).float().expand(weight.scale.shape).flatten() - 2 ** (weight.bits - 1)
-    return scale.abs(), torch.where(scale < 0, -1 - zero, zero)
+    return algo.convert(calibrated)
 
 
 def _rate(step: int, steps: int) -> float:

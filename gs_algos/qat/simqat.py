@@ -27,6 +27,7 @@ from gs_algos.core.network import network_of, ordinary_tensors
 from gs_algos.core.plan import Plan, PlanRow, rows_of
 from gs_algos.fx.modularize.functional_calls import modularize_again
 from gs_algos.qat.optimizer_watch import TrainingWatch
+from gs_algos.qat.packed_start import start_from
 from gs_algos.qat.training import QuantizationTraining
 from gs_algos.quant.fake_quant.layers import FakeQuantized, Folded
 from gs_algos.quant.fake_quant.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
@@ -184,6 +185,28 @@ class SimQAT(QuantizationTraining):
         planned = [row.site for row in layer_rows(plan.rows)]
         refuse_nonfinite("SimQAT.apply", ((site, get_module(model, site)) for site in planned))
         return swap_layers(model, plan.rows, self.config.options()), {"modularized": new}
+
+    def start_from(self, packed: nn.Module) -> None:
+        """Begins where PTQ, or another library, left the network: at its packed weights, on their very grids.
+
+        Call it behind `apply`, before training. The schemes are learned, and `:asym` at 2 to 4 bits: PTQ's symmetric
+        grids have scales of both signs, which a step > 0 and a zero point say too.
+
+        Args:
+            packed: a network of the same structure and names, whose layers that are trained here are `PackedLinear`,
+                as `PTQ` and `quantize_weights` make them. It stays as it is.
+
+        Raises:
+            RuntimeError: if `apply` was not called, or training began.
+            ValueError: if layers, tensors or shapes of the two differ, or a scheme is not learned or cannot hold the
+                packed values. The model is then as it was.
+        """
+        who = "SimQAT.start_from"
+        model = self._require_bound("start_from")
+        if self.steps:
+            raise RuntimeError(f"{who}: it must come before training, got {self.steps} steps done")
+        with asked_by(who):
+            start_from(model, self._layers, network_of(packed, who), who)
 
     def after_calibration(self) -> None:
         for name, layer in self._layers.items():
