@@ -4,7 +4,7 @@ A row per setting: perplexity on the first tokens of the text against the float 
 layers' errors over rounding to nearest, seconds and peak memory of the calibration; for quantized keys and values, and
 for the float model, tokens per second behind a prompt of half a window, and the bytes of the cache. Calibration reads
 windows from the second half of the text, so no token is in both. Each row is a process of its own; `--only TEXT` runs
-the settings whose name holds the text. Where model and text come from is told in `bench.language`.
+the setting of that name, or all whose name holds the text. Where model and text come from is told in `bench.language`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     base: dict[str, Any] = {}
     for name in SETTINGS:
-        if args.only in name or name == "float":
+        if name in ("float", args.only) or (args.only in name and args.only not in SETTINGS):
             row = _own_process(args, name)
             base = base or row
             row["perplexity_change"] = round(row["perplexity"] / base["perplexity"] - 1, 6)
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=8192, help="of the text that perplexity is measured on")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a window, of both")
     parser.add_argument("--samples", type=int, default=16, help="windows that are calibrated on")
-    parser.add_argument("--only", default="", help="settings whose name holds this text")
+    parser.add_argument("--only", default="", help="the setting of this name, or all whose name holds it")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--setting", default="", help=argparse.SUPPRESS)
     return parser

@@ -40,14 +40,15 @@ def perplexity(
     """Computes the perplexity of a text in windows of one length; what does not fill a last window is left out.
 
     The first window predicts its tokens but the first; each later one those that no window before it predicted, or, if
-    windows do not overlap, its tokens but the first.
+    windows do not overlap, its tokens but the first. A text that starts with the token that the model's config calls
+    the beginning of a text (`bos_token_id`), as the tokenizers of Gemma and Llama put it, has it before every window.
 
     Args:
         model: called with `ids [1, context]`; returns logits `[1, context, vocabulary]`, or an object with `logits`.
         ids: `[T]` int64, the tokens of the text.
         context: tokens of a window, >= 2; default: 1024, or as many positions as the model has if those are fewer.
-        stride: tokens from one window's start to the next; default: context. Smaller gives every token more context,
-            and takes longer.
+        stride: tokens of the text from one window's start to the next; default: all of a window. Smaller gives every
+            token more context, and takes longer.
         kv: scheme of the keys and values that attention reads, of a language model of Transformers; None for that of
             the model's config, `none` for floats. With KIVI a window is read a group of tokens at a time, since those
             that a token sees as floats depend on where it is.
@@ -68,13 +69,16 @@ def perplexity(
         raise ValueError(
             f"perplexity: the text must fill a window of {context} tokens, got {ids.numel()}; give a smaller context"
         )
-    starts = range(0, len(ids) - context + 1, stride)
+    first = ids[:1] if len(ids) and int(ids[0]) == _beginning(model) else ids[:0]
+    text, size = ids[len(first) :], context - len(first)
+    stride = min(stride, size)
+    starts = range(0, len(text) - size + 1, stride)
     scheme = chosen_kv(model, kv, "perplexity")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     total, tokens = 0.0, 0
     with evaluating(model):
         for start in progress_bar(starts, "perplexity") if progress else starts:
-            window = ids[start : start + context].to(device)
+            window = torch.cat((first, text[start : start + size])).to(device)
             scored = context - 1 if start == 0 else min(stride, context - 1)
             output = model(window[None]) if scheme is None else _through_cache(model, window, scheme)
             total += _surprise(output, window, scored)
@@ -87,11 +91,20 @@ def perplexity(
 
 def _positions(model: nn.Module) -> int | None:
     """Returns how many positions a Transformers model has; None if that is unknown."""
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):  # of a model that takes pictures too, the part that takes text
-        config = config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = getattr(_text_config(model), "max_position_embeddings", None)
     return limit if type(limit) is int and limit > 0 else None
+
+
+def _beginning(model: nn.Module) -> int | None:
+    """Returns the token that begins a text for a Transformers model; None if there is none."""
+    token = getattr(_text_config(model), "bos_token_id", None)
+    return token if type(token) is int else None
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    # of a model that takes pictures too, the part that takes text
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _through_cache(model: Any, window: Tensor, kv: KVScheme) -> Tensor:
