@@ -46,6 +46,7 @@ class Setting:
         far: it trains at the float run's learning rate, not at that of fine-tuning.
         after: the setting whose converted network it starts from; None: the float one.
         distill: options of the Distill around it, whose teacher is the network that it starts from; None: no Distill.
+        longer: the teacher is the float network that was trained on for as many epochs.
     """
 
     algorithm: str
@@ -53,6 +54,7 @@ class Setting:
     far: bool = False
     after: str | None = None
     distill: dict[str, Any] | None = None
+    longer: bool = False
 
 
 def _search(weight: str, act: str | None = None, **options: Any) -> Setting:
@@ -91,6 +93,10 @@ SETTINGS |= {
     f"{prefix}-{name}": replace(SETTINGS[name], distill=options)
     for prefix, options in TEACHERS.items()
     for name in ("simqat-w2a8", "slb-w1", "scop-45", "ghost-2", "adder")
+}
+SETTINGS |= {
+    f"distill-longer-{name}": replace(SETTINGS[name], distill=TEACHERS["distill-t1"], longer=True)
+    for name in ("simqat-w2a8", "slb-w1", "scop-45")
 }
 SETTINGS["pkkd-adder"] = replace(SETTINGS["adder"], distill=PKKD)
 
@@ -198,14 +204,19 @@ class Stages:
         self.seconds[name] = round(time.perf_counter() - started, 1)
         return predict(net, self.data)
 
-    def compress(self, net: nn.Module, sizes: dict[str, Any] | None = None) -> tuple[nn.Module, Tensor]:
-        """Compresses the float network by the setting; returns it, and the logits before its last conversion."""
+    def compress(
+        self, net: nn.Module, sizes: dict[str, Any] | None = None, longer: nn.Module | None = None
+    ) -> tuple[nn.Module, Tensor]:
+        """Compresses the float network by the setting; returns it, and the logits before its last conversion.
+
+        longer: the float network trained on, which some settings have as teacher.
+        """
         args, data = self.args, self.data
         trained = torch.empty(0)
         for name in settings_up_to(args.setting):
             setting = SETTINGS[name]
             config = replace(self.compressed, lr=self.base.lr if setting.far else self.tune.lr)
-            algo = make(setting, args.epochs, batches_per_epoch(data, args.batch_size))
+            algo = make(setting, args.epochs, batches_per_epoch(data, args.batch_size), longer)
             net = algo.apply(net, data.example())
             amp = "-amp" if args.amp else ""
             if algo.trains:
@@ -224,9 +235,10 @@ def measure(args: argparse.Namespace, data: ImageData) -> dict[str, Any]:
     stages = Stages(args, data)
     net = stages.fresh()
     float_logits = stages.train(f"float{args.float_epochs}", net, stages.base)
-    more_logits = stages.train(f"float{args.float_epochs}+{args.epochs}", copy.deepcopy(net), stages.tune)
+    longer = copy.deepcopy(net)
+    more_logits = stages.train(f"float{args.float_epochs}+{args.epochs}", longer, stages.tune)
     sizes = {"float": size(net, data)}
-    net, trained = stages.compress(net, sizes)
+    net, trained = stages.compress(net, sizes, longer)
     converted = predict(net, data)
     reloaded, nbytes = _reload(net, stages.fresh, data)
     setting = SETTINGS[args.setting]
@@ -287,11 +299,15 @@ def size(net: nn.Module, data: ImageData) -> dict[str, Any]:
     }
 
 
-def make(setting: Setting, epochs: int, steps_per_epoch: int) -> gs_algos.Algorithm:
+def make(setting: Setting, epochs: int, steps_per_epoch: int, longer: nn.Module | None = None) -> gs_algos.Algorithm:
     """Makes the algorithm for a training of this length."""
     cls: Any = algorithm_class(setting.algorithm)
     algorithm: gs_algos.Algorithm = cls(**setting.options, **cls.training_options(epochs, steps_per_epoch))
-    return algorithm if setting.distill is None else gs_algos.Distill(algorithm, **setting.distill)
+    if setting.distill is None:
+        return algorithm
+    if setting.longer and longer is None:
+        raise ValueError("--setting: a teacher that was trained on must have epochs, got none")
+    return gs_algos.Distill(algorithm, longer if setting.longer else None, **setting.distill)
 
 
 def calibrate(algo: Any, net: nn.Module, data: ImageData) -> None:
