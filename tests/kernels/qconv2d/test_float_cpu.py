@@ -43,13 +43,13 @@ def test_kept_filters_give_the_sums_of_float64(monkeypatch, size, o, taps, geome
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(size, generator=draw).to(dtype).contiguous(memory_format=torch.channels_last)
     bias = torch.randn(o, generator=draw)
-    for images in (x, torch.cat([x, 2 * x])):  # filters of one size serve others
+    for images in (x, torch.cat([x, 2 * x]), torch.cat([x, 2 * x, x])):  # filters of several images serve others
         y = qconv2d(images, packed, bias, kernel_size=taps, **geometry, activation="relu", keep_dense=True)
         want = F.relu(F.conv2d(images.double(), filters, bias.to(dtype).double(), **geometry))
         assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
         error = (y.double() - want).norm() / want.norm()
         assert error < (1e-6 if dtype == torch.float32 else 4e-3)
-    assert len(prepacked) == 1
+    assert [args[-1][0] for args in prepacked] == sorted({min(len(x), 2), 2})
 
 
 def test_a_changed_weight_is_prepacked_again():
