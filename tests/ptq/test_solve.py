@@ -186,6 +186,10 @@ def test_columns_that_were_always_zero_are_rounded_to_nearest(rounding: str):
     found = solve(w, statistics(x, x + 0.01 * inputs(200, 32, seed=1)), scheme("int8@channel"), options)
     error = (dequantize_packed(found.weight) - w).abs()[:, [3, 17]]
     assert (error <= 0.501 * found.grid.scale.view(-1, 1)).all()
+    refined = solve(w, statistics(x), scheme("int4@group:16"), SolveOptions(rounding=rounding, correct=0))
+    nearest = refined.grid.values(refined.grid.codes(w))
+    assert torch.equal(dequantize_packed(refined.weight)[:, [3, 17]], nearest[:, [3, 17]])
+    assert refined.objective < refined.nearest
 
 
 def test_weights_stay_where_the_input_was_always_zero():

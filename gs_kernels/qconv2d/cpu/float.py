@@ -29,6 +29,7 @@ from gs_kernels.runtime.torch_private import PLAIN, autocasts, convolve_prepacke
 # products in a call from which filters are prepacked: below them the longer call takes more than it saves. None of
 # groups, which ATen itself always leaves to oneDNN
 LEAST, LEAST_POINTWISE, LEAST_IN_GROUPS = 1 << 18, 6 << 20, 0
+LONGEST = 4096  # numbers in a sum of a matrix product: 16,411 came out 1e-6 from what a convolution gives
 MAX_CALLS = 64  # of one weight, which may see images of ever new sizes
 
 Bound: TypeAlias = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]  # of image, bias and residual
@@ -79,7 +80,7 @@ def _bind(
 
 def _by_dense(weight: PackedWeight, geometry: ConvGeometry, dtype: torch.dtype) -> Convolves:
     w = derived(weight, dtype, lambda weight: dequantize_packed(weight, dtype))
-    if geometry.is_pointwise and geometry.groups == 1 and dtype == torch.float32:
+    if geometry.is_pointwise and geometry.groups == 1 and dtype == torch.float32 and w.shape[1] <= LONGEST:
         return lambda image, bias, padding: linear(image.permute(0, 2, 3, 1), w, bias).permute(0, 3, 1, 2)
     return by_filters(filters_of(w, geometry), geometry)
 

@@ -67,14 +67,17 @@ def test_tokens_that_come_one_by_one_are_those_that_come_together():
     assert torch.equal(codes, codes_one) and torch.equal(scale, scale_one)
 
 
-@pytest.mark.parametrize(("four", "most"), [(False, 0.5 / 127), (True, 1 / 8)])
+@pytest.mark.parametrize(("four", "most"), [(False, 0.5 / 127), (True, 0.5 / 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_what_is_read_differs_by_half_a_step_or_at_the_short_end_of_4_bits_by_one(four, most, dtype):
     x, (codes, scale) = drawn(2, 3, 5, 10).to(dtype), empty(2, 3, 5, 10, four=four)
     kv_write_(codes, scale, x)
     y = kv_read(codes, scale, size=10, dtype=dtype)
     assert y.dtype == dtype
-    assert bool(((y - x).float().abs() <= x.float().abs().amax(-1, keepdim=True) * (most + 1e-3)).all())
+    largest = x.float().abs().amax(-1, keepdim=True)
+    short = (x.float() / scale.view(*x.shape[:-1], 1) > 7.5) & four  # beyond the largest code, 7
+    error = (y - x).float().abs() / largest
+    assert bool((error[~short] <= most + 1e-3).all()) and bool((error <= 2 * most + 1e-3).all())
 
 
 def test_a_compiled_function_writes_into_the_cache():

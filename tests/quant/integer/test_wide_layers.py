@@ -50,8 +50,7 @@ def test_a_wide_layer_converts_and_gives_the_same(layer: str, algorithm: str):
     with torch.no_grad():
         want = net(x)
         got = algo.convert(net)(x)
-    # a prime number of floats is summed in one chain, in another order than the trained convolution's
-    assert relative_rms(got, want) < (4e-6 if layer == "prime" else 1e-6)
+    assert relative_rms(got, want) < 1e-6
 
 
 def test_parts_of_a_filter_are_one_sum_that_is_rounded_once():
