@@ -36,7 +36,11 @@ WARMUP = 0.05  # share of the steps in which the rate rises; it then falls like 
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    for name in ("samples", "steps", "batch_size", "context", "every", "tokens"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be >= 1, got {getattr(args, name)}")
     torch.set_num_threads(args.threads)
     if not args.text.is_file():
         print(f"bench.distill: --text must be a file, got {args.text}", file=sys.stderr)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gs_algos.core.algorithm import run
 from gs_algos.core.arguments import as_seed
 from gs_algos.core.batches import device_of
 from gs_algos.core.network import network_of
@@ -61,19 +62,32 @@ def distilled_images(
         `[count, C, H, W]` fp32, on the network's device.
 
     Raises:
-        ValueError: if an argument is out of its range, or no batch norm with running statistics reads the images.
+        ValueError: if an argument is out of its range, the images do not run through the network, or no batch norm with
+            running statistics reads them.
         RuntimeError: if the distance is not finite.
     """
-    shape = tuple(shape)  # type: ignore[assignment]
-    if len(shape) != 3 or any(type(size) is not int or size < 1 for size in shape) or shape[1] * shape[2] < 2:
-        raise ValueError(f"{WHO}: shape must be (C, H, W) of two or more pixels, got {shape}")
+    sizes = tuple(shape) if isinstance(shape, tuple | list) else ()
+    if len(sizes) != 3 or any(type(size) is not int or size < 1 for size in sizes) or sizes[1] * sizes[2] < 2:
+        raise ValueError(f"{WHO}: shape must be (C, H, W) of two or more pixels, got {shape!r:.60}")
     for name, number in (("count", count), ("steps", steps)):
         if type(number) is not int or number < 1:
             raise ValueError(f"{WHO}: {name} must be a whole number >= 1, got {number!r:.60}")
-    if len(pixels) != 2 or not -math.inf < pixels[0] < pixels[1] < math.inf:
+    ends = tuple(pixels) if isinstance(pixels, tuple | list) else ()
+    if (
+        len(ends) != 2
+        or not all(isinstance(end, int | float) for end in ends)
+        or not -math.inf < ends[0] < ends[1] < math.inf
+    ):
         raise ValueError(f"{WHO}: pixels must be (least, largest), finite, got {pixels!r:.60}")
-    if not 0 < lr < math.inf:
-        raise ValueError(f"{WHO}: lr must be finite and > 0, got {lr}")
+    if not isinstance(lr, int | float) or not 0 < lr < math.inf:
+        raise ValueError(f"{WHO}: lr must be finite and > 0, got {lr!r:.60}")
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+        return _trained(network, (count, *sizes), ends, steps, lr, seed)
+
+
+def _trained(
+    network: nn.Module, shape: tuple[int, ...], pixels: tuple[float, ...], steps: int, lr: float, seed: int
+) -> Tensor:
     low, high = map(float, pixels)
     copied = teacher_from(network_of(network, WHO)).float()
     distances: list[Tensor] = []
@@ -85,7 +99,7 @@ def distilled_images(
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
             module.register_forward_pre_hook(keep_distance)
     random = torch.Generator().manual_seed(as_seed(seed, f"{WHO}: seed"))
-    start = (low + high) / 2 + (high - low) / 4 * noise((count, *shape), random)
+    start = (low + high) / 2 + (high - low) / 4 * noise(shape, random)
     x = start.clamp(low, high).to(device_of(copied) or torch.device("cpu")).requires_grad_()
     optimizer = torch.optim.Adam([x], lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -94,7 +108,7 @@ def distilled_images(
     first = math.nan
     for step in progress(range(steps), "making images from batch norms"):
         distances.clear()
-        copied(x)
+        run(copied, x, WHO)
         if not distances:
             raise ValueError(
                 f"{WHO}: the network must have batch norms with running statistics, got none that reads the images; "
@@ -102,7 +116,8 @@ def distilled_images(
             )
         loss = torch.stack(distances).mean()
         if not loss.isfinite():
-            raise RuntimeError(f"{WHO}: the distance must be finite, got {loss.item()} in step {step}; lower lr")
+            told = "lower lr" if step else "are the network's weights and statistics finite?"
+            raise RuntimeError(f"{WHO}: the distance must be finite, got {loss.item()} in step {step}; {told}")
         first = loss.item() if step == 0 else first
         optimizer.zero_grad()
         loss.backward()
@@ -123,7 +138,7 @@ def distance(x: Tensor, norm: Any) -> Tensor:
     return ((mean - norm.running_mean).square() / wanted + (spread - 1).square()).mean()
 
 
-def noise(shape: tuple[int, int, int, int], random: torch.Generator) -> Tensor:
+def noise(shape: tuple[int, ...], random: torch.Generator) -> Tensor:
     """Adds noise of squares of one pixel and of grids of 4, 8, ... squares a side; standard deviation 1 a channel."""
     x = torch.randn(shape, generator=random)
     side = COARSEST

@@ -63,3 +63,10 @@ def test_a_run_leaves_a_row_at_its_start_and_every_so_many_steps(place, tmp_path
 def test_a_text_that_is_too_short_is_refused(place, capsys):
     assert distill.main([*place, "--steps", "1000"]) == 2
     assert "half of the text must hold 16000 tokens, got 126; lower --steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--steps", "--every", "--batch-size", "--context", "--samples", "--tokens"])
+def test_a_count_below_1_is_refused_before_a_model_is_read(option, capsys):
+    with pytest.raises(SystemExit):
+        distill.main(["--model", "none", "--text", "none", option, "0"])
+    assert f"{option} must be >= 1, got 0" in capsys.readouterr().err

@@ -71,6 +71,11 @@ def test_ptq_calibrates_on_them(net):
     "change, words",
     [
         ({"shape": (16, 16)}, r"shape must be \(C, H, W\) of two or more pixels, got \(16, 16\)"),
+        ({"shape": 16}, r"shape must be \(C, H, W\) of two or more pixels, got 16"),
+        ({"network": nn.Conv2d(4, 4, 3)}, "the inputs must run through the model, got .*to have 4 channels, but got 3"),
+        ({"pixels": 3}, r"pixels must be \(least, largest\), finite, got 3"),
+        ({"pixels": ("0", "1")}, r"pixels must be \(least, largest\), finite"),
+        ({"lr": "fast"}, "lr must be finite and > 0, got 'fast'"),
         ({"count": 0}, "count must be a whole number >= 1, got 0"),
         ({"steps": 2.5}, "steps must be a whole number >= 1, got 2.5"),
         ({"pixels": (1.0, -1.0)}, r"pixels must be \(least, largest\), finite, got \(1.0, -1.0\)"),
@@ -85,6 +90,15 @@ def test_wrong_arguments_are_refused(change, words):
     arguments: dict[str, Any] = {"network": nn.BatchNorm2d(3), "shape": SHAPE, "pixels": PIXELS, **change}
     with pytest.raises(ValueError, match=words):
         distilled_images(**arguments)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_mode_of_the_caller_changes_nothing(mode):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    wanted = distilled_images(net, SHAPE, 2, pixels=PIXELS, steps=2)
+    with mode():
+        x = distilled_images(net, SHAPE, 2, pixels=PIXELS, steps=2)
+    assert torch.equal(x, wanted) and not x.is_inference()
 
 
 def test_a_distance_that_is_not_finite_is_refused():
