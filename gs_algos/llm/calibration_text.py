@@ -21,7 +21,8 @@ class CalibrationText:
 
     Args:
         windows: `[1, context]` int64 each, for the statistics.
-        rest: `[T]` int64, tokens behind them, on which perplexity is measured; may be empty.
+        rest: `[T]` int64, tokens behind them, on which perplexity is measured, with the one that begins a text before
+            them where the tokenizer puts it; may be empty.
         source: what was read, for messages.
     """
 
@@ -97,4 +98,7 @@ def calibration_text(
     left = min(measured, max(len(ids) - samples * context, len(ids) // 10))
     count = min(samples, max(1, (len(ids) - left) // context))
     windows = [window[None] for window in ids[: count * context].split(context)]
-    return CalibrationText(windows, ids[count * context :][:measured].to(torch.int64), source)
+    rest = ids[count * context :][:measured]
+    if len(rest) and int(ids[0]) == getattr(tokenizer, "bos_token_id", None):  # perplexity looks for it there
+        rest = torch.cat((ids[:1], rest))[:measured]
+    return CalibrationText(windows, rest.to(torch.int64), source)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 
 from gs_algos.cli.app import run
 from gs_algos.llm import calibrate
@@ -226,6 +227,15 @@ def test_a_text_gives_a_part_to_the_measurement(text):
     cut = calibration_text(text, tiny_tokenizer(), 1000, 16, 64, "quantize")
     assert cut.tokens % 16 == 0 and cut.tokens <= 0.9 * tokens and 0 < len(cut.rest) <= 64
     assert calibration_text(text, tiny_tokenizer(), 2, 16, 64, "quantize").tokens == 32
+
+
+def test_the_measured_part_begins_as_the_tokenizer_begins_a_text(text):
+    plain = calibration_text(text, tiny_tokenizer(), 2, 16, 32, "quantize").rest
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    begun = calibration_text(text, tokenizer, 2, 16, 32, "quantize")
+    assert begun.windows[0][0, 0] == 1 and begun.rest[0] == 1 and len(begun.rest) == 32
+    assert torch.equal(begun.rest[2:], plain[:30])  # the first window lost its last token to <s>
 
 
 @pytest.mark.parametrize(
