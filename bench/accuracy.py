@@ -306,7 +306,7 @@ def make(setting: Setting, epochs: int, steps_per_epoch: int, longer: nn.Module 
     if setting.distill is None:
         return algorithm
     if setting.longer and longer is None:
-        raise ValueError("--setting: a teacher that was trained on must have epochs, got none")
+        raise ValueError("--setting: its teacher is the float network trained on, which only bench.accuracy makes")
     return gs_algos.Distill(algorithm, longer if setting.longer else None, **setting.distill)
 
 

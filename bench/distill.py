@@ -82,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yields a row at the start and every so many steps."""
+    weight = args.weight if ":lsq" in args.weight else f"{args.weight}:mse:lsq"
+    student = SimQAT(weight=weight, act=None, rules=HEAD)
     model, tokenizer = load_language_model(args.model, dtype=torch.float32)
     words = args.text.read_text(encoding="utf-8")
     ids = first_tokens(tokenizer, words, args.tokens)
@@ -96,10 +98,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     packed = None if args.start == "float" else _by_ptq(model, args.start, train, args.samples)
     windows = train[: args.steps * args.batch_size * args.context].view(args.steps, args.batch_size, args.context)
     windows = windows[torch.randperm(args.steps, generator=torch.Generator().manual_seed(args.seed))]
-    weight = args.weight if ":lsq" in args.weight else f"{args.weight}:mse:lsq"
-    algo = Distill(
-        SimQAT(weight=weight, act=None, rules=HEAD), teacher, logits=1.0, labels=0.0, temperature=args.temperature
-    )
+    algo = Distill(student, teacher, logits=1.0, labels=0.0, temperature=args.temperature)
     model = algo.apply(model, windows[0])
     if packed is not None:
         algo.start_from(packed)
