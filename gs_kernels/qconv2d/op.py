@@ -208,8 +208,9 @@ def qconv2d(
         activation: `none`, `relu`, `relu6`, `hardswish`, `gelu` (exact) or `silu`.
         residual: fp32 / fp16 / bf16, the shape of y, any strides.
         keep_dense: on a CPU, dequantize the weight in the first call only and keep that while its codes live, which
-            takes the memory of a float layer and saves up to two thirds of the time with few pixels. Changes of its
-            tensors through `.data` or numpy then go unnoticed. A GPU never does.
+            saves up to two thirds of the time with few pixels. It takes the memory of a float layer for each of the
+            first four sizes of images, one and several apart, and once for all others. Changes of the weight's tensors
+            through `.data` or numpy then go unnoticed. A GPU never does.
 
     Returns:
         `[B, O, P, Q]`, dtype of x, channels-last.

@@ -30,6 +30,7 @@ from gs_kernels.runtime.torch_private import PLAIN, autocasts, convolve_prepacke
 # groups, which ATen itself always leaves to oneDNN
 LEAST, LEAST_POINTWISE, LEAST_IN_GROUPS = 1 << 18, 6 << 20, 0
 LONGEST = 4096  # numbers in a sum of a matrix product: 16,411 came out 1e-6 from what a convolution gives
+MAX_LAYOUTS = 4  # of the filters of one weight, for sizes of images; others have ATen's call
 MAX_CALLS = 64  # of one weight, which may see images of ever new sizes
 
 Bound: TypeAlias = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]  # of image, bias and residual
@@ -90,8 +91,8 @@ def _by_prepacked(
 ) -> Convolves | None:
     """Returns the convolution with filters that lie as oneDNN multiplies them; None where a call gains nothing.
 
-    ATen's own call lays them anew each time. oneDNN lays those of one image otherwise than those of several, and takes
-    up to 40 times as long with the other ones.
+    ATen's own call lays them anew each time. oneDNN lays them by the size of images, and otherwise for one than for
+    several: with those of another size, or number, it takes up to 60 times as long.
     """
     b, c, h, w = shape
     products = b * math.prod(geometry.output(h, w)) * math.prod(weight.shape)
@@ -110,7 +111,12 @@ def _by_prepacked(
         return prepack(filters, padding, stride, dilation, groups, [images, c, h, w])
 
     images = min(b, 2)
-    filters = derived(weight, (dtype, "prepacked", geometry, images), build)
+    layout = (dtype, geometry, images, h, w)
+    layouts: set[Any] = derived(weight, "layouts", lambda weight: set())
+    if layout not in layouts and len(layouts) >= MAX_LAYOUTS:
+        return None
+    layouts.add(layout)
+    filters = derived(weight, layout, build)
     return lambda image, bias, padding: run(image, filters, bias, padding, stride, dilation, groups, "none", (), "")
 
 

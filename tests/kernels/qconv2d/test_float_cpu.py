@@ -52,6 +52,20 @@ def test_kept_filters_give_the_sums_of_float64(monkeypatch, size, o, taps, geome
     assert [args[-1][0] for args in prepacked] == sorted({min(len(x), 2), 2})
 
 
+def test_filters_are_laid_for_four_sizes_of_images_at_most(monkeypatch):
+    packed, filters = weight(32, 32, (3, 3))
+    prepacked, real = [], module.prepack_filters
+    monkeypatch.setattr(module, "prepack_filters", lambda *args: prepacked.append(args[-1]) or real(*args))
+    draw = torch.Generator().manual_seed(1)
+    sizes = [(1, 32, 16, 16), (2, 32, 16, 16), (3, 32, 16, 16), (1, 32, 16, 17), (1, 32, 20, 16), (1, 32, 24, 16)]
+    for size in [*sizes, *sizes]:
+        x = torch.randn(size, generator=draw)
+        want = F.conv2d(x.double(), filters, padding=1)
+        y = qconv2d(x, packed, kernel_size=3, padding=1, keep_dense=True)
+        assert (y.double() - want).norm() / want.norm() < 1e-6
+    assert [tuple(size) for size in prepacked] == [sizes[0], sizes[1], sizes[3], sizes[4]]
+
+
 def test_a_changed_weight_is_prepacked_again():
     size, o, taps, geometry = CASES["3 x 3"]
     packed, _ = weight(o, size[1], taps)
