@@ -3,8 +3,9 @@
 A row per setting: perplexity on the first tokens of the text against the float model of the same run, the mean of the
 layers' errors over rounding to nearest, seconds and peak memory of the calibration; for quantized keys and values, and
 for the float model, tokens per second behind a prompt of half a window, and the bytes of the cache. Calibration reads
-windows from the second half of the text, so no token is in both. Each row is a process of its own; `--only TEXT` runs
-the setting of that name, or all whose name holds the text. Where model and text come from is told in `bench.language`.
+windows from the second half of the text, so no token is in both; a batch holds at most as many tokens as a window of
+the measurement. Each row is a process of its own; `--only TEXT` runs the setting of that name, or all whose name holds
+the text. Where model and text come from is told in `bench.language`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ PLAIN = {"correct": 0.0, "refine": 0, "bias": False, "damp": 0.01}
 NEAREST = {"rounding": "nearest", "refine": 0}
 HEAD = [("lm_head", None)]
 CACHES = ("int8@token", "int4@token", "int4@kivi:32", "int2@kivi:32")
-TUNED = 30  # steps of a rounding that is tuned
 DECODED = 32  # tokens behind a prompt of half a window, whose speed is a row's
 # name -> (weight, options of PTQ); nearest runs no calibration
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -56,10 +56,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "transforms": ("awq",),
     },
     **{f"{weight} rotate gptq": {"weight": weight, "transforms": ("rotate",)} for weight in WEIGHTS},
-    **{
-        f"{weight} signround {TUNED} steps": {"weight": weight, "rounding": "signround", "steps": TUNED}
-        for weight in WEIGHTS
-    },
+    **{f"{weight} signround": {"weight": weight, "rounding": "signround"} for weight in WEIGHTS},
     "4.25 bits gptq": {"budget": "4.25 bits", "choices": ("int2@group:64", "int4@group:64", "int8@channel")},
     **{f"float, cache {kv}": {"kv": kv} for kv in CACHES},
     "int4@group:64 gptq, cache int8@token": {"weight": "int4@group:64", "kv": "int8@token"},
@@ -68,6 +65,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    args.window = args.window or args.context
     torch.set_num_threads(args.threads)
     if args.setting:
         print(json.dumps(measure(args)))
@@ -92,8 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, required=True, help="a GGUF file or a Transformers folder")
     parser.add_argument("--text", type=Path, required=True, help="a UTF-8 text file")
     parser.add_argument("--tokens", type=int, default=8192, help="of the text that perplexity is measured on")
-    parser.add_argument("--context", type=int, default=1024, help="tokens of a window, of both")
+    parser.add_argument("--context", type=int, default=1024, help="tokens of a window")
     parser.add_argument("--samples", type=int, default=16, help="windows that are calibrated on")
+    parser.add_argument("--window", type=int, help="tokens of a window that is calibrated on; default: --context")
+    parser.add_argument("--steps", type=int, default=200, help="of signround, a block")
     parser.add_argument("--only", default="", help="the setting of this name, or all whose name holds it")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--setting", default="", help=argparse.SUPPRESS)
@@ -102,7 +102,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _own_process(args: argparse.Namespace, name: str) -> dict[str, Any]:
     options = {"model": args.model, "text": args.text, "tokens": args.tokens, "context": args.context}
-    options |= {"samples": args.samples, "threads": args.threads, "setting": name}
+    options |= {"samples": args.samples, "window": args.window, "steps": args.steps}
+    options |= {"threads": args.threads, "setting": name}
     command = [sys.executable, "-m", "bench.ptq", *(str(part) for pair in options.items() for part in _flag(*pair))]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=dict(os.environ))
@@ -124,9 +125,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     kv, weights = options.get("kv"), bool(options.keys() - {"kv"})
     row: dict[str, Any] = {"context": args.context, "samples": args.samples if weights else 0}
     if weights:
-        needed = args.samples * args.context
-        calibration = first_tokens(tokenizer, words[len(words) // 2 :], needed)
-        batches = [{"input_ids": window[None]} for window in calibration.split(args.context)]
+        windows = calibration_windows(tokenizer, words, args.samples, args.window)
+        batches = [{"input_ids": ids} for ids in windows.split(max(1, args.context // args.window))]
+        if args.window != args.context:
+            row["window"] = args.window
+        if options.get("rounding") == "signround":
+            row["steps"] = options["steps"] = args.steps
         rules: list[Any] = [*HEAD]
         if "budget" in options:
             found = mixed_bits(model, batches[:8], options.pop("budget"), options.pop("choices"), rules=HEAD)
@@ -179,6 +183,18 @@ class Clock:
 
     def end(self) -> None:
         """Does nothing."""
+
+
+def calibration_windows(tokenizer: Any, text: str, count: int, size: int) -> torch.Tensor:
+    """Returns windows `[count, size]` from the beginning of the second half of a text.
+
+    Raises:
+        ValueError: if there are not as many tokens.
+    """
+    ids = first_tokens(tokenizer, text[len(text) // 2 :], count * size)
+    if len(ids) < count * size:
+        raise ValueError(f"the second half of the text must have {count} x {size} tokens, got {len(ids)}")
+    return ids.view(count, size)
 
 
 def first_tokens(tokenizer: Any, text: str, count: int) -> torch.Tensor:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from bench import record
-from bench.ptq import first_tokens
+from bench.ptq import calibration_windows, first_tokens
 from bench.tables.language import WEIGHTS
 from gs_algos.llm.calibrate import peak_memory
 from gs_algos.llm.load import load_language_model
@@ -43,7 +43,7 @@ FLOAT = "float"
 
 @dataclass(frozen=True)
 class Job:
-    """Holds what a library is told: the model and where it lies, windows of `[context]` tokens, the grid, the steps."""
+    """Holds what a library is told: the model and where it lies, windows of tokens, the grid, the steps."""
 
     folder: Path
     model: Any
@@ -151,6 +151,7 @@ PEERS = {
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    args.window = args.window or args.context
     torch.set_num_threads(args.threads)
     if args.task:
         result = measure(args)
@@ -200,9 +201,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", type=Path, required=True, help="a UTF-8 text file")
     parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), help=f"schemes; default: {', '.join(WEIGHTS)}")
     parser.add_argument("--tokens", type=int, default=8192, help="of the text that perplexity is measured on")
-    parser.add_argument("--context", type=int, default=1024, help="tokens of a window, of both")
+    parser.add_argument("--context", type=int, default=1024, help="tokens of a window")
     parser.add_argument("--samples", type=int, default=16, help="windows that are calibrated on")
-    parser.add_argument("--steps", type=int, default=200, help="of auto-round")
+    parser.add_argument("--window", type=int, help="tokens of a window that is calibrated on; default: --context")
+    parser.add_argument("--steps", type=int, default=200, help="of auto-round, a block")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--task", default="", help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
@@ -214,7 +216,7 @@ def _own_process(args: argparse.Namespace, task: str) -> dict[str, Any]:
 
     The process runs in a folder that goes with it: libraries write logs where they are.
     """
-    names = ("peer", "tokens", "context", "samples", "steps", "threads")
+    names = ("peer", "tokens", "context", "samples", "window", "steps", "threads")
     options = [part for name in names for part in (f"--{name}", str(getattr(args, name)))]
     options += ["--model", str(args.model.resolve()), "--text", str(args.text.resolve())]
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -234,7 +236,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     words = args.text.read_text(encoding="utf-8")
     row: dict[str, Any] = {"context": args.context}
     if args.task != FLOAT:
-        windows = first_tokens(tokenizer, words[len(words) // 2 :], args.samples * args.context).split(args.context)
+        windows = calibration_windows(tokenizer, words, args.samples, args.window).unbind()
+        if args.window != args.context:
+            row["window"] = args.window
         scheme = Scheme.parse(args.task, "weight")
         group = scheme.granularity.size if isinstance(scheme.granularity, PerGroup) else None
         peer = PEERS[args.peer]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from bench import record
 from bench.tables.cells import SHORT, Rows, last, mb, table
@@ -34,17 +35,17 @@ def language(rows: Rows) -> str:
 def ptq(rows: Rows) -> str:
     """Tabulates a row per setting of PTQ: perplexity, the layers' errors over rounding to nearest, time and memory."""
     ours = [row for row in rows if row["kind"] == "ptq" and "provider" not in row]
-    latest = last(ours, "model", "setting", "samples", "context")
+    latest = last(ours, "model", "setting", "samples", "context", "window", "steps")
     lines = []
     models = list(dict.fromkeys(row["model"] for row in ours))
     for row in sorted(latest.values(), key=lambda row: (models.index(row["model"]), row["perplexity"])):
         kept = [f"{row[name]:.3f}" if name in row else "-" for name in ("ratio", "held_out")]
         seconds = f"{row['seconds']:.0f}" if "seconds" in row else "-"
         memory = f"{row['peak_bytes'] / 1e9:.1f} GB" if "peak_bytes" in row else "-"
-        tokens = f"{row['samples'] * row['context']:,}" if "ratio" in row else "-"
+        tokens = f"{row['samples'] * row.get('window', row['context']):,}" if "ratio" in row else "-"
         value = f"{row['perplexity']:.4g}" if row["perplexity"] < 1e4 else f"{row['perplexity']:,.0f}"
         change, name = f"{row['perplexity_change']:+.1%}", Path(row["model"]).stem
-        lines.append((name, row["setting"], value, change, *kept, tokens, seconds, memory))
+        lines.append((name, _told(row, row["setting"]), value, change, *kept, tokens, seconds, memory))
     head = (
         "model",
         "setting",
@@ -93,21 +94,26 @@ def ptq_peers(rows: Rows) -> str:
     measured = [row for row in rows if row["kind"] == "ptq" and row["model"].startswith(theirs)]
     schemes = [scheme for scheme in WEIGHTS if any(row.get("weight") == scheme for row in measured)]
     lines = []
-    latest = last(measured, "provider", "setting", "samples", "context", "steps").values()
+    latest = last(measured, "provider", "setting", "samples", "context", "window", "steps").values()
     for row in sorted(latest, key=lambda row: row["perplexity"]):
         weight, _, method = row["setting"].partition(" ")
         if weight not in schemes or "@" in method:  # "@": of activations or of keys and values
             continue
         name = f"{row['provider']} {row['version']}" if "provider" in row else "golden-stick"
-        told = f"{method}, {row['steps']} steps" if "steps" in row else method
         value = f"{row['perplexity']:.4g}" if row["perplexity"] < 1e4 else f"{row['perplexity']:,.0f}"
         times = (f"{row[key]:.0f}" if key in row else "-" for key in ("seconds", "cpu_seconds"))
         memory = f"{row['peak_bytes'] / 1e9:.1f} GB" if "peak_bytes" in row else "-"
         change = f"{row['perplexity_change']:+.1%}"
-        lines.append((weight, name, told, value, change, *times, row["threads"], memory))
+        lines.append((weight, name, _told(row, method), value, change, *times, row["threads"], memory))
     lines.sort(key=lambda line: schemes.index(line[0]))
     head = ("weights", "library", "method", "perplexity", "against float", "seconds", "CPU seconds", "threads", "peak")
     return table(head, lines)
+
+
+def _told(row: dict[str, Any], method: str) -> str:
+    """Returns a method with its steps, and with its windows where they are not those of the measurement."""
+    told = f", {row['steps']} steps" if "steps" in row else ""
+    return method + told + (f", {row['samples']} windows of {row['window']}" if "window" in row else "")
 
 
 def serving(rows: Rows) -> str:
