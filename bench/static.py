@@ -33,7 +33,7 @@ from gs_kernels.aot import Launch, launches_of, report
 from gs_kernels.aot.ir_cost import work_of
 from gs_kernels.aot.trace import traced
 from gs_kernels.runtime.dispatch import INTERPRET
-from gs_kernels.runtime.opspec import AotCase, OpSpec, Shape, specs
+from gs_kernels.runtime.opspec import AotCase, OpSpec, Shape, distinct_launches, specs
 from gs_kernels.tuning.cost_model import Prediction, bandwidth_share, estimate, predict_call
 from gs_kernels.tuning.gpu_specs import CARDS, TYPICAL, Card
 
@@ -64,14 +64,14 @@ def _times(prediction: Prediction) -> dict[str, Any]:
 
 
 def kernel_rows(cards: Iterable[Card] = TYPICAL, op: str | None = None) -> Iterator[dict[str, Any]]:
-    """Yields one row per kernel of each case of the gate and card, also where the gate has no bounds for it.
+    """Yields one row per kernel of each launch of the gate and card, also where the gate has no bounds for it.
 
-    A case that a target does not compile gets a row with the reason.
+    A launch that a target does not compile gets a row with the reason.
     """
     from triton.compiler.errors import CompilationError
 
     for spec in specs():
-        for case in spec.aot if op in (None, spec.name) else ():
+        for case in distinct_launches(spec.aot) if op in (None, spec.name) else ():
             for card in cards:
                 place = {"case": f"{spec.name}/{case.name}", "target": card.target}
                 try:

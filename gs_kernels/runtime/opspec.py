@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeAlias
 
@@ -63,6 +63,7 @@ class Case:
 class AotCase:
     """Describes one launch to compile without a GPU: `launch()` calls the op's own launcher on meta tensors.
 
+    Cases of one name are one launch, with bounds for different targets: `distinct_launches`.
     Bounds are for the whole kernel, on every target unless said: no spills ever; `max_regs` per thread;
     `max_instructions` issued per element by one thread (NVIDIA targets), `elements` being what one program handles,
     in one turn of its loop if it has one; `max_shared_stores` in the hot loop (NVIDIA), copies of the pipeline apart.
@@ -111,6 +112,28 @@ class OpSpec:
     regimes: Callable[[bool], Iterator[tuple[str, Callable[[], Any]]]] | None = None
     backward: bool = False
     backward_cost: Callable[[Shape, torch.dtype], Cost] | None = None
+
+
+def distinct_launches(cases: Iterable[AotCase]) -> list[AotCase]:
+    """Returns the cases of the gate by name, each once: the first of a name, with the targets of all.
+
+    Raises:
+        ValueError: if two cases of a name differ in elements, or share a target.
+    """
+    found: dict[str, AotCase] = {}
+    for case in cases:
+        first = found.setdefault(case.name, replace(case, targets=()))
+        shared = set(first.targets) & set(case.targets)
+        if shared or first.elements != case.elements:
+            got = (
+                f"both for {', '.join(sorted(shared))}" if shared else f"{first.elements} and {case.elements} elements"
+            )
+            raise ValueError(
+                f"gs_kernels.aot: cases named {case.name} must be one launch with bounds for different targets, "
+                f"got {got}; give them different names"
+            )
+        found[case.name] = replace(first, targets=(*first.targets, *case.targets))
+    return list(found.values())
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], argument: Any) -> Any:

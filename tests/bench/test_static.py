@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import shutil
+from collections import Counter
 
 import pytest
 
 from gs_kernels.runtime.dispatch import INTERPRET
+from gs_kernels.runtime.opspec import AotCase, distinct_launches, specs
 
 if INTERPRET:
     pytest.skip("TRITON_INTERPRET=1: kernels cannot be compiled in this process", allow_module_level=True)
@@ -34,6 +36,25 @@ ROW = {
 def test_no_kernel_and_no_training_step_is_worse_than_what_is_kept():
     # the other targets take minutes: `python -m bench.static --check`
     assert static.check(static.FOLDER, [CARDS["h100"]]) == []
+
+
+def test_a_launch_of_the_gate_with_bounds_by_target_has_one_row_a_kernel():
+    kept = record.read_rows(static.FOLDER / "kernels.jsonl")
+    counts = Counter((row["case"], row["target"], row.get("kernel")) for row in kept)
+    assert len(counts) > 700 and set(counts.values()) == {1}
+    names = {f"{spec.name}/{case.name}" for spec in specs() for case in spec.aot}
+    assert {row["case"] for row in kept} == names
+
+
+def test_cases_of_one_name_are_one_launch_for_different_targets():
+    hopper = AotCase("case", lambda: None, 1024, max_regs=168, targets=("sm_90",))
+    others = dataclasses.replace(hopper, max_regs=255, targets=("sm_80", "sm_100"))
+    (one,) = distinct_launches([hopper, others])
+    assert one == dataclasses.replace(hopper, targets=("sm_90", "sm_80", "sm_100"))
+    with pytest.raises(ValueError, match=r"cases named case must be one launch.*got both for sm_90; give them diff"):
+        distinct_launches([hopper, dataclasses.replace(others, targets=("sm_90",))])
+    with pytest.raises(ValueError, match=r"got 1024 and 512 elements"):
+        distinct_launches([hopper, dataclasses.replace(others, elements=512)])
 
 
 def test_the_page_is_that_of_the_rows():
