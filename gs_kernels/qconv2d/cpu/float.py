@@ -24,11 +24,12 @@ from gs_kernels.qconv2d.dense import Convolves, by_filters, convolve_by, convolv
 from gs_kernels.qconv2d.geometry import ConvGeometry, ConvolvesImages
 from gs_kernels.qmatmul.cpu.float import computed_in, without_autocast
 from gs_kernels.runtime.dispatch import backend_setting
+from gs_kernels.runtime.instructions import has
 from gs_kernels.runtime.torch_private import PLAIN, autocasts, convolve_prepacked, is_plain_call, prepack_filters
 
 # products in a call from which filters are prepacked: below them the longer call takes more than it saves. None of
-# groups, which ATen itself always leaves to oneDNN
-LEAST, LEAST_POINTWISE, LEAST_IN_GROUPS = 1 << 18, 6 << 20, 0
+# groups, which ATen itself always leaves to oneDNN; of pixels alone a matrix product wins longer without AVX-512
+LEAST, LEAST_IN_GROUPS, LEAST_POINTWISE, LEAST_POINTWISE_AVX512 = 1 << 18, 0, 6 << 20, 2 << 20
 LONGEST = 4096  # numbers in a sum of a matrix product: 16,411 came out 1e-6 from what a convolution gives
 MAX_LAYOUTS = 4  # of the filters of one weight, for sizes of images; others have ATen's call
 MAX_CALLS = 64  # of one weight, which may see images of ever new sizes
@@ -96,9 +97,8 @@ def _by_prepacked(
     """
     b, c, h, w = shape
     products = b * math.prod(geometry.output(h, w)) * math.prod(weight.shape)
-    least = LEAST_IN_GROUPS if geometry.groups > 1 else LEAST_POINTWISE if geometry.taps == 1 else LEAST
     prepack, run = prepack_filters, convolve_prepacked
-    if products < least or prepack is None or run is None or not torch.backends.mkldnn.is_available():
+    if products < _least(geometry) or prepack is None or run is None or not torch.backends.mkldnn.is_available():
         return None
     stride, dilation, groups = geometry.stride, geometry.dilation, geometry.groups
     padding = geometry.top, geometry.left
@@ -118,6 +118,14 @@ def _by_prepacked(
     layouts.add(layout)
     filters = derived(weight, layout, build)
     return lambda image, bias, padding: run(image, filters, bias, padding, stride, dilation, groups, "none", (), "")
+
+
+def _least(geometry: ConvGeometry) -> int:
+    if geometry.groups > 1:
+        return LEAST_IN_GROUPS
+    if geometry.taps > 1:
+        return LEAST
+    return LEAST_POINTWISE_AVX512 if has("avx512_f") else LEAST_POINTWISE
 
 
 def _calls_of(weight: PackedWeight) -> dict[Any, Bound]:

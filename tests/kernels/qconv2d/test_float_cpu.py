@@ -99,6 +99,19 @@ def test_few_products_of_pixels_alone_are_those_of_a_matrix(monkeypatch, memory_
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("avx512", [True, False])
+def test_a_matrix_product_wins_longer_without_avx512(monkeypatch, avx512):
+    packed, filters = weight(64, 64, (1, 1))
+    prepacked, real = [], module.prepack_filters
+    monkeypatch.setattr(module, "prepack_filters", lambda *args: prepacked.append(args) or real(*args))
+    monkeypatch.setattr(module, "has", lambda name: avx512 and name == "avx512_f")
+    x = torch.randn(1, 64, 28, 28, generator=torch.Generator().manual_seed(1))  # 3.2 million products
+    y = qconv2d(x, packed, kernel_size=1, keep_dense=True)
+    want = F.conv2d(x.double(), filters)
+    assert (y.double() - want).norm() / want.norm() < 1e-6
+    assert len(prepacked) == avx512
+
+
 def test_a_repeated_call_sees_what_has_changed():
     packed, filters = weight(8, 8, (3, 3))
     x, bias = torch.randn(1, 8, 5, 5, generator=torch.Generator().manual_seed(1)), torch.zeros(8)
