@@ -127,7 +127,9 @@ def export_language_model(
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         kept = [name for name in linears if name not in config.layers or name in floats]
         kept += routers(model) if experts else []
-        _write_config(out, folder, writer.config(kept))
+        top = model.get_output_embeddings()  # type: ignore[operator]
+        head = next((name for name in linears if name not in kept and model.get_submodule(name) is top), None)
+        _write_config(out, folder, writer.config(kept, head))
     layers = len(config.layers) - len(floats)
     return InterchangeResult(Path(target), layers, tuple(sorted(floats)), shards.nbytes, config.kv)
 

@@ -103,5 +103,5 @@ class MxBlocksWriter:
         blocks, scales = to_mx_blocks(weight, self.stacks[name].experts, name=name)
         return {BLOCKS: blocks, SCALES: scales}
 
-    def config(self, floats: list[str]) -> dict[str, Any]:
+    def config(self, floats: list[str], head: str | None) -> dict[str, Any]:
         return {"quant_method": METHOD, "modules_to_not_convert": FLOATS}

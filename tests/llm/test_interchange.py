@@ -82,6 +82,16 @@ def test_compressed_tensors_get_the_config_of_llm_compressor(packed: Any, tmp_pa
     assert tensors["model.layers.0.mlp.up_proj.weight_shape"].tolist() == [96, 64]
 
 
+def test_compressed_tensors_name_a_packed_output_head(packed: Any, tmp_path: Path):
+    """vLLM's class of it is no `Linear`: without its name it loads the head as floats, and finds none."""
+    source = packed("int4@group:32", False)
+    export_language_model(source, tmp_path / "out", "compressed-tensors")
+    (group,) = config_of(tmp_path / "out")["config_groups"].values()
+    assert group["targets"] == ["Linear", "lm_head"] and config_of(tmp_path / "out")["ignore"] == []
+    assert import_language_model(tmp_path / "out", tmp_path / "back").layers == 15
+    assert torch.equal(logits(load_language_model(tmp_path / "back")[0]), logits(load_language_model(source)[0]))
+
+
 def test_gptq_names_uneven_layers_and_says_its_version(packed: Any, tmp_path: Path):
     export_language_model(packed("int4@group:32", rules=UNEVEN), tmp_path / "one", "gptq")
     config = config_of(tmp_path / "one")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # vllm.sh [--prepare] [FOLDER [SECONDS]]: SmolLM2-135M, packed, in the CPU build of vLLM: check_vllm.py says what is
-# compared.
+# compared. Then tiny models in other libraries' formats: check_exports.py.
 # Makes its own virtual environment in FOLDER (3.5 GB; kept, and used again), or in a temporary one. Eight clients ask at
 # once for SECONDS (60). With --prepare it makes what FOLDER is to hold, and checks nothing.
 set -euo pipefail
@@ -51,4 +51,5 @@ fi
 step "checks"
 export VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 VLLM_LOGGING_LEVEL=ERROR
 python "$root/tests/serving/check_vllm.py" . --seconds "${2:-60}"
+python "$root/tests/serving/check_exports.py" exports
 step "done"

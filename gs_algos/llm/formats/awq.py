@@ -43,7 +43,7 @@ class AwqWriter:
             )
         return to_awq(weight, name=name)
 
-    def config(self, floats: list[str]) -> dict[str, Any]:
+    def config(self, floats: list[str], head: str | None) -> dict[str, Any]:
         return {
             "quant_method": "awq",
             "bits": BITS,

@@ -32,8 +32,13 @@ class Writer(Protocol):
     def layer(self, name: str, weight: PackedWeight) -> dict[str, Tensor]:
         """Returns the tensors of one layer, by their names behind the layer's, and a dot if they begin with no `_`."""
 
-    def config(self, floats: list[str]) -> dict[str, Any]:
-        """Returns the `quantization_config`; floats: linear layers that were not given to `layer`."""
+    def config(self, floats: list[str], head: str | None) -> dict[str, Any]:
+        """Returns the `quantization_config`.
+
+        Args:
+            floats: linear layers that were not given to `layer`.
+            head: the output head, if it was given to `layer`.
+        """
 
 
 class Reader(Protocol):

@@ -53,8 +53,9 @@ class CompressedTensorsWriter:
             self.groups.append((args, kind, [name]))
         return tensors
 
-    def config(self, floats: list[str]) -> dict[str, Any]:
+    def config(self, floats: list[str], head: str | None) -> dict[str, Any]:
         alone, kinds = len(self.groups) == 1, {kind for _, kind, _ in self.groups}
+        every = ["Linear", *([] if head is None else [head])]  # vLLM's class of an output head has another name
         return {
             "quant_method": "compressed-tensors",
             "format": MIXED if len(kinds) > 1 else next(iter(kinds)),
@@ -64,7 +65,7 @@ class CompressedTensorsWriter:
             "ignore": floats,
             "config_groups": {
                 f"group_{i}": {
-                    "targets": ["Linear"] if alone else names,
+                    "targets": every if alone else names,
                     "input_activations": None,
                     "output_activations": None,
                     "weights": {**args, "dynamic": False, "actorder": None, "observer": "minmax"},

@@ -39,7 +39,7 @@ class GptqWriter:
         self.symmetric &= not isinstance(weight.zero, Tensor) and weight.zero == 2 ** (weight.bits - 1)
         return tensors
 
-    def config(self, floats: list[str]) -> dict[str, Any]:
+    def config(self, floats: list[str], head: str | None) -> dict[str, Any]:
         (bits, group_size), _ = Counter(self.layers.values()).most_common(1)[0]
         dynamic: dict[str, dict[str, int]] = {f"-:^{re.escape(name)}$": {} for name in floats}
         for name, (own, group) in self.layers.items():
@@ -51,7 +51,7 @@ class GptqWriter:
             "group_size": group_size,
             "desc_act": False,
             "sym": self.symmetric,
-            "lm_head": False,
+            "lm_head": head is not None,
             "checkpoint_format": "gptq" if self.version == 1 else "gptq_v2",
             "pack_dtype": "int32",
             **({"dynamic": dynamic} if dynamic else {}),
