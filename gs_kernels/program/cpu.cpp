@@ -15,6 +15,7 @@ void depthwise_int8(
     const Convolution*, const int8_t*, const float*, int64_t, void*, const void*, const float*, const float*, int);
 void to_codes(const Codes*, const float*, int8_t*, int);
 void sum_codes(const Sum*, const int8_t*, const int8_t*, void*, int);
+bool sum_codes_twice(const Sum*, const Sum*, const int8_t*, const int8_t*, int8_t*, void*, int);
 void lay_channels_last(const Image*, const int8_t*, int8_t*, int);
 void adder_codes(const AdderCodes*, const int8_t*, void*, const void*, const float*, const float*, int);
 }
@@ -57,9 +58,17 @@ EXPORT void run_calls(const Call* calls, int64_t count, char* scratch, char* con
       case QUANTIZE:
         to_codes(static_cast<const Codes*>(call->fixed), reinterpret_cast<const float*>(x), y, of);
         break;
-      case ADD:
-        sum_codes(static_cast<const Sum*>(call->fixed), x, other, y, of);
+      case ADD: {
+        const auto* sum = static_cast<const Sum*>(call->fixed);
+        const Call* next = call + 1;  // the same values for another reader, on its grid
+        if (next < calls + count && next->kernel == ADD && next->x == call->y && next->other == NONE &&
+            sum_codes_twice(sum, static_cast<const Sum*>(next->fixed), x, other, y, at(next->y), of)) {
+          ++call;
+        } else {
+          sum_codes(sum, x, other, y, of);
+        }
         break;
+      }
       case CHANNELS_LAST:
         lay_channels_last(static_cast<const Image*>(call->fixed), x, y, of);
         break;

@@ -40,27 +40,57 @@ struct Sum {
   int32_t activation, codes;
 };
 
+namespace {
+
+// Elements start..end of y.
+void sum_piece(const Sum sum, const int8_t* a, const int8_t* b, void* y, int64_t start, int64_t end) {
+  const F a_scale = all(sum.a_scale), a_zero = all(sum.a_zero), b_scale = all(sum.b_scale), b_zero = all(sum.b_zero);
+  const F inverse = all(sum.inverse), fraction = all(sum.fraction), whole = all(sum.whole);
+  const F least = all(sum.least), largest = all(sum.largest);
+  for (int64_t i = start; i < end; i += LANES) {
+    const int64_t n = end - i;
+    F v = (in_fp32(load(a + i, n)) - a_zero) * a_scale;
+    if (b) v = v + (in_fp32(load(b + i, n)) - b_zero) * b_scale;
+    if (sum.activation) v = max(all(0.0f), v);
+    if (sum.activation == 2) v = min(all(6.0f), v);
+    if (sum.codes) {
+      store(static_cast<int8_t*>(y) + i, codes_of(v, inverse, fraction, whole, least, largest), n);
+    } else {
+      store(static_cast<float*>(y) + i, v, n);
+    }
+  }
+}
+
+// Calls piece(start, end) for all of `count` elements.
+template <class Piece>
+void in_pieces(int64_t count, int threads, const Piece& piece) {
+  parallel_for(threads, (count + PIECE - 1) / PIECE, [&](int64_t i) {
+    piece(i * PIECE, std::min((i + 1) * PIECE, count));
+  });
+}
+
+}  // namespace
+
 // y: the real values of codes, added, activated, and in fp32 or as codes on a grid. b may be null.
 EXPORT void sum_codes(const Sum* of, const int8_t* a, const int8_t* b, void* y, int threads) {
-  const Sum sum = *of;
-  parallel_for(threads, (sum.count + PIECE - 1) / PIECE, [&](int64_t piece) {
-    const int64_t start = piece * PIECE, end = std::min(start + PIECE, sum.count);
-    const F a_scale = all(sum.a_scale), a_zero = all(sum.a_zero), b_scale = all(sum.b_scale), b_zero = all(sum.b_zero);
-    const F inverse = all(sum.inverse), fraction = all(sum.fraction), whole = all(sum.whole);
-    const F least = all(sum.least), largest = all(sum.largest);
-    for (int64_t i = start; i < end; i += LANES) {
-      const int64_t n = end - i;
-      F v = (in_fp32(load(a + i, n)) - a_zero) * a_scale;
-      if (b) v = v + (in_fp32(load(b + i, n)) - b_zero) * b_scale;
-      if (sum.activation) v = max(all(0.0f), v);
-      if (sum.activation == 2) v = min(all(6.0f), v);
-      if (sum.codes) {
-        store(static_cast<int8_t*>(y) + i, codes_of(v, inverse, fraction, whole, least, largest), n);
-      } else {
-        store(static_cast<float*>(y) + i, v, n);
-      }
-    }
+  in_pieces(of->count, threads, [&](int64_t start, int64_t end) { sum_piece(*of, a, b, y, start, end); });
+}
+
+// Does sum_codes(of, a, b, y) and sum_codes(next, y, null, z) in one pass, while pieces of y are in a cache. Returns false,
+// and does nothing, where z lies over what other pieces are still to read.
+EXPORT bool sum_codes_twice(
+    const Sum* of, const Sum* next, const int8_t* a, const int8_t* b, int8_t* y, void* z, int threads) {
+  const auto* first = static_cast<const int8_t*>(z);
+  const int64_t count = of->count, nbytes = count * (next->codes ? 1 : sizeof(float));
+  const auto is_apart = [&](const int8_t* x) {
+    return !x || (next->codes && x == first) || first + nbytes <= x || x + count <= first;
+  };
+  if (!of->codes || next->count != count || !is_apart(a) || !is_apart(b)) return false;
+  in_pieces(count, threads, [&](int64_t start, int64_t end) {
+    sum_piece(*of, a, b, y, start, end);
+    sum_piece(*next, y, nullptr, z, start, end);
   });
+  return true;
 }
 
 struct Image {

@@ -57,6 +57,37 @@ def test_memory_is_used_again_once_it_was_read(calls: list[Any]):
     assert torch.equal(other, chain(-x, 20)) and torch.equal(got, y)
 
 
+@pytest.mark.parametrize("ahead", [0, 35000])  # numbers that lie before the summand, and are not needed any more
+@pytest.mark.parametrize("to_codes", [True, False])
+@pytest.mark.parametrize("is_kept", [True, False])
+@pytest.mark.parametrize("count", [1, 4097, 70001])
+def test_a_sum_on_two_grids_takes_no_memory_that_is_still_read(
+    calls: list[Any], count: int, is_kept: bool, to_codes: bool, ahead: int
+):
+    x = torch.randn(count, generator=torch.Generator().manual_seed(0)) * 5
+    quantize, add = to_codes_of(count, GRID, 0), sum_codes_of((0.125, 3.0), (0.25, 3.0), "relu", GRID)
+    again = sum_codes_of((0.125, 3.0), None, "none", (5.0, 0.25, -7.0, -128.0, 127.0) if to_codes else None)
+    last = add if to_codes else to_codes_of(count, GRID, 0)
+    assert quantize is not None and add is not None and again is not None and last is not None
+    if ahead:
+        early, small = torch.ones(ahead), to_codes_of(ahead, GRID, 0)
+        assert small is not None
+        early_codes = small(early)
+    codes = quantize(x)
+    if ahead:
+        used = add(early_codes, None)
+    y = add(codes, codes)
+    z = again(y, None)
+    w = last(z, y) if to_codes else last(z)  # type: ignore[call-arg]
+    want = ((codes.double() - 3) * 0.375).relu()
+    assert torch.equal(y, (want.float() * 8 + 0).round().add(3).clamp(-128, 127).to(torch.int8))
+    wanted = [w, *([y] if is_kept else []), *([used] if ahead else [])]
+    program = Program(calls, [x, *([early] if ahead else [])], wanted)
+    scratch = torch.full((program.scratch,), 77, dtype=torch.uint8)
+    for got, one in zip(program([x, *([early] if ahead else [])], scratch), wanted, strict=True):
+        assert torch.equal(got, one)
+
+
 def test_a_call_that_reads_what_nobody_wrote_is_refused(calls: list[Any]):
     x = torch.linspace(-9, 9, COUNT)
     y = chain(x, 2)
