@@ -44,7 +44,7 @@ class Work:
     asked: bytes that its programs load and store in all, the same ones by several too: what passes L2.
     reads, writes: those tensors, by `id`, each with its bytes.
     flops: of matrix products, by the kind of their operands: "16bit", "int8", "fp8" or "fp32".
-    turns: of its longest loop, as the first program runs it; 1 without a loop.
+    turns: of its longest loop, as the program runs it that has most, of the first and the last; 1 without a loop.
     early: whether it is launched while the launch before it runs, and waits for that on the GPU.
     """
 
@@ -74,10 +74,11 @@ def _end(lines: Sequence[str], at: int) -> int:
 
 
 class _Reader:
-    """Follows the first program through the IR: integers that it can know, and which argument a pointer points into."""
+    """Follows a program through the IR: integers that it can know, and which argument a pointer points into."""
 
-    def __init__(self, values: list[object]) -> None:
+    def __init__(self, values: list[object], program: tuple[int, ...]) -> None:
         self.values = values
+        self.program = program  # its number along each axis
         self.tensors: dict[str, torch.Tensor] = {}
         self.integers: dict[str, int] = {}
         self.nbytes: dict[str, int] = {}  # of the tensor that an argument is
@@ -90,7 +91,7 @@ class _Reader:
         self.turns = 1
 
     def read(self, lines: Sequence[str]) -> None:
-        """Reads lines in the order in which the first program runs them: a loop that has others in it turn by turn."""
+        """Reads lines in the order in which the program runs them: a loop that has others in it turn by turn."""
         at = 0
         while at < len(lines):
             line = lines[at]
@@ -147,7 +148,7 @@ class _Reader:
         if op == "arith.constant" and (number := _NUMBER.match(rest.strip())):
             self.integers[name] = int(number[0]) if number[0][-1].isdigit() else int(number[0] == "true")
         elif op == "tt.get_program_id":
-            self.integers[name] = 0
+            self.integers[name] = self.program["xyz".index(rest.strip()[0])]
         elif op in _SAME:
             self._same(name, operands[0])
         elif op in _ARITHMETIC:
@@ -178,9 +179,14 @@ def work_of(launch: Launch) -> Work:
         ValueError: if the turns of a loop cannot be known before it runs.
     """
     signature = launch.compiled.src.signature
-    reader = _Reader([launch.args.get(name) for name, kind in signature.items() if kind != "constexpr"])
+    values = [launch.args.get(name) for name, kind in signature.items() if kind != "constexpr"]
     lines = [line.strip() for line in launch.compiled.asm["ttir"].splitlines()]
-    reader.read([line if line.startswith("tt.func") else _LOCATION.sub("", line) for line in lines if line[:1] != "#"])
+    lines = [line if line.startswith("tt.func") else _LOCATION.sub("", line) for line in lines if line[:1] != "#"]
+    grid = (*launch.grid, 1, 1)[:3]
+    readers = [_Reader(values, program) for program in {(0, 0, 0), tuple(size - 1 for size in grid)}]
+    for one in readers:
+        one.read(lines)
+    reader = max(readers, key=lambda one: one.turns)  # of equal shares, some have a block more than others
     programs = math.prod(launch.grid)
     stored = sum(reader.nbytes[name] for name in reader.stored)
     return Work(

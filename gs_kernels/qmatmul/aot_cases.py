@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from gs_kernels.pack.layouts import PLANAR, PackedWeight
-from gs_kernels.qmatmul.tiles import BROAD, FEW_ROWS, Plan, choose_int8_plan, choose_plan, default_rule, rows_tile
+from gs_kernels.qmatmul.tiles import BROAD, FEW_ROWS, MANY, PAIR, Plan, default_int8_rule, default_rule, rows_tile
 from gs_kernels.runtime.opspec import AotCase
 
 N, K = 14336, 4096
 ALL = ("sm_80", "sm_90", "sm_100", "gfx942")
 ELSEWHERE = ("sm_80", "sm_100", "gfx942")
 HOPPER = ("sm_90",)
+BLACKWELL = ("sm_100",)
 
 
 def _meta(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -40,21 +41,27 @@ def _shared(plan: Plan, shared: bool, sm: int, sm_count: int) -> Plan:
     )
 
 
-def _plan(bits: int, m: int, x_bits: int, broad: bool, sm: int, sm_count: int) -> Plan:
-    if broad:
-        return next(rule.larger for rule in BROAD if rule.larger is not None and m == rule.rows)
-    plan = choose_plan(m, N, K, bits, x_bits=x_bits, levels=False, sm=sm, sm_count=sm_count)
-    return plan if m > BROAD[-1].rows or x_bits == 32 else default_rule(m, sm).plan
+def _plan(bits: int, m: int, x_bits: int, tiles: str, sm: int) -> Plan:
+    """Returns the plan for m rows whose tiles have m rows, where there is one, else the first of the rule."""
+    if tiles == "pair":
+        return PAIR
+    if tiles == "broad":
+        return next(rule.others[0] for rule in BROAD if m == rule.rows)
+    rule = default_rule(m, sm)
+    if x_bits == 32:
+        return replace(rule.plan, block_n=rule.plan.block_n // 2)
+    most = 128 if bits == 8 else 256
+    return next((plan for plan in (rule.plan, *rule.others) if plan.block_m == m <= most), rule.plan)
 
 
 def _launcher(
-    bits: int, m: int, group: int, points: bool, dtype: torch.dtype, shared: bool, broad: bool
+    bits: int, m: int, group: int, points: bool, dtype: torch.dtype, shared: bool, tiles: str
 ) -> Callable[[], Any]:
     def run() -> Any:
         kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
         x = _meta(m, K, dtype=dtype)
         asm, sm, sm_count = kernel.device_of(x)
-        plan = _plan(bits, m, 8 * x.itemsize, broad, sm, sm_count)
+        plan = _plan(bits, m, 8 * x.itemsize, tiles, sm)
         weight = _weight(bits, group, points, dtype)
         return kernel.multiply(x, weight, None, "none", _shared(plan, shared, sm, sm_count), asm)
 
@@ -69,19 +76,19 @@ def matmul(
     points: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     shared: bool = False,
-    broad: bool = False,
+    tiles: str = "",
     **bounds: Any,
 ) -> AotCase:
     """Launches a product.
 
     Args:
         shared: programs take equal shares of its blocks, else a tile each.
-        broad: tiles of 256 columns.
+        tiles: "broad" of 256 columns, "pair" of 128 rows by four warps; "" those of the rule.
     """
-    kind = f"{'-points' if points else ''}{'-broad' if broad else ''}{'-shared' if shared else ''}"
+    kind = f"{'-points' if points else ''}{tiles and f'-{tiles}'}{'-shared' if shared else ''}"
     name = f"w{bits}-m{m}-g{group}{kind}-{str(dtype).removeprefix('torch.')}"
-    block_n = _plan(bits, m, 8 * dtype.itemsize, broad, 90, 132).block_n
-    launch = _launcher(bits, m, group, points, dtype, shared, broad)
+    block_n = _plan(bits, m, 8 * dtype.itemsize, tiles, 90).block_n
+    launch = _launcher(bits, m, group, points, dtype, shared, tiles)
     return AotCase(name, launch, elements=128 * block_n, **({"max_regs": 255} | bounds))
 
 
@@ -93,40 +100,63 @@ def dequantize(bits: int, **bounds: Any) -> AotCase:
     return AotCase(f"dequantize-w{bits}", run, elements=128 * 32, **bounds)
 
 
-def matmul_fp8(bits: int, m: int, *, shared: bool = False, **bounds: Any) -> AotCase:
+def _int8_plan(m: int, group: int, tile: tuple[int, int] | None, sm: int) -> Plan:
+    """Returns the plan of large tiles with so many rows and columns; None: the first of the rule for m rows."""
+    if tile is None:
+        return default_int8_rule(m, K, group, False, sm).plan
+    return replace(MANY, block_m=tile[0], block_n=tile[1])
+
+
+def _int8_name(m: int, kind: str, shared: bool, tile: tuple[int, int] | None) -> str:
+    sizes = "" if tile is None else f"-{tile[0]}x{tile[1]}"
+    return f"m{m}{kind}{sizes}{'-shared' if shared else ''}"
+
+
+def matmul_fp8(
+    bits: int, m: int, *, shared: bool = False, tile: tuple[int, int] | None = None, **bounds: Any
+) -> AotCase:
+    """Launches a product of 8-bit floats; shared: as of `matmul`, tile: rows and columns, if not the usual ones."""
+
     def run() -> Any:
         kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
         _, sm, sm_count = kernel.device_of(_meta(1))
-        plan = _shared(choose_int8_plan(m, N, K, bits, 128, sm=sm, sm_count=sm_count), shared, sm, sm_count)
+        plan = _shared(_int8_plan(m, 128, tile, sm), shared, sm, sm_count)
         x8, sums = _meta(m, K, dtype=torch.float8_e4m3fn), _meta(K // 128, m, dtype=torch.float32)
         x_scale, weight = _meta(m, dtype=torch.float32), _weight(bits, 128, False, torch.bfloat16)
         return kernel.multiply_int8(x8, x_scale, sums, None, weight, None, "none", torch.bfloat16, plan, True)
 
-    return AotCase(
-        f"w{bits}f8-m{m}{'-shared' if shared else ''}", run, elements=128 * 128, **({"max_regs": 255} | bounds)
-    )
+    elements = 128 * (128 if tile is None else tile[1])
+    return AotCase(f"w{bits}f8-{_int8_name(m, '', shared, tile)}", run, elements, **({"max_regs": 255} | bounds))
 
 
 def matmul_int8(
-    bits: int, m: int, *, group: int, zero: bool = False, points: bool = False, shared: bool = False, **bounds: Any
+    bits: int,
+    m: int,
+    *,
+    group: int,
+    zero: bool = False,
+    points: bool = False,
+    shared: bool = False,
+    tile: tuple[int, int] | None = None,
+    **bounds: Any,
 ) -> AotCase:
     """Launches a product of 8-bit rows; zero: x has a zero point and one scale, as between converted layers.
 
-    points, shared: as of `matmul`.
+    points, shared: as of `matmul`; tile: as of `matmul_fp8`.
     """
 
     def run() -> Any:
         kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
         asm, sm, sm_count = kernel.device_of(_meta(1))
-        plan = _shared(choose_int8_plan(m, N, K, bits, group, sm=sm, sm_count=sm_count), shared, sm, sm_count)
+        plan = _shared(_int8_plan(m, group, tile, sm), shared, sm, sm_count)
         weight, x = _weight(bits, group, points, torch.float32), _meta(m, K, dtype=torch.int8)
         x_scale = _meta(1 if zero else m, dtype=torch.float32)
         grid = (_meta(1, dtype=torch.float32), _meta(N, K // group, dtype=torch.int32)) if zero else None
         return kernel.multiply_int8(x, x_scale, None, grid, weight, None, "none", torch.bfloat16, plan, asm)
 
-    kind = f"{'-zero' if zero else ''}{'-points' if points else ''}{'-shared' if shared else ''}"
-    name = f"w{bits}a8-m{m}-g{group}{kind}"
-    return AotCase(name, run, elements=128 * 128, **({"max_regs": 255} | bounds))
+    kind = f"-g{group}{'-zero' if zero else ''}{'-points' if points else ''}"
+    elements = 128 * (128 if tile is None else tile[1])
+    return AotCase(f"w{bits}a8-{_int8_name(m, kind, shared, tile)}", run, elements, **({"max_regs": 255} | bounds))
 
 
 def matmul_fp4(name: str, m: int, **bounds: Any) -> AotCase:
@@ -229,10 +259,15 @@ MATMUL = (
     matmul(1, 16, shared=True, max_instructions=2.1, **FEW_SHARED),
     matmul(8, 16, shared=True, max_instructions=2.7, **SHARED),
     matmul(4, 64, shared=True, max_instructions=2.7, **MORE_SHARED),
-    matmul(4, 64, shared=True, broad=True, max_instructions=2.7, **MORE_SHARED),
-    matmul(8, 64, shared=True, broad=True, max_instructions=2.9, **MORE_SHARED),
-    matmul(4, 32, shared=True, broad=True, max_instructions=2.6, **MORE_SHARED),
-    matmul(4, 64, group=32, points=True, shared=True, broad=True, **MORE_SHARED | {"max_shared_stores": 8}),
+    matmul(4, 64, shared=True, tiles="broad", max_instructions=2.7, **MORE_SHARED),
+    matmul(8, 64, shared=True, tiles="broad", max_instructions=2.9, **MORE_SHARED),
+    matmul(4, 32, shared=True, tiles="broad", max_instructions=2.6, **MORE_SHARED),
+    matmul(4, 64, group=32, points=True, shared=True, tiles="broad", **MORE_SHARED | {"max_shared_stores": 8}),
+    matmul(4, 128, tiles="pair", max_instructions=2.7, **MORE),
+    matmul(2, 128, tiles="pair", max_instructions=2.6, **MORE),
+    matmul(1, 128, tiles="pair", max_instructions=3.0, **MORE),
+    matmul(4, 128, tiles="pair", dtype=torch.float16, max_instructions=3.2, **MORE),
+    matmul(4, 128, group=32, tiles="pair", max_instructions=3.1, **MORE),
     matmul(4, 128, max_instructions=3.6, **MORE),
     matmul(4, 128, shared=True, max_instructions=3.6, **MORE_SHARED),
     # of tiles of 256 rows, where a weight serves twice as many as in those of 128
@@ -242,6 +277,12 @@ MATMUL = (
     matmul(1, 256, max_instructions=4.2, **MORE),
     matmul(8, 256, max_instructions=3.8, **MORE),
     matmul(4, 256, group=64, points=True, max_instructions=6, **MORE),
+    matmul(4, 64, tiles="broad", max_instructions=2.7, **MORE),
+    matmul(4, 64, tiles="broad", max_instructions=2.5, targets=BLACKWELL),
+    matmul(4, 64, shared=True, tiles="broad", targets=BLACKWELL),
+    matmul(8, 64, shared=True, tiles="broad", targets=BLACKWELL),
+    matmul(4, 32, shared=True, tiles="broad", targets=BLACKWELL),
+    matmul(4, 64, group=32, points=True, shared=True, tiles="broad", targets=BLACKWELL),
     matmul(4, 16, targets=ELSEWHERE),
     matmul(4, 256, targets=ELSEWHERE),
     matmul(4, 16, shared=True, targets=ELSEWHERE),
@@ -266,12 +307,29 @@ INT8 = (
     matmul_int8(1, 64, group=128, max_instructions=3.6, max_shared_stores=4, targets=("sm_80", "sm_90")),
     matmul_int8(8, 256, group=K, mma="IGMMA", max_instructions=2.5, max_shared_stores=4, targets=HOPPER),
     matmul_int8(8, 256, group=K, zero=True, mma="IGMMA", max_instructions=2.5, max_shared_stores=4, targets=HOPPER),
+    matmul_int8(
+        4, 64, group=128, tile=(64, 256), mma="IGMMA", max_instructions=2.5, max_shared_stores=4, targets=HOPPER
+    ),
+    matmul_int8(4, 64, group=128, tile=(64, 256), targets=("sm_80", "sm_100", "gfx942")),
+    matmul_int8(4, 64, group=128, tile=(64, 256), mma="IGMMA", max_instructions=2.5, **INT8_SHARED, targets=HOPPER),
+    matmul_int8(4, 64, group=128, tile=(64, 256), **INT8_SHARED, targets=("sm_80", "sm_100", "gfx942")),
+    matmul_int8(4, 32, group=128, tile=(32, 256), mma="IGMMA", max_instructions=2.0, **INT8_SHARED, targets=HOPPER),
+    matmul_int8(4, 32, group=128, tile=(32, 256), **INT8_SHARED, targets=("sm_80", "sm_100", "gfx942")),
+    matmul_int8(8, 64, group=K, tile=(64, 256), zero=True, mma="IGMMA", max_instructions=1.6, targets=HOPPER),
+    matmul_int8(8, 256, group=K, tile=(128, 256), mma="IGMMA", max_instructions=1.6, targets=HOPPER),
+    matmul_int8(8, 256, group=K, tile=(128, 256), zero=True, mma="IGMMA", max_instructions=1.6, targets=HOPPER),
+    matmul_int8(4, 256, group=K, tile=(128, 256), zero=True, mma="IGMMA", max_instructions=1.6, targets=HOPPER),
+    matmul_int8(8, 256, group=K, tile=(256, 128), max_instructions=2.6, targets=("sm_90", "sm_100")),
+    matmul_int8(8, 256, group=K, tile=(256, 128), zero=True, max_instructions=2.6, targets=("sm_90", "sm_100")),
     matmul_int8(4, 256, group=32, max_shared_stores=16, targets=("sm_90", "sm_100")),
     matmul_int8(8, 256, group=K, targets=("sm_80", "gfx942")),
 )
 FP8 = (
     matmul_fp8(4, 16, mma="QGMMA", max_instructions=4.4, **INT8_SHARED, targets=HOPPER),
     matmul_fp8(4, 64, mma="QGMMA", max_instructions=4.4, **INT8_SHARED, targets=HOPPER),
+    matmul_fp8(4, 64, tile=(64, 256), mma="QGMMA", max_instructions=3.0, max_shared_stores=4, targets=HOPPER),
+    matmul_fp8(4, 64, tile=(64, 256), mma="QGMMA", max_instructions=3.0, **INT8_SHARED, targets=HOPPER),
+    matmul_fp8(4, 64, tile=(64, 256), **INT8_SHARED, targets=BLACKWELL),
     matmul_fp8(4, 256, mma="QGMMA", max_regs=208, max_instructions=4.4, max_shared_stores=4, targets=HOPPER),
 )
 ROWS = (quantize_rows(4096, max_instructions=26, targets=HOPPER), quantize_rows(14336, targets=("sm_80", "gfx942")))

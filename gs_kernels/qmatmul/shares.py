@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from gs_kernels.tuning.gpu_specs import Card
@@ -14,8 +14,20 @@ from gs_kernels.tuning.launch_time import ALONE, TURN, Program, launch_times
 
 SHORTEST = 3  # blocks of a share: what a pipeline of four stages loads before it multiplies
 MOST_TILES = 8  # of rows: with more, each is a tile
-BESIDE_TILE, BESIDE_SHARE = 270, 520  # instructions of a warp around its loops
-REGISTERS = 65536  # of an SM
+COUNTS = (*range(1, MOST_TILES + 1), 10, 12, 14, 16, 32, 64, 128)  # of tiles of rows that are told apart
+
+
+@dataclass(frozen=True)
+class Code:
+    """Counts the machine code of a kernel.
+
+    issued: instructions a weight in its loop, as `Report.per_element` has them. beside: of a warp, around the loop.
+    held: how many programs an SM holds; 0 if the code spills: only a tile that was timed runs it.
+    """
+
+    issued: float
+    beside: int
+    held: int
 
 
 @dataclass(frozen=True)
@@ -23,8 +35,9 @@ class Tile:
     """Describes a tile whose loop takes 128 elements of K a turn.
 
     rows: of x, cols: of the weight. x_bytes, weight_bytes: of an element. kind: of products, as `Card.peaks` has it.
-    issued: instructions a weight, as `Report.per_element` counts them. registers: of a thread, beside the sums.
-    stages: of the pipeline.
+    stages: of the pipeline; x_stages: those that shared memory has room for in x.
+    adding: instructions of a warp that adds parts of a tile, beside 22 a part.
+    alone, shared: its code where a program does a tile, and where it does a share of all.
     """
 
     rows: int
@@ -32,28 +45,30 @@ class Tile:
     x_bytes: int
     weight_bytes: float
     kind: str
-    issued: float
-    registers: int
     warps: int
     stages: int
+    x_stages: int
+    adding: int
+    alone: Code
+    shared: Code
 
-    @property
-    def held(self) -> int:
-        """Returns how many programs an SM holds."""
-        threads = 32 * self.warps
-        return max(1, REGISTERS // threads // (self.registers + self.rows * self.cols // threads))
+    def program(
+        self, code: Code, blocks: int, memory: float, beside_memory: float, beside_l2: float, card: Card
+    ) -> Program:
+        """Returns a program that takes so many blocks, with bytes beside them.
 
-    def turn(self, card: Card) -> Program:
-        """Returns what one block of a program takes."""
+        memory: bytes of its blocks that no other program reads, so that they come from memory.
+        """
         weight, x = 128 * self.cols * self.weight_bytes, 128 * self.rows * self.x_bytes
-        issued = self.issued * 128 * self.cols / 32
+        issued = blocks * code.issued * 128 * self.cols / 32 + code.beside * self.warps
+        memory, through_l2 = memory + beside_memory, blocks * (weight + x) + beside_l2
         return Program(
-            memory=weight,
-            through_l2=weight + x,
-            waiting=(self.stages - 1) * weight,
-            products_us=2 * 128 * self.cols * self.rows * card.sm_count / card.peaks[self.kind] / 1e6,
+            memory=memory,
+            through_l2=through_l2,
+            waiting=((self.stages - 1) * weight + self.x_stages * x) * min(1.0, memory / through_l2),
+            products_us=blocks * 2 * 128 * self.cols * self.rows * card.sm_count / card.peaks[self.kind] / 1e6,
             issue_us=issued / card.issue_rate * 1e6,
-            alone_us=(ALONE * issued / self.warps + TURN) / card.clock / 1e3,
+            alone_us=(ALONE * issued / self.warps + TURN * blocks) / card.clock / 1e3,
         )
 
 
@@ -70,53 +85,51 @@ class Split:
 
 
 @lru_cache(maxsize=4096)
-def split(tile: Tile, tiles: int, blocks: int, rows: int, per_sm: int, card: Card, early: bool, always: bool) -> Split:
+def split(
+    tile: Tile, tiles_m: int, tiles_n: int, blocks: int, rows: int, per_sm: int, card: Card, early: bool, always: bool
+) -> Split:
     """Chooses what is done soonest: a tile each, or shares with one program an SM, or more.
 
     Args:
-        tiles, blocks: how many there are, and of each along K.
+        tiles_m, tiles_n, blocks: how many tiles of rows and of columns there are, and how many blocks of each along K.
         rows: of a tile that there are at most.
         per_sm: the most programs that an SM should get; 0 if shares are not wanted.
         early: whether what adds the parts may be launched while they are made.
         always: whether shares are taken wherever there are blocks for them: they have been timed.
     """
-    turn, sms, y = tile.turn(card), card.sm_count, 2 * rows * tile.cols
-    whole = _program(turn, blocks, BESIDE_TILE, tile.warps, card, memory=y, through_l2=y)
-    best = Split(0, 1, card.launch_us + launch_times(tiles, tile.held, whole, card).us)
+    sms, tiles, y = card.sm_count, tiles_m * tiles_n, 2 * rows * tile.cols
     work, found = tiles * blocks, []
+    # what tiles have in common is read from memory once
+    operands = work * 128 * (tile.cols * tile.weight_bytes / tiles_m + tile.rows * tile.x_bytes / tiles_n)
+    whole = tile.program(tile.alone, blocks, operands / tiles, y, y, card)
+    best = Split(0, 1, card.launch_us + launch_times(tiles, max(tile.alone.held, 1), whole, card).us)
     for each in range(per_sm, 0, -1):
         programs = min(sms, work // SHORTEST) if each == 1 else each * sms
-        if programs == 0 or work < SHORTEST * programs:
+        if programs == 0 or work < SHORTEST * programs or not (tile.shared.held or always):
             continue
-        parts = 4 * rows * tile.cols * (tiles + programs)
-        blocks_each = -(-work // min(programs, sms)) / each
+        most, parts = parts_of(tiles, blocks, programs), 4 * rows * tile.cols * (tiles + programs)
         spilled = parts if parts > card.l2_bytes // 2 else 0  # from L2 to memory, and back
-        part = _program(
-            turn, blocks_each, BESIDE_SHARE, tile.warps, card, memory=spilled / programs, through_l2=parts / programs
+        part = tile.program(
+            tile.shared, -(-work // programs), operands / programs, spilled / programs, parts / programs, card
         )
-        us = card.launch_us + launch_times(programs, tile.held, part, card).us
+        us = card.launch_us + launch_times(programs, max(tile.shared.held, 1), part, card).us
         us += card.early_us if early else card.launch_us
-        us += max((tiles * y + spilled) / card.bandwidth, (tiles * y + parts) / card.l2_bandwidth) / 1e3
+        us += max(
+            (tiles * y + spilled) / card.bandwidth / 1e3,
+            tiles * (y + 4 * rows * tile.cols * most) / card.l2_bandwidth / 1e3,
+            -(-tiles * -(-rows // 4) // sms) * 4 * (tile.adding + 22 * most) / card.issue_rate * 1e6,
+        )
         found.append(Split(programs, each, us))
     if always and found:
         return found[0]
     return min([best, *found], key=lambda one: one.us)
 
 
-def _program(
-    turn: Program, blocks: float, beside: int, warps: int, card: Card, memory: float = 0.0, through_l2: float = 0.0
-) -> Program:
-    """Returns a program of so many turns, with instructions and bytes beside them."""
-    return replace(
-        turn,
-        memory=blocks * turn.memory + memory,
-        through_l2=blocks * turn.through_l2 + through_l2,
-        products_us=blocks * turn.products_us,
-        issue_us=blocks * turn.issue_us + beside * warps / card.issue_rate * 1e6,
-        alone_us=blocks * turn.alone_us + ALONE * beside / card.clock / 1e3,
-    )
+def parts_of(tiles: int, blocks: int, shares: int) -> int:
+    """Counts the programs, at most, whose shares meet in one of `tiles` tiles of `blocks` blocks along K."""
+    return min((blocks - 1) * shares // (tiles * blocks) + 2, blocks)
 
 
 def tiles_of_rows(m: int, block_m: int) -> int:
-    """Returns how many tiles m rows are, 0 if more than `MOST_TILES`; compares m only."""
-    return next((count for count in range(1, MOST_TILES + 1) if m <= count * block_m), 0)
+    """Returns the least of `COUNTS` such that m rows are no more tiles, the last if they are more; compares m only."""
+    return next((count for count in COUNTS if m <= count * block_m), COUNTS[-1])

@@ -81,7 +81,8 @@ def _run(problem: Problem, operands: Any, machine: Machine) -> Tensor:
     kernel = importlib.import_module("gs_kernels.qmatmul.kernel")
     x, weight = operands
     m, n, k, bits = (problem[name] for name in ("m", "n", "k", "bits"))
-    plan = choose_plan(m, n, k, bits, x_bits=16, levels=False, sm=machine.sm, sm_count=machine.sm_count)
+    on = {"sm": machine.sm, "sm_count": machine.sm_count}
+    plan = choose_plan(m, n, k, bits, x_bits=16, levels=False, symmetric=True, **on)
     if plan.dense:
         y: Tensor = kernel.multiply_dense(x, weight, None, "none")
     else:
@@ -121,7 +122,8 @@ def tile_of(plan: Plan, programs: int, names: Any) -> Tile:
 
 def _default(problem: Problem, machine: Machine) -> Tile:
     m, n, k, bits = (problem[name] for name in ("m", "n", "k", "bits"))
-    plan = plan_of(default_rule(m, machine.sm), m, n, k, bits, x_bits=16, sm=machine.sm, sm_count=machine.sm_count)
+    on = {"sm": machine.sm, "sm_count": machine.sm_count}
+    plan = plan_of(default_rule(m, machine.sm), m, n, k, bits, x_bits=16, symmetric=True, **on)
     return DENSE if plan.dense else tile_of(plan, plan.per_sm if plan.shares else 0, CHOICES)
 
 
@@ -168,8 +170,9 @@ def _int8_candidates(problem: Problem) -> Iterator[Tile]:
 
 def _int8_default(problem: Problem, machine: Machine) -> Tile:
     m, n, k, group = (problem[name] for name in ("m", "n", "k", "group"))
-    bits, rule = timed_bits(whole=not group), default_int8_rule(m, group)
-    plan = int8_plan_of(rule, m, n, k, bits, sm=machine.sm, sm_count=machine.sm_count)
+    bits, size = timed_bits(whole=not group), group or k
+    rule, on = default_int8_rule(m, k, size, False, machine.sm), {"sm": machine.sm, "sm_count": machine.sm_count}
+    plan = int8_plan_of(rule, m, n, k, bits, size, fp8=False, **on)
     return tile_of(plan, plan.per_sm if plan.shares else 0, INT8_CHOICES)
 
 

@@ -50,7 +50,7 @@ class Static:
 
     def __init__(self, card: Card) -> None:
         self.card = card
-        self.machine = Machine(int(card.target.removeprefix("sm_")), card.sm_count)
+        self.machine = Machine(card.sm, card.sm_count)
         self.reports: dict[Any, Report] = {}
 
     def report(self, compiled: Any) -> Report:

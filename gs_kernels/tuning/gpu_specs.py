@@ -42,6 +42,11 @@ class Card:
     latency_us: float = 0.7
 
     @property
+    def sm(self) -> int:
+        """Returns the compute capability of its target, 90 for 9.0."""
+        return int(self.target.removeprefix("sm_"))
+
+    @property
     def issue_rate(self) -> float:
         """Returns how many instructions the warps of one SM issue in a second: one a cycle and scheduler."""
         return PARTITIONS * self.clock * 1e9
@@ -113,7 +118,7 @@ def card_of(device_name: str) -> Card | None:
 
 def card_for(device_name: str, sm: int) -> Card:
     """Returns the description that stands for a GPU: its own, else that of the nearest kind that is not newer."""
-    older = [card for card in TYPICAL if int(card.target.removeprefix("sm_")) <= sm]
+    older = [card for card in TYPICAL if card.sm <= sm]
     return card_of(device_name) or (older or TYPICAL)[-1 if older else 0]
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gs_kernels.pack.layouts import PackedWeight
+from gs_kernels.pack.triton_unpack import code_middle
 from gs_kernels.qmatmul.kernel.dense import multiply_dense, multiply_dense_dx
 from gs_kernels.qmatmul.kernel.dequantize import grouping, has_table
 from gs_kernels.qmatmul.kernel.int8 import multiply_int8
@@ -51,9 +52,10 @@ def rows_of(x: Tensor) -> Tensor:
 def qmatmul_triton(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation: str) -> Tensor:
     rows, (n, k) = rows_of(x), weight.shape
     asm, sm, sm_count = device_of(x)
+    symmetric = not isinstance(weight.zero, Tensor) and weight.zero == code_middle(weight.bits)
     plan = choose_plan(
         rows.shape[0], n, k, weight.bits,
-        x_bits=8 * x.itemsize, levels=has_table(weight), sm=sm, sm_count=sm_count,
+        x_bits=8 * x.itemsize, levels=has_table(weight), symmetric=symmetric, sm=sm, sm_count=sm_count,
     )
     if rows.shape[0] == 0:
         y = x.new_empty(0, n)
@@ -85,7 +87,10 @@ def qmatmul_int8_triton(
         return x.new_empty(*x.shape[:-1], n, dtype=dtype)
     asm, sm, sm_count = device_of(x)
     group = grouping(k, weight.group_size)
-    plan = choose_int8_plan(rows.shape[0], n, k, weight.bits, group, sm=sm, sm_count=sm_count)
+    points = isinstance(weight.zero, Tensor)
+    plan = choose_int8_plan(
+        rows.shape[0], n, k, weight.bits, group, points=points, fp8=False, sm=sm, sm_count=sm_count
+    )
     x_grid = None
     if x_zero is not None:
         if code_sums is None or code_sums.dtype != torch.int32:  # older exported programs have sums of floats
@@ -101,7 +106,9 @@ def qmatmul_fp8_triton(x: Tensor, weight: PackedWeight, bias: Tensor | None, act
     if m == 0:
         return x.new_empty(*x.shape[:-1], n)
     asm, sm, sm_count = device_of(x)
-    plan = choose_int8_plan(m, n, k, weight.bits, grouping(k, weight.group_size), sm=sm, sm_count=sm_count)
+    group = grouping(k, weight.group_size)
+    points = isinstance(weight.zero, Tensor)
+    plan = choose_int8_plan(m, n, k, weight.bits, group, points=points, fp8=True, sm=sm, sm_count=sm_count)
     sums = fresh(x.new_empty(-(-k // 128), m, dtype=torch.float32))
     x8, x_scale = quantize(rows, torch.float8_e4m3fn, sums)
     y = multiply_int8(x8, x_scale, sums, None, weight, bias, activation, x.dtype, plan, asm)

@@ -10,15 +10,15 @@ from torch import Tensor
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.pack.layouts import PackedWeight
 from gs_kernels.qmatmul.kernel.dequantize import BLOCK_K, dequantize, dequantize_slab
+from gs_kernels.qmatmul.tiles import DENSE_BYTES
 
-MOST = 256 << 20  # bytes of real values at a time
 UNIT = 256  # rows of a weight: what tiles of libraries divide
 
 
 def slabs(size: int, unit: int, nbytes: int) -> list[tuple[int, int]]:
-    """Cuts `size` rows, or columns, of `nbytes` in all into parts of whole units, about equal and of at most `MOST`."""
+    """Cuts `size` rows, or columns, of `nbytes` in all into parts of whole units, about equal, up to `DENSE_BYTES`."""
     units = -(-size // unit)
-    count = min(units, -(-nbytes // MOST))
+    count = min(units, -(-nbytes // DENSE_BYTES))
     return [(units * i // count * unit, min(units * (i + 1) // count * unit, size)) for i in range(count)]
 
 

@@ -40,13 +40,15 @@ def _sum_blocks(
     first_m, first_n, first_w, first, count, rows_end, stacked, N, K, G, divided,
     stride_xm, stride_sn, stride_sg,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr,
-    EVEN_K: tl.constexpr, SCALE_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN_K: tl.constexpr, SCALE_PARTS: tl.constexpr, OFFSETS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Returns the sum of `count` blocks of K, at least one, from block `first` on, fp32 `[BLOCK_M, BLOCK_N]`.
 
     y^T = W x^T: on sm_90 the left operand goes to wgmma from registers, and a product that feeds the sum only is not
     waited for: scales then belong on the weights. With SCALE_PARTS they are put on the product of each block instead:
     one multiplication less a weight, for few rows, where the product is small and other programs fill the wait.
+    With OFFSETS, x is addressed by 32 bits from its first block on: an instruction more a load, and half the registers.
     """
     WIDTH: tl.constexpr = 8 * BITS
     T: tl.constexpr = x_ptr.dtype.element_ty
@@ -69,10 +71,14 @@ def _sum_blocks(
     for turn in range(tl.maximum(count, 1)):
         k = (first + turn) * 128
         words = tl.load(codes_ptr + offs_w)
-        if EVEN_K:
-            x = tl.load(x_ptr + offs_x)
+        if OFFSETS:
+            offs = offs_x + turn * 128
         else:
-            x = tl.load(x_ptr + offs_x, mask=offs_k[None, :] < K - k, other=0.0)
+            offs = offs_x
+        if EVEN_K:
+            x = tl.load(x_ptr + offs)
+        else:
+            x = tl.load(x_ptr + offs, mask=offs_k[None, :] < K - k, other=0.0)
         grid = (scale_ptr, zero_ptr, levels_ptr, offs_s, stride_sg, k, G)
         w, scale = dequantize_block(words, grid, BITS, GROUP, ZERO, T, ASM, not SCALE_PARTS)
         if SCALE_PARTS:
@@ -80,7 +86,8 @@ def _sum_blocks(
             acc = tl.fma(part, tl.broadcast_to(scale, part.shape), acc)
         else:
             acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
-        x_ptr += 128
+        if not OFFSETS:
+            x_ptr += 128
         codes_ptr += stacked * WIDTH
 
     UNIT: tl.constexpr = weight_unit(ZERO, zero_ptr is None and levels_ptr is None, T, ASM, not SCALE_PARTS)
@@ -97,7 +104,7 @@ def _qmatmul_kernel(
     M, N, K, G, divided, E, tiles, programs, per_sm,
     stride_xm, stride_sn, stride_sg,
     BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ASM: tl.constexpr, ACTIVATION: tl.constexpr,
-    EVEN_K: tl.constexpr, SCALE_PARTS: tl.constexpr, EARLY: tl.constexpr,
+    EVEN_K: tl.constexpr, SCALE_PARTS: tl.constexpr, OFFSETS: tl.constexpr, EARLY: tl.constexpr,
     EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Computes a tile of y; if parts_ptr is not None, parts of tiles, a share of the blocks of all of them.
@@ -120,7 +127,7 @@ def _qmatmul_kernel(
                 x_ptr, codes_ptr, scale_ptr, zero_ptr, levels_ptr, divisor_ptr,
                 first_m, first_n, first_n, first, last - first, M, N, N, K, G, divided,
                 stride_xm, stride_sn, stride_sg,
-                BITS, GROUP, ZERO, ASM, EVEN_K, SCALE_PARTS, BLOCK_M, BLOCK_N,
+                BITS, GROUP, ZERO, ASM, EVEN_K, SCALE_PARTS, OFFSETS, BLOCK_M, BLOCK_N,
             )
             store_part(parts_ptr, acc, tile, rank, M, BLOCK_M, BLOCK_N)
     else:
@@ -143,7 +150,7 @@ def _qmatmul_kernel(
             x_ptr, codes_ptr, scale_ptr, zero_ptr, levels_ptr, divisor_ptr,
             first_m, first_n, first_w, pid * 0, tl.cdiv(K, 128), rows_end, stacked, N, K, G, divided,
             stride_xm, stride_sn, stride_sg,
-            BITS, GROUP, ZERO, ASM, EVEN_K, SCALE_PARTS, BLOCK_M, BLOCK_N,
+            BITS, GROUP, ZERO, ASM, EVEN_K, SCALE_PARTS, OFFSETS, BLOCK_M, BLOCK_N,
         )
         if bias_ptr is not None:
             bias_ptr += first_w - first_n
@@ -179,7 +186,8 @@ def multiply(
         m, n, k, scale.shape[1], rows_a_divisor(weight), experts, tiles_m, plan.shares, plan.per_sm,
         x.stride(0), *scale.stride(),
         BITS=weight.bits, GROUP=group, ZERO=zero, ASM=asm, ACTIVATION=activation,
-        EVEN_K=k % 128 == 0, SCALE_PARTS=plan.scale_parts and group % 128 == 0, EARLY=early,
+        EVEN_K=k % 128 == 0, SCALE_PARTS=plan.scale_parts and group % 128 == 0, OFFSETS=plan.crowded,
+        EARLY=early,
         EXPERTS=0 if offsets is None else power_of_two(experts + 1, 1 << 20),
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=plan.warps, num_stages=plan.stages,
     )

@@ -42,7 +42,7 @@ WEIGHTS = {
 @pytest.mark.parametrize("nbytes", [1, 1000, 1 << 40])
 @pytest.mark.parametrize("size, unit", [(1, 256), (256, 256), (700, 256), (1025, 128), (28672, 256)])
 def test_slabs_are_whole_units_one_after_the_other_and_about_equal(monkeypatch, size, unit, nbytes):
-    monkeypatch.setattr(dense, "MOST", max(1, nbytes // 3))
+    monkeypatch.setattr(dense, "DENSE_BYTES", max(1, nbytes // 3))
     parts = dense.slabs(size, unit, nbytes)
     firsts, ends = zip(*parts, strict=True)
     assert firsts == (0, *ends[:-1]) and ends[-1] == size and all(first % unit == 0 for first in firsts)
@@ -68,7 +68,7 @@ def test_products_and_gradients_of_slabs_are_those_of_the_whole(monkeypatch):
     w, draw, sizes = weight(260, 160, 32), torch.Generator().manual_seed(1), []
     x, dy = torch.randn(1, 17, 160, generator=draw).to(DEVICE), torch.randn(1, 17, 260, generator=draw).to(DEVICE)
     bias = torch.randn(260, generator=draw).to(DEVICE)
-    monkeypatch.setattr(dense, "MOST", 4 * 256 * 160)  # of fp32: two slabs of rows, and of columns
+    monkeypatch.setattr(dense, "DENSE_BYTES", 4 * 256 * 160)  # of fp32: two slabs of rows, and of columns
     monkeypatch.setattr(dense, "_buffer", lambda *args, make=dense._buffer: sizes.append(made := make(*args)) or made)
     found, wanted = [], []
     for run, results in ((qmatmul, found), (qmatmul_ref, wanted)):

@@ -25,7 +25,9 @@ def test_few_rows_share_k_and_many_are_dense():
     assert choose_plan(513, 14336, 4096, 4, **(ON_H100 | {"sm": 120})).dense
     assert choose_plan(17, 4096, 4096, 4, **(ON_H100 | {"levels": True})).dense
     assert choose_plan(17, 4096, 4096, 4, **(ON_H100 | {"x_bits": 32})).dense
-    assert choose_plan(513, 4096, 4096, 4, **(ON_H100 | {"sm": 80})).dense
+    assert choose_plan(2049, 4096, 4096, 4, **(ON_H100 | {"sm": 80})).dense
+    # an A100 writes and reads a bf16 weight of 33.5 MB in 33 us, a third of what the product of 1,024 rows takes it
+    assert choose_plan(1024, 4096, 4096, 4, **(ON_H100 | {"sm": 80, "sm_count": 108})).block_m == 64
 
 
 def test_an_unknown_gpu_takes_the_rules_below_it():
@@ -38,11 +40,12 @@ def test_an_unknown_gpu_takes_the_rules_below_it():
 @pytest.mark.parametrize("name", ["h100", "h200", "b200"])
 def test_sms_have_as_much_to_do_as_one_another_where_shares_of_it_are_sooner(name):
     card = CARDS[name]
-    machine = {"sm": int(card.target.removeprefix("sm_")), "sm_count": card.sm_count}
+    machine = {"sm": card.sm, "sm_count": card.sm_count}
     with assumed(card):
         for (n, k), m, bits in itertools.product(LAYERS, (1, 16, 32, 64, 256, 512), (1, 2, 4, 8)):
             plan = choose_plan(m, n, k, bits, x_bits=16, levels=False, **machine)
-            shared = plan_of(replace(default_rule(m, machine["sm"]), timed=True), m, n, k, bits, x_bits=16, **machine)
+            rule = replace(default_rule(m, machine["sm"]), others=(), timed=True)
+            shared = plan_of(rule, m, n, k, bits, x_bits=16, **machine)
             for one in (plan, shared):
                 tiles, blocks = -(-m // one.block_m) * -(-n // one.block_n), k // 128
                 busiest = -(-tiles // card.sm_count) * blocks
@@ -50,7 +53,9 @@ def test_sms_have_as_much_to_do_as_one_another_where_shares_of_it_are_sooner(nam
                     starts = [rank * tiles * blocks // one.shares for rank in range(0, one.shares + 1, one.per_sm)]
                     assert len(starts) == card.sm_count + 1 and one.per_sm <= 2
                     busiest = max(b - a for a, b in itertools.pairwise(starts))
-                    assert tiles * blocks / card.sm_count / busiest >= 0.95, (m, n, k, bits)
+                    assert busiest < tiles * blocks / card.sm_count + 1, (m, n, k, bits)
+                    even = tiles * blocks / card.sm_count / busiest
+                    assert even >= 0.95 or one.block_n == 256, (m, n, k, bits)  # which have half as many blocks
             assert shared.shares
 
 
@@ -62,7 +67,7 @@ SHARED = {
     ("h100", 1, 28672, 8192, 4): False,  # bytes: 36.5 us, with two programs on most SMs
     ("h100", 64, 28672, 8192, 1): False,  # parts of 16 MB
     ("h200", 64, 28672, 8192, 1): False,
-    ("h200", 64, 28672, 8192, 4): True,  # x for 112 tiles of 256 columns, where 224 tiles load it twice
+    ("h200", 64, 8192, 8192, 4): True,  # x for 32 tiles of 256 columns, where 64 tiles load it twice
     ("h200", 1, 28672, 8192, 2): True,  # instructions: 13 us of bytes
     ("h200", 1, 28672, 8192, 1): True,
 }
@@ -87,10 +92,10 @@ def test_some_rows_get_tiles_of_256_columns_where_loading_x_takes_longest():
 
 
 def test_8_bit_products_share_as_float_ones_do():
-    few = choose_int8_plan(1, 4096, 4096, 4, 128, sm=90, sm_count=132)
+    few = choose_int8_plan(1, 4096, 4096, 4, 128, points=False, fp8=False, sm=90, sm_count=132)
     assert (few.block_m, few.shares, few.per_sm, few.early) == (16, 264, 2, True)
-    assert choose_int8_plan(1, 4096, 4096, 4, 128, sm=80, sm_count=108).early is False
-    assert choose_int8_plan(1, 64, 128, 4, 128, sm=90, sm_count=132).shares == 0
+    assert choose_int8_plan(1, 4096, 4096, 4, 128, points=False, fp8=False, sm=80, sm_count=108).early is False
+    assert choose_int8_plan(1, 64, 128, 4, 128, points=False, fp8=False, sm=90, sm_count=132).shares == 0
 
 
 def test_every_block_has_one_program_and_every_part_a_place_of_its_own():
@@ -115,9 +120,12 @@ def test_every_block_has_one_program_and_every_part_a_place_of_its_own():
 
 
 def test_little_work_is_no_more_than_shares_of_three_blocks():
-    assert [choose_plan(1, 64, k, 4, **ON_H100).shares for k in (128, 640, 768, 1280, 128 * 300)] == [0, 0, 2, 3, 100]
+    rule, machine = replace(default_rule(1, 90), timed=True), {"x_bits": 16, "sm": 90, "sm_count": 132}
+    shares = [plan_of(rule, 1, 64, k, 4, **machine).shares for k in (128, 768, 1280, 128 * 300)]
+    assert shares == [0, 2, 3, 100]
+    assert [choose_plan(1, 64, k, 4, **ON_H100).shares for k in (128, 640, 1280, 128 * 300)] == [0, 0, 3, 100]
     assert choose_plan(1, 64, 128 * 400, 4, **ON_H100).shares == 132
-    assert choose_plan(1, 64, 128 * 800, 4, **ON_H100).shares == 264
+    assert plan_of(rule, 1, 64, 128 * 800, 4, **machine).shares == 264
 
 
 def test_no_part_of_a_split_is_empty():

@@ -23,7 +23,7 @@ from gs_kernels.aot.report import launches_of
 from gs_kernels.formats import E2M1
 from gs_kernels.qmatmul.aot_cases import matmul
 from gs_kernels.qmatmul.ref import qmatmul_int8_ref, qmatmul_ref
-from gs_kernels.qmatmul.tiles import Plan
+from gs_kernels.qmatmul.tiles import MANY, PAIR, Plan
 from gs_kernels.runtime.dispatch import INTERPRET
 from tests.helpers import DEVICE, relative_rms, same_bits
 from tests.kernels import ptx
@@ -364,6 +364,18 @@ def test_shares_of_all_tiles_sum_to_the_whole_and_twice_to_the_same_bits(m, n, k
     assert same_bits(once, twice)
     wanted = qmatmul_ref(x, w, bias, activation="relu")
     torch.testing.assert_close(once, wanted, rtol=2e-3, atol=0.1)
+
+
+@pytest.mark.skipif(not INTERPRET and not torch.cuda.is_available(), reason="the kernel runs interpreted or on a GPU")
+@pytest.mark.parametrize("k", [256, 320])
+def test_a_tile_that_addresses_x_by_offsets_gives_the_bits_of_one_that_does_by_pointers(k):
+    from gs_kernels.qmatmul.kernel import multiply
+
+    w, x, asm = weight(n=130, k=k, group=64), normal(133, k + 8, dtype=torch.float16)[:, :k], not INTERPRET
+    assert PAIR.crowded and not MANY.crowded
+    offsets, pointers = (multiply(x, w, None, "none", plan, asm) for plan in (PAIR, MANY))
+    assert same_bits(offsets, pointers)
+    torch.testing.assert_close(offsets, qmatmul_ref(x, w, None), rtol=2e-3, atol=0.1)
 
 
 # bits, group, zero points of the weight, whether x has one; rows of x, shares, of them one after the other on an SM

@@ -166,9 +166,10 @@ def test_8_bit_products_run_with_the_tile_of_the_table(folder):
     problem = {"m": 64, "n": 4096, "k": 4096, "group": 0}
     write_table(folder / "a.json", table(Entry(problem, INT8_TILE, 1.0), op="qmatmul_int8"))
     tables.forget()
-    got = choose_int8_plan(64, 4096, 4096, 8, 4096, sm=90, sm_count=132)
+    got = choose_int8_plan(64, 4096, 4096, 8, 4096, points=False, fp8=False, sm=90, sm_count=132)
     assert (got.dense, got.block_m, got.block_n, got.stages, got.shares) == (False, 64, 64, 3, 0)
-    assert choose_int8_plan(64, 4096, 4096, 4, 128, sm=90, sm_count=132).block_n == 128  # groups were not tuned
+    groups = choose_int8_plan(64, 4096, 4096, 4, 128, points=False, fp8=False, sm=90, sm_count=132)
+    assert groups.block_n == 256  # groups were not tuned
 
 
 def test_stages_of_a_tile_are_as_timed_with_no_wider_weights(folder):
@@ -178,7 +179,7 @@ def test_stages_of_a_tile_are_as_timed_with_no_wider_weights(folder):
         write_table(folder / "a.json", table(Entry(problem, tile, 1.0), op="qmatmul_int8"))
         tables.forget()
         of = {"group": group or 4096, "sm": 90, "sm_count": 132}
-        stages = [choose_int8_plan(64, 4096, 4096, bits, **of).stages for bits in (1, 2, 4, 8)]
+        stages = [choose_int8_plan(64, 4096, 4096, bits, points=False, fp8=False, **of).stages for bits in (1, 2, 4, 8)]
         assert stages == [5, 5, 5, 3 if timed == 4 else 5]
 
 
