@@ -87,8 +87,9 @@ class InputStatistics:
         gram_(self.gram, rows)
         if self.cross is not None and floats is not None:
             gram_(self.cross, rows, self._rows(floats))
-        self._sums += torch.stack([t.sum(1, dtype=torch.float32) for t in (rows, rows.abs())])
-        torch.maximum(self.absmax, rows.abs().amax(1), out=self.absmax)
+        sizes = rows.abs()
+        self._sums += torch.stack([t.sum(1, dtype=torch.float32) for t in (rows, sizes)])
+        torch.maximum(self.absmax, sizes.amax(1), out=self.absmax)
         self.count += rows.shape[1]
 
     def _rows(self, x: Tensor) -> Tensor:

@@ -216,7 +216,8 @@ class BlockLoop:
         """Returns what was found for the layers of the stage, and what changed of those `before` it in the block."""
         scaled = self._scale_stage(streams, block, stage, tasks, before)
         layer = tasks[stage.first].layer
-        seen = Seen(layer, *floats.of(stage), self.config.correct > 0, scaled)
+        means = self.config.bias and any(getattr(task.layer, "bias", None) is not None for task in tasks.values())
+        seen = Seen(layer, *floats.of(stage), self.config.correct > 0, scaled, means)
         for number in range(len(self.batches)) if stage.calls else ():
             with replay.running(number):
                 inputs = inputs_of(streams, block, number, layer, stage.calls, stage.route)

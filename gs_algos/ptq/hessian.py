@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gs_algos.core.input_statistics import InputStatistics
+from gs_kernels.cpu.matmul import matmul
 
 ORDERS = ("act", "group", "none")
 LARGEST_DAMPING = 1.0  # that is tried if the factor fails
@@ -48,7 +49,7 @@ class Hessian:
         total = 0.0
         for first in range(0, k, WIDE):  # half the products of E H, and no large terms that cancel
             here = slice(first, first + WIDE)
-            behind = rows[:, :, : here.stop] @ self.factor[:, : here.stop, here]
+            behind = matmul(rows[:, :, : here.stop], self.factor[:, : here.stop, here])
             total += float(behind.square_().mul_(self.pivots[:, here].unsqueeze(1)).sum(dtype=torch.float64))
         return total
 
@@ -78,7 +79,7 @@ def hessian_of(statistics: InputStatistics, damp: float, order: str, group_size:
 def objective(error: Tensor, gram: Tensor) -> float:
     """Computes `tr(E H E^T)` of `error [N, K]`; of G groups of `gram [groups, K, K]`, N / G rows of each in turn."""
     split = error.view(len(gram), -1, error.shape[1])
-    return float((split @ gram).mul_(split).sum(dtype=torch.float64))
+    return float(matmul(split, gram).mul_(split).sum(dtype=torch.float64))
 
 
 @torch.no_grad()

@@ -54,12 +54,19 @@ class Seen:
     Args:
         floats, places: what `Floats` holds of the stage.
         scaled: what transforms did to the input. It is not in the floats.
+        means: whether the means of the floats are wanted, for biases.
     """
 
     def __init__(
-        self, layer: Rounded, floats: list[list[Tensor]], places: list[list[Tensor]], cross: bool, scaled: Scaled
+        self,
+        layer: Rounded,
+        floats: list[list[Tensor]],
+        places: list[list[Tensor]],
+        cross: bool,
+        scaled: Scaled,
+        means: bool = True,
     ) -> None:
-        self.layer, self.floats, self.places, self.scaled = layer, floats, places, scaled
+        self.layer, self.floats, self.places, self.scaled, self.means = layer, floats, places, scaled, means
         groups = groups_of(layer)
         columns = matrix_of(layer, layer.float_weight).shape[1]
         device = layer.float_weight.device
@@ -86,7 +93,7 @@ class Seen:
                 self.held.update(rows)
                 continue
             self.statistics.update(rows, floats if self.statistics.cross is not None else None)
-            if floats is not None:
+            if floats is not None and self.means:
                 floats = floats if floats.dim() == 3 else floats.unsqueeze(0)
                 self.float_sum += floats.sum(1, dtype=torch.float64)
                 self.float_rows += floats.shape[1]

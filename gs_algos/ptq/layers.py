@@ -25,6 +25,7 @@ from gs_algos.quant.packed.module import PackedFormat
 from gs_algos.quant.packed.packable import is_conv1d, matrix_of
 from gs_algos.quant.scheme import Scheme
 from gs_kernels import PackedWeight, quantize_rows
+from gs_kernels.cpu.matmul import linear
 
 
 class WeightGrid(FixedDtypeBuffers):
@@ -75,12 +76,14 @@ class Rounded(nn.Module, OffFastPath):
 
     act: `int8@token` or None.
     solved: whether the weight holds rounded values already.
+    is_linear: whether its own class does what `nn.Linear` does.
     """
 
     prefix = "Rounded"
     weight_grid: WeightGrid
     act: str | None
     solved: bool
+    is_linear: bool
 
     @property
     def weight(self) -> Tensor:
@@ -125,6 +128,8 @@ class Rounded(nn.Module, OffFastPath):
         return with_values(x, rounded) if x.requires_grad else rounded
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.is_linear:
+            return linear(self.seen(input), self.weight, self.bias)  # type: ignore[arg-type]
         return super().forward(self.seen(input))  # type: ignore[misc]
 
 
@@ -132,6 +137,7 @@ def swap_layers(layers: Iterable[nn.Module], grid: WeightGrid, act: str | None) 
     """Makes live layers that share one weight round it to one grid."""
     for layer in layers:
         live: Any = layer
+        live.is_linear = type(layer).forward is nn.Linear.forward
         live.__class__ = swapped_class(Rounded, type(layer))
         live.weight_grid, live.solved = grid, False
         live.act = act if act == TOKEN and not isinstance(layer, nn.Embedding) else None

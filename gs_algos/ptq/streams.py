@@ -203,12 +203,18 @@ class Streams:
 
     def output_of(self, block: Block, number: int, x: Tensor | None, gradients: bool = False) -> Tensor | None:
         """Runs a block on x, None for the whole network, with what a batch has beside it; None if a hook stopped it."""
-        with evaluating(self.model), without_cache(self.model), torch.set_grad_enabled(gradients), stopped():
+        modules = [submodule(self.model, name) for name in block.names]  # all that there is to run: a network is large
+        with ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(evaluating(module))
+                stack.enter_context(without_cache(module))
+            stack.enter_context(torch.set_grad_enabled(gradients))
+            stack.enter_context(stopped())
             if self.whole:
                 return first_tensor(run(self.model, self.batches[number], self.who))
             assert x is not None
-            for name in block.names:
-                x = self.arguments[number][name].call(submodule(self.model, name), x)
+            for name, module in zip(block.names, modules, strict=True):
+                x = self.arguments[number][name].call(module, x)
             return x
         return None
 

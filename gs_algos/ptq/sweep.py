@@ -11,6 +11,7 @@ from torch import Tensor
 from gs_algos.quant.packed.float_grid import nearest_values
 from gs_algos.quant.packed.grid import Grid
 from gs_kernels import gptq_block
+from gs_kernels.cpu.matmul import matmul
 
 BLOCK = 128  # columns between two products
 ROWS = 4096  # rows that go together: a block of theirs should stay in the cache
@@ -102,9 +103,7 @@ def row_pieces(n: int, groups: int) -> Iterator[slice]:
 
 def product(factor: Tensor, error: Tensor) -> Tensor:
     """Multiplies `factor [groups, k, m]`, transposed, by `error [k, groups, n]`, to `[m, groups, n]`."""
-    if len(factor) == 1:
-        return (factor[0].t() @ error.squeeze(1)).unsqueeze(1)
-    return torch.bmm(factor.mT, error.transpose(0, 1)).transpose(0, 1)
+    return matmul(factor.mT, error.transpose(0, 1)).transpose(0, 1)
 
 
 def _columns(rows: Tensor, groups: int, order: Tensor | None) -> Tensor:

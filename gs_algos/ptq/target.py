@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gs_algos.core.input_statistics import InputStatistics
 from gs_algos.ptq.hessian import Hessian
+from gs_kernels.cpu.matmul import matmul
 
 SMALLEST_DAMPING = 0.01
 
@@ -37,9 +38,9 @@ def corrected(weight: Tensor, statistics: InputStatistics, alpha: float, hessian
     if alpha and hessian.factor is not None and statistics.cross is not None:
         cross = statistics.cross
         if rows.shape[1] >= k:  # one solve for all layers of the stage
-            change = rows @ statistics.once(("correction", hessian), lambda: _divided(cross, hessian))
+            change = matmul(rows, statistics.once(("correction", hessian), lambda: _divided(cross, hessian)))
         else:
-            change = _divided(rows @ cross, hessian)
+            change = _divided(matmul(rows, cross), hessian)
         rows = rows + alpha * change
     return rows.reshape(weight.shape)
 

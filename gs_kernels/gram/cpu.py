@@ -1,10 +1,12 @@
-"""Sums products of columns on the CPU: BLAS, for the blocks on and above the diagonal."""
+"""Sums products of columns on the CPU: matrix products, for the blocks on and above the diagonal."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-BLOCK = 256  # columns: fewer flops below the diagonal against products that BLAS is fast at; measured
+from gs_kernels.cpu.matmul import add_matmul_, onednn_takes
+
+BLOCK = 256  # columns: fewer flops below the diagonal against products that are fast; measured
 
 
 def gram__cpu(total: Tensor, x: Tensor, floats: Tensor | None) -> None:
@@ -15,7 +17,7 @@ def gram__cpu(total: Tensor, x: Tensor, floats: Tensor | None) -> None:
         return
     left = (floats.float() - rows).to(x.dtype).float()
     if total.shape[0] == 1:
-        total[0].addmm_(left[0].t(), rows[0])
+        add_matmul_(total[0], left[0].t(), rows[0])
     else:
         total.baddbmm_(left.mT, rows)
 
@@ -31,8 +33,9 @@ def _add_square(total: Tensor, rows: Tensor) -> None:
     if total.dim() == 3:
         total.baddbmm_(rows.mT, rows)
         return
-    k = total.shape[0]
+    k, columns = total.shape[0], rows.t()
+    columns = columns.contiguous() if onednn_takes(columns, columns) else columns
     for first in range(0, k, BLOCK):
         end = min(first + BLOCK, k)
-        total[first:end, first:].addmm_(rows[:, first:end].t(), rows[:, first:])
+        add_matmul_(total[first:end, first:], columns[first:end], columns[first:].t())
         total[end:, first:end] = total[first:end, end:].t()

@@ -56,6 +56,7 @@ __all__ = [
     "is_tracing",
     "is_view",
     "keeps_triton_ops",
+    "linear_of_onednn",
     "load_package",
     "make_wrapper",
     "prepack_filters",
@@ -91,6 +92,8 @@ make_wrapper: Callable[..., Any] = Tensor._make_wrapper_subclass  # a tensor of 
 prepack_filters: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_reorder_convolution_weight", None)
 _pointwise = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
 convolve_prepacked: Callable[..., Tensor] | None = getattr(_pointwise, "default", None)  # not chosen in every call
+_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+linear_of_onednn: Callable[..., Tensor] | None = getattr(_linear, "default", None)
 
 
 def is_eager(*tensors: Tensor, plain: frozenset[type] = PLAIN) -> bool:

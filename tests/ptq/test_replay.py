@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from gs_algos.ptq import block_loop
 from gs_algos.ptq.blocks import Block as Named
@@ -95,3 +96,51 @@ def test_modules_with_forward_hooks_run_each_time_and_keep_their_class():
         assert store.held > 0 and seen == [Mixer] * 4 and type(model[0].up) is nn.Linear
         replay.clear()
         assert store.held == 0
+
+
+class Attending(nn.Module):
+    """Is a block with attention twice: in a mixer of its own, and between its own layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer, self.query, self.out = Attention(), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = x + self.mixer(x)
+        return y + self.out(attend(torch.tanh(self.query(y))))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.b(attend(self.a(x)))
+
+
+def attend(x):
+    return nn.functional.scaled_dot_product_attention(x[None], x[None], x[None])[0]
+
+
+class Counted(TorchFunctionMode):
+    """Counts the products of attention that are computed."""
+
+    calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls += func is nn.functional.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
+
+
+def test_attention_behind_rounded_layers_is_computed_once_for_each_batch(monkeypatch):
+    with Counted() as counted:
+        model = calibrated(net(Attending), batches())[1]
+    without_replay(monkeypatch)
+    with Counted() as each_time:
+        want = calibrated(net(Attending), batches())[1].state_dict()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, want[key], rtol=0, atol=0)
+    # in each of 3 blocks, for each of 6 batches: the mixer's in the passes of b, query and out and behind the block,
+    # the other one in that of out and behind the block
+    assert each_time.calls - counted.calls == 3 * 6 * (3 + 1)
