@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from bench import record
 from bench.ptq import HEAD, first_tokens
 from gs_algos import PTQ, Distill, SimQAT
 from gs_algos.llm.calibrate import peak_memory
+from gs_algos.llm.calibration_text import windows_of
 from gs_algos.llm.load import load_language_model
 from gs_algos.llm.perplexity import perplexity
 
@@ -95,7 +96,8 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     about |= {"batch_size": args.batch_size, "temperature": args.temperature, "seed": args.seed, "amp": args.amp}
     about["float"] = _value(model, ids)
     teacher = copy.deepcopy(model)
-    packed = None if args.start == "float" else _by_ptq(model, args.start, train, args.samples)
+    calibration = windows_of(tokenizer, train[: args.samples * CONTEXT], CONTEXT)
+    packed = None if args.start == "float" else _by_ptq(model, args.start, calibration)
     windows = train[: args.steps * args.batch_size * args.context].view(args.steps, args.batch_size, args.context)
     windows = windows[torch.randperm(args.steps, generator=torch.Generator().manual_seed(args.seed))]
     algo = Distill(student, teacher, logits=1.0, labels=0.0, temperature=args.temperature)
@@ -135,9 +137,9 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         print(f"step {step + 1} of {args.steps}: loss {losses[-1]:.4f}, {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
-def _by_ptq(model: nn.Module, scheme: str, train: Tensor, samples: int) -> nn.Module:
+def _by_ptq(model: nn.Module, scheme: str, windows: Sequence[Tensor]) -> nn.Module:
     """Returns the model as PTQ packs it; the one that was given stays as it is."""
-    batches = [{"input_ids": window[None]} for window in train[: samples * CONTEXT].split(CONTEXT)]
+    batches = [{"input_ids": window} for window in windows]
     algo = PTQ(weight=scheme, rules=HEAD)
     calibrated = algo.apply(copy.deepcopy(model), batches[0])
     algo.calibrate(calibrated, batches)

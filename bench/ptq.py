@@ -28,6 +28,7 @@ from bench import record
 from bench.tables.language import WEIGHTS
 from gs_algos import PTQ, mixed_bits
 from gs_algos.llm.calibrate import peak_memory
+from gs_algos.llm.calibration_text import windows_of
 from gs_algos.llm.decode import generate
 from gs_algos.llm.load import load_language_model
 from gs_algos.llm.perplexity import perplexity
@@ -186,7 +187,7 @@ class Clock:
 
 
 def calibration_windows(tokenizer: Any, text: str, count: int, size: int) -> torch.Tensor:
-    """Returns windows `[count, size]` from the beginning of the second half of a text.
+    """Returns windows `[count, size]`, as those of `windows_of`, from the beginning of the second half of a text.
 
     Raises:
         ValueError: if there are not as many tokens.
@@ -194,7 +195,7 @@ def calibration_windows(tokenizer: Any, text: str, count: int, size: int) -> tor
     ids = first_tokens(tokenizer, text[len(text) // 2 :], count * size)
     if len(ids) < count * size:
         raise ValueError(f"the second half of the text must have {count} x {size} tokens, got {len(ids)}")
-    return ids.view(count, size)
+    return torch.cat(windows_of(tokenizer, ids, size)[:count])
 
 
 def first_tokens(tokenizer: Any, text: str, count: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ class CalibrationText:
     """Holds windows of tokens.
 
     Args:
-        windows: `[1, context]` int64 each, for the statistics.
+        windows: as those of `windows_of`, for the statistics.
         rest: `[T]` int64, tokens behind them, on which perplexity is measured, with the one that begins a text before
             them where the tokenizer puts it; may be empty.
         source: what was read, for messages.
@@ -70,6 +70,29 @@ def _of_line(path: Path, number: int, line: str, who: str) -> str:
     return found
 
 
+def windows_of(tokenizer: Any, ids: Tensor, context: int) -> list[Tensor]:
+    """Cuts the tokens of a text into windows `[1, context]` int64; what does not fill a last one is left out.
+
+    Where the tokenizer put the token that begins a text before it, as those of Gemma and Llama do, every window begins
+    with that token, since every text does that the model is given later: the first token of a text draws the largest
+    activations. The rest of each window are the tokens behind those of the window before.
+
+    Args:
+        ids: `[T]` int64, as the tokenizer gives them.
+        context: tokens of a window, >= 2.
+    """
+    first, text = _parts(tokenizer, ids)
+    size = context - len(first)
+    windows = text[: len(text) // size * size].to(torch.int64).split(size)
+    return [torch.cat((first, window))[None] for window in windows if len(window)]
+
+
+def _parts(tokenizer: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Splits the tokens of a text into the one that begins it, if the tokenizer put it there, and the others."""
+    count = int(len(ids) > 0 and int(ids[0]) == getattr(tokenizer, "bos_token_id", None))
+    return ids[:count].to(torch.int64), ids[count:]
+
+
 def calibration_text(
     path: Path | None, tokenizer: Any, samples: int, context: int, measured: int, who: str
 ) -> CalibrationText:
@@ -94,11 +117,13 @@ def calibration_text(
             f"{who}: the calibration text must fill a window of {context} tokens, got {len(ids)} in {source}; "
             "give a longer text or a smaller --context"
         )
+    first, body = _parts(tokenizer, ids)
+    size = context - len(first)
     # a text that is too short for both gives a tenth to the measurement
-    left = min(measured, max(len(ids) - samples * context, len(ids) // 10))
-    count = min(samples, max(1, (len(ids) - left) // context))
-    windows = [window[None] for window in ids[: count * context].split(context)]
-    rest = ids[count * context :][:measured]
-    if len(rest) and int(ids[0]) == getattr(tokenizer, "bos_token_id", None):  # perplexity looks for it there
-        rest = torch.cat((ids[:1], rest))[:measured]
-    return CalibrationText(windows, rest.to(torch.int64), source)
+    left = min(measured, max(len(body) - samples * size, len(body) // 10))
+    count = min(samples, max(1, (len(body) - left) // size))
+    windows = windows_of(tokenizer, ids[: len(first) + count * size], context)
+    rest = body[count * size :][: measured - len(first)].to(torch.int64)
+    if len(rest):  # perplexity looks for what begins a text there
+        rest = torch.cat((first, rest))
+    return CalibrationText(windows, rest, source)

@@ -15,7 +15,8 @@ from tokenizers.processors import TemplateProcessing
 
 from gs_algos.cli.app import run
 from gs_algos.llm import calibrate
-from gs_algos.llm.calibration_text import calibration_text, read_text
+from gs_algos.llm import calibration_text as calibration_text_module
+from gs_algos.llm.calibration_text import calibration_text, read_text, windows_of
 from gs_algos.llm.load import load_language_model
 from gs_algos.ptq import block_loop, ptq
 from gs_algos.ptq.config import PTQConfig
@@ -235,7 +236,53 @@ def test_the_measured_part_begins_as_the_tokenizer_begins_a_text(text):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     begun = calibration_text(text, tokenizer, 2, 16, 32, "quantize")
     assert begun.windows[0][0, 0] == 1 and begun.rest[0] == 1 and len(begun.rest) == 32
-    assert torch.equal(begun.rest[2:], plain[:30])  # the first window lost its last token to <s>
+    assert torch.equal(begun.rest[3:], plain[:29])  # each window gave the place of a token to <s>
+
+
+def beginning_tokenizer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def test_every_window_begins_as_the_tokenizer_begins_a_text(text):
+    ids = tiny_tokenizer()(text.read_text(), return_tensors="pt").input_ids[0]
+    begun = calibration_text(text, beginning_tokenizer(), 3, 16, 32, "quantize")
+    assert [window.shape for window in begun.windows] == [(1, 16)] * 3 and begun.tokens == 48
+    for number, window in enumerate(begun.windows):
+        assert window[0].tolist() == [1, *ids[15 * number : 15 * (number + 1)].tolist()]
+    assert torch.equal(begun.rest, torch.cat((torch.tensor([1]), ids[45 : 45 + 31])))
+
+
+def test_windows_of_a_tokenizer_that_begins_no_text_are_its_tokens_cut_up(text):
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer(text.read_text(), return_tensors="pt").input_ids[0]
+    assert torch.equal(torch.cat(windows_of(tokenizer, ids, 16), 1)[0], ids[: len(ids) // 16 * 16])
+    assert windows_of(tokenizer, ids[:15], 16) == [] and windows_of(tokenizer, ids[:0], 16) == []
+
+
+def test_a_journal_of_windows_without_the_beginning_is_refused(text, tmp_path, capsys, monkeypatch):
+    source = save_folder(tmp_path / "model", tiny_llama())
+    beginning_tokenizer().save_pretrained(source)
+    arguments = ["quantize", str(source), str(tmp_path / "packed"), *OPTIONS, "--calibration", str(text)]
+    solve, calls = block_loop.solve, []
+
+    def stopped(*args, **more):
+        calls.append(args)
+        if len(calls) == 9:
+            raise RuntimeError("stopped here")
+        return solve(*args, **more)
+
+    def cut_up(tokenizer, ids, context):
+        return [window[None] for window in ids.split(context) if len(window) == context]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(block_loop, "solve", stopped)
+        patch.setattr(calibration_text_module, "windows_of", cut_up)
+        assert run(arguments) == 2
+    capsys.readouterr()
+    assert run([*arguments, "--resume"]) == 2
+    assert "the journal must be of this model, these options and this data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
