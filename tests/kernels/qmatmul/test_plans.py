@@ -55,7 +55,8 @@ def test_sms_have_as_much_to_do_as_one_another_where_shares_of_it_are_sooner(nam
                     busiest = max(b - a for a, b in itertools.pairwise(starts))
                     assert busiest < tiles * blocks / card.sm_count + 1, (m, n, k, bits)
                     even = tiles * blocks / card.sm_count / busiest
-                    assert even >= 0.95 or one.block_n == 256, (m, n, k, bits)  # which have half as many blocks
+                    # on B200 loading x half as often gains more than shares of 3 and 4 blocks lose
+                    assert even >= 0.95 or (name, one.block_n) == ("b200", 256), (m, n, k, bits)
             assert shared.shares
 
 
