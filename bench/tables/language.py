@@ -42,10 +42,9 @@ def ptq(rows: Rows) -> str:
         kept = [f"{row[name]:.3f}" if name in row else "-" for name in ("ratio", "held_out")]
         seconds = f"{row['seconds']:.0f}" if "seconds" in row else "-"
         memory = f"{row['peak_bytes'] / 1e9:.1f} GB" if "peak_bytes" in row else "-"
-        tokens = f"{row['samples'] * row.get('window', row['context']):,}" if "ratio" in row else "-"
         value = f"{row['perplexity']:.4g}" if row["perplexity"] < 1e4 else f"{row['perplexity']:,.0f}"
         change, name = f"{row['perplexity_change']:+.1%}", Path(row["model"]).stem
-        lines.append((name, _told(row, row["setting"]), value, change, *kept, tokens, seconds, memory))
+        lines.append((name, _told(row, row["setting"]), value, change, *kept, _tokens(row), seconds, memory))
     head = (
         "model",
         "setting",
@@ -104,16 +103,22 @@ def ptq_peers(rows: Rows) -> str:
         times = (f"{row[key]:.0f}" if key in row else "-" for key in ("seconds", "cpu_seconds"))
         memory = f"{row['peak_bytes'] / 1e9:.1f} GB" if "peak_bytes" in row else "-"
         change = f"{row['perplexity_change']:+.1%}"
-        lines.append((weight, name, _told(row, method), value, change, *times, row["threads"], memory))
+        lines.append((weight, name, _told(row, method), _tokens(row), value, change, *times, row["threads"], memory))
     lines.sort(key=lambda line: schemes.index(line[0]))
-    head = ("weights", "library", "method", "perplexity", "against float", "seconds", "CPU seconds", "threads", "peak")
-    return table(head, lines)
+    head = "weights", "library", "method", "tokens", "perplexity", "against float"
+    return table((*head, "seconds", "CPU seconds", "threads", "peak"), lines)
 
 
 def _told(row: dict[str, Any], method: str) -> str:
     """Returns a method with its steps, and with its windows where they are not those of the measurement."""
     told = f", {row['steps']} steps" if "steps" in row else ""
     return method + told + (f", {row['samples']} windows of {row['window']}" if "window" in row else "")
+
+
+def _tokens(row: dict[str, Any]) -> str:
+    """Returns how many tokens were calibrated on: nearest and HQQ read none."""
+    is_calibrated = "ratio" in row or ("provider" in row and "samples" in row)
+    return f"{row['samples'] * row.get('window', row['context']):,}" if is_calibrated else "-"
 
 
 def serving(rows: Rows) -> str:

@@ -81,7 +81,8 @@ def test_ours_and_theirs_stand_side_by_side_and_those_of_ours_are_not_mixed():
     about = {"kind": "ptq", "model": "m", "samples": 4, "context": 16, "threads": 1, "perplexity_change": 0.5}
     theirs = {"provider": "lib", "version": "1.2", "weight": "int4@channel", "seconds": 9.6, "peak_bytes": 2e9}
     rows = [
-        {**about, "setting": "int4@channel gptq", "perplexity": 9.0, "cpu_seconds": 3.2},
+        {**about, "setting": "int4@channel gptq", "perplexity": 9.0, "cpu_seconds": 3.2, "ratio": 0.5},
+        {**about, "setting": "int4@channel nearest", "perplexity": 9.5},
         {**about, "setting": "int4@channel gptq int8@token", "perplexity": 1.0},
         {**about, "setting": "int4@channel gptq, cache int8@token", "perplexity": 1.0},
         {**about, "setting": "int2@group:64 gptq", "perplexity": 1.0},
@@ -89,7 +90,8 @@ def test_ours_and_theirs_stand_side_by_side_and_those_of_ours_are_not_mixed():
         {**about, **theirs, "setting": "int4@channel tuned", "perplexity": 8.0, "steps": 20},
     ]
     assert language.ptq_peers(rows).splitlines()[2:] == [
-        "| int4@channel | lib 1.2 | tuned, 20 steps | 8 | +50.0% | 10 | - | 1 | 2.0 GB |",
-        "| int4@channel | golden-stick | gptq | 9 | +50.0% | - | 3 | 1 | - |",
+        "| int4@channel | lib 1.2 | tuned, 20 steps | 64 | 8 | +50.0% | 10 | - | 1 | 2.0 GB |",
+        "| int4@channel | golden-stick | gptq | 64 | 9 | +50.0% | - | 3 | 1 | - |",
+        "| int4@channel | golden-stick | nearest | - | 9.5 | +50.0% | - | - | 1 | - |",
     ]
-    assert len(language.ptq(rows).splitlines()) == 2 + 5
+    assert len(language.ptq(rows).splitlines()) == 2 + 6
