@@ -67,6 +67,7 @@ class Rule:
 
 
 DENSE = Plan(dense=True)
+LIBRARY_TILE = 128  # rows and columns
 FEW_ROWS = 16  # in fp32, or with a table of levels, kernels do only products with so few rows, bound by memory
 FEW = Plan(scale_parts=True, block_m=FEW_ROWS)
 
@@ -134,7 +135,9 @@ def plan_of(
     found = [_share(plan, _float_tile(plan, bits, x_bits, sm), rule, m, rows, n, k, card)]
     for other in rule.others:
         if other.dense:
-            found.append((DENSE, dense_us(rows, n, k, bits, card)))
+            # a library is taken to reach the card's peak, which it can where each SM has a tile of its
+            if -(-rows // LIBRARY_TILE) * -(-n // LIBRARY_TILE) >= card.sm_count:
+                found.append((DENSE, dense_us(rows, n, k, bits, card)))
         # beside so many sums of a thread, 8-bit weights in small groups do not fit the registers, nor other zero points
         elif (bits < 8 or (other.block_m < 256 and not other.crowded)) and (symmetric or not other.crowded):
             found.append(_share(other, _float_tile(other, bits, x_bits, sm), rule, m, rows, n, k, card))
