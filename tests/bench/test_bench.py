@@ -262,17 +262,17 @@ import torch
 from bench.timing import keep_freed_memory
 assert len(sys.argv) == 1 or keep_freed_memory()
 pages = []
-for _ in range(8):
+for _ in range(40):  # the first ones, which no two processes lay alike, may find no hole of their size yet
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(12 << 20, dtype=torch.float32)
     pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(min(pages))
+print(*pages[20:])
 """
     returned, kept = (
-        int(subprocess.run([sys.executable, "-c", program, *more], capture_output=True, text=True, check=True).stdout)
+        [int(count) for count in subprocess.check_output([sys.executable, "-c", program, *more]).split()]
         for more in ([], ["keep"])
     )
-    assert kept < 100 < returned
+    assert max(kept) < 100 < min(returned)
 
 
 def test_a_row_is_one_line_added_to_the_file_of_its_device_day_and_commit(monkeypatch, tmp_path):
