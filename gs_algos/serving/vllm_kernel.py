@@ -7,12 +7,16 @@ vLLM takes the first kernel of the list that can multiply a layer, and ours is t
 
 from __future__ import annotations
 
+import os
+import platform
 from functools import cache
 
 import torch
 from torch import Tensor, nn
+from vllm import envs
+from vllm.logger import init_logger
 from vllm.model_executor.kernels.linear import MPLinearKernel, MPLinearLayerConfig, register_linear_kernel
-from vllm.platforms import PlatformEnum
+from vllm.platforms import PlatformEnum, current_platform
 from vllm.scalar_type import scalar_types
 
 from gs_algos.quant.packed.module import WEIGHT_TENSORS, PackedFormat
@@ -24,6 +28,7 @@ from gs_kernels.pack.checks import FLOATS
 CAPABILITY = 80  # the oldest GPUs that our kernels are compiled for
 SYMMETRIC = {scalar_types.uint2b2: 2, scalar_types.uint4b8: 4, scalar_types.uint8b128: 8}
 ASYMMETRIC = {scalar_types.uint2: 2, scalar_types.uint4: 4, scalar_types.uint8: 8}
+OF_AVX512 = "CPUWNA16LinearKernel"  # of vLLM; its build for AVX2 lists it, without the code that it calls
 PLATFORMS = (PlatformEnum.CPU, PlatformEnum.CUDA, PlatformEnum.ROCM)
 
 
@@ -94,5 +99,14 @@ def _rows_first(parameter: Tensor | None) -> torch.Tensor | None:
 
 @cache  # vLLM calls plugins again, and its list takes a class twice
 def register() -> None:
-    for platform in PLATFORMS:
-        register_linear_kernel(GoldenStickLinearKernel, platform, "mp")
+    for one in PLATFORMS:
+        register_linear_kernel(GoldenStickLinearKernel, one, "mp")
+    if current_platform.is_cpu() and platform.machine() == "x86_64" and not has_avx512():
+        disabled = [name for name in envs.VLLM_DISABLED_KERNELS if name]
+        os.environ["VLLM_DISABLED_KERNELS"] = ",".join(dict.fromkeys((*disabled, OF_AVX512)))
+        init_logger(__name__).info("%s needs AVX-512, which this CPU lacks; ours stands in", OF_AVX512)
+
+
+def has_avx512() -> bool:
+    """Says what vLLM asks, too, when it takes its build for this CPU."""
+    return bool(torch.cpu.get_capabilities().get("avx512_f"))
