@@ -4,7 +4,7 @@ A row holds the milliseconds of one shape with bias and ReLU, as they follow eac
 float32 and of bfloat16, channels-last, and `torch.compile` of the former if asked for; a packed 4-bit weight whose
 floats are kept, as a converted layer calls it (w4), and by `qconv2d` (w4 qconv2d), which looks at its arguments in each
 call; and 8-bit codes in and out, as consecutive converted layers hand them on. Nothing is timed before it agrees with
-the float32 one.
+the float32 one, and the process keeps the memory of results, as layers of a network have that of others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench import record
 from bench.shapes import NETWORKS, Layer
-from bench.timing import time_cpu
+from bench.timing import keep_freed_memory, time_cpu
 from gs_kernels import dequantize_packed, pack_weight, qconv2d, quantize
 from gs_kernels.qconv2d.op import prepared_qconv2d
 from gs_kernels.qconv2d.op_int8 import prepared_qconv2d_int8, qconv2d_int8
@@ -129,4 +129,5 @@ def providers(layer: Layer, batch: int) -> tuple[Calls, dict[str, float]]:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

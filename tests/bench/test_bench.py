@@ -1,6 +1,9 @@
 """Benchmarks: nothing is timed before it agrees, and rows survive an interruption."""
 
 import json
+import platform
+import subprocess
+import sys
 import time
 
 import pytest
@@ -249,6 +252,27 @@ def test_a_call_that_takes_long_is_made_no_more_often_than_its_samples_need(seco
     got = timing.time_cpu(call, seconds)
     assert got.samples >= samples and (got.samples == 3) == (seconds < 0.1)
     assert len(calls) <= 2 + 3 + got.samples
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator keeps freed memory by its own rules")
+def test_a_process_that_keeps_freed_memory_waits_for_its_pages_once():
+    program = """
+import resource, sys
+import torch
+from bench.timing import keep_freed_memory
+assert len(sys.argv) == 1 or keep_freed_memory()
+pages = []
+for _ in range(40):  # the first ones, which no two processes lay alike, may find no hole of their size yet
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(12 << 20, dtype=torch.float32)
+    pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*pages[20:])
+"""
+    returned, kept = (
+        [int(count) for count in subprocess.check_output([sys.executable, "-c", program, *more]).split()]
+        for more in ([], ["keep"])
+    )
+    assert max(kept) < 100 < min(returned)
 
 
 def test_a_row_is_one_line_added_to_the_file_of_its_device_day_and_commit(monkeypatch, tmp_path):
