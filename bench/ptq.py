@@ -65,8 +65,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    args.window = args.window or args.context
+    args = parsed(_parser(), argv)
     torch.set_num_threads(args.threads)
     if args.setting:
         print(json.dumps(measure(args)))
@@ -84,6 +83,16 @@ def main(argv: list[str] | None = None) -> int:
             record.append({"model": args.model.name, "setting": name, **text, **row}, kind="ptq", device="cpu")
             print(name, row, flush=True)
     return 0
+
+
+def parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Returns the options, with --window; exits with one line about a count that is too small."""
+    args = parser.parse_args(argv)
+    args.window = args.context if args.window is None else args.window
+    for name, least in (("tokens", 2), ("context", 2), ("window", 2), ("samples", 1), ("steps", 1), ("threads", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be >= {least}, got {getattr(args, name)}")
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from bench import record
-from bench.ptq import calibration_windows, first_tokens
+from bench.ptq import calibration_windows, first_tokens, parsed
 from bench.tables.language import WEIGHTS
 from gs_algos.llm.calibrate import peak_memory
 from gs_algos.llm.load import load_language_model
@@ -150,8 +150,7 @@ PEERS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    args.window = args.window or args.context
+    args = parsed(_parser(), argv)
     torch.set_num_threads(args.threads)
     if args.task:
         result = measure(args)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import ptq, record
+from bench import ptq, ptq_peers, record
 from bench.tables import language
 from tests.nets.language_models import TEXT, save_folder, tiny_llama
 
@@ -80,3 +80,11 @@ def test_windows_are_of_the_second_half_of_the_text():
 def test_a_text_that_is_not_there_is_said(tmp_path, capsys):
     assert ptq.main(["--model", "m", "--text", str(tmp_path / "none.txt")]) == 2
     assert "--text must be a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", [ptq.main, lambda argv: ptq_peers.main(["--peer", "hqq", *argv])])
+@pytest.mark.parametrize("option, value, least", [("--window", 0, 2), ("--steps", 0, 1), ("--samples", -1, 1)])
+def test_a_count_that_is_too_small_is_said(capsys, main, option, value, least):
+    with pytest.raises(SystemExit) as stop:
+        main(["--model", "m", "--text", "t", option, str(value)])
+    assert stop.value.code == 2 and f"{option} must be >= {least}, got {value}" in capsys.readouterr().err

@@ -53,20 +53,25 @@ def test_a_calibrated_folder_is_loaded_and_said_what_it_is(source, text, tmp_pat
     assert not (tmp_path / "packed.journal").exists()
 
 
-def test_a_stopped_calibration_goes_on_and_writes_the_same_bytes(source, text, tmp_path, capsys, monkeypatch):
-    arguments = ("quantize", str(source))
-    options = (*OPTIONS, "--calibration", str(text))
-    assert run([*arguments, str(tmp_path / "whole"), *options]) == 0
+def stopped():
+    """Returns a `solve` that fails at the ninth layer."""
     solve, calls = block_loop.solve, []
 
-    def stopped(*args, **more):
+    def until(*args, **more):
         calls.append(args)
         if len(calls) == 9:
             raise RuntimeError("stopped here")
         return solve(*args, **more)
 
+    return until
+
+
+def test_a_stopped_calibration_goes_on_and_writes_the_same_bytes(source, text, tmp_path, capsys, monkeypatch):
+    arguments = ("quantize", str(source))
+    options = (*OPTIONS, "--calibration", str(text))
+    assert run([*arguments, str(tmp_path / "whole"), *options]) == 0
     target = str(tmp_path / "packed")
-    monkeypatch.setattr(block_loop, "solve", stopped)
+    monkeypatch.setattr(block_loop, "solve", stopped())
     assert run([*arguments, target, *options]) == 2
     assert not Path(target).exists() and (tmp_path / "packed.journal").is_dir()
     capsys.readouterr()
@@ -232,9 +237,7 @@ def test_a_text_gives_a_part_to_the_measurement(text):
 
 def test_the_measured_part_begins_as_the_tokenizer_begins_a_text(text):
     plain = calibration_text(text, tiny_tokenizer(), 2, 16, 32, "quantize").rest
-    tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    begun = calibration_text(text, tokenizer, 2, 16, 32, "quantize")
+    begun = calibration_text(text, beginning_tokenizer(), 2, 16, 32, "quantize")
     assert begun.windows[0][0, 0] == 1 and begun.rest[0] == 1 and len(begun.rest) == 32
     assert torch.equal(begun.rest[3:], plain[:29])  # each window gave the place of a token to <s>
 
@@ -265,19 +268,12 @@ def test_a_journal_of_windows_without_the_beginning_is_refused(text, tmp_path, c
     source = save_folder(tmp_path / "model", tiny_llama())
     beginning_tokenizer().save_pretrained(source)
     arguments = ["quantize", str(source), str(tmp_path / "packed"), *OPTIONS, "--calibration", str(text)]
-    solve, calls = block_loop.solve, []
-
-    def stopped(*args, **more):
-        calls.append(args)
-        if len(calls) == 9:
-            raise RuntimeError("stopped here")
-        return solve(*args, **more)
 
     def cut_up(tokenizer, ids, context):
         return [window[None] for window in ids.split(context) if len(window) == context]
 
     with monkeypatch.context() as patch:
-        patch.setattr(block_loop, "solve", stopped)
+        patch.setattr(block_loop, "solve", stopped())
         patch.setattr(calibration_text_module, "windows_of", cut_up)
         assert run(arguments) == 2
     capsys.readouterr()
