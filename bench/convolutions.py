@@ -22,11 +22,12 @@ from torch import Tensor
 
 from bench import record
 from bench.shapes import NETWORKS, Layer
-from bench.timing import keep_freed_memory, time_cpu
+from bench.timing import keep_freed_memory, keep_results, time_cpu
 from gs_kernels import dequantize_packed, pack_weight, qconv2d, quantize
 from gs_kernels.qconv2d.op import prepared_qconv2d
 from gs_kernels.qconv2d.op_int8 import prepared_qconv2d_int8, qconv2d_int8
 
+KEPT = 64 * 2**20  # bytes of results, more than a core has cache
 Calls = dict[str, Callable[[], Tensor]]
 
 
@@ -72,7 +73,7 @@ def measure(layer: Layer, batch: int, seconds: float, compiled: bool = False) ->
                 raise RuntimeError(
                     f"bench.convolutions: {name} must give the float result, got {error:.2g} for {layer}"
                 )
-            yield name, round(time_cpu(call, seconds).ms_p50, 4)
+            yield name, round(time_cpu(keep_results(call, KEPT), seconds).ms_p50, 4)
 
 
 def providers(layer: Layer, batch: int) -> tuple[Calls, dict[str, float]]:
