@@ -4,15 +4,16 @@ A row holds the milliseconds of one shape with bias and ReLU, as they follow eac
 float32 and of bfloat16, channels-last, and `torch.compile` of the former if asked for; a packed 4-bit weight whose
 floats are kept, as a converted layer calls it (w4), and by `qconv2d` (w4 qconv2d), which looks at its arguments in each
 call; and 8-bit codes in and out, as consecutive converted layers hand them on. Nothing is timed before it agrees with
-the float32 one, and the process keeps the memory of results, as layers of a network have that of others.
+the float32 one, and neither the memory of results nor the last results are given back, as in a network.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from gs_kernels import dequantize_packed, pack_weight, qconv2d, quantize
 from gs_kernels.qconv2d.op import prepared_qconv2d
 from gs_kernels.qconv2d.op_int8 import prepared_qconv2d_int8, qconv2d_int8
 
-KEPT = 64 * 2**20  # bytes of results, more than a core has cache
+ROUNDS = 5  # the calls are timed in turn, so that a slow moment of the machine is not one call's alone
 Calls = dict[str, Callable[[], Tensor]]
 
 
@@ -47,16 +48,15 @@ def main(argv: list[str] | None = None) -> int:
                 if chosen.limit is not None and time.monotonic() - start > chosen.limit:
                     print(f"--limit {chosen.limit:g} s reached before {name} batch {batch} {layer}; not timed")
                     return 1
-                row = {"network": name, "batch": batch, "layer": layer.__dict__, "ms": {}}
-                for provider, ms in measure(layer, batch, chosen.seconds, chosen.compile):
-                    row["ms"][provider] = ms
+                ms = measure(layer, batch, chosen.seconds, chosen.compile)
+                row = {"network": name, "batch": batch, "layer": layer.__dict__, "ms": ms}
                 record.append(row, "convolution", device="cpu", path=chosen.out)
-                print(name, batch, *layer.__dict__.values(), row["ms"], flush=True)
+                print(name, batch, *layer.__dict__.values(), ms, flush=True)
     return 0
 
 
-def measure(layer: Layer, batch: int, seconds: float, compiled: bool = False) -> Iterator[tuple[str, float]]:
-    """Yields (provider, milliseconds at the median).
+def measure(layer: Layer, batch: int, seconds: float, compiled: bool = False) -> dict[str, float]:
+    """Returns each provider's milliseconds, the median of rounds' medians.
 
     Raises:
         RuntimeError: if one does not give what the float convolution gives.
@@ -73,7 +73,9 @@ def measure(layer: Layer, batch: int, seconds: float, compiled: bool = False) ->
                 raise RuntimeError(
                     f"bench.convolutions: {name} must give the float result, got {error:.2g} for {layer}"
                 )
-            yield name, round(time_cpu(keep_results(call, KEPT), seconds).ms_p50, 4)
+        kept = {name: keep_results(call) for name, call in calls.items()}
+        rounds = [{name: time_cpu(call, seconds / ROUNDS).ms_p50 for name, call in kept.items()} for _ in range(ROUNDS)]
+    return {name: round(statistics.median(times[name] for times in rounds), 4) for name in calls}
 
 
 def providers(layer: Layer, batch: int) -> tuple[Calls, dict[str, float]]:
