@@ -85,6 +85,7 @@ ACTIVATIONS: dict[str, Activation] = {
         _hardswish,
         nn.Hardswish,
         (aten.hardswish.default, aten.hardswish_.default),
+        cpp=3,
     ),
     "gelu": Activation(F.gelu, lambda z, dy: aten.gelu_backward(dy, z), F.gelu, nn.GELU, (aten.gelu.default,)),
     "silu": Activation(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ __all__ = [
     "function_modes",
     "has_global_hooks",
     "is_compiling",
+    "is_composite",
     "is_eager",
     "is_plain_call",
     "is_tracing",
@@ -113,6 +115,12 @@ def is_plain_call(x: Tensor, *, plain: frozenset[type] = PLAIN) -> bool:
         and forward_ad._current_level < 0
         and not (torch.is_grad_enabled() and x.requires_grad)
     )
+
+
+@cache
+def is_composite(op: Any) -> bool:
+    """Says whether an operator is made of others: PyTorch takes it apart beforehand, but not in inference mode."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
 
 
 def wants_tangents() -> bool:

@@ -7,6 +7,7 @@ keeps the order of values, and 0 and 6 are rounded as the values are. Averages r
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,15 @@ _MOVES = {
     aten.slice.Tensor,
     aten.select.int,
 }
+
+
+def parts(func: Any, x: QuantizedTensor, *args: Any) -> list[Tensor]:
+    """Computes what `SPLITS` give, each part a slice of its own."""
+    axis = args[1] if len(args) > 1 else 0
+    ends = [0]
+    for part in func(torch.empty(x.shape, device="meta"), *args):  # which refuses sizes that do not fit
+        ends.append(ends[-1] + part.shape[axis])
+    return [aten.slice.Tensor(x, axis, start, end) for start, end in pairwise(ends)]
 
 
 def _alias(func: Any, x: QuantizedTensor) -> QuantizedTensor:
@@ -94,6 +104,7 @@ _ACTIVATIONS: dict[Any, Callable[..., Tensor]] = {
     aten.hardtanh.default: _hardtanh,
     aten.hardtanh_.default: _hardtanh,
 }
+SPLITS = {aten.split.Tensor, aten.split_with_sizes.default}
 # what becomes of codes without a way through floats: (operator, tensor, its further arguments) -> result
 ON_CODES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((aten.detach.default, aten.alias.default), _alias),

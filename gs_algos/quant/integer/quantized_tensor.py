@@ -17,11 +17,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from gs_algos.quant.integer.on_codes import ON_CODES
+from gs_algos.quant.integer.on_codes import ON_CODES, SPLITS, parts
 from gs_algos.quant.memory_format import laid, strides_in, suggested
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.for_layers import OperationCall, Refusal, is_dense, noted, prepared_requantize, recording
-from gs_kernels.runtime.torch_private import PLAIN, function_modes, is_plain_call, make_wrapper
+from gs_kernels.runtime.torch_private import PLAIN, function_modes, is_composite, is_plain_call, make_wrapper
 
 aten = torch.ops.aten
 Like: TypeAlias = tuple[Any, Any, torch.dtype, torch.device]  # shape, strides, dtype, device
@@ -141,11 +141,15 @@ class QuantizedTensor(VirtualTensor):
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if is_composite(func):
+            return func.decompose(*args, **kwargs)
         if func is aten.add.Tensor and not kwargs:
             total = _deferred_sum(*args)
             return _on_values(func, args, kwargs) if total is None else total
         x = args[0] if args else None
         if isinstance(x, QuantizedTensor):
+            if func in SPLITS:
+                return parts(func, x, *args[1:], **kwargs)
             on_codes = ON_CODES.get(func)
             if on_codes is not None:
                 y = on_codes(func, x, *args[1:], **kwargs)
@@ -242,6 +246,8 @@ class DeferredOutput(VirtualTensor):
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if is_composite(func):
+            return func.decompose(*args, **kwargs)
         mutable = _is_mutable(func)
         x = args[0] if isinstance(args[0], DeferredOutput) or mutable or len(args) < 2 else args[1]
         if isinstance(x, DeferredOutput):

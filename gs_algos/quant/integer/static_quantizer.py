@@ -98,7 +98,8 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
         return self.emits_int8 and self.holds_zero()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != PREPARED}
+        # what was computed from the tensors is not that of a copy's, which may not count their changes
+        return {key: value for key, value in self.__dict__.items() if key != PREPARED} | {"_constants": None}
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)

@@ -39,7 +39,7 @@ struct Convolution {
   const int32_t* zero2;       // [parts, outputs], or null; see Int8Weight
   const float* fraction;      // [parts, outputs], or null
   float inverse, out_fraction, whole, least, largest;
-  int32_t twice, activation, codes;  // activation: 0 none, 1 relu, 2 relu6; codes: whether y is int8
+  int32_t twice, activation, codes;  // activation: 0 none, 1 relu, 2 relu6, 3 hardswish; codes: whether y is int8
   int32_t finite;                    // whether scale and bias are
 };
 
@@ -63,7 +63,7 @@ struct Operands {
       : x(x), x_scale(x_scale), step(step), y(y), residual(residual), scale(scale), zero(zero) {
     const float least = im.least - im.whole, largest = im.largest - im.whole;
     const float six = im.activation == 2 ? 6.0f * im.inverse + im.out_fraction : INFINITY;
-    joined = im.codes && im.finite && !residual && !step && *x_scale < INFINITY && im.inverse > 0.0f &&
+    joined = im.codes && im.activation != 3 && im.finite && !residual && !step && *x_scale < INFINITY && im.inverse > 0.0f &&
              im.inverse < INFINITY && std::fabs(im.whole) < float(1 << 22);
     floor = std::max(im.activation ? im.out_fraction : -INFINITY, least);
     ceiling = std::min(std::max(six, least), largest);
@@ -105,16 +105,16 @@ struct Finish {
   const float* x_scale;
   void* y;
   const void* residual;
-  const bool has_bias, of_codes, codes;
+  const bool has_bias, of_codes, codes, is_hardswish;
   const F bias, scale, zero, low, high, inverse, fraction, whole, least, largest;
   const bool joined;
   const F floor, ceiling;
 
   LANE_FN_OF Finish(const Convolution& im, const Operands& of, int64_t channel, int64_t n)
       : outputs(im.outputs), channel(channel), n(n), step(of.step), x_scale(of.x_scale), y(of.y), residual(of.residual),
-        has_bias(im.bias), of_codes(of.scale), codes(im.codes),
+        has_bias(im.bias), of_codes(of.scale), codes(im.codes), is_hardswish(im.activation == 3),
         bias(im.bias ? load(im.bias + channel, n) : all(0.0f)), scale(all(of.scale ? *of.scale : 1.0f)),
-        zero(all(of.zero ? *of.zero : 0.0f)), low(all(im.activation ? 0.0f : -INFINITY)),
+        zero(all(of.zero ? *of.zero : 0.0f)), low(all(im.activation == 1 || im.activation == 2 ? 0.0f : -INFINITY)),
         high(all(im.activation == 2 ? 6.0f : INFINITY)), inverse(all(im.inverse)), fraction(all(im.out_fraction)),
         whole(all(im.whole)), least(all(im.least)), largest(all(im.largest)), joined(of.joined && n >= LANES),
         floor(all(of.floor)), ceiling(all(of.ceiling)) {}
@@ -139,6 +139,7 @@ struct Finish {
       if (has_bias) v = v + bias;
       if (residual) v = v + added(at);
       v = min(high, max(low, v));  // of NaN the second: it stays
+      if (is_hardswish) v = hardswish(v);
       if (codes) {
         store(static_cast<int8_t*>(y) + at, in_codes(v), n);
       } else {

@@ -24,7 +24,7 @@ from gs_kernels.qconv2d.geometry import ConvGeometry, ConvolvesImages
 from gs_kernels.qconv2d.ref import convolve_int8_ref, int8_epilogue, requant_params
 from gs_kernels.qmatmul.cpu.float import without_autocast
 from gs_kernels.qmatmul.cpu.int8 import whole_zero
-from gs_kernels.requantize.passes import channels_last
+from gs_kernels.requantize.passes import channels_last, to_codes_of
 
 Residual: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]  # itself, and scale and zero point of codes
 
@@ -87,6 +87,7 @@ class Int8Convolution:
         self.x_scale, self.bias, self.out, self.limits = x_scale.detach(), bias, out, limits
         self.activation, self.dtype = activation, dtype
         self.in_cpp = ACTIVATIONS[activation].cpp is not None and (out[0] is not None or dtype == torch.float32)
+        self.grid: tuple[float, ...] | None = None
         self.kernel: Kernel | None = None
         self.plain: PlainSums | None = None
 
@@ -99,11 +100,10 @@ class Int8Convolution:
             return arrange(weight, geometry, forms_of(functions))
 
         int8_weight, panels = derived(weight, ("images", geometry), arranged) if keep else arranged(weight)
-        grid = None
-        if self.in_cpp and out[0] is not None:
+        if out[0] is not None:
             inverse, whole, fraction = (0.0 if t is None else float(t) for t in out)
-            grid = (inverse, fraction, whole, float(limits[0]), float(limits[1]))
-        name = activation if self.in_cpp else "none"
+            self.grid = (inverse, fraction, whole, float(limits[0]), float(limits[1]))
+        grid, name = (self.grid, activation) if self.in_cpp else (None, "none")
         self.kernel = Kernel(int8_weight, panels, geometry, self.shift, bias, grid, name)
 
     def at(self, shape: Sequence[int], residual: torch.dtype | None = None) -> ConvolvesImages:
@@ -127,26 +127,32 @@ class Int8Convolution:
     def _with_operations(self, run: Callable[..., Tensor]) -> ConvolvesImages:
         """Returns the function where the C++ lacks a part: it adds up and scales, in fp32, and operations follow."""
         assert self.kernel is not None
-        x_scale, in_cpp, one = (
-            self.x_scale,
-            self.in_cpp,
-            torch.ones(1),
-        )  # in_cpp: the residual alone is of another dtype
+        x_scale, in_cpp = self.x_scale, self.in_cpp  # in_cpp: the residual alone is of another dtype
 
         def convolve(
             x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None, zero: Tensor | None = None
         ) -> Tensor:
             added = None if residual is None else noted(_channels_last, residual)
             if added is not None and scale is None:
-                added = added.float()
+                added = noted(Tensor.float, added)
             y = run(channels_last(x), x_scale, 0, added, scale, zero)
-            return y if in_cpp else self._finish(y, one, None)
+            return y if in_cpp else self._activate(y)
 
         return convolve
 
-    def _finish(self, y: Tensor, x_scale: Tensor, bias: Tensor | None, residual: Residual = NOTHING) -> Tensor:
+    def _activate(self, y: Tensor) -> Tensor:
+        """Makes the result of fp32 values that only activation, grid and dtype are missing of."""
+        y = noted(ACTIVATIONS[self.activation].function, y)
+        to_codes = None if self.grid is None else to_codes_of(y.numel(), self.grid, 0)
+        if to_codes is not None:
+            return to_codes(y)
+        return noted(lambda y: self._finish(y, torch.ones(1), None, activation="none"), y)
+
+    def _finish(
+        self, y: Tensor, x_scale: Tensor, bias: Tensor | None, residual: Residual = NOTHING, *, activation: str
+    ) -> Tensor:
         """Makes the result of fp32 sums by `int8_epilogue`, within the limits."""
-        y = int8_epilogue(y, x_scale, bias, (*residual, *self.out), self.activation, self.dtype)
+        y = int8_epilogue(y, x_scale, bias, (*residual, *self.out), activation, self.dtype)
         return y if self.out[0] is None or self.limits == (-128, 127) else y.clamp_(*self.limits)
 
     def _by_operations(
@@ -158,7 +164,8 @@ class Int8Convolution:
         else:
             sums = self.plain(x)
         rows = None if residual is None else residual.permute(0, 2, 3, 1)
-        y = self._finish(sums.permute(0, 2, 3, 1), self.x_scale, self.bias, (rows, scale, zero))
+        sums, added = sums.permute(0, 2, 3, 1), (rows, scale, zero)
+        y = self._finish(sums, self.x_scale, self.bias, added, activation=self.activation)
         return y.contiguous().permute(0, 3, 1, 2)
 
 

@@ -83,6 +83,7 @@ VARIANTS: tuple[tuple[str, Tensor | None, dict[str, Tensor]], ...] = (
     ("none", None, {}),
     ("relu", torch.tensor([-7.0]), GRID),
     ("relu6", torch.tensor([-128.0]), GRID),
+    ("hardswish", torch.tensor([3.0]), GRID),
 )
 
 
@@ -137,7 +138,7 @@ def test_codes_of_any_grid_are_limited_as_the_activation_and_the_grid_say(way: s
     out = {"out_scale": torch.tensor([0.04]), "out_zero": torch.tensor([zero])}
     for groups, bias in itertools.product((1, 19), (torch.linspace(-9, 9, 19), torch.full((19,), torch.nan))):
         w, about = weight(19, 19 // groups * 9, 8), {**GEOMETRIES["padded"], "groups": groups}
-        for activation, h in itertools.product(("none", "relu", "relu6"), (1, 6)):
+        for activation, h in itertools.product(("none", "relu", "relu6", "hardswish", "silu"), (1, 6)):
             options = {**about, **out, "x_zero": torch.tensor([3.0]), "activation": activation}
             x, x_scale = image(19, 2, h, 5), torch.tensor([0.01])
             want = qconv2d_int8_ref(x, x_scale, w, bias, **options)
@@ -159,7 +160,7 @@ def test_residuals(way: str):
             {"residual": codes, **scaled},
             {"residual": codes, **scaled, "residual_zero": torch.tensor([9.0])},
         ),
-        (("none", None), ("relu", torch.tensor([-7.0])), ("relu6", None)),
+        (("none", None), ("relu", torch.tensor([-7.0])), ("relu6", None), ("hardswish", None)),
         ({}, {"out_scale": torch.tensor([0.1]), "out_zero": torch.tensor([-100.25])}),
     ):
         options = {**about, "activation": activation, "x_zero": zero, **residual, **out}

@@ -49,7 +49,7 @@ def test_every_activation_is_applied(name, dtype):
 
 
 @pytest.mark.skipif(INTERPRET, reason="TRITON_INTERPRET=1: the CPU path does not run")
-@pytest.mark.parametrize("activation", ["relu6", "hardswish"])  # one pass of C++, three
+@pytest.mark.parametrize("activation", ["relu6", "hardswish", "silu"])  # one pass of C++, three
 @pytest.mark.parametrize("b", [True, False])
 def test_operations_give_the_bits_of_the_code_in_cpp(b, activation, monkeypatch):
     args, kwargs = drawn(shape((2, 16, 9, 9), b=b, activation=activation))

@@ -107,6 +107,37 @@ def test_known_networks_give_the_same_bits_and_strides(name: str, size: int, las
         assert same_bits(got, want) and got.stride() == want.stride() and type(got) is Tensor
 
 
+class Gated(nn.Module):
+    """A block of MobileNetV3 and EfficientNet: a squeezed image makes a gate, which multiplies the image."""
+
+    def __init__(self, activation: type[nn.Module], gate: type[nn.Module]) -> None:
+        super().__init__()
+        self.wide, self.each = nn.Conv2d(3, 24, 1), nn.Conv2d(24, 24, 3, padding=1, groups=24)
+        self.down, self.up, self.narrow = nn.Conv2d(24, 8, 1), nn.Conv2d(8, 24, 1), nn.Conv2d(24, 3, 1)
+        self.activation, self.gate, self.pool, self.linear = (
+            activation(),
+            gate(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Linear(3, 4),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.activation(self.each(self.activation(self.wide(x))))
+        y = y * self.gate(self.up(F.relu(self.down(self.pool(y)))))
+        return self.activation(self.linear((x + self.narrow(y)).mean((2, 3))))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "kinds", [(nn.SiLU, nn.Sigmoid), (nn.Hardswish, nn.Hardsigmoid), (nn.GELU, nn.Tanh), (nn.LeakyReLU, nn.Sigmoid)]
+)
+def test_networks_of_gates_are_recorded_with_every_activation(kinds: tuple[type[nn.Module], ...], mode: Any):
+    net, x = converted(Gated(*kinds), 2, 3, 9, 9), drawn(2, 3, 9, 9, seed=1)
+    with mode():
+        assert is_recorded(net, x) and not runs_layers(net, x)
+        assert same_bits(net(3 * x), plain(net, 3 * x))
+
+
 @torch.no_grad()
 def test_a_linear_that_reads_packed_codes_is_recorded():
     body = nn.Sequential(nn.Conv2d(3, 1024, 1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 1024), nn.ReLU())
@@ -377,6 +408,9 @@ def test_copies_and_files_hold_nothing_of_it(net: nn.Module):
     for made in (copy.deepcopy(net), torch.load(file, weights_only=False)):
         assert isinstance(made, RecordsForward) and PREPARED not in made.__dict__
         assert same_bits(made(x), net(x)) and is_recorded(made, x) and same_bits(made(x), net(x))
+    with torch.inference_mode():
+        inner = copy.deepcopy(net)
+        assert same_bits(inner(x), net(x)) and same_bits(inner(x), net(x))
     net.to("meta")
     assert PREPARED not in net.__dict__
 

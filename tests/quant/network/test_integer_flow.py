@@ -154,6 +154,7 @@ ANYTHING = {
     "views": lambda x: x.flatten(1).view(2, 3, -1).transpose(1, 2).reshape(2, -1)[:, 5:40].unsqueeze(0),
     "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
     "concat": lambda x: torch.cat([x, F.relu(x)], 1),
+    "shuffled channels": lambda x: torch.cat(x.chunk(3, 1)[::-1], 1).unflatten(1, (3, 1)).transpose(1, 2).flatten(1, 2),
 }
 FLOATS = {
     "sum": lambda x: x + 1,
@@ -171,8 +172,14 @@ FLOATS = {
 }
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("name", [*ANYTHING, *FLOATS])
-def test_operations_on_codes_are_those_on_what_they_stand_for(name: str):
+def test_operations_on_codes_are_those_on_what_they_stand_for(name: str, mode: Any):
+    with mode():
+        check_operation(name)
+
+
+def check_operation(name: str) -> None:
     x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1)) * 3
     codes = QuantizedTensor(GRID.codes(x), GRID, torch.float32)
     assert codes.dtype == torch.float32 and torch.equal(codes.dequantize(), GRID(x))
