@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import mmap
-import sys
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gs_kernels.cpu.huge_pages import in_huge_pages
 from gs_kernels.cpu.library import load_functions
 from gs_kernels.pack.pack import pack_codes
 from gs_kernels.slb.memory_format import empty_weight
@@ -26,7 +25,6 @@ from gs_kernels.slb.ref import (
     slb_weight_ref,
 )
 
-HUGE_FROM = 1 << 22  # bytes
 PARALLEL_FROM = 1 << 13  # logits, from which a second thread pays: measured
 TILE = 128  # columns: of cpu.cpp
 
@@ -104,19 +102,6 @@ def _rows(dw: Tensor) -> Tensor:
     return _readable(dw.reshape(dw.shape[0], -1))
 
 
-def _in_huge_pages(t: Tensor) -> Tensor:
-    """Returns t, just allocated; if t is large, Linux is advised to map it in huge pages.
-
-    The faults of a fresh tensor's 4 KB pages take longer than the passes that write it. `THP_MEM_ALLOC_ENABLE=1` makes
-    torch do the same for every tensor.
-    """
-    if sys.platform == "linux" and t.nbytes >= HUGE_FROM:
-        first = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = t.data_ptr() + t.nbytes - first
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
-    return t
-
-
 def slb_weight_cpu(
     logits: Tensor,
     levels: Tensor,
@@ -131,7 +116,7 @@ def slb_weight_cpu(
     if functions is None:
         w = slb_weight_ref(logits, levels, temperature, scale, hard=hard, shape=shape, dtype=dtype)
     else:
-        w = _in_huge_pages(torch.empty(shape, dtype=torch.float32 if dtype == torch.float16 else dtype))
+        w = in_huge_pages(torch.empty(shape, dtype=torch.float32 if dtype == torch.float16 else dtype))
         functions.slb_weight(_logits(_readable(logits), levels, temperature, scale), _array(w), hard)
     return w.to(dtype) if not channels_last else empty_weight(logits, shape, dtype, True).copy_(w)
 
@@ -152,7 +137,7 @@ def slb_weight_backward_cpu(
         da = dlogits.contiguous() if for_logits else logits.new_empty(0)
         return da, dscale if for_scale else torch.empty(0)
     a, dw = _readable(logits), _rows(dw)
-    out = _in_huge_pages(torch.empty_like(a)) if for_logits else None
+    out = in_huge_pages(torch.empty_like(a)) if for_logits else None
     sums = torch.empty(a.shape[0], -(-dw.shape[1] // TILE)) if for_scale else None
     where = None if sums is None else sums.data_ptr()
     functions.slb_backward(_logits(a, levels, temperature, scale), _array(dw), _array(out), where)
