@@ -100,6 +100,7 @@ LANE_FN I add_pairs(I sums, I a, I b) { return {_mm512_dpwssd_epi32(sums.v, a.v,
 #define LANES_HAVE_QUADS
 #endif
 LANE_FN I bits_of(F a) { return {_mm512_castps_si512(a.v)}; }
+LANE_FN F of_bits(I a) { return {_mm512_castsi512_ps(a.v)}; }
 LANE_FN float sum(F a) { return _mm512_reduce_add_ps(a.v); }
 LANE_FN F load_bf16(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
@@ -108,6 +109,7 @@ LANE_FN F where_between(F a, F low, F high, F in, F out) {  // low <= a <= high 
   const __mmask16 inside = _mm512_cmp_ps_mask(a.v, low.v, _CMP_GE_OQ) & _mm512_cmp_ps_mask(a.v, high.v, _CMP_LE_OQ);
   return {_mm512_mask_mov_ps(out.v, inside, in.v)};
 }
+LANE_FN F where_equal(F a, F b, F in, F out) { return {_mm512_mask_mov_ps(out.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ), in.v)}; }
 LANE_FN I where_nan(F a, I nan, I b) { return {_mm512_mask_mov_epi32(b.v, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), nan.v)}; }
 
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -202,6 +204,7 @@ LANE_FN I add_pairs(I sums, I x, I y) {
 #define LANES_HAVE_QUADS
 #endif
 LANE_FN I bits_of(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+LANE_FN F of_bits(I x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 LANE_FN F load_bf16(const uint16_t* p) {
   const __m128i a = _mm_loadu_si128((const __m128i*)p), b = _mm_loadu_si128((const __m128i*)(p + 8));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16)),
@@ -218,6 +221,10 @@ LANE_FN __m256 where_between(__m256 v, __m256 low, __m256 high, __m256 in, __m25
 }
 LANE_FN F where_between(F x, F low, F high, F in, F out) {  // low <= x <= high ? in : out
   return {where_between(x.a, low.a, high.a, in.a, out.a), where_between(x.b, low.b, high.b, in.b, out.b)};
+}
+LANE_FN F where_equal(F x, F y, F in, F out) {
+  return {_mm256_blendv_ps(out.a, in.a, _mm256_cmp_ps(x.a, y.a, _CMP_EQ_OQ)),
+          _mm256_blendv_ps(out.b, in.b, _mm256_cmp_ps(x.b, y.b, _CMP_EQ_OQ))};
 }
 LANE_FN I where_nan(F x, I nan, I y) {
   const __m256i a = _mm256_castps_si256(_mm256_cmp_ps(x.a, x.a, _CMP_UNORD_Q));
@@ -328,8 +335,10 @@ LANE_FN I add_quads(I sums, I a, I b) EACH(I, (i4)vdotq_s32((int32x4_t)sums.v[i]
 #define LANES_HAVE_QUADS
 #endif
 LANE_FN I bits_of(F a) { I y; std::memcpy(y.v, a.v, sizeof(y.v)); return y; }
+LANE_FN F of_bits(I a) { F y; std::memcpy(y.v, a.v, sizeof(y.v)); return y; }
 LANE_FN F where_between(F a, F low, F high, F in, F out)  // low <= a <= high ? in : out
   EACH(F, (a.v[i] >= low.v[i]) & (a.v[i] <= high.v[i]) ? in.v[i] : out.v[i])
+LANE_FN F where_equal(F a, F b, F in, F out) EACH(F, a.v[i] == b.v[i] ? in.v[i] : out.v[i])
 LANE_FN I where_nan(F a, I nan, I b) EACH(I, a.v[i] != a.v[i] ? nan.v[i] : b.v[i])
 #define LANES_BY_COPIES
 

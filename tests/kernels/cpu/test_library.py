@@ -20,6 +20,7 @@ from gs_kernels.cpu import build, compile, library
 from gs_kernels.decoder_step import cpu as decoder_step
 from gs_kernels.fake_quant import cpu as fake_quant
 from gs_kernels.gptq_block import cpu as gptq_block
+from gs_kernels.kl_divergence import cpu as kl_divergence
 from gs_kernels.pack import rows
 from gs_kernels.program import cpu as program
 from gs_kernels.qconv2d.cpu import int8_kernel
@@ -191,6 +192,7 @@ SELF_TESTS: list[tuple[Any, Callable[[Any], bool]]] = [
     (slb, slb._self_test),
     (gptq_block, gptq_block._self_test),
     (search_clip_ratio, search_clip_ratio._self_test),
+    (kl_divergence, kl_divergence._self_test),
     (adder, adder._self_test),
     (adder_int8, adder_int8._self_test),
 ]
@@ -216,7 +218,10 @@ def copy_declarations(declared: Any, found: Any, names: Iterable[str]) -> None:
         getattr(found, name).restype = getattr(declared, name).restype
 
 
-@pytest.mark.parametrize("module", [int8_kernel, interleaved_product, fake_quant, slb, gptq_block, passes, program])
+WITH_STRUCTS = [int8_kernel, interleaved_product, fake_quant, slb, gptq_block, passes, program, kl_divergence]
+
+
+@pytest.mark.parametrize("module", WITH_STRUCTS)
 def test_every_struct_of_the_code_of_this_package_has_the_size_that_python_gives_it(module: Any, caplog):
     assert module.kernels.__wrapped__() is not None and not warnings(caplog)
 
