@@ -336,7 +336,7 @@ class QuantizedConv(Convolution, QuantizedLayer):
             parts,
             self.bias,
             **geometry,
-            residual=residual[0],
+            residual=None if residual[0] is None else self.as_image(residual[0]),
             residual_scale=residual[1],
             residual_zero=residual[2],
             x_zero=zero if self._shifted() else None,
@@ -374,19 +374,19 @@ class QuantizedConv(Convolution, QuantizedLayer):
         convolution = cached(self, key, others, self._convolution, x, grid, activation)
         if convolution is None:
             return None
-        run, codes = convolution.at(x.shape, residual), quantizer.codes_like(x, self._producer_grids)
+        run, codes = convolution.at(self.image_size(x), residual), quantizer.codes_like(x, self._producer_grids)
         output = self.output_quantizer if grid is None else None
-        return PreparedConv(run, codes, output, grid, self._like(x), on_integers=True)
+        return PreparedConv(self.of_images(run), codes, output, grid, self._like(x), on_integers=True)
 
     def _convolution(self, x: Tensor, grid: StaticQuantizer | None, activation: str) -> Int8Convolution | None:
         quantizer, parts = self.input_quantizer, self._split_weight()
         assert quantizer is not None and parts is not None
         return prepared_qconv2d_int8(
-            torch.empty(tuple(x.shape), dtype=torch.int8, device=x.device),
+            torch.empty(self.image_size(x), dtype=torch.int8, device=x.device),
             quantizer.scale,
             parts,
             self.bias,
-            **self.geometry_for(x)[1],
+            **self.window(),
             x_zero=quantizer.signed_zero() if self._shifted() else None,
             activation=activation,
             out_scale=None if grid is None else grid.scale,

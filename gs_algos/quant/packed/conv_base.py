@@ -19,7 +19,6 @@ from gs_algos.quant.integer.quantized_tensor import (
     QuantizedTensor,
     may_return_int8,
     plain,
-    values,
 )
 from gs_algos.quant.memory_format import CHANNELS_LAST, laid, strides_in, suggested
 from gs_algos.quant.packed.module import Packed
@@ -136,20 +135,21 @@ class Convolution(Packed):
         """Prepares `act(conv(x) + residual)` on the floats that `operand` makes of images like x."""
         if self.refusals():
             return None
-        image, geometry = torch.empty_like(values(x)), self.geometry_for(x)[1]
-        convolution = prepared_qconv2d(image, self.packed, self.bias, **geometry, activation=activation)
+        size = self.image_size(x)
+        image = torch.empty(size, dtype=x.dtype, device=x.device)
+        convolution = prepared_qconv2d(image, self.packed, self.bias, **self.window(), activation=activation)
         if convolution is None:
             return None
-        return PreparedConv(convolution.at(x.shape, residual), operand, output, None, self._like(x))
+        return PreparedConv(self.of_images(convolution.at(size, residual)), operand, output, None, self._like(x))
 
     @property
     def may_prepare(self) -> bool:
-        """Says whether calls with images `[B, C, H, W]` can be prepared."""
-        return len(self.filter) == 3 and self.geometry["padding_mode"] == "zeros"
+        """Says whether calls with images `[B, C, H, W]`, or signals `[B, C, L]`, can be prepared."""
+        return len(self.filter) in (2, 3) and self.geometry["padding_mode"] == "zeros"
 
     def may_prepare_for(self, x: Tensor) -> bool:
         """Says whether calls with images like x can be prepared."""
-        return self.may_prepare and x.dim() == 4 and x.numel() > 0 and x.dtype in FLOATS
+        return self.may_prepare and self._batched(x) and x.numel() > 0 and x.dtype in FLOATS
 
     def run(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         """Computes the layer with its epilogue: `act(conv(x) + residual)`."""
@@ -157,16 +157,40 @@ class Convolution(Packed):
 
     def geometry_for(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Returns x as `[B, C, H, W]`, padded if not by zeros, and the geometry for `qconv2d`; see `like_input`."""
-        g = self.geometry
-        x, padding = self._padded(x if self._batched(x) else x.unsqueeze(0))
-        padding = 0 if padding == "valid" else padding
-        geometry: dict[str, Any] = {"stride": tuple(g["stride"]), "padding": padding, "dilation": tuple(g["dilation"])}
-        geometry |= {"kernel_size": tuple(self.kernel_size), "groups": g["groups"]}
+        window = self.window()
+        x = self._padded(x if self._batched(x) else x.unsqueeze(0))[0]
+        return self.as_image(x), window
+
+    def as_image(self, x: Tensor) -> Tensor:
+        """Returns a batch of images, or of signals as images of one line."""
+        return x.unsqueeze(2) if len(self.filter) == 2 else x
+
+    def window(self) -> dict[str, Any]:
+        """Returns the geometry for `qconv2d`; padding other than by zeros is done beforehand."""
+        g, zeros = self.geometry, self.geometry["padding_mode"] == "zeros"
+        left = g["padding"] if zeros and g["padding"] != "valid" else 0
+        padding = tuple(left) if isinstance(left, list) else left
+        window: dict[str, Any] = {"stride": tuple(g["stride"]), "padding": padding, "dilation": tuple(g["dilation"])}
+        window |= {"kernel_size": tuple(self.kernel_size), "groups": g["groups"]}
         if len(self.filter) == 2:
             flat = {"stride": 1, "padding": 0, "dilation": 1, "kernel_size": 1}
-            geometry |= {key: (flat[key], *geometry[key]) for key in flat if isinstance(geometry[key], tuple)}
-            x = x.unsqueeze(2)
-        return x, geometry
+            window |= {key: (flat[key], *window[key]) for key in flat if isinstance(window[key], tuple)}
+        return window
+
+    def image_size(self, x: Tensor) -> tuple[int, ...]:
+        """Returns the size `[B, C, H, W]` of what `qconv2d` takes for a batch x; a signal is an image of one line."""
+        return tuple(x.shape) if len(self.filter) == 3 else (*x.shape[:2], 1, x.shape[2])
+
+    def of_images(self, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Returns what convolves inputs of this layer, given what convolves images of `image_size`."""
+        if len(self.filter) == 3:
+            return run
+
+        def convolve(x: Tensor, residual: Tensor | None = None, *grid: Tensor | None) -> Tensor:
+            added = () if residual is None else (residual.unsqueeze(2), *grid)
+            return run(x.unsqueeze(2), *added).squeeze(2)
+
+        return convolve
 
     def like_input(self, y: Tensor, x: Tensor) -> Tensor:
         """Gives y `[B, O, P, Q]` the axes that the layer's input x has."""
@@ -179,11 +203,12 @@ class Convolution(Packed):
             y = self._convolve_dense(x, bias)
             return ACTIVATIONS[activation].function(y if residual is None else y + residual)
         image, geometry = self.geometry_for(x)
-        epilogue: dict[str, Any] = {"residual": residual, "activation": activation, "keep_dense": True}
+        added = None if residual is None else self.as_image(residual)
+        epilogue: dict[str, Any] = {"residual": added, "activation": activation, "keep_dense": True}
         return self.like_input(qconv2d(image, self.packed, bias, **geometry, **epilogue), x)
 
     def _can_defer(self, x: Tensor) -> bool:
-        return self.may_prepare and x.dim() == 4 and may_return_int8(x)
+        return self.may_prepare and self._batched(x) and may_return_int8(x)
 
     def strides(self, x: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
         """Returns the strides that the float layer's result for x has, for a result of this shape."""
@@ -196,11 +221,8 @@ class Convolution(Packed):
 
     def _like(self, x: Tensor) -> Like:
         """Returns shape, strides, dtype and device of the result for x."""
-        g, padding = self.geometry, self._padded(x)[1]
-        geometry: dict[str, Any] = {"padding": 0 if padding == "valid" else padding, "groups": g["groups"]}
-        geometry |= {"stride": tuple(g["stride"]), "dilation": tuple(g["dilation"]), "kernel_size": self.kernel_size}
-        p, q = make_geometry("Convolution", **geometry).output(*x.shape[2:])
-        shape = (x.shape[0], self.shape[0], p, q)
+        p, q = make_geometry("Convolution", **self.window()).output(*self.image_size(x)[2:])
+        shape = (x.shape[0], self.shape[0], *((q,) if len(self.filter) == 2 else (p, q)))
         return shape, self.strides(x, shape), x.dtype, x.device
 
     def _convolve_dense(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -138,6 +138,36 @@ def test_networks_of_gates_are_recorded_with_every_activation(kinds: tuple[type[
         assert same_bits(net(3 * x), plain(net, 3 * x))
 
 
+class Signals(nn.Module):
+    """Convolutions in one dimension with an add, a pool, groups, a stride and padding to the same length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv1d(2, 16, 9, 4, 4, bias=False), nn.BatchNorm1d(16)
+        self.same, self.each = (
+            nn.Conv1d(16, 16, 3, padding="same"),
+            nn.Conv1d(16, 16, 5, padding=4, dilation=2, groups=16),
+        )
+        self.pool, self.last, self.linear = nn.MaxPool1d(2), nn.Conv1d(16, 7, 1), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        x = self.pool(F.relu(x + self.each(F.relu(self.same(x)))))
+        return self.linear(F.silu(self.last(x)).mean(2))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("options", [{}, {"act": None}, {"weight": "int4@channel"}])
+def test_networks_of_signals_are_recorded(options: dict[str, Any], mode: Any):
+    net, x = converted(Signals(), 2, 2, 70, **options), drawn(3, 2, 70, seed=1)
+    alone = copy.deepcopy(net)
+    with mode():
+        assert is_recorded(net, x) and not runs_layers(net, x)
+        assert same_bits(net(3 * x), nn.Module.__call__(alone, 3 * x))
+        want = net(x)
+    torch.testing.assert_close(net(x.requires_grad_()), want.clone())  # layer by layer, on floats
+
+
 @torch.no_grad()
 def test_a_linear_that_reads_packed_codes_is_recorded():
     body = nn.Sequential(nn.Conv2d(3, 1024, 1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 1024), nn.ReLU())
