@@ -125,8 +125,10 @@ def swap(model: nn.Module, row: PlanRow[AdderPlan]) -> None:
     layer: Any = get_module(model, row.site)
     layer.adder_site, layer.adder_eta, layer.on_grid = row.site, row.settings.eta, row.settings.int8
     if row.settings.int8:  # no input was seen: the range is empty
-        layer.register_buffer("input_low", torch.full((1,), torch.inf, device=layer.weight.device))
-        layer.register_buffer("input_high", torch.full((1,), -torch.inf, device=layer.weight.device))
+        layer.register_buffer("input_low", torch.full((1,), torch.inf, dtype=torch.float32, device=layer.weight.device))
+        layer.register_buffer(
+            "input_high", torch.full((1,), -torch.inf, dtype=torch.float32, device=layer.weight.device)
+        )
     layer.__class__ = swapped_class(AdderLayer, type(layer))
 
 

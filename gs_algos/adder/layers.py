@@ -153,8 +153,8 @@ class AdderConv2dInt8(FixedDtypeBuffers):
         self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
         self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
         self.register_buffer("weight", torch.zeros(conv.weight.shape, dtype=torch.int8, device=device))
-        self.register_buffer("scale", torch.ones(1, device=device))
-        self.register_buffer("zero", torch.zeros(1, device=device))
+        self.register_buffer("scale", torch.ones(1, dtype=torch.float32, device=device))
+        self.register_buffer("zero", torch.zeros(1, dtype=torch.float32, device=device))
         self.register_buffer("bias", None if conv.bias is None else torch.zeros_like(conv.bias))
 
     @torch.no_grad()

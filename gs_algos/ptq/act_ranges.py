@@ -100,7 +100,7 @@ def _gather(
         for name, layer in model.named_modules()
         if isinstance(layer, FakeQuantized) and layer.input_quantizer is not None and groups_of(layer) == 1
     }
-    unseen = torch.full((2,), -torch.inf)
+    unseen = torch.full((2,), -torch.inf, dtype=torch.float32, device="cpu")
     seen = {name: _Seen(layer, name, unseen.to(layer.weight.device)) for name, layer in layers.items()}
     first: dict[tuple[int, int, str], str] = {}  # tensor, its version, scheme -> layer
     held: list[Tensor] = []  # so that no tensor takes the identity of another
@@ -121,7 +121,7 @@ def _gather(
             one.rows.append(rows[::step].clone())
             if not y.requires_grad:
                 y = y.detach().requires_grad_().clone()  # no leaf, which may not be changed in place
-            squares = torch.zeros(len(one.rows[-1]), layer.weight.shape[0], device=y.device)
+            squares = torch.zeros(len(one.rows[-1]), layer.weight.shape[0], dtype=torch.float32, device=y.device)
             one.squares.append(squares)
 
             def add(gradient: Tensor) -> None:
@@ -140,7 +140,7 @@ def _gather(
                 y = _output(model, batch, who)
             generator = torch.Generator().manual_seed(number)
             for probe in range(PROBES if y.requires_grad else 0):
-                signs = torch.randint(0, 2, y.shape, generator=generator).to(y) * 2 - 1
+                signs = torch.randint(0, 2, y.shape, generator=generator, device="cpu").to(y) * 2 - 1
                 y.backward(signs, retain_graph=probe < PROBES - 1)
             held.clear()
             first.clear()
@@ -168,11 +168,12 @@ def _best(seen: Mapping[str, _Seen], processes: Processes) -> dict[str, Tensor]:
     processes.add(scores)
     names = list(seen)
     ranges = torch.full_like(extremes, -torch.inf)
+    shares = torch.linspace(*SHARES, dtype=torch.float32, device="cpu")
     for name in dict.fromkeys(one.readers for one in seen.values()):
         numbers = [i for i, other in enumerate(names) if seen[other].readers == name]
         total = scores[numbers].sum(0)
         if bool(total.isfinite().all()) and float(total.max()) > float(total.min()):
-            ranges[numbers] = extremes[numbers[0]] * torch.linspace(*SHARES)[int(total.argmin())]
+            ranges[numbers] = extremes[numbers[0]] * shares[int(total.argmin())]
     processes.largest(ranges)
     return {name: found for name, found in zip(names, ranges, strict=True) if bool(found.isfinite().all())}
 
@@ -182,7 +183,7 @@ def _scores(one: _Seen, extremes: Tensor) -> Tensor:
     x, layer = torch.cat(one.rows), one.layer
     scheme = layer.input_quantizer.scheme
     w = matrix_of(layer, layer.weight_quantizer(layer.weight)).to(x.dtype)
-    shares = torch.linspace(*SHARES, device=x.device)
+    shares = torch.linspace(*SHARES, dtype=torch.float32, device=x.device)
     grid = {"qmin": scheme.qmin, "qmax": scheme.qmax}
     scale, zero = choose_qparams(-extremes[0] * shares, extremes[1] * shares, **grid, symmetric=scheme.symmetric)
     importance = torch.cat(one.squares).sqrt()

@@ -113,7 +113,8 @@ def _column_order(diagonal: Tensor, order: str, group_size: int) -> Tensor:
         return diagonal.argsort(dim=1, descending=True, stable=True)
     inside = diagonal.view(groups, -1, group_size)
     first = inside.amax(2).argsort(dim=1, descending=True, stable=True)  # [groups, G]
-    columns = inside.argsort(dim=2, descending=True, stable=True) + torch.arange(0, k, group_size).to(first)[:, None]
+    starts = torch.arange(0, k, group_size, device=first.device)[:, None]
+    columns = inside.argsort(dim=2, descending=True, stable=True) + starts
     return columns.gather(1, first.unsqueeze(2).expand_as(columns)).flatten(1)
 
 

@@ -100,7 +100,7 @@ def _reads_some(inner: Call | None, outer: Call | None) -> bool:
 def row_keys(x: Tensor) -> Tensor:
     """Returns an integer for each row of `x [..., K]`, `[T]`: equal for rows with the same bits."""
     rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
-    factors = torch.randint(1, 2**62, rows.shape[1:], generator=torch.Generator().manual_seed(SEED))
+    factors = torch.randint(1, 2**62, rows.shape[1:], generator=torch.Generator().manual_seed(SEED), device="cpu")
     return (rows.view(INTEGERS[rows.itemsize]).long() * (2 * factors + 1).to(rows.device)).sum(1)
 
 
@@ -117,7 +117,7 @@ def places_of(keys: Tensor, among: Tensor) -> Tensor:
 def routed_rows(model: nn.Module, route: Route | None) -> Iterator[list[Tensor]]:
     """Collects, call by call, which rows of the source the routed module gets in the forward passes of the block."""
     found: list[Tensor] = []
-    keys = torch.empty(0, dtype=torch.int64)
+    keys = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def source(module: nn.Module, args: Any, kwargs: Any) -> None:
         nonlocal keys

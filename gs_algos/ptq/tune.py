@@ -108,7 +108,8 @@ class BlockTuner:
         """Yields batches that make 8 samples, or all there are; in a random order if there is a generator."""
         group: list[int] = []
         while True:
-            order = range(len(numbers)) if generator is None else torch.randperm(len(numbers), generator=generator)
+            count = len(numbers)
+            order = range(count) if generator is None else torch.randperm(count, generator=generator, device="cpu")
             for number in (numbers[int(i)] for i in order):
                 group.append(number)
                 samples = sum(len(self.outputs[n]) if self.outputs[n].dim() else 1 for n in group)
@@ -149,7 +150,7 @@ class BlockTuner:
 
         def loss(number: int) -> tuple[Tensor, Tensor]:
             got = self._counted(self.streams.output_of(self.block, number, self._input(number), gradients=True), number)
-            signs = torch.randint(0, 2, got.shape, generator=generator).to(got.device) * 2 - 1
+            signs = torch.randint(0, 2, got.shape, generator=generator, device="cpu").to(got.device) * 2 - 1
             return (got * signs).sum(), got.new_tensor(got.numel())
 
         totals, _, count = self._summed([number], loss)
@@ -163,7 +164,7 @@ class BlockTuner:
         weights = [layer.float_weight for layer in layers]
         before = [weight.requires_grad for weight in weights]
         totals = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-        sums = torch.zeros(2, device=weights[0].device)
+        sums = torch.zeros(2, dtype=torch.float32, device=weights[0].device)
         try:
             for weight in weights:
                 weight.requires_grad_(True)
@@ -211,7 +212,7 @@ class BlockTuner:
         x = self._input(number)
         if x is None or not self.inputs:
             return x
-        quantized = torch.rand(x.shape, generator=generator).to(x.device) < 0.5
+        quantized = torch.rand(x.shape, generator=generator, dtype=torch.float32, device="cpu").to(x.device) < 0.5
         return torch.where(quantized, x, self.inputs[number])
 
     def _finite(self, loss: float) -> float:

@@ -90,7 +90,8 @@ class LevelGrid:
 
     def levels(self, device: torch.device | str = "cpu") -> Tensor:
         """Returns the levels, `[L]` fp32."""
-        return ((torch.arange(self.n_levels, dtype=torch.float64) - self.zero) * self.step).float().to(device)
+        codes = torch.arange(self.n_levels, dtype=torch.float64, device="cpu")
+        return ((codes - self.zero) * self.step).float().to(device)
 
     def n_scales(self, channels: int) -> int:
         return {"none": 0, "tensor": 1, "channel": channels}[self.per]
@@ -148,7 +149,7 @@ def fitted_scale(rows: Tensor, grid: LevelGrid) -> Tensor:
         best = size.mean(1)
     else:
         best, least = largest.clone(), torch.full_like(largest, torch.inf)
-        for ratio in torch.linspace(1.0, SMALLEST_RATIO, RATIOS).tolist():
+        for ratio in torch.linspace(1.0, SMALLEST_RATIO, RATIOS, dtype=torch.float32, device="cpu").tolist():
             c = (ratio * largest)[:, None]
             near = nearest_codes(size / c.clamp(min=torch.finfo(torch.float32).tiny), grid)
             error = ((near - grid.zero) * grid.step * c - size).square().sum(1)
@@ -183,5 +184,5 @@ def logits_near(rows: Tensor, scale: Tensor, grid: LevelGrid, kappa: float) -> T
 def random_logits(shape: tuple[int, int], grid: LevelGrid, generator: Any = None) -> Tensor:
     """Draws standard normal logits, `[O, planes, R]` fp32: the start of the paper. One bit: the difference of two."""
     o, r = shape
-    a = torch.randn(o, grid.planes, r, generator=generator)
+    a = torch.randn(o, grid.planes, r, generator=generator, dtype=torch.float32, device="cpu")
     return a * 2**0.5 if grid.planes == 1 else a

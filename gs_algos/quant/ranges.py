@@ -29,7 +29,7 @@ def clip_ratio(rows: Tensor, scheme: Scheme, importance: Tensor | None = None) -
         return torch.where(largest > 0, bound / largest, torch.ones_like(bound)).clamp(min=1e-3)
     if scheme.observer != "mse" and not scheme.learned:
         return rows.new_ones(rows.shape[0])
-    ratios = torch.linspace(1.0, MSE_SMALLEST, MSE_STEPS, device=rows.device)
+    ratios = torch.linspace(1.0, MSE_SMALLEST, MSE_STEPS, dtype=torch.float32, device=rows.device)
     limits = {"qmin": scheme.qmin, "qmax": scheme.qmax}
     return search_clip_ratio(rows, ratios, importance, **limits, symmetric=scheme.symmetric)
 

@@ -57,7 +57,8 @@ def fake_quant_with_range(
     if functions is None:
         return None
     source, rows = readable(x, -1, 0)
-    y, low, high = torch.empty_like(source), torch.empty(1), torch.empty(1)
+    y = torch.empty_like(source)
+    low, high = (x.new_empty(1, dtype=torch.float32) for _ in range(2))
     scale, zero = scale.contiguous(), zero.contiguous()
     params = _pass(rows, scale, zero, x.dtype, qmin, qmax)
     functions.fake_quantize(params, source.data_ptr(), y.data_ptr(), low.data_ptr(), high.data_ptr())
@@ -134,7 +135,7 @@ def range_cpu(x: Tensor, axis: int, group: int) -> tuple[Tensor, Tensor] | None:
     if functions is None:
         return None
     source, rows = readable(x, axis, group)
-    low, high = torch.empty(rows.channels), torch.empty(rows.channels)
+    low, high = (x.new_empty(rows.channels, dtype=torch.float32) for _ in range(2))
     functions.find_ranges(_pass(rows, None, None, x.dtype, 0, 0), source.data_ptr(), low.data_ptr(), high.data_ptr())
     return low, high
 

@@ -47,7 +47,7 @@ def hadamard_matrix(n: int) -> Tensor:
             f"hadamard: n must be m * 2^k with m 1, 12, 20, 28, 36, ..., got {n}; "
             f"the largest order that divides it is {hadamard_block(max(n, 1))}"
         )
-    small, power = torch.tensor(small_rows(parts[0]), dtype=torch.float32), torch.ones(1, 1)
+    small, power = (torch.tensor(rows, dtype=torch.float32, device="cpu") for rows in (small_rows(parts[0]), [[1]]))
     while len(power) < parts[1]:  # Sylvester's
         power = torch.cat((torch.cat((power, power), 1), torch.cat((power, -power), 1)))
     return torch.kron(small, power)

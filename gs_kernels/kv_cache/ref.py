@@ -33,7 +33,7 @@ def kv_codes_ref(x: Tensor, groups: int, dtype: torch.dtype) -> tuple[Tensor, Te
     most = parts.abs().amax(-1)
     scale, zero = choose_qparams_ref(-most, most, qmin=low, qmax=-low, symmetric=True)
     turned = (parts.amax(-1) == most) & (most > 0) & (high < -low)  # the largest in size gets the lowest code
-    sign = torch.where(turned, -1.0, 1.0)
+    sign = 1.0 - 2.0 * turned.float()
     rows = (parts * sign[..., None]).flatten(-2)
     codes = quantize_ref(rows, scale.flatten(), zero.flatten(), qmin=low, qmax=high, granularity=group)
     return codes if dtype == torch.int8 else pack_halves(codes.to(torch.int16)), scale * sign

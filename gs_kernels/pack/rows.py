@@ -49,7 +49,7 @@ def _dequantize(functions: Any, weight: PackedWeight, rows: Tensor, dtype: torch
     zero = weight.zero
     zero = zero.detach().index_select(0, ids).float() if isinstance(zero, Tensor) else torch.full_like(scale, zero)
     codes, (_, k), count = weight.codes.contiguous(), weight.shape, ids.shape[0]
-    out = torch.empty(count, k)
+    out = scale.new_empty(count, k)
     threads = torch.get_num_threads() if out.numel() >= PARALLEL_FROM else 1
     functions.packed_rows(
         *(ids.data_ptr(), count, codes.data_ptr(), codes.shape[1], scale.data_ptr(), zero.data_ptr()),

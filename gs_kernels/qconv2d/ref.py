@@ -72,7 +72,7 @@ def integer_sums(x: Tensor, x_zero: Tensor | None, weight: PackedWeight, geometr
         weight.zero.float() if isinstance(weight.zero, Tensor) else torch.full_like(weight.scale.float(), weight.zero)
     )
     near, size = torch.round(2 * zero) / 2, weight.group_size
-    y = torch.zeros(x.shape[0], weight.shape[0], patches.shape[3], device=x.device)
+    y = torch.zeros(x.shape[0], weight.shape[0], patches.shape[3], dtype=torch.float32, device=x.device)
     for g in range(weight.scale.shape[1]):
         part = patches[:, :, g * size : (g + 1) * size]
         sums = _multiply(codes[:, g * size : (g + 1) * size] - near[:, g, None].double(), part).float()

@@ -40,7 +40,7 @@ def requantize_cpu(
 def _in_order_of(like: Tensor, x: Tensor) -> Tensor:
     """Copies x into the memory order that `empty_like` gives a tensor like another one."""
     strides = torch.empty_like(like).stride()
-    return noted(lambda x: torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x), x)
+    return noted(lambda x: x.new_empty_strided(x.shape, strides).copy_(x), x)
 
 
 def add_codes(a: Operand, b: Operand | None, activation: str, dtype: torch.dtype, out_grid: Grid | None) -> Tensor:

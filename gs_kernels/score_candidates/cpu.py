@@ -20,7 +20,7 @@ def score_candidates_cpu(
     qmin: int,
     qmax: int,
 ) -> Tensor:
-    scores = torch.zeros(len(scale), len(w))
+    scores = w.new_zeros(len(scale), len(w), dtype=torch.float32)
     wide = w.float().t()
     for first in range(0, len(x), ROWS):
         rows = slice(first, first + ROWS)

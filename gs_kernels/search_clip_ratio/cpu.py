@@ -49,7 +49,7 @@ def _self_test(functions: Any) -> bool:
 def _run(
     functions: Any, x: Tensor, ratios: Tensor, importance: Tensor | None, qmin: int, qmax: int, symmetric: bool
 ) -> Tensor:
-    found = torch.empty(len(x))
+    found = x.new_empty(len(x), dtype=torch.float32)
     threads = torch.get_num_threads() if x.numel() * len(ratios) >= PARALLEL_FROM else 1
     pointers = (None if t is None else t.data_ptr() for t in (found, x, importance, ratios))
     zero = symmetric_zero(qmin, qmax) if symmetric else 0.0

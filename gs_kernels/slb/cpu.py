@@ -116,7 +116,8 @@ def slb_weight_cpu(
     if functions is None:
         w = slb_weight_ref(logits, levels, temperature, scale, hard=hard, shape=shape, dtype=dtype)
     else:
-        w = in_huge_pages(torch.empty(shape, dtype=torch.float32 if dtype == torch.float16 else dtype))
+        made = torch.float32 if dtype == torch.float16 else dtype
+        w = in_huge_pages(logits.new_empty(shape, dtype=made))
         functions.slb_weight(_logits(_readable(logits), levels, temperature, scale), _array(w), hard)
     return w.to(dtype) if not channels_last else empty_weight(logits, shape, dtype, True).copy_(w)
 
@@ -135,23 +136,24 @@ def slb_weight_backward_cpu(
     if hard or functions is None:
         dlogits, dscale = slb_weight_backward_ref(dw, logits, levels, temperature, scale, hard=hard)
         da = dlogits.contiguous() if for_logits else logits.new_empty(0)
-        return da, dscale if for_scale else torch.empty(0)
+        return da, dscale if for_scale else dw.new_empty(0, dtype=torch.float32)
     a, dw = _readable(logits), _rows(dw)
     out = in_huge_pages(torch.empty_like(a)) if for_logits else None
-    sums = torch.empty(a.shape[0], -(-dw.shape[1] // TILE)) if for_scale else None
+    sums = a.new_empty(a.shape[0], -(-dw.shape[1] // TILE), dtype=torch.float32) if for_scale else None
     where = None if sums is None else sums.data_ptr()
     functions.slb_backward(_logits(a, levels, temperature, scale), _array(dw), _array(out), where)
     da = logits.new_empty(0) if out is None else out.to(logits.dtype)
-    return da, torch.empty(0) if sums is None else sums.sum(1)
+    return da, a.new_empty(0, dtype=torch.float32) if sums is None else sums.sum(1)
 
 
 def slb_pack_cpu(logits: Tensor, bits: int) -> Tensor:
     functions = kernels()
     if functions is None:
         return slb_pack_ref(logits, bits=bits)
-    a, unused = _readable(logits), torch.zeros(max(2, logits.shape[1]))
-    codes = torch.empty(a.shape[0], a.shape[2:].numel(), dtype=torch.uint8)
-    functions.slb_codes(_logits(a, unused, torch.ones(1), None), codes.data_ptr())
+    a = _readable(logits)
+    unused, one = a.new_zeros(max(2, logits.shape[1]), dtype=torch.float32), a.new_ones(1, dtype=torch.float32)
+    codes = a.new_empty(a.shape[0], a.shape[2:].numel(), dtype=torch.uint8)
+    functions.slb_codes(_logits(a, unused, one, None), codes.data_ptr())
     return codes if bits == 8 else pack_codes(codes, bits)
 
 

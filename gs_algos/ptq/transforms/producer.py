@@ -60,7 +60,7 @@ def multiply_input(layer: nn.Module, scale: Tensor) -> None:
 
 def probe_scale(columns: int, device: torch.device) -> Tensor:
     """Returns powers of two `[columns]`, far from 1 on both sides, that tell whether a scale is taken back."""
-    up = torch.randint(0, 2, (columns,), generator=torch.Generator().manual_seed(0)).to(device)
+    up = torch.randint(0, 2, (columns,), generator=torch.Generator().manual_seed(0), device="cpu").to(device)
     return torch.where(up == 1, PROBE, 1 / PROBE)
 
 

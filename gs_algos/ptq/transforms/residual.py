@@ -241,7 +241,8 @@ def _is_read_by(model: nn.Module, example_inputs: Inputs, norm: ResidualNorm, li
 def norm_kind(module: nn.Module, width: int) -> tuple[float, bool] | None:
     """Returns the offset of a norm's gain, and whether it takes the mean away; None if it is no such norm."""
     weight: Any = module._parameters["weight"]
-    x = 1 + torch.randn(16, width, generator=torch.Generator().manual_seed(0)).to(weight)
+    generator = torch.Generator().manual_seed(0)
+    x = 1 + torch.randn(16, width, generator=generator, dtype=torch.float32, device="cpu").to(weight)
     with torch.no_grad(), evaluating(module):
         want = module(x)
         for offset in OFFSETS:

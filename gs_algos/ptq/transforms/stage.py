@@ -150,7 +150,8 @@ class StageScaler:
         """Returns max|x|, mean|x|, min x and max x `[K]` of the stage's input, and the batches that errors are of."""
         layer = self.tasks[self.stage.first].layer
         k = matrix_of(layer, layer.float_weight).shape[1]
-        extremes = torch.full((2, k), -torch.inf, device=layer.float_weight.device)  # of -x, and of x
+        where = layer.float_weight.device
+        extremes = torch.full((2, k), -torch.inf, dtype=torch.float32, device=where)  # of -x, and of x
         total, count = torch.zeros_like(extremes[0], dtype=torch.float64), torch.zeros(1, device=extremes.device)
         sample: list[int] = []
         for number in self.numbers:
@@ -177,7 +178,7 @@ class StageScaler:
             return next(iter(candidates.items()))
         every = {AS_IT_IS: torch.ones_like(weights[0][0]), **candidates}
         acts = {site: layer.act for site, layer in self.sinks.items()}
-        errors = torch.zeros(len(every), dtype=torch.float64)
+        errors = torch.zeros(len(every), dtype=torch.float64, device="cpu")
         with self.float_network(), restored(self.sinks.values()), evaluating(self.model), without_cache(self.model):
             runs = [self._run_of(number, by_block) for number in sample]
             want = [run() for run in runs]

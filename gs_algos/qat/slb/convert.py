@@ -50,9 +50,8 @@ def unfilled_packed_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> nn.Modul
     grid, device = LevelGrid.parse(row.settings.weight), layer.search.codes.device
     (n, k), bias = layer.search.size, layer.bias is not None or row.settings.bn is not None
     weight = PackedFormat(grid.bits, (n, k), k, grid.zero, "float32").empty(device)
-    new = _layer_with(
-        layer, row, weight, torch.empty(n, device=device) if bias else None, output_quantizer_of(model, row)
-    )
+    unfilled = torch.empty(n, dtype=torch.float32, device=device) if bias else None
+    new = _layer_with(layer, row, weight, unfilled, output_quantizer_of(model, row))
     if not grid.learned and row.settings.bn is None:  # a batch norm's gamma may turn them around
         new.signs = "positive"
     return new

@@ -109,7 +109,7 @@ class SlbAdamW(_SearchOptimizer):
         scale: Tensor | None,
     ) -> None:
         if not state:
-            state["step"] = torch.zeros(1, device=search.temperature.device)
+            state["step"] = torch.zeros(1, dtype=torch.float32, device=search.temperature.device)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(search.logits, dtype=torch.float32, requires_grad=False)
         state["step"] += 1

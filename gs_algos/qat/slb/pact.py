@@ -25,7 +25,7 @@ class PactQuantizer(ActivationQuantizer):
 
     def __init__(self, scheme: Scheme, device: torch.device) -> None:
         super().__init__(scheme, device)
-        self.alpha = nn.Parameter(torch.ones(1, device=device))
+        self.alpha = nn.Parameter(torch.ones(1, dtype=torch.float32, device=device))
 
     @property
     def updates_range(self) -> bool:

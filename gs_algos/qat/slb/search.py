@@ -64,16 +64,16 @@ class LevelSearch(nn.Module, OffFastPath):
         o, r = shape[0], math.prod(shape[1:])
         self.logits = nn.Parameter(torch.zeros(o, grid.planes, r, dtype=dtype, device=device), requires_grad=not fused)
         n = grid.n_scales(o)
-        scale = torch.ones(n, device=device) if n else None
+        scale = torch.ones(n, dtype=torch.float32, device=device) if n else None
         if grid.learned:
             self.scale = nn.Parameter(scale)  # type: ignore[arg-type]
         else:
             self.register_buffer("scale", scale)
         self.register_buffer("levels", grid.levels(device))
-        self.register_buffer("temperature", torch.ones(1, device=device))
+        self.register_buffer("temperature", torch.ones(1, dtype=torch.float32, device=device))
         self.register_buffer("codes", torch.zeros(o, -(-r * grid.bits // 8), dtype=torch.uint8, device=device))
         self.register_buffer("horizon", torch.full((1,), total_steps, dtype=torch.int64, device=device))
-        trace = torch.full((points, 2 + BINS), NOT_YET, device=device) if points else None
+        trace = torch.full((points, 2 + BINS), NOT_YET, dtype=torch.float32, device=device) if points else None
         self.register_buffer("trace", trace)
 
     def state_rules(self) -> Rules:

@@ -113,7 +113,8 @@ class Folded(_FakeQuantConv):
         sigma = self.sigma if self.training else running_sigma(bn)
         f = (torch.ones_like(sigma) if bn.weight is None else bn.weight.float()) / sigma
         small = f.abs() < SMALLEST_FACTOR
-        floor = torch.where(f < 0, -SMALLEST_FACTOR, SMALLEST_FACTOR)
+        least = torch.full_like(f, SMALLEST_FACTOR)
+        floor = torch.where(f < 0, -least, least)
         return torch.where(small, floor, f), torch.where(small, f / floor, torch.ones_like(f))
 
     def folded_weight(self) -> Tensor:

@@ -52,7 +52,7 @@ class Quantizer(nn.Module, OffFastPath):
         super().__init__()
         self.scheme = scheme
         self.register_buffer("gate", torch.zeros(1, dtype=torch.bool, device=device) if delayed else None)
-        scale, zero = torch.ones(n_scales, device=device), torch.zeros(n_scales, device=device)
+        scale, zero = (torch.full((n_scales,), value, dtype=torch.float32, device=device) for value in (1.0, 0.0))
         if scheme.learned:
             self.scale = nn.Parameter(scale)
         else:
@@ -186,9 +186,9 @@ class ActivationQuantizer(Quantizer):
 
     def __init__(self, scheme: Scheme, device: torch.device, delayed: bool = False) -> None:
         super().__init__(scheme, 1, device, delayed)
-        self.register_buffer("range", torch.zeros(2, device=device))
+        self.register_buffer("range", torch.zeros(2, dtype=torch.float32, device=device))
         self.register_buffer("steps", torch.zeros(1, dtype=torch.int64, device=device))
-        self.pending = torch.full((2,), -math.inf, device=device)
+        self.pending = torch.full((2,), -math.inf, dtype=torch.float32, device=device)
         self.active, self.collects = True, False
         self.samples: list[Tensor] | None = None
         self.empty_shape: tuple[int, ...] | None = None  # of the last batch without elements that calibration saw

@@ -466,7 +466,7 @@ def empty_codes(shape: Sequence[int], scheme: Scheme, device: torch.device | str
     """Makes an unfilled packed weight of the form that `packed_codes` gives for a weight `shape [O, ...]`."""
     n, k = shape[0], math.prod(shape[1:])
     size = scheme.granularity.size if isinstance(scheme.granularity, PerGroup) else k
-    some = torch.ones(1)
+    some = torch.ones(1, dtype=torch.float32, device="cpu")
     _, zero = choose_qparams(-some, some, qmin=scheme.qmin, qmax=scheme.qmax, symmetric=True)
     shift = 2 ** (stored_bits(scheme.bits) - 1) if scheme.format.signed else 0
     constant = float(zero) + shift if scheme.symmetric else None

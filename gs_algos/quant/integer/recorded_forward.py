@@ -263,7 +263,7 @@ def _replay_of(calls: Sequence[Any], x: Tensor, y: Tensor, constants: Sequence[T
         try:
             own = memory.pop()  # of no other thread
         except IndexError:
-            own = torch.empty(scratch, dtype=torch.uint8)
+            own = torch.empty(scratch, dtype=torch.uint8, device="cpu")
         for step, read in steps:
             step(found, own)
             for one in read:  # its memory is for the next results

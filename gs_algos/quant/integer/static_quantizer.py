@@ -45,8 +45,8 @@ class StaticQuantizer(FixedDtypeBuffers, OffFastPath):
     def __init__(self, scheme: Scheme, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.scheme = scheme
-        self.register_buffer("scale", torch.ones(1, device=device))
-        self.register_buffer("zero", torch.zeros(1, device=device))
+        self.register_buffer("scale", torch.ones(1, dtype=torch.float32, device=device))
+        self.register_buffer("zero", torch.zeros(1, dtype=torch.float32, device=device))
         self.emits_int8 = False  # whether it should return int8 codes: its consumers read them
         self.whole_zero = 0  # the zero point of `signed_codes` as a number, which needs no read of a tensor
         self.refresh_zero_point()

@@ -229,7 +229,7 @@ def unfilled_layer(model: nn.Module, row: PlanRow[LayerPlan]) -> QuantizedLayer:
     scheme = Scheme.parse(row.settings.weight, "weight")
     weight = empty_codes(shape, scheme, device)
     offset = layer.bias is not None or row.settings.bn is not None
-    bias = torch.empty(shape[0], device=device) if offset else None
+    bias = torch.empty(shape[0], dtype=torch.float32, device=device) if offset else None
     new = _layer_of(layer, row, weight, bias, output_quantizer_of(model, row))
     if not scheme.learned and row.settings.bn is None:  # a batch norm's gamma may turn them around
         new.signs = "positive"
@@ -383,7 +383,7 @@ def _sensitivity(
     generator = torch.Generator().manual_seed(0)
 
     def disturb(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        noise = torch.randn(output.shape, generator=generator).to(output)
+        noise = torch.randn(output.shape, generator=generator, dtype=torch.float32, device="cpu").to(output)
         return output + output * noise * (4 * torch.finfo(output.dtype).eps)
 
     modules = [get_module(model, row.settings.bn or row.site) for row in rows]

@@ -221,7 +221,7 @@ def one_more_below(scheme: Scheme) -> bool:
 
 def _symmetric_grid(groups: Tensor, scheme: Scheme, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     extreme = groups.gather(1, groups.abs().argmax(1, keepdim=True)).squeeze(1)
-    sign = torch.where(extreme > 0, -1.0, 1.0)
+    sign = 1.0 - 2.0 * (extreme > 0).float()
     groups = groups * sign.unsqueeze(1)  # the largest weight of each is below 0 now
     wide, zero = _range_grid(groups, scheme, importance)
     full = wide * ((scheme.qmax - scheme.qmin) / (-2.0 * scheme.qmin))  # what was half a step further out is qmin

@@ -73,7 +73,7 @@ def packed_format(weight: Tensor, scheme: Scheme) -> PackedFormat:
     if isinstance(scheme.format, FloatFormat):
         name = str(SCALE_DTYPES[scheme.format.name]).removeprefix("torch.")
         return PackedFormat(4, (n, k), scheme.format.group_size, 0.0, name, True, int(scheme.format.divided))
-    one = torch.ones(1, 1, device="cpu")
+    one = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     grid = grid_of(one, replace(scheme, granularity=PerChannel(0)))
     like = PackedFormat.of(grid.packed(grid.codes(one)))
     halves = weight.dtype if weight.dtype.itemsize == 2 else torch.float16

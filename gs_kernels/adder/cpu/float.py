@@ -80,8 +80,8 @@ def _lay(
 ) -> Tensor:
     """Copies x `[B, C, H, W]` fp32 into planes of pixels that are side by side; see `AdderLayout` of float.cpp."""
     b, c, h, w = x.shape
-    planes = torch.empty(b * c * len(phases) * rows * columns + BEHIND)
-    table = torch.tensor(phases)
+    planes = x.new_empty(b * c * len(phases) * rows * columns + BEHIND, dtype=torch.float32)
+    table = torch.tensor(phases, device="cpu")
     sizes = b, c, h, w, len(phases), rows, columns, *stride, *before
     layout = _AdderLayout(x.data_ptr(), *x.stride(), planes.data_ptr(), table.data_ptr(), *sizes)
     functions.adder_layout(layout, threads)
@@ -90,13 +90,14 @@ def _lay(
 
 def _each_channel(channels: int, stride: int, places: Sequence[int]) -> Tensor:
     """Returns where the places of each channel are, one channel after the other."""
-    return (torch.arange(channels)[:, None] * stride + torch.tensor(places, dtype=torch.int64)).view(-1)
+    first = torch.arange(channels, device="cpu")[:, None] * stride
+    return (first + torch.tensor(places, dtype=torch.int64, device="cpu")).view(-1)
 
 
 def _blocks(functions: Any, w: Tensor, offsets: Tensor, channels: int, stride: int, width: str, threads: int) -> Tensor:
     """Arranges filters as `adder_blocks` of float.cpp does, as many side by side as the constant of that name says."""
     count = ctypes.c_int64.in_dll(functions, width).value
-    blocks = torch.empty(-(-channels // count), len(offsets), count)
+    blocks = w.new_empty(-(-channels // count), len(offsets), count, dtype=torch.float32)
     sizes = channels, stride, len(offsets), count
     functions.adder_blocks(w.data_ptr(), offsets.data_ptr(), blocks.data_ptr(), *sizes, threads)
     return blocks
@@ -110,7 +111,7 @@ def _product(functions: Any, x: Tensor, weight: Tensor, geometry: ConvGeometry) 
     """Computes `-sum_k |x - w|` of fp32, `[B, O, P, Q]` contiguous."""
     b, c, h, w = x.shape
     o, (p, q) = weight.shape[0], geometry.output(h, w)
-    y = torch.empty(b, o, p, q)
+    y = x.new_empty(b, o, p, q, dtype=torch.float32)
     if not y.numel():
         return y
     threads = _threads(y.numel() * c * geometry.taps)
@@ -136,7 +137,8 @@ def _product(functions: Any, x: Tensor, weight: Tensor, geometry: ConvGeometry) 
     ]
     offsets = _each_channel(c, stride_c, taps)
     k = c * geometry.taps
-    blocks = _blocks(functions, weight.contiguous(), torch.arange(k), o, k, "adder_outputs", threads)
+    every = torch.arange(k, device="cpu")
+    blocks = _blocks(functions, weight.contiguous(), every, o, k, "adder_outputs", threads)
     pointers = planes.data_ptr(), blocks.data_ptr(), offsets.data_ptr()
     sizes = b, stride_b, len(offsets), o, is_laid_out
     pixels = (p * q, 1, p * q) if pitch == q else (pitch, p, q)
@@ -149,7 +151,7 @@ def _gradient(functions: Any, dy: Tensor, x: Tensor, weight: Tensor, geometry: C
     """Computes `sum_o clamp(w - x, -1, 1) dy` of fp32, `[B, C, H, W]` contiguous: a product for each phase of x."""
     b, c, h, w = x.shape
     o = dy.shape[1]
-    dx = torch.empty(b, c, h, w)
+    dx = x.new_empty(b, c, h, w, dtype=torch.float32)
     if not dx.numel():
         return dx
     threads = _threads(dy.numel() * c * geometry.taps)

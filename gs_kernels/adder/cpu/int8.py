@@ -91,7 +91,7 @@ class Int8Adder:
         o = weight.shape[0]
         across = ctypes.c_int64.in_dll(self.functions, "adder_across").value
         k = weight[0].numel()
-        words = torch.full((-(-o // across) * across, -(-k // WORD) * WORD), 0, dtype=torch.int8)
+        words = weight.new_zeros((-(-o // across) * across, -(-k // WORD) * WORD), dtype=torch.int8)
         words[:o, :k] = weight.permute(0, 2, 3, 1).flatten(1)
         words = words.view(-1, across, words.shape[1] // WORD, WORD).transpose(1, 2).contiguous()
         self.words = words.view(torch.uint8) ^ 128
@@ -109,7 +109,7 @@ class Int8Adder:
         """Computes y of an image, and of a residual, whose scale and zero point are given if it is codes."""
         g, (b, c, h, w) = self.geometry, x.shape
         p, q = g.output(h, w)
-        y = torch.empty((b, self.outputs, p, q), dtype=self.made, memory_format=torch.channels_last)
+        y = torch.empty((b, self.outputs, p, q), dtype=self.made, device="cpu", memory_format=torch.channels_last)
         if y.numel():
             image = channels_last(x)
             if residual is not None:
@@ -132,8 +132,9 @@ class Int8Adder:
             return y
         if recording.calls is not None:
             recording.calls.append(Refusal("what follows the L1 product is not computed in C++"))
+        one = y.new_ones(1, dtype=torch.float32)
         rows = int8_epilogue(
-            y.permute(0, 2, 3, 1), torch.ones(1), None, (None, None, None, *self.out), self.activation, self.dtype
+            y.permute(0, 2, 3, 1), one, None, (None, None, None, *self.out), self.activation, self.dtype
         )
         return rows.permute(0, 3, 1, 2)
 

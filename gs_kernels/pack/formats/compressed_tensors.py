@@ -98,7 +98,7 @@ def to_compressed_tensors(weight: PackedWeight, name: str = "weight") -> tuple[d
     tensors = {
         "weight_packed": bytes_as_words(weight.codes),
         "weight_scale": weight.scale,
-        "weight_shape": torch.tensor([n, k]),
+        "weight_shape": torch.tensor([n, k], device="cpu"),
     }
     if not symmetric:
         tensors["weight_zero_point"] = pack_words(zero_tensor(zero, weight.scale).T, bits).T.contiguous()

@@ -61,7 +61,11 @@ def integer_zero(who: str, weight: PackedWeight, name: str) -> int | Tensor:
     check_packed(who, weight, name)
     if weight.levels is not None:
         raise ValueError(f"{who}: {name} must have evenly spaced levels, got a table of {len(weight.levels)} levels")
-    zero = weight.zero if isinstance(weight.zero, Tensor) else torch.tensor(float(weight.zero))
+    zero = (
+        weight.zero
+        if isinstance(weight.zero, Tensor)
+        else torch.tensor(float(weight.zero), dtype=torch.float32, device=weight.codes.device)
+    )
     top = 2**weight.bits - 1
     wrong = (zero != zero.round()) | (zero < 0) | (zero > top) | zero.isnan()
     if bool(wrong.any()):

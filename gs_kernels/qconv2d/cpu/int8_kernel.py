@@ -144,7 +144,7 @@ class Kernel:
 def _without_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Makes rows, or channels-last images, that `torch.empty_like` takes: that is half the time of `torch.empty`."""
     form = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-    like = torch.empty(shape, dtype=dtype, memory_format=form)
+    like = torch.empty(shape, dtype=dtype, device="cpu", memory_format=form)
     like.untyped_storage().resize_(0)
     return like
 

@@ -83,7 +83,8 @@ def _chunks_of(filters: Tensor, shift: int, geometry: ConvGeometry) -> list[tupl
             parts = images.split(step, 1)
             return [(i * step, part.contiguous(memory_format=torch.channels_last)) for i, part in enumerate(parts)]
     for rows in range(geometry.r, 0, -1):
-        masks = [torch.arange(geometry.r)[:, None] // rows == i for i in range(-(-geometry.r // rows))]
+        taps = torch.arange(geometry.r, device=images.device)[:, None]
+        masks = [taps // rows == i for i in range(-(-geometry.r // rows))]
         chunks = [(images * mask).contiguous(memory_format=torch.channels_last) for mask in masks]
         if max(float(part.abs().double().sum((1, 2, 3)).max()) for part in chunks) * (128 + abs(shift)) <= WHOLE:
             return [(0, part) for part in chunks]

@@ -55,7 +55,11 @@ def make_int8_weight(weight: PackedWeight) -> Int8Weight:
     weight = _joined(weight)
     codes = codes_of(weight)
     size = weight.group_size
-    zero = weight.zero.float() if isinstance(weight.zero, Tensor) else torch.full(weight.scale.shape, weight.zero)
+    zero = (
+        weight.zero.float()
+        if isinstance(weight.zero, Tensor)
+        else torch.full_like(weight.scale, weight.zero, dtype=torch.float32)
+    )
     near2 = torch.round(2 * zero)
     rest = zero - near2 / 2
     zero2: Tensor | None = None
@@ -138,7 +142,7 @@ def make_panels(weight: Int8Weight, geometry: ConvGeometry, forms: int) -> Panel
     padded = pad(by_group, (0, 0, 0, -by_group.shape[1] % LANES)).contiguous().view(torch.int32)
     words = padded.view(geometry.groups, -1, LANES, padded.shape[2]).transpose(2, 3).contiguous()
     sums = weight.codes.unflatten(1, (-1, weight.group_size)).sum(2, dtype=torch.int32)
-    return Panels(words, torch.tensor(runs), form, joined, sums.t().contiguous())
+    return Panels(words, torch.tensor(runs, device="cpu"), form, joined, sums.t().contiguous())
 
 
 def make_planes(weight: Int8Weight, geometry: ConvGeometry, forms: int) -> Panels:
@@ -151,7 +155,7 @@ def make_planes(weight: Int8Weight, geometry: ConvGeometry, forms: int) -> Panel
     planes = padded.view(len(padded), -1, in_word, geometry.s).permute(1, 3, 0, 2)  # [planes, S, C, codes of a word]
     words = planes.flatten().view(torch.int32).view(planes.shape[:3])
     sums = weight.codes.sum(1, dtype=torch.int32)[None]
-    return Panels(words, torch.empty(0, 6, dtype=torch.int64), form, 1, sums)
+    return Panels(words, torch.empty(0, 6, dtype=torch.int64, device="cpu"), form, 1, sums)
 
 
 def _runs_of(geometry: ConvGeometry, channels: int, group_size: int) -> list[list[int]]:

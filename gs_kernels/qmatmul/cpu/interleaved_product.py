@@ -89,7 +89,7 @@ def bind(
         y_dtype: that the sums, the bias added, are rounded to once.
     """
     (n, k), m = weight.shape, math.prod(shape[:-1])
-    like = torch.empty((*shape[:-1], n), dtype=y_dtype)
+    like = torch.empty((*shape[:-1], n), dtype=y_dtype, device="cpu")
     held, parallel = (product, weight), m * n * k >= PARALLEL_FROM
     like.untyped_storage().resize_(0)  # `torch.empty_like` takes half the time of `torch.empty`
     at = ctypes.addressof(product)
@@ -114,7 +114,8 @@ def int_dot_of(m: int, weight: InterleavedWeight, one: bool, functions: Any = No
         UnsuitableError: if the C++ does not run here.
     """
     run = (_functions() if functions is None else functions).interleaved_int_dot
-    like, arguments = torch.empty(m, weight.codes.shape[0] * LANES), _arguments(weight)
+    like = torch.empty(m, weight.codes.shape[0] * LANES, dtype=torch.float32, device="cpu")
+    arguments = _arguments(weight)
     parallel = like.numel() * weight.width * weight.groups >= PARALLEL_FROM
     like.untyped_storage().resize_(0)  # `torch.empty_like` takes half the time of `torch.empty`
 

@@ -32,7 +32,7 @@ def quantize_rows_cpu(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _quantize(functions: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     shape = x.shape
-    codes, scale = torch.empty(shape, dtype=torch.int8), torch.empty(shape[:-1])
+    codes, scale = x.new_empty(shape, dtype=torch.int8), x.new_empty(shape[:-1], dtype=torch.float32)
     k, m = shape[-1], scale.numel()
     rows = x if x.is_contiguous() else x.reshape(m, k)
     if rows.stride(-1) != 1:
