@@ -64,8 +64,15 @@ def samples_of(inputs: Inputs) -> int:
     return len(first) if first.dim() else 1
 
 
+def refuse_without_tensor(inputs: Inputs, who: str) -> None:
+    """Raises InputsError if inputs hold no tensor."""
+    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs)):
+        raise InputsError(who, f"the inputs must hold a tensor, got {type(inputs).__name__}")
+
+
 def refuse_empty(inputs: Inputs, who: str) -> None:
-    """Raises InputsError if inputs hold no sample."""
+    """Raises InputsError if inputs hold no tensor, or no sample."""
+    refuse_without_tensor(inputs, who)
     if not samples_of(inputs):
         raise InputsError(who, "the inputs must hold at least one sample, got an empty batch")
 

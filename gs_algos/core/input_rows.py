@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,7 +40,8 @@ def _patches(layer: Any, x: Tensor) -> Tensor:
     for axis, (size, stride, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
         x = _windows(x, 2 + axis, size, stride, dilation)  # each adds its taps as a last axis
     batch, channels = x.shape[:2]
-    x = x.reshape(batch, layer.groups, channels // layer.groups, -1, *layer.kernel_size)  # [B, G, C/G, L, taps...]
+    shape = batch, layer.groups, channels // layer.groups, math.prod(x.shape[2 : 2 + spatial])
+    x = x.reshape(*shape, *layer.kernel_size)  # [B, G, C/G, L, taps...]
     x = x.movedim(3, 2).flatten(3)  # [B, G, L, K]
     rows = x.movedim(1, 0).flatten(1, 2)  # [G, B * L, K]
     return rows[0] if layer.groups == 1 else rows

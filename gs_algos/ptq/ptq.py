@@ -31,7 +31,7 @@ from gs_algos.core.algorithm import (
     resumable_entry,
     run,
 )
-from gs_algos.core.batches import InputsOf, checked_batches
+from gs_algos.core.batches import InputsOf, checked_batches, refuse_without_tensor
 from gs_algos.core.config import AlgorithmConfig, signature_of
 from gs_algos.core.layer_rules import resolve
 from gs_algos.core.modules import all_or_nothing, get_module
@@ -250,6 +250,8 @@ class PTQ(Algorithm):
         data = [inputs_of(batch) for batch in checked_batches(who, batches)]
         if not data:
             raise ValueError(f"{who}: at least one batch must be given, got none")
+        for batch in data:
+            refuse_without_tensor(batch, who)
         rows = rows_of(entry["plan"], self.row_settings)
         done, count = _rounded_layers(network)
         if done or entry.get("failed"):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gs_algos.core.algorithm import Inputs, evaluating, run
+from gs_algos.core.algorithm import Inputs, InputsError, describe_error, evaluating, run
 from gs_algos.core.files import scratch_folder
 from gs_algos.core.mapped_files import in_file
 from gs_algos.ptq.blocks import Block, first_tensor, submodule
@@ -214,7 +214,11 @@ class Streams:
                 return first_tensor(run(self.model, self.batches[number], self.who))
             assert x is not None
             for name, module in zip(block.names, modules, strict=True):
-                x = self.arguments[number][name].call(module, x)
+                try:
+                    x = self.arguments[number][name].call(module, x)
+                except (RuntimeError, TypeError) as error:
+                    got = f"in {name}, with batch {number}, {describe_error(error)}"
+                    raise InputsError(self.who, f"every batch must run through the model, got {got}") from error
             return x
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
@@ -290,6 +291,33 @@ def test_wrong_options_are_refused_before_anything_is_touched(options, told):
     assert type(model.head) is nn.Linear
     for key, value in before.items():
         torch.testing.assert_close(model.state_dict()[key], value, rtol=0, atol=0)
+
+
+def test_batches_without_an_image_round_to_nearest():
+    torch.manual_seed(0)
+    floats = Convs().eval()
+    algo, model = calibrated(copy.deepcopy(floats), [torch.empty(0, 3, 6, 6)] * 3, weight="int4@channel")
+    model, want = algo.convert(model), gs_algos.quantize_weights(floats, "int4@channel")
+    assert all(torch.equal(getattr(model, name).weight, getattr(want, name).weight) for name in "abc")
+
+
+@pytest.mark.parametrize("act", [None, "int8@tensor"])
+@pytest.mark.parametrize(
+    "bad, told",
+    [
+        (torch.empty(2, 7), "every batch must run through the model, got in stem, with batch 1, RuntimeError"),
+        (torch.empty(2, 8).double(), "every batch must run .* in stem, with batch 1, RuntimeError: .*dtype"),
+        ("text", "the inputs must hold a tensor, got str"),
+    ],
+)
+def test_a_later_batch_that_does_not_fit_is_told_and_leaves_the_weights(act, bad, told):
+    algo, data = PTQ(weight="int4@channel", act=act), batches(2)
+    model = algo.apply(net(), data[0])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"PTQ.calibrate: {told}"):
+        algo.calibrate(model, [data[0], bad])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    algo.calibrate(model, data)
 
 
 def test_calls_in_the_wrong_order_are_refused():
