@@ -17,9 +17,9 @@ RATIOS = {  # of the scale of `minmax`, that `mse` tries beside it
 }
 # above which sizes begin: ties go to the even mantissa, so every second bound belongs to the larger size
 _HALF = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-_BOUNDS = tuple(
-    float(torch.nextafter(torch.tensor(bound), torch.tensor(0.0))) if i % 2 else bound for i, bound in enumerate(_HALF)
-)
+_bounds = torch.tensor(_HALF, dtype=torch.float32, device="cpu")
+_BELOW = torch.nextafter(_bounds, torch.zeros_like(_bounds)).tolist()
+_BOUNDS = tuple(below if i % 2 else bound for i, (bound, below) in enumerate(zip(_HALF, _BELOW, strict=True)))
 
 
 def levels(device: torch.device | str) -> Tensor:

@@ -146,7 +146,7 @@ class Int8Convolution:
         to_codes = None if self.grid is None else to_codes_of(y.numel(), self.grid, 0)
         if to_codes is not None:
             return to_codes(y)
-        return noted(lambda y: self._finish(y, torch.ones(1), None, activation="none"), y)
+        return noted(lambda y: self._finish(y, self.x_scale.new_ones(1), None, activation="none"), y)
 
     def _finish(
         self, y: Tensor, x_scale: Tensor, bias: Tensor | None, residual: Residual = NOTHING, *, activation: str
