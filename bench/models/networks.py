@@ -48,6 +48,62 @@ def resnet(depth: int, classes: int = 1000) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, classes))
 
 
+class Inverted(nn.Module):
+    """Computes an inverted residual block: wide, depthwise, times the gate of a squeeze if there is one, narrow."""
+
+    def __init__(
+        self, c: int, wide: int, o: int, size: int, stride: int, squeezed: int, kinds: tuple[type[nn.Module], ...]
+    ) -> None:
+        super().__init__()
+        act, gate = kinds
+        layers = [nn.Conv2d(c, wide, 1, bias=False), nn.BatchNorm2d(wide), act()] if wide != c else []
+        depthwise = nn.Conv2d(wide, wide, size, stride, size // 2, groups=wide, bias=False)
+        self.body = nn.Sequential(*layers, depthwise, nn.BatchNorm2d(wide), act())
+        narrow, widen = (nn.Conv2d(wide, squeezed, 1), nn.Conv2d(squeezed, wide, 1)) if squeezed else (None, None)
+        inner = act() if act is nn.SiLU else nn.ReLU()
+        pool = nn.AdaptiveAvgPool2d(1)
+        self.gate = None if narrow is None else nn.Sequential(pool, narrow, inner, widen, gate())  # type: ignore[arg-type]
+        self.last = nn.Sequential(nn.Conv2d(wide, o, 1, bias=False), nn.BatchNorm2d(o))
+        self.adds = stride == 1 and c == o
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        y = self.last(y if self.gate is None else y * self.gate(y))
+        return x + y if self.adds else y
+
+
+def mobilenetv3() -> nn.Module:
+    """Builds MobileNetV3-Small (Howard et al. 2019, arXiv:1905.02244, table 2)."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.Hardswish()]
+    c = 16
+    for size, wide, o, squeezed, act, stride in (
+        (3, 16, 16, 8, nn.ReLU, 2), (3, 72, 24, 0, nn.ReLU, 2), (3, 88, 24, 0, nn.ReLU, 1),
+        (5, 96, 40, 24, nn.Hardswish, 2), (5, 240, 40, 64, nn.Hardswish, 1), (5, 240, 40, 64, nn.Hardswish, 1),
+        (5, 120, 48, 32, nn.Hardswish, 1), (5, 144, 48, 40, nn.Hardswish, 1), (5, 288, 96, 72, nn.Hardswish, 2),
+        (5, 576, 96, 144, nn.Hardswish, 1), (5, 576, 96, 144, nn.Hardswish, 1),
+    ):  # fmt: skip
+        layers.append(Inverted(c, wide, o, size, stride, squeezed, (act, nn.Hardsigmoid)))
+        c = o
+    layers += [nn.Conv2d(c, 576, 1, bias=False), nn.BatchNorm2d(576), nn.Hardswish(), nn.AdaptiveAvgPool2d(1)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(576, 1024), nn.Hardswish(), nn.Linear(1024, 1000))
+
+
+def efficientnet() -> nn.Module:
+    """Builds EfficientNet-B0 (Tan and Le 2019, arXiv:1905.11946, table 1)."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.SiLU()]
+    c = 32
+    for expand, size, o, count, first in (
+        (1, 3, 16, 1, 1), (6, 3, 24, 2, 2), (6, 5, 40, 2, 2), (6, 3, 80, 3, 2), (6, 5, 112, 3, 1), (6, 5, 192, 4, 2),
+        (6, 3, 320, 1, 1),
+    ):  # fmt: skip
+        for i in range(count):
+            stride = first if i == 0 else 1
+            layers.append(Inverted(c, expand * c, o, size, stride, c // 4, (nn.SiLU, nn.Sigmoid)))
+            c = o
+    layers += [nn.Conv2d(c, 1280, 1, bias=False), nn.BatchNorm2d(1280), nn.SiLU(), nn.AdaptiveAvgPool2d(1)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1280, 1000))
+
+
 class LlamaBlock(nn.Module):
     """Computes a decoder layer with grouped-query attention, without rotary embedding: `[B, T, hidden]` to the same."""
 
@@ -96,6 +152,8 @@ NETWORKS: dict[str, Network] = {
     "mobilenetv2": Network(
         lambda quick: build("mobilenetv2", in_channels=3, num_classes=1000, image_size=_pixels(quick)[1]), _pixels, 64
     ),
+    "mobilenetv3": Network(lambda quick: mobilenetv3(), _pixels, 64),
+    "efficientnet": Network(lambda quick: efficientnet(), _pixels, 64),
     # that of `golden-stick demo`, on Fashion-MNIST
     "resnet20": Network(
         lambda quick: build("resnet20", in_channels=1, num_classes=10, image_size=28), lambda quick: (1, 28, 28), 64
