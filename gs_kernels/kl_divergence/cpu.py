@@ -69,7 +69,9 @@ def _divergence(s: Tensor, t: Tensor, temperature: float) -> _Divergence:
 
 def _run(functions: Any, student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     s, t = _rows_of(student), _rows_of(teacher)
-    kl, student_sum, teacher_sum = found = tuple(torch.empty(student.shape[:-1], dtype=torch.float32) for _ in range(3))
+    kl, student_sum, teacher_sum = found = tuple(
+        torch.empty(student.shape[:-1], dtype=torch.float32, device="cpu") for _ in range(3)
+    )
     functions.kl_divergence(_divergence(s, t, temperature), *(x.data_ptr() for x in found))
     return kl, student_sum, teacher_sum
 
@@ -84,7 +86,7 @@ def _run_backward(
     temperature: float,
 ) -> Tensor:
     s, t = _rows_of(student), _rows_of(teacher)
-    ds = in_huge_pages(torch.empty(student.shape, dtype=student.dtype))
+    ds = in_huge_pages(torch.empty(student.shape, dtype=student.dtype, device="cpu"))
     by_row = tuple(x.contiguous() for x in (dy, student_sum, teacher_sum))
     pointers = (x.data_ptr() for x in (*by_row, ds))
     functions.kl_divergence_backward(_divergence(s, t, temperature), *pointers)

@@ -17,7 +17,7 @@ def _parts(rows: int, columns: int) -> Iterator[slice]:
 
 def kl_divergence_in_parts(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     s, t = (x.reshape(-1, x.shape[-1]) for x in (student, teacher))
-    kl, student_sum, teacher_sum = (torch.empty(s.shape[0]) for _ in range(3))
+    kl, student_sum, teacher_sum = (torch.empty(s.shape[0], dtype=torch.float32, device="cpu") for _ in range(3))
     for rows in _parts(*s.shape):
         u, v = s[rows].float() / temperature, t[rows].float() / temperature
         log_q, log_p = u.log_softmax(-1), v.log_softmax(-1)
