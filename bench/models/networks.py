@@ -64,6 +64,7 @@ class Inverted(nn.Module):
         pool = nn.AdaptiveAvgPool2d(1)
         self.gate = None if narrow is None else nn.Sequential(pool, narrow, inner, widen, gate())  # type: ignore[arg-type]
         self.last = nn.Sequential(nn.Conv2d(wide, o, 1, bias=False), nn.BatchNorm2d(o))
+        nn.init.constant_(self.last[1].weight, 0.2)  # type: ignore[arg-type]  # as in `Residual`
         self.adds = stride == 1 and c == o
 
     def forward(self, x: Tensor) -> Tensor:

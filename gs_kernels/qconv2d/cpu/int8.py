@@ -16,7 +16,7 @@ from torch import Tensor
 from gs_kernels.activations import ACTIVATIONS
 from gs_kernels.pack.derived import UnsuitableError, derived
 from gs_kernels.pack.layouts import PackedWeight
-from gs_kernels.program.recording import noted
+from gs_kernels.program.recording import OperationCall, noted, recording
 from gs_kernels.qconv2d.cpu.int8_kernel import Kernel, forms_of, kernels
 from gs_kernels.qconv2d.cpu.int8_plain import PlainSums
 from gs_kernels.qconv2d.cpu.int8_weight import Int8Weight, Panels, arrange, make_int8_weight
@@ -142,7 +142,10 @@ class Int8Convolution:
 
     def _activate(self, y: Tensor) -> Tensor:
         """Makes the result of fp32 values that only activation, grid and dtype are missing of."""
-        y = noted(ACTIVATIONS[self.activation].function, y)
+        activate, sums = ACTIVATIONS[self.activation].in_place, y
+        y = activate(sums)
+        if recording.calls is not None:
+            recording.calls.append(OperationCall(activate, (sums,), {}, y))
         to_codes = None if self.grid is None else to_codes_of(y.numel(), self.grid, 0)
         if to_codes is not None:
             return to_codes(y)
