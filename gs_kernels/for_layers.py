@@ -7,7 +7,7 @@ The public ops check every argument in each call and then do the same.
 from gs_kernels.adder.op_int8 import prepared_adder_int8
 from gs_kernels.decoder_step.cpu import DecoderLayer, decoder_step_of
 from gs_kernels.pack.derived import UnsuitableError
-from gs_kernels.program.cpu import Program
+from gs_kernels.program.cpu import Program, places_in_time
 from gs_kernels.program.recording import KernelCall, OperationCall, Refusal, noted, recording
 from gs_kernels.qconv2d.checks import LARGEST_GROUP
 from gs_kernels.qconv2d.cpu.int8 import Int8Convolution
@@ -37,6 +37,7 @@ __all__ = [
     "make_geometry",
     "make_grid",
     "noted",
+    "places_in_time",
     "prepared_adder_int8",
     "prepared_qconv2d",
     "prepared_qconv2d_int8",

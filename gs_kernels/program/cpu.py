@@ -75,9 +75,20 @@ class Program:
         self._like = [_without_memory(t) for t in wanted]
         self._pointers = ctypes.c_void_p * len(outside)
 
-    def __call__(self, given: Sequence[Tensor], scratch: Tensor) -> list[Tensor]:
-        """Returns the wanted tensors. scratch: uint8, at least `self.scratch` elements, which no other call uses."""
-        wanted = [*map(torch.empty_like, self._like)]
+    def __call__(
+        self, given: Sequence[Tensor], scratch: Tensor, into: Sequence[Tensor | None] | None = None
+    ) -> list[Tensor]:
+        """Returns the wanted tensors.
+
+        Args:
+            given: as in the recorded calls.
+            scratch: uint8, at least `self.scratch` elements, which no other call uses.
+            into: where to write them; None, or None for one: a new tensor.
+        """
+        if into is None:
+            wanted = [*map(torch.empty_like, self._like)]
+        else:
+            wanted = [torch.empty_like(a) if b is None else b for a, b in zip(self._like, into, strict=True)]
         pointers = self._pointers(*[t.data_ptr() for t in (*given, *wanted)])
         self._run(self._calls, self._count, scratch.data_ptr(), pointers, torch.get_num_threads())
         return wanted
@@ -90,21 +101,31 @@ def _places(writing: Sequence[KernelCall], calls: Sequence[KernelCall]) -> tuple
     """
     last = {t.data_ptr(): i for i, call in enumerate(calls) for t in (call.x, call.other) if t is not None}
     first = {call.y.data_ptr(): i for i, call in enumerate(calls)}
-    places: dict[int, int] = {}
-    taken: list[tuple[int, int, int]] = []  # from, to, and the last call that reads it
+    made = [call.y for call in writing]
+    lives = [(y.nbytes, first[y.data_ptr()], last.get(y.data_ptr(), first[y.data_ptr()])) for y in made]
+    places, total = places_in_time(lives)
+    return {y.data_ptr(): place for y, place in zip(made, places, strict=True)}, total
+
+
+def places_in_time(lives: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
+    """Returns where in one memory results lie that are not all needed at once, and how many bytes that has.
+
+    lives: the bytes of each, when it is written and when it is read last, in the order of writing.
+    """
+    places: list[int] = []
+    taken: list[tuple[int, int, int]] = []  # from, to, and when it is read last
     total = 0
-    for call in writing:
-        memory = call.y.data_ptr()
-        taken = [one for one in taken if one[2] >= first[memory]]
-        nbytes = -(-call.y.nbytes // ALIGNED) * ALIGNED + ALIGNED
+    for nbytes, written, read in lives:
+        taken = [one for one in taken if one[2] >= written]
+        room = -(-nbytes // ALIGNED) * ALIGNED + ALIGNED
         start = 0
         for begin, end, _ in sorted(taken):
-            if begin - start >= nbytes:
+            if begin - start >= room:
                 break
             start = max(start, end)
-        places[memory] = start
-        taken.append((start, start + nbytes, last.get(memory, first[memory])))
-        total = max(total, start + nbytes)
+        places.append(start)
+        taken.append((start, start + room, read))
+        total = max(total, start + room)
     return places, total
 
 

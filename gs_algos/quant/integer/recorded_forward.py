@@ -26,7 +26,15 @@ from gs_algos.core.modules import swapped_class
 from gs_algos.quant.fast_path import OffFastPath
 from gs_algos.quant.integer.prepared_call import PREPARED, kind_of
 from gs_algos.quant.integer.quantized_tensor import DeferredOutput
-from gs_kernels.for_layers import KernelCall, OperationCall, Program, Refusal, UnsuitableError, recording
+from gs_kernels.for_layers import (
+    KernelCall,
+    OperationCall,
+    Program,
+    Refusal,
+    UnsuitableError,
+    places_in_time,
+    recording,
+)
 from gs_kernels.runtime.torch_private import PLAIN, function_modes, has_global_hooks, tree_leaves, tree_map_only
 
 FORMS = 16  # of input, that a network is recorded for: each holds memory
@@ -235,15 +243,22 @@ def _replay_of(calls: Sequence[Any], x: Tensor, y: Tensor, constants: Sequence[T
         raise UnsuitableError("a result is not used")  # but for something that is not recorded
     held = {t.data_ptr(): t for t in constants if t.numel()}
     known = {*held, x.data_ptr()}
-    steps: list[tuple[Callable[[dict[int, Tensor], Tensor], None], list[int]]] = []  # with what nothing reads behind it
+    steps: list[
+        tuple[Callable[[dict[int, Tensor], _Memory], None], list[int]]
+    ] = []  # with what nothing reads behind it
     scratch = 0
     end = 0
+    # of all tensors in one memory, views too: when one is read last
+    last_of = {_storage(t): i for i, call in enumerate(calls) for t in _reads(call)}
+    last_of[_storage(y)] = len(calls)
+    lives: list[tuple[Tensor, int, int]] = []  # of what programs write for operations, and when
     for kind, some in groupby(calls, type):
         group = [*some]
         end += len(group)
         if kind is KernelCall:
             later = {memory for memory, i in last.items() if i >= end}
-            step, nbytes = _program_of(group, known, later)
+            step, nbytes, wanted = _program_of(group, known, later)
+            lives += [(t, end - len(group), last_of[_storage(t)]) for t in wanted]
             steps.append((step, [memory for memory, i in last.items() if end - len(group) <= i < end]))
             scratch = max(scratch, nbytes)
         else:
@@ -256,14 +271,16 @@ def _replay_of(calls: Sequence[Any], x: Tensor, y: Tensor, constants: Sequence[T
     if y.data_ptr() not in known:
         raise UnsuitableError("no call wrote the result")
     result, given = _Place.of(y), x.data_ptr()
-    memory: list[Tensor] = []  # of calls that are done
+    # the result is the caller's
+    make_memory = _memory_for(scratch, [life for life in lives if life[2] < len(calls)])
+    memory: list[_Memory] = []  # of calls that are done
 
     def run(x: Tensor) -> Tensor:
         found = {**held, given: x}
         try:
             own = memory.pop()  # of no other thread
         except IndexError:
-            own = torch.empty(scratch, dtype=torch.uint8, device="cpu")
+            own = make_memory()
         for step, read in steps:
             step(found, own)
             for one in read:  # its memory is for the next results
@@ -274,10 +291,41 @@ def _replay_of(calls: Sequence[Any], x: Tensor, y: Tensor, constants: Sequence[T
     return run
 
 
+class _Memory(NamedTuple):
+    """Holds what a replay writes, for the next one too: the pages of a fresh tensor cost as much as its values."""
+
+    scratch: Tensor  # of programs
+    results: dict[int, Tensor]  # of programs, that operations read, by the address that they had
+
+
+def _memory_for(scratch: int, lives: Sequence[tuple[Tensor, int, int]]) -> Callable[[], _Memory]:
+    """Returns what makes the memory. lives: results, when each is written, and when read last."""
+    places, total = places_in_time([(t.nbytes, first, last) for t, first, last in lives])
+    views = [
+        (t.data_ptr(), start, t.nbytes, t.dtype, t.shape, t.stride())
+        for start, (t, _, _) in zip(places, lives, strict=True)
+    ]
+
+    def make() -> _Memory:
+        with torch.inference_mode(False), torch.no_grad():  # operations may write into it in any mode
+            own, whole = (torch.empty(n, dtype=torch.uint8, device="cpu") for n in (scratch, total))
+            results = {
+                memory: whole[start : start + nbytes].view(dtype).as_strided(shape, strides, start // dtype.itemsize)
+                for memory, start, nbytes, dtype, shape, strides in views
+            }
+        return _Memory(own, results)
+
+    return make
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
 def _program_of(
     calls: Sequence[KernelCall], known: set[int], later: set[int]
-) -> tuple[Callable[[dict[int, Tensor], Tensor], None], int]:
-    """Returns what runs kernels in one call, and the bytes of memory that they need.
+) -> tuple[Callable[[dict[int, Tensor], _Memory], None], int, list[Tensor]]:
+    """Returns what runs kernels in one call, the bytes of memory that they need, and what they write for others.
 
     known, later: the addresses of what there is before, and of what is read behind them.
     """
@@ -285,13 +333,15 @@ def _program_of(
     wanted = {call.y.data_ptr(): call.y for call in calls if call.y.data_ptr() in later}
     program = Program(calls, [*read.values()], [*wanted.values()])
 
-    def step(found: dict[int, Tensor], scratch: Tensor) -> None:
-        found.update(zip(wanted, program([found[memory] for memory in read], scratch), strict=True))
+    def step(found: dict[int, Tensor], own: _Memory) -> None:
+        into = [own.results.get(memory) for memory in wanted]
+        made = program([found[memory] for memory in read], own.scratch, into)
+        found.update(zip(wanted, made, strict=True))
 
-    return step, program.scratch
+    return step, program.scratch, [*wanted.values()]
 
 
-def _operation_of(call: OperationCall) -> Callable[[dict[int, Tensor], Tensor], None]:
+def _operation_of(call: OperationCall) -> Callable[[dict[int, Tensor], _Memory], None]:
     """Returns what calls an operation with tensors in the places of those that it was recorded with."""
     places = [(i, _Place.of(t)) for i, t in enumerate(call.args) if isinstance(t, Tensor)]
     if len(places) != len(_reads(call)):
@@ -299,7 +349,7 @@ def _operation_of(call: OperationCall) -> Callable[[dict[int, Tensor], Tensor], 
     args = [None if isinstance(t, Tensor) else t for t in call.args]
     func, kwargs, memory = call.func, call.kwargs, call.y.data_ptr()
 
-    def step(found: dict[int, Tensor], scratch: Tensor) -> None:
+    def step(found: dict[int, Tensor], own: _Memory) -> None:
         given = [*args]
         for i, place in places:
             given[i] = place.find(found)

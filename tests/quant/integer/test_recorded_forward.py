@@ -454,6 +454,31 @@ def test_threads_do_not_share_memory(net: nn.Module):
             assert all(map(same_bits, got, want))
 
 
+ENDS = {
+    "a layer": [],
+    "its activation in place": [nn.SiLU()],
+    "an operation": [nn.Sigmoid()],
+    "an operation in place": [nn.LeakyReLU(inplace=True)],
+    "a view": [nn.Flatten()],
+    "a view of a part": [nn.Unflatten(0, (-1, 1)), nn.Flatten(0, 1)],
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_results_are_the_callers_and_the_memory_between_is_kept(end: str, mode: Any):
+    wide = [nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Sigmoid(), nn.Conv2d(8, 8, 1), nn.Tanh(), nn.MaxPool2d(2)]
+    net = converted(nn.Sequential(*wide, nn.Conv2d(8, 4, 1), *ENDS[end]), 2, 3, 9, 9)
+    images = [drawn(2, 3, 9, 9, seed=seed) for seed in range(4)]
+    with mode():
+        want = [plain(net, x) for x in images]
+        assert is_recorded(net, images[0]) and not runs_layers(net, images[0])
+        for run in (torch.no_grad, torch.inference_mode, mode):
+            with run():
+                got = [net(x) for x in images]
+            assert all(map(same_bits, got, want))
+
+
 @torch.no_grad()
 def test_few_forms_of_input_are_kept(net: nn.Module, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(recorded_forward, "FORMS", 3)
