@@ -32,6 +32,7 @@ from gs_kernels.for_layers import (
     Program,
     Refusal,
     UnsuitableError,
+    is_dense,
     places_in_time,
     recording,
 )
@@ -45,6 +46,18 @@ MODULE = {*nn.Module().__dict__, PREPARED} - {"training"}  # what every module h
 _values: Any = dict.values
 _version = attrgetter("_version")
 _chain = chain.from_iterable
+aten = torch.ops.aten
+# elementwise operations, and those that write the same over their first operand
+IN_PLACE: dict[Any, Any] = {
+    aten.mul.Tensor: aten.mul_.Tensor,
+    aten.silu.default: aten.silu_.default,
+    aten.sigmoid.default: aten.sigmoid_.default,
+    aten.hardsigmoid.default: aten.hardsigmoid_.default,
+    aten.hardswish.default: aten.hardswish_.default,
+    aten.leaky_relu.default: aten.leaky_relu_.default,
+    aten.elu.default: aten.elu_.default,
+    aten.tanh.default: aten.tanh_.default,
+}
 
 
 def record_forwards(net: nn.Module) -> None:
@@ -248,8 +261,9 @@ def _replay_of(calls: Sequence[Any], x: Tensor, y: Tensor, constants: Sequence[T
     ] = []  # with what nothing reads behind it
     scratch = 0
     end = 0
+    calls, owners = _in_place(calls, x, y, constants)
     # of all tensors in one memory, views too: when one is read last
-    last_of = {_storage(t): i for i, call in enumerate(calls) for t in _reads(call)}
+    last_of = {owners.get(_storage(t), _storage(t)): i for i, call in enumerate(calls) for t in _reads(call)}
     last_of[_storage(y)] = len(calls)
     lives: list[tuple[Tensor, int, int]] = []  # of what programs write for operations, and when
     for kind, some in groupby(calls, type):
@@ -289,6 +303,34 @@ def _replay_of(calls: Sequence[Any], x: Tensor, y: Tensor, constants: Sequence[T
         return result.find(found)
 
     return run
+
+
+def _in_place(
+    calls: Sequence[Any], x: Tensor, y: Tensor, constants: Sequence[Tensor]
+) -> tuple[list[Any], dict[int, int]]:
+    """Returns the calls, operations writing over what they alone still read, and whose memory a result is in."""
+    kept = {*map(_storage, (x, y, *constants))}
+    last = {_storage(t): i for i, call in enumerate(calls) for t in _reads(call)}
+    owners: dict[int, int] = {}
+    done: list[Any] = []
+    for i, call in enumerate(calls):
+        into = IN_PLACE.get(call.func) if isinstance(call, OperationCall) and not call.kwargs else None
+        if into is not None and _storage(call.y) not in kept:
+            for order in [call.args, call.args[::-1]] if call.func is aten.mul.Tensor else [call.args]:
+                first, *others = order
+                if not isinstance(first, Tensor):
+                    continue
+                memory, read = _storage(first), [_storage(t) for t in others if isinstance(t, Tensor)]
+                if memory not in (*kept, *read) and last[memory] == i and _same_form(first, call.y):
+                    owners[_storage(call.y)] = owners.get(memory, memory)
+                    call = call._replace(func=into, args=tuple(order))
+                    break
+        done.append(call)
+    return done, owners
+
+
+def _same_form(a: Tensor, b: Tensor) -> bool:
+    return is_dense(a) and (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
 class _Memory(NamedTuple):
