@@ -65,9 +65,6 @@ def measure(
     """
     torch.manual_seed(0)
     net = network.build(quick).to(device)
-    for module in net.modules():  # that few steps tell them of: a SiLU of values far from those trained for is slower
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.5
     x = network.inputs(batch, quick, device)
     if network.images:
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -75,6 +72,7 @@ def measure(
     if algorithm == "bfloat16":
         yield from _predicting(net.eval().bfloat16(), x.bfloat16(), device, seconds)
         return
+    _settle(net, x)
     algo = ALGORITHMS[algorithm](network.images)
     if algo is not None:
         net = algo.apply(net, x[:2])
@@ -98,6 +96,21 @@ def _predicting(net: nn.Module, x: Tensor, device: str, seconds: float) -> Itera
             timing = _time(partial(net, inputs), device, seconds)
         rate = {"per_s": round(1e3 * inputs.shape[0] / timing.ms_p50, 2)}
         yield {"phase": phase, "batch": inputs.shape[0], **size, **memory, **_times(timing), **rate}
+
+
+@torch.no_grad()
+def _settle(net: nn.Module, x: Tensor) -> None:
+    """Tells batch norms what they will see, as training has: else values shrink or grow from layer to layer.
+
+    Quantized training then begins with useless ranges, and functions such as exp take several times as long.
+    """
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    if norms:
+        net.train()(x)
+    for norm in norms:
+        norm.momentum = 0.1
 
 
 def _step(net: nn.Module, algo: Any, x: Tensor) -> Callable[[], None]:

@@ -64,8 +64,9 @@ class Inverted(nn.Module):
         pool = nn.AdaptiveAvgPool2d(1)
         self.gate = None if narrow is None else nn.Sequential(pool, narrow, inner, widen, gate())  # type: ignore[arg-type]
         self.last = nn.Sequential(nn.Conv2d(wide, o, 1, bias=False), nn.BatchNorm2d(o))
-        nn.init.constant_(self.last[1].weight, 0.2)  # type: ignore[arg-type]  # as in `Residual`
         self.adds = stride == 1 and c == o
+        if self.adds:
+            nn.init.constant_(self.last[1].weight, 0.2)  # type: ignore[arg-type]  # as in `Residual`
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.body(x)
