@@ -17,7 +17,7 @@ from copy import copy
 from dataclasses import dataclass
 from itertools import chain, groupby
 from operator import attrgetter, is_
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -256,9 +256,7 @@ def _replay_of(calls: Sequence[Any], x: Tensor, y: Tensor, constants: Sequence[T
         raise UnsuitableError("a result is not used")  # but for something that is not recorded
     held = {t.data_ptr(): t for t in constants if t.numel()}
     known = {*held, x.data_ptr()}
-    steps: list[
-        tuple[Callable[[dict[int, Tensor], _Memory], None], list[int]]
-    ] = []  # with what nothing reads behind it
+    steps: list[tuple[_Step, list[int]]] = []  # with what nothing reads behind it
     scratch = 0
     end = 0
     calls, owners = _in_place(calls, x, y, constants)
@@ -340,6 +338,9 @@ class _Memory(NamedTuple):
     results: dict[int, Tensor]  # of programs, that operations read, by the address that they had
 
 
+_Step: TypeAlias = Callable[[dict[int, Tensor], _Memory], None]  # of a replay: reads and adds what was found so far
+
+
 def _memory_for(scratch: int, lives: Sequence[tuple[Tensor, int, int]]) -> Callable[[], _Memory]:
     """Returns what makes the memory. lives: results, when each is written, and when read last."""
     places, total = places_in_time([(t.nbytes, first, last) for t, first, last in lives])
@@ -364,9 +365,7 @@ def _storage(t: Tensor) -> int:
     return t.untyped_storage().data_ptr()
 
 
-def _program_of(
-    calls: Sequence[KernelCall], known: set[int], later: set[int]
-) -> tuple[Callable[[dict[int, Tensor], _Memory], None], int, list[Tensor]]:
+def _program_of(calls: Sequence[KernelCall], known: set[int], later: set[int]) -> tuple[_Step, int, list[Tensor]]:
     """Returns what runs kernels in one call, the bytes of memory that they need, and what they write for others.
 
     known, later: the addresses of what there is before, and of what is read behind them.
@@ -383,7 +382,7 @@ def _program_of(
     return step, program.scratch, [*wanted.values()]
 
 
-def _operation_of(call: OperationCall) -> Callable[[dict[int, Tensor], _Memory], None]:
+def _operation_of(call: OperationCall) -> _Step:
     """Returns what calls an operation with tensors in the places of those that it was recorded with."""
     places = [(i, _Place.of(t)) for i, t in enumerate(call.args) if isinstance(t, Tensor)]
     if len(places) != len(_reads(call)):

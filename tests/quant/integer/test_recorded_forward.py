@@ -479,6 +479,38 @@ def test_results_are_the_callers_and_the_memory_between_is_kept(end: str, mode: 
             assert all(map(same_bits, got, want))
 
 
+REUSES = {
+    "read behind it": lambda a: a.tanh() * a.sigmoid() + a,
+    "its own square": lambda a: (a.tanh() * a.tanh()) * a.sigmoid(),
+    "the gate first": lambda a: a.mean((2, 3), keepdim=True).sigmoid() * a,
+    "a part of it": lambda a: a[:, :4].sigmoid() * a[:, 4:],
+    "a part that stays": lambda a: torch.cat([a.tanh()[:, :4] * 2, a[:, 4:]], 1),
+    "a chain": lambda a: F.elu(F.leaky_relu(F.hardsigmoid(F.hardtanh(a, -9, 9)) * 3, 0.1) * a.sigmoid()),
+    "the input": lambda a: a,
+}
+
+
+@pytest.mark.parametrize("name", REUSES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_operations_write_over_nothing_that_is_read_again(name: str, mode: Any):
+    class Reuses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8 if name != "a part of it" else 4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = REUSES[name](x.sigmoid() * x) if name == "the input" else REUSES[name](self.first(x))
+            return self.last(y).sigmoid()
+
+    net, images = converted(Reuses(), 2, 8, 6, 6), [drawn(2, 8, 6, 6, seed=seed) for seed in range(3)]
+    given = [x.clone() for x in images]
+    with mode():
+        want = [plain(net, x) for x in images]
+        recorded = is_recorded(net, images[0])
+        assert recorded or name == "a part that stays"  # a list of tensors is not recorded
+        assert all(map(same_bits, [net(x) for x in images], want)) and all(map(same_bits, images, given))
+
+
 @torch.no_grad()
 def test_few_forms_of_input_are_kept(net: nn.Module, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(recorded_forward, "FORMS", 3)
