@@ -7,7 +7,6 @@ A network's outputs are plain tensors. What could run in a layer's call and does
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,10 +25,6 @@ from gs_algos.quant.integer.static_quantizer import StaticQuantizer
 from gs_algos.quant.network.layer_plan import Epilogue, IntegerFlow, LayerPlan, join_rows, layer_rows
 from gs_algos.quant.packed.conv_base import Convolution
 from gs_algos.quant.packed.module import Packed
-
-# weights of a network of linears up to which it is recorded: in larger ones Python takes little of the time, and what a
-# recorded forward makes is in memory at once
-RECORDED_LINEARS = 1 << 20
 
 
 def with_consumers(graph: SiteGraph, row: PlanRow, sites: Collection[str]) -> PlanRow:
@@ -132,7 +127,7 @@ def choose_int8_flow(model: nn.Module, row: PlanRow[LayerPlan]) -> PlanRow[Layer
 def enable_int8_flow(model: nn.Module, rows: Sequence[PlanRow]) -> None:
     """Makes layers emit int8 to their consumers or on the grids of adds, and wait for the adds behind them.
 
-    A network of convolutions, or a small one, then runs as it is recorded.
+    A network of convolutions then runs as it is recorded.
     """
     for join in join_rows(rows):
         for name in join.settings.int8_inputs:
@@ -149,9 +144,7 @@ def enable_int8_flow(model: nn.Module, rows: Sequence[PlanRow]) -> None:
             layer.output_quantizer.emits_int8 = True  # type: ignore[union-attr]
         layer.defers_add, layer.output_as_it_lies = plan.epilogue.defers_add, plan.flow.as_it_lies
         layer.notes = plan.notes
-    packed = [module for module in model.modules() if isinstance(module, Packed)]
-    small = sum(math.prod(layer.shape) for layer in packed) <= RECORDED_LINEARS
-    if small or any(isinstance(layer, Convolution) for layer in packed):
+    if any(isinstance(module, Convolution) for module in model.modules()):
         record_forwards(model)
 
 

@@ -517,11 +517,3 @@ def test_few_forms_of_input_are_kept(net: nn.Module, monkeypatch: pytest.MonkeyP
     for size in (8, 9, 10, 11, 12):
         x = drawn(1, 3, size, size)
         assert is_recorded(net, x) and len(net.__dict__[PREPARED]) <= 3
-
-
-@torch.no_grad()
-def test_small_networks_of_linears_are_recorded():
-    body = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 40), nn.GELU(), nn.Linear(40, 3))
-    net, x = converted(body, 4, 12), drawn(5, 12, seed=1)
-    assert is_recorded(net, x) and same_bits(net(3 * x), plain(net, 3 * x))
-    assert not isinstance(converted(nn.Sequential(nn.Linear(1024, 1025)), 1, 1024), RecordsForward)
