@@ -73,6 +73,7 @@ class Program:
         self._run, self._calls, self._count = functions.run_calls, made, len(calls)
         self._held = [(call.fixed, call.held, call.constants) for call in calls]
         self._like = [_without_memory(t) for t in wanted]
+        self._nowhere = [None] * len(wanted)
         self._pointers = ctypes.c_void_p * len(outside)
 
     def __call__(
@@ -85,10 +86,9 @@ class Program:
             scratch: uint8, at least `self.scratch` elements, which no other call uses.
             into: where to write them; None, or None for one: a new tensor.
         """
-        if into is None:
-            wanted = [*map(torch.empty_like, self._like)]
-        else:
-            wanted = [torch.empty_like(a) if b is None else b for a, b in zip(self._like, into, strict=True)]
+        wanted: list[Tensor] = []
+        for like, t in zip(self._like, into or self._nowhere, strict=True):
+            wanted.append(torch.empty_like(like) if t is None else t)
         pointers = self._pointers(*[t.data_ptr() for t in (*given, *wanted)])
         self._run(self._calls, self._count, scratch.data_ptr(), pointers, torch.get_num_threads())
         return wanted

@@ -375,7 +375,7 @@ def _program_of(calls: Sequence[KernelCall], known: set[int], later: set[int]) -
     program = Program(calls, [*read.values()], [*wanted.values()])
 
     def step(found: dict[int, Tensor], own: _Memory) -> None:
-        into = [own.results.get(memory) for memory in wanted]
+        into = [*map(own.results.get, wanted)]
         made = program([found[memory] for memory in read], own.scratch, into)
         found.update(zip(wanted, made, strict=True))
 
