@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, metavar="S", help="start nothing new after so many seconds")
     parser.add_argument("--out", type=Path, help="default: bench/results/<device>/<date>-<commit>.jsonl")
     chosen = parser.parse_args(argv)
+    if min(chosen.batch) < 1:
+        parser.error(f"--batch must be >= 1, got {min(chosen.batch)}")
     start = time.monotonic()
     for name in chosen.network:
         for batch in chosen.batch:

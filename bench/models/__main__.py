@@ -59,6 +59,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="where node-llama-cpp is: runs GGUF files too")
     parser.add_argument("--out", type=Path, help="default: bench/results/<device>/<date>-<commit>.jsonl")
     chosen = parser.parse_args(argv)
+    if chosen.batch is not None and chosen.batch < 1:
+        parser.error(f"--batch must be >= 1, got {chosen.batch}")
     if chosen.onnx_runtime and chosen.device != "cpu":
         parser.error(f"--onnx-runtime is timed on a CPU, got --device {chosen.device}; use --device cpu")
     if chosen.device == "cuda" and not torch.cuda.is_available():

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import torch
@@ -252,6 +253,20 @@ def test_a_call_that_takes_long_is_made_no_more_often_than_its_samples_need(seco
     got = timing.time_cpu(call, seconds)
     assert got.samples >= samples and (got.samples == 3) == (seconds < 0.1)
     assert len(calls) <= 2 + 3 + got.samples
+
+
+def test_the_last_results_stay_alive_and_no_others():
+    made = []
+
+    def call():
+        y = torch.ones(3)
+        made.append(weakref.ref(y))
+        return y
+
+    kept = timing.keep_results(call, 2)
+    for _ in range(5):
+        kept()
+    assert [one() is not None for one in made] == [False, False, False, True, True]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator keeps freed memory by its own rules")

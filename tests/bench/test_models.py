@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from bench import convolutions
 from bench.models import __main__ as command
 from bench.models import decode, llama_cpp
 from bench.models.networks import NETWORKS, LlamaBlock, Network, resnet
@@ -169,3 +170,15 @@ def test_a_row_of_llama_cpp_holds_what_its_script_says_or_the_error(monkeypatch,
     node.write_text("#!/bin/sh\necho 'Error: no package' >&2\nexit 1\n")
     assert llama_cpp.llama_cpp_row(str(gguf), tmp_path)["error"] == "CalledProcessError: Error: no package"
     assert "error" in llama_cpp.llama_cpp_row(str(gguf), tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name, count", [("mobilenetv3", 2_542_856), ("efficientnet", 5_288_548)])
+def test_networks_of_papers_have_their_parameters(name: str, count: int):
+    assert sum(p.numel() for p in NETWORKS[name].build(True).parameters()) == count
+
+
+def test_a_batch_of_no_images_is_refused(capsys: pytest.CaptureFixture[str]):
+    for main in (command.main, convolutions.main):
+        with pytest.raises(SystemExit):
+            main(["--batch", "0"])
+        assert "--batch must be >= 1, got 0" in capsys.readouterr().err
