@@ -411,6 +411,13 @@ LANE_FN void each(const Body& body) {
 // v * min(max(v + 3, 0), 6) / 6, by the inverse of 6 as everywhere (activations.py). NaN stays.
 LANE_FN F hardswish(F v) { return v * min(all(6.0f), max(all(0.0f), v + all(3.0f))) * all(1.0f / 6.0f); }
 
+// The activation that activations.py gives a number: 0 none, 1 relu, 2 relu6, 3 hardswish.
+LANE_FN F activated(F v, int32_t number) {
+  if (number == 3) return hardswish(v);
+  if (number) v = max(all(0.0f), v);
+  return number == 2 ? min(all(6.0f), v) : v;
+}
+
 // Codes of a grid: round(v * inverse + fraction) + whole part of the zero point, between two of them; the least of NaN.
 LANE_FN I codes_of(F v, F inverse, F fraction, F whole_zero, F least, F largest) {
   v = round(v * inverse + fraction) + whole_zero;

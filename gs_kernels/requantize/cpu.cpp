@@ -51,9 +51,7 @@ void sum_piece(const Sum sum, const int8_t* a, const int8_t* b, void* y, int64_t
     const int64_t n = end - i;
     F v = (in_fp32(load(a + i, n)) - a_zero) * a_scale;
     if (b) v = v + (in_fp32(load(b + i, n)) - b_zero) * b_scale;
-    if (sum.activation == 1 || sum.activation == 2) v = max(all(0.0f), v);
-    if (sum.activation == 2) v = min(all(6.0f), v);
-    if (sum.activation == 3) v = hardswish(v);
+    v = activated(v, sum.activation);
     if (sum.codes) {
       store(static_cast<int8_t*>(y) + i, codes_of(v, inverse, fraction, whole, least, largest), n);
     } else {

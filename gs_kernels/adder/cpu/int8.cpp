@@ -83,7 +83,7 @@ struct AdderCodes {
   const float *scale, *bias;  // bias may be null
   int64_t words, zero;        // the code beside the image
   float inverse, fraction, whole;
-  int32_t activation, form;  // 0 none, 1 relu, 2 relu6, 3 hardswish
+  int32_t activation, form;
 };
 
 struct Added {  // a residual, channels-last; of codes the real values are (r - zero) * scale
@@ -169,9 +169,7 @@ void finish(const AdderCodes& of, const Added& added, const int32_t* sums, int64
     } else if (added.r) {
       v = v + load(static_cast<const float*>(added.r) + to, left);
     }
-    if (of.activation == 1 || of.activation == 2) v = max(all(0.0f), v);
-    if (of.activation == 2) v = min(all(6.0f), v);
-    if (of.activation == 3) v = hardswish(v);
+    v = activated(v, of.activation);
     if (of.form == FP32) {
       store(static_cast<float*>(y) + to, v, left);
     } else {
